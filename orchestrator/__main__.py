@@ -1,0 +1,5 @@
+"""Entry of `python -m orchestrator`."""
+
+from orchestrator.cli import main
+
+main()

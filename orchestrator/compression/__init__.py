@@ -1,0 +1,1 @@
+"""Visual-token compression inside unmodified Hugging Face models."""

@@ -1,0 +1,1 @@
+"""Stage runs on Ray: the conductor and its lanes."""

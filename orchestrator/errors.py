@@ -1,0 +1,96 @@
+"""What can go wrong and how it is told.
+
+LlavoltaError                 one readable block for the user, exit code in `exit_code`
+├── SpecError                 faults in an experiment file: all of them at once        (2)
+├── UsageError                the call is wrong: verb, option, cell, missing folder    (2)
+├── DataError                 rows or images that cannot be used                       (1)
+├── StorageError              the ledger or a checkpoint cannot be read or written     (1)
+├── StageRunError             a stage run or an evaluation failed                      (1)
+├── TrackingError             MLflow refused or is unreachable                         (1)
+└── Interrupted               Ctrl-C, SIGTERM or SIGUSR1                                (130 / 75)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault in an experiment file.
+
+    Attributes:
+        message: What is wrong, one sentence.
+        file: File that holds the value; None for a value given by `--set`.
+        line: 1-based line of the value, None where there is none.
+        column: 1-based column of the value.
+        path: Dotted key path, e.g. `phases.finetune.learning_rate`.
+        value: The value as written, shortened; None where a key is missing.
+        allowed: What would be accepted.
+        hint: What to do; the nearest known name where there is one.
+    """
+
+    message: str
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    path: str = ""
+    value: str | None = None
+    allowed: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        where = self.file or "--set"
+        if self.line is not None:
+            where += f":{self.line}:{self.column}"
+        head = f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
+        rest = (("value", self.value), ("allowed", self.allowed), ("hint", self.hint))
+        return "\n".join([head, *(f"    {name}: {text}" for name, text in rest if text)])
+
+
+class LlavoltaError(Exception):
+    """Base of all errors told to the user as one block, without a traceback."""
+
+    exit_code = 1
+
+
+class SpecError(LlavoltaError):
+    """An experiment file has faults; `faults` holds all of them."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Fault, ...]]]:
+        return (SpecError, (self.faults,))
+
+
+class UsageError(LlavoltaError):
+    """The call is wrong: an unknown cell, a missing file, an option that does not fit."""
+
+    exit_code = 2
+
+
+class DataError(LlavoltaError):
+    """Rows or images of a data set cannot be used."""
+
+
+class StorageError(LlavoltaError):
+    """The ledger or a checkpoint cannot be read or written."""
+
+
+class StageRunError(LlavoltaError):
+    """A stage run or an evaluation failed."""
+
+
+class TrackingError(LlavoltaError):
+    """The tracking server refused a record or cannot be reached."""
+
+
+class Interrupted(LlavoltaError):
+    """Work was stopped by Ctrl-C, SIGTERM or SIGUSR1; finished work is in the ledger."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""One evaluation of one state on one worker."""

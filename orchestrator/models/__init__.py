@@ -1,0 +1,1 @@
+"""Load, freeze and save Hugging Face models."""

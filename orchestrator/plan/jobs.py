@@ -1,0 +1,131 @@
+"""What a worker is asked to do: plain values, so that a job travels, is recorded and can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the optimizer steps `first_step` to `last_step` (0-based, half open) of a phase do.
+
+    Attributes:
+        variant: Name for people; `full` where there is no compressor. Never part of an identity.
+        points: Resolved points of the variant, each a mapping `attach` accepts; empty for full tokens.
+    """
+
+    first_step: int
+    last_step: int
+    variant: str
+    points: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class RootJob:
+    """Write the initial weights of (model, seed) once, as safetensors."""
+
+    id: str
+    model: dict[str, Any]
+    seed: int
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage run: from a parent state to the state after step `last_step` of a phase.
+
+    Attributes:
+        id: Identity of the state it leads to; its folder in the ledger.
+        parent: Identity of the state it starts from: a root or another stage run.
+        starts_phase: True for the first stage run of a phase: weights come from the parent, optimizer, clock and
+            learned points are new.
+        total_steps: Optimizer steps of the whole phase; the learning rate depends on it and on the step alone.
+        table: The phase's compiled schedule from step 0 to `last_step`; saved in checkpoints, checked on load.
+        model: `ModelSpec` as a mapping, paths absolute.
+        data: The phase's data sets: `{"name", "share", "spec"}`, `spec` a `DataSpec` as a mapping, paths absolute.
+        recipe: `PhaseSpec` as a mapping.
+        seed: Seed of data order, dropout and random methods in this phase.
+        checkpoint_every: Optimizer steps between checkpoints inside the stage run.
+        keep: What stays when it is finished: `full` checkpoint, `weights`, or `none`.
+        learned_points: Learned points of the whole phase, for `attach(modules=...)`.
+        plugins: Plug-ins to import on the worker; absolute paths or modules.
+    """
+
+    id: str
+    parent: str
+    phase: str
+    starts_phase: bool
+    first_step: int
+    last_step: int
+    total_steps: int
+    table: tuple[Action, ...]
+    model: dict[str, Any]
+    data: tuple[dict[str, Any], ...]
+    recipe: dict[str, Any]
+    seed: int
+    checkpoint_every: int = 200
+    keep: str = "full"
+    deterministic: bool = False
+    learned_points: tuple[dict[str, Any], ...] = ()
+    plugins: tuple[str, ...] = ()
+
+    def action_at(self, step: int) -> Action:
+        """The action of one optimizer step."""
+        for action in self.table:
+            if action.first_step <= step < action.last_step:
+                return action
+        raise IndexError(
+            f"stage run {self.id}: step {step} is outside its table, which ends at {self.last_step}"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """One evaluation of one state under one variant.
+
+    Attributes:
+        id: Identity: (state, evaluation and its data, points).
+        state: Stage run (or root) whose weights are tested.
+        name: Entry under `evaluate:`.
+        under: `final`, `full` or a variant's name, as the user asked.
+        points: Points the model is tested under; empty for full tokens.
+        spec: `EvaluationSpec` as a mapping.
+        data: `DataSpec` as a mapping, paths absolute.
+    """
+
+    id: str
+    state: str
+    name: str
+    under: str
+    points: tuple[dict[str, Any], ...]
+    spec: dict[str, Any]
+    data: dict[str, Any]
+    model: dict[str, Any]
+    model_max_length: int = 2048
+    plugins: tuple[str, ...] = field(default=())
+
+
+Job = RootJob | StageJob | EvaluationJob
+_KINDS: dict[str, type[Any]] = {"root": RootJob, "stage": StageJob, "evaluation": EvaluationJob}
+
+
+def job_to_json(job: Job) -> dict[str, Any]:
+    """A JSON mapping with the job's `type`."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(job, cls))
+    return {"type": kind, **asdict(job)}
+
+
+def job_from_json(value: dict[str, Any]) -> Job:
+    """The job written by `job_to_json`."""
+    fields = dict(value)
+    cls = _KINDS[fields.pop("type")]
+    if cls is StageJob:
+        actions = ({**action, "points": tuple(action["points"])} for action in fields["table"])
+        fields["table"] = tuple(Action(**action) for action in actions)
+    for name in ("data", "points", "plugins", "learned_points"):
+        if isinstance(fields.get(name), list):
+            fields[name] = tuple(fields[name])
+    return cls(**fields)  # type: ignore[no-any-return]

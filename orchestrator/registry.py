@@ -1,0 +1,126 @@
+"""Finds components (compressors, schedules, data kinds, evaluations) by the `kind` of their spec.
+
+A component is a spec class that imports no torch and names its implementation as `module:Class`. Built-in ones
+and an outsider's are found the same way: through an entry point, or through a file or module named in `plugins:`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from orchestrator.errors import UsageError
+
+COMPRESSORS = "orchestrator.compressors"
+SCHEDULES = "orchestrator.schedules"
+DATA = "orchestrator.data"
+EVALUATIONS = "orchestrator.evaluations"
+
+_from_plugins: dict[tuple[str, str], type[Any]] = {}
+
+
+@cache
+def _entry_points(group: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in entry_points(group=group):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise UsageError(
+                f"{group}: the name {entry.name!r} is offered twice, by {found[entry.name].value} and {entry.value}; "
+                "uninstall one of the two packages"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def kinds(group: str) -> tuple[str, ...]:
+    """Names of all known components of a group, sorted."""
+    return tuple(sorted({*_entry_points(group), *(kind for g, kind in _from_plugins if g == group)}))
+
+
+def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
+    """The known name most like `name`, or None when none is near."""
+    from rapidfuzz import process
+
+    match = process.extractOne(name, known, score_cutoff=65)
+    return match[0] if match else None
+
+
+def spec_class(group: str, kind: str) -> type[Any]:
+    """The spec class of a component.
+
+    Raises:
+        KeyError: no component of that kind is known.
+    """
+    if (group, kind) in _from_plugins:
+        return _from_plugins[group, kind]
+    return _load(group, kind)
+
+
+@cache
+def _load(group: str, kind: str) -> type[Any]:
+    return _entry_points(group)[kind].load()  # type: ignore[no-any-return]
+
+
+def load_object(reference: str) -> Any:
+    """The object named `module:Name`."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_plugin(reference: str, base_folder: Path) -> None:
+    """Imports a plug-in, a `.py` file relative to `base_folder` or an installed module, and registers its specs.
+
+    Raises:
+        UsageError: it does not exist, defines no component, or takes a name that is in use.
+    """
+    module = _import_plugin(reference, base_folder)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and getattr(value, "registry_group", None)
+        and value.__module__ == module.__name__
+    ]
+    if not found:
+        raise UsageError(f"plugins: {reference} defines no component (a CompressorSpec, ScheduleSpec, ...)")
+    for cls in found:
+        group, kind = cls.registry_group, cls.kind_name()
+        known = _from_plugins.get((group, kind))
+        if kind in _entry_points(group) or (known is not None and known.__module__ != cls.__module__):
+            raise UsageError(
+                f"plugins: {reference} defines {kind!r}, a name already in use in {group}; rename it"
+            )
+        _from_plugins[group, kind] = cls
+
+
+def _import_plugin(reference: str, base_folder: Path) -> ModuleType:
+    if not reference.endswith(".py"):
+        try:
+            return importlib.import_module(reference)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"plugins: no module {reference!r} is installed; name an installed module or a .py file"
+            ) from error
+    path = (base_folder / reference).resolve()
+    if not path.is_file():
+        raise UsageError(f"plugins: {path} is not a file; the path is relative to the file that writes it")
+    name = f"llavolta_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"plugins: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,207 @@
+"""The four families of components and how a mapping with a `kind` becomes one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator import registry
+from orchestrator.spec.base import Component, Count, Share, parse_share
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shape of one image's (or frame's) visual tokens: rows x columns, in raster order."""
+
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of visual tokens."""
+        return self.height * self.width
+
+
+def _parse_layer(value: Any) -> int | str:
+    if isinstance(value, bool):
+        raise ValueError("a layer is a whole number, a share of the depth such as 50%, or projector")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("a layer is counted from 0")
+        return value
+    if value == "projector":
+        return "projector"
+    if isinstance(value, str) and value.endswith("%"):
+        if not 0 <= parse_share(value) < 1:
+            raise ValueError("a share of the depth is at least 0% and less than 100%")
+        return value
+    raise ValueError("a layer is a whole number, a share of the depth such as 50%, or projector")
+
+
+Layer = Annotated[int | str, BeforeValidator(_parse_layer)]
+
+
+class CompressorSpec(Component):
+    """A point where a compressor acts, and how many tokens it leaves.
+
+    Attributes:
+        layer: 0-based decoder layer before which it acts (0 = the decoder's input), a share of the depth (`50%`,
+            rounded down), or `projector`.
+        stride: The amount as one of four: windows of this many tokens become one.
+        keep_tokens: Visual tokens kept per image, frame or tile.
+        keep_ratio: Share of the visual tokens kept, e.g. `1/4`.
+        layer_average_tokens: Visual tokens kept, as the mean over decoder layers; the planner solves it.
+    """
+
+    registry_group: ClassVar[str] = registry.COMPRESSORS
+    points: ClassVar[tuple[str, ...]] = ("decoder",)
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    layer: Layer
+    stride: Count | None = None
+    keep_tokens: Count | None = None
+    keep_ratio: Share | None = None
+    layer_average_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> CompressorSpec:
+        amounts = [
+            n for n in ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens") if getattr(self, n)
+        ]
+        if len(amounts) != 1:
+            raise PydanticCustomError(
+                "amount", "the amount is exactly one of stride, keep_tokens, keep_ratio, layer_average_tokens"
+            )
+        return self
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """Visual tokens that are left of one image of this grid.
+
+        Raises:
+            ValueError: the method cannot take this amount on this grid.
+        """
+        raise NotImplementedError
+
+    def layer_index(self, num_layers: int) -> int:
+        """The 0-based decoder layer: a share of the depth is rounded down."""
+        if isinstance(self.layer, int):
+            return self.layer
+        return int(parse_share(self.layer) * num_layers)
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """A compiled schedule: what every optimizer step of a phase does.
+
+    Attributes:
+        actions: `(first_step, last_step, variant name)`, 0-based, half open, gapless, equal neighbours merged.
+        final: Variant the finished model is tested under.
+    """
+
+    actions: tuple[tuple[int, int, str], ...]
+    final: str
+
+
+class ScheduleSpec(Component):
+    """How a phase is divided into stages. `compile` turns it into a table of optimizer steps."""
+
+    registry_group: ClassVar[str] = registry.SCHEDULES
+
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants it uses, `full` included, in order of use."""
+        raise NotImplementedError
+
+    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+        """The table for a phase of `total_steps` optimizer steps.
+
+        Raises:
+            ValueError: a stage would be empty, or the stages leave a gap or exceed the phase.
+        """
+        raise NotImplementedError
+
+
+class DataSpec(Component):
+    """A named data set. Counting and reading rows needs no torch; pixels and tokens are the worker's business."""
+
+    registry_group: ClassVar[str] = registry.DATA
+    path_fields: ClassVar[tuple[str, ...]] = ()
+
+    max_samples: Count | None = None
+
+    def num_rows(self) -> int | None:
+        """Number of usable rows, or None where the file is not here and no `num_samples` is given."""
+        raise NotImplementedError
+
+    def content_digest(self) -> str:
+        """SHA-256 of the data's content, not of its path.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        raise NotImplementedError
+
+
+class EvaluationSpec(Component):
+    """A named evaluation on a finished cell.
+
+    Attributes:
+        data: Name of a data set.
+        under: What the model is tested under: `final`, `full`, or names of variants.
+    """
+
+    registry_group: ClassVar[str] = registry.EVALUATIONS
+
+    data: str
+    under: tuple[str, ...] = ("final",)
+
+
+def _component(group: str) -> Callable[[Any], Any]:
+    def build(value: Any) -> Any:
+        if isinstance(value, Component):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("component_type", "a mapping with a `kind` belongs here")
+        known = registry.kinds(group)
+        kind = value.get("kind")
+        if kind is None:
+            raise PydanticCustomError(
+                "component_kind_missing", "the key `kind` is missing", {"known": list(known)}
+            )
+        if not isinstance(kind, str) or kind not in known:
+            raise PydanticCustomError(
+                "component_kind", "unknown kind", {"known": list(known), "kind": str(kind)}
+            )
+        try:
+            return registry.spec_class(group, kind).model_validate(value)
+        except ValidationError as error:
+            # The loader unfolds these with the outer location in front.
+            raise PydanticCustomError("component", "faults inside", {"errors": error.errors()}) from error
+
+    return build
+
+
+Compressor = Annotated[SerializeAsAny[CompressorSpec], BeforeValidator(_component(registry.COMPRESSORS))]
+Schedule = Annotated[SerializeAsAny[ScheduleSpec], BeforeValidator(_component(registry.SCHEDULES))]
+Data = Annotated[SerializeAsAny[DataSpec], BeforeValidator(_component(registry.DATA))]
+Evaluation = Annotated[SerializeAsAny[EvaluationSpec], BeforeValidator(_component(registry.EVALUATIONS))]
+Points = tuple[Compressor, ...]
+
+
+def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
+    """Tokens kept by a spec whose amount is keep_tokens or keep_ratio (at least one, rounded to nearest).
+
+    Raises:
+        ValueError: more tokens are asked for than there are.
+    """
+    if spec.keep_tokens is not None:
+        if spec.keep_tokens > tokens:
+            raise ValueError(f"keep_tokens {spec.keep_tokens} is more than the image's {tokens} tokens")
+        return spec.keep_tokens
+    if spec.keep_ratio is not None:
+        return max(1, round(Fraction(spec.keep_ratio) * tokens))
+    raise ValueError("layer_average_tokens is solved by the planner before a method sees it")

@@ -1,0 +1,65 @@
+"""`cluster:`, `tracking:` and `report:`, where and how an experiment runs; never part of a cell's identity."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.base import Count, Flag, NonNegative, Positive, Spec, Whole
+
+
+class WorkerRange(Spec):
+    """An elastic number of workers per lane."""
+
+    min: Count
+    max: Count
+
+
+class KeepSpec(Spec):
+    """What stays of a finished leaf of the stage tree."""
+
+    leaf: Literal["full", "weights", "none"] = "weights"
+
+
+class ClusterSpec(Spec):
+    """The machine or cluster.
+
+    Attributes:
+        address: None starts a local Ray; `auto` or `ray://...` joins a cluster.
+        lanes: Worker groups that take stage runs side by side.
+        num_workers: DeepSpeed workers per lane.
+        resources_per_worker: Ray resources of one worker; `CPU: 2` gives it two threads.
+        max_failures: Retries per stage run.
+        checkpoint_every: Optimizer steps between checkpoints inside a stage run.
+        storage_path: None takes $LLAVOLTA_STORAGE or ./runs.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {"save_steps": "checkpoint_every"}
+
+    address: str | None = None
+    lanes: Count | Literal["auto"] = 1
+    num_workers: Count | WorkerRange = 1
+    placement: Literal["pack", "spread"] = "pack"
+    use_gpu: Flag | Literal["auto"] = "auto"
+    resources_per_worker: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 1})
+    max_failures: Whole = 3
+    checkpoint_every: Count = 200
+    keep: KeepSpec = KeepSpec()
+    storage_path: str | None = None
+    deterministic: Flag = False
+    stall_minutes: Positive | None = None
+
+
+class TrackingSpec(Spec):
+    """Where MLflow is; None takes MLFLOW_TRACKING_URI or a sqlite file in the storage."""
+
+    tracking_uri: str | None = None
+    experiment_name: str | None = None
+
+
+class ReportSpec(Spec):
+    """How the table is laid out."""
+
+    baseline: dict[str, Any] | None = None
+    mean_over: tuple[str, ...] = ()

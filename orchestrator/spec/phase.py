@@ -1,0 +1,107 @@
+"""`phases:`, how each training phase is run: what trains, for how long, how fast, in which batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.base import Count, Flag, Integer, NonNegative, Positive, Spec
+from orchestrator.spec.components import Schedule
+
+Part = Literal["vision_tower", "projector", "language_model", "compressor"]
+
+
+class LoraSpec(Spec):
+    """LoRA on the language model's linear layers, through peft."""
+
+    r: Count = 128
+    alpha: Count = 256
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+
+class StartFromSpec(Spec):
+    """Weights of another experiment's cell to start a phase from."""
+
+    spec: str
+    cell: str
+    phase: Literal["pretrain", "finetune"] = "pretrain"
+    parts: tuple[Part, ...] | None = None
+
+
+class PhaseSpec(Spec):
+    """One training phase.
+
+    Attributes:
+        data: Name of a data set, or names with the share of each set per epoch.
+        train: Parts that train; the others are frozen.
+        schedule: A schedule's name, a variant's name (constant), `full`, or an inline mapping.
+        seed: Data order, dropout and random methods; None takes the top-level seed.
+        global_batch_size: Samples per optimizer step; accumulation is derived from it.
+        per_device_train_batch_size: Micro-batch of one worker; fingerprint, not identity.
+        model_max_length: Longest sample in tokens, counted before compression.
+        deepspeed: `zero0` to `zero3`, `zero2_offload`, `zero3_offload`, a path, or an inline mapping.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {
+        "lr": "learning_rate",
+        "epochs": "num_train_epochs",
+        "num_epochs": "num_train_epochs",
+        "batch_size": "global_batch_size",
+        "train_batch_size": "global_batch_size",
+        "micro_batch_size": "per_device_train_batch_size",
+        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+        "lr_scheduler": "lr_scheduler_type",
+        "warmup": "warmup_ratio",
+        "gradient_clipping": "max_grad_norm",
+        "max_norm": "max_grad_norm",
+        "max_length": "model_max_length",
+        "cutoff_len": "model_max_length",
+        "sequence_len": "model_max_length",
+        "group_by_length": "group_by_modality_length",
+        "activation_checkpointing": "gradient_checkpointing",
+    }
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"per_device_train_batch_size", "deepspeed", "gradient_checkpointing"}
+    )
+
+    data: str | dict[str, Positive]
+    train: tuple[Part, ...] = ("projector", "language_model")
+    lora: LoraSpec | None = None
+    schedule: str | Schedule = "full"
+    start_from: str | StartFromSpec | None = None
+    seed: Integer | None = None
+    max_steps: Count | None = None
+    num_train_epochs: Positive | None = None
+    max_train_tflops: Positive | None = None
+    match_train_tflops: str | None = None
+    global_batch_size: Count = 128
+    per_device_train_batch_size: Count | Literal["auto"] = 16
+    learning_rate: Positive | dict[Part, NonNegative] = 2.0e-5
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    model_max_length: Count = 2048
+    group_by_modality_length: Flag = True
+    gradient_checkpointing: Flag = False
+    deepspeed: str | dict[str, Any] = "zero2"
+
+
+class PhasesSpec(Spec):
+    """The phases in their order; either may be absent."""
+
+    pretrain: PhaseSpec | None = None
+    finetune: PhaseSpec | None = None
+
+
+__all__ = ["LoraSpec", "Part", "PhaseSpec", "PhasesSpec", "StartFromSpec"]

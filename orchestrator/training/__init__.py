@@ -1,0 +1,1 @@
+"""One stage run on one worker, with DeepSpeed."""

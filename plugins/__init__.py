@@ -1,0 +1,1 @@
+"""The built-in components, registered through entry points exactly as an outsider's would be."""

@@ -1,0 +1,1 @@
+"""Compressors: one method a file."""

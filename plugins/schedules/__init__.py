@@ -1,0 +1,1 @@
+"""Schedules: how a phase is divided into stages."""
