@@ -84,9 +84,7 @@ def load_plugin(reference: str, base_folder: Path) -> None:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type)
-        and getattr(value, "registry_group", None)
-        and value.__module__ == module.__name__
+        if isinstance(value, type) and getattr(value, "registry_group", None) and value.__module__ == module.__name__
     ]
     if not found:
         raise UsageError(f"plugins: {reference} defines no component (a CompressorSpec, ScheduleSpec, ...)")
@@ -94,9 +92,7 @@ def load_plugin(reference: str, base_folder: Path) -> None:
         group, kind = cls.registry_group, cls.kind_name()
         known = _from_plugins.get((group, kind))
         if kind in _entry_points(group) or (known is not None and known.__module__ != cls.__module__):
-            raise UsageError(
-                f"plugins: {reference} defines {kind!r}, a name already in use in {group}; rename it"
-            )
+            raise UsageError(f"plugins: {reference} defines {kind!r}, a name already in use in {group}; rename it")
         _from_plugins[group, kind] = cls
 
 

@@ -77,9 +77,7 @@ class StageJob:
         for action in self.table:
             if action.first_step <= step < action.last_step:
                 return action
-        raise IndexError(
-            f"stage run {self.id}: step {step} is outside its table, which ends at {self.last_step}"
-        )
+        raise IndexError(f"stage run {self.id}: step {step} is outside its table, which ends at {self.last_step}")
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,7 @@ class CompressorSpec(Component):
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:
-        amounts = [
-            n for n in ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens") if getattr(self, n)
-        ]
+        amounts = [n for n in ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens") if getattr(self, n)]
         if len(amounts) != 1:
             raise PydanticCustomError(
                 "amount", "the amount is exactly one of stride, keep_tokens, keep_ratio, layer_average_tokens"
@@ -169,13 +167,9 @@ def _component(group: str) -> Callable[[Any], Any]:
         known = registry.kinds(group)
         kind = value.get("kind")
         if kind is None:
-            raise PydanticCustomError(
-                "component_kind_missing", "the key `kind` is missing", {"known": list(known)}
-            )
+            raise PydanticCustomError("component_kind_missing", "the key `kind` is missing", {"known": list(known)})
         if not isinstance(kind, str) or kind not in known:
-            raise PydanticCustomError(
-                "component_kind", "unknown kind", {"known": list(known), "kind": str(kind)}
-            )
+            raise PydanticCustomError("component_kind", "unknown kind", {"known": list(known), "kind": str(kind)})
         try:
             return registry.spec_class(group, kind).model_validate(value)
         except ValidationError as error:

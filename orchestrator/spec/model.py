@@ -31,9 +31,9 @@ class ModelSpec(Spec):
 
     model_name_or_path: str
     revision: str | None = None
-    weights: (
-        Literal["pretrained", "random"] | dict[Literal["vision_tower", "projector", "language_model"], str]
-    ) = "pretrained"
+    weights: Literal["pretrained", "random"] | dict[Literal["vision_tower", "projector", "language_model"], str] = (
+        "pretrained"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     trust_remote_code: Flag = False

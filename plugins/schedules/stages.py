@@ -49,9 +49,7 @@ class StagesSpec(ScheduleSpec):
     def _lengths_fit(self) -> StagesSpec:
         rests = sum(stage.is_rest for stage in self.stages)
         if rests > 1:
-            raise PydanticCustomError(
-                "stages_rest", "at most one stage may omit its length and take the rest"
-            )
+            raise PydanticCustomError("stages_rest", "at most one stage may omit its length and take the rest")
         shares = sum((stage.share for stage in self.stages if stage.share is not None), Fraction(0))
         if shares > 1 or (shares == 1 and len(self.stages) > sum(s.share is not None for s in self.stages)):
             raise PydanticCustomError(
