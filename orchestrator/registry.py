@@ -65,7 +65,7 @@ def spec_class(group: str, kind: str) -> type[Any]:
 
 @cache
 def _load(group: str, kind: str) -> type[Any]:
-    return _entry_points(group)[kind].load()  # type: ignore[no-any-return]
+    return _entry_points(group)[kind].load()
 
 
 def load_object(reference: str) -> Any:
@@ -81,7 +81,7 @@ def load_plugin(reference: str, base_folder: Path) -> None:
         UsageError: it does not exist, defines no component, or takes a name that is in use.
     """
     module = _import_plugin(reference, base_folder)
-    found = [
+    found: list[Any] = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and getattr(value, "registry_group", None) and value.__module__ == module.__name__

@@ -126,4 +126,4 @@ def job_from_json(value: dict[str, Any]) -> Job:
     for name in ("data", "points", "plugins", "learned_points"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
-    return cls(**fields)  # type: ignore[no-any-return]
+    return cls(**fields)

@@ -42,7 +42,7 @@ class ClusterSpec(Spec):
     num_workers: Count | WorkerRange = 1
     placement: Literal["pack", "spread"] = "pack"
     use_gpu: Flag | Literal["auto"] = "auto"
-    resources_per_worker: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 1})
+    resources_per_worker: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 1.0})
     max_failures: Whole = 3
     checkpoint_every: Count = 200
     keep: KeepSpec = KeepSpec()
