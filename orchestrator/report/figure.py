@@ -1,0 +1,72 @@
+"""The efficiency-versus-accuracy figure of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.report.table import Table, header
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points no other point beats: less cost at no less accuracy, or more accuracy at no more cost.
+
+    Args:
+        points: `(cost, accuracy)`; cost is better small, accuracy is better large.
+    """
+    front: list[int] = []
+    best = float("-inf")
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[index][1] > best:
+            front.append(index)
+            best = points[index][1]
+    return front
+
+
+def grid_figure(table: Table, title: str, path: Path) -> bool:
+    """Draws accuracy over training TFLOPs, one panel an evaluation setting, and writes it as PNG.
+
+    Returns:
+        False, with nothing written, where no finished cell has both figures.
+    """
+    cost = "cost/train_tflops"
+    scores = [column for column in table.columns if column.startswith("eval/")]
+    rows = [row for row in table.rows if cost in row.values and any(score in row.values for score in scores)]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(scores), figsize=(5.2 * len(scores), 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    colours = pyplot.get_cmap("tab10")
+    for score, panel in zip(scores, panels[0], strict=True):
+        shown = [row for row in rows if score in row.values]
+        points = [(row.values[cost], row.values[score]) for row in shown]
+        front = pareto_front(points)
+        panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", zorder=1)
+        for row, (x, y) in zip(shown, points, strict=True):
+            panel.errorbar(
+                x,
+                y,
+                yerr=row.spread.get(score),
+                fmt="o",
+                capsize=3,
+                color=colours(rows.index(row) % 10),
+                label=row.name,
+            )
+        panel.set_title(header(score), fontsize=10)
+        panel.set_xlabel("training cost (TFLOPs)")
+        panel.margins(0.15)
+        panel.grid(alpha=0.25)
+    panels[0][0].set_ylabel("accuracy")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True

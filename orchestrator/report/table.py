@@ -1,0 +1,213 @@
+"""The ablation table: one row a cell, or one row a group of cells that differ in the axes averaged over."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from orchestrator.plan.record import CellRecord
+
+FORMATS = ("md", "csv", "latex", "json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        cells: Names of the cells it stands for.
+        values: Metric name to mean over its cells.
+        spread: Metric name to standard deviation, where it stands for several finished cells.
+        marks: Remarks such as `failed` or `baseline`.
+    """
+
+    name: str
+    cells: tuple[str, ...]
+    axes: dict[str, Any]
+    values: dict[str, float]
+    spread: dict[str, float]
+    status: str
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, the metrics shown, and what makes the rows unequal to compare."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+
+
+_COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
+_HEADERS = {
+    "cost/train_tflops": "train TFLOPs",
+    "cost/compression_ratio": "CR",
+    "cost/train_seconds": "seconds",
+    "cost/visual_layer_tokens": "visual layer-tokens",
+}
+
+
+def ablation_table(
+    records: Sequence[CellRecord],
+    axes: Mapping[str, Mapping[str, Any]],
+    *,
+    mean_over: Sequence[str] = (),
+    baseline: Mapping[str, Any] | None = None,
+    all_metrics: bool = False,
+) -> Table:
+    """The table of an experiment, from its records alone.
+
+    Args:
+        records: One record a cell.
+        axes: Cell id to the cell's axes.
+        mean_over: Axes averaged over (mean and standard deviation).
+        baseline: Axis values of the row the others are compared with.
+        all_metrics: Show every metric, not the headline ones.
+    """
+    groups: dict[str, list[CellRecord]] = {}
+    for record in records:
+        kept = {axis: value for axis, value in axes[record.cell_id].items() if axis not in mean_over}
+        key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_id
+        groups.setdefault(key, []).append(record)
+    rows = tuple(_row(group, axes, mean_over, baseline) for group in groups.values())
+    return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)))
+
+
+def _row(
+    group: Sequence[CellRecord],
+    axes: Mapping[str, Mapping[str, Any]],
+    mean_over: Sequence[str],
+    baseline: Mapping[str, Any] | None,
+) -> Row:
+    own = {axis: value for axis, value in axes[group[0].cell_id].items() if axis not in mean_over}
+    finished = [record for record in group if record.status == "finished"]
+    values: dict[str, float] = {}
+    spread: dict[str, float] = {}
+    for name in dict.fromkeys(name for record in finished for name in record.summary):
+        numbers = [r.summary[name] for r in finished if name in r.summary and math.isfinite(r.summary[name])]
+        if numbers:
+            values[name] = mean(numbers)
+        if len(numbers) > 1:
+            spread[name] = stdev(numbers)
+    marks = []
+    if baseline and all(own.get(axis) == value for axis, value in baseline.items()):
+        marks.append("baseline")
+    if len(group) > 1:
+        marks.append(f"{len(finished)} of {len(group)} cells")
+    states = {record.status for record in group}
+    status = states.pop() if len(states) == 1 else "failed" if "failed" in states else "running"
+    name = group[0].cell_name if len(group) == 1 else _group_name(own, group)
+    return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks))
+
+
+def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord]) -> str:
+    parts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in own.values()]
+    return ",".join(parts) or group[0].cell_name
+
+
+def _columns(records: Sequence[CellRecord], all_metrics: bool) -> tuple[str, ...]:
+    names = list(dict.fromkeys(name for record in records for name in record.summary))
+    if all_metrics:
+        return tuple(names)
+    scores = [name for name in names if name.startswith("eval/") and name.endswith("/accuracy")]
+    others = [name for name in names if name.startswith("eval/") and name.count("/") == 2 and not scores]
+    return (*scores, *others, *(name for name in _COSTS if name in names))
+
+
+def _unequal(records: Sequence[CellRecord]) -> list[str]:
+    """One sentence for each part of the fingerprint in which finished cells differ."""
+    seen: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        if record.status == "finished":
+            for tag, value in record.tags.items():
+                if tag.startswith("fingerprint."):
+                    seen.setdefault(tag, {}).setdefault(value, []).append(record.cell_name)
+    return [
+        f"unequal comparison: {tag.removeprefix('fingerprint.')} differs ("
+        + "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
+        + ")"
+        for tag, values in seen.items()
+        if len(values) > 1
+    ]
+
+
+def header(column: str) -> str:
+    """A metric's name as a column head: `eval/vqa/under_full/accuracy` becomes `vqa accuracy (full)`."""
+    if column in _HEADERS:
+        return _HEADERS[column]
+    parts = column.split("/")
+    if parts[0] != "eval":
+        return column
+    under = parts[2].removeprefix("under_") if len(parts) == 4 else "final"
+    return f"{parts[1]} {parts[-1]} ({under})"
+
+
+def number(column: str, value: float | None) -> str:
+    """A value with the digits that mean something for its column."""
+    if value is None:
+        return "–"
+    if column.startswith("eval/"):
+        return f"{value:.3f}"
+    if column.endswith("compression_ratio"):
+        return f"{value:.2f}"
+    if column.endswith("seconds"):
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table as text."""
+    head = ["cell", *(header(column) for column in table.columns), "status"]
+    body = []
+    for row in table.rows:
+        values = []
+        for column in table.columns:
+            text = number(column, row.values.get(column))
+            if column in row.spread:
+                text += f" ± {number(column, row.spread[column])}"
+            values.append(text)
+        status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
+        body.append([row.name, *values, status])
+    return head, body
+
+
+def render(table: Table, form: str) -> str:
+    """The table as Markdown, CSV, LaTeX or JSON; CSV and JSON hold unrounded values."""
+    if form == "json":
+        rows = [
+            {"name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values, "std": r.spread}
+            for r in table.rows
+        ]
+        return json.dumps({"rows": rows, "warnings": table.warnings}, indent=2, default=str)
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["cell", "status", *table.columns])
+        for row in table.rows:
+            writer.writerow([row.name, row.status, *(row.values.get(column, "") for column in table.columns)])
+        return out.getvalue().rstrip("\n")
+    head, body = text_cells(table)
+    if form == "md":
+        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return _latex(head, body)
+
+
+def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    escapes = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", **{c: "\\" + c for c in "&%$#_{}"}}
+
+    def escape(text: str) -> str:
+        return "".join(escapes.get(character, character) for character in text)
+
+    lines = [r"\begin{tabular}{l" + "r" * (len(head) - 2) + "l}", r"\toprule"]
+    lines.append(" & ".join(map(escape, head)) + r" \\")
+    lines.append(r"\midrule")
+    lines += [" & ".join(map(escape, line)) + r" \\" for line in body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
