@@ -1,0 +1,137 @@
+"""Writes the tiny-llava folder: config, tokenizer, processor and chat template of a LLaVA for easy-VQA, no weights.
+
+Run it as `python experiments/models/make_tiny_llava.py`; it overwrites the folder beside it with the same bytes.
+The shapes: 64x64 pixels in patches of 8 give 64 visual tokens; width 64 everywhere; one vision layer that runs
+(`vision_feature_layer: -1`; LLaVA's -2 would hold one more that never runs) and four decoder layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import easy_vqa
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+FOLDER = Path(__file__).parent / "tiny-llava"
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+VOCABULARY = 256
+IMAGE_PIXELS = 64
+PATCH_PIXELS = 8
+WIDTH = 64
+
+# LLaVA's own turn format; `generation` marks what the assistant says, so that the loss can be put there.
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{{- 'ASSISTANT:' }}{% generation %}"
+    "{{- ' ' }}{% if message['content'] is string %}{{- message['content'] }}"
+    "{%- else %}{% for part in message['content'] %}{{- part['text'] }}{% endfor %}{% endif %}"
+    "{{- eos_token }}{% endgeneration %}"
+    "{%- else %}"
+    "{{- 'USER: ' }}"
+    "{%- if message['content'] is string %}{{- message['content'] }}"
+    "{%- else %}{% for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}{{- '<image>' }}{% else %}{{- part['text'] }}{% endif %}"
+    "{%- endfor %}{% endif %}{{- ' ' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE over printable ASCII: any such text survives a round trip, the rest becomes `<unk>`."""
+    questions, answers, _ = easy_vqa.get_train_questions()
+    texts = [f"USER: \n{q} ASSISTANT: {a}" for q, a in zip(questions, answers, strict=True)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Byte-level BPE writes a space and a line end as these two letters.
+    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=2048,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    """The model's shapes; a larger initialisation than 0.02 suits its small width."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=IMAGE_PIXELS,
+        patch_size=PATCH_PIXELS,
+        projection_dim=WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_PIXELS // PATCH_PIXELS) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Writes the folder."""
+    tokenizer = make_tokenizer()
+    image_processor = CLIPImageProcessorPil(
+        size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
+        crop_size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_PIXELS,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(folder)
+    make_config(tokenizer).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
