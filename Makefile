@@ -1,0 +1,74 @@
+# Everything a newcomer or a developer does here. Each target does its own set-up; `make help` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+EXTRAS ?= [dev]
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+# 3.11 is what the tests run on here, so it is preferred over what `python3` happens to be.
+PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
+	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
+CODE = orchestrator plugins tests
+
+.PHONY: help install quickstart test test-all check format format-check lint types imports lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
+
+install: $(STAMP)  ## the environment in .venv, exact versions (minutes the first time, nothing after)
+
+# torch goes in first and alone: with exactly this version present, no other package can pull a newer build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'make: no Python 3.10 to 3.13 found; install one or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo 'make: $(PYTHON) is not Python 3.10 to 3.13; name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo 'Installing into $(VENV) with $(PYTHON); this takes a few minutes the first time.'
+	@rm -f '$@'
+	@$(PYTHON) -m venv '$(VENV)' || { echo 'make: $(PYTHON) has no venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+	@export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT='$(CURDIR)/constraints.txt'; \
+	'$(BIN)/python' -m pip install --quiet torch; \
+	'$(BIN)/python' -m pip install --quiet --editable '.$(EXTRAS)'
+	@touch '$@'
+	@echo 'Installed. The program is $(BIN)/llavolta.'
+
+quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and print the grid (minutes)
+	@'$(BIN)/llavolta' run experiments/quickstart.yaml
+
+test: $(STAMP)  ## the tests that take seconds to minutes; more options: make test ARGS='-k plan'
+	@'$(BIN)/python' -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)  ## every test, the slow ones included
+	@'$(BIN)/python' -m pytest $(ARGS)
+
+check: format-check lint types imports test  ## format, lint, types, import contract, tests
+
+format: $(STAMP)  ## rewrite the code in the house format
+	@'$(BIN)/ruff' check --fix $(CODE)
+	@'$(BIN)/ruff' format $(CODE)
+
+format-check: $(STAMP)
+	@'$(BIN)/ruff' format --check $(CODE)
+
+lint: $(STAMP)
+	@'$(BIN)/ruff' check $(CODE)
+
+types: $(STAMP)
+	@'$(BIN)/mypy'
+
+imports: $(STAMP)
+	@'$(BIN)/lint-imports'
+
+lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known versions stay)
+	@'$(BIN)/python' -m pip install --quiet uv
+	@head -n 1 constraints.txt > constraints.new
+	@'$(BIN)/uv' pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+		--output-file constraints.txt pyproject.toml
+	@cat constraints.txt >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove the environment and caches; finished runs in runs/ stay
+	@rm -rf .venv build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find orchestrator plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +
