@@ -1,0 +1,117 @@
+"""Walk: an experiment as far as planning takes it, from the file to the tree and the ledger."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.cells import Cell, expand_cells
+from orchestrator.plan.jobs import Job
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.record import CellRecord, cell_record
+from orchestrator.plan.tree import StageTree, build_stage_tree
+from orchestrator.spec.loader import LoadedExperiment, load_experiment
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A loaded and planned experiment beside what its ledger holds."""
+
+    loaded: LoadedExperiment
+    cells: tuple[Cell, ...]
+    tree: StageTree
+    ledger: Ledger
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's address: the file's, the environment's, or sqlite in the storage."""
+        uri = self.loaded.spec.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return uri or f"sqlite:///{self.ledger.storage / 'mlflow.db'}"
+
+    @property
+    def experiment_name(self) -> str:
+        """Name of the MLflow experiment."""
+        return self.loaded.spec.tracking.experiment_name or self.loaded.spec.name
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's weights, log and resolved YAML are found by name."""
+        return self.ledger.cell_folder(self.loaded.spec.name, cell.name)
+
+    def record(self, cell: Cell) -> CellRecord:
+        """A cell as it stands in the ledger."""
+        return cell_record(cell, self.tree, self.ledger)
+
+    def jobs_of(self, cell: Cell) -> tuple[str, ...]:
+        """Ids of what a cell needs, in order: its root, its stage runs, its evaluations."""
+        path = self.tree.path_of[cell.id]
+        return (*path, *(job.id for job in cell.evaluations))
+
+    def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+        """Job id to the names of the cells that need it."""
+        names: dict[str, list[str]] = {job.id: [] for job in work}
+        for cell in self.cells:
+            for identity in self.jobs_of(cell):
+                if identity in names:
+                    names[identity].append(cell.name)
+        return {identity: tuple(found) for identity, found in names.items()}
+
+    def failures(self) -> dict[str, str]:
+        """Cell name to the reason why it failed."""
+        found = {}
+        for cell in self.cells:
+            for identity in self.jobs_of(cell):
+                failure = self.ledger.failure(identity)
+                if failure is not None:
+                    found[cell.name] = str(failure.get("error", "failed"))
+                    break
+        return found
+
+    def find(self, wanted: str) -> Cell:
+        """The cell of a name, an id's unique beginning, or `axis=value`.
+
+        Raises:
+            UsageError: none or several fit.
+        """
+        axis, _, value = wanted.partition("=")
+        fits = [cell for cell in self.cells if cell.name == wanted]
+        fits = fits or [cell for cell in self.cells if len(wanted) >= 4 and cell.id.startswith(wanted)]
+        fits = fits or [
+            cell
+            for cell in self.cells
+            for name, given in cell.axes.items()
+            if value and name.split(".")[-1] == axis.split(".")[-1] and str(given) == value
+        ]
+        if len(fits) == 1:
+            return fits[0]
+        names = ", ".join(cell.name for cell in (fits or self.cells)[:20])
+        problem = "fits no cell; there are" if not fits else "fits several cells:"
+        raise UsageError(f"--cell {wanted} {problem} {names}")
+
+
+def storage_path(loaded: LoadedExperiment) -> Path:
+    """The storage folder: the file's, $LLAVOLTA_STORAGE, or ./runs.
+
+    Raises:
+        UsageError: it is a URL; object stores come with a later version.
+    """
+    text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
+    if "://" in text:
+        raise UsageError(
+            f"cluster.storage_path: {text} is a URL; this version stores in a folder (local or NFS): name a path"
+        )
+    return Path(text).expanduser().absolute()
+
+
+def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
+    """Loads, expands and plans an experiment.
+
+    Raises:
+        SpecError: the file has faults.
+    """
+    loaded = load_experiment(Path(path), overrides)
+    ledger = Ledger(storage_path(loaded))
+    cells = expand_cells(loaded)
+    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)

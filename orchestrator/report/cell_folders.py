@@ -1,0 +1,75 @@
+"""STORAGE/cells/EXPERIMENT/CELL_NAME/: a cell's weights, log and recipe under its name, and what MLflow has of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.plan.cells import Cell
+from orchestrator.plan.identity import digest
+from orchestrator.plan.record import CellRecord
+from orchestrator.plan.walk import Walk
+
+_TRACKED = "tracked.json"
+
+
+def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
+    """Points a cell's folder to its weights and log, and writes its resolved YAML and record."""
+    folder = walk.folder(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = walk.ledger.state_folder(walk.tree.path_of[cell.id][-1])
+    _link(folder / "weights", state / "weights")
+    for name, content in record.artifacts.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+    summary = {"cell_id": cell.id, "status": record.status, "params": record.params, "metrics": record.summary}
+    (folder / "record.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return folder
+
+
+def log_files(walk: Walk, cell: Cell) -> list[Path]:
+    """What a cell's stage runs and evaluations printed, in order."""
+    return [path for identity in walk.jobs_of(cell) if (path := walk.ledger.log_file(identity)).is_file()]
+
+
+def _link(link: Path, target: Path) -> None:
+    if not target.exists():
+        return
+    relative = os.path.relpath(target, link.parent)
+    with suppress(FileNotFoundError):
+        link.unlink()
+    link.symlink_to(relative)
+
+
+def _stamp(walk: Walk, record: CellRecord) -> dict[str, str]:
+    content = digest(
+        {
+            "status": record.status,
+            "params": record.params,
+            "tags": record.tags,
+            "history": [list(point) for point in record.history],
+            "summary": record.summary,
+        }
+    )
+    return {"tracking_uri": walk.tracking_uri, "experiment": walk.experiment_name, "content": content}
+
+
+def _tracked_file(walk: Walk, record: CellRecord) -> Path:
+    return walk.ledger.cell_folder(walk.loaded.spec.name, record.cell_name) / _TRACKED
+
+
+def untracked(walk: Walk, record: CellRecord) -> bool:
+    """True where MLflow does not have the record as it stands."""
+    try:
+        return bool(json.loads(_tracked_file(walk, record).read_text()) != _stamp(walk, record))
+    except (OSError, ValueError):
+        return True
+
+
+def mark_tracked(walk: Walk, record: CellRecord) -> None:
+    """Notes that MLflow has the record as it stands."""
+    path = _tracked_file(walk, record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_stamp(walk, record)) + "\n")

@@ -1,0 +1,50 @@
+"""How a run ends on the screen: the table, where things are, and the line that opens MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from orchestrator.plan.walk import Walk
+from orchestrator.report.figure import grid_figure
+from orchestrator.report.table import Table, text_cells
+
+
+def print_table(table: Table, console: Console) -> None:
+    """The ablation table on the screen."""
+    head, body = text_cells(table)
+    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for number, name in enumerate(head):
+        grid.add_column(name, justify="left" if number in (0, len(head) - 1) else "right", overflow="fold")
+    for line in body:
+        grid.add_row(*line)
+    console.print(grid)
+    for warning in table.warnings:
+        console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def print_ending(walk: Walk, table: Table, failed: Mapping[str, str], waiting: Sequence[str], console: Console) -> None:
+    """The table, every failure with its reason, the figure and the MLflow line."""
+    console.print()
+    print_table(table, console)
+    console.print()
+    spec = walk.loaded.path
+    for name, reason in failed.items():
+        first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+        console.print(f"failed: {name}: {first}", style="red", highlight=False, markup=False)
+        console.print(f"        llavolta logs {spec} --cell {name}", highlight=False, markup=False)
+    if failed:
+        console.print("again:  add --retry-failed to the same command", highlight=False)
+    if waiting:
+        console.print(f"not finished: {', '.join(waiting)}", highlight=False, markup=False)
+    figure = walk.ledger.storage / "cells" / walk.loaded.spec.name / "grid.png"
+    if grid_figure(table, walk.loaded.spec.name, figure):
+        console.print(f"figure: {figure}", highlight=False, markup=False, soft_wrap=True)
+    uri = walk.tracking_uri
+    if uri.startswith("http"):
+        line = f"MLflow: {uri}, experiment {walk.experiment_name}"
+    else:
+        line = f"MLflow: mlflow server --backend-store-uri {uri} --port 5000   then open http://127.0.0.1:5000"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,208 @@
+"""run_experiment(): the whole walk from an experiment file to its table, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator import registry
+from orchestrator.errors import Interrupted, SpecError
+from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
+from orchestrator.plan.walk import Walk, prepare
+from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
+from orchestrator.report.table import Table, ablation_table
+from orchestrator.spec.loader import unsupported_keys
+from orchestrator.tracking.recorder import Recorder, Tracker
+
+
+@dataclass
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        failed: Cell name to the reason.
+        executed: Jobs done by this run.
+        waiting: Cells that neither finished nor failed.
+        unsent: Cells whose MLflow record is still to be sent.
+        tracking_problem: Why they could not be sent.
+    """
+
+    walk: Walk
+    table: Table
+    executed: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    waiting: tuple[str, ...] = ()
+    unsent: tuple[str, ...] = ()
+    tracking_problem: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every cell is finished, else 1."""
+        return 1 if self.failed or self.waiting else 0
+
+
+def table_of(walks: Sequence[Walk], *, all_metrics: bool = False) -> Table:
+    """One table over one or several experiments; a cell found in two of them is shown once."""
+    cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
+    report = walks[0].loaded.spec.report
+    return ablation_table(
+        [walk.record(cell) for walk, cell in cells.values()],
+        {identity: cell.axes for identity, (_, cell) in cells.items()},
+        mean_over=report.mean_over,
+        baseline=report.baseline,
+        all_metrics=all_metrics,
+    )
+
+
+def run_experiment(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    local: bool = False,
+    retry_failed: bool = False,
+    fail_fast: bool = False,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Runs what is missing of an experiment, records it, and returns its table.
+
+    Args:
+        path: The experiment file.
+        overrides: `a.b=c` settings over the file's.
+        local: In this process, without Ray, for a debugger.
+        retry_failed: Takes up what failed in an earlier run.
+        fail_fast: Stops at the first failure.
+        console: Where progress is shown.
+
+    Raises:
+        SpecError: the file has faults, or uses a key whose machinery this version lacks.
+        DataError: rows or images cannot be used.
+        Interrupted: a signal stopped it; finished work stays.
+    """
+    console = console or Console()
+    walk = prepare(path, overrides)
+    if faults := unsupported_keys(walk.loaded.spec):
+        raise SpecError(faults)
+    with walk.ledger.lock():
+        if retry_failed:
+            for job in walk.tree.work(walk.ledger):
+                walk.ledger.clear_failure(job.id)
+        work = _runnable(walk)
+        _check_data(work)
+        executed, problem = 0, None
+        with Recorder(lambda: _open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+            try:
+                if work:
+                    executed = _execute(walk, work, recorder, console, local=local, fail_fast=fail_fast)
+            finally:
+                _record(walk, recorder)
+        problem = recorder.problem
+    names = {cell.id: cell.name for cell in walk.cells}
+    failed = walk.failures()
+    waiting = tuple(c.name for c in walk.cells if c.name not in failed and walk.record(c).status != "finished")
+    unsent = tuple(names[identity] for identity in recorder.unsent)
+    return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, problem if unsent else None)
+
+
+def _runnable(walk: Walk) -> list[Job]:
+    """What is missing and not held up by a failure of an earlier run."""
+    blocked: set[str] = set()
+    work: list[Job] = []
+    for job in walk.tree.work(walk.ledger):
+        needs = job.parent if isinstance(job, StageJob) else job.state if isinstance(job, EvaluationJob) else ""
+        if needs in blocked or walk.ledger.failure(job.id) is not None:
+            blocked.add(job.id)
+        else:
+            work.append(job)
+    return work
+
+
+def _check_data(work: Sequence[Job]) -> None:
+    """Reads every row and image header of the data that `work` uses, before anything starts.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    specs: dict[str, dict[str, Any]] = {}
+    for job in work:
+        entries = [entry["spec"] for entry in job.data] if isinstance(job, StageJob) else []
+        if isinstance(job, EvaluationJob):
+            entries = [job.data]
+        specs.update({repr(sorted(entry.items())): entry for entry in entries})
+    for entry in specs.values():
+        spec = registry.spec_class(registry.DATA, entry["kind"]).model_validate(entry)
+        registry.load_object(spec.implementation)(spec).check()
+
+
+def _open_tracker(walk: Walk) -> Tracker:
+    from orchestrator.tracking.cell_tracker import CellTracker
+
+    return CellTracker(walk.tracking_uri, walk.experiment_name)
+
+
+def _record(walk: Walk, recorder: Recorder) -> None:
+    """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
+    for cell in walk.cells:
+        record = walk.record(cell)
+        if record.status != "new":
+            write_cell_folder(walk, cell, record)
+            if untracked(walk, record):
+                recorder.put(record)
+
+
+def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, *, local: bool, fail_fast: bool) -> int:
+    """Dispatches `work`; returns how many jobs were done.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
+    from orchestrator.dispatch.stop import StopRequest
+    from orchestrator.report.live import LiveView
+
+    costs = {job.id: _relative_cost(job) for job in work}
+    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
+    stop = StopRequest(lambda name: view.say(f"{name}: finishing the step and writing a checkpoint; again: stop now"))
+    done: set[str] = set()
+    failed: set[str] = set()
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        view.on_event(event)
+        if event["event"] == "failed":
+            failed.add(event["id"])
+        if event["event"] == "finished":
+            done.add(event["id"])
+            for cell in walk.cells:
+                needs = walk.jobs_of(cell)
+                if event["id"] in needs and walk.record(cell).status == "finished":
+                    recorder.put(walk.record(cell))
+
+    def should_stop() -> bool:
+        return stop() or (fail_fast and bool(failed))
+
+    with stop, view:
+        _dispatcher(local)(work, walk.ledger, walk.loaded.spec.cluster, on_event, should_stop)
+    if stop():
+        error = Interrupted(f"stopped by {stop.signal_name}; {len(done)} jobs are done, run the same command to go on")
+        error.exit_code = stop.exit_code
+        raise error
+    return len(done)
+
+
+def _dispatcher(local: bool) -> Callable[..., None]:
+    if local:
+        from orchestrator.dispatch.local import run_local
+
+        return run_local
+    from orchestrator.dispatch.run_on_ray import run_on_ray
+
+    return run_on_ray
+
+
+def _relative_cost(job: Job) -> float:
+    """A job's weight in the time left: samples trained, an evaluation counted as a few steps."""
+    if isinstance(job, StageJob):
+        return float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
+    return 1.0 if isinstance(job, RootJob) else 512.0
