@@ -12,7 +12,7 @@ SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 # 3.11 is what the tests run on here, so it is preferred over what `python3` happens to be.
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
 	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
-CODE = orchestrator plugins tests
+CODE = orchestrator plugins experiments tests
 
 .PHONY: help install quickstart test test-all check format format-check lint types imports lock clean
 
