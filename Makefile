@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 EXTRAS ?= [dev]
+PIP_FLAGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f '$@'
 	@$(PYTHON) -m venv '$(VENV)' || { echo 'make: $(PYTHON) has no venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT='$(CURDIR)/constraints.txt'; \
-	'$(BIN)/python' -m pip install --quiet torch; \
-	'$(BIN)/python' -m pip install --quiet --editable '.$(EXTRAS)'
+	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) torch; \
+	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.$(EXTRAS)'
 	@touch '$@'
 	@echo 'Installed. The program is $(BIN)/llavolta.'
 
