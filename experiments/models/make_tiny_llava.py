@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{{- 'USER: ' }}"
     "{%- if message['content'] is string %}{{- message['content'] }}"
     "{%- else %}{% for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{{- '<image>' }}{% else %}{{- part['text'] }}{% endif %}"
+    "{%- if part['type'] == 'image' %}{{- '<image>\\n' }}{% else %}{{- part['text'] }}{% endif %}"
     "{%- endfor %}{% endif %}{{- ' ' }}"
     "{%- endif %}"
     "{%- endfor %}"

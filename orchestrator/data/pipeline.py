@@ -1,0 +1,135 @@
+"""TrainData: the data sets of a phase as one numbered sequence, its order, and its batches as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator import registry
+from orchestrator.data.collate import PaddingSide, collate
+from orchestrator.data.encode import Encoder, Sample
+from orchestrator.data.processor import VisionTextProcessor, load_processor
+from orchestrator.data.rows import Row, open_data_set, raise_for_faults
+from orchestrator.data.sampler import DataOrder, SetSize, rows_per_epoch
+from orchestrator.errors import DataError
+from orchestrator.spec.components import DataSpec
+from orchestrator.spec.model import ModelSpec
+
+
+class TrainData:
+    """A phase's mixture of data sets.
+
+    Attributes:
+        rows: Rows of all sets, one set after the other; an index into it is a sample's index everywhere.
+    """
+
+    def __init__(self, sets: Sequence[tuple[Sequence[Row], float, Encoder]], processor: VisionTextProcessor) -> None:
+        self.rows: list[Row] = [row for rows, _, _ in sets for row in rows]
+        self._encoders = [encoder for _, _, encoder in sets]
+        self._set_of = np.repeat(np.arange(len(sets)), [len(rows) for rows, _, _ in sets])
+        self._sizes = [SetSize(len(rows), rows_per_epoch(len(rows), share)) for rows, share, _ in sets]
+        self._processor = processor
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return sum(size.per_epoch for size in self._sizes)
+
+    @cached_property
+    def _order(self) -> DataOrder:
+        lengths = np.fromiter((row.num_words for row in self.rows), dtype=np.int64, count=len(self.rows))
+        has_image = np.fromiter((bool(row.images) for row in self.rows), dtype=bool, count=len(self.rows))
+        return DataOrder(self._sizes, lengths, has_image)
+
+    def batch_indices(
+        self, seed: int, step: int, global_batch_size: int, group_by_modality_length: bool = False
+    ) -> list[int]:
+        """Samples of one optimizer step over all ranks: a pure function of the arguments.
+
+        Grouped as in LLaVA: a batch holds only rows with an image or only rows without, longest first, so that
+        neighbours have like lengths. Deal neighbours to ranks in turn.
+        """
+        return self._order.batch(seed, step, global_batch_size, group_by_modality_length)
+
+    def sample(self, index: int) -> Sample:
+        """One sample, tokenised.
+
+        Raises:
+            DataError: the row cannot be encoded.
+        """
+        return self._encoders[self._set_of[index]].encode(self.rows[index])
+
+    def collate(self, indices: Sequence[int], padding_side: PaddingSide = "right") -> dict[str, torch.Tensor]:
+        """Tensors of some samples, ready for `model(**batch)`; see `orchestrator.data.collate.collate`.
+
+        Raises:
+            DataError: an image cannot be read or a row cannot be encoded.
+        """
+        return collate([self.sample(index) for index in indices], self._processor, padding_side)
+
+    def blank_image(self) -> dict[str, torch.Tensor]:
+        """Image inputs of one grey image.
+
+        For a rank without an image in its micro-batch that must still run the vision tower (ZeRO-3: every rank takes
+        the same path): run the tower and projector on it and add their sum times zero to the loss.
+        """
+        return self._processor.blank_image()
+
+
+def build_train_data(
+    datasets: Sequence[Mapping[str, Any]],
+    model: ModelSpec | VisionTextProcessor,
+    model_max_length: int,
+) -> TrainData:
+    """The data of a phase.
+
+    Args:
+        datasets: `{"name", "share", "spec"}` each, as in `StageJob.data`.
+        model: Whose processor reads the data, or the processor itself.
+        model_max_length: Most tokens of a row, counted before compression.
+
+    Raises:
+        DataError: a set has no rows, faults, or rows whose images alone are longer than `model_max_length`.
+    """
+    processor = load_processor(model) if isinstance(model, ModelSpec) else model
+    sets = []
+    for entry in datasets:
+        spec = data_spec(entry["spec"])
+        rows = open_data_set(spec).rows()
+        if not rows:
+            raise DataError(f"data.{entry['name']}: no rows")
+        _images_fit(entry["name"], rows, processor, model_max_length)
+        encoder = Encoder(processor, template_of(spec), model_max_length)
+        sets.append((rows, float(entry.get("share", 1.0)), encoder))
+    return TrainData(sets, processor)
+
+
+def data_spec(value: Any) -> DataSpec:
+    """A data set's spec from its mapping."""
+    if isinstance(value, DataSpec):
+        return value
+    spec: DataSpec = registry.spec_class(registry.DATA, value["kind"]).model_validate(dict(value))
+    return spec
+
+
+def template_of(spec: DataSpec) -> str:
+    """How a set's conversations become text; the tokenizer's own template where the kind has no say."""
+    return str(getattr(spec, "conversation_template", "chat_template"))
+
+
+def _images_fit(name: str, rows: Sequence[Row], processor: VisionTextProcessor, model_max_length: int) -> None:
+    if not any(row.images for row in rows) or processor.fixed_image_tokens is None:
+        return
+    per_image = processor.fixed_image_tokens
+    raise_for_faults(
+        f"data.{name}",
+        [
+            f"row {row.index}: {len(row.images)} images take {len(row.images) * per_image} tokens, "
+            f"model_max_length is {model_max_length}; raise it or take the row out"
+            for row in rows
+            if len(row.images) * per_image >= model_max_length
+        ],
+    )

@@ -1,0 +1,161 @@
+"""How a conversation becomes one text, and which characters of it the assistant says.
+
+Sources: LLaVA, `llava/conversation.py` (`conv_llava_plain`, `conv_vicuna_v1`) and `llava/train/train.py`
+(`preprocess_multimodal`, `preprocess_plain`, `preprocess_v1`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.rows import IMAGE_MARK, Row, Turn
+from orchestrator.errors import DataError
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: With the model's own placeholder where an image belongs, one each.
+        answers: Character ranges `[first, last)` that carry the loss, in order.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a template needs to know of a tokenizer.
+
+    Attributes:
+        image_token: Placeholder of one image in the text the model's processor reads.
+        eos_token: Ends an answer.
+        render: `(messages, add_generation_prompt) -> text` by the tokenizer's own chat template.
+        render_marked: `messages -> (text, answer ranges)` where the template marks generation itself, else None.
+    """
+
+    image_token: str
+    eos_token: str
+    render: Callable[[Sequence[dict[str, Any]], bool], str]
+    render_marked: Callable[[Sequence[dict[str, Any]]], tuple[str, list[tuple[int, int]]]] | None = None
+
+
+def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False) -> Rendered:
+    """The text of a row.
+
+    Args:
+        template: `plain`, `vicuna_v1` or `chat_template`.
+        row: The conversation.
+        chat: The tokenizer's facts.
+        prompt_only: End where the assistant's last answer would begin.
+
+    Raises:
+        DataError: the row does not fit the template.
+    """
+    turns = row.turns
+    if prompt_only:
+        last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
+        turns = turns[:last]
+    rendered = _TEMPLATES[template](row, turns, chat, prompt_only)
+    if rendered.text.count(chat.image_token) != len(row.images):
+        raise DataError(
+            f"row {row.index}: {rendered.text.count(chat.image_token)} image placeholders in the text rendered by "
+            f"{template}, {len(row.images)} images"
+        )
+    return rendered
+
+
+def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
+    """The image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
+    if not row.images or [turn.role for turn in row.turns] != ["user", "assistant"]:
+        raise DataError(f"row {row.index}: plain takes one question with an image and one answer (the caption)")
+    images = chat.image_token * len(row.images)
+    if prompt_only:
+        return Rendered(images, ())
+    text = f"{images}{turns[1].text}\n"
+    return Rendered(text, ((len(images), len(text)),))
+
+
+def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
+    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word."""
+    text, answers = VICUNA_SYSTEM + " ", []
+    for turn in turns:
+        if turn.role == "user":
+            text += f"USER: {_image_first(turn.text, chat.image_token)} "
+        else:
+            text += "ASSISTANT:"
+            first = len(text)
+            text += f" {turn.text}{chat.eos_token}"
+            answers.append((first, len(text)))
+    return Rendered(text + "ASSISTANT:" if prompt_only else text, tuple(answers))
+
+
+def _image_first(text: str, image_token: str) -> str:
+    """A single image moves to the front of its turn, as `preprocess_multimodal` does; several stay in place.
+
+    LLaVA's own code would melt several images of a turn into one.
+    """
+    if text.count(IMAGE_MARK) == 1:
+        text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+    return text.replace(IMAGE_MARK, image_token)
+
+
+def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
+    messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    if prompt_only:
+        return Rendered(chat.render(messages, True), ())
+    if chat.render_marked is not None:
+        text, answers = chat.render_marked(messages)
+    else:
+        text, answers = _answers_by_prefix(row, messages, chat)
+    if answers and chat.eos_token not in text[answers[-1][0] : answers[-1][1]]:
+        # A template that never ends an answer would teach the model never to stop.
+        first, last = answers[-1]
+        text = text[:last] + chat.eos_token + text[last:]
+        answers[-1] = (first, last + len(chat.eos_token))
+    return Rendered(text, tuple(answers))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn's text and images in order; templates put their own line ends around an image."""
+    parts: list[dict[str, str]] = []
+    for piece in re.split(f"({re.escape(IMAGE_MARK)})", text):
+        if piece == IMAGE_MARK:
+            parts.append({"type": "image"})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece.strip() if IMAGE_MARK in text else piece})
+    return parts
+
+
+def _answers_by_prefix(
+    row: Row, messages: Sequence[dict[str, Any]], chat: ChatFormat
+) -> tuple[str, list[tuple[int, int]]]:
+    """An answer is what the text has after the generation prompt that stands before it."""
+    text, answers = chat.render(messages, False), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = chat.render(messages[:number], True)
+        after = chat.render(messages[: number + 1], False)
+        if not text.startswith(before) or not after.startswith(before):
+            raise DataError(
+                f"row {row.index}: the tokenizer's chat template changes earlier turns, so where an answer begins "
+                "cannot be told; use conversation_template vicuna_v1 or a template with {% generation %}"
+            )
+        same = next((i for i, (a, b) in enumerate(zip(text, after, strict=False)) if a != b), len(after))
+        answers.append((len(before), same))
+    return text, answers
+
+
+_TEMPLATES = {"plain": _plain, "vicuna_v1": _vicuna_v1, "chat_template": _chat_template}
+TEMPLATES = tuple(_TEMPLATES)

@@ -1,0 +1,97 @@
+"""`easy_vqa`: the 5,000 images and 48,248 questions of the PyPI package easy-vqa, with its own train/test split."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from orchestrator.data.rows import IMAGE_MARK, ImageRef, Row, Turn, evenly_spread, file_exists
+from orchestrator.errors import DataError
+from orchestrator.spec.components import DataSpec
+
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+
+
+class EasyVqaSpec(DataSpec):
+    """Questions about one coloured shape in a 64x64 image, answered by one word.
+
+    Attributes:
+        split: The package's own split: 38,575 training and 9,673 test questions, on different images.
+        max_samples: Questions used, spread evenly over the split.
+        conversation_template: How a question becomes a prompt; `chat_template` is the tokenizer's own.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.data.easy_vqa:EasyVqa"
+
+    kind: Literal["easy_vqa"] = "easy_vqa"
+    split: Literal["train", "test"] = "train"
+    conversation_template: Literal["chat_template", "vicuna_v1", "plain"] = "chat_template"
+
+    def num_rows(self) -> int:
+        """Questions in use."""
+        return len(evenly_spread(len(_questions(self.split)), self.max_samples))
+
+    def content_digest(self) -> str:
+        """SHA-256 over the split's questions and image files."""
+        return _split_digest(self.split)
+
+
+class EasyVqa:
+    """The rows of one split."""
+
+    def __init__(self, spec: EasyVqaSpec) -> None:
+        self._spec = spec
+
+    def rows(self) -> Sequence[Row]:
+        """One row a question: the image, a line end, the question; the answer is one word."""
+        questions = _questions(self._spec.split)
+        images = _split_folder(self._spec.split) / "images"
+        rows = []
+        for index in evenly_spread(len(questions), self._spec.max_samples):
+            question, answer, image = questions[index]
+            turns = (Turn("user", f"{IMAGE_MARK}\n{question}"), Turn("assistant", answer))
+            rows.append(Row(index, (ImageRef(f"{images}/{image}.png"),), turns, answer_type(answer)))
+        return rows
+
+    def check(self, every_row: bool = True) -> list[str]:
+        """Images that the package should have and has not."""
+        paths = sorted({image.path for row in self.rows() for image in row.images}) if every_row else []
+        return [f"{path} is missing; install the package easy-vqa again" for path in paths if not file_exists(path)]
+
+
+def answer_type(answer: str) -> str:
+    """`yes_no`, `shape` or `color`."""
+    if answer in ("yes", "no"):
+        return "yes_no"
+    return "shape" if answer in SHAPES else "color"
+
+
+def _split_folder(split: str) -> Path:
+    package = importlib.util.find_spec("easy_vqa")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("easy_vqa: the package easy-vqa is not installed; pip install easy-vqa")
+    return Path(next(iter(package.submodule_search_locations))) / "data" / split
+
+
+@cache
+def _questions(split: str) -> list[tuple[str, str, int]]:
+    path = _split_folder(split) / "questions.json"
+    try:
+        return [(question, answer, image) for question, answer, image in json.loads(path.read_bytes())]
+    except (OSError, ValueError) as error:
+        raise DataError(f"easy_vqa: {path} cannot be read: {error}; install the package easy-vqa again") from error
+
+
+@cache
+def _split_digest(split: str) -> str:
+    folder = _split_folder(split)
+    digest = hashlib.sha256((folder / "questions.json").read_bytes())
+    for image in sorted((folder / "images").glob("*.png")):
+        digest.update(image.name.encode())
+        digest.update(hashlib.sha256(image.read_bytes()).digest())
+    return digest.hexdigest()
