@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -85,6 +86,14 @@ def running(command: list[str], log: Path, env: dict[str, str]):
                 process.wait(20)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+
+
+@pytest.fixture
+def short_folder():
+    """A folder of Ray's own: the path of a Unix socket in it must stay under 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_hadolint_finds_nothing():
@@ -170,7 +179,7 @@ def test_mlflow_service_starts_and_refuses_foreign_hosts(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_services_start_and_find_each_other(tmp_path):
+def test_ray_services_start_and_find_each_other(tmp_path, short_folder):
     services = compose()["services"]
     port, dashboard = free_port(), free_port()
     env = {**CLEAN, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
@@ -182,7 +191,7 @@ def test_ray_services_start_and_find_each_other(tmp_path):
         extra = (
             ["--node-ip-address=127.0.0.1", "--num-cpus=1"]
             if name == "ray-worker"
-            else ["--node-ip-address=127.0.0.1", f"--temp-dir={tmp_path / 'ray'}", "--include-dashboard=false"]
+            else ["--node-ip-address=127.0.0.1", f"--temp-dir={short_folder}", "--include-dashboard=false"]
         )
         return [str(BIN / "ray"), *shlex.split(text.replace("ray-head", "127.0.0.1"))[1:], *extra]
 
