@@ -1,0 +1,91 @@
+"""Runs one job on one worker: writes initial weights, trains a stage, or evaluates a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from orchestrator import registry
+from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, job_to_json
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.storage import write_json
+
+Ending = Literal["finished", "interrupted"]
+DEFAULT_EXECUTOR = "orchestrator.dispatch.execute:execute"
+
+
+class Executor(Protocol):
+    """What a lane runs its jobs with. Every rank calls it, inside an initialised process group."""
+
+    def __call__(self, job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
+        """Does one job, or leaves it at a checkpoint when `should_stop` turns true."""
+
+
+def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
+    """Does one job on this rank.
+
+    Args:
+        memory: What this worker keeps from job to job; emptied when a job fails.
+        should_stop: Asked at every step; ranks agree on the answer among themselves.
+
+    Returns:
+        `finished`, or `interrupted` when it left early at an in-stage checkpoint.
+
+    Raises:
+        LlavoltaError: the job cannot be done; trying again would not help.
+    """
+    for reference in job.plugins:
+        registry.load_plugin(reference, Path.cwd())  # absolute already, or a module
+    if isinstance(job, RootJob):
+        _write_root(job, ledger)
+        return "finished"
+    if isinstance(job, StageJob):
+        return _train(job, ledger, memory, should_stop)
+    _evaluate(job, ledger, memory)
+    return "finished"
+
+
+def _write_root(job: RootJob, ledger: Ledger) -> None:
+    from orchestrator.models.build import write_initial_weights
+    from orchestrator.training.group import decide
+
+    def write() -> None:
+        if ledger.is_done(job.id):
+            return
+        folder = ledger.work_folder(job.id)
+        write_initial_weights(job, folder)
+        write_json(folder / "job.json", job_to_json(job))
+        ledger.commit(job.id)
+
+    decide(write)
+
+
+def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
+    from orchestrator.training.stage import train_stage
+
+    outcome = train_stage(job, ledger, _training_memory(memory), should_stop)
+    return "finished" if outcome.finished else "interrupted"
+
+
+def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> None:
+    from orchestrator.evaluation.evaluate import evaluate_state
+
+    training = _training_memory(memory)
+    model = training.model_of(job.state)
+    if model is not None and _is_partitioned(training):
+        # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
+        model = None
+    if model is None:
+        training.release()
+    evaluate_state(job, ledger, model=model)
+
+
+def _training_memory(memory: dict[str, Any]) -> Any:
+    from orchestrator.training.memory import TrainingMemory
+
+    return memory.setdefault("training", TrainingMemory())
+
+
+def _is_partitioned(training: Any) -> bool:
+    return bool(training.session.config.get("zero_optimization", {}).get("stage", 0) == 3)

@@ -1,0 +1,46 @@
+"""The one place that touches Ray's private parts; tests/dispatch/test_ray_compat.py fails when one of them moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+# The cleaner: an actor and about 12 s at the end of each run, and it frees nothing where no dashboard runs. It is
+# there for a controller that dies while its driver lives on; here the driver frees the group itself then
+# (`release_placement_group`), and where the driver dies Ray frees what belonged to its job.
+# The datasets: two actors of Ray Data, which a lane does not use.
+UNWANTED_CALLBACKS = (PlacementGroupCleanerCallback, DatasetsCallback)
+
+
+class LaneTrainer(TorchTrainer):
+    """A TorchTrainer that starts no actor a lane has no use for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, UNWANTED_CALLBACKS)]
+
+
+def current_placement_group() -> str | None:
+    """Hexadecimal id of the placement group this worker runs in, or None."""
+    from ray.util.placement_group import get_current_placement_group
+
+    group = get_current_placement_group()
+    return None if group is None else group.id.hex()
+
+
+def release_placement_group(group_id: str) -> None:
+    """Frees a placement group by its hexadecimal id; one that is gone already is no error."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def session_folder() -> str:
+    """Folder of the Ray session this process is connected to, e.g. `/tmp/ray/session_2026-01-01_...`."""
+    import ray
+
+    return str(ray._private.worker.global_worker.node.get_session_dir_path())

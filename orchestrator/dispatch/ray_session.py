@@ -1,0 +1,161 @@
+"""Starts or joins Ray quietly, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from orchestrator.errors import UsageError
+
+# Only job descriptions travel through Ray's object store, never tensors.
+OBJECT_STORE_BYTES = 128 * 2**20
+EXIT_SECONDS = 5.0
+
+# engineering.md sections 1.3 and 1.6: what makes Ray Train quiet and quick to notice a dead worker.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+}
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@dataclass
+class RaySession:
+    """A connection to Ray.
+
+    Attributes:
+        owned: Whether this process started the Ray it is connected to, and so ends it.
+        folder: Ray's session folder with its logs.
+    """
+
+    owned: bool
+    folder: Path
+    _processes: list[psutil.Process] = field(default_factory=list)
+
+    def remember_processes(self) -> None:
+        """Notes the processes of this session, so that those Ray forgets can be ended with it."""
+        if self.owned:
+            with contextlib.suppress(psutil.Error):
+                known = {process.pid for process in self._processes}
+                children = psutil.Process().children(recursive=True)
+                self._processes += [child for child in children if child.pid not in known and _of(child, self.folder)]
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None) -> Iterator[RaySession]:
+    """Connects to Ray for the length of a `with` block.
+
+    Args:
+        address: None starts a Ray of our own, whatever else runs here; `auto`, `host:port` or `ray://...` joins one.
+            Where this process is connected already, that connection is used and left open.
+
+    Raises:
+        UsageError: there is no Ray at the address, or none can be started here.
+    """
+    environment = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else {})}
+    with _environment(environment), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+
+        if ray.is_initialized():
+            yield RaySession(owned=False, folder=_folder())
+            return
+        _connect(address)
+        session = RaySession(owned=address is None, folder=_folder())
+        try:
+            session.remember_processes()
+            yield session
+        finally:
+            session.remember_processes()
+            _leave(session)
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is None:
+            ray.init(
+                address="local",  # never join a Ray that happens to run here, not even one named by RAY_ADDRESS
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except Exception as error:
+        ray.shutdown()
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if address is None:
+            raise UsageError(
+                f"Ray could not be started on this machine: {reason}\n"
+                "    hint: its logs are under /tmp/ray/session_latest/logs; `llavolta run --local` works without Ray"
+            ) from error
+        raise UsageError(
+            f"cluster.address: no Ray answers at {address!r}: {reason}\n"
+            "    hint: start one with `ray start --head`, correct the address (a Ray that was killed leaves a stale one "
+            "in /tmp/ray/ray_current_cluster), or leave cluster.address out to start a local Ray"
+        ) from error
+
+
+def _leave(session: RaySession) -> None:
+    """Disconnects; of a session of our own, no process is left."""
+    import ray
+
+    ray.shutdown()
+    if not session.owned:
+        return
+    _, alive = psutil.wait_procs(session._processes, timeout=EXIT_SECONDS)
+    # Ray's agents are known to outlive it when it ends in disorder. psutil compares start times, so a process that
+    # got the number of a gone one is safe.
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=EXIT_SECONDS)
+
+
+def _of(process: psutil.Process, session_folder: Path) -> bool:
+    """Whether a descendant of ours belongs to the session: a Ray process, or the child of one."""
+    with contextlib.suppress(psutil.Error):
+        for one in (process, *process.parents()):
+            if one.pid == os.getpid():
+                return False
+            if one.name().startswith(("ray::", "raylet", "gcs_server")) or session_folder.name in " ".join(
+                one.cmdline()
+            ):
+                return True
+    return False
+
+
+def _folder() -> Path:
+    from orchestrator.dispatch.ray_compat import session_folder
+
+    return Path(session_folder())
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables the user has not set, for the length of a `with` block."""
+    added = [name for name in values if name not in os.environ]
+    os.environ.update({name: values[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
