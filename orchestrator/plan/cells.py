@@ -1,0 +1,310 @@
+"""From a loaded experiment to its cells: every name resolved, every phase a table of steps, every cell an identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from orchestrator.errors import UsageError
+from orchestrator.plan import reached
+from orchestrator.plan.identity import SEMANTICS_VERSION, digest
+from orchestrator.plan.jobs import FULL, Action, EvaluationJob, RootJob
+from orchestrator.spec.base import Spec
+from orchestrator.spec.components import EvaluationSpec, ScheduleSpec
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.spec.phase import PhaseSpec
+
+if TYPE_CHECKING:
+    from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A resolved variant: its points for `attach` and the digest of what they do."""
+
+    points: tuple[dict[str, Any], ...]
+    id: str
+
+
+FULL_TOKENS = Variant((), digest([]))
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of a cell, resolved.
+
+    Attributes:
+        total_steps: Optimizer steps of the phase (see `plan/reached.py: epoch_steps` for the rule of epochs).
+        table: What every step does; neighbours that do the same are one action.
+        points_ids: Digest of each action's points.
+        data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
+        seed: The phase's own, or the top-level seed.
+        start: State the phase starts from: the root or the state before.
+        lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
+            as far as their tables agree.
+        final: Variant the model is tested under once this phase is its last.
+    """
+
+    name: str
+    total_steps: int
+    table: tuple[Action, ...]
+    points_ids: tuple[str, ...]
+    recipe: PhaseSpec
+    data: tuple[dict[str, Any], ...]
+    seed: int
+    start: str
+    lineage: str
+    final: Variant
+
+    def state_at(self, step: int) -> str:
+        """Identity of the state after `step` optimizer steps: a hash of the lineage and the table up to there."""
+        return state_id(self.lineage, self.table, self.points_ids, step)
+
+    @property
+    def end(self) -> str:
+        """Identity of the state the phase ends in."""
+        return self.state_at(self.total_steps)
+
+
+def state_id(lineage: str, table: Sequence[Action], points_ids: Sequence[str], step: int) -> str:
+    """Identity of the state after `step` steps; what comes later in the table does not count."""
+    done = [
+        [action.first_step, min(action.last_step, step), points]
+        for action, points in zip(table, points_ids, strict=True)
+        if action.first_step < step
+    ]
+    return digest({"lineage": lineage, "table": done})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe of the grid.
+
+    Attributes:
+        id: Hash of the values it reaches; cells of one id are the same work under several names.
+        spec: The experiment as this cell sees it, its axis values applied.
+        state: The state whose weights are the cell's result; the root where there is no phase.
+        evaluations: One job for each entry and each `under`; jobs of equal setting share their id.
+        notices: What could not be resolved here.
+    """
+
+    id: str
+    name: str
+    axes: dict[str, Any]
+    spec: ExperimentSpec
+    root: RootJob
+    phases: tuple[PhasePlan, ...]
+    evaluations: tuple[EvaluationJob, ...]
+    state: str
+    facts: ModelFacts | None = None
+    notices: tuple[str, ...] = ()
+
+
+def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
+    """The cells of an experiment, in the grid's order.
+
+    Raises:
+        UsageError: a phase's number of steps cannot be told, or a key needs machinery that is not built yet.
+    """
+    resolver = _Resolver()
+    return tuple(resolver.cell(cell) for cell in loaded.cells)
+
+
+class _Resolver:
+    """Resolves cells; what cells have in common (digests, dumps, tables) is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+        self._alive: list[Any] = []
+
+    def _once(self, make: Callable[..., Made], spec: Spec, *rest: Any) -> Made:
+        # Cells often hold the very same object; only then is its text not needed.
+        near = (make, id(spec), *rest)
+        if near not in self._made:
+            far = (make, type(spec), spec.model_dump_json(), *rest)
+            if far not in self._made:
+                self._made[far] = make(spec, *rest)
+            self._made[near] = self._made[far]
+            self._alive.append(spec)
+        return self._made[near]
+
+    def cell(self, cell: ResolvedCell) -> Cell:
+        spec = cell.spec
+        facts = self._once(_facts, spec.model)
+        root = self._once(_root, spec.model, spec.seed if reached.draws_weights(spec.model) else 0, spec.plugins)
+        phases: list[PhasePlan] = []
+        state = root.id
+        notices: list[str] = []
+        for name in ("pretrain", "finetune"):
+            recipe = getattr(spec.phases, name)
+            if recipe is not None:
+                phases.append(self._phase(spec, name, recipe, state, facts, notices))
+                state = phases[-1].end
+        final = phases[-1].final if phases else FULL_TOKENS
+        evaluations = [
+            self._evaluation(spec, name, under, state, final, facts, notices)
+            for name, entry in spec.evaluate.items()
+            for under in dict.fromkeys(entry.under)
+        ]
+        identity = digest({"cell": [[phase.lineage, phase.end] for phase in phases] or root.id})
+        return Cell(
+            identity, cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state, facts,
+            tuple(dict.fromkeys(notices)),
+        )  # fmt: skip
+
+    def _phase(
+        self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, start: str, facts: ModelFacts | None,
+        notices: list[str],
+    ) -> PhasePlan:  # fmt: skip
+        sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
+        found = []
+        for set_name, share in sets.items():
+            identity, dump, notice = self._data(spec, set_name, f"phases.{name}.data")
+            notices += [notice] if notice else []
+            found.append((identity, share, {"name": set_name, "share": share, "spec": dump}))
+        found.sort(key=lambda entry: entry[:2])
+        total_steps = _total_steps(spec, name, recipe, sets)
+        table = self._table(spec, name, recipe, total_steps)
+        actions, ids = self._actions(spec, table.actions, facts)
+        seed = spec.seed if recipe.seed is None else recipe.seed
+        lineage = digest(
+            {
+                "start": start,
+                "phase": self._once(_recipe_digest, recipe),
+                "data": [entry[:2] for entry in found],
+                "total_steps": total_steps,
+                "seed": seed,
+            }
+        )
+        data = tuple(entry[2] for entry in found)
+        final = self._variant(spec, table.final, facts)
+        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, final)
+
+    def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
+        if name not in spec.data:
+            raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
+        return self._once(_data, spec.data[name])
+
+    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> Any:
+        schedule = recipe.schedule
+        if isinstance(schedule, str) and schedule not in spec.schedules:
+            return _constant(schedule, total_steps)
+        chosen = spec.schedules[schedule] if isinstance(schedule, str) else schedule
+        try:
+            return self._once(_compile, chosen, total_steps, recipe.global_batch_size)
+        except ValueError as error:
+            raise UsageError(f"phases.{name}.schedule: {error}") from error
+
+    def _actions(
+        self, spec: ExperimentSpec, table: tuple[tuple[int, int, str], ...], facts: ModelFacts | None
+    ) -> tuple[tuple[Action, ...], tuple[str, ...]]:
+        actions: list[Action] = []
+        ids: list[str] = []
+        for first, last, name in table:
+            variant = self._variant(spec, name, facts)
+            # Two names may stand for the same points: then nothing changes between them.
+            if ids and ids[-1] == variant.id:
+                actions[-1] = Action(actions[-1].first_step, last, actions[-1].variant, variant.points)
+            else:
+                actions.append(Action(first, last, name, variant.points))
+                ids.append(variant.id)
+        return tuple(actions), tuple(ids)
+
+    def _variant(self, spec: ExperimentSpec, name: str, facts: ModelFacts | None) -> Variant:
+        if name == FULL:
+            return FULL_TOKENS
+        if name not in spec.compressors:
+            known = ", ".join((FULL, *spec.compressors))
+            raise UsageError(f"compressors: no variant is called {name!r}; there are: {known}")
+        points = spec.compressors[name]
+        key = ("variant", *(id(point) for point in points), id(facts))
+        if key not in self._made:
+            grid = None if facts is None else facts.visual_grid
+            try:
+                resolved = reached.resolve_points(points, None if facts is None else facts.num_layers, grid)
+            except ValueError as error:
+                raise UsageError(f"compressors.{name}: {error}") from error
+            self._made[key] = Variant(resolved, reached.points_identity(points, resolved))
+            self._alive.append(points)
+        return self._made[key]
+
+    def _evaluation(
+        self, spec: ExperimentSpec, name: str, under: str, state: str, final: Variant, facts: ModelFacts | None,
+        notices: list[str],
+    ) -> EvaluationJob:  # fmt: skip
+        entry = spec.evaluate[name]
+        data_id, data, notice = self._data(spec, entry.data, f"evaluate.{name}.data")
+        notices += [notice] if notice else []
+        variant = final if under == "final" else self._variant(spec, under, facts)
+        recipe = spec.phases.finetune or spec.phases.pretrain
+        length = 2048 if recipe is None else recipe.model_max_length
+        entry_id, dump = self._once(_evaluation, entry)
+        identity = digest(
+            {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
+        )
+        model = self._once(_dump, spec.model)
+        return EvaluationJob(
+            identity, state, name, under, variant.points, dump, data, model, length, tuple(spec.plugins)
+        )
+
+
+def _facts(model: ModelSpec) -> ModelFacts | None:
+    return model_facts(model.model_name_or_path, model.revision)
+
+
+def _dump(spec: Spec) -> dict[str, Any]:
+    return spec.model_dump(mode="json")
+
+
+def _root(model: ModelSpec, seed: int, plugins: tuple[str, ...]) -> RootJob:
+    drawn = {"seed": seed} if reached.draws_weights(model) else {}
+    identity = digest({"semantics": SEMANTICS_VERSION, "model": reached.model_identity(model), **drawn})
+    return RootJob(identity, _dump(model), seed, tuple(plugins))
+
+
+def _recipe_digest(recipe: PhaseSpec) -> str:
+    return digest(reached.recipe_identity(recipe))
+
+
+def _data(data: Any) -> tuple[str, dict[str, Any], str | None]:
+    identity, notice = reached.data_identity(data)
+    return digest(identity), _dump(data), notice
+
+
+def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
+    return digest(reached.evaluation_identity(entry)), _dump(entry)
+
+
+def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> Any:
+    return schedule.compile(total_steps, global_batch_size)
+
+
+def _constant(variant: str, total_steps: int) -> Any:
+    from orchestrator.spec.components import StageTable
+
+    return StageTable(((0, total_steps, variant),), variant)
+
+
+def _total_steps(spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float]) -> int:
+    for later in ("max_train_tflops", "match_train_tflops"):
+        if getattr(recipe, later) is not None:
+            raise UsageError(f"phases.{name}.{later} is not built yet; give max_steps or num_train_epochs")
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    if recipe.num_train_epochs is None:
+        raise UsageError(f"phases.{name} has no length: give max_steps or num_train_epochs")
+    rows: list[tuple[int, float]] = []
+    for set_name, share in sets.items():
+        found = spec.data[set_name].num_rows()
+        if found is None:
+            raise UsageError(
+                f"data.{set_name}: its file is not here, so the steps of phases.{name} (num_train_epochs) cannot be "
+                "counted; give num_samples on the data set, or max_steps on the phase"
+            )
+        rows.append((found, share))
+    return reached.epoch_steps(reached.rows_per_epoch(rows), recipe.num_train_epochs, recipe.global_batch_size)

@@ -1,0 +1,200 @@
+"""What two things must share to be the same: canonical JSON, SHA-256, and digests of files and folders by content."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+SEMANTICS_VERSION = 1
+"""Version of the training semantics; raised when a change of this code moves the numbers of a training run."""
+
+_RACY_SECONDS = 2.0
+_MAX_CACHED = 200_000
+_BLOCK_BYTES = 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _plain(value: Any) -> Any:
+    # Exact type first: this runs for every value of every cell.
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if kind is float:
+        if not math.isfinite(value):
+            raise ValueError(f"{value!r} has no canonical form; identities hold finite numbers only")
+        return int(value) if value.is_integer() else value
+    if kind is dict or isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"keys of an identity are strings, got {[k for k in value if not isinstance(k, str)]}")
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _plain_rare(value)
+
+
+def _plain_rare(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return str(value)
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for base in (bool, int, float, str):  # subclasses such as numpy.float64
+        if isinstance(value, base):
+            return _plain(base(value))
+    raise TypeError(f"a {type(value).__name__} has no canonical form: {value!r}")
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, ASCII, Fractions as `1/4`, floats by `repr`.
+
+    A float that is a whole number is written as an integer, so that 1 and 1.0 are the same value; True is not 1.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value is none of null, bool, number, text, list, mapping with text keys, path, set, enum.
+    """
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, never cached.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+class DigestCache:
+    """Digests of files by (path, size, mtime_ns) in one JSON file; a damaged or unwritable file costs only time.
+
+    Args:
+        file: Where the cache lies; None takes `$XDG_CACHE_HOME/llavolta/digests.json` or the same in `~/.cache`.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file or _cache_folder() / "digests.json"
+        self._entries: dict[str, list[Any]] | None = None
+        self._new: dict[str, list[Any]] = {}
+
+    def of_file(self, path: str) -> str:
+        """Digest of one file, read only if its size or time changed since it was last read."""
+        if self._entries is None:
+            self._entries = self._load()
+        stat = os.stat(path)
+        known = self._new.get(path) or self._entries.get(path)
+        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(known[2])
+        sha = file_sha256(path)
+        # A file written a moment ago may be written again within the clock's grain: do not trust its time yet.
+        if time.time() - stat.st_mtime > _RACY_SECONDS:
+            self._new[path] = [stat.st_size, stat.st_mtime_ns, sha]
+        return sha
+
+    def save(self) -> None:
+        """Writes what is new, atomically, over what other processes wrote meanwhile."""
+        if not self._new:
+            return
+        entries = {**self._load(), **self._new}
+        self._entries, self._new = entries, {}
+        while len(entries) > _MAX_CACHED:
+            del entries[next(iter(entries))]
+        part = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(entries, separators=(",", ":")))
+            part.replace(self.file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            found = json.loads(self.file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return {path: e for path, e in found.items() if _is_entry(e)} if isinstance(found, dict) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == 3
+        and isinstance(entry[0], int)
+        and isinstance(entry[1], int)
+        and isinstance(entry[2], str)
+        and _DIGEST.fullmatch(entry[2]) is not None
+    )
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
+
+
+_caches: dict[Path, DigestCache] = {}
+
+
+def content_digest(path: str | os.PathLike[str], cache: DigestCache | None = None) -> str:
+    """SHA-256 of what a file or folder holds, not of where it lies.
+
+    A folder's digest covers the relative names and contents of all files in it, links to files followed.
+
+    Raises:
+        OSError: it does not exist or cannot be read.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        names = [
+            os.path.relpath(os.path.join(folder, name), path) for folder, _, found in os.walk(path) for name in found
+        ]
+        return files_digest(path, names, cache)
+    cache = cache or _shared_cache()
+    try:
+        return cache.of_file(path)
+    finally:
+        cache.save()
+
+
+def files_digest(folder: str | os.PathLike[str], names: list[str], cache: DigestCache | None = None) -> str:
+    """SHA-256 of the named files of a folder: relative names (with `/`) and contents.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    cache = cache or _shared_cache()
+    base = os.path.abspath(folder)
+    try:
+        listing = [[name.replace(os.sep, "/"), cache.of_file(os.path.join(base, name))] for name in sorted(names)]
+    finally:
+        cache.save()
+    return digest({"files": listing})
+
+
+def _shared_cache() -> DigestCache:
+    file = _cache_folder() / "digests.json"
+    if file not in _caches:
+        _caches[file] = DigestCache(file)
+    return _caches[file]

@@ -1,0 +1,210 @@
+"""What of a spec a cell reaches, as plain values to hash: model, data, points, recipe (DESIGN section 3, Identity)."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.identity import content_digest, digest, files_digest
+from orchestrator.spec.base import Component, Spec, parse_share
+from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.phase import PhaseSpec
+
+_SETTINGS = (
+    "config.json", "generation_config.json", "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.spm", "spiece.model", "*processor*.json", "chat_template*", "*.py",
+)  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Fields of a phase that other values stand for: the table of steps, the data's content, the number of steps.
+_RESOLVED = frozenset(
+    {"data", "schedule", "seed", "start_from"}
+    | {"max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops"}
+)
+
+
+def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
+    """A spec as a mapping of the values that decide what it does.
+
+    Fields named by `not_identity` or `leave` are left out; a component carries its version, and one that came from a
+    plug-in file the digest of that file.
+    """
+    if isinstance(value, Spec):
+        names = type(value).model_fields.keys() - type(value).not_identity - leave
+        fields = {name: reached(getattr(value, name)) for name in names}
+        if isinstance(value, Component):
+            fields["@version"] = type(value).version
+            if (source := _plugin_file(type(value))) is not None:
+                fields["@source"] = content_digest(source)
+        return fields
+    if isinstance(value, Mapping):
+        return {key: reached(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [reached(item) for item in value]
+    return value
+
+
+def _plugin_file(cls: type[Component]) -> str | None:
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) if cls.__module__.startswith("llavolta_plugin_") else None
+
+
+def hub_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit a hub revision stands for in the local cache; None where it was never downloaded."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    try:
+        commit = (cache / f"models--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> Any:
+    """A folder or file by content, a hub id by commit (by revision until it is downloaded)."""
+    if os.path.isdir(name):
+        found = sorted(entry.name for entry in os.scandir(name) if entry.is_file())
+        chosen: list[str] = []
+        for patterns in parts:
+            chosen += [n for n in found if any(fnmatch.fnmatchcase(n, p) for p in patterns) and n not in chosen]
+        return {"files": files_digest(name, chosen)}
+    if os.path.isfile(name):
+        return {"file": content_digest(name)}
+    commit = hub_commit(name, revision)
+    return {"hub": name, "commit": commit} if commit else {"hub": name, "revision": revision or "main"}
+
+
+def _weight_patterns(name: str) -> tuple[str, ...]:
+    # As transformers chooses: safetensors where there are any.
+    safe = os.path.isdir(name) and any(fnmatch.filter(os.listdir(name), _WEIGHTS[0][0]))
+    return _WEIGHTS[0] if safe or not os.path.isdir(name) else _WEIGHTS[1]
+
+
+def model_identity(model: ModelSpec) -> dict[str, Any]:
+    """Config, tokenizer and processor by content, weights by content or `random`; not the folder's name.
+
+    Weights by part: a part that is not listed comes from the model's own weights, so these count too.
+    """
+    name, weights = model.model_name_or_path, model.weights
+    whole = weights == "pretrained" or (isinstance(weights, dict) and len(weights) < 3)
+    parts: list[Sequence[str]] = [_SETTINGS] + ([_weight_patterns(name)] if whole else [])
+    sources: Any = weights
+    if isinstance(weights, dict):
+        sources = {
+            part: "random" if source == "random" else _source(source, None, [_SETTINGS, _weight_patterns(source)])
+            for part, source in weights.items()
+        }
+    fields = reached(model, leave=frozenset({"model_name_or_path", "revision", "weights"}))
+    return {**fields, "source": _source(name, model.revision, parts), "weights": sources}
+
+
+def draws_weights(model: ModelSpec) -> bool:
+    """True where a part of the initial weights is drawn from the seed."""
+    return model.weights == "random" or (isinstance(model.weights, dict) and "random" in model.weights.values())
+
+
+def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
+    """Content and the fields that change rows; and a notice where the content cannot be read here.
+
+    Data that is not here is identified by its fields, paths included, until it is.
+    """
+    paths = frozenset(type(data).path_fields)
+    try:
+        return {**reached(data, leave=paths), "content": data.content_digest()}, None
+    except (OSError, NotImplementedError) as error:
+        where = getattr(error, "filename", None) or error
+        notice = f"data of kind {data.kind} cannot be read here ({where}): cells are identified by its path for now"
+        return {**reached(data), "content": None}, notice
+
+
+def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None) -> tuple[Any, ...]:
+    """Points with `layer` as a number and `layer_average_tokens` solved for `keep_tokens`, as mappings for `attach`.
+
+    Without model facts both stay as written.
+
+    Raises:
+        ValueError: no number of tokens gives the wanted mean.
+    """
+    resolved: list[dict[str, Any]] = []
+    for point in points:
+        fields = point.model_dump(mode="json")
+        if num_layers is not None and point.layer != "projector":
+            fields["layer"] = point.layer_index(num_layers)
+        if point.layer_average_tokens is not None and num_layers is not None and grid is not None:
+            if len(points) > 1:
+                raise ValueError("layer_average_tokens is for a variant of one point; give the other amounts instead")
+            layer = 0 if point.layer == "projector" else point.layer_index(num_layers)
+            fields["keep_tokens"] = solve_keep_tokens(point.layer_average_tokens, layer, num_layers, grid.tokens)
+            fields["layer_average_tokens"] = None
+        resolved.append(fields)
+    return tuple(resolved)
+
+
+def solve_keep_tokens(average: int, layer: int, num_layers: int, tokens: int) -> int:
+    """Tokens to keep from `layer` on so that the mean over all decoder layers is nearest to `average`.
+
+    `(layer * tokens + (num_layers - layer) * keep) / num_layers = average` (LLaVolta section 4, tokens per layer).
+
+    Raises:
+        ValueError: the layers before the point alone hold more, or more tokens are asked for than there are.
+    """
+    keep = Fraction(average * num_layers - layer * tokens, num_layers - layer)
+    if not 1 <= keep <= tokens:
+        least = Fraction(layer * tokens + num_layers - layer, num_layers)
+        raise ValueError(
+            f"layer_average_tokens {average} cannot be reached at layer {layer} of {num_layers}: "
+            f"the mean lies between {float(least):.1f} and {tokens}"
+        )
+    return int(keep + Fraction(1, 2))
+
+
+def points_identity(points: Sequence[CompressorSpec], resolved: Sequence[Mapping[str, Any]]) -> str:
+    """Digest of a variant: resolved fields that count, component versions, plug-in sources; not its name."""
+    solved = ("layer", "keep_tokens", "layer_average_tokens")
+    return digest([{**reached(p), **{name: r[name] for name in solved}} for p, r in zip(points, resolved, strict=True)])
+
+
+def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
+    """The phase's own fields that decide what a step does, given its table, data, seed and number of steps."""
+    fields: dict[str, Any] = reached(recipe, leave=_RESOLVED)
+    fields["train"] = sorted(set(recipe.train))
+    if recipe.lora is not None:
+        fields["lora"]["target_modules"] = sorted(set(recipe.lora.target_modules))
+    if isinstance(recipe.learning_rate, dict):
+        fields["learning_rate"] = {part: lr for part, lr in recipe.learning_rate.items() if part in recipe.train}
+    if isinstance(recipe.start_from, str):
+        fields["start_from"] = _source(recipe.start_from, None, [_SETTINGS, _weight_patterns(recipe.start_from)])
+    elif recipe.start_from is not None:
+        fields["start_from"] = reached(recipe.start_from)
+    return fields
+
+
+def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
+    """The evaluation's own fields; its data and points are hashed beside it."""
+    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under"}))
+    return fields
+
+
+def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
+    """Rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
+    return sum(max(1, int(rows * parse_share(share))) for rows, share in sets)
+
+
+def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
+    """Optimizer steps of `epochs` passes: whole batches only, at least one.
+
+    Epochs follow each other without a gap, so only the very last partial batch is left out:
+    665,298 rows in batches of 128 give 5,197 steps.
+    """
+    return max(1, int(rows * Fraction(repr(epochs)) / global_batch_size))

@@ -1,0 +1,175 @@
+"""Files that are whole or not there: atomic writes, checksummed folders, storage errors a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import StorageError
+from orchestrator.plan.identity import digest, file_sha256
+
+MANIFEST = "manifest.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_STORAGE"
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError met while working in `folder` into a StorageError that says what to do.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"{folder}: no space left on its disk ({error.strerror}). Finished work is safe. Free some space there "
+                f"(`llavolta ledger gc` shows what can go), {_CHANGE_PLACE}; then run again"
+            ) from error
+        raise StorageError(
+            f"{folder}: {error.strerror or error} ({error.filename or folder}). "
+            f"Make it a folder that this user can read and write, {_CHANGE_PLACE}"
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes a file's content last."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file aside, then renames it: readers see the old one or the new one, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; NaN is refused.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON mapping; None where there is none or it is damaged.
+
+    Raises:
+        StorageError: the file is there but cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        with storage_errors(path.parent):
+            raise error
+    return found if isinstance(found, dict) else None
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of all files below a folder, with `/`, sorted; temporary ones left out."""
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders.sort()
+        found += [(Path(base) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Lists size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
+
+    Raises:
+        StorageError: the disk is full or a file cannot be read.
+    """
+    files = {}
+    with storage_errors(folder):
+        for name in list_files(folder):
+            if name != MANIFEST and name not in leave_out:
+                fsync_file(folder / name)
+                files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
+        for base, _, _ in os.walk(folder):
+            fsync_folder(Path(base))
+    write_json(folder / MANIFEST, {"files": files, "sha256": digest(files)})
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Name to size and SHA-256; None where the manifest is missing or damaged."""
+    found = read_json(folder / MANIFEST)
+    files = found.get("files") if found else None
+    try:
+        whole = isinstance(files, dict) and found is not None and digest(files) == found.get("sha256")
+    except (TypeError, ValueError):
+        return None
+    return files if whole else None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
+    files = read_manifest(folder)
+    if files is None:
+        return [MANIFEST]
+    bad = []
+    for name, entry in files.items():
+        try:
+            size = os.stat(folder / name).st_size
+        except OSError:
+            size = -1
+        if size != entry.get("size"):
+            bad.append(name)
+    return bad
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Files that are missing, cut short or changed; empty when the folder is whole. Reads every byte."""
+    bad = missing_files(folder)
+    files = read_manifest(folder)
+    for name, entry in (files or {}).items():
+        if name in bad:
+            continue
+        try:
+            sha = file_sha256(folder / name)
+        except OSError:
+            sha = ""
+        if sha != entry.get("sha256"):
+            bad.append(name)
+    return sorted(bad)
