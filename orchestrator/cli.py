@@ -45,6 +45,11 @@ def main() -> None:
         print("stopped now; finished work is kept, run the same command to go on", file=sys.stderr)
     except BrokenPipeError:
         code = 0
+    except OSError as error:
+        if debug:
+            raise
+        code = 1
+        print(f"error: {error.filename or 'the storage'}: {error.strerror or error}", file=sys.stderr)
     except typer.Abort:
         code = 130
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,38 +87,21 @@ def run_experiment(
     walk = prepare(path, overrides)
     if faults := unsupported_keys(walk.loaded.spec):
         raise SpecError(faults)
-    with walk.ledger.lock():
-        if retry_failed:
-            for job in walk.tree.work(walk.ledger):
-                walk.ledger.clear_failure(job.id)
-        work = _runnable(walk)
+    with walk.ledger.lock(walk.loaded.spec.name):
+        work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
         _check_data(work)
-        executed, problem = 0, None
+        executed = 0
         with Recorder(lambda: _open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
                 if work:
                     executed = _execute(walk, work, recorder, console, local=local, fail_fast=fail_fast)
             finally:
                 _record(walk, recorder)
-        problem = recorder.problem
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
     waiting = tuple(c.name for c in walk.cells if c.name not in failed and walk.record(c).status != "finished")
     unsent = tuple(names[identity] for identity in recorder.unsent)
-    return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, problem if unsent else None)
-
-
-def _runnable(walk: Walk) -> list[Job]:
-    """What is missing and not held up by a failure of an earlier run."""
-    blocked: set[str] = set()
-    work: list[Job] = []
-    for job in walk.tree.work(walk.ledger):
-        needs = job.parent if isinstance(job, StageJob) else job.state if isinstance(job, EvaluationJob) else ""
-        if needs in blocked or walk.ledger.failure(job.id) is not None:
-            blocked.add(job.id)
-        else:
-            work.append(job)
-    return work
+    return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, recorder.problem if unsent else None)
 
 
 def _check_data(work: Sequence[Job]) -> None:
@@ -163,15 +147,12 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
     from orchestrator.report.live import LiveView
 
     costs = {job.id: _relative_cost(job) for job in work}
-    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
+    view = LiveView(work, costs, walk.names_of(work), partial(walk.file_of, name="metrics.jsonl"), console)
     stop = StopRequest(lambda name: view.say(f"{name}: finishing the step and writing a checkpoint; again: stop now"))
     done: set[str] = set()
-    failed: set[str] = set()
 
     def on_event(event: Mapping[str, Any]) -> None:
         view.on_event(event)
-        if event["event"] == "failed":
-            failed.add(event["id"])
         if event["event"] == "finished":
             done.add(event["id"])
             for cell in walk.cells:
@@ -179,11 +160,8 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
                 if event["id"] in needs and walk.record(cell).status == "finished":
                     recorder.put(walk.record(cell))
 
-    def should_stop() -> bool:
-        return stop() or (fail_fast and bool(failed))
-
     with stop, view:
-        _dispatcher(local)(work, walk.ledger, walk.loaded.spec.cluster, on_event, should_stop)
+        _dispatcher(local)(work, walk.ledger, walk.loaded.spec.cluster, on_event, stop, fail_fast=fail_fast)
     if stop():
         error = Interrupted(f"stopped by {stop.signal_name}; {len(done)} jobs are done, run the same command to go on")
         error.exit_code = stop.exit_code
@@ -191,7 +169,7 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
     return len(done)
 
 
-def _dispatcher(local: bool) -> Callable[..., None]:
+def _dispatcher(local: bool) -> Callable[..., Any]:
     if local:
         from orchestrator.dispatch.local import run_local
 

@@ -46,8 +46,13 @@ class Walk:
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Ids of what a cell needs, in order: its root, its stage runs, its evaluations."""
-        path = self.tree.path_of[cell.id]
-        return (*path, *(job.id for job in cell.evaluations))
+        tests = dict.fromkeys(job.id for job in cell.evaluations)
+        return (cell.root.id, *self.tree.path_of[cell.id], *tests)
+
+    def file_of(self, job: str, name: str) -> Path:
+        """A file such as `metrics.jsonl` or `log.txt` of a job, finished or under way."""
+        finished = self.ledger.state_folder(job) / name
+        return finished if finished.is_file() else self.ledger.work_folder(job) / name
 
     def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
         """Job id to the names of the cells that need it."""

@@ -19,8 +19,7 @@ def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
     """Points a cell's folder to its weights and log, and writes its resolved YAML and record."""
     folder = walk.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    state = walk.ledger.state_folder(walk.tree.path_of[cell.id][-1])
-    _link(folder / "weights", state / "weights")
+    _link(folder / "weights", walk.ledger.state_folder(cell.state) / "weights")
     for name, content in record.artifacts.items():
         if isinstance(content, str):
             (folder / name).write_text(content)
@@ -31,7 +30,7 @@ def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
 
 def log_files(walk: Walk, cell: Cell) -> list[Path]:
     """What a cell's stage runs and evaluations printed, in order."""
-    return [path for identity in walk.jobs_of(cell) if (path := walk.ledger.log_file(identity)).is_file()]
+    return [path for identity in walk.jobs_of(cell) if (path := walk.file_of(identity, "log.txt")).is_file()]
 
 
 def _link(link: Path, target: Path) -> None:

@@ -40,7 +40,7 @@ def status_document(walk: Walk) -> dict[str, Any]:
 def _steps_done(walk: Walk, job: StageJob) -> int:
     if walk.ledger.is_done(job.id):
         return job.last_step - job.first_step
-    metrics = last_metrics(walk.ledger.metrics_file(job.id))
+    metrics = last_metrics(walk.file_of(job.id, "metrics.jsonl"))
     return 0 if metrics is None else int(metrics["step"]) + 1 - job.first_step
 
 
