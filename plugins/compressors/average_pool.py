@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
 
 
 class AveragePoolSpec(CompressorSpec):
@@ -26,3 +31,57 @@ class AveragePoolSpec(CompressorSpec):
         if self.stride is not None:
             return -(-grid.tokens // self.stride)
         return amount_to_keep(self, grid.tokens)
+
+
+class AveragePool:
+    """Averages windows of neighbouring tokens; the last, shorter window is averaged over its own length."""
+
+    def __init__(self, spec: AveragePoolSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; sums are taken in float32.
+
+        Raises:
+            ValueError: more windows are asked for than there are tokens.
+        """
+        import torch
+
+        from orchestrator.compression.protocol import Kept
+
+        tokens = visual_BND.shape[1]
+        windows = self.spec.kept_tokens(grid)
+        if self.spec.stride is not None:
+            bounds = [min(number * self.spec.stride, tokens) for number in range(windows + 1)]
+        else:
+            bounds = [number * tokens // windows for number in range(windows + 1)]
+        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        first_M = torch.tensor(bounds[:-1], device=visual_BND.device)
+        positions_ABN, sizes_BN = context.positions_ABN, context.sizes_BN
+        if min(lengths) == max(lengths):
+            shape = (windows, lengths[0])
+            hidden_BMD = visual_BND.unflatten(1, shape).mean(2)
+            position_sums_ABM = positions_ABN.unflatten(2, shape).sum(3)
+            sizes_BM = sizes_BN.unflatten(1, shape).sum(2)
+            length_M: Any = lengths[0]
+        else:
+            length_M = torch.tensor(lengths, device=visual_BND.device)
+            within_W = torch.arange(max(lengths), device=visual_BND.device)
+            inside_MW = within_W < length_M.unsqueeze(1)
+            index_MW = torch.where(inside_MW, first_M.unsqueeze(1) + within_W, 0)
+            windows_BMWD = visual_BND[:, index_MW] * inside_MW.unsqueeze(-1)
+            sums_BMD = windows_BMWD.sum(2, dtype=torch.float32 if visual_BND.itemsize < 4 else None)
+            hidden_BMD = (sums_BMD / length_M.unsqueeze(-1)).to(visual_BND.dtype)
+            position_sums_ABM = (positions_ABN[:, :, index_MW] * inside_MW).sum(3)
+            sizes_BM = (sizes_BN[:, index_MW] * inside_MW).sum(2)
+        if self.spec.positions == "first":
+            positions_ABM = positions_ABN[:, :, first_M]
+        else:
+            positions_ABM = position_sums_ABM // length_M
+        return Kept(
+            hidden_BMD,
+            positions_ABM,
+            sizes_BM,
+            sources_BM=first_M.expand(len(visual_BND), -1),
+            renumber=self.spec.positions == "renumber",
+        )

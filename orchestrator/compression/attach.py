@@ -1,0 +1,240 @@
+"""`attach`: visual-token compression inside an unmodified Hugging Face model, switched per stage and taken off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.decoder import Decoder, Pass
+from orchestrator.compression.families import Family, family_of
+from orchestrator.compression.head import Head
+from orchestrator.compression.points import resolve_points
+from orchestrator.compression.protocol import Point
+from orchestrator.compression.segments import Draw
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import CompressorSpec
+
+PointLike = CompressorSpec | Mapping[str, Any]
+ALL_LEARNED_POINTS: Final = "all learned points"
+MODULES_NAME: Final = "llavolta_compressors"
+
+
+def attach(
+    model: nn.Module, points: Sequence[PointLike], modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS
+) -> Attachment:
+    """Puts compressors into a vision-language model, in place.
+
+    Args:
+        model: A Hugging Face image-text-to-text model, plain or wrapped by peft, DeepSpeed or DDP.
+        points: Compressors, as specs or mappings; an empty list runs full tokens.
+        modules: Points whose learned modules are created now, since `switch` cannot add parameters; by default those
+            of `points`. Name all stages' points where later ones learn.
+
+    Raises:
+        UsageError: the model cannot be served, is attached already, or a point does not fit it.
+    """
+    inner = unwrap(model)
+    family = family_of(inner)
+    _refuse_patched(inner)
+    _refuse_patched(family.language_model)
+    resolved = resolve_points(points, family)
+    learned = resolved if isinstance(modules, str) else resolve_points(modules, family)
+    return Attachment(family, resolved, learned)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+            continue
+        if hasattr(model, "config") and hasattr(model, "get_output_embeddings") and "module" not in model._modules:
+            return model
+        inside = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inside is None:
+            return model
+        model = inside
+
+
+def _refuse_patched(module: nn.Module) -> None:
+    patched = module.__dict__.get("forward")
+    if patched is None:
+        return
+    if getattr(patched, "llavolta", False):
+        raise UsageError("attach: this model is attached already; use switch() of its attachment, or detach() first")
+    raise UsageError(
+        f"attach: the forward of {type(module).__name__} was replaced by something else (accelerate's device map or "
+        "mixed precision?); attach first, or load the model without it"
+    )
+
+
+class Attachment:
+    """Compressors in a model; made by `attach`.
+
+    Attributes:
+        model: The unwrapped model.
+        visual_tokens_per_layer: Visual tokens that ran in each decoder layer in the last forward, summed over rows.
+    """
+
+    def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...]) -> None:
+        self.model = family.model
+        self.visual_tokens_per_layer: tuple[int, ...] = ()
+        self._decoder = Decoder(family, points)
+        self._create_modules(learned)
+        self._check_modules(points)
+        self._patch(family.model, self._top_forward)
+        self._patch(family.language_model, self._language_forward)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The present points, in the order of layers."""
+        return self._decoder.points
+
+    @property
+    def last_visual_layer_tokens(self) -> int:
+        """Visual tokens summed over decoder layers and rows, as they ran in the last forward."""
+        return sum(self.visual_tokens_per_layer)
+
+    def switch(self, points: Sequence[PointLike]) -> None:
+        """Other points from the next forward on; an empty list runs full tokens.
+
+        Raises:
+            UsageError: a point does not fit, or needs a learned module that `attach` was not told of.
+        """
+        self._require_attached()
+        resolved = resolve_points(points, self._decoder.family)
+        self._check_modules(resolved)
+        self._decoder.points = resolved
+
+    def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
+        """What random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
+        rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
+        self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
+
+    def detach(self) -> None:
+        """Takes everything out again; the model is as it was. Safe to call twice.
+
+        Raises:
+            UsageError: something wrapped the model's forward after `attach`.
+        """
+        family = self._decoder.family
+        patched = [module for module in (family.model, family.language_model) if "forward" in module.__dict__]
+        for module in patched:
+            if not getattr(module.__dict__["forward"], "llavolta", False):
+                raise UsageError(f"detach: the forward of {type(module).__name__} was wrapped since; unwrap it first")
+        for module in patched:
+            del module.__dict__["forward"]
+        family.model._modules.pop(MODULES_NAME, None)
+        self._decoder.modules = None
+
+    def _require_attached(self) -> None:
+        if "forward" not in self.model.__dict__:
+            raise UsageError("switch: this attachment was detached; attach again")
+
+    def _create_modules(self, learned: Sequence[Point]) -> None:
+        family = self._decoder.family
+        created = nn.ModuleDict()
+        for point in learned:
+            if point.module_name is not None and point.module_name not in created:
+                created[point.module_name] = point.compressor.create_module(family.width)  # type: ignore[attr-defined]
+        if len(created):
+            family.model.add_module(MODULES_NAME, created)
+            self._decoder.modules = created
+
+    def _check_modules(self, points: Sequence[Point]) -> None:
+        known = self._decoder.modules if self._decoder.modules is not None else {}
+        for point in points:
+            if point.module_name is not None and point.module_name not in known:
+                raise UsageError(
+                    f"{point.spec.kind} at layer {point.layer} learns, and its module does not exist; name the point in "
+                    "attach(..., modules=[...])"
+                )
+
+    def _patch(self, module: nn.Module, forward: Any) -> None:
+        original = type(module).forward
+
+        @functools.wraps(original)  # generate() reads the signature
+        def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(_named(original, self, args, kwargs))
+
+        patched.llavolta = True  # type: ignore[attr-defined]
+        # nn.Module.__setattr__ would put a bound method here too; the instance dict is what detach() clears.
+        module.__dict__["forward"] = MethodType(patched, module)
+
+    def _language_forward(self, arguments: dict[str, Any]) -> Any:
+        return self._decoder.forward(arguments)
+
+    def _top_forward(self, inputs: dict[str, Any]) -> Any:
+        labels = inputs.pop("labels", None)
+        return_logits = inputs.pop("return_logits", False)
+        shifted = inputs.get("shift_labels")
+        has_labels = labels is not None or shifted is not None
+        current = Pass(inputs, labels, idle_images=has_labels and self._lacks_images(inputs))
+        self._decoder.current = current
+        try:
+            if not has_labels and not self.points:
+                output = type(self.model).forward(self.model, **inputs)
+            else:
+                output = self._with_head(current, return_logits)
+        finally:
+            self._decoder.current = None
+        self._count(current)
+        return output
+
+    def _with_head(self, current: Pass, return_logits: bool) -> Any:
+        """The top model's own forward with our head in the place of its own."""
+        inputs = dict(current.inputs)
+        shifted = inputs.pop("shift_labels", None)
+        if shifted is not None and current.labels_BN is None:
+            current.labels_BN = nn.functional.pad(shifted, (1, 0), value=-100)[:, :-1]
+        num_items = inputs.pop("num_items_in_batch", None)
+        keep = inputs.pop("logits_to_keep", 0)
+        return_dict = inputs.pop("return_dict", None)
+        if current.labels_BN is not None and inputs.get("use_cache") is None:
+            inputs["use_cache"] = False
+        source = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        family = self._decoder.family
+        head = Head(getattr(self.model, family.head_name), current, source.shape[1], shifted, keep, return_logits)
+        view = object.__new__(type(self.model))
+        view.__dict__.update(self.model.__dict__)
+        view.__dict__["_modules"] = {**self.model._modules, family.head_name: head}
+        output = type(self.model).forward(view, **inputs, return_dict=True)
+        values = dict(output.items())
+        if current.labels_BN is not None:
+            values["loss"] = head.loss(values["logits"], num_items)
+        if current.labels_BN is not None and not return_logits:
+            del values["logits"]
+        else:
+            values["logits"] = head.at_original_length(values["logits"])
+        output = type(output)(**values)
+        if return_dict is None:
+            return_dict = getattr(self.model.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def _lacks_images(self, inputs: dict[str, Any]) -> bool:
+        """A training rank whose batch has no image must still call the tower: others do, and wait for it."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self.model.training and distributed and torch.distributed.get_world_size() > 1):
+            return False
+        return self._decoder.family.num_visual_tokens(inputs) == 0
+
+    def _count(self, current: Pass) -> None:
+        family = self._decoder.family
+        if current.visual_tokens_per_layer:
+            self.visual_tokens_per_layer = current.visual_tokens_per_layer
+        else:
+            self.visual_tokens_per_layer = (family.num_visual_tokens(current.inputs),) * family.num_layers
+
+
+def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(function).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,82 @@
+"""What the mechanism needs to know of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+
+class Family:
+    """Adapter of one model family; a subclass answers for its models.
+
+    Attributes:
+        model: The top model (with the LM head).
+        language_model: The decoder stack: has `layers`, `norm`, `rotary_emb`.
+        head_name: Attribute of the top model that holds the LM head.
+
+    Raises:
+        UsageError: the model lacks a part; the message names it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.language_model = self.find_language_model()
+        lacking = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(self.language_model, name)]
+        if lacking:
+            raise self.cannot_serve(
+                f"its language model {type(self.language_model).__name__} has no {', no '.join(lacking)}"
+            )
+        if not isinstance(self.language_model.layers, nn.ModuleList):
+            raise self.cannot_serve("its decoder is not a plain list of layers")
+        self.head_name = self._find_head()
+
+    def cannot_serve(self, reason: str) -> UsageError:
+        """The error for a model without a needed part."""
+        return UsageError(f"attach: {type(self.model).__name__} cannot be served: {reason}")
+
+    def _find_head(self) -> str:
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        for name, child in self.model.named_children():
+            if head is not None and child is head:
+                return name
+        raise self.cannot_serve("it has no LM head as a child module (get_output_embeddings)")
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.language_model.layers)  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the decoder."""
+        return int(self.language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def find_language_model(self) -> nn.Module:
+        """The decoder stack."""
+        raise NotImplementedError
+
+    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
+        """True at the placeholders of visual tokens."""
+        raise NotImplementedError
+
+    def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+        """The grid of each image (frame, tile) in the order of the batch, from shapes and host values only.
+
+        Args:
+            inputs: Keyword arguments of the top model's forward.
+            num_placeholders: Visual tokens that `input_ids` announce.
+        """
+        raise NotImplementedError
+
+    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
+        raise NotImplementedError
+
+    def idle_features(self) -> Tensor:
+        """Visual features of an empty image, to run the tower and the projector for a batch without images."""
+        raise NotImplementedError

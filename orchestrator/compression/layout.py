@@ -1,0 +1,159 @@
+"""Where text and images are in the rows of a batch, and where everything goes when images get shorter.
+
+All of it is index arithmetic on the host, computed once per forward; the tensors on the device are only gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.compression.protocol import evenly_spaced
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """All images of one grid: I images of N visual tokens.
+
+    Attributes:
+        grid: Their grid.
+        rows_I: Row of each image.
+        columns_IN: Column of each visual token.
+    """
+
+    grid: Grid
+    rows_I: Tensor
+    columns_IN: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of all its images."""
+        return self.columns_IN.numel()
+
+    def places(self, columns: int) -> Tensor:
+        """Flat places (row * columns + column) of its visual tokens, image after image."""
+        return (self.rows_I.unsqueeze(1) * columns + self.columns_IN).flatten()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a batch in one segment.
+
+    Attributes:
+        real_BN: True where a token is, False where padding is.
+        groups: The images, by grid.
+        pad_left: Padding stands on the left.
+    """
+
+    real_BN: Tensor
+    groups: tuple[ImageGroup, ...]
+    pad_left: bool
+
+    @property
+    def length(self) -> int:
+        """Columns, padding included."""
+        return self.real_BN.shape[1]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of all rows."""
+        return sum(group.tokens for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Flat indices (row * columns + column) that lead from one layout to the next.
+
+    Attributes:
+        text_from: Places of text tokens before.
+        text_to: Their places after.
+        kept_to: Places of each group's kept tokens after.
+    """
+
+    text_from: Tensor
+    text_to: Tensor
+    kept_to: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> Moves:
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        return Moves(
+            self.text_from.to(device, non_blocking=True),
+            self.text_to.to(device, non_blocking=True),
+            tuple(index.to(device, non_blocking=True) for index in self.kept_to),
+        )
+
+
+def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> Layout:
+    """The layout of a batch as the processor made it.
+
+    Args:
+        visual_BN: True at placeholders of visual tokens.
+        real_BN: True where there is no padding.
+        grids: The images' grids, in the order of the batch.
+
+    Raises:
+        UsageError: placeholders and images do not match.
+    """
+    places = visual_BN.flatten().nonzero().squeeze(1)
+    counts = [grid.tokens for grid in grids]
+    if sum(counts) != places.numel():
+        raise UsageError(
+            f"compression: input_ids hold {places.numel()} image placeholders but the batch's {len(counts)} images have "
+            f"{sum(counts)} visual tokens; expand each image's placeholder to its number of visual tokens"
+        )
+    numbers: dict[Grid, list[int]] = {}
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    for number, grid in enumerate(grids):
+        numbers.setdefault(grid, []).append(number)
+    groups = []
+    for grid, members in numbers.items():
+        places_IN = places[starts[members].unsqueeze(1) + torch.arange(grid.tokens)]
+        rows_IN = places_IN // visual_BN.shape[1]
+        if not bool((rows_IN == rows_IN[:, :1]).all()):
+            raise UsageError("compression: an image's placeholders in input_ids are spread over two rows of the batch")
+        groups.append(ImageGroup(grid, rows_IN[:, 0], places_IN % visual_BN.shape[1]))
+    pad_left = bool(real_BN[:, -1].all()) and not bool(real_BN[:, 0].all())
+    return Layout(real_BN | visual_BN, tuple(groups), pad_left)
+
+
+def shorten(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | None]) -> tuple[Layout, Moves]:
+    """The layout after each group's images keep `kept` tokens, padded again on the side it was padded.
+
+    Padding that is not needed any more goes; text keeps its order around the images.
+    """
+    text_BN = layout.real_BN.clone()
+    for group in layout.groups:
+        text_BN[group.rows_I.unsqueeze(1), group.columns_IN] = False
+    stays_BN = text_BN.clone()
+    slots = []
+    for group, count in zip(layout.groups, kept, strict=True):
+        slot_IM = group.columns_IN[:, evenly_spaced(group.columns_IN.shape[1], count)]
+        stays_BN[group.rows_I.unsqueeze(1), slot_IM] = True
+        slots.append(slot_IM)
+    lengths_B = stays_BN.sum(1)
+    columns = int(lengths_B.max())
+    new_column_BN = stays_BN.long().cumsum(1) - 1
+    column_range = torch.arange(columns)
+    if layout.pad_left:
+        new_column_BN += (columns - lengths_B).unsqueeze(1)
+        real_BM = column_range >= (columns - lengths_B).unsqueeze(1)
+    else:
+        real_BM = column_range < lengths_B.unsqueeze(1)
+    row_start_B = torch.arange(len(lengths_B)).unsqueeze(1)
+    new_place_BN = row_start_B * columns + new_column_BN
+    text_from = text_BN.flatten().nonzero().squeeze(1)
+    groups, kept_to = [], []
+    for group, slot_IM, grid in zip(layout.groups, slots, kept_grids, strict=True):
+        rows_I1 = group.rows_I.unsqueeze(1)
+        kept_to.append(new_place_BN[rows_I1, slot_IM].flatten())
+        new_columns_IM = new_column_BN[rows_I1, slot_IM]
+        groups.append(ImageGroup(grid or Grid(1, slot_IM.shape[1]), group.rows_I, new_columns_IM))
+    moves = Moves(text_from, new_place_BN.flatten()[text_from], tuple(kept_to))
+    return Layout(real_BM, tuple(groups), layout.pad_left), moves

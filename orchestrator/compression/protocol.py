@@ -1,0 +1,110 @@
+"""What a compressor is given and what it returns: pooling, dropping, merging and learned methods alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.spec.components import CompressorSpec, Grid
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a compressor may know beside the visual tokens; B counts the images of one grid in the batch.
+
+    Attributes:
+        layer: 0-based decoder layer before which it acts.
+        positions_ABN: Position ids of the visual tokens; A = 1, or one axis each for models with several (M-RoPE).
+        sizes_BN: How many of the image's first visual tokens each token stands for (1 before any merging).
+        rows_B: The batch's row that each image belongs to (on the host).
+        seed: Seed of the phase; with `step` and `sample_indices` what random methods draw from.
+        step: Optimizer step.
+        sample_indices: The sample each image belongs to; empty where the caller gave none.
+        hidden_RND: The whole rows (text included) for methods that look at queries; R counts rows.
+        module: The point's learned module, or None.
+        family: What the model's family offers by name (`queries`, `cls`, ...), each made when it is asked for.
+    """
+
+    layer: int
+    positions_ABN: Tensor
+    sizes_BN: Tensor
+    rows_B: Tensor
+    seed: int = 0
+    step: int = 0
+    sample_indices: tuple[int, ...] = ()
+    hidden_RND: Tensor | None = None
+    module: nn.Module | None = None
+    family: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of B images: M tokens each, in the order they take in the row.
+
+    Attributes:
+        hidden_BMD: Hidden states.
+        positions_ABM: Position ids; the axes of `Context.positions_ABN`.
+        sizes_BM: How many first visual tokens each stands for.
+        sources_BM: Which of the N tokens each stands in place of (for logits at original length); None = evenly spaced.
+        grid: The grid they form; None = one row of M tokens.
+        renumber: The row's position ids are to be numbered again without gaps.
+    """
+
+    hidden_BMD: Tensor
+    positions_ABM: Tensor
+    sizes_BM: Tensor
+    sources_BM: Tensor | None = None
+    grid: Grid | None = None
+    renumber: bool = False
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """A method; built with its spec. One that learns also has `create_module(width) -> nn.Module`."""
+
+    def __init__(self, spec: Any) -> None: ...
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """Turns the N visual tokens of each of B images of one grid into M <= N.
+
+        Raises:
+            ValueError: the amount does not fit this grid.
+        """
+        ...
+
+
+def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
+    """What a method returns that keeps some tokens as they are.
+
+    Args:
+        visual_BND: Visual tokens.
+        index_BM: The tokens kept of each image, in rising order.
+        context: The context given to the method.
+    """
+    wide_BMD = index_BM.unsqueeze(-1).expand(-1, -1, visual_BND.shape[-1])
+    axes_ABM = index_BM.unsqueeze(0).expand(context.positions_ABN.shape[0], -1, -1)
+    return Kept(
+        hidden_BMD=visual_BND.gather(1, wide_BMD),
+        positions_ABM=context.positions_ABN.gather(2, axes_ABM),
+        sizes_BM=context.sizes_BN.gather(1, index_BM),
+        sources_BM=index_BM,
+    )
+
+
+def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first token of each of `kept` windows over `tokens` whose lengths differ by at most one."""
+    return torch.arange(kept, device=device) * tokens // kept
+
+
+@dataclass(frozen=True)
+class Point:
+    """A compressor at its place: resolved layer, spec, implementation, and its learned module's name if it has one."""
+
+    layer: int
+    spec: CompressorSpec
+    compressor: Compressor
+    module_name: str | None = None
