@@ -1,0 +1,190 @@
+"""Builds the model an experiment names: from its config, with weights from a safetensors file, kept in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as hf_logging
+
+from orchestrator.errors import StageRunError, StorageError, UsageError
+from orchestrator.spec.model import ModelSpec
+
+WEIGHTS_FILE = "weights/model.safetensors"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers' progress bars and reports off the terminal; faults are raised by us instead."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def check_source(source: str, key: str) -> None:
+    """Refuses a local path that is not there before transformers takes it for a hub id.
+
+    Raises:
+        UsageError: it looks like a path and does not exist.
+    """
+    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).exists():
+        raise UsageError(f"{key}: there is no {source}; give a folder with config.json, or a hub id such as org/name")
+
+
+def load_config(model: ModelSpec) -> Any:
+    """The model's transformers config.
+
+    Raises:
+        UsageError: no such folder, no config in it, or the hub cannot be reached.
+    """
+    check_source(model.model_name_or_path, "model.model_name_or_path")
+    try:
+        return AutoConfig.from_pretrained(
+            model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"model.model_name_or_path: no config can be read from {model.model_name_or_path}: {_first_line(error)}"
+        ) from error
+
+
+def compute_dtype(model: ModelSpec) -> str:
+    """`float32`, `bfloat16` or `float16`; `auto` is the config's own, float32 where it names none."""
+    if model.dtype != "auto":
+        return model.dtype
+    named = str(getattr(load_config(model), "dtype", None)).removeprefix("torch.")
+    return named if named in ("float32", "bfloat16", "float16") else "float32"
+
+
+def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
+    """The model on the CPU in float32 (master weights), with the weights of a file that `save_weights` wrote.
+
+    Args:
+        model: Which model, which attention.
+        weights_file: safetensors with exactly the model's parameters; None leaves transformers' random init.
+
+    Raises:
+        UsageError: the model's folder or config is missing or of no vision-language type.
+        StorageError: the weights file is missing or unreadable.
+        StageRunError: its names or shapes are not the model's.
+    """
+    if weights_file is None:
+        return model_from_config(model)
+    if not weights_file.is_file():
+        raise StorageError(f"the weights {weights_file} are missing; `ledger verify` says what else is damaged")
+    with no_init_weights():
+        built = model_from_config(model)
+    load_weights(built, weights_file)
+    return built
+
+
+def model_from_config(model: ModelSpec) -> PreTrainedModel:
+    """The model with transformers' own random init, drawn from torch's global generator."""
+    config = load_config(model)
+    try:
+        with quiet_loading():
+            return AutoModelForImageTextToText.from_config(
+                config,
+                attn_implementation=model.attn_implementation,
+                dtype=torch.float32,
+                trust_remote_code=model.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"model: {model.model_name_or_path} cannot be built: {_first_line(error)}") from error
+
+
+def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters (tied ones once, under their first name) and persistent buffers, by name."""
+    parameters = dict(model.named_parameters())
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+
+
+def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes float32 tensors as safetensors.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a hard link to a finished state's file
+        clean = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        save_file(clean, path, metadata={"format": "pt"})
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"weights cannot be written to {path.parent}: {_first_line(error)}") from error
+    except Exception as error:  # safetensors raises its own SafetensorError for a full disk
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise StorageError(f"weights cannot be written to {path.parent}: {_first_line(error)}") from error
+
+
+def load_weights(model: PreTrainedModel, path: Path) -> None:
+    """Copies a file's tensors into the model; names and shapes must be exactly the model's.
+
+    Raises:
+        StorageError: the file cannot be read.
+        StageRunError: names or shapes differ; both are listed.
+    """
+    targets = weight_tensors(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in targets.items()}, str(path))
+            for name, target in targets.items():
+                target.copy_(file.get_tensor(name))
+    except StageRunError:
+        raise
+    except Exception as error:
+        raise StorageError(f"the weights {path} cannot be read: {_first_line(error)}") from error
+    model.tie_weights()
+
+
+def check_names_and_shapes(
+    given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: str
+) -> None:
+    """Compares names and shapes of weights.
+
+    Raises:
+        StageRunError: one block that lists missing names, unknown names and other shapes.
+    """
+    faults = []
+    if missing := sorted(expected.keys() - given.keys()):
+        faults.append(f"missing: {_shortened(missing)}")
+    if unknown := sorted(given.keys() - expected.keys()):
+        faults.append(f"not in the model: {_shortened(unknown)}")
+    other = [
+        f"{name} {list(given[name])} instead of {list(expected[name])}"
+        for name in sorted(given.keys() & expected.keys())
+        if given[name] != expected[name]
+    ]
+    if other:
+        faults.append(f"other shapes: {_shortened(other)}")
+    if faults:
+        raise StageRunError(f"the weights of {source} do not fit the model\n    " + "\n    ".join(faults))
+
+
+def _shortened(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

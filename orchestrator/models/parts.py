@@ -1,0 +1,132 @@
+"""Parts of a vision-language model: which parameter belongs where, what trains, at which learning rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from orchestrator.errors import UsageError
+
+VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, COMPRESSOR = "vision_tower", "projector", "language_model", "compressor"
+PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, COMPRESSOR)
+
+# First match wins; names are those of transformers' own vision-language models. A merger inside the vision module
+# (Qwen-VL) is what LLaVA calls the projector.
+_PATTERNS = tuple(
+    (part, re.compile(rf"(?:^|\.)(?:{names})(?:\.|$)"))
+    for part, names in (
+        (COMPRESSOR, "compressors?|learned_points"),
+        (PROJECTOR, "multi_modal_projector|connector|merger|deepstack_merger_list|image_newline|aligner|embed_vision"),
+        (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|vision_encoder"),
+        (LANGUAGE_MODEL, "language_model|text_model|lm_head"),
+    )
+)
+
+
+def part_of(parameter_name: str) -> str:
+    """The part a parameter belongs to: `vision_tower`, `projector`, `language_model` (with its head) or `compressor`.
+
+    Raises:
+        UsageError: the name matches no part; the model is of a family that is not known here.
+    """
+    for part, pattern in _PATTERNS:
+        if pattern.search(parameter_name):
+            return part
+    raise UsageError(
+        f"the parameter {parameter_name!r} belongs to no known part of a vision-language model "
+        f"({', '.join(PARTS)}); this model family needs an entry in orchestrator/models/parts.py"
+    )
+
+
+def part_module(model: nn.Module, part: str) -> tuple[str, nn.Module]:
+    """Name and module of a part, e.g. `("model.vision_tower", CLIPVisionModel)`.
+
+    Raises:
+        UsageError: the model has no such part.
+    """
+    for name, module in model.named_modules():
+        if name and not name.endswith("lm_head") and part_of_or_none(name) == part:
+            return name, module
+    raise UsageError(f"{type(model).__name__} has no module that is its {part}")
+
+
+def part_of_or_none(name: str) -> str | None:
+    """`part_of`, or None where the name matches no part."""
+    return next((part for part, pattern in _PATTERNS if pattern.search(name)), None)
+
+
+def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
+    """Freezes every parameter outside the parts in `train`.
+
+    With LoRA only the adapters of the language model train, never its own weights.
+
+    Raises:
+        UsageError: a part in `train` has no parameters, or nothing would train.
+    """
+    counts = dict.fromkeys(train, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        trains = part in counts and (not lora or part != LANGUAGE_MODEL or "lora_" in name)
+        parameter.requires_grad_(trains)
+        if trains:
+            counts[part] += 1
+    empty = [part for part, count in counts.items() if not count and part != COMPRESSOR]
+    if empty or not any(counts.values()):
+        raise UsageError(f"train: {', '.join(empty) or 'nothing'} has no parameters in {type(model).__name__}")
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float | Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups: one per part and decay, in a fixed order; biases and norms do not decay (as HF's Trainer).
+
+    Args:
+        model: Its parameters that require a gradient are grouped.
+        learning_rate: One for all, or by part.
+        weight_decay: AdamW's decay of all other parameters.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `name`.
+
+    Raises:
+        UsageError: a part trains and has no learning rate.
+    """
+    without_decay = set(_names_without_decay(model))
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), name not in without_decay), []).append(parameter)
+    found = []
+    for part in PARTS:
+        for decays in (True, False):
+            if parameters := groups.get((part, decays)):
+                found.append(
+                    {
+                        "params": parameters,
+                        "lr": _rate(learning_rate, part),
+                        "weight_decay": weight_decay if decays else 0.0,
+                        "name": f"{part}{'' if decays else '.no_decay'}",
+                    }
+                )
+    return found
+
+
+def _rate(learning_rate: float | Mapping[str, float], part: str) -> float:
+    if not isinstance(learning_rate, Mapping):
+        return learning_rate
+    if part not in learning_rate:
+        raise UsageError(
+            f"learning_rate: the part {part} trains and has none; given are {', '.join(learning_rate)}"
+        )
+    return learning_rate[part]
+
+
+def _names_without_decay(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
+        for name, _ in module.named_parameters(recurse=False):
+            if is_norm or name.endswith("bias"):
+                yield f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,159 @@
+"""DeepSpeed checkpoints with a cursor beside them that says, in plain JSON, what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+
+from orchestrator.errors import StageRunError, StorageError
+from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.training import group
+from orchestrator.training.deepspeed_config import zero_stage
+from orchestrator.training.memory import Session
+
+CURSOR_FILE = "cursor.json"
+_TAG = "state"
+# DeepSpeed loads with weights_only=False, which runs what a file asks for: nothing but these two may be asked for.
+_KNOWN_CLASSES = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+}
+
+
+def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) -> None:
+    """Writes the state after `step` optimizer steps of the phase; every rank calls it. No manifest is written.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    group.decide(lambda: _fresh_folder(folder))
+    # The key DeepSpeed's universal format looks for, so that another world size can open this checkpoint.
+    setattr(session.engine.module, UNIVERSAL_CHECKPOINT_INFO, {"universal_checkpoint_version": 0.2})
+    try:
+        session.engine.save_checkpoint(str(folder), tag=_TAG, client_state={}, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
+
+    def finish() -> None:
+        # A script DeepSpeed copies into each checkpoint; nobody should run code out of one.
+        (folder / "zero_to_fp32.py").unlink(missing_ok=True)
+        try:
+            (folder / CURSOR_FILE).write_text(json.dumps(_cursor(session, job, step), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
+
+    group.decide(finish)
+
+
+def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str) -> int:
+    """Loads a checkpoint into a fresh engine; every rank calls it.
+
+    Args:
+        session: Its engine has not trained yet.
+        folder: What `save_checkpoint` wrote; its manifest is verified by the caller.
+        job: The stage run that goes on from it.
+        state: State the checkpoint must belong to.
+
+    Returns:
+        The phase's step the state is after.
+
+    Raises:
+        StageRunError: it belongs to another state, table, seed, world size or ZeRO stage; the sentence says which.
+        StorageError: it cannot be read, or holds classes it should not.
+    """
+
+    def check() -> int:
+        cursor = read_cursor(folder)
+        _check_cursor(cursor, session, job, state, folder)
+        _check_classes(folder)
+        return int(cursor["step"])
+
+    step = group.decide(check)
+    try:
+        path, _ = session.engine.load_checkpoint(str(folder), tag=_TAG)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise StorageError(f"the checkpoint {folder} cannot be loaded: {error}") from error
+    if path is None:
+        raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
+    return step
+
+
+def read_cursor(folder: Path) -> dict[str, Any]:
+    """The cursor of a checkpoint.
+
+    Raises:
+        StorageError: it is missing or no JSON.
+    """
+    try:
+        return json.loads((folder / CURSOR_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise StorageError(f"the checkpoint {folder} has no readable {CURSOR_FILE}: {error}") from error
+
+
+def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
+    """The table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names."""
+    table: list[list[Any]] = []
+    for action in actions:
+        first, last = action.first_step, min(action.last_step, last_step)
+        points = json.loads(json.dumps(list(action.points)))
+        if first >= last:
+            continue
+        if table and table[-1][2] == points and table[-1][1] == first:
+            table[-1][1] = last
+        else:
+            table.append([first, last, points])
+    return table
+
+
+def _fresh_folder(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error}") from error
+
+
+def _cursor(session: Session, job: StageJob, step: int) -> dict[str, Any]:
+    return {
+        "state": job.id,
+        "step": step,
+        "total_steps": job.total_steps,
+        "seed": job.seed,
+        "table": compiled_table(job.table, step),
+        "world_size": group.world_size(),
+        "zero_stage": zero_stage(session.config),
+    }
+
+
+def _check_cursor(cursor: dict[str, Any], session: Session, job: StageJob, state: str, folder: Path) -> None:
+    step = int(cursor.get("step", -1))
+    expected = {**_cursor(session, job, step), "state": state}
+    differences = [
+        f"{key} is {json.dumps(cursor.get(key))} there and {json.dumps(value)} here"
+        for key, value in expected.items()
+        if cursor.get(key) != value
+    ]
+    if not job.first_step <= step <= job.last_step:
+        differences.append(f"it is after step {step}, this stage run covers {job.first_step} to {job.last_step}")
+    if differences:
+        raise StageRunError(f"stage run {job.id}: the checkpoint {folder} is of another run\n    " + "\n    ".join(differences))
+
+
+def _check_classes(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _KNOWN_CLASSES
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise StorageError(f"the checkpoint file {file} cannot be read: {error}") from error
+        if unknown:
+            raise StorageError(
+                f"the checkpoint file {file} asks for {', '.join(sorted(unknown))}, which no checkpoint of ours does; "
+                "it was not loaded"
+            )

@@ -1,0 +1,67 @@
+"""Whole float32 weights of a model under any ZeRO stage, gathered on rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+from orchestrator.errors import StageRunError
+from orchestrator.models.build import save_weights, weight_tensors
+from orchestrator.models.lora import has_lora, merged_weights
+from orchestrator.training import group
+from orchestrator.training.deepspeed_config import zero_stage
+from orchestrator.training.memory import Session
+
+
+def whole_weights(session: Session) -> dict[str, torch.Tensor]:
+    """All parameters and persistent buffers by name, float32 on the CPU; empty on ranks other than 0.
+
+    Every rank calls it: parameters are gathered one by one, so that no more than one is whole on a worker.
+    """
+    model = session.engine.module
+    partitioned = zero_stage(session.config) == 3
+    separate_master = partitioned or session.compute_dtype != torch.float32
+    found: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters())
+    for name, tensor in weight_tensors(model).items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.requires_grad and separate_master:
+            whole = safe_get_full_fp32_param(parameter)
+            _keep(found, name, tensor if whole is None else whole)
+        elif parameter is not None and partitioned:
+            with GatheredParameters([parameter]):
+                _keep(found, name, parameter)
+        else:
+            _keep(found, name, tensor)
+    return found
+
+
+def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+    if group.rank() == 0:
+        # A copy: a gathered parameter's memory is given back, and training goes on in the others.
+        found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def write_weights(session: Session, path: Path) -> None:
+    """Rank 0 writes the model's weights as a plain model's, adapters merged.
+
+    Raises:
+        StageRunError: a weight is not finite.
+        StorageError: the file cannot be written.
+    """
+    tensors = whole_weights(session)
+
+    def write() -> None:
+        broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise StageRunError(
+                f"diverged: {broken[0]} and {len(broken) - 1} other weights are not finite; nothing was stored; "
+                "lower learning_rate, or set max_grad_norm"
+            )
+        model = session.engine.module
+        save_weights(merged_weights(model, tensors) if has_lora(model) else tensors, path)
+
+    group.decide(write)

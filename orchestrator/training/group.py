@@ -1,0 +1,67 @@
+"""What the ranks of one worker group do together: one decides, all agree; sums and maxima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import LlavoltaError, StageRunError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This worker's rank."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Number of workers."""
+    return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """Where tensors of collectives live: the current GPU, or the CPU."""
+    if torch.cuda.is_available() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def decide(action: Callable[[], T]) -> T:
+    """Rank 0 runs `action`; every rank gets its value, or raises its error. Also a barrier.
+
+    Without it one rank would fail alone and leave the others waiting in a collective.
+    """
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = action()
+        except LlavoltaError as error:
+            answer[1] = error
+        except Exception as error:
+            answer[1] = StageRunError(f"{type(error).__name__}: {error}")
+            answer[1].__cause__ = error
+    if world_size() > 1:
+        local = answer[1]
+        dist.broadcast_object_list(answer, src=0, device=device())
+        answer[1] = local or answer[1]
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def all_agree(flag: bool) -> bool:
+    """True where it is true on every rank."""
+    return bool(reduce_values([0.0 if flag else 1.0])[0] == 0.0)
+
+
+def reduce_values(values: list[float], largest: bool = False) -> list[float]:
+    """Sums (or maxima) over ranks, in float64."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+"""Opens a model for training: weights, LoRA, compressor, what trains, then DeepSpeed around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from orchestrator.compression import attach
+from orchestrator.errors import UsageError
+from orchestrator.models.build import build_model, compute_dtype
+from orchestrator.models.lora import add_lora
+from orchestrator.models.parts import parameter_groups, set_trainable
+from orchestrator.plan.jobs import StageJob
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.phase import PhaseSpec
+from orchestrator.training import group
+from orchestrator.training.batches import accumulation_steps
+from orchestrator.training.deepspeed_config import deepspeed_config
+from orchestrator.training.memory import Session
+from orchestrator.training.tokens import TokenCounter
+
+
+def session_key(job: StageJob) -> str:
+    """Settings that are not part of a state but fixed in an engine: a child with others cannot take it over."""
+    recipe = PhaseSpec.model_validate(job.recipe)
+    model = ModelSpec.model_validate(job.model)
+    fixed = {name: getattr(recipe, name) for name in sorted(recipe.not_identity)}
+    fixed |= {name: getattr(model, name) for name in sorted(model.not_identity)}
+    return json.dumps(fixed, sort_keys=True, default=str)
+
+
+def open_session(job: StageJob, weights_file: Path) -> Session:
+    """A fresh engine with the weights of a file, on every rank alike.
+
+    Raises:
+        UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit.
+        StorageError: the weights cannot be read.
+        StageRunError: the weights are not the model's.
+    """
+    model_spec, recipe = ModelSpec.model_validate(job.model), PhaseSpec.model_validate(job.recipe)
+    dtype = compute_dtype(model_spec)
+    micro_batch_size = _micro_batch_size(recipe)
+    config = deepspeed_config(
+        recipe,
+        dtype,
+        micro_batch_size,
+        accumulation_steps(recipe.global_batch_size, micro_batch_size, group.world_size()),
+        group.world_size(),
+        on_gpu=group.device().type == "cuda",
+    )
+    model = build_model(model_spec, weights_file)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, job.seed)
+    if recipe.gradient_checkpointing:
+        _checkpoint_activations(model)
+    points = job.action_at(job.first_step).points
+    attachment = attach(model, list(points), modules=list(job.learned_points))
+    set_trainable(model, recipe.train, lora=recipe.lora is not None)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
+    base_rates = [parameters["lr"] for parameters in groups]
+    model.train()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    return Session(
+        engine=engine,
+        attachment=attachment,
+        base_rates=base_rates,
+        key=session_key(job),
+        config=config,
+        micro_batch_size=micro_batch_size,
+        compute_dtype=getattr(torch, dtype),
+        points=points,
+        counter=TokenCounter(model.config),
+    )
+
+
+def _micro_batch_size(recipe: PhaseSpec) -> int:
+    if recipe.per_device_train_batch_size == "auto":
+        raise UsageError("per_device_train_batch_size: auto is not supported yet; write a number of samples")
+    return min(int(recipe.per_device_train_batch_size), recipe.global_batch_size)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # Renamed in transformers 5.23; the old name still works before.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()

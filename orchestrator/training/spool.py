@@ -1,0 +1,64 @@
+"""metrics.jsonl: one line per optimizer step, cut back on resume so that no step is told twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import StorageError
+
+
+class MetricsSpool:
+    """Appends lines to a file; each is in the file when `append` returns.
+
+    Args:
+        path: The file; made where it is not there.
+        resume_step: Lines of this step and later ones are cut, and with them a line torn by a crash.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_metrics(path) if line["step"] < resume_step]
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(part, path)
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error}") from error
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Writes one step.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be written: {error}") from error
+
+    def sync(self) -> None:
+        """Makes the lines outlive a power cut; called before a checkpoint counts on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file up to the first torn one; empty where there is no file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

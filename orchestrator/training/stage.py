@@ -1,0 +1,204 @@
+"""train_stage: one stage run on one worker, from the parent's state to its own, stopped and resumed at any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.data.pipeline import TrainData
+from orchestrator.errors import StageRunError, StorageError
+from orchestrator.models.build import WEIGHTS_FILE
+from orchestrator.plan.jobs import StageJob, job_to_json
+from orchestrator.plan.ledger import Ledger
+from orchestrator.training import group, logs
+from orchestrator.training.batches import BatchFeed
+from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.training.consolidate import write_weights
+from orchestrator.training.data import training_data
+from orchestrator.training.figures import fingerprint, peak_memory_gib, reset_peak_memory, stage_result
+from orchestrator.training.memory import Session, TrainingMemory
+from orchestrator.training.session import open_session, session_key
+from orchestrator.training.spool import MetricsSpool
+from orchestrator.training.step import StepFigures, run_step
+
+StageOutcome = Literal["done", "stopped"]
+_KEPT_CHECKPOINTS = 2
+
+
+def train_stage(
+    job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]
+) -> StageOutcome:
+    """Trains one stage run; every rank of an initialised process group calls it.
+
+    It continues from, in this order: the newest whole checkpoint of an earlier attempt, the parent's state in memory,
+    the parent's checkpoint (the parent's weights where a phase starts). It ends with the state in the ledger.
+
+    Args:
+        job: What to train.
+        ledger: Where parents are found and the state goes.
+        memory: Keeps the engine for the next stage run.
+        should_stop: Asked at every step boundary; when true on any rank, a checkpoint is written.
+
+    Returns:
+        `done` when the state is committed, `stopped` when `should_stop` said so and the work can be resumed.
+
+    Raises:
+        StageRunError: the loss diverged, or a checkpoint belongs to another run.
+        StorageError: a checkpoint cannot be read or written.
+        UsageError: the job does not fit the model or the workers.
+        DataError: rows or images cannot be used.
+    """
+    if group.decide(lambda: ledger.is_done(job.id)):
+        return "done"
+    work = ledger.work_folder(job.id)
+    with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
+        try:
+            return _train(job, ledger, memory, should_stop, work)
+        except BaseException:
+            # The engine has moved on from whatever state it held.
+            memory.release()
+            raise
+
+
+def _train(
+    job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool], work: Path
+) -> StageOutcome:
+    reset_peak_memory()
+    data = training_data(job, memory)
+    session, step = _start(job, ledger, memory)
+    memory.state = None
+    spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
+    feed, blank_image = _feed(job, session, data), data.blank_image()
+    try:
+        while step < job.last_step:
+            _enter(session, job, step)
+            figures = run_step(session, job, step, feed.get(step), blank_image, should_stop())
+            if not math.isfinite(figures.loss):
+                raise StageRunError(
+                    f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
+                    "lower learning_rate, raise warmup_ratio, or set max_grad_norm"
+                )
+            if spool is not None:
+                spool.append(_metrics_line(job, session, step, figures))
+            step += 1
+            due = step % job.checkpoint_every == 0
+            if step < job.last_step and (due or figures.stop):
+                _checkpoint(session, job, ledger, step, spool)
+                if figures.stop:
+                    memory.release()
+                    return "stopped"
+    finally:
+        feed.close()
+        if spool is not None:
+            spool.sync()
+            spool.close()
+    _finish(session, job, ledger, work)
+    memory.state = job.id
+    return "done"
+
+
+def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
+    """The session and the step it is after."""
+    checkpoints = group.decide(lambda: [str(folder) for folder in ledger.checkpoints(job.id)])
+    if not checkpoints and not job.starts_phase and group.all_agree(memory.holds(job.parent, session_key(job))):
+        assert memory.session is not None
+        return memory.session, job.first_step
+    memory.release()
+    weights = ledger.state_folder(job.parent) / WEIGHTS_FILE
+    memory.session = open_session(job, weights)
+    if checkpoints:
+        return memory.session, load_checkpoint(memory.session, Path(checkpoints[0]), job, job.id)
+    if job.starts_phase:
+        return memory.session, job.first_step
+    return memory.session, load_checkpoint(memory.session, _parent_checkpoint(job, ledger), job, job.parent)
+
+
+def _parent_checkpoint(job: StageJob, ledger: Ledger) -> Path:
+    folder = ledger.state_folder(job.parent) / "checkpoint"
+
+    def check() -> None:
+        if not folder.is_dir():
+            raise StorageError(f"stage run {job.id}: its parent {job.parent} kept no checkpoint; it must be trained again")
+        if damaged := ledger.verify(folder.parent):
+            raise StorageError(f"stage run {job.id}: its parent's checkpoint is damaged: {', '.join(damaged[:3])}")
+
+    group.decide(check)
+    return folder
+
+
+def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
+    recipe = job.recipe
+    return BatchFeed(
+        lambda step: data.batch_indices(
+            job.seed, step, recipe["global_batch_size"], recipe["group_by_modality_length"]
+        ),
+        data.collate,
+        session.micro_batch_size,
+        group.rank(),
+        group.world_size(),
+        job.last_step,
+    )
+
+
+def _enter(session: Session, job: StageJob, step: int) -> None:
+    """Switches the compressor where the step's action differs from the one in force."""
+    points = job.action_at(step).points
+    if points != session.points:
+        session.attachment.switch(list(points))
+        session.points = points
+
+
+def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigures) -> dict[str, Any]:
+    return {
+        "step": step,
+        "timestamp_ms": int(time.time() * 1000),
+        "loss": figures.loss,
+        "learning_rate": figures.learning_rate,
+        "step_seconds": figures.step_seconds,
+        "visual_tokens": figures.visual_layer_tokens / session.counter.num_layers / figures.samples,
+        "text_tokens": figures.text_tokens / figures.samples,
+        "label_tokens": figures.label_tokens / figures.samples,
+        "samples_per_second": figures.samples / figures.step_seconds,
+        "variant": job.action_at(step).variant,
+    }
+
+
+def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsSpool | None) -> None:
+    """Writes an in-stage checkpoint; the one before stays as a fallback, older ones go."""
+    folder = ledger.work_folder(job.id) / f"step_{step:06d}"
+    save_checkpoint(session, folder, job, step)
+
+    def finish() -> None:
+        if spool is not None:
+            spool.sync()
+        ledger.write_manifest(folder)
+        for old in ledger.checkpoints(job.id)[_KEPT_CHECKPOINTS:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    group.decide(finish)
+
+
+def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
+    """Weights, checkpoint and result, then the commit; no rank goes on before it."""
+    write_weights(session, work / WEIGHTS_FILE)
+    if job.keep == "full":
+        save_checkpoint(session, work / "checkpoint", job, job.last_step)
+    peak_gib = peak_memory_gib()
+    marks = fingerprint(job, session)
+
+    def commit() -> None:
+        result = stage_result(job, work / "metrics.jsonl", peak_gib, marks)
+        try:
+            (work / "job.json").write_text(json.dumps(job_to_json(job), indent=1), encoding="utf-8")
+            (work / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{work} cannot be written: {error}") from error
+        ledger.commit(job.id)
+
+    group.decide(commit)

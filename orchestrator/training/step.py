@@ -1,0 +1,143 @@
+"""One optimizer step: micro-batches forward and backward, the loss over the global batch's label tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.plan.jobs import StageJob
+from orchestrator.training import group
+from orchestrator.training.batches import MicroBatch
+from orchestrator.training.memory import Session
+from orchestrator.training.rates import rate_factor
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one optimizer step was, over all ranks.
+
+    Attributes:
+        loss: Mean over the label tokens of the global batch.
+        learning_rate: Rate of the first optimizer group.
+        samples: Samples of the global batch.
+        visual_layer_tokens: Visual tokens summed over samples and decoder layers.
+        text_tokens: Tokens that are neither visual nor padding, summed over samples.
+        label_tokens: Tokens that are predicted.
+        stop: Whether a rank asks to stop after this step.
+    """
+
+    loss: float
+    learning_rate: float
+    samples: int
+    visual_layer_tokens: float
+    text_tokens: int
+    label_tokens: int
+    step_seconds: float
+    stop: bool
+
+
+def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
+    """Seed of dropout in one micro-batch; it depends on no rank's state, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}:{step}:{first_sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def set_rates(session: Session, job: StageJob, step: int) -> float:
+    """Gives each optimizer group its rate of this step; returns the first group's."""
+    recipe = job.recipe
+    factor = rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
+    groups = session.engine.optimizer.param_groups
+    for optimizer_group, base in zip(groups, session.base_rates, strict=True):
+        optimizer_group["lr"] = base * factor
+    return session.base_rates[0] * factor
+
+
+def run_step(
+    session: Session,
+    job: StageJob,
+    step: int,
+    micro_batches: Sequence[MicroBatch],
+    blank_image: dict[str, torch.Tensor],
+    should_stop: bool,
+) -> StepFigures:
+    """Runs one optimizer step; every rank calls it with its own micro-batches.
+
+    The loss is the sum over all label tokens of the global batch divided by their number, counted across ranks and
+    micro-batches (DESIGN section 5). DeepSpeed averages gradients over ranks, so each rank's share is multiplied by
+    their number; it is not divided by the accumulation.
+    """
+    start = time.perf_counter()
+    engine = session.engine
+    counts = [float(sum(batch.label_tokens for batch in micro_batches))]
+    label_tokens = group.reduce_values(counts)[0]
+    rate = set_rates(session, job, step)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    visual_layer_tokens = text_tokens = 0.0
+    for batch in micro_batches:
+        torch.manual_seed(micro_batch_seed(job.seed, step, batch.indices[0]))
+        session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
+        loss = _forward(session, batch, blank_image, label_tokens)
+        engine.backward(loss * group.world_size(), scale_wrt_gas=False)
+        engine.step()
+        loss_sum = loss_sum.to(loss.device) + loss.detach().double()
+        visual, text = session.counter.count(batch.tensors, session.points)
+        visual_layer_tokens, text_tokens = visual_layer_tokens + visual, text_tokens + text
+    samples = sum(len(batch.indices) for batch in micro_batches)
+    sums = group.reduce_values([loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop)])
+    return StepFigures(
+        loss=sums[0],
+        learning_rate=rate,
+        samples=int(sums[1]),
+        visual_layer_tokens=sums[2],
+        text_tokens=int(sums[3]),
+        label_tokens=int(label_tokens),
+        step_seconds=time.perf_counter() - start,
+        stop=sums[4] > 0,
+    )
+
+
+def _forward(
+    session: Session, batch: MicroBatch, blank_image: dict[str, torch.Tensor], label_tokens: float
+) -> torch.Tensor:
+    """Loss of one micro-batch: its label tokens' sum over the number of the whole global batch."""
+    tensors = _to_worker(session, batch.tensors)
+    has_image = any(name in tensors for name in blank_image)
+    with nullcontext() if has_image else _vision_runs_anyway(session, blank_image):
+        # At least 1: a global batch without any label has loss 0, not NaN.
+        outputs = session.engine(**tensors, use_cache=False, num_items_in_batch=max(1.0, label_tokens))
+    return outputs.loss
+
+
+def _to_worker(session: Session, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    device, dtype = session.engine.device, session.compute_dtype
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+
+
+@contextmanager
+def _vision_runs_anyway(session: Session, blank_image: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Runs the vision tower on a blank image, times 0, where a micro-batch has no image.
+
+    All ranks must run the same modules in the same order: under ZeRO-3 each gathers parameters, and under ZeRO-2 each
+    reduces gradients, in step with the others. A hook on the embedding puts it where the model itself would run it.
+    """
+    model = session.engine.module
+
+    def add_nothing(module: nn.Module, args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
+        features = model.get_image_features(**_to_worker(session, blank_image)).pooler_output
+        return embedded_BTD + 0.0 * sum(feature.sum() for feature in features)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        hook.remove()
