@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from orchestrator.plan.steps import rows_per_epoch as planned_rows
+
 
 def permutation(count: int, *purpose: object) -> np.ndarray:
     """A permutation of `range(count)`, drawn from what it is for, e.g. `(seed, "epoch", 3)`."""
@@ -22,8 +24,8 @@ def permutation(count: int, *purpose: object) -> np.ndarray:
 
 
 def rows_per_epoch(count: int, share: float) -> int:
-    """Rows of a set of `count` in one epoch of a mixture: its share, rounded to nearest, at least one."""
-    return max(1, int(count * share + 0.5)) if count else 0
+    """Rows of a set of `count` in one epoch of a mixture, as the planner counts them."""
+    return planned_rows([(count, share)]) if count else 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""evaluate_state(): one evaluation of one state, from the ledger's weights to the ledger's result."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from orchestrator import registry
+from orchestrator.data.encode import Encoder
+from orchestrator.data.pipeline import data_spec, template_of
+from orchestrator.data.processor import load_processor
+from orchestrator.data.rows import open_data_set
+from orchestrator.errors import DataError, StorageError
+from orchestrator.evaluation.generate import evaluation_mode
+from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
+from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS_FILE = "weights/model.safetensors"
+
+
+class ResultStore(Protocol):
+    """What an evaluation needs of the ledger."""
+
+    def state_folder(self, id: str) -> Path:
+        """Folder of a finished state."""
+        ...
+
+    def write_evaluation(self, id: str, result: dict[str, Any]) -> None:
+        """Keeps a result."""
+        ...
+
+
+def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Tests a state's weights under the job's points. Every rank calls it; rank 0 writes the result.
+
+    Args:
+        job: What to test, on what, under which points.
+        ledger: Holds the state's weights and takes the result.
+        model: The state's model if it is at hand, with nothing attached; None loads it from the ledger.
+
+    Returns:
+        The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`.
+
+    Raises:
+        StorageError: the state has no weights.
+        DataError: the rows cannot be read.
+    """
+    started, workers = time.monotonic(), Workers.here()
+    data = evaluation_data(job)
+    if model is None:
+        model = _load(job, ledger)
+    outcome = run_under(job, model, data, workers)
+    result = {
+        "id": job.id,
+        "name": job.name,
+        "under": job.under,
+        "metrics": outcome.metrics,
+        "num_samples": outcome.num_samples,
+        "seconds": round(time.monotonic() - started, 3),
+        "examples": outcome.examples,
+    }
+    if workers.rank == 0:
+        ledger.write_evaluation(job.id, result)
+    return result
+
+
+def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
+    """The evaluation itself: attaches the job's points, tests, and takes them off again."""
+    from orchestrator.compression import attach
+
+    spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
+    evaluation = registry.load_object(spec.implementation)(spec)
+    attachment = attach(model, [dict(point) for point in job.points]) if job.points else None
+    try:
+        with evaluation_mode(model):
+            outcome: Outcome = evaluation.run(model, data, workers)
+    finally:
+        if attachment is not None:
+            attachment.detach()
+    return outcome
+
+
+def evaluation_data(job: EvaluationJob) -> EvaluationData:
+    """The job's rows and what turns them into prompts.
+
+    Raises:
+        DataError: there are no rows, or they cannot be read.
+    """
+    spec = data_spec(job.data)
+    rows = open_data_set(spec).rows()
+    if not rows:
+        raise DataError(f"evaluate.{job.name}: the data set has no rows")
+    processor = load_processor(ModelSpec.model_validate(job.model))
+    return EvaluationData(rows, Encoder(processor, template_of(spec), job.model_max_length), processor)
+
+
+def _load(job: EvaluationJob, ledger: ResultStore) -> PreTrainedModel:
+    import torch
+
+    from orchestrator.models.build import build_model
+
+    weights = ledger.state_folder(job.state) / WEIGHTS_FILE
+    if not weights.is_file():
+        raise StorageError(f"{weights} is missing; the state {job.state} must be trained before it is evaluated")
+    model: PreTrainedModel = build_model(ModelSpec.model_validate(job.model), weights)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

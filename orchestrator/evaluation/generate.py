@@ -1,0 +1,62 @@
+"""Batched greedy answers of a vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from orchestrator.data.collate import collate
+from orchestrator.data.rows import Row
+from orchestrator.evaluation.protocol import EvaluationData
+
+
+def greedy_answers(
+    model: Any, rows: Sequence[Row], data: EvaluationData, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """The model's answer to each row, in the order of `rows`, special tokens left out.
+
+    Prompts are padded on the left, so that all answers of a batch begin at one place, and batched by length, so that
+    little is padded; generation keeps a KV cache and stops when every answer of the batch has ended.
+
+    Raises:
+        DataError: a prompt is longer than the model may take, or an image cannot be read.
+    """
+    prompts = [data.encoder.encode_prompt(row) for row in rows]
+    # Text-only prompts stay together: a batch then has an image in every row or in none.
+    order = sorted(range(len(prompts)), key=lambda i: (bool(prompts[i].images), len(prompts[i]), i))
+    tokenizer = data.processor.tokenizer
+    answers = [""] * len(rows)
+    device = next(model.parameters()).device
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
+        moved = {name: value.to(device) for name, value in batch.items()}
+        generated = model.generate(
+            **moved,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=data.processor.pad_token_id,
+        )
+        new_tokens = generated[:, moved["input_ids"].shape[1] :]
+        for i, text in zip(part, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model neither drops out nor records gradients; afterwards every module is as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training

@@ -1,0 +1,78 @@
+"""What an evaluation's implementation gets and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.data.encode import Encoder
+from orchestrator.data.processor import VisionTextProcessor
+from orchestrator.data.rows import Row
+from orchestrator.spec.components import EvaluationSpec
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The ranks that share an evaluation; one where there is no process group."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Workers:
+        """This process's rank in the default process group, if there is one."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks, on each of them."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """All ranks' lists, joined, on each of them."""
+        if self.count == 1:
+            return values
+        lists: list[list[Any]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(lists, values)
+        return [value for one in lists for value in one]
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Held-out rows and what turns them into prompts."""
+
+    rows: Sequence[Row]
+    encoder: Encoder
+    processor: VisionTextProcessor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found, the same on every rank.
+
+    Attributes:
+        metrics: Name to value; tracked as `eval/<name>/<metric>`.
+        num_samples: Rows tested.
+        examples: A few predictions, for people.
+    """
+
+    metrics: dict[str, float]
+    num_samples: int
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Evaluation(Protocol):
+    """What `EvaluationSpec.implementation` names: a class built with the spec. Every rank calls `run`."""
+
+    def __init__(self, spec: EvaluationSpec) -> None: ...
+
+    def run(self, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
+        """Tests a model in evaluation mode, its compressor attached, on this rank's share of the rows."""
+        ...

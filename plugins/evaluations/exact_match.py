@@ -1,0 +1,97 @@
+"""`exact_match`: the share of held-out rows answered with exactly the expected words, overall and by answer type."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from orchestrator.errors import DataError
+from orchestrator.spec.base import Count, Flag
+from orchestrator.spec.components import EvaluationSpec
+
+if TYPE_CHECKING:
+    from orchestrator.data.rows import Row
+    from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
+
+EXAMPLES = 20
+
+
+class ExactMatchSpec(EvaluationSpec):
+    """Greedy answers compared with the last answer of each row.
+
+    Attributes:
+        batch_size: Prompts generated for at once, on each worker; no part of what is measured.
+        max_new_tokens: Longest answer; generation ends earlier where every answer has ended.
+        ignore_case: Compare in lower case.
+        ignore_punctuation: Compare without punctuation at the ends.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.evaluations.exact_match:ExactMatch"
+    not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+    kind: Literal["exact_match"] = "exact_match"
+    batch_size: Count = 256
+    max_new_tokens: Count = 16
+    ignore_case: Flag = True
+    ignore_punctuation: Flag = True
+
+
+def normalised(text: str, spec: ExactMatchSpec) -> str:
+    """An answer as it is compared: blanks joined, case and outer punctuation left out where the spec says so."""
+    text = re.sub(r"\s+", " ", text).strip()
+    if spec.ignore_punctuation:
+        text = text.strip(string.punctuation + " ")
+    return text.lower() if spec.ignore_case else text
+
+
+class ExactMatch:
+    """Counts exact answers; ranks take every n-th row of the rows sorted by length."""
+
+    def __init__(self, spec: ExactMatchSpec) -> None:
+        self._spec = spec
+
+    def run(self, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
+        """Metrics `accuracy` and, where rows have types, `accuracy_<type>`, all between 0 and 1.
+
+        Raises:
+            DataError: a row has no answer to compare with, or cannot be read.
+        """
+        import torch
+
+        from orchestrator.evaluation.generate import greedy_answers
+        from orchestrator.evaluation.protocol import Outcome
+
+        by_length = sorted(range(len(data.rows)), key=lambda i: (data.rows[i].num_words, i))
+        mine = by_length[workers.rank :: workers.count]
+        rows = [data.rows[i] for i in mine]
+        wanted = [_answer(row) for row in rows]
+        answers = greedy_answers(model, rows, data, self._spec.batch_size, self._spec.max_new_tokens)
+        types = sorted({row.answer_type for row in data.rows if row.answer_type is not None})
+        device = next(model.parameters()).device
+        counts_T2 = torch.zeros(1 + len(types), 2, dtype=torch.int64, device=device)
+        examples = []
+        for i, row, answer, expected in zip(mine, rows, answers, wanted, strict=True):
+            right = normalised(answer, self._spec) == normalised(expected, self._spec)
+            counts_T2[0] += torch.tensor([right, 1], device=device)
+            if row.answer_type is not None:
+                counts_T2[1 + types.index(row.answer_type)] += torch.tensor([right, 1], device=device)
+            if i < EXAMPLES:
+                examples.append((i, _example(row, answer, expected, right)))
+        found = workers.sum(counts_T2).tolist()
+        names = ["accuracy", *(f"accuracy_{name}" for name in types)]
+        metrics = {name: right / total for name, (right, total) in zip(names, found, strict=True) if total}
+        told = [example for _, example in sorted(workers.gather(examples), key=lambda pair: pair[0])]
+        return Outcome(metrics, int(found[0][1]), told)
+
+
+def _answer(row: Row) -> str:
+    for turn in reversed(row.turns):
+        if turn.role == "assistant":
+            return turn.text
+    raise DataError(f"row {row.index}: no answer to compare with")
+
+
+def _example(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
+    question = next((turn.text for turn in reversed(row.turns) if turn.role == "user"), "")
+    return {"row": row.index, "question": question, "expected": expected, "answer": answer, "right": right}
