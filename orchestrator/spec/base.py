@@ -74,6 +74,7 @@ class Component(Spec):
         registry_group: Entry-point group of the family; set by the family's base class.
         implementation: `module:Class` that does the work; imported on the worker only.
         version: Raised when a change of the implementation moves numbers; part of a cell's identity.
+        path_fields: Fields that hold paths; the loader makes them absolute from the file that writes them.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Component(Spec):
     registry_group: ClassVar[str] = ""
     implementation: ClassVar[str] = ""
     version: ClassVar[int] = 1
+    path_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def kind_name(cls) -> str:

@@ -1,0 +1,183 @@
+"""Cells of a grid: each distinct part is validated once, a cell is a cheap copy of the base with its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.errors import Fault
+from orchestrator.spec.axes import SECTIONS, Assignment, Axes, assignments
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.faults import explain, locate
+from orchestrator.spec.inherit import drop_nulls
+from orchestrator.spec.names import CellNames
+from orchestrator.spec.node import Node, Path, dotted
+
+MAX_FAULTY_CELLS = 20
+
+
+@dataclass(frozen=True)
+class ResolvedCell:
+    """One cell of the grid.
+
+    Attributes:
+        name: Unique in the experiment, safe as a folder's name.
+        axes: Dotted path of each axis to its value as written.
+        spec: The experiment with the axes' values in their places.
+    """
+
+    name: str
+    axes: dict[str, Any]
+    spec: ExperimentSpec
+
+
+@dataclass
+class Part:
+    """One top-level key of a cell, validated.
+
+    Attributes:
+        value: The validated value, None where it has faults.
+        faults: What is wrong with it.
+        key: Canonical JSON of its tree; equal keys are equal parts.
+    """
+
+    value: Any
+    faults: list[Fault]
+    key: str
+
+
+def apply(root: Node, cell: Assignment) -> Node:
+    """The tree of a cell: its axes' values in their places, a null taken out."""
+    for setting in cell:
+        root = root.set_at(setting.path, setting.node if setting.node.value is not None else None)
+    return root
+
+
+@dataclass
+class Parts:
+    """Validates top-level keys, each distinct one once."""
+
+    root: Node
+    _known: dict[tuple[Any, ...], Part] = field(default_factory=dict)
+    _adapters: dict[str, TypeAdapter[Any]] = field(default_factory=dict)
+
+    def get(self, name: str, cell: Assignment) -> Part:
+        """The part `name` of a cell, shared by all cells whose axes below it agree."""
+        own = tuple(setting for setting in cell if setting.path[0] == name)
+        key = (name, *(id(setting) for setting in own))
+        part = self._known.get(key)
+        if part is None:
+            part = self._known[key] = self._validate(name, own)
+        return part
+
+    def _validate(self, name: str, settings: Assignment) -> Part:
+        tree = apply(self.root, settings)
+        node = tree.get(name)
+        info = ExperimentSpec.model_fields[name]
+        if node is None or node.value is None:
+            if info.is_required():
+                return Part(None, explain([{"type": "missing", "loc": (name,), "msg": "", "ctx": {}}], tree), "")
+            return Part(info.get_default(call_default_factory=True), [], "")
+        plain = drop_nulls(node, (name,)).plain()
+        key = json.dumps(plain, sort_keys=True, default=str)
+        try:
+            return Part(self._adapter(name).validate_python(plain), [], key)
+        except ValidationError as error:
+            return Part(None, explain(error.errors(), tree, (name,)), key)
+
+    def _adapter(self, name: str) -> TypeAdapter[Any]:
+        if name not in self._adapters:
+            info = ExperimentSpec.model_fields[name]
+            annotation: Any = info.annotation
+            if info.metadata:
+                annotation = Annotated[(annotation, *info.metadata)]
+            self._adapters[name] = TypeAdapter(annotation)
+        return self._adapters[name]
+
+
+Check = Callable[[dict[str, Any], Node | Callable[[], Node]], Sequence[Fault]]
+
+
+class GridBuilder:
+    """Builds the cells of one experiment.
+
+    Args:
+        root: The resolved tree.
+        axes: Its axes.
+        parts: Validates parts; shared with the caller.
+        checks: Called with a cell's parts (None where a part has faults) and a function that gives the cell's tree.
+    """
+
+    def __init__(self, root: Node, axes: Axes, parts: Parts, checks: Sequence[Callable[..., Sequence[Fault]]]) -> None:
+        self.root, self.axes, self.parts, self.checks = root, axes, parts, checks
+        self.faults: list[Fault] = []
+        self.notices: list[str] = []
+
+    def cells(self) -> list[Assignment]:
+        """The assignments; when one has faults, the later ones are only looked at for new values."""
+        found = list(assignments(self.axes, self.faults, self.notices, self.root))
+        seen: set[int] = set()
+        representatives = []
+        for cell in found:
+            new = {id(setting) for setting in cell} - seen
+            if new or not seen:
+                representatives.append(cell)
+                seen |= new
+        for cell in representatives:
+            self._check(cell)
+        if not self.faults:
+            faulty = 0
+            for cell in found:
+                faulty += self._check(cell)
+                if faulty > MAX_FAULTY_CELLS:
+                    break
+        return found
+
+    def resolve(self, base: ExperimentSpec, found: Sequence[Assignment]) -> tuple[ResolvedCell, ...]:
+        """The cells in order; cells of equal values are merged with a notice."""
+        names = CellNames(self.root, base.name, tuple(self.axes.values), self.faults)
+        cells: list[ResolvedCell] = []
+        by_value: dict[tuple[str, ...], str] = {}
+        by_name: dict[str, Assignment] = {}
+        for cell in found:
+            parts = {name: self.parts.get(name, cell) for name in SECTIONS}
+            name = names.name(cell)
+            key = tuple(part.key for part in parts.values())
+            if key in by_value:
+                self.notices.append(f"the cells {by_value[key]} and {name} are the same and become one")
+                continue
+            if name in by_name:
+                name = self._clash(name, cell, by_name[name], names)
+            by_value[key], by_name[name] = name, cell
+            changed = {setting.path[0] for setting in cell}
+            spec = base.model_copy(update={section: parts[section].value for section in changed})  # type: ignore[misc]
+            cells.append(ResolvedCell(name, {s.axis: s.node.plain() for s in cell}, spec))
+        return tuple(cells)
+
+    def _check(self, cell: Assignment) -> bool:
+        parts = {name: self.parts.get(name, cell) for name in SECTIONS}
+        found = [fault for part in parts.values() for fault in part.faults]
+        values = {name: part.value if not part.faults else None for name, part in parts.items()}
+        for check in self.checks:
+            found.extend(check(values, lambda: apply(self.root, cell)))
+        self.faults.extend(found)
+        return bool(found)
+
+    def _clash(self, name: str, cell: Assignment, other: Assignment, names: CellNames) -> str:
+        if names.template is None:
+            number = 2
+            while f"{name}-{number}" in {names.name(cell)}:
+                number += 1
+            return f"{name}-{number}"
+        path: Path = ("cell_name",)
+        mark, value = locate(self.root, path)
+        differ = [s.axis for s in cell if all(s.key != o.key or s.axis != o.axis for o in other)]
+        hint = "let the template use " + ", ".join(f"{{{names.short[axis]}}}" for axis in differ)
+        message = f"two cells would be named {name}"
+        if len(self.faults) < MAX_FAULTY_CELLS:
+            self.faults.append(Fault(message, *mark, path=dotted(path), value=value, hint=hint))
+        return name

@@ -1,0 +1,172 @@
+"""`extends:`, one tree from a file and all files below it; every value keeps the place where it was written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+
+from orchestrator import registry
+from orchestrator.errors import Fault, SpecError, UsageError
+from orchestrator.spec.aliases import Renaming, rename_aliases
+from orchestrator.spec.node import Node, Path
+from orchestrator.spec.yaml_tree import MAX_BYTES, MAX_NODES, read_tree
+
+MAX_CHAIN = 32
+_KEEPS_NULL = ("deepspeed",)
+
+
+@dataclass
+class Inheritance:
+    """Reads an experiment file with all it extends; files are read and merged once however often they are named."""
+
+    faults: list[Fault] = field(default_factory=list)
+    renaming: Renaming = field(default_factory=Renaming)
+    _files: dict[str, Node | None] = field(default_factory=dict)
+    _merged: dict[str, Node | None] = field(default_factory=dict)
+    _below: dict[str, list[str]] = field(default_factory=dict)
+
+    def read(self, path: FilePath) -> Node | None:
+        """The raw trees of a file and of all it extends; None where the file itself cannot be read."""
+        self._read(str(path), None, ())
+        return self._files[str(path)]
+
+    def plugins(self, path: FilePath) -> Node | None:
+        """The `plugins:` list that holds: the file's own, else that of the last file it extends."""
+        return self._plugins(str(path))
+
+    def merge(self, path: FilePath) -> Node:
+        """The merged tree, names canonical, nulls still in it."""
+        merged = self._merge(str(path))
+        assert merged is not None
+        return merged
+
+    def _read(self, name: str, asked: Node | None, chain: tuple[str, ...]) -> None:
+        if name in chain:
+            ring = " -> ".join([*chain[chain.index(name) :], name])
+            assert asked is not None
+            self.faults.append(asked.fault(f"extends goes round in a circle: {ring}", ("extends",)))
+            return
+        if name in self._files:
+            return
+        if len(chain) >= MAX_CHAIN:
+            assert asked is not None
+            self.faults.append(asked.fault(f"extends goes deeper than {MAX_CHAIN} files", ("extends",)))
+            return
+        self._files[name] = self._read_file(name, asked)
+        self._below[name] = []
+        for below, node in self._extends(name):
+            self._read(below, node, (*chain, name))
+            if below in self._files and below not in (*chain, name):
+                self._below[name].append(below)
+
+    def _read_file(self, name: str, asked: Node | None) -> Node | None:
+        try:
+            if os.path.isdir(name):
+                raise IsADirectoryError(21, "it is a folder, not a file")
+            if not os.path.isfile(name) and os.path.exists(name):
+                raise OSError(22, "it is not an ordinary file")
+            with open(name, "rb") as stream:
+                return read_tree(stream.read(MAX_BYTES + 1), name)
+        except SpecError as error:
+            self.faults.extend(error.faults)
+        except OSError as error:
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            message = f"{name} cannot be read: {reason}"
+            if asked is None:
+                self.faults.append(Fault(message, name))
+            else:
+                hint = "the path is relative to the file that writes it"
+                self.faults.append(asked.fault(message, ("extends",), hint=hint))
+        return None
+
+    def _extends(self, name: str) -> list[tuple[str, Node]]:
+        tree = self._files[name]
+        node = tree.get("extends") if tree is not None else None
+        if node is None or node.value is None:
+            return []
+        items = node.value if node.is_list else [node]
+        paths = []
+        for item in items:
+            if isinstance(item.value, str) and item.value:
+                paths.append((_beside(name, item.value), item))
+            else:
+                allowed = "one path or a list of paths"
+                self.faults.append(item.fault("extends names files", ("extends",), allowed=allowed))
+        return paths
+
+    def _plugins(self, name: str) -> Node | None:
+        tree = self._files[name]
+        if tree is None:
+            return None
+        if (own := tree.get("plugins")) is not None:
+            return own
+        for below in reversed(self._below[name]):
+            if (inherited := self._plugins(below)) is not None:
+                return inherited
+        return None
+
+    def _merge(self, name: str) -> Node | None:
+        if name not in self._merged:
+            own, below = self._files[name], None
+            for other in self._below[name]:
+                lower = self._merge(other)
+                below = merge_nodes(below, lower) if below is not None and lower is not None else below or lower
+            if own is not None:
+                own = rename_aliases(own.with_entry("extends", None), below, self.renaming)
+                own = own if below is None else merge_nodes(below, own)
+                if own.size > MAX_NODES:
+                    self.faults.append(Fault(f"{name} and what it extends hold more than {MAX_NODES} values", name))
+            self._merged[name] = own
+        return self._merged[name]
+
+
+def _beside(file: str, reference: str) -> str:
+    """A reference relative to the folder of the file that writes it."""
+    return os.path.normpath(os.path.join(os.path.dirname(file), os.path.expanduser(reference)))
+
+
+def load_plugins(node: Node | None) -> list[Fault]:
+    """Imports the plug-ins of a `plugins:` list; faults where one cannot be."""
+    if node is None or not node.is_list:
+        return []  # a value that is no list is told by the models
+    faults = []
+    for index, item in enumerate(node.value):
+        if not isinstance(item.value, str):
+            continue
+        base = FilePath(item.mark.file).parent if item.mark.file is not None else FilePath.cwd()
+        try:
+            registry.load_plugin(item.value, base)
+        except UsageError as error:
+            message = str(error).removeprefix("plugins: ")
+            faults.append(item.fault(message, ("plugins", index)))
+    return faults
+
+
+def merge_nodes(below: Node, above: Node) -> Node:
+    """Deep merge: `above` wins; a list replaces; an entry whose `kind` changes is replaced whole."""
+    if not (below.is_mapping and above.is_mapping):
+        return above
+    kinds = [node.get("kind") for node in (below, above)]
+    if kinds[0] is not None and kinds[1] is not None and kinds[0].value != kinds[1].value:
+        return above
+    entries, keys = dict(below.value), dict(below.keys)
+    for key, child in above.value.items():
+        entries[key] = merge_nodes(entries[key], child) if key in entries else child
+        keys[key] = above.keys[key]
+    return Node(entries, above.mark, keys=keys, size=1 + sum(child.size for child in entries.values()))
+
+
+def drop_nulls(node: Node, path: Path = ()) -> Node:
+    """Takes out entries that are null, which puts a key back to its default; an axis' null is a value and stays."""
+    if node.is_list:
+        return Node([drop_nulls(c, (*path, i)) for i, c in enumerate(node.value)], node.mark, size=node.size)
+    if not node.is_mapping or (path and path[-1] in _KEEPS_NULL):
+        return node
+    keep_null = len(path) == 2 and path[0] in ("zip", "include", "exclude")
+    entries = {
+        key: drop_nulls(child, (*path, key))
+        for key, child in node.value.items()
+        if child.value is not None or keep_null
+    }
+    return Node(entries, node.mark, keys={k: node.keys[k] for k in entries}, size=node.size)

@@ -1,0 +1,166 @@
+"""`load_experiment`: a YAML file to a validated experiment and its cells, or all its faults at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import Fault, SpecError
+from orchestrator.spec.axes import SECTIONS, AxisReader
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.faults import explain
+from orchestrator.spec.grid import GridBuilder, Parts, ResolvedCell, apply
+from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
+from orchestrator.spec.node import Node, dotted
+from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
+from orchestrator.spec.paths import absolute_paths
+
+__all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml"]
+
+MAX_FAULTS = 200
+
+
+@dataclass(frozen=True)
+class LoadedExperiment:
+    """A valid experiment file.
+
+    Attributes:
+        path: The file.
+        spec: The base, axes not applied (the first cell's where the base is complete only with an axis).
+        tree: The resolved tree: `extends` merged, aliases renamed, paths absolute, nulls taken out.
+        sources: Dotted path of every value to `file:line`, `--set` or `default`.
+        notices: What the user should know: renamed keys, merged cells, checks that are deferred.
+        cells: The grid in order.
+    """
+
+    path: Path
+    spec: ExperimentSpec
+    tree: dict[str, Any]
+    sources: dict[str, str]
+    notices: tuple[str, ...]
+    cells: tuple[ResolvedCell, ...]
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """Reads, merges and validates an experiment file and expands its grid.
+
+    Args:
+        path: The YAML file.
+        overrides: `a.b=c` settings of `--set`, values in YAML.
+
+    Raises:
+        SpecError: all faults of the file, of those it extends and of the overrides.
+    """
+    path = Path(path)
+    root, faults, notices = _read(path, read_overrides(overrides))
+    faults += [fault for key in root.value for fault in _absolute(root, key)]
+    root = _absolute_tree(root)
+    axes = AxisReader(root, faults).read()
+    spec, errors = _base(root)
+    parts = Parts(root)
+    builder = GridBuilder(root, axes, parts, _checks(notices))
+    found = builder.cells()
+    everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
+    faults += [fault for fault in errors if not _is_given(fault.path, everywhere)]
+    faults += builder.faults
+    if spec is None and not faults:
+        spec, errors = _base(apply(root, found[0]))
+        faults += errors
+    _stop_at(faults)
+    assert spec is not None
+    builder.faults.clear()
+    cells = builder.resolve(spec, found)
+    _stop_at(builder.faults)
+    told = tuple(dict.fromkeys([*notices, *builder.notices]))
+    return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells)
+
+
+def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault], list[str]]:
+    files = Inheritance()
+    raw = files.read(path)
+    if raw is None:
+        raise SpecError(_unique(files.faults))
+    plugins = next((o.node for o in reversed(overrides) if o.text == "plugins"), None) or files.plugins(path)
+    faults = load_plugins(plugins)
+    root = files.merge(path)
+    faults += [*files.faults, *files.renaming.faults]
+    notices = list(files.renaming.notices)
+    root = apply_overrides(root, overrides, faults, notices)
+    return drop_nulls(root), faults, notices
+
+
+def _absolute(root: Node, key: str) -> list[Fault]:
+    faults: list[Fault] = []
+    if key not in ("matrix", "zip", "include", "exclude"):
+        absolute_paths(root, root.value[key], (key,), faults)
+    return faults
+
+
+def _absolute_tree(root: Node) -> Node:
+    """Every path absolute; an axis' values become absolute where they are read."""
+    for key, child in root.value.items():
+        if key not in ("matrix", "zip", "include", "exclude"):
+            root = root.with_entry(key, absolute_paths(root, child, (key,), []), root.keys[key])
+    return root
+
+
+def _base(root: Node) -> tuple[ExperimentSpec | None, list[Fault]]:
+    try:
+        return ExperimentSpec.model_validate(root.plain()), []
+    except ValidationError as error:
+        return None, explain(error.errors(), root)
+
+
+def _checks(notices: list[str]) -> list[Any]:
+    return []
+
+
+def _is_given(path: str, axes: set[str]) -> bool:
+    """True where every cell replaces what is wrong or missing in the base."""
+    return any(path == axis or path.startswith(axis + ".") for axis in axes)
+
+
+def _unique(faults: Sequence[Fault]) -> list[Fault]:
+    """Each fault once, in the order of the file; one place is not told twice for the same reason."""
+    once = list(dict.fromkeys(faults))
+    return sorted(once, key=lambda fault: (fault.file or "", fault.line or 0, fault.column or 0))[:MAX_FAULTS]
+
+
+def _stop_at(faults: Sequence[Fault]) -> None:
+    if faults:
+        raise SpecError(_unique(faults))
+
+
+def _sources(root: Node, spec: ExperimentSpec) -> dict[str, str]:
+    sources = {}
+    for path, node in root.leaves():
+        sources[dotted(path)] = "--set" if node.mark.file is None else f"{node.mark.file}:{node.mark.line}"
+    for path in _default_paths(spec.model_dump(mode="json"), root, ()):
+        sources.setdefault(path, "default")
+    return sources
+
+
+def _default_paths(value: Any, node: Node | None, path: tuple[str | int, ...]) -> list[str]:
+    if isinstance(value, dict) and value:
+        return [
+            found
+            for key, item in value.items()
+            for found in _default_paths(item, node.get(key) if node is not None else None, (*path, key))
+        ]
+    return [dotted(path)] if node is None else []
+
+
+def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
+    """The resolved experiment as YAML, each value with the place it came from; for `show --resolved`."""
+    import yaml
+
+    values = loaded.spec.model_dump(mode="json")
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+_ = SECTIONS

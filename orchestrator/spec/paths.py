@@ -1,0 +1,139 @@
+"""Paths of an experiment file, made absolute from the folder of the file that writes them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path as FilePath
+
+from orchestrator import registry
+from orchestrator.errors import Fault
+from orchestrator.spec.base import Component
+from orchestrator.spec.node import Node, Path
+from orchestrator.spec.shape import NAMED, shape_at
+
+DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+Rule = Callable[[Node, Path], tuple[str, Fault | None]]
+
+
+def absolute_paths(root: Node, node: Node, path: Path, faults: list[Fault]) -> Node:
+    """A copy of the node at `path` with its paths absolute; adds a fault for every folder or file that is missing.
+
+    Args:
+        root: The merged tree, which tells the `kind` of a named entry.
+        node: The value at `path`, or an axis' value for it.
+        path: Where the value stands or would stand.
+        faults: Takes the faults.
+    """
+    if node.is_mapping:
+        children = {key: absolute_paths(root, child, (*path, key), faults) for key, child in node.value.items()}
+        return Node(children, node.mark, keys=node.keys, size=node.size)
+    if node.is_list:
+        items = [absolute_paths(root, child, (*path, index), faults) for index, child in enumerate(node.value)]
+        return Node(items, node.mark, size=node.size)
+    rule = _rule(root, path) if isinstance(node.value, str) and node.value else None
+    if rule is None:
+        return node
+    value, fault = rule(node, path)
+    if fault is not None:
+        faults.append(fault)
+    return Node(value, node.mark, text=node.text or node.value)
+
+
+def _rule(root: Node, path: Path) -> Rule | None:
+    if path == ("model", "model_name_or_path"):
+        return _model
+    if path[:2] == ("model", "weights") and len(path) == 3:
+        return _weights
+    if path[0] == "phases" and len(path) == 3 and path[2] in ("deepspeed", "start_from"):
+        return _deepspeed if path[2] == "deepspeed" else _folder
+    if path[0] == "phases" and path[2:] == ("start_from", "spec"):
+        return _file
+    if path == ("cluster", "storage_path"):
+        return _anywhere
+    if path[0] == "plugins":
+        return _plugin
+    if path[0] in NAMED and len(path) >= 3:
+        depth = 2 if not isinstance(path[2], int) else 3
+        shape = shape_at(root, path[:depth])
+        entry = root.at(path[:depth])
+        kind = entry.get("kind") if entry is not None and entry.is_mapping else None
+        cls = shape.spec_class(kind.value if kind is not None else None) if shape is not None else None
+        if cls is not None and issubclass(cls, Component) and path[depth : depth + 1]:
+            return _anywhere if path[depth] in cls.path_fields else None
+    return None
+
+
+def _base(node: Node) -> str:
+    return os.path.dirname(os.path.abspath(node.mark.file)) if node.mark.file is not None else os.getcwd()
+
+
+def _full(node: Node) -> str:
+    return os.path.normpath(os.path.join(_base(node), os.path.expanduser(node.value)))
+
+
+def _anywhere(node: Node, path: Path) -> tuple[str, Fault | None]:
+    return (node.value if "://" in node.value else _full(node)), None
+
+
+def _plugin(node: Node, path: Path) -> tuple[str, Fault | None]:
+    return (_full(node) if node.value.endswith(".py") else node.value), None
+
+
+def _folder(node: Node, path: Path) -> tuple[str, Fault | None]:
+    full = _full(node)
+    return full, None if os.path.isdir(full) else _missing(node, path, full, "folder")
+
+
+def _file(node: Node, path: Path) -> tuple[str, Fault | None]:
+    full = _full(node)
+    return full, None if os.path.isfile(full) else _missing(node, path, full, "file")
+
+
+def _deepspeed(node: Node, path: Path) -> tuple[str, Fault | None]:
+    if node.value in DEEPSPEED_PRESETS:
+        return node.value, None
+    if "/" in node.value or node.value.endswith(".json"):
+        return _file(node, path)
+    near = registry.nearest(node.value, DEEPSPEED_PRESETS)
+    allowed = ", ".join(DEEPSPEED_PRESETS) + ", a path to a .json file, or a mapping"
+    hint = f"did you mean {near}?" if near else None
+    return node.value, node.fault("unknown DeepSpeed setting", path, allowed=allowed, hint=hint)
+
+
+def _model(node: Node, path: Path) -> tuple[str, Fault | None]:
+    full = _full(node)
+    if os.path.isdir(full):
+        return full, None
+    if _is_hub_id(node):
+        return node.value, None
+    return full, _missing(node, path, full, "model folder")
+
+
+def _weights(node: Node, path: Path) -> tuple[str, Fault | None]:
+    if node.value == "random":
+        return node.value, None
+    full = _full(node)
+    if os.path.exists(full):
+        return full, None
+    if _is_hub_id(node) and not node.value.endswith((".bin", ".safetensors", ".pt")):
+        return node.value, None
+    return full, _missing(node, path, full, "folder or weight file")
+
+
+def _is_hub_id(node: Node) -> bool:
+    """`org/name` is the hub's unless `org` is a folder beside the file: then it is a path whose end is mistyped."""
+    first = node.value.partition("/")[0]
+    if not _HUB_ID.fullmatch(node.value):
+        return False
+    return not os.path.isdir(os.path.join(_base(node), first))
+
+
+def _missing(node: Node, path: Path, full: str, what: str) -> Fault:
+    parent = FilePath(full).parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = registry.nearest(FilePath(full).name, names) if names else None
+    hint = f"did you mean {parent / near}?" if near else "a relative path is relative to the file that writes it"
+    return node.fault(f"there is no {what} at {full}", path, hint=hint)
