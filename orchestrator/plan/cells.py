@@ -10,8 +10,9 @@ from orchestrator.errors import UsageError
 from orchestrator.plan import reached
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, Action, EvaluationJob, RootJob
+from orchestrator.plan.steps import num_rows, total_steps_of
 from orchestrator.spec.base import Spec
-from orchestrator.spec.components import EvaluationSpec, ScheduleSpec
+from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
 
 Made = TypeVar("Made")
+_NOT_HASHED = set(reached.RESOLVED - {"start_from"})
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PhasePlan:
     """One phase of a cell, resolved.
 
     Attributes:
-        total_steps: Optimizer steps of the phase (see `plan/reached.py: epoch_steps` for the rule of epochs).
+        total_steps: Optimizer steps of the phase (see `plan/steps.py: epoch_steps` for the rule of epochs).
         table: What every step does; neighbours that do the same are one action.
         points_ids: Digest of each action's points.
         data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
@@ -47,6 +49,7 @@ class PhasePlan:
         start: State the phase starts from: the root or the state before.
         lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
             as far as their tables agree.
+        end: State the phase ends in.
         final: Variant the model is tested under once this phase is its last.
     """
 
@@ -59,16 +62,12 @@ class PhasePlan:
     seed: int
     start: str
     lineage: str
+    end: str
     final: Variant
 
     def state_at(self, step: int) -> str:
         """Identity of the state after `step` optimizer steps: a hash of the lineage and the table up to there."""
         return state_id(self.lineage, self.table, self.points_ids, step)
-
-    @property
-    def end(self) -> str:
-        """Identity of the state the phase ends in."""
-        return self.state_at(self.total_steps)
 
 
 def state_id(lineage: str, table: Sequence[Action], points_ids: Sequence[str], step: int) -> str:
@@ -122,11 +121,11 @@ class _Resolver:
         self._made: dict[Any, Any] = {}
         self._alive: list[Any] = []
 
-    def _once(self, make: Callable[..., Made], spec: Spec, *rest: Any) -> Made:
+    def _once(self, make: Callable[..., Made], spec: Spec, *rest: Any, leave: set[str] | None = None) -> Made:
         # Cells often hold the very same object; only then is its text not needed.
         near = (make, id(spec), *rest)
         if near not in self._made:
-            far = (make, type(spec), spec.model_dump_json(), *rest)
+            far = (make, type(spec), spec.model_dump_json(exclude=leave), *rest)
             if far not in self._made:
                 self._made[far] = make(spec, *rest)
             self._made[near] = self._made[far]
@@ -168,29 +167,30 @@ class _Resolver:
             notices += [notice] if notice else []
             found.append((identity, share, {"name": set_name, "share": share, "spec": dump}))
         found.sort(key=lambda entry: entry[:2])
-        total_steps = _total_steps(spec, name, recipe, sets)
+        total_steps = total_steps_of(name, recipe, sets, lambda each: self._once(num_rows, spec.data[each]))
         table = self._table(spec, name, recipe, total_steps)
         actions, ids = self._actions(spec, table.actions, facts)
         seed = spec.seed if recipe.seed is None else recipe.seed
         lineage = digest(
             {
                 "start": start,
-                "phase": self._once(_recipe_digest, recipe),
+                "phase": self._once(_recipe_digest, recipe, leave=_NOT_HASHED),
                 "data": [entry[:2] for entry in found],
                 "total_steps": total_steps,
                 "seed": seed,
             }
         )
         data = tuple(entry[2] for entry in found)
+        end = state_id(lineage, actions, ids, total_steps)
         final = self._variant(spec, table.final, facts)
-        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, final)
+        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, end, final)
 
     def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
         return self._once(_data, spec.data[name])
 
-    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> Any:
+    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> StageTable:
         schedule = recipe.schedule
         if isinstance(schedule, str) and schedule not in spec.schedules:
             return _constant(schedule, total_steps)
@@ -222,16 +222,14 @@ class _Resolver:
             known = ", ".join((FULL, *spec.compressors))
             raise UsageError(f"compressors: no variant is called {name!r}; there are: {known}")
         points = spec.compressors[name]
-        key = ("variant", *(id(point) for point in points), id(facts))
-        if key not in self._made:
-            grid = None if facts is None else facts.visual_grid
-            try:
-                resolved = reached.resolve_points(points, None if facts is None else facts.num_layers, grid)
-            except ValueError as error:
-                raise UsageError(f"compressors.{name}: {error}") from error
-            self._made[key] = Variant(resolved, reached.points_identity(points, resolved))
+        near = (*map(id, points), id(facts))
+        if near not in self._made:
+            far = (*((type(point), point.model_dump_json()) for point in points), id(facts))
+            if far not in self._made:
+                self._made[far] = _resolve(name, points, facts)
+            self._made[near] = self._made[far]
             self._alive.append(points)
-        return self._made[key]
+        return self._made[near]
 
     def _evaluation(
         self, spec: ExperimentSpec, name: str, under: str, state: str, final: Variant, facts: ModelFacts | None,
@@ -261,6 +259,17 @@ def _dump(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
+def _resolve(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
+    try:
+        if facts is None:
+            resolved = reached.resolve_points(points, None, None)
+        else:
+            resolved = reached.resolve_points(points, facts.num_layers, facts.visual_grid)
+    except ValueError as error:
+        raise UsageError(f"compressors.{name}: {error}") from error
+    return Variant(resolved, reached.points_identity(points, resolved))
+
+
 def _root(model: ModelSpec, seed: int, plugins: tuple[str, ...]) -> RootJob:
     drawn = {"seed": seed} if reached.draws_weights(model) else {}
     identity = digest({"semantics": SEMANTICS_VERSION, "model": reached.model_identity(model), **drawn})
@@ -280,31 +289,9 @@ def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
     return digest(reached.evaluation_identity(entry)), _dump(entry)
 
 
-def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> Any:
+def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> StageTable:
     return schedule.compile(total_steps, global_batch_size)
 
 
-def _constant(variant: str, total_steps: int) -> Any:
-    from orchestrator.spec.components import StageTable
-
+def _constant(variant: str, total_steps: int) -> StageTable:
     return StageTable(((0, total_steps, variant),), variant)
-
-
-def _total_steps(spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float]) -> int:
-    for later in ("max_train_tflops", "match_train_tflops"):
-        if getattr(recipe, later) is not None:
-            raise UsageError(f"phases.{name}.{later} is not built yet; give max_steps or num_train_epochs")
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    if recipe.num_train_epochs is None:
-        raise UsageError(f"phases.{name} has no length: give max_steps or num_train_epochs")
-    rows: list[tuple[int, float]] = []
-    for set_name, share in sets.items():
-        found = spec.data[set_name].num_rows()
-        if found is None:
-            raise UsageError(
-                f"data.{set_name}: its file is not here, so the steps of phases.{name} (num_train_epochs) cannot be "
-                "counted; give num_samples on the data set, or max_steps on the phase"
-            )
-        rows.append((found, share))
-    return reached.epoch_steps(reached.rows_per_epoch(rows), recipe.num_train_epochs, recipe.global_batch_size)

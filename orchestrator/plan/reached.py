@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import content_digest, digest, files_digest
-from orchestrator.spec.base import Component, Spec, parse_share
+from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
@@ -24,7 +24,7 @@ _SETTINGS = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Fields of a phase that other values stand for: the table of steps, the data's content, the number of steps.
-_RESOLVED = frozenset(
+RESOLVED = frozenset(
     {"data", "schedule", "seed", "start_from"}
     | {"max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops"}
 )
@@ -177,7 +177,7 @@ def points_identity(points: Sequence[CompressorSpec], resolved: Sequence[Mapping
 
 def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
     """The phase's own fields that decide what a step does, given its table, data, seed and number of steps."""
-    fields: dict[str, Any] = reached(recipe, leave=_RESOLVED)
+    fields: dict[str, Any] = reached(recipe, leave=RESOLVED)
     fields["train"] = sorted(set(recipe.train))
     if recipe.lora is not None:
         fields["lora"]["target_modules"] = sorted(set(recipe.lora.target_modules))
@@ -194,17 +194,3 @@ def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
     """The evaluation's own fields; its data and points are hashed beside it."""
     fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under"}))
     return fields
-
-
-def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
-    """Rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
-    return sum(max(1, int(rows * parse_share(share))) for rows, share in sets)
-
-
-def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
-    """Optimizer steps of `epochs` passes: whole batches only, at least one.
-
-    Epochs follow each other without a gap, so only the very last partial batch is left out:
-    665,298 rows in batches of 128 give 5,197 steps.
-    """
-    return max(1, int(rows * Fraction(repr(epochs)) / global_batch_size))
