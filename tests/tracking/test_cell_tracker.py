@@ -1,0 +1,289 @@
+"""Cells as MLflow runs, on a real sqlite store and against a real server that goes down and up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import TrackingError
+from orchestrator.plan.record import CellRecord
+from orchestrator.tracking import cell_tracker
+from orchestrator.tracking.cell_tracker import CellTracker
+
+KEYS = ("train/loss", "train/learning_rate", "train/visual_tokens", "train/step_seconds")
+SUMMARY = {
+    "eval/vqa/accuracy": 0.81,
+    "eval/vqa/under_full/accuracy": 0.83,
+    "cost/train_tflops": 1.5,
+    "cost/visual_layer_tokens": 3312.0,
+    "cost/compression_ratio": 5.565,
+    "cost/train_seconds": 12.5,
+    "cost/finetune/train_seconds": 12.5,
+    "cost/samples_per_second": 80.0,
+    "cost/peak_memory_gib": 0.4,
+}
+
+
+def history(steps: int) -> tuple[tuple[str, float, int, int], ...]:
+    return tuple((key, 2.0 / (step + 1), step, 1_700_000_000_000 + 250 * step) for key in KEYS for step in range(steps))
+
+
+def cell(status: str = "finished", steps: int = 30, **changes: object) -> CellRecord:
+    record = CellRecord(
+        cell_id="c" * 64,
+        cell_name="schedule=four_stage, seed=0",
+        status=status,
+        params={"phases.finetune.schedule": "four_stage", "seed": "0"},
+        tags={"experiment_spec_sha": "f" * 64, "hardware": "cpu"},
+        history=history(steps),
+        summary=SUMMARY if status == "finished" else {},
+        artifacts={"cell.yaml": "seed: 0\n", "schedule.json": b"[]"},
+    )
+    return dataclasses.replace(record, **changes)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One migrated database for the module: each test has an experiment of its own in it."""
+    return tmp_path_factory.mktemp("storage") / "deep" / "mlflow.db"
+
+
+@pytest.fixture
+def tracker(database: Path, request: pytest.FixtureRequest) -> CellTracker:
+    return CellTracker(f"sqlite:///{database}", request.node.name)
+
+
+def runs_of(tracker: CellTracker) -> list:
+    return tracker._client().search_runs([tracker._experiment()])
+
+
+def points_of(tracker: CellTracker, run_id: str) -> list[tuple]:
+    found = []
+    for key in KEYS:
+        metrics = tracker._client().get_metric_history(run_id, key)
+        found += [(metric.key, metric.value, metric.step, metric.timestamp) for metric in metrics]
+    return sorted(found)
+
+
+def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: CellTracker) -> None:
+    run_id = tracker.log(cell())
+    (run,) = runs_of(tracker)
+    assert run.info.run_id == run_id
+    assert run.info.run_name == "schedule=four_stage, seed=0"
+    assert run.info.status == "FINISHED"
+    assert run.info.start_time == 1_700_000_000_000
+    assert run.info.end_time == 1_700_000_000_000 + 250 * 29
+    assert run.data.params == {"phases.finetune.schedule": "four_stage", "seed": "0"}
+    assert run.data.tags["cell_id"] == "c" * 64
+    assert run.data.tags["hardware"] == "cpu"
+    assert {key: run.data.metrics[key] for key in SUMMARY} == SUMMARY
+    assert points_of(tracker, run_id) == sorted(history(30))
+
+
+def test_a_second_record_goes_on_with_the_same_run(tracker: CellTracker) -> None:
+    first = tracker.log(cell("running", steps=10, artifacts={}))
+    assert runs_of(tracker)[0].info.status == "RUNNING"
+    second = CellTracker(tracker._uri, tracker._experiment_name).log(cell("finished", steps=30))
+    assert second == first
+    (run,) = runs_of(tracker)
+    assert run.info.status == "FINISHED"
+    assert points_of(tracker, first) == sorted(history(30))
+
+
+def test_sending_again_adds_nothing(tracker: CellTracker, database: Path) -> None:
+    tracker.log(cell())
+    rows = _rows(database)
+    tracker.log(cell())
+    CellTracker(tracker._uri, tracker._experiment_name).log(cell())
+    assert _rows(database) == rows
+
+
+def _rows(database: Path) -> dict[str, int]:
+    with sqlite3.connect(database) as connection:
+        tables = ("runs", "metrics", "params", "tags", "latest_metrics")
+        return {table: connection.execute(f"select count(*) from {table}").fetchone()[0] for table in tables}
+
+
+def test_steps_trained_again_after_a_crash_are_not_told_twice(tracker: CellTracker) -> None:
+    run_id = tracker.log(cell("running", steps=20))
+    again = tuple((key, value, step, timestamp + 60_000) for key, value, step, timestamp in history(30))
+    tracker.log(cell("finished", history=again))
+    steps = [step for key, _, step, _ in points_of(tracker, run_id) if key == "train/loss"]
+    assert sorted(steps) == list(range(30))
+
+
+def test_more_points_than_one_request_takes(tracker: CellTracker) -> None:
+    run_id = tracker.log(cell(steps=700))
+    assert points_of(tracker, run_id) == sorted(history(700))
+
+
+def test_numbers_that_are_none_are_left_out(tracker: CellTracker) -> None:
+    odd = (("train/loss", float("nan"), 0, 1), ("train/loss", 1.0, 1, 2), ("train/loss", float("inf"), 2, 3))
+    run_id = tracker.log(cell(history=odd, summary={"eval/vqa/accuracy": float("nan"), "cost/train_tflops": 2.0}))
+    assert points_of(tracker, run_id) == [("train/loss", 1.0, 1, 2)]
+    metrics = runs_of(tracker)[0].data.metrics
+    assert "eval/vqa/accuracy" not in metrics
+    assert metrics["cost/train_tflops"] == 2.0
+
+
+def test_a_summary_that_changes_is_replaced_even_by_a_smaller_value(tracker: CellTracker) -> None:
+    tracker.log(cell(summary={"cost/train_seconds": 20.0}))
+    tracker.log(cell(summary={"cost/train_seconds": 10.0, "eval/new/accuracy": 0.5}))
+    metrics = runs_of(tracker)[0].data.metrics
+    assert metrics["cost/train_seconds"] == 10.0
+    assert metrics["eval/new/accuracy"] == 0.5
+
+
+def test_a_changed_param_is_noted_and_fails_nothing(tracker: CellTracker) -> None:
+    tracker.log(cell("running"))
+    tracker.log(cell("finished", params={"seed": "1", "new": "x"}))
+    (run,) = runs_of(tracker)
+    assert run.data.params["seed"] == "0"
+    assert run.data.params["new"] == "x"
+    assert run.data.tags["changed_param.seed"] == "1"
+    assert run.info.status == "FINISHED"
+
+
+def test_names_that_mlflow_refuses_are_made_fit(tracker: CellTracker) -> None:
+    tracker.log(cell(summary={"eval/vqa@final,a/accuracy": 0.5}, params={"x" * 300: "y" * 7000}))
+    (run,) = runs_of(tracker)
+    assert run.data.metrics["eval/vqa_final_a/accuracy"] == 0.5
+    assert len(run.data.params["x" * 250]) == 6000
+
+
+def test_artifacts_lie_beside_the_database(
+    tracker: CellTracker, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    figure = tmp_path / "source.png"
+    figure.write_bytes(b"png")
+    run_id = tracker.log(cell(artifacts={"cell.yaml": "seed: 0\n", "figures/a.png": figure}))
+    folder = database.parent / "mlflow_artifacts" / run_id / "artifacts"
+    assert (folder / "cell.yaml").read_text() == "seed: 0\n"
+    assert (folder / "figures" / "a.png").read_bytes() == b"png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.png"]
+    tracker.log(cell(artifacts={"cell.yaml": "seed: 1\n"}))
+    assert (folder / "cell.yaml").read_text() == "seed: 1\n"
+
+
+def test_a_failed_cell_says_so_and_one_left_behind_is_killed(tracker: CellTracker) -> None:
+    tracker.log(cell("failed", cell_id="a"))
+    tracker.log(cell("running", cell_id="b"))
+    tracker.close()
+    assert {run.data.tags["cell_id"]: run.info.status for run in runs_of(tracker)} == {"a": "FAILED", "b": "KILLED"}
+    tracker.log(cell("running", cell_id="b"))
+    assert {run.data.tags["cell_id"]: run.info.status for run in runs_of(tracker)}["b"] == "RUNNING"
+
+
+def test_a_deleted_run_is_ignored_and_a_deleted_experiment_restored(tracker: CellTracker) -> None:
+    first = tracker.log(cell())
+    client = tracker._client()
+    client.delete_run(first)
+    second = tracker.log(cell())
+    assert second != first
+    client.delete_experiment(tracker._experiment())
+    assert CellTracker(tracker._uri, tracker._experiment_name).log(cell()) is not None
+    assert client.get_experiment_by_name(tracker._experiment_name).lifecycle_stage == "active"
+
+
+def test_a_locked_database_is_told_in_bounded_time(
+    tracker: CellTracker, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.log(cell("running", steps=5))
+    monkeypatch.setattr(cell_tracker, "SQLITE_LOCK_SECONDS", 1)
+    other = CellTracker(tracker._uri, tracker._experiment_name)
+    lock = sqlite3.connect(database, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    try:
+        with pytest.raises(TrackingError, match="locked"):
+            other.log(cell())
+    finally:
+        lock.execute("ROLLBACK")
+        lock.close()
+    assert time.monotonic() - begun < 15
+    run_id = other.log(cell())
+    assert points_of(tracker, run_id) == sorted(history(30))
+
+
+def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
+    code = (
+        "from orchestrator.tracking.cell_tracker import CellTracker\n"
+        "from orchestrator.plan.record import CellRecord\n"
+        f"CellTracker('sqlite:///{tmp_path}/storage/mlflow.db', 'x').log(CellRecord('a', 'b', 'finished'))\n"
+    )
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_server_that_is_down_costs_seconds_and_loses_nothing(tmp_path: Path) -> None:
+    port = _free_port()
+    tracker = CellTracker(f"http://127.0.0.1:{port}", "down-and-up")
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match=f"127.0.0.1:{port}"):
+        tracker.log(cell())
+    assert time.monotonic() - begun < 20
+    with _Server(tmp_path, port):
+        run_id = tracker.log(cell("running", steps=10))
+    with pytest.raises(TrackingError):
+        tracker.log(cell("finished", steps=30))
+    with _Server(tmp_path, port):
+        assert tracker.log(cell("finished", steps=30)) == run_id
+        (run,) = runs_of(tracker)
+        assert points_of(tracker, run_id) == sorted(history(30))
+        assert run.info.status == "FINISHED"
+
+
+class _Server:
+    """`mlflow server` in a process group of its own."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self._port = port
+        self._command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{folder}/server.db"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ]
+        self._folder = folder
+
+    def __enter__(self) -> _Server:
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env={**os.environ, **quiet},
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=2)
+                return self
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self._folder / "server.log").read_text())
+
+    def __exit__(self, *error: object) -> None:
+        os.killpg(self._process.pid, 9)
+        self._process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
