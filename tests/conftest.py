@@ -43,11 +43,17 @@ matrix:
 """
 
 
-@pytest.fixture
-def tiny_experiment(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
     """Three cells of six steps; `heavy` and `two_stage` begin alike."""
+    return TINY_EXPERIMENT
+
+
+@pytest.fixture
+def tiny_experiment(tmp_path: Path, tiny_text: str) -> Path:
+    """The tiny experiment as a file in an otherwise empty folder."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_EXPERIMENT)
+    path.write_text(tiny_text)
     return path
 
 
