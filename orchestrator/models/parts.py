@@ -18,7 +18,7 @@ PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, COMPRESSOR)
 _PATTERNS = tuple(
     (part, re.compile(rf"(?:^|\.)(?:{names})(?:\.|$)"))
     for part, names in (
-        (COMPRESSOR, "compressors?|learned_points"),
+        (COMPRESSOR, "llavolta_compressors"),
         (PROJECTOR, "multi_modal_projector|connector|merger|deepstack_merger_list|image_newline|aligner|embed_vision"),
         (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|vision_encoder"),
         (LANGUAGE_MODEL, "language_model|text_model|lm_head"),
@@ -79,7 +79,7 @@ def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float | Mapping[str, float], weight_decay: float
+    model: nn.Module, learning_rate: float | Mapping[Any, float], weight_decay: float
 ) -> list[dict[str, Any]]:
     """Optimizer groups: one per part and decay, in a fixed order; biases and norms do not decay (as HF's Trainer).
 
@@ -114,13 +114,11 @@ def parameter_groups(
     return found
 
 
-def _rate(learning_rate: float | Mapping[str, float], part: str) -> float:
+def _rate(learning_rate: float | Mapping[Any, float], part: str) -> float:
     if not isinstance(learning_rate, Mapping):
         return learning_rate
     if part not in learning_rate:
-        raise UsageError(
-            f"learning_rate: the part {part} trains and has none; given are {', '.join(learning_rate)}"
-        )
+        raise UsageError(f"learning_rate: the part {part} trains and has none; given are {', '.join(learning_rate)}")
     return learning_rate[part]
 
 

@@ -50,9 +50,9 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """A rank's micro-batches of a global batch: neighbours stay together and ranks take turns.
 
-    The batch is cut into chunks whose sizes differ by at most one; rank r takes chunks r, r + world_size, ... Neighbours
-    have like lengths where batches are grouped by length, so ranks wait little for one another. Which samples the step
-    has depends on neither micro-batch nor world size.
+    The batch is cut into chunks whose sizes differ by at most one; rank r takes chunks r, r + world_size, ...
+    Neighbours have like lengths where batches are grouped by length, so ranks wait little for one another. Which
+    samples the step has depends on neither micro-batch nor world size.
     """
     steps = accumulation_steps(len(indices), micro_batch_size, world_size)
     chunks = steps * world_size

@@ -91,7 +91,8 @@ def read_cursor(folder: Path) -> dict[str, Any]:
         StorageError: it is missing or no JSON.
     """
     try:
-        return json.loads((folder / CURSOR_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        cursor: dict[str, Any] = json.loads((folder / CURSOR_FILE).read_text(encoding="utf-8"))
+        return cursor
     except (OSError, ValueError) as error:
         raise StorageError(f"the checkpoint {folder} has no readable {CURSOR_FILE}: {error}") from error
 
@@ -143,7 +144,8 @@ def _check_cursor(cursor: dict[str, Any], session: Session, job: StageJob, state
     if not job.first_step <= step <= job.last_step:
         differences.append(f"it is after step {step}, this stage run covers {job.first_step} to {job.last_step}")
     if differences:
-        raise StageRunError(f"stage run {job.id}: the checkpoint {folder} is of another run\n    " + "\n    ".join(differences))
+        listed = "\n    ".join(differences)
+        raise StageRunError(f"stage run {job.id}: the checkpoint {folder} is of another run\n    {listed}")
 
 
 def _check_classes(folder: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.utils import safe_get_full_fp32_param
 
 from orchestrator.errors import StageRunError
 from orchestrator.models.build import save_weights, weight_tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+
 from orchestrator.data.pipeline import TrainData, build_train_data
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.model import ModelSpec
@@ -16,7 +17,8 @@ def training_data(job: StageJob, memory: TrainingMemory) -> TrainData:
         DataError: rows or images cannot be used.
     """
     model = ModelSpec.model_validate(job.model)
-    key = json.dumps([job.data, model.model_name_or_path, model.revision, job.recipe["model_max_length"]], sort_keys=True, default=str)
+    facts = [job.data, model.model_name_or_path, model.revision, job.recipe["model_max_length"]]
+    key = json.dumps(facts, sort_keys=True, default=str)
 
     def build() -> TrainData:
         return build_train_data(job.data, model, job.recipe["model_max_length"])

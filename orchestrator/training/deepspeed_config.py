@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def _given(deepspeed: str | dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     if isinstance(deepspeed, dict):
-        return json.loads(json.dumps(deepspeed))
+        return copy.deepcopy(deepspeed)
     if deepspeed in PRESETS:
         return _preset(deepspeed, on_gpu)
     path = Path(deepspeed)
@@ -113,7 +114,7 @@ def _refuse_contradictions(config: dict[str, Any], ours: dict[str, Any], global_
             raise UsageError(f"deepspeed: {key}.enabled: {given} contradicts model.dtype; leave it out")
     optimizer = config.pop("optimizer", {})
     if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or optimizer.get("params"):
-        raise UsageError("deepspeed: optimizer: AdamW is set from the recipe (learning_rate, weight_decay); leave it out")
+        raise UsageError("deepspeed: optimizer: the recipe sets AdamW (learning_rate, weight_decay); leave it out")
     scheduler = config.pop("scheduler", {})
     if scheduler.get("params"):
         raise UsageError("deepspeed: scheduler: lr_scheduler_type and warmup_ratio of the phase say it; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 from importlib.metadata import version
@@ -24,10 +25,8 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # Not Linux, or not allowed: the peak is then the process's.
 
 
 def peak_memory_gib() -> float:

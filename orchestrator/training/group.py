@@ -50,7 +50,7 @@ def decide(action: Callable[[], T]) -> T:
         answer[1] = local or answer[1]
     if answer[1] is not None:
         raise answer[1]
-    return answer[0]  # type: ignore[no-any-return]
+    return answer[0]
 
 
 def all_agree(flag: bool) -> bool:
@@ -64,4 +64,4 @@ def reduce_values(values: list[float], largest: bool = False) -> list[float]:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    return tensor.tolist()  # type: ignore[no-any-return]
+    return tensor.tolist()

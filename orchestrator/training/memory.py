@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from orchestrator.training.tokens import TokenCounter
-
 
 @dataclass
 class Session:
@@ -24,7 +22,6 @@ class Session:
         micro_batch_size: Samples of one forward.
         compute_dtype: Type the model computes in.
         points: Points in force.
-        counter: Counts visual and text tokens of micro-batches.
     """
 
     engine: Any
@@ -35,7 +32,6 @@ class Session:
     micro_batch_size: int
     compute_dtype: torch.dtype
     points: tuple[dict[str, Any], ...]
-    counter: TokenCounter
 
 
 @dataclass

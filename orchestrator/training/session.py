@@ -21,7 +21,6 @@ from orchestrator.training import group
 from orchestrator.training.batches import accumulation_steps
 from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.memory import Session
-from orchestrator.training.tokens import TokenCounter
 
 
 def session_key(job: StageJob) -> str:
@@ -58,11 +57,15 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
     points = job.action_at(job.first_step).points
+    torch.manual_seed(job.seed)  # learned compressors are born in attach
     attachment = attach(model, list(points), modules=list(job.learned_points))
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
+    if group.device().type == "cpu":
+        # A C++ op that sums over the ranks of one machine: it would be compiled for a minute on the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return Session(
         engine=engine,
@@ -73,7 +76,6 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         micro_batch_size=micro_batch_size,
         compute_dtype=getattr(torch, dtype),
         points=points,
-        counter=TokenCounter(model.config),
     )
 
 

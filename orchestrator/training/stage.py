@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +30,7 @@ StageOutcome = Literal["done", "stopped"]
 _KEPT_CHECKPOINTS = 2
 
 
-def train_stage(
-    job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]
-) -> StageOutcome:
+def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]) -> StageOutcome:
     """Trains one stage run; every rank of an initialised process group calls it.
 
     It continues from, in this order: the newest whole checkpoint of an earlier attempt, the parent's state in memory,
@@ -74,11 +71,11 @@ def _train(
     session, step = _start(job, ledger, memory)
     memory.state = None
     spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
-    feed, blank_image = _feed(job, session, data), data.blank_image()
+    feed = _feed(job, session, data)
     try:
         while step < job.last_step:
             _enter(session, job, step)
-            figures = run_step(session, job, step, feed.get(step), blank_image, should_stop())
+            figures = run_step(session, job, step, feed.get(step), should_stop())
             if not math.isfinite(figures.loss):
                 raise StageRunError(
                     f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
@@ -124,7 +121,7 @@ def _parent_checkpoint(job: StageJob, ledger: Ledger) -> Path:
 
     def check() -> None:
         if not folder.is_dir():
-            raise StorageError(f"stage run {job.id}: its parent {job.parent} kept no checkpoint; it must be trained again")
+            raise StorageError(f"stage run {job.id}: parent {job.parent} kept no checkpoint; it must be trained again")
         if damaged := ledger.verify(folder.parent):
             raise StorageError(f"stage run {job.id}: its parent's checkpoint is damaged: {', '.join(damaged[:3])}")
 
@@ -155,13 +152,14 @@ def _enter(session: Session, job: StageJob, step: int) -> None:
 
 
 def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigures) -> dict[str, Any]:
+    num_layers = len(session.attachment.visual_tokens_per_layer)
     return {
         "step": step,
         "timestamp_ms": int(time.time() * 1000),
         "loss": figures.loss,
         "learning_rate": figures.learning_rate,
         "step_seconds": figures.step_seconds,
-        "visual_tokens": figures.visual_layer_tokens / session.counter.num_layers / figures.samples,
+        "visual_tokens": figures.visual_layer_tokens / num_layers / figures.samples,
         "text_tokens": figures.text_tokens / figures.samples,
         "label_tokens": figures.label_tokens / figures.samples,
         "samples_per_second": figures.samples / figures.step_seconds,

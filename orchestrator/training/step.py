@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from orchestrator.plan.jobs import StageJob
 from orchestrator.training import group
@@ -60,12 +57,7 @@ def set_rates(session: Session, job: StageJob, step: int) -> float:
 
 
 def run_step(
-    session: Session,
-    job: StageJob,
-    step: int,
-    micro_batches: Sequence[MicroBatch],
-    blank_image: dict[str, torch.Tensor],
-    should_stop: bool,
+    session: Session, job: StageJob, step: int, micro_batches: Sequence[MicroBatch], should_stop: bool
 ) -> StepFigures:
     """Runs one optimizer step; every rank calls it with its own micro-batches.
 
@@ -83,12 +75,12 @@ def run_step(
     for batch in micro_batches:
         torch.manual_seed(micro_batch_seed(job.seed, step, batch.indices[0]))
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
-        loss = _forward(session, batch, blank_image, label_tokens)
+        loss = _forward(session, batch, label_tokens)
         engine.backward(loss * group.world_size(), scale_wrt_gas=False)
         engine.step()
         loss_sum = loss_sum.to(loss.device) + loss.detach().double()
-        visual, text = session.counter.count(batch.tensors, session.points)
-        visual_layer_tokens, text_tokens = visual_layer_tokens + visual, text_tokens + text
+        visual_layer_tokens += session.attachment.last_visual_layer_tokens
+        text_tokens += _text_tokens(session, batch)
     samples = sum(len(batch.indices) for batch in micro_batches)
     sums = group.reduce_values([loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop)])
     return StepFigures(
@@ -103,41 +95,23 @@ def run_step(
     )
 
 
-def _forward(
-    session: Session, batch: MicroBatch, blank_image: dict[str, torch.Tensor], label_tokens: float
-) -> torch.Tensor:
-    """Loss of one micro-batch: its label tokens' sum over the number of the whole global batch."""
-    tensors = _to_worker(session, batch.tensors)
-    has_image = any(name in tensors for name in blank_image)
-    with nullcontext() if has_image else _vision_runs_anyway(session, blank_image):
-        # At least 1: a global batch without any label has loss 0, not NaN.
-        outputs = session.engine(**tensors, use_cache=False, num_items_in_batch=max(1.0, label_tokens))
-    return outputs.loss
+def _forward(session: Session, batch: MicroBatch, label_tokens: float) -> torch.Tensor:
+    """Loss of one micro-batch: its label tokens' sum over the number of the whole global batch.
 
-
-def _to_worker(session: Session, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    device, dtype = session.engine.device, session.compute_dtype
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
-
-
-@contextmanager
-def _vision_runs_anyway(session: Session, blank_image: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Runs the vision tower on a blank image, times 0, where a micro-batch has no image.
-
-    All ranks must run the same modules in the same order: under ZeRO-3 each gathers parameters, and under ZeRO-2 each
-    reduces gradients, in step with the others. A hook on the embedding puts it where the model itself would run it.
+    Without an image it still runs the vision tower (`attach` sees to it): all ranks take the same path.
     """
-    model = session.engine.module
+    device, dtype = session.engine.device, session.compute_dtype
+    tensors = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for name, tensor in batch.tensors.items()
+    }
+    # At least 1: a global batch without any label has loss 0, not NaN.
+    loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=max(1.0, label_tokens)).loss
+    return loss
 
-    def add_nothing(module: nn.Module, args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
-        features = model.get_image_features(**_to_worker(session, blank_image)).pooler_output
-        return embedded_BTD + 0.0 * sum(feature.sum() for feature in features)
 
-    hook = model.get_input_embeddings().register_forward_hook(add_nothing)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _text_tokens(session: Session, batch: MicroBatch) -> int:
+    """Tokens that are neither padding nor an image's."""
+    image_token = session.engine.module.config.image_token_id
+    visual = (batch.tensors["input_ids"] == image_token).sum()
+    return int(batch.tensors["attention_mask"].sum() - visual)

@@ -1,0 +1,153 @@
+"""Initial weights of (model, seed), written once: pretrained, random, or put together by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from orchestrator.errors import StageRunError, UsageError
+from orchestrator.models.build import (
+    WEIGHTS_FILE,
+    check_names_and_shapes,
+    check_source,
+    model_from_config,
+    quiet_loading,
+    save_weights,
+    weight_tensors,
+)
+from orchestrator.models.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, part_module, part_of_or_none
+from orchestrator.plan.jobs import RootJob
+from orchestrator.spec.model import ModelSpec
+
+RANDOM = "random"
+_MODEL_PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
+# LLaVA's own projector is a Sequential of linear, GELU, linear.
+_LLAVA_NAMES = {"0": "linear_1", "2": "linear_2"}
+
+
+def write_initial_weights(job: RootJob, folder: Path) -> None:
+    """Writes `weights/model.safetensors` below `folder`: float32, the same bytes for the same (model, seed).
+
+    Args:
+        job: Model and seed.
+        folder: The root's work folder; the caller commits it.
+
+    Raises:
+        UsageError: a folder or file named in `model` is missing, or `weights` leaves a part out.
+        StageRunError: weights do not fit the model; names and shapes are listed.
+        StorageError: the disk is full.
+    """
+    spec = ModelSpec.model_validate(job.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        model = _pretrained(spec) if spec.weights == "pretrained" else model_from_config(spec)
+        if isinstance(spec.weights, dict):
+            _load_parts(model, spec.weights)
+    save_weights(weight_tensors(model), folder / WEIGHTS_FILE)
+
+
+def _pretrained(spec: ModelSpec) -> PreTrainedModel:
+    return _from_pretrained(
+        AutoModelForImageTextToText,
+        spec.model_name_or_path,
+        "model.model_name_or_path",
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreTrainedModel:
+    """A model whose every weight came from `source`."""
+    check_source(source, key)
+    try:
+        with quiet_loading():
+            model, report = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{key}: {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise StageRunError(
+            f"{key}: {source} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}; "
+            "write `weights: random` for a fresh model"
+        )
+    return model
+
+
+def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
+    if missing := [part for part in _MODEL_PARTS if part not in sources]:
+        raise UsageError(f"model.weights: {', '.join(missing)} is not named; give a folder, a hub id or `random`")
+    loaders = {VISION_TOWER: _load_vision_tower, PROJECTOR: _load_projector, LANGUAGE_MODEL: _load_language_model}
+    for part in _MODEL_PARTS:
+        if sources[part] != RANDOM:
+            loaders[part](model, sources[part], f"model.weights.{part}")
+
+
+def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
+    """The tower's class picks its own weights, out of a whole CLIP too."""
+    _, tower = part_module(model, VISION_TOWER)
+    loaded = _from_pretrained(type(tower), source, key)
+    _copy(weight_tensors(loaded), tower, f"{key}: {source}")
+
+
+def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
+    """A causal language model's decoder and head; new tokens' rows are the mean of the known rows."""
+    loaded = _from_pretrained(AutoModelForCausalLM, source, key)
+    _, target = part_module(model, LANGUAGE_MODEL)
+    name = f"{key}: {source}"
+    weights = weight_tensors(loaded.get_decoder())
+    embedding = next(k for k, v in target.named_modules() if v is model.get_input_embeddings()) + ".weight"
+    weights[embedding] = _resized(weights[embedding], len(model.get_input_embeddings().weight), name)
+    _copy(weights, target, name)
+    head, source_head = model.get_output_embeddings(), loaded.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        _copy({"weight": _resized(source_head.weight.detach(), len(head.weight), name)}, head, name)
+
+
+def _resized(rows_VD: torch.Tensor, num_rows: int, name: str) -> torch.Tensor:
+    if len(rows_VD) > num_rows:
+        raise StageRunError(
+            f"{name} has {len(rows_VD)} tokens, more than the model's {num_rows}; raise text_config.vocab_size in the "
+            "model's config.json"
+        )
+    new = num_rows - len(rows_VD)
+    return torch.cat([rows_VD, rows_VD.mean(dim=0, keepdim=True).expand(new, -1)]) if new else rows_VD
+
+
+def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
+    check_source(source, key)
+    _, projector = part_module(model, PROJECTOR)
+    _copy(_projector_weights(Path(source), key), projector, f"{key}: {source}")
+
+
+def _projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """A projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the two."""
+    if path.is_dir():
+        known = [path / "mm_projector.bin", path / "model.safetensors", path / WEIGHTS_FILE]
+        path = next((file for file in known if file.is_file()), path / "mm_projector.bin")
+    if not path.is_file():
+        raise UsageError(f"{key}: there is no file {path}; give LLaVA's mm_projector.bin or a safetensors file")
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a broken or hostile file
+        raise UsageError(f"{key}: {path} holds no plain weights: {str(error).splitlines()[0]}") from error
+    found = {}
+    for name, tensor in weights.items():
+        if "mm_projector." in name:
+            layer, _, rest = name.rpartition("mm_projector.")[2].partition(".")
+            found[f"{_LLAVA_NAMES.get(layer, layer)}.{rest}"] = tensor
+        elif part_of_or_none(name) == PROJECTOR:
+            found[name.partition("projector.")[2] or name] = tensor
+    return found or dict(weights)
+
+
+def _copy(weights: dict[str, torch.Tensor], target: nn.Module, source: str) -> None:
+    targets = weight_tensors(target)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_names_and_shapes(shapes, {name: tuple(tensor.shape) for name, tensor in targets.items()}, source)
+    for name, tensor in targets.items():
+        tensor.copy_(weights[name])
