@@ -95,7 +95,7 @@ class DigestCache:
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file or _cache_folder() / "digests.json"
+        self.file = file or cache_folder() / "digests.json"
         self._entries: dict[str, list[Any]] | None = None
         self._new: dict[str, list[Any]] = {}
 
@@ -149,7 +149,8 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
 
@@ -194,7 +195,7 @@ def files_digest(folder: str | os.PathLike[str], names: list[str], cache: Digest
 
 
 def _shared_cache() -> DigestCache:
-    file = _cache_folder() / "digests.json"
+    file = cache_folder() / "digests.json"
     if file not in _caches:
         _caches[file] = DigestCache(file)
     return _caches[file]

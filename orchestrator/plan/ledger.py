@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
-import socket
-import time
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.errors import StorageError, UsageError
+from orchestrator.errors import StorageError
 from orchestrator.plan import storage
+from orchestrator.plan.lock import hold, holder
 from orchestrator.plan.storage import damaged_files, missing_files, read_json, storage_errors, write_json
 
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
@@ -225,8 +222,7 @@ class Ledger:
         """Folder that points to a cell's weights, log and resolved YAML."""
         return self.storage / "cells" / _as_name(experiment) / _as_name(cell_name)
 
-    @contextlib.contextmanager
-    def lock(self, experiment: str = "storage") -> Iterator[None]:
+    def lock(self, experiment: str = "storage") -> contextlib.AbstractContextManager[None]:
         """Holds this storage, or one experiment of it, for one driver; a driver that dies lets go.
 
         Without leases two experiments may want the same stage run: hold the whole storage.
@@ -235,56 +231,14 @@ class Ledger:
             UsageError: another driver holds it.
             StorageError: the folder cannot be written.
         """
-        path = self._lock_file(experiment)
-        with storage_errors(self.storage):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if not _flock(descriptor):
-                holder = read_json(path) or {}
-                raise UsageError(
-                    f"{experiment}: a run is under way already in {self.storage} "
-                    f"(process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}); "
-                    "wait for it or stop it, then run again"
-                )
-            with storage_errors(self.storage):
-                os.ftruncate(descriptor, 0)
-                about = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
-                os.pwrite(descriptor, json.dumps(about).encode(), 0)
-            yield
-        finally:
-            os.close(descriptor)
+        return hold(self._lock_file(experiment), f"{experiment} in {self.storage}")
 
     def lock_holder(self, experiment: str = "storage") -> dict[str, Any] | None:
         """`pid`, `host` and `since` of the driver that holds `lock`; None where none does."""
-        path = self._lock_file(experiment)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return read_json(path) or {}
-        except OSError:
-            return None
-        finally:
-            os.close(descriptor)
-        return None
+        return holder(self._lock_file(experiment))
 
     def _lock_file(self, experiment: str) -> Path:
         return self.storage / "locks" / f"{_as_name(experiment)}.lock"
-
-
-def _flock(descriptor: int) -> bool:
-    # A reader that looks who holds the lock has it for a moment: try a few times.
-    for _ in range(5):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-    return False
 
 
 def _checked(name: str) -> str:

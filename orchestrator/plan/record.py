@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
+
+from orchestrator.plan.cells import Cell
+from orchestrator.plan.costing import Costs, share_of_tree
+from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.tree import StageTree
+
+Status = Literal["new", "running", "finished", "failed"]
+Point = tuple[str, float, int, int]
+_TRACKED = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "visual_tokens": "train/visual_tokens",
+    "step_seconds": "train/step_seconds",
+}
+_VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
 
 @dataclass(frozen=True)
@@ -21,9 +44,220 @@ class CellRecord:
 
     cell_id: str
     cell_name: str
-    status: Literal["new", "running", "finished", "failed"]
+    status: Status
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    history: tuple[tuple[str, float, int, int], ...] = ()
+    history: tuple[Point, ...] = ()
     summary: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
+
+
+def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
+    """`finished` only when the cell's state and all its evaluations are there; quick, no metrics are read."""
+    state, path = cell.state, tree.path_of[cell.id]
+    tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
+    if all(tests) and (ledger.is_done(state) or not path):
+        return "finished"
+    jobs = (cell.root.id, *path, *(job.id for job in cell.evaluations))
+    if any(ledger.failure(job) is not None for job in jobs):
+        return "failed"
+    begun = any(tests) or any(ledger.is_done(run) or ledger.work_folder(run).is_dir() for run in path)
+    return "running" if begun else "new"
+
+
+def cell_record(
+    cell: Cell, tree: StageTree, ledger: Ledger, costs: Costs | None = None, spec_sha: str | None = None
+) -> CellRecord:
+    """A cell as it stands in the ledger.
+
+    Args:
+        cell: The cell.
+        tree: Tree of its experiment.
+        ledger: Holds its stage runs and evaluations.
+        costs: Shared between cells, so that data is measured once.
+        spec_sha: Digest of the experiment; None takes that of the cell's own resolved spec.
+    """
+    costs = costs or Costs()
+    status = cell_status(cell, tree, ledger)
+    resolved = cell.spec.model_dump(mode="json")
+    runs = _trained_runs(cell, tree, ledger)
+    return CellRecord(
+        cell_id=cell.id,
+        cell_name=cell.name,
+        status=status,
+        params=_params(cell),
+        tags={
+            "cell_id": cell.id,
+            "experiment_spec_sha": spec_sha or digest(resolved),
+            "attention": cell.spec.model.attn_implementation,
+            **_fingerprint_tags(runs),
+            "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
+        },
+        history=tuple(_history(cell, tree, ledger, runs)),
+        summary=_summary(cell, ledger, runs, costs if status == "finished" else None),
+        artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One finished stage run on a cell's way, as the ledger recorded it."""
+
+    id: str
+    phase: str
+    first_step: int
+    last_step: int
+    total_steps: int
+    global_batch_size: int
+    result: dict[str, Any]
+
+
+def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run]:
+    """The stage runs that led to the cell's furthest finished state, first to last.
+
+    Followed by the recorded parents, not by the tree: a state may have been trained before another cell cut its way.
+    """
+    state: str | None = next((run for run in reversed(tree.path_of[cell.id]) if ledger.is_done(run)), None)
+    runs: list[_Run] = []
+    while state is not None and (job := ledger.job(state)) is not None and job.get("type") == "stage":
+        batch = int(job["recipe"]["global_batch_size"])
+        result = ledger.result(state) or {}
+        steps = (int(job["first_step"]), int(job["last_step"]), int(job["total_steps"]))
+        runs.append(_Run(state, str(job["phase"]), *steps, batch, result))
+        state = job["parent"]
+    return runs[::-1]
+
+
+def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) -> Iterable[Point]:
+    offsets, before = {}, 0
+    for plan in cell.phases:
+        offsets[plan.name] = before
+        before += plan.total_steps
+    files = [(ledger.metrics_file(run.id), run.phase, run.first_step, run.last_step) for run in runs]
+    done = {run.id for run in runs}
+    reached = next((i + 1 for i, run in enumerate(tree.path_of[cell.id][::-1]) if run in done), None)
+    path = tree.path_of[cell.id]
+    coming = path if reached is None else path[len(path) - reached + 1 :]
+    if coming and (work := ledger.metrics_file(coming[0])).is_file():
+        job = tree.stage_runs[coming[0]]
+        files.append((work, job.phase, job.first_step, job.last_step))
+    for file, phase, first, last in files:
+        for line in read_metrics(file):
+            if first <= line.get("step", -1) < last:
+                yield from _points(line, offsets.get(phase, 0))
+
+
+def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
+    for key, name in _TRACKED.items():
+        value = line.get(key)
+        # A trackers' database takes no NaN; why a run diverged stands in its failure.
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield name, float(value), int(line["step"]) + offset, int(line.get("timestamp_ms", 0))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a line cut short by a crash ends it."""
+    lines: list[dict[str, Any]] = []
+    try:
+        with open(file, encoding="utf-8") as opened:
+            for text in opened:
+                found = json.loads(text)
+                if not isinstance(found, dict):
+                    break
+                lines.append(found)
+    except (OSError, ValueError):
+        pass
+    return lines
+
+
+def _params(cell: Cell) -> dict[str, str]:
+    model = cell.spec.model
+    params = {
+        "model": model.model_name_or_path.rstrip("/").rsplit("/", 1)[-1],
+        "weights": model.weights if isinstance(model.weights, str) else canonical_json(model.weights),
+        "dtype": model.dtype,
+    }
+    for plan in cell.phases:
+        recipe = plan.recipe
+        schedule = recipe.schedule if isinstance(recipe.schedule, str) else recipe.schedule.kind
+        rate = recipe.learning_rate
+        params |= {
+            f"{plan.name}.schedule": schedule,
+            f"{plan.name}.total_steps": str(plan.total_steps),
+            f"{plan.name}.global_batch_size": str(recipe.global_batch_size),
+            f"{plan.name}.learning_rate": canonical_json(rate) if isinstance(rate, dict) else repr(rate),
+            f"{plan.name}.train": ",".join(recipe.train),
+            f"{plan.name}.seed": str(plan.seed),
+        }
+        if recipe.lora is not None:
+            params[f"{plan.name}.lora_r"] = str(recipe.lora.r)
+    axes = {name: value if isinstance(value, str) else canonical_json(value) for name, value in cell.axes.items()}
+    return {**params, **axes}
+
+
+def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
+    """Hardware and versions; several where stage runs differ."""
+    marks = [run.result.get("fingerprint") or {} for run in runs]
+
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(mark[name]) for mark in marks if mark.get(name) is not None))
+
+    workers = all_of("world_size")
+    tags = {
+        "hardware": f"{workers} x {all_of('device')}" if workers else "",
+        "versions": ", ".join(f"{name} {all_of(name)}" for name in _VERSIONS if all_of(name)),
+    }
+    rest = sorted({name for mark in marks for name in mark} - {"device", *_VERSIONS})
+    tags |= {f"fingerprint.{name}": all_of(name) for name in rest}
+    return {name: value for name, value in tags.items() if value}
+
+
+def _tree_share(cell: Cell, tree: StageTree, costs: Costs) -> float:
+    path = [tree.stage_runs[run] for run in tree.path_of[cell.id]]
+    plans = {plan.name: plan for plan in cell.phases}
+    each = [
+        costs.stage_run(cell, plans[job.phase], job.first_step, job.last_step)["train_tflops"]
+        or float((job.last_step - job.first_step) * plans[job.phase].recipe.global_batch_size)
+        for job in path
+    ]
+    return share_of_tree(each, [len(tree.cells_of[job.id]) for job in path])
+
+
+def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | None) -> dict[str, float]:
+    """Scores that are there; costs once the cell is finished (`costs` given)."""
+    summary: dict[str, float] = {}
+    for job in cell.evaluations:
+        place = f"eval/{job.name}" if job.under == "final" else f"eval/{job.name}/under_{job.under}"
+        for metric, value in ((ledger.evaluation(job.id) or {}).get("metrics") or {}).items():
+            summary[f"{place}/{metric}"] = float(value)
+    if costs is None:
+        return summary
+    for name, price in costs.cell(cell).items():
+        if price is not None:
+            summary[f"cost/{name}"] = price
+    if not runs:
+        return summary
+    seconds = dict.fromkeys((run.phase for run in runs), 0.0)
+    for run in runs:
+        seconds[run.phase] += float(run.result.get("train_seconds", 0.0))
+    total = sum(seconds.values())
+    samples = sum((run.last_step - run.first_step) * run.global_batch_size for run in runs)
+    summary["cost/train_seconds"] = total
+    summary |= {f"cost/{phase}/train_seconds": value for phase, value in seconds.items()}
+    if total > 0:
+        summary["cost/samples_per_second"] = samples / total
+    summary["cost/peak_memory_gib"] = max(float(run.result.get("peak_memory_gib", 0.0)) for run in runs)
+    return summary
+
+
+def _step_tables(cell: Cell) -> dict[str, str]:
+    """What every step of every phase does, for people (CSV) and programs (JSON)."""
+    tables = {
+        plan.name: [[a.first_step, a.last_step, a.variant, list(a.points)] for a in plan.table] for plan in cell.phases
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("phase", "first_step", "last_step", "variant"))
+    for phase, table in tables.items():
+        writer.writerows((phase, *row[:3]) for row in table)
+    return {"schedule.json": json.dumps(tables, indent=1) + "\n", "schedule.csv": text.getvalue()}

@@ -1,0 +1,142 @@
+"""What the cells and stage runs of an experiment cost by the formula of `cost.py`, each part computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orchestrator.plan import cost
+from orchestrator.plan.cells import Cell, PhasePlan
+from orchestrator.plan.cost import Sample
+from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.jobs import Action
+from orchestrator.plan.measure import Lengths, measure_lengths
+from orchestrator.plan.reached import data_identity
+from orchestrator.plan.steps import num_rows
+from orchestrator.spec.components import DataSpec
+
+_NO_COST: dict[str, float | None] = {
+    "train_tflops": None,
+    "visual_layer_tokens": None,
+    "compression_ratio": None,
+    "forward_decoder_linear_tflops": None,
+}
+
+
+class Costs:
+    """Costs of planned work.
+
+    Token figures and `forward_decoder_linear_tflops` are per sample of one image and `text_tokens` text tokens; a
+    cell's are the mean over the samples of `finetune` (of its last phase where there is none).
+
+    Args:
+        text_tokens: Text tokens a sample, all labelled, one image; None takes the data's measured means.
+    """
+
+    def __init__(self, text_tokens: float | None = None) -> None:
+        self.text_tokens = text_tokens
+        self.notices: dict[str, None] = {}
+        self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
+        self._recipes: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._samples: dict[str, Sample] = {}
+        self._means: dict[tuple[str, str, int], Lengths | None] = {}
+
+    def stage_run(self, cell: Cell, plan: PhasePlan, first: int, last: int) -> dict[str, float | None]:
+        """Cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
+        if cell.facts is None:
+            return dict(_NO_COST)
+        facts, sample = cell.facts, self.sample(cell, plan)
+        flops = tokens = 0.0
+        for action, points_id in zip(plan.table, plan.points_ids, strict=True):
+            steps = min(action.last_step, last) - max(action.first_step, first)
+            if steps > 0:
+                each, visual = self._sample_cost(cell, plan, action, points_id)
+                flops += steps * each
+                tokens += steps * visual
+        tokens /= last - first
+        return {
+            "train_tflops": flops * plan.recipe.global_batch_size,
+            "visual_layer_tokens": tokens,
+            "compression_ratio": cost.compression_ratio(facts.visual_grid, tokens, facts.num_layers),
+            "forward_decoder_linear_tflops": cost.forward_decoder_linear_tflops(facts, tokens, sample.text_tokens),
+        }
+
+    def cell(self, cell: Cell) -> dict[str, float | None]:
+        """Cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
+        if cell.facts is None:
+            return {name: None for name in _NO_COST if name != "forward_decoder_linear_tflops"}
+        if not cell.phases:
+            full = cell.facts.num_layers * cell.facts.visual_grid.tokens
+            return {"train_tflops": 0.0, "visual_layer_tokens": float(full), "compression_ratio": 1.0}
+        phases = [self.stage_run(cell, plan, 0, plan.total_steps) for plan in cell.phases]
+        return {
+            "train_tflops": sum(phase["train_tflops"] or 0.0 for phase in phases),
+            "visual_layer_tokens": phases[-1]["visual_layer_tokens"],
+            "compression_ratio": phases[-1]["compression_ratio"],
+        }
+
+    def _sample_cost(self, cell: Cell, plan: PhasePlan, action: Action, points_id: str) -> tuple[float, int]:
+        assert cell.facts is not None
+        recipe_id, recipe = self._recipe(plan)
+        sample = self.sample(cell, plan)
+        key = (cell.facts, points_id, recipe_id, sample)
+        if key not in self._per_sample:
+            flops = cost.train_tflops_per_sample(cell.facts, action.points, sample, recipe)
+            tokens = cost.visual_layer_tokens(cell.facts.visual_grid, action.points, cell.facts.num_layers)
+            self._per_sample[key] = (flops, tokens)
+        return self._per_sample[key]
+
+    def _recipe(self, plan: PhasePlan) -> tuple[str, dict[str, Any]]:
+        if plan.lineage not in self._recipes:
+            recipe = plan.recipe
+            what = {
+                "train": list(recipe.train),
+                "lora": None if recipe.lora is None else recipe.lora.model_dump(),
+                "gradient_checkpointing": recipe.gradient_checkpointing,
+            }
+            self._recipes[plan.lineage] = (canonical_json(what), what)
+        return self._recipes[plan.lineage]
+
+    def sample(self, cell: Cell, plan: PhasePlan) -> Sample:
+        """What one sample of a phase holds on average; mixtures weigh by the rows of an epoch."""
+        if self.text_tokens is not None:
+            return Sample(self.text_tokens, self.text_tokens)
+        # A lineage fixes model, data and recipe.
+        if plan.lineage not in self._samples:
+            self._samples[plan.lineage] = self._measured(cell, plan)
+        return self._samples[plan.lineage]
+
+    def _measured(self, cell: Cell, plan: PhasePlan) -> Sample:
+        weighed: list[tuple[float, Lengths]] = []
+        for entry in plan.data:
+            found = self._lengths(cell, plan, cell.spec.data[entry["name"]])
+            if found is None:
+                self._notice(entry["name"], plan.name)
+                return Sample(0.0, 0.0)
+            weighed.append(((num_rows(cell.spec.data[entry["name"]]) or 1) * entry["share"], found))
+        total = sum(weight for weight, _ in weighed)
+
+        def mean(of: Callable[[Lengths], float]) -> float:
+            return sum(weight * of(lengths) for weight, lengths in weighed) / total
+
+        return Sample(mean(lambda x: x.text_tokens), mean(lambda x: x.label_tokens), mean(lambda x: x.images))
+
+    def _notice(self, data: str, phase: str) -> None:
+        text = f"data.{data}: its text lengths are not at hand; costs of {phase} count one image and no text a sample"
+        self.notices[f"{text} (give --text-tokens N)"] = None
+
+    def _lengths(self, cell: Cell, plan: PhasePlan, data: DataSpec) -> Lengths | None:
+        assert cell.facts is not None
+        folder, longest = cell.spec.model.model_name_or_path, plan.recipe.model_max_length
+        key = (data.model_dump_json(), folder, longest)
+        if key not in self._means:
+            identity, notice = data_identity(data)
+            tokens = cell.facts.visual_grid.tokens
+            self._means[key] = None if notice else measure_lengths(data, digest(identity), folder, longest, tokens)
+        return self._means[key]
+
+
+def share_of_tree(costs: Sequence[float], cells: Sequence[int]) -> float:
+    """A cell's share of its own cost when each stage run is split evenly over the cells that use it."""
+    alone = sum(costs)
+    return sum(each / many for each, many in zip(costs, cells, strict=True)) / alone if alone else 1.0
