@@ -1,4 +1,4 @@
-"""`attach`: visual-token compression inside an unmodified Hugging Face model, switched per stage and taken off again."""
+"""`attach`: visual-token compression in an unmodified Hugging Face model, switched per stage and taken off again."""
 
 from __future__ import annotations
 
@@ -48,11 +48,17 @@ def attach(
     return Attachment(family, resolved, learned)
 
 
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment a model carries, None where it has none."""
+    found = getattr(unwrap(model).__dict__.get("forward"), "llavolta", None)
+    return found if isinstance(found, Attachment) else None
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
     while True:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]
             continue
         if hasattr(model, "config") and hasattr(model, "get_output_embeddings") and "module" not in model._modules:
             return model
@@ -148,12 +154,12 @@ class Attachment:
             self._decoder.modules = created
 
     def _check_modules(self, points: Sequence[Point]) -> None:
-        known = self._decoder.modules if self._decoder.modules is not None else {}
+        known = set(self._decoder.modules) if self._decoder.modules is not None else set()
         for point in points:
             if point.module_name is not None and point.module_name not in known:
                 raise UsageError(
-                    f"{point.spec.kind} at layer {point.layer} learns, and its module does not exist; name the point in "
-                    "attach(..., modules=[...])"
+                    f"{point.spec.kind} at layer {point.layer} learns, and its module does not exist; name the point "
+                    "in attach(..., modules=[...])"
                 )
 
     def _patch(self, module: nn.Module, forward: Any) -> None:
@@ -163,7 +169,7 @@ class Attachment:
         def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return forward(_named(original, self, args, kwargs))
 
-        patched.llavolta = True  # type: ignore[attr-defined]
+        patched.llavolta = self  # type: ignore[attr-defined]
         # nn.Module.__setattr__ would put a bound method here too; the instance dict is what detach() clears.
         module.__dict__["forward"] = MethodType(patched, module)
 

@@ -53,7 +53,7 @@ class Decoder:
 
     family: Family
     points: tuple[Point, ...] = ()
-    draw: Draw = Draw()
+    draw: Draw = field(default_factory=Draw)
     modules: nn.ModuleDict | None = None
     records: WeakKeyDictionary[Cache, CacheRecord] = field(default_factory=WeakKeyDictionary)
     current: Pass | None = None
@@ -82,7 +82,7 @@ class Decoder:
         embeds_BND: Tensor = arguments["inputs_embeds"]
         return embeds_BND + 0.0 * self.family.idle_features().sum().to(embeds_BND)
 
-    def _cache(self, arguments: dict[str, Any], language_model: nn.Module) -> Any:
+    def _cache(self, arguments: dict[str, Any], language_model: Any) -> Any:
         use_cache = arguments.get("use_cache")
         if use_cache is None:
             use_cache = getattr(language_model.config, "use_cache", False)
@@ -97,7 +97,8 @@ class Decoder:
     def _flow(self, current: Pass, arguments: dict[str, Any], record: CacheRecord | None) -> Flow:
         """What enters the first layer: hidden states, ids as the plain model has them, and where the images are."""
         embeds_BND = arguments["inputs_embeds"]
-        rows, columns, device = *embeds_BND.shape[:2], embeds_BND.device
+        rows, columns = embeds_BND.shape[:2]
+        device = embeds_BND.device
         cache = arguments.get("past_key_values")
         seen = record.seen_tokens if record is not None else 0
         if record is None and cache is not None:
@@ -161,6 +162,8 @@ class Decoder:
             shift = record.shifts[number] if record is not None else None
             _move_ids(flow, before_shift, shift)
             before_shift = shift
+            if flow.layout is not None and number:
+                shift = after.shifts[-1]
             flow, renumbered = self._points(flow, segment)
             mask_BN = self._mask(flow, cache, segment, record, number, arguments.get("attention_mask"))
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
@@ -168,9 +171,7 @@ class Decoder:
             outputs.append(output)
             flow.hidden_BND = output.last_hidden_state
             after.masks.append(mask_BN)
-            if renumbered or (number and after.shifts[-1] is not None):
-                shift = last_ids_AB - _last_ids(flow)
-            after.shifts.append(shift)
+            after.shifts.append(last_ids_AB - _last_ids(flow) if renumbered else shift)
             counts += [flow.layout.visual_tokens if flow.layout else 0] * (segment.last - segment.first)
         if cache is not None:
             self.records[cache] = after
@@ -231,7 +232,7 @@ def _last_ids(flow: Flow) -> Tensor:
 
 def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
     """Tokens that follow a renumbered image in the cache go on from its numbers."""
-    if shift is None:
+    if shift is None or shift is before:
         return
     difference_AB = shift if before is None else shift - before
     flow.meta_CBN = flow.meta_CBN.clone()
@@ -245,8 +246,9 @@ def _check_mask(arguments: dict[str, Any]) -> None:
             "compression: attention_mask must be 2-D (batch x tokens); a ready-made mask (static cache) cannot follow "
             "tokens that are dropped"
         )
-    packed = mask is None and arguments.get("past_key_values") is None and positions is not None
-    if packed and bool((positions[..., 1:] < positions[..., :-1]).any()):
+    if positions is None or mask is not None or arguments.get("past_key_values") is not None:
+        return
+    if bool((positions[..., 1:] < positions[..., :-1]).any()):
         raise UsageError("compression: position_ids restart within a row; packed rows cannot be compressed")
 
 

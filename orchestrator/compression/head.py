@@ -27,6 +27,7 @@ class Head:
         return_logits: Logits of all tokens although there are labels.
         rows_L: After the call: flat places of tokens that predict a label.
         targets_L: After the call: the labels they predict.
+        cut: After the call: logits are those of `keep` only.
     """
 
     head: nn.Module
@@ -37,6 +38,7 @@ class Head:
     return_logits: bool = False
     rows_L: Tensor | None = None
     targets_L: Tensor | None = None
+    cut: bool = False
 
     def __call__(self, hidden_BMD: Tensor) -> Tensor:
         """Logits: L x vocabulary where labels ask for L of them, else B x tokens x vocabulary."""
@@ -49,6 +51,7 @@ class Head:
         flow = self.current.flow
         if isinstance(self.keep, int) and self.keep == 0:
             return self.head(hidden_BMD)
+        self.cut = True
         wanted_K = torch.arange(self.columns, device=hidden_BMD.device)
         wanted_K = wanted_K[-self.keep :] if isinstance(self.keep, int) else wanted_K[self.keep]
         if flow is None or flow.layout is None:
@@ -92,7 +95,7 @@ class Head:
     def at_original_length(self, logits_BMV: Tensor) -> Tensor:
         """All logits at the length of the input, NaN where a token was dropped."""
         flow = self.current.flow
-        if flow is None or flow.layout is None or logits_BMV.shape[1] != flow.layout.length:
+        if self.cut or flow is None or flow.layout is None:
             return logits_BMV
         rows, _, vocabulary = logits_BMV.shape
         full = logits_BMV.new_full((rows, self.columns + 1, vocabulary), float("nan"))

@@ -105,8 +105,8 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
     counts = [grid.tokens for grid in grids]
     if sum(counts) != places.numel():
         raise UsageError(
-            f"compression: input_ids hold {places.numel()} image placeholders but the batch's {len(counts)} images have "
-            f"{sum(counts)} visual tokens; expand each image's placeholder to its number of visual tokens"
+            f"compression: input_ids hold {places.numel()} image placeholders but the batch's {len(counts)} images "
+            f"have {sum(counts)} visual tokens; expand each image's placeholder to its number of visual tokens"
         )
     numbers: dict[Grid, list[int]] = {}
     starts = torch.tensor([0, *counts]).cumsum(0)

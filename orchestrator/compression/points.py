@@ -38,7 +38,8 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
     layer = spec.layer_index(family.num_layers)
     if layer >= family.num_layers:
         raise UsageError(
-            f"attach: {spec.kind}: layer {spec.layer} does not exist; this model has layers 0 to {family.num_layers - 1}"
+            f"attach: {spec.kind}: layer {spec.layer} does not exist; this model has layers 0 to "
+            f"{family.num_layers - 1}"
         )
     implementation = registry.load_object(spec.implementation)
     name = f"{spec.kind}_layer{layer}" if hasattr(implementation, "create_module") else None

@@ -163,7 +163,7 @@ def renumber(flow: Flow) -> None:
 
 
 def run_layers(
-    language_model: nn.Module,
+    language_model: Any,
     segment: Segment,
     hidden_BND: Tensor,
     positions: Tensor,
@@ -185,13 +185,13 @@ def run_layers(
         cache: The whole KV cache, or None.
         options: Further keyword arguments of the model's forward.
     """
-    num_layers = len(language_model.layers)  # type: ignore[arg-type]
+    num_layers = len(language_model.layers)
     if any(options.get(f"output_{name}") for name in ("hidden_states", "attentions")):
         maybe_install_capturing_hooks(language_model)  # once, on the model: on a view they would pile up
-    view = object.__new__(type(language_model))
+    view: Any = object.__new__(type(language_model))
     view.__dict__.update(language_model.__dict__)
     modules = dict(language_model._modules)
-    modules["layers"] = language_model.layers[segment.first : segment.last]  # type: ignore[index]
+    modules["layers"] = language_model.layers[segment.first : segment.last]
     if segment.last != num_layers:
         modules["norm"] = nn.Identity()
     view.__dict__["_modules"] = modules

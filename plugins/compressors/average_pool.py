@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
@@ -55,7 +56,7 @@ class AveragePool:
             bounds = [min(number * self.spec.stride, tokens) for number in range(windows + 1)]
         else:
             bounds = [number * tokens // windows for number in range(windows + 1)]
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
         first_M = torch.tensor(bounds[:-1], device=visual_BND.device)
         positions_ABN, sizes_BN = context.positions_ABN, context.sizes_BN
         if min(lengths) == max(lengths):

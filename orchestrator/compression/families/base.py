@@ -24,8 +24,8 @@ class Family:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.language_model = self.find_language_model()
+        self.model: Any = model
+        self.language_model: Any = self.find_language_model()
         lacking = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(self.language_model, name)]
         if lacking:
             raise self.cannot_serve(
@@ -49,12 +49,12 @@ class Family:
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return len(self.language_model.layers)  # type: ignore[arg-type]
+        return len(self.language_model.layers)
 
     @property
     def width(self) -> int:
         """Hidden size of the decoder."""
-        return int(self.language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return int(self.language_model.config.hidden_size)
 
     def find_language_model(self) -> nn.Module:
         """The decoder stack."""

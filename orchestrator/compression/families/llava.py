@@ -27,11 +27,12 @@ class LlavaFamily(Family):
 
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
         """True at `image_token_id`."""
-        return input_ids_BN == self.model.config.image_token_id  # type: ignore[union-attr]
+        mask_BN: Tensor = input_ids_BN == self.model.config.image_token_id
+        return mask_BN
 
     def _grid(self, height_pixels: int, width_pixels: int) -> Grid:
-        vision = self.model.config.vision_config  # type: ignore[union-attr]
-        grid = Grid(height_pixels // vision.patch_size, width_pixels // vision.patch_size)  # type: ignore[union-attr]
+        vision = self.model.config.vision_config
+        grid = Grid(height_pixels // vision.patch_size, width_pixels // vision.patch_size)
         if self._keeps_cls():
             return Grid(1, grid.tokens + 1)
         return grid
@@ -41,9 +42,9 @@ class LlavaFamily(Family):
         return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
 
     def _default_grid(self) -> Grid:
-        size = self.model.config.vision_config.image_size  # type: ignore[union-attr]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)  # type: ignore[misc]
-        return self._grid(int(height), int(width))  # type: ignore[arg-type]
+        size = self.model.config.vision_config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return self._grid(int(height), int(width))
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """From `image_sizes`, the shape of `pixel_values`, ready features, or the config."""
@@ -72,5 +73,5 @@ class LlavaFamily(Family):
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         parameter = next(self.model.parameters())
         pixels = torch.zeros(1, vision.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        features = self.model.model.get_image_features(pixel_values=pixels).pooler_output  # type: ignore[union-attr, operator]
+        features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
         return torch.cat(list(features))
