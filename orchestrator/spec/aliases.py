@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.errors import Fault
-from orchestrator.spec.node import Node, Path, dotted
+from orchestrator.spec.node import Mark, Node, Path, dotted
 from orchestrator.spec.shape import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 
 
@@ -74,7 +74,7 @@ def _rename_keys(node: Node, aliases: dict[str, str], path: Path, found: Renamin
     if not aliases.keys() & node.value.keys():
         return node
     entries: dict[str, Node] = {}
-    keys = {}
+    keys: dict[str, Mark] = {}
     for key, child in node.value.items():
         name = aliases.get(key, key)
         if name in entries:
@@ -87,19 +87,19 @@ def _rename_keys(node: Node, aliases: dict[str, str], path: Path, found: Renamin
     return Node(entries, node.mark, keys=keys, size=node.size)
 
 
-def _both(key: str, other: str, name: str, mark: Any, path: Path) -> Fault:
+def _both(key: str, other: str, name: str, mark: Mark, path: Path) -> Fault:
     message = f"`{key}` and `{other}` are two names for the same key"
-    return Fault(message, *mark, path=dotted(path), hint=f"write `{name}` alone")
+    return Fault(message, mark.file, mark.line, mark.column, dotted(path), hint=f"write `{name}` alone")
 
 
-def _notice(mark: Any, old: Path, new: Path) -> str:
+def _notice(mark: Mark, old: Path, new: Path) -> str:
     where = f"{mark.file}:{mark.line}: " if mark.line is not None else ""
     return f"{where}{dotted(old)} is read as {dotted(new)}"
 
 
 def _rename_axes(group: Node, names: Node, path: Path, found: Renaming) -> Node:
     entries: dict[str, Node] = {}
-    keys = {}
+    keys: dict[str, Mark] = {}
     for key, child in group.value.items():
         try:
             name = dotted(find_path(names, key))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
@@ -144,6 +144,12 @@ class DataSpec(Component):
         raise NotImplementedError
 
 
+def _as_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise PydanticCustomError("not_built", "a sweep mapping is not built yet; name variants, `final` or `full`")
+    return (value,) if isinstance(value, str) else value
+
+
 class EvaluationSpec(Component):
     """A named evaluation on a finished cell.
 
@@ -155,7 +161,7 @@ class EvaluationSpec(Component):
     registry_group: ClassVar[str] = registry.EVALUATIONS
 
     data: str
-    under: tuple[str, ...] = ("final",)
+    under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("final",)
 
 
 def _component(group: str) -> Callable[[Any], Any]:
@@ -171,7 +177,12 @@ def _component(group: str) -> Callable[[Any], Any]:
         if not isinstance(kind, str) or kind not in known:
             raise PydanticCustomError("component_kind", "unknown kind", {"known": list(known), "kind": str(kind)})
         try:
-            return registry.spec_class(group, kind).model_validate(value)
+            cls = registry.spec_class(group, kind)
+        except (ImportError, AttributeError) as error:
+            text = "the component {kind} cannot be imported: {reason}"
+            raise PydanticCustomError("component_import", text, {"kind": kind, "reason": str(error)}) from error
+        try:
+            return cls.model_validate(value)
         except ValidationError as error:
             # The loader unfolds these with the outer location in front.
             raise PydanticCustomError("component", "faults inside", {"errors": error.errors()}) from error

@@ -16,6 +16,7 @@ from orchestrator.spec.faults import explain, locate
 from orchestrator.spec.inherit import drop_nulls
 from orchestrator.spec.names import CellNames
 from orchestrator.spec.node import Node, Path, dotted
+from orchestrator.spec.references import check_references
 
 MAX_FAULTY_CELLS = 20
 
@@ -99,7 +100,8 @@ class Parts:
         return self._adapters[name]
 
 
-Check = Callable[[dict[str, Any], Node | Callable[[], Node]], Sequence[Fault]]
+# Takes a cell's parts (None where a part has faults) and a function that gives the cell's tree.
+Check = Callable[[dict[str, Any], Callable[[], Node]], Sequence[Fault]]
 
 
 class GridBuilder:
@@ -109,11 +111,11 @@ class GridBuilder:
         root: The resolved tree.
         axes: Its axes.
         parts: Validates parts; shared with the caller.
-        checks: Called with a cell's parts (None where a part has faults) and a function that gives the cell's tree.
+        check: Finds faults across the parts of a cell.
     """
 
-    def __init__(self, root: Node, axes: Axes, parts: Parts, checks: Sequence[Callable[..., Sequence[Fault]]]) -> None:
-        self.root, self.axes, self.parts, self.checks = root, axes, parts, checks
+    def __init__(self, root: Node, axes: Axes, parts: Parts, check: Check) -> None:
+        self.root, self.axes, self.parts, self.check = root, axes, parts, check
         self.faults: list[Fault] = []
         self.notices: list[str] = []
 
@@ -129,6 +131,7 @@ class GridBuilder:
                 seen |= new
         for cell in representatives:
             self._check(cell)
+            self.faults.extend(check_references(apply(self.root, cell)))
         if not self.faults:
             faulty = 0
             for cell in found:
@@ -153,8 +156,8 @@ class GridBuilder:
             if name in by_name:
                 name = self._clash(name, cell, by_name[name], names)
             by_value[key], by_name[name] = name, cell
-            changed = {setting.path[0] for setting in cell}
-            spec = base.model_copy(update={section: parts[section].value for section in changed})  # type: ignore[misc]
+            changed = {str(setting.path[0]) for setting in cell}
+            spec = base.model_copy(update={section: parts[section].value for section in changed})
             cells.append(ResolvedCell(name, {s.axis: s.node.plain() for s in cell}, spec))
         return tuple(cells)
 
@@ -162,8 +165,7 @@ class GridBuilder:
         parts = {name: self.parts.get(name, cell) for name in SECTIONS}
         found = [fault for part in parts.values() for fault in part.faults]
         values = {name: part.value if not part.faults else None for name, part in parts.items()}
-        for check in self.checks:
-            found.extend(check(values, lambda: apply(self.root, cell)))
+        found.extend(self.check(values, lambda: apply(self.root, cell)))
         self.faults.extend(found)
         return bool(found)
 

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import Fault, SpecError
-from orchestrator.spec.axes import SECTIONS, AxisReader
+from orchestrator.spec.axes import AxisReader
+from orchestrator.spec.checks import Checks
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.faults import explain
 from orchestrator.spec.grid import GridBuilder, Parts, ResolvedCell, apply
@@ -18,8 +19,11 @@ from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
 from orchestrator.spec.node import Node, dotted
 from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
 from orchestrator.spec.paths import absolute_paths
+from orchestrator.spec.report_checks import check_report, check_search
+from orchestrator.spec.resolved import resolved_yaml
+from orchestrator.spec.unsupported import unsupported_keys
 
-__all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml"]
+__all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml", "unsupported_keys"]
 
 MAX_FAULTS = 200
 
@@ -62,8 +66,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
     axes = AxisReader(root, faults).read()
     spec, errors = _base(root)
     parts = Parts(root)
-    builder = GridBuilder(root, axes, parts, _checks(notices))
+    cluster = parts.get("cluster", ()).value
+    builder = GridBuilder(root, axes, parts, Checks(cluster, notices))
     found = builder.cells()
+    faults += check_report(root, axes, found) + check_search(root)
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     faults += [fault for fault in errors if not _is_given(fault.path, everywhere)]
     faults += builder.faults
@@ -115,10 +121,6 @@ def _base(root: Node) -> tuple[ExperimentSpec | None, list[Fault]]:
         return None, explain(error.errors(), root)
 
 
-def _checks(notices: list[str]) -> list[Any]:
-    return []
-
-
 def _is_given(path: str, axes: set[str]) -> bool:
     """True where every cell replaces what is wrong or missing in the base."""
     return any(path == axis or path.startswith(axis + ".") for axis in axes)
@@ -139,8 +141,8 @@ def _sources(root: Node, spec: ExperimentSpec) -> dict[str, str]:
     sources = {}
     for path, node in root.leaves():
         sources[dotted(path)] = "--set" if node.mark.file is None else f"{node.mark.file}:{node.mark.line}"
-    for path in _default_paths(spec.model_dump(mode="json"), root, ()):
-        sources.setdefault(path, "default")
+    for name in _default_paths(spec.model_dump(mode="json"), root, ()):
+        sources.setdefault(name, "default")
     return sources
 
 
@@ -152,15 +154,3 @@ def _default_paths(value: Any, node: Node | None, path: tuple[str | int, ...]) -
             for found in _default_paths(item, node.get(key) if node is not None else None, (*path, key))
         ]
     return [dotted(path)] if node is None else []
-
-
-def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
-    """The resolved experiment as YAML, each value with the place it came from; for `show --resolved`."""
-    import yaml
-
-    values = loaded.spec.model_dump(mode="json")
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    return text
-
-
-_ = SECTIONS

@@ -53,7 +53,7 @@ class Node:
         if isinstance(self.value, dict):
             return self.value.get(key)
         if isinstance(self.value, list) and isinstance(key, int) and 0 <= key < len(self.value):
-            return self.value[key]  # type: ignore[no-any-return]
+            return self.value[key]
         return None
 
     def at(self, path: Sequence[str | int]) -> Node | None:
@@ -115,9 +115,9 @@ class Node:
         text = self.text if self.text is not None else as_yaml(self.plain())
         return text if len(text) <= 80 else text[:77] + "..."
 
-    def fault(self, message: str, path: Path = (), **more: str | None) -> Fault:
-        """A fault at this node; `allowed` and `hint` as of `Fault`."""
-        return Fault(message, *self.mark, path=dotted(path), value=self.written(), **more)
+    def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
+        """A fault at this node."""
+        return Fault(message, *self.mark, dotted(path), self.written(), allowed, hint)
 
 
 def dotted(path: Sequence[str | int]) -> str:

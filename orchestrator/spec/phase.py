@@ -17,7 +17,7 @@ class LoraSpec(Spec):
 
     r: Count = 128
     alpha: Count = 256
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.05
     target_modules: tuple[str, ...] = (
         "q_proj",
         "k_proj",
@@ -88,7 +88,7 @@ class PhaseSpec(Spec):
     per_device_train_batch_size: Count | Literal["auto"] = 16
     learning_rate: Positive | dict[Part, NonNegative] = 2.0e-5
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    warmup_ratio: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.03
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 1.0
     model_max_length: Count = 2048

@@ -147,7 +147,7 @@ class _Reader:
             elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                 self._end()
             elif isinstance(event, yaml.AliasEvent):
-                self._alias(event.anchor, mark)
+                self._alias(str(event.anchor), mark)
             elif isinstance(event, yaml.DocumentStartEvent):
                 self.documents += 1
                 if self.documents > 1:

@@ -19,7 +19,6 @@ class AveragePoolSpec(CompressorSpec):
     Attributes:
         positions: Position id of a pooled token: the mean of its window rounded down, the window's first, or
             ids renumbered without gaps (text after the image moves up).
-        size_bias: Adds the log of a pooled token's window size to its attention logits.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool:AveragePool"

@@ -1,0 +1,231 @@
+"""Checks across a cell's parts that need numbers: lengths, batches, rates, stages, layers and amounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from orchestrator.errors import Fault, LlavoltaError
+from orchestrator.spec.components import CompressorSpec, Grid, ScheduleSpec
+from orchestrator.spec.faults import fault_at
+from orchestrator.spec.infrastructure import ClusterSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.spec.node import Node, Path
+from orchestrator.spec.phase import PhaseSpec, PhasesSpec
+from orchestrator.spec.steps import known_steps
+
+LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault before its position is known."""
+
+    path: Path
+    message: str
+    allowed: str | None = None
+    hint: str | None = None
+
+
+@dataclass
+class Checks:
+    """Checks cells of one experiment; a combination of parts that was seen is not checked again.
+
+    Args:
+        cluster: The machine, for the number of workers.
+        notices: Takes what is deferred to `run`.
+    """
+
+    cluster: ClusterSpec | None
+    notices: list[str]
+    _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
+    _kept: list[Any] = field(default_factory=list)
+
+    def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
+        """Faults of a cell; `parts` holds None where a part has faults of its own."""
+        findings = [*self._compressors(parts), *self._phases(parts)]
+        if not findings:
+            return []
+        root = tree()
+        return [fault_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]
+
+    def _remember(self, key: tuple[Any, ...], find: Callable[[], Iterator[Finding]]) -> list[Finding]:
+        names = tuple(part if isinstance(part, str) else id(part) for part in key)
+        if names not in self._seen:
+            self._kept.append(key)  # keeps the parts alive, so that an id stays theirs
+            self._seen[names] = list(find())
+        return self._seen[names]
+
+    def _compressors(self, parts: dict[str, Any]) -> list[Finding]:
+        variants, model = parts["compressors"], parts["model"]
+        if not variants:
+            return []
+        return self._remember(("variants", variants, model), lambda: self._find_variants(variants, model))
+
+    def _phases(self, parts: dict[str, Any]) -> list[Finding]:
+        phases = parts["phases"]
+        if phases is None:
+            return []
+        data, schedules = parts["data"], parts["schedules"]
+        return self._remember(("phases", phases, data, schedules), lambda: self._find_phases(phases, data, schedules))
+
+    def _find_variants(self, variants: dict[str, Any], model: ModelSpec | None) -> Iterator[Finding]:
+        try:
+            facts = self._facts(model) if model is not None else None
+        except ValueError as error:
+            yield Finding(("model", "model_name_or_path"), str(error))
+            return
+        for name, points in variants.items():
+            yield from check_variant(points, ("compressors", name), facts)
+
+    def _facts(self, model: ModelSpec) -> ModelFacts | None:
+        facts = model_facts(model.model_name_or_path, model.revision)
+        if facts is None:
+            self.notices.append(
+                f"model.model_name_or_path: the sizes of {model.model_name_or_path} are not known here; layers, "
+                "amounts and costs are checked when it runs"
+            )
+        return facts
+
+    def _find_phases(self, phases: PhasesSpec, data: Any, schedules: Any) -> Iterator[Finding]:
+        for name in ("pretrain", "finetune"):
+            phase: PhaseSpec | None = getattr(phases, name)
+            if phase is not None:
+                path: Path = ("phases", name)
+                yield from check_length(phase, path)
+                yield from check_parts(phase, path)
+                yield from self._check_batch(phase, path)
+                yield from check_stages(phase, path, data, schedules)
+
+    def _check_batch(self, phase: PhaseSpec, path: Path) -> Iterator[Finding]:
+        workers = self.cluster.num_workers if self.cluster is not None else None
+        micro = phase.per_device_train_batch_size
+        if not isinstance(workers, int) or not isinstance(micro, int):
+            return
+        total = phase.global_batch_size
+        if total % (micro * workers):
+            fitting = [size for size in range(1, total // workers + 1) if total % (size * workers) == 0]
+            message = (
+                f"a global batch of {total} does not divide into micro-batches of {micro} on {workers} "
+                f"worker{'s' if workers != 1 else ''}"
+            )
+            allowed = "per_device_train_batch_size " + ", ".join(map(str, fitting[-8:])) if fitting else None
+            near = min(fitting, key=lambda size: abs(size - micro)) if fitting else None
+            hint = f"per_device_train_batch_size: {near} fits" if near else f"{workers} workers do not divide {total}"
+            yield Finding((*path, "global_batch_size"), message, allowed, hint)
+
+
+def _as_written(root: Node, path: Path) -> Path:
+    """A variant's only point may be written without a list around it: then its path has no index."""
+    if path[0] == "compressors" and len(path) > 2 and (node := root.at(path[:2])) is not None and node.is_mapping:
+        return (*path[:2], *path[3:])
+    return path
+
+
+def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
+    """A phase has exactly one length."""
+    given = [name for name in LENGTHS if getattr(phase, name) is not None]
+    if not given:
+        yield Finding(path, "the phase has no length", "exactly one of " + ", ".join(LENGTHS))
+    elif len(given) > 1:
+        hint = f"take one out; one that comes from a file below is taken out with `{given[0]}: null`"
+        message = f"{' and '.join(given)} are given; a phase has one length"
+        yield Finding((*path, given[-1]), message, "exactly one of " + ", ".join(LENGTHS), hint)
+
+
+def check_parts(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
+    """What trains, once each; a rate for every part that trains and for no other."""
+    if not phase.train:
+        yield Finding((*path, "train"), "nothing trains", "at least one part")
+    for index, part in enumerate(phase.train):
+        if part in phase.train[:index]:
+            yield Finding((*path, "train", index), f"{part} is named twice")
+    if phase.lora is not None and "language_model" not in phase.train:
+        hint = "add language_model to train: with LoRA, its adapters are what trains"
+        yield Finding((*path, "lora"), "LoRA sits in the language model, which does not train", None, hint)
+    if isinstance(phase.learning_rate, dict):
+        allowed = ", ".join(phase.train)
+        for part in phase.learning_rate:
+            if part not in phase.train:
+                message = f"{part} has a learning rate but does not train"
+                yield Finding(
+                    (*path, "learning_rate", part), message, allowed, f"add {part} to train, or drop its rate"
+                )
+        without = [part for part in phase.train if part not in phase.learning_rate]
+        if without:
+            yield Finding((*path, "learning_rate"), f"{', '.join(without)} trains without a learning rate", allowed)
+
+
+def check_stages(phase: PhaseSpec, path: Path, data: Any, schedules: Any) -> Iterator[Finding]:
+    """Every stage of the phase's schedule starts, and the stages fill the phase."""
+    schedule: Any = phase.schedule
+    where: Path = (*path, "schedule")
+    if isinstance(schedule, str):
+        where = ("schedules", schedule) if schedules and schedule in schedules else where
+        schedule = schedules.get(schedule) if schedules else None
+    steps = known_steps(phase, data)
+    if not isinstance(schedule, ScheduleSpec) or steps is None:
+        return
+    try:
+        schedule.compile(steps, phase.global_batch_size)
+    except ValueError as error:
+        yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")
+
+
+def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    """Points in order of depth, at layers the model has, with amounts the method can take."""
+    grid: Grid | None = facts.visual_grid if facts is not None else None
+    last = -1
+    for index, point in enumerate(points):
+        where: Path = (*path, index)
+        yield from _check_place(point, where, facts)
+        layer = _layer(point, facts)
+        if layer is not None:
+            if layer <= last:
+                message = f"acts at layer {layer}, not after the point before it at layer {last}"
+                yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
+            last = max(last, layer)
+        if grid is not None:
+            finding, grid = _amount(point, where, grid)
+            if finding is not None:
+                yield finding
+
+
+def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    place = "projector" if point.layer == "projector" else "decoder"
+    if place not in point.points:
+        allowed = "a decoder layer" if "decoder" in point.points else "projector"
+        yield Finding((*where, "layer"), f"{point.kind} does not act at the {place}", allowed)
+    elif facts is not None and isinstance(point.layer, int) and point.layer >= facts.num_layers:
+        message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
+        yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
+    if facts is not None and "cls" in point.needs and not facts.has_cls:
+        yield Finding((*where, "kind"), f"{point.kind} needs a CLS token, which this vision tower does not have")
+
+
+def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
+    if point.layer == "projector":
+        return -1 if facts is None else None
+    if isinstance(point.layer, int):
+        return point.layer
+    return point.layer_index(facts.num_layers) if facts is not None else None
+
+
+def _amount(point: CompressorSpec, where: Path, grid: Grid) -> tuple[Finding | None, Grid | None]:
+    if point.layer_average_tokens is not None:
+        if point.layer_average_tokens > grid.tokens:
+            path: Path = (*where, "layer_average_tokens")
+            return Finding(path, f"is more than the {grid.tokens} visual tokens there are"), None
+        return None, None  # the planner solves it
+    amount = next(name for name in ("stride", "keep_tokens", "keep_ratio") if getattr(point, name) is not None)
+    if point.stride is not None and point.stride > grid.tokens:
+        message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
+        return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
+    try:
+        kept = point.kept_tokens(grid)
+    except (ValueError, LlavoltaError) as error:
+        return Finding((*where, amount), str(error)), None
+    return None, grid if Fraction(kept) == grid.tokens else Grid(1, kept)

@@ -1,0 +1,141 @@
+"""Names an experiment refers to: data sets, schedules, variants. Checked on the tree, so also beside other faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator import registry
+from orchestrator.errors import Fault
+from orchestrator.spec.faults import locate, unknown_name
+from orchestrator.spec.node import Node, Path, dotted
+
+FULL, FINAL = "full", "final"
+PHASES = ("pretrain", "finetune")
+
+
+class References:
+    """Checks the names of one cell's tree."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+        self.faults: list[Fault] = []
+        self.data = self._names("data")
+        self.variants = self._names("compressors")
+        self.schedules = self._names("schedules")
+
+    def check(self) -> list[Fault]:
+        """All names that do not exist, are reserved, or mean two things."""
+        self._check_definitions()
+        for name, node in _entries(self.root.get("schedules")):
+            self._check_schedule(("schedules", name), node)
+        for name in PHASES:
+            phase = self.root.at(("phases", name))
+            if phase is not None and phase.is_mapping:
+                self._check_phase(("phases", name), phase)
+        for name, node in _entries(self.root.get("evaluate")):
+            self._check_evaluation(("evaluate", name), node)
+        self._check_search()
+        return self.faults
+
+    def _check_definitions(self) -> None:
+        for section in ("compressors", "schedules"):
+            for name in self._names(section):
+                if name in (FULL, FINAL):
+                    meaning = "no compressor" if name == FULL else "the last stage's variant"
+                    message = f"`{name}` is a reserved name ({meaning}); choose another"
+                    self._fault((section, name), message, key=True)
+        for name in self.schedules:
+            if name in self.variants:
+                line = locate(self.root, ("compressors", name), key=True)[0].line
+                message = f"`{name}` is both a schedule and a variant (line {line}); a phase could mean either"
+                self._fault(("schedules", name), message, hint="rename one of them", key=True)
+
+    def _check_schedule(self, path: Path, node: Node) -> None:
+        for name in _variants_of(node):
+            if name != FULL and name not in self.variants:
+                where = next((p for p, leaf in node.leaves(path) if leaf.value == name and p[-1] != "kind"), path)
+                self._unknown(where, f"there is no variant `{name}`", name, [*self.variants, FULL])
+
+    def _check_phase(self, path: Path, phase: Node) -> None:
+        for where, name in _texts(phase.get("data"), (*path, "data"), keys=True):
+            if name not in self.data:
+                self._unknown(where, f"there is no data set `{name}`", name, self.data, key=where[-1] != "data")
+        schedule = phase.get("schedule")
+        known = [*self.schedules, *self.variants, FULL]
+        if schedule is not None and schedule.is_mapping:
+            self._check_schedule((*path, "schedule"), schedule)
+        for key in ("schedule", "match_train_tflops"):
+            for where, name in _texts(phase.get(key), (*path, key)):
+                if name not in known:
+                    self._unknown(where, f"there is no schedule or variant `{name}`", name, known)
+
+    def _check_evaluation(self, path: Path, node: Node) -> None:
+        for where, name in _texts(node.get("data"), (*path, "data")):
+            if name not in self.data:
+                self._unknown(where, f"there is no data set `{name}`", name, self.data)
+        for where, name in _texts(node.get("under"), (*path, "under")):
+            if name not in (*self.variants, FULL, FINAL):
+                known = [FINAL, FULL, *self.variants]
+                self._unknown(where, f"there is no variant `{name}` to test under", name, known)
+
+    def _check_search(self) -> None:
+        search = self.root.get("search")
+        known = [*self.variants, FULL]
+        for key, node in _entries(search.get("space") if search is not None and search.is_mapping else None):
+            path: Path = ("search", "space", key)
+            for field in ("variants", "last"):
+                for where, name in _texts(node.get(field), (*path, field)):
+                    if name not in known:
+                        self._unknown(where, f"there is no variant `{name}`", name, known)
+
+    def _names(self, section: str) -> tuple[str, ...]:
+        return tuple(name for name, _ in _entries(self.root.get(section)))
+
+    def _unknown(self, path: Path, message: str, name: str, known: Sequence[str], key: bool = False) -> None:
+        allowed, hint = unknown_name(name, known)
+        self._fault(path, message, allowed, hint, key)
+
+    def _fault(
+        self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
+    ) -> None:
+        mark, value = locate(self.root, path, key=key)
+        value = str(path[-1]) if key else value
+        self.faults.append(Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
+
+
+def check_references(root: Node) -> list[Fault]:
+    """Names of a tree that do not exist, are reserved, or mean two things."""
+    return References(root).check()
+
+
+def _variants_of(node: Node) -> tuple[str, ...]:
+    """Variants a schedule uses; where it has other faults, what stands under `compressor` in it."""
+    value: Any = node.plain()
+    try:
+        schedule = registry.spec_class(registry.SCHEDULES, value["kind"]).model_validate(value)
+        return tuple(schedule.variants())
+    except (ValidationError, KeyError, TypeError, ImportError, AttributeError):
+        found = (leaf.value for path, leaf in node.leaves() if path[-1:] == ("compressor",))
+        return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
+
+
+def _entries(node: Node | None) -> list[tuple[str, Node]]:
+    return list(node.value.items()) if node is not None and node.is_mapping else []
+
+
+def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[Path, str]]:
+    """Texts at a path: one, a list's, or with `keys` a mapping's keys."""
+    if node is None:
+        return
+    if isinstance(node.value, str):
+        yield path, node.value
+    elif node.is_list:
+        for index, item in enumerate(node.value):
+            if isinstance(item.value, str):
+                yield (*path, index), item.value
+    elif node.is_mapping and keys:
+        for key in node.value:
+            yield (*path, key), key

@@ -1,0 +1,85 @@
+"""`report:` and `search:` against the grid: a baseline that some cell has, and paths that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.errors import Fault
+from orchestrator.spec.axes import Assignment, Axes, value_key
+from orchestrator.spec.faults import locate, unknown_name
+from orchestrator.spec.node import Node, Path, dotted
+from orchestrator.spec.shape import UnknownPathError, find_path
+
+
+def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Fault]:
+    """The baseline and `mean_over` name axes of the grid, and some cell is the baseline."""
+    faults: list[Fault] = []
+    report = root.get("report")
+    baseline = report.get("baseline") if report is not None else None
+    wanted: dict[str, str] = {}
+    if baseline is not None and baseline.is_mapping:
+        for name, node in baseline.value.items():
+            path = _path(root, name, ("report", "baseline", name), faults)
+            if path is not None:
+                wanted[dotted(path)] = value_key(node)
+        if not faults and cells and not any(_matches(root, cell, wanted) for cell in cells):
+            allowed = "; ".join(
+                f"{axis}: {', '.join(setting.node.written() for setting in settings)}"
+                for axis, settings in axes.values.items()
+            )
+            message = "no cell of the grid is the baseline"
+            faults.append(_fault(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
+    over = report.get("mean_over") if report is not None else None
+    for index, node in enumerate(over.value if over is not None and over.is_list else []):
+        if isinstance(node.value, str):
+            _path(root, node.value, ("report", "mean_over", index), faults)
+    return faults
+
+
+def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
+    own = {setting.axis: setting.key for setting in cell}
+    for axis, key in wanted.items():
+        if axis not in own:
+            node = root.at(find_path(root, axis))
+            own[axis] = value_key(node) if node is not None else "null"
+        if own[axis] != key:
+            return False
+    return True
+
+
+def check_search(root: Node) -> list[Fault]:
+    """A search proposes values of known paths, and beside it a matrix may hold only `seed`."""
+    faults: list[Fault] = []
+    search = root.get("search")
+    if search is None or not search.is_mapping:
+        return faults
+    matrix, space = root.get("matrix"), search.get("space")
+    for name in matrix.value if matrix is not None and matrix.is_mapping else ():
+        if name != "seed":
+            message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
+            faults.append(_fault(root, ("matrix", name), message, "seed", key=True))
+    for name in space.value if space is not None and space.is_mapping else ():
+        _path(root, name, ("search", "space", name), faults)
+    objectives = search.get("objectives")
+    several = objectives is not None and objectives.is_mapping and len(objectives.value) > 1
+    if search.get("scheduler") is not None and several:
+        faults.append(_fault(root, ("search", "scheduler"), "early stopping needs a single objective", None))
+    return faults
+
+
+def _path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path | None:
+    try:
+        return find_path(root, name)
+    except UnknownPathError as error:
+        allowed, hint = unknown_name(error.key, error.known)
+        place = f" under {dotted(error.prefix)}" if error.prefix else ""
+        message = f"a key path belongs here: `{error.key}` is not known{place}"
+        faults.append(_fault(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
+        return None
+
+
+def _fault(
+    root: Node, path: Path, message: str, allowed: str | None, hint: str | None = None, key: bool = False
+) -> Fault:
+    mark, value = locate(root, path, key=key)
+    return Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)

@@ -1,0 +1,72 @@
+"""The resolved experiment as YAML, each value beside the place it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from orchestrator.spec.loader import LoadedExperiment
+
+_WIDTH = 60
+
+
+def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
+    """The whole experiment with defaults filled in, as YAML that loads again.
+
+    Args:
+        loaded: The experiment.
+        with_sources: Adds a comment to every value: `file:line`, `--set` or `default`.
+    """
+    lines: list[str] = []
+    sources = loaded.sources if with_sources else {}
+    values = _written_points(loaded.spec.model_dump(mode="json"), loaded.tree)
+    for key, value in values.items():
+        _write(lines, key, value, key, 0, sources)
+    return "\n".join(lines) + "\n"
+
+
+def _written_points(values: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """A variant with one point is shown without a list where it was written so."""
+    written = tree.get("compressors", {})
+    for name, points in values["compressors"].items():
+        if isinstance(written.get(name), dict):
+            values["compressors"][name] = points[0]
+    return values
+
+
+def _write(lines: list[str], key: str, value: Any, path: str, depth: int, sources: dict[str, str]) -> None:
+    indent = "  " * depth
+    if isinstance(value, dict) and value:
+        lines.append(f"{indent}{_scalar(key)}:")
+        for name, item in value.items():
+            _write(lines, name, item, f"{path}.{name}", depth + 1, sources)
+        return
+    if isinstance(value, list) and value:
+        lines.append(f"{indent}{_scalar(key)}:")
+        for index, item in enumerate(value):
+            text = f"{indent}  - {_flow(item)}"
+            lines.append(_with_source(text, _source(sources, f"{path}.{index}")))
+        return
+    lines.append(_with_source(f"{indent}{_scalar(key)}: {_flow(value)}", _source(sources, path)))
+
+
+def _source(sources: dict[str, str], path: str) -> str | None:
+    if path in sources or not sources:
+        return sources.get(path)
+    inner = [source for name, source in sources.items() if name.startswith(path + ".") and source != "default"]
+    return inner[0] if inner else "default"
+
+
+def _with_source(text: str, source: str | None) -> str:
+    return f"{text:<{_WIDTH}}  # {source}" if source else text
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _scalar(key: str) -> str:
+    return _flow(key)

@@ -1,0 +1,82 @@
+"""Keys that are valid but whose machinery is not built yet: `run` refuses them by name instead of ignoring them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.errors import Fault
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.infrastructure import ClusterSpec
+from orchestrator.spec.phase import PhaseSpec
+
+
+def unsupported_keys(spec: Any) -> list[Fault]:
+    """What `run` cannot do yet, one fault a key.
+
+    Args:
+        spec: An `ExperimentSpec`, or a `LoadedExperiment`, whose cells are looked at as well.
+    """
+    specs = [spec] if isinstance(spec, ExperimentSpec) else [spec.spec, *(cell.spec for cell in spec.cells)]
+    sources: dict[str, str] = getattr(spec, "sources", {})
+    found: dict[str, str] = {}
+    seen: set[tuple[int, ...]] = set()
+    for one in specs:
+        key = (id(one.phases), id(one.compressors), id(one.evaluate))
+        if key not in seen:
+            seen.add(key)
+            found.update(_keys_of(one))
+    return [_fault(path, why, sources) for path, why in found.items()]
+
+
+def _fault(path: str, why: str, sources: dict[str, str]) -> Fault:
+    file, _, line = sources.get(path, "").rpartition(":")
+    message = f"`{path}` is valid but not built yet: {why}"
+    if line.isdigit():
+        return Fault(message, file, int(line), 1, path=path)
+    return Fault(message, path=path)
+
+
+def _keys_of(spec: ExperimentSpec) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if spec.search is not None:
+        found["search"] = "take it out to run the grid"
+    if spec.controls:
+        found["controls"] = "write the control arms as variants"
+    for name, points in spec.compressors.items():
+        for index, point in enumerate(points):
+            path = f"compressors.{name}" + (f".{index}" if len(points) > 1 else "")
+            if point.layer_average_tokens is not None:
+                found[f"{path}.layer_average_tokens"] = "give stride, keep_tokens or keep_ratio"
+            if point.layer == "projector":
+                found[f"{path}.layer"] = "give a decoder layer"
+    for name in ("pretrain", "finetune"):
+        phase: PhaseSpec | None = getattr(spec.phases, name)
+        if phase is not None:
+            found.update({f"phases.{name}.{key}": why for key, why in _phase_keys(phase).items()})
+    found.update({f"cluster.{key}": why for key, why in _cluster_keys(spec.cluster).items()})
+    return found
+
+
+def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
+    found = {}
+    for key in ("max_train_tflops", "match_train_tflops"):
+        if getattr(phase, key) is not None:
+            found[key] = "give max_steps or num_train_epochs"
+    if phase.start_from is not None and not isinstance(phase.start_from, str):
+        found["start_from"] = "give a folder"
+    if phase.per_device_train_batch_size == "auto":
+        found["per_device_train_batch_size"] = "give a number"
+    if "compressor" in phase.train:
+        found["train"] = "no compressor has anything to learn; take `compressor` out"
+    return found
+
+
+def _cluster_keys(cluster: ClusterSpec) -> dict[str, str]:
+    found = {}
+    if cluster.lanes != 1:
+        found["lanes"] = "cells run one after another in one lane; give 1"
+    if not isinstance(cluster.num_workers, int):
+        found["num_workers"] = "an elastic number of workers; give one number"
+    if cluster.stall_minutes is not None:
+        found["stall_minutes"] = "take it out"
+    return found
