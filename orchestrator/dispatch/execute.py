@@ -47,7 +47,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
 
 
 def _write_root(job: RootJob, ledger: Ledger) -> None:
-    from orchestrator.models.build import write_initial_weights
+    from orchestrator.models.initial import write_initial_weights
     from orchestrator.training.group import decide
 
     def write() -> None:
@@ -65,7 +65,7 @@ def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: C
     from orchestrator.training.stage import train_stage
 
     outcome = train_stage(job, ledger, _training_memory(memory), should_stop)
-    return "finished" if outcome.finished else "interrupted"
+    return "finished" if outcome == "done" else "interrupted"
 
 
 def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> None:
