@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +43,8 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
     Args:
         job: What to test, on what, under which points.
         ledger: Holds the state's weights and takes the result.
-        model: The state's model if it is at hand, with nothing attached; None loads it from the ledger.
+        model: The state's model if it is at hand; its attachment is switched and put back. None loads it from the
+            ledger.
 
     Returns:
         The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`.
@@ -71,18 +74,32 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
 
 def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
     """The evaluation itself: attaches the job's points, tests, and takes them off again."""
-    from orchestrator.compression import attach
-
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
     evaluation = registry.load_object(spec.implementation)(spec)
-    attachment = attach(model, [dict(point) for point in job.points]) if job.points else None
-    try:
-        with evaluation_mode(model):
-            outcome: Outcome = evaluation.run(model, data, workers)
-    finally:
-        if attachment is not None:
-            attachment.detach()
+    with _points(model, job.points), evaluation_mode(model):
+        outcome: Outcome = evaluation.run(model, data, workers)
     return outcome
+
+
+@contextmanager
+def _points(model: Any, points: tuple[dict[str, Any], ...]) -> Iterator[None]:
+    """The model under these points; afterwards under those it had, so that a training session can go on."""
+    from orchestrator.compression import attach, attachment_of
+
+    attachment = attachment_of(model)
+    if attachment is None:
+        attachment = attach(model, [dict(point) for point in points])
+        try:
+            yield
+        finally:
+            attachment.detach()
+        return
+    before = [point.spec for point in attachment.points]
+    attachment.switch([dict(point) for point in points])
+    try:
+        yield
+    finally:
+        attachment.switch(before)
 
 
 def evaluation_data(job: EvaluationJob) -> EvaluationData:
@@ -102,10 +119,12 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
 def _load(job: EvaluationJob, ledger: ResultStore) -> PreTrainedModel:
     import torch
 
-    from orchestrator.models.build import build_model
+    from orchestrator.models.build import build_model, compute_dtype
 
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     if not weights.is_file():
         raise StorageError(f"{weights} is missing; the state {job.state} must be trained before it is evaluated")
-    model: PreTrainedModel = build_model(ModelSpec.model_validate(job.model), weights)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    spec = ModelSpec.model_validate(job.model)
+    model: PreTrainedModel = build_model(spec, weights)
+    # The type it was trained to compute in, so that the answer does not depend on whether it was still in memory.
+    return model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, compute_dtype(spec)))

@@ -29,11 +29,14 @@ def greedy_answers(
     order = sorted(range(len(prompts)), key=lambda i: (bool(prompts[i].images), len(prompts[i]), i))
     tokenizer = data.processor.tokenizer
     answers = [""] * len(rows)
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
-        moved = {name: value.to(device) for name, value in batch.items()}
+        moved = {
+            name: value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
+            for name, value in batch.items()
+        }
         generated = model.generate(
             **moved,
             max_new_tokens=max_new_tokens,

@@ -1,0 +1,45 @@
+"""What the data tests share: the tiny model's processor, and conversation files with real images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from orchestrator.data.processor import load_processor
+from orchestrator.spec.model import ModelSpec
+
+TINY_LLAVA = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return load_processor(ModelSpec(model_name_or_path=str(TINY_LLAVA)))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of six real pictures of several sizes and modes."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sizes = [(64, 64), (90, 30), (20, 70), (64, 64), (33, 33), (128, 64)]
+    for number, size in enumerate(sizes):
+        mode = ("RGB", "L", "RGBA", "P", "RGB", "1")[number]
+        Image.new(mode, size, number % 2).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def conversation_file(tmp_path: Path):
+    """Writes records as JSON or JSONL and gives the path."""
+
+    def write(records: list[Any], name: str = "data.json") -> str:
+        path = tmp_path / name
+        if name.endswith("jsonl"):
+            path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+        else:
+            path.write_text(json.dumps(records))
+        return str(path)
+
+    return write

@@ -1,0 +1,62 @@
+"""easy_vqa against the package's own functions."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import easy_vqa
+import pytest
+from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])
+def test_rows_are_the_packages_own(split, count):
+    spec = EasyVqaSpec(split=split)
+    questions, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    rows = EasyVqa(spec).rows()
+    assert spec.num_rows() == len(rows) == count
+    assert [row.turns[0].text for row in rows] == [f"<image>\n{question}" for question in questions]
+    assert [row.turns[1].text for row in rows] == answers
+    assert [row.images[0].path for row in rows] == [paths[image] for image in images]
+    assert EasyVqa(spec).check() == []
+
+
+def test_answer_types():
+    types = {}
+    for row in EasyVqa(EasyVqaSpec(split="test")).rows():
+        types.setdefault(row.answer_type, set()).add(row.turns[1].text)
+    assert types == {
+        "yes_no": {"yes", "no"},
+        "shape": {"circle", "rectangle", "triangle"},
+        "color": {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"},
+    }
+
+
+def test_max_samples_is_spread_over_the_split():
+    spec = EasyVqaSpec(split="test", max_samples=2000)
+    rows = EasyVqa(spec).rows()
+    assert spec.num_rows() == len(rows) == len({row.index for row in rows}) == 2000
+    assert max(row.index for row in rows) > 9_600
+    share = Counter(row.answer_type for row in rows)["yes_no"] / 2000
+    all_rows = EasyVqa(EasyVqaSpec(split="test")).rows()
+    assert share == pytest.approx(Counter(row.answer_type for row in all_rows)["yes_no"] / len(all_rows), abs=0.03)
+    assert EasyVqaSpec(split="test", max_samples=10**6).num_rows() == 9_673
+
+
+def test_digest_is_of_the_split_and_stable():
+    train, test = EasyVqaSpec(split="train").content_digest(), EasyVqaSpec(split="test").content_digest()
+    assert train != test and len(train) == 64
+    assert EasyVqaSpec(split="train", max_samples=5).content_digest() == train
+
+
+def test_specs_and_rows_import_no_torch():
+    code = (
+        "import sys; from orchestrator_plugins.data.easy_vqa import EasyVqaSpec, EasyVqa;"
+        "from orchestrator_plugins.data.llava_json import LlavaJsonSpec;"
+        "from orchestrator_plugins.evaluations.exact_match import ExactMatchSpec;"
+        "EasyVqa(EasyVqaSpec(split='test')).rows();"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

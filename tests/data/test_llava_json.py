@@ -1,0 +1,201 @@
+"""llava_json on real files: what it reads, and that every fault is found before training, with its row."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conversations import say
+from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
+from PIL import Image
+
+from orchestrator.errors import DataError
+
+GOOD = [
+    {"id": "a", "image": "0.png", "conversations": say("<image>\nWhat is it?", "A square.")},
+    {
+        "id": "b",
+        "image": ["1.png", "2.png"],
+        "conversations": say("First <image> then <image>?", "Two.", "And?", "No."),
+    },
+    {"id": "c", "conversations": say("Hello", "Hi")},
+    {"id": "d", "image": ["3.png"], "conversations": say("No picture yet", "Right", "Look: <image>", "I see")},
+    {"id": "e", "image": None, "conversations": say("Only text", "Yes")},
+]
+
+
+def spec_of(path, pictures, **fields):
+    return LlavaJsonSpec(data_path=path, image_folder=str(pictures), **fields)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_good_rows(name, conversation_file, pictures):
+    spec = spec_of(conversation_file(GOOD, name), pictures)
+    assert LlavaJson(spec).check() == []
+    rows = LlavaJson(spec).rows()
+    assert spec.num_rows() == len(rows) == 5
+    assert [[Path(image.path).name for image in row.images] for row in rows] == [
+        ["0.png"],
+        ["1.png", "2.png"],
+        [],
+        ["3.png"],
+        [],
+    ]
+    assert [turn.role for turn in rows[1].turns] == ["user", "assistant"] * 2
+    assert rows[3].turns[2].text == "Look: <image>"
+
+
+FAULTS = {
+    "missing image": ({"image": "no.png", "conversations": say("<image> ?", "a")}, "no.png is missing"),
+    "image is text": ({"image": "text.png", "conversations": say("<image> ?", "a")}, "not an image"),
+    "empty image": ({"image": "empty.png", "conversations": say("<image> ?", "a")}, "is empty"),
+    "cut image": ({"image": "cut.png", "conversations": say("<image> ?", "a")}, "cut.png is"),
+    "folder": ({"image": ".", "conversations": say("<image> ?", "a")}, "is a folder"),
+    "bomb": ({"image": "bomb.png", "conversations": say("<image> ?", "a")}, "bomb"),
+    "nul in name": ({"image": "a\0.png", "conversations": say("<image> ?", "a")}, "damaged"),
+    "no placeholder": (
+        {"image": "0.png", "conversations": say("What?", "a")},
+        "0 <image> in the conversation, 1 image",
+    ),
+    "two placeholders": ({"image": "0.png", "conversations": say("<image><image>", "a")}, "2 <image>"),
+    "placeholder without image": ({"conversations": say("<image>?", "a")}, "1 <image> in the conversation, 0 images"),
+    "placeholder in answer": ({"image": "0.png", "conversations": say("?", "<image>")}, "an answer holds <image>"),
+    "empty conversation": ({"image": "0.png", "conversations": []}, "empty"),
+    "no conversation": ({"image": "0.png"}, "`conversations` is a list"),
+    "no answer": ({"conversations": say("Hello")}, "no answer"),
+    "empty answer": ({"conversations": say("Hello", " ")}, "answer of turn 1 is empty"),
+    "gpt first": (
+        {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+        "expected human",
+    ),
+    "human twice": ({"conversations": [{"from": "human", "value": "a"}] * 2}, "expected gpt"),
+    "unknown role": ({"conversations": [{"from": "robot", "value": "a"}, {"from": "gpt", "value": "b"}]}, "'robot'"),
+    "role is a list": ({"conversations": [{"from": ["human"], "value": "a"}]}, "from human or gpt"),
+    "number for text": (
+        {"conversations": [{"from": "human", "value": 7}, {"from": "gpt", "value": "b"}]},
+        "is 7, not a",
+    ),
+    "null text": ({"conversations": [{"from": "human", "value": None}]}, "None, not a string"),
+    "turn is text": ({"conversations": ["hello"]}, "turn 0 is a mapping"),
+    "row is a list": ([1, 2], "a record is a mapping"),
+    "image is a number": ({"image": 3, "conversations": say("<image>", "a")}, "a path or a list of paths"),
+    "image in a list is null": ({"image": ["0.png", None], "conversations": say("<image><image>", "a")}, "None"),
+    "video": ({"video": "a.mp4", "conversations": say("<video>", "a")}, "`video` is not supported"),
+}
+
+
+@pytest.fixture
+def broken_pictures(pictures, monkeypatch):
+    (pictures / "text.png").write_text("not a picture")
+    (pictures / "empty.png").touch()
+    whole = (pictures / "5.png").read_bytes()
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (2000, 1000)).save(pictures / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500_000)
+    return pictures
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_every_fault_is_told_by_row(case, conversation_file, broken_pictures):
+    record, words = FAULTS[case]
+    spec = spec_of(conversation_file([*GOOD, record, *GOOD]), broken_pictures)
+    faults = LlavaJson(spec).check()
+    assert len(faults) == 1
+    assert faults[0].startswith("row 5: ") and words in faults[0]
+
+
+def test_all_faults_are_told_at_once_and_named_by_their_own_row(conversation_file, broken_pictures):
+    records = [record for record, _ in FAULTS.values()]
+    spec = spec_of(conversation_file(records), broken_pictures)
+    faults = LlavaJson(spec).check()
+    assert [fault.split(":")[0] for fault in faults] == [f"row {i}" for i in range(len(records))]
+    # Without opening images, those of the rows themselves are still told.
+    assert len(LlavaJson(spec).check(every_row=False)) == len(records) - 7
+    with pytest.raises(DataError) as told:
+        LlavaJson(spec).rows()
+    text = str(told.value)
+    assert spec.data_path in text and f"... and {len(records) - 7 - 20} more" not in text and "19 faults" in text
+
+
+def test_more_than_twenty_faults_are_counted(conversation_file, pictures):
+    spec = spec_of(conversation_file([{"conversations": []}] * 50), pictures)
+    with pytest.raises(DataError) as told:
+        LlavaJson(spec).rows()
+    text = str(told.value)
+    assert "50 faults" in text and "row 19:" in text and "row 20:" not in text and "and 30 more" in text
+
+
+def test_drop_leaves_bad_rows_out_up_to_the_allowed_share(conversation_file, broken_pictures):
+    records = [*GOOD * 18, FAULTS["missing image"][0], FAULTS["no answer"][0], *GOOD]
+    path = conversation_file(records)  # 2 of 97
+    allowed = spec_of(path, broken_pictures, on_bad_row="drop", max_bad_share=0.03)
+    rows = LlavaJson(allowed).rows()
+    assert allowed.num_rows() == len(rows) == 95 and {90, 91}.isdisjoint(row.index for row in rows)
+    assert LlavaJson(allowed).check() == []
+    strict = spec_of(path, broken_pictures, on_bad_row="drop", max_bad_share=0.02)
+    faults = LlavaJson(strict).check()
+    assert "2.06% of the rows are bad, max_bad_share allows 2.00%" in faults[0] and len(faults) == 3
+    with pytest.raises(DataError, match="max_bad_share"):
+        LlavaJson(strict).rows()
+
+
+def test_rows_that_are_all_bad_are_a_fault_whatever_is_allowed(conversation_file, pictures):
+    spec = spec_of(conversation_file([{"conversations": []}]), pictures, on_bad_row="drop", max_bad_share=1)
+    with pytest.raises(DataError):
+        LlavaJson(spec).rows()
+
+
+def test_a_mended_image_is_no_fault_any_more(conversation_file, pictures):
+    spec = spec_of(conversation_file([{"image": "9.png", "conversations": say("<image>", "a")}]), pictures)
+    assert len(LlavaJson(spec).check()) == 1
+    before = spec.content_digest()
+    Image.new("RGB", (8, 8)).save(pictures / "9.png")
+    assert LlavaJson(spec).check() == []
+    assert spec.content_digest() != before
+
+
+def test_broken_files(tmp_path, pictures):
+    for name, text, words in [
+        ("a.json", '[{"conversations": ', "is not JSON"),
+        ("b.json", '{"a": 1}', "holds a dict"),
+        ("c.json", "[]", "has no rows"),
+        ("d.json", b"\xff\xfe\x00[", "is not JSON"),
+        ("e.json", "[" * 100_000, "is not JSON"),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        spec = spec_of(str(path), pictures)
+        assert any(words in fault for fault in LlavaJson(spec).check())
+        with pytest.raises(DataError, match=words):
+            LlavaJson(spec).rows()
+    with pytest.raises(DataError, match="cannot be read"):
+        LlavaJson(spec_of(str(tmp_path / "none.json"), pictures)).rows()
+
+
+def test_a_broken_jsonl_line_is_one_bad_row(tmp_path, pictures):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD[0]), '{"image": ', "", json.dumps(GOOD[2])]))
+    (fault,) = LlavaJson(spec_of(str(path), pictures)).check()
+    assert fault.startswith("row 1: the line is not JSON")
+
+
+def test_num_samples_plans_without_the_file_and_is_checked_with_it(tmp_path, conversation_file, pictures):
+    absent = spec_of(str(tmp_path / "none.json"), pictures)
+    assert absent.num_rows() is None
+    assert absent.model_copy(update={"num_samples": 665_298}).num_rows() == 665_298
+    assert absent.model_copy(update={"num_samples": 665_298, "max_samples": 100}).num_rows() == 100
+    wrong = spec_of(conversation_file(GOOD), pictures, num_samples=4)
+    assert "num_samples is 4, the file has 5 rows" in LlavaJson(wrong).check()[0]
+
+
+def test_max_samples_and_identity(conversation_file, pictures):
+    spec = spec_of(conversation_file(GOOD), pictures, max_samples=2)
+    assert [row.index for row in LlavaJson(spec).rows()] == [0, 2] and spec.num_rows() == 2
+    other = spec_of(conversation_file(GOOD, "copy.json"), pictures)
+    assert spec.content_digest() == other.content_digest()
+    changed = spec_of(conversation_file(GOOD[:4], "less.json"), pictures)
+    assert spec.content_digest() != changed.content_digest()
+
+
+def test_plain_takes_one_image_question_and_one_caption(conversation_file, pictures):
+    spec = spec_of(conversation_file(GOOD), pictures, conversation_template="plain")
+    assert [fault.split(":")[0] for fault in LlavaJson(spec).check()] == ["row 1", "row 2", "row 3", "row 4"]

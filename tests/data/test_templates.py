@@ -1,0 +1,133 @@
+"""Templates against LLaVA-1.5's own strings, written out by hand, and the tokens that carry the loss."""
+
+import pytest
+from conversations import row_of
+
+from orchestrator.data.encode import Encoder
+from orchestrator.data.templates import ChatFormat, render
+from orchestrator.errors import DataError, UsageError
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TWO_TURNS = row_of("<image>\nWhat is it?", "A red square.", "Sure?", "Yes, sure.", images=("a.png",))
+
+
+def no_chat(messages, add_generation_prompt):
+    raise AssertionError("this template asks for no chat template")
+
+
+LLAMA = ChatFormat("<image>", "</s>", no_chat)
+
+
+def spoken(rendered):
+    return [rendered.text[first:last] for first, last in rendered.answers]
+
+
+def test_vicuna_v1_is_llava_15s_prompt():
+    rendered = render("vicuna_v1", TWO_TURNS, LLAMA)
+    assert rendered.text == (
+        SYSTEM + " USER: <image>\nWhat is it? ASSISTANT: A red square.</s>USER: Sure? ASSISTANT: Yes, sure.</s>"
+    )
+    assert spoken(rendered) == [" A red square.</s>", " Yes, sure.</s>"]
+
+
+def test_vicuna_v1_prompt_ends_before_the_last_answer():
+    rendered = render("vicuna_v1", TWO_TURNS, LLAMA, prompt_only=True)
+    assert rendered.text == (SYSTEM + " USER: <image>\nWhat is it? ASSISTANT: A red square.</s>USER: Sure? ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhat is it?", "What is it?\n<image>", "  What is it? <image>", "<image>What is it?"]
+)
+def test_vicuna_v1_moves_the_image_to_the_front_as_llava_does(text):
+    rendered = render("vicuna_v1", row_of(text, "a", images=("a.png",)), LLAMA)
+    assert rendered.text == SYSTEM + " USER: <image>\nWhat is it? ASSISTANT: a</s>"
+
+
+def test_vicuna_v1_keeps_several_images_in_their_places():
+    rendered = render("vicuna_v1", row_of("A <image> B <image> C", "d", images=("a.png", "b.png")), LLAMA)
+    assert rendered.text == SYSTEM + " USER: A <image> B <image> C ASSISTANT: d</s>"
+
+
+def test_vicuna_v1_text_only_and_an_image_alone():
+    assert render("vicuna_v1", row_of("Hi", "Yo"), LLAMA).text == SYSTEM + " USER: Hi ASSISTANT: Yo</s>"
+    alone = render("vicuna_v1", row_of("<image>", "Yo", images=("a.png",)), LLAMA)
+    assert alone.text == SYSTEM + " USER: <image> ASSISTANT: Yo</s>"
+
+
+def test_plain_is_llavas_pretraining():
+    row = row_of("Describe it.\n<image>", "a red square", images=("a.png",))
+    rendered = render("plain", row, LLAMA)
+    assert rendered.text == "<image>a red square\n" and spoken(rendered) == ["a red square\n"]
+    assert render("plain", row, LLAMA, prompt_only=True).text == "<image>"
+    with pytest.raises(DataError, match="row 0: plain takes"):
+        render("plain", row_of("Hi", "Yo"), LLAMA)
+
+
+def test_chat_template_of_the_tiny_model(processor):
+    rendered = render("chat_template", TWO_TURNS, processor.chat)
+    assert rendered.text == (
+        "<s>USER: <image>\nWhat is it? ASSISTANT: A red square.</s>USER: Sure? ASSISTANT: Yes, sure.</s>"
+    )
+    assert spoken(rendered) == [" A red square.</s>", " Yes, sure.</s>"]
+
+
+def llama_like(messages, add_generation_prompt):
+    """The chat template of llava-hf/llava-1.5-7b-hf, as Python: it ends no answer."""
+    text = ""
+    for message in messages:
+        parts = message["content"]
+        text += message["role"].upper() + ": " + "<image>\n" * sum(part["type"] == "image" for part in parts)
+        text += "".join(part["text"] + " " for part in parts if part["type"] == "text")
+    return text + ("ASSISTANT:" if add_generation_prompt else "")
+
+
+def test_answers_are_found_in_a_template_that_marks_nothing():
+    rendered = render("chat_template", TWO_TURNS, ChatFormat("<image>", "</s>", llama_like))
+    assert rendered.text == (
+        "USER: <image>\nWhat is it? ASSISTANT: A red square. USER: Sure? ASSISTANT: Yes, sure. </s>"
+    )
+    assert spoken(rendered) == [" A red square. ", " Yes, sure. </s>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    def rewrites(messages, add_generation_prompt):
+        return f"{len(messages)} turns: " + llama_like(messages, add_generation_prompt)
+
+    with pytest.raises(DataError, match="chat template changes earlier turns"):
+        render("chat_template", TWO_TURNS, ChatFormat("<image>", "</s>", rewrites))
+
+
+def test_a_template_that_drops_images_is_refused():
+    with pytest.raises(DataError, match="0 image placeholders"):
+        render("chat_template", TWO_TURNS, ChatFormat("<image>", "</s>", lambda messages, prompt: "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("vicuna_v1", " A red square.</s> Yes, sure.</s>"),
+        ("chat_template", " A red square.</s> Yes, sure.</s>"),
+    ],
+)
+def test_only_the_assistants_tokens_carry_labels(processor, template, wanted):
+    sample = Encoder(processor, template, 2048).encode(TWO_TURNS)
+    assert processor.tokenizer.decode(sample.labels[sample.labels != -100]) == wanted
+    where = sample.labels != -100
+    assert (sample.labels[where] == sample.input_ids[where]).all()
+    assert (sample.input_ids == processor.image_token_id).sum() == sample.num_visual_tokens == 64
+
+
+def test_plain_labels_the_caption_and_begins_once(processor):
+    row = row_of("<image>", "a red square", images=("a.png",))
+    sample = Encoder(processor, "plain", 2048).encode(row)
+    assert processor.tokenizer.decode(sample.labels[sample.labels != -100]) == "a red square\n"
+    assert (sample.input_ids == processor.tokenizer.bos_token_id).sum() == 1
+    assert sample.input_ids[0] == processor.tokenizer.bos_token_id
+
+
+def test_an_unknown_template_is_refused(processor):
+    with pytest.raises(UsageError, match="vicuna_v1"):
+        Encoder(processor, "v0", 2048)
