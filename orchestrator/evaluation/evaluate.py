@@ -96,6 +96,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...]) -> Iterator[None]:
         return
     before = [point.spec for point in attachment.points]
     attachment.switch([dict(point) for point in points])
+    attachment.set_step()  # what training drew from belongs to other rows
     try:
         yield
     finally:
