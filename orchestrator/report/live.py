@@ -20,6 +20,7 @@ from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 
 _PLAIN_INTERVAL_SECONDS = 15.0
 _REFRESH_SECONDS = 0.5
+_FORECAST_SHARE = 0.02
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
@@ -159,7 +160,8 @@ class LiveView:
             spent += share * self._costs.get(identity, 0.0)
             seconds += now - begun if share > 0 else 0.0
         total = sum(self._costs.get(identity, 0.0) for identity in self._jobs) or 1.0
-        left = seconds / spent * (total - spent) if spent > 0 else None
+        # The first steps of a run warm up caches; a forecast from them would frighten.
+        left = seconds / spent * (total - spent) if spent / total > _FORECAST_SHARE else None
         return lines, spent / total, left
 
     def _loop(self) -> None:
