@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import bisect
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,7 +43,7 @@ class PhasePlan:
     """One phase of a cell, resolved.
 
     Attributes:
-        total_steps: Optimizer steps of the phase (see `plan/steps.py: epoch_steps` for the rule of epochs).
+        total_steps: Optimizer steps of the phase (see `spec/steps.py: epoch_steps` for the rule of epochs).
         table: What every step does; neighbours that do the same are one action.
         points_ids: Digest of each action's points.
         data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
@@ -49,6 +51,7 @@ class PhasePlan:
         start: State the phase starts from: the root or the state before.
         lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
             as far as their tables agree.
+        before: Identity of the state before each action; the lineage before the first one.
         end: State the phase ends in.
         final: Variant the model is tested under once this phase is its last.
     """
@@ -62,22 +65,22 @@ class PhasePlan:
     seed: int
     start: str
     lineage: str
+    before: tuple[str, ...]
     end: str
     final: Variant
 
     def state_at(self, step: int) -> str:
-        """Identity of the state after `step` optimizer steps: a hash of the lineage and the table up to there."""
-        return state_id(self.lineage, self.table, self.points_ids, step)
+        """Identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
+        at = bisect.bisect_left(self.table, step, key=lambda action: action.last_step)
+        return next_state(self.before[at], self.table[at].first_step, step, self.points_ids[at])
 
 
-def state_id(lineage: str, table: Sequence[Action], points_ids: Sequence[str], step: int) -> str:
-    """Identity of the state after `step` steps; what comes later in the table does not count."""
-    done = [
-        [action.first_step, min(action.last_step, step), points]
-        for action, points in zip(table, points_ids, strict=True)
-        if action.first_step < step
-    ]
-    return digest({"lineage": lineage, "table": done})
+def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:
+    """Identity of the state after some steps under one variant, from that of the state before them.
+
+    Equal neighbours are one action, so that there is one chain for one table.
+    """
+    return hashlib.sha256(f"{before} {first_step} {last_step} {points_id}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,12 @@ class _Resolver:
             }
         )
         data = tuple(entry[2] for entry in found)
-        end = state_id(lineage, actions, ids, total_steps)
+        chain = [lineage]
+        for action, points_id in zip(actions, ids, strict=True):
+            chain.append(next_state(chain[-1], action.first_step, action.last_step, points_id))
+        *before, end = chain
         final = self._variant(spec, table.final, facts)
-        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, end, final)
+        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, tuple(before), end, final)
 
     def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
         if name not in spec.data:
@@ -193,7 +199,7 @@ class _Resolver:
     def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> StageTable:
         schedule = recipe.schedule
         if isinstance(schedule, str) and schedule not in spec.schedules:
-            return _constant(schedule, total_steps)
+            return StageTable(((0, total_steps, schedule),), schedule)
         chosen = spec.schedules[schedule] if isinstance(schedule, str) else schedule
         try:
             return self._once(_compile, chosen, total_steps, recipe.global_batch_size)
@@ -291,7 +297,3 @@ def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
 
 def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> StageTable:
     return schedule.compile(total_steps, global_batch_size)
-
-
-def _constant(variant: str, total_steps: int) -> StageTable:
-    return StageTable(((0, total_steps, variant),), variant)

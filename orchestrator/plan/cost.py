@@ -27,7 +27,7 @@ tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens +
     K16 S4    16 * 576 + 16 * 144 = 11520                            5.47
     K2 S8     2 * 576 + 30 * 72 = 3312                               2.14, compression ratio 18432 / 3312 = 5.565
 
-With 64 text tokens a forward pass is 8.40 (decoder) + 0.366 (vision tower, 23 layers of 577 tokens) + 0.024 (projector); one sample
+With 64 text tokens a forward pass is 8.40 (decoder) + 0.365 (vision tower, 23 layers of 577 tokens) + 0.024 (projector); one sample
 of finetuning projector and language model, all 640 tokens labelled, costs 26.1 and with checkpointing 34.5; of
 pretraining the projector, checkpointed, 26.0.
 

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.base import parse_share
 from orchestrator.spec.components import DataSpec
 from orchestrator.spec.phase import PhaseSpec
-
-
-def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
-    """Rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
-    return sum(max(1, int(rows * parse_share(share))) for rows, share in sets)
-
-
-def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
-    """Optimizer steps of `epochs` passes: whole batches only, at least one.
-
-    Epochs follow each other without a gap, so only the very last partial batch is left out:
-    665,298 rows in batches of 128 give 5,197 steps.
-    """
-    return max(1, int(rows * Fraction(repr(epochs)) / global_batch_size))
+from orchestrator.spec.steps import epoch_steps, rows_per_epoch
 
 
 def num_rows(data: DataSpec) -> int | None:

@@ -1,0 +1,315 @@
+"""What a cell is: every field of every spec either changes its id or does not, as DESIGN section 3 says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import registry
+from orchestrator.errors import UsageError
+from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.reached import solve_keep_tokens
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.infrastructure import ClusterSpec, KeepSpec, ReportSpec, TrackingSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.phase import LoraSpec, PhaseSpec, PhasesSpec
+
+F = "phases__finetune__"
+SEARCH = {"objectives": {"eval/score/accuracy": "max"}, "space": {"seed": {"kind": "choice", "values": [1, 2]}}}
+HEAVY = {"kind": "average_pool", "layer": 2, "stride": 8}
+STAGES = [{"share": "1/2", "compressor": "heavy"}, {}]
+# Class -> field -> (change that must give another id, changes that must not). None: the field has one value only.
+FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]] = {
+    ExperimentSpec: {
+        "schema_version": (None, []),
+        "name": (None, [{"name": "other"}]),
+        "description": (None, [{"description": "words"}]),
+        "plugins": (None, [{"plugins": ["/some/other/plugin.py"]}]),
+        "seed": ({"seed": 1}, []),
+        "model": ({"model__dtype": "bfloat16"}, []),
+        "data": ({"data__train__max_samples": 50}, [{"data__unused__max_samples": 9}]),
+        "compressors": ({"compressors__heavy__stride": 4}, [{"compressors__unused__stride": 5}]),
+        "schedules": ({"schedules__two__stages": [*STAGES[:1], {"compressor": "wide"}]}, [{"schedules__new": "x"}]),
+        "phases": ({"phases__pretrain": ...}, []),
+        "evaluate": (None, [{"evaluate": {}}, {"evaluate__more": {"kind": "toy_match", "data": "unused"}}]),
+        "matrix": (None, [{"matrix": {"seed": [0, 1]}}]),
+        "zip": (None, [{"zip": [{"seed": [0]}]}]),
+        "exclude": (None, [{"exclude": [{"seed": 4}]}]),
+        "include": (None, [{"include": [{"seed": 4}]}]),
+        "cell_name": (None, [{"cell_name": "{seed}"}]),
+        "controls": (None, [{"controls": ["seed"]}]),
+        "cluster": (None, [{"cluster": {"num_workers": 2}}]),
+        "tracking": (None, [{"tracking": {"experiment_name": "x"}}]),
+        "report": (None, [{"report": {"mean_over": ["seed"]}}]),
+        "search": (None, [{"search": SEARCH}]),
+    },
+    ModelSpec: {
+        "model_name_or_path": ({"model__model_name_or_path": "org/other"}, []),
+        "revision": (
+            {"model__model_name_or_path": "org/other", "model__revision": "v2"},
+            [{"model__revision": "unused-by-a-folder"}],
+        ),
+        "weights": ({"model__weights": {"projector": "random"}}, []),
+        "dtype": ({"model__dtype": "bfloat16"}, []),
+        "attn_implementation": (None, [{"model__attn_implementation": "eager"}]),
+        "trust_remote_code": (None, [{"model__trust_remote_code": True}]),
+    },
+    PhasesSpec: {"pretrain": ({"phases__pretrain__max_steps": 11}, []), "finetune": ({F + "max_steps": 22}, [])},
+    PhaseSpec: {
+        "data": ({F + "data": {"train": 1.0, "test": 0.25}}, [{F + "data": {"test": 0.5, "train": 1.0}}]),
+        "train": ({F + "train": ["language_model"]}, [{F + "train": ["language_model", "projector"]}]),
+        "lora": ({F + "lora": None}, []),
+        "schedule": ({F + "schedule": "wide"}, [{F + "schedule": {"kind": "stages", "stages": STAGES}}]),
+        "start_from": ({F + "start_from": "org/start"}, []),
+        "seed": ({F + "seed": 3}, [{F + "seed": 0}]),
+        "max_steps": ({F + "max_steps": 24}, []),
+        "num_train_epochs": (
+            {F + "max_steps": ..., F + "num_train_epochs": 2},
+            [{F + "max_steps": ..., F + "num_train_epochs": 1.25}],  # 130 rows an epoch, 8 a step: 20 steps again
+        ),
+        "max_train_tflops": (None, []),
+        "match_train_tflops": (None, []),
+        "global_batch_size": ({F + "global_batch_size": 16}, []),
+        "per_device_train_batch_size": (None, [{F + "per_device_train_batch_size": "auto"}]),
+        "learning_rate": (
+            {F + "learning_rate__projector": 2e-3},
+            [{F + "learning_rate__vision_tower": 1e-6}],  # a part that does not train
+        ),
+        "lr_scheduler_type": ({F + "lr_scheduler_type": "linear"}, []),
+        "warmup_ratio": ({F + "warmup_ratio": 0.1}, []),
+        "weight_decay": ({F + "weight_decay": 0.1}, []),
+        "max_grad_norm": ({F + "max_grad_norm": 0}, []),
+        "model_max_length": ({F + "model_max_length": 512}, []),
+        "group_by_modality_length": ({F + "group_by_modality_length": False}, []),
+        "gradient_checkpointing": (None, [{F + "gradient_checkpointing": True}]),
+        "deepspeed": (None, [{F + "deepspeed": "zero3"}, {F + "deepspeed": {"zero_optimization": {"stage": 1}}}]),
+    },
+    LoraSpec: {
+        "r": ({F + "lora__r": 8}, [{F + "lora__r": 128}]),
+        "alpha": ({F + "lora__alpha": 8}, []),
+        "dropout": ({F + "lora__dropout": 0.0}, []),
+        "target_modules": (
+            {F + "lora__target_modules": ["q_proj"]},
+            [{F + "lora__target_modules": list(reversed(LoraSpec().target_modules))}],
+        ),
+    },
+    registry.spec_class(registry.COMPRESSORS, "average_pool"): {
+        "kind": (None, []),
+        "layer": ({"compressors__heavy__layer": 1}, [{"compressors__heavy__layer": "50%"}]),
+        "stride": ({"compressors__heavy__stride": 4}, []),
+        "keep_tokens": ({"compressors__heavy": {**HEAVY, "stride": None, "keep_tokens": 4}}, []),
+        "keep_ratio": ({"compressors__heavy": {**HEAVY, "stride": None, "keep_ratio": "1/4"}}, []),
+        "layer_average_tokens": ({"compressors__heavy": {**HEAVY, "stride": None, "layer_average_tokens": 40}}, []),
+        "positions": ({"compressors__heavy__positions": "first"}, [{"compressors__heavy__positions": "mean"}]),
+    },
+    ClusterSpec: {
+        "address": (None, [{"cluster": {"address": "auto"}}]),
+        "lanes": (None, [{"cluster": {"lanes": 2}}]),
+        "num_workers": (None, [{"cluster": {"num_workers": {"min": 1, "max": 2}}}]),
+        "placement": (None, [{"cluster": {"placement": "spread"}}]),
+        "use_gpu": (None, [{"cluster": {"use_gpu": True}}]),
+        "resources_per_worker": (None, [{"cluster": {"resources_per_worker": {"CPU": 2}}}]),
+        "max_failures": (None, [{"cluster": {"max_failures": 0}}]),
+        "checkpoint_every": (None, [{"cluster": {"checkpoint_every": 3}}]),
+        "keep": (None, [{"cluster": {"keep": {"leaf": "full"}}}]),
+        "storage_path": (None, [{"cluster": {"storage_path": "/elsewhere"}}]),
+        "deterministic": (None, [{"cluster": {"deterministic": True}}]),
+        "stall_minutes": (None, [{"cluster": {"stall_minutes": 1.0}}]),
+    },
+    KeepSpec: {"leaf": (None, [{"cluster": {"keep": {"leaf": "none"}}}])},
+    TrackingSpec: {
+        "tracking_uri": (None, [{"tracking": {"tracking_uri": "http://x"}}]),
+        "experiment_name": (None, [{"tracking": {"experiment_name": "x"}}]),
+    },
+    ReportSpec: {
+        "baseline": (None, [{"report": {"baseline": {"seed": 0}}}]),
+        "mean_over": (None, [{"report": {"mean_over": ["seed"]}}]),
+    },
+}
+CASES = [
+    (cls, name, change, yes)
+    for cls, fields in FIELDS.items()
+    for name, (reaches, kept) in fields.items()
+    for change, yes in ([(reaches, True)] if reaches else []) + [(each, False) for each in kept]
+]
+
+
+@pytest.mark.parametrize("cls", FIELDS, ids=lambda cls: cls.__name__)
+def test_no_field_is_forgotten(cls: type[Any]) -> None:
+    assert set(FIELDS[cls]) == set(cls.model_fields)
+
+
+@pytest.mark.parametrize(("cls", "name", "change", "reaches"), CASES, ids=[f"{c[0].__name__}.{c[1]}" for c in CASES])
+def test_every_field(lab: Any, cls: type[Any], name: str, change: dict[str, Any], reaches: bool) -> None:
+    if name == "schedules" and not reaches:
+        change = {"schedules__new": {"kind": "constant", "compressor": "wide"}}
+    before = lab.cell(model__model_name_or_path="org/other") if name == "revision" and reaches else lab.cell()
+    assert (lab.cell(**change).id != before.id) == reaches
+
+
+def test_renaming_changes_nothing(lab: Any) -> None:
+    before = lab.cell()
+    text = json.dumps(lab.tree())
+    for old, new in (("heavy", "renamed"), ("two", "zwei"), ("train", "aaa"), ("toy", "toy2")):
+        named = f'"{old}"'
+        renamed = json.loads(text.replace(named, f'"{new}"')) if old != "train" else _rename_data(lab.tree(), old, new)
+        after = expand_cells(lab.loaded(renamed))[0]
+        assert after.id == before.id, old
+        assert [job.id for job in after.evaluations] == [job.id for job in before.evaluations]
+
+
+def _rename_data(tree: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    tree = copy.deepcopy(tree)
+    tree["data"][new] = tree["data"].pop(old)
+    tree["phases"]["pretrain"]["data"] = new
+    tree["phases"]["finetune"]["data"] = {"test": 0.5, new: 1.0}
+    return tree
+
+
+def test_schedules_that_compile_to_the_same_table_are_the_same_cell(lab: Any) -> None:
+    cells = lab.schedules("two", ["heavy", "full"], ["heavy", "heavy", "full", "full"], "heavy", ["heavy"])
+    assert len({cell.id for cell in cells[:3]}) == 1
+    assert cells[3].id == cells[4].id != cells[0].id
+
+
+def test_two_names_of_one_variant_are_one_action(lab: Any) -> None:
+    cell = lab.cell(compressors__again=HEAVY, phases__finetune__schedule={"kind": "stages", "stages": [
+        {"share": "1/4", "compressor": "heavy"}, {"share": "1/4", "compressor": "again"}, {}]})  # fmt: skip
+    assert [(a.first_step, a.last_step, a.variant) for a in cell.phases[1].table] == [
+        (0, 10, "heavy"),
+        (10, 20, "full"),
+    ]
+    assert cell.id == lab.cell().id
+
+
+def test_moving_files_changes_nothing_and_editing_them_does(lab: Any, tmp_path: Path) -> None:
+    before = lab.cell()
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    (tmp_path / "moved" / "README.md").write_text("not reached")
+    shutil.copy(tmp_path / "rows.json", tmp_path / "rows2.json")
+    moved = {"model__model_name_or_path": str(tmp_path / "moved"), "data__train__file": str(tmp_path / "rows2.json")}
+    assert lab.cell(**moved).id == before.id
+    rows = json.loads((tmp_path / "rows2.json").read_text())
+    (tmp_path / "rows2.json").write_text(json.dumps([["What shape?", "circle"], *rows[1:]]))
+    assert lab.cell(**moved).id != before.id
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        file = tmp_path / "model" / name
+        old = file.read_text()
+        file.write_text(old + "\n")
+        assert lab.cell().id != before.id, name
+        file.write_text(old)
+        assert lab.cell().id == before.id
+
+
+def test_weights_count_where_they_are_used(lab: Any, tmp_path: Path) -> None:
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"one")
+    pretrained, random = lab.cell(model__weights="pretrained"), lab.cell()
+    weights.write_bytes(b"two")
+    assert lab.cell(model__weights="pretrained").id != pretrained.id
+    assert lab.cell().id == random.id
+
+
+def test_a_seed_that_is_not_reached_changes_nothing(lab: Any) -> None:
+    fixed = {"phases__finetune__seed": 7, "model__weights": "pretrained"}
+    assert lab.cell(**fixed).id == lab.cell(**fixed, seed=1).id
+    drawn = {**fixed, "model__weights": "random"}
+    assert lab.cell(**drawn).id != lab.cell(**drawn, seed=1).id
+    one, two = lab.cell(model__weights="pretrained"), lab.cell(model__weights="pretrained", seed=1)
+    assert one.phases[0].end == two.phases[0].end  # pretraining has a seed of its own
+    assert one.id != two.id
+
+
+def test_a_plugin_by_path_counts_by_its_source(lab: Any, tmp_path: Path) -> None:
+    def cell(source: str, number: int) -> str:
+        file = tmp_path / f"pooling{number}.py"
+        file.write_text(source)
+        registry.load_plugin(file.name, tmp_path)
+        return str(lab.cell(compressors__heavy={"kind": f"pooling{number}", "layer": 2, "stride": 8}).id)
+
+    source = (
+        "from typing import Literal\nfrom orchestrator.spec.components import CompressorSpec\n"
+        "class Pooling(CompressorSpec):\n    kind: Literal['KIND'] = 'KIND'\n"
+        "    def kept_tokens(self, grid): return 1\n"
+    )
+    first = cell(source.replace("KIND", "pooling1"), 1)
+    file = tmp_path / "pooling1.py"
+    file.write_text(file.read_text() + "# changed\n")
+    again = lab.cell(compressors__heavy={"kind": "pooling1", "layer": 2, "stride": 8}).id
+    assert again != first
+
+
+def test_evaluations_have_an_identity_of_their_own(lab: Any) -> None:
+    def ids(**change: Any) -> dict[str, str]:
+        return {job.under: job.id for job in lab.cell(**change).evaluations}
+
+    before = ids()
+    assert ids(evaluate__score__max_new_tokens=9) != before
+    assert ids(data__test__max_samples=5)["heavy"] != before["heavy"]
+    assert ids(seed=1)["heavy"] != before["heavy"]
+    changed = ids(compressors__heavy__positions="first")
+    assert changed["heavy"] != before["heavy"]
+
+
+def test_final_is_the_last_stages_variant_and_shares_with_its_name(lab: Any) -> None:
+    jobs = {job.under: job for job in lab.cell().evaluations}
+    assert jobs["final"].points == ()
+    assert jobs["final"].id == jobs["full"].id != jobs["heavy"].id
+    jobs = {job.under: job for job in lab.schedules("heavy")[0].evaluations}
+    assert jobs["final"].id == jobs["heavy"].id != jobs["full"].id
+
+
+def test_no_phase_tests_the_model_as_it_comes(lab: Any) -> None:
+    cell = lab.cell(phases={})
+    assert cell.phases == () and cell.state == cell.root.id
+    assert {job.state for job in cell.evaluations} == {cell.root.id}
+    assert cell.id == lab.cell(phases={}, evaluate={}).id
+
+
+def test_layers_are_resolved_integers(lab: Any) -> None:
+    (action,) = lab.schedules("light")[0].phases[1].table
+    assert action.points[0]["layer"] == 3  # 75 % of 4
+
+
+def test_layer_average_tokens_is_solved_for_keep_tokens(lab: Any) -> None:
+    variant = {"kind": "average_pool", "layer": 2, "layer_average_tokens": 40}
+    (action,) = lab.schedules("heavy", compressors__heavy=variant)[0].phases[1].table
+    assert action.points[0]["keep_tokens"] == 16  # (2 * 64 + 2 * 16) / 4 = 40
+    assert action.points[0]["layer_average_tokens"] is None
+    same = lab.schedules("heavy", compressors__heavy={"kind": "average_pool", "layer": 2, "keep_tokens": 16})[0]
+    assert same.id == lab.schedules("heavy", compressors__heavy=variant)[0].id
+    with pytest.raises(ValueError, match=r"32\.5 and 64"):
+        solve_keep_tokens(10, 2, 4, 64)
+
+
+def test_steps_of_epochs(lab: Any) -> None:
+    cell = lab.cell(phases__finetune__max_steps=..., phases__finetune__num_train_epochs=1)
+    assert cell.phases[1].total_steps == (100 + 30) // 8
+    few = {"phases__finetune__max_steps": ..., "phases__finetune__num_train_epochs": 0.01}
+    assert lab.cell(**few, phases__finetune__schedule="full").phases[1].total_steps == 1
+
+
+def test_data_that_is_not_here(lab: Any) -> None:
+    gone = {"data__train__file": "/not/here.json", "phases__finetune__max_steps": ...}
+    gone["phases__finetune__num_train_epochs"] = 1
+    with pytest.raises(UsageError, match="num_samples"):
+        lab.cell(**gone)
+    cell = lab.cell(**gone, data__train__num_samples=1000)
+    assert cell.phases[1].total_steps == 1030 // 8
+    assert "/not/here.json" in cell.notices[0]
+
+
+@pytest.mark.parametrize("key", ["max_train_tflops", "match_train_tflops"])
+def test_lengths_by_cost_are_refused_by_name(lab: Any, key: str) -> None:
+    with pytest.raises(UsageError, match=f"phases.finetune.{key}"):
+        lab.cell(**{f"phases__finetune__{key}": 3.0 if key.startswith("max") else "two"})
+
+
+def test_a_phase_without_a_length_is_refused(lab: Any) -> None:
+    with pytest.raises(UsageError, match="max_steps or num_train_epochs"):
+        lab.cell(phases__finetune__max_steps=...)
