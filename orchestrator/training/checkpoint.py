@@ -19,10 +19,11 @@ from orchestrator.training.memory import Session
 
 CURSOR_FILE = "cursor.json"
 _TAG = "state"
-# DeepSpeed loads with weights_only=False, which runs what a file asks for: nothing but these two may be asked for.
+# DeepSpeed loads with weights_only=False, which runs what a file asks for: nothing but these may be asked for.
 _KNOWN_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
 }
 
 

@@ -1,0 +1,145 @@
+"""Interrupted training, resumed, ends with the same weights bit for bit as training left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_workers import (
+    HEAVY,
+    StopAt,
+    launch,
+    make_ledger,
+    model_of,
+    never,
+    recipe_of,
+    stage,
+    steps_told,
+    uneven_data,
+    weights_digest,
+    write_model,
+    write_uneven_rows,
+)
+
+from orchestrator.plan.jobs import Action, StageJob
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    return write_model(folder / "model"), write_uneven_rows(folder)
+
+
+def _jobs(made: tuple[Path, Path], zero: str, every: int = 2) -> tuple[StageJob, StageJob]:
+    """Two stage runs of one phase: three compressed steps, then three on full tokens."""
+    model, rows = made
+    table = (Action(0, 3, "heavy", HEAVY), Action(3, 6, "full"))
+    common: dict[str, Any] = {
+        "data": uneven_data(rows),
+        "recipe": recipe_of(deepspeed=zero, per_device_train_batch_size=2, train=("projector", "language_model")),
+        "checkpoint_every": every,
+    }
+    parent = stage(model_of(model), 3, table=table[:1], **common)
+    child = stage(model_of(model), 6, first_step=3, parent=parent.id, table=table, **common)
+    return parent, child
+
+
+def left_alone(folder: Path, jobs: tuple[StageJob, StageJob]) -> dict[str, str]:
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.stage import train_stage
+
+    ledger, memory = make_ledger(folder, jobs[0].model), TrainingMemory()
+    assert [train_stage(job, ledger, memory, never) for job in jobs] == ["done", "done"]
+    memory.release()
+    return {job.id: weights_digest(ledger, job.id) for job in jobs}
+
+
+def stopped_and_resumed(folder: Path, jobs: tuple[StageJob, StageJob], calls: list[int]) -> list[Any]:
+    """For each number of calls to `should_stop`: stop there, go on in a fresh memory; the child loads its parent."""
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.stage import train_stage
+
+    found = []
+    for call in calls:
+        ledger, outcomes = make_ledger(folder / str(call), jobs[0].model), []
+        stop = StopAt(call)
+        for job in jobs:
+            outcome = train_stage(job, ledger, TrainingMemory(), stop)
+            outcomes.append(outcome)
+            if outcome == "stopped":
+                outcomes.append(train_stage(job, ledger, TrainingMemory(), never))
+        found.append(
+            (outcomes, {job.id: weights_digest(ledger, job.id) for job in jobs}, steps_told(ledger, jobs[1].id))
+        )
+    return found
+
+
+def _check(made: tuple[Path, Path], folder: Path, zero: str, world_size: int, calls: list[int]) -> None:
+    jobs = _jobs(made, zero)
+    alone = launch(world_size, left_alone, folder / "alone", jobs)
+    found = launch(world_size, stopped_and_resumed, folder / "stopped", jobs, calls)
+    for call, (outcomes, digests, steps) in zip(calls, found, strict=True):
+        assert digests == alone
+        assert steps == [3, 4, 5]
+        # A stop that comes with a stage run's last step finds it finished.
+        assert ("stopped" in outcomes) == (call != 5)
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size", "calls"), [("zero0", 1, [0, 4]), ("zero2", 2, [1, 3]), ("zero3", 2, [0, 4])]
+)
+def test_stopped_and_resumed_is_left_alone(
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, calls: list[int]
+) -> None:
+    _check(made, tmp_path, zero, world_size, calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stopped_at_every_step_is_left_alone(
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int
+) -> None:
+    _check(made, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5])
+
+
+def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -> None:
+    """Trains `batch` micro-batches, then the process is gone in the middle of a step, with nothing closed."""
+    from orchestrator.training import stage as stage_module
+    from orchestrator.training.memory import TrainingMemory
+
+    ledger, memory, done = make_ledger(folder, jobs[0].model), TrainingMemory(), 0
+    run = stage_module.run_step
+
+    def dying(session: Any, *args: Any) -> Any:
+        nonlocal done
+        forward = session.engine.backward
+
+        def backward(*a: Any, **k: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > batch:
+                os._exit(9)
+            return forward(*a, **k)
+
+        session.engine.backward = backward
+        try:
+            return run(session, *args)
+        finally:
+            session.engine.backward = forward
+
+    stage_module.run_step = dying
+    for job in jobs:
+        stage_module.train_stage(job, ledger, memory, never)
+
+
+@pytest.mark.parametrize(("zero", "world_size", "batch"), [("zero2", 1, 11), ("zero3", 2, 11)])
+def test_killed_in_the_middle_of_a_step(
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, batch: int
+) -> None:
+    jobs = _jobs(made, zero)
+    alone = launch(world_size, left_alone, tmp_path / "alone", jobs)
+    launch(world_size, die_in_backward, tmp_path / "killed", jobs, batch, exit_codes=(9,))
+    assert launch(world_size, left_alone, tmp_path / "killed", jobs) == alone
