@@ -76,7 +76,7 @@ class Conductor:
         work: Sequence[Mapping[str, Any]],
         max_failures: int = 3,
         fail_fast: bool = False,
-        patience_seconds: float = 5.0,
+        patience_seconds: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = {str(job["id"]): dict(job) for job in work}
@@ -258,8 +258,14 @@ class Conductor:
         item = attempt.items[-1]
         item.closed = True
         failures = [report for report in item.reports.values() if isinstance(report, Failure)]
-        lost = Failure(LOST_WORKER, "a worker process died (killed, out of memory, or its machine was lost)", True)
-        self._charge(item.job, _cause(item, failures) if failures else lost)
+        cause = _cause(item, failures) if failures else None
+        if cause is None or cause.retry:
+            # What the survivors met (a connection closed by its peer) is seldom the cause.
+            met = "" if cause is None else f"; another worker met {cause.message}"
+            cause = Failure(
+                LOST_WORKER, f"a worker process died or hung (killed, out of memory, machine lost){met}", True
+            )
+        self._charge(item.job, cause)
 
     def _settle(self, name: str, what: str) -> None:
         self._state[name] = "finished" if what == "finished" else "pending"

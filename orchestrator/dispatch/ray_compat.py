@@ -44,3 +44,20 @@ def session_folder() -> str:
     import ray
 
     return str(ray._private.worker.global_worker.node.get_session_dir_path())
+
+
+def current_cluster() -> str | None:
+    """`host:port` that `ray start` noted on this machine, whether or not that Ray still lives."""
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or None
+
+
+def silence_driver() -> None:
+    """Keeps Ray from printing what befell a worker ("A worker died ...") on the driver's terminal.
+
+    `log_to_driver=False` does not cover it. What happened reaches the user as an event, in one sentence.
+    """
+    import ray._private.worker as worker
+
+    worker.print_to_stdstream = lambda *arguments, **options: None

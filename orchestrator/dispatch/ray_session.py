@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from orchestrator.errors import UsageError
 # Only job descriptions travel through Ray's object store, never tensors.
 OBJECT_STORE_BYTES = 128 * 2**20
 EXIT_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
 
 # engineering.md sections 1.3 and 1.6: what makes Ray Train quiet and quick to notice a dead worker.
 _ENVIRONMENT = {
@@ -75,7 +77,10 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
         if ray.is_initialized():
             yield RaySession(owned=False, folder=_folder())
             return
+        from orchestrator.dispatch.ray_compat import silence_driver
+
         _connect(address)
+        silence_driver()
         session = RaySession(owned=address is None, folder=_folder())
         try:
             session.remember_processes()
@@ -88,6 +93,8 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
 def _connect(address: str | None) -> None:
     import ray
 
+    if address is not None:
+        _check_port(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -107,11 +114,33 @@ def _connect(address: str | None) -> None:
                 f"Ray could not be started on this machine: {reason}\n"
                 "    hint: its logs are under /tmp/ray/session_latest/logs; `llavolta run --local` works without Ray"
             ) from error
-        raise UsageError(
-            f"cluster.address: no Ray answers at {address!r}: {reason}\n"
-            "    hint: start one with `ray start --head`, correct the address (a Ray that was killed leaves a stale one "
-            "in /tmp/ray/ray_current_cluster), or leave cluster.address out to start a local Ray"
-        ) from error
+        raise _no_ray(address, reason) from error
+
+
+def _check_port(address: str) -> None:
+    """Refuses an address nobody listens at; left to itself Ray tries for minutes and prints a line every few seconds.
+
+    Raises:
+        UsageError: there is no Ray at the address.
+    """
+    from orchestrator.dispatch.ray_compat import current_cluster
+
+    wanted = (os.environ.get("RAY_ADDRESS") or current_cluster()) if address == "auto" else address
+    host, separator, port = (wanted or "").rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdigit():
+        return  # nothing to try: Ray looks for itself, or says what is wrong with it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _no_ray(address, f"{host}:{port}: {error}") from error
+
+
+def _no_ray(address: str, reason: str) -> UsageError:
+    return UsageError(
+        f"cluster.address: no Ray answers at {address!r}: {reason}\n"
+        "    hint: start one with `ray start --head`, correct the address (a Ray that was killed leaves a stale one "
+        "behind: `ray stop` clears it), or leave cluster.address out to start a local Ray"
+    )
 
 
 def _leave(session: RaySession) -> None:

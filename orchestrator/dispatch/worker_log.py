@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,7 +15,7 @@ LOG_FILE = "log.txt"
 
 def log_path(work_folder: Path, rank: int) -> Path:
     """The log of one rank; rank 0's is the one people are shown."""
-    return work_folder / (LOG_FILE if rank == 0 else f"log_rank_{rank}.txt")
+    return work_folder / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")
 
 
 @contextmanager
@@ -55,7 +55,5 @@ def now() -> str:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):
             stream.flush()
-        except (OSError, ValueError):
-            pass
