@@ -37,7 +37,7 @@ class Costs:
         self.text_tokens = text_tokens
         self.notices: dict[str, None] = {}
         self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
-        self._recipes: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._recipes: dict[tuple[str, bool], tuple[str, dict[str, Any]]] = {}
         self._samples: dict[str, Sample] = {}
         self._means: dict[tuple[str, str, int], Lengths | None] = {}
 
@@ -87,15 +87,17 @@ class Costs:
         return self._per_sample[key]
 
     def _recipe(self, plan: PhasePlan) -> tuple[str, dict[str, Any]]:
-        if plan.lineage not in self._recipes:
+        # Checkpointing costs work without being part of what a lineage is.
+        key = (plan.lineage, plan.recipe.gradient_checkpointing)
+        if key not in self._recipes:
             recipe = plan.recipe
             what = {
                 "train": list(recipe.train),
                 "lora": None if recipe.lora is None else recipe.lora.model_dump(),
                 "gradient_checkpointing": recipe.gradient_checkpointing,
             }
-            self._recipes[plan.lineage] = (canonical_json(what), what)
-        return self._recipes[plan.lineage]
+            self._recipes[key] = (canonical_json(what), what)
+        return self._recipes[key]
 
     def sample(self, cell: Cell, plan: PhasePlan) -> Sample:
         """What one sample of a phase holds on average; mixtures weigh by the rows of an epoch."""

@@ -27,6 +27,7 @@ _TRACKED = {
     "visual_tokens": "train/visual_tokens",
     "step_seconds": "train/step_seconds",
 }
+_MEASURED = Costs()
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
 
@@ -74,10 +75,10 @@ def cell_record(
         cell: The cell.
         tree: Tree of its experiment.
         ledger: Holds its stage runs and evaluations.
-        costs: Shared between cells, so that data is measured once.
+        costs: What it costs by the formula; None takes the data's measured means, once for the process.
         spec_sha: Digest of the experiment; None takes that of the cell's own resolved spec.
     """
-    costs = costs or Costs()
+    costs = costs or _MEASURED
     status = cell_status(cell, tree, ledger)
     resolved = cell.spec.model_dump(mode="json")
     runs = _trained_runs(cell, tree, ledger)

@@ -1,0 +1,216 @@
+"""The ledger under damage: what is half-written, cut or flipped is never taken for done; errors say what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import StorageError, UsageError
+from orchestrator.plan import storage
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.storage import storage_errors, write_json
+
+STATE = "a" * 64
+
+
+def fill(ledger: Ledger, state: str = STATE, checkpoint: bool = False, text: str = "weights") -> Path:
+    work = ledger.work_folder(state)
+    (work / "weights").mkdir(parents=True)
+    (work / "weights" / "model.safetensors").write_text(text)
+    if checkpoint:
+        (work / "checkpoint" / "rank0").mkdir(parents=True)
+        (work / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
+    (work / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
+    (work / "result.json").write_text(json.dumps({"id": state}))
+    (work / "metrics.jsonl").write_text('{"step": 0}\n')
+    (work / "log.txt").write_text("said\n")
+    return work
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "runs")
+
+
+def test_nothing_is_written_before_there_is_something(ledger: Ledger) -> None:
+    assert not ledger.is_done(STATE)
+    assert ledger.result(STATE) is ledger.evaluation(STATE) is ledger.failure(STATE) is None
+    assert ledger.checkpoints(STATE) == [] and ledger.stored_checkpoints() == {}
+    ledger.clear_failure(STATE)
+    assert not ledger.storage.exists()
+
+
+def test_commit(ledger: Ledger) -> None:
+    work = fill(ledger, checkpoint=True)
+    (work / "step_000003").mkdir()
+    folder = ledger.commit(STATE)
+    assert folder == ledger.state_folder(STATE) and ledger.is_done(STATE) and not work.exists()
+    assert ledger.verify(folder) == []
+    assert ledger.result(STATE) == {"id": STATE} and ledger.has(STATE, "checkpoint") and ledger.has(STATE, "weights")
+    assert ledger.metrics_file(STATE).read_text() == '{"step": 0}\n' and ledger.log_file(STATE).read_text() == "said\n"
+    assert ledger.stored_checkpoints() == {STATE: 7}
+    assert [path.name for path in folder.parent.iterdir()] == [STATE]  # nothing aside is left
+    assert ledger.commit(STATE) == folder
+
+
+def test_a_second_commit_changes_nothing_unless_it_brings_more(ledger: Ledger) -> None:
+    fill(ledger)
+    weights = ledger.commit(STATE) / "weights" / "model.safetensors"
+    fill(ledger, text="of another worker")
+    ledger.commit(STATE)
+    assert weights.read_text() == "weights" and not ledger.has(STATE, "checkpoint")
+    fill(ledger, checkpoint=True)
+    ledger.commit(STATE)
+    assert ledger.has(STATE, "checkpoint") and ledger.verify(ledger.state_folder(STATE)) == []
+    fill(ledger)
+    ledger.commit(STATE)
+    assert ledger.has(STATE, "checkpoint")
+
+
+def test_nothing_to_commit_is_an_error(ledger: Ledger) -> None:
+    ledger.work_folder(STATE).mkdir(parents=True)
+    with pytest.raises(StorageError, match="nothing to commit"):
+        ledger.commit(STATE)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "manifest", "flipped manifest"])
+def test_damage_is_found(ledger: Ledger, damage: str) -> None:
+    fill(ledger, checkpoint=True)
+    folder = ledger.commit(STATE)
+    name = "checkpoint/rank0/optimizer.pt"
+    file, manifest = folder / name, folder / "manifest.json"
+    if damage == "cut":
+        os.truncate(file, 4999)
+    elif damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[2500] ^= 1
+        file.write_bytes(data)
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text().replace('"size": 5000', '"size": 5001'))
+    assert ledger.verify(folder) == [name if damage in ("cut", "flip", "gone") else "manifest.json"]
+    # A flipped bit is seen only when all bytes are read, which `verify` did.
+    assert Ledger(ledger.storage).is_done(STATE) == (damage == "flip")
+    fill(ledger, checkpoint=True)
+    if damage == "flip":
+        ledger.discard(STATE)
+    ledger.commit(STATE)
+    assert ledger.is_done(STATE) and ledger.verify(folder) == []
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> None:
+    work = ledger.work_folder(STATE)
+    for step in (200, 1_000_000, 400):
+        folder = work / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "model.pt").write_bytes(bytes(1000))
+        ledger.write_manifest(folder)
+    (work / "step_000600").mkdir()
+    (work / "step_000600" / "model.pt").write_bytes(bytes(1000))  # killed before its manifest
+    assert [path.name for path in ledger.checkpoints(STATE)] == ["step_1000000", "step_000400", "step_000200"]
+    (work / "step_1000000" / "model.pt").write_bytes(b"\1" + bytes(999))
+    os.truncate(work / "step_000400" / "model.pt", 10)
+    assert [path.name for path in ledger.checkpoints(STATE)] == ["step_000200"]
+
+
+def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = fill(ledger, checkpoint=True)
+    monkeypatch.setattr(storage, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ledger.commit(STATE)
+    monkeypatch.undo()
+    assert not ledger.is_done(STATE) and (work / "checkpoint" / "rank0" / "optimizer.pt").exists()
+    ledger.commit(STATE)
+    assert ledger.is_done(STATE)
+
+
+def test_evaluations_and_failures(ledger: Ledger) -> None:
+    ledger.write_evaluation("e1", {"metrics": {"accuracy": 0.5}})
+    assert ledger.evaluation("e1") == {"metrics": {"accuracy": 0.5}}
+    (ledger.storage / "evaluations" / "e1.json").write_text('{"metr')
+    assert ledger.evaluation("e1") is None
+    ledger.write_failure("e1", {"error": "diverged"})
+    assert ledger.failure("e1") == {"error": "diverged"}
+    ledger.clear_failure("e1")
+    assert ledger.failure("e1") is None
+    with pytest.raises(ValueError, match="Out of range"):
+        ledger.write_evaluation("e2", {"accuracy": float("nan")})
+    assert sorted(os.listdir(ledger.storage / "evaluations")) == ["e1.json"]
+
+
+def test_an_identity_cannot_leave_the_storage(ledger: Ledger) -> None:
+    for name in ("../x", "", "a/b", ".hidden"):
+        with pytest.raises(StorageError, match="identity"):
+            ledger.state_folder(name)
+
+
+def test_cell_folders_are_names_and_stay_apart(ledger: Ledger) -> None:
+    base = ledger.storage / "cells" / "exp"
+    assert ledger.cell_folder("exp", "full,seed=0") == base / "full,seed=0"
+    odd = [ledger.cell_folder("exp", name) for name in ("a/b", "a-b", "..", "a b", "x" * 400)]
+    assert len(set(odd)) == 5 and all(path.parent == base and len(path.name) < 200 for path in odd)
+
+
+def test_a_full_disk_names_the_folder_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as raised, storage_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    text = str(raised.value)
+    assert str(tmp_path) in text and "no space left" in text and "storage_path" in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the kernel offers no full device")
+def test_a_write_that_meets_a_full_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/dev/full` answers every write with ENOSPC."""
+    real = open
+    monkeypatch.setattr(
+        "builtins.open", lambda path, mode="r", **rest: real("/dev/full" if "w" in mode else path, mode)
+    )
+    with pytest.raises(StorageError, match="no space left"):
+        write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.undo()
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_storage_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file"):
+        Ledger(tmp_path / "file")
+    with pytest.raises(StorageError, match="storage_path"):
+        Ledger(tmp_path / "file" / "below").write_evaluation("e1", {})
+    with pytest.raises(StorageError, match="s3://bucket"):
+        Ledger("s3://bucket/runs")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write")
+def test_a_storage_that_cannot_be_written() -> None:
+    with pytest.raises(StorageError, match="storage_path"):
+        Ledger("/proc/self/runs").write_failure("e1", {})
+
+
+HOLD = "import sys; from orchestrator.plan.ledger import Ledger\n"
+HOLD += "with Ledger(sys.argv[1]).lock('exp'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+
+
+def test_one_driver_at_a_time(ledger: Ledger) -> None:
+    command = [sys.executable, "-c", HOLD, str(ledger.storage)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert (ledger.lock_holder("exp") or {})["pid"] == other.pid
+        with pytest.raises(UsageError, match=f"process {other.pid} on"), ledger.lock("exp"):
+            pass
+        with ledger.lock("another"):
+            pass
+        other.kill()
+    assert ledger.lock_holder("exp") is None
+    with ledger.lock("exp"):
+        assert (ledger.lock_holder("exp") or {})["pid"] == os.getpid()
+    assert ledger.lock_holder("exp") is None
