@@ -75,7 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The model's shapes. At width 64 the usual initialisation of 0.02 leaves layers all but silent: learning starts late."""
+    """The shapes. At width 64 an initialisation of 0.02 leaves the layers nearly silent: learning starts late."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,

@@ -1,0 +1,119 @@
+"""evaluate_state: from weights in a ledger to a result, under points, alone and over two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.compression import attach
+from orchestrator.errors import StorageError
+from orchestrator.evaluation.evaluate import evaluate_state
+from orchestrator.models.build import build_model
+from orchestrator.models.initial import write_initial_weights
+from orchestrator.plan.jobs import EvaluationJob, RootJob
+from orchestrator.plan.ledger import Ledger
+from orchestrator.spec.model import ModelSpec
+
+TINY_LLAVA = str(Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava")
+MODEL = {"model_name_or_path": TINY_LLAVA, "weights": "random", "dtype": "float32"}
+HEAVY = ({"kind": "average_pool", "layer": 1, "stride": 8},)
+STATE = "a" * 16
+
+
+def job(points=(), **fields):
+    return EvaluationJob(
+        id=fields.pop("id", "b" * 16),
+        state=STATE,
+        name="vqa",
+        under="final",
+        points=points,
+        spec={"kind": "exact_match", "data": "test", "batch_size": 10, "max_new_tokens": 2},
+        data={"kind": "easy_vqa", "split": "test", "max_samples": 30},
+        model=MODEL,
+        **fields,
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path)
+    folder = ledger.work_folder(STATE)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_initial_weights(RootJob(STATE, MODEL, seed=0), folder)
+    ledger.commit(STATE)
+    return ledger
+
+
+def answers(result):
+    return [example["answer"] for example in result["examples"]]
+
+
+def test_a_result_is_written_whole(ledger):
+    result = evaluate_state(job(), ledger)
+    assert ledger.evaluation("b" * 16) == json.loads(json.dumps(result))
+    assert result["id"] == "b" * 16 and result["name"] == "vqa" and result["under"] == "final"
+    assert result["num_samples"] == 30 and result["seconds"] > 0 and len(result["examples"]) == 20
+    assert set(result["metrics"]) == {"accuracy", "accuracy_yes_no", "accuracy_shape", "accuracy_color"}
+
+
+def test_a_state_is_tested_under_its_points(ledger):
+    full, heavy = evaluate_state(job(), ledger), evaluate_state(job(HEAVY), ledger)
+    assert answers(full) != answers(heavy)
+
+
+def test_a_model_at_hand_gives_the_same_and_keeps_its_own_points(ledger):
+    model = build_model(ModelSpec.model_validate(MODEL), ledger.state_folder(STATE) / "weights" / "model.safetensors")
+    attachment = attach(model, [{"kind": "average_pool", "layer": 2, "stride": 4}])
+    before = [point.spec for point in attachment.points]
+    model.train()
+    for points in ((), HEAVY):
+        assert answers(evaluate_state(job(points), ledger, model=model)) == answers(evaluate_state(job(points), ledger))
+    assert [point.spec for point in attachment.points] == before and model.training
+    attachment.detach()
+    evaluate_state(job(HEAVY), ledger, model=model)
+    assert "forward" not in vars(model), "what the evaluation attached is taken off"
+
+
+def test_a_state_without_weights_is_told(tmp_path):
+    with pytest.raises(StorageError, match="must be trained before"):
+        evaluate_state(job(), Ledger(tmp_path))
+
+
+TWO_RANKS = """
+import datetime, os, sys, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_evaluate_state import HEAVY, job
+from orchestrator.evaluation.evaluate import evaluate_state
+from orchestrator.plan.ledger import Ledger
+from pathlib import Path
+rank = int(sys.argv[4])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2,
+                        timeout=datetime.timedelta(seconds=120))
+evaluate_state(job(HEAVY, id="c" * 16), Ledger(Path(sys.argv[2])))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_find_what_one_finds(ledger, tmp_path):
+    alone = evaluate_state(job(HEAVY), ledger)
+    here = str(Path(__file__).parent)
+    arguments = [sys.executable, "-c", TWO_RANKS, here, str(tmp_path), str(tmp_path / "rendezvous")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(2)]
+    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
+    together = ledger.evaluation("c" * 16)
+    assert together["metrics"] == alone["metrics"] and together["num_samples"] == 30
+    assert together["examples"] == alone["examples"]
+
+
+def test_computes_in_the_models_type(ledger):
+    half = EvaluationJob(**{**vars(job()), "model": {**MODEL, "dtype": "bfloat16"}})
+    result = evaluate_state(half, ledger)
+    assert result["num_samples"] == 30
+    model = build_model(ModelSpec.model_validate(MODEL), ledger.state_folder(STATE) / "weights" / "model.safetensors")
+    assert answers(evaluate_state(half, ledger, model=model.to(torch.bfloat16))) == answers(result)
