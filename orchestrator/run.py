@@ -116,9 +116,11 @@ def _check_data(work: Sequence[Job]) -> None:
         if isinstance(job, EvaluationJob):
             entries = [job.data]
         specs.update({repr(sorted(entry.items())): entry for entry in entries})
+    from orchestrator.data.rows import open_data_set, raise_for_faults
+
     for entry in specs.values():
         spec = registry.spec_class(registry.DATA, entry["kind"]).model_validate(entry)
-        registry.load_object(spec.implementation)(spec).check()
+        raise_for_faults(f"data of kind {spec.kind}", open_data_set(spec).check())
 
 
 def _open_tracker(walk: Walk) -> Tracker:
