@@ -120,7 +120,8 @@ def _check_data(work: Sequence[Job]) -> None:
 
     for entry in specs.values():
         spec = registry.spec_class(registry.DATA, entry["kind"]).model_validate(entry)
-        raise_for_faults(f"data of kind {spec.kind}", open_data_set(spec).check())
+        where = [str(getattr(spec, name)) for name in type(spec).path_fields[:1]]
+        raise_for_faults(" ".join([f"data of kind {spec.kind}", *where]), open_data_set(spec).check())
 
 
 def _open_tracker(walk: Walk) -> Tracker:
