@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from orchestrator.spec.loader import load_experiment
 
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.tree import build_stage_tree
+from orchestrator.spec.loader import load_experiment
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
