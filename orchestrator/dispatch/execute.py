@@ -73,8 +73,9 @@ def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> Non
 
     training = _training_memory(memory)
     model = training.model_of(job.state)
-    if model is not None and _is_partitioned(training):
+    if model is not None and (_is_partitioned(training) or hasattr(model, "peft_config")):
         # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
+        # LoRA beside its base gives other last bits than the merged weights in the ledger, which are the state.
         model = None
     if model is None:
         training.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -86,8 +87,9 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
             session.remember_processes()
             yield session
         finally:
-            session.remember_processes()
-            _leave(session)
+            with _undisturbed():
+                session.remember_processes()
+                _leave(session)
 
 
 def _connect(address: str | None) -> None:
@@ -157,6 +159,19 @@ def _leave(session: RaySession) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=EXIT_SECONDS)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds Ctrl-C back for the length of a `with` block: an impatient third one would leave processes behind."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _of(process: psutil.Process, session_folder: Path) -> bool:

@@ -77,7 +77,7 @@ def test_a_lane_of_two_workers_from_start_to_end(
     assert capfd.readouterr() == ("", "")
     assert list((tmp_path / "cwd").iterdir()) == []
     assert list((ledger.storage / "ray").iterdir()) == []
-    assert _our_processes() == processes
+    assert not _our_processes() - processes
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_control_c_twice_ends_at_once_and_leaves_no_process(tmp_path: Path) -> N
     finally:
         driver.kill()
     assert printed.splitlines() == ["asked by SIGINT", "Interrupted: stopped at once"]
-    assert _our_processes() == processes
+    assert not _our_processes() - processes
 
 
 _DRIVER = """
