@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ def _reasons(
         return ["done"]
     reasons = []
     for identity in (cell.root.id, *path, *(job.id for job in cell.evaluations)):
-        if (failure := ledger.failure(identity)) is not None and identity in states.blocked:
+        if identity in states.blocked and (failure := ledger.failure(identity)) is not None:
             text = str(failure.get("error", "no reason recorded")).strip() or "no reason recorded"
             reasons.append(f"failed: {text.splitlines()[0]} (--retry-failed takes it up again)")
             break
@@ -210,9 +211,11 @@ def _reasons(
 
 
 def _last_checkpoint(ledger: Ledger, run: str) -> int | None:
-    folder = ledger.work_folder(run)
-    steps = [int(path.name[5:]) for path in folder.glob("step_*") if path.name[5:].isdecimal()]
-    return max(steps, default=None)
+    try:
+        names = os.listdir(ledger.work_folder(run))
+    except OSError:
+        return None
+    return max((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()), default=None)
 
 
 def _sum(values: Any) -> float | None:

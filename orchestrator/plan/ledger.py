@@ -42,6 +42,7 @@ class Ledger:
         if self.storage.exists() and not self.storage.is_dir():
             raise StorageError(f"{self.storage}: is a file; cluster.storage_path names a folder")
         self._whole: set[str] = set()
+        self._base = str(self.storage)  # text: a plan of 10,000 cells asks 200,000 times for what is not there
 
     def state_folder(self, state: str) -> Path:
         """Folder of a finished state: a stage run or a root."""
@@ -66,9 +67,12 @@ class Ledger:
     def is_done(self, state: str) -> bool:
         """True where the state is committed and no file is missing or cut short (contents: `verify`)."""
         # A committed folder does not change; a damaged one is found by `verify` before it is loaded.
-        if state not in self._whole and not missing_files(self.state_folder(state)):
-            self._whole.add(state)
-        return state in self._whole
+        if state in self._whole:
+            return True
+        if not os.path.exists(f"{self._base}/stage_runs/{_checked(state)}") or missing_files(self.state_folder(state)):
+            return False
+        self._whole.add(state)
+        return True
 
     def has(self, state: str, part: Literal["weights", "checkpoint"]) -> bool:
         """True where a finished state still has its weights, or its full checkpoint."""
@@ -191,7 +195,7 @@ class Ledger:
 
     def evaluation(self, evaluation: str) -> dict[str, Any] | None:
         """A finished evaluation."""
-        return read_json(self.storage / "evaluations" / f"{_checked(evaluation)}.json")
+        return self._note("evaluations", evaluation)
 
     def write_evaluation(self, evaluation: str, result: dict[str, Any]) -> None:
         """Records a finished evaluation.
@@ -203,7 +207,11 @@ class Ledger:
 
     def failure(self, job: str) -> dict[str, Any] | None:
         """Why a stage run or an evaluation failed; None where it did not."""
-        return read_json(self.storage / "failures" / f"{_checked(job)}.json")
+        return self._note("failures", job)
+
+    def _note(self, folder: str, name: str) -> dict[str, Any] | None:
+        path = f"{self._base}/{folder}/{_checked(name)}.json"
+        return read_json(Path(path)) if os.path.exists(path) else None
 
     def write_failure(self, job: str, failure: dict[str, Any]) -> None:
         """Records a failure.

@@ -82,11 +82,12 @@ def _measure(data: DataSpec, folder: Path, model_max_length: int, tokens_per_ima
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     render = registry.load_object(f"{_TEMPLATES}:render")
     chat, template = _chat_format(folder), getattr(data, "conversation_template", "chat_template")
+    bos = _special(folder)[0]
     text = labels = images = 0
     for position in range(count):
         row = rows[position * len(rows) // count]
         rendered = render(template, row, chat)
-        encoded = tokenizer.encode(rendered.text, add_special_tokens=not rendered.text.startswith(_special(folder)[0]))
+        encoded = tokenizer.encode(rendered.text, add_special_tokens=not rendered.text.startswith(bos))
         spoken = sum(
             any(last > first and last > a and first < b for a, b in rendered.answers) for first, last in encoded.offsets
         )
