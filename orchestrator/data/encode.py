@@ -40,7 +40,7 @@ class Encoder:
     """Encodes the rows of one data set.
 
     A row longer than `model_max_length`, counted before compression, loses its end. An image is never cut: where the
-    limit falls inside one, the row ends before it.
+    limit falls inside one, the row ends before it. A row whose answers are all cut off teaches nothing.
 
     Args:
         processor: The model's tokenizer and image processor.
@@ -59,7 +59,7 @@ class Encoder:
         """A row for training.
 
         Raises:
-            DataError: it does not fit the template, or its first image alone is longer than `model_max_length`.
+            DataError: it does not fit the template, or an image alone is as long as `model_max_length`.
         """
         return self._encode(row, prompt_only=False)
 
@@ -112,11 +112,11 @@ class Encoder:
             raise DataError(
                 f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise it or leave it out"
             )
+        if (repeats[is_image] >= limit).any():
+            raise DataError(
+                f"row {row.index}: an image of {int(repeats[is_image].max())} tokens, model_max_length is {limit}; "
+                "raise it"
+            )
         cut = next((end - n for end, n in zip(ends[is_image], repeats[is_image], strict=True) if end > limit), limit)
         keep = min(int(cut), limit)
-        if keep < limit and not (is_image & (ends <= keep)).any():
-            raise DataError(
-                f"row {row.index}: its first image ends at token {int(ends[is_image][0])}, "
-                f"model_max_length is {limit}; raise it"
-            )
         return keep, int((is_image & (ends <= keep)).sum())

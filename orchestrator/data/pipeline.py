@@ -11,13 +11,15 @@ import torch
 
 from orchestrator import registry
 from orchestrator.data.collate import PaddingSide, collate
-from orchestrator.data.encode import Encoder, Sample
+from orchestrator.data.encode import IGNORED_LABEL, Encoder, Sample
 from orchestrator.data.processor import VisionTextProcessor, load_processor
 from orchestrator.data.rows import Row, open_data_set, raise_for_faults
 from orchestrator.data.sampler import DataOrder, SetSize, rows_per_epoch
 from orchestrator.errors import DataError
 from orchestrator.spec.components import DataSpec
 from orchestrator.spec.model import ModelSpec
+
+ROWS_TRIED = 64
 
 
 class TrainData:
@@ -103,8 +105,19 @@ def build_train_data(
             raise DataError(f"data.{entry['name']}: no rows")
         _images_fit(entry["name"], rows, processor, model_max_length)
         encoder = Encoder(processor, template_of(spec), model_max_length)
+        _answers_fit(entry["name"], rows, encoder, model_max_length)
         sets.append((rows, float(entry.get("share", 1.0)), encoder))
     return TrainData(sets, processor)
+
+
+def _answers_fit(name: str, rows: Sequence[Row], encoder: Encoder, model_max_length: int) -> None:
+    """Encodes the first rows, so that a template or a limit that fits none is told before training."""
+    first = rows[:ROWS_TRIED]
+    if not any((encoder.encode(row).labels != IGNORED_LABEL).any() for row in first):
+        raise DataError(
+            f"data.{name}: model_max_length {model_max_length} cuts off every answer of the first {len(first)} rows; "
+            "raise it"
+        )
 
 
 def data_spec(value: Any) -> DataSpec:

@@ -114,6 +114,11 @@ def test_rows_with_too_many_images_are_told_before_training(processor, pictures,
         build_train_data(files(conversation_file(records), pictures), processor, 150)
 
 
+def test_a_limit_that_leaves_no_answer_is_told_before_training(processor):
+    with pytest.raises(DataError, match=r"data\.train: model_max_length 70 cuts off every answer"):
+        build_train_data(EASY, processor, 70)
+
+
 def test_a_folder_without_a_processor_is_told(tmp_path):
     with pytest.raises(UsageError, match="no processor in"):
         load_processor(ModelSpec(model_name_or_path=str(tmp_path)))
