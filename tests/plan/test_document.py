@@ -20,6 +20,7 @@ from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import cell_record, cell_status
 from orchestrator.plan.tree import build_stage_tree
+from orchestrator.plan.walk import prepare
 
 COST = ["train_tflops", "visual_layer_tokens", "compression_ratio"]
 STATE = {"enum": ["new", "done", "failed", "running"]}
@@ -244,3 +245,21 @@ def test_checkpointing_is_counted_and_does_not_decide_what_a_cell_is(lab: Any, t
     costs = Costs(10)
     assert plain.id == again.id
     assert (costs.cell(again)["train_tflops"] or 0) > (costs.cell(plain)["train_tflops"] or 0)
+
+
+def test_the_7b_experiment_gives_the_papers_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVolta, Tables 2 and 5: decoder TFLOPs, tokens and compression ratio of each fixed layer and stride."""
+    monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
+    walk = prepare(Path(__file__).parents[2] / "experiments" / "llava15_7b" / "fixed.yaml")
+    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, 62)
+    found = {
+        run["variant"]: (f"{run['cost']['forward_decoder_linear_tflops']:.2f}", run["cost"]["visual_layer_tokens"])
+        for run in document["stage_runs"]
+    }
+    assert found == {
+        "full": ("8.26", 18432), "k16_s2": ("6.40", 13824), "k16_s4": ("5.47", 11520), "k16_s8": ("5.00", 10368),
+        "k2_s2": ("4.77", 9792), "k2_s4": ("3.02", 5472), "k2_s8": ("2.14", 3312),
+    }  # fmt: skip
+    ratios = {cell["name"].split(",")[0]: round(cell["cost"]["compression_ratio"], 3) for cell in document["cells"]}
+    assert ratios["k2_s8"] == 5.565 and ratios["full"] == 1.0
+    assert not (tmp_path / "runs").exists()
