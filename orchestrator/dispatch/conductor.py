@@ -8,31 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
+from orchestrator.dispatch.outcome import Outcome
 
 WAIT = "wait"
 STOP = "stop"
 RESTART = "restart"
 # A lane whose workers die this often without touching a job has a fault of its own.
 BARREN_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the work.
-
-    Attributes:
-        finished: Ids of finished jobs, in the order they ended.
-        failed: Job id to reason.
-        skipped: Ids of jobs whose parent failed.
-        left: Ids of jobs not done because the run was stopped.
-        interrupted: Whether a stop was asked for.
-    """
-
-    finished: tuple[str, ...] = ()
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    interrupted: bool = False
 
 
 @dataclass

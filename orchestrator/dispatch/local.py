@@ -9,10 +9,11 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.dispatch.conductor import Conductor, Outcome
+from orchestrator.dispatch.conductor import Conductor
 from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
 from orchestrator.dispatch.failures import describe
 from orchestrator.dispatch.lane import forget
+from orchestrator.dispatch.outcome import Outcome
 from orchestrator.dispatch.record import Teller
 from orchestrator.dispatch.worker_log import append_traceback, log_path
 from orchestrator.errors import Interrupted

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.dispatch.conductor import Conductor, Outcome
+from orchestrator.dispatch.conductor import Conductor
 from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
+from orchestrator.dispatch.outcome import Outcome
 from orchestrator.dispatch.ray_session import RaySession, ray_session
 from orchestrator.dispatch.record import Teller
 from orchestrator.errors import Interrupted, StageRunError, UsageError
