@@ -89,6 +89,7 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
         raise StorageError(f"the weights {weights_file} are missing; `ledger verify` says what else is damaged")
     with no_init_weights():
         built = model_from_config(model)
+    built.tie_weights()  # part of the init that was left out
     load_weights(built, weights_file)
     return built
 
@@ -153,7 +154,6 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
         raise
     except Exception as error:
         raise StorageError(f"the weights {path} cannot be read: {_first_line(error)}") from error
-    model.tie_weights()
 
 
 def check_names_and_shapes(

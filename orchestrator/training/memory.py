@@ -21,7 +21,7 @@ class Session:
         config: DeepSpeed configuration.
         micro_batch_size: Samples of one forward.
         compute_dtype: Type the model computes in.
-        points: Points in force.
+        points: Points in force; None where they are not known.
     """
 
     engine: Any
@@ -31,7 +31,7 @@ class Session:
     config: dict[str, Any]
     micro_batch_size: int
     compute_dtype: torch.dtype
-    points: tuple[dict[str, Any], ...]
+    points: tuple[dict[str, Any], ...] | None
 
 
 @dataclass

@@ -70,6 +70,9 @@ def _train(
     data = training_data(job, memory)
     session, step = _start(job, ledger, memory)
     memory.state = None
+    # An evaluation may have used the model since.
+    session.engine.train()
+    session.points = None
     spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
