@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from orchestrator.compression.decoder import Decoder, Pass
 from orchestrator.compression.families import Family, family_of
@@ -181,8 +182,9 @@ class Attachment:
         return_logits = inputs.pop("return_logits", False)
         shifted = inputs.get("shift_labels")
         has_labels = labels is not None or shifted is not None
-        current = Pass(inputs, labels, idle_images=has_labels and self._lacks_images(inputs))
+        current = Pass(inputs, labels)
         self._decoder.current = current
+        idle = self._idle_images() if has_labels and self._lacks_images(inputs) else None
         try:
             if not has_labels and not self.points:
                 output = type(self.model).forward(self.model, **inputs)
@@ -190,6 +192,8 @@ class Attachment:
                 output = self._with_head(current, return_logits)
         finally:
             self._decoder.current = None
+            if idle is not None:
+                idle.remove()
         self._count(current)
         return output
 
@@ -225,10 +229,28 @@ class Attachment:
 
     def _lacks_images(self, inputs: dict[str, Any]) -> bool:
         """A training rank whose batch has no image must still call the tower: others do, and wait for it."""
+        # One rank alone does it too: parameters without a gradient would move differently than among several, and
+        # ZeRO-3 would take their gradient of the step before.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not (self.model.training and distributed and torch.distributed.get_world_size() > 1):
+        if not (self.model.training and distributed):
             return False
         return self._decoder.family.num_visual_tokens(inputs) == 0
+
+    def _idle_images(self) -> RemovableHandle:
+        """Runs the vision tower on an empty image, without effect on the numbers.
+
+        A hook in front of all others of the language model, so that modules are called in the order of a batch with
+        images (token embedding, tower, projector, decoder): ZeRO-3 gathers parameters in that order on every rank.
+        """
+        family = self._decoder.family
+
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            embeds_BND = kwargs["inputs_embeds"]
+            kwargs["inputs_embeds"] = embeds_BND + 0.0 * family.idle_features().sum().to(embeds_BND)
+            return args, kwargs
+
+        handle: RemovableHandle = family.language_model.register_forward_pre_hook(add, prepend=True, with_kwargs=True)
+        return handle
 
     def _count(self, current: Pass) -> None:
         family = self._decoder.family

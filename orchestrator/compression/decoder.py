@@ -26,14 +26,12 @@ class Pass:
     Attributes:
         inputs: Keyword arguments of the top model's forward.
         labels_BN: Labels on the device, or None.
-        idle_images: Run the vision tower on an empty image (a training rank without images must call what others call).
         flow: The decoder's last state; None where nothing was compressed.
         visual_tokens_per_layer: Visual tokens that ran in each decoder layer, summed over rows.
     """
 
     inputs: dict[str, Any]
     labels_BN: Tensor | None = None
-    idle_images: bool = False
     flow: Flow | None = None
     visual_tokens_per_layer: tuple[int, ...] = ()
 
@@ -64,8 +62,6 @@ class Decoder:
         cache = arguments.get("past_key_values")
         record = self.records.get(cache) if isinstance(cache, Cache) else None
         current = self.current
-        if current is not None and current.idle_images:
-            arguments["inputs_embeds"] = self._with_idle_images(arguments)
         if current is None or (record is None and not self.points):
             if record is None:
                 return type(language_model).forward(language_model, **arguments)
@@ -77,10 +73,6 @@ class Decoder:
             return type(language_model).forward(language_model, **arguments)
         cache = self._cache(arguments, language_model)
         return self._run(current, flow, cache, record, arguments, embeds_BND.shape[1])
-
-    def _with_idle_images(self, arguments: dict[str, Any]) -> Tensor:
-        embeds_BND: Tensor = arguments["inputs_embeds"]
-        return embeds_BND + 0.0 * self.family.idle_features().sum().to(embeds_BND)
 
     def _cache(self, arguments: dict[str, Any], language_model: Any) -> Any:
         use_cache = arguments.get("use_cache")

@@ -194,6 +194,10 @@ def run_layers(
     modules["layers"] = language_model.layers[segment.first : segment.last]
     if segment.last != num_layers:
         modules["norm"] = nn.Identity()
+    if segment.first > 0:
+        # Called past its hooks: ZeRO-3 gathers by the order of hooked calls, which must be one and the same for every
+        # rank (one without images runs no segments) and every stage. It holds no parameters.
+        modules["rotary_emb"] = language_model.rotary_emb.forward
     view.__dict__["_modules"] = modules
     view.__dict__["config"] = _shifted_config(language_model.config, segment)
     if "flash" in str(view.config._attn_implementation) and len(hidden_BND) == 1:

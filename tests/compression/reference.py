@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from transformers import (
@@ -157,7 +159,7 @@ def reference_loss(model, batch, points, num_items=None):
     """Sum of the label tokens' cross-entropies over their number."""
     losses = []
     for row in reference_rows(model, batch, points):
-        for (logits, _, _), (_, _, label) in zip(row, row[1:], strict=False):
+        for (logits, _, _), (_, _, label) in itertools.pairwise(row):
             if label != -100:
                 losses.append(F.cross_entropy(logits.float(), torch.tensor(label)))
     return sum(losses) / (num_items or len(losses))

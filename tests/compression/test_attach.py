@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from orchestrator_plugins.compressors.average_pool import AveragePoolSpec
 from peft import LoraConfig, get_peft_model
 from reference import assert_same_gradients, gradients, make_batch, reference_loss, tiny_llava
 from torch import nn
@@ -17,7 +18,6 @@ from torch import nn
 from orchestrator.compression import Kept, attach
 from orchestrator.errors import LlavoltaError, UsageError
 from orchestrator.spec.components import CompressorSpec
-from orchestrator_plugins.compressors.average_pool import AveragePoolSpec
 
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 HEAVY = [{"kind": "average_pool", "layer": 1, "stride": 4}]
@@ -143,7 +143,7 @@ def test_placeholders_that_do_not_match_the_images():
     attach(model, HEAVY)
     batch = make_batch(MIXED)
     batch["pixel_values"] = batch["pixel_values"][:1]
-    with pytest.raises((UsageError, ValueError, RuntimeError), match="match|placeholders"):
+    with pytest.raises((UsageError, ValueError, RuntimeError), match=r"match|placeholders"):
         model(**batch)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orchestrator_plugins.compressors.average_pool import AveragePool, AveragePoolSpec
 
 from orchestrator.compression import Context
 from orchestrator.spec.components import Grid
-from orchestrator_plugins.compressors.average_pool import AveragePool, AveragePoolSpec
 
 
 def run(tokens, images=2, dtype=torch.float32, **options):
