@@ -46,9 +46,9 @@ def kinds(group: str) -> tuple[str, ...]:
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
     """The known name most like `name`, or None when none is near."""
-    from rapidfuzz import process
+    from rapidfuzz import fuzz, process, utils
 
-    match = process.extractOne(name, known, score_cutoff=65)
+    match = process.extractOne(name, known, scorer=fuzz.ratio, processor=utils.default_process, score_cutoff=60)
     return match[0] if match else None
 
 

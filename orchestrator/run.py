@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,9 @@ def run_experiment(
     """
     console = console or Console()
     walk = prepare(path, overrides)
-    if faults := unsupported_keys(walk.loaded.spec):
+    if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
-    with walk.ledger.lock(walk.loaded.spec.name):
+    with walk.ledger.lock():
         work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
         _check_data(work)
         executed = 0
@@ -99,7 +98,7 @@ def run_experiment(
                 _record(walk, recorder)
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
-    waiting = tuple(c.name for c in walk.cells if c.name not in failed and walk.record(c).status != "finished")
+    waiting = tuple(c.name for c in walk.cells if c.name not in failed and walk.status(c) != "finished")
     unsent = tuple(names[identity] for identity in recorder.unsent)
     return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, recorder.problem if unsent else None)
 
@@ -150,7 +149,7 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
     from orchestrator.report.live import LiveView
 
     costs = {job.id: _relative_cost(job) for job in work}
-    view = LiveView(work, costs, walk.names_of(work), partial(walk.file_of, name="metrics.jsonl"), console)
+    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
     stop = StopRequest(lambda name: view.say(f"{name}: finishing the step and writing a checkpoint; again: stop now"))
     done: set[str] = set()
 
@@ -160,7 +159,7 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
             done.add(event["id"])
             for cell in walk.cells:
                 needs = walk.jobs_of(cell)
-                if event["id"] in needs and walk.record(cell).status == "finished":
+                if event["id"] in needs and walk.status(cell) == "finished":
                     recorder.put(walk.record(cell))
 
     with stop, view:

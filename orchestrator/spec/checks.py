@@ -43,10 +43,11 @@ class Checks:
     notices: list[str]
     _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
+    _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
 
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
         """Faults of a cell; `parts` holds None where a part has faults of its own."""
-        findings = [*self._compressors(parts), *self._phases(parts)]
+        findings = [*self._compressors(parts, tree), *self._phases(parts)]
         if not findings:
             return []
         root = tree()
@@ -59,10 +60,15 @@ class Checks:
             self._seen[names] = list(find())
         return self._seen[names]
 
-    def _compressors(self, parts: dict[str, Any]) -> list[Finding]:
+    def _compressors(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Finding]:
         variants, model = parts["compressors"], parts["model"]
         if not variants:
             return []
+        if model is None:  # other faults of `model` do not hide those of the layers
+            name = tree().at(("model", "model_name_or_path"))
+            if name is None or not isinstance(name.value, str):
+                return []
+            model = self._bare_models.setdefault(name.value, ModelSpec(model_name_or_path=name.value))
         return self._remember(("variants", variants, model), lambda: self._find_variants(variants, model))
 
     def _phases(self, parts: dict[str, Any]) -> list[Finding]:
@@ -72,9 +78,9 @@ class Checks:
         data, schedules = parts["data"], parts["schedules"]
         return self._remember(("phases", phases, data, schedules), lambda: self._find_phases(phases, data, schedules))
 
-    def _find_variants(self, variants: dict[str, Any], model: ModelSpec | None) -> Iterator[Finding]:
+    def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
         try:
-            facts = self._facts(model) if model is not None else None
+            facts = self._facts(model)
         except ValueError as error:
             yield Finding(("model", "model_name_or_path"), str(error))
             return

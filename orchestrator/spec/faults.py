@@ -85,8 +85,10 @@ def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Ma
         child = node.get(step)
         if child is None:
             return mark, None
-        last = index == len(path) - 1
-        mark = node.keys.get(step, child.mark) if isinstance(step, str) and (key or not last) else child.mark
+        own = node.keys.get(step, child.mark) if isinstance(step, str) else child.mark
+        inline = child.mark.line == own.line or not (child.is_mapping or child.is_list)
+        # What is written in block style begins at its first key, which is not where the user looks for it.
+        mark = child.mark if index == len(path) - 1 and not key and inline else own
         node = child
     return mark, node.written()
 
@@ -106,6 +108,8 @@ def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | Non
 
 def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> list[_Error]:
     location = (*location, *raw["loc"])
+    if raw["type"] in ("component_kind", "component_kind_missing"):
+        location = (*location, "kind")
     if raw["type"] == "component":
         return [error for inner in raw["ctx"]["errors"] for error in _flatten(inner, root, prefix, location)]
     node: Node | None = root.at(prefix)
@@ -119,6 +123,8 @@ def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> l
             key = True
         elif raw["type"] == "missing" and index == len(location) - 1:
             path.append(step)
+        elif step == "kind" and index == len(location) - 1:
+            path.append(step)
         elif not (isinstance(step, int) and node is not None and not node.is_list):
             union = tuple(path) if union is None else union
     context = raw.get("ctx", {})
@@ -127,8 +133,8 @@ def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> l
 
 def _fault(group: list[_Error], root: Node) -> Fault:
     error = group[0]
-    if error.type == "missing":
-        return _missing(error.path, root)
+    if error.type in ("missing", "component_kind_missing"):
+        return _missing(error, root)
     if error.type == "extra_forbidden":
         return _unknown_key(error.path, root)
     mark, value = locate(root, error.path, key=error.key)
@@ -139,7 +145,8 @@ def _fault(group: list[_Error], root: Node) -> Fault:
     return Fault(message, *mark, path=dotted(error.path), value=value, allowed=allowed, hint=hint)
 
 
-def _missing(path: Path, root: Node) -> Fault:
+def _missing(error: _Error, root: Node) -> Fault:
+    path = error.path
     mark, _ = locate(root, path[:-1], key=True)
     key = str(path[-1])
     parent = root.at(path[:-1])
@@ -147,7 +154,8 @@ def _missing(path: Path, root: Node) -> Fault:
     known = names_at(root, path[:-1])
     near = registry.nearest(key, [name for name in written if name not in known])
     hint = f"is `{near}` meant to be `{key}`?" if near else None
-    return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), hint=hint)
+    allowed = ", ".join(error.context["known"]) if "known" in error.context else None
+    return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint)
 
 
 def _unknown_key(path: Path, root: Node) -> Fault:
@@ -161,6 +169,9 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
     pointed = [error for error in group if error.type not in _KINDS]
     error = pointed[0] if pointed else group[0]
     value = node.value if node is not None else None
+    if error.key and error.type == "literal_error":
+        allowed = _allowed(error)
+        return f"unknown key `{error.path[-1]}`", allowed, unknown_name(str(error.path[-1]), allowed.split(", "))[1]
     if error.key:
         return "this name cannot be used", f"a name is made of {_NAME}", None
     if not pointed:
@@ -174,8 +185,6 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
     if error.type == "component_kind":
         choices, hint = unknown_name(error.context["kind"], error.context["known"])
         return f"unknown kind `{error.context['kind']}`", choices, hint
-    if error.type == "component_kind_missing":
-        return "the key `kind` is missing", ", ".join(error.context["known"]), None
     return _sentence(error), allowed or None, None
 
 

@@ -25,6 +25,7 @@ class Inheritance:
     _files: dict[str, Node | None] = field(default_factory=dict)
     _merged: dict[str, Node | None] = field(default_factory=dict)
     _below: dict[str, list[str]] = field(default_factory=dict)
+    _held: dict[str, Node | None] = field(default_factory=dict)
 
     def read(self, path: FilePath) -> Node | None:
         """The raw trees of a file and of all it extends; None where the file itself cannot be read."""
@@ -96,15 +97,13 @@ class Inheritance:
         return paths
 
     def _plugins(self, name: str) -> Node | None:
-        tree = self._files[name]
-        if tree is None:
-            return None
-        if (own := tree.get("plugins")) is not None:
-            return own
-        for below in reversed(self._below[name]):
-            if (inherited := self._plugins(below)) is not None:
-                return inherited
-        return None
+        if name not in self._held:
+            tree = self._files[name]
+            found = tree.get("plugins") if tree is not None else None
+            for below in reversed(self._below[name]) if found is None else ():
+                found = found or self._plugins(below)
+            self._held[name] = found
+        return self._held[name]
 
     def _merge(self, name: str) -> Node | None:
         if name not in self._merged:

@@ -54,6 +54,9 @@ def _without_lines(node: Node) -> Node:
 def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Fault], notices: list[str]) -> Node:
     """The tree with the overrides in place, in their order; unknown paths and grid axes are faults."""
     for override in overrides:
+        if override.text == "extends":
+            faults.append(Fault("extends is read before --set; edit the file", path=override.text))
+            continue
         try:
             path = find_path(root, override.text)
         except UnknownPathError as error:
@@ -70,8 +73,6 @@ def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Faul
             hint = f"narrow the axis instead: --set 'matrix.{axis}=[...]'"
             message = f"{axis} is an axis of the grid, whose values would replace this one"
             faults.append(Fault(message, path=name, value=override.node.written(), hint=hint))
-        elif path[0] == "extends":
-            faults.append(Fault("extends is read before --set; edit the file", path=name))
         else:
             root = root.set_at(path, override.node)
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from orchestrator.errors import LlavoltaError
@@ -18,12 +19,12 @@ def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
 
 
 def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
-    """Optimizer steps of `epochs` passes: whole batches only, at least one.
+    """Optimizer steps of `epochs` passes, rounded up as Hugging Face's Trainer does, so that every row is seen.
 
-    Epochs follow each other without a gap, so only the very last partial batch is left out:
-    665,298 rows in batches of 128 give 5,197 steps.
+    Epochs follow each other without a gap; the last batch is filled from the next pass: 665,298 rows in batches of
+    128 give 5,198 steps, the number LLaVolta's authors ran.
     """
-    return max(1, int(rows * Fraction(repr(epochs)) / global_batch_size))
+    return max(1, ceil(rows * Fraction(repr(epochs)) / global_batch_size))
 
 
 def known_steps(phase: PhaseSpec, data: dict[str, Any] | None) -> int | None:

@@ -78,6 +78,8 @@ class StagesSpec(ScheduleSpec):
         ends, position = [], Fraction(0)
         lengths = [self._length(stage, total_steps, global_batch_size) for stage in self.stages]
         rest = total_steps - sum(length for length in lengths if length is not None)
+        if rest < 0:
+            raise ValueError(f"the stages add up to {float(total_steps - rest):g} steps, the phase has {total_steps}")
         for length in lengths:
             position += rest if length is None else length
             # Halves round up: Python's own rounding to even would move a boundary with the phase's parity.

@@ -1,0 +1,80 @@
+"""Experiment files in a folder of their own, with the design's example and a small LLaVA config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = {
+    "model_type": "llava",
+    "text_config": {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "vocab_size": 201,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+    },
+}
+
+SMALL = """\
+name: small
+model: {model_name_or_path: tiny, weights: random}
+data:
+  train: {kind: easy_vqa, split: train}
+  test: {kind: easy_vqa, split: test}
+compressors:
+  heavy: {kind: average_pool, layer: 2, stride: 8}
+  wide: {kind: average_pool, layer: 2, stride: 2}
+schedules:
+  two:
+    kind: stages
+    stages: [{share: 1/2, compressor: heavy}, {}]
+phases:
+  finetune:
+    data: train
+    schedule: two
+    max_steps: 100
+    learning_rate: 1e-3
+evaluate:
+  vqa: {kind: exact_match, data: test}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the model `tiny`: 4 decoder layers, 8 x 8 visual tokens."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder: Path) -> Callable[..., Path]:
+    """Writes a file into the folder."""
+
+    def _write(text: str | bytes, name: str = "experiment.yaml") -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def small() -> str:
+    """A small valid experiment."""
+    return SMALL

@@ -1,0 +1,117 @@
+"""The loader as a whole: the design's example, sources, the resolved view, what `run` refuses, and no heavy import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.spec.loader import load_experiment, resolved_yaml, unsupported_keys
+
+Write = Callable[..., Path]
+EXAMPLE = Path(__file__).with_name("design_example.yaml")
+PLUGIN = """\
+from typing import Literal
+from orchestrator.spec.components import CompressorSpec
+
+class Mine(CompressorSpec):
+    kind: Literal["mine_of_the_example"] = "mine_of_the_example"
+"""
+
+
+@pytest.fixture
+def example(write: Write) -> Path:
+    write("description: overwritten\ncluster: {max_failures: 5, keep: {leaf: full}}\n", "base/tiny_llava.yaml")
+    write(PLUGIN, "plugins/my_method.py")
+    return write(EXAMPLE.read_text())
+
+
+def test_the_example_of_the_design_is_valid(example: Path) -> None:
+    loaded = load_experiment(example)
+    assert len(loaded.cells) == 6
+    assert loaded.cells[0].name == "schedule=full,seed=0"
+    assert loaded.spec.cluster.max_failures == 3
+    assert loaded.spec.phases.finetune is not None
+    assert loaded.spec.phases.finetune.learning_rate == 3e-3
+    assert loaded.spec.compressors["light"][0].layer == "50%"
+    assert loaded.notices == ()
+    assert unsupported_keys(loaded) == []
+
+
+def test_every_value_has_a_source(example: Path) -> None:
+    loaded = load_experiment(example, ["seed=0"] and ["phases.finetune.max_steps=7"])
+    assert loaded.sources["phases.finetune.max_steps"] == "--set"
+    assert loaded.sources["name"] == f"{example}:2"
+    assert loaded.sources["cluster.deterministic"] == "default"
+    assert loaded.sources["schedules.four_stage.stages.0.share"].startswith(f"{example}:")
+
+
+def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) -> None:
+    loaded = load_experiment(example)
+    text = resolved_yaml(loaded)
+    assert f"# {example}:2" in text
+    assert "# default" in text
+    again = load_experiment(write(text, "again.yaml"))
+    assert again.spec == loaded.spec
+    assert [cell.name for cell in again.cells] == [cell.name for cell in loaded.cells]
+    assert "#" not in resolved_yaml(loaded, with_sources=False)
+    assert yaml.safe_load(text)["name"] == "easy-vqa-schedules"
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("controls: [random_drop]\n", "controls"),
+        ("search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n", "search"),
+        ("cluster: {lanes: 2}\n", "cluster.lanes"),
+        ("cluster: {lanes: auto}\n", "cluster.lanes"),
+        ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
+        ("cluster: {stall_minutes: 5}\n", "cluster.stall_minutes"),
+        ("matrix: {phases.finetune.per_device_train_batch_size: [16, auto]}\n", "phases.finetune.per_device_train_batch_size"),
+        ("matrix: {compressors.heavy.layer_average_tokens: [9], compressors.heavy.stride: [null]}\n", "compressors.heavy.layer_average_tokens"),
+    ],
+)  # fmt: skip
+def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
+    faults = unsupported_keys(load_experiment(write(small + text)))
+    assert [fault.path for fault in faults] == [path]
+    assert path in faults[0].message
+    assert "not built yet" in faults[0].message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path"),
+    [
+        ("max_steps: 100", "max_train_tflops: 5.0", "phases.finetune.max_train_tflops"),
+        ("max_steps: 100", "match_train_tflops: two", "phases.finetune.match_train_tflops"),
+        ("max_steps: 100", "max_steps: 100\n    train: [projector, compressor]", "phases.finetune.train"),
+    ],
+)
+def test_phase_keys_of_later_issues(old: str, new: str, path: str, small: str, write: Write) -> None:
+    faults = unsupported_keys(load_experiment(write(small.replace(old, new))))
+    assert [fault.path for fault in faults] == [path]
+
+
+def test_no_heavy_framework_is_imported(small: str, write: Write) -> None:
+    code = (
+        "import sys; from orchestrator.spec.loader import load_experiment, resolved_yaml\n"
+        "resolved_yaml(load_experiment(sys.argv[1]))\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'deepspeed', 'numpy', 'rapidfuzz'} & set(sys.modules)\n"
+        "print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(write(small))], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_loading_is_quick(example: Path) -> None:
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from orchestrator.spec.loader import load_experiment\n"
+        "load_experiment(sys.argv[1]); print(time.process_time() - start)"
+    )
+    run = [sys.executable, "-c", code, str(example)]
+    seconds = min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    assert seconds < 0.7, "import and load, in seconds of processor time"

@@ -1,0 +1,88 @@
+"""Model facts equal what transformers' own config classes say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.spec.model_facts import model_facts
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"vision_config": {}, "text_config": {}},
+    {"text_config": {"model_type": "mistral"}},
+    {"text_config": {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}},
+    {"text_config": {"model_type": "gemma"}},
+    {"text_config": {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 64}},
+    {"text_config": {"num_attention_heads": 16}},
+    {"vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}},
+    {"vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 6}, "vision_feature_layer": -1},
+    {"vision_feature_layer": [-2, -5], "vision_feature_select_strategy": "full"},
+    {"vision_feature_layer": 4},
+]
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[json.dumps(config)[:60] for config in CONFIGS])
+def test_facts_equal_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    folder = write_config(tmp_path, config)
+    facts, known = model_facts(folder), AutoConfig.from_pretrained(folder)
+    text, vision = known.text_config, known.vision_config
+    assert facts is not None
+    assert facts.num_layers == text.num_hidden_layers
+    assert facts.hidden_size == facts.projector_hidden == text.hidden_size
+    assert facts.intermediate_size == text.intermediate_size
+    assert facts.num_attention_heads == text.num_attention_heads
+    assert facts.num_key_value_heads == text.num_key_value_heads
+    assert facts.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    assert facts.vocab_size == text.vocab_size
+    assert facts.vision_hidden_size == vision.hidden_size
+    assert facts.vision_intermediate_size == vision.intermediate_size
+    assert facts.has_cls == (vision.model_type == "clip_vision_model")
+    assert facts.vision_tokens == (vision.image_size // vision.patch_size) ** 2 + facts.has_cls
+    layers = known.vision_feature_layer
+    several = len(layers) if isinstance(layers, list) else 1
+    assert facts.projector_in == several * vision.hidden_size
+    last = max(layers) if isinstance(layers, list) else layers
+    assert facts.vision_layers == (last if last >= 0 else vision.num_hidden_layers + 1 + last)
+
+
+def test_llava_15_has_576_tokens_of_23_layers(tmp_path: Path) -> None:
+    facts = model_facts(write_config(tmp_path, {}))
+    assert facts is not None
+    assert (facts.visual_grid.height, facts.visual_grid.width) == (24, 24)
+    assert (facts.vision_tokens, facts.vision_layers, facts.num_layers) == (577, 23, 32)
+
+
+def test_the_hub_cache_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    write_config(repository / "snapshots" / commit, {})
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert model_facts("org/name") == model_facts("org/name", commit) != None  # noqa: E711
+    assert model_facts("org/name", "other") is None
+    assert model_facts("org/unknown") is None
+
+
+def test_unknown_types_give_none_and_broken_files_are_told(tmp_path: Path) -> None:
+    assert model_facts(write_config(tmp_path, {"model_type": "gemma3"})) is None
+    assert model_facts(write_config(tmp_path, {"text_config": {"model_type": "novel"}})) is None
+    assert model_facts(str(tmp_path / "nothing")) is None
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a model's config"):
+        model_facts(str(tmp_path))
+    write_config(tmp_path, {"text_config": {"hidden_size": "wide"}})
+    with pytest.raises(ValueError, match="not a LLaVA config"):
+        model_facts(str(tmp_path))
