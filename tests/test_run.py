@@ -188,8 +188,8 @@ def test_two_at_once_on_one_storage_do_not_do_the_same_work(finished, tmp_path):
     first = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
     )
-    wait_until(lambda: any((tmp_path / "runs").rglob("*.lock")))
-    wait_until(lambda: (tmp_path / "runs" / "locks" / "tiny.lock").stat().st_size > 0)
+    wait_until(lambda: (tmp_path / "runs" / "locks" / "storage.lock").exists())
+    wait_until(lambda: (tmp_path / "runs" / "locks" / "storage.lock").stat().st_size > 0)
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
     output, errors = first.communicate(timeout=300)

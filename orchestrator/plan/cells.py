@@ -138,7 +138,7 @@ class _Resolver:
     def cell(self, cell: ResolvedCell) -> Cell:
         spec = cell.spec
         facts = self._once(_facts, spec.model)
-        root = self._once(_root, spec.model, spec.seed if reached.draws_weights(spec.model) else 0, spec.plugins)
+        root = self._once(_root, spec.model, _weights_seed(spec), spec.plugins)
         phases: list[PhasePlan] = []
         state = root.id
         notices: list[str] = []
@@ -255,6 +255,14 @@ class _Resolver:
         return EvaluationJob(
             identity, state, name, under, variant.points, dump, data, model, length, tuple(spec.plugins)
         )
+
+
+def _weights_seed(spec: ExperimentSpec) -> int:
+    """Seed of drawn weights: the first phase's, so that a phase of fixed seed is shared along a seed axis."""
+    if not reached.draws_weights(spec.model):
+        return 0
+    first = spec.phases.pretrain or spec.phases.finetune
+    return spec.seed if first is None or first.seed is None else first.seed
 
 
 def _facts(model: ModelSpec) -> ModelFacts | None:

@@ -11,7 +11,7 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.cells import Cell, expand_cells
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.record import CellRecord, cell_record
+from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.spec.loader import LoadedExperiment, load_experiment
 
@@ -44,15 +44,14 @@ class Walk:
         """A cell as it stands in the ledger."""
         return cell_record(cell, self.tree, self.ledger)
 
+    def status(self, cell: Cell) -> Status:
+        """A cell's state; quick, no metrics are read."""
+        return cell_status(cell, self.tree, self.ledger)
+
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Ids of what a cell needs, in order: its root, its stage runs, its evaluations."""
         tests = dict.fromkeys(job.id for job in cell.evaluations)
         return (cell.root.id, *self.tree.path_of[cell.id], *tests)
-
-    def file_of(self, job: str, name: str) -> Path:
-        """A file such as `metrics.jsonl` or `log.txt` of a job, finished or under way."""
-        finished = self.ledger.state_folder(job) / name
-        return finished if finished.is_file() else self.ledger.work_folder(job) / name
 
     def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
         """Job id to the names of the cells that need it."""

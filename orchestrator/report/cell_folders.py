@@ -30,7 +30,7 @@ def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
 
 def log_files(walk: Walk, cell: Cell) -> list[Path]:
     """What a cell's stage runs and evaluations printed, in order."""
-    return [path for identity in walk.jobs_of(cell) if (path := walk.file_of(identity, "log.txt")).is_file()]
+    return [path for identity in walk.jobs_of(cell) if (path := walk.ledger.log_file(identity)).is_file()]
 
 
 def _link(link: Path, target: Path) -> None:

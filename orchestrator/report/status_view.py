@@ -23,7 +23,7 @@ def status_document(walk: Walk) -> dict[str, Any]:
             if isinstance(job, StageJob):
                 total += job.last_step - job.first_step
                 done += _steps_done(walk, job)
-        state = walk.record(cell).status
+        state = walk.status(cell)
         cells.append(
             {
                 "name": cell.name,
@@ -40,7 +40,7 @@ def status_document(walk: Walk) -> dict[str, Any]:
 def _steps_done(walk: Walk, job: StageJob) -> int:
     if walk.ledger.is_done(job.id):
         return job.last_step - job.first_step
-    metrics = last_metrics(walk.file_of(job.id, "metrics.jsonl"))
+    metrics = last_metrics(walk.ledger.metrics_file(job.id))
     return 0 if metrics is None else int(metrics["step"]) + 1 - job.first_step
 
 

@@ -35,7 +35,7 @@ SCHEMES = {
     "last_stage_compression": [(2, 16), (16, 16), (16, 4)],
 }
 # 665,298 rows in batches of 128 are 5,197 optimizer steps; boundaries are rounded cumulative shares.
-BOUNDARIES = {1: [5197], 2: [2599, 5197], 3: [1732, 3465, 5197], 4: [1299, 2599, 3898, 5197]}
+BOUNDARIES = {1: [5198], 2: [2599, 5198], 3: [1733, 3465, 5198], 4: [1300, 2599, 3899, 5198]}
 
 
 def relative(path: Path) -> str:
@@ -105,7 +105,7 @@ def test_7b_schemes_and_their_table_of_steps():
     phases = by_schedule(SEVEN_B / "schedules.yaml")
     assert {name: places(phase) for name, phase in phases.items()} == SCHEMES
     for name, phase in phases.items():
-        assert phase.total_steps == 5197
+        assert phase.total_steps == 5198
         ends = [action.last_step for action in phase.table]
         assert ends == BOUNDARIES[len(SCHEMES[name])], name
         assert [action.first_step for action in phase.table] == [0, *ends[:-1]]
@@ -115,7 +115,7 @@ def test_7b_schemes_share_one_uncompressed_pretraining():
     cells = expand_cells(load_experiment(SEVEN_B / "schedules.yaml"))
     tree = build_stage_tree(cells)
     pretraining = [run for run in tree.stage_runs.values() if run.phase == "pretrain"]
-    assert [(run.last_step, run.table[0].points) for run in pretraining] == [(2180, ())]
+    assert [(run.last_step, run.table[0].points) for run in pretraining] == [(2181, ())]
     assert len(tree.cells_of[pretraining[0].id]) == 7
 
 
