@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import socket
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from orchestrator.errors import UsageError
 
 # Only job descriptions travel through Ray's object store, never tensors.
 OBJECT_STORE_BYTES = 128 * 2**20
-EXIT_SECONDS = 5.0
+EXIT_SECONDS = 2.0
 CONNECT_SECONDS = 5.0
 
 # engineering.md sections 1.3 and 1.6: what makes Ray Train quiet and quick to notice a dead worker.
@@ -152,13 +153,28 @@ def _leave(session: RaySession) -> None:
     ray.shutdown()
     if not session.owned:
         return
-    _, alive = psutil.wait_procs(session._processes, timeout=EXIT_SECONDS)
     # Ray's agents are known to outlive it when it ends in disorder. psutil compares start times, so a process that
     # got the number of a gone one is safe.
-    for process in alive:
+    for process in _wait_for_end(session._processes):
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=EXIT_SECONDS)
+    _wait_for_end(session._processes)
+
+
+def _wait_for_end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Waits a little and returns those still alive; a zombie, which only its parent can clear, is not."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    alive = [process for process in processes if _is_alive(process)]
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        alive = [process for process in alive if _is_alive(process)]
+    return alive
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextlib.contextmanager
