@@ -60,7 +60,7 @@ def _rename(node: Node, shape: Shape | None, below: Node | None, path: Path, fou
     if path and path[0] in AXIS_KEYS:
         return node
     typed = node if kind_at(node) is not None or below is None else below
-    cls = shape.spec_class(kind_at(typed))
+    cls = shape.class_of(typed)
     if cls is not None and cls.aliases:
         node = _rename_keys(node, cls.aliases, path, found)
     entries = {}

@@ -121,9 +121,9 @@ def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> l
             node = child
         elif step == "[key]":
             key = True
-        elif raw["type"] == "missing" and index == len(location) - 1:
-            path.append(step)
-        elif step == "kind" and index == len(location) - 1:
+        elif (raw["type"] == "missing" and index == len(location) - 1) or (
+            step == "kind" and index == len(location) - 1
+        ):
             path.append(step)
         elif not (isinstance(step, int) and node is not None and not node.is_list):
             union = tuple(path) if union is None else union

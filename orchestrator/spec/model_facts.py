@@ -164,7 +164,8 @@ def _part(config: Any, known: dict[str, dict[str, Any]], default_type: str) -> t
 
 
 def _llava(config: dict[str, Any]) -> ModelFacts | None:
-    vision_part = _part(config.get("vision_config") or _LLAVA_VISION, _VISION, "clip_vision_model")
+    vision_config = config.get("vision_config")
+    vision_part = _part(_LLAVA_VISION if vision_config is None else vision_config, _VISION, "clip_vision_model")
     text_part = _part(config.get("text_config") or {}, _TEXT, "llama")
     if vision_part is None or text_part is None:
         return None

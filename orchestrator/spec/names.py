@@ -32,7 +32,7 @@ def short_axes(axes: Sequence[str]) -> dict[str, str]:
 
 def safe(text: str, limit: int = MAX_VALUE) -> str:
     """Text as part of a folder's name; what is too long ends in six characters of its SHA-256."""
-    clean = _UNSAFE.sub("-", text).strip("-") or "none"
+    clean = _UNSAFE.sub("-", text).strip("-").lstrip(".") or "none"
     if len(clean) <= limit:
         return clean
     return f"{clean[: limit - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -59,8 +59,9 @@ def _any(choices: list[dict[str, Any]]) -> dict[str, Any]:
 def _accept_short_forms(schema: dict[str, Any]) -> None:
     """A variant's only point without a list, an `under` of one name."""
     point = {"$ref": "#/$defs/CompressorSpec"}
-    variants = schema["properties"]["compressors"]
-    variants["additionalProperties"] = {"anyOf": [point, {"type": "array", "items": point, "minItems": 1}]}
+    variants = schema["properties"]["compressors"]["patternProperties"]
+    for name in variants:
+        variants[name] = {"anyOf": [point, {"type": "array", "items": point, "minItems": 1}]}
     for part in schema["$defs"].values():
         under = part.get("properties", {}).get("under")
         if under is not None and under.get("type") == "array":
@@ -115,6 +116,6 @@ def _nullable(schema: dict[str, Any]) -> None:
         for name, inner in part.get("properties", {}).items():
             if name not in required and name != "kind" and {"type": "null"} not in inner.get("anyOf", []):
                 part["properties"][name] = {"anyOf": [inner, {"type": "null"}]}
-            named = inner.get("additionalProperties")
-            if isinstance(named, dict):
-                inner["additionalProperties"] = {"anyOf": [named, {"type": "null"}]}
+            for pattern, named in inner.get("patternProperties", {}).items():
+                inner["patternProperties"][pattern] = {"anyOf": [named, {"type": "null"}]}
+                inner["additionalProperties"] = False

@@ -34,6 +34,13 @@ class Shape:
                 return choice
         return None
 
+    def class_of(self, node: Node | None) -> type[Spec] | None:
+        """The model of a node here; one point of a variant may stand without its list."""
+        cls = self.spec_class(kind_at(node))
+        if cls is None and node is not None and node.is_mapping and (item := self.item_shape()) is not None:
+            return item.spec_class(kind_at(node))
+        return cls
+
     def value_shape(self) -> Shape | None:
         """Shape of the values of a mapping with free keys, None where no such mapping belongs here."""
         for choice in self.choices:
@@ -106,10 +113,7 @@ def shape_at(root: Node, path: Sequence[str | int]) -> Shape | None:
 def names_at(root: Node, path: Sequence[str | int]) -> tuple[str, ...]:
     """Keys that are known at a path: a model's fields, or the names a mapping has."""
     shape, node = shape_at(root, path), root.at(path)
-    cls = shape.spec_class(kind_at(node)) if shape is not None else None
-    if cls is None and shape is not None and node is not None and node.is_mapping:
-        item = shape.item_shape()  # one point of a variant may stand without its list
-        cls = item.spec_class(kind_at(node)) if item is not None else None
+    cls = shape.class_of(node) if shape is not None else None
     if cls is not None:
         return tuple(cls.model_fields)
     return tuple(node.value) if node is not None and node.is_mapping else ()
@@ -154,7 +158,7 @@ def find_path(root: Node, text: str) -> Path:
 
 def _next_key(shape: Shape, node: Node | None, text: str, prefix: Path) -> tuple[str | int, str]:
     first, _, after = text.partition(".")
-    cls = shape.spec_class(kind_at(node))
+    cls = shape.class_of(node)
     if node is not None and node.is_list:
         if first.isdigit() and int(first) < len(node.value):
             return int(first), after

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import registry
+
 TINY = {
     "model_type": "llava",
     "text_config": {
@@ -51,6 +53,12 @@ phases:
 evaluate:
   vqa: {kind: exact_match, data: test}
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plug-ins of one test are unknown to the next, which may use the same names."""
+    monkeypatch.setattr(registry, "_from_plugins", {})
 
 
 @pytest.fixture

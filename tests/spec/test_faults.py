@@ -1,5 +1,6 @@
 """Wrong files: each fault with its line, column, path, value, and the nearest known name."""
 
+# ruff: noqa: E501 (a table is read by its columns)
 from __future__ import annotations
 
 from collections.abc import Callable

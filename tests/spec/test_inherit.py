@@ -70,7 +70,7 @@ def test_one_length_replaces_another_by_null(small: str, write: Write) -> None:
 
 
 def test_later_files_of_a_list_win_and_chains_are_followed(small: str, write: Write) -> None:
-    write(small, "deep/base.yaml".replace("deep/", ""))
+    write(small, "base.yaml")
     write("extends: base.yaml\nseed: 1\ncluster: {lanes: 2}\n", "one.yaml")
     write("seed: 2\n", "two.yaml")
     loaded = load_experiment(write("extends: [one.yaml, two.yaml]\n"))
@@ -128,12 +128,8 @@ def test_paths_are_relative_to_the_file_that_writes_them(small: str, write: Writ
 
 def test_a_path_below_belongs_to_the_file_that_writes_it_also_when_kind_is_elsewhere(small: str, write: Write) -> None:
     kind = "data: {mine: {kind: llava_json, num_samples: 5, data_path: a.json}}\n"
-    write(
-        small.replace("data:\n", "", 1).replace("  train: {", "data: {train: {", 1).split("  test:")[0] + "}\n",
-        "x.yaml",
-    )
     write(small, "base.yaml")
-    write("extends: base.yaml\n" + kind, "sub/../kinds.yaml")
+    write("extends: base.yaml\n" + kind, "kinds.yaml")
     loaded = load_experiment(write("extends: ../kinds.yaml\ndata: {mine: {data_path: b.json}}\n", "sub/top.yaml"))
     assert loaded.tree["data"]["mine"]["data_path"].endswith(os.path.join("sub", "b.json"))
 
@@ -208,9 +204,7 @@ def test_set_parses_yaml_and_is_a_source(small: str, write: Write, folder: Path)
 
 
 def test_set_makes_what_is_missing_and_takes_out(small: str, write: Write) -> None:
-    loaded = load_experiment(
-        write(small), ["report.mean_over=[seed]", "evaluate.vqa=null", "data.new.kind=easy_vqa"][:2]
-    )
+    loaded = load_experiment(write(small), ["report.mean_over=[seed]", "evaluate.vqa=null"])
     assert loaded.spec.report.mean_over == ("seed",)
     assert not loaded.spec.evaluate
 
@@ -285,4 +279,4 @@ def test_plugins_of_a_lower_file_are_loaded_from_beside_it(small: str, write: Wr
     text = messages(
         write("extends: sub/b.yaml\ncompressors: {mine: {kind: keep_first_test, layer: 1, stride: 7}}\n", "c.yaml")
     )
-    assert "c.yaml:2:61: compressors.mine.stride: keep_first_test takes no stride" in text
+    assert "c.yaml:2:63: compressors.mine.stride: keep_first_test takes no stride" in text
