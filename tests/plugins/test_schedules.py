@@ -114,7 +114,7 @@ def test_rest_may_stand_in_the_middle() -> None:
     ],
 )
 def test_lengths_that_do_not_fit_the_phase(entries: list[dict[str, object]], total: int, message: str) -> None:
-    with pytest.raises(ValueError, match="steps|starts") as caught:
+    with pytest.raises(ValueError, match=r"steps|starts") as caught:
         stages(*entries).compile(total, 128)
     assert message in str(caught.value)
 
