@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.caches import SegmentCache
-from orchestrator.compression.layout import Layout, shorten
+from orchestrator.compression.layout import ImageGroup, Layout, shorten
 from orchestrator.compression.protocol import Context, Kept, Point
 from orchestrator.errors import UsageError
 
@@ -92,19 +92,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         places = group.places(columns).to(device, non_blocking=True)
         shape = group.columns_IN.shape
         meta_CIN = flat_meta.index_select(1, places).unflatten(1, shape)
-        context = Context(
-            layer=point.layer,
-            positions_ABN=meta_CIN[:-2],
-            sizes_BN=meta_CIN[-2],
-            rows_B=group.rows_I,
-            seed=draw.seed,
-            step=draw.step,
-            sample_indices=tuple(draw.sample_indices[row] for row in group.rows_I.tolist())
-            if draw.sample_indices
-            else (),
-            hidden_RND=flow.hidden_BND,
-            module=module,
-        )
+        context = _context(flow, point, draw, module, group, meta_CIN)
         visual_BND = flat_hidden.index_select(0, places).unflatten(0, shape)
         one = _call(point, visual_BND, group.grid, context)
         kept.append(one)
@@ -127,6 +115,23 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         labels = labels.unflatten(0, (rows, after.length))
     flow = Flow(hidden.unflatten(0, (rows, -1)), meta.unflatten(1, (rows, -1)), after, labels)
     return flow, any(one.renumber for one in kept)
+
+
+def _context(
+    flow: Flow, point: Point, draw: Draw, module: nn.Module | None, group: ImageGroup, meta_CIN: Tensor
+) -> Context:
+    samples = tuple(draw.sample_indices[row] for row in group.rows_I.tolist()) if draw.sample_indices else ()
+    return Context(
+        layer=point.layer,
+        positions_ABN=meta_CIN[:-2],
+        sizes_BN=meta_CIN[-2],
+        rows_B=group.rows_I,
+        seed=draw.seed,
+        step=draw.step,
+        sample_indices=samples,
+        hidden_RND=flow.hidden_BND,
+        module=module,
+    )
 
 
 def _call(point: Point, visual_BND: Tensor, grid: Any, context: Context) -> Kept:

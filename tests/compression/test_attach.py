@@ -346,3 +346,20 @@ def test_two_ranks_one_without_images(tmp_path, port, stage):
     """Rank 1 never has an image; it must still take part in what rank 0's tower and projector do."""
     losses = run_zero(2, [0, stage], True, tmp_path, port)
     assert losses[str(stage)] == pytest.approx(losses["0"], abs=1e-4)
+
+
+def test_every_stage_calls_the_same_modules_in_the_same_order():
+    """ZeRO-3 gathers parameters by the order of hooked calls; a rank or stage with another order hangs the others."""
+    model, batch = tiny_llava("sdpa").train(), make_batch(MIXED)
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: called.append(name))
+    model(**batch)
+    plain = called.copy()
+    attachment = attach(model, [])
+    several = [{"kind": "average_pool", "layer": layer, "stride": 2} for layer in (0, 1, 3)]
+    for points in ([], HEAVY, several):
+        attachment.switch(points)
+        called.clear()
+        model(**batch)
+        assert called == plain

@@ -108,6 +108,7 @@ def test_given_position_ids_are_used():
     check([pooled(1, stride=2)], batch)
 
 
+@pytest.mark.slow  # the kernel is compiled for half a minute
 def test_flex_attention_agrees():
     batch = make_batch([[3, "image", 7], [9]])
     eager, flex = tiny_llava("eager"), tiny_llava("flex_attention")
@@ -134,9 +135,6 @@ def test_a_gap_in_position_ids_does_not_cut_image_from_text():
         tiny_llava(), batch | {"attention_mask": torch.ones_like(batch["input_ids"])}, model_points
     )
     assert float(loss) == pytest.approx(float(expected), abs=1e-5)
-
-
-model_points = [pooled(1, stride=4)]
 
 
 def test_keeping_all_equals_the_plain_model():
