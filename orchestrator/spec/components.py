@@ -198,11 +198,13 @@ Points = tuple[Compressor, ...]
 
 
 def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
-    """Tokens kept by a spec whose amount is keep_tokens or keep_ratio (at least one, rounded to nearest).
+    """Tokens kept of `tokens`: one for each window of `stride`, `keep_tokens`, or `keep_ratio` rounded to nearest.
 
     Raises:
         ValueError: more tokens are asked for than there are.
     """
+    if spec.stride is not None:
+        return -(-tokens // spec.stride)
     if spec.keep_tokens is not None:
         if spec.keep_tokens > tokens:
             raise ValueError(f"keep_tokens {spec.keep_tokens} is more than the image's {tokens} tokens")

@@ -28,8 +28,6 @@ class AveragePoolSpec(CompressorSpec):
 
     def kept_tokens(self, grid: Grid) -> int:
         """ceil(tokens / stride), or the number of windows asked for."""
-        if self.stride is not None:
-            return -(-grid.tokens // self.stride)
         return amount_to_keep(self, grid.tokens)
 
 
