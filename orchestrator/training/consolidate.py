@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import safe_open
+from torch import nn
 
 from orchestrator.errors import StageRunError
 from orchestrator.models.build import save_weights, weight_tensors
@@ -39,14 +41,28 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     return found
 
 
+def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], parent_file: Path) -> None:
+    """Frozen weights have no master in the engine, only their rounded values: the parent's are the exact ones."""
+    with safe_open(parent_file, framework="pt") as file:
+        known = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name in known and not parameter.requires_grad:
+                tensors[name] = file.get_tensor(name)
+
+
 def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
     if group.rank() == 0:
         # A copy: a gathered parameter's memory is given back, and training goes on in the others.
         found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def write_weights(session: Session, path: Path) -> None:
+def write_weights(session: Session, path: Path, parent_file: Path) -> None:
     """Rank 0 writes the model's weights as a plain model's, adapters merged.
+
+    Args:
+        session: The model under training.
+        path: File to write.
+        parent_file: Weights of the parent state; frozen ones are taken from it where the engine rounded them.
 
     Raises:
         StageRunError: a weight is not finite.
@@ -62,6 +78,8 @@ def write_weights(session: Session, path: Path) -> None:
                 "lower learning_rate, or set max_grad_norm"
             )
         model = session.engine.module
+        if session.compute_dtype != torch.float32 and parent_file.is_file():
+            _restore_frozen(model, tensors, parent_file)
         save_weights(merged_weights(model, tensors) if has_lora(model) else tensors, path)
 
     group.decide(write)

@@ -187,7 +187,7 @@ def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spoo
 
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
     """Weights, checkpoint and result, then the commit; no rank goes on before it."""
-    write_weights(session, work / WEIGHTS_FILE)
+    write_weights(session, work / WEIGHTS_FILE, ledger.state_folder(job.parent) / WEIGHTS_FILE)
     if job.keep == "full":
         save_checkpoint(session, work / "checkpoint", job, job.last_step)
     peak_gib = peak_memory_gib()

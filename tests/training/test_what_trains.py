@@ -89,6 +89,7 @@ def test_bfloat16_keeps_a_float32_master(model: Path, tmp_path: Path) -> None:
     weight = after["model.multi_modal_projector.linear_1.weight"]
     # Steps of 1e-6 are lost in bfloat16; the master keeps them.
     assert not torch.equal(weight, weight.bfloat16().float())
+    assert _moved(tmp_path, "state4")["vision_tower"] == 0.0
 
 
 def trained_in_bfloat16(folder: Path, job: StageJob) -> None:
