@@ -88,7 +88,7 @@ def _check(made: tuple[Path, Path], folder: Path, zero: str, world_size: int, ca
 
 
 @pytest.mark.parametrize(
-    ("zero", "world_size", "calls"), [("zero0", 1, [0, 4]), ("zero2", 2, [1, 3]), ("zero3", 2, [0, 4])]
+    ("zero", "world_size", "calls"), [("zero0", 1, [0, 4]), ("zero2", 2, [1, 3]), ("zero3", 2, [4]), ("zero3", 1, [3])]
 )
 def test_stopped_and_resumed_is_left_alone(
     made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, calls: list[int]
