@@ -158,7 +158,7 @@ def number(column: str, value: float | None) -> str:
     if column.endswith("compression_ratio"):
         return f"{value:.2f}"
     if column.endswith("seconds"):
-        return f"{value:,.0f}"
+        return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -16,7 +16,9 @@ if "DS_ACCELERATOR" not in os.environ:
         # Without it DeepSpeed prints that it detected the CPU.
         os.environ["DS_ACCELERATOR"] = "cpu"
 
-_LOGGERS = ("DeepSpeed", "transformers", "deepspeed", "torch.distributed")
+LOGGER = logging.getLogger("llavolta.training")
+LOGGER.setLevel(logging.INFO)
+_LOGGERS = (LOGGER.name, "DeepSpeed", "transformers", "deepspeed", "torch.distributed")
 _KNOWN_NOISE = (
     # torch 2.13 tells DeepSpeed's collectives on every rank and path.
     r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatter_base.*|.*reduce_scatter_tensor.*",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         StorageError: the weights cannot be read.
         StageRunError: the weights are not the model's.
     """
+    _set_determinism(job.deterministic)
     model_spec, recipe = ModelSpec.model_validate(job.model), PhaseSpec.model_validate(job.recipe)
     dtype = compute_dtype(model_spec)
     micro_batch_size = _micro_batch_size(recipe)
@@ -77,6 +79,13 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         compute_dtype=getattr(torch, dtype),
         points=points,
     )
+
+
+def _set_determinism(wanted: bool) -> None:
+    """Kernels that give the same bits every time, at the price of speed; on CPU they are used anyway."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def _micro_batch_size(recipe: PhaseSpec) -> int:

@@ -51,7 +51,7 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
         UsageError: the job does not fit the model or the workers.
         DataError: rows or images cannot be used.
     """
-    if group.decide(lambda: ledger.is_done(job.id)):
+    if group.decide(lambda: _is_stored(job, ledger)):
         return "done"
     work = ledger.work_folder(job.id)
     with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
@@ -61,6 +61,11 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
             # The engine has moved on from whatever state it held.
             memory.release()
             raise
+
+
+def _is_stored(job: StageJob, ledger: Ledger) -> bool:
+    """True where the ledger has all of the state that is wanted; a leaf that gets a child now wants a checkpoint."""
+    return ledger.is_done(job.id) and (job.keep != "full" or ledger.has(job.id, "checkpoint"))
 
 
 def _train(
@@ -86,6 +91,7 @@ def _train(
                 )
             if spool is not None:
                 spool.append(_metrics_line(job, session, step, figures))
+                _log(job, step, figures)
             step += 1
             due = step % job.checkpoint_every == 0
             if step < job.last_step and (due or figures.stop):
@@ -168,6 +174,17 @@ def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigur
         "samples_per_second": figures.samples / figures.step_seconds,
         "variant": job.action_at(step).variant,
     }
+
+
+def _log(job: StageJob, step: int, figures: StepFigures) -> None:
+    """A line in the stage run's log at its first, its last and about forty steps between."""
+    every = max(1, (job.last_step - job.first_step) // 40)
+    if (step - job.first_step) % every == 0 or step == job.last_step - 1:
+        logs.LOGGER.info(
+            "%s step %d/%d under %s: loss %.4f, learning rate %.3g, %.3f s",
+            job.phase, step + 1, job.total_steps, job.action_at(step).variant, figures.loss, figures.learning_rate,
+            figures.step_seconds,
+        )  # fmt: skip
 
 
 def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsSpool | None) -> None:
