@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import time
 import warnings
@@ -88,9 +87,8 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
             session.remember_processes()
             yield session
         finally:
-            with _undisturbed():
-                session.remember_processes()
-                _leave(session)
+            session.remember_processes()
+            _leave(session)
 
 
 def _connect(address: str | None) -> None:
@@ -175,19 +173,6 @@ def _is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Holds Ctrl-C back for the length of a `with` block: an impatient third one would leave processes behind."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _of(process: psutil.Process, session_folder: Path) -> bool:

@@ -6,11 +6,13 @@ import contextlib
 import math
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.dispatch.conductor import Conductor
+from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
 from orchestrator.dispatch.outcome import Outcome
 from orchestrator.dispatch.ray_session import RaySession, ray_session
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.plan.ledger import Ledger
 
 POLL_SECONDS = 0.1
+ABORT_SECONDS = 10.0
 CONTROLLER_FAILURES = 3
 LANE = "lane-0"
 
@@ -56,9 +59,15 @@ def run_on_ray(
         raise UsageError("cluster.num_workers: a range is not supported by this version; give one number")
     teller = Teller(ledger, on_event)
     try:
-        with ray_session(cluster.address) as session:
+        # Nothing below is torn apart by Ctrl-C: Ray is started, asked and ended in whole steps.
+        with DeferredInterrupt() as interrupt, ray_session(cluster.address) as session:
             lane = _Lane(work, ledger, cluster, session, executor, fail_fast)
-            return lane.run(teller, should_stop)
+
+            def stop_asked() -> int:
+                interrupt.check()
+                return int(should_stop())
+
+            return lane.run(teller, stop_asked)
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; what was under way goes on from its last checkpoint") from None
 
@@ -84,7 +93,7 @@ class _Lane:
         self._name = f"{LANE}-{uuid.uuid4().hex[:8]}"
         self._error: BaseException | None = None
 
-    def run(self, teller: Teller, should_stop: Callable[[], bool | int]) -> Outcome:
+    def run(self, teller: Teller, should_stop: Callable[[], int]) -> Outcome:
         import ray
 
         use_gpu = fits_cluster(self._cluster, ray.cluster_resources())
@@ -99,17 +108,17 @@ class _Lane:
         except ray.exceptions.RayActorError as error:
             raise StageRunError(f"the conductor died: {error}; run the same command to go on") from error
         finally:
+            if thread.is_alive():
+                _abort(thread)
             shutil.rmtree(self._storage / "ray" / self._name, ignore_errors=True)
 
-    def _watch(
-        self, thread: threading.Thread, conductor: Any, teller: Teller, should_stop: Callable[[], bool | int]
-    ) -> None:
+    def _watch(self, thread: threading.Thread, conductor: Any, teller: Teller, should_stop: Callable[[], int]) -> None:
         import ray
 
         asked = False
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            stop = int(should_stop())
+            stop = should_stop()
             if stop and not asked:
                 asked = True
                 ray.get(conductor.interrupt.remote())
@@ -178,6 +187,18 @@ class _Lane:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
+
+
+def _abort(thread: threading.Thread) -> None:
+    """Ends a Train run whose controller may be at any point, and the thread that waits for it."""
+    from orchestrator.dispatch.ray_compat import kill_controllers
+
+    deadline = time.monotonic() + ABORT_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        # Again and again: the controller may just be starting.
+        with contextlib.suppress(Exception):
+            kill_controllers()
+        thread.join(POLL_SECONDS)
 
 
 def fits_cluster(cluster: ClusterSpec, available: Mapping[str, float]) -> bool:
