@@ -137,6 +137,8 @@ def run(
         document = json.loads(render(outcome.table, "json"))
         _print_json({**document, "executed": outcome.executed, "failed": outcome.failed, "waiting": outcome.waiting})
     else:
+        if outcome.executed == 0:
+            console.print("nothing to do: what could be run is done", highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
     if outcome.tracking_problem:
         print(

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from orchestrator import registry
+from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError
+from orchestrator.plan.cells import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
+from orchestrator.plan.record import CellRecord
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
+from orchestrator.report.figure import training_figure
+from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
 from orchestrator.spec.loader import unsupported_keys
 from orchestrator.tracking.recorder import Recorder, Tracker
+
+_SEND_SECONDS = 20.0
+_CELLS_SENT = 64
 
 
 @dataclass
@@ -136,7 +145,51 @@ def _record(walk: Walk, recorder: Recorder) -> None:
         if record.status != "new":
             write_cell_folder(walk, cell, record)
             if untracked(walk, record):
-                recorder.put(record)
+                recorder.put(_with_figure(walk, cell, record))
+
+
+def _with_figure(walk: Walk, cell: Cell, record: CellRecord) -> CellRecord:
+    """A finished cell's record gets its training figure."""
+    path = walk.folder(cell) / "training.png"
+    if record.status != "finished" or not training_figure(record, path):
+        return record
+    return replace(record, artifacts={**record.artifacts, path.name: path})
+
+
+class _Watch:
+    """Hears what happens during a run: shows it, counts it, and keeps MLflow's running cells up to date."""
+
+    def __init__(self, walk: Walk, recorder: Recorder, view: LiveView, stop: StopRequest) -> None:
+        self._walk, self._recorder, self._view, self._stop = walk, recorder, view, stop
+        self._running: set[str] = set()
+        self._sent = time.monotonic()
+        self.done: set[str] = set()
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Takes an event of the dispatch."""
+        self._view.on_event(event)
+        identity = event["id"]
+        if event["event"] == "started":
+            self._running.add(identity)
+            return
+        self._running.discard(identity)
+        if event["event"] == "finished":
+            self.done.add(identity)
+            self._put({identity}, only_finished=True)
+
+    def should_stop(self) -> bool:
+        """Asked several times a second; now and then sends the running cells' curves."""
+        if time.monotonic() - self._sent > _SEND_SECONDS:
+            self._sent = time.monotonic()
+            self._put(self._running)
+        return self._stop()
+
+    def _put(self, jobs: set[str], *, only_finished: bool = False) -> None:
+        cells = [cell for cell in self._walk.cells if not jobs.isdisjoint(self._walk.jobs_of(cell))]
+        if only_finished:
+            cells = [cell for cell in cells if self._walk.status(cell) == "finished"]
+        for cell in cells[:_CELLS_SENT]:
+            self._recorder.put(_with_figure(self._walk, cell, self._walk.record(cell)))
 
 
 def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, *, local: bool, fail_fast: bool) -> int:
@@ -145,30 +198,19 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
     Raises:
         Interrupted: a signal stopped it.
     """
-    from orchestrator.dispatch.stop import StopRequest
-    from orchestrator.report.live import LiveView
-
     costs = {job.id: _relative_cost(job) for job in work}
     view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
     stop = StopRequest(lambda name: view.say(f"{name}: finishing the step and writing a checkpoint; again: stop now"))
-    done: set[str] = set()
-
-    def on_event(event: Mapping[str, Any]) -> None:
-        view.on_event(event)
-        if event["event"] == "finished":
-            done.add(event["id"])
-            for cell in walk.cells:
-                needs = walk.jobs_of(cell)
-                if event["id"] in needs and walk.status(cell) == "finished":
-                    recorder.put(walk.record(cell))
-
+    watch = _Watch(walk, recorder, view, stop)
     with stop, view:
-        _dispatcher(local)(work, walk.ledger, walk.loaded.spec.cluster, on_event, stop, fail_fast=fail_fast)
+        run_jobs = _dispatcher(local)
+        run_jobs(work, walk.ledger, walk.loaded.spec.cluster, watch.on_event, watch.should_stop, fail_fast=fail_fast)
     if stop():
-        error = Interrupted(f"stopped by {stop.signal_name}; {len(done)} jobs are done, run the same command to go on")
+        count = len(watch.done)
+        error = Interrupted(f"stopped by {stop.signal_name}; {count} jobs are done, run the same command to go on")
         error.exit_code = stop.exit_code
         raise error
-    return len(done)
+    return len(watch.done)
 
 
 def _dispatcher(local: bool) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.plan.record import CellRecord
 from orchestrator.report.table import Table, header
 
 
@@ -68,5 +69,37 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def training_figure(record: CellRecord, path: Path) -> bool:
+    """Draws a cell's loss and its schedule (visual tokens as the mean over decoder layers) over optimizer steps.
+
+    Returns:
+        False, with nothing written, where the cell has no history.
+    """
+    series: dict[str, list[tuple[int, float]]] = {}
+    for name, value, step, _ in record.history:
+        series.setdefault(name, []).append((step, value))
+    names = [name for name in ("train/loss", "train/visual_tokens") if series.get(name)]
+    if not names:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(names), 1, figsize=(7, 5), sharex=True, squeeze=False, layout="constrained")
+    for name, panel in zip(names, panels[:, 0], strict=True):
+        steps, values = zip(*sorted(series[name]), strict=True)
+        panel.plot(steps, values, linewidth=1, drawstyle="steps-post" if name == "train/visual_tokens" else "default")
+        panel.set_ylabel(name.removeprefix("train/").replace("_", " "))
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.25)
+    panels[-1][0].set_xlabel("optimizer step")
+    figure.suptitle(record.cell_name, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
