@@ -13,7 +13,7 @@ from rich.console import Console
 from orchestrator import registry
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError
-from orchestrator.plan.cells import Cell
+from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.record import CellRecord
 from orchestrator.plan.walk import Walk, prepare

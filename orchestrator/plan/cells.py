@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
+from orchestrator.plan.cell import FULL_TOKENS, Cell, PhasePlan, Variant, next_state
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, Action, EvaluationJob, RootJob
 from orchestrator.plan.steps import num_rows, total_steps_of
@@ -25,86 +23,6 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 _NOT_HASHED = set(reached.RESOLVED - {"start_from"})
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A resolved variant: its points for `attach` and the digest of what they do."""
-
-    points: tuple[dict[str, Any], ...]
-    id: str
-
-
-FULL_TOKENS = Variant((), digest([]))
-
-
-@dataclass(frozen=True)
-class PhasePlan:
-    """One phase of a cell, resolved.
-
-    Attributes:
-        total_steps: Optimizer steps of the phase (see `spec/steps.py: epoch_steps` for the rule of epochs).
-        table: What every step does; neighbours that do the same are one action.
-        points_ids: Digest of each action's points.
-        data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
-        seed: The phase's own, or the top-level seed.
-        start: State the phase starts from: the root or the state before.
-        lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
-            as far as their tables agree.
-        before: Identity of the state before each action; the lineage before the first one.
-        end: State the phase ends in.
-        final: Variant the model is tested under once this phase is its last.
-    """
-
-    name: str
-    total_steps: int
-    table: tuple[Action, ...]
-    points_ids: tuple[str, ...]
-    recipe: PhaseSpec
-    data: tuple[dict[str, Any], ...]
-    seed: int
-    start: str
-    lineage: str
-    before: tuple[str, ...]
-    end: str
-    final: Variant
-
-    def state_at(self, step: int) -> str:
-        """Identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
-        at = bisect.bisect_left(self.table, step, key=lambda action: action.last_step)
-        return next_state(self.before[at], self.table[at].first_step, step, self.points_ids[at])
-
-
-def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:
-    """Identity of the state after some steps under one variant, from that of the state before them.
-
-    Equal neighbours are one action, so that there is one chain for one table.
-    """
-    return hashlib.sha256(f"{before} {first_step} {last_step} {points_id}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One recipe of the grid.
-
-    Attributes:
-        id: Hash of the values it reaches; cells of one id are the same work under several names.
-        spec: The experiment as this cell sees it, its axis values applied.
-        state: The state whose weights are the cell's result; the root where there is no phase.
-        evaluations: One job for each entry and each `under`; jobs of equal setting share their id.
-        notices: What could not be resolved here.
-    """
-
-    id: str
-    name: str
-    axes: dict[str, Any]
-    spec: ExperimentSpec
-    root: RootJob
-    phases: tuple[PhasePlan, ...]
-    evaluations: tuple[EvaluationJob, ...]
-    state: str
-    facts: ModelFacts | None = None
-    notices: tuple[str, ...] = ()
 
 
 def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:

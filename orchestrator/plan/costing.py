@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.plan import cost
-from orchestrator.plan.cells import Cell, PhasePlan
+from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action

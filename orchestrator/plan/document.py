@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.plan.cells import Cell, PhasePlan
+from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.cost import parameter_count
 from orchestrator.plan.costing import Costs
 from orchestrator.plan.jobs import Action, StageJob

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from orchestrator.plan.cells import Cell
+from orchestrator.plan.cell import Cell
 from orchestrator.plan.costing import Costs, share_of_tree
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.ledger import Ledger

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from orchestrator.plan.cells import Cell, PhasePlan
+from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.ledger import Ledger
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cells import Cell, expand_cells
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status

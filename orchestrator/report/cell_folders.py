@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.plan.cells import Cell
+from orchestrator.plan.cell import Cell
 from orchestrator.plan.identity import digest
 from orchestrator.plan.record import CellRecord
 from orchestrator.plan.walk import Walk

@@ -1,0 +1,110 @@
+"""attach() under DeepSpeed's ZeRO: one rank and two, with and without images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference import make_batch, tiny_llava
+
+from orchestrator.compression import attach
+
+MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
+HEAVY = [{"kind": "average_pool", "layer": 1, "stride": 4}]
+
+
+ZERO = """
+import json, os, sys, torch, deepspeed
+sys.path.insert(0, {folder!r})
+from reference import make_batch, tiny_llava
+from orchestrator.compression import attach
+deepspeed.init_distributed("gloo")
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+rows = [[3, "image", 7], [2, "image", 2, "image", "image", 5]], [[9], [6]]
+results = {{}}
+for stage in {stages}:
+    model = tiny_llava("sdpa").train()
+    if {attach_first}:
+        attachment = attach(model, [])
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={{
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {{"stage": stage}},
+        "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-2, "torch_adam": True}}}},
+        "zero_force_ds_cpu_optimizer": False}})
+    if not {attach_first}:
+        attachment = attach(engine, [])
+    losses = []
+    for step in range(6):
+        attachment.switch([{{"kind": "average_pool", "layer": 1, "stride": 2}}] if step % 2 else [])
+        parts = [make_batch(part, seed=step) for part in rows]
+        for part in ([parts[rank]] if world == 2 else parts):
+            loss = engine(**part, num_items_in_batch=12).loss * (2 if world == 2 else 1)
+            losses.append(float(loss.detach()))
+            engine.backward(loss)
+        engine.step()
+    results[stage] = losses
+    engine.destroy()
+if rank == 0:
+    print("RESULT", json.dumps(results))
+"""
+
+
+def run_zero(world, stages, attach_first, tmp_path, port):
+    script = tmp_path / f"zero_{world}.py"
+    script.write_text(ZERO.format(folder=str(Path(__file__).parent), stages=stages, attach_first=attach_first))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    common |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(script)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    lines = [line for line in outputs[0].splitlines() if line.startswith("RESULT")]
+    assert lines, "\n".join(output[-3000:] for output in outputs)
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_zero3_gives_the_losses_of_zero0(tmp_path, port):
+    losses = run_zero(1, [0, 3], False, tmp_path, port)
+    assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)
+    assert len({round(loss, 4) for loss in losses["0"]}) > 6, "training must move the loss"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_one_without_images(tmp_path, port, stage):
+    """Rank 1 never has an image; it must still take part in what rank 0's tower and projector do."""
+    losses = run_zero(2, [0, stage], True, tmp_path, port)
+    assert losses[str(stage)] == pytest.approx(losses["0"], abs=1e-4)
+
+
+def test_every_stage_calls_the_same_modules_in_the_same_order():
+    """ZeRO-3 gathers parameters by the order of hooked calls; a rank or stage with another order hangs the others."""
+    model, batch = tiny_llava("sdpa").train(), make_batch(MIXED)
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: called.append(name))
+    model(**batch)
+    plain = called.copy()
+    attachment = attach(model, [])
+    several = [{"kind": "average_pool", "layer": layer, "stride": 2} for layer in (0, 1, 3)]
+    for points in ([], HEAVY, several):
+        attachment.switch(points)
+        called.clear()
+        model(**batch)
+        assert called == plain
