@@ -35,7 +35,7 @@ class RunOutcome:
     Attributes:
         failed: Cell name to the reason.
         executed: Jobs done by this run.
-        waiting: Cells that neither finished nor failed.
+        waiting: Cells that neither finished nor failed, to the reason where there is one.
         unsent: Cells whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
     """
@@ -44,7 +44,7 @@ class RunOutcome:
     table: Table
     executed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    waiting: tuple[str, ...] = ()
+    waiting: dict[str, str] = field(default_factory=dict)
     unsent: tuple[str, ...] = ()
     tracking_problem: str | None = None
 
@@ -98,16 +98,17 @@ def run_experiment(
     with walk.ledger.lock():
         work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
         _check_data(work)
-        executed = 0
+        executed, problems = 0, dict[str, str]()
         with Recorder(lambda: _open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
                 if work:
-                    executed = _execute(walk, work, recorder, console, local=local, fail_fast=fail_fast)
+                    executed, problems = _execute(walk, work, recorder, console, local=local, fail_fast=fail_fast)
             finally:
                 _record(walk, recorder)
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
-    waiting = tuple(c.name for c in walk.cells if c.name not in failed and walk.status(c) != "finished")
+    open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
+    waiting = {c.name: next((problems[i] for i in walk.jobs_of(c) if i in problems), "") for c in open_cells}
     unsent = tuple(names[identity] for identity in recorder.unsent)
     return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, recorder.problem if unsent else None)
 
@@ -164,6 +165,7 @@ class _Watch:
         self._running: set[str] = set()
         self._sent = time.monotonic()
         self.done: set[str] = set()
+        self.problems: dict[str, str] = {}
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Takes an event of the dispatch."""
@@ -173,6 +175,8 @@ class _Watch:
             self._running.add(identity)
             return
         self._running.discard(identity)
+        if event["event"] == "failed":
+            self.problems[identity] = str(event["error"])
         if event["event"] == "finished":
             self.done.add(identity)
             self._put({identity}, only_finished=True)
@@ -192,8 +196,10 @@ class _Watch:
             self._recorder.put(_with_figure(self._walk, cell, self._walk.record(cell)))
 
 
-def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, *, local: bool, fail_fast: bool) -> int:
-    """Dispatches `work`; returns how many jobs were done.
+def _execute(
+    walk: Walk, work: list[Job], recorder: Recorder, console: Console, *, local: bool, fail_fast: bool
+) -> tuple[int, dict[str, str]]:
+    """Dispatches `work`; returns how many jobs were done, and why others were not.
 
     Raises:
         Interrupted: a signal stopped it.
@@ -210,7 +216,7 @@ def _execute(walk: Walk, work: list[Job], recorder: Recorder, console: Console, 
         error = Interrupted(f"stopped by {stop.signal_name}; {count} jobs are done, run the same command to go on")
         error.exit_code = stop.exit_code
         raise error
-    return len(watch.done)
+    return len(watch.done), watch.problems
 
 
 def _dispatcher(local: bool) -> Callable[..., Any]:

@@ -265,7 +265,7 @@ class Conductor:
             again = f" (attempt {self._tries[name]} of {self._max_failures + 1})" if failure.retry else ""
             self._errors[name] = failure.message + again
             self._state[name] = "failed"
-            self._tell("failed", name, self._errors[name])
+            self._tell("failed", name, self._errors[name], failure.kind)
             self._skip_children(name)
             self._stopping = self._stopping or self._fail_fast
 
@@ -278,9 +278,9 @@ class Conductor:
                 self._state[name] = "skipped"
                 self._tell("skipped", name, f"not run: {parent[:12]}, which it starts from, failed")
 
-    def _tell(self, event: str, name: str, error: str | None = None) -> None:
+    def _tell(self, event: str, name: str, error: str | None = None, kind: str | None = None) -> None:
         told = {"event": event, "id": name, "type": self._jobs[name]["type"], "attempt": self._tries[name]}
-        self._events.append(told if error is None else {**told, "error": error})
+        self._events.append(told if error is None else {**told, "error": error, "kind": kind})
 
 
 def _need(job: Mapping[str, Any], jobs: Mapping[str, Any]) -> str | None:

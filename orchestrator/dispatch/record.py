@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.dispatch.worker_log import LOG_FILE
+from orchestrator.errors import StorageError
 
 if TYPE_CHECKING:
     from orchestrator.plan.ledger import Ledger
@@ -28,7 +29,8 @@ class Teller:
         for event in events:
             self.seen += 1
             identity = event["id"]
-            if event["event"] == "failed":
+            # A full or broken disk is no fault of the cell: once it is mended, the same command goes on.
+            if event["event"] == "failed" and event.get("kind") != StorageError.__name__:
                 self._ledger.write_failure(
                     identity,
                     {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -25,7 +25,9 @@ def print_table(table: Table, console: Console) -> None:
         console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
 
 
-def print_ending(walk: Walk, table: Table, failed: Mapping[str, str], waiting: Sequence[str], console: Console) -> None:
+def print_ending(
+    walk: Walk, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
+) -> None:
     """The table, every failure with its reason, the figure and the MLflow line."""
     console.print()
     print_table(table, console)
@@ -37,8 +39,11 @@ def print_ending(walk: Walk, table: Table, failed: Mapping[str, str], waiting: S
         console.print(f"        llavolta logs {spec} --cell {name}", highlight=False, markup=False)
     if failed:
         console.print("again:  add --retry-failed to the same command", highlight=False)
+    for name, reason in waiting.items():
+        line = f"not finished: {name}{': ' if reason else ''}{reason}"
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if waiting:
-        console.print(f"not finished: {', '.join(waiting)}", highlight=False, markup=False)
+        console.print("again:  the same command goes on where this one stopped", highlight=False)
     figure = walk.ledger.storage / "cells" / walk.loaded.spec.name / "grid.png"
     if grid_figure(table, walk.loaded.spec.name, figure):
         console.print(f"figure: {figure}", highlight=False, markup=False, soft_wrap=True)

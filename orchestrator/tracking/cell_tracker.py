@@ -37,6 +37,8 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Opens the experiment in the dashboard's view for model training, not the one for chat applications.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _STATUS = {
     "new": "SCHEDULED",
     "running": "RUNNING",
@@ -122,7 +124,9 @@ class CellTracker:
                 folder = self._sqlite_folder()
                 # Never ./mlruns in whatever folder the command was given in.
                 place = None if folder is None else (folder / "mlflow_artifacts").absolute().as_uri()
-                self._experiment_id = client.create_experiment(self._experiment_name, artifact_location=place)
+                self._experiment_id = client.create_experiment(
+                    self._experiment_name, artifact_location=place, tags=_EXPERIMENT_TAGS
+                )
             else:
                 if found.lifecycle_stage == "deleted":
                     client.restore_experiment(found.experiment_id)
