@@ -70,7 +70,7 @@ def test_faults_are_told_together_with_positions(llavolta, tiny_experiment):
         (["validat"], "validate"),
         (["validate"], "SPEC"),
         (["logs", "SPEC", "--cell", "nobody"], "nobody"),
-        (["path", "SPEC", "--cell", "full"], "no weights yet"),
+        (["path", "SPEC", "--cell", "schedule=full"], "no weights yet"),
         (["run", "SPEC", "--set", "phases.finetune.max_stepz=3"], "max_steps"),
     ],
 )
