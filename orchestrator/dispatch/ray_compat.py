@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 from typing import Any
@@ -79,3 +80,22 @@ def silence_driver() -> None:
     import ray._private.worker as worker
 
     worker.print_to_stdstream = lambda *arguments, **options: None
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Where a cluster's address leads; None where there is nothing to try."""
+    wanted = (os.environ.get("RAY_ADDRESS") or current_cluster()) if address == "auto" else address
+    host, separator, port = (wanted or "").rpartition("://")[2].rpartition(":")
+    return (host.strip("[]"), int(port)) if separator and port.isdigit() else None
+
+
+def greet(address: str) -> None:
+    """Asks a cluster for something small.
+
+    Raises:
+        ray.exceptions.AuthenticationError: it asks for a token that was not sent.
+    """
+    place = host_and_port(address)
+    if place is not None:
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.GcsClient(address=f"{place[0]}:{place[1]}").internal_kv_keys(b"", None, 5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -70,7 +72,7 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
     Raises:
         UsageError: there is no Ray at the address, or none can be started here.
     """
-    environment = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else {})}
+    environment = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else _token_mode(address))}
     with _environment(environment), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -89,6 +91,23 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
         finally:
             session.remember_processes()
             _leave(session)
+
+
+def _token_mode(address: str) -> dict[str, str]:
+    """Whether to send this user's token: to a cluster that asks for none it does harm, without it the other refuses.
+
+    Asked by a process of its own, which takes half a second: Ray reads the mode once, when it is imported.
+    """
+    code = "import sys; from orchestrator.dispatch.ray_compat import greet; greet(sys.argv[1])"
+    asked = subprocess.run(
+        [sys.executable, "-c", code, address],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return {"RAY_AUTH_MODE": "token" if "AuthenticationError" in asked.stderr else "disabled"}
 
 
 def _connect(address: str | None) -> None:
@@ -124,14 +143,14 @@ def _check_port(address: str) -> None:
     Raises:
         UsageError: there is no Ray at the address.
     """
-    from orchestrator.dispatch.ray_compat import current_cluster
+    from orchestrator.dispatch.ray_compat import host_and_port
 
-    wanted = (os.environ.get("RAY_ADDRESS") or current_cluster()) if address == "auto" else address
-    host, separator, port = (wanted or "").rpartition("://")[2].rpartition(":")
-    if not separator or not port.isdigit():
+    place = host_and_port(address)
+    if place is None:
         return  # nothing to try: Ray looks for itself, or says what is wrong with it
+    host, port = place
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise _no_ray(address, f"{host}:{port}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -36,7 +37,9 @@ def print_ending(
     for name, reason in failed.items():
         first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
         console.print(f"failed: {name}: {first}", style="red", highlight=False, markup=False)
-        console.print(f"        llavolta logs {spec} --cell {name}", highlight=False, markup=False)
+        console.print(
+            f"        llavolta logs {shlex.quote(str(spec))} --cell {shlex.quote(name)}", highlight=False, markup=False
+        )
     if failed:
         console.print("again:  add --retry-failed to the same command", highlight=False)
     for name, reason in waiting.items():
@@ -51,5 +54,5 @@ def print_ending(
     if uri.startswith("http"):
         line = f"MLflow: {uri}, experiment {walk.experiment_name}"
     else:
-        line = f"MLflow: mlflow server --backend-store-uri {uri} --port 5000   then open http://127.0.0.1:5000"
+        line = f"MLflow: mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then open http://127.0.0.1:5000"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
