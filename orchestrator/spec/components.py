@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,13 +78,13 @@ class CompressorSpec(Component):
             )
         return self
 
+    @abstractmethod
     def kept_tokens(self, grid: Grid) -> int:
         """Visual tokens that are left of one image of this grid.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
         """
-        raise NotImplementedError
 
     def layer_index(self, num_layers: int) -> int:
         """The 0-based decoder layer: a share of the depth is rounded down."""
@@ -110,17 +111,17 @@ class ScheduleSpec(Component):
 
     registry_group: ClassVar[str] = registry.SCHEDULES
 
+    @abstractmethod
     def variants(self) -> tuple[str, ...]:
         """Names of the variants it uses, `full` included, in order of use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
         """The table for a phase of `total_steps` optimizer steps.
 
         Raises:
             ValueError: a stage would be empty, or the stages leave a gap or exceed the phase.
         """
-        raise NotImplementedError
 
 
 class DataSpec(Component):
@@ -131,17 +132,17 @@ class DataSpec(Component):
 
     max_samples: Count | None = None
 
+    @abstractmethod
     def num_rows(self) -> int | None:
         """Number of usable rows, or None where the file is not here and no `num_samples` is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def content_digest(self) -> str:
         """SHA-256 of the data's content, not of its path.
 
         Raises:
             OSError: a file cannot be read.
         """
-        raise NotImplementedError
 
 
 def _as_names(value: Any) -> Any:
@@ -181,6 +182,9 @@ def _component(group: str) -> Callable[[Any], Any]:
         except (ImportError, AttributeError) as error:
             text = "the component {kind} cannot be imported: {reason}"
             raise PydanticCustomError("component_import", text, {"kind": kind, "reason": str(error)}) from error
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            text = "the component {kind} lacks {missing}; its base class says what it is"
+            raise PydanticCustomError("component_abstract", text, {"kind": kind, "missing": ", ".join(missing)})
         try:
             return cls.model_validate(value)
         except ValidationError as error:
