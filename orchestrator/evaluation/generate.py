@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.compression import attachment_of
 from orchestrator.data.collate import collate
 from orchestrator.data.rows import Row
 from orchestrator.evaluation.protocol import EvaluationData
@@ -29,7 +30,7 @@ def greedy_answers(
     order = sorted(range(len(prompts)), key=lambda i: (bool(prompts[i].images), len(prompts[i]), i))
     tokenizer = data.processor.tokenizer
     answers = [""] * len(rows)
-    weight = next(model.parameters())
+    weight, attachment = next(model.parameters()), attachment_of(model)
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
@@ -37,6 +38,9 @@ def greedy_answers(
             name: value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
             for name, value in batch.items()
         }
+        if attachment is not None:
+            # Random methods draw by row, so that the batch size changes no answer.
+            attachment.set_step(sample_index=[rows[i].index for i in part])
         generated = model.generate(
             **moved,
             max_new_tokens=max_new_tokens,

@@ -1,0 +1,59 @@
+"""`random_drop`: keeps a random subset of each image's visual tokens (LLaVolta section 4.2, ratio 1 - 1/S dropped)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class RandomDropSpec(CompressorSpec):
+    """Keeps a random subset of an image's visual tokens, drawn anew at each step; the control to beat."""
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.random_drop:RandomDrop"
+
+    kind: Literal["random_drop"] = "random_drop"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class RandomDrop:
+    """Draws from (seed, step, sample, image of the sample) alone: a restart or another batch draws the same."""
+
+    def __init__(self, spec: RandomDropSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; kept tokens keep their order and position ids.
+
+        Raises:
+            ValueError: more tokens are asked for than there are.
+        """
+        import torch
+
+        from orchestrator.compression.protocol import take
+
+        tokens, kept = visual_BND.shape[1], self.spec.kept_tokens(grid)
+        rows = context.rows_B.tolist()
+        samples = context.sample_indices or rows
+        seen: Counter[int] = Counter()
+        drawn = []
+        for row, sample in zip(rows, samples, strict=True):
+            generator = torch.Generator().manual_seed(_seed(context, sample, seen[row]))
+            seen[row] += 1
+            drawn.append(torch.randperm(tokens, generator=generator)[:kept].sort().values)
+        return take(visual_BND, torch.stack(drawn).to(visual_BND.device), context)
+
+
+def _seed(context: Context, sample: int, image: int) -> int:
+    key = f"random_drop:{context.layer}:{context.seed}:{context.step}:{sample}:{image}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,48 @@
+"""`stride`: keeps visual tokens at even distances and drops the others; the plainest control there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class StrideSpec(CompressorSpec):
+    """Keeps every `stride`-th visual token of an image, in raster order; or as many, evenly spaced."""
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.stride:Stride"
+
+    kind: Literal["stride"] = "stride"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class Stride:
+    """Keeps the first token of each window; kept tokens keep their position ids."""
+
+    def __init__(self, spec: StrideSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`.
+
+        Raises:
+            ValueError: more tokens are asked for than there are.
+        """
+        import torch
+
+        from orchestrator.compression.protocol import evenly_spaced, take
+
+        images, tokens = visual_BND.shape[:2]
+        if self.spec.stride is not None:
+            index_M = torch.arange(0, tokens, self.spec.stride, device=visual_BND.device)
+        else:
+            index_M = evenly_spaced(tokens, self.spec.kept_tokens(grid), visual_BND.device)
+        return take(visual_BND, index_M.expand(images, -1), context)
