@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 from typing import Any
 
 import ray
@@ -93,9 +94,11 @@ def greet(address: str) -> None:
     """Asks a cluster for something small.
 
     Raises:
+        OSError: nobody listens there; left to itself Ray would try for most of a minute.
         ray.exceptions.AuthenticationError: it asks for a token that was not sent.
     """
     place = host_and_port(address)
     if place is not None:
+        socket.create_connection(place, timeout=5).close()
         raylet: Any = importlib.import_module("ray._raylet")
         raylet.GcsClient(address=f"{place[0]}:{place[1]}").internal_kv_keys(b"", None, 5)

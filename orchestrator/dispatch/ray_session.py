@@ -98,6 +98,8 @@ def _token_mode(address: str) -> dict[str, str]:
 
     Asked by a process of its own, which takes half a second: Ray reads the mode once, when it is imported.
     """
+    if address.startswith("ray://"):
+        return {}  # the port of Ray's client answers no such question
     code = "import sys; from orchestrator.dispatch.ray_compat import greet; greet(sys.argv[1])"
     asked = subprocess.run(
         [sys.executable, "-c", code, address],
