@@ -146,6 +146,7 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
     targets = weight_tensors(model)
     try:
         with safe_open(path, framework="pt") as file:
+            # safetensors' handle is no mapping: it has keys() but cannot be iterated.
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in targets.items()}, str(path))
             for name, target in targets.items():

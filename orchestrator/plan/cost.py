@@ -1,11 +1,12 @@
 """The one cost formula: floating-point operations and visual tokens of forward passes and stage runs.
 
 One multiply-add is 2 operations. Figures are per sample; `n` is visual plus text tokens of a layer, `d` the hidden
-size, `f` the MLP's inner size, `V` the vocabulary.
+size, `f` the MLP's inner size, `V` the vocabulary, `h` heads of size `a`, `h_kv` key-value heads (GQA), `m` = 3 for a
+gated MLP, else 2.
 
 | part            | forward operations                                                                        |
 |-----------------|-------------------------------------------------------------------------------------------|
-| decoder linear  | `2 n W` a layer, `W = d (h + 2 h_kv) a + h a d + m d f`: `h` heads of size `a`, `h_kv` key-value heads (GQA), `m` = 3 for a gated MLP, else 2 |
+| decoder linear  | `2 n W` a layer, `W = d (h + 2 h_kv) a + h a d + m d f` |
 | attention       | `2 n^2 h a` a layer: scores and weighted sum, each `2 n^2 h a`, of which a causal mask needs half |
 | LM head         | `2 d V` a label token: logits are computed only where a label needs them                     |
 | projector       | `2 (p_in p_hidden + p_hidden d)` a visual token                                             |
@@ -14,26 +15,26 @@ size, `f` the MLP's inner size, `V` the vocabulary.
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
 
 Training: forward 1x; backward 2x for a part that trains (gradients of inputs and of weights), 1x for a frozen part
-that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a trained
-vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights beside
-it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen, `2 r (in + out)` a token and matrix
-is added for the adapters, which train. `gradient_checkpointing` is a fingerprint and does not decide what a cell is, but
-it is work the machine does, so `train_tflops` counts it; compare cells of one setting.
+that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a
+trained vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights
+beside it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen, `2 r (in +
+out)` a token and matrix is added for the adapters, which train. `gradient_checkpointing` is a fingerprint and does
+not decide what a cell is, but it is work the machine does, so `train_tflops` counts it; compare cells of one setting.
 
-Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576 visual
-tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
+Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576
+visual tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
 
     none      18432 visual layer-tokens   (18432 + 1984) * 404.8e6 = 8.26
     K16 S4    16 * 576 + 16 * 144 = 11520                            5.47
     K2 S8     2 * 576 + 30 * 72 = 3312                               2.14, compression ratio 18432 / 3312 = 5.565
 
-With 64 text tokens a forward pass is 8.40 (decoder) + 0.365 (vision tower, 23 layers of 577 tokens) + 0.024 (projector); one sample
-of finetuning projector and language model, all 640 tokens labelled, costs 26.1 and with checkpointing 34.5; of
-pretraining the projector, checkpointed, 26.0.
+With 64 text tokens a forward pass is 8.40 (decoder) + 0.365 (vision tower, 23 layers of 577 tokens) + 0.024
+(projector); one sample of finetuning projector and language model, all 640 tokens labelled, costs 26.1 and with
+checkpointing 34.5; of pretraining the projector, checkpointed, 26.0.
 
-Sources: LLaVolta (arXiv 2406.20092) section 4.1 for the decoder's linear figure; Kaplan et al. 2020, section 2.1, for 2 a
-weight forward and twice that backward.
-"""  # noqa: E501
+Sources: LLaVolta (arXiv 2406.20092) section 4.1 for the decoder's linear figure; Kaplan et al. 2020, section 2.1, for
+2 a weight forward and twice that backward.
+"""
 
 from __future__ import annotations
 

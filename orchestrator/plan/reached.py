@@ -122,8 +122,8 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
     paths = frozenset(type(data).path_fields)
     try:
         return {**reached(data, leave=paths), "content": data.content_digest()}, None
-    except (OSError, NotImplementedError) as error:
-        where = getattr(error, "filename", None) or error
+    except OSError as error:
+        where = error.filename or error
         notice = f"data of kind {data.kind} cannot be read here ({where}): cells are identified by its path for now"
         return {**reached(data), "content": None}, notice
 

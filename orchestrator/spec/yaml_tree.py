@@ -74,8 +74,8 @@ def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[Fault]]:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1  # type: ignore[arg-type]
-        column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1  # type: ignore[arg-type]
+        line = error.object[: error.start].count(b"\n") + 1
+        column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1) + 1
         byte = f"0x{error.object[error.start]:02x}"
         return nothing, [Fault(f"byte {byte} is not UTF-8; save the file as UTF-8", file, line, column)]
     if control := _CONTROL.search(text):

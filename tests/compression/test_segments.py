@@ -222,8 +222,11 @@ def test_sliding_window_layers_keep_their_type_in_a_segment():
 
 def test_random_settings_against_the_plain_computation():
     generator = torch.Generator().manual_seed(5)
+
+    def draw(n):
+        return int(torch.randint(1, n, (1,), generator=generator))
+
     for case, padding in itertools.product(range(6), ("left", "right")):
-        draw = lambda n: int(torch.randint(1, n, (1,), generator=generator))  # noqa: E731
         rows = [[draw(5), *["image"] * (draw(4) - 1), draw(6) + 3] for _ in range(3)]
         points = sorted((pooled(draw(5) - 1, stride=draw(6)) for _ in range(2)), key=lambda point: point["layer"])
         batch = make_batch(rows, padding, seed=case)

@@ -71,7 +71,8 @@ def test_the_hub_cache_is_read_without_network(tmp_path: Path, monkeypatch: pyte
     (repository / "snapshots" / commit).mkdir(parents=True)
     write_config(repository / "snapshots" / commit, {})
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert model_facts("org/name") == model_facts("org/name", commit) != None  # noqa: E711
+    assert model_facts("org/name") is not None
+    assert model_facts("org/name") == model_facts("org/name", commit)
     assert model_facts("org/name", "other") is None
     assert model_facts("org/unknown") is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 
-class Family:
+class Family(ABC):
     """Adapter of one model family; a subclass answers for its models.
 
     Attributes:
@@ -56,14 +57,15 @@ class Family:
         """Hidden size of the decoder."""
         return int(self.language_model.config.hidden_size)
 
+    @abstractmethod
     def find_language_model(self) -> nn.Module:
         """The decoder stack."""
-        raise NotImplementedError
 
+    @abstractmethod
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
         """True at the placeholders of visual tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """The grid of each image (frame, tile) in the order of the batch, from shapes and host values only.
 
@@ -71,12 +73,11 @@ class Family:
             inputs: Keyword arguments of the top model's forward.
             num_placeholders: Visual tokens that `input_ids` announce.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         """Visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def idle_features(self) -> Tensor:
         """Visual features of an empty image, to run the tower and the projector for a batch without images."""
-        raise NotImplementedError
