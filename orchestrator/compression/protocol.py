@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +25,14 @@ class Context:
         sample_indices: The sample each image belongs to; empty where the caller gave none.
         hidden_RND: The whole rows (text included) for methods that look at queries; R counts rows.
         module: The point's learned module, or None.
-        family: What the model's family offers by name (`queries`, `cls`, ...), each made when it is asked for.
+        columns_BN: Columns of the visual tokens in their rows.
+        text_RN: True where a row holds text, False at visual tokens and padding.
+        attention_BN: What the query tokens (the last before each answer; the prompt's last where there are no labels)
+            paid to each visual token in layer `layer - 1`, mean over heads and queries. For methods that need `queries`.
+        row_keys_RND: Keys of all tokens in layer `layer - 1`, heads side by side. For methods that need `keys`.
+        cls_attention_BN: What the vision tower's CLS token paid to each visual token in the last layer that is used,
+            mean over heads. For methods that need `cls`.
+        cls_keys_BND: Keys of the visual tokens in that layer, mean over heads. For methods that need `cls`.
     """
 
     layer: int
@@ -38,7 +44,12 @@ class Context:
     sample_indices: tuple[int, ...] = ()
     hidden_RND: Tensor | None = None
     module: nn.Module | None = None
-    family: Mapping[str, Any] = field(default_factory=dict)
+    columns_BN: Tensor | None = None
+    text_RN: Tensor | None = None
+    attention_BN: Tensor | None = None
+    row_keys_RND: Tensor | None = None
+    cls_attention_BN: Tensor | None = None
+    cls_keys_BND: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Kept:
         sources_BM: Which of the N tokens each stands in place of (for logits at original length); None = evenly spaced.
         grid: The grid they form; None = one row of M tokens.
         renumber: The row's position ids are to be numbered again without gaps.
+        size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
+            "proportional attention").
     """
 
     hidden_BMD: Tensor
@@ -60,11 +73,17 @@ class Kept:
     sources_BM: Tensor | None = None
     grid: Grid | None = None
     renumber: bool = False
+    size_bias: bool = False
 
 
 @runtime_checkable
 class Compressor(Protocol):
-    """A method; built with its spec. One that learns also has `create_module(width) -> nn.Module`."""
+    """A method; built with its spec.
+
+    One that learns also has `create_module(width) -> nn.Module`; its module comes back as `Context.module`. One that
+    adds tokens at the decoder's input (registers) also has `enter`, with the arguments of `compress`, which is called
+    before layer 0 and may return more tokens than it got.
+    """
 
     def __init__(self, spec: Any) -> None: ...
 

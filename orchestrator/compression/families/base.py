@@ -78,6 +78,47 @@ class Family(ABC):
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         """Visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
 
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer before which a point may act (more than 0 where visual features enter on the way)."""
+        return 0
+
+    def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Tokens of one non-negative id see one another both ways (-1: causal); None where the model is causal."""
+        return None
+
+    def attention_mask(
+        self, hidden_BND: Tensor, mask_BN: Tensor, positions: Tensor, cache: Any, blocks_BN: Tensor | None
+    ) -> Any:
+        """What a segment's layers get as `attention_mask`; the plain 2-D mask, from which the model builds its own.
+
+        Args:
+            hidden_BND: Input of the segment's first layer.
+            mask_BN: True where a token is, cached ones first.
+            positions: Position ids as the language model takes them.
+            cache: The segment's view of the KV cache, or None.
+            blocks_BN: `block_ids_BN` of the tokens that are left.
+        """
+        return mask_BN
+
+    def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
+        """Further arguments of the language model for the segment that begins at layer `first`."""
+        return options
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The projector, where it maps visual features token by token; else None."""
+        return None
+
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the features the projector takes; None without `projector`."""
+        return None
+
+    def cls_attention(self) -> Any:
+        """The attention module of the vision tower's last used layer if the tower has a CLS token; else None."""
+        return None
+
     @abstractmethod
     def idle_features(self) -> Tensor:
         """Visual features of an empty image, to run the tower and the projector for a batch without images."""
