@@ -27,8 +27,8 @@ class Context:
         module: The point's learned module, or None.
         columns_BN: Columns of the visual tokens in their rows.
         text_RN: True where a row holds text, False at visual tokens and padding.
-        attention_BN: What the query tokens (the last before each answer; the prompt's last where there are no labels)
-            paid to each visual token in layer `layer - 1`, mean over heads and queries. For methods that need `queries`.
+        attention_BN: What the query tokens (the last before each answer; without labels the prompt's)
+            paid to each visual token in layer `layer - 1`, mean over heads and queries. For methods with need `queries`.
         row_keys_RND: Keys of all tokens in layer `layer - 1`, heads side by side. For methods that need `keys`.
         cls_attention_BN: What the vision tower's CLS token paid to each visual token in the last layer that is used,
             mean over heads. For methods that need `cls`.

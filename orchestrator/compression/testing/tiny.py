@@ -21,8 +21,8 @@ class TinyFamily:
         model_type: `model_type` of its config, the key under which its adapter is registered.
         build: `build(attention, seed)`: a random model of a few narrow layers in float32, weights large enough that
             what the layers do shows in the loss.
-        batch: `batch(rows, padding, seed, answer)`: keyword arguments of the model's forward. A row is a list of numbers
-            of text tokens and of kinds of visual input; the last `answer` tokens of a row carry labels (-100 elsewhere).
+        batch: `batch(rows, padding, seed, answer)`: keyword arguments of the model's forward. A row lists numbers of
+            text tokens and kinds of visual input; the last `answer` tokens of a row carry labels (-100 elsewhere).
         units: For each kind of visual input a row may hold (`image`, `small` for another size, `video`), the grids it
             becomes, in order; stated by hand, not by the adapter.
         layers: Decoder layers; points act at layers the family allows.
