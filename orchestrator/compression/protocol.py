@@ -28,11 +28,11 @@ class Context:
         columns_BN: Columns of the visual tokens in their rows.
         text_RN: True where a row holds text, False at visual tokens and padding.
         attention_BN: What the query tokens (the last before each answer; without labels the prompt's)
-            paid to each visual token in layer `layer - 1`, mean over heads and queries. For methods with need `queries`.
-        row_keys_RND: Keys of all tokens in layer `layer - 1`, heads side by side. For methods that need `keys`.
+            paid to each visual token in layer `layer - 1`, mean over heads and queries (need `queries`).
+        row_keys_RND: Keys of all tokens in layer `layer - 1`, heads side by side (need `keys`).
         cls_attention_BN: What the vision tower's CLS token paid to each visual token in the last layer that is used,
-            mean over heads. For methods that need `cls`.
-        cls_keys_BND: Keys of the visual tokens in that layer, mean over heads. For methods that need `cls`.
+            mean over heads (need `cls`).
+        cls_keys_BND: Keys of the visual tokens in that layer, mean over heads (need `cls`).
     """
 
     layer: int
