@@ -117,15 +117,14 @@ def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_t
 
 def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> dict[str, float]:
     """Forward operations of one sample by part: vision_tower, projector, decoder, lm_head."""
-    visual = visual_tokens_by_layer(facts.visual_grid, points, facts.num_layers)
+    visual = visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)
     tokens = [sample.images * n + sample.text_tokens for n in visual]
     attended = 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in tokens)
     n, size, inner = facts.vision_tokens, facts.vision_hidden_size, facts.vision_intermediate_size
     vision = facts.vision_layers * (n * (8 * size**2 + 4 * size * inner) + 4 * n * n * size)
-    projector = 2 * (facts.projector_in * facts.projector_hidden + facts.projector_hidden * facts.hidden_size)
     flops = {
         "vision_tower": sample.images * vision,
-        "projector": sample.images * facts.visual_grid.tokens * projector,
+        "projector": sample.images * facts.image_grid.tokens * 2 * facts.projector_weights,
         "decoder": 2 * linear_weights_per_layer(facts) * sum(tokens) + attended,
         "lm_head": 2 * facts.hidden_size * facts.vocab_size * sample.label_tokens,
     }
@@ -147,7 +146,7 @@ def train_tflops_per_sample(
         + forward["lm_head"] * passes["language_model"]
     )
     if recipe.get("lora"):
-        visual = visual_layer_tokens(facts.visual_grid, points, facts.num_layers)
+        visual = visual_layer_tokens(facts.image_grid, points, facts.num_layers)
         tokens = sample.images * visual + sample.text_tokens * facts.num_layers
         total += 2 * tokens * lora_weights_per_layer(facts, recipe["lora"]) * (3 + checkpointed) / _TERA
     return total
@@ -190,7 +189,7 @@ def mean_visual_layer_tokens(facts: ModelFacts, actions: Sequence[Action]) -> fl
     """Visual layer-tokens of one image, mean over the samples of some actions (all batches are of one size)."""
     steps = sum(a.last_step - a.first_step for a in actions)
     total = sum(
-        (a.last_step - a.first_step) * visual_layer_tokens(facts.visual_grid, a.points, facts.num_layers)
+        (a.last_step - a.first_step) * visual_layer_tokens(facts.image_grid, a.points, facts.num_layers)
         for a in actions
     )
     return total / steps
@@ -200,10 +199,9 @@ def parameter_count(facts: ModelFacts) -> dict[str, int]:
     """Weights by part; norms and biases left out, input and output embeddings counted apart (LLaVA-1.5-7B: 7.05e9)."""
     vision = facts.vision_layers * (4 * facts.vision_hidden_size**2)
     vision += facts.vision_layers * 2 * facts.vision_hidden_size * facts.vision_intermediate_size
-    projector = facts.projector_in * facts.projector_hidden + facts.projector_hidden * facts.hidden_size
     embeddings = 2 * facts.vocab_size * facts.hidden_size
     return {
         "vision_tower": vision,
-        "projector": projector,
+        "projector": facts.projector_weights,
         "language_model": facts.num_layers * linear_weights_per_layer(facts) + embeddings,
     }

@@ -43,7 +43,7 @@ class Costs:
 
     def stage_run(self, cell: Cell, plan: PhasePlan, first: int, last: int) -> dict[str, float | None]:
         """Cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
-        if cell.facts is None:
+        if cell.facts is None or not cell.facts.priced:
             return dict(_NO_COST)
         facts, sample = cell.facts, self.sample(cell, plan)
         flops = tokens = 0.0
@@ -57,16 +57,16 @@ class Costs:
         return {
             "train_tflops": flops * plan.recipe.global_batch_size,
             "visual_layer_tokens": tokens,
-            "compression_ratio": cost.compression_ratio(facts.visual_grid, tokens, facts.num_layers),
+            "compression_ratio": cost.compression_ratio(facts.image_grid, tokens, facts.num_layers),
             "forward_decoder_linear_tflops": cost.forward_decoder_linear_tflops(facts, tokens, sample.text_tokens),
         }
 
     def cell(self, cell: Cell) -> dict[str, float | None]:
         """Cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
-        if cell.facts is None:
+        if cell.facts is None or not cell.facts.priced:
             return {name: None for name in _NO_COST if name != "forward_decoder_linear_tflops"}
         if not cell.phases:
-            full = cell.facts.num_layers * cell.facts.visual_grid.tokens
+            full = cell.facts.num_layers * cell.facts.image_grid.tokens
             return {"train_tflops": 0.0, "visual_layer_tokens": float(full), "compression_ratio": 1.0}
         phases = [self.stage_run(cell, plan, 0, plan.total_steps) for plan in cell.phases]
         return {
@@ -82,7 +82,7 @@ class Costs:
         key = (cell.facts, points_id, recipe_id, sample)
         if key not in self._per_sample:
             flops = cost.train_tflops_per_sample(cell.facts, action.points, sample, recipe)
-            tokens = cost.visual_layer_tokens(cell.facts.visual_grid, action.points, cell.facts.num_layers)
+            tokens = cost.visual_layer_tokens(cell.facts.image_grid, action.points, cell.facts.num_layers)
             self._per_sample[key] = (flops, tokens)
         return self._per_sample[key]
 
@@ -133,7 +133,7 @@ class Costs:
         key = (data.model_dump_json(), folder, longest)
         if key not in self._means:
             identity, notice = data_identity(data)
-            tokens = cell.facts.visual_grid.tokens
+            tokens = cell.facts.image_grid.tokens
             self._means[key] = None if notice else measure_lengths(data, digest(identity), folder, longest, tokens)
         return self._means[key]
 

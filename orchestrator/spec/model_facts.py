@@ -6,60 +6,12 @@ import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from orchestrator.spec.components import Grid
-
-# Defaults of transformers' config classes, which `config.json` may leave out (tested against transformers).
-_LLAMA = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "vocab_size": 32000,
-}
-_TEXT: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {**_LLAMA, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936},
-    "gemma": {
-        "num_hidden_layers": 28,
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "vocab_size": 256000,
-    },
-}
-_VISION: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "image_size": 224,
-        "patch_size": 32,
-    },
-    "siglip_vision_model": {
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-}
-# What LlavaConfig takes where the part is left out altogether: CLIP ViT-L/14 at 336 pixels.
-_LLAVA_VISION = {
-    "model_type": "clip_vision_model",
-    "num_hidden_layers": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "image_size": 336,
-    "patch_size": 14,
-}
+from orchestrator.spec.model_table import FAMILIES, TEXT, VISION, FamilyDefaults
 
 
 @dataclass(frozen=True)
@@ -81,9 +33,14 @@ class ModelFacts:
         vision_tokens: Tokens inside the vision tower for one image, CLS included.
         projector_in: Width of the features the projector takes.
         projector_hidden: Width of the projector.
-        visual_grid: Visual tokens of one image as the language model sees them, before compression.
-        has_cls: True where the vision tower has a CLS token.
+        visual_grid: Visual tokens of one image (tile, frame) as the language model sees them, before compression; None
+            where it varies with the image's size.
+        has_cls: True where the vision tower has a CLS token that methods may ask for.
         gated_mlp: True where the MLP has three matrices (SwiGLU, GeGLU), False for two.
+        tiled: An image may become several tiles or frames.
+        projector_layers: Linear maps of the projector, 2 or 1.
+        first_layer: First decoder layer before which a compressor may act (DeepStack adds visual features up to it).
+        offers: Needs of methods the family meets beside attention: `cls`, `pixels`.
     """
 
     model_type: str
@@ -100,9 +57,36 @@ class ModelFacts:
     vision_tokens: int
     projector_in: int
     projector_hidden: int
-    visual_grid: Grid
+    visual_grid: Grid | None
     has_cls: bool
     gated_mlp: bool
+    tiled: bool = False
+    projector_layers: int = 2
+    first_layer: int = 0
+    offers: frozenset[str] = frozenset()
+
+    @property
+    def priced(self) -> bool:
+        """True where an image is always the same number of tokens, so that costs are known without the data."""
+        return self.visual_grid is not None and not self.tiled
+
+    @property
+    def image_grid(self) -> Grid:
+        """The tokens of an image.
+
+        Raises:
+            ValueError: they vary with its size.
+        """
+        if self.visual_grid is None or self.tiled:
+            raise ValueError(f"the visual tokens of an image vary with its size in {self.model_type}")
+        return self.visual_grid
+
+    @property
+    def projector_weights(self) -> int:
+        """Weights of the projector's linear maps."""
+        if self.projector_layers == 1:
+            return self.projector_in * self.hidden_size
+        return self.projector_in * self.projector_hidden + self.projector_hidden * self.hidden_size
 
 
 def model_facts(model_name_or_path: str, revision: str | None = None) -> ModelFacts | None:
@@ -150,39 +134,54 @@ def _facts_of(path: str, mtime_ns: int, size: int) -> ModelFacts | None:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a model's config: a mapping belongs there")
-    if config.get("model_type") != "llava":
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
         return None
     try:
-        return _llava(config)
-    except (TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(f"{path} is not a LLaVA config: {error}") from None
+        return _family_facts(config, family)
+    except (TypeError, ZeroDivisionError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is not a {config['model_type']} config: {error}") from error
 
 
-def _part(config: Any, known: dict[str, dict[str, Any]], default_type: str) -> tuple[str, dict[str, Any]] | None:
-    name = config.get("model_type", default_type)
-    return (name, {**known[name], **config}) if name in known else None
+def _text_part(config: dict[str, Any], family: FamilyDefaults) -> dict[str, Any] | None:
+    given = config.get("text_config")
+    if given is None and config["model_type"].startswith("qwen2") and "num_hidden_layers" in config:
+        given = {**config, "model_type": family.text_type}  # files of before transformers 4.52 hold it flat
+    given = family.text if given is None else given
+    known = TEXT.get(given.get("model_type", family.text_type))
+    return None if known is None else {**known, **given}
 
 
-def _llava(config: dict[str, Any]) -> ModelFacts | None:
-    vision_config = config.get("vision_config")
-    vision_part = _part(_LLAVA_VISION if vision_config is None else vision_config, _VISION, "clip_vision_model")
-    text_part = _part(config.get("text_config") or {}, _TEXT, "llama")
-    if vision_part is None or text_part is None:
+def _vision_part(config: dict[str, Any], family: FamilyDefaults) -> dict[str, Any] | None:
+    given = config.get("vision_config")
+    given = family.vision if given is None else {"model_type": family.vision["model_type"], **given}
+    if given["model_type"] == config["model_type"]:  # Qwen-VL's own files name the whole model here
+        given = {**given, "model_type": family.vision["model_type"]}
+    known = VISION.get(given["model_type"])
+    return None if known is None else {**known, **given}
+
+
+def _side(value: Any) -> int:
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts | None:
+    text, vision = _text_part(config, family), _vision_part(config, family)
+    if text is None or vision is None:
         return None
-    (vision_type, vision), (_, text) = vision_part, text_part
-    has_cls = vision_type == "clip_vision_model"
-    side = vision["image_size"] // vision["patch_size"]
-    layers = config.get("vision_feature_layer", -2)
+    top = {**family.top, **config}
+    clip = vision["model_type"] == "clip_vision_model"
+    width = vision.get("embed_dim") or vision["hidden_size"]
+    depth = vision.get("depth") or vision["num_hidden_layers"]
+    layers = top.get("vision_feature_layer", -1)
     layers = layers if isinstance(layers, list) else [layers]
     # hidden_states holds the embeddings and then each layer's output, so -2 is what all but the last layer give.
-    used = max(layer if layer >= 0 else vision["num_hidden_layers"] + 1 + layer for layer in layers)
-    # `default` drops the first token, a CLS or not; `full` keeps all.
-    keeps_all = config.get("vision_feature_select_strategy", "default") == "full"
-    tokens = side * side + has_cls
-    seen = tokens if keeps_all else tokens - 1
+    used = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    side = _side(vision["image_size"]) // _side(vision["patch_size"]) if "image_size" in vision else 0
     heads = text["num_attention_heads"]
+    cls = clip and family.cls
     return ModelFacts(
-        model_type="llava",
+        model_type=config["model_type"],
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
         intermediate_size=text["intermediate_size"],
@@ -191,12 +190,35 @@ def _llava(config: dict[str, Any]) -> ModelFacts | None:
         head_dim=text.get("head_dim") or text["hidden_size"] // heads,
         vocab_size=text["vocab_size"],
         vision_layers=used,
-        vision_hidden_size=vision["hidden_size"],
-        vision_intermediate_size=vision["intermediate_size"],
-        vision_tokens=tokens,
-        projector_in=vision["hidden_size"] * len(layers),
+        vision_hidden_size=width,
+        vision_intermediate_size=vision.get("intermediate_size") or int(width * vision["mlp_ratio"]),
+        vision_tokens=side * side + (vision["model_type"] in ("clip_vision_model", "internvl_vision")),
+        projector_in=width * len(layers),
         projector_hidden=text["hidden_size"],
-        visual_grid=Grid(side, side) if seen == side * side else Grid(1, seen),
-        has_cls=has_cls,
+        visual_grid=_unit(top, family, side, clip),
+        has_cls=cls,
         gated_mlp=True,
+        tiled=family.tiled,
+        projector_layers=2 if family.projector == "mlp" else 1,
+        first_layer=len(vision.get("deepstack_visual_indexes", (8, 16, 24)))
+        if "qwen3_vl" in config["model_type"]
+        else 0,
+        offers=family.offers | ({"cls"} if cls else set()),
     )
+
+
+def _unit(top: dict[str, Any], family: FamilyDefaults, side: int, clip: bool) -> Grid | None:
+    """The tokens of one image, tile or frame."""
+    if family.units == "varies":
+        return None
+    if family.units == "shuffled":
+        factor = top["scale_factor"] if "scale_factor" in top else 1 / top["downsample_ratio"]
+        return Grid(int(side // factor), int(side // factor))
+    if family.units == "stated":
+        stated = isqrt(top["mm_tokens_per_image"])
+        return Grid(stated, stated)
+    if top.get("vision_feature_select_strategy") == "full" and clip:
+        return Grid(1, side * side + 1)  # the CLS token stays
+    if top.get("vision_feature_select_strategy") == "default" and not clip:
+        return Grid(1, side * side - 1)  # `default` drops the first token, a CLS or not
+    return Grid(side, side)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.spec.components import Grid
 from orchestrator.spec.model_facts import model_facts
+from orchestrator.spec.model_table import FAMILIES
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -56,6 +58,67 @@ def test_facts_equal_transformers(config: dict[str, Any], tmp_path: Path) -> Non
     assert facts.vision_layers == (last if last >= 0 else vision.num_hidden_layers + 1 + last)
 
 
+EMPTY: dict[str, Any] = {}
+FAMILY_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    *((model_type, EMPTY) for model_type in sorted(FAMILIES)),
+    *((model_type, {"text_config": {}, "vision_config": {}}) for model_type in sorted(FAMILIES)),
+    ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [2, 3]}}),
+    ("internvl", {"text_config": {"model_type": "llama", "num_hidden_layers": 5}, "downsample_ratio": 1.0}),
+    ("idefics3", {"scale_factor": 4, "vision_config": {"image_size": 384, "patch_size": 16}}),
+    ("gemma3", {"mm_tokens_per_image": 64}),
+    ("mistral3", {"text_config": {"model_type": "ministral3"}}),
+    ("llava_next", {"text_config": {"model_type": "qwen3"}}),
+    ("paligemma", {"text_config": {"model_type": "gemma2"}}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILY_CONFIGS)
+def test_facts_of_every_family_equal_transformers(model_type: str, config: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    folder = write_config(tmp_path, {"model_type": model_type, **config})
+    facts, known = model_facts(folder), AutoConfig.from_pretrained(folder)
+    text, vision = known.get_text_config(), known.vision_config
+    assert facts is not None
+    assert facts.num_layers == text.num_hidden_layers
+    assert (facts.hidden_size, facts.intermediate_size) == (text.hidden_size, text.intermediate_size)
+    heads = (text.num_attention_heads, text.num_key_value_heads)
+    assert (facts.num_attention_heads, facts.num_key_value_heads) == heads
+    assert facts.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    assert facts.vocab_size == text.vocab_size
+    assert facts.vision_hidden_size == (getattr(vision, "embed_dim", None) or vision.hidden_size)
+    if model_type == "qwen3_vl":
+        assert facts.first_layer == len(vision.deepstack_visual_indexes)
+    if config is EMPTY and facts.visual_grid is not None and hasattr(known, "image_seq_length"):
+        assert facts.visual_grid.tokens == known.image_seq_length
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "grid"),
+    [
+        ("internvl", {}, (16, 16)),
+        ("idefics3", {"scale_factor": 2, "vision_config": {"image_size": 364, "patch_size": 14}}, (13, 13)),
+        ("gemma3", {}, (16, 16)),
+        ("paligemma", {}, (16, 16)),
+        ("video_llava", {}, (16, 16)),
+        ("vipllava", {}, (24, 24)),
+        ("qwen2_5_vl", {}, None),
+        ("llava_next", {}, None),
+    ],
+)
+def test_tokens_of_one_unit(model_type: str, config: dict[str, Any], grid: Any, tmp_path: Path) -> None:
+    facts = model_facts(write_config(tmp_path, {"model_type": model_type, **config}))
+    assert facts is not None
+    assert facts.visual_grid == (None if grid is None else Grid(*grid))
+
+
+def test_flat_qwen_files_of_older_releases_are_read(tmp_path: Path) -> None:
+    flat = {"model_type": "qwen2_vl", "num_hidden_layers": 28, "hidden_size": 1536, "num_attention_heads": 12}
+    facts = model_facts(write_config(tmp_path, {**flat, "vision_config": {"model_type": "qwen2_vl", "depth": 30}}))
+    assert facts is not None
+    assert (facts.num_layers, facts.hidden_size, facts.vision_layers) == (28, 1536, 30)
+
+
 def test_llava_15_has_576_tokens_of_23_layers(tmp_path: Path) -> None:
     facts = model_facts(write_config(tmp_path, {}))
     assert facts is not None
@@ -78,12 +141,12 @@ def test_the_hub_cache_is_read_without_network(tmp_path: Path, monkeypatch: pyte
 
 
 def test_unknown_types_give_none_and_broken_files_are_told(tmp_path: Path) -> None:
-    assert model_facts(write_config(tmp_path, {"model_type": "gemma3"})) is None
+    assert model_facts(write_config(tmp_path, {"model_type": "novel"})) is None
     assert model_facts(write_config(tmp_path, {"text_config": {"model_type": "novel"}})) is None
     assert model_facts(str(tmp_path / "nothing")) is None
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="not a model's config"):
         model_facts(str(tmp_path))
     write_config(tmp_path, {"text_config": {"hidden_size": "wide"}})
-    with pytest.raises(ValueError, match="not a LLaVA config"):
+    with pytest.raises(ValueError, match="not a llava config"):
         model_facts(str(tmp_path))
