@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
 from orchestrator.spec.base import Component, Count, Share, parse_share
+from orchestrator.spec.blocks import amounts_around, nearest_block
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ Layer = Annotated[int | str, BeforeValidator(_parse_layer)]
 class CompressorSpec(Component):
     """A point where a compressor acts, and how many tokens it leaves.
 
+    A subclass declares where it can act (`points`: decoder, projector), what it looks at beside the visual tokens
+    (`needs`: queries, keys, cls, pixels) and whether it has a module that trains (`learns`).
+
     Attributes:
         layer: 0-based decoder layer before which it acts (0 = the decoder's input), a share of the depth (`50%`,
             rounded down), or `projector`.
@@ -62,6 +68,7 @@ class CompressorSpec(Component):
     registry_group: ClassVar[str] = registry.COMPRESSORS
     points: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar[tuple[str, ...]] = ()
+    learns: ClassVar[bool] = False
 
     layer: Layer
     stride: Count | None = None
@@ -86,11 +93,62 @@ class CompressorSpec(Component):
             ValueError: the method cannot take this amount on this grid.
         """
 
+    def kept_grid(self, grid: Grid) -> Grid:
+        """The grid that what is left forms: one row, unless the method keeps rows and columns.
+
+        Raises:
+            ValueError: the method cannot take this amount on this grid.
+        """
+        kept = self.kept_tokens(grid)
+        return grid if kept == grid.tokens else Grid(1, kept)
+
+    def tokens_before(self, grid: Grid) -> int:
+        """Visual tokens of one image of this grid in the layers before the point: more where a method adds some."""
+        return grid.tokens
+
+    def nearest_amount(self, keep: int, grid: Grid) -> int:
+        """The `keep_tokens` nearest to `keep` that the method can take on this grid."""
+        return min(max(keep, 1), grid.tokens)
+
     def layer_index(self, num_layers: int) -> int:
-        """The 0-based decoder layer: a share of the depth is rounded down."""
+        """The first 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
         if isinstance(self.layer, int):
             return self.layer
+        if self.layer == "projector":
+            return 0
         return int(parse_share(self.layer) * num_layers)
+
+    def module_shape(self) -> dict[str, Any]:
+        """What shapes the learned module; by default the method's own parameters, not its layer and amount."""
+        return self.model_dump(mode="json", include=set(type(self).model_fields) - set(CompressorSpec.model_fields))
+
+    def module_name(self, num_layers: int) -> str | None:
+        """Name of its learned module in a model of `num_layers` decoder layers; None where it does not learn.
+
+        Points of one method at one place share a module if nothing that shapes it differs.
+        """
+        if not self.learns:
+            return None
+        place = "projector" if self.layer == "projector" else f"layer{self.layer_index(num_layers)}"
+        digest = hashlib.sha256(json.dumps(self.module_shape(), sort_keys=True).encode()).hexdigest()
+        return f"{self.kind.replace('.', '_')}_{place}_{digest[:8]}"
+
+
+class BlockCompressorSpec(CompressorSpec):
+    """A method that leaves h' x w' tokens of a grid of h x w: `block_to_keep` says which block an amount stands for."""
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """Tokens of the block."""
+        return self.kept_grid(grid).tokens
+
+    def kept_grid(self, grid: Grid) -> Grid:
+        """The block."""
+        return Grid(*block_to_keep(self, grid))
+
+    def nearest_amount(self, keep: int, grid: Grid) -> int:
+        """The product of a block that is nearest to `keep`."""
+        rows, columns = nearest_block(grid.height, grid.width, keep)
+        return rows * columns
 
 
 @dataclass(frozen=True)
@@ -216,3 +274,22 @@ def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
     if spec.keep_ratio is not None:
         return max(1, round(Fraction(spec.keep_ratio) * tokens))
     raise ValueError("layer_average_tokens is solved by the planner before a method sees it")
+
+
+def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
+    """Rows and columns that a two-dimensional method leaves: h' <= h and w' <= w, in shape nearest to the grid.
+
+    `keep_tokens` is met exactly; `stride` (ceil(tokens / stride)) and `keep_ratio` by the nearest product there is.
+
+    Raises:
+        ValueError: more tokens are asked for than there are, or no block has exactly `keep_tokens` tokens.
+    """
+    wanted = amount_to_keep(spec, grid.tokens)
+    rows, columns = nearest_block(grid.height, grid.width, wanted)
+    if spec.keep_tokens is not None and rows * columns != wanted:
+        near = " or ".join(str(amount) for amount in amounts_around(grid.height, grid.width, wanted))
+        raise ValueError(
+            f"keep_tokens {wanted} is no product of at most {grid.height} rows and {grid.width} columns; "
+            f"the nearest possible is {near}"
+        )
+    return rows, columns
