@@ -69,6 +69,8 @@ class Sample:
 def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> list[int]:
     """Visual tokens of one image in each decoder layer; each point acts on what the one before left.
 
+    A method that adds tokens (registers) has them counted from layer 0 on.
+
     Args:
         grid: The image's visual tokens.
         points: Resolved points; `projector` acts before layer 0.
@@ -88,8 +90,9 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     left, by_layer = grid, []
     for layer in range(num_layers):
         for spec in at.get(layer, ()):
-            left = Grid(1, spec.kept_tokens(left))
-        by_layer.append(left.tokens)
+            left = spec.kept_grid(left)
+        later = (spec for point_layer, specs in at.items() if point_layer > layer for spec in specs)
+        by_layer.append(left.tokens + sum(spec.tokens_before(left) - left.tokens for spec in later))
     return by_layer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from orchestrator.errors import Fault, LlavoltaError
@@ -231,7 +230,6 @@ def _amount(point: CompressorSpec, where: Path, grid: Grid) -> tuple[Finding | N
         message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
         return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
     try:
-        kept = point.kept_tokens(grid)
+        return None, point.kept_grid(grid)
     except (ValueError, LlavoltaError) as error:
         return Finding((*where, amount), str(error)), None
-    return None, grid if Fraction(kept) == grid.tokens else Grid(1, kept)
