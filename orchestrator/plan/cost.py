@@ -44,7 +44,8 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.plan.jobs import Action
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator.spec.budgets import tokens_by_layer
+from orchestrator.spec.components import Grid
 from orchestrator.spec.model_facts import ModelFacts
 
 _TERA = 1e12
@@ -79,21 +80,10 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     Raises:
         ValueError: a method cannot take its amount, or a point lies beyond the last layer.
     """
-    at: dict[int, list[CompressorSpec]] = {}
-    for point in points:
-        spec = registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point))
-        layer = 0 if spec.layer == "projector" else spec.layer_index(num_layers)
-        if layer >= num_layers:
-            raise ValueError(f"layer {layer} is beyond the model's {num_layers} layers")
-        # The projector comes before the decoder's own layer 0.
-        at.setdefault(layer, []).insert(0 if spec.layer == "projector" else num_layers, spec)
-    left, by_layer = grid, []
-    for layer in range(num_layers):
-        for spec in at.get(layer, ()):
-            left = spec.kept_grid(left)
-        later = (spec for point_layer, specs in at.items() if point_layer > layer for spec in specs)
-        by_layer.append(left.tokens + sum(spec.tokens_before(left) - left.tokens for spec in later))
-    return by_layer
+    specs = [
+        registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points
+    ]
+    return tokens_by_layer(specs, num_layers, grid)
 
 
 def visual_layer_tokens(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> int:

@@ -7,12 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import content_digest, digest, files_digest
 from orchestrator.spec.base import Component, Spec
+from orchestrator.spec.budgets import solve_layer_average
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
@@ -141,32 +141,15 @@ def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, gri
         fields = point.model_dump(mode="json")
         if num_layers is not None and point.layer != "projector":
             fields["layer"] = point.layer_index(num_layers)
-        if point.layer_average_tokens is not None and num_layers is not None and grid is not None:
+        if point.layer_average_tokens is not None and num_layers is not None:
+            if grid is None:
+                raise ValueError("layer_average_tokens needs images of one size; give keep_ratio or stride instead")
             if len(points) > 1:
                 raise ValueError("layer_average_tokens is for a variant of one point; give the other amounts instead")
-            layer = 0 if point.layer == "projector" else point.layer_index(num_layers)
-            fields["keep_tokens"] = solve_keep_tokens(point.layer_average_tokens, layer, num_layers, grid.tokens)
+            fields["keep_tokens"] = solve_layer_average(point, num_layers, grid).keep_tokens
             fields["layer_average_tokens"] = None
         resolved.append(fields)
     return tuple(resolved)
-
-
-def solve_keep_tokens(average: int, layer: int, num_layers: int, tokens: int) -> int:
-    """Tokens to keep from `layer` on so that the mean over all decoder layers is nearest to `average`.
-
-    `(layer * tokens + (num_layers - layer) * keep) / num_layers = average` (LLaVolta section 4, tokens per layer).
-
-    Raises:
-        ValueError: the layers before the point alone hold more, or more tokens are asked for than there are.
-    """
-    keep = Fraction(average * num_layers - layer * tokens, num_layers - layer)
-    if not 1 <= keep <= tokens:
-        least = Fraction(layer * tokens + num_layers - layer, num_layers)
-        raise ValueError(
-            f"layer_average_tokens {average} cannot be reached at layer {layer} of {num_layers}: "
-            f"the mean lies between {float(least):.1f} and {tokens}"
-        )
-    return int(keep + Fraction(1, 2))
 
 
 def points_identity(points: Sequence[CompressorSpec], resolved: Sequence[Mapping[str, Any]]) -> str:

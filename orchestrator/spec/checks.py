@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.errors import Fault, LlavoltaError
-from orchestrator.spec.components import CompressorSpec, Grid, ScheduleSpec
+from orchestrator.errors import Fault
+from orchestrator.spec.components import ScheduleSpec
 from orchestrator.spec.faults import fault_at
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
@@ -15,18 +15,9 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
 from orchestrator.spec.steps import known_steps
+from orchestrator.spec.variant_checks import Finding, check_variant
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A fault before its position is known."""
-
-    path: Path
-    message: str
-    allowed: str | None = None
-    hint: str | None = None
 
 
 @dataclass
@@ -178,58 +169,3 @@ def check_stages(phase: PhaseSpec, path: Path, data: Any, schedules: Any) -> Ite
         schedule.compile(steps, phase.global_batch_size)
     except ValueError as error:
         yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")
-
-
-def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Points in order of depth, at layers the model has, with amounts the method can take."""
-    grid: Grid | None = facts.visual_grid if facts is not None else None
-    last = -1
-    for index, point in enumerate(points):
-        where: Path = (*path, index)
-        yield from _check_place(point, where, facts)
-        layer = _layer(point, facts)
-        if layer is not None:
-            if layer <= last:
-                message = f"acts at layer {layer}, not after the point before it at layer {last}"
-                yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
-            last = max(last, layer)
-        if grid is not None:
-            finding, grid = _amount(point, where, grid)
-            if finding is not None:
-                yield finding
-
-
-def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    place = "projector" if point.layer == "projector" else "decoder"
-    if place not in point.points:
-        allowed = "a decoder layer" if "decoder" in point.points else "projector"
-        yield Finding((*where, "layer"), f"{point.kind} does not act at the {place}", allowed)
-    elif facts is not None and isinstance(point.layer, int) and point.layer >= facts.num_layers:
-        message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
-        yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
-    if facts is not None and "cls" in point.needs and not facts.has_cls:
-        yield Finding((*where, "kind"), f"{point.kind} needs a CLS token, which this vision tower does not have")
-
-
-def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
-    if point.layer == "projector":
-        return -1 if facts is None else None
-    if isinstance(point.layer, int):
-        return point.layer
-    return point.layer_index(facts.num_layers) if facts is not None else None
-
-
-def _amount(point: CompressorSpec, where: Path, grid: Grid) -> tuple[Finding | None, Grid | None]:
-    if point.layer_average_tokens is not None:
-        if point.layer_average_tokens > grid.tokens:
-            path: Path = (*where, "layer_average_tokens")
-            return Finding(path, f"is more than the {grid.tokens} visual tokens there are"), None
-        return None, None  # the planner solves it
-    amount = next(name for name in ("stride", "keep_tokens", "keep_ratio") if getattr(point, name) is not None)
-    if point.stride is not None and point.stride > grid.tokens:
-        message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
-        return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
-    try:
-        return None, point.kept_grid(grid)
-    except (ValueError, LlavoltaError) as error:
-        return Finding((*where, amount), str(error)), None

@@ -1,0 +1,69 @@
+"""Amounts in one currency: visual tokens as the mean over decoder layers (LLaVolta section 4, tokens per layer)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from orchestrator.spec.components import CompressorSpec, Grid
+
+TOLERANCE = Fraction(1, 50)
+
+
+def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> list[int]:
+    """Visual tokens of one image in each decoder layer; each point acts on what the one before left.
+
+    Args:
+        points: A variant's points; those at the projector act before layer 0.
+        num_layers: Decoder layers.
+        grid: The image's visual tokens.
+
+    Raises:
+        ValueError: a method cannot take its amount, or a point lies beyond the last layer.
+    """
+    by_layer = [grid.tokens] * num_layers
+    left = grid
+    for point in sorted(points, key=lambda point: (point.layer != "projector", point.layer_index(num_layers))):
+        layer = point.layer_index(num_layers)
+        if layer >= num_layers:
+            raise ValueError(f"layer {layer} is beyond the model's {num_layers} layers")
+        more = point.tokens_before(left) - left.tokens
+        left = point.kept_grid(left)
+        by_layer[:layer] = [tokens + more for tokens in by_layer[:layer]]
+        by_layer[layer:] = [left.tokens] * (num_layers - layer)
+    return by_layer
+
+
+def layer_average(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> Fraction:
+    """Visual tokens of one image, mean over decoder layers."""
+    return Fraction(sum(tokens_by_layer(points, num_layers, grid)), num_layers)
+
+
+def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> CompressorSpec:
+    """The point with `keep_tokens` in place of `layer_average_tokens`, as near to it as the method can come.
+
+    `(layer * tokens before + (num_layers - layer) * keep) / num_layers = average`.
+
+    Raises:
+        ValueError: the layers before the point alone hold more, more tokens are asked for than there are, or the
+            nearest amount the method can take is more than 2 % off.
+    """
+    average = point.layer_average_tokens
+    assert average is not None
+    layer, before = point.layer_index(num_layers), point.tokens_before(grid)
+    wanted = Fraction(average * num_layers - layer * before, num_layers - layer)
+    if not 1 <= wanted <= grid.tokens:
+        least = Fraction(layer * before + num_layers - layer, num_layers)
+        raise ValueError(
+            f"layer_average_tokens {average} cannot be reached at layer {layer} of {num_layers}: "
+            f"the mean lies between {float(least):.1f} and {grid.tokens}"
+        )
+    keep = point.nearest_amount(int(wanted + Fraction(1, 2)), grid)
+    solved = point.model_copy(update={"keep_tokens": keep, "layer_average_tokens": None})
+    reached = layer_average([solved], num_layers, grid)
+    if abs(reached - average) > TOLERANCE * average:
+        raise ValueError(
+            f"{point.kind} at layer {layer} cannot come within 2 % of layer_average_tokens {average}: the nearest is "
+            f"{float(reached):.1f}, with keep_tokens {keep}"
+        )
+    return solved

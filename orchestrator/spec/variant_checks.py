@@ -1,0 +1,107 @@
+"""Variants against the model: places, needs, amounts, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import LlavoltaError
+from orchestrator.spec.budgets import solve_layer_average
+from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator.spec.model_facts import ModelFacts
+from orchestrator.spec.node import Path
+
+_NEEDS = {
+    "cls": "a CLS token that attends to the tokens of an image, which {model} does not have",
+    "pixels": "a vision tower that takes images of another size, which {model} does not have",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault before its position is known."""
+
+    path: Path
+    message: str
+    allowed: str | None = None
+    hint: str | None = None
+
+
+def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    """Points in order of depth, at layers the model has, with what they need and amounts they can take."""
+    grid: Grid | None = facts.visual_grid if facts is not None else None
+    last = -1
+    for index, point in enumerate(points):
+        where: Path = (*path, index)
+        yield from _check_place(point, where, facts)
+        layer = _layer(point, facts)
+        if layer is not None:
+            if layer <= last:
+                message = f"acts at layer {layer}, not after the point before it at layer {last}"
+                yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
+            last = max(last, layer)
+        if point.layer_average_tokens is not None and len(points) > 1:
+            message = "is for a variant of one point; give the other amounts instead"
+            yield Finding((*where, "layer_average_tokens"), message)
+            return
+        if grid is not None and facts is not None:
+            finding, grid = _amount(point, where, grid, facts)
+            if finding is not None:
+                yield finding
+
+
+def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    place = "projector" if point.layer == "projector" else "decoder"
+    looks = sorted({"queries", "keys"} & set(point.needs))
+    if place not in point.points:
+        allowed = "a decoder layer" if "decoder" in point.points else "projector"
+        yield Finding((*where, "layer"), f"{point.kind} does not act at the {place}", allowed)
+    elif facts is not None and place == "decoder":
+        yield from _check_layer(point, where, facts)
+    if looks and (place == "projector" or point.layer == 0):
+        message = f"{point.kind} looks at the {' and '.join(looks)} of the layer before it, and there is none"
+        yield Finding((*where, "layer"), message, "a decoder layer from 1 on")
+    if facts is None:
+        return
+    if facts.first_layer and place == "projector":
+        message = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
+        yield Finding((*where, "layer"), message, f"a decoder layer from {facts.first_layer} on")
+    for need in point.needs:
+        if need in _NEEDS and need not in facts.offers:
+            reason = _NEEDS[need].format(model=f"this {facts.model_type}")
+            yield Finding((*where, "kind"), f"{point.kind} needs {reason}")
+
+
+def _check_layer(point: CompressorSpec, where: Path, facts: ModelFacts) -> Iterator[Finding]:
+    layer, path = point.layer_index(facts.num_layers), (*where, "layer")
+    if layer >= facts.num_layers:
+        message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
+        yield Finding(path, message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
+    elif layer < facts.first_layer:
+        message = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
+        yield Finding(path, message, f"a decoder layer from {facts.first_layer} on")
+
+
+def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
+    if point.layer == "projector":
+        return -1 if facts is None else None
+    if isinstance(point.layer, int):
+        return point.layer
+    return point.layer_index(facts.num_layers) if facts is not None else None
+
+
+def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -> tuple[Finding | None, Grid | None]:
+    amounts = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
+    amount = next(name for name in amounts if getattr(point, name) is not None)
+    if point.stride is not None and point.stride > grid.tokens:
+        message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
+        return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
+    try:
+        if point.layer_average_tokens is not None:
+            if point.layer_index(facts.num_layers) >= facts.num_layers:
+                return None, None  # told as a layer the model does not have
+            point = solve_layer_average(point, facts.num_layers, grid)
+        return None, point.kept_grid(grid)
+    except (ValueError, LlavoltaError) as error:
+        return Finding((*where, amount), str(error)), None
