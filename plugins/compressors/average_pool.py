@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from orchestrator.spec.base import Flag
 from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
 
 if TYPE_CHECKING:
@@ -16,15 +17,22 @@ if TYPE_CHECKING:
 class AveragePoolSpec(CompressorSpec):
     """Windows of `stride` neighbouring visual tokens of one image, in raster order, are averaged.
 
+    `stride` leaves ceil(tokens / stride) tokens, the last window being shorter where it does not divide them.
+
     Attributes:
         positions: Position id of a pooled token: the mean of its window rounded down, the window's first, or
             ids renumbered without gaps (text after the image moves up).
+        size_bias: A token counts for as many as it stands for: after an earlier merging it weighs by its size in the
+            mean (the paper's mean is plain), and from here on attention adds the logarithm of a token's size to the
+            logits of its key (ToMe, arXiv:2210.09461 section 3, "proportional attention").
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool:AveragePool"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["average_pool"] = "average_pool"
     positions: Literal["mean", "first", "renumber"] = "mean"
+    size_bias: Flag = False
 
     def kept_tokens(self, grid: Grid) -> int:
         """ceil(tokens / stride), or the number of windows asked for."""
@@ -45,6 +53,7 @@ class AveragePool:
         """
         import torch
 
+        from orchestrator.compression.merging import merge_members
         from orchestrator.compression.protocol import Kept
 
         tokens = visual_BND.shape[1]
@@ -72,6 +81,11 @@ class AveragePool:
             hidden_BMD = (sums_BMD / length_M.unsqueeze(-1)).to(visual_BND.dtype)
             position_sums_ABM = (positions_ABN[:, :, index_MW] * inside_MW).sum(3)
             sizes_BM = (sizes_BN[:, index_MW] * inside_MW).sum(2)
+        if self.spec.size_bias:
+            slots_N = torch.arange(windows, device=visual_BND.device).repeat_interleave(
+                torch.as_tensor(length_M, device=visual_BND.device).expand(windows), output_size=tokens
+            )
+            hidden_BMD = merge_members(visual_BND, slots_N.expand(len(visual_BND), -1), windows, sizes_BN)
         if self.spec.positions == "first":
             positions_ABM = positions_ABN[:, :, first_M]
         else:
@@ -81,5 +95,7 @@ class AveragePool:
             positions_ABM,
             sizes_BM,
             sources_BM=first_M.expand(len(visual_BND), -1),
+            grid=grid if windows == tokens else None,
             renumber=self.spec.positions == "renumber",
+            size_bias=self.spec.size_bias,
         )

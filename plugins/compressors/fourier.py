@@ -1,0 +1,86 @@
+"""`fourier`: keeps the low frequencies of the token grid (Fourier Compressor, arXiv:2508.06038 section 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import BlockCompressorSpec, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class FourierSpec(BlockCompressorSpec):
+    """A 2-D DCT over the token grid, channel by channel; the lowest h' x w' frequencies; inverted at that size.
+
+    An ideal low-pass resize without parameters. `stride` S asks for ceil(tokens / S) tokens and keeps the product of
+    an h' and a w' that is nearest to it (24 x 24 at a stride of 4: 12 x 12). A token's position id is the mean,
+    rounded down, of the window of tokens that it lies over.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.fourier:Fourier"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+
+    kind: Literal["fourier"] = "fourier"
+
+
+class Fourier:
+    """Transform, cut and inverse of one axis are one m x n matrix, so that an image costs two small products."""
+
+    def __init__(self, spec: FourierSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; computed in float32 at least.
+
+        Raises:
+            ValueError: the amount is no block of this grid.
+        """
+        from orchestrator.compression.merging import at_least_float32, full_precision
+        from orchestrator.compression.protocol import Kept
+        from orchestrator.compression.windows import windows_over
+
+        kept = self.spec.kept_grid(grid)
+        windows = windows_over(grid, kept, visual_BND.device)
+        low_BhwD = at_least_float32(visual_BND).unflatten(1, (grid.height, grid.width))
+        with full_precision(visual_BND.device):
+            if kept.width < grid.width:
+                low_BhwD = low_pass(grid.width, kept.width, low_BhwD) @ low_BhwD
+            if kept.height < grid.height:
+                rows_Hh = low_pass(grid.height, kept.height, low_BhwD)
+                low_BhwD = (rows_Hh @ low_BhwD.flatten(2)).unflatten(2, low_BhwD.shape[2:])
+        return Kept(
+            low_BhwD.flatten(1, 2).to(visual_BND.dtype),
+            windows.mean_positions(context.positions_ABN),
+            windows.sizes(context.sizes_BN),
+            sources_BM=windows.first_M.expand(len(visual_BND), -1),
+            grid=kept,
+        )
+
+
+def low_pass(tokens: int, kept: int, like: Tensor) -> Tensor:
+    """The matrix, kept x tokens, that leaves the lowest `kept` frequencies of an axis: sqrt(m / n) C_m^T C_n[:m].
+
+    C_n is the orthonormal DCT-II, C_n[k, i] = sqrt((1 or 2) / n) cos(pi k (2 i + 1) / (2 n)) with 1 at k = 0; the
+    factor makes up for the shorter axis, so that a constant stays what it is.
+
+    Args:
+        tokens: Length n of the axis.
+        kept: Length m <= n it becomes.
+        like: Gives device and dtype; the matrix is computed in float64 on the host, so that it is the same anywhere.
+    """
+    matrix_MN = _dct(kept, kept).mT @ _dct(tokens, kept) * (kept / tokens) ** 0.5
+    return matrix_MN.to(like)
+
+
+def _dct(tokens: int, frequencies: int) -> Tensor:
+    """The first rows of the orthonormal DCT-II."""
+    import torch
+
+    number_K = torch.arange(frequencies, dtype=torch.float64)
+    place_N = torch.arange(tokens, dtype=torch.float64)
+    waves_KN = torch.cos(torch.pi / (2 * tokens) * number_K[:, None] * (2 * place_N + 1))
+    weight_K = torch.where(number_K == 0, 1 / tokens, 2 / tokens).sqrt()
+    return weight_K[:, None] * waves_KN

@@ -1,0 +1,114 @@
+"""`tome`: merges the most alike tokens pair by pair (Token Merging, arXiv:2210.09461 section 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.base import Flag
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class ToMeSpec(CompressorSpec):
+    """Bipartite soft matching, repeated until ceil(tokens / `stride`) tokens, or the number asked for, are left.
+
+    The paper merges a few tokens in each block of the vision tower and measures likeness by the keys; this merges at
+    one point, in rounds of at most half of the tokens present, and measures by the hidden states (the paper's second
+    choice, Table 1a), which every layer and the projector have.
+
+    Attributes:
+        size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (section 3,
+            "proportional attention").
+        positions: Position id of a merged token: that of the token that others were merged into (`destination`), the
+            mean of all it stands for, weighted by size and rounded down, or ids renumbered without gaps.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.tome:ToMe"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+
+    kind: Literal["tome"] = "tome"
+    size_bias: Flag = True
+    positions: Literal["destination", "mean", "renumber"] = "destination"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class ToMe:
+    """Matching takes no gradient; the size-weighted means of what was merged pass it to all their tokens."""
+
+    def __init__(self, spec: ToMeSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; tokens stand in the order of their destinations.
+
+        Raises:
+            ValueError: more tokens are asked for than there are.
+        """
+        from dataclasses import replace
+
+        from orchestrator.compression.merging import merge_members, sum_members
+        from orchestrator.compression.protocol import take
+
+        tokens, kept = grid.tokens, self.spec.kept_tokens(grid)
+        slots_BN, sources_BM = match(visual_BND.detach(), context.sizes_BN, kept)
+        result = replace(
+            take(visual_BND, sources_BM, context),
+            grid=grid if kept == tokens else None,
+            renumber=self.spec.positions == "renumber",
+            size_bias=self.spec.size_bias,
+        )
+        if kept == tokens:
+            return result
+        sizes_BM = sum_members(context.sizes_BN, slots_BN, kept)
+        if self.spec.positions == "mean":
+            sums_ABM = sum_members(context.positions_ABN * context.sizes_BN, slots_BN, kept)
+            result = replace(result, positions_ABM=sums_ABM // sizes_BM)
+        merged_BMD = merge_members(visual_BND, slots_BN, kept, context.sizes_BN)
+        return replace(result, hidden_BMD=merged_BMD, sizes_BM=sizes_BM)
+
+
+def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Which of the `kept` tokens each token ends in, B x N, and the places of their destinations, rising, B x M.
+
+    Each round: every second token present (the 1st, 3rd, ...) finds the most alike among the others; the pairs most
+    alike are merged, at most half of the tokens present. Of equals the first in order is taken.
+    """
+    import torch
+
+    from orchestrator.compression.merging import at_least_float32, merge_members
+
+    images, tokens = visual_BND.shape[:2]
+    slots_BN = sources_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
+    tokens_BND = present_BnD = at_least_float32(visual_BND)
+    left = tokens
+    while left > kept:
+        merges = min(left - kept, left // 2)
+        next_Bn, stays_Bn = _round(present_BnD, merges)
+        left -= merges
+        slots_BN = next_Bn.gather(1, slots_BN)
+        sources_BN = sources_BN[stays_Bn].view(images, left)
+        if left > kept:
+            present_BnD = merge_members(tokens_BND, slots_BN, left, sizes_BN)
+    return slots_BN, sources_BN
+
+
+def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+    """One round: where each of n tokens goes among those left, and which stay."""
+    import torch
+
+    from orchestrator.compression.merging import cosines
+
+    images, present = present_BnD.shape[:2]
+    best_BA, partner_BA = cosines(present_BnD[:, ::2], present_BnD[:, 1::2]).max(2)
+    merged_Br = best_BA.argsort(1, descending=True, stable=True)[:, :merges]
+    goes_Bn = torch.arange(present, device=present_BnD.device).repeat(images, 1)
+    goes_Bn.scatter_(1, 2 * merged_Br, 2 * partner_BA.gather(1, merged_Br) + 1)
+    stays_Bn = torch.ones_like(goes_Bn, dtype=torch.bool).scatter_(1, 2 * merged_Br, False)
+    return (stays_Bn.long().cumsum(1) - 1).gather(1, goes_Bn), stays_Bn
