@@ -60,6 +60,12 @@ class Layout:
         return self.real_BN.shape[1]
 
     @property
+    def tail(self) -> int:
+        """Columns after the last visual token of any row."""
+        last = max((int(group.columns_IN.max()) for group in self.groups), default=-1)
+        return self.length - 1 - last
+
+    @property
     def visual_tokens(self) -> int:
         """Visual tokens of all rows."""
         return sum(group.tokens for group in self.groups)
@@ -73,11 +79,13 @@ class Moves:
         text_from: Places of text tokens before.
         text_to: Their places after.
         kept_to: Places of each group's kept tokens after.
+        added: How many tokens were added before each place in its row (flat), None where none was added.
     """
 
     text_from: Tensor
     text_to: Tensor
     kept_to: tuple[Tensor, ...]
+    added: Tensor | None = None
 
     def to(self, device: torch.device) -> Moves:
         """The same on another device."""
@@ -87,6 +95,7 @@ class Moves:
             self.text_from.to(device, non_blocking=True),
             self.text_to.to(device, non_blocking=True),
             tuple(index.to(device, non_blocking=True) for index in self.kept_to),
+            self.added.to(device, non_blocking=True) if self.added is not None else None,
         )
 
 
@@ -123,37 +132,48 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
     return Layout(real_BN | visual_BN, tuple(groups), pad_left)
 
 
-def shorten(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | None]) -> tuple[Layout, Moves]:
+def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | None]) -> tuple[Layout, Moves]:
     """The layout after each group's images keep `kept` tokens, padded again on the side it was padded.
 
-    Padding that is not needed any more goes; text keeps its order around the images.
+    Padding that is not needed any more goes; text keeps its order around the images. Where an image gets more tokens
+    than it had, the new ones follow its last.
     """
     text_BN = layout.real_BN.clone()
     for group in layout.groups:
         text_BN[group.rows_I.unsqueeze(1), group.columns_IN] = False
-    stays_BN = text_BN.clone()
+    stays_BN, extra_BN = text_BN.long(), torch.zeros(text_BN.shape, dtype=torch.long)
     slots = []
     for group, count in zip(layout.groups, kept, strict=True):
-        slot_IM = group.columns_IN[:, evenly_spaced(group.columns_IN.shape[1], count)]
-        stays_BN[group.rows_I.unsqueeze(1), slot_IM] = True
+        tokens = group.columns_IN.shape[1]
+        slot_IM = group.columns_IN[:, evenly_spaced(tokens, min(count, tokens))]
+        stays_BN[group.rows_I.unsqueeze(1), slot_IM] = 1
+        extra_BN[group.rows_I, group.columns_IN[:, -1]] = max(0, count - tokens)
         slots.append(slot_IM)
-    lengths_B = stays_BN.sum(1)
+    counts_BN = stays_BN + extra_BN
+    lengths_B = counts_BN.sum(1)
     columns = int(lengths_B.max())
-    new_column_BN = stays_BN.long().cumsum(1) - 1
+    new_column_BN = counts_BN.cumsum(1) - extra_BN - 1
     column_range = torch.arange(columns)
     if layout.pad_left:
         new_column_BN += (columns - lengths_B).unsqueeze(1)
         real_BM = column_range >= (columns - lengths_B).unsqueeze(1)
     else:
         real_BM = column_range < lengths_B.unsqueeze(1)
-    row_start_B = torch.arange(len(lengths_B)).unsqueeze(1)
-    new_place_BN = row_start_B * columns + new_column_BN
+    new_place_BN = torch.arange(len(lengths_B)).unsqueeze(1) * columns + new_column_BN
     text_from = text_BN.flatten().nonzero().squeeze(1)
+    added = torch.zeros(real_BM.numel(), dtype=torch.long) if bool(extra_BN.any()) else None
+    before_BN = extra_BN.cumsum(1) - extra_BN
     groups, kept_to = [], []
-    for group, slot_IM, grid in zip(layout.groups, slots, kept_grids, strict=True):
+    for group, slot_IM, count, grid in zip(layout.groups, slots, kept, kept_grids, strict=True):
         rows_I1 = group.rows_I.unsqueeze(1)
-        kept_to.append(new_place_BN[rows_I1, slot_IM].flatten())
-        new_columns_IM = new_column_BN[rows_I1, slot_IM]
-        groups.append(ImageGroup(grid or Grid(1, slot_IM.shape[1]), group.rows_I, new_columns_IM))
-    moves = Moves(text_from, new_place_BN.flatten()[text_from], tuple(kept_to))
-    return Layout(real_BM, tuple(groups), layout.pad_left), moves
+        columns_IM = new_column_BN[rows_I1, slot_IM]
+        more = torch.arange(1, 1 + count - slot_IM.shape[1])
+        columns_IM = torch.cat([columns_IM, columns_IM[:, -1:] + more], dim=1)
+        groups.append(ImageGroup(grid or Grid(1, count), group.rows_I, columns_IM))
+        kept_to.append((rows_I1 * columns + columns_IM).flatten())
+        if added is not None:
+            added[kept_to[-1]] = before_BN[group.rows_I, group.columns_IN[:, 0]].repeat_interleave(count)
+    text_to = new_place_BN.flatten()[text_from]
+    if added is not None:
+        added[text_to] = before_BN.flatten()[text_from]
+    return Layout(real_BM, tuple(groups), layout.pad_left), Moves(text_from, text_to, tuple(kept_to), added)

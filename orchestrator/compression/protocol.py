@@ -60,7 +60,8 @@ class Kept:
         hidden_BMD: Hidden states.
         positions_ABM: Position ids; the axes of `Context.positions_ABN`.
         sizes_BM: How many first visual tokens each stands for.
-        sources_BM: Which of the N tokens each stands in place of (for logits at original length); None = evenly spaced.
+        sources_BM: Which of the N tokens each stands in place of (for logits at original length), -1 for a new token
+            that stands in no one's place; None = evenly spaced, or, with M > N, all N and then new ones.
         grid: The grid they form; None = one row of M tokens.
         renumber: The row's position ids are to be numbered again without gaps.
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
@@ -82,7 +83,9 @@ class Compressor(Protocol):
 
     One that learns also has `create_module(width) -> nn.Module`; its module comes back as `Context.module`. One that
     adds tokens at the decoder's input (registers) also has `enter`, with the arguments of `compress`, which is called
-    before layer 0 and may return more tokens than it got.
+    before layer 0 and may return more tokens than it got; the position ids of what follows the image in its row then
+    move up by the number added. One that acts on pixels (at the projector) also has `resize(pixels_BCHW, grid)`, which
+    gives the tower smaller images; `compress` then gets the features of those, with the context of the original grid.
     """
 
     def __init__(self, spec: Any) -> None: ...
@@ -121,9 +124,25 @@ def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") ->
 
 @dataclass(frozen=True)
 class Point:
-    """A compressor at its place: resolved layer, spec, implementation, and its learned module's name if it has one."""
+    """A compressor at its place.
+
+    Attributes:
+        layer: Decoder layer before which it acts, 0 for one at the projector.
+        spec: Its parameters.
+        compressor: Its implementation.
+        module_name: Name of its learned module, if it has one.
+        at_projector: It acts on the features that enter the projector.
+        enters: This is its first part, which acts at the decoder's input (`enter`).
+    """
 
     layer: int
     spec: CompressorSpec
     compressor: Compressor
     module_name: str | None = None
+    at_projector: bool = False
+    enters: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it acts, in words."""
+        return "the projector" if self.spec.layer == "projector" else f"layer {self.layer}"

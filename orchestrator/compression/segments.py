@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from orchestrator.compression.acting import act
 from orchestrator.compression.caches import SegmentCache
-from orchestrator.compression.layout import ImageGroup, Layout, shorten
+from orchestrator.compression.layout import ImageGroup, Layout, rearrange
 from orchestrator.compression.protocol import Context, Kept, Point
-from orchestrator.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,18 @@ class Segment:
 
 
 def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
-    """Cuts the depth at every point; points at one layer act in their order."""
-    starts = sorted({0, *(point.layer for point in points)})
+    """Cuts the depth at every point; points at one layer act in their order, then new tokens enter at layer 0."""
+    acting = [point for point in points if not point.at_projector]
+    entering = [replace(point, layer=0, enters=True) for point in acting if hasattr(point.compressor, "enter")]
+    starts = sorted({0, *(point.layer for point in acting)})
     ends = [*starts[1:], num_layers]
     return [
-        Segment(first, last, tuple(point for point in points if point.layer == first))
+        Segment(first, last, tuple(point for point in [*acting, *entering] if point.layer == first))
         for first, last in zip(starts, ends, strict=True)
     ]
+
+
+OTHER_META = 3  # rows of Flow.meta_CBN that are no position ids
 
 
 @dataclass
@@ -47,20 +52,35 @@ class Flow:
 
     Attributes:
         hidden_BND: Hidden states.
-        meta_CBN: Per token: its A position ids, the number of first tokens it stands for, its original column.
+        meta_CBN: Per token: its A position ids, its block, the number of first tokens it stands for, its original
+            column.
         layout: Where text and images are; None where the forward brings no image.
         labels_BN: Labels on the host, or None.
+        blocked: Tokens of one non-negative block see one another both ways.
+        size_bias: Attention logits of a key are raised by the logarithm of its size.
     """
 
     hidden_BND: Tensor
     meta_CBN: Tensor
     layout: Layout | None
     labels_BN: Tensor | None
+    blocked: bool = False
+    size_bias: bool = False
 
     @property
     def positions_ABN(self) -> Tensor:
         """Position ids."""
-        return self.meta_CBN[:-2]
+        return self.meta_CBN[:-OTHER_META]
+
+    @property
+    def blocks_BN(self) -> Tensor:
+        """Blocks; -1 for a token that sees what is before it only."""
+        return self.meta_CBN[-3]
+
+    @property
+    def sizes_BN(self) -> Tensor:
+        """How many first tokens each token stands for."""
+        return self.meta_CBN[-2]
 
     @property
     def origins_BN(self) -> Tensor:
@@ -84,37 +104,57 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         The flow after it, and whether position ids are to be numbered again.
     """
     assert flow.layout is not None
-    layout, device = flow.layout, flow.hidden_BND.device
-    columns, width = layout.length, flow.hidden_BND.shape[-1]
+    groups, metas = [], []
+    for group in flow.layout.groups:
+        visual_BND, meta_CIN = visuals_of(flow, group)
+        groups.append((visual_BND, group.grid, _context(flow, point, draw, None, group, meta_CIN)))
+        metas.append(meta_CIN)
+    kept = act(point, groups, module)
+    return rejoin(flow, kept, metas), any(one.renumber for one in kept)
+
+
+def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
+    """Visual tokens of a group, I x N x D, and what is known of them, C x I x N."""
+    assert flow.layout is not None
+    places = group.places(flow.layout.length).to(flow.hidden_BND.device, non_blocking=True)
+    shape = group.columns_IN.shape
+    flat_hidden, flat_meta = flow.hidden_BND.flatten(0, 1), flow.meta_CBN.flatten(1)
+    return flat_hidden.index_select(0, places).unflatten(0, shape), flat_meta.index_select(1, places).unflatten(
+        1, shape
+    )
+
+
+def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
+    """The rows with what is left of each group in the place of its visual tokens (`metas`: C x I x N of each)."""
+    assert flow.layout is not None
+    device, width = flow.hidden_BND.device, flow.hidden_BND.shape[-1]
     flat_hidden, flat_meta = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1)
-    kept, kept_meta = [], []
-    for group in layout.groups:
-        places = group.places(columns).to(device, non_blocking=True)
-        shape = group.columns_IN.shape
-        meta_CIN = flat_meta.index_select(1, places).unflatten(1, shape)
-        context = _context(flow, point, draw, module, group, meta_CIN)
-        visual_BND = flat_hidden.index_select(0, places).unflatten(0, shape)
-        one = _call(point, visual_BND, group.grid, context)
-        kept.append(one)
-        kept_meta.append(_meta_of(one, meta_CIN))
-    after, moves = shorten(layout, [one.hidden_BMD.shape[1] for one in kept], [one.grid for one in kept])
+    after, moves = rearrange(flow.layout, [one.hidden_BMD.shape[1] for one in kept], [one.grid for one in kept])
     moves_device = moves.to(device)
-    rows = layout.real_BN.shape[0]
+    rows = flow.layout.real_BN.shape[0]
     hidden = flow.hidden_BND.new_zeros(rows * after.length, width)
     hidden.index_copy_(0, moves_device.text_to, flat_hidden.index_select(0, moves_device.text_from))
     meta = flow.meta_CBN.new_zeros(len(flow.meta_CBN), rows * after.length)
-    meta[-1] = -1
+    meta[-3], meta[-1] = -1, -1
     meta[:, moves_device.text_to] = flat_meta[:, moves_device.text_from]
-    for one, one_meta, to in zip(kept, kept_meta, moves_device.kept_to, strict=True):
+    for one, meta_CIN, to in zip(kept, metas, moves_device.kept_to, strict=True):
         hidden.index_copy_(0, to, one.hidden_BMD.reshape(-1, width).to(hidden.dtype))
-        meta[:, to] = one_meta
+        meta[:, to] = _meta_of(one, meta_CIN)
+    if moves_device.added is not None:
+        meta[:-OTHER_META] += moves_device.added
     labels = None
     if flow.labels_BN is not None:
         labels = flow.labels_BN.new_full((rows * after.length,), -100)
         labels[moves.text_to] = flow.labels_BN.flatten()[moves.text_from]
         labels = labels.unflatten(0, (rows, after.length))
-    flow = Flow(hidden.unflatten(0, (rows, -1)), meta.unflatten(1, (rows, -1)), after, labels)
-    return flow, any(one.renumber for one in kept)
+    return replace(
+        flow,
+        hidden_BND=hidden.unflatten(0, (rows, -1)),
+        meta_CBN=meta.unflatten(1, (rows, -1)),
+        layout=after,
+        labels_BN=labels,
+        size_bias=flow.size_bias or any(one.size_bias for one in kept),
+    )
 
 
 def _context(
@@ -123,7 +163,7 @@ def _context(
     samples = tuple(draw.sample_indices[row] for row in group.rows_I.tolist()) if draw.sample_indices else ()
     return Context(
         layer=point.layer,
-        positions_ABN=meta_CIN[:-2],
+        positions_ABN=meta_CIN[:-OTHER_META],
         sizes_BN=meta_CIN[-2],
         rows_B=group.rows_I,
         seed=draw.seed,
@@ -134,28 +174,20 @@ def _context(
     )
 
 
-def _call(point: Point, visual_BND: Tensor, grid: Any, context: Context) -> Kept:
-    try:
-        kept = point.compressor.compress(visual_BND, grid, context)
-    except ValueError as error:
-        raise UsageError(f"compression: {point.spec.kind} at layer {point.layer}: {error}") from error
-    if not 0 < kept.hidden_BMD.shape[1] <= visual_BND.shape[1]:
-        raise UsageError(
-            f"compression: {point.spec.kind} at layer {point.layer} returned {kept.hidden_BMD.shape[1]} tokens of "
-            f"{visual_BND.shape[1]}; a method keeps at least one and at most all"
-        )
-    return kept
-
-
 def _meta_of(kept: Kept, meta_CIN: Tensor) -> Tensor:
-    """Positions, sizes and original columns of the kept tokens, flat: C x (I * M)."""
+    """Positions, blocks, sizes and original columns of the kept tokens, flat: C x (I * M)."""
     images, tokens = meta_CIN.shape[1:]
     count = kept.hidden_BMD.shape[1]
     sources_IM = kept.sources_BM
     if sources_IM is None:
-        sources_IM = (torch.arange(count, device=meta_CIN.device) * tokens // count).expand(images, -1)
-    origins_IM = meta_CIN[-1].gather(1, sources_IM)
-    return torch.cat([kept.positions_ABM, kept.sizes_BM.unsqueeze(0), origins_IM.unsqueeze(0)]).flatten(1)
+        number_M = torch.arange(count, device=meta_CIN.device)
+        source_M = number_M * tokens // count if count <= tokens else number_M.masked_fill(number_M >= tokens, -1)
+        sources_IM = source_M.expand(images, -1)
+    blocks_IM, origins_IM = (
+        meta_CIN[row].gather(1, sources_IM.clamp(min=0)).masked_fill(sources_IM < 0, -1).unsqueeze(0)
+        for row in (-3, -1)
+    )
+    return torch.cat([kept.positions_ABM, blocks_IM, kept.sizes_BM.unsqueeze(0), origins_IM]).flatten(1)
 
 
 def renumber(flow: Flow) -> None:
@@ -164,7 +196,7 @@ def renumber(flow: Flow) -> None:
     real_BN = flow.layout.real_BN.to(flow.hidden_BND.device)
     rank_BN = real_BN.long().cumsum(1) - 1
     first_ABN = flow.positions_ABN.masked_fill(~real_BN, torch.iinfo(torch.long).max).amin(2, keepdim=True)
-    flow.meta_CBN[:-2] = torch.where(real_BN, first_ABN + rank_BN, 0)
+    flow.meta_CBN[:-OTHER_META] = torch.where(real_BN, first_ABN + rank_BN, 0)
 
 
 def run_layers(
@@ -172,7 +204,7 @@ def run_layers(
     segment: Segment,
     hidden_BND: Tensor,
     positions: Tensor,
-    mask_BN: Tensor,
+    mask: Any,
     cache: Any,
     options: dict[str, Any],
 ) -> Any:
@@ -186,7 +218,7 @@ def run_layers(
         segment: Its layers to run; the final norm belongs to the last segment.
         hidden_BND: Input of the first layer.
         positions: Position ids, B x N or axes x B x N.
-        mask_BN: True where a token is, cached ones first.
+        mask: True where a token is, cached ones first (B x N), or ready-made masks (`Family.attention_mask`).
         cache: The whole KV cache, or None.
         options: Further keyword arguments of the model's forward.
     """
@@ -206,11 +238,11 @@ def run_layers(
     view.__dict__["_modules"] = modules
     view.__dict__["config"] = _shifted_config(language_model.config, segment)
     if "flash" in str(view.config._attn_implementation) and len(hidden_BND) == 1:
-        options = options | _one_sequence(hidden_BND, mask_BN)
+        options = options | _one_sequence(hidden_BND, mask)
     return type(language_model).forward(
         view,
         inputs_embeds=hidden_BND,
-        attention_mask=mask_BN,
+        attention_mask=mask,
         position_ids=positions,
         past_key_values=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
         **options,

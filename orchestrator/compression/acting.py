@@ -1,0 +1,100 @@
+"""One point on the visual tokens of a batch: the method's calls group by group, and one call of what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+Visuals = tuple[Tensor, Grid, Context]
+
+
+def act(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> list[Kept]:
+    """What a method leaves of each group of units; units of one token stay as they are.
+
+    Args:
+        point: The method at its place.
+        groups: Visual tokens (units x tokens x width), grid and context of each group of units of one grid.
+        module: The learned module, or None. It is called once whatever the number of groups: ranks whose batches have
+            other grids must gather its parameters equally often.
+
+    Raises:
+        UsageError: the method cannot take a grid, or returned something that is no compression.
+    """
+    kept = [_whole(*group) for group in groups]
+    chosen = [number for number, (visual_BND, _, _) in enumerate(groups) if visual_BND.shape[1] > 1]
+    if module is None or not chosen:
+        for number in chosen:
+            kept[number] = _one(point, *groups[number])
+        return kept
+    inside = _without_hooks(module)
+
+    def work(flat_LD: Tensor) -> Tensor:
+        parts = flat_LD.split([groups[number][0].shape[:2].numel() for number in chosen])
+        for number, part_LD in zip(chosen, parts, strict=True):
+            visual_BND, grid, context = groups[number]
+            visual_BND = part_LD.unflatten(0, visual_BND.shape[:2])
+            kept[number] = _one(point, visual_BND, grid, replace(context, module=inside))
+        return torch.cat([kept[number].hidden_BMD.flatten(0, 1).to(flat_LD.dtype) for number in chosen])
+
+    flat_LD = call_once(module, work, torch.cat([groups[number][0].flatten(0, 1) for number in chosen]))
+    parts = flat_LD.split([kept[number].hidden_BMD.shape[:2].numel() for number in chosen])
+    for number, part_LD in zip(chosen, parts, strict=True):
+        kept[number] = replace(kept[number], hidden_BMD=part_LD.unflatten(0, kept[number].hidden_BMD.shape[:2]))
+    return kept
+
+
+def call_idle(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Passes hidden states by a learned module that has nothing to do, so that its parameters get gradients of zero."""
+
+    def work(hidden: Tensor) -> Tensor:
+        zero = torch.stack([(0.0 * parameter).sum().float() for parameter in module.parameters()]).sum()
+        return hidden + zero.to(hidden)
+
+    return call_once(module, work, hidden)
+
+
+def call_once(module: nn.Module, work: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Calls a module with `work` in the place of its forward: its hooks (ZeRO-3, DDP) see one tensor in, one out."""
+    module.__dict__["forward"] = work
+    try:
+        result: Tensor = module(hidden)
+    finally:
+        del module.__dict__["forward"]
+    return result
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same module (parameters, submodules, forward) for calls inside `call_once`."""
+    view: Any = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    for name in [name for name in view.__dict__ if name.endswith("_hooks")]:
+        view.__dict__[name] = type(view.__dict__[name])()
+    return view  # type: ignore[no-any-return]
+
+
+def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+    every_BN = torch.arange(visual_BND.shape[1], device=visual_BND.device).expand(len(visual_BND), -1)
+    return Kept(visual_BND, context.positions_ABN, context.sizes_BN, every_BN, grid)
+
+
+def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+    method = point.compressor.enter if point.enters else point.compressor.compress  # type: ignore[attr-defined]
+    try:
+        kept: Kept = method(visual_BND, grid, context)
+    except ValueError as error:
+        raise UsageError(f"compression: {point.spec.kind} at {point.place}: {error}") from error
+    count, tokens = kept.hidden_BMD.shape[1], visual_BND.shape[1]
+    if count < 1 or (count > tokens and not point.enters):
+        raise UsageError(
+            f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}; a method keeps at "
+            "least one and at most all"
+        )
+    return kept
