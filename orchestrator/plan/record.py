@@ -91,6 +91,7 @@ def cell_record(
             "cell_id": cell.id,
             "experiment_spec_sha": spec_sha or digest(resolved),
             "attention": cell.spec.model.attn_implementation,
+            **({"control": "true"} if "control" in cell.axes else {}),
             **_fingerprint_tags(runs),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },

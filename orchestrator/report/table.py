@@ -97,7 +97,9 @@ def _row(
         if len(numbers) > 1:
             spread[name] = stdev(numbers)
     marks = []
-    if baseline and all(own.get(axis) == value for axis, value in baseline.items()):
+    if "control" in own:
+        marks.append("control")
+    elif baseline and all(own.get(axis) == value for axis, value in baseline.items()):
         marks.append("baseline")
     if len(group) > 1:
         marks.append(f"{len(finished)} of {len(group)} cells")

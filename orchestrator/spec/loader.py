@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from orchestrator.errors import Fault, SpecError
 from orchestrator.spec.axes import AxisReader
 from orchestrator.spec.checks import Checks
+from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.faults import explain
 from orchestrator.spec.grid import GridBuilder, Parts, ResolvedCell, apply
@@ -79,7 +80,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
     _stop_at(faults)
     assert spec is not None
     builder.faults.clear()
-    cells = builder.resolve(spec, found)
+    cells = with_controls(builder.resolve(spec, found), root, builder.faults)
     _stop_at(builder.faults)
     told = tuple(dict.fromkeys([*notices, *builder.notices]))
     return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells)

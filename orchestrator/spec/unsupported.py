@@ -40,13 +40,9 @@ def _keys_of(spec: ExperimentSpec) -> dict[str, str]:
     found: dict[str, str] = {}
     if spec.search is not None:
         found["search"] = "take it out to run the grid"
-    if spec.controls:
-        found["controls"] = "write the control arms as variants"
     for name, points in spec.compressors.items():
         for index, point in enumerate(points):
             path = f"compressors.{name}" + (f".{index}" if len(points) > 1 else "")
-            if point.layer_average_tokens is not None:
-                found[f"{path}.layer_average_tokens"] = "give stride, keep_tokens or keep_ratio"
             if point.layer == "projector":
                 found[f"{path}.layer"] = "give a decoder layer"
     for name in ("pretrain", "finetune"):

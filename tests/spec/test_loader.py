@@ -66,14 +66,12 @@ def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) 
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("controls: [random_drop]\n", "controls"),
         ("search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n", "search"),
         ("cluster: {lanes: 2}\n", "cluster.lanes"),
         ("cluster: {lanes: auto}\n", "cluster.lanes"),
         ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
         ("cluster: {stall_minutes: 5}\n", "cluster.stall_minutes"),
         ("matrix: {phases.finetune.per_device_train_batch_size: [16, auto]}\n", "phases.finetune.per_device_train_batch_size"),
-        ("matrix: {compressors.heavy.layer_average_tokens: [9], compressors.heavy.stride: [null]}\n", "compressors.heavy.layer_average_tokens"),
     ],
 )  # fmt: skip
 def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:

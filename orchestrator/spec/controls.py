@@ -1,0 +1,145 @@
+"""Control arms: every cell that compresses once more with a plain method at the same budget, marked `control`.
+
+Random, strided and averaged tokens beat most published methods at some budget (UniPruneBench, arXiv:2511.02650), and so
+does a smaller image (VTC-Bench, arXiv:2510.07143); a method is worth what it adds to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from orchestrator import registry
+from orchestrator.errors import Fault
+from orchestrator.spec.budgets import layer_average
+from orchestrator.spec.components import CompressorSpec, Grid, ScheduleSpec
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.faults import fault_at, unknown_name
+from orchestrator.spec.grid import ResolvedCell
+from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.spec.node import Node
+from orchestrator.spec.references import FULL, PHASES
+from orchestrator.spec.variant_checks import check_variant
+
+AXIS = "control"
+_AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
+Points = tuple[CompressorSpec, ...]
+
+
+def with_controls(cells: Sequence[ResolvedCell], root: Node, faults: list[Fault]) -> tuple[ResolvedCell, ...]:
+    """The cells, each followed by its control arms; a cell on full tokens, or that is its own control, has none.
+
+    Args:
+        cells: The grid.
+        root: The tree, for the places of faults.
+        faults: Takes controls that do not exist or cannot meet a variant's budget.
+    """
+    found: list[ResolvedCell] = []
+    made: dict[tuple[int, str], Points | None] = {}
+    for cell in cells:
+        found.append(cell)
+        for index, kind in enumerate(cell.spec.controls):
+            if kind not in registry.kinds(registry.COMPRESSORS):
+                allowed, hint = unknown_name(kind, registry.kinds(registry.COMPRESSORS))
+                faults.append(fault_at(root, ("controls", index), f"there is no method `{kind}`", allowed, hint))
+            elif (arm := _arm(cell, kind, index, root, faults, made)) is not None:
+                found.append(arm)
+    return tuple(found)
+
+
+def _arm(
+    cell: ResolvedCell,
+    kind: str,
+    index: int,
+    root: Node,
+    faults: list[Fault],
+    made: dict[tuple[int, str], Points | None],
+) -> ResolvedCell | None:
+    variants = dict(cell.spec.compressors)
+    used = [name for name in used_variants(cell.spec) if name in variants]
+    if all(point.kind == kind for name in used for point in variants[name]):
+        return None
+    facts = model_facts(cell.spec.model.model_name_or_path, cell.spec.model.revision)
+    for name in used:
+        key = (id(variants[name]), kind)
+        if key not in made:
+            made[key] = _control(kind, variants[name], facts, name, index, root, faults)
+        points = made[key]
+        if points is None:
+            return None
+        variants[name] = points
+    spec = cell.spec.model_copy(update={"compressors": variants})
+    return replace(cell, name=f"{cell.name},{AXIS}={kind}", axes={**cell.axes, AXIS: kind}, spec=spec)
+
+
+def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
+    """Names of the variants that the phases' schedules use, without `full`."""
+    names: dict[str, None] = {}
+    for name in PHASES:
+        phase = getattr(spec.phases, name)
+        schedule = phase.schedule if phase is not None else None
+        if isinstance(schedule, str) and schedule in spec.schedules:
+            schedule = spec.schedules[schedule]
+        if isinstance(schedule, ScheduleSpec):
+            names.update(dict.fromkeys(schedule.variants()))
+        elif schedule is not None:
+            names[schedule] = None
+    names.pop(FULL, None)
+    return tuple(names)
+
+
+def _control(
+    kind: str, points: Points, facts: ModelFacts | None, name: str, index: int, root: Node, faults: list[Fault]
+) -> Points | None:
+    where = ("controls", index)
+    try:
+        control = control_points(kind, points, facts)
+    except (ValidationError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        faults.append(fault_at(root, where, f"{kind} cannot be the control of {name}: {reason}"))
+        return None
+    findings = list(check_variant(control, ("compressors", name), facts))
+    faults += [
+        fault_at(root, where, f"{kind} cannot be the control of {name}: {each.message}", each.allowed, each.hint)
+        for each in findings
+    ]
+    return None if findings else control
+
+
+def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Points:
+    """A method at the budget of a variant: point by point where it can stand there, else once before the decoder.
+
+    Raises:
+        ValueError: the variant's budget is not known, or the method cannot meet it.
+    """
+    method: type[CompressorSpec] = registry.spec_class(registry.COMPRESSORS, kind)
+    grid = facts.visual_grid if facts is not None else None
+    if "decoder" not in method.points:
+        if facts is None or grid is None:
+            raise ValueError("it acts before the decoder, and how many tokens an image has is not known here")
+        average = layer_average(points, facts.num_layers, grid)
+        fields = {"kind": kind, "layer": "projector", "layer_average_tokens": round(average)}
+        return (method.model_validate(fields),)
+    found = []
+    for point in points:
+        found.append(_at_point(method, point, facts, grid))
+        grid = point.kept_grid(grid) if grid is not None and point.layer_average_tokens is None else None
+    return tuple(found)
+
+
+def _at_point(
+    method: type[CompressorSpec], point: CompressorSpec, facts: ModelFacts | None, grid: Grid | None
+) -> CompressorSpec:
+    layer = 0 if point.layer == "projector" and "projector" not in method.points else point.layer
+    fields = {"kind": method.kind_name(), "layer": layer}
+    control = method.model_validate(fields | {name: getattr(point, name) for name in _AMOUNTS})
+    if grid is None or point.layer_average_tokens is not None:
+        return control
+    kept = point.kept_tokens(grid)
+    if point.tokens_before(grid) != grid.tokens and facts is not None:
+        # It adds tokens on the way, so the number at the point is not its budget.
+        average = round(layer_average((point,), facts.num_layers, grid))
+        return method.model_validate(fields | {"layer_average_tokens": average})
+    return control if control.kept_tokens(grid) == kept else method.model_validate(fields | {"keep_tokens": kept})

@@ -1,0 +1,72 @@
+"""Control arms stand beside every cell that compresses, at its budget, and are marked."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.plan.cells import expand_cells
+from orchestrator.spec.budgets import tokens_by_layer
+from orchestrator.spec.components import Grid
+from orchestrator.spec.loader import load_experiment, unsupported_keys
+
+GRID_OF_TINY = Grid(8, 8)
+AXIS = "matrix: {phases.finetune.schedule: [full, heavy, two]}\n"
+
+
+def load(write, small, text):
+    return load_experiment(write(small + AXIS + text))
+
+
+def test_every_cell_that_compresses_gets_each_control_once(small, write):
+    loaded = load(write, small, "controls: [random_drop, stride, average_pool]\n")
+    assert unsupported_keys(loaded) == []
+    names = [cell.name for cell in loaded.cells]
+    controls = [f"schedule={base},control={kind}" for base in ("heavy", "two") for kind in ("random_drop", "stride")]
+    # average_pool is what these cells do already: it is no control of theirs.
+    assert sorted(names) == sorted(["schedule=full", "schedule=heavy", "schedule=two", *controls])
+    marked = {cell.name: cell.axes.get("control") for cell in loaded.cells}
+    assert marked["schedule=two,control=stride"] == "stride" and marked["schedule=two"] is None
+
+
+def test_a_control_has_the_budget_of_its_variant_layer_by_layer(small, write):
+    loaded = load(write, small, "controls: [random_drop, stride]\n")
+    for cell in loaded.cells:
+        for name, written in loaded.spec.compressors.items():
+            points = cell.spec.compressors[name]
+            assert tokens_by_layer(points, 4, GRID_OF_TINY) == tokens_by_layer(written, 4, GRID_OF_TINY)
+
+
+def test_controls_are_cells_of_their_own_and_share_what_is_equal(small, write):
+    small = small.replace(
+        "stages: [{share: 1/2, compressor: heavy}, {}]", "stages: [{share: 1/2}, {compressor: heavy}]"
+    )
+    cells = {cell.name: cell for cell in expand_cells(load(write, small, "controls: [random_drop]\n"))}
+    two, control = cells["schedule=two"], cells["schedule=two,control=random_drop"]
+    assert two.id != control.id
+    half = two.phases[0].total_steps // 2
+    assert two.phases[0].state_at(half) == control.phases[0].state_at(half)
+
+
+def test_what_acts_before_the_decoder_only_meets_the_mean_over_layers(small, write):
+    small = small.replace("stride: 8", "stride: 4")
+    loaded = load(write, small, "controls: [downsample]\n")
+    arm = next(cell for cell in loaded.cells if cell.name == "schedule=heavy,control=downsample")
+    (point,) = arm.spec.compressors["heavy"]
+    wanted = Fraction(2 * 64 + 2 * 16, 4)
+    assert (point.layer, point.layer_average_tokens) == ("projector", wanted)
+    (action,) = next(cell for cell in expand_cells(loaded) if cell.name == arm.name).phases[0].table
+    assert action.points[0]["keep_tokens"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("random_dorp", "there is no method `random_dorp`"), ("fastv", "cannot be the control of heavy")],
+)
+def test_a_control_that_cannot_be_is_told_where_it_is_written(kind, message, small, write):
+    small = small.replace("kind: average_pool, layer: 2", "kind: average_pool, layer: 0")
+    with pytest.raises(SpecError, match=message) as error:
+        load(write, small, f"controls: [{kind}]\n")
+    assert {fault.path for fault in error.value.faults} == {"controls.0"}
