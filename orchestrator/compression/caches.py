@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from orchestrator.compression.protocol import Point
+from orchestrator.errors import UsageError
+
+_RECORD = "llavolta_record"
 
 
 class SegmentCache(Cache):
@@ -43,9 +49,92 @@ class CacheRecord:
         seen_tokens: Original tokens so far.
         masks: Per segment, True where a cached token is real (B x cached tokens).
         shifts: Per segment, how much position ids moved up by renumbering (A x B), or None.
+        sizes: Per segment, how many first tokens each cached one stands for (B x cached tokens) where attention is
+            biased by it, else None.
+        tail: Tokens after the last image; only these can be cropped, since they are the same in every layer.
     """
 
     points: tuple[Point, ...]
     seen_tokens: int
     masks: list[Tensor]
     shifts: list[Tensor | None]
+    sizes: list[Tensor | None]
+    tail: int = 0
+
+    def select(self, index_B: Tensor) -> None:
+        """Rows follow the cache's rows (beams, repeated prompts)."""
+        self.masks = [mask_BK[index_B.to(mask_BK.device)] for mask_BK in self.masks]
+        self.sizes = [size if size is None else size[index_B.to(size.device)] for size in self.sizes]
+        self.shifts = [shift if shift is None else shift[:, index_B.to(shift.device)] for shift in self.shifts]
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last tokens.
+
+        Raises:
+            UsageError: they are not all after the last image.
+        """
+        if tokens > self.tail:
+            raise UsageError(
+                f"compression: the last {tokens} tokens of a KV cache cannot be taken off, only {self.tail} stand "
+                "after the last image; layers hold different numbers of visual tokens"
+            )
+        self.masks = [mask_BK[:, : mask_BK.shape[1] - tokens] for mask_BK in self.masks]
+        self.sizes = [size if size is None else size[:, : size.shape[1] - tokens] for size in self.sizes]
+        self.seen_tokens -= tokens
+        self.tail -= tokens
+
+
+def record_of(cache: Any) -> CacheRecord | None:
+    """What a cache remembers, None where it was not filled through compressed layers."""
+    return getattr(cache, "__dict__", {}).get(_RECORD) if isinstance(cache, Cache) else None
+
+
+def remember(cache: Cache, record: CacheRecord) -> None:
+    """Gives a cache its record; from then on the record follows whatever happens to the cache's rows.
+
+    It is kept on the cache itself, so that a deep copy (a prompt cached once, used often) takes it along.
+    """
+    cache.__dict__[_RECORD] = record
+    for name, follow in _FOLLOW.items():
+        if hasattr(type(cache), name):
+            cache.__dict__[name] = MethodType(follow, cache)
+
+
+def _reorder(cache: Any, beam_idx: Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    cache.__dict__[_RECORD].select(beam_idx)
+
+
+def _select(cache: Any, indices: Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    cache.__dict__[_RECORD].select(indices)
+
+
+def _repeat(cache: Any, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    record = cache.__dict__[_RECORD]
+    record.select(torch.arange(len(record.masks[0])).repeat_interleave(repeats))
+
+
+def _crop(cache: Any, tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise UsageError(
+            "compression: a KV cache is cropped by a negative number of tokens; its layers differ in length"
+        )
+    cache.__dict__[_RECORD].crop(-tokens_to_remove)
+    type(cache).crop(cache, tokens_to_remove)
+
+
+def _reset(cache: Any) -> None:
+    type(cache).reset(cache)
+    for name in (_RECORD, *_FOLLOW):
+        cache.__dict__.pop(name, None)
+
+
+_FOLLOW: dict[str, Callable[..., None]] = {
+    "reorder_cache": _reorder,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "crop": _crop,
+    "reset": _reset,
+}

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
-from orchestrator.compression.caches import CacheRecord
+from orchestrator.compression.caches import CacheRecord, SegmentCache, record_of, remember
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import Layout, build_layout
+from orchestrator.compression.masks import Keys
 from orchestrator.compression.protocol import Point
-from orchestrator.compression.segments import Draw, Flow, Segment, compress, renumber, run_layers, segments_of
+from orchestrator.compression.segments import (
+    OTHER_META,
+    Draw,
+    Flow,
+    Segment,
+    compress,
+    renumber,
+    run_layers,
+    segments_of,
+)
 from orchestrator.errors import UsageError
 
 
@@ -45,7 +54,6 @@ class Decoder:
         points: The present points, in the order of layers.
         draw: What random methods draw from.
         modules: Learned modules by name.
-        records: What filled caches must remember.
         current: The pass of the top model that is under way.
     """
 
@@ -53,26 +61,25 @@ class Decoder:
     points: tuple[Point, ...] = ()
     draw: Draw = field(default_factory=Draw)
     modules: nn.ModuleDict | None = None
-    records: WeakKeyDictionary[Cache, CacheRecord] = field(default_factory=WeakKeyDictionary)
     current: Pass | None = None
 
     def forward(self, arguments: dict[str, Any]) -> Any:
         """The language model's forward; `arguments` are its keyword arguments."""
         language_model = self.family.language_model
         cache = arguments.get("past_key_values")
-        record = self.records.get(cache) if isinstance(cache, Cache) else None
+        record = record_of(cache)
         current = self.current
         if current is None or (record is None and not self.points):
             if record is None:
                 return type(language_model).forward(language_model, **arguments)
             current = Pass({})
-        embeds_BND = arguments["inputs_embeds"]
-        _check_mask(arguments)
-        flow = self._flow(current, arguments, record)
+        _check_positions(arguments)
+        given = _padding_mask(current, arguments)
+        flow = self._flow(current, arguments, record, given)
         if record is None and flow.layout is None:
             return type(language_model).forward(language_model, **arguments)
         cache = self._cache(arguments, language_model)
-        return self._run(current, flow, cache, record, arguments, embeds_BND.shape[1])
+        return self._run(current, flow, cache, record, arguments, given)
 
     def _cache(self, arguments: dict[str, Any], language_model: Any) -> Any:
         use_cache = arguments.get("use_cache")
@@ -84,9 +91,14 @@ class Decoder:
         cache = arguments.get("past_key_values")
         if cache is None and use_cache:
             cache = DynamicCache(config=language_model.config)
+        if getattr(cache, "is_compileable", False):
+            raise UsageError(
+                "compression: a static KV cache has one length for all layers, compressed ones differ; use a dynamic "
+                "one"
+            )
         return cache
 
-    def _flow(self, current: Pass, arguments: dict[str, Any], record: CacheRecord | None) -> Flow:
+    def _flow(self, current: Pass, arguments: dict[str, Any], record: CacheRecord | None, given: Tensor | None) -> Flow:
         """What enters the first layer: hidden states, ids as the plain model has them, and where the images are."""
         embeds_BND = arguments["inputs_embeds"]
         rows, columns = embeds_BND.shape[:2]
@@ -99,15 +111,23 @@ class Decoder:
         positions = arguments.get("position_ids")
         if positions is None:
             positions = column_N + seen
+        elif cache is not None and record is not None and self.family.counts_cache(current.inputs):
+            # The top model numbered them by the cache's first layer, which may hold fewer tokens than were seen.
+            positions = positions + (seen - int(cache.get_seq_length()))
         if positions.ndim < 3:
             positions = positions.expand(rows, columns).unsqueeze(0)
-        meta_CBN = torch.cat(
-            [positions, torch.ones_like(positions[:1]), column_N.to(positions.dtype).expand(1, rows, columns)]
+        blocks_BN = self.family.block_ids_BN(current.inputs) if current.inputs else None
+        blocks_1BN = (
+            blocks_BN[:, -columns:].to(positions).unsqueeze(0)
+            if blocks_BN is not None
+            else torch.full_like(positions[:1], -1)
         )
+        columns_1BN = column_N.to(positions.dtype).expand(1, rows, columns)
+        meta_CBN = torch.cat([positions, blocks_1BN, torch.ones_like(positions[:1]), columns_1BN])
         layout, labels_BN = None, None
         if not (seen and columns == 1):
-            layout, labels_BN = self._layout(current, arguments.get("attention_mask"), rows, columns)
-        return Flow(embeds_BND, meta_CBN, layout, labels_BN)
+            layout, labels_BN = self._layout(current, given, rows, columns)
+        return Flow(embeds_BND, meta_CBN, layout, labels_BN, blocked=blocks_BN is not None)
 
     def _layout(
         self, current: Pass, mask: Tensor | None, rows: int, columns: int
@@ -137,12 +157,14 @@ class Decoder:
         cache: Any,
         record: CacheRecord | None,
         arguments: dict[str, Any],
-        columns: int,
+        padding_BK: Tensor | None,
     ) -> Any:
         language_model = self.family.language_model
         points = record.points if record is not None else self.points
         segments = segments_of(points, self.family.num_layers)
-        after = CacheRecord(points, (record.seen_tokens if record else _past(cache)) + columns, [], [])
+        columns = flow.hidden_BND.shape[1]
+        after = CacheRecord(points, (record.seen_tokens if record else _past(cache)) + columns, [], [], [])
+        after.tail = flow.layout.tail if flow.layout else columns + (record.tail if record else 0)
         given = arguments.get("position_ids")
         axes = given is not None and given.ndim == 3
         names = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids")
@@ -157,16 +179,19 @@ class Decoder:
             if flow.layout is not None and number:
                 shift = after.shifts[-1]
             flow, renumbered = self._points(flow, segment)
-            mask_BN = self._mask(flow, cache, segment, record, number, arguments.get("attention_mask"))
+            keys = self._keys(flow, cache, segment, record, number, padding_BK)
+            mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
-            output = run_layers(language_model, segment, flow.hidden_BND, positions, mask_BN, cache, options)
+            more = self.family.segment_options(options, segment.first)
+            output = run_layers(language_model, segment, flow.hidden_BND, positions, mask, cache, more)
             outputs.append(output)
             flow.hidden_BND = output.last_hidden_state
-            after.masks.append(mask_BN)
+            after.masks.append(keys.mask_BK)
+            after.sizes.append(keys.sizes_BK)
             after.shifts.append(last_ids_AB - _last_ids(flow) if renumbered else shift)
             counts += [flow.layout.visual_tokens if flow.layout else 0] * (segment.last - segment.first)
         if cache is not None:
-            self.records[cache] = after
+            remember(cache, after)
         current.flow, current.visual_tokens_per_layer = flow, tuple(counts)
         return _joined(outputs, cache)
 
@@ -179,26 +204,56 @@ class Decoder:
             flow, wants_numbers = compress(flow, point, self.draw, module)
             if wants_numbers:
                 renumber(flow)
-                renumbered = True
+            renumbered = renumbered or wants_numbers or point.enters
         return flow, renumbered
 
+    def _keys(
+        self,
+        flow: Flow,
+        cache: Any,
+        segment: Segment,
+        record: CacheRecord | None,
+        number: int,
+        padding_BK: Tensor | None,
+    ) -> Keys:
+        """What the segment's tokens may see: cached ones, then these."""
+        language_config, device = self.family.language_model.config, flow.hidden_BND.device
+        past = cache.get_seq_length(segment.first) if cache is not None else 0
+        mask_BK = self._mask(flow, record.masks[number] if record else None, past, segment, padding_BK)
+        sizes_BK = None
+        past_sizes = record.sizes[number] if record is not None else None
+        if flow.size_bias or past_sizes is not None:
+            if past_sizes is None:
+                past_sizes = torch.ones(len(mask_BK), past, dtype=torch.long, device=device)
+            sizes_BK = torch.cat([past_sizes[:, :past], flow.sizes_BN], dim=1)
+        # Queries see all that is cached anyway: no cached token needs a block.
+        blocks_BK = nn.functional.pad(flow.blocks_BN, (past, 0), value=-1) if flow.blocked else None
+        return Keys(
+            hidden_BND=flow.hidden_BND,
+            mask_BK=mask_BK,
+            config=language_config,
+            layer_types=tuple((getattr(language_config, "layer_types", None) or ())[segment.first : segment.last]),
+            cache=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
+            blocks_BK=blocks_BK,
+            sizes_BK=sizes_BK,
+        )
+
     def _mask(
-        self, flow: Flow, cache: Any, segment: Segment, record: CacheRecord | None, number: int, given: Tensor | None
+        self, flow: Flow, recorded_BK: Tensor | None, past: int, segment: Segment, padding_BK: Tensor | None
     ) -> Tensor:
         device, (rows, columns) = flow.hidden_BND.device, flow.hidden_BND.shape[:2]
         if flow.layout is not None:
             mask_BN = flow.layout.real_BN.to(device, non_blocking=True)
-        elif given is not None:
-            mask_BN = given[:, -columns:].to(torch.bool)
+        elif padding_BK is not None:
+            mask_BN = padding_BK[:, -columns:].to(torch.bool)
         else:
             mask_BN = torch.ones(rows, columns, dtype=torch.bool, device=device)
-        past = cache.get_seq_length(segment.first) if cache is not None else 0
         if not past:
             return mask_BN
-        if record is not None:
-            past_BN = record.masks[number][:, :past]
-        elif given is not None:
-            past_BN = given[:, :past].to(torch.bool)
+        if recorded_BK is not None:
+            past_BN = recorded_BK[:, :past]
+        elif padding_BK is not None:
+            past_BN = padding_BK[:, :past].to(torch.bool)
         else:
             past_BN = torch.ones(rows, past, dtype=torch.bool, device=device)
         if past_BN.shape != (rows, past):
@@ -214,12 +269,15 @@ def _past(cache: Any) -> int:
 
 
 def _last_ids(flow: Flow) -> Tensor:
-    """The highest position id of each row: axes x B."""
+    """The highest position id of each row: axes x B. Text goes on from the highest of all visual axes (M-RoPE)."""
     positions_ABN = flow.positions_ABN
     if flow.layout is not None:
         padding_BN = ~flow.layout.real_BN.to(positions_ABN.device)
         positions_ABN = positions_ABN.masked_fill(padding_BN, -1)
-    return positions_ABN.amax(2)
+    highest_AB = positions_ABN.amax(2)
+    if len(highest_AB) >= 3:
+        highest_AB[-3:] = highest_AB[-3:].amax(0)
+    return highest_AB
 
 
 def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
@@ -228,18 +286,35 @@ def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
         return
     difference_AB = shift if before is None else shift - before
     flow.meta_CBN = flow.meta_CBN.clone()
-    flow.meta_CBN[:-2] -= difference_AB.unsqueeze(2)
+    axes = len(flow.meta_CBN) - OTHER_META  # plain ids may follow a prompt that had several axes
+    flow.meta_CBN[:axes] -= difference_AB[-axes:].unsqueeze(2)
 
 
-def _check_mask(arguments: dict[str, Any]) -> None:
-    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+def _padding_mask(current: Pass, arguments: dict[str, Any]) -> Tensor | None:
+    """The 2-D padding mask (B x K), or None for no padding.
+
+    Families whose top model makes masks (Gemma 3, PaliGemma) hand ready ones of the full length to the language model;
+    these are of no use here, and what they were made of is what the top model was given.
+    """
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2) and current.inputs:
+        mask = current.inputs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError(
             "compression: attention_mask must be 2-D (batch x tokens); a ready-made mask (static cache) cannot follow "
             "tokens that are dropped"
         )
+    return mask
+
+
+def _check_positions(arguments: dict[str, Any]) -> None:
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if positions is None or mask is not None or arguments.get("past_key_values") is not None:
         return
+    if positions.ndim == 3:
+        if len(positions) == 3:  # heights and widths restart in every image
+            return
+        positions = positions[0]
     if bool((positions[..., 1:] < positions[..., :-1]).any()):
         raise UsageError("compression: position_ids restart within a row; packed rows cannot be compressed")
 

@@ -147,7 +147,7 @@ def test_a_later_turn_with_another_image_goes_on_in_the_same_cache():
 
 def test_ready_made_masks_are_refused():
     model, _ = model_for(SETTINGS[1])
-    with pytest.raises(UsageError, match="2-D"):
+    with pytest.raises(UsageError, match="static"):
         generate(model, prompt([[3, "image", 7]]), cache_implementation="static")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from orchestrator.compression.masks import Keys, ready_masks
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -87,19 +88,24 @@ class Family(ABC):
         """Tokens of one non-negative id see one another both ways (-1: causal); None where the model is causal."""
         return None
 
-    def attention_mask(
-        self, hidden_BND: Tensor, mask_BN: Tensor, positions: Tensor, cache: Any, blocks_BN: Tensor | None
-    ) -> Any:
-        """What a segment's layers get as `attention_mask`; the plain 2-D mask, from which the model builds its own.
+    @property
+    def window_cuts_blocks(self) -> bool:
+        """In a sliding layer a token sees no farther back than the window, not even in its own block."""
+        return True
 
-        Args:
-            hidden_BND: Input of the segment's first layer.
-            mask_BN: True where a token is, cached ones first.
-            positions: Position ids as the language model takes them.
-            cache: The segment's view of the KV cache, or None.
-            blocks_BN: `block_ids_BN` of the tokens that are left.
+    def attention_mask(self, keys: Keys) -> Any:
+        """What a segment's layers get as `attention_mask`.
+
+        The plain 2-D mask, from which the model builds its own; ready-made ones where tokens form blocks or keys are
+        weighed by size.
         """
-        return mask_BN
+        if keys.blocks_BK is None and keys.sizes_BK is None:
+            return keys.mask_BK
+        return ready_masks(keys, self.window_cuts_blocks)
+
+    def counts_cache(self, inputs: Mapping[str, Any]) -> bool:
+        """The top model itself numbers these tokens, by the length of the KV cache's first layer."""
+        return False
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
         """Further arguments of the language model for the segment that begins at layer `first`."""
