@@ -6,39 +6,12 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
-)
+
+from orchestrator.compression.testing.tiny_llava import tiny_llava
+
+__all__ = ["tiny_llava"]
 
 IMAGE, PAD, VOCABULARY, TOKENS = 63, 0, 64, 9
-
-
-def tiny_llava(attention="eager", text="llama", layers=4, seed=0, **text_options):
-    """A random LLaVA of four decoder layers and 3x3 visual tokens per image."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=24, patch_size=8)
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[text]
-    options = {"num_hidden_layers": layers, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": PAD}
-    text_config = config_class(**sizes, **(options | text_options))
-    config = LlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text_config.to_dict(),
-        image_token_id=IMAGE,
-        attn_implementation=attention,
-    )
-    config.pad_token_id = PAD
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # larger than the initial ones, so that what layers do shows in the loss
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return model
 
 
 def make_batch(rows, padding="right", seed=0, answer=3):
