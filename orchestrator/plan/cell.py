@@ -23,6 +23,8 @@ class Variant:
 
 
 FULL_TOKENS = Variant((), digest([]))
+CHAINED = 64
+"""Actions whose states are chained one by one; those beyond are hashed once for all lineages of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,19 @@ class PhasePlan:
     Attributes:
         total_steps: Optimizer steps of the phase (see `spec/steps.py: epoch_steps` for the rule of epochs).
         table: What every step does; neighbours that do the same are one action.
-        points_ids: Digest of each action's points.
+        points_ids: Digest of what each action does: its points, and what it learns from.
         data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
         seed: The phase's own, or the top-level seed.
         start: State the phase starts from: the root or the state before.
         lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
             as far as their tables agree.
-        before: Identity of the state before each action; the lineage before the first one.
+        before: Identity of the state before each of the first `CHAINED` actions and after the last of these; the
+            lineage before the first one.
         end: State the phase ends in.
         final: Variant the model is tested under once this phase is its last.
+        stage_ends: Where stage runs end unless others cut them: at every action's end, for a policy at the phase's.
+        tails: Digests of the actions beyond the first `CHAINED` (see `action_table.py`).
+        policy: Kind of the schedule, the name of a stage run that mixes variants.
     """
 
     name: str
@@ -55,11 +61,18 @@ class PhasePlan:
     before: tuple[str, ...]
     end: str
     final: Variant
+    stage_ends: tuple[int, ...]
+    tails: tuple[str, ...]
+    policy: str
 
     def state_at(self, step: int) -> str:
         """Identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
         at = bisect.bisect_left(self.table, step, key=lambda action: action.last_step)
-        return next_state(self.before[at], self.table[at].first_step, step, self.points_ids[at])
+        before = self.before[at] if at < CHAINED else self.tails[at - CHAINED]
+        state = next_state(before, self.table[at].first_step, step, self.points_ids[at])
+        if at < CHAINED:
+            return state
+        return next_state(self.before[CHAINED], self.table[CHAINED].first_step, step, state)
 
 
 def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:

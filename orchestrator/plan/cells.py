@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
-from orchestrator.plan.cell import FULL_TOKENS, Cell, PhasePlan, Variant, next_state
+from orchestrator.plan.action_table import ActionTable, resolve_table
+from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, next_state
+from orchestrator.plan.cost import Sample, stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
-from orchestrator.plan.jobs import FULL, Action, EvaluationJob, RootJob
-from orchestrator.plan.steps import num_rows, total_steps_of
+from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
+from orchestrator.plan.samples import Samples
+from orchestrator.plan.steps import num_rows, steps_of_cost, total_steps_of
 from orchestrator.spec.base import Spec
 from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.tables import derive
 
 if TYPE_CHECKING:
     from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
@@ -41,6 +46,7 @@ class _Resolver:
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
         self._alive: list[Any] = []
+        self._samples = Samples()
 
     def _once(self, make: Callable[..., Made], spec: Spec, *rest: Any, leave: set[str] | None = None) -> Made:
         # Cells often hold the very same object; only then is its text not needed.
@@ -88,9 +94,9 @@ class _Resolver:
             notices += [notice] if notice else []
             found.append((identity, share, {"name": set_name, "share": share, "spec": dump}))
         found.sort(key=lambda entry: entry[:2])
-        total_steps = total_steps_of(name, recipe, sets, lambda each: self._once(num_rows, spec.data[each]))
-        table = self._table(spec, name, recipe, total_steps)
-        actions, ids = self._actions(spec, table.actions, facts)
+        total_steps = self._total_steps(spec, name, recipe, sets, facts)
+        table, policy = self._table(spec, name, recipe, total_steps)
+        steps = self._resolved(spec, name, table, facts)
         seed = spec.seed if recipe.seed is None else recipe.seed
         lineage = digest(
             {
@@ -102,50 +108,63 @@ class _Resolver:
             }
         )
         data = tuple(entry[2] for entry in found)
-        chain = [lineage]
-        for action, points_id in zip(actions, ids, strict=True):
-            chain.append(next_state(chain[-1], action.first_step, action.last_step, points_id))
-        *before, end = chain
-        final = self._variant(spec, table.final, facts)
-        return PhasePlan(name, total_steps, actions, ids, recipe, data, seed, start, lineage, tuple(before), end, final)
+        before = [lineage]
+        for action, does in zip(steps.actions[:CHAINED], steps.ids, strict=False):
+            before.append(next_state(before[-1], action.first_step, action.last_step, does))
+        end = before[-1]
+        if steps.tails:
+            end = next_state(end, steps.actions[CHAINED].first_step, total_steps, steps.tails[-1])
+        return PhasePlan(
+            name, total_steps, steps.actions, steps.ids, recipe, data, seed, start, lineage, tuple(before), end,
+            steps.final, steps.ends, steps.tails, policy,
+        )  # fmt: skip
 
     def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
         return self._once(_data, spec.data[name])
 
-    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> StageTable:
+    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> tuple[StageTable, str]:
+        """The compiled schedule, one object for equal ones, and the schedule's kind."""
         schedule = recipe.schedule
         if isinstance(schedule, str) and schedule not in spec.schedules:
-            return StageTable(((0, total_steps, schedule),), schedule)
+            key = ("constant", total_steps, schedule)
+            if key not in self._made:
+                self._made[key] = StageTable(((0, total_steps, schedule),), schedule)
+            return self._made[key], "constant"
         chosen = spec.schedules[schedule] if isinstance(schedule, str) else schedule
         try:
-            return self._once(_compile, chosen, total_steps, recipe.global_batch_size)
+            return self._once(_compile, chosen, total_steps, recipe.global_batch_size), chosen.kind
         except ValueError as error:
             raise UsageError(f"phases.{name}.schedule: {error}") from error
 
-    def _actions(
-        self, spec: ExperimentSpec, table: tuple[tuple[int, int, str], ...], facts: ModelFacts | None
-    ) -> tuple[tuple[Action, ...], tuple[str, ...]]:
-        actions: list[Action] = []
-        ids: list[str] = []
-        for first, last, name in table:
-            variant = self._variant(spec, name, facts)
-            # Two names may stand for the same points: then nothing changes between them.
-            if ids and ids[-1] == variant.id:
-                actions[-1] = Action(actions[-1].first_step, last, actions[-1].variant, variant.points)
-            else:
-                actions.append(Action(first, last, name, variant.points))
-                ids.append(variant.id)
-        return tuple(actions), tuple(ids)
+    def _resolved(self, spec: ExperimentSpec, phase: str, table: StageTable, facts: ModelFacts | None) -> ActionTable:
+        """The table with points in the place of names, made once for equal variants."""
 
-    def _variant(self, spec: ExperimentSpec, name: str, facts: ModelFacts | None) -> Variant:
+        def variant_of(name: str) -> Variant:
+            base, changes = table.derived.get(name, (name, None))
+            return self._variant(spec, base, facts, changes)
+
+        key = (id(table), id(facts), id(spec.compressors))
+        if key not in self._made:
+            try:
+                self._made[key] = resolve_table(table, variant_of)
+            except ValueError as error:
+                raise UsageError(f"phases.{phase}.schedule: {error}") from error
+            self._alive += [table, spec.compressors]
+        return self._made[key]
+
+    def _variant(
+        self, spec: ExperimentSpec, name: str, facts: ModelFacts | None, changes: Mapping[str, Any] | None = None
+    ) -> Variant:
         if name == FULL:
             return FULL_TOKENS
         if name not in spec.compressors:
             known = ", ".join((FULL, *spec.compressors))
             raise UsageError(f"compressors: no variant is called {name!r}; there are: {known}")
         points = spec.compressors[name]
+        if changes is not None:
+            points = derive(points, changes)
         near = (*map(id, points), id(facts))
         if near not in self._made:
             far = (*((type(point), point.model_dump_json()) for point in points), id(facts))

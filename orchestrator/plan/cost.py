@@ -80,9 +80,7 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     Raises:
         ValueError: a method cannot take its amount, or a point lies beyond the last layer.
     """
-    specs = [
-        registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points
-    ]
+    specs = [registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points]
     return tokens_by_layer(specs, num_layers, grid)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.plan import cost
 from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.cost import Sample
-from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.identity import canonical_json
 from orchestrator.plan.jobs import Action
-from orchestrator.plan.measure import Lengths, measure_lengths
-from orchestrator.plan.reached import data_identity
-from orchestrator.plan.steps import num_rows
-from orchestrator.spec.components import DataSpec
+from orchestrator.plan.samples import Samples
 
 _NO_COST: dict[str, float | None] = {
     "train_tflops": None,
@@ -38,8 +35,8 @@ class Costs:
         self.notices: dict[str, None] = {}
         self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
         self._recipes: dict[tuple[str, bool], tuple[str, dict[str, Any]]] = {}
-        self._samples: dict[str, Sample] = {}
-        self._means: dict[tuple[str, str, int], Lengths | None] = {}
+        self._samples = Samples()
+        self._by_lineage: dict[str, Sample] = {}
 
     def stage_run(self, cell: Cell, plan: PhasePlan, first: int, last: int) -> dict[str, float | None]:
         """Cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
@@ -104,38 +101,15 @@ class Costs:
         if self.text_tokens is not None:
             return Sample(self.text_tokens, self.text_tokens)
         # A lineage fixes model, data and recipe.
-        if plan.lineage not in self._samples:
-            self._samples[plan.lineage] = self._measured(cell, plan)
-        return self._samples[plan.lineage]
-
-    def _measured(self, cell: Cell, plan: PhasePlan) -> Sample:
-        weighed: list[tuple[float, Lengths]] = []
-        for entry in plan.data:
-            found = self._lengths(cell, plan, cell.spec.data[entry["name"]])
-            if found is None:
-                self._notice(entry["name"], plan.name)
-                return Sample(0.0, 0.0)
-            weighed.append(((num_rows(cell.spec.data[entry["name"]]) or 1) * entry["share"], found))
-        total = sum(weight for weight, _ in weighed)
-
-        def mean(of: Callable[[Lengths], float]) -> float:
-            return sum(weight * of(lengths) for weight, lengths in weighed) / total
-
-        return Sample(mean(lambda x: x.text_tokens), mean(lambda x: x.label_tokens), mean(lambda x: x.images))
-
-    def _notice(self, data: str, phase: str) -> None:
-        text = f"data.{data}: its text lengths are not at hand; costs of {phase} count one image and no text a sample"
-        self.notices[f"{text} (give --text-tokens N)"] = None
-
-    def _lengths(self, cell: Cell, plan: PhasePlan, data: DataSpec) -> Lengths | None:
-        assert cell.facts is not None
-        folder, longest = cell.spec.model.model_name_or_path, plan.recipe.model_max_length
-        key = (data.model_dump_json(), folder, longest)
-        if key not in self._means:
-            identity, notice = data_identity(data)
-            tokens = cell.facts.image_grid.tokens
-            self._means[key] = None if notice else measure_lengths(data, digest(identity), folder, longest, tokens)
-        return self._means[key]
+        if plan.lineage not in self._by_lineage:
+            assert cell.facts is not None
+            sets = {entry["name"]: entry["share"] for entry in plan.data}
+            found = self._samples.mean(cell.spec, plan.name, plan.recipe, sets, cell.facts)
+            for name, phase in self._samples.missing:
+                text = f"data.{name}: its text lengths are not at hand; costs of {phase} count one image and no text"
+                self.notices[f"{text} a sample (give --text-tokens N)"] = None
+            self._by_lineage[plan.lineage] = found or Sample(0.0, 0.0)
+        return self._by_lineage[plan.lineage]
 
 
 def share_of_tree(costs: Sequence[float], cells: Sequence[int]) -> float:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FULL = "full"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a step learns from beside its labels: a pass without gradient of the same model under fuller points.
+
+    The loss is `(1 - weight) CE + weight T^2 KL(teacher || student)` (`spec/tables.py: DistillSpec`).
+
+    Attributes:
+        teacher: The teacher's variant, for people. Never part of an identity.
+        points: Resolved points of the teacher's pass; empty for full tokens.
+        weight: Share of the distillation in the loss.
+        temperature: `T`, which divides both passes' logits.
+    """
+
+    teacher: str
+    points: tuple[dict[str, Any], ...]
+    weight: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -15,12 +35,14 @@ class Action:
     Attributes:
         variant: Name for people; `full` where there is no compressor. Never part of an identity.
         points: Resolved points of the variant, each a mapping `attach` accepts; empty for full tokens.
+        distill: What the steps learn from beside their labels; None for labels alone.
     """
 
     first_step: int
     last_step: int
     variant: str
     points: tuple[dict[str, Any], ...] = ()
+    distill: Distillation | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,6 @@ class StageJob:
         seed: Seed of data order, dropout and random methods in this phase.
         checkpoint_every: Optimizer steps between checkpoints inside the stage run.
         keep: What stays when it is finished: `full` checkpoint, `weights`, or `none`.
-        learned_points: Learned points of the whole phase, for `attach(modules=...)`.
         plugins: Plug-ins to import on the worker; absolute paths or modules.
     """
 
@@ -69,14 +90,13 @@ class StageJob:
     checkpoint_every: int = 200
     keep: str = "full"
     deterministic: bool = False
-    learned_points: tuple[dict[str, Any], ...] = ()
     plugins: tuple[str, ...] = ()
 
     def action_at(self, step: int) -> Action:
         """The action of one optimizer step."""
-        for action in self.table:
-            if action.first_step <= step < action.last_step:
-                return action
+        at = bisect.bisect_right(self.table, step, key=lambda action: action.last_step)
+        if at < len(self.table) and self.table[at].first_step <= step:
+            return self.table[at]
         raise IndexError(f"stage run {self.id}: step {step} is outside its table, which ends at {self.last_step}")
 
 
@@ -113,7 +133,11 @@ _KINDS: dict[str, type[Any]] = {"root": RootJob, "stage": StageJob, "evaluation"
 def job_to_json(job: Job) -> dict[str, Any]:
     """A JSON mapping with the job's `type`."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(job, cls))
-    return {"type": kind, **asdict(job)}
+    fields = {"type": kind, **asdict(job)}
+    for action in fields.get("table", ()):
+        if action["distill"] is None:  # as it was written before there were teachers
+            del action["distill"]
+    return fields
 
 
 def job_from_json(value: dict[str, Any]) -> Job:
@@ -121,9 +145,15 @@ def job_from_json(value: dict[str, Any]) -> Job:
     fields = dict(value)
     cls = _KINDS[fields.pop("type")]
     if cls is StageJob:
-        actions = ({**action, "points": tuple(action["points"])} for action in fields["table"])
-        fields["table"] = tuple(Action(**action) for action in actions)
-    for name in ("data", "points", "plugins", "learned_points"):
+        fields["table"] = tuple(_action(action) for action in fields["table"])
+    for name in ("data", "points", "plugins"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     return cls(**fields)
+
+
+def _action(value: dict[str, Any]) -> Action:
+    fields = {**value, "points": tuple(value["points"])}
+    if distill := fields.get("distill"):
+        fields["distill"] = Distillation(**{**distill, "points": tuple(distill["points"])})
+    return Action(**fields)

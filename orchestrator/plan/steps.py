@@ -1,4 +1,4 @@
-"""How many optimizer steps a phase has."""
+"""How many optimizer steps a phase has: stated, from its data's epochs, or as many as a cost allows."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ def total_steps_of(
     Raises:
         UsageError: it has no length, or its data's rows cannot be counted.
     """
-    for later in ("max_train_tflops", "match_train_tflops"):
-        if getattr(recipe, later) is not None:
-            raise UsageError(f"phases.{name}.{later} is not built yet; give max_steps or num_train_epochs")
     if recipe.max_steps is not None:
         return recipe.max_steps
     if recipe.num_train_epochs is None:
@@ -40,3 +37,32 @@ def total_steps_of(
             )
         rows.append((found, share))
     return epoch_steps(rows_per_epoch(rows), recipe.num_train_epochs, recipe.global_batch_size)
+
+
+def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: bool) -> int:
+    """Optimizer steps whose cost is nearest to a target, or the most that stay within it.
+
+    Args:
+        target: TFLOPs.
+        price: TFLOPs of a number of steps, rising with it; None where so few steps cannot be divided into stages.
+        at_most: The cost may not exceed the target.
+
+    Raises:
+        ValueError: not even the fewest steps the schedule can have stay within the target.
+    """
+
+    def cost(steps: int) -> float:
+        found = price(steps) if steps else None
+        return 0.0 if found is None else found
+
+    low, high = 0, 1
+    while cost(high) < target:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    nearer = cost(high) == target if at_most else cost(high) - target <= target - cost(low)
+    steps = high if nearer else low
+    if not steps or price(steps) is None:
+        raise ValueError(f"{target:,.3f} TFLOPs are too few for its schedule: {high} steps cost {cost(high):,.3f}")
+    return steps

@@ -122,8 +122,10 @@ def _as_written(root: Node, path: Path) -> Path:
 
 
 def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
-    """A phase has exactly one length."""
+    """A phase has exactly one length; beside `match_train_tflops` stands the length of the schedule it names."""
     given = [name for name in LENGTHS if getattr(phase, name) is not None]
+    if "match_train_tflops" in given and len(given) == 2 and "max_train_tflops" not in given:
+        return
     if not given:
         yield Finding(path, "the phase has no length", "exactly one of " + ", ".join(LENGTHS))
     elif len(given) > 1:

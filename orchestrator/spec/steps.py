@@ -29,6 +29,8 @@ def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
 
 def known_steps(phase: PhaseSpec, data: dict[str, Any] | None) -> int | None:
     """Steps of a phase; None where they depend on a file that would have to be read, or on a cost."""
+    if phase.match_train_tflops is not None:
+        return None
     if phase.max_steps is not None:
         return phase.max_steps
     if phase.num_train_epochs is None or not data:

@@ -55,9 +55,6 @@ def _keys_of(spec: ExperimentSpec) -> dict[str, str]:
 
 def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
     found = {}
-    for key in ("max_train_tflops", "match_train_tflops"):
-        if getattr(phase, key) is not None:
-            found[key] = "give max_steps or num_train_epochs"
     if phase.start_from is not None and not isinstance(phase.start_from, str):
         found["start_from"] = "give a folder"
     if phase.per_device_train_batch_size == "auto":
