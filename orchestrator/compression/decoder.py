@@ -137,14 +137,14 @@ class Decoder:
             if not self.points:
                 return None, None
             raise UsageError("compression: the model needs input_ids to know where images are, not inputs_embeds alone")
-        parts = [self.family.visual_BN(input_ids).to(input_ids.dtype)]
+        parts = [input_ids]
         parts.append(mask[:, -columns:].to(input_ids) if mask is not None else torch.ones_like(input_ids))
         parts.extend([current.labels_BN.to(input_ids)] if current.labels_BN is not None else [])
         host = torch.stack(parts).cpu()  # the one copy to the host of a forward
-        visual_BN, real_BN = host[0].bool(), host[1].bool()
+        visual_BN, real_BN = self.family.visual_BN(host[0]), host[1].bool()
         if not bool(visual_BN.any()):
             return None, None
-        grids = self.family.grids(current.inputs, int(visual_BN.sum()))
+        grids = self.family.grids({**current.inputs, "input_ids": host[0]}, int(visual_BN.sum()))
         layout = build_layout(visual_BN, real_BN, grids)
         # Visual positions never carry a label.
         labels_BN = host[2].masked_fill(visual_BN, -100) if current.labels_BN is not None else None

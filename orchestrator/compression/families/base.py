@@ -71,7 +71,7 @@ class Family(ABC):
         """The grid of each image (frame, tile) in the order of the batch, from shapes and host values only.
 
         Args:
-            inputs: Keyword arguments of the top model's forward.
+            inputs: Keyword arguments of the top model's forward, `input_ids` on the host.
             num_placeholders: Visual tokens that `input_ids` announce.
         """
 
