@@ -1,0 +1,108 @@
+"""`dart`: keeps pivots and the visual tokens least alike to them (DART, arXiv:2502.11494, section 4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.base import Count, Whole
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class DartSpec(CompressorSpec):
+    """Pivots are the tokens with the largest L1 norm of their key in layer K-1; duplicates of pivots go.
+
+    Visual pivots are kept. Then each pivot in turn, visual ones first and each kind by falling norm, takes its share of
+    the rest of the budget: the visual tokens left over whose hidden states have the lowest cosine to its own. Shares
+    differ by at most one, the first pivots having the larger. Kept tokens keep order and position ids. No attention
+    weight is needed. Paper: layer 2.
+
+    Attributes:
+        visual_pivots: Pivots among an image's own tokens; fewer where fewer are kept.
+        text_pivots: Pivots among the text of the row's prompt (answers choose nothing); fewer where there is less text.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.dart:Dart"
+    needs: ClassVar[tuple[str, ...]] = ("keys",)
+
+    kind: Literal["dart"] = "dart"
+    visual_pivots: Count = 4
+    text_pivots: Whole = 4
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number or share asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class Dart:
+    """Works on all images of a grid at once; the only loop runs over the few pivots."""
+
+    def __init__(self, spec: DartSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; kept tokens keep their order and position ids.
+
+        Raises:
+            ValueError: more tokens are asked for than there are, or the context brings no keys.
+        """
+        import torch
+
+        from orchestrator.compression.protocol import take
+
+        kept, (images, tokens) = self.spec.kept_tokens(grid), visual_BND.shape[:2]
+        if kept == tokens:
+            every_N = torch.arange(tokens, device=visual_BND.device)
+            return take(visual_BND, every_N.expand(images, -1), context)
+        with torch.no_grad():
+            own_BP, own_BPD, text_BPD, num_text_B = self._pivots(
+                visual_BND, context, min(self.spec.visual_pivots, kept)
+            )
+            pivots_BPD = torch.cat([own_BPD, text_BPD], dim=1)
+            quotas_BP = _quotas(kept - own_BP.shape[1], own_BP.shape[1], num_text_B, text_BPD.shape[1])
+            chosen_BN = torch.zeros(images, tokens, dtype=torch.bool, device=visual_BND.device)
+            chosen_BN.scatter_(1, own_BP, True)
+            unit_BND = torch.nn.functional.normalize(visual_BND.detach().float(), dim=2)
+            unit_BPD = torch.nn.functional.normalize(pivots_BPD.float(), dim=2)
+            cosine_BPN = unit_BPD @ unit_BND.transpose(1, 2)
+            rank_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
+            for pivot in range(cosine_BPN.shape[1]):
+                free_BN = cosine_BPN[:, pivot].masked_fill(chosen_BN, torch.inf)
+                order_BN = free_BN.sort(dim=1, stable=True).indices
+                chosen_BN |= torch.zeros_like(chosen_BN).scatter_(
+                    1, order_BN, rank_BN < quotas_BP[:, pivot : pivot + 1]
+                )
+            # Exactly `kept` are chosen in every row; a stable sort puts them first, in raster order.
+            index_BM = chosen_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :kept]
+        return take(visual_BND, index_BM, context)
+
+    def _pivots(self, visual_BND: Tensor, context: Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Indices and hidden states of the visual pivots; hidden states of the text pivots and how many are real."""
+        if context.row_keys_RND is None or context.text_RN is None or context.columns_BN is None:
+            raise ValueError("the keys of the layer before it are not known here")
+        assert context.hidden_RND is not None
+        norms_RN = context.row_keys_RND.float().abs().sum(2)
+        rows_B = context.rows_B.to(norms_RN.device)
+        norms_BN = norms_RN[rows_B].gather(1, context.columns_BN)
+        own_BP = norms_BN.sort(dim=1, descending=True, stable=True).indices[:, :own]
+        width = visual_BND.shape[2]
+        own_BPD = visual_BND.detach().gather(1, own_BP.unsqueeze(2).expand(-1, -1, width))
+        text_norms_RN = norms_RN.masked_fill(~context.text_RN, -1)
+        text_RP = text_norms_RN.sort(dim=1, descending=True, stable=True).indices[:, : self.spec.text_pivots]
+        text_RPD = context.hidden_RND.detach().gather(1, text_RP.unsqueeze(2).expand(-1, -1, width))
+        num_text_R = context.text_RN.sum(1).clamp(max=self.spec.text_pivots)
+        return own_BP, own_BPD, text_RPD[rows_B], num_text_R[rows_B]
+
+
+def _quotas(budget: int, own: int, num_text_B: Tensor, most_text: int) -> Tensor:
+    """How many tokens each pivot takes, B x (own + text): even shares, 0 where there is no pivot."""
+    import torch
+
+    number_P = torch.arange(own + most_text, device=num_text_B.device)
+    pivots_B1 = (own + num_text_B).unsqueeze(1)
+    share_BP = budget // pivots_B1 + (number_P < budget % pivots_B1).long()
+    return share_BP * (number_P < pivots_B1)

@@ -1,0 +1,54 @@
+"""`pyramid_drop`: a share of the visual tokens stays at each of several depths (PyramidDrop, arXiv:2410.17247)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class PyramidDropSpec(CompressorSpec):
+    """Ranks visual tokens by what the last prompt token pays them, keeps the first, numbers positions again.
+
+    The paper (section 3.2, CVPR 2025) drops at the ends of stages of the decoder and keeps lambda = 1/2 each time:
+    a list of three points, `{kind: pyramid_drop, layer: L, keep_ratio: 1/2}` with L = 8, 16, 24 of 32 layers. The score
+    is the attention inside the last layer of the stage, K-1 (one row computed anew, mean over heads; in training the
+    mean over the tokens before the answers). What is left is numbered without gaps, text included.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.pyramid_drop:PyramidDrop"
+    needs: ClassVar[tuple[str, ...]] = ("queries",)
+
+    kind: Literal["pyramid_drop"] = "pyramid_drop"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number or share asked for, of the tokens that the point before left."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class PyramidDrop:
+    """Top tokens by attention, then positions without gaps; of equal tokens the first."""
+
+    def __init__(self, spec: PyramidDropSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; position ids of the whole row are numbered again.
+
+        Raises:
+            ValueError: more tokens are asked for than there are, or the context brings no attention.
+        """
+        from dataclasses import replace
+
+        from orchestrator.compression.protocol import take
+        from orchestrator_plugins.compressors.fastv import top_tokens
+
+        if context.attention_BN is None:
+            raise ValueError("the attention of the layer before it is not known here")
+        index_BM = top_tokens(context.attention_BN, self.spec.kept_tokens(grid))
+        return replace(take(visual_BND, index_BM, context), renumber=True)

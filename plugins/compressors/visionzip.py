@@ -1,0 +1,114 @@
+"""`visionzip`: keeps what the vision tower's CLS token looks at and merges the rest (VisionZip, arXiv:2412.04467)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.base import Share
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class VisionZipSpec(CompressorSpec):
+    """Dominant tokens by CLS attention in the last tower layer that is used, and contextual ones merged of the others.
+
+    Of a budget M, round(contextual_ratio * M) tokens are contextual. Dominant ones are those with the highest CLS
+    attention. Of the R others every (R // contextual)-th is a target, beginning with the first; each other one goes to
+    the target whose key (mean over heads) has the highest cosine to its own. A contextual token is, as published
+    (section 3.2), its target plus the mean of those that went to it; a target without any stays as it is, so keeping all
+    changes nothing. All stay in raster order with their position ids, contextual ones at their target's place.
+
+    Attributes:
+        contextual_ratio: Share of the budget that is contextual (paper: 10 of 64).
+        merge: `published` is target + mean of its members; `mean` is the mean over target and members, which keeps the
+            length of hidden states that follow no norm.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.visionzip:VisionZip"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    needs: ClassVar[tuple[str, ...]] = ("cls",)
+
+    kind: Literal["visionzip"] = "visionzip"
+    contextual_ratio: Share = Fraction(10, 64)
+    merge: Literal["published", "mean"] = "published"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number or share asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class VisionZip:
+    """Selection is under no_grad; gradients flow through kept and merged tokens alike."""
+
+    def __init__(self, spec: VisionZipSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`; sums are taken in float32.
+
+        Raises:
+            ValueError: more tokens are asked for than there are, or the context brings no CLS attention.
+        """
+        import torch
+
+        from orchestrator.compression.protocol import take
+
+        if context.cls_attention_BN is None or context.cls_keys_BND is None:
+            raise ValueError("the vision tower's CLS attention is not known here")
+        kept = self.spec.kept_tokens(grid)
+        contextual = round(self.spec.contextual_ratio * kept)
+        with torch.no_grad():
+            order_BN = context.cls_attention_BN.sort(dim=1, descending=True, stable=True).indices
+            others_BR = order_BN[:, kept - contextual :].sort(dim=1).values
+            step = max(1, others_BR.shape[1] // max(1, contextual))
+            is_target_R = torch.zeros(others_BR.shape[1], dtype=torch.bool, device=visual_BND.device)
+            is_target_R[: step * contextual : step] = True
+            targets_BC, members_BE = others_BR[:, is_target_R], others_BR[:, ~is_target_R]
+            index_BM = torch.cat([order_BN[:, : kept - contextual], targets_BC], dim=1).sort(dim=1).values
+        if not contextual or not members_BE.shape[1]:
+            return take(visual_BND, index_BM, context)
+        nearest_BE = _nearest(context.cls_keys_BND, targets_BC, members_BE)
+        merged_BND = self._merge(visual_BND, targets_BC, members_BE, nearest_BE)
+        gained_BE = context.sizes_BN.gather(1, members_BE)
+        sizes_BN = context.sizes_BN.scatter_add(1, targets_BC.gather(1, nearest_BE), gained_BE)
+        return take(merged_BND, index_BM, replace(context, sizes_BN=sizes_BN))
+
+    def _merge(self, visual_BND: Tensor, targets_BC: Tensor, members_BE: Tensor, nearest_BE: Tensor) -> Tensor:
+        """Visual tokens with every target replaced by its contextual token."""
+        import torch
+
+        width = visual_BND.shape[2]
+        joins_BCE = torch.nn.functional.one_hot(nearest_BE, targets_BC.shape[1]).transpose(1, 2).float()
+        counts_BC1 = joins_BCE.sum(2, keepdim=True)
+        members_BED = visual_BND.gather(1, members_BE.unsqueeze(2).expand(-1, -1, width))
+        with torch.autocast(visual_BND.device.type, enabled=False):
+            sums_BCD = joins_BCE @ members_BED.float()
+        index_BCD = targets_BC.unsqueeze(2).expand(-1, -1, width)
+        targets_BCD = visual_BND.gather(1, index_BCD).float()
+        if self.spec.merge == "published":
+            contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
+        else:
+            contextual_BCD = (targets_BCD + sums_BCD) / (1 + counts_BC1)
+        return visual_BND.scatter(1, index_BCD, contextual_BCD.to(visual_BND.dtype))
+
+
+def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
+    """The target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
+    import torch
+
+    with torch.no_grad(), torch.autocast(keys_BND.device.type, enabled=False):
+        unit_BND = torch.nn.functional.normalize(keys_BND.float(), dim=2)
+        size = unit_BND.shape[2]
+        targets_BCD = unit_BND.gather(1, targets_BC.unsqueeze(2).expand(-1, -1, size))
+        members_BED = unit_BND.gather(1, members_BE.unsqueeze(2).expand(-1, -1, size))
+        cosine_BEC = members_BED @ targets_BCD.transpose(1, 2)
+        number_C = torch.arange(targets_BC.shape[1], device=keys_BND.device)
+        # argmax promises no order among equals.
+        is_best_BEC = cosine_BEC == cosine_BEC.amax(2, keepdim=True)
+        return torch.where(is_best_BEC, number_C, len(number_C) - 1).amin(2)
