@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.components import DataSpec
+from orchestrator.spec.components import DataSpec, ScheduleSpec
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.steps import epoch_steps, rows_per_epoch
 
@@ -66,3 +66,44 @@ def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: 
     if not steps or price(steps) is None:
         raise ValueError(f"{target:,.3f} TFLOPs are too few for its schedule: {high} steps cost {cost(high):,.3f}")
     return steps
+
+
+def steps_by_cost(
+    name: str,
+    recipe: PhaseSpec,
+    price: Callable[[str | ScheduleSpec, int], float | None] | None,
+    stated: Callable[[PhaseSpec], int],
+) -> int:
+    """Optimizer steps of a phase whose length is a cost.
+
+    `max_train_tflops`: the most steps that cost no more. `match_train_tflops`: as many as cost what the schedule it
+    names costs over the phase's `max_steps` or `num_train_epochs` (one epoch where neither is given).
+
+    Args:
+        name: The phase.
+        recipe: Its recipe, with one of the two.
+        price: TFLOPs of some steps under a schedule; None where it cannot be divided into so few. None where costs are
+            not known.
+        stated: Steps of a phase with a stated length.
+
+    Raises:
+        UsageError: costs are not known, or allow no step.
+    """
+    matched, most = recipe.match_train_tflops, recipe.max_train_tflops
+    key = "max_train_tflops" if matched is None else "match_train_tflops"
+    if price is None:
+        raise UsageError(f"phases.{name}.{key}: the cost of a step is not known here; give max_steps")
+    if most is not None:
+        target = most
+    else:
+        assert matched is not None
+        one_epoch = {} if recipe.max_steps or recipe.num_train_epochs else {"num_train_epochs": 1.0}
+        reference = stated(recipe.model_copy(update=one_epoch))
+        found = price(matched, reference)
+        if found is None:
+            raise UsageError(f"phases.{name}.{key}: {matched} cannot be divided into {reference} steps")
+        target = found
+    try:
+        return steps_of_cost(target, lambda steps: price(recipe.schedule, steps), at_most=most is not None)
+    except ValueError as error:
+        raise UsageError(f"phases.{name}.{key}: {error}") from error
