@@ -69,7 +69,7 @@ def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: C
 
 
 def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> None:
-    from orchestrator.evaluation.evaluate import evaluate_state
+    from orchestrator.evaluation.evaluate import evaluate_state, lacks_modules
 
     training = _training_memory(memory)
     model = training.model_of(job.state)
@@ -77,6 +77,8 @@ def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> Non
         # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
         # LoRA beside its base gives other last bits than the merged weights in the ledger, which are the state.
         model = None
+    if model is not None and lacks_modules(model, job.points):
+        model = None  # the ledger's weights have them
     if model is None:
         training.release()
     evaluate_state(job, ledger, model=model)

@@ -51,13 +51,14 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
 
     Raises:
         StorageError: the state has no weights.
+        StageRunError: a point learns and the state never did; under another variant it can be tested.
         DataError: the rows cannot be read.
     """
     started, workers = time.monotonic(), Workers.here()
     data = evaluation_data(job)
     if model is None:
         model = _load(job, ledger)
-    outcome = run_under(job, model, data, workers)
+    outcome = run_under(job, model, data, workers, ledger.state_folder(job.state) / WEIGHTS_FILE)
     result = {
         "id": job.id,
         "name": job.name,
@@ -72,24 +73,46 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
     return result
 
 
-def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
-    """The evaluation itself: attaches the job's points, tests, and takes them off again."""
+def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:
+    """The evaluation itself: attaches the job's points, tests, and takes them off again.
+
+    Args:
+        weights: The state's weights file, which holds what its compressors learned.
+    """
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
     evaluation = registry.load_object(spec.implementation)(spec)
-    with _points(model, job.points), evaluation_mode(model):
+    with _points(model, job.points, weights), evaluation_mode(model):
         outcome: Outcome = evaluation.run(model, data, workers)
     return outcome
 
 
+def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
+    """Whether a model at hand has no module for a point that learns: an earlier phase used it, the last one did not."""
+    from orchestrator.compression import attachment_of
+    from orchestrator.models.learned import learned_modules
+
+    if attachment_of(model) is None:
+        return False
+    num_layers = model.config.get_text_config().num_hidden_layers
+    specs = (registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(point) for point in points)
+    names = {spec.module_name(num_layers) for spec in specs} - {None}
+    return not names <= learned_modules(model).keys()
+
+
 @contextmanager
-def _points(model: Any, points: tuple[dict[str, Any], ...]) -> Iterator[None]:
+def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> Iterator[None]:
     """The model under these points; afterwards under those it had, so that a training session can go on."""
     from orchestrator.compression import attach, attachment_of
+    from orchestrator.models.learned import learned_modules, load_learned
 
     attachment = attachment_of(model)
     if attachment is None:
         attachment = attach(model, [dict(point) for point in points])
         try:
+            parameter = next(model.parameters())
+            for module in learned_modules(model).values():
+                module.to(parameter.device, parameter.dtype)
+            load_learned(model, weights)
             yield
         finally:
             attachment.detach()

@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
+from orchestrator.models.parts import COMPRESSOR, part_of_or_none
 from orchestrator.spec.model import ModelSpec
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -139,6 +140,8 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def load_weights(model: PreTrainedModel, path: Path) -> None:
     """Copies a file's tensors into the model; names and shapes must be exactly the model's.
 
+    Learned compressors in the file (`models/learned.py`) are no part of a plain model and are passed over.
+
     Raises:
         StorageError: the file cannot be read.
         StageRunError: names or shapes differ; both are listed.
@@ -147,7 +150,8 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             # safetensors' handle is no mapping: it has keys() but cannot be iterated.
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name in targets or part_of_or_none(name) != COMPRESSOR]  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in targets.items()}, str(path))
             for name, target in targets.items():
                 target.copy_(file.get_tensor(name))

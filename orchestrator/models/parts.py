@@ -94,7 +94,7 @@ def parameter_groups(
     Raises:
         UsageError: a part trains and has no learning rate.
     """
-    without_decay = set(_names_without_decay(model))
+    without_decay = set(names_without_decay(model))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -106,7 +106,7 @@ def parameter_groups(
                 found.append(
                     {
                         "params": parameters,
-                        "lr": _rate(learning_rate, part),
+                        "lr": rate_of(learning_rate, part),
                         "weight_decay": weight_decay if decays else 0.0,
                         "name": f"{part}{'' if decays else '.no_decay'}",
                     }
@@ -114,7 +114,12 @@ def parameter_groups(
     return found
 
 
-def _rate(learning_rate: float | Mapping[Any, float], part: str) -> float:
+def rate_of(learning_rate: float | Mapping[Any, float], part: str) -> float:
+    """Learning rate of a part.
+
+    Raises:
+        UsageError: rates are given by part, and this one has none.
+    """
     if not isinstance(learning_rate, Mapping):
         return learning_rate
     if part not in learning_rate:
@@ -122,7 +127,8 @@ def _rate(learning_rate: float | Mapping[Any, float], part: str) -> float:
     return learning_rate[part]
 
 
-def _names_without_decay(model: nn.Module) -> Iterator[str]:
+def names_without_decay(model: nn.Module) -> Iterator[str]:
+    """Names of parameters that AdamW's decay leaves alone: biases and norms, as in HF's Trainer."""
     for prefix, module in model.named_modules():
         is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
         for name, _ in module.named_parameters(recurse=False):

@@ -44,8 +44,10 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     def finish() -> None:
         # A script DeepSpeed copies into each checkpoint; nobody should run code out of one.
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
+        session.learned.save(folder)
         try:
-            (folder / CURSOR_FILE).write_text(json.dumps(_cursor(session, job, step), indent=1), encoding="utf-8")
+            cursor = {**_cursor(session, job, step), "learned": session.learned.names()}
+            (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
 
@@ -69,20 +71,21 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str) -
         StorageError: it cannot be read, or holds classes it should not.
     """
 
-    def check() -> int:
+    def check() -> dict[str, Any]:
         cursor = read_cursor(folder)
         _check_cursor(cursor, session, job, state, folder)
         _check_classes(folder)
-        return int(cursor["step"])
+        return cursor
 
-    step = group.decide(check)
+    cursor = group.decide(check)
+    session.learned.load(folder, cursor.get("learned", []))
     try:
         path, _ = session.engine.load_checkpoint(str(folder), tag=_TAG)
     except (OSError, RuntimeError, EOFError) as error:
         raise StorageError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
         raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
-    return step
+    return int(cursor["step"])
 
 
 def read_cursor(folder: Path) -> dict[str, Any]:

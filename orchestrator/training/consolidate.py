@@ -12,6 +12,7 @@ from torch import nn
 
 from orchestrator.errors import StageRunError
 from orchestrator.models.build import save_weights, weight_tensors
+from orchestrator.models.learned import named_in_file
 from orchestrator.models.lora import has_lora, merged_weights
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
@@ -57,7 +58,7 @@ def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> No
 
 
 def write_weights(session: Session, path: Path, parent_file: Path) -> None:
-    """Rank 0 writes the model's weights as a plain model's, adapters merged.
+    """Rank 0 writes the model's weights as a plain model's, adapters merged, and beside them what compressors learned.
 
     Args:
         session: The model under training.
@@ -69,9 +70,10 @@ def write_weights(session: Session, path: Path, parent_file: Path) -> None:
         StorageError: the file cannot be written.
     """
     tensors = whole_weights(session)
+    learned = named_in_file(session.learned.weights())
 
     def write() -> None:
-        broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        broken = [name for name, tensor in (tensors | learned).items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise StageRunError(
                 f"diverged: {broken[0]} and {len(broken) - 1} other weights are not finite; nothing was stored; "
@@ -80,6 +82,7 @@ def write_weights(session: Session, path: Path, parent_file: Path) -> None:
         model = session.engine.module
         if session.compute_dtype != torch.float32 and parent_file.is_file():
             _restore_frozen(model, tensors, parent_file)
-        save_weights(merged_weights(model, tensors) if has_lora(model) else tensors, path)
+        plain = merged_weights(model, tensors) if has_lora(model) else tensors
+        save_weights(plain | learned, path)
 
     group.decide(write)

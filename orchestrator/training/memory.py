@@ -16,6 +16,7 @@ class Session:
     Attributes:
         engine: DeepSpeed engine; `engine.module` is the Hugging Face model.
         attachment: Compressor attachment of the model.
+        learned: Its learned compressors, which no engine knows.
         base_rates: Learning rate of each optimizer group before the schedule's factor.
         key: Settings an engine cannot change: a child with others needs a new engine.
         config: DeepSpeed configuration.
@@ -26,6 +27,7 @@ class Session:
 
     engine: Any
     attachment: Any
+    learned: Any
     base_rates: list[float]
     key: str
     config: dict[str, Any]

@@ -21,6 +21,7 @@ from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import group
 from orchestrator.training.batches import accumulation_steps
 from orchestrator.training.deepspeed_config import deepspeed_config
+from orchestrator.training.learned import LearnedPart
 from orchestrator.training.memory import Session
 
 
@@ -34,7 +35,7 @@ def session_key(job: StageJob) -> str:
 
 
 def open_session(job: StageJob, weights_file: Path) -> Session:
-    """A fresh engine with the weights of a file, on every rank alike.
+    """A fresh engine with the weights of a file, on every rank alike; learned compressors are at rest.
 
     Raises:
         UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit.
@@ -58,9 +59,7 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         add_lora(model, recipe.lora, job.seed)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
-    points = job.action_at(job.first_step).points
-    torch.manual_seed(job.seed)  # learned compressors are born in attach
-    attachment = attach(model, list(points), modules=list(job.learned_points))
+    attachment = attach(model, [])  # what learns is brought in by LearnedPart, behind the engine's back
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
     base_rates = [parameters["lr"] for parameters in groups]
@@ -72,12 +71,13 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
     return Session(
         engine=engine,
         attachment=attachment,
+        learned=LearnedPart(model, recipe, job.seed, engine.device, getattr(torch, dtype), weights_file),
         base_rates=base_rates,
         key=session_key(job),
         config=config,
         micro_batch_size=micro_batch_size,
         compute_dtype=getattr(torch, dtype),
-        points=points,
+        points=None,
     )
 
 

@@ -78,6 +78,9 @@ def _train(
     # An evaluation may have used the model since.
     session.engine.train()
     session.points = None
+    points = (point for action in job.table for point in action.points)
+    session.attachment = session.learned.enter(session.attachment, points)
+    session.learned.hide()
     spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
@@ -105,6 +108,7 @@ def _train(
             spool.sync()
             spool.close()
     _finish(session, job, ledger, work)
+    session.learned.show()
     memory.state = job.id
     return "done"
 

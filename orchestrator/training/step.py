@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,12 +49,22 @@ def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
 
 def set_rates(session: Session, job: StageJob, step: int) -> float:
     """Gives each optimizer group its rate of this step; returns the first group's."""
-    recipe = job.recipe
-    factor = rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
+    factor = _rate_factor(job, step)
     groups = session.engine.optimizer.param_groups
     for optimizer_group, base in zip(groups, session.base_rates, strict=True):
         optimizer_group["lr"] = base * factor
     return session.base_rates[0] * factor
+
+
+def _rate_factor(job: StageJob, step: int) -> float:
+    recipe = job.recipe
+    return rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
+
+
+def _loss_scale(engine: Any) -> float:
+    """What the engine multiplies the loss with against underflow; 1 but for float16."""
+    scaled = getattr(engine.optimizer, "scale_if_loss", None)
+    return 1.0 if scaled is None else float(scaled(torch.ones(())))
 
 
 def run_step(
@@ -77,10 +88,14 @@ def run_step(
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
         loss = _forward(session, batch, label_tokens)
         engine.backward(loss * group.world_size(), scale_wrt_gas=False)
+        session.learned.collect()
+        scale = _loss_scale(engine)
         engine.step()
         loss_sum = loss_sum.to(loss.device) + loss.detach().double()
         visual_layer_tokens += session.attachment.last_visual_layer_tokens
         text_tokens += _text_tokens(session, batch)
+    used = [point.module_name for point in session.attachment.points]
+    session.learned.step(used, _rate_factor(job, step), engine.was_step_applied(), scale)
     samples = sum(len(batch.indices) for batch in micro_batches)
     sums = group.reduce_values([loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop)])
     return StepFigures(

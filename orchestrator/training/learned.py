@@ -1,0 +1,267 @@
+"""Learned compressors in training: an optimizer of their own beside DeepSpeed's, so that they come and go freely.
+
+DeepSpeed fixes the set of parameters of an engine. A learned compressor enters, pauses and returns with the stages, so
+its parameters never enter an engine: every rank holds them whole in float32, sums their gradients over the ranks and
+steps AdamW on them. What happens to them touches nothing of anyone else's optimizer; a checkpoint of them fits any
+number of workers and any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orchestrator import registry
+from orchestrator.compression import Attachment, attach
+from orchestrator.errors import StorageError
+from orchestrator.models.build import weight_tensors
+from orchestrator.models.learned import LEARNED_MODULES, fill, learned_modules, learned_weights
+from orchestrator.models.parts import COMPRESSOR, names_without_decay, rate_of
+from orchestrator.spec.phase import PhaseSpec
+from orchestrator.training import group
+from orchestrator.training.parked import LEARNED_FILE, MOMENTS, Parked, read_parked, write_parked
+
+
+@dataclass
+class _Live:
+    """A learned compressor in the model.
+
+    Attributes:
+        module: What computes, in the compute type.
+        masters: Its parameters in float32; the module's own where it computes in float32.
+        optimizer: AdamW over the masters; None where learned compressors do not train.
+    """
+
+    module: nn.Module
+    masters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW | None
+    steps: int
+
+    def advance(self, base_rate: float, rate_factor: float) -> None:
+        """One step of AdamW on the masters, and the new values into the module."""
+        assert self.optimizer is not None
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = base_rate * rate_factor
+        self.optimizer.step()
+        self.steps += 1
+        for name, parameter in self.module.named_parameters():
+            if parameter is not self.masters[name]:
+                parameter.data.copy_(self.masters[name].data)
+
+
+class LearnedPart:
+    """All learned compressors of a state: those of the phase's table so far, and those an earlier phase left.
+
+    Args:
+        model: The engine's model.
+        recipe: Whether they train, their rate, decay and clipping.
+        seed: Of the phase; a compressor that no earlier state knows starts from (seed, its name).
+        device: Where it computes.
+        dtype: What it computes in.
+        weights_file: Weights of the parent state; the compressors in it are known from the start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: PhaseSpec,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights_file: Path,
+    ) -> None:
+        self._model, self._recipe, self._seed = model, recipe, seed
+        self._device, self._dtype = device, dtype
+        self._parked = {name: Parked(weights) for name, weights in learned_weights(weights_file).items()}
+        self._live: dict[str, _Live] = {}
+        self._points: list[dict[str, Any]] = []
+        self._modules: nn.Module | None = None
+        self._base_rate = rate_of(recipe.learning_rate, COMPRESSOR) if self.trains else 0.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether learned compressors train in this phase; else they run with the weights they have."""
+        return COMPRESSOR in self._recipe.train
+
+    def enter(self, attachment: Attachment, points: Iterable[Mapping[str, Any]]) -> Attachment:
+        """Makes the compressors of these points live, and parks the others.
+
+        Args:
+            attachment: The model's attachment.
+            points: All points of the phase's table up to the end of the stage run.
+
+        Returns:
+            The model's attachment: the same one, or a new one that holds other modules.
+        """
+        learned = _distinct(dict(point) for point in points if _learns(point))
+        if learned == self._points:
+            return attachment
+        for name in list(self._live):
+            self._parked[name] = _parked(self._live.pop(name))
+        attachment.detach()
+        attachment = attach(self._model, [], modules=learned, seed=self._seed)
+        self._points = learned
+        for name, module in learned_modules(self._model).items():
+            self._live[name] = self._woken(name, module)
+        self.hide()
+        return attachment
+
+    def hide(self) -> None:
+        """Takes the modules out of the model's tree: an engine that walks over it finds only what it knows."""
+        self._modules = self._model._modules.pop(LEARNED_MODULES, None) or self._modules
+        for live in self._live.values():
+            live.module.train()
+
+    def show(self) -> None:
+        """Puts them back into the tree, for whoever uses the model next."""
+        if self._modules is not None and self._live:
+            self._model.add_module(LEARNED_MODULES, self._modules)
+
+    def collect(self) -> None:
+        """Adds the gradients of a micro-batch to those of the masters, in float32."""
+        if self._dtype == torch.float32:
+            return  # they are the masters' own
+        for live in self._live.values():
+            for name, parameter in live.module.named_parameters():
+                if parameter.grad is None:
+                    continue
+                master, gradient = live.masters[name], parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+    def step(self, used: Sequence[str | None], rate_factor: float, applied: bool = True, scale: float = 1.0) -> None:
+        """One step of AdamW on the compressors used in this optimizer step; the others stay as they are.
+
+        Their gradients are clipped by their own norm (`max_grad_norm`), apart from the rest of the model.
+
+        Args:
+            used: Names of the modules; None for points without one.
+            rate_factor: The schedule's factor on the learning rate.
+            applied: False where the engine passed this step over.
+            scale: What the loss was multiplied with against underflow (float16).
+        """
+        steps = (
+            [self._live[name] for name in dict.fromkeys(used) if name is not None] if self.trains and applied else []
+        )
+        if steps:
+            finite = self._reduce([master for live in steps for master in live.masters.values()], scale)
+            for live in steps if finite else []:
+                live.advance(self._base_rate, rate_factor)
+        for live in self._live.values():
+            for parameter in (*live.masters.values(), *live.module.parameters()):
+                parameter.grad = None
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights of all compressors, by module and name; float32 on the CPU."""
+        return {name: parked.weights for name, parked in self._all().items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, moments and step counts beside a checkpoint; nothing where there are no compressors.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        if parked := self._all():
+            write_parked(parked, folder / LEARNED_FILE)
+
+    def load(self, folder: Path, names: Sequence[str]) -> None:
+        """Takes over what `save` wrote; before anything is live.
+
+        Args:
+            folder: The checkpoint.
+            names: The compressors it must hold.
+
+        Raises:
+            StorageError: the file is missing or cannot be read, or lacks one.
+        """
+        self._parked = read_parked(folder / LEARNED_FILE) if names else {}
+        if sorted(self._parked) != sorted(names):
+            raise StorageError(
+                f"{folder / LEARNED_FILE} holds {', '.join(sorted(self._parked)) or 'nothing'}; the checkpoint is of a "
+                f"state with {', '.join(sorted(names))}"
+            )
+
+    def names(self) -> list[str]:
+        """Names of all compressors, sorted."""
+        return sorted({*self._parked, *self._live})
+
+    def _all(self) -> dict[str, Parked]:
+        live = {name: _parked(one) for name, one in self._live.items()}
+        return dict(sorted({**self._parked, **live}.items()))
+
+    def _woken(self, name: str, module: nn.Module) -> _Live:
+        parked = self._parked.pop(name, None) or Parked(
+            {key: tensor.clone() for key, tensor in weight_tensors(module).items()}
+        )
+        module.to(self._device, self._dtype)
+        fill(module, parked.weights, name)
+        module.requires_grad_(self.trains)
+        masters = dict(module.named_parameters())
+        if self._dtype != torch.float32:
+            masters = {
+                key: nn.Parameter(parked.weights[key].to(self._device, torch.float32, copy=True)) for key in masters
+            }
+        optimizer = None
+        if self.trains:
+            optimizer = _adamw(module, masters, self._recipe)
+            for key, moments in parked.moments.items():
+                optimizer.state[masters[key]] = {
+                    "step": torch.tensor(float(parked.steps)),
+                    **{kind: moments[kind].to(self._device, copy=True) for kind in MOMENTS},
+                }
+        return _Live(module, masters, optimizer, parked.steps)
+
+    def _reduce(self, masters: Sequence[nn.Parameter], scale: float) -> bool:
+        """Sums the masters' gradients over ranks and clips them; False where one is not finite under a loss scale."""
+        parts = [(m.grad if m.grad is not None else torch.zeros_like(m)).flatten() for m in masters]
+        flat = torch.cat(parts)
+        if group.world_size() > 1:
+            dist.all_reduce(flat)
+        # The loss was multiplied by the number of ranks, since an engine takes the mean over them.
+        flat.div_(group.world_size() * scale)
+        if scale != 1.0 and not bool(torch.isfinite(flat).all()):
+            return False
+        if self._recipe.max_grad_norm > 0:
+            flat.mul_((self._recipe.max_grad_norm / (flat.norm() + 1e-6)).clamp(max=1.0))
+        for master, gradient in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
+            master.grad = gradient.view_as(master)
+        return True
+
+
+def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: PhaseSpec) -> torch.optim.AdamW:
+    """AdamW as the engine's (`deepspeed_config`)."""
+    without_decay = set(names_without_decay(module))
+    groups = [
+        {
+            "params": [m for name, m in masters.items() if name not in without_decay],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [m for name, m in masters.items() if name in without_decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([one for one in groups if one["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _parked(live: _Live) -> Parked:
+    """What a live compressor is now, on the CPU; it shares memory with it where it can."""
+    weights = {**weight_tensors(live.module), **{name: master.detach() for name, master in live.masters.items()}}
+    moments = {}
+    if live.optimizer is not None:
+        states = ((name, live.optimizer.state.get(master)) for name, master in live.masters.items())
+        moments = {name: {kind: state[kind].cpu() for kind in MOMENTS} for name, state in states if state}
+    return Parked({name: tensor.cpu() for name, tensor in weights.items()}, moments, live.steps)
+
+
+def _learns(point: Mapping[str, Any]) -> bool:
+    return bool(registry.spec_class(registry.COMPRESSORS, point["kind"]).learns)
+
+
+def _distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = {json.dumps(point, sort_keys=True): point for point in points}
+    return [found[text] for text in sorted(found)]
