@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from orchestrator.compression.caches import record_of
 from orchestrator.compression.decoder import Decoder, Pass
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.head import Head
 from orchestrator.compression.points import resolve_points
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.segments import Draw
+from orchestrator.compression.tower import watched_tower
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import CompressorSpec
 
@@ -97,6 +99,7 @@ class Attachment:
         self._check_modules(points)
         self._patch(family.model, self._top_forward)
         self._patch(family.language_model, self._language_forward)
+        self._patch_generate(family.model)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -137,6 +140,7 @@ class Attachment:
                 raise UsageError(f"detach: the forward of {type(module).__name__} was wrapped since; unwrap it first")
         for module in patched:
             del module.__dict__["forward"]
+        family.model.__dict__.pop("generate", None)
         family.model._modules.pop(MODULES_NAME, None)
         self._decoder.modules = None
 
@@ -174,6 +178,25 @@ class Attachment:
         # nn.Module.__setattr__ would put a bound method here too; the instance dict is what detach() clears.
         module.__dict__["forward"] = MethodType(patched, module)
 
+    def _patch_generate(self, model: nn.Module) -> None:
+        """Notes the prompt's length while `generate` runs: what asks stays the same while tokens are added."""
+        original = getattr(type(model), "generate", None)
+        if original is None:
+            return
+        decoder = self._decoder
+
+        @functools.wraps(original)
+        def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            named = _named(original, self, args, kwargs)
+            prompts = [named[name] for name in ("input_ids", "inputs") if isinstance(named.get(name), Tensor)]
+            before, decoder.prompt_columns = decoder.prompt_columns, prompts[0].shape[1] if prompts else None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                decoder.prompt_columns = before
+
+        model.__dict__["generate"] = MethodType(patched, model)
+
     def _language_forward(self, arguments: dict[str, Any]) -> Any:
         return self._decoder.forward(arguments)
 
@@ -185,11 +208,13 @@ class Attachment:
         current = Pass(inputs, labels)
         self._decoder.current = current
         idle = self._idle_images() if has_labels and self._lacks_images(inputs) else None
+        record = record_of(inputs.get("past_key_values"))
         try:
-            if not has_labels and not self.points:
-                output = type(self.model).forward(self.model, **inputs)
-            else:
-                output = self._with_head(current, return_logits)
+            with watched_tower(self._decoder.family, record.points if record else self.points) as current.tower:
+                if not has_labels and not self.points:
+                    output = type(self.model).forward(self.model, **inputs)
+                else:
+                    output = self._with_head(current, return_logits)
         finally:
             self._decoder.current = None
             if idle is not None:

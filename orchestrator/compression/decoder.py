@@ -15,6 +15,8 @@ from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import Layout, build_layout
 from orchestrator.compression.masks import Keys
 from orchestrator.compression.protocol import Point
+from orchestrator.compression.recorder import Recording
+from orchestrator.compression.seen import watched_layer
 from orchestrator.compression.segments import (
     OTHER_META,
     Draw,
@@ -25,6 +27,7 @@ from orchestrator.compression.segments import (
     run_layers,
     segments_of,
 )
+from orchestrator.compression.tower import records_for
 from orchestrator.errors import UsageError
 
 
@@ -37,12 +40,14 @@ class Pass:
         labels_BN: Labels on the device, or None.
         flow: The decoder's last state; None where nothing was compressed.
         visual_tokens_per_layer: Visual tokens that ran in each decoder layer, summed over rows.
+        tower: What is recorded of the vision tower; None where no point needs it.
     """
 
     inputs: dict[str, Any]
     labels_BN: Tensor | None = None
     flow: Flow | None = None
     visual_tokens_per_layer: tuple[int, ...] = ()
+    tower: Recording | None = None
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Decoder:
         draw: What random methods draw from.
         modules: Learned modules by name.
         current: The pass of the top model that is under way.
+        prompt_columns: Columns of the prompt while `generate` runs, else None.
     """
 
     family: Family
@@ -62,6 +68,7 @@ class Decoder:
     draw: Draw = field(default_factory=Draw)
     modules: nn.ModuleDict | None = None
     current: Pass | None = None
+    prompt_columns: int | None = None
 
     def forward(self, arguments: dict[str, Any]) -> Any:
         """The language model's forward; `arguments` are its keyword arguments."""
@@ -169,6 +176,8 @@ class Decoder:
         axes = given is not None and given.ndim == 3
         names = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids")
         options = {name: value for name, value in arguments.items() if name not in names}
+        limit = None if self.prompt_columns is None else self.prompt_columns - (after.seen_tokens - columns)
+        flow.records = records_for(points, flow.layout, flow.origins_BN, flow.labels_BN, limit, current.tower)
         last_ids_AB = _last_ids(flow)
         before_shift: Tensor | None = None
         counts, outputs = [], []
@@ -183,7 +192,9 @@ class Decoder:
             mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
             more = self.family.segment_options(options, segment.first)
-            output = run_layers(language_model, segment, flow.hidden_BND, positions, mask, cache, more)
+            last, coming = language_model.layers[segment.last - 1], segments[number + 1 : number + 2]
+            with watched_layer(last, coming[0].points if coming else (), flow.records, flow.layout, flow.origins_BN):
+                output = run_layers(language_model, segment, flow.hidden_BND, positions, mask, cache, more)
             outputs.append(output)
             flow.hidden_BND = output.last_hidden_state
             after.masks.append(keys.mask_BK)

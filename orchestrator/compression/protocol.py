@@ -26,7 +26,8 @@ class Context:
         hidden_RND: The whole rows (text included) for methods that look at queries; R counts rows.
         module: The point's learned module, or None.
         columns_BN: Columns of the visual tokens in their rows.
-        text_RN: True where a row holds text, False at visual tokens and padding.
+        text_RN: True where a row holds text of the prompt, False at visual tokens, padding and answers (tokens with a
+            label, or that `generate` added), so that what is to be learned chooses nothing.
         attention_BN: What the query tokens (the last before each answer; without labels the prompt's)
             paid to each visual token in layer `layer - 1`, mean over heads and queries (need `queries`).
         row_keys_RND: Keys of all tokens in layer `layer - 1`, heads side by side (need `keys`).
@@ -115,6 +116,12 @@ def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
         sizes_BM=context.sizes_BN.gather(1, index_BM),
         sources_BM=index_BM,
     )
+
+
+def top_tokens(scores_BN: Tensor, kept: int) -> Tensor:
+    """The `kept` highest scores of each row as rising indices (B x kept); of equal scores the first."""
+    order_BN = scores_BN.detach().sort(dim=1, descending=True, stable=True).indices
+    return order_BN[:, :kept].sort(dim=1).values
 
 
 def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") -> Tensor:

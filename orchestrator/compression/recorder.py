@@ -2,8 +2,8 @@
 
 transformers lets an attention module look up its function by `config._attn_implementation`. While a recording is on,
 that one module sees its config through a proxy that names a function of ours; it calls the module's own function on
-the same arguments and, beside it, computes softmax(q k) for the wanted rows only. No module is called in addition (ZeRO-3
-gathers parameters by the order of calls), no weight and no config is changed, and results stay the same bit for bit.
+the same arguments and, beside it, computes softmax(q k) for the wanted rows only. No module is called in addition
+(ZeRO-3 gathers parameters by the order of calls), no weight and no config is changed, results are the same bit for bit.
 A checkpointed layer runs again in backward after the recording is off, as if nothing had been.
 """
 
@@ -158,16 +158,18 @@ def _recorded_attention(
 def _own_function(module: nn.Module) -> Callable[..., Any]:
     """The function the module would have found: by name, `eager` in the file that defines its class."""
     files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
-    eager = next((found for file in files if (found := getattr(file, "eager_attention_forward", None))), None)
-    name = module.config._attn_implementation
+    defaults = [getattr(file, "eager_attention_forward", None) for file in files]
+    eager = next((default for default in defaults if default is not None), None)
+    config: Any = module.config
+    name = config._attn_implementation
     functions = getattr(files[0], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    found: Any = functions.get_interface(name, eager)
+    found: Callable[..., Any] | None = functions.get_interface(name, eager)
     if found is None:
         raise UsageError(
             f"compression: {type(module).__name__} has no eager_attention_forward beside its class, so its attention "
             "cannot be recorded; load the model with attn_implementation sdpa, or use a method without this need"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def attention_module(layer: nn.Module, what: str) -> nn.Module:

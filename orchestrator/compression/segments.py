@@ -20,6 +20,7 @@ from orchestrator.compression.acting import act
 from orchestrator.compression.caches import SegmentCache
 from orchestrator.compression.layout import ImageGroup, Layout, rearrange
 from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.seen import Records
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Flow:
         labels_BN: Labels on the host, or None.
         blocked: Tokens of one non-negative block see one another both ways.
         size_bias: Attention logits of a key are raised by the logarithm of its size.
+        records: What attention saw, for points that need it; None where none does.
     """
 
     hidden_BND: Tensor
@@ -66,6 +68,7 @@ class Flow:
     labels_BN: Tensor | None
     blocked: bool = False
     size_bias: bool = False
+    records: Records | None = None
 
     @property
     def positions_ABN(self) -> Tensor:
@@ -171,6 +174,7 @@ def _context(
         sample_indices=samples,
         hidden_RND=flow.hidden_BND,
         module=module,
+        **(flow.records.told(point, flow.layout, flow.origins_BN, group) if flow.records and flow.layout else {}),
     )
 
 

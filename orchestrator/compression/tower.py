@@ -12,7 +12,7 @@ from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.recorder import Recording, recording_of
-from orchestrator.compression.seen import Seen, needs_of
+from orchestrator.compression.seen import Records, Seen, needs_of, prompt_of
 from orchestrator.errors import UsageError
 
 
@@ -55,14 +55,15 @@ def cls_of_images(recording: Recording | None, tokens: int, numbers_I: Tensor | 
     """
     if recording is None or not recording.attentions:
         raise UsageError(
-            f"{_WHAT}: the tower's attention was not seen in this forward (features given ready-made, or attention that "
-            "is not looked up in transformers' ALL_ATTENTION_FUNCTIONS); pass pixel_values"
+            f"{_WHAT}: the tower's attention was not seen in this forward (features given ready-made, or attention "
+            "that is not looked up in transformers' ALL_ATTENTION_FUNCTIONS); pass pixel_values"
         )
     attention_IT = torch.cat(recording.attentions)
     keys_ITD = torch.cat([keys_IHTD.mean(1) for keys_IHTD in recording.keys])
     if attention_IT.shape[1] not in (tokens, tokens + 1):
         raise UsageError(
-            f"{_WHAT}: the tower has {attention_IT.shape[1] - 1} patches an image but the decoder {tokens} visual tokens"
+            f"{_WHAT}: the tower has {attention_IT.shape[1] - 1} patches an image but the decoder {tokens} visual "
+            "tokens"
         )
     if numbers_I is not None:
         numbers_I = numbers_I.to(attention_IT.device)
@@ -108,3 +109,33 @@ def image_numbers(groups: Sequence[ImageGroup], length: int) -> list[Tensor]:
         return []
     first = torch.cat([group.rows_I * length + group.columns_IN[:, 0] for group in groups])
     return list(first.argsort().argsort().split([len(group.rows_I) for group in groups]))
+
+
+def records_for(
+    points: Sequence[Point],
+    layout: Layout | None,
+    origins_BN: Tensor,
+    labels_BN: Tensor | None,
+    limit: int | None,
+    recording: Recording | None,
+) -> Records | None:
+    """What is kept beside the hidden states of one forward; None where no point needs any.
+
+    Args:
+        points: All points of the forward.
+        layout: The rows as the processor made them; None without an image.
+        origins_BN: Original column of each token, on the device.
+        labels_BN: Labels on the host, or None.
+        limit: Columns of the prompt, see `prompt_of`.
+        recording: What `watched_tower` gave.
+    """
+    needs = needs_of(points)
+    if layout is None or not needs & {"queries", "keys", "cls", "text"}:
+        return None
+    visual_BN = torch.zeros_like(layout.real_BN)
+    for group in layout.groups:
+        visual_BN[group.rows_I.unsqueeze(1), group.columns_IN] = True
+    records = Records(prompt_of(visual_BN, layout.real_BN, labels_BN, limit).to(origins_BN.device))
+    if any("cls" in point.spec.needs and point.spec.layer != "projector" for point in points):
+        records.cls = cls_seen(recording, layout, origins_BN)
+    return records

@@ -59,11 +59,10 @@ class Dart:
             every_N = torch.arange(tokens, device=visual_BND.device)
             return take(visual_BND, every_N.expand(images, -1), context)
         with torch.no_grad():
-            own_BP, own_BPD, text_BPD, num_text_B = self._pivots(
-                visual_BND, context, min(self.spec.visual_pivots, kept)
-            )
+            own = min(self.spec.visual_pivots, kept)
+            own_BP, own_BPD, text_BPD, num_text_B = self._pivots(visual_BND, context, own)
             pivots_BPD = torch.cat([own_BPD, text_BPD], dim=1)
-            quotas_BP = _quotas(kept - own_BP.shape[1], own_BP.shape[1], num_text_B, text_BPD.shape[1])
+            quotas_BP = _quotas(kept - own, own, num_text_B, text_BPD.shape[1])
             chosen_BN = torch.zeros(images, tokens, dtype=torch.bool, device=visual_BND.device)
             chosen_BN.scatter_(1, own_BP, True)
             unit_BND = torch.nn.functional.normalize(visual_BND.detach().float(), dim=2)
@@ -73,9 +72,8 @@ class Dart:
             for pivot in range(cosine_BPN.shape[1]):
                 free_BN = cosine_BPN[:, pivot].masked_fill(chosen_BN, torch.inf)
                 order_BN = free_BN.sort(dim=1, stable=True).indices
-                chosen_BN |= torch.zeros_like(chosen_BN).scatter_(
-                    1, order_BN, rank_BN < quotas_BP[:, pivot : pivot + 1]
-                )
+                taken_BN = rank_BN < quotas_BP[:, pivot : pivot + 1]
+                chosen_BN |= torch.zeros_like(chosen_BN).scatter_(1, order_BN, taken_BN)
             # Exactly `kept` are chosen in every row; a stable sort puts them first, in raster order.
             index_BM = chosen_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :kept]
         return take(visual_BND, index_BM, context)

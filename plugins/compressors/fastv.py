@@ -43,14 +43,8 @@ class FastV:
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.
         """
-        from orchestrator.compression.protocol import take
+        from orchestrator.compression.protocol import take, top_tokens
 
         if context.attention_BN is None:
             raise ValueError("the attention of the layer before it is not known here")
         return take(visual_BND, top_tokens(context.attention_BN, self.spec.kept_tokens(grid)), context)
-
-
-def top_tokens(scores_BN: Tensor, kept: int) -> Tensor:
-    """The `kept` highest scores of each row as rising indices (B x kept); of equal scores the first."""
-    order_BN = scores_BN.detach().sort(dim=1, descending=True, stable=True).indices
-    return order_BN[:, :kept].sort(dim=1).values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
@@ -43,10 +44,8 @@ class PyramidDrop:
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.
         """
-        from dataclasses import replace
 
-        from orchestrator.compression.protocol import take
-        from orchestrator_plugins.compressors.fastv import top_tokens
+        from orchestrator.compression.protocol import take, top_tokens
 
         if context.attention_BN is None:
             raise ValueError("the attention of the layer before it is not known here")

@@ -21,8 +21,8 @@ class VisionZipSpec(CompressorSpec):
     Of a budget M, round(contextual_ratio * M) tokens are contextual. Dominant ones are those with the highest CLS
     attention. Of the R others every (R // contextual)-th is a target, beginning with the first; each other one goes to
     the target whose key (mean over heads) has the highest cosine to its own. A contextual token is, as published
-    (section 3.2), its target plus the mean of those that went to it; a target without any stays as it is, so keeping all
-    changes nothing. All stay in raster order with their position ids, contextual ones at their target's place.
+    (section 3.2), its target plus the mean of those that went to it; a target without any stays as it is, so keeping
+    all changes nothing. All stay in raster order with their position ids, contextual ones at their target's place.
 
     Attributes:
         contextual_ratio: Share of the budget that is contextual (paper: 10 of 64).
