@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Flag
 from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
@@ -56,46 +56,50 @@ class AveragePool:
         from orchestrator.compression.merging import merge_members
         from orchestrator.compression.protocol import Kept
 
-        tokens = visual_BND.shape[1]
+        images, tokens = visual_BND.shape[:2]
         windows = self.spec.kept_tokens(grid)
-        if self.spec.stride is not None:
-            bounds = [min(number * self.spec.stride, tokens) for number in range(windows + 1)]
-        else:
-            bounds = [number * tokens // windows for number in range(windows + 1)]
+        bounds = _bounds(tokens, windows, self.spec.stride)
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         first_M = torch.tensor(bounds[:-1], device=visual_BND.device)
-        positions_ABN, sizes_BN = context.positions_ABN, context.sizes_BN
-        if min(lengths) == max(lengths):
-            shape = (windows, lengths[0])
-            hidden_BMD = visual_BND.unflatten(1, shape).mean(2)
-            position_sums_ABM = positions_ABN.unflatten(2, shape).sum(3)
-            sizes_BM = sizes_BN.unflatten(1, shape).sum(2)
-            length_M: Any = lengths[0]
-        else:
-            length_M = torch.tensor(lengths, device=visual_BND.device)
+        length_M = torch.tensor(lengths, device=visual_BND.device)
+        index_MW = inside_MW = None
+        if min(lengths) < max(lengths):
             within_W = torch.arange(max(lengths), device=visual_BND.device)
             inside_MW = within_W < length_M.unsqueeze(1)
             index_MW = torch.where(inside_MW, first_M.unsqueeze(1) + within_W, 0)
+        if self.spec.size_bias:
+            window_N = torch.arange(windows, device=visual_BND.device).repeat_interleave(length_M, output_size=tokens)
+            hidden_BMD = merge_members(visual_BND, window_N.expand(images, -1), windows, context.sizes_BN)
+        elif index_MW is None:
+            hidden_BMD = visual_BND.unflatten(1, (windows, lengths[0])).mean(2)
+        else:
             windows_BMWD = visual_BND[:, index_MW] * inside_MW.unsqueeze(-1)
             sums_BMD = windows_BMWD.sum(2, dtype=torch.float32 if visual_BND.itemsize < 4 else None)
             hidden_BMD = (sums_BMD / length_M.unsqueeze(-1)).to(visual_BND.dtype)
-            position_sums_ABM = (positions_ABN[:, :, index_MW] * inside_MW).sum(3)
-            sizes_BM = (sizes_BN[:, index_MW] * inside_MW).sum(2)
-        if self.spec.size_bias:
-            slots_N = torch.arange(windows, device=visual_BND.device).repeat_interleave(
-                torch.as_tensor(length_M, device=visual_BND.device).expand(windows), output_size=tokens
-            )
-            hidden_BMD = merge_members(visual_BND, slots_N.expand(len(visual_BND), -1), windows, sizes_BN)
         if self.spec.positions == "first":
-            positions_ABM = positions_ABN[:, :, first_M]
+            positions_ABM = context.positions_ABN[:, :, first_M]
         else:
-            positions_ABM = position_sums_ABM // length_M
+            positions_ABM = _sums(context.positions_ABN, windows, index_MW, inside_MW) // length_M
         return Kept(
             hidden_BMD,
             positions_ABM,
-            sizes_BM,
-            sources_BM=first_M.expand(len(visual_BND), -1),
+            _sums(context.sizes_BN, windows, index_MW, inside_MW),
+            sources_BM=first_M.expand(images, -1),
             grid=grid if windows == tokens else None,
             renumber=self.spec.positions == "renumber",
             size_bias=self.spec.size_bias,
         )
+
+
+def _bounds(tokens: int, windows: int, stride: int | None) -> list[int]:
+    """Where windows begin and the last one ends: every `stride` tokens, or of lengths that differ by at most one."""
+    if stride is not None:
+        return [min(number * stride, tokens) for number in range(windows + 1)]
+    return [number * tokens // windows for number in range(windows + 1)]
+
+
+def _sums(values_XBN: Tensor, windows: int, index_MW: Tensor | None, inside_MW: Tensor | None) -> Tensor:
+    """Sums of whole numbers over each window; without an index all windows are of one length."""
+    if index_MW is None:
+        return values_XBN.unflatten(-1, (windows, -1)).sum(-1)
+    return (values_XBN[..., index_MW] * inside_MW).sum(-1)

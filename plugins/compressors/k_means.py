@@ -137,6 +137,6 @@ def in_order(slots_BN: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     first_BM = torch.full_like(counts_BM, slots_BN.shape[1])
     first_BM = first_BM.scatter_reduce(1, slots_BN, places_BN, "amin")
     by_first_BM = first_BM.argsort(1)
-    by_mean_BM = means_BM.gather(1, by_first_BM).argsort(1, stable=True)
+    by_mean_BM = means_BM.gather(1, by_first_BM).argsort(dim=1, stable=True)
     order_BM = by_first_BM.gather(1, by_mean_BM)
     return order_BM.argsort(1).gather(1, slots_BN), first_BM.gather(1, order_BM)

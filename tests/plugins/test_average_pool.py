@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_checks import check_keeps_all
 from orchestrator_plugins.compressors.average_pool import AveragePool, AveragePoolSpec
 
 from orchestrator.compression import Context
@@ -83,6 +86,31 @@ def test_bfloat16_is_summed_in_float32():
         expected = visual_BND.float()[:, :stride].mean(1)
         assert torch.allclose(kept.hidden_BMD[:, 0].float(), expected, atol=2e-3)
         assert kept.hidden_BMD.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"stride": 4}, {"stride": 3}, {"keep_tokens": 5}, {"keep_tokens": 9}])
+def test_size_bias_weighs_by_size_and_is_passed_on(options):
+    visual_BND, context, plain = run(9, **options)
+    _, _, kept = run(9, size_bias=True, **options)
+    assert kept.size_bias and not plain.size_bias
+    starts = [*plain.sources_BM[0].tolist(), 9]
+    for m, (start, end) in enumerate(itertools.pairwise(starts)):
+        weights_BN1 = context.sizes_BN[:, start:end, None]
+        expected_BD = (visual_BND[:, start:end] * weights_BN1).sum(1) / weights_BN1.sum(1)
+        assert torch.allclose(kept.hidden_BMD[:, m], expected_BD, atol=1e-6)
+    assert torch.equal(kept.positions_ABM, plain.positions_ABM) and torch.equal(kept.sizes_BM, plain.sizes_BM)
+
+
+def test_tokens_that_stand_for_one_each_are_averaged_plainly():
+    visual_BND, context, plain = run(10, stride=4)
+    context = dataclasses.replace(context, sizes_BN=torch.ones_like(context.sizes_BN))
+    kept = AveragePool(AveragePoolSpec(layer=0, stride=4, size_bias=True)).compress(visual_BND, Grid(2, 5), context)
+    assert torch.allclose(kept.hidden_BMD, plain.hidden_BMD, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"size_bias": True}])
+def test_all_tokens_are_left_as_they_are(options):
+    check_keeps_all("average_pool", **options)
 
 
 def test_too_many_tokens():

@@ -1,0 +1,147 @@
+"""What every method that needs only tokens is held to, given a plain loop over one image."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+import torch
+
+from orchestrator import registry
+from orchestrator.compression import Context
+from orchestrator.spec.components import Grid
+
+GRIDS = (Grid(5, 7), Grid(1, 13), Grid(6, 4), Grid(9, 2), Grid(1, 1))
+WIDTH = 6
+
+
+def build(kind, **options):
+    """A method by its registered name, as a user reaches it."""
+    spec = registry.spec_class(registry.COMPRESSORS, kind).model_validate({"kind": kind, "layer": 0, **options})
+    module, name = spec.implementation.split(":")
+    return getattr(importlib.import_module(module), name)(spec)
+
+
+def images_of(grid, images=3, axes=1, dtype=torch.float32, seed=0, sizes=True):
+    """Random tokens with position ids in raster order (three axes: as M-RoPE counts) and random sizes."""
+    generator = torch.Generator().manual_seed(1000 * grid.height + 10 * grid.width + seed)
+    visual_BND = torch.randn(images, grid.tokens, WIDTH, generator=generator).to(dtype).requires_grad_()
+    starts_B = torch.randint(0, 2000, (images, 1), generator=generator)
+    place_N = torch.arange(grid.tokens)
+    rows = [place_N] if axes == 1 else [place_N * 0, place_N // grid.width, place_N % grid.width]
+    sizes_BN = torch.randint(1, 5, (images, grid.tokens), generator=generator)
+    context = Context(
+        layer=0,
+        positions_ABN=torch.stack([starts_B + row for row in rows]),
+        sizes_BN=sizes_BN if sizes else torch.ones_like(sizes_BN),
+        rows_B=torch.arange(images),
+    )
+    return visual_BND, context
+
+
+def part_of(context, image):
+    """The context of one image alone."""
+    return dataclasses.replace(
+        context,
+        positions_ABN=context.positions_ABN[:, image : image + 1],
+        sizes_BN=context.sizes_BN[image : image + 1],
+        rows_B=context.rows_B[image : image + 1],
+    )
+
+
+def check_against_loop(method, loop, grid, axes=1, seed=0, atol=1e-5, visual_BND=None):
+    """Hidden states, position ids, sizes, sources and gradients equal those of `loop`, image by image.
+
+    `loop(visual_ND, positions of each token, sizes, kept)` returns (hidden, position ids, size, source) of each token
+    that is left.
+    """
+    random_BND, context = images_of(grid, axes=axes, seed=seed)
+    visual_BND = random_BND if visual_BND is None else visual_BND.requires_grad_()
+    kept = method.compress(visual_BND, grid, context)
+    count = method.spec.kept_tokens(grid)
+    assert kept.hidden_BMD.shape == (len(visual_BND), count, visual_BND.shape[2])
+    assert (kept.grid or Grid(1, count)) == method.spec.kept_grid(grid)
+    pull_BMD = torch.randn(kept.hidden_BMD.shape, generator=torch.Generator().manual_seed(5))
+    (gradient_BND,) = torch.autograd.grad(kept.hidden_BMD, visual_BND, pull_BMD)
+    for image in range(len(visual_BND)):
+        own_ND = visual_BND[image].detach().clone().requires_grad_()
+        ids = [tuple(token) for token in context.positions_ABN[:, image].T.tolist()]
+        left = loop(own_ND, ids, context.sizes_BN[image].tolist(), count)
+        hidden_MD = torch.stack([token[0] for token in left])
+        assert torch.allclose(kept.hidden_BMD[image], hidden_MD, atol=atol)
+        assert kept.positions_ABM[:, image].T.tolist() == [list(token[1]) for token in left]
+        assert kept.sizes_BM[image].tolist() == [token[2] for token in left]
+        assert kept.sources_BM[image].tolist() == [token[3] for token in left]
+        hidden_MD.backward(pull_BMD[image])
+        assert torch.allclose(gradient_BND[image], own_ND.grad, atol=atol)
+    return kept
+
+
+def check_keeps_all(kind, **options):
+    """Every way to ask for all tokens leaves them exactly as they are."""
+    for grid in GRIDS:
+        for amount in ({"stride": 1}, {"keep_tokens": grid.tokens}, {"keep_ratio": 1}):
+            visual_BND, context = images_of(grid, axes=3)
+            kept = build(kind, **amount, **options).compress(visual_BND, grid, context)
+            assert torch.allclose(kept.hidden_BMD, visual_BND, rtol=0, atol=1e-6)
+            assert torch.equal(kept.positions_ABM, context.positions_ABN)
+            assert torch.equal(kept.sizes_BM, context.sizes_BN)
+            assert kept.grid == grid
+            assert kept.sources_BM.tolist() == [list(range(grid.tokens))] * len(visual_BND)
+
+
+def check_refuses_too_many(kind):
+    """More tokens than the image has is a fault, for the planner as for the method."""
+    method = build(kind, keep_tokens=36)
+    with pytest.raises(ValueError, match="keep_tokens 36 is more than the image's 35 tokens"):
+        method.spec.kept_tokens(Grid(5, 7))
+    with pytest.raises(ValueError, match="keep_tokens 36 is more than the image's 35 tokens"):
+        method.compress(*[images_of(Grid(5, 7))[0], Grid(5, 7), images_of(Grid(5, 7))[1]])
+
+
+def check_image_alone(method):
+    """An image gives the same whatever else is in the batch."""
+    for grid in GRIDS:
+        visual_BND, context = images_of(grid, images=4)
+        together = method.compress(visual_BND, grid, context)
+        for image in range(4):
+            alone = method.compress(visual_BND[image : image + 1], grid, part_of(context, image))
+            assert torch.allclose(alone.hidden_BMD[0], together.hidden_BMD[image], atol=1e-6)
+            assert torch.equal(alone.positions_ABM[:, 0], together.positions_ABM[:, image])
+            assert torch.equal(alone.sizes_BM[0], together.sizes_BM[image])
+            assert torch.equal(alone.sources_BM[0], together.sources_BM[image])
+
+
+def check_low_precision(method):
+    """bfloat16 tokens are chosen and summed in float32, also under autocast; the result is rounded once."""
+    for grid in GRIDS[:3]:
+        visual_BND, context = images_of(grid, dtype=torch.bfloat16)
+        exact = method.compress(visual_BND.float(), grid, context)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = method.compress(visual_BND, grid, context)
+        assert low.hidden_BMD.dtype == torch.bfloat16
+        assert torch.equal(low.hidden_BMD, exact.hidden_BMD.bfloat16())
+        assert torch.equal(low.sources_BM, exact.sources_BM)
+        assert torch.equal(low.positions_ABM, exact.positions_ABM)
+
+
+def window_tokens(grid, kept):
+    """The tokens of each window as torch's adaptive pooling defines it, upper left first."""
+    windows = []
+    for i in range(kept.height):
+        rows = range(i * grid.height // kept.height, math.ceil((i + 1) * grid.height / kept.height))
+        for j in range(kept.width):
+            columns = range(j * grid.width // kept.width, math.ceil((j + 1) * grid.width / kept.width))
+            windows.append([row * grid.width + column for row in rows for column in columns])
+    return windows
+
+
+def sizes_of(grid, kept, sizes):
+    """Each token counts once, for the last window of its row and column that holds it."""
+    totals = [0] * kept.tokens
+    for token, size in enumerate(sizes):
+        holders = [m for m, window in enumerate(window_tokens(grid, kept)) if token in window]
+        totals[max(holders)] += size
+    return totals
