@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
 from orchestrator.plan.action_table import ActionTable, resolve_table
 from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, next_state
-from orchestrator.plan.cost import Sample, stage_train_tflops
+from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.plan.samples import Samples
-from orchestrator.plan.steps import num_rows, steps_of_cost, total_steps_of
+from orchestrator.plan.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.spec.base import Spec
 from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable
 from orchestrator.spec.experiment import ExperimentSpec
@@ -119,6 +118,28 @@ class _Resolver:
             steps.final, steps.ends, steps.tails, policy,
         )  # fmt: skip
 
+    def _total_steps(
+        self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float], facts: ModelFacts | None
+    ) -> int:
+        def stated(one: PhaseSpec) -> int:
+            return total_steps_of(name, one, sets, lambda each: self._once(num_rows, spec.data[each]))
+
+        if recipe.match_train_tflops is None and recipe.max_train_tflops is None:
+            return stated(recipe)
+        known = facts if facts is not None and facts.priced else None
+        sample = self._samples.mean(spec, name, recipe, sets, known) if known is not None else None
+
+        def price(schedule: str | ScheduleSpec, steps: int) -> float | None:
+            assert known is not None and sample is not None
+            try:
+                table, _ = self._table(spec, name, recipe.model_copy(update={"schedule": schedule}), steps)
+                actions = self._resolved(spec, name, table, known).actions
+            except UsageError:
+                return None  # so few steps cannot be divided into its stages
+            return stage_train_tflops(known, actions, sample, recipe.model_dump())
+
+        return steps_by_cost(name, recipe, None if sample is None else price, stated)
+
     def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
@@ -145,14 +166,19 @@ class _Resolver:
             base, changes = table.derived.get(name, (name, None))
             return self._variant(spec, base, facts, changes)
 
-        key = (id(table), id(facts), id(spec.compressors))
-        if key not in self._made:
+        near = (id(table), id(facts), id(spec.compressors))
+        if near not in self._made:
+            names = dict.fromkeys([table.final, *(name for _, _, name in table.actions)])
+            names |= dict.fromkeys(teaching.teacher for teaching in table.teachers.values())
             try:
-                self._made[key] = resolve_table(table, variant_of)
+                far = (id(table), *((name, variant_of(name).id) for name in names))
+                if far not in self._made:
+                    self._made[far] = resolve_table(table, variant_of)
             except ValueError as error:
                 raise UsageError(f"phases.{phase}.schedule: {error}") from error
+            self._made[near] = self._made[far]
             self._alive += [table, spec.compressors]
-        return self._made[key]
+        return self._made[near]
 
     def _variant(
         self, spec: ExperimentSpec, name: str, facts: ModelFacts | None, changes: Mapping[str, Any] | None = None

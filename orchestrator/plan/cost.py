@@ -18,8 +18,10 @@ Training: forward 1x; backward 2x for a part that trains (gradients of inputs an
 that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a
 trained vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights
 beside it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen, `2 r (in +
-out)` a token and matrix is added for the adapters, which train. `gradient_checkpointing` is a fingerprint and does
-not decide what a cell is, but it is work the machine does, so `train_tflops` counts it; compare cells of one setting.
+out)` a token and matrix is added for the adapters, which train. A teacher's pass (self-distillation) is one more
+forward pass of all parts, tower and LM head included, under the teacher's points. `gradient_checkpointing` is a
+fingerprint and does not decide what a cell is, but it is work the machine does, so `train_tflops` counts it; compare
+cells of one setting.
 
 Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576
 visual tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
@@ -137,10 +139,28 @@ def train_tflops_per_sample(
         + forward["lm_head"] * passes["language_model"]
     )
     if recipe.get("lora"):
-        visual = visual_layer_tokens(facts.image_grid, points, facts.num_layers)
-        tokens = sample.images * visual + sample.text_tokens * facts.num_layers
-        total += 2 * tokens * lora_weights_per_layer(facts, recipe["lora"]) * (3 + checkpointed) / _TERA
+        total += (3 + checkpointed) * _lora_forward_tflops(facts, points, sample, recipe["lora"])
     return total
+
+
+def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:
+    """One sample of an action's steps: training under its points, and a teacher's forward pass where there is one."""
+    total = train_tflops_per_sample(facts, action.points, sample, recipe)
+    if action.distill is None:
+        return total
+    points = action.distill.points
+    total += sum(forward_tflops(facts, points, sample).values())
+    if recipe.get("lora"):
+        total += _lora_forward_tflops(facts, points, sample, recipe["lora"])
+    return total
+
+
+def _lora_forward_tflops(
+    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, lora: Mapping[str, Any]
+) -> float:
+    visual = visual_layer_tokens(facts.image_grid, points, facts.num_layers)
+    tokens = sample.images * visual + sample.text_tokens * facts.num_layers
+    return 2 * tokens * lora_weights_per_layer(facts, lora) / _TERA
 
 
 def _passes(recipe: Mapping[str, Any]) -> dict[str, int]:
@@ -170,9 +190,7 @@ def stage_train_tflops(
     facts: ModelFacts, actions: Sequence[Action], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
     """A whole stretch of training: steps x global batch x one sample, action by action."""
-    per_step = (
-        (a.last_step - a.first_step) * train_tflops_per_sample(facts, a.points, sample, recipe) for a in actions
-    )
+    per_step = ((a.last_step - a.first_step) * action_tflops_per_sample(facts, a, sample, recipe) for a in actions)
     return float(sum(per_step) * recipe["global_batch_size"])
 
 

@@ -34,6 +34,7 @@ class Costs:
         self.text_tokens = text_tokens
         self.notices: dict[str, None] = {}
         self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
+        self._counts: dict[tuple[int, int, int], tuple[tuple[Action, ...], dict[str, tuple[int, Action]]]] = {}
         self._recipes: dict[tuple[str, bool], tuple[str, dict[str, Any]]] = {}
         self._samples = Samples()
         self._by_lineage: dict[str, Sample] = {}
@@ -44,12 +45,10 @@ class Costs:
             return dict(_NO_COST)
         facts, sample = cell.facts, self.sample(cell, plan)
         flops = tokens = 0.0
-        for action, points_id in zip(plan.table, plan.points_ids, strict=True):
-            steps = min(action.last_step, last) - max(action.first_step, first)
-            if steps > 0:
-                each, visual = self._sample_cost(cell, plan, action, points_id)
-                flops += steps * each
-                tokens += steps * visual
+        for points_id, (steps, action) in self._steps(plan, first, last).items():
+            each, visual = self._sample_cost(cell, plan, action, points_id)
+            flops += steps * each
+            tokens += steps * visual
         tokens /= last - first
         return {
             "train_tflops": flops * plan.recipe.global_batch_size,
@@ -72,13 +71,25 @@ class Costs:
             "compression_ratio": phases[-1]["compression_ratio"],
         }
 
+    def _steps(self, plan: PhasePlan, first: int, last: int) -> dict[str, tuple[int, Action]]:
+        """Number of steps from `first` to `last` that do the same, by what they do, and one action that does it."""
+        key = (id(plan.table), first, last)
+        if key not in self._counts:
+            found: dict[str, tuple[int, Action]] = {}
+            for action, points_id in zip(plan.table, plan.points_ids, strict=True):
+                steps = min(action.last_step, last) - max(action.first_step, first)
+                if steps > 0:
+                    found[points_id] = (found.get(points_id, (0, action))[0] + steps, action)
+            self._counts[key] = (plan.table, found)  # the table stays alive, so that its id stays its own
+        return self._counts[key][1]
+
     def _sample_cost(self, cell: Cell, plan: PhasePlan, action: Action, points_id: str) -> tuple[float, int]:
         assert cell.facts is not None
         recipe_id, recipe = self._recipe(plan)
         sample = self.sample(cell, plan)
         key = (cell.facts, points_id, recipe_id, sample)
         if key not in self._per_sample:
-            flops = cost.train_tflops_per_sample(cell.facts, action.points, sample, recipe)
+            flops = cost.action_tflops_per_sample(cell.facts, action, sample, recipe)
             tokens = cost.visual_layer_tokens(cell.facts.image_grid, action.points, cell.facts.num_layers)
             self._per_sample[key] = (flops, tokens)
         return self._per_sample[key]

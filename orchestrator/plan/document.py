@@ -123,7 +123,7 @@ def _stage_run(
         "id": job.id,
         "parent": job.parent if job.parent in tree.stage_runs else None,
         "phase": job.phase,
-        "variant": "+".join(variants),
+        "variant": variants[0] if len(variants) == 1 else plan.policy,
         "first_step": job.first_step,
         "last_step": job.last_step,
         "actions": actions,

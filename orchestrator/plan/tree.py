@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -98,15 +98,43 @@ def _stored(ledger: Ledger, state: str, level: Level) -> bool:
 
 @dataclass
 class _Branch:
-    """A plan of one lineage with the cells that go through it; `index` points at the action under way."""
+    """A plan of one lineage with the cells that go through it.
+
+    Attributes:
+        index: The action under way.
+        stage: The stage run under way, as the plan alone would cut them.
+    """
 
     plan: PhasePlan
     cells: list[Cell]
     index: int = 0
+    stage: int = 0
+
+    @property
+    def stage_end(self) -> int:
+        """Where the stage run under way ends."""
+        return self.plan.stage_ends[self.stage]
+
+    def does(self, end: int) -> str:
+        """What it does up to a step; equal for branches of one state that do the same."""
+        # An action goes up to its end unchanged, so one digest says it all.
+        return self.plan.points_ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
+
+    def move_to(self, step: int) -> None:
+        """Goes on to a step before the phase's end."""
+        self.stage += self.stage_end <= step
+        while self._action_end() <= step:
+            self.index += 1
+
+    def _action_end(self) -> int:
+        return self.plan.table[self.index].last_step
 
 
 def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> StageTree:
     """Merges the cells' equal beginnings; cuts at every stage's end and wherever another cell leaves.
+
+    A policy that mixes variants step by step is one stage run; its beginning is shared up to the end of a stage of
+    another cell that does the same until there.
 
     With a ledger it also cuts where a stored checkpoint lies inside a stage, so that training starts from the
     furthest stored state. Where it cuts never changes the id of a state.
@@ -161,7 +189,7 @@ class _Builder:
         while stack:
             group, step, parent = stack.pop()
             plan = group[0].plan
-            end = min(branch.plan.table[branch.index].last_step for branch in group)
+            end = min(branch.stage_end for branch in group)
             end = self._stored_step_between(plan, step, end) or end
             state = plan.state_at(end)
             self._add(group, step, end, parent, state)
@@ -169,7 +197,7 @@ class _Builder:
                 stack += self._groups_from(state)
                 continue
             for branch in group:
-                branch.index += branch.plan.table[branch.index].last_step == end
+                branch.move_to(end)
             stack += [(split, end, state) for split in _split(group)]
 
     def _groups_from(self, state: str) -> list[tuple[list[_Branch], int, str]]:
@@ -191,8 +219,10 @@ class _Builder:
         self.tree.cells_of[state] = tuple(members)
         for member in members:
             self.paths[member].append(state)
-        table = tuple(a for a in plan.table if a.first_step < last)
-        table = (*table[:-1], replace(table[-1], last_step=min(last, table[-1].last_step)))
+        table = plan.table
+        if last < plan.total_steps:
+            table = tuple(a for a in table if a.first_step < last)
+            table = (*table[:-1], replace(table[-1], last_step=last))
         if plan.lineage not in self.dumps:
             self.dumps[plan.lineage] = plan.recipe.model_dump(mode="json")
         self.tree.stage_runs[state] = StageJob(
@@ -211,9 +241,22 @@ class _Builder:
         return "weights" if leaf == "none" and used else leaf
 
 
-def _split(group: Iterable[_Branch]) -> list[list[_Branch]]:
-    """Branches that do the same next, together; last group first, for the stack."""
-    splits: dict[str, list[_Branch]] = {}
-    for branch in group:
-        splits.setdefault(branch.plan.points_ids[branch.index], []).append(branch)
-    return list(splits.values())[::-1]
+def _split(group: Sequence[_Branch]) -> list[list[_Branch]]:
+    """Branches of one state that do the same up to the first stage end among them; last part first, for the stack.
+
+    Two parts differ before the end of either, so no state is ever reached on two ways.
+    """
+    parts: list[list[_Branch]] = []
+    undecided = [list(group)]
+    while undecided:
+        some = undecided.pop()
+        end = min(branch.stage_end for branch in some)
+        alike: dict[str, list[_Branch]] = {}
+        for branch in some:
+            alike.setdefault(branch.does(end), []).append(branch)
+        for part in alike.values():
+            # A part without the branch that ends first goes on to a later end, up to which it may differ in itself.
+            ends_here = len(part) == 1 or min(branch.stage_end for branch in part) == end
+            (parts if ends_here else undecided).append(part)
+    order = {id(branch): number for number, branch in enumerate(group)}
+    return sorted(parts, key=lambda part: order[id(part[0])], reverse=True)

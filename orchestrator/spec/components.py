@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from orchestrator import registry
 from orchestrator.spec.base import Component, Count, Share, parse_share
 from orchestrator.spec.blocks import amounts_around, nearest_block
+from orchestrator.spec.tables import StageTable as StageTable
 
 
 @dataclass(frozen=True)
@@ -151,19 +152,6 @@ class BlockCompressorSpec(CompressorSpec):
         return rows * columns
 
 
-@dataclass(frozen=True)
-class StageTable:
-    """A compiled schedule: what every optimizer step of a phase does.
-
-    Attributes:
-        actions: `(first_step, last_step, variant name)`, 0-based, half open, gapless, equal neighbours merged.
-        final: Variant the finished model is tested under.
-    """
-
-    actions: tuple[tuple[int, int, str], ...]
-    final: str
-
-
 class ScheduleSpec(Component):
     """How a phase is divided into stages. `compile` turns it into a table of optimizer steps."""
 
@@ -171,7 +159,7 @@ class ScheduleSpec(Component):
 
     @abstractmethod
     def variants(self) -> tuple[str, ...]:
-        """Names of the variants it uses, `full` included, in order of use."""
+        """Named variants it uses (teachers too, derived ones not), `full` included, in order of use."""
 
     @abstractmethod
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:

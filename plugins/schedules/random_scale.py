@@ -1,0 +1,72 @@
+"""`random_scale`: each step under a variant drawn for it, for models that take any number of tokens (M3, MQT)."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from fractions import Fraction
+from itertools import accumulate
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.spec.base import Integer, Positive
+from orchestrator.spec.components import ScheduleSpec, StageTable
+from orchestrator.spec.tables import DistillSpec, merged, teachers_of
+
+
+class RandomScaleSpec(ScheduleSpec):
+    """Every step's variant is drawn from (seed, step) alone, so it is the same on every rank and after a restart.
+
+    MQT-LLaVA (arXiv 2405.19315) draws the number of tokens of each step; M3 (arXiv 2405.17430) trains every scale in
+    every step, of which one drawn scale a step is the unbiased estimate at a fraction of the cost.
+
+    Attributes:
+        compressors: Variants to draw from.
+        weights: Their relative frequencies; None draws evenly.
+        seed: Seed of the draws.
+        final: Variant the finished model is tested under; None is the fuller one.
+        distill: Lets the fuller one teach the others: `full` where it is drawn from, else the last of `compressors`,
+            or `distill.teacher`.
+    """
+
+    kind: Literal["random_scale"] = "random_scale"
+    compressors: Annotated[tuple[str, ...], Field(min_length=2)]
+    weights: tuple[Positive, ...] | None = None
+    seed: Integer = 0
+    final: str | None = None
+    distill: DistillSpec | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> RandomScaleSpec:
+        if len(set(self.compressors)) < len(self.compressors):
+            raise PydanticCustomError("scale_twice", "a variant is named twice; `weights` says how often it is drawn")
+        if self.weights is not None and len(self.weights) != len(self.compressors):
+            text = "there are {weights} weights for {variants} compressors"
+            counts = {"weights": len(self.weights), "variants": len(self.compressors)}
+            raise PydanticCustomError("scale_weights", text, counts)
+        return self
+
+    @property
+    def fuller(self) -> str:
+        """The variant taken for the least compressed."""
+        return "full" if "full" in self.compressors else self.compressors[-1]
+
+    def variants(self) -> tuple[str, ...]:
+        """The variants as listed, then `final` and the teacher where they are others."""
+        further = [self.final, self.distill.teacher if self.distill else None]
+        return tuple(dict.fromkeys([*self.compressors, *(name for name in further if name)]))
+
+    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+        """One draw a step; runs of one variant are merged."""
+        weights = [Fraction(repr(weight)) for weight in self.weights or (1,) * len(self.compressors)]
+        # Whole numbers out of 2^64, so that a draw does not depend on how a machine rounds.
+        bounds = [int(bound * 2**64 / sum(weights)) for bound in accumulate(weights)]
+        steps = []
+        for step in range(total_steps):
+            digest = hashlib.sha256(f"random_scale:{self.seed}:{step}".encode()).digest()
+            drawn = bisect_right(bounds, int.from_bytes(digest[:8], "big"))
+            steps.append((step, step + 1, self.compressors[drawn]))
+        teachers = teachers_of(self.distill, self.compressors, self.fuller)
+        return StageTable(merged(steps), self.final or self.fuller, (total_steps,), teachers=teachers)
