@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from orchestrator.compression.merging import at_least_float32, full_precision
 from orchestrator.spec.components import Grid
 
 
@@ -58,6 +60,28 @@ def windows_over(grid: Grid, kept: Grid, device: torch.device) -> Windows:
     row_h, column_w = _owners(grid.height, kept.height, device), _owners(grid.width, kept.width, device)
     owners_N = (row_h[:, None] * kept.width + column_w).flatten()
     return Windows(torch.where(inside_MW, tokens_MW, 0), inside_MW, owners_N)
+
+
+def along_both_axes(visual_BND: Tensor, grid: Grid, kept: Grid, matrix: Callable[[int, int], Tensor]) -> Tensor:
+    """Maps rows and columns of a grid linearly to fewer, in float32 at least; an axis that keeps its length is left.
+
+    Args:
+        visual_BND: Tokens in raster order.
+        grid: Their grid.
+        kept: The grid they become.
+        matrix: `matrix(tokens, kept)` makes the map of one axis, kept x tokens, on the host.
+
+    Returns:
+        B x M x D, of the tokens' dtype.
+    """
+    wide_BhwD = at_least_float32(visual_BND).unflatten(1, (grid.height, grid.width))
+    with full_precision(visual_BND.device):
+        if kept.width < grid.width:
+            wide_BhwD = matrix(grid.width, kept.width).to(wide_BhwD) @ wide_BhwD
+        if kept.height < grid.height:
+            rows_Hh = matrix(grid.height, kept.height).to(wide_BhwD)
+            wide_BhwD = (rows_Hh @ wide_BhwD.flatten(2)).unflatten(2, wide_BhwD.shape[2:])
+    return wide_BhwD.flatten(1, 2).to(visual_BND.dtype)
 
 
 def _members(tokens: int, windows: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class AveragePool2d:
             ValueError: the amount is no block of this grid.
         """
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import windows_over
+        from orchestrator.compression.windows import along_both_axes, windows_over
 
         kept = self.spec.kept_grid(grid)
         windows = windows_over(grid, kept, visual_BND.device)
@@ -54,7 +54,7 @@ class AveragePool2d:
         else:
             positions_ABM = windows.mean_positions(context.positions_ABN)
         return Kept(
-            pool(visual_BND, grid, kept),
+            along_both_axes(visual_BND, grid, kept, window_means),
             positions_ABM,
             windows.sizes(context.sizes_BN),
             sources_BM=windows.first_M.expand(len(visual_BND), -1),
@@ -63,32 +63,16 @@ class AveragePool2d:
         )
 
 
-def pool(visual_BND: Tensor, grid: Grid, kept: Grid) -> Tensor:
-    """Means over adaptive windows, B x N x D to B x M x D.
+def window_means(tokens: int, windows: int) -> Tensor:
+    """The matrix, windows x tokens, that averages adaptive windows along one axis.
 
     Written out because torch's own adaptive pooling wants channels first and adds gradients on a GPU in any order.
     """
-    if grid.height % kept.height == 0 and grid.width % kept.width == 0:
-        height, width = grid.height // kept.height, grid.width // kept.width
-        return visual_BND.unflatten(1, (kept.height, height, kept.width, width)).mean((2, 4)).flatten(1, 2)
-    from orchestrator.compression.merging import at_least_float32, full_precision
-
-    wide_BhwD = at_least_float32(visual_BND).unflatten(1, (grid.height, grid.width))
-    rows_Hh = _means(grid.height, kept.height, wide_BhwD)
-    columns_Ww = _means(grid.width, kept.width, wide_BhwD)
-    with full_precision(visual_BND.device):
-        pooled_BhWD = columns_Ww @ wide_BhwD
-        pooled_BHWD = (rows_Hh @ pooled_BhWD.flatten(2)).unflatten(2, pooled_BhWD.shape[2:])
-    return pooled_BHWD.flatten(1, 2).to(visual_BND.dtype)
-
-
-def _means(tokens: int, windows: int, like: Tensor) -> Tensor:
-    """The matrix, windows x tokens, that averages the windows along one axis."""
     import torch
 
     from orchestrator.compression.windows import window_bounds
 
-    first_M, end_M = window_bounds(tokens, windows, like.device)
-    place_N = torch.arange(tokens, device=like.device)
+    first_M, end_M = window_bounds(tokens, windows, torch.device("cpu"))
+    place_N = torch.arange(tokens)
     inside_MN = (place_N >= first_M[:, None]) & (place_N < end_M[:, None])
-    return inside_MN.to(like.dtype) / (end_M - first_M)[:, None]
+    return inside_MN.double() / (end_M - first_M)[:, None]

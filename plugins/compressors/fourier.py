@@ -38,21 +38,13 @@ class Fourier:
         Raises:
             ValueError: the amount is no block of this grid.
         """
-        from orchestrator.compression.merging import at_least_float32, full_precision
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import windows_over
+        from orchestrator.compression.windows import along_both_axes, windows_over
 
         kept = self.spec.kept_grid(grid)
         windows = windows_over(grid, kept, visual_BND.device)
-        low_BhwD = at_least_float32(visual_BND).unflatten(1, (grid.height, grid.width))
-        with full_precision(visual_BND.device):
-            if kept.width < grid.width:
-                low_BhwD = low_pass(grid.width, kept.width, low_BhwD) @ low_BhwD
-            if kept.height < grid.height:
-                rows_Hh = low_pass(grid.height, kept.height, low_BhwD)
-                low_BhwD = (rows_Hh @ low_BhwD.flatten(2)).unflatten(2, low_BhwD.shape[2:])
         return Kept(
-            low_BhwD.flatten(1, 2).to(visual_BND.dtype),
+            along_both_axes(visual_BND, grid, kept, low_pass),
             windows.mean_positions(context.positions_ABN),
             windows.sizes(context.sizes_BN),
             sources_BM=windows.first_M.expand(len(visual_BND), -1),
@@ -60,19 +52,13 @@ class Fourier:
         )
 
 
-def low_pass(tokens: int, kept: int, like: Tensor) -> Tensor:
+def low_pass(tokens: int, kept: int) -> Tensor:
     """The matrix, kept x tokens, that leaves the lowest `kept` frequencies of an axis: sqrt(m / n) C_m^T C_n[:m].
 
     C_n is the orthonormal DCT-II, C_n[k, i] = sqrt((1 or 2) / n) cos(pi k (2 i + 1) / (2 n)) with 1 at k = 0; the
     factor makes up for the shorter axis, so that a constant stays what it is.
-
-    Args:
-        tokens: Length n of the axis.
-        kept: Length m <= n it becomes.
-        like: Gives device and dtype; the matrix is computed in float64 on the host, so that it is the same anywhere.
     """
-    matrix_MN = _dct(kept, kept).mT @ _dct(tokens, kept) * (kept / tokens) ** 0.5
-    return matrix_MN.to(like)
+    return _dct(kept, kept).mT @ _dct(tokens, kept) * (kept / tokens) ** 0.5
 
 
 def _dct(tokens: int, frequencies: int) -> Tensor:
