@@ -1,0 +1,241 @@
+"""The checks of one cell of the table: one method on the tiny models of one family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.compression import Attachment
+from orchestrator.compression.testing.bench import Batch, Bench, gradients, reference_gradients, run
+from orchestrator.compression.testing.compare import checkpointed, differs, gradient_faults
+from orchestrator.compression.testing.method import global_random_state, method_faults, same_random_state
+from orchestrator.compression.testing.reference import Reference, draws
+from orchestrator.compression.testing.trace import left_behind, trace
+from orchestrator.spec.components import CompressorSpec
+
+EXACT, CLOSE, LOGITS = 1e-6, 1e-5, 1e-4
+_SEEDS = range(8)
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running a batch that may not change the numbers."""
+
+    place: int
+    other: bool
+    padding: str
+    runs: tuple[tuple[str, bool], ...]
+
+
+@dataclass
+class Cell:
+    """A method on a family.
+
+    Attributes:
+        bench: The family's models.
+        places: The points to try, each a list of specs.
+        keep_all: The points with all tokens kept; empty where the method never keeps them as they are.
+    """
+
+    bench: Bench
+    places: Sequence[Sequence[CompressorSpec]]
+    keep_all: Sequence[Sequence[CompressorSpec]] = ()
+
+    def faults(self) -> Iterator[str]:
+        """What does not hold, in words and numbers.
+
+        Raises:
+            UsageError: the family refuses the points.
+        """
+        settings = self._settings()
+        for setting in settings:
+            yield from self._against_reference(setting, first=setting is settings[0])
+        for number, points in enumerate(self.keep_all):
+            yield from self._keep_all(points, number)
+        yield from self._generation(self.places[-1])
+        yield from self._gap(self.places[0])
+        yield from self._life(self.places[0], self.places[-1])
+
+    def _settings(self) -> list[Setting]:
+        """Every padding, batch and place, and in both kinds of attention with and without checkpointing."""
+        found = []
+        for place in range(len(self.places)):
+            other = place % 2 == 1
+            one, two = self.bench.tiny.attentions[0], self.bench.tiny.attentions[-1]
+            runs = ((one, False), (two, True)) if other else ((two, False), (one, True))
+            found.append(Setting(place, other, "left" if other else "right", runs if place < 2 else runs[:1]))
+        if len(found) == 1:
+            found.append(Setting(0, True, "left", ((one, False), (two, True))))
+        return found
+
+    def _against_reference(self, setting: Setting, first: bool) -> Iterator[str]:
+        points = self.places[setting.place]
+        where = f"{place_of(points)}, {setting.padding} padding, {'second' if setting.other else 'first'} batch"
+        with self.bench.attached(setting.runs[0][0], points) as (_, attachment):
+            reference = self.bench.reference(attachment)
+            resolved = attachment.points
+        rows = self.bench.rows(setting.other)
+        found = steady_batch(self.bench, reference, resolved, rows, setting.padding)
+        if found is None:
+            yield f"{where}: {_NEVER_STEADY}"
+            return
+        batch, expected = found
+        for call in reference.calls:
+            faults = [f"{where}: {fault}" for fault in method_faults(call)] if first else []
+            yield from faults
+            if faults:
+                break
+        wanted = reference_gradients(reference, expected)
+        for attention, checkpointing in setting.runs:
+            how = f"{where}, {attention}, checkpointing {'on' if checkpointing else 'off'}"
+            with self.bench.attached(attention, points) as (model, attachment), checkpointed(model, checkpointing):
+                before = global_random_state()
+                loss = run(model, attachment, batch).loss
+                if not same_random_state(before, global_random_state()):
+                    yield f"{how}: the forward moved a global random state (torch, numpy or random)"
+                yield from differs(f"{how}: loss against the plain computation", loss, expected, CLOSE)
+                yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+
+    def _keep_all(self, points: Sequence[CompressorSpec], number: int) -> Iterator[str]:
+        how = f"all tokens kept, {place_of(points)}"
+        batch = self.bench.batch(self.bench.rows(bool(number % 2)), "left" if number % 2 else "right")
+        attention = self.bench.tiny.attentions[-1]
+        plain = self.bench.model(attention)
+        expected = run(plain, None, batch).loss
+        wanted = gradients(plain, expected)
+        with self.bench.attached(attention, points) as (model, attachment):
+            loss = run(model, attachment, batch).loss
+            yield from differs(f"{how}: loss against the plain model", loss, expected, EXACT)
+            yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+
+    def _generation(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
+        """Cached steps against recomputing everything, and the first against the plain computation."""
+        how = f"generate, {place_of(points)}"
+        attention = self.bench.tiny.attentions[-1]
+        rows = self.bench.rows(False)[:3]
+        with self.bench.attached(attention, points) as (model, attachment), torch.no_grad():
+            model.eval()
+            reference = self.bench.reference(attachment)
+            reference.family.model.eval()
+            try:
+                found = steady_batch(self.bench, reference, attachment.points, rows, "left", answer=0)
+            finally:
+                reference.family.model.train()
+            if found is None:
+                yield f"{how}: {_NEVER_STEADY}"
+                return
+            batch, first_BV = found
+            cached, recomputed = (
+                _generate(model, attachment, batch, self.bench, use_cache=choice) for choice in (True, False)
+            )
+            yield from differs(f"{how}: first logits against the plain computation", cached.logits[0], first_BV, LOGITS)
+            same_B = torch.ones(batch.rows, dtype=torch.bool)
+            start = batch.inputs["input_ids"].shape[1]
+            for step, (one_BV, other_BV) in enumerate(zip(cached.logits, recomputed.logits, strict=True)):
+                what = f"{how}: logits of step {step + 1} with a KV cache against recomputing everything"
+                yield from differs(what, one_BV[same_B], other_BV[same_B], LOGITS)
+                # After two tokens that differ (a tie of logits) rows go their own ways.
+                same_B &= cached.sequences[:, start + step] == recomputed.sequences[:, start + step]
+
+    def _gap(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
+        """Without a mask a gap in position ids must not cut image from text (the packed-sequence trap)."""
+        how = f"without attention_mask, {place_of(points)}"
+        batch = self.bench.batch([[3, next(iter(self.bench.tiny.units)), 7]], "right")
+        bare = Batch({name: value for name, value in batch.inputs.items() if name != "attention_mask"}, batch.units)
+        with self.bench.attached(self.bench.tiny.attentions[-1], points) as (model, attachment), torch.no_grad():
+            loss, masked = (run(model, attachment, one).loss for one in (bare, batch))
+            yield from differs(f"{how}: loss against the same with a mask of ones", loss, masked, CLOSE)
+            other = {
+                name: value + 1.0 if isinstance(value, Tensor) and value.is_floating_point() else value
+                for name, value in bare.inputs.items()
+            }
+            moved = float((run(model, attachment, Batch(other, batch.units)).loss - loss).abs())
+            if not moved > 1e-5:
+                yield f"{how}: other pixels move the loss by {moved:.1e} only; the answer does not see the image"
+
+    def _life(self, points: Sequence[CompressorSpec], others: Sequence[CompressorSpec]) -> Iterator[str]:
+        """switch equals a fresh attachment, nothing is remembered, and detach leaves the model as it was."""
+        attention = self.bench.tiny.attentions[-1]
+        plain = self.bench.model(attention)
+        batch, other_batch = (self.bench.batch(self.bench.rows(other), "left") for other in (False, True))
+        expected = run(plain, None, batch).loss
+        before = trace(plain)
+        with self.bench.attached(attention, points, [*points, *others]) as (model, attachment):
+            first = run(model, attachment, batch).loss
+            run(model, attachment, other_batch).loss.backward()
+            model.zero_grad()
+            yield from differs(
+                "a forward, another batch, the same forward again", run(model, attachment, batch).loss, first, 0.0
+            )
+            attachment.switch(others)
+            run(model, attachment, batch)
+            attachment.switch([])
+            yield from differs("switch to full tokens", run(model, attachment, batch).loss, expected, EXACT)
+            attachment.switch(points)
+            yield from differs("switch back", run(model, attachment, batch).loss, first, 0.0)
+        left = list(left_behind(before, trace(plain)))
+        if left:
+            yield f"detach leaves something behind: {'; '.join(left[:3])}"
+        yield from differs("the plain model after detach", run(plain, None, batch).loss, expected, 0.0)
+
+
+_NEVER_STEADY = (
+    "in every one of several batches the method chooses otherwise when its input moves by 1e-5, so that its choice "
+    "hangs on the last bits; of tokens that are equal, take the first"
+)
+
+
+def steady_batch(
+    bench: Bench, reference: Reference, points: Sequence[Any], rows: Any, padding: str, answer: int = 3
+) -> tuple[Batch, Tensor] | None:
+    """The first batch on which no method's choice is a near-tie, with the plain computation's loss.
+
+    Without labels (`answer` 0) the last token's logits of each row take the loss's place. None where every batch is
+    a near-tie.
+    """
+    for seed in _SEEDS:
+        batch = bench.batch(rows, padding, seed, answer)
+        if answer:
+            expected = reference.loss(batch.inputs, batch.units, points)
+        else:
+            found = reference.rows(batch.inputs, batch.units, points)
+            expected = torch.stack([logits_NV[-1] for _, logits_NV in found])
+        if not reference.unstable:
+            return batch, expected
+    return None
+
+
+def place_of(points: Sequence[CompressorSpec]) -> str:
+    """Where points act, in words."""
+    layers = [str(point.layer) for point in points]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+
+
+def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, use_cache: bool) -> Any:
+    attachment.set_step(**draws(batch.rows))
+    config = model.config
+    # Placeholders and their brackets must not be generated: they would announce images that are not there.
+    names = (name for name in dir(config) if name.endswith(("token_id", "token_index")))
+    special = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    special |= set(batch.inputs["input_ids"][bench.family.visual_BN(batch.inputs["input_ids"])].tolist())
+    return model.generate(
+        **batch.inputs,
+        max_new_tokens=_STEPS,
+        min_new_tokens=_STEPS,
+        do_sample=False,
+        suppress_tokens=sorted(token for token in special if token >= 0),
+        return_dict_in_generate=True,
+        output_logits=True,
+        use_cache=use_cache,
+    )
+
+
+def _draws(batch: Batch) -> dict[str, Any]:
+    from orchestrator.compression.testing.reference import draws
+
+    return draws(batch.rows)

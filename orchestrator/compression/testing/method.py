@@ -1,0 +1,184 @@
+"""What a method must hold by itself: shapes, sizes, positions, every image alone, no memory, no global random state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.compression.protocol import Context, Kept
+from orchestrator.spec.components import CompressorSpec, Grid
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a method: `method(visual_BND, grid, context)` gave `kept`."""
+
+    spec: CompressorSpec
+    method: Any
+    visual_BND: Tensor
+    grid: Grid
+    context: Context
+    kept: Kept
+
+    @property
+    def enters(self) -> bool:
+        """It is the part that adds tokens at the decoder's input."""
+        return bool(getattr(self.method, "__name__", "") == "enter")
+
+
+def method_faults(call: Call) -> Iterator[str]:
+    """What is wrong with a call, in words."""
+    yield from _shape_faults(call)
+    yield from _size_faults(call)
+    yield from _position_faults(call)
+    before = global_random_state()
+    visual_BND, copy_BND = call.visual_BND.detach(), call.visual_BND.detach().clone()
+    with torch.no_grad():
+        again = call.method(visual_BND, call.grid, call.context)
+    if not torch.equal(visual_BND, copy_BND):
+        yield "it writes into the visual tokens it is given; work on a copy"
+    if not same_random_state(before, global_random_state()):
+        yield (
+            "it draws from a global random state (torch, numpy or random); draw from a generator seeded by the "
+            "context's seed, step and sample_indices"
+        )
+    if again.hidden_BMD.shape != call.kept.hidden_BMD.shape:
+        yield (
+            f"called twice with the same tokens it kept {call.kept.hidden_BMD.shape[1]} and then "
+            f"{again.hidden_BMD.shape[1]} of {call.grid.tokens}"
+        )
+    elif not torch.equal(again.hidden_BMD, call.kept.hidden_BMD.detach()):
+        yield "called twice with the same tokens it gave other ones; it remembers something, or draws without a seed"
+    else:
+        yield from _neighbour_faults(call)
+
+
+def _shape_faults(call: Call) -> Iterator[str]:
+    kept, images = call.kept, len(call.visual_BND)
+    count = kept.hidden_BMD.shape[1]
+    axes = len(call.context.positions_ABN)
+    for name, shape in (
+        ("hidden_BMD", (images, count, call.visual_BND.shape[2])),
+        ("positions_ABM", (axes, images, count)),
+        ("sizes_BM", (images, count)),
+        *((("sources_BM", (images, count)),) if kept.sources_BM is not None else ()),
+    ):
+        values = getattr(kept, name)
+        if tuple(values.shape) != shape:
+            yield f"{name} has the shape {tuple(values.shape)} instead of {shape}"
+        elif name != "hidden_BMD" and values.is_floating_point():
+            yield f"{name} holds {values.dtype}, not whole numbers"
+    if call.enters:
+        if count != call.spec.tokens_before(call.grid):
+            yield f"tokens_before({call.grid}) says {call.spec.tokens_before(call.grid)}, enter gave {count} tokens"
+        return
+    said = call.spec.kept_tokens(call.grid)
+    if count != said:
+        yield f"kept_tokens({call.grid}) says {said} tokens, compress gave {count}"
+    if kept.grid is not None and kept.grid.tokens != count:
+        yield f"the grid it returned, {kept.grid}, has {kept.grid.tokens} tokens, not {count}"
+    left = kept.grid or Grid(1, count)
+    if said == count < call.grid.tokens and left != call.spec.kept_grid(call.grid):
+        yield f"kept_grid({call.grid}) says {call.spec.kept_grid(call.grid)}, compress left {left}"
+
+
+def _size_faults(call: Call) -> Iterator[str]:
+    sizes_BM, before_BN = call.kept.sizes_BM, call.context.sizes_BN
+    if sizes_BM.shape != call.kept.hidden_BMD.shape[:2] or call.enters:
+        return
+    if int(sizes_BM.min()) < 1:
+        yield f"sizes_BM holds {int(sizes_BM.min())}; every token stands for at least one"
+    most = int((sizes_BM.sum(1) - before_BN.sum(1)).max())
+    if most > 0:
+        yield (
+            f"sizes_BM of an image sum to {most} more than the {int(before_BN.sum(1)[0])} tokens it stood for before"
+        )
+
+
+def _position_faults(call: Call) -> Iterator[str]:
+    positions_ABM, before_ABN = call.kept.positions_ABM, call.context.positions_ABN
+    if positions_ABM.shape[:2] != before_ABN.shape[:2] or call.enters or call.kept.renumber:
+        return
+    if positions_ABM.shape[2] != call.kept.hidden_BMD.shape[1]:
+        return
+    low_AB1, high_AB1 = before_ABN.amin(2, keepdim=True), before_ABN.amax(2, keepdim=True)
+    if bool(((positions_ABM < low_AB1) | (positions_ABM > high_AB1)).any()):
+        yield (
+            f"positions_ABM holds ids from {int(positions_ABM.min())} to {int(positions_ABM.max())}, outside of the "
+            f"image's own ({int(before_ABN.min())} to {int(before_ABN.max())})"
+        )
+        return
+    # A token that is kept as it was keeps its position id.
+    same_BMN = (call.kept.hidden_BMD.detach().unsqueeze(2) == call.visual_BND.detach().unsqueeze(1)).all(3)
+    for image, place, token in same_BMN.nonzero().tolist():
+        if int(same_BMN[image, place].sum()) == 1 and bool(
+            (positions_ABM[:, image, place] != before_ABN[:, image, token]).any()
+        ):
+            yield (
+                f"token {token} is kept as it was but with the position id {positions_ABM[:, image, place].tolist()} "
+                f"instead of {before_ABN[:, image, token].tolist()}; gather positions with the tokens (protocol.take)"
+            )
+            return
+
+
+def _neighbour_faults(call: Call) -> Iterator[str]:
+    """Every image among others is what it is alone; the images here are of different rows and samples."""
+    images = len(call.visual_BND)
+    if images < 2:
+        return
+    rows = torch.arange(images)
+    apart = replace(call.context, rows_B=rows, sample_indices=tuple(range(5, 5 + images)), **_row_of_each(call.context))
+    with torch.no_grad():
+        together = call.method(call.visual_BND.detach(), call.grid, apart)
+        for image in range(images):
+            one = slice(image, image + 1)
+            alone = call.method(call.visual_BND[one].detach(), call.grid, _image_of(apart, image))
+            differs = together.hidden_BMD.shape[1] != alone.hidden_BMD.shape[1]
+            if not differs:
+                scale = max(1.0, float(call.visual_BND.detach().abs().max()))
+                gap = float((together.hidden_BMD[one] - alone.hidden_BMD).abs().max())
+                differs = gap > 1e-4 * scale or not torch.equal(together.positions_ABM[:, one], alone.positions_ABM)
+            if differs:
+                yield (
+                    f"image {image} of {images} comes out otherwise than alone; an image must not depend on the "
+                    "others of the batch"
+                )
+                return
+
+
+def _row_of_each(context: Context) -> dict[str, Any]:
+    """What the context says of rows, a row for each image."""
+    fields = ("hidden_RND", "text_RN", "row_keys_RND")
+    found = {name: getattr(context, name) for name in fields}
+    return {name: values[context.rows_B] for name, values in found.items() if values is not None}
+
+
+def _image_of(context: Context, image: int) -> Context:
+    one = slice(image, image + 1)
+    images = ("sizes_BN", "columns_BN", "attention_BN", "cls_attention_BN", "cls_keys_BND")
+    values = {name: getattr(context, name)[one] for name in images if getattr(context, name) is not None}
+    rows = {name: values[one] for name, values in _row_of_each(context).items()}
+    return replace(
+        context,
+        positions_ABN=context.positions_ABN[:, one],
+        rows_B=torch.zeros(1, dtype=torch.long),
+        sample_indices=context.sample_indices[one],
+        **values,
+        **rows,
+    )
+
+
+def global_random_state() -> tuple[Any, ...]:
+    """The states of torch's, numpy's and Python's global generators."""
+    return torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[union-attr]
+
+
+def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether nothing was drawn between two states."""
+    return torch.equal(one[0], other[0]) and one[1:] == other[1:]
