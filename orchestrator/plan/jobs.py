@@ -44,6 +44,11 @@ class Action:
     points: tuple[dict[str, Any], ...] = ()
     distill: Distillation | None = None
 
+    @property
+    def all_points(self) -> tuple[dict[str, Any], ...]:
+        """Points of every pass of a step: its own, then the teacher's."""
+        return self.points + (self.distill.points if self.distill is not None else ())
+
 
 @dataclass(frozen=True)
 class RootJob:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,23 @@ def read_cursor(folder: Path) -> dict[str, Any]:
 
 
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
-    """The table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names."""
+    """The table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names.
+
+    Where a teacher runs, a fourth value holds its points, weight and temperature.
+    """
     table: list[list[Any]] = []
     for action in actions:
         first, last = action.first_step, min(action.last_step, last_step)
-        points = json.loads(json.dumps(list(action.points)))
         if first >= last:
             continue
-        if table and table[-1][2] == points and table[-1][1] == first:
+        does: list[Any] = [list(action.points)]
+        if action.distill is not None:
+            does.append({name: value for name, value in asdict(action.distill).items() if name != "teacher"})
+        does = json.loads(json.dumps(does))
+        if table and table[-1][2:] == does and table[-1][1] == first:
             table[-1][1] = last
         else:
-            table.append([first, last, points])
+            table.append([first, last, *does])
     return table
 
 

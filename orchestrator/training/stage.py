@@ -78,7 +78,7 @@ def _train(
     # An evaluation may have used the model since.
     session.engine.train()
     session.points = None
-    points = (point for action in job.table for point in action.points)
+    points = (point for action in job.table for point in action.all_points)
     session.attachment = session.learned.enter(session.attachment, points)
     session.learned.hide()
     spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
@@ -87,7 +87,7 @@ def _train(
         while step < job.last_step:
             _enter(session, job, step)
             figures = run_step(session, job, step, feed.get(step), should_stop())
-            if not math.isfinite(figures.loss):
+            if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
                 raise StageRunError(
                     f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
                     "lower learning_rate, raise warmup_ratio, or set max_grad_norm"
@@ -177,6 +177,7 @@ def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigur
         "label_tokens": figures.label_tokens / figures.samples,
         "samples_per_second": figures.samples / figures.step_seconds,
         "variant": job.action_at(step).variant,
+        **({} if figures.distill_loss is None else {"distill_loss": figures.distill_loss}),
     }
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from orchestrator.plan.jobs import StageJob
+from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.training import group
 from orchestrator.training.batches import MicroBatch
+from orchestrator.training.distill import Losses, taught_losses
 from orchestrator.training.memory import Session
 from orchestrator.training.rates import rate_factor
 
@@ -29,6 +30,8 @@ class StepFigures:
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
         label_tokens: Tokens that are predicted.
         stop: Whether a rank asks to stop after this step.
+        distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None where no teacher runs. `loss`
+            stays the labels' cross-entropy, so that steps of all variants compare.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class StepFigures:
     label_tokens: int
     step_seconds: float
     stop: bool
+    distill_loss: float | None = None
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
@@ -81,23 +85,27 @@ def run_step(
     counts = [float(sum(batch.label_tokens for batch in micro_batches))]
     label_tokens = group.reduce_values(counts)[0]
     rate = set_rates(session, job, step)
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    action = job.action_at(step)
+    loss_sum = distill_sum = torch.zeros((), dtype=torch.float64)
     visual_layer_tokens = text_tokens = 0.0
     for batch in micro_batches:
-        torch.manual_seed(micro_batch_seed(job.seed, step, batch.indices[0]))
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
-        loss = _forward(session, batch, label_tokens)
-        engine.backward(loss * group.world_size(), scale_wrt_gas=False)
+        losses = _forward(session, action, batch, label_tokens, micro_batch_seed(job.seed, step, batch.indices[0]))
+        engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
         session.learned.collect()
         scale = _loss_scale(engine)
         engine.step()
-        loss_sum = loss_sum.to(loss.device) + loss.detach().double()
+        loss_sum = loss_sum.to(losses.total.device) + losses.labels.detach().double()
+        if losses.distill is not None:
+            distill_sum = distill_sum.to(losses.total.device) + losses.distill.detach().double()
         visual_layer_tokens += session.attachment.last_visual_layer_tokens
         text_tokens += _text_tokens(session, batch)
     used = [point.module_name for point in session.attachment.points]
     session.learned.step(used, _rate_factor(job, step), engine.was_step_applied(), scale)
     samples = sum(len(batch.indices) for batch in micro_batches)
-    sums = group.reduce_values([loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop)])
+    sums = group.reduce_values(
+        [loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop), distill_sum.item()]
+    )
     return StepFigures(
         loss=sums[0],
         learning_rate=rate,
@@ -107,11 +115,12 @@ def run_step(
         label_tokens=int(label_tokens),
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
+        distill_loss=sums[5] if action.distill is not None else None,
     )
 
 
-def _forward(session: Session, batch: MicroBatch, label_tokens: float) -> torch.Tensor:
-    """Loss of one micro-batch: its label tokens' sum over the number of the whole global batch.
+def _forward(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
+    """Losses of one micro-batch: its label tokens' sums over the number of the whole global batch.
 
     Without an image it still runs the vision tower (`attach` sees to it): all ranks take the same path.
     """
@@ -121,8 +130,12 @@ def _forward(session: Session, batch: MicroBatch, label_tokens: float) -> torch.
         for name, tensor in batch.tensors.items()
     }
     # At least 1: a global batch without any label has loss 0, not NaN.
-    loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=max(1.0, label_tokens)).loss
-    return loss
+    num_items = max(1.0, label_tokens)
+    if action.distill is not None:
+        return taught_losses(session, action, action.distill, tensors, num_items, seed)
+    torch.manual_seed(seed)
+    loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
+    return Losses(loss, loss)
 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:

@@ -1,0 +1,205 @@
+"""Self-distillation: the loss and its gradients are those of two plain passes, however the batch is divided."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_workers import (
+    HEAVY,
+    StopAt,
+    launch,
+    make_ledger,
+    model_of,
+    never,
+    recipe_of,
+    stage,
+    uneven_data,
+    weights_digest,
+    write_model,
+    write_uneven_rows,
+)
+
+from orchestrator.errors import StageRunError
+from orchestrator.plan.jobs import Action, Distillation, StageJob
+from orchestrator.training.distill import distillation_sum
+
+WEIGHT, TEMPERATURE = 0.6, 2.0
+TAUGHT = Distillation("full", (), WEIGHT, TEMPERATURE)
+LIGHTER = ({"kind": "average_pool", "layer": 1, "stride": 2},)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    return write_model(folder / "model"), write_uneven_rows(folder)
+
+
+def taught_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """Six steps that mix variants step by step, as a policy does."""
+    table = (
+        Action(0, 2, "heavy", HEAVY, TAUGHT),
+        Action(2, 3, "full"),
+        Action(3, 5, "heavy", HEAVY, replace(TAUGHT, points=LIGHTER)),
+        Action(5, 6, "heavy", HEAVY),
+    )
+    settings = {"group_by_modality_length": False, "max_grad_norm": 0.5, "learning_rate": 1e-3, **recipe}
+    return stage(
+        model_of(made[0]), 6, table=table, data=uneven_data(made[1]), recipe=recipe_of(**settings), keep="weights"
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distillation_is_the_sum_over_tokens_of_the_divergence(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for row_student, row_teacher in zip(student, teacher, strict=True):
+        p = torch.exp(row_teacher / temperature) / torch.exp(row_teacher / temperature).sum()
+        q = torch.exp(row_student / temperature) / torch.exp(row_student / temperature).sum()
+        total = total + temperature**2 * sum(p[v] * (p[v].log() - q[v].log()) for v in range(7))
+    found = distillation_sum(student, teacher, temperature)
+    assert found.item() == pytest.approx(total.item(), rel=1e-5)
+    (mine,), (plain,) = torch.autograd.grad(found, student), torch.autograd.grad(total, student)
+    assert torch.allclose(mine, plain, atol=1e-6)
+    assert float(distillation_sum(teacher, teacher, temperature)) == pytest.approx(0.0, abs=1e-6)
+    assert distillation_sum(student[:0], teacher[:0], temperature).item() == 0.0
+
+
+def compared(folder: Path, job: StageJob) -> dict[str, float]:
+    """Losses and gradients of one micro-batch with text alone and images, and those of two plain passes."""
+    from orchestrator.compression import attach
+    from orchestrator.models.build import WEIGHTS_FILE
+    from orchestrator.training.batches import MicroBatch
+    from orchestrator.training.data import training_data
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.session import open_session
+    from orchestrator.training.step import _forward
+
+    ledger, memory = make_ledger(folder, job.model), TrainingMemory()
+    memory.session = session = open_session(job, ledger.state_folder("root") / WEIGHTS_FILE)
+    indices = [0, 1, 5, 7]
+    batch = MicroBatch(indices, training_data(job, memory).collate(indices))
+    items, model = batch.label_tokens + 3, session.engine.module
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = _forward(session, job.action_at(0), batch, items, seed=11)
+    session.engine.backward(losses.total, scale_wrt_gas=False)
+    mine = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
+    assert [point.spec.kind for point in session.attachment.points] == ["average_pool"]
+    assert session.attachment.last_visual_layer_tokens < 2 * int(
+        (batch.tensors["input_ids"] == model.config.image_token_id).sum()
+    )
+
+    session.attachment.detach()
+    inputs = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
+    with torch.no_grad():
+        teacher = model(**inputs).logits
+    session.attachment = attach(model, HEAVY)
+    student = model(**batch.tensors, return_logits=True, use_cache=False).logits
+    labels_sum = distill_sum = torch.zeros(())
+    for row, labels in enumerate(batch.tensors["labels"].tolist()):
+        for column, label in enumerate(labels[1:]):
+            if label == -100:
+                continue
+            ours, theirs = student[row, column], teacher[row, column]
+            labels_sum = labels_sum - ours.log_softmax(0)[label]
+            p, q = (theirs / TEMPERATURE).softmax(0), (ours / TEMPERATURE).softmax(0)
+            distill_sum = distill_sum + TEMPERATURE**2 * (p * (p.log() - q.log())).sum()
+    total = (1 - WEIGHT) * labels_sum / items + WEIGHT * distill_sum / items
+    plain = torch.autograd.grad(total, parameters, allow_unused=True)
+    pairs = [(a, b) for a, b in zip(mine, plain, strict=True) if a is not None and b is not None]
+    assert len(pairs) > 20 and losses.distill is not None
+    found = {
+        "loss": abs(float(losses.total - total)),
+        "labels": abs(float(losses.labels - labels_sum / items)),
+        "distill": abs(float(losses.distill - distill_sum / items)),
+        "size": float(losses.distill),
+        "gradient": max(float((a - b).abs().max()) for a, b in pairs),
+        "gradient_size": max(float(b.abs().max()) for _, b in pairs),
+    }
+    memory.release()
+    return found
+
+
+def test_loss_and_gradients_are_those_of_two_plain_passes(made: tuple[Path, Path], tmp_path: Path) -> None:
+    found = launch(1, compared, tmp_path, taught_job(made, deepspeed="zero0"))
+    assert found["size"] > 1e-6 and found["gradient_size"] > 1e-3
+    assert max(found["loss"], found["labels"], found["distill"]) < 1e-5
+    assert found["gradient"] < 1e-5 * max(1.0, found["gradient_size"])
+
+
+def trained(folder: Path, jobs: dict[str, StageJob]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """Trains each job in a ledger of its own; returns weight files and step lines."""
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.stage import train_stage
+
+    found = {}
+    for name, job in jobs.items():
+        ledger, memory = make_ledger(folder / name, job.model), TrainingMemory()
+        assert train_stage(job, ledger, memory, never) == "done"
+        memory.release()
+        lines = (ledger.state_folder(job.id) / "metrics.jsonl").read_text().splitlines()
+        weights = str(ledger.state_folder(job.id) / "weights/model.safetensors")
+        found[name] = weights, [json.loads(line) for line in lines]
+    return found
+
+
+def _compare(one: tuple[str, list[dict[str, Any]]], other: tuple[str, list[dict[str, Any]]]) -> None:
+    a, b = load_file(one[0]), load_file(other[0])
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine.get("distill_loss") == pytest.approx(theirs.get("distill_loss"), abs=1e-5)
+
+
+def test_micro_batches_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path) -> None:
+    jobs = {str(micro): taught_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
+    jobs["untaught"] = replace(jobs["8"], table=tuple(replace(action, distill=None) for action in jobs["8"].table))
+    found = launch(1, trained, tmp_path, jobs)
+    _compare(found["3"], found["8"])
+    assert ["distill_loss" in line for line in found["8"][1]] == [True, True, False, True, True, False]
+    assert [line["variant"] for line in found["8"][1]] == ["heavy", "heavy", "full", "heavy", "heavy", "heavy"]
+    assert all(line["distill_loss"] > 0 for line in found["8"][1] if "distill_loss" in line)
+    assert found["8"][1][0]["loss"] == found["untaught"][1][0]["loss"]  # the labels' own loss, before anything moved
+    taught, plain = load_file(found["8"][0]), load_file(found["untaught"][0])
+    assert max(float((taught[name] - plain[name]).abs().max()) for name in taught) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path, zero: str) -> None:
+    job = taught_job(made, per_device_train_batch_size=2, deepspeed=zero)
+    alone = launch(1, trained, tmp_path / "one", {"job": job})
+    pair = launch(2, trained, tmp_path / "two", {"job": job})
+    _compare(alone["job"], pair["job"])
+
+
+def resumed(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[str, str]:
+    """Stops after step 4, tries to go on as another job, then as the same; returns its digest and the refusal."""
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.stage import train_stage
+
+    job, other = jobs
+    ledger = make_ledger(folder, job.model)
+    assert train_stage(job, ledger, TrainingMemory(), StopAt(3)) == "stopped"
+    with pytest.raises(StageRunError) as told:
+        train_stage(other, ledger, TrainingMemory(), never)
+    assert train_stage(job, ledger, TrainingMemory(), never) == "done"
+    return weights_digest(ledger, job.id), str(told.value)
+
+
+def test_resumed_is_left_alone_and_another_teacher_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    job = taught_job(made)
+    first, *rest = job.table
+    other = replace(job, table=(replace(first, distill=replace(TAUGHT, weight=0.5)), *rest))
+    digest, told = launch(1, resumed, tmp_path / "stopped", (job, other))
+    assert "table is" in told and '"weight": 0.5' in told
+    weights, _ = launch(1, trained, tmp_path / "alone", {"job": job})["job"]
+    assert hashlib.sha256(Path(weights).read_bytes()).hexdigest() == digest
