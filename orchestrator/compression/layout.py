@@ -169,7 +169,9 @@ def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | N
         columns_IM = new_column_BN[rows_I1, slot_IM]
         more = torch.arange(1, 1 + count - slot_IM.shape[1])
         columns_IM = torch.cat([columns_IM, columns_IM[:, -1:] + more], dim=1)
-        groups.append(ImageGroup(grid or Grid(1, count), group.rows_I, columns_IM))
+        if grid is None:  # as the planner counts: one row, unless all is kept
+            grid = group.grid if count == group.grid.tokens else Grid(1, count)
+        groups.append(ImageGroup(grid, group.rows_I, columns_IM))
         kept_to.append((rows_I1 * columns + columns_IM).flatten())
         if added is not None:
             added[kept_to[-1]] = before_BN[group.rows_I, group.columns_IN[:, 0]].repeat_interleave(count)

@@ -63,7 +63,7 @@ class Kept:
         sizes_BM: How many first visual tokens each stands for.
         sources_BM: Which of the N tokens each stands in place of (for logits at original length), -1 for a new token
             that stands in no one's place; None = evenly spaced, or, with M > N, all N and then new ones.
-        grid: The grid they form; None = one row of M tokens.
+        grid: The grid they form; None = one row of M tokens, or the same grid where all are kept.
         renumber: The row's position ids are to be numbered again without gaps.
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
             "proportional attention").
