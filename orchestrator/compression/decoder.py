@@ -192,8 +192,8 @@ class Decoder:
             mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
             more = self.family.segment_options(options, segment.first)
-            last, coming = language_model.layers[segment.last - 1], segments[number + 1 : number + 2]
-            with watched_layer(last, coming[0].points if coming else (), flow.records, flow.layout, flow.origins_BN):
+            coming = segments[number + 1].points if segment is not segments[-1] else ()
+            with watched_layer(language_model, segment.last - 1, coming, flow):
                 output = run_layers(language_model, segment, flow.hidden_BND, positions, mask, cache, more)
             outputs.append(output)
             flow.hidden_BND = output.last_hidden_state

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
+from orchestrator.compression.rotation import counted_from_zero
 from orchestrator.errors import UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.compression.segments import Flow
 
 _IGNORED = -100
 
@@ -179,44 +183,44 @@ def check_point(layer: int | str, needs: Sequence[str], kind: str, cls_attention
 
 
 @contextmanager
-def watched_layer(
-    layer: nn.Module, points: Sequence[Point], records: Records | None, layout: Layout | None, origins_BN: Tensor
-) -> Iterator[None]:
+def watched_layer(language_model: Any, number: int, points: Sequence[Point], flow: Flow) -> Iterator[None]:
     """While the decoder layer before some points runs, records what they need; nothing where they need nothing.
 
     Args:
-        layer: The decoder layer before the points.
+        language_model: The decoder stack.
+        number: The layer before the points.
         points: The points that act after it.
-        records: Where the record goes; None where no point needs any.
-        layout: The rows as they enter the layer.
-        origins_BN: Original column of each token.
+        flow: The rows as they enter; the record goes to `flow.records`.
 
     Raises:
         UsageError: the layer's attention cannot be recorded.
     """
-    needs = needs_of(points)
+    needs, records, layout = needs_of(points), flow.records, flow.layout
     if records is None or layout is None or not needs & {"queries", "keys"}:
         yield
         return
     what = f"compression: {' and '.join(sorted({p.spec.kind for p in points}))} at layer {points[0].layer}"
-    attention = attention_module(layer, what)
+    attention = attention_module(language_model.layers[number], what)
     recording = Recording(wants_keys="keys" in needs)
     if "queries" in needs:
-        recording.queries_BQ = places_of(records.prompt.queries_BQ, origins_BN)
+        recording.queries_BQ = places_of(records.prompt.queries_BQ, flow.origins_BN)
         recording.weights_BQ = records.prompt.weights_BQ
     with recording_of(attention, recording, what):
         yield
     if not (recording.attentions or recording.keys):
         raise not_recorded(attention, what)
-    columns = origins_BN.shape[1]
-    # Cached keys of turns before stand first.
-    records.layer = Seen(
-        layout,
-        origins_BN,
-        records.prompt.text_BN.shape[1],
-        recording.attentions[-1][:, -columns:] if recording.attentions else None,
-        recording.keys[-1][:, :, -columns:].transpose(1, 2).flatten(2) if recording.keys else None,
-    )
+    columns = layout.length  # cached keys of turns before stand first
+    keys_BND = None
+    if recording.keys:
+        keys_BhND = recording.keys[-1]
+        if keys_BhND.shape[2] == columns and len(flow.positions_ABN) == 1:
+            real_BN = layout.real_BN.to(keys_BhND.device)
+            firsts_B = flow.positions_ABN[0].masked_fill(~real_BN, torch.iinfo(torch.long).max).amin(1)
+            firsts_B = torch.where(real_BN.any(1), firsts_B, 0)
+            keys_BhND = counted_from_zero(keys_BhND, firsts_B, language_model, number, attention)
+        keys_BND = keys_BhND[:, :, -columns:].transpose(1, 2).flatten(2)
+    attention_BN = recording.attentions[-1][:, -columns:] if recording.attentions else None
+    records.layer = Seen(layout, flow.origins_BN, records.prompt.text_BN.shape[1], attention_BN, keys_BND)
 
 
 def places_of(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
