@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from training_workers import (
     HEAVY,
+    MIXING,
     StopAt,
     launch,
     make_ledger,
@@ -32,13 +33,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_model(folder / "model"), write_uneven_rows(folder)
 
 
-def _jobs(made: tuple[Path, Path], zero: str, every: int = 2) -> tuple[StageJob, StageJob]:
-    """Two stage runs of one phase: three compressed steps, then three on full tokens."""
+def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: bool = False) -> tuple[StageJob, StageJob]:
+    """Two stage runs of one phase: three compressed steps, then three on full tokens.
+
+    Or with a learned compressor that one of them begins with, and that the other one changes and comes back to.
+    """
     model, rows = made
-    table = (Action(0, 3, "heavy", HEAVY), Action(3, 6, "full"))
+    table: tuple[Action, ...] = (Action(0, 3, "heavy", HEAVY), Action(3, 6, "full"))
+    train = ("projector", "language_model", *(("compressor",) if learned else ()))
+    if learned:
+        other = ({**MIXING[0], "variety": 1},)
+        table = (Action(0, 3, "mix", MIXING), Action(3, 4, "full"), Action(4, 5, "other", other), Action(5, 6, "m", MIXING))
     common: dict[str, Any] = {
         "data": uneven_data(rows),
-        "recipe": recipe_of(deepspeed=zero, per_device_train_batch_size=2, train=("projector", "language_model")),
+        "recipe": recipe_of(deepspeed=zero, per_device_train_batch_size=2, train=train),
         "checkpoint_every": every,
     }
     parent = stage(model_of(model), 3, table=table[:1], **common)
@@ -76,8 +84,10 @@ def stopped_and_resumed(folder: Path, jobs: tuple[StageJob, StageJob], calls: li
     return found
 
 
-def _check(made: tuple[Path, Path], folder: Path, zero: str, world_size: int, calls: list[int]) -> None:
-    jobs = _jobs(made, zero)
+def _check(
+    made: tuple[Path, Path], folder: Path, zero: str, world_size: int, calls: list[int], learned: bool = False
+) -> None:
+    jobs = _jobs(made, zero, learned=learned)
     alone = launch(world_size, left_alone, folder / "alone", jobs)
     found = launch(world_size, stopped_and_resumed, folder / "stopped", jobs, calls)
     for call, (outcomes, digests, steps) in zip(calls, found, strict=True):
@@ -96,13 +106,18 @@ def test_stopped_and_resumed_is_left_alone(
     _check(made, tmp_path, zero, world_size, calls)
 
 
+def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], tmp_path: Path) -> None:
+    _check(made, tmp_path, "zero2", 2, [1, 4], learned=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("learned", [False, True])
 def test_stopped_at_every_step_is_left_alone(
-    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, learned: bool
 ) -> None:
-    _check(made, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5])
+    _check(made, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5], learned)
 
 
 def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -> None:

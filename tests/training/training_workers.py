@@ -18,6 +18,7 @@ from orchestrator.spec.phase import PhaseSpec
 
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = ({"kind": "average_pool", "layer": 1, "stride": 8},)
+MIXING = ({"kind": "mixing", "layer": 1, "stride": 8},)  # learns: mixing_plugin.py
 SECONDS = 240
 
 # Imports cost seconds: one server imports them, and each group is forked from it before any thread has started.
@@ -62,6 +63,9 @@ def _enter(scenario: Callable[..., Any], args: Any, rank: int, world_size: int, 
     import torch
     import torch.distributed as dist
 
+    from orchestrator.registry import load_plugin
+
+    load_plugin("mixing_plugin.py", Path(__file__).parent)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:

@@ -1,0 +1,137 @@
+"""Learned compressors come, pause, return and go: what they do to nothing else, and that every way gives the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from training_workers import (
+    MIXING,
+    launch,
+    make_ledger,
+    model_of,
+    never,
+    recipe_of,
+    stage,
+    uneven_data,
+    weights_digest,
+    write_model,
+    write_uneven_rows,
+)
+
+from orchestrator.plan.jobs import Action, StageJob
+
+LEARNED = "llavolta_compressors."
+OTHER = ({**MIXING[0], "variety": 1},)
+TRAIN = ("projector", "language_model", "compressor")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    return write_model(folder / "model"), write_uneven_rows(folder)
+
+
+def chain(made: tuple[Path, Path], table: tuple[Action, ...], cuts: tuple[int, ...], **values: Any) -> list[StageJob]:
+    """Stage runs of one phase, cut at these steps; `recipe=` changes the recipe."""
+    recipe = recipe_of(**{"train": TRAIN, "per_device_train_batch_size": 2, **values.pop("recipe", {})})
+    jobs: list[StageJob] = []
+    for first, last in zip((0, *cuts), cuts, strict=False):
+        known = [Action(a.first_step, min(a.last_step, last), a.variant, a.points) for a in table if a.first_step < last]
+        parent = jobs[-1].id if jobs else "root"
+        fields = {"data": uneven_data(made[1]), "recipe": recipe, "first_step": first, "parent": parent, **values}
+        jobs.append(stage(model_of(made[0]), last, table=tuple(known), **fields))
+    return jobs
+
+
+def trained(folder: Path, jobs: list[StageJob], in_memory: bool = True) -> dict[str, str]:
+    """Digest of every state's weights, trained in a ledger of its own."""
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.stage import train_stage
+
+    ledger, memory = make_ledger(folder, jobs[0].model), TrainingMemory()
+    for job in jobs:
+        assert train_stage(job, ledger, memory, never) == "done"
+        if not in_memory:
+            memory.release()
+            memory = TrainingMemory()
+    memory.release()
+    return {job.id: weights_digest(ledger, job.id) for job in jobs}
+
+
+def both_ways(folder: Path, runs: dict[str, list[StageJob]]) -> dict[str, dict[str, str]]:
+    """Each run twice: its model kept in memory, and loaded for every stage run."""
+    found = {}
+    for name, jobs in runs.items():
+        found[name] = trained(folder / name, jobs)
+        assert trained(folder / f"{name} loaded", jobs, in_memory=False) == found[name]
+    return found
+
+
+def weights(folder: Path, state: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stage_runs" / state / "weights/model.safetensors")
+
+
+def split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The model's own weights, and the learned ones."""
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(LEARNED)}
+    return own, {name: tensor for name, tensor in tensors.items() if name.startswith(LEARNED)}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size"), [("zero0", 1), ("zero2", 1), pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2)]
+)
+def test_one_stage_with_a_learned_compressor_touches_nothing_else(
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int
+) -> None:
+    """Its output is what a method that learns nothing gives: so the rest must be, bit for bit, what it is without it."""
+    recipe = {"recipe": {"deepspeed": zero, "weight_decay": 0.1}}
+    neutral = {"learned": (MIXING[0] | {"stride": 1, "neutral": True},)}
+    neutral["plain"] = ({"kind": "average_pool", "layer": 1, "stride": 1},)
+    runs = {
+        name: chain(made, (Action(0, 2, "full"), Action(2, 4, name, points), Action(4, 6, "full")), (2, 4, 6), **recipe)
+        for name, points in neutral.items()
+    }
+    launch(world_size, both_ways, tmp_path, runs)
+    for state in ("state2", "state4", "state6"):
+        own, learned = split(weights(tmp_path / "learned", state))
+        assert equal(own, weights(tmp_path / "plain", state))
+        assert len(learned) == (0 if state == "state2" else 4)
+
+
+def _moments(folder: Path, state: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    path = folder / "stage_runs" / state / "checkpoint/learned.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), file.metadata()
+
+
+@pytest.mark.parametrize(("zero", "world_size"), [("zero2", 1), ("zero3", 2)])
+def test_a_compressor_pauses_unchanged_and_returns(
+    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int
+) -> None:
+    table = (Action(0, 2, "mix", MIXING), Action(2, 4, "other", OTHER), Action(4, 6, "mix", MIXING))
+    common: dict[str, Any] = {"recipe": {"deepspeed": zero, "weight_decay": 0.1}}
+    runs = {"stages": chain(made, table, (2, 4, 6), **common), "cut": chain(made, table, (1, 2, 3, 4, 5, 6), **common)}
+    runs |= {"whole": chain(made, table, (6,), **common), "short": chain(made, table[:1], (2,), **common)}
+    found = launch(world_size, both_ways, tmp_path, runs)
+    # Where a table is cut, and what comes later, changes no bit.
+    assert len({found[name]["state6"] for name in ("stages", "cut", "whole")}) == 1
+    assert found["short"]["state2"] == found["stages"]["state2"]
+    (first, steps), (paused, paused_steps), (last, last_steps) = (
+        _moments(tmp_path / "stages", state) for state in ("state2", "state4", "state6")
+    )
+    name = next(key for key in first if key.startswith("weights.")).split(".")[1]
+    assert all(torch.equal(first[key], paused[key]) for key in first)
+    assert len(first) == 12 and len(paused) == 24
+    assert not any(torch.equal(first[key], last[key]) for key in first)
+    assert [f'"{name}": {count}' in told["steps"] for told, count in ((steps, 2), (paused_steps, 2), (last_steps, 4))]
+    _, learned = split(weights(tmp_path / "stages", "state6"))
+    assert equal(learned, {f"{LEARNED}{key[8:]}": last[key] for key in last if key.startswith("weights.")})
