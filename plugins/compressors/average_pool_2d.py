@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class AveragePool2dSpec(BlockCompressorSpec):
     """h' x w' windows over an image's rows and columns of tokens are averaged.
 
-    With `layer: projector` this is DeCo (arXiv:2405.20985 section 3.2: adaptive average pooling of the patches, then
+    With `layer: projector` this is DeCo (arXiv:2405.20985, its method: adaptive average pooling of the patches, then
     the projector). Its output grid is square for a square input; here it takes the shape nearest to the grid's.
     `stride` S asks for ceil(tokens / S) tokens and keeps the product of an h' and a w' that is nearest to it:
     on 24 x 24 a stride of 4 gives 12 x 12, of 8 gives 8 x 9.

@@ -17,8 +17,8 @@ class ToMeSpec(CompressorSpec):
     """Bipartite soft matching, repeated until ceil(tokens / `stride`) tokens, or the number asked for, are left.
 
     The paper merges a few tokens in each block of the vision tower and measures likeness by the keys; this merges at
-    one point, in rounds of at most half of the tokens present, and measures by the hidden states (the paper's second
-    choice, Table 1a), which every layer and the projector have.
+    one point, in rounds of at most half of the tokens present, and measures by the hidden states, which every layer and
+    the projector have (Table 1a compares both; the keys did best there).
 
     Attributes:
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (section 3,
@@ -93,7 +93,9 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
         next_Bn, stays_Bn = _round(present_BnD, merges)
         left -= merges
         slots_BN = next_Bn.gather(1, slots_BN)
-        sources_BN = sources_BN[stays_Bn].view(images, left)
+        places_Bn = torch.arange(stays_Bn.shape[1], device=visual_BND.device)
+        places_Bn = torch.where(stays_Bn, places_Bn, tokens).sort(1).values[:, :left]  # a mask would wait for the GPU
+        sources_BN = sources_BN.gather(1, places_Bn)
         if left > kept:
             present_BnD = merge_members(tokens_BND, slots_BN, left, sizes_BN)
     return slots_BN, sources_BN
