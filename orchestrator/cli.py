@@ -220,6 +220,39 @@ def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 
 
 @app.command()
+def bench(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, metavar="N", help="Text tokens a sample.")] = 64,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, metavar="N", help="Samples of the micro-batch (default: the phase's)."),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=7, metavar="N", help="Rounds of the medians.")] = 7,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="The chart (default: in the storage).")
+    ] = None,
+) -> None:
+    """Step time of each variant on this machine, beside the limit of the cost formula."""
+    from orchestrator.bench import bench_experiment
+    from orchestrator.plan.walk import prepare
+    from orchestrator.report.bench_view import bench_figure, print_bench
+
+    def tell(number: int) -> None:
+        print(f"round {number} of {repeats}" if number else "warming up", file=sys.stderr, flush=True)
+
+    document = bench_experiment(spec, set_ or (), text_tokens=text_tokens, rows=rows, repeats=repeats, on_round=tell)
+    chart = output or prepare(spec, set_ or ()).ledger.storage / "bench" / f"{document['experiment']}.png"
+    bench_figure(document, chart)
+    if as_json:
+        _print_json(document)
+    else:
+        print_bench(document, _console())
+        print(f"chart: {chart}\nall figures: {chart.with_suffix('.json') if output is None else 'see the storage'}")
+
+
+@app.command()
 def compressors(as_json: Json = False) -> None:
     """The compressors there are, what they take and where they can act."""
     from orchestrator.report.component_view import compressor_documents, print_compressors

@@ -34,11 +34,12 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / _GIB
     else:
-        peak = _resident_peak_bytes() / _GIB
+        peak = resident_peak_bytes() / _GIB
     return group.reduce_values([peak], largest=True)[0]
 
 
-def _resident_peak_bytes() -> int:
+def resident_peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak_memory`."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
