@@ -20,7 +20,7 @@ _PATTERNS = tuple(
     for part, names in (
         (COMPRESSOR, "llavolta_compressors"),
         (PROJECTOR, "multi_modal_projector|connector|merger|deepstack_merger_list|image_newline|aligner|embed_vision"),
-        (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|vision_encoder"),
+        (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|video_tower|vision_encoder"),
         (LANGUAGE_MODEL, "language_model|text_model|lm_head"),
     )
 )

@@ -89,6 +89,11 @@ class Family(ABC):
         return None
 
     @property
+    def remakes_masks(self) -> bool:
+        """Masks that the top model makes ready (of the full length) follow from `block_ids_BN` and the padding mask."""
+        return False
+
+    @property
     def window_cuts_blocks(self) -> bool:
         """In a sliding layer a token sees no farther back than the window, not even in its own block."""
         return True
@@ -111,6 +116,14 @@ class Family(ABC):
         """Further arguments of the language model for the segment that begins at layer `first`."""
         return options
 
+    def enter(self) -> None:
+        """Called when the model is attached; most families have nothing to put in."""
+        return
+
+    def leave(self) -> None:
+        """Called when the model is detached: takes out what `enter` put in."""
+        return
+
     @property
     def projector(self) -> nn.Module | None:
         """The projector, where it maps visual features token by token; else None."""
@@ -119,6 +132,14 @@ class Family(ABC):
     @property
     def vision_width(self) -> int | None:
         """Width of the features the projector takes; None without `projector`."""
+        return None
+
+    @property
+    def resizable_tower(self) -> nn.Module | None:
+        """The vision tower, where it takes pixels of any size (B x C x H x W) with `interpolate_pos_encoding=True`.
+
+        It must give one visual token a patch, in raster order; else None.
+        """
         return None
 
     def cls_attention(self) -> Any:

@@ -5,73 +5,82 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from orchestrator.compression.families.base import Family
+from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features, size_of, sizes_of_images
 from orchestrator.spec.components import Grid
 
+_RESIZABLE = ("clip_vision_model", "siglip_vision_model")
 
-class LlavaFamily(Family):
+
+class LlavaFamily(ImagesFamily):
     """Images are runs of `image_token_id`; their number of tokens follows from the pixels and the patch size."""
 
-    def find_language_model(self) -> nn.Module:
-        """`model.language_model`."""
-        inner = getattr(self.model, "model", None)
-        language_model = getattr(inner, "language_model", None)
-        if not isinstance(language_model, nn.Module):
-            raise self.cannot_serve("it has no model.language_model")
-        if getattr(self.model.config, "image_token_id", None) is None:
-            raise self.cannot_serve("its config has no image_token_id")
-        return language_model
+    sized = True
 
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at `image_token_id`."""
-        mask_BN: Tensor = input_ids_BN == self.model.config.image_token_id
-        return mask_BN
-
-    def _grid(self, height_pixels: int, width_pixels: int) -> Grid:
-        vision = self.model.config.vision_config
-        grid = Grid(height_pixels // vision.patch_size, width_pixels // vision.patch_size)
-        if self._keeps_cls():
+    def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
+        """The grid of an image, from its size in pixels."""
+        height, width = pair(self.model.config.vision_config.patch_size)
+        grid = Grid(height_pixels // height, width_pixels // width)
+        if self.keeps_cls():
             return Grid(1, grid.tokens + 1)
         return grid
 
-    def _keeps_cls(self) -> bool:
+    def keeps_cls(self) -> bool:
+        """The CLS token of the vision tower is a visual token too."""
         config: Any = self.model.config
         return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
 
-    def _default_grid(self) -> Grid:
-        size = self.model.config.vision_config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return self._grid(int(height), int(width))
+    def cls_attention(self) -> Any:
+        """That of the last tower layer whose output is used, where one tower serves all and is a CLIP."""
+        config, tower = self.model.config, getattr(self.model.model, "vision_tower", None)
+        if tower is None or config.vision_config.model_type != "clip_vision_model":
+            return None
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        used = config.vision_feature_layer
+        # Hidden state 0 is what enters the first layer; state n is what layer n - 1 gives.
+        states = [state % (len(layers) + 1) for state in (used if isinstance(used, (list, tuple)) else [used])]
+        return layers[max(states) - 1].self_attn if max(states) else None
 
-    def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """From `image_sizes`, the shape of `pixel_values`, ready features, or the config."""
-        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
-        if sizes is not None:
-            return [self._grid(int(height), int(width)) for height, width in torch.as_tensor(sizes).tolist()]
-        if pixels is not None:
-            return [self._grid(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
-        grid = self._default_grid()
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if ready is not None:
-            features = ready.pooler_output
-            return [grid if len(one) == grid.tokens else Grid(1, len(one)) for one in features]
-        return [grid] * (num_placeholders // grid.tokens)
+    @property
+    def projector(self) -> nn.Module | None:
+        """It maps features token by token, and gives one for every placeholder."""
+        projector: nn.Module = self.model.model.multi_modal_projector
+        return projector
 
-    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Images times tokens."""
-        if inputs.get("pixel_values") is None and not (inputs.get("mm_encoder_outputs") or {}).get("image"):
-            return 0
-        return sum(grid.tokens for grid in self.grids(inputs, 0))
+    @property
+    def vision_width(self) -> int | None:
+        """Features of several tower layers lie side by side."""
+        config: Any = self.model.config
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (len(layers) if isinstance(layers, (list, tuple)) else 1)
 
-    def idle_features(self) -> Tensor:
-        """Features of one black image."""
-        vision: Any = self.model.config.vision_config
-        size = vision.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        parameter = next(self.model.parameters())
-        pixels = torch.zeros(1, vision.num_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-        features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
-        return torch.cat(list(features))
+    @property
+    def resizable_tower(self) -> nn.Module | None:
+        """CLIP and SigLIP interpolate their position embeddings; the CLS token is no patch."""
+        if self.model.config.vision_config.model_type not in _RESIZABLE or self.keeps_cls():
+            return None
+        tower: nn.Module = self.model.model.vision_tower
+        return tower
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """From `image_sizes`, the shape of `pixel_values`, or ready features; one unit for each image."""
+        pixels, features = inputs.get("pixel_values"), ready_features(inputs, "image")
+        if inputs.get("image_sizes") is None:
+            if pixels is not None:
+                return [(self.grid_of(pixels.shape[-2], pixels.shape[-1]),)] * len(pixels)
+            usual = self.grid_of(*self.image_size)
+            if features is not None and all(len(one) == usual.tokens and size_of(one) is None for one in features):
+                return [(usual,)] * len(features)
+        return [(self.grid_of(*size),) for size in sizes_of_images(inputs)]
+
+    def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+        """Images of the usual size."""
+        usual = self.grid_of(*self.image_size)
+        return [usual] * (num_placeholders // usual.tokens)
+
+    def empty_image(self) -> dict[str, Any]:
+        """One image; of a single patch where the vision tower takes any size."""
+        vision = self.model.config.vision_config
+        size = pair(vision.patch_size) if vision.model_type == "pixtral" else self.image_size
+        return {"pixel_values": self.blank(1, vision.num_channels, *size)}

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from orchestrator.compression.testing.tiny import TinyFamily
 from orchestrator.compression.testing.tiny_llava import LLAVA
+from orchestrator.compression.testing.tiny_llava_like import LLAVA_NEXT, LLAVA_ONEVISION, VIDEO_LLAVA, VIPLLAVA
+from orchestrator.compression.testing.tiny_mistral3 import MISTRAL3
+from orchestrator.compression.testing.tiny_tiled import IDEFICS3, INTERNVL, SMOLVLM
 
 TINY: dict[str, TinyFamily] = {
     "llava": LLAVA,
+    "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_ONEVISION,
+    "video_llava": VIDEO_LLAVA,
+    "vipllava": VIPLLAVA,
+    "internvl": INTERNVL,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
+    "mistral3": MISTRAL3,
 }

@@ -54,12 +54,13 @@ def tiny_llava(
     return _model(vision, _TEXT[text](**(SIZES | options | text_options)), attention)
 
 
-def _model(vision: Any, text: Any, attention: str) -> nn.Module:
+def _model(vision: Any, text: Any, attention: str, **options: Any) -> nn.Module:
     config = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_id=IMAGE,
         attn_implementation=attention,
+        **options,
     )
     config.pad_token_id = PAD
     return enlarge(LlavaForConditionalGeneration(config))
@@ -81,7 +82,8 @@ def _batch(rows: Sequence[Row], padding: str, seed: int, answer: int) -> dict[st
 def _build_pixtral(attention: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     vision = PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=8)
-    return _model(vision, LlamaConfig(**TEXT_SIZES), attention)
+    options = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}  # it has no CLS token
+    return _model(vision, LlamaConfig(**TEXT_SIZES), attention, **options)
 
 
 def _batch_pixtral(rows: Sequence[Row], padding: str, seed: int, answer: int) -> dict[str, Tensor]:

@@ -1,0 +1,118 @@
+"""Any other image-text-to-text model whose decoder is a list of layers: what can be told from config and token ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.families.base import Family
+from orchestrator.compression.families.images import flat_features, pair
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+_DECODERS = ("language_model", "text_model")
+_IMAGE_NAMES = ("image_token_id", "image_token_index")
+_VIDEO_NAMES = ("video_token_id", "video_token_index")
+
+
+class GenericFamily(Family):
+    """Images are runs of placeholders, or equal shares of them where `pixel_values` count more images than runs.
+
+    A run that is a square number of tokens, of square pixels, is taken for a square grid, any other for one row.
+    """
+
+    def find_language_model(self) -> nn.Module:
+        """What `get_decoder` gives, or an attribute of the usual names."""
+        config: Any = self.model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise self.cannot_serve("it is an encoder-decoder model; visual tokens do not run through its decoder")
+        text = getattr(config, "text_config", None)
+        if getattr(text, "cross_attention_layers", None) or getattr(config, "cross_layer_interval", None):
+            raise self.cannot_serve("its decoder sees images by cross-attention; it has no visual tokens to compress")
+        if self._token_id(_IMAGE_NAMES) is None:
+            raise self.cannot_serve(f"its config has no {' or '.join(_IMAGE_NAMES)}")
+        for candidate in self._candidates():
+            if isinstance(candidate, nn.Module) and candidate is not self.model and hasattr(candidate, "layers"):
+                return candidate
+        raise self.cannot_serve(
+            f"it has no decoder with a list of layers (asked were get_decoder(), {', '.join(_DECODERS)})"
+        )
+
+    def _candidates(self) -> list[Any]:
+        get_decoder = getattr(self.model, "get_decoder", None)
+        inner = getattr(self.model, "model", None)
+        found = [get_decoder()] if get_decoder is not None else []
+        found += [getattr(owner, name, None) for owner in (inner, self.model) for name in _DECODERS]
+        return found + [getattr(one, "model", None) for one in found]  # some hold a causal LM, whose decoder is inside
+
+    def _token_id(self, names: tuple[str, ...]) -> int | None:
+        config = self.model.config
+        return next((int(i) for i in (getattr(config, name, None) for name in names) if i is not None), None)
+
+    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
+        """True at placeholders of images, and of videos where the config names them."""
+        image, video = self._token_id(_IMAGE_NAMES), self._token_id(_VIDEO_NAMES)
+        assert image is not None  # or it would not have been attached
+        visual_BN = torch.eq(input_ids_BN, image)
+        return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
+
+    def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+        """Runs or equal shares of the placeholders."""
+        runs = _runs(inputs["input_ids"], self.visual_BN(inputs["input_ids"]))
+        pixels = inputs.get("pixel_values")
+        shape = pixels.shape if isinstance(pixels, Tensor) and pixels.ndim >= 4 else None
+        if shape is not None and shape[0] > len(runs) and num_placeholders % shape[0] == 0:
+            share = num_placeholders // shape[0]
+            if all(run % share == 0 for run in runs):
+                runs = [share] * shape[0]
+        return [_grid_of(run, shape is not None and shape[-1] == shape[-2]) for run in runs]
+
+    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Placeholders, counted: nothing else tells for every model."""
+        images = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
+        if inputs.get("input_ids") is None or not (images or any((inputs.get("mm_encoder_outputs") or {}).values())):
+            return 0
+        return int(self.visual_BN(inputs["input_ids"]).sum())
+
+    def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
+        """The same, unless something among them belongs to single tokens: nobody could shorten it."""
+        for name, value in options.items():
+            if isinstance(value, Tensor | list | tuple | dict) and len(value):
+                raise self.cannot_serve(f"its decoder takes {name}, which compression does not know how to shorten")
+        return options
+
+    def idle_features(self) -> Tensor:
+        """Features of a blank image of the size in the config.
+
+        Raises:
+            UsageError: the model takes images in another form.
+        """
+        vision, parameter = self.model.config.vision_config, next(self.model.parameters())
+        try:
+            shape = 1, getattr(vision, "num_channels", 3), *pair(vision.image_size)
+            pixels = torch.ones(shape, device=parameter.device, dtype=parameter.dtype)
+            return flat_features(self.model.get_image_features(pixel_values=pixels))
+        except Exception as error:
+            raise UsageError(
+                f"compression: a batch without images on one of several training ranks needs an adapter for "
+                f"{type(self.model).__name__} (its get_image_features does not take pixel_values alone: {error}); "
+                "give every batch an image"
+            ) from error
+
+
+def _runs(ids_BN: Tensor, visual_BN: Tensor) -> list[int]:
+    """Lengths of runs of one placeholder in the rows, in order."""
+    lengths = []
+    for ids, visual in zip(ids_BN, visual_BN, strict=True):
+        values, counts = torch.unique_consecutive(torch.where(visual, ids, -1), return_counts=True)
+        lengths += [count for value, count in zip(values.tolist(), counts.tolist(), strict=True) if value != -1]
+    return lengths
+
+
+def _grid_of(tokens: int, square: bool) -> Grid:
+    side = math.isqrt(tokens)
+    return Grid(side, side) if square and side * side == tokens else Grid(1, tokens)

@@ -1,0 +1,210 @@
+"""What most families share: features of a vision tower take the places of image (and video) placeholders, in order."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.families.base import Family
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+Units = tuple[Grid, ...]
+"""The units one image or video becomes, in the order of its placeholders."""
+
+_SIZE_NAME = "llavolta_image_size"
+
+
+class ImagesFamily(Family):
+    """A family with `image_token_id` (and perhaps `video_token_id`) in its config and features in order of the batch.
+
+    Attributes:
+        language_name: Attribute of the inner model that holds the decoder stack.
+        sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
+            model is attached each image's features carry its size.
+    """
+
+    language_name = "language_model"
+    sized = False
+
+    def find_language_model(self) -> nn.Module:
+        """`model.<language_name>`."""
+        inner = getattr(self.model, "model", None)
+        language_model = getattr(inner, self.language_name, None)
+        if not isinstance(language_model, nn.Module):
+            raise self.cannot_serve(f"it has no model.{self.language_name}")
+        if self.token_ids[0] is None:
+            raise self.cannot_serve("its config has no image_token_id")
+        return language_model
+
+    @property
+    def token_ids(self) -> tuple[int | None, int | None]:
+        """Token ids of image and video placeholders; None where there is none."""
+        config = self.model.config
+        return getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)
+
+    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
+        """True at placeholders of images and videos."""
+        image, video = self.token_ids
+        assert image is not None  # or it would not have been attached
+        visual_BN = torch.eq(input_ids_BN, image)
+        return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
+
+    @abstractmethod
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """The units of each image the batch brings, in order."""
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """The units of each video the batch brings, in order."""
+        return []
+
+    def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+        """The units of placeholders where the batch brings neither pixels nor features."""
+        raise UsageError(
+            f"compression: input_ids hold {num_placeholders} image placeholders but the batch has no images; pass "
+            "pixel_values (and image_sizes where the processor gives them)"
+        )
+
+    def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+        """Units of images and videos as they stand in the rows."""
+        images, videos = self.image_units(inputs), self.video_units(inputs)
+        if not images and not videos:
+            return self.units_unseen(inputs, num_placeholders)
+        if not images or not videos:
+            return [grid for units in images or videos for grid in units]
+        ids = inputs["input_ids"].flatten()
+        is_video = ids[self.visual_BN(ids)] == self.token_ids[1]
+        return list(interleaved(images, videos, is_video))
+
+    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Tokens of all units."""
+        return sum(grid.tokens for units in self.image_units(inputs) + self.video_units(inputs) for grid in units)
+
+    def empty_image(self) -> dict[str, Any]:
+        """Arguments of `get_image_features` for one small image."""
+        return {"pixel_values": self.blank(1, self.model.config.vision_config.num_channels, *self.image_size)}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels (height, width) of what the vision tower is made for."""
+        return pair(self.model.config.vision_config.image_size)
+
+    def blank(self, *shape: int) -> Tensor:
+        """Pixels of a blank image (ones: some models take an image of zeros for padding)."""
+        parameter = next(self.model.parameters())
+        return torch.ones(*shape, device=parameter.device, dtype=parameter.dtype)
+
+    def idle_features(self) -> Tensor:
+        """Features of a blank image."""
+        return flat_features(self.model.model.get_image_features(**self.empty_image()))
+
+    def enter(self) -> None:
+        """Features of an image are to carry its size."""
+        if self.sized:
+            _remember_sizes(self.model.model)
+
+    def leave(self) -> None:
+        """Takes that out again."""
+        self.model.model.__dict__.pop("get_image_features", None)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of what a config gives as one number or two."""
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(height), int(width)
+
+
+def ready_features(inputs: Mapping[str, Any], kind: str) -> Any:
+    """Features of `image` or `video` that the caller (or `generate`) computed before; None where there are none."""
+    ready = inputs.get("mm_encoder_outputs")
+    output = ready.get(kind) if isinstance(ready, Mapping) else None
+    return None if output is None else getattr(output, "pooler_output", output)
+
+
+def flat_features(output: Any) -> Tensor:
+    """What `get_image_features` gave (by version and model a tensor, several, or an output that holds them), L x D."""
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([one.flatten(0, -2) for one in features])
+
+
+def size_of(features: Tensor) -> tuple[int, int] | None:
+    """Size in pixels (height, width) of the image that features were computed from while the model was attached."""
+    remembered = getattr(features, _SIZE_NAME, None)
+    if remembered is None:
+        return None
+    sizes, number = remembered
+    return pair(torch.as_tensor(sizes)[number].tolist())
+
+
+def sizes_of_images(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Sizes in pixels of the batch's images, from `image_sizes` or the features that carry them.
+
+    Raises:
+        UsageError: neither tells.
+    """
+    ready = ready_features(inputs, "image")
+    if ready is None and inputs.get("pixel_values") is None:
+        return []
+    given = inputs.get("image_sizes")
+    if given is not None:
+        return [pair(size) for size in torch.as_tensor(given).tolist()]
+    sizes = [size_of(one) for one in ready] if ready is not None else [None]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        raise UsageError(
+            "compression: the sizes of the images are not known; pass image_sizes, or features that the model's "
+            "get_image_features computed after attach()"
+        )
+    return known
+
+
+def interleaved(images: Sequence[Units], videos: Sequence[Units], is_video_P: Tensor) -> Iterator[Grid]:
+    """Units in the order of the placeholders.
+
+    Args:
+        images: Units of each image.
+        videos: Units of each video.
+        is_video_P: For each placeholder of the batch whether it is a video's.
+
+    Raises:
+        UsageError: placeholders and inputs do not match.
+    """
+    left = {False: list(reversed(images)), True: list(reversed(videos))}
+    kinds, place = is_video_P.tolist(), 0
+    while place < len(kinds):
+        video = kinds[place]
+        if not left[video]:
+            raise UsageError(
+                f"compression: input_ids hold more {'video' if video else 'image'} placeholders than the batch's "
+                f"{len(videos if video else images)} {'videos' if video else 'images'} have visual tokens"
+            )
+        units = left[video].pop()
+        place += sum(grid.tokens for grid in units)
+        yield from units
+
+
+def _remember_sizes(inner: Any) -> None:
+    original = type(inner).get_image_features
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)  # generate() reads the signature
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        sizes = signature.bind(self, *args, **kwargs).arguments.get("image_sizes", kwargs.get("image_sizes"))
+        features = getattr(output, "pooler_output", None)
+        if sizes is not None and isinstance(features, (list, tuple)):
+            for number, one in enumerate(features):
+                # Kept as they came: reading them would wait for the device, and most forwards need not know.
+                setattr(one, _SIZE_NAME, (sizes, number))
+        return output
+
+    inner.__dict__["get_image_features"] = MethodType(remembering, inner)
