@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.errors import Fault
-from orchestrator.spec.components import ScheduleSpec
 from orchestrator.spec.faults import fault_at
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
-from orchestrator.spec.steps import known_steps
+from orchestrator.spec.schedule_checks import check_schedule
 from orchestrator.spec.variant_checks import Finding, check_variant
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
@@ -65,8 +64,8 @@ class Checks:
         phases = parts["phases"]
         if phases is None:
             return []
-        data, schedules = parts["data"], parts["schedules"]
-        return self._remember(("phases", phases, data, schedules), lambda: self._find_phases(phases, data, schedules))
+        others = (parts["data"], parts["schedules"], parts["compressors"], parts["model"])
+        return self._remember(("phases", phases, *others), lambda: self._find_phases(phases, *others))
 
     def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
         try:
@@ -86,7 +85,13 @@ class Checks:
             )
         return facts
 
-    def _find_phases(self, phases: PhasesSpec, data: Any, schedules: Any) -> Iterator[Finding]:
+    def _find_phases(
+        self, phases: PhasesSpec, data: Any, schedules: Any, variants: Any, model: ModelSpec | None
+    ) -> Iterator[Finding]:
+        try:
+            facts = self._facts(model) if model is not None else None
+        except ValueError:
+            facts = None  # told beside the variants
         for name in ("pretrain", "finetune"):
             phase: PhaseSpec | None = getattr(phases, name)
             if phase is not None:
@@ -94,7 +99,7 @@ class Checks:
                 yield from check_length(phase, path)
                 yield from check_parts(phase, path)
                 yield from self._check_batch(phase, path)
-                yield from check_stages(phase, path, data, schedules)
+                yield from check_schedule(phase, path, data, schedules, variants, facts)
 
     def _check_batch(self, phase: PhaseSpec, path: Path) -> Iterator[Finding]:
         workers = self.cluster.num_workers if self.cluster is not None else None
@@ -155,19 +160,3 @@ def check_parts(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
         without = [part for part in phase.train if part not in phase.learning_rate]
         if without:
             yield Finding((*path, "learning_rate"), f"{', '.join(without)} trains without a learning rate", allowed)
-
-
-def check_stages(phase: PhaseSpec, path: Path, data: Any, schedules: Any) -> Iterator[Finding]:
-    """Every stage of the phase's schedule starts, and the stages fill the phase."""
-    schedule: Any = phase.schedule
-    where: Path = (*path, "schedule")
-    if isinstance(schedule, str):
-        where = ("schedules", schedule) if schedules and schedule in schedules else where
-        schedule = schedules.get(schedule) if schedules else None
-    steps = known_steps(phase, data)
-    if not isinstance(schedule, ScheduleSpec) or steps is None:
-        return
-    try:
-        schedule.compile(steps, phase.global_batch_size)
-    except ValueError as error:
-        yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")

@@ -55,18 +55,21 @@ class RampSpec(ScheduleSpec):
         if self._percent(self.start) != self._percent(self.end):
             raise PydanticCustomError("ramp_layer", "start and end are both layers, or both shares of the depth")
         for value in (self._number(self.start), self._number(self.end)):
-            whole = self.key in ("keep_tokens", "stride") or (self.key == "layer" and not self._percent(self.start))
-            if whole and value.denominator != 1:
-                raise PydanticCustomError("ramp_whole", "{key} takes whole numbers", {"key": self.key})
-            if self.key == "keep_ratio" and not 0 < value <= 1:
-                raise PydanticCustomError("ramp_share", "keep_ratio is more than 0 and at most 1")
-            if self.key == "layer" and self._percent(self.start) and value >= 1:
-                raise PydanticCustomError("ramp_depth", "a share of the depth is less than 100%")
-            if self.key in ("keep_tokens", "stride") and value < 1:
-                raise PydanticCustomError("ramp_amount", "{key} is at least 1", {"key": self.key})
+            self._refuse(value)
         if self._number(self.start) == self._number(self.end):
             raise PydanticCustomError("ramp_still", "start and end are equal; name the variant itself")
         return self
+
+    def _refuse(self, value: Fraction) -> None:
+        whole = self.key != "keep_ratio" and not self._percent(self.start)
+        if whole and value.denominator != 1:
+            raise PydanticCustomError("ramp_whole", "{key} takes whole numbers", {"key": self.key})
+        if self.key in ("keep_tokens", "stride") and value < 1:
+            raise PydanticCustomError("ramp_amount", "{key} is at least 1", {"key": self.key})
+        if self.key == "keep_ratio" and not 0 < value <= 1:
+            raise PydanticCustomError("ramp_share", "keep_ratio is more than 0 and at most 1")
+        if self.key == "layer" and not whole and value >= 1:
+            raise PydanticCustomError("ramp_depth", "a share of the depth is less than 100%")
 
     def variants(self) -> tuple[str, ...]:
         """The variant that moves, and the teacher."""
@@ -95,9 +98,9 @@ class RampSpec(ScheduleSpec):
         final = steps[-1][2]
         return StageTable(merged(steps), final, (total_steps,), derived, teachers_of(self.distill, [*derived], "full"))
 
-    @staticmethod
-    def _percent(value: float | str) -> bool:
-        return isinstance(value, str) and value.endswith("%")
+    def _percent(self, value: float | str) -> bool:
+        """Whether it is a share of the depth."""
+        return self.key == "layer" and isinstance(value, str) and value.endswith("%")
 
     @staticmethod
     def _number(value: float | str) -> Fraction:

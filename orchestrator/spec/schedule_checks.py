@@ -1,0 +1,63 @@
+"""Schedules against the phase and the model: every stage starts, and every variant a schedule makes fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from orchestrator.spec.components import ScheduleSpec, StageTable
+from orchestrator.spec.model_facts import ModelFacts
+from orchestrator.spec.node import Path
+from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.steps import known_steps
+from orchestrator.spec.tables import derive
+from orchestrator.spec.variant_checks import Finding, check_variant
+
+_ANY_STEPS = 1000
+
+
+def check_schedule(
+    phase: PhaseSpec,
+    path: Path,
+    data: Any,
+    schedules: Mapping[str, Any] | None,
+    variants: Mapping[str, Any] | None,
+    facts: ModelFacts | None,
+) -> Iterator[Finding]:
+    """Every stage of the phase's schedule starts, the stages fill the phase, and what it derives fits the model.
+
+    Where the number of steps is not known yet, only what the schedule derives is checked.
+    """
+    schedule: Any = phase.schedule
+    where: Path = (*path, "schedule")
+    if isinstance(schedule, str):
+        where = ("schedules", schedule) if schedules and schedule in schedules else where
+        schedule = schedules.get(schedule) if schedules else None
+    if not isinstance(schedule, ScheduleSpec):
+        return
+    steps = known_steps(phase, data)
+    try:
+        table = schedule.compile(steps or _ANY_STEPS, phase.global_batch_size)
+    except ValueError as error:
+        if steps is not None:
+            yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")
+        return
+    yield from _check_derived(table, where, variants or {}, facts)
+
+
+def _check_derived(
+    table: StageTable, where: Path, variants: Mapping[str, Any], facts: ModelFacts | None
+) -> Iterator[Finding]:
+    """The first value that does not fit; those after it would say the same."""
+    for name, (base, changes) in table.derived.items():
+        if base not in variants:
+            return  # told where names are checked
+        try:
+            points = derive(variants[base], changes)
+        except ValueError as error:
+            yield Finding(where, f"`{name}`: {error}")
+            return
+        found = next(check_variant(points, where, facts), None)
+        if found is not None:
+            yield Finding(where, f"`{name}`: {found.message}", found.allowed, found.hint)
+            return

@@ -1,0 +1,59 @@
+"""Policies in a file: names, shares, teachers and every value a ramp makes are checked before anything starts."""
+
+# ruff: noqa: E501 (a table is read by its columns)
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.loader import load_experiment
+
+Write = Callable[..., Path]
+STAGES = "kind: stages\n    stages: [{share: 1/2, compressor: heavy}, {}]"
+
+WRONG = [
+    ("kind: interleaved\n    compressor: hevy\n    full_share: 1/10", 12, "compressor", "no variant `hevy`", "heavy"),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 3/2", 13, "full_share", "at most 1", None),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/1000", 10, "", "no step of 100 for full", None),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    other: wid", 14, "other", "no variant `wid`", "wide"),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    final: wid", 14, "final", "no variant `wid`", "wide"),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    distill: {teacher: ful}", 14, "distill.teacher", "no variant `ful`", "full"),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    distill: {weight: 2}", 14, "distill.weight", "less than or equal to 1", None),
+    ("kind: random_scale\n    compressors: [heavy, wid, full]", 12, "compressors.1", "no variant `wid`", "wide"),
+    ("kind: random_scale\n    compressors: [heavy]", 12, "compressors", "at least 2", None),
+    ("kind: ramp\n    compressor: hevy\n    key: stride\n    start: 2\n    end: 8", 12, "compressor", "no variant `hevy`", "heavy"),
+    ("kind: ramp\n    compressor: heavy\n    key: layer\n    start: 9\n    end: 1", 10, "", "`heavy layer=9`: the model has 4 decoder layers", "0 to 3"),
+    ("kind: ramp\n    compressor: heavy\n    key: keep_tokens\n    start: 65\n    end: 8", 10, "", "keep_tokens 65 is more than the image's 64 tokens", None),
+    ("kind: ramp\n    compressor: heavy\n    key: keep_tokens\n    start: 60", 11, "end", "`end` is missing", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schedule", "line", "key", "message", "allowed"), WRONG)
+def test_what_a_policy_gets_wrong_is_told_where_it_stands(
+    schedule: str, line: int, key: str, message: str, allowed: str | None, small: str, write: Write
+) -> None:
+    assert STAGES in small
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(small.replace(STAGES, schedule)))
+    (fault,) = caught.value.faults
+    assert message in fault.message
+    assert fault.path == ".".join(["schedules.two", *([key] if key else [])])
+    assert fault.line == line
+    assert allowed is None or allowed in f"{fault.allowed} {fault.hint}"
+
+
+def test_a_policy_may_stand_in_the_phase_or_on_an_axis(small: str, write: Write) -> None:
+    ramp = "{kind: ramp, compressor: heavy, key: layer, start: 3, end: 0, moves: 4, distill: {weight: 0.7, temperature: 2}}"
+    scale = "{kind: random_scale, compressors: [heavy, wide, full], weights: [1, 1, 2]}"
+    axis = f"matrix:\n  phases.finetune.schedule:\n    - {ramp}\n    - {scale}\n    - two\n"
+    loaded = load_experiment(write(small + axis))
+    kinds = [getattr(cell.spec.phases.finetune.schedule, "kind", "name") for cell in loaded.cells]
+    assert kinds == ["ramp", "random_scale", "name"]
+    wrong = axis.replace("start: 3", "start: 4")
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(small + wrong))
+    (fault,) = caught.value.faults
+    assert "`heavy layer=4`: the model has 4 decoder layers" in fault.message
