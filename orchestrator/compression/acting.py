@@ -29,11 +29,13 @@ def act(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> li
         UsageError: the method cannot take a grid, or returned something that is no compression.
     """
     kept = [_whole(*group) for group in groups]
-    chosen = [number for number, (visual_BND, _, _) in enumerate(groups) if visual_BND.shape[1] > 1]
-    if module is None or not chosen:
+    chosen = [number for number, (_, _, context) in enumerate(groups) if context.sizes_BN.shape[1] > 1]
+    if module is None:
         for number in chosen:
             kept[number] = _one(point, *groups[number])
         return kept
+    if not chosen:
+        return [replace(kept[0], hidden_BMD=call_idle(module, kept[0].hidden_BMD)), *kept[1:]]
     inside = _without_hooks(module)
 
     def work(flat_LD: Tensor) -> Tensor:

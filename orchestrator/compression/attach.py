@@ -16,7 +16,9 @@ from orchestrator.compression.caches import record_of
 from orchestrator.compression.decoder import Decoder, Pass
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.head import Head
+from orchestrator.compression.modules import MODULES_NAME, check_modules, create_modules, names_of
 from orchestrator.compression.points import resolve_points
+from orchestrator.compression.projector import AtProjector, expand_images
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.segments import Draw
 from orchestrator.compression.tower import watched_tower
@@ -25,11 +27,13 @@ from orchestrator.spec.components import CompressorSpec
 
 PointLike = CompressorSpec | Mapping[str, Any]
 ALL_LEARNED_POINTS: Final = "all learned points"
-MODULES_NAME: Final = "llavolta_compressors"
 
 
 def attach(
-    model: nn.Module, points: Sequence[PointLike], modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS
+    model: nn.Module,
+    points: Sequence[PointLike],
+    modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS,
+    seed: int = 0,
 ) -> Attachment:
     """Puts compressors into a vision-language model, in place.
 
@@ -38,6 +42,7 @@ def attach(
         points: Compressors, as specs or mappings; an empty list runs full tokens.
         modules: Points whose learned modules are created now, since `switch` cannot add parameters; by default those
             of `points`. Name all stages' points where later ones learn.
+        seed: Seed of learned modules; their parameters depend on it and on their names alone.
 
     Raises:
         UsageError: the model cannot be served, is attached already, or a point does not fit it.
@@ -48,7 +53,7 @@ def attach(
     _refuse_patched(family.language_model)
     resolved = resolve_points(points, family)
     learned = resolved if isinstance(modules, str) else resolve_points(modules, family)
-    return Attachment(family, resolved, learned)
+    return Attachment(family, resolved, learned, seed)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -91,15 +96,20 @@ class Attachment:
         visual_tokens_per_layer: Visual tokens that ran in each decoder layer in the last forward, summed over rows.
     """
 
-    def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...]) -> None:
+    def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...], seed: int = 0) -> None:
         self.model = family.model
         self.visual_tokens_per_layer: tuple[int, ...] = ()
         self._decoder = Decoder(family, points)
-        self._create_modules(learned)
-        self._check_modules(points)
+        created = create_modules(learned, family, seed)
+        check_modules(points, created)
+        if len(created):
+            family.model.add_module(MODULES_NAME, created)
+            self._decoder.modules = created
         self._patch(family.model, self._top_forward)
         self._patch(family.language_model, self._language_forward)
         self._patch_generate(family.model)
+        family.enter()
+        self._announce()
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -111,6 +121,19 @@ class Attachment:
         """Visual tokens summed over decoder layers and rows, as they ran in the last forward."""
         return sum(self.visual_tokens_per_layer)
 
+    @property
+    def learned_modules(self) -> dict[str, nn.Module]:
+        """All learned modules by name, those that the present points do not use included."""
+        return dict(self._decoder.modules.items()) if self._decoder.modules is not None else {}
+
+    def learned_names(self, points: Sequence[PointLike] | None = None) -> tuple[str, ...]:
+        """Names of the learned modules that points (by default the present ones) use."""
+        return names_of(self.points if points is None else resolve_points(points, self._decoder.family))
+
+    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
+        """True at the placeholders of visual tokens (images, frames, tiles)."""
+        return self._decoder.family.visual_BN(input_ids_BN)
+
     def switch(self, points: Sequence[PointLike]) -> None:
         """Other points from the next forward on; an empty list runs full tokens.
 
@@ -119,8 +142,9 @@ class Attachment:
         """
         self._require_attached()
         resolved = resolve_points(points, self._decoder.family)
-        self._check_modules(resolved)
+        check_modules(resolved, self._decoder.modules)
         self._decoder.points = resolved
+        self._announce()
 
     def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
         """What random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
@@ -140,32 +164,15 @@ class Attachment:
                 raise UsageError(f"detach: the forward of {type(module).__name__} was wrapped since; unwrap it first")
         for module in patched:
             del module.__dict__["forward"]
-        family.model.__dict__.pop("generate", None)
+        for name in ("generate", "_expand_inputs_for_generation"):
+            family.model.__dict__.pop(name, None)
         family.model._modules.pop(MODULES_NAME, None)
+        family.leave()
         self._decoder.modules = None
 
     def _require_attached(self) -> None:
         if "forward" not in self.model.__dict__:
             raise UsageError("switch: this attachment was detached; attach again")
-
-    def _create_modules(self, learned: Sequence[Point]) -> None:
-        family = self._decoder.family
-        created = nn.ModuleDict()
-        for point in learned:
-            if point.module_name is not None and point.module_name not in created:
-                created[point.module_name] = point.compressor.create_module(family.width)  # type: ignore[attr-defined]
-        if len(created):
-            family.model.add_module(MODULES_NAME, created)
-            self._decoder.modules = created
-
-    def _check_modules(self, points: Sequence[Point]) -> None:
-        known = set(self._decoder.modules) if self._decoder.modules is not None else set()
-        for point in points:
-            if point.module_name is not None and point.module_name not in known:
-                raise UsageError(
-                    f"{point.spec.kind} at layer {point.layer} learns, and its module does not exist; name the point "
-                    "in attach(..., modules=[...])"
-                )
 
     def _patch(self, module: nn.Module, forward: Any) -> None:
         original = type(module).forward
@@ -197,24 +204,52 @@ class Attachment:
 
         model.__dict__["generate"] = MethodType(patched, model)
 
+        expand = getattr(type(model), "_expand_inputs_for_generation", None)
+        if expand is None:
+            return
+
+        @functools.wraps(expand)
+        def expanded(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids")
+            if expand_size == 1 or ids is None or not _encodes_in_forward(decoder.points):
+                return expand(self, expand_size, *args, **kwargs)
+            images = expand_images(decoder.family, ids, expand_size, kwargs)
+            ids, rest = expand(self, expand_size, *args, **{k: v for k, v in kwargs.items() if k not in images})
+            return ids, {**rest, **images}
+
+        model.__dict__["_expand_inputs_for_generation"] = MethodType(expanded, model)
+
+    def _announce(self) -> None:
+        """While a point looks at how images are encoded, `generate` must leave that to forward, not do it before."""
+        forward = self.model.__dict__["forward"].__func__
+        forward.__dict__.pop("__signature__", None)
+        if _encodes_in_forward(self.points):
+            signature = inspect.signature(forward)
+            kept = [one for name, one in signature.parameters.items() if name != "mm_encoder_outputs"]
+            forward.__signature__ = signature.replace(parameters=kept)
+
     def _language_forward(self, arguments: dict[str, Any]) -> Any:
         return self._decoder.forward(arguments)
 
     def _top_forward(self, inputs: dict[str, Any]) -> Any:
         labels = inputs.pop("labels", None)
         return_logits = inputs.pop("return_logits", False)
+        label_logits = inputs.pop("label_logits", False)
         shifted = inputs.get("shift_labels")
         has_labels = labels is not None or shifted is not None
         current = Pass(inputs, labels)
         self._decoder.current = current
         idle = self._idle_images() if has_labels and self._lacks_images(inputs) else None
+        current.idle = idle is not None
         record = record_of(inputs.get("past_key_values"))
+        points = record.points if record else self.points
+        at_projector = AtProjector(self._decoder, current, [point for point in points if point.at_projector])
         try:
-            with watched_tower(self._decoder.family, record.points if record else self.points) as current.tower:
+            with watched_tower(self._decoder.family, points) as current.tower, at_projector:
                 if not has_labels and not self.points:
                     output = type(self.model).forward(self.model, **inputs)
                 else:
-                    output = self._with_head(current, return_logits)
+                    output = self._with_head(current, return_logits, label_logits)
         finally:
             self._decoder.current = None
             if idle is not None:
@@ -222,8 +257,13 @@ class Attachment:
         self._count(current)
         return output
 
-    def _with_head(self, current: Pass, return_logits: bool) -> Any:
-        """The top model's own forward with our head in the place of its own."""
+    def _with_head(self, current: Pass, return_logits: bool, label_logits: bool) -> Any:
+        """The top model's own forward with our head in the place of its own.
+
+        With `label_logits` and labels the output's logits are those of the L tokens that predict a label, row by row:
+        L x vocabulary, L and its order the same under all points.
+        """
+        return_logits = return_logits and not label_logits
         inputs = dict(current.inputs)
         shifted = inputs.pop("shift_labels", None)
         if shifted is not None and current.labels_BN is None:
@@ -244,7 +284,8 @@ class Attachment:
         if current.labels_BN is not None:
             values["loss"] = head.loss(values["logits"], num_items)
         if current.labels_BN is not None and not return_logits:
-            del values["logits"]
+            if not label_logits:
+                del values["logits"]
         else:
             values["logits"] = head.at_original_length(values["logits"])
         output = type(output)(**values)
@@ -283,6 +324,10 @@ class Attachment:
             self.visual_tokens_per_layer = current.visual_tokens_per_layer
         else:
             self.visual_tokens_per_layer = (family.num_visual_tokens(current.inputs),) * family.num_layers
+
+
+def _encodes_in_forward(points: Sequence[Point]) -> bool:
+    return any(point.at_projector or "cls" in point.spec.needs for point in points)
 
 
 def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

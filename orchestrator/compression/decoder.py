@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from orchestrator.compression.acting import call_idle
 from orchestrator.compression.caches import CacheRecord, SegmentCache, record_of, remember
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import Layout, build_layout
 from orchestrator.compression.masks import Keys
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.projector import trim
+from orchestrator.compression.protocol import Kept, Point
 from orchestrator.compression.recorder import Recording
 from orchestrator.compression.seen import watched_layer
 from orchestrator.compression.segments import (
@@ -41,6 +43,9 @@ class Pass:
         flow: The decoder's last state; None where nothing was compressed.
         visual_tokens_per_layer: Visual tokens that ran in each decoder layer, summed over rows.
         tower: What is recorded of the vision tower; None where no point needs it.
+        idle: A training rank whose batch has no image: what learns is called all the same.
+        located: Layout and labels on the host, once they are known.
+        projected: What points at the projector left of each group.
     """
 
     inputs: dict[str, Any]
@@ -48,6 +53,9 @@ class Pass:
     flow: Flow | None = None
     visual_tokens_per_layer: tuple[int, ...] = ()
     tower: Recording | None = None
+    idle: bool = False
+    located: tuple[Layout | None, Tensor | None] | None = None
+    projected: list[Kept] | None = None
 
 
 @dataclass
@@ -81,9 +89,9 @@ class Decoder:
                 return type(language_model).forward(language_model, **arguments)
             current = Pass({})
         _check_positions(arguments)
-        given = _padding_mask(current, arguments)
+        given = _padding_mask(self.family, current, arguments)
         flow = self._flow(current, arguments, record, given)
-        if record is None and flow.layout is None:
+        if record is None and flow.layout is None and not (current.idle and self._learns()):
             return type(language_model).forward(language_model, **arguments)
         cache = self._cache(arguments, language_model)
         return self._run(current, flow, cache, record, arguments, given)
@@ -136,9 +144,25 @@ class Decoder:
             layout, labels_BN = self._layout(current, given, rows, columns)
         return Flow(embeds_BND, meta_CBN, layout, labels_BN, blocked=blocks_BN is not None)
 
+    def located(self, current: Pass) -> tuple[Layout | None, Tensor | None]:
+        """Layout and labels of a pass before its decoder runs."""
+        if current.located is None and current.inputs.get("input_ids") is not None:
+            given = _padding_mask(self.family, current, {"attention_mask": current.inputs.get("attention_mask")})
+            self._layout(current, given, *current.inputs["input_ids"].shape)
+        return current.located or (None, None)
+
+    def module_of(self, point: Point) -> nn.Module | None:
+        """A point's learned module."""
+        return self.modules[point.module_name] if point.module_name and self.modules is not None else None
+
+    def _learns(self) -> bool:
+        return any(point.module_name for point in self.points if not point.at_projector)
+
     def _layout(
         self, current: Pass, mask: Tensor | None, rows: int, columns: int
     ) -> tuple[Layout | None, Tensor | None]:
+        if current.located is not None:
+            return current.located
         input_ids = current.inputs.get("input_ids")
         if input_ids is None:
             if not self.points:
@@ -150,11 +174,13 @@ class Decoder:
         host = torch.stack(parts).cpu()  # the one copy to the host of a forward
         visual_BN, real_BN = self.family.visual_BN(host[0]), host[1].bool()
         if not bool(visual_BN.any()):
+            current.located = (None, None)
             return None, None
         grids = self.family.grids({**current.inputs, "input_ids": host[0]}, int(visual_BN.sum()))
         layout = build_layout(visual_BN, real_BN, grids)
         # Visual positions never carry a label.
         labels_BN = host[2].masked_fill(visual_BN, -100) if current.labels_BN is not None else None
+        current.located = layout, labels_BN
         return layout, labels_BN
 
     def _run(
@@ -178,6 +204,11 @@ class Decoder:
         options = {name: value for name, value in arguments.items() if name not in names}
         limit = None if self.prompt_columns is None else self.prompt_columns - (after.seen_tokens - columns)
         flow.records = records_for(points, flow.layout, flow.origins_BN, flow.labels_BN, limit, current.tower)
+        if flow.layout is not None and current.projected is None and any(point.at_projector for point in points):
+            raise UsageError(
+                "compression: a point at the projector acts while the images are encoded; pass pixel_values, not ready "
+                "features (mm_encoder_outputs)"
+            )
         last_ids_AB = _last_ids(flow)
         before_shift: Tensor | None = None
         counts, outputs = [], []
@@ -187,7 +218,7 @@ class Decoder:
             before_shift = shift
             if flow.layout is not None and number:
                 shift = after.shifts[-1]
-            flow, renumbered = self._points(flow, segment)
+            flow, renumbered = self._points(current, flow, segment)
             keys = self._keys(flow, cache, segment, record, number, padding_BK)
             mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
@@ -206,12 +237,19 @@ class Decoder:
         current.flow, current.visual_tokens_per_layer = flow, tuple(counts)
         return _joined(outputs, cache)
 
-    def _points(self, flow: Flow, segment: Segment) -> tuple[Flow, bool]:
+    def _points(self, current: Pass, flow: Flow, segment: Segment) -> tuple[Flow, bool]:
         renumbered = False
+        if segment.first == 0 and flow.layout is not None and current.projected is not None:
+            flow = trim(flow, current.projected)
+            renumbered = any(one.renumber for one in current.projected)
+            if renumbered:
+                renumber(flow)
         for point in segment.points:
+            module = self.module_of(point)
             if flow.layout is None:
-                break
-            module = self.modules[point.module_name] if point.module_name and self.modules is not None else None
+                if current.idle and module is not None:
+                    flow.hidden_BND = call_idle(module, flow.hidden_BND)
+                continue
             flow, wants_numbers = compress(flow, point, self.draw, module)
             if wants_numbers:
                 renumber(flow)
@@ -280,15 +318,12 @@ def _past(cache: Any) -> int:
 
 
 def _last_ids(flow: Flow) -> Tensor:
-    """The highest position id of each row: axes x B. Text goes on from the highest of all visual axes (M-RoPE)."""
+    """The highest position id of each row: axes x B."""
     positions_ABN = flow.positions_ABN
     if flow.layout is not None:
         padding_BN = ~flow.layout.real_BN.to(positions_ABN.device)
         positions_ABN = positions_ABN.masked_fill(padding_BN, -1)
-    highest_AB = positions_ABN.amax(2)
-    if len(highest_AB) >= 3:
-        highest_AB[-3:] = highest_AB[-3:].amax(0)
-    return highest_AB
+    return positions_ABN.amax(2)
 
 
 def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
@@ -301,14 +336,19 @@ def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
     flow.meta_CBN[:axes] -= difference_AB[-axes:].unsqueeze(2)
 
 
-def _padding_mask(current: Pass, arguments: dict[str, Any]) -> Tensor | None:
+def _padding_mask(family: Family, current: Pass, arguments: dict[str, Any]) -> Tensor | None:
     """The 2-D padding mask (B x K), or None for no padding.
 
     Families whose top model makes masks (Gemma 3, PaliGemma) hand ready ones of the full length to the language model;
     these are of no use here, and what they were made of is what the top model was given.
     """
     mask = arguments.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2) and current.inputs:
+    if (
+        mask is not None
+        and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        and current.inputs
+        and family.remakes_masks
+    ):
         mask = current.inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError(

@@ -43,6 +43,7 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
         raise UsageError(f"attach: {spec.kind}: layer_average_tokens is solved by the planner; give keep_tokens here")
     layer = spec.layer_index(family.num_layers)
     _check_place(spec, layer, family)
+    check_point(layer if spec.layer != "projector" else "projector", spec.needs, spec.kind, family.cls_attention())
     implementation = registry.load_object(spec.implementation)
     if hasattr(implementation, "create_module") != spec.learns:
         raise UsageError(

@@ -1,0 +1,240 @@
+"""Points at the projector: visual features get fewer before it maps them, and the decoder's rows follow.
+
+The unmodified model checks that there is a feature for every placeholder. So what the projector gives is padded back to
+the number it was, each unit's features first, and the decoder trims the rows before its first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from orchestrator.compression.acting import act, call_idle
+from orchestrator.compression.families import Family
+from orchestrator.compression.layout import Layout, build_layout
+from orchestrator.compression.protocol import Context, Kept, Point, evenly_spaced
+from orchestrator.compression.segments import OTHER_META, Flow, rejoin, visuals_of
+from orchestrator.compression.tower import cls_of_images
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+if TYPE_CHECKING:
+    from orchestrator.compression.decoder import Decoder, Pass
+
+
+@dataclass
+class AtProjector:
+    """The hooks of one forward on the projector, and on the tower where a method acts on pixels; a context manager.
+
+    Attributes:
+        decoder: The attached model.
+        current: The pass under way.
+        points: The points at the projector, in their order.
+    """
+
+    decoder: Decoder
+    current: Pass
+    points: Sequence[Point]
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _padding: tuple[Tensor, int, torch.Size] | None = None
+
+    def __enter__(self) -> AtProjector:
+        if not self.points:
+            return self
+        family = self.decoder.family
+        projector = family.projector
+        assert projector is not None
+        if any(hasattr(point.compressor, "resize") for point in self.points):
+            tower = family.resizable_tower
+            assert tower is not None
+            self._handles.append(tower.register_forward_pre_hook(self._resize, prepend=True, with_kwargs=True))
+        # In front of the others, so that ZeRO-3 sees a learned module before the projector, not inside of it.
+        self._handles.append(projector.register_forward_pre_hook(self._shorten, prepend=True))
+        self._handles.append(projector.register_forward_hook(self._pad))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _resize(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layout = self.decoder.located(self.current)[0]
+        if layout is None:
+            return None
+        pixels_BCHW = args[0] if args else kwargs["pixel_values"]
+        (point,) = (point for point in self.points if hasattr(point.compressor, "resize"))
+        grids = {group.grid for group in layout.groups}
+        if len(grids) > 1:
+            raise UsageError(f"compression: {point.spec.kind}: the tower's images of one call have several grids")
+        (grid,) = grids
+        try:
+            smaller_BCHW = point.compressor.resize(pixels_BCHW, grid)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise UsageError(f"compression: {point.spec.kind} at {point.place}: {error}") from error
+        if smaller_BCHW.shape != pixels_BCHW.shape:
+            kwargs = kwargs | {"interpolate_pos_encoding": True}
+        if args:
+            return (smaller_BCHW, *args[1:]), kwargs
+        return args, kwargs | {"pixel_values": smaller_BCHW}
+
+    def _shorten(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features, rest = args[0], args[1:]
+        layout = self.decoder.located(self.current)[0]
+        self._padding = None
+        if layout is None:
+            for point in self.points:
+                module = self.decoder.module_of(point)
+                features = features if module is None else call_idle(module, features)
+            return (features, *rest)
+        units = self._units(layout, features)
+        renumber = size_bias = False
+        for point in self.points:
+            told = [(unit.visual_BND, unit.grid, self._context(point, unit)) for unit in units]
+            for unit, one in zip(units, act(point, told, self.decoder.module_of(point)), strict=True):
+                unit.keep(one)
+                renumber, size_bias = renumber or one.renumber, size_bias or one.size_bias
+        self.current.projected = [
+            Kept(
+                unit.visual_BND[..., :0],
+                unit.positions_ABN,
+                unit.sizes_BN,
+                unit.sources_BN,
+                unit.grid,
+                renumber,
+                size_bias,
+            )
+            for unit in units
+        ]
+        first = [unit.offsets_I.unsqueeze(1) + torch.arange(unit.visual_BND.shape[1]) for unit in units]
+        places = torch.cat([places_IM.flatten() for places_IM in first]).to(features.device, non_blocking=True)
+        self._padding = places, layout.visual_tokens, features.shape[:-2]
+        flat_LD = torch.cat([unit.visual_BND.flatten(0, 1).to(features.dtype) for unit in units])
+        return (flat_LD if features.ndim == 2 else flat_LD.unsqueeze(0), *rest)
+
+    def _units(self, layout: Layout, features: Tensor) -> list[_Units]:
+        """The features of each group: the tower's images and the units of the batch are in one order."""
+        flat_LD = features.flatten(0, -2)
+        firsts = [group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups]
+        sizes_U = torch.cat([torch.full_like(group.rows_I, group.columns_IN.shape[1]) for group in layout.groups])
+        order_U = torch.cat(firsts).argsort()
+        number_U = order_U.argsort()
+        offset_U = (sizes_U[order_U].cumsum(0) - sizes_U[order_U])[number_U]
+        resized = any(hasattr(point.compressor, "resize") for point in self.points)
+        tokens = len(flat_LD) // len(number_U)
+        if len(flat_LD) != (tokens * len(number_U) if resized else layout.visual_tokens):
+            raise UsageError(
+                f"compression: {self.points[0].spec.kind} at the projector: the tower gave {len(flat_LD)} features for "
+                f"{len(number_U)} images of {layout.visual_tokens} visual tokens; give a decoder layer instead"
+            )
+        units = []
+        counts = [len(group.rows_I) for group in layout.groups]
+        parts = zip(layout.groups, number_U.split(counts), offset_U.split(counts), strict=True)
+        for group, numbers_I, offsets_I in parts:
+            starts_I, count = (numbers_I * tokens, tokens) if resized else (offsets_I, group.columns_IN.shape[1])
+            index_IN = (starts_I.unsqueeze(1) + torch.arange(count)).to(features.device, non_blocking=True)
+            place_IN = torch.arange(group.columns_IN.shape[1], device=features.device).expand(group.columns_IN.shape)
+            where = group.rows_I, numbers_I, offsets_I, place_IN.unsqueeze(0)
+            sizes_IN, tokens_first = torch.ones_like(place_IN), place_IN.shape[1]
+            units.append(_Units(flat_LD[index_IN], group.grid, *where, sizes_IN, place_IN, tokens_first))
+        return units
+
+    def _context(self, point: Point, units: _Units) -> Context:
+        draw = self.decoder.draw
+        samples = tuple(draw.sample_indices[row] for row in units.rows_I.tolist()) if draw.sample_indices else ()
+        return Context(
+            layer=point.layer,
+            positions_ABN=units.positions_ABN,
+            sizes_BN=units.sizes_BN,
+            rows_B=units.rows_I,
+            seed=draw.seed,
+            step=draw.step,
+            sample_indices=samples,
+            **self._told(point, units),
+        )
+
+    def _told(self, point: Point, units: _Units) -> dict[str, Any]:
+        """What the CLS token saw, for a point that needs it: of the features that are left."""
+        if "cls" not in point.spec.needs:
+            return {}
+        attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
+        index_IM = units.sources_BN.clamp(min=0)
+        wide_IMD = index_IM.unsqueeze(2).expand(-1, -1, keys_IND.shape[2])
+        return {"cls_attention_BN": attention_IN.gather(1, index_IM), "cls_keys_BND": keys_IND.gather(1, wide_IMD)}
+
+    def _pad(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self._padding is None:
+            return None
+        places, tokens, leading = self._padding
+        self._padding = None
+        padded_LD = output.new_zeros(tokens, output.shape[-1])
+        return padded_LD.index_copy(0, places, output.flatten(0, -2)).unflatten(0, (*leading, -1))
+
+
+@dataclass
+class _Units:
+    """The features of all units of one grid on their way through the points.
+
+    Attributes:
+        visual_BND: Features.
+        grid: Their grid.
+        rows_I: Row of each unit.
+        numbers_I: Which unit of the batch each is.
+        offsets_I: Visual tokens of the batch before each.
+        positions_ABN: Positions, counted in each unit from 0; one axis.
+        sizes_BN: How many first features each stands for.
+        sources_BN: Which first feature each stands in place of.
+        tokens: First features of each unit.
+    """
+
+    visual_BND: Tensor
+    grid: Grid
+    rows_I: Tensor
+    numbers_I: Tensor
+    offsets_I: Tensor
+    positions_ABN: Tensor
+    sizes_BN: Tensor
+    sources_BN: Tensor
+    tokens: int
+
+    def keep(self, kept: Kept) -> None:
+        """Goes on with what a method kept."""
+        count, tokens = kept.hidden_BMD.shape[1], self.sources_BN.shape[1]
+        sources_BM = kept.sources_BM
+        if sources_BM is None:
+            sources_BM = evenly_spaced(tokens, count, self.sources_BN.device).expand(len(self.sources_BN), -1)
+        self.sources_BN = self.sources_BN.gather(1, sources_BM.clamp(min=0)).masked_fill(sources_BM < 0, -1)
+        self.visual_BND, self.positions_ABN, self.sizes_BN = kept.hidden_BMD, kept.positions_ABM, kept.sizes_BM
+        self.grid = kept.grid or Grid(1, count)
+
+
+def trim(flow: Flow, projected: Sequence[Kept]) -> Flow:
+    """The rows without the padding after each unit's features: positions, sizes and sources as the points left them."""
+    assert flow.layout is not None
+    kept, metas = [], []
+    for group, one in zip(flow.layout.groups, projected, strict=True):
+        visual_BND, meta_CIN = visuals_of(flow, group)
+        axes_ABM = one.positions_ABM.expand(len(meta_CIN) - OTHER_META, -1, -1)
+        positions_ABM = meta_CIN[:-OTHER_META].gather(2, axes_ABM)
+        hidden_BMD = visual_BND[:, : one.positions_ABM.shape[2]]
+        kept.append(replace(one, hidden_BMD=hidden_BMD, positions_ABM=positions_ABM))
+        metas.append(meta_CIN)
+    return rejoin(flow, kept, metas)
+
+
+def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of `generate` with the images of each row repeated as a whole, as its rows are (beams).
+
+    Without ready features, transformers repeats image by image, which mixes the images of a row that has several.
+    """
+    visual_BN = family.visual_BN(input_ids_BN).cpu()
+    layout = build_layout(visual_BN, visual_BN, family.grids(inputs, int(visual_BN.sum())))
+    places = torch.cat([group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups])
+    row_U = places.sort().values // layout.length
+    wanted = torch.cat([(row_U == row).nonzero().squeeze(1).repeat(times) for row in range(len(visual_BN))])
+    names = [name for name in ("pixel_values", "image_sizes") if isinstance(inputs.get(name), Tensor)]
+    return {name: inputs[name][wanted.to(inputs[name].device)] for name in names}
