@@ -92,17 +92,13 @@ def _arms(cell: Cell, facts: ModelFacts) -> list[tuple[str, tuple[dict[str, Any]
     arms: list[tuple[str, tuple[dict[str, Any], ...] | None]] = [(PLAIN, None), (FULL, ())]
     for name, points in cell.spec.compressors.items():
         arms.append((name, resolve_points(points, facts.num_layers, facts.image_grid)))
-    known = {_key(points) for _, points in arms if points is not None}
+    known = {_budget(points, facts) for _, points in arms if points and points[0]["kind"] == "stride"}
     for name, points in cell.spec.compressors.items():
         control = resolve_points(control_points("stride", points, facts), facts.num_layers, facts.image_grid)
-        if _key(control) not in known:
-            known.add(_key(control))
+        if _budget(control, facts) not in known:
+            known.add(_budget(control, facts))
             arms.append((_CONTROL + name, control))
     return arms
-
-
-def _key(points: Sequence[dict[str, Any]]) -> str:
-    return json.dumps(points, sort_keys=True)
 
 
 def _rows(
