@@ -55,7 +55,8 @@ class CompressorSpec(Component):
     """A point where a compressor acts, and how many tokens it leaves.
 
     A subclass declares where it can act (`points`: decoder, projector), what it looks at beside the visual tokens
-    (`needs`: queries, keys, cls, pixels) and whether it has a module that trains (`learns`).
+    (`needs`: queries, keys, cls, pixels), whether it has a module that trains (`learns`), and whether it leaves the
+    tokens as they are where it keeps them all (`keeps_all`; one that makes new tokens does not).
 
     Attributes:
         layer: 0-based decoder layer before which it acts (0 = the decoder's input), a share of the depth (`50%`,
@@ -70,6 +71,7 @@ class CompressorSpec(Component):
     points: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = True
 
     layer: Layer
     stride: Count | None = None

@@ -137,7 +137,7 @@ def run(model: nn.Module, attachment: Attachment | None, batch: Batch, **options
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Gradients of all parameters by name."""
     model.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 

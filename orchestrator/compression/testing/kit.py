@@ -7,19 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from orchestrator import registry
 from orchestrator.compression.testing.bench import Bench
 from orchestrator.compression.testing.checks import Cell
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.tiny import TinyFamily
-from orchestrator.errors import LlavoltaError, UsageError
-from orchestrator.spec.components import Compressor, CompressorSpec, Grid
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import CompressorSpec, Grid
 
 PROVEN = "proven"
-PointOrMapping = CompressorSpec | Mapping[str, Any]
-_ADAPTER: TypeAdapter[CompressorSpec] = TypeAdapter(Compressor)
+PointLike = CompressorSpec | type[CompressorSpec] | Mapping[str, Any]
 _AMOUNTS: tuple[dict[str, Any], ...] = ({"stride": 2}, {"keep_ratio": "1/2"}, {"keep_tokens": 2}, {"keep_tokens": 1})
 _AMOUNT_NAMES = ("stride", "keep_tokens", "keep_ratio")
 
@@ -48,9 +47,7 @@ class Report:
         return "\n".join(f"{name}: {result}" for name, result in self.families.items())
 
 
-def check_compressor(
-    points: PointOrMapping | Sequence[PointOrMapping], families: Iterable[str] | None = None
-) -> Report:
+def check_compressor(points: PointLike | Sequence[PointLike], families: Iterable[str] | None = None) -> Report:
     """Proves a compressor on tiny random models: one line in a plug-in's tests.
 
     On each family: with all tokens kept the loss is the plain model's to 1e-6 and so are the gradients; loss and
@@ -61,8 +58,9 @@ def check_compressor(
     alone, remember nothing, and draw from the context's seed only.
 
     Args:
-        points: A compressor as a mapping or spec, or several of them. Without `layer` the kit tries those a family
-            allows (and the projector, where the method acts there); without an amount it chooses one.
+        points: A compressor as a mapping, a spec or a class of specs, or several of them. Without `layer` the kit
+            tries those a family allows (and the projector, where the method acts there); without an amount it
+            chooses one.
         families: Names in `orchestrator.compression.testing.families.TINY`; by default all.
 
     Raises:
@@ -103,7 +101,7 @@ class Stopped(Exception):
     """Something raised an error before all checks were done."""
 
 
-def check_cell(points: PointOrMapping | Sequence[PointOrMapping], family: str) -> list[str]:
+def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str]:
     """What does not hold for points on one family, in words.
 
     Raises:
@@ -111,7 +109,7 @@ def check_cell(points: PointOrMapping | Sequence[PointOrMapping], family: str) -
         Stopped: the method, or the model with it, raised an error.
     """
     bench = bench_of(family)
-    several: Sequence[PointOrMapping] = [points] if isinstance(points, Mapping | CompressorSpec) else points
+    several = [_candidate(point) for point in (points if isinstance(points, Sequence) else [points])]
     places = _places(several, bench)
     keep_all = _all_kept(several, bench)
     found: list[str] = []
@@ -138,67 +136,104 @@ def _choose(families: Iterable[str] | None) -> tuple[str, ...]:
     return chosen
 
 
-def _places(points: Sequence[PointOrMapping], bench: Bench) -> list[list[CompressorSpec]]:
+@dataclass(frozen=True)
+class Candidate:
+    """A compressor with some of its parameters; layer and amount may be missing."""
+
+    cls: type[CompressorSpec]
+    given: Mapping[str, Any]
+
+    @property
+    def has_amount(self) -> bool:
+        """It says how many tokens it keeps."""
+        return any(name in self.given for name in _AMOUNT_NAMES)
+
+    def spec(self, **more: Any) -> CompressorSpec:
+        """The spec with these parameters, too.
+
+        Raises:
+            UsageError: it does not validate.
+        """
+        value = {"kind": self.cls.kind_name(), **self.given, **more}
+        try:
+            return self.cls.model_validate(value)
+        except ValidationError as error:
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in error.errors()
+            )
+            raise UsageError(f"check_compressor: {value!r} is no compressor: {faults}") from error
+
+    def all_kept(self) -> Candidate:
+        """The same with every token kept."""
+        rest = {name: value for name, value in self.given.items() if name not in _AMOUNT_NAMES}
+        return Candidate(self.cls, {**rest, "keep_ratio": 1})
+
+
+def _candidate(point: PointLike) -> Candidate:
+    if isinstance(point, CompressorSpec):
+        return Candidate(type(point), point.model_dump(exclude_none=True))
+    if isinstance(point, type):
+        return Candidate(point, {})
+    kind, known = point.get("kind"), registry.kinds(registry.COMPRESSORS)
+    if kind not in known:
+        raise UsageError(f"check_compressor: no compressor of kind {kind!r} is registered; known: {', '.join(known)}")
+    return Candidate(registry.spec_class(registry.COMPRESSORS, kind), point)
+
+
+def _places(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSpec]]:
     """The points at every place worth trying that the family allows.
 
     Raises:
         Refused: there is none.
     """
-    layers: list[Any] = [None]
-    if len(points) == 1 and isinstance(points[0], Mapping) and "layer" not in points[0]:
-        cls = _class_of(points[0])
-        layers = [*_decoder_layers(cls, bench.tiny), *(["projector"] if "projector" in cls.points else [])]
     found, reasons = [], []
-    for layer in layers:
+    for layers in _layers(points, bench.tiny):
         try:
-            several = _complete(points, layer, bench)
-            bench_points(bench, several)
-            found.append(several)
-        except (LlavoltaError, ValueError) as error:
+            several = _complete(points, layers, bench.grids)
+            with bench.attached("plain", several):  # so that a refusal is seen before any check
+                found.append(several)
+        except (UsageError, ValueError) as error:
             reasons.append(str(error))
     if not found:
         raise Refused(reasons[0].removeprefix("attach: "))
     return found
 
 
-def bench_points(bench: Bench, points: Sequence[CompressorSpec]) -> None:
-    """Attaches points and takes them off again, so that a refusal is seen before any check."""
-    with bench.attached("plain", points):
-        pass
+def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
+    """Layers to try for the points that name none; several points go down the depth."""
+    if all("layer" in point.given for point in points):
+        return [[None] * len(points)]
+    cls = points[0].cls
+    enters = hasattr(registry.load_object(cls.implementation), "enter")
+    first = max(tiny.first_layer, 1 if {"queries", "keys"} & set(cls.needs) or enters else 0)
+    if len(points) > 1:
+        return [[min(first + number, tiny.layers - 1) for number in range(len(points))]]
+    inside = dict.fromkeys([first, max(first, tiny.layers - 2)]) if "decoder" in cls.points else {}
+    return [[layer] for layer in [*inside, *(["projector"] if "projector" in cls.points else [])]]
 
 
-def _decoder_layers(cls: type[CompressorSpec], tiny: TinyFamily) -> list[int]:
-    if "decoder" not in cls.points:
-        return []
-    first = max(tiny.first_layer, 1 if {"queries", "keys"} & set(cls.needs) else 0)
-    return list(dict.fromkeys([first, max(first, tiny.layers - 2)]))
-
-
-def _complete(points: Sequence[PointOrMapping], layer: Any, bench: Bench) -> list[CompressorSpec]:
+def _complete(points: Sequence[Candidate], layers: Sequence[Any], grids: Sequence[Grid]) -> list[CompressorSpec]:
     """Specs with a layer and an amount.
 
     Raises:
         ValueError: no amount fits the family's images.
     """
-    grids, specs = bench.grids, []
-    for point in points:
-        spec = _with_amount(point, layer, grids)
+    specs = []
+    for point, layer in zip(points, layers, strict=True):
+        more = {} if layer is None or "layer" in point.given else {"layer": layer}
+        spec = _with_amount(point, more, grids)
         specs.append(spec)
         grids = tuple(spec.kept_grid(grid) for grid in grids)
     return specs
 
 
-def _with_amount(point: PointOrMapping, layer: Any, grids: Sequence[Grid]) -> CompressorSpec:
-    if isinstance(point, CompressorSpec):
-        _fits(point, grids)
-        return point
-    given = dict(point) if layer is None else {**point, "layer": layer}
-    choices = ({},) if any(name in given for name in _AMOUNT_NAMES) else _AMOUNTS
+def _with_amount(point: Candidate, more: Mapping[str, Any], grids: Sequence[Grid]) -> CompressorSpec:
     reason: Exception | None = None
-    for amount in choices:
+    for amount in ({},) if point.has_amount else _AMOUNTS:
         try:
-            spec = _validate({**given, **amount})
-            _fits(spec, grids)
+            spec = point.spec(**more, **amount)
+            for grid in grids:
+                spec.kept_tokens(grid)
         except (UsageError, ValueError) as error:
             reason = reason or error
             continue
@@ -207,40 +242,8 @@ def _with_amount(point: PointOrMapping, layer: Any, grids: Sequence[Grid]) -> Co
     raise reason
 
 
-def _fits(spec: CompressorSpec, grids: Iterable[Grid]) -> None:
-    for grid in grids:
-        spec.kept_tokens(grid)
-
-
-def _all_kept(points: Sequence[PointOrMapping], bench: Bench) -> list[list[CompressorSpec]]:
+def _all_kept(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSpec]]:
     """The points where they keep every token, if the method then keeps them as they are."""
-    if len(points) != 1 or not getattr(_class_of(points[0]), "keeps_all", True):
+    if not all(point.cls.keeps_all for point in points):
         return []
-    point = points[0]
-    given = dict(point) if isinstance(point, Mapping) else point.model_dump(exclude_none=True)
-    given = {name: value for name, value in given.items() if name not in _AMOUNT_NAMES}
-    return _places([{**given, "keep_ratio": 1}], bench)
-
-
-def _class_of(point: PointOrMapping) -> type[CompressorSpec]:
-    if isinstance(point, CompressorSpec):
-        return type(point)
-    kind = point.get("kind")
-    if kind not in registry.kinds(registry.COMPRESSORS):
-        raise UsageError(
-            f"check_compressor: no compressor of kind {kind!r} is registered; known: "
-            f"{', '.join(registry.kinds(registry.COMPRESSORS))}"
-        )
-    found: type[CompressorSpec] = registry.spec_class(registry.COMPRESSORS, kind)
-    return found
-
-
-def _validate(value: Mapping[str, Any]) -> CompressorSpec:
-    try:
-        return _ADAPTER.validate_python(dict(value))
-    except ValidationError as error:
-        faults = [
-            "; ".join(str(inner["msg"]) for inner in (fault.get("ctx") or {}).get("errors", [fault]))
-            for fault in error.errors()
-        ]
-        raise UsageError(f"check_compressor: {dict(value)!r} is no compressor: {'; '.join(faults)}") from error
+    return _places([point.all_kept() for point in points], bench)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -176,7 +177,7 @@ def _image_of(context: Context, image: int) -> Context:
 
 def global_random_state() -> tuple[Any, ...]:
     """The states of torch's, numpy's and Python's global generators."""
-    return torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[union-attr]
+    return torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate()
 
 
 def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

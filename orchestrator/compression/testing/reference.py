@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.families import Family
 from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.testing.features import before_projector, one_of
 from orchestrator.compression.testing.method import Call
 from orchestrator.compression.testing.rows import IGNORED, RowState, Unit, spliced, take_rows
 from orchestrator.compression.testing.tower import watched, with_cls
@@ -45,6 +46,7 @@ class Reference:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     unstable: bool = False
     calls: list[Call] = field(default_factory=list)
+    _seen: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(
         self, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]], points: Sequence[Point]
@@ -60,7 +62,12 @@ class Reference:
         head = self.family.model.get_output_embeddings()
         with watched(self.family, any("cls" in point.spec.needs for point in points)) as seen:
             states = take_rows(self.family, batch, units)
-        done = [self._through(state, points) for state in with_cls(states, seen)]
+        states = with_cls(states, seen)
+        before = [point for point in points if point.at_projector]
+        if before:
+            states = before_projector(self.family, batch, states, before, self._at_projector)
+        inside = [point for point in points if not point.at_projector]
+        done = [self._through(state, inside) for state in states]
         return [(state, head(state.hidden_ND)) for state in done]
 
     def loss(self, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]], points: Sequence[Point]) -> Tensor:
@@ -99,11 +106,21 @@ class Reference:
             context = self._context(state, point, members, module)
             visual_BND = torch.stack([state.hidden_ND[list(unit.columns)] for unit in members])
             method = point.compressor.enter if enters else point.compressor.compress  # type: ignore[attr-defined]
-            kept = method(visual_BND, grid, context)
-            self.calls.append(Call(point.spec, method, visual_BND, grid, context, kept))
-            self.unstable = self.unstable or is_unstable(method, visual_BND, grid, context, kept)
-            parts += [(unit, _one_of(kept, number)) for number, unit in enumerate(members)]
+            kept = self._call(point, method, visual_BND, grid, context)
+            parts += [(unit, one_of(kept, number)) for number, unit in enumerate(members)]
         return spliced(state, parts) if parts else state
+
+    def _at_projector(self, point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        samples = tuple(sample_of(row) for row in context.sample_indices)
+        module = self.modules.get(point.module_name) if point.module_name else None
+        context = replace(context, seed=_SEED, step=_STEP, sample_indices=samples, module=module)
+        return self._call(point, point.compressor.compress, visual_BND, grid, context)
+
+    def _call(self, point: Point, method: Any, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        kept: Kept = method(visual_BND, grid, context)
+        self.calls.append(Call(point.spec, method, visual_BND, grid, context, kept))
+        self.unstable = self.unstable or is_unstable(method, visual_BND, grid, context, kept)
+        return kept
 
     def _context(self, state: RowState, point: Point, members: Sequence[Unit], module: nn.Module | None) -> Context:
         columns_BN = torch.tensor([unit.columns for unit in members])
@@ -128,12 +145,9 @@ class Reference:
             context = replace(context, row_keys_RND=self._seen["keys"].unsqueeze(0))
         if "cls" in point.spec.needs and state.cls_N is not None and state.cls_keys_Nd is not None:
             origins_BN = torch.tensor(state.origins)[columns_BN]
-            cls = {"cls_attention_BN": state.cls_N[origins_BN], "cls_keys_BND": state.cls_keys_Nd[origins_BN]}
-            context = replace(context, **cls)
+            attention_BN, keys_BND = state.cls_N[origins_BN], state.cls_keys_Nd[origins_BN]
+            context = replace(context, cls_attention_BN=attention_BN, cls_keys_BND=keys_BND)
         return context
-
-    def __post_init__(self) -> None:
-        self._seen: dict[str, Tensor] = {}
 
 
 def sample_of(row: int) -> int:
@@ -156,18 +170,6 @@ def _asking(state: RowState) -> list[int]:
     return places or [len(state.labels) - 1]
 
 
-def _one_of(kept: Kept, number: int) -> Kept:
-    one = slice(number, number + 1)
-    sources_BM = kept.sources_BM[one] if kept.sources_BM is not None else None
-    return replace(
-        kept,
-        hidden_BMD=kept.hidden_BMD[one],
-        positions_ABM=kept.positions_ABM[:, one],
-        sizes_BM=kept.sizes_BM[one],
-        sources_BM=sources_BM,
-    )
-
-
 def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, kept: Kept) -> bool:
     """Whether a method chooses otherwise when all it looks at is moved by `NUDGE`: a near-tie.
 
@@ -183,7 +185,8 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
 
     names = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
     with torch.no_grad():
-        other_context = replace(context, **{name: moved(getattr(context, name)) for name in names})
+        others: dict[str, Any] = {name: moved(getattr(context, name)) for name in names}
+        other_context = replace(context, **others)
         nudged = moved(visual_BND)
         assert nudged is not None
         other = method(nudged, grid, other_context)

@@ -66,8 +66,8 @@ class RowState:
         return frozenset(column for unit in self.units for column in unit.columns)
 
 
-class _Reached(Exception):
-    """The decoder was reached; nothing after it is of interest."""
+class Reached(Exception):
+    """What was to be seen of a forward was seen; nothing after it is of interest."""
 
 
 def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +76,12 @@ def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[s
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
-        raise _Reached
+        raise Reached
 
     handle = language_model.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()
@@ -115,7 +115,8 @@ def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence
             RowState(
                 number=row,
                 hidden_ND=embeds_BND[row, real_N],
-                positions_AN=positions_ABN[:, row, real_N],
+                # The row alone begins at 0, whatever padding stood before it: attention knows only distances.
+                positions_AN=positions_ABN[:, row, real_N] - positions_ABN[:, row, real_N].amin(),
                 sizes=(1,) * count,
                 origins=tuple(range(count)),
                 labels=tuple(labels_BN[row, real_N].tolist()),
@@ -209,7 +210,7 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
         if before == tokens - 1:
             chosen += range(tokens, count)
         for m in chosen:
-            source = _source(kept, m, tokens)
+            source = source_of(kept, m, tokens)
             places[unit.columns].append(len(hidden))
             hidden.append(kept.hidden_BMD[0, m])
             positions.append(kept.positions_ABM[:, 0, m] + moved)
@@ -237,10 +238,11 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
     )
 
 
-def _source(kept: Any, m: int, tokens: int) -> int:
+def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
+    """The token of an image that its kept token `m` stands in place of; -1 for a new one."""
     count = kept.hidden_BMD.shape[1]
     if kept.sources_BM is not None:
-        return int(kept.sources_BM[0, m])
+        return int(kept.sources_BM[image, m])
     if count > tokens:
         return m if m < tokens else -1
     return m * tokens // count

@@ -1,0 +1,176 @@
+"""The contract kit catches faults: each of these compressors is wrong in one way, and the message says which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+
+from orchestrator.compression.protocol import evenly_spaced, take
+from orchestrator.compression.testing import check_compressor
+from orchestrator.spec.components import CompressorSpec, amount_to_keep
+
+
+class Sound:
+    """Keeps every second token."""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def compress(self, visual_BND, grid, context):
+        index_M = evenly_spaced(grid.tokens, self.spec.kept_tokens(grid), visual_BND.device)
+        return take(visual_BND, index_M.expand(len(visual_BND), -1), context)
+
+
+class DropsWithoutPositions(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, positions_ABM=context.positions_ABN[:, :, : kept.hidden_BMD.shape[1]])
+
+
+class PositionsOfAnotherImage(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, positions_ABM=torch.zeros_like(kept.positions_ABM) + torch.arange(1000, 1001))
+
+
+class MixesTwoImages(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, hidden_BMD=kept.hidden_BMD + 0.1 * kept.hidden_BMD.roll(1, 0))
+
+
+class DependsOnBatchMates(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, hidden_BMD=kept.hidden_BMD / visual_BND.std())
+
+
+class ChoosesForTheWholeBatch(Sound):
+    """The tokens of largest norm, on average over the batch."""
+
+    def compress(self, visual_BND, grid, context):
+        norms_N = visual_BND.detach().norm(dim=-1).mean(0)
+        index_M = norms_N.topk(self.spec.kept_tokens(grid)).indices.sort().values
+        return take(visual_BND, index_M.expand(len(visual_BND), -1), context)
+
+
+class Remembers(Sound):
+    calls = 0
+
+    def compress(self, visual_BND, grid, context):
+        type(self).calls += 1
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, hidden_BMD=kept.hidden_BMD * (1 + 0.1 * type(self).calls))
+
+
+class GlobalRandomness(Sound):
+    def compress(self, visual_BND, grid, context):
+        index_M = torch.randperm(grid.tokens)[: self.spec.kept_tokens(grid)].sort().values
+        return take(visual_BND, index_M.expand(len(visual_BND), -1), context)
+
+
+class OtherLengthInRecompute(Sound):
+    """A selection that depends on whether gradients are recorded: backward would run with other shapes."""
+
+    def compress(self, visual_BND, grid, context):
+        count = self.spec.kept_tokens(grid) - (0 if torch.is_grad_enabled() else 1)
+        return take(visual_BND, torch.arange(count).expand(len(visual_BND), -1), context)
+
+
+class WrongSizes(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, sizes_BM=kept.sizes_BM * grid.tokens)
+
+
+class ZeroSizes(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, sizes_BM=torch.zeros_like(kept.sizes_BM))
+
+
+class KeepsMoreThanItSays(Sound):
+    def compress(self, visual_BND, grid, context):
+        count = min(grid.tokens, self.spec.kept_tokens(grid) + 1)
+        return take(visual_BND, torch.arange(count).expand(len(visual_BND), -1), context)
+
+
+class WritesIntoItsInput(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        visual_BND.detach().mul_(1.01)
+        return kept
+
+
+class HangsOnTheLastBits(Sound):
+    """Ranks tokens by digits far behind the point."""
+
+    def compress(self, visual_BND, grid, context):
+        noise_BN = (visual_BND.detach().sum(2) * 1e6).sin()
+        index_BM = noise_BN.topk(self.spec.kept_tokens(grid), dim=1).indices.sort(1).values
+        return take(visual_BND, index_BM, context)
+
+
+class ChangesAllTokens(Sound):
+    """Does something to the tokens even where it keeps them all."""
+
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, hidden_BMD=kept.hidden_BMD * 1.01)
+
+
+class CutsTheGraph(Sound):
+    """With all tokens kept the values are right but no gradient gets through."""
+
+    def compress(self, visual_BND, grid, context):
+        return super().compress(visual_BND.detach(), grid, context)
+
+
+class RaisesAnError(Sound):
+    def compress(self, visual_BND, grid, context):
+        return take(visual_BND, torch.arange(99).expand(len(visual_BND), -1), context)
+
+
+FAULTS = {
+    DropsWithoutPositions: "with the position id",
+    PositionsOfAnotherImage: "outside of the image's own",
+    MixesTwoImages: "must not depend on the others of the batch",
+    DependsOnBatchMates: "must not depend on the others of the batch",
+    ChoosesForTheWholeBatch: "must not depend on the others of the batch",
+    Remembers: "it remembers something",
+    GlobalRandomness: "global random state",
+    OtherLengthInRecompute: "called twice with the same tokens it kept 5 and then 4",
+    WrongSizes: "sizes_BM of an image sum to",
+    ZeroSizes: "every token stands for at least one",
+    KeepsMoreThanItSays: "says 5 tokens, compress gave 6",
+    WritesIntoItsInput: "it writes into the visual tokens",
+    HangsOnTheLastBits: "hangs on the last bits",
+    ChangesAllTokens: "all tokens kept, layer 0: loss against the plain model",
+    CutsTheGraph: "gradients differ",
+    RaisesAnError: "an error stopped the checks",
+}
+
+
+def spec_for(implementation):
+    class Spec(CompressorSpec):
+        kind: Literal["broken"] = "broken"
+
+        def kept_tokens(self, grid):
+            return amount_to_keep(self, grid.tokens)
+
+    Spec.implementation = f"{__name__}:{implementation.__name__}"
+    return Spec
+
+
+def test_the_sound_one_is_proven():
+    assert check_compressor(spec_for(Sound), ["llava"]).proven == ("llava",)
+
+
+@pytest.mark.parametrize("implementation", FAULTS, ids=lambda cls: cls.__name__)
+def test_a_fault_is_named(implementation):
+    with pytest.raises(AssertionError, match=FAULTS[implementation]) as caught:
+        check_compressor(spec_for(implementation), ["llava"])
+    assert "llava: " in str(caught.value)
