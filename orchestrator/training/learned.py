@@ -26,6 +26,7 @@ from orchestrator.models.learned import LEARNED_MODULES, fill, learned_modules, 
 from orchestrator.models.parts import COMPRESSOR, names_without_decay, rate_of
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import group
+from orchestrator.training.clipping import SharedNorm, loss_scale
 from orchestrator.training.parked import LEARNED_FILE, MOMENTS, Parked, read_parked, write_parked
 
 
@@ -44,9 +45,12 @@ class _Live:
     optimizer: torch.optim.AdamW | None
     steps: int
 
-    def advance(self, base_rate: float, rate_factor: float) -> None:
+    def advance(self, base_rate: float, rate_factor: float, clipping: torch.Tensor | None) -> None:
         """One step of AdamW on the masters, and the new values into the module."""
         assert self.optimizer is not None
+        for master in self.masters.values():
+            if master.grad is not None and clipping is not None:
+                master.grad.mul_(clipping)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = base_rate * rate_factor
         self.optimizer.step()
@@ -60,25 +64,25 @@ class LearnedPart:
     """All learned compressors of a state: those of the phase's table so far, and those an earlier phase left.
 
     Args:
-        model: The engine's model.
+        engine: The engine of the rest of the model.
         recipe: Whether they train, their rate, decay and clipping.
         seed: Of the phase; a compressor that no earlier state knows starts from (seed, its name).
-        device: Where it computes.
         dtype: What it computes in.
         weights_file: Weights of the parent state; the compressors in it are known from the start.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        engine: Any,
         recipe: PhaseSpec,
         seed: int,
-        device: torch.device,
         dtype: torch.dtype,
         weights_file: Path,
     ) -> None:
-        self._model, self._recipe, self._seed = model, recipe, seed
-        self._device, self._dtype = device, dtype
+        self._engine, self._model, self._recipe, self._seed = engine, engine.module, recipe, seed
+        self._device, self._dtype = engine.device, dtype
+        self._norm = SharedNorm(engine, recipe.max_grad_norm)
+        self._stepping: list[_Live] = []
         self._parked = {name: Parked(weights) for name, weights in learned_weights(weights_file).items()}
         self._live: dict[str, _Live] = {}
         self._points: list[dict[str, Any]] = []
@@ -136,24 +140,40 @@ class LearnedPart:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
-    def step(self, used: Sequence[str | None], rate_factor: float, applied: bool = True, scale: float = 1.0) -> None:
-        """One step of AdamW on the compressors used in this optimizer step; the others stay as they are.
-
-        Their gradients are clipped by their own norm (`max_grad_norm`), apart from the rest of the model.
+    def reduce(self, used: Iterable[str | None]) -> None:
+        """Sums over ranks the gradients of the compressors used in this optimizer step; right before the engine steps.
 
         Args:
             used: Names of the modules; None for points without one.
-            rate_factor: The schedule's factor on the learning rate.
-            applied: False where the engine passed this step over.
-            scale: What the loss was multiplied with against underflow (float16).
         """
-        steps = (
-            [self._live[name] for name in dict.fromkeys(used) if name is not None] if self.trains and applied else []
-        )
-        if steps:
-            finite = self._reduce([master for live in steps for master in live.masters.values()], scale)
-            for live in steps if finite else []:
-                live.advance(self._base_rate, rate_factor)
+        names = sorted({name for name in used if name is not None}) if self.trains else []
+        self._stepping = [self._live[name] for name in names]
+        masters = [master for live in self._stepping for master in live.masters.values()]
+        if not masters:
+            return
+        flat = torch.cat([(m.grad if m.grad is not None else torch.zeros_like(m)).flatten() for m in masters])
+        if group.world_size() > 1:
+            dist.all_reduce(flat)
+        scale = loss_scale(self._engine)
+        # The loss was multiplied by the number of ranks, since an engine takes the mean over them.
+        flat.div_(group.world_size() * scale)
+        if scale != 1.0 and not bool(torch.isfinite(flat).all()):
+            self._stepping = []  # float16 overflowed here, as it may in the engine: this step is passed over
+            return
+        self._norm.beside = flat.norm()
+        for master, gradient in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
+            master.grad = gradient.view_as(master)
+
+    def step(self, rate_factor: float) -> None:
+        """One step of AdamW on what was reduced, right after the engine's; the other compressors stay as they are.
+
+        Args:
+            rate_factor: The schedule's factor on the learning rate.
+        """
+        factor = self._norm.factor()
+        for live in self._stepping if self._engine.was_step_applied() else []:
+            live.advance(self._base_rate, rate_factor, factor)
+        self._stepping = []
         for live in self._live.values():
             for parameter in (*live.masters.values(), *live.module.parameters()):
                 parameter.grad = None
@@ -217,22 +237,6 @@ class LearnedPart:
                     **{kind: moments[kind].to(self._device, copy=True) for kind in MOMENTS},
                 }
         return _Live(module, masters, optimizer, parked.steps)
-
-    def _reduce(self, masters: Sequence[nn.Parameter], scale: float) -> bool:
-        """Sums the masters' gradients over ranks and clips them; False where one is not finite under a loss scale."""
-        parts = [(m.grad if m.grad is not None else torch.zeros_like(m)).flatten() for m in masters]
-        flat = torch.cat(parts)
-        if group.world_size() > 1:
-            dist.all_reduce(flat)
-        # The loss was multiplied by the number of ranks, since an engine takes the mean over them.
-        flat.div_(group.world_size() * scale)
-        if scale != 1.0 and not bool(torch.isfinite(flat).all()):
-            return False
-        if self._recipe.max_grad_norm > 0:
-            flat.mul_((self._recipe.max_grad_norm / (flat.norm() + 1e-6)).clamp(max=1.0))
-        for master, gradient in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
-            master.grad = gradient.view_as(master)
-        return True
 
 
 def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: PhaseSpec) -> torch.optim.AdamW:

@@ -71,7 +71,7 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
     return Session(
         engine=engine,
         attachment=attachment,
-        learned=LearnedPart(model, recipe, job.seed, engine.device, getattr(torch, dtype), weights_file),
+        learned=LearnedPart(engine, recipe, job.seed, getattr(torch, dtype), weights_file),
         base_rates=base_rates,
         key=session_key(job),
         config=config,

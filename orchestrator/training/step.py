@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -65,12 +64,6 @@ def _rate_factor(job: StageJob, step: int) -> float:
     return rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
 
 
-def _loss_scale(engine: Any) -> float:
-    """What the engine multiplies the loss with against underflow; 1 but for float16."""
-    scaled = getattr(engine.optimizer, "scale_if_loss", None)
-    return 1.0 if scaled is None else float(scaled(torch.ones(())))
-
-
 def run_step(
     session: Session, job: StageJob, step: int, micro_batches: Sequence[MicroBatch], should_stop: bool
 ) -> StepFigures:
@@ -93,15 +86,15 @@ def run_step(
         losses = _forward(session, action, batch, label_tokens, micro_batch_seed(job.seed, step, batch.indices[0]))
         engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
         session.learned.collect()
-        scale = _loss_scale(engine)
+        if engine.is_gradient_accumulation_boundary():
+            session.learned.reduce(point.module_name for point in session.attachment.points)
         engine.step()
         loss_sum = loss_sum.to(losses.total.device) + losses.labels.detach().double()
         if losses.distill is not None:
             distill_sum = distill_sum.to(losses.total.device) + losses.distill.detach().double()
         visual_layer_tokens += session.attachment.last_visual_layer_tokens
         text_tokens += _text_tokens(session, batch)
-    used = [point.module_name for point in session.attachment.points]
-    session.learned.step(used, _rate_factor(job, step), engine.was_step_applied(), scale)
+    session.learned.step(_rate_factor(job, step))
     samples = sum(len(batch.indices) for batch in micro_batches)
     sums = group.reduce_values(
         [loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop), distill_sum.item()]
@@ -140,6 +133,5 @@ def _forward(session: Session, action: Action, batch: MicroBatch, label_tokens: 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:
     """Tokens that are neither padding nor an image's."""
-    image_token = session.engine.module.config.image_token_id
-    visual = (batch.tensors["input_ids"] == image_token).sum()
+    visual = session.attachment.visual_BN(batch.tensors["input_ids"]).sum()
     return int(batch.tensors["attention_mask"].sum() - visual)

@@ -43,7 +43,12 @@ def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: bool = Fa
     train = ("projector", "language_model", *(("compressor",) if learned else ()))
     if learned:
         other = ({**MIXING[0], "variety": 1},)
-        table = (Action(0, 3, "mix", MIXING), Action(3, 4, "full"), Action(4, 5, "other", other), Action(5, 6, "m", MIXING))
+        table = (
+            Action(0, 3, "mix", MIXING),
+            Action(3, 4, "full"),
+            Action(4, 5, "other", other),
+            Action(5, 6, "m", MIXING),
+        )
     common: dict[str, Any] = {
         "data": uneven_data(rows),
         "recipe": recipe_of(deepspeed=zero, per_device_train_batch_size=2, train=train),
