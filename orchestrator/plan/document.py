@@ -13,6 +13,7 @@ from orchestrator.plan.costing import Costs
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree
+from orchestrator.plan.variants import variant_documents
 
 if TYPE_CHECKING:
     from orchestrator.spec.loader import LoadedExperiment
@@ -39,8 +40,8 @@ def plan_document(
         text_tokens: Text tokens a sample for the cost figures; None takes the data's measured means.
 
     Returns:
-        `experiment`, `cells`, `stage_runs`, `totals` as DESIGN section 4 fixes them, and `notices`. Costs are None
-        where the model's facts are not known.
+        `experiment`, `cells`, `stage_runs`, `totals` as DESIGN section 4 fixes them, `variants` and `notices`. Costs
+        are None where the model's facts are not known.
     """
     costs, states = Costs(text_tokens), _States.of(loaded.spec.name, tree, ledger)
     plans = _plans(cells)
@@ -64,6 +65,7 @@ def plan_document(
         "experiment": loaded.spec.name,
         "cells": shown,
         "stage_runs": runs,
+        "variants": variant_documents(cells),
         "totals": totals,
         "notices": list(notices),
     }

@@ -26,6 +26,8 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
         )
     console.print(f"[bold]{document['experiment']}[/bold]")
     console.print(grid)
+    if document["variants"]:
+        console.print(_variants(document["variants"]))
     console.print(_tree(document))
     totals = document["totals"]
     alone, shared = totals.get("train_tflops_alone"), totals.get("train_tflops_shared")
@@ -37,6 +39,23 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
     )
     for notice in document.get("notices", ()):
         console.print(f"note: {notice}", highlight=False, markup=False)
+
+
+def _variants(variants: list[dict[str, Any]]) -> RichTable:
+    """What each variant keeps of an image."""
+    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("variant", "methods and layers", "kept tokens", "layer average", "CR"):
+        grid.add_column(name, justify="left" if name in ("variant", "methods and layers") else "right", overflow="fold")
+    for variant in variants:
+        points = variant["points"]
+        grid.add_row(
+            variant["name"] + (f" (control {variant['control']})" if variant["control"] else ""),
+            ", ".join(f"{point['kind']} at {point['layer']}" for point in points),
+            ", ".join(_number(point["kept_tokens"], 0) for point in points),
+            _number(variant["layer_average_tokens"], 1),
+            _number(variant["compression_ratio"], 3),
+        )
+    return grid
 
 
 def _tree(document: dict[str, Any]) -> Tree:

@@ -18,6 +18,7 @@ class RandomDropSpec(CompressorSpec):
     """Keeps a random subset of an image's visual tokens, drawn anew at each step; the control to beat."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.random_drop:RandomDrop"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["random_drop"] = "random_drop"
 

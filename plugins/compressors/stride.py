@@ -16,6 +16,7 @@ class StrideSpec(CompressorSpec):
     """Keeps every `stride`-th visual token of an image, in raster order; or as many, evenly spaced."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.stride:Stride"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["stride"] = "stride"
 

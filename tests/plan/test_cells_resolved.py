@@ -71,9 +71,13 @@ def test_data_that_is_not_here(lab: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["max_train_tflops", "match_train_tflops"])
-def test_lengths_by_cost_are_refused_by_name(lab: Any, key: str) -> None:
-    with pytest.raises(UsageError, match=f"phases.finetune.{key}"):
-        lab.cell(**{f"phases__finetune__{key}": 3.0 if key.startswith("max") else "two"})
+def test_lengths_by_cost_need_the_cost_of_a_step(lab: Any, key: str) -> None:
+    length = {
+        f"phases__finetune__{key}": 3.0 if key.startswith("max") else "two",
+        "data__train__file": "/not/here.json",
+    }
+    with pytest.raises(UsageError, match=f"phases.finetune.{key}: the cost of a step is not known here"):
+        lab.cell(**length)
 
 
 def test_a_phase_without_a_length_is_refused(lab: Any) -> None:

@@ -84,8 +84,6 @@ def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str
 @pytest.mark.parametrize(
     ("old", "new", "path"),
     [
-        ("max_steps: 100", "max_train_tflops: 5.0", "phases.finetune.max_train_tflops"),
-        ("max_steps: 100", "match_train_tflops: two", "phases.finetune.match_train_tflops"),
         ("max_steps: 100", "max_steps: 100\n    train: [projector, compressor]", "phases.finetune.train"),
     ],
 )
