@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import yaml
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.costing import Costs, share_of_tree
 from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree
 
@@ -23,6 +24,7 @@ Status = Literal["new", "running", "finished", "failed"]
 Point = tuple[str, float, int, int]
 _TRACKED = {
     "loss": "train/loss",
+    "distill_loss": "train/distill_loss",
     "learning_rate": "train/learning_rate",
     "visual_tokens": "train/visual_tokens",
     "step_seconds": "train/step_seconds",
@@ -254,12 +256,15 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | No
 
 def _step_tables(cell: Cell) -> dict[str, str]:
     """What every step of every phase does, for people (CSV) and programs (JSON)."""
-    tables = {
-        plan.name: [[a.first_step, a.last_step, a.variant, list(a.points)] for a in plan.table] for plan in cell.phases
-    }
+    tables = {plan.name: [_step_row(action) for action in plan.table] for plan in cell.phases}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("phase", "first_step", "last_step", "variant"))
     for phase, table in tables.items():
         writer.writerows((phase, *row[:3]) for row in table)
     return {"schedule.json": json.dumps(tables, indent=1) + "\n", "schedule.csv": text.getvalue()}
+
+
+def _step_row(action: Action) -> list[Any]:
+    row: list[Any] = [action.first_step, action.last_step, action.variant, list(action.points)]
+    return row if action.distill is None else [*row, {"distill": asdict(action.distill)}]

@@ -123,8 +123,9 @@ class LiveView:
         cells = self._cells_of.get(job.id, ())
         whose = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
         if isinstance(job, StageJob):
-            action = job.action_at(job.first_step)
-            return f"train {whose}: {job.phase} steps {job.first_step}-{job.last_step} under {action.variant}"
+            names = list(dict.fromkeys(a.variant for a in job.table if a.last_step > job.first_step))
+            under = "+".join(names) if len(names) <= 3 else f"{len(names)} variants"
+            return f"train {whose}: {job.phase} steps {job.first_step}-{job.last_step} under {under}"
         if isinstance(job, EvaluationJob):
             return f"evaluate {whose}: {job.name} under {job.under}"
         return "write the initial weights"

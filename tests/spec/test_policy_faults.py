@@ -21,13 +21,13 @@ WRONG = [
     ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    other: wid", 14, "other", "no variant `wid`", "wide"),
     ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    final: wid", 14, "final", "no variant `wid`", "wide"),
     ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    distill: {teacher: ful}", 14, "distill.teacher", "no variant `ful`", "full"),
-    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    distill: {weight: 2}", 14, "distill.weight", "less than or equal to 1", None),
+    ("kind: interleaved\n    compressor: heavy\n    full_share: 1/4\n    distill: {weight: 2}", 14, "distill.weight", "at most 1", None),
     ("kind: random_scale\n    compressors: [heavy, wid, full]", 12, "compressors.1", "no variant `wid`", "wide"),
     ("kind: random_scale\n    compressors: [heavy]", 12, "compressors", "at least 2", None),
     ("kind: ramp\n    compressor: hevy\n    key: stride\n    start: 2\n    end: 8", 12, "compressor", "no variant `hevy`", "heavy"),
     ("kind: ramp\n    compressor: heavy\n    key: layer\n    start: 9\n    end: 1", 10, "", "`heavy layer=9`: the model has 4 decoder layers", "0 to 3"),
     ("kind: ramp\n    compressor: heavy\n    key: keep_tokens\n    start: 65\n    end: 8", 10, "", "keep_tokens 65 is more than the image's 64 tokens", None),
-    ("kind: ramp\n    compressor: heavy\n    key: keep_tokens\n    start: 60", 11, "end", "`end` is missing", None),
+    ("kind: ramp\n    compressor: heavy\n    key: keep_tokens\n    start: 60", 10, "end", "`end` is missing", None),
 ]  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""Policies as a user runs them: each one stage run, a teacher's loss in the metrics, resumed like left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+POLICIES = """
+  light: {kind: average_pool, layer: 2, stride: 2}
+schedules:
+  mixed: {kind: interleaved, compressor: heavy, full_share: 1/3, distill: {weight: 0.5, temperature: 2.0}}
+  rising: {kind: ramp, compressor: heavy, key: keep_ratio, start: 1/2, end: 1/8, moves: 3, distill: {}}
+  elastic: {kind: random_scale, compressors: [heavy, light, full], distill: {weight: 0.3}}
+"""
+COMMAND = [sys.executable, "-m", "orchestrator"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    found = (folder / "runs" / "cells" / "tiny").glob("*/weights/model.safetensors")
+    return {path.relative_to(folder).parts[3]: path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Path, Any]:
+    """Three policies of nine steps, run in this process without Ray."""
+    head, rest = tiny_text.split("schedules:")
+    text = head.rstrip() + POLICIES + rest[rest.index("phases:") :]
+    text = text.replace("[full, heavy, two_stage]", "[mixed, rising, elastic]").replace("max_steps: 6", "max_steps: 9")
+    folder = tmp_path_factory.mktemp("policies")
+    (folder / "tiny.yaml").write_text(text)
+    done = subprocess.run(
+        [*COMMAND, "run", "tiny.yaml", "--local"],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return folder, done
+
+
+def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path, Any]) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in (folder / "runs" / "stage_runs").glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(9))
+        kinds = {line["variant"].split()[0] for line in lines}
+        name = "rising" if kinds == {"heavy"} else "mixed" if kinds == {"heavy", "full"} else "elastic"
+        found[name] = lines
+    assert found.keys() == {"mixed", "rising", "elastic"}
+    mixed = [line["variant"] for line in found["mixed"]]
+    assert [step for step, name in enumerate(mixed) if name == "full"] == [1, 4, 7]
+    for lines in found.values():
+        for line in lines:
+            assert ("distill_loss" in line) == (line["variant"] != "full")
+            assert line.get("distill_loss", 1.0) > 0
+    rising = [line["visual_tokens"] for line in found["rising"]]
+    assert rising == sorted(rising, reverse=True) and len(set(rising)) == 3
+    assert len(weights_of(folder)) == 3
+
+
+def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    again = subprocess.run(
+        [*COMMAND, "run", "tiny.yaml", "--local"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "nothing to do" in again.stdout
+    plan = subprocess.run(
+        [*COMMAND, "plan", "tiny.yaml", "--json"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    runs = json.loads(plan.stdout)["stage_runs"]
+    assert sorted(run["variant"] for run in runs) == ["interleaved", "ramp", "random_scale"]
+    assert {run["state"] for run in runs} == {"done"}
+    assert all(run["actions"][0][0] == 0 and run["actions"][-1][1] == 9 for run in runs)
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_is_left_alone(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = finished
+    (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
+    command = [*COMMAND, "run", "tiny.yaml", "--local"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 120
+    while not any(path.stat().st_size for path in (tmp_path / "runs").rglob("metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < limit
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert weights_of(tmp_path) == weights_of(folder) and len(weights_of(folder)) == 3
