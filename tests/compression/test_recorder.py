@@ -175,12 +175,11 @@ def test_no_trace_after_forward_after_an_error_and_after_detach(spec):
         raise RuntimeError("broken on purpose")
 
     handles = [module.register_forward_pre_hook(fail) for module in broken]
-    for handle in handles:
+    while handles:
         with pytest.raises(RuntimeError, match="on purpose"):
             model(**batch)
         assert state_of(model) == attached
-        handles[-1].remove()
-    handles[0].remove()
+        handles.pop().remove()
     Witness.forget()
     model(**batch)
     assert len(Witness.told) == 1
@@ -211,7 +210,7 @@ def test_numbers_and_calls_are_those_of_a_method_that_needs_nothing():
 
 
 def test_layer_zero_has_no_layer_before_it():
-    with pytest.raises(UsageError, match="layer_witness at layer 0.*none has run"):
+    with pytest.raises(UsageError, match=r"layer_witness at layer 0.*none has run"):
         attach(tiny_llava(), [LayerWitnessSpec(layer=0)])
 
 
