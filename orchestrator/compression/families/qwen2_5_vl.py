@@ -6,4 +6,4 @@ from orchestrator.compression.families.qwen2_vl import Qwen2VLFamily
 
 
 class Qwen25VLFamily(Qwen2VLFamily):
-    """Its tower (window attention) and the spacing of temporal position ids differ, what the mechanism sees does not."""
+    """Its tower and the spacing of temporal position ids differ, what the mechanism sees does not."""

@@ -1,4 +1,4 @@
-"""Qwen3-VL (`Qwen3VLForConditionalGeneration`, and its mixture of experts): visual features also enter the first layers.
+"""Qwen3-VL (`Qwen3VLForConditionalGeneration`, and with experts): visual features enter the first layers too.
 
 DeepStack (Meng et al., 2024, section 3): features of intermediate layers of the tower are added to the visual tokens
 after the first decoder layers; as many as there are such features, all visual tokens must be there.
