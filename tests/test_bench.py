@@ -1,0 +1,56 @@
+"""`llavolta bench` times every variant in turns and sets it beside the cost formula."""
+
+from __future__ import annotations
+
+import json
+from statistics import median
+
+import pytest
+
+from orchestrator.plan import cost
+from orchestrator.plan.cost import Sample
+from orchestrator.plan.walk import prepare
+
+
+@pytest.fixture
+def spec(tmp_path, tiny_text):
+    text = tiny_text.replace("compressors:\n", "compressors:\n  choose: {kind: fastv, layer: 1, keep_tokens: 8}\n", 1)
+    (tmp_path / "mine.yaml").write_text(text)
+    return tmp_path / "mine.yaml"
+
+
+def test_every_variant_stands_beside_the_formula(spec, llavolta, tmp_path):
+    done = llavolta("bench", "mine.yaml", "--json", "--rows", "2", "--text-tokens", "16", "-o", "chart.png")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    rows = {row["name"]: row for row in document["variants"]}
+    assert {"plain transformers", "full", "heavy", "choose"} <= set(rows)
+    assert all(len(row["all_seconds"]) == 7 and min(row["all_seconds"]) > 0 for row in rows.values())
+    cell = prepare(spec).cells[0]
+    what = cell.spec.phases.finetune.model_dump()
+    per_sample = cost.train_tflops_per_sample(cell.facts, rows["heavy"]["points"], Sample(16, 16), what)
+    assert rows["heavy"]["train_tflops"] == pytest.approx(2 * per_sample)
+    assert rows["plain transformers"]["train_tflops"] > rows["full"]["train_tflops"]  # it makes every token's logits
+    for row in rows.values():
+        assert row["step_seconds"] == median(row["all_seconds"])
+        assert row["speedup_measured"] == pytest.approx(rows["full"]["step_seconds"] / row["step_seconds"])
+        assert row["ratio"] == pytest.approx(row["speedup_measured"] / row["speedup_predicted"])
+    # Choosing is measured against dropping as many tokens by position; a variant that does just that has no overhead.
+    assert rows["choose"]["overhead"] is not None and rows["full"]["overhead"] is None
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    (stored,) = tmp_path.rglob("bench/*.json")
+    assert json.loads(stored.read_text()) == document
+
+
+def test_what_cannot_be_measured_is_refused(spec, llavolta):
+    few = llavolta("bench", "mine.yaml", "--repeats", "3")
+    assert few.returncode == 2 and "greater than or equal to 7" in few.stderr
+    without = llavolta("bench", "mine.yaml", "--set", "matrix=null", "--set", "phases=null")
+    assert without.returncode == 2 and "there is none" in without.stderr + without.stdout
+
+
+def test_models_whose_images_vary_are_told(spec, llavolta, tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    done = llavolta("bench", "mine.yaml", "--set", "model.model_name_or_path=qwen")
+    assert done.returncode == 2 and "no fixed number of visual tokens" in done.stderr
