@@ -1,0 +1,116 @@
+"""`c_abstractor`: convolutions, adaptive pooling, convolutions (Honeybee, arXiv:2312.06742 section 3.2); it learns."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator_plugins.compressors.average_pool_2d import window_means
+
+from orchestrator.spec.base import Count
+from orchestrator.spec.components import BlockCompressorSpec, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class CAbstractorSpec(BlockCompressorSpec):
+    """`depth` residual blocks over an image's map of tokens, adaptive average pooling to h' x w', `depth` blocks more.
+
+    Blocks are bottlenecks as in RegNet, normalised token by token (nothing depends on other images). Their last maps
+    begin at zero, so that training starts from `average_pool_2d`. A position id is the mean of its window rounded down.
+
+    Attributes:
+        depth: Blocks before the pooling, and after it.
+        hidden_size: Channels inside a block; by default a quarter of the width.
+        group_width: Channels of a group of the 3 x 3 convolution.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.c_abstractor:CAbstractor"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    learns: ClassVar[bool] = True
+    keeps_all: ClassVar[bool] = False
+
+    kind: Literal["c_abstractor"] = "c_abstractor"
+    depth: Count = 3
+    hidden_size: Count | None = None
+    group_width: Count = 16
+
+
+class CAbstractor:
+    """The module does the work; this gives it the shapes."""
+
+    def __init__(self, spec: CAbstractorSpec) -> None:
+        self.spec = spec
+
+    def create_module(self, width: int) -> nn.Module:
+        """The blocks, for tokens of `width`."""
+        return build_blocks(self.spec, width)
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.protocol.Compressor`.
+
+        Raises:
+            ValueError: the amount is no block of this grid.
+        """
+        from orchestrator.compression.protocol import Kept
+        from orchestrator.compression.windows import windows_over
+
+        assert context.module is not None
+        kept = self.spec.kept_grid(grid)
+        windows = windows_over(grid, kept, visual_BND.device)
+        return Kept(
+            context.module(visual_BND, grid, kept),
+            windows.mean_positions(context.positions_ABN),
+            windows.sizes(context.sizes_BN),
+            sources_BM=windows.first_M.expand(len(visual_BND), -1),
+            grid=kept,
+        )
+
+
+def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
+    """A module that maps (visual_BND, grid, kept grid) to B x M x width."""
+    from torch import nn
+    from torch.nn import functional
+
+    from orchestrator.compression.windows import along_both_axes
+
+    hidden = spec.hidden_size or max(1, width // 4)
+    groups = hidden // math.gcd(hidden, spec.group_width)
+
+    class Block(nn.Module):
+        """x + up(conv(down(norm(x)))) on a map B x h x w x width, channels last."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(width)
+            self.down = nn.Linear(width, hidden)
+            self.convolution = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups)
+            self.inner_norm = nn.LayerNorm(hidden)
+            self.up = nn.Linear(hidden, width)
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+        def forward(self, map_BhwD: Tensor) -> Tensor:
+            inner_BhwD = functional.silu(self.down(self.norm(map_BhwD)))
+            inner_BhwD = self.convolution(inner_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            result: Tensor = map_BhwD + self.up(functional.silu(self.inner_norm(inner_BhwD)))
+            return result
+
+    class Blocks(nn.Module):
+        """Blocks, pooling, blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Sequential(*(Block() for _ in range(spec.depth)))
+            self.after = nn.Sequential(*(Block() for _ in range(spec.depth)))
+
+        def forward(self, visual_BND: Tensor, grid: Grid, kept: Grid) -> Tensor:
+            mapped_BND = self.before(visual_BND.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+            pooled_BMD = along_both_axes(mapped_BND, grid, kept, window_means)
+            result: Tensor = self.after(pooled_BMD.unflatten(1, (kept.height, kept.width))).flatten(1, 2)
+            return result
+
+    return Blocks()

@@ -1,0 +1,69 @@
+"""`downsample`: the image itself made smaller, the control any method must beat (VTC-Bench, arXiv:2510.07143)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import BlockCompressorSpec, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression.protocol import Context, Kept
+
+
+class DownsampleSpec(BlockCompressorSpec):
+    """The image is resized (bilinear, antialiased) so that the vision tower gives h' x w' tokens (section 3.2).
+
+    The tower interpolates its position embeddings to the smaller grid; tower, projector and decoder all get cheaper.
+    It acts on pixels, so `layer` is `projector`. A token's position id is the mean of those of the tokens it covers,
+    rounded down.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.compressors.downsample:Downsample"
+    points: ClassVar[tuple[str, ...]] = ("projector",)
+    needs: ClassVar[tuple[str, ...]] = ("pixels",)
+
+    kind: Literal["downsample"] = "downsample"
+
+
+class Downsample:
+    """Pixels before the tower; ids and sizes after it."""
+
+    def __init__(self, spec: DownsampleSpec) -> None:
+        self.spec = spec
+
+    def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
+        """The images at the size whose patches form the grid to keep; as they are where all tokens are kept.
+
+        Args:
+            pixels_BCHW: Images of which the tower makes tokens of `grid`, a token a patch.
+            grid: That grid.
+
+        Raises:
+            ValueError: the amount is no block of this grid.
+        """
+        from torch.nn import functional
+
+        kept = self.spec.kept_grid(grid)
+        if kept == grid:
+            return pixels_BCHW
+        height, width = pixels_BCHW.shape[-2] // grid.height, pixels_BCHW.shape[-1] // grid.width
+        size = (kept.height * height, kept.width * width)
+        smaller_BCHW = functional.interpolate(pixels_BCHW.float(), size, mode="bilinear", antialias=True)
+        return smaller_BCHW.to(pixels_BCHW.dtype)
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """Features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M windows."""
+        from orchestrator.compression.protocol import Kept
+        from orchestrator.compression.windows import windows_over
+
+        kept = self.spec.kept_grid(grid)
+        windows = windows_over(grid, kept, visual_BND.device)
+        return Kept(
+            visual_BND,
+            windows.mean_positions(context.positions_ABN),
+            windows.sizes(context.sizes_BN),
+            sources_BM=windows.first_M.expand(len(visual_BND), -1),
+            grid=kept,
+        )
