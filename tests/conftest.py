@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["example_plugin"]  # a package of its own; tests/plugins/test_example_plugin.py installs and tests it
 TINY_LLAVA = ROOT / "experiments" / "models" / "tiny-llava"
 
 TINY_EXPERIMENT = f"""

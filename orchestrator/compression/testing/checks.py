@@ -175,7 +175,8 @@ class Cell:
         batch, other_batch = (self.bench.batch(self.bench.rows(other), "left") for other in (False, True))
         expected = run(plain, None, batch).loss
         before = trace(plain)
-        with self.bench.attached(attention, points, [*points, *others]) as (model, attachment):
+        learned = [point for point in [*points, *others] if point.learns]
+        with self.bench.attached(attention, points, learned) as (model, attachment):
             first = run(model, attachment, batch).loss
             run(model, attachment, other_batch).loss.backward()
             model.zero_grad()
@@ -228,10 +229,8 @@ def place_of(points: Sequence[CompressorSpec]) -> str:
 
 def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, use_cache: bool) -> Any:
     attachment.set_step(**draws(batch.rows))
-    config = model.config
     # Placeholders and their brackets must not be generated: they would announce images that are not there.
-    names = (name for name in dir(config) if name.endswith(("token_id", "token_index")))
-    special = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    special = set(_special_tokens(model.config.to_dict()))
     special |= set(batch.inputs["input_ids"][bench.family.visual_BN(batch.inputs["input_ids"])].tolist())
     return model.generate(
         **batch.inputs,
@@ -249,3 +248,12 @@ def _draws(batch: Batch) -> dict[str, Any]:
     from orchestrator.compression.testing.reference import draws
 
     return draws(batch.rows)
+
+
+def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
+    """All token ids that a config names."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_tokens(value)
+        elif str(name).endswith(("token_id", "token_index")) and isinstance(value, int):
+            yield value

@@ -115,6 +115,10 @@ def _position_faults(call: Call) -> Iterator[str]:
             f"image's own ({int(before_ABN.min())} to {int(before_ABN.max())})"
         )
         return
+    if call.visual_BND.shape[1] != before_ABN.shape[2]:
+        return  # features of a smaller image: other tokens than those the context speaks of
+    if call.visual_BND.shape[1] != call.grid.tokens:  # of a resized image: no token is one of the first ones
+        return
     # A token that is kept as it was keeps its position id.
     same_BMN = (call.kept.hidden_BMD.detach().unsqueeze(2) == call.visual_BND.detach().unsqueeze(1)).all(3)
     for image, place, token in same_BMN.nonzero().tolist():

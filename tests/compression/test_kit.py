@@ -1,0 +1,107 @@
+"""Every compressor on every model family, proven by the contract kit; the README's table says the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.compression.testing import check_compressor
+from orchestrator.compression.testing.families import TINY
+from orchestrator.compression.testing.table import (
+    built_in_methods,
+    markdown,
+    read_marks,
+    run_cell,
+    write,
+)
+from orchestrator.errors import UsageError
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+METHODS = built_in_methods()
+# In `make test`: every method on these families (one grid; M-RoPE and video; masks of blocks and windows), and every
+# family with a pooling, a choosing and a learned method.
+QUICK_FAMILIES = ("llava", "qwen2_5_vl", "gemma3")
+QUICK_METHODS = ("average_pool", "fastv", "q_former")
+CELLS = [
+    pytest.param(
+        method,
+        family,
+        marks=() if family in QUICK_FAMILIES or method in QUICK_METHODS else pytest.mark.slow,
+        id=f"{method}-{family}",
+    )
+    for family in TINY
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("method", "family"), CELLS)
+def test_cell(method, family):
+    result = run_cell(method, family)
+    assert not result.startswith("failed"), result
+    assert (result == "proven") == read_marks(README.read_text())[method][family], result
+
+
+def test_the_readme_lists_the_registered_methods_and_families():
+    marks = read_marks(README.read_text())
+    assert sorted(marks) == sorted(METHODS)
+    assert all(list(row) == list(TINY) for row in marks.values())
+
+
+def test_the_quick_cells_are_real_ones():
+    assert set(QUICK_FAMILIES) <= set(TINY) and set(QUICK_METHODS) <= set(METHODS)
+
+
+def test_several_points_down_the_depth():
+    drop = {"kind": "pyramid_drop", "keep_ratio": "1/2"}
+    assert check_compressor([drop, drop, drop], ["llava"]).proven == ("llava",)
+    pool = {"kind": "average_pool", "stride": 2}
+    report = check_compressor([{**pool, "layer": 0}, {**pool, "layer": 0}, {**pool, "layer": 3}], ["llava"])
+    assert report.proven == ("llava",)
+
+
+@pytest.mark.parametrize("positions", ["mean", "first", "renumber"])
+def test_parameters_of_a_method_are_kept(positions):
+    assert check_compressor({"kind": "average_pool", "positions": positions, "keep_tokens": 4}, ["llava"]).proven
+
+
+def test_a_report_names_who_refuses_and_why():
+    report = check_compressor({"kind": "visionzip"}, ["llava", "internvl"] if "internvl" in TINY else ["llava"])
+    assert "llava" in report.proven
+    assert str(report).startswith("llava: proven")
+
+
+def test_nothing_proven_is_a_failure():
+    with pytest.raises(AssertionError, match="nothing is proven"):
+        check_compressor({"kind": "fastv", "layer": 0}, ["llava"])
+
+
+@pytest.mark.parametrize(
+    ("point", "families", "told"),
+    [
+        ({"kind": "average_pol"}, None, "average_pool"),
+        ({"kind": "average_pool"}, ["lava"], "no family lava"),
+    ],
+)
+def test_wrong_calls(point, families, told):
+    with pytest.raises(UsageError, match=told):
+        check_compressor(point, families)
+
+
+def test_the_command():
+    command = [sys.executable, "-m", "orchestrator.compression.testing", "stride", "--families", "llava"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "stride\n  llava: proven\n"), done.stderr
+
+
+def test_the_table_is_written_between_its_markers(tmp_path):
+    cells = {"one": {"a": "proven", "b": "refused: no CLS"}, "two": {"a": "refused: no CLS", "b": "failed: 3"}}
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- compressors x families -->\nold\n<!-- end of compressors x families -->\nafter\n")
+    write(file, cells)
+    text = file.read_text()
+    assert markdown(cells) in text and "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "| `one` | ✓ | – (1) |" in text and "1. no CLS" in text and "**failed**" in text
+    assert read_marks(text) == {"one": {"a": True, "b": False}, "two": {"a": False, "b": False}}

@@ -1,0 +1,40 @@
+"""`max_norm`: keeps the visual tokens of largest norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.compression import Context, Kept
+
+
+class MaxNormSpec(CompressorSpec):
+    """Keeps the tokens of an image whose hidden states have the largest L2 norm, in raster order."""
+
+    implementation: ClassVar[str] = "llavolta_max_norm:MaxNorm"
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+
+    kind: Literal["max_norm"] = "max_norm"
+
+    def kept_tokens(self, grid: Grid) -> int:
+        """ceil(tokens / stride), or the number or share asked for."""
+        return amount_to_keep(self, grid.tokens)
+
+
+class MaxNorm:
+    """All images of one grid at once; of equal norms the first."""
+
+    def __init__(self, spec: MaxNormSpec) -> None:
+        self.spec = spec
+
+    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """See `orchestrator.compression.Compressor`."""
+        from orchestrator.compression import take
+
+        norms_BN = visual_BND.detach().float().norm(dim=2)
+        order_BN = norms_BN.sort(dim=1, descending=True, stable=True).indices
+        return take(visual_BND, order_BN[:, : self.spec.kept_tokens(grid)].sort(dim=1).values, context)
