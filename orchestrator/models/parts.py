@@ -61,7 +61,8 @@ def part_of_or_none(name: str) -> str | None:
 def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
     """Freezes every parameter outside the parts in `train`.
 
-    With LoRA only the adapters of the language model train, never its own weights.
+    With LoRA only the adapters of the language model train, never its own weights. Compressors may be the only part
+    that trains, and need not be there yet.
 
     Raises:
         UsageError: a part in `train` has no parameters, or nothing would train.
@@ -74,7 +75,7 @@ def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
         if trains:
             counts[part] += 1
     empty = [part for part, count in counts.items() if not count and part != COMPRESSOR]
-    if empty or not any(counts.values()):
+    if empty or not counts:
         raise UsageError(f"train: {', '.join(empty) or 'nothing'} has no parameters in {type(model).__name__}")
 
 

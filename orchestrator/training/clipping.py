@@ -17,16 +17,17 @@ class SharedNorm:
     Args:
         engine: A DeepSpeed engine.
         max_norm: The recipe's `max_grad_norm`; 0 clips nothing.
+        alone: Nothing in the engine trains, so its gradients do not count.
 
     Attributes:
         beside: Norm of this step's gradients beside the engine, on its device; None where there are none.
     """
 
-    def __init__(self, engine: Any, max_norm: float) -> None:
-        self._engine, self._max_norm = engine, max_norm
+    def __init__(self, engine: Any, max_norm: float, alone: bool = False) -> None:
+        self._engine, self._max_norm, self._alone = engine, max_norm, alone
         self._total: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
-        if max_norm <= 0:
+        if max_norm <= 0 or alone:
             return
         optimizer = engine.optimizer
         if hasattr(optimizer, "unscale_and_clip_grads"):  # ZeRO 1 to 3, float16
@@ -38,7 +39,8 @@ class SharedNorm:
 
     def factor(self) -> torch.Tensor | None:
         """What the gradients beside the engine are multiplied with, once it has stepped; None for nothing."""
-        total, self._total, self.beside = self._total, None, None
+        total = self.beside if self._alone and self._max_norm > 0 else self._total
+        self._total = self.beside = None
         return None if total is None else self._factor(total)
 
     def _factor(self, total: torch.Tensor) -> torch.Tensor:

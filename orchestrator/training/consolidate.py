@@ -42,12 +42,15 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     return found
 
 
-def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], parent_file: Path) -> None:
-    """Frozen weights have no master in the engine, only their rounded values: the parent's are the exact ones."""
+def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], parent_file: Path, rests: bool) -> None:
+    """Frozen weights have no master in the engine, only their rounded values: the parent's are the exact ones.
+
+    Where nothing in the engine trains (`rests`), all are.
+    """
     with safe_open(parent_file, framework="pt") as file:
         known = set(file.keys())
         for name, parameter in model.named_parameters():
-            if name in known and not parameter.requires_grad:
+            if name in known and (rests or not parameter.requires_grad):
                 tensors[name] = file.get_tensor(name)
 
 
@@ -81,7 +84,7 @@ def write_weights(session: Session, path: Path, parent_file: Path) -> None:
             )
         model = session.engine.module
         if session.compute_dtype != torch.float32 and parent_file.is_file():
-            _restore_frozen(model, tensors, parent_file)
+            _restore_frozen(model, tensors, parent_file, rests=not any(session.base_rates))
         plain = merged_weights(model, tensors) if has_lora(model) else tensors
         save_weights(plain | learned, path)
 

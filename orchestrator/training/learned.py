@@ -63,12 +63,19 @@ class _Live:
 class LearnedPart:
     """All learned compressors of a state: those of the phase's table so far, and those an earlier phase left.
 
+    What an earlier phase left is carried along: a point that uses it again starts from its weights, with a new
+    optimizer.
+
     Args:
         engine: The engine of the rest of the model.
         recipe: Whether they train, their rate, decay and clipping.
         seed: Of the phase; a compressor that no earlier state knows starts from (seed, its name).
         dtype: What it computes in.
         weights_file: Weights of the parent state; the compressors in it are known from the start.
+        alone: Nothing in the engine trains.
+
+    Attributes:
+        base_rate: Their learning rate before the schedule's factor; 0 where they do not train.
     """
 
     def __init__(
@@ -78,16 +85,17 @@ class LearnedPart:
         seed: int,
         dtype: torch.dtype,
         weights_file: Path,
+        alone: bool,
     ) -> None:
         self._engine, self._model, self._recipe, self._seed = engine, engine.module, recipe, seed
         self._device, self._dtype = engine.device, dtype
-        self._norm = SharedNorm(engine, recipe.max_grad_norm)
+        self._norm = SharedNorm(engine, recipe.max_grad_norm, alone)
         self._stepping: list[_Live] = []
         self._parked = {name: Parked(weights) for name, weights in learned_weights(weights_file).items()}
         self._live: dict[str, _Live] = {}
         self._points: list[dict[str, Any]] = []
         self._modules: nn.Module | None = None
-        self._base_rate = rate_of(recipe.learning_rate, COMPRESSOR) if self.trains else 0.0
+        self.base_rate = rate_of(recipe.learning_rate, COMPRESSOR) if self.trains else 0.0
 
     @property
     def trains(self) -> bool:
@@ -172,7 +180,7 @@ class LearnedPart:
         """
         factor = self._norm.factor()
         for live in self._stepping if self._engine.was_step_applied() else []:
-            live.advance(self._base_rate, rate_factor, factor)
+            live.advance(self.base_rate, rate_factor, factor)
         self._stepping = []
         for live in self._live.values():
             for parameter in (*live.masters.values(), *live.module.parameters()):

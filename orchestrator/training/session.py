@@ -14,7 +14,7 @@ from orchestrator.compression import attach
 from orchestrator.errors import UsageError
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
-from orchestrator.models.parts import parameter_groups, set_trainable
+from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
@@ -61,7 +61,7 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         _checkpoint_activations(model)
     attachment = attach(model, [])  # what learns is brought in by LearnedPart, behind the engine's back
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
-    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
     if group.device().type == "cpu":
@@ -71,7 +71,7 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
     return Session(
         engine=engine,
         attachment=attachment,
-        learned=LearnedPart(engine, recipe, job.seed, getattr(torch, dtype), weights_file),
+        learned=LearnedPart(engine, recipe, job.seed, getattr(torch, dtype), weights_file, alone=not any(base_rates)),
         base_rates=base_rates,
         key=session_key(job),
         config=config,
@@ -79,6 +79,13 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         compute_dtype=getattr(torch, dtype),
         points=None,
     )
+
+
+def _resting_group(model: Any) -> dict[str, Any]:
+    """Where learned compressors alone train: an engine wants a parameter, so it gets the last norm's at rate 0."""
+    of_decoder = [(name, p) for name, p in model.named_parameters() if part_of(name) == LANGUAGE_MODEL and p.ndim == 1]
+    parameter = of_decoder[-1][1].requires_grad_(True)
+    return {"params": [parameter], "lr": 0.0, "weight_decay": 0.0, "name": "rest"}
 
 
 def _set_determinism(wanted: bool) -> None:

@@ -51,12 +51,12 @@ def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
 
 
 def set_rates(session: Session, job: StageJob, step: int) -> float:
-    """Gives each optimizer group its rate of this step; returns the first group's."""
+    """Gives each optimizer group its rate of this step; returns the first group's (or the compressors')."""
     factor = _rate_factor(job, step)
     groups = session.engine.optimizer.param_groups
     for optimizer_group, base in zip(groups, session.base_rates, strict=True):
         optimizer_group["lr"] = base * factor
-    return session.base_rates[0] * factor
+    return (session.base_rates[0] or session.learned.base_rate) * factor
 
 
 def _rate_factor(job: StageJob, step: int) -> float:

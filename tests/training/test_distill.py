@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training_workers import (
     HEAVY,
+    MIXING,
     StopAt,
     launch,
     make_ledger,
@@ -50,6 +51,20 @@ def taught_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
         Action(5, 6, "heavy", HEAVY),
     )
     settings = {"group_by_modality_length": False, "max_grad_norm": 0.5, "learning_rate": 1e-3, **recipe}
+    return stage(
+        model_of(made[0]), 6, table=table, data=uneven_data(made[1]), recipe=recipe_of(**settings), keep="weights"
+    )
+
+
+def learned_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """A learned compressor is taught for two steps, rests for two, and teaches for the last two."""
+    table = (
+        Action(0, 2, "mix", MIXING, TAUGHT),
+        Action(2, 4, "full"),
+        Action(4, 6, "heavy", HEAVY, replace(TAUGHT, points=MIXING)),
+    )
+    parts = ("projector", "language_model", "compressor")
+    settings = {"group_by_modality_length": False, "learning_rate": 1e-3, "train": parts, **recipe}
     return stage(
         model_of(made[0]), 6, table=table, data=uneven_data(made[1]), recipe=recipe_of(**settings), keep="weights"
     )
@@ -173,12 +188,31 @@ def test_micro_batches_do_not_change_what_is_learned(made: tuple[Path, Path], tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path, zero: str) -> None:
-    job = taught_job(made, per_device_train_batch_size=2, deepspeed=zero)
+@pytest.mark.parametrize(
+    ("make", "zero"), [(taught_job, "zero2"), (taught_job, "zero3"), (learned_job, "zero2"), (learned_job, "zero3")]
+)
+def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path, make: Any, zero: str) -> None:
+    job = make(made, per_device_train_batch_size=2, deepspeed=zero)
     alone = launch(1, trained, tmp_path / "one", {"job": job})
     pair = launch(2, trained, tmp_path / "two", {"job": job})
     _compare(alone["job"], pair["job"])
+
+
+def test_a_learned_compressor_is_taught_and_teaches(made: tuple[Path, Path], tmp_path: Path) -> None:
+    jobs = {str(micro): learned_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
+    early = replace(jobs["8"], table=(replace(jobs["8"].table[0], last_step=1),), last_step=1)
+    half = replace(jobs["8"], table=jobs["8"].table[:1], last_step=2)
+    found = launch(1, trained, tmp_path, {**jobs, "early": early, "half": half})
+    _compare(found["3"], found["8"])
+    assert ["distill_loss" in line for line in found["8"][1]] == [True, True, False, False, True, True]
+    weights = [
+        {name: tensor for name, tensor in load_file(found[each][0]).items() if "llavolta_compressors" in name}
+        for each in ("early", "half", "8")
+    ]
+    assert weights[0] and all(weights[0].keys() == other.keys() for other in weights)
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # A pass without gradient moves nothing: what only teaches stays as it is.
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
 
 
 def resumed(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[str, str]:
