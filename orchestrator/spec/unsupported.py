@@ -59,8 +59,6 @@ def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
         found["start_from"] = "give a folder"
     if phase.per_device_train_batch_size == "auto":
         found["per_device_train_batch_size"] = "give a number"
-    if "compressor" in phase.train:
-        found["train"] = "no compressor has anything to learn; take `compressor` out"
     return found
 
 
