@@ -9,8 +9,9 @@ gated MLP, else 2.
 | decoder linear  | `2 n W` a layer, `W = d (h + 2 h_kv) a + h a d + m d f` |
 | attention       | `2 n^2 h a` a layer: scores and weighted sum, each `2 n^2 h a`, of which a causal mask needs half |
 | LM head         | `2 d V` a label token: logits are computed only where a label needs them                     |
-| projector       | `2 (p_in p_hidden + p_hidden d)` a visual token                                             |
+| projector       | `2 (p_in p_hidden + p_hidden d)` a token it takes (a point at the projector leaves it fewer) |
 | vision tower    | `n_v (8 D^2 + 4 D F) + 4 n_v^2 D` a layer that runs, `n_v` with the class token; full attention |
+| compressor      | a learned method's own count (`module_operations`); choosing and merging are left out |
 
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
 
@@ -47,7 +48,7 @@ from typing import Any
 from orchestrator import registry
 from orchestrator.plan.jobs import Action
 from orchestrator.spec.budgets import tokens_by_layer
-from orchestrator.spec.components import Grid
+from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.model_facts import ModelFacts
 
 _TERA = 1e12
@@ -82,8 +83,11 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     Raises:
         ValueError: a method cannot take its amount, or a point lies beyond the last layer.
     """
-    specs = [registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points]
-    return tokens_by_layer(specs, num_layers, grid)
+    return tokens_by_layer(_specs(points), num_layers, grid)
+
+
+def _specs(points: Sequence[Mapping[str, Any]]) -> list[CompressorSpec]:
+    return [registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points]
 
 
 def visual_layer_tokens(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> int:
@@ -109,19 +113,35 @@ def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_t
 
 
 def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> dict[str, float]:
-    """Forward operations of one sample by part: vision_tower, projector, decoder, lm_head."""
-    visual = visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)
+    """Forward operations of one sample by part: vision_tower, projector, compressor (learned), decoder, lm_head."""
+    specs = _specs(points)
+    visual = tokens_by_layer(specs, facts.num_layers, facts.image_grid)
+    pixels, features, learned = _before_decoder(facts, specs)
     tokens = [sample.images * n + sample.text_tokens for n in visual]
     attended = 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in tokens)
-    n, size, inner = facts.vision_tokens, facts.vision_hidden_size, facts.vision_intermediate_size
+    n = facts.vision_tokens - facts.image_grid.tokens + pixels
+    size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
     vision = facts.vision_layers * (n * (8 * size**2 + 4 * size * inner) + 4 * n * n * size)
     flops = {
         "vision_tower": sample.images * vision,
-        "projector": sample.images * facts.image_grid.tokens * 2 * facts.projector_weights,
+        "projector": sample.images * features * 2 * facts.projector_weights,
+        "compressor": sample.images * learned,
         "decoder": 2 * linear_weights_per_layer(facts) * sum(tokens) + attended,
         "lm_head": 2 * facts.hidden_size * facts.vocab_size * sample.label_tokens,
     }
     return {part: value / _TERA for part, value in flops.items()}
+
+
+def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec]) -> tuple[int, int, int]:
+    """Tokens of an image that the tower makes and that the projector takes, and operations of all learned modules."""
+    left, pixels, features, learned = facts.image_grid, facts.image_grid.tokens, facts.image_grid.tokens, 0
+    for spec in sorted(specs, key=lambda spec: (spec.layer != "projector", spec.layer_index(facts.num_layers))):
+        before = spec.layer == "projector" and facts.tokenwise_projector
+        learned += spec.module_operations(left, facts.projector_in if before else facts.hidden_size)
+        left = spec.kept_grid(left)
+        features = left.tokens if before else features
+        pixels = left.tokens if "pixels" in spec.needs else pixels
+    return pixels, features, learned
 
 
 def train_tflops_per_sample(
@@ -135,6 +155,7 @@ def train_tflops_per_sample(
     total = (
         forward["vision_tower"] * vision
         + forward["projector"] * passes["projector"]
+        + forward["compressor"] * (3 if "compressor" in recipe["train"] else passes["language_model"])
         + forward["decoder"] * (passes["language_model"] + checkpointed)
         + forward["lm_head"] * passes["language_model"]
     )

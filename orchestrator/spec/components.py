@@ -113,6 +113,15 @@ class CompressorSpec(Component):
         """The `keep_tokens` nearest to `keep` that the method can take on this grid."""
         return min(max(keep, 1), grid.tokens)
 
+    def module_operations(self, grid: Grid, width: int) -> int:
+        """Operations (two a multiply-add) of its learned module for one image of this grid, forward; 0 without one.
+
+        Args:
+            grid: The image's tokens before the point.
+            width: Width of the tokens where it acts.
+        """
+        return 0
+
     def layer_index(self, num_layers: int) -> int:
         """The first 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
         if isinstance(self.layer, int):

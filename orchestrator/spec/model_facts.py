@@ -39,6 +39,7 @@ class ModelFacts:
         gated_mlp: True where the MLP has three matrices (SwiGLU, GeGLU), False for two.
         tiled: An image may become several tiles or frames.
         projector_layers: Linear maps of the projector, 2 or 1.
+        tokenwise_projector: It maps token by token; methods at the projector act on what it takes.
         first_layer: First decoder layer before which a compressor may act (DeepStack adds visual features up to it).
         offers: Needs of methods the family meets beside attention: `cls`, `pixels`.
     """
@@ -62,6 +63,7 @@ class ModelFacts:
     gated_mlp: bool
     tiled: bool = False
     projector_layers: int = 2
+    tokenwise_projector: bool = False
     first_layer: int = 0
     offers: frozenset[str] = frozenset()
 
@@ -199,6 +201,7 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         has_cls=cls,
         gated_mlp=True,
         tiled=family.tiled,
+        tokenwise_projector=family.tokenwise,
         projector_layers=2 if family.projector == "mlp" else 1,
         first_layer=len(vision.get("deepstack_visual_indexes", (8, 16, 24)))
         if "qwen3_vl" in config["model_type"]

@@ -68,6 +68,7 @@ class FamilyDefaults:
             a number `stated` in the config; or it `varies` with the image.
         tiled: An image may become several units.
         projector: The projector's linear maps: `mlp` (two) or `linear` (one).
+        tokenwise: The projector maps token by token, so that methods at the projector act on what it takes.
         cls: The vision tower's CLS token is one for the tokens of a unit, so that methods may ask for its attention.
         offers: Further needs of methods the family can meet.
     """
@@ -79,6 +80,7 @@ class FamilyDefaults:
     units: Literal["patches", "shuffled", "stated", "varies"]
     tiled: bool = False
     projector: Literal["mlp", "linear"] = "mlp"
+    tokenwise: bool = False
     cls: bool = False
     offers: frozenset[str] = frozenset()
 
@@ -86,9 +88,11 @@ class FamilyDefaults:
 _LLAVA_TOP = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 
 FAMILIES: dict[str, FamilyDefaults] = {
-    "llava": FamilyDefaults("llama", _CLIP_L_336, {}, _LLAVA_TOP, "patches", cls=True, offers=frozenset({"pixels"})),
+    "llava": FamilyDefaults(
+        "llama", _CLIP_L_336, {}, _LLAVA_TOP, "patches", tokenwise=True, cls=True, offers=frozenset({"pixels"})
+    ),
     "vipllava": FamilyDefaults(
-        "llama", _CLIP_L_336, {}, {"vision_feature_layer": [-2, -5, -8, -11, 6]}, "patches", cls=True
+        "llama", _CLIP_L_336, {}, {"vision_feature_layer": [-2, -5, -8, -11, 6]}, "patches", tokenwise=True, cls=True
     ),
     "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, {}, _LLAVA_TOP, "patches", tiled=True),
     "llava_next": FamilyDefaults("llama", _CLIP_L_336, {}, _LLAVA_TOP, "varies", tiled=True),
@@ -101,13 +105,33 @@ FAMILIES: dict[str, FamilyDefaults] = {
         tiled=True,
     ),
     "internvl": FamilyDefaults(
-        "qwen2", {"model_type": "internvl_vision"}, {}, {"downsample_ratio": 0.5}, "shuffled", tiled=True
+        "qwen2",
+        {"model_type": "internvl_vision"},
+        {},
+        {"downsample_ratio": 0.5},
+        "shuffled",
+        tiled=True,
+        tokenwise=True,
     ),
     "idefics3": FamilyDefaults(
-        "llama", {"model_type": "idefics3_vision"}, {}, {"scale_factor": 2}, "shuffled", tiled=True, projector="linear"
+        "llama",
+        {"model_type": "idefics3_vision"},
+        {},
+        {"scale_factor": 2},
+        "shuffled",
+        tiled=True,
+        tokenwise=True,
+        projector="linear",
     ),
     "smolvlm": FamilyDefaults(
-        "llama", {"model_type": "smolvlm_vision"}, {}, {"scale_factor": 2}, "shuffled", tiled=True, projector="linear"
+        "llama",
+        {"model_type": "smolvlm_vision"},
+        {},
+        {"scale_factor": 2},
+        "shuffled",
+        tiled=True,
+        tokenwise=True,
+        projector="linear",
     ),
     "mistral3": FamilyDefaults(
         "mistral",
@@ -126,6 +150,7 @@ FAMILIES: dict[str, FamilyDefaults] = {
         {},
         "patches",
         projector="linear",
+        tokenwise=True,
     ),
     "gemma3": FamilyDefaults(
         "gemma3_text",

@@ -17,6 +17,7 @@ FACTS = ModelFacts(
     num_key_value_heads=32, head_dim=128, vocab_size=32000, vision_layers=23, vision_hidden_size=1024,
     vision_intermediate_size=4096, vision_tokens=577, projector_in=1024, projector_hidden=4096,
     visual_grid=Grid(24, 24), has_cls=True, gated_mlp=True,
+    tokenwise_projector=True,
 )  # fmt: skip
 # research: layer/stride, sum over layers, kept %, CR %, TFLOPs with 62 text tokens
 PAPER = [
@@ -65,7 +66,20 @@ def test_forward_by_part_at_64_text_tokens() -> None:
     parts = cost.forward_tflops(FACTS, [], Sample(64, 640))
     rounded = {name: float(f"{value:.3g}") for name, value in parts.items()}
     # 0.366 with the patch convolution, which the formula leaves out
-    assert rounded == {"vision_tower": 0.365, "projector": 0.0242, "decoder": 8.4, "lm_head": 0.168}
+    assert rounded == {"vision_tower": 0.365, "projector": 0.0242, "compressor": 0.0, "decoder": 8.4, "lm_head": 0.168}
+
+
+def test_what_acts_before_the_decoder_makes_projector_and_tower_cheaper() -> None:
+    full = cost.forward_tflops(FACTS, [], Sample(64, 64))
+    halved = cost.forward_tflops(FACTS, [{"kind": "stride", "layer": "projector", "stride": 4}], Sample(64, 64))
+    assert halved["projector"] == pytest.approx(full["projector"] / 4)
+    assert halved["vision_tower"] == full["vision_tower"]
+    at_zero = cost.forward_tflops(FACTS, [{"kind": "stride", "layer": 0, "stride": 4}], Sample(64, 64))
+    assert at_zero["decoder"] == halved["decoder"] and at_zero["projector"] == full["projector"]
+    pixels = [{"kind": "downsample", "layer": "projector", "keep_tokens": 144}]
+    smaller = cost.forward_tflops(FACTS, pixels, Sample(64, 64))
+    n, d, f = 145, 1024, 4096
+    assert smaller["vision_tower"] == pytest.approx(23 * (n * (8 * d * d + 4 * d * f) + 4 * n * n * d) / 1e12)
 
 
 @pytest.mark.parametrize(
