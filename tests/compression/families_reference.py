@@ -39,6 +39,9 @@ def slice_of(language_model, first, last):
     part = copy.deepcopy(language_model, {id(p): p for p in language_model.parameters()})
     whole = last == len(part.layers)
     part.layers = part.layers[first:last]
+    types = getattr(part.config, "layer_types", None)
+    if types:
+        part.config.layer_types = [*types[first:], *types[:first]]  # the forward counts from its first layer
     if not whole:
         part.norm = nn.Identity()
     return part

@@ -12,7 +12,9 @@ from orchestrator.compression.families import family_of
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.tiny_images import IMAGE, PAD, VIDEO
 from orchestrator.compression.testing.tiny_llava import LLAVA_PIXTRAL
+from orchestrator.errors import UsageError
 from orchestrator.models.parts import PROJECTOR, VISION_TOWER, part_of
+from orchestrator.spec.components import Grid
 
 NAMES = (
     "llava",
@@ -171,3 +173,63 @@ def test_every_parameter_has_a_part(name):
         PROJECTOR,
         "language_model",
     }
+
+
+def test_one_of_several_images_is_one_tile_in_onevision():
+    """The processor counts each row's images: a row's only image is tiled, others are a tile and a newline."""
+    tiny = FAMILIES["llava_onevision"]
+    batch = tiny.batch([[3, "image", 7], [2, "small", 4, "small", 5]], "right", 0, 3)
+    single = [IMAGE] * 10
+    rows = [
+        [*batch["input_ids"][0].tolist()[: 3 + 27], *[5] * 7],
+        [*[4] * 2, *single, *[4] * 4, *single, *[5] * 5, *[PAD] * 6],
+    ]
+    ids = torch.tensor(rows)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != PAD).long(),
+        "labels": ids.masked_fill(ids != 5, -100),
+        "pixel_values": batch["pixel_values"],
+        "image_sizes": batch["image_sizes"],
+        "batch_num_images": torch.tensor([1, 2]),
+    }
+    units = [[Grid(3, 3), Grid(3, 6)], [Grid(3, 3), Grid(1, 1)] * 2]
+    plain = tiny.build("sdpa", 0)
+    expected = float(plain_loss(plain, inputs, units, 1, 2).detach())
+    attach(plain, pool(1, 2))
+    assert abs(float(plain(**inputs).loss.detach()) - expected) < 1e-5
+    prompt = {name: value for name, value in inputs.items() if name != "labels"} | {"input_ids": ids[:, :-6]}
+    prompt["attention_mask"] = prompt["attention_mask"][:, :-6]
+    logits = plain.generate(
+        **prompt, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=PAD
+    ).logits[0]
+    with torch.no_grad():
+        assert torch.allclose(logits, plain(**prompt).logits[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "mistral3", "llava_pixtral"])
+def test_features_without_sizes_are_refused(name):
+    tiny = FAMILIES[name]
+    model = tiny.build("sdpa", 0).eval()
+    batch = tiny.batch([[3, "small", 7]], "right", 0, 0)
+    encoded = model.get_image_features(batch["pixel_values"], image_sizes=batch["image_sizes"], return_dict=True)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    attach(model, pool(1, 2))
+    with pytest.raises(UsageError, match="pass image_sizes"):
+        model(**inputs, mm_encoder_outputs={"image": encoded})
+    again = model.get_image_features(batch["pixel_values"], image_sizes=batch["image_sizes"], return_dict=True)
+    with torch.no_grad():
+        wanted = model(**inputs, pixel_values=batch["pixel_values"], image_sizes=batch["image_sizes"]).logits
+        got = model(**inputs, mm_encoder_outputs={"image": again}).logits
+    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+def test_beams_of_tiled_images_equal_beams_that_recompute():
+    tiny = FAMILIES["llava_next"]
+    model = tiny.build("sdpa", 3).eval()
+    attach(model, pool(1, 2))
+    batch = tiny.batch([[3, "small", "image", 7], [9]], "left", 3, 0)
+    del batch["labels"]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": PAD}
+    options["suppress_tokens"] = [IMAGE]
+    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.families.base import Family
-from orchestrator.compression.families.images import flat_features, pair
+from orchestrator.compression.families.images import flat_features, pair, ready_features
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -22,7 +22,8 @@ _VIDEO_NAMES = ("video_token_id", "video_token_index")
 class GenericFamily(Family):
     """Images are runs of placeholders, or equal shares of them where `pixel_values` count more images than runs.
 
-    A run that is a square number of tokens, of square pixels, is taken for a square grid, any other for one row.
+    A square number of tokens is taken for a square grid where the vision tower's usual image is square, any other for
+    one row: methods of two dimensions need an adapter where that is wrong.
     """
 
     def find_language_model(self) -> nn.Module:
@@ -63,13 +64,20 @@ class GenericFamily(Family):
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """Runs or equal shares of the placeholders."""
         runs = _runs(inputs["input_ids"], self.visual_BN(inputs["input_ids"]))
-        pixels = inputs.get("pixel_values")
-        shape = pixels.shape if isinstance(pixels, Tensor) and pixels.ndim >= 4 else None
-        if shape is not None and shape[0] > len(runs) and num_placeholders % shape[0] == 0:
-            share = num_placeholders // shape[0]
+        # `generate` gives ready features in the place of pixels; both count the images.
+        images = ready_features(inputs, "image") if inputs.get("pixel_values") is None else inputs["pixel_values"]
+        count = len(images) if images is not None else 0
+        if count > len(runs) and num_placeholders % count == 0:
+            share = num_placeholders // count
             if all(run % share == 0 for run in runs):
-                runs = [share] * shape[0]
-        return [_grid_of(run, shape is not None and shape[-1] == shape[-2]) for run in runs]
+                runs = [share] * count
+        return [self._grid(run) for run in runs]
+
+    def _grid(self, tokens: int) -> Grid:
+        side = math.isqrt(tokens)
+        size = getattr(getattr(self.model.config, "vision_config", None), "image_size", None)
+        square = size is not None and len(set(pair(size))) == 1
+        return Grid(side, side) if square and side * side == tokens else Grid(1, tokens)
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
         """Placeholders, counted: nothing else tells for every model."""
@@ -111,8 +119,3 @@ def _runs(ids_BN: Tensor, visual_BN: Tensor) -> list[int]:
         values, counts = torch.unique_consecutive(torch.where(visual, ids, -1), return_counts=True)
         lengths += [count for value, count in zip(values.tolist(), counts.tolist(), strict=True) if value != -1]
     return lengths
-
-
-def _grid_of(tokens: int, square: bool) -> Grid:
-    side = math.isqrt(tokens)
-    return Grid(side, side) if square and side * side == tokens else Grid(1, tokens)

@@ -1,0 +1,163 @@
+"""A model of no known family: served where its decoder is a list of layers, else refused with what is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families_reference import plain_loss
+from reference import assert_same_gradients, gradients
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Cohere2Config,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    OPTConfig,
+    SiglipVisionConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from orchestrator.compression import attach
+from orchestrator.compression.families import FAMILIES, family_of
+from orchestrator.compression.families.generic import GenericFamily
+from orchestrator.compression.testing.families import TINY
+from orchestrator.compression.testing.tiny_images import (
+    IMAGE,
+    PAD,
+    SIZES,
+    TEXT_SIZES,
+    VISION_SIZES,
+    enlarge,
+    generator_of,
+    pixels,
+    text_batch,
+)
+from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
+
+MIXED = [[3, "image", 7], [9], [2, "image", "image", 2, "image", 6]]
+HALF = [{"kind": "average_pool", "layer": 1, "stride": 2}]
+
+
+def aya_vision(seed=0):
+    """A model without an adapter: a decoder with sliding layers, 2 x 2 tokens per image."""
+    torch.manual_seed(seed)
+    config = AyaVisionConfig(
+        vision_config=SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8).to_dict(),
+        text_config=Cohere2Config(**TEXT_SIZES, sliding_window=8).to_dict(),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+    )
+    return enlarge(AyaVisionForConditionalGeneration(config))
+
+
+def aya_batch(padding="right", answer=3):
+    generator = generator_of(1)
+    batch, _ = text_batch(MIXED, {"image": [IMAGE] * 4}, padding, generator, answer)
+    return {**batch, "pixel_values": pixels(4, 3, 32, 32, generator=generator)}
+
+
+def test_a_model_of_no_known_family_keeps_its_numbers():
+    model, batch = aya_vision(), aya_batch("left")
+    assert "aya_vision" not in FAMILIES
+    assert isinstance(family_of(model), GenericFamily)
+    plain = float(model(**batch).loss.detach())
+    attachment = attach(model, [])
+    for layer in range(4):
+        attachment.switch([{"kind": "average_pool", "layer": layer, "stride": 1}])
+        assert abs(float(model(**batch).loss.detach()) - plain) < 1e-6
+
+
+def test_a_model_of_no_known_family_equals_a_plain_loop():
+    batch, units = aya_batch(), [[Grid(2, 2)], [], [Grid(2, 2)] * 3]  # two of the images in one run
+    plain = aya_vision()
+    expected = plain_loss(plain, batch, units, 2, 2)
+    wanted = gradients(plain, expected)
+    model = aya_vision()
+    attach(model, [{"kind": "average_pool", "layer": 2, "stride": 2}])
+    loss = model(**batch).loss
+    assert abs(float(loss.detach() - expected.detach())) < 1e-5
+    assert_same_gradients(gradients(model, loss), wanted)
+
+
+def test_generation_sees_the_same_images_as_forward():
+    model, batch = aya_vision().eval(), aya_batch("left", 0)
+    del batch["labels"]
+    attach(model, [{"kind": "average_pool_2d", "layer": 1, "keep_tokens": 2}])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    options |= {"suppress_tokens": [IMAGE], "return_dict_in_generate": True, "output_logits": True}
+    cached = model.generate(**batch, **options)
+    assert torch.equal(cached.sequences, model.generate(**batch, **options, use_cache=False).sequences)
+    with torch.no_grad():
+        assert torch.allclose(cached.logits[0], model(**batch).logits[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "mistral3"])
+def test_every_run_of_placeholders_is_an_image_or_holds_equal_ones(name):
+    tiny = TINY[name]
+    rows = [[3, "image", 7], [4], [2, "image", "image", 5]]
+    batch, model = tiny.batch(rows, "left", 0, 3), tiny.build("sdpa", 0)
+    family = GenericFamily(model)
+    images = family.grids(batch, int(family.visual_BN(batch["input_ids"]).sum()))
+    expected = {
+        "llava": [Grid(3, 3)] * 3,
+        "internvl": [Grid(3, 3)] * 9,  # three tiles an image, in one run
+        "llava_onevision": [Grid(1, 27)] * 3,  # what the tiles are, nobody but its adapter knows
+        "mistral3": [Grid(2, 2)] * 9,  # its rows of four tokens stand apart
+    }
+    assert images == expected[name]
+    assert family.num_visual_tokens(batch) == sum(grid.tokens for grid in images)
+
+
+def test_what_belongs_to_single_tokens_is_refused():
+    family = GenericFamily(aya_vision())
+    assert family.segment_options({"use_cache": False, "output_attentions": None}, 1)
+    with pytest.raises(UsageError, match="per_token_features"):
+        family.segment_options({"per_token_features": torch.zeros(2, 9)}, 1)
+
+
+def test_models_that_cannot_be_served_say_why():
+    vision = {**VISION_SIZES, "image_size": 32, "patch_size": 8}
+    mllama = MllamaConfig(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 48,
+            "vision_output_dim": 64,
+            "image_size": 32,
+            "patch_size": 8,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+            "intermediate_layers_indices": [0],
+        },
+        text_config={**TEXT_SIZES, "bos_token_id": 1, "eos_token_id": 2, "cross_attention_layers": [1]},
+    )
+    blip2 = Blip2Config(
+        vision_config=vision,
+        qformer_config={**SIZES, "num_hidden_layers": 1, "encoder_hidden_size": 32, "vocab_size": 64},
+        text_config=OPTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            ffn_dim=48,
+            num_attention_heads=4,
+            vocab_size=64,
+            word_embed_proj_dim=32,
+        ).to_dict(),
+        image_token_id=IMAGE,
+    )
+    t5 = T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, vocab_size=64)
+    for model, reason in (
+        (MllamaForConditionalGeneration(mllama), "MllamaForConditionalGeneration.*cross-attention"),
+        (Blip2ForConditionalGeneration(blip2), "Blip2ForConditionalGeneration.*no decoder with a list of layers"),
+        (T5ForConditionalGeneration(t5), "T5ForConditionalGeneration.*encoder-decoder"),
+        (TINY["llava"].build("sdpa", 0).model.language_model, "no image_token_id or image_token_index"),
+        (torch.nn.Linear(2, 2), "no Hugging Face model"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            attach(model, HALF)
