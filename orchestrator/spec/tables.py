@@ -88,11 +88,14 @@ def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tu
     """A variant of one point with some of its fields changed; a new amount takes the place of the old one.
 
     Raises:
-        ValueError: the variant has several points, or the method refuses a value.
+        ValueError: the variant has several points, the method refuses a value, or its module would be another at
+            another layer.
     """
     if len(points) != 1:
         raise ValueError(f"only a variant of one point can be changed step by step; this one has {len(points)}")
     point = points[0]
+    if point.learns and "layer" in changes:
+        raise ValueError(f"{point.kind} learns for its layer; moving the layer would begin a new module at each move")
     fields = point.model_dump(exclude_unset=True) | {"kind": point.kind}
     if set(changes) & set(AMOUNTS):
         fields = {name: value for name, value in fields.items() if name not in AMOUNTS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -111,3 +111,13 @@ def test_a_phase_of_one_step_and_a_variant_of_two_points_are_refused() -> None:
         derive((point, point), {"stride": 2})
     with pytest.raises(ValueError, match="average_pool cannot take stride 0"):
         derive((point,), {"stride": 0})
+
+
+def test_a_layer_that_a_method_learns_for_does_not_move() -> None:
+    class Learning(AveragePoolSpec):
+        learns: ClassVar[bool] = True
+
+    point = Learning.model_validate({"kind": "average_pool", "layer": 2, "stride": 8})
+    with pytest.raises(ValueError, match="would begin a new module at each move"):
+        derive((point,), {"layer": 1})
+    assert derive((point,), {"stride": 4})[0].stride == 4
