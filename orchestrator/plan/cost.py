@@ -211,8 +211,15 @@ def stage_train_tflops(
     facts: ModelFacts, actions: Sequence[Action], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
     """A whole stretch of training: steps x global batch x one sample, action by action."""
-    per_step = ((a.last_step - a.first_step) * action_tflops_per_sample(facts, a, sample, recipe) for a in actions)
-    return float(sum(per_step) * recipe["global_batch_size"])
+    steps: dict[tuple[int, int], int] = {}
+    first: dict[tuple[int, int], Action] = {}
+    for action in actions:
+        # A policy has thousands of actions of few kinds, which hold the very same values.
+        kind = (id(action.points), id(action.distill))
+        steps[kind] = steps.get(kind, 0) + action.last_step - action.first_step
+        first.setdefault(kind, action)
+    total = sum(steps[kind] * action_tflops_per_sample(facts, first[kind], sample, recipe) for kind in steps)
+    return float(total * recipe["global_batch_size"])
 
 
 def mean_visual_layer_tokens(facts: ModelFacts, actions: Sequence[Action]) -> float:

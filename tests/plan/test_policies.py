@@ -204,6 +204,20 @@ def test_a_teachers_pass_is_counted_as_one_forward(lab: Any) -> None:
     assert costs.cell(taught)["visual_layer_tokens"] == costs.cell(plain)["visual_layer_tokens"]
 
 
+def test_a_policy_is_as_long_as_its_budget(lab: Any) -> None:
+    (known,) = cells_of(lab, TAUGHT, steps=5000)
+    budget = Costs().cell(known)["train_tflops"]
+    start = time.perf_counter()
+    (cell,) = cells_of(lab, TAUGHT, phases__finetune__max_steps=..., phases__finetune__max_train_tflops=budget)
+    assert time.perf_counter() - start < 5  # about 0.3 s on one free core
+    assert abs(cell.phases[0].total_steps - 5000) <= 2
+    matched = TAUGHT | {"full_share": "1/2"}
+    changes = {"phases__finetune__max_train_tflops": budget}
+    (other,) = cells_of(lab, matched, phases__finetune__max_steps=..., **changes)
+    assert other.phases[0].total_steps != cell.phases[0].total_steps
+    assert Costs().cell(other)["train_tflops"] == pytest.approx(budget, rel=1e-3)
+
+
 def test_the_document_lists_a_policys_actions_under_its_kind(lab: Any, tmp_path: Any) -> None:
     trees = [lab.tree(phases__pretrain=..., phases__finetune__schedule=each) for each in (INTERLEAVED, "heavy", "two")]
     loaded = lab.loaded(*trees)
