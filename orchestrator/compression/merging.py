@@ -60,8 +60,17 @@ def sum_members(values_XBN: Tensor, slots_BN: Tensor, kept: int) -> Tensor:
     return sums.scatter_add_(-1, slots_BN.expand_as(values_XBN), values_XBN)
 
 
-def cosines(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
-    """Cosine of every token with every other, B x N x M, in float32 at least; 0 with a token that is all zero."""
+def cosines(first_BND: Tensor, second_BMD: Tensor, steady: bool = False) -> Tensor:
+    """Cosine of every token with every other, B x N x M, in float32 at least; 0 with a token that is all zero.
+
+    Args:
+        first_BND: Tokens.
+        second_BMD: Tokens.
+        steady: Sums in float64, so that equal tokens (the newlines of LLaVA-NeXT) have equal cosines wherever they
+            stand; sums in float32 differ in the last bit from place to place, and with them the choice among equals.
+    """
     with full_precision(first_BND.device):
         first_BND, second_BMD = (normalize(at_least_float32(one), dim=-1) for one in (first_BND, second_BMD))
+        if steady:
+            return (first_BND.double() @ second_BMD.double().mT).to(first_BND.dtype)
         return first_BND @ second_BMD.mT

@@ -108,7 +108,7 @@ def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
     from orchestrator.compression.merging import cosines
 
     images, present = present_BnD.shape[:2]
-    best_BA, partner_BA = cosines(present_BnD[:, ::2], present_BnD[:, 1::2]).max(2)
+    best_BA, partner_BA = cosines(present_BnD[:, ::2], present_BnD[:, 1::2], steady=True).max(2)
     merged_Br = best_BA.argsort(dim=1, descending=True, stable=True)[:, :merges]
     goes_Bn = torch.arange(present, device=present_BnD.device).repeat(images, 1)
     goes_Bn.scatter_(1, 2 * merged_Br, 2 * partner_BA.gather(1, merged_Br) + 1)

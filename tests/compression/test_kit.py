@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.compression.testing import check_compressor
 from orchestrator.compression.testing.families import TINY
+from orchestrator.compression.testing.kit import bench_of
 from orchestrator.compression.testing.table import (
     built_in_methods,
     markdown,
@@ -52,6 +54,18 @@ def test_the_readme_lists_the_registered_methods_and_families():
 
 def test_the_quick_cells_are_real_ones():
     assert set(QUICK_FAMILIES) <= set(TINY) and set(QUICK_METHODS) <= set(METHODS)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", TINY)
+def test_without_a_point_the_plain_computation_is_the_plain_model(family, padding):
+    """What all cells are held against is right itself."""
+    bench = bench_of(family)
+    for other in (False, True):
+        batch = bench.batch(bench.rows(other), padding)
+        with torch.no_grad():
+            expected = bench.model("plain")(**batch.inputs).loss
+            assert torch.allclose(bench.reference().loss(batch.inputs, batch.units, []), expected, atol=1e-5)
 
 
 def test_several_points_down_the_depth():

@@ -59,7 +59,6 @@ class Reference:
             points: Compressors in the order of layers, those at the decoder's input included.
         """
         self.unstable, self.calls = False, []
-        head = self.family.model.get_output_embeddings()
         with watched(self.family, any("cls" in point.spec.needs for point in points)) as seen:
             states = take_rows(self.family, batch, units)
         states = with_cls(states, seen)
@@ -68,7 +67,7 @@ class Reference:
             states = before_projector(self.family, batch, states, before, self._at_projector)
         inside = [point for point in points if not point.at_projector]
         done = [self._through(state, inside) for state in states]
-        return [(state, head(state.hidden_ND)) for state in done]
+        return [(state, self._logits(state.hidden_ND)) for state in done]
 
     def loss(self, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]], points: Sequence[Point]) -> Tensor:
         """Sum over label tokens of the cross-entropy, divided by their number."""
@@ -78,6 +77,12 @@ class Reference:
                 if state.labels[place + 1] != IGNORED:
                     losses.append(F.cross_entropy(logits_NV[place].float(), torch.tensor(state.labels[place + 1])))
         return torch.stack(losses).sum() / len(losses)
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """What the top model makes of final hidden states."""
+        logits_NV: Tensor = self.family.model.get_output_embeddings()(hidden_ND)
+        cap = getattr(self.family.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
     def _through(self, state: RowState, points: Sequence[Point]) -> RowState:
         num_layers = self.family.num_layers
@@ -173,15 +178,16 @@ def _asking(state: RowState) -> list[int]:
 def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, kept: Kept) -> bool:
     """Whether a method chooses otherwise when all it looks at is moved by `NUDGE`: a near-tie.
 
-    Two exact computations differ in their last bits, so a selection on a near-tie may go either way in them.
+    Two exact computations differ in their last bits, so a selection on a near-tie may go either way in them. Tokens
+    that are equal (the newlines of LLaVA-NeXT) stay equal: among them a method takes the first.
     """
-    generator = torch.Generator().manual_seed(1)
 
     def moved(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        noise = torch.randn(values.shape, generator=generator)
-        return values.detach() * (1 + NUDGE * noise)
+        values = values.detach()
+        noise = torch.sin(1e5 * values + torch.arange(values.shape[-1]) * (values.ndim > 2))
+        return values * (1 + NUDGE * noise)
 
     names = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
     with torch.no_grad():
