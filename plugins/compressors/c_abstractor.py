@@ -38,6 +38,17 @@ class CAbstractorSpec(BlockCompressorSpec):
     hidden_size: Count | None = None
     group_width: Count = 16
 
+    def inner_shape(self, width: int) -> tuple[int, int]:
+        """Channels inside a block, and groups of its convolution, for tokens of `width`."""
+        hidden = self.hidden_size or max(1, width // 4)
+        return hidden, hidden // math.gcd(hidden, self.group_width)
+
+    def module_operations(self, grid: Grid, width: int) -> int:
+        """Linear maps and convolutions of the blocks before and after the pooling."""
+        hidden, groups = self.inner_shape(width)
+        a_token = 4 * width * hidden + 2 * 9 * hidden * hidden // groups
+        return self.depth * a_token * (grid.tokens + self.kept_tokens(grid))
+
 
 class CAbstractor:
     """The module does the work; this gives it the shapes."""
@@ -77,8 +88,7 @@ def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
 
     from orchestrator.compression.windows import along_both_axes
 
-    hidden = spec.hidden_size or max(1, width // 4)
-    groups = hidden // math.gcd(hidden, spec.group_width)
+    hidden, groups = spec.inner_shape(width)
 
     class Block(nn.Module):
         """x + up(conv(down(norm(x)))) on a map B x h x w x width, channels last."""

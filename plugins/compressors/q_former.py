@@ -73,6 +73,17 @@ class QFormerSpec(CompressorSpec):
         """No more than the image's tokens and the queries."""
         return super().nearest_amount(min(keep, self.max_queries or keep), grid)
 
+    def inner_width(self, width: int) -> int:
+        """Width of the queries inside, for tokens of `width`."""
+        return self.hidden_size or self.heads * max(1, round(width / 4 / self.heads))
+
+    def module_operations(self, grid: Grid, width: int) -> int:
+        """Linear maps and attention of all layers, and the maps from and to the tokens' width."""
+        tokens, kept, inner = grid.tokens, self.kept_tokens(grid), self.inner_width(width)
+        across = 4 * inner**2 * (kept + tokens) + 4 * kept * tokens * inner
+        among = 8 * inner**2 * kept + 4 * kept**2 * inner if self.self_attention else 0
+        return self.depth * (across + among + 16 * inner**2 * kept) + 2 * width * inner * (tokens + kept)
+
     def module_shape(self) -> dict[str, Any]:
         """With the number of queries that exist."""
         return super().module_shape() | {"max_queries": self.max_queries or self.keep_tokens}
@@ -138,7 +149,7 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
     import torch
     from torch import nn
 
-    hidden = spec.hidden_size or spec.heads * max(1, round(width / 4 / spec.heads))
+    hidden = spec.inner_width(width)
     queries = spec.max_queries or spec.keep_tokens
     assert queries is not None
 

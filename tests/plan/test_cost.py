@@ -155,3 +155,27 @@ def test_a_stretch_is_steps_times_batch_times_a_sample() -> None:
 
 def test_parameters_of_llava_7b() -> None:
     assert sum(cost.parameter_count(FACTS).values()) == pytest.approx(7.05e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"kind": "q_former", "layer": "projector", "keep_tokens": 9, "heads": 2},
+        {"kind": "q_former", "layer": 1, "keep_tokens": 4, "heads": 2, "depth": 1, "self_attention": False},
+        {"kind": "c_abstractor", "layer": "projector", "keep_tokens": 9},
+        {"kind": "c_abstractor", "layer": 1, "stride": 4, "depth": 1, "group_width": 4},
+    ],
+)
+def test_operations_of_a_learned_module_are_those_torch_counts(point: dict[str, object]) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from orchestrator import registry
+
+    spec = registry.spec_class(registry.COMPRESSORS, str(point["kind"])).model_validate(point)
+    grid, width = Grid(6, 6), 256
+    module = registry.load_object(spec.implementation)(spec).create_module(width)
+    last = spec.kept_grid(grid) if spec.kind == "c_abstractor" else spec.kept_tokens(grid)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        module(torch.randn(1, grid.tokens, width, requires_grad=True), grid, last)
+    assert spec.module_operations(grid, width) == pytest.approx(counter.get_total_flops(), rel=0.04)  # pooling is no part of it
