@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from orchestrator.compression.caches import record_of
-from orchestrator.compression.decoder import Decoder, Pass
+from orchestrator.compression.decoder import Decoder
+from orchestrator.compression.entry import Pass
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.head import Head
 from orchestrator.compression.modules import MODULES_NAME, check_modules, create_modules, names_of

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.compression.decoder import Pass
+from orchestrator.compression.entry import Pass
 
 IGNORED = -100
 

@@ -24,7 +24,8 @@ from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 if TYPE_CHECKING:
-    from orchestrator.compression.decoder import Decoder, Pass
+    from orchestrator.compression.decoder import Decoder
+    from orchestrator.compression.entry import Pass
 
 
 @dataclass

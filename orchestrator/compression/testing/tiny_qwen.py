@@ -47,8 +47,8 @@ _VISION = {"depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
 
 def _config(config_class: type, vision: Mapping[str, Any], text: Mapping[str, Any], attention: str) -> Any:
     return config_class(
-        vision_config=_VISION | vision,
-        text_config=TEXT_SIZES | {"rope_parameters": _ROPE} | text,
+        vision_config={**_VISION, **vision},
+        text_config={**TEXT_SIZES, "rope_parameters": _ROPE, **text},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=SEPARATOR,
