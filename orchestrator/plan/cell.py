@@ -23,7 +23,7 @@ class Variant:
 
 
 FULL_TOKENS = Variant((), digest([]))
-CHAINED = 64
+CHAINED = 32
 """Actions whose states are chained one by one; those beyond are hashed once for all lineages of a schedule."""
 
 
