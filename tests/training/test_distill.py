@@ -96,7 +96,7 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
     from orchestrator.training.data import training_data
     from orchestrator.training.memory import TrainingMemory
     from orchestrator.training.session import open_session
-    from orchestrator.training.step import _forward
+    from orchestrator.training.step import forward_losses
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     memory.session = session = open_session(job, ledger.state_folder("root") / WEIGHTS_FILE)
@@ -104,7 +104,7 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
     batch = MicroBatch(indices, training_data(job, memory).collate(indices))
     items, model = batch.label_tokens + 3, session.engine.module
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = _forward(session, job.action_at(0), batch, items, seed=11)
+    losses = forward_losses(session, job.action_at(0), batch, items, seed=11)
     session.engine.backward(losses.total, scale_wrt_gas=False)
     mine = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     assert [point.spec.kind for point in session.attachment.points] == ["average_pool"]
