@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.memory import Session
+from orchestrator.training.resize import convert, mended_load
 
 CURSOR_FILE = "cursor.json"
 _TAG = "state"
@@ -47,7 +49,8 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
         session.learned.save(folder)
         try:
-            cursor = {**_cursor(session, job, step), "learned": session.learned.names()}
+            facts = {"world_size": group.world_size(), "learned": session.learned.names()}
+            cursor = {**_cursor(session, job, step), **facts}
             (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
@@ -55,20 +58,21 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     group.decide(finish)
 
 
-def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str) -> int:
+def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, scratch: Path) -> int:
     """Loads a checkpoint into a fresh engine; every rank calls it.
 
     Args:
-        session: Its engine has not trained yet.
+        session: Its engine has not trained yet, and is `universal` where the checkpoint is of other workers.
         folder: What `save_checkpoint` wrote; its manifest is verified by the caller.
         job: The stage run that goes on from it.
         state: State the checkpoint must belong to.
+        scratch: Where one of another number of workers may be converted.
 
     Returns:
         The phase's step the state is after.
 
     Raises:
-        StageRunError: it belongs to another state, table, seed, world size or ZeRO stage; the sentence says which.
+        StageRunError: it belongs to another state, table, seed or ZeRO stage; the sentence says which.
         StorageError: it cannot be read, or holds classes it should not.
     """
 
@@ -79,13 +83,21 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str) -
         return cursor
 
     cursor = group.decide(check)
+    source = folder
+    if other_workers(cursor):
+        source = scratch / "universal"
+        group.decide(lambda: convert(folder, _TAG, source))
     session.learned.load(folder, cursor.get("learned", []))
+    mending = mended_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
-        path, _ = session.engine.load_checkpoint(str(folder), tag=_TAG)
+        with mending:
+            path, _ = session.engine.load_checkpoint(str(source), tag=_TAG)
     except (OSError, RuntimeError, EOFError) as error:
         raise StorageError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
         raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
+    if source != folder:
+        group.decide(lambda: shutil.rmtree(source, ignore_errors=True))
     return int(cursor["step"])
 
 
@@ -100,6 +112,11 @@ def read_cursor(folder: Path) -> dict[str, Any]:
         return cursor
     except (OSError, ValueError) as error:
         raise StorageError(f"the checkpoint {folder} has no readable {CURSOR_FILE}: {error}") from error
+
+
+def other_workers(cursor: dict[str, Any]) -> bool:
+    """Whether a checkpoint's parts are those of another number of workers; without ZeRO there is one part."""
+    return bool(cursor.get("world_size") != group.world_size() and cursor.get("zero_stage"))
 
 
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
@@ -139,7 +156,6 @@ def _cursor(session: Session, job: StageJob, step: int) -> dict[str, Any]:
         "total_steps": job.total_steps,
         "seed": job.seed,
         "table": compiled_table(job.table, step),
-        "world_size": group.world_size(),
         "zero_stage": zero_stage(session.config),
     }
 

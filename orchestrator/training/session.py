@@ -34,8 +34,13 @@ def session_key(job: StageJob) -> str:
     return json.dumps(fixed, sort_keys=True, default=str)
 
 
-def open_session(job: StageJob, weights_file: Path) -> Session:
+def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> Session:
     """A fresh engine with the weights of a file, on every rank alike; learned compressors are at rest.
+
+    Args:
+        job: What it is to train.
+        weights_file: Weights of the parent state.
+        universal: The engine is to load a converted checkpoint (`training/resize.py`).
 
     Raises:
         UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit.
@@ -54,6 +59,8 @@ def open_session(job: StageJob, weights_file: Path) -> Session:
         group.world_size(),
         on_gpu=group.device().type == "cuda",
     )
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     model = build_model(model_spec, weights_file)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, job.seed)

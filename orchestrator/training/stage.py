@@ -17,7 +17,7 @@ from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.training import group, logs
 from orchestrator.training.batches import BatchFeed
-from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint
 from orchestrator.training.consolidate import write_weights
 from orchestrator.training.data import training_data
 from orchestrator.training.figures import fingerprint, peak_memory_gib, reset_peak_memory, stage_result
@@ -121,12 +121,14 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
         return memory.session, job.first_step
     memory.release()
     weights = ledger.state_folder(job.parent) / WEIGHTS_FILE
-    memory.session = open_session(job, weights)
-    if checkpoints:
-        return memory.session, load_checkpoint(memory.session, Path(checkpoints[0]), job, job.id)
-    if job.starts_phase:
+    if job.starts_phase and not checkpoints:
+        memory.session = open_session(job, weights)
         return memory.session, job.first_step
-    return memory.session, load_checkpoint(memory.session, _parent_checkpoint(job, ledger), job, job.parent)
+    source = Path(checkpoints[0]) if checkpoints else _parent_checkpoint(job, ledger)
+    universal = group.decide(lambda: other_workers(read_cursor(source)))
+    memory.session = open_session(job, weights, universal)
+    state = job.id if checkpoints else job.parent
+    return memory.session, load_checkpoint(memory.session, source, job, state, ledger.work_folder(job.id))
 
 
 def _parent_checkpoint(job: StageJob, ledger: Ledger) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,27 @@ def test_phases_and_evaluations(made: tuple[Path, Path], tmp_path: Path) -> None
     for at_hand, from_ledger in found["answers"]:
         assert at_hand == from_ledger
     assert "hold no learned compressor mixing_layer1_" in found["said"] and "another variant" in found["said"]
+
+
+BUILT_IN = (
+    {"kind": "q_former", "layer": "projector", "keep_tokens": 16, "heads": 2},
+    {"kind": "registers", "layer": 1, "keep_tokens": 8},
+    {"kind": "c_abstractor", "layer": "projector", "keep_tokens": 16},
+    {"kind": "q_former", "layer": 1, "keep_tokens": 8, "heads": 2},
+)
+
+
+@pytest.mark.parametrize(("zero", "world_size"), [pytest.param("zero2", 1, marks=pytest.mark.slow), ("zero3", 2)])
+def test_built_in_methods_take_turns(made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int) -> None:
+    table = [Action(step, step + 1, point["kind"], (point,)) for step, point in enumerate(BUILT_IN, start=1)]
+    actions = (Action(0, 1, "full"), *table, Action(5, 6, "full"))
+    cuts = {"cut": (1, 2, 3, 4, 6), "whole": (6,)}
+    recipe = {"deepspeed": zero, "group_by_modality_length": False}  # no batch without an image
+    runs = {name: chain(made, actions, steps, recipe=recipe) for name, steps in cuts.items()}
+    found = launch(world_size, every_way, tmp_path, runs)
+    assert found["cut"]["state6"] == found["whole"]["state6"]
+    tensors, metadata = _moments(tmp_path / "whole", "state6")
+    assert sorted(json.loads(metadata["steps"]).values()) == [1, 1, 1, 1]
+    for name in json.loads(metadata["steps"]):
+        moments = [tensor for key, tensor in tensors.items() if key.startswith(f"exp_avg.{name}.")]
+        assert any(bool(tensor.any()) for tensor in moments)
