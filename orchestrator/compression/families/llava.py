@@ -31,15 +31,23 @@ class LlavaFamily(ImagesFamily):
         config: Any = self.model.config
         return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
 
+    @property
+    def feature_layers(self) -> list[int]:
+        """The vision tower's hidden states that the projector takes."""
+        config: Any = self.model.config
+        layers = (
+            config.vision_feature_layer if hasattr(config, "vision_feature_layer") else config.vision_feature_layers
+        )
+        return list(layers) if isinstance(layers, (list, tuple)) else [int(layers)]
+
     def cls_attention(self) -> Any:
         """That of the last tower layer whose output is used, where one tower serves all and is a CLIP."""
         config, tower = self.model.config, getattr(self.model.model, "vision_tower", None)
         if tower is None or config.vision_config.model_type != "clip_vision_model":
             return None
         layers = getattr(tower, "vision_model", tower).encoder.layers
-        used = config.vision_feature_layer
         # Hidden state 0 is what enters the first layer; state n is what layer n - 1 gives.
-        states = [state % (len(layers) + 1) for state in (used if isinstance(used, (list, tuple)) else [used])]
+        states = [state % (len(layers) + 1) for state in self.feature_layers]
         return layers[max(states) - 1].self_attn if max(states) else None
 
     @property
@@ -51,9 +59,7 @@ class LlavaFamily(ImagesFamily):
     @property
     def vision_width(self) -> int | None:
         """Features of several tower layers lie side by side."""
-        config: Any = self.model.config
-        layers = config.vision_feature_layer
-        return int(config.vision_config.hidden_size) * (len(layers) if isinstance(layers, (list, tuple)) else 1)
+        return int(self.model.config.vision_config.hidden_size) * len(self.feature_layers)
 
     @property
     def resizable_tower(self) -> nn.Module | None:

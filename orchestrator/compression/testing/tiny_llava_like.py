@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ _FRAMES = 2
 # Size in pixels (height, width) and number of tiles, the base tile included.
 _SIZES = {"image": ((32, 48), 5), "small": ((48, 10), 3)}
 _PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+# Named otherwise in transformers before 5.23.
+_VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
+_VIDEO_LLAVA_NAMES = inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
+_VIDEO_LLAVA_PIXELS = "pixel_values" if "pixel_values" in _VIDEO_LLAVA_NAMES else "pixel_values_images"
 
 
 def _vision(kind: Any = CLIPVisionConfig) -> dict[str, Any]:
@@ -84,6 +89,11 @@ def _fixed(batch: dict[str, Any], images: list[str], generator: torch.Generator)
         batch["pixel_values"] = pixels(len(images), 3, _TILE, _TILE, generator=generator)
 
 
+def _fixed_of_video_llava(batch: dict[str, Any], images: list[str], generator: torch.Generator) -> None:
+    if images:
+        batch[_VIDEO_LLAVA_PIXELS] = pixels(len(images), 3, _TILE, _TILE, generator=generator)
+
+
 def _tiled(batch: dict[str, Any], images: list[str], generator: torch.Generator) -> None:
     if not images:
         return
@@ -100,7 +110,7 @@ VIPLLAVA = TinyFamily(
         LlamaConfig,
         CLIPVisionConfig,
         image_token_id=IMAGE,
-        vision_feature_layer=[-1, -2, 1],
+        **{_VIP_LAYERS: [-1, -2, 1]},
     ),
     _batcher({"image": [IMAGE] * 9}, _fixed),
     {"image": (Grid(3, 3),)},
@@ -116,7 +126,7 @@ VIDEO_LLAVA = TinyFamily(
         image_token_index=IMAGE,
         video_token_index=VIDEO,
     ),
-    _batcher({"image": [IMAGE] * 9, "video": [VIDEO] * 10 * _FRAMES}, _fixed),
+    _batcher({"image": [IMAGE] * 9, "video": [VIDEO] * 10 * _FRAMES}, _fixed_of_video_llava),
     {"image": (Grid(3, 3),), "video": (Grid(1, 1), Grid(3, 3)) * _FRAMES},  # a frame's CLS token stays
 )
 

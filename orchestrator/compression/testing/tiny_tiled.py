@@ -32,7 +32,9 @@ from orchestrator.compression.testing.tiny_images import (
 )
 from orchestrator.spec.components import Grid
 
-_VISION = VISION_SIZES | {"image_size": 24, "patch_size": 4}  # 6 x 6 patches, four of them one token
+_SIDE = 18
+# 6 x 6 patches, four of them one token. SmolVLM before 5.23 wants tokens in multiples of `patch_size`.
+_VISION = VISION_SIZES | {"image_size": _SIDE, "patch_size": 3}
 _TILES = {"image": 3, "small": 1, "video": 2}
 _PLACEHOLDERS = [IMAGE] * 9
 _APART = {kind: [SEPARATOR, *_PLACEHOLDERS] * count for kind, count in _TILES.items()}
@@ -62,7 +64,7 @@ def _batch_internvl(rows: Sequence[Row], padding: str, seed: int, answer: int) -
     batch, kinds = text_batch(rows, _IN_ONE_RUN, padding, generator, answer)
     tiles = sum(_TILES[kind] for row in kinds for kind in row)
     if tiles:
-        batch["pixel_values"] = pixels(tiles, 3, 24, 24, generator=generator)
+        batch["pixel_values"] = pixels(tiles, 3, _SIDE, _SIDE, generator=generator)
     return batch
 
 
@@ -87,7 +89,7 @@ def _batch_idefics3(rows: Sequence[Row], padding: str, seed: int, answer: int) -
     batch, kinds = text_batch(rows, _APART, padding, generator, answer)
     tiles = [sum(_TILES[kind] for kind in row) for row in kinds]
     if any(tiles):
-        batch["pixel_values"] = pixels(len(rows), max(tiles), 3, 24, 24, generator=generator)
+        batch["pixel_values"] = pixels(len(rows), max(tiles), 3, _SIDE, _SIDE, generator=generator)
         for row, count in enumerate(tiles):  # the processor pads with images of zeros
             batch["pixel_values"][row, count:] = 0
     return batch
