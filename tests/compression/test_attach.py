@@ -118,7 +118,7 @@ def test_attached_twice():
 
 
 def test_models_that_cannot_be_served():
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="LlamaModel cannot be served: its config has no image_token_id"):
         attach(tiny_llava().model.language_model, HEAVY)
     model = tiny_llava()
     model.model.language_model.rotary_emb = None
