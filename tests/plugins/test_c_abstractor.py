@@ -32,7 +32,7 @@ def test_it_starts_from_average_pooling_and_learns():
 
 
 def test_neighbours_in_the_map_matter_and_other_images_do_not():
-    method = CAbstractor(CAbstractorSpec(layer="projector", keep_tokens=9, depth=1))
+    method = CAbstractor(CAbstractorSpec(layer="projector", keep_tokens=9, depth=1, hidden_size=8))
     torch.manual_seed(0)
     module = method.create_module(8)
     with torch.no_grad():
