@@ -125,16 +125,25 @@ def _crop(cache: Any, tokens_to_remove: int) -> None:
     type(cache).crop(cache, tokens_to_remove)
 
 
+def _length(cache: Any, layer_idx: int | None = None) -> int:
+    """Without a layer, what callers outside mean: original tokens so far, by which they slice and number new ones."""
+    if layer_idx is None:
+        seen: int = cache.__dict__[_RECORD].seen_tokens
+        return seen
+    return int(type(cache).get_seq_length(cache, layer_idx))
+
+
 def _reset(cache: Any) -> None:
     type(cache).reset(cache)
     for name in (_RECORD, *_FOLLOW):
         cache.__dict__.pop(name, None)
 
 
-_FOLLOW: dict[str, Callable[..., None]] = {
+_FOLLOW: dict[str, Callable[..., Any]] = {
     "reorder_cache": _reorder,
     "batch_select_indices": _select,
     "batch_repeat_interleave": _repeat,
     "crop": _crop,
     "reset": _reset,
+    "get_seq_length": _length,
 }

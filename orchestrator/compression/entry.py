@@ -71,9 +71,6 @@ def entering(
     positions = arguments.get("position_ids")
     if positions is None:
         positions = column_N + seen
-    elif cache is not None and record is not None and family.counts_cache(current.inputs):
-        # The top model numbered them by the cache's first layer, which may hold fewer tokens than were seen.
-        positions = positions + (seen - int(cache.get_seq_length()))
     if positions.ndim < 3:
         positions = positions.expand(rows, columns).unsqueeze(0)
     blocks_BN = family.block_ids_BN(current.inputs) if current.inputs else None

@@ -75,6 +75,29 @@ def test_the_last_tokens_can_be_taken_back_but_no_image():
         cache.crop(9)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_generate_goes_on_in_a_cache_whose_first_layer_is_short(name):
+    tiny = TINY[name]
+    model = tiny.build("eager", 0).eval()
+    attach(model, [{"kind": "average_pool", "layer": 0, "stride": 2}])
+    batch = tiny.batch([[3, "image", 7]], "left", 0, 0)
+    del batch["labels"], batch["attention_mask"]
+    options = {"do_sample": False, "suppress_tokens": [62, 63], "return_dict_in_generate": True}
+    first = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, **options)
+    count = batch["input_ids"].shape[1] + 2  # the last token was not run
+    assert first.past_key_values.get_seq_length() == count > first.past_key_values.get_seq_length(0)
+    batch.pop("input_ids")
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in batch:
+            batch[key] = torch.cat([batch[key], batch[key].new_zeros(1, 3)], 1)
+    options |= {"max_new_tokens": 4, "min_new_tokens": 4}
+    whole = model.generate(first.sequences, **batch, **options)
+    for key in ("pixel_values", "image_grid_thw"):
+        batch.pop(key, None)
+    further = model.generate(first.sequences, past_key_values=first.past_key_values, **batch, **options)
+    assert torch.equal(further.sequences, whole.sequences)
+
+
 def test_a_cache_that_is_emptied_forgets():
     model, batch, cache = filled("qwen2_vl")
     cache.reset()

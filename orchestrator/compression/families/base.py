@@ -108,10 +108,6 @@ class Family(ABC):
             return keys.mask_BK
         return ready_masks(keys, self.window_cuts_blocks)
 
-    def counts_cache(self, inputs: Mapping[str, Any]) -> bool:
-        """The top model itself numbers these tokens, by the length of the KV cache's first layer."""
-        return False
-
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
         """Further arguments of the language model for the segment that begins at layer `first`."""
         return options

@@ -44,10 +44,6 @@ class Gemma3Family(PaliGemmaFamily):
         """A sliding layer's window holds within an image too."""
         return True
 
-    def counts_cache(self, inputs: Mapping[str, Any]) -> bool:
-        """Position ids that are not given are left to the language model."""
-        return False
-
     @property
     def projector(self) -> nn.Module | None:
         """None: it pools the grid, so not token by token."""

@@ -62,10 +62,6 @@ class PaliGemmaFamily(Family):
         """PaliGemma 2 opens the prefix in sliding layers too."""
         return False
 
-    def counts_cache(self, inputs: Mapping[str, Any]) -> bool:
-        """The model numbers tokens by the cache's length unless it is given position ids."""
-        return bool(inputs) and inputs.get("position_ids") is None
-
     @property
     def projector(self) -> nn.Module | None:
         """One linear layer, token by token."""

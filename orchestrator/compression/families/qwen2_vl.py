@@ -86,10 +86,6 @@ class Qwen2VLFamily(Family):
         features = sum(len(one) for output in ready.values() if output is not None for one in output.pooler_output)
         return patches // self._merge**2 + features
 
-    def counts_cache(self, inputs: Mapping[str, Any]) -> bool:
-        """The model numbers new tokens by the cache's length where it has neither position ids nor a mask to count."""
-        return bool(inputs) and inputs.get("position_ids") is None and inputs.get("attention_mask") is None
-
     def idle_features(self) -> Tensor:
         """Features of one black image of one token."""
         return torch.cat(list(self._idle_output().pooler_output))
