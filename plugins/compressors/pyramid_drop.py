@@ -50,4 +50,5 @@ class PyramidDrop:
         if context.attention_BN is None:
             raise ValueError("the attention of the layer before it is not known here")
         index_BM = top_tokens(context.attention_BN, self.spec.kept_tokens(grid))
-        return replace(take(visual_BND, index_BM, context), renumber=True)
+        # Where nothing was dropped ids stay as they are: those of M-RoPE have gaps of their own.
+        return replace(take(visual_BND, index_BM, context), renumber=index_BM.shape[1] < visual_BND.shape[1])

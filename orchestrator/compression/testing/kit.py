@@ -122,6 +122,16 @@ def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str
     return found
 
 
+def first_place(points: PointLike | Sequence[PointLike], family: str) -> list[CompressorSpec]:
+    """The points with layer and amount as the kit tries them first on a family.
+
+    Raises:
+        Refused: the family cannot run them.
+    """
+    several = [_candidate(point) for point in (points if isinstance(points, Sequence) else [points])]
+    return _places(several, bench_of(family))[0]
+
+
 @functools.cache
 def bench_of(family: str) -> Bench:
     """The models of a family; built once in a process."""
