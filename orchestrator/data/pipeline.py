@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from heapq import nlargest
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from orchestrator.spec.components import DataSpec
 from orchestrator.spec.model import ModelSpec
 
 ROWS_TRIED = 64
+LONGEST_TRIED = 32
 
 
 class TrainData:
@@ -45,6 +47,20 @@ class TrainData:
         lengths = np.fromiter((row.num_words for row in self.rows), dtype=np.int64, count=len(self.rows))
         has_image = np.fromiter((bool(row.images) for row in self.rows), dtype=bool, count=len(self.rows))
         return DataOrder(self._sizes, lengths, has_image)
+
+    @cached_property
+    def longest(self) -> list[int]:
+        """Samples that may need the most memory: of each set the longest in words and in images, and some between.
+
+        Words stand for tokens, which only encoding tells; the samples between them catch images of odd sizes.
+        """
+        found: dict[int, None] = {}
+        for number in range(len(self._sizes)):
+            indices = np.flatnonzero(self._set_of == number).tolist()
+            found |= dict.fromkeys(nlargest(LONGEST_TRIED, indices, key=lambda index: self.rows[index].num_words))
+            found |= dict.fromkeys(nlargest(LONGEST_TRIED, indices, key=lambda index: len(self.rows[index].images)))
+            found |= dict.fromkeys(indices[:: max(1, len(indices) // LONGEST_TRIED)])
+        return list(found)
 
     def batch_indices(
         self, seed: int, step: int, global_batch_size: int, group_by_modality_length: bool = False

@@ -47,7 +47,8 @@ class PhaseSpec(Spec):
         schedule: A schedule's name, a variant's name (constant), `full`, or an inline mapping.
         seed: Data order, dropout and random methods; None takes the top-level seed.
         global_batch_size: Samples per optimizer step; accumulation is derived from it.
-        per_device_train_batch_size: Micro-batch of one worker; fingerprint, not identity.
+        per_device_train_batch_size: Micro-batch of one worker; fingerprint, not identity. `auto`: the largest that
+            fits, for each variant of a stage on its own, so that compressed stages take fewer accumulation steps.
         model_max_length: Longest sample in tokens, counted before compression.
         deepspeed: `zero0` to `zero3`, `zero2_offload`, `zero3_offload`, a path, or an inline mapping.
     """

@@ -57,8 +57,6 @@ def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
     found = {}
     if phase.start_from is not None and not isinstance(phase.start_from, str):
         found["start_from"] = "give a folder"
-    if phase.per_device_train_batch_size == "auto":
-        found["per_device_train_batch_size"] = "give a number"
     return found
 
 

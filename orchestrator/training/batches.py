@@ -66,7 +66,7 @@ class BatchFeed:
     Args:
         indices_of: Indices of the global batch of a step, a pure function of the step.
         collate: Tensors of some samples; must not draw from torch's global generator, which belongs to the model.
-        micro_batch_size: Samples of one rank in one forward.
+        micro_batch_size_of: Samples of one rank in one forward, by step.
         last_step: End of the stage run; nothing beyond it is prepared.
     """
 
@@ -74,13 +74,13 @@ class BatchFeed:
         self,
         indices_of: Callable[[int], Sequence[int]],
         collate: Callable[[Sequence[int]], dict[str, Any]],
-        micro_batch_size: int,
+        micro_batch_size_of: Callable[[int], int],
         rank: int,
         world_size: int,
         last_step: int,
     ) -> None:
         self._indices_of, self._collate = indices_of, collate
-        self._deal = (micro_batch_size, rank, world_size)
+        self._micro_batch_size_of, self._ranks = micro_batch_size_of, (rank, world_size)
         self._last_step = last_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ready: dict[int, Future[list[MicroBatch]]] = {}
@@ -97,5 +97,5 @@ class BatchFeed:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int) -> list[MicroBatch]:
-        shares = deal(self._indices_of(step), *self._deal)
+        shares = deal(self._indices_of(step), self._micro_batch_size_of(step), *self._ranks)
         return [MicroBatch(indices, self._collate(indices)) for indices in shares]

@@ -33,6 +33,11 @@ def deepspeed_config(
         UsageError: the preset is unknown, the file cannot be read, or a key contradicts the recipe.
     """
     config = _without_auto(_given(recipe.deepspeed, on_gpu))
+    if recipe.per_device_train_batch_size == "auto" and (given := [key for key in _BATCH_KEYS if key in config]):
+        raise UsageError(
+            f"deepspeed: {given[0]}: {config[given[0]]} contradicts per_device_train_batch_size: auto, which finds it; "
+            'leave the key out or write "auto"'
+        )
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,

@@ -60,7 +60,7 @@ def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
         "zero_stage": zero_stage(session.config),
         "offload": "offload_optimizer" in session.config.get("zero_optimization", {}),
         "dtype": str(session.compute_dtype).removeprefix("torch."),
-        "micro_batch_size": session.micro_batch_size,
+        "micro_batch_size": session.micro_batches.shown(),
         "gradient_checkpointing": bool(job.recipe["gradient_checkpointing"]),
         "attn_implementation": job.model.get("attn_implementation"),
         "python": platform.python_version(),

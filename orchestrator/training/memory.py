@@ -20,7 +20,8 @@ class Session:
         base_rates: Learning rate of each optimizer group before the schedule's factor.
         key: Settings an engine cannot change: a child with others needs a new engine.
         config: DeepSpeed configuration.
-        micro_batch_size: Samples of one forward.
+        micro_batch_size: Samples of one forward the engine was opened with.
+        micro_batches: Samples of one forward by what a step does, in the present stage run; None before the first.
         compute_dtype: Type the model computes in.
         points: Points in force; None where they are not known.
     """
@@ -34,6 +35,7 @@ class Session:
     micro_batch_size: int
     compute_dtype: torch.dtype
     points: tuple[dict[str, Any], ...] | None
+    micro_batches: Any = None
 
 
 @dataclass
@@ -42,10 +44,12 @@ class TrainingMemory:
 
     Attributes:
         state: Id of the state the session holds; None while a stage run is under way or after it failed.
+        allowed_bytes: What activations may take where `per_device_train_batch_size` is `auto`; None asks the machine.
     """
 
     state: str | None = None
     session: Session | None = None
+    allowed_bytes: int | None = None
     _data: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, state: str, key: str) -> bool:

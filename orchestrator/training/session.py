@@ -11,7 +11,6 @@ import deepspeed
 import torch
 
 from orchestrator.compression import attach
-from orchestrator.errors import UsageError
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
@@ -23,6 +22,7 @@ from orchestrator.training.batches import accumulation_steps
 from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.learned import LearnedPart
 from orchestrator.training.memory import Session
+from orchestrator.training.micro_batch import even_size
 
 
 def session_key(job: StageJob) -> str:
@@ -104,7 +104,7 @@ def _set_determinism(wanted: bool) -> None:
 
 def _micro_batch_size(recipe: PhaseSpec) -> int:
     if recipe.per_device_train_batch_size == "auto":
-        raise UsageError("per_device_train_batch_size: auto is not supported yet; write a number of samples")
+        return even_size(recipe.global_batch_size, group.world_size(), most=1)  # until the stage run chooses
     return min(int(recipe.per_device_train_batch_size), recipe.global_batch_size)
 
 

@@ -6,9 +6,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from orchestrator.data.pipeline import TrainData
 from orchestrator.errors import StageRunError, StorageError
@@ -22,9 +26,11 @@ from orchestrator.training.consolidate import write_weights
 from orchestrator.training.data import training_data
 from orchestrator.training.figures import fingerprint, peak_memory_gib, reset_peak_memory, stage_result
 from orchestrator.training.memory import Session, TrainingMemory
+from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, halve, set_accumulation
 from orchestrator.training.session import open_session, session_key
 from orchestrator.training.spool import MetricsSpool
 from orchestrator.training.step import StepFigures, run_step
+from orchestrator.training.trial import measure_trial
 
 StageOutcome = Literal["done", "stopped"]
 _KEPT_CHECKPOINTS = 2
@@ -73,20 +79,14 @@ def _train(
 ) -> StageOutcome:
     reset_peak_memory()
     data = training_data(job, memory)
-    session, step = _start(job, ledger, memory)
-    memory.state = None
-    # An evaluation may have used the model since.
-    session.engine.train()
-    session.points = None
-    points = (point for action in job.table for point in action.all_points)
-    session.attachment = session.learned.enter(session.attachment, points)
-    session.learned.hide()
+    session, step = _start_with_micro_batches(job, ledger, memory, data, work)
     spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
         while step < job.last_step:
             _enter(session, job, step)
-            figures = run_step(session, job, step, feed.get(step), should_stop())
+            with _told_if_too_large(job, step, work):
+                figures = run_step(session, job, step, feed.get(step), should_stop())
             if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
                 raise StageRunError(
                     f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
@@ -111,6 +111,40 @@ def _train(
     session.learned.show()
     memory.state = job.id
     return "done"
+
+
+def _start_with_micro_batches(
+    job: StageJob, ledger: Ledger, memory: TrainingMemory, data: TrainData, work: Path
+) -> tuple[Session, int]:
+    """The session, ready for its steps, and the step it is after."""
+    on_gpu = group.device().type == "cuda"
+    while True:
+        session, step = _start(job, ledger, memory)
+        memory.state = None
+        # An evaluation may have used the model since.
+        session.engine.train()
+        session.points = None
+        points = (point for action in job.table for point in action.all_points)
+        session.attachment = session.learned.enter(session.attachment, points)
+        session.learned.hide()
+        trial = partial(measure_trial, session, job, data) if on_gpu else None
+        try:
+            session.micro_batches = choose(job, session, data, work, memory.allowed_bytes, trial)
+            return session, step
+        except MicroBatchTooLarge as error:
+            logs.LOGGER.info("%s", error)
+            memory.release()  # an engine that ran out of memory halfway is not whole
+
+
+@contextmanager
+def _told_if_too_large(job: StageJob, step: int, work: Path) -> Iterator[None]:
+    """Where memory runs out under a size that was chosen here, the next attempt takes half of it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if told := halve(job, work, job.action_at(step)):
+            raise MicroBatchTooLarge(told) from error
+        raise
 
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
@@ -145,13 +179,13 @@ def _parent_checkpoint(job: StageJob, ledger: Ledger) -> Path:
 
 
 def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
-    recipe = job.recipe
+    recipe, sizes = job.recipe, session.micro_batches
     return BatchFeed(
         lambda step: data.batch_indices(
             job.seed, step, recipe["global_batch_size"], recipe["group_by_modality_length"]
         ),
         data.collate,
-        session.micro_batch_size,
+        lambda step: sizes.at(job.action_at(step)),
         group.rank(),
         group.world_size(),
         job.last_step,
@@ -159,8 +193,10 @@ def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
 
 
 def _enter(session: Session, job: StageJob, step: int) -> None:
-    """Switches the compressor where the step's action differs from the one in force."""
-    points = job.action_at(step).points
+    """Switches compressor and micro-batch where the step's action differs from the one in force."""
+    action = job.action_at(step)
+    set_accumulation(session.engine, job.recipe["global_batch_size"], session.micro_batches.at(action))
+    points = action.points
     if points != session.points:
         session.attachment.switch(list(points))
         session.points = points

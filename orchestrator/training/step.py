@@ -83,7 +83,8 @@ def run_step(
     visual_layer_tokens = text_tokens = 0.0
     for batch in micro_batches:
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
-        losses = _forward(session, action, batch, label_tokens, micro_batch_seed(job.seed, step, batch.indices[0]))
+        seed = micro_batch_seed(job.seed, step, batch.indices[0])
+        losses = forward_losses(session, action, batch, label_tokens, seed)
         engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
         session.learned.collect()
         if engine.is_gradient_accumulation_boundary():
@@ -112,7 +113,7 @@ def run_step(
     )
 
 
-def _forward(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
+def forward_losses(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
     """Losses of one micro-batch: its label tokens' sums over the number of the whole global batch.
 
     Without an image it still runs the vision tower (`attach` sees to it): all ranks take the same path.

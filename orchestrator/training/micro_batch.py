@@ -1,0 +1,261 @@
+"""`per_device_train_batch_size: auto`: the largest micro-batch that fits, by what a step does.
+
+Each action of a stage run (variant and teacher; in a policy each of those it mixes) has a size of its own, so that
+compressed steps take fewer accumulation steps: under ZeRO-3 each of them gathers all weights anew. A size is the
+smallest with its number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula
+(`plan/memory.py`) decides; on a GPU it proposes, forward and backward of the longest samples are measured, and the
+answer is remembered by kind of device. A size is part of the fingerprint, never of an identity: the update is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from orchestrator.data.pipeline import TrainData
+from orchestrator.errors import DataError, StageRunError, UsageError
+from orchestrator.plan.identity import cache_folder, digest
+from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
+from orchestrator.plan.storage import read_json, write_json
+from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.training import group, logs
+from orchestrator.training.batches import accumulation_steps
+from orchestrator.training.deepspeed_config import zero_stage
+
+NOTES_FILE = "micro_batches.json"
+GPU_SHARE = 0.9
+"""Of a GPU's memory; the rest is for fragmentation and libraries."""
+CPU_SHARE = 0.5
+"""Of the memory that is free: data, images and the system need the rest."""
+CPU_CAP_BYTES = 2 * 2**30
+"""A larger micro-batch gains nothing on a CPU: its fixed cost is spread by then. So choices rarely depend on what else
+the machine does."""
+
+
+class MicroBatchTooLarge(RuntimeError):
+    """Memory did not suffice for a size that `auto` chose; a smaller one is noted for the next attempt."""
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Samples of one forward on one worker.
+
+    Attributes:
+        fixed: What the recipe says; None under `auto`.
+        chosen: Under `auto`, the size by `action_key`.
+    """
+
+    fixed: int | None
+    chosen: Mapping[str, int] = field(default_factory=dict)
+
+    def at(self, action: Action) -> int:
+        """The size under an action."""
+        return self.chosen[action_key(action)] if self.fixed is None else self.fixed
+
+    def shown(self) -> int | str:
+        """For the fingerprint: the size, or the sizes from small to large where actions have several."""
+        sizes = sorted({self.fixed} if self.fixed is not None else set(self.chosen.values()))
+        return sizes[0] if len(sizes) == 1 else ", ".join(map(str, sizes))
+
+
+def action_key(action: Action) -> str:
+    """What decides the memory of an action: its points and its teacher's."""
+    distill = None if action.distill is None else list(action.distill.points)
+    return digest([list(action.points), distill])[:16]
+
+
+def even_size(global_batch_size: int, world_size: int, most: float) -> int:
+    """The smallest size with the fewest accumulation steps that sizes up to `most` allow.
+
+    At least what one worker needs so that each has a sample in every accumulation step.
+    """
+    least_steps = -(-global_batch_size // (max(1, int(most)) * world_size))
+    steps = max(1, min(least_steps, global_batch_size // world_size))
+    return -(-global_batch_size // (steps * world_size))
+
+
+def choose(
+    job: StageJob,
+    session: Any,
+    data: TrainData,
+    work: Path,
+    allowed_bytes: int | None = None,
+    trial: Callable[[Action, int], float] | None = None,
+) -> MicroBatches:
+    """The sizes of a stage run's actions; every rank calls it and gets the same.
+
+    Args:
+        job: The stage run.
+        session: Its engine, about to begin.
+        data: Its data.
+        work: Its work folder: sizes are noted there, so that a resumed attempt takes the same, and smaller ones after
+            memory ran out.
+        allowed_bytes: What activations may take; None asks the machine.
+        trial: Measures an action at a size: share of the device's memory at the peak, or OutOfMemoryError. None
+            trusts the formula.
+
+    Raises:
+        UsageError: the model's sizes are not known, so there is no formula.
+        MicroBatchTooLarge: a trial ran out of memory; the engine must be opened again.
+        StageRunError: the least size does not fit.
+    """
+    if job.recipe["per_device_train_batch_size"] != "auto":
+        return MicroBatches(session.micro_batch_size)
+    actions = {action_key(a): a for a in job.table if a.last_step > job.first_step}
+    notes: dict[str, Any] = group.decide(lambda: _first_notes(job, session, data, work, actions, allowed_bytes))
+    for key, action in actions.items():
+        note = notes[key]
+        if trial is not None and not note["measured"]:
+            note["size"] = _measured(job, work, notes, key, partial(trial, action))
+            note["measured"] = True
+            group.decide(partial(write_json, _remembered(note), note))
+    group.decide(lambda: write_json(work / NOTES_FILE, notes))
+    for key, action in actions.items():
+        _tell(job, action, notes[key])
+    return MicroBatches(None, {key: notes[key]["size"] for key in actions})
+
+
+def halve(job: StageJob, work: Path, action: Action) -> str | None:
+    """Notes half the size of an action after memory ran out under it; any rank may call it.
+
+    Returns:
+        What to tell; None where the size was not chosen here, or is the least there is.
+    """
+    notes = read_json(work / NOTES_FILE) or {}
+    note = notes.get(action_key(action))
+    if job.recipe["per_device_train_batch_size"] != "auto" or note is None:
+        return None
+    size = even_size(job.recipe["global_batch_size"], group.world_size(), note["size"] // 2)
+    if size >= note["size"]:
+        return None
+    told = f"{action.variant}: out of memory in micro-batches of {note['size']} samples; the next attempt takes {size}"
+    note["size"] = size
+    write_json(work / NOTES_FILE, notes)
+    if note["measured"]:
+        write_json(_remembered(note), note)
+    return told
+
+
+def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
+    """Tells an engine, between two optimizer steps, how many micro-batches its next ones have."""
+    steps, world_size = accumulation_steps(global_batch_size, size, group.world_size()), group.world_size()
+    if (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (size, steps):
+        return
+    engine.set_train_micro_batch_size(size)
+    engine.set_train_batch_size(size * steps * world_size)
+    engine.micro_steps = 0  # its multiples of the number of steps are where it updates
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = steps  # ZeRO 1 and 2 read it where the optimizer is offloaded
+
+
+def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial: Callable[[int], float]) -> int:
+    """The largest size whose trial stays below the limit; it grows by what the last trial left free.
+
+    Every rank tries the same samples, so that all run out of memory together.
+    """
+    batch, workers = job.recipe["global_batch_size"], group.world_size()
+    size = fits = notes[key]["size"]
+    while True:
+        try:
+            share = trial(size)
+        except torch.OutOfMemoryError:
+            share = float("inf")
+        share = group.reduce_values([share], largest=True)[0]
+        if share > 1:
+            smaller = even_size(batch, workers, size // 2)
+            if smaller >= size:
+                raise StageRunError(
+                    f"out of memory in micro-batches of {size}, the least there is; use more workers, zero3, "
+                    "gradient_checkpointing, or a lower model_max_length"
+                )
+            notes[key] |= {"size": max(smaller, fits) if fits < size else smaller, "below": size}
+            group.decide(lambda: write_json(work / NOTES_FILE, notes))
+            raise MicroBatchTooLarge(f"micro-batches of {size} samples do not fit; {notes[key]['size']} are next")
+        fits = size
+        # A part of the peak is there at any size, so that in proportion it stays below the limit.
+        size = even_size(batch, workers, min(fits * GPU_SHARE / max(share, 1e-3), notes[key].get("below", 2**31) - 1))
+        if size <= fits:
+            return fits
+
+
+def _first_notes(
+    job: StageJob, session: Any, data: TrainData, work: Path, actions: Mapping[str, Action], allowed: int | None
+) -> dict[str, Any]:
+    """Sizes an earlier attempt noted, then remembered ones, then the formula's; on rank 0."""
+    workers = group.world_size()
+    known = {k: note for k, note in (read_json(work / NOTES_FILE) or {}).items() if note["world_size"] == workers}
+    missing = {key: action for key, action in actions.items() if key not in known}
+    if not missing:
+        return known
+    facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
+    if facts is None:
+        raise UsageError(
+            f"per_device_train_batch_size: auto: the sizes of {job.model['model_name_or_path']} are not known, so "
+            "nothing says what its micro-batches take; give a number"
+        )
+    longest, number_bytes = longest_of(data), session.compute_dtype.itemsize
+    zero = zero_stage(session.config)
+    if allowed is None:
+        allowed = _allowed_bytes(facts, job, number_bytes, zero)
+    attention = job.model.get("attn_implementation", "sdpa")
+    for key, action in missing.items():
+        each = activation_bytes(facts, action, longest, job.recipe, number_bytes, attention)
+        size = even_size(job.recipe["global_batch_size"], workers, allowed / each)
+        what = [_device_kind(), workers, asdict(facts), job.recipe, asdict(longest), attention, key]
+        note: dict[str, Any] = {"size": size, "measured": False, "sample_bytes": each, "allowed_bytes": allowed}
+        note |= {"world_size": workers, "about": digest(what)}
+        known[key] = (read_json(_remembered(note)) if group.device().type == "cuda" else None) or note
+    return known
+
+
+def longest_of(data: TrainData) -> Longest:
+    """The largest of each over the samples that may be the longest."""
+    sizes = []
+    for index in data.longest:
+        try:
+            sample = data.sample(index)
+        except DataError:
+            continue  # told when a step needs it
+        labels = int((sample.labels >= 0).sum())
+        sizes.append((len(sample) - sample.num_visual_tokens, labels, sample.num_visual_tokens, len(sample.images)))
+    return Longest(*(max(column) for column in zip(*sizes, strict=True)))
+
+
+def _allowed_bytes(facts: ModelFacts, job: StageJob, number_bytes: int, zero: int) -> int:
+    """Bytes that activations of one worker may take; the engine's weights are in memory already."""
+    to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, group.world_size())
+    if group.device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return max(0, int(free * GPU_SHARE - to_come))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size()))
+    return max(0, min(CPU_CAP_BYTES, int(psutil.virtual_memory().available * CPU_SHARE / beside - to_come)))
+
+
+def _device_kind() -> str:
+    if group.device().type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(group.device())
+    return f"{properties.name} {properties.total_memory}"
+
+
+def _remembered(note: Mapping[str, Any]) -> Path:
+    return cache_folder() / "micro_batches" / f"{note['about']}.json"
+
+
+def _tell(job: StageJob, action: Action, note: Mapping[str, Any]) -> None:
+    steps = accumulation_steps(job.recipe["global_batch_size"], note["size"], group.world_size())
+    logs.LOGGER.info(
+        "%s under %s: micro-batches of %d samples, %d accumulation step%s (%s; by the formula %.1f MiB a "
+        "sample, %.0f MiB allowed)",
+        job.phase, action.variant, note["size"], steps, "" if steps == 1 else "s",
+        "measured" if note["measured"] else "from the formula", note["sample_bytes"] / 2**20,
+        note["allowed_bytes"] / 2**20,
+    )  # fmt: skip
