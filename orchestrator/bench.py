@@ -50,15 +50,7 @@ def bench_experiment(
     """
     walk = prepare(path, overrides)
     cell = walk.cells[0]
-    recipe = cell.spec.phases.finetune or cell.spec.phases.pretrain
-    facts = cell.facts
-    if recipe is None:
-        raise UsageError(f"{path}: bench times the steps of a phase, and there is none")
-    if facts is None or not facts.priced:
-        raise UsageError(
-            f"model.model_name_or_path: {cell.spec.model.model_name_or_path} has no fixed number of visual tokens an "
-            "image, so its batch cannot be made up; bench takes models whose images are of one size"
-        )
+    recipe, facts = _what(path, cell)
     import torch
 
     from orchestrator.training.bench import Arm, measure
@@ -85,6 +77,18 @@ def bench_experiment(
     }
     _write(walk, cell, document)
     return document
+
+
+def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
+    recipe = cell.spec.phases.finetune or cell.spec.phases.pretrain
+    if recipe is None:
+        raise UsageError(f"{path}: bench times the steps of a phase, and there is none")
+    if cell.facts is None or not cell.facts.priced:
+        raise UsageError(
+            f"model.model_name_or_path: {cell.spec.model.model_name_or_path} has no fixed number of visual tokens an "
+            "image, so its batch cannot be made up; bench takes models whose images are of one size"
+        )
+    return recipe, cell.facts
 
 
 def _arms(cell: Cell, facts: ModelFacts) -> list[tuple[str, tuple[dict[str, Any], ...] | None]]:

@@ -79,7 +79,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     view.__dict__.update(module.__dict__)
     for name in [name for name in view.__dict__ if name.endswith("_hooks")]:
         view.__dict__[name] = type(view.__dict__[name])()
-    return view  # type: ignore[no-any-return]
+    return view
 
 
 def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:

@@ -178,4 +178,5 @@ def test_operations_of_a_learned_module_are_those_torch_counts(point: dict[str, 
     last = spec.kept_grid(grid) if spec.kind == "c_abstractor" else spec.kept_tokens(grid)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         module(torch.randn(1, grid.tokens, width, requires_grad=True), grid, last)
-    assert spec.module_operations(grid, width) == pytest.approx(counter.get_total_flops(), rel=0.04)  # pooling is no part of it
+    # Pooling is no part of the module's own count.
+    assert spec.module_operations(grid, width) == pytest.approx(counter.get_total_flops(), rel=0.04)
