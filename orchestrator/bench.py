@@ -18,6 +18,7 @@ from orchestrator.spec.controls import control_points
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
 
+NamedPoints = tuple[str, tuple[dict[str, Any], ...] | None]
 FULL, PLAIN = "full", "plain transformers"
 _CONTROL = "stride at the budget of "
 
@@ -91,9 +92,9 @@ def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
     return recipe, cell.facts
 
 
-def _arms(cell: Cell, facts: ModelFacts) -> list[tuple[str, tuple[dict[str, Any], ...] | None]]:
+def _arms(cell: Cell, facts: ModelFacts) -> list[NamedPoints]:
     """Plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that selects."""
-    arms: list[tuple[str, tuple[dict[str, Any], ...] | None]] = [(PLAIN, None), (FULL, ())]
+    arms: list[NamedPoints] = [(PLAIN, None), (FULL, ())]
     for name, points in cell.spec.compressors.items():
         arms.append((name, resolve_points(points, facts.num_layers, facts.image_grid)))
     known = {_budget(points, facts) for _, points in arms if points and points[0]["kind"] == "stride"}
@@ -106,46 +107,44 @@ def _arms(cell: Cell, facts: ModelFacts) -> list[tuple[str, tuple[dict[str, Any]
 
 
 def _rows(
-    arms: Sequence[tuple[str, tuple[dict[str, Any], ...] | None]],
+    arms: Sequence[NamedPoints],
     measured: dict[str, tuple[float, list[float], float]],
     facts: ModelFacts,
     recipe: PhaseSpec,
     rows: int,
     text_tokens: int,
 ) -> list[dict[str, Any]]:
-    visual = facts.image_grid.tokens
-    what = recipe.model_dump()
+    tokens, what = rows * (facts.image_grid.tokens + text_tokens), recipe.model_dump()
 
     def tflops(points: tuple[dict[str, Any], ...] | None) -> float:
         # The plain model computes logits for every token.
-        labels = text_tokens if points is not None else text_tokens + visual
+        labels = text_tokens if points is not None else text_tokens + facts.image_grid.tokens
         return rows * cost.train_tflops_per_sample(facts, points or (), Sample(text_tokens, labels), what)
 
     full_seconds, full_tflops = measured[FULL][0], tflops(())
     controls = {_budget(points, facts): name for name, points in arms if points and points[0]["kind"] == "stride"}
-    found = []
-    for name, points in arms:
+
+    def row(name: str, points: tuple[dict[str, Any], ...] | None) -> dict[str, Any]:
         seconds, every, peak_gib = measured[name]
         control = controls.get(_budget(points, facts)) if points else None
         speedup, predicted = full_seconds / seconds, full_tflops / tflops(points)
-        found.append(
-            {
-                "name": name,
-                "points": None if points is None else list(points),
-                "step_seconds": seconds,
-                "all_seconds": every,
-                "tokens_per_second": rows * (visual + text_tokens) / seconds,
-                "peak_memory_gib": peak_gib,
-                "train_tflops": tflops(points),
-                "visual_layer_tokens": cost.visual_layer_tokens(facts.image_grid, points or (), facts.num_layers),
-                "speedup_measured": speedup,
-                "speedup_predicted": predicted,
-                "ratio": speedup / predicted,
-                # What choosing costs: the same tokens dropped by position, in the same rounds.
-                "overhead": None if control in (None, name) else (seconds - measured[str(control)][0]) / full_seconds,
-            }
-        )
-    return found
+        return {
+            "name": name,
+            "points": None if points is None else list(points),
+            "step_seconds": seconds,
+            "all_seconds": every,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": peak_gib,
+            "train_tflops": tflops(points),
+            "visual_layer_tokens": cost.visual_layer_tokens(facts.image_grid, points or (), facts.num_layers),
+            "speedup_measured": speedup,
+            "speedup_predicted": predicted,
+            "ratio": speedup / predicted,
+            # What choosing costs: the same tokens dropped by position, in the same rounds.
+            "overhead": None if control in (None, name) else (seconds - measured[str(control)][0]) / full_seconds,
+        }
+
+    return [row(name, points) for name, points in arms]
 
 
 def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts) -> tuple[int, ...]:
