@@ -98,7 +98,9 @@ class Decoder:
         return current.located or (None, None)
 
     def module_of(self, point: Point) -> nn.Module | None:
-        """A point's learned module."""
+        """A point's learned module; of one that adds tokens where they enter, so that it is called once a forward."""
+        if hasattr(point.compressor, "enter") and not point.enters:
+            return None
         return self.modules[point.module_name] if point.module_name and self.modules is not None else None
 
     def _learns(self) -> bool:

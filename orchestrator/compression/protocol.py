@@ -85,8 +85,9 @@ class Compressor(Protocol):
     One that learns also has `create_module(width) -> nn.Module`; its module comes back as `Context.module`. One that
     adds tokens at the decoder's input (registers) also has `enter`, with the arguments of `compress`, which is called
     before layer 0 and may return more tokens than it got; the position ids of what follows the image in its row then
-    move up by the number added. One that acts on pixels (at the projector) also has `resize(pixels_BCHW, grid)`, which
-    gives the tower smaller images; `compress` then gets the features of those, with the context of the original grid.
+    move up by the number added. Its module is given to `enter` alone. One that acts on pixels (at the projector) also
+    has `resize(pixels_BCHW, grid)`, which gives the tower smaller images; `compress` then gets the features of those,
+    with the context of the original grid.
     """
 
     def __init__(self, spec: Any) -> None: ...
