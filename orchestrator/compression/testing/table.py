@@ -71,6 +71,7 @@ def _mark(result: str, reasons: dict[str, int]) -> str:
     word, _, reason = result.partition(": ")
     if word == "failed":
         return "**failed**"
+    reason = re.sub(r"\w+ForConditionalGeneration", "the model", reason)
     return f"{_NO} ({reasons.setdefault(reason, len(reasons) + 1)})"
 
 
