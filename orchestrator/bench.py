@@ -52,8 +52,6 @@ def bench_experiment(
     walk = prepare(path, overrides)
     cell = walk.cells[0]
     recipe, facts = _what(path, cell)
-    import torch
-
     from orchestrator.training.bench import Arm, measure
 
     arms = _arms(cell, facts)
@@ -65,9 +63,7 @@ def bench_experiment(
     measured = {name: (each.median_seconds, each.seconds, each.peak_memory_gib) for name, each in timings.items()}
     document = {
         "experiment": cell.spec.name,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **_machine(),
         "dtype": cell.spec.model.dtype,
         "attn_implementation": cell.spec.model.attn_implementation,
         "rows": rows,
@@ -149,6 +145,16 @@ def _rows(
 
 def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts) -> tuple[int, ...]:
     return tuple(cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orchestrator.compression import attach
 from orchestrator.errors import UsageError
 from orchestrator.models.build import compute_dtype, model_from_config
-from orchestrator.models.parts import set_trainable
+from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
@@ -112,7 +112,11 @@ def measure(
     dtype = getattr(torch, compute_dtype(model_spec))
     torch.manual_seed(0)
     model: Any = model_from_config(model_spec).to(device, dtype).train()
-    set_trainable(model, [part for part in recipe.train if part != "compressor"], lora=False)
+    parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points
+    if parts:
+        set_trainable(model, parts, lora=False)
+    else:
+        model.requires_grad_(False)
     if recipe.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
