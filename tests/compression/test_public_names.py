@@ -107,6 +107,7 @@ def test_what_a_compressor_spec_has():
         "layer_index",
         "learns",
         "module_name",
+        "module_operations",
         "module_shape",
         "nearest_amount",
         "needs",
