@@ -29,6 +29,12 @@ def resolve_points(points: Sequence[CompressorSpec | Mapping[str, Any]], family:
     resolved = [_resolve(spec, family) for spec in points]
     if sum(hasattr(point.compressor, "resize") for point in resolved) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
+    learned = [point.module_name for point in resolved if point.module_name]
+    if twice := sorted({name for name in learned if learned.count(name) > 1}):
+        raise UsageError(
+            f"attach: two points would share the learned module {twice[0]}; ZeRO-3 gathers a module once a forward, so "
+            "act at different layers, or give the methods different shapes"
+        )
     return tuple(sorted(resolved, key=_order))
 
 
