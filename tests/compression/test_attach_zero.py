@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ranks import result_of_rank_0
 from reference import make_batch, tiny_llava
 
 from orchestrator.compression import attach
@@ -18,12 +13,8 @@ HEAVY = [{"kind": "average_pool", "layer": 1, "stride": 4}]
 
 
 ZERO = """
-import json, os, sys, torch, deepspeed
-sys.path.insert(0, {folder!r})
 from reference import make_batch, tiny_llava
 from orchestrator.compression import attach
-deepspeed.init_distributed("gloo")
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 rows = [[3, "image", 7], [2, "image", 2, "image", "image", 5]], [[9], [6]]
 results = {{}}
 for stage in {stages}:
@@ -52,44 +43,21 @@ if rank == 0:
 """
 
 
-def run_zero(world, stages, attach_first, tmp_path, port):
-    script = tmp_path / f"zero_{world}.py"
-    script.write_text(ZERO.format(folder=str(Path(__file__).parent), stages=stages, attach_first=attach_first))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    common |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world)}
-    processes = []
-    for rank in range(world):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(script)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    lines = [line for line in outputs[0].splitlines() if line.startswith("RESULT")]
-    assert lines, "\n".join(output[-3000:] for output in outputs)
-    return json.loads(lines[0].removeprefix("RESULT"))
+def run_zero(world, stages, attach_first, tmp_path):
+    return result_of_rank_0(ZERO.format(stages=stages, attach_first=attach_first), world, tmp_path)
 
 
-@pytest.fixture
-def port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def test_zero3_gives_the_losses_of_zero0(tmp_path, port):
-    losses = run_zero(1, [0, 3], False, tmp_path, port)
+def test_zero3_gives_the_losses_of_zero0(tmp_path):
+    losses = run_zero(1, [0, 3], False, tmp_path)
     assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)
     assert len({round(loss, 4) for loss in losses["0"]}) > 6, "training must move the loss"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_one_without_images(tmp_path, port, stage):
+def test_two_ranks_one_without_images(tmp_path, stage):
     """Rank 1 never has an image; it must still take part in what rank 0's tower and projector do."""
-    losses = run_zero(2, [0, stage], True, tmp_path, port)
+    losses = run_zero(2, [0, stage], True, tmp_path)
     assert losses[str(stage)] == pytest.approx(losses["0"], abs=1e-4)
 
 

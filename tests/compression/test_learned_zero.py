@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ranks import result_of_rank_0
 
 SCRIPT = """
-import json, os, sys, deepspeed
-sys.path.insert(0, {folder!r})
 from reference import make_batch, tiny_llava
 from orchestrator.compression import attach
-deepspeed.init_distributed("gloo")
-rank, world, stage = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {stage}
+stage = {stage}
 rows = [[3, "image", 7], [2, "image", 2, "image", "image", 5]], [[9], [6]]
 settings = dict(
     projector_and_decoder=[
@@ -50,31 +41,7 @@ if rank == 0:
 
 
 def losses_of_rank_0(world, stage, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = tmp_path / f"learned_{world}.py"
-    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), stage=stage))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    common |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    lines = [line for line in outputs[0].splitlines() if line.startswith("RESULT")]
-    assert lines, "\n".join(output[-3000:] for output in outputs)
-    return json.loads(lines[0].removeprefix("RESULT"))
+    return result_of_rank_0(SCRIPT.format(stage=stage), world, tmp_path)
 
 
 @pytest.mark.slow
