@@ -71,7 +71,6 @@ def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) 
         ("cluster: {lanes: auto}\n", "cluster.lanes"),
         ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
         ("cluster: {stall_minutes: 5}\n", "cluster.stall_minutes"),
-        ("matrix: {phases.finetune.per_device_train_batch_size: [16, auto]}\n", "phases.finetune.per_device_train_batch_size"),
     ],
 )  # fmt: skip
 def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
