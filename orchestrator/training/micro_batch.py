@@ -123,8 +123,8 @@ def choose(
     return MicroBatches(None, {key: notes[key]["size"] for key in actions})
 
 
-def halve(job: StageJob, work: Path, action: Action) -> str | None:
-    """Notes half the size of an action after memory ran out under it; any rank may call it.
+def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
+    """Notes half of a size under which memory ran out; any rank may call it, and several at once.
 
     Returns:
         What to tell; None where the size was not chosen here, or is the least there is.
@@ -133,11 +133,11 @@ def halve(job: StageJob, work: Path, action: Action) -> str | None:
     note = notes.get(action_key(action))
     if job.recipe["per_device_train_batch_size"] != "auto" or note is None:
         return None
-    size = even_size(job.recipe["global_batch_size"], group.world_size(), note["size"] // 2)
-    if size >= note["size"]:
+    half = even_size(job.recipe["global_batch_size"], group.world_size(), size // 2)
+    if half >= size:
         return None
-    told = f"{action.variant}: out of memory in micro-batches of {note['size']} samples; the next attempt takes {size}"
-    note["size"] = size
+    told = f"{action.variant}: out of memory in micro-batches of {size} samples; the next attempt takes {half}"
+    note["size"] = half
     write_json(work / NOTES_FILE, notes)
     if note["measured"]:
         write_json(_remembered(note), note)

@@ -85,7 +85,7 @@ def _train(
     try:
         while step < job.last_step:
             _enter(session, job, step)
-            with _told_if_too_large(job, step, work):
+            with _told_if_too_large(session, job, step, work):
                 figures = run_step(session, job, step, feed.get(step), should_stop())
             if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
                 raise StageRunError(
@@ -137,12 +137,13 @@ def _start_with_micro_batches(
 
 
 @contextmanager
-def _told_if_too_large(job: StageJob, step: int, work: Path) -> Iterator[None]:
+def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
     """Where memory runs out under a size that was chosen here, the next attempt takes half of it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        if told := halve(job, work, job.action_at(step)):
+        action = job.action_at(step)
+        if told := halve(job, work, action, session.micro_batches.at(action)):
             raise MicroBatchTooLarge(told) from error
         raise
 
