@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan import cost
@@ -17,6 +17,9 @@ from orchestrator.plan.walk import Walk, prepare
 from orchestrator.spec.controls import control_points
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
+
+if TYPE_CHECKING:
+    from orchestrator.training.bench import Timing
 
 NamedPoints = tuple[str, tuple[dict[str, Any], ...] | None]
 FULL, PLAIN = "full", "plain transformers"
@@ -60,17 +63,15 @@ def bench_experiment(
         cell.spec.model, recipe, facts, [Arm(*arm) for arm in arms],
         rows=rows, text_tokens=text_tokens, repeats=repeats, on_round=on_round,
     )  # fmt: skip
-    measured = {name: (each.median_seconds, each.seconds, each.peak_memory_gib) for name, each in timings.items()}
     document = {
         "experiment": cell.spec.name,
         **_machine(),
-        "dtype": cell.spec.model.dtype,
-        "attn_implementation": cell.spec.model.attn_implementation,
+        **cell.spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "rows": rows,
         "visual_tokens": facts.image_grid.tokens,
         "text_tokens": text_tokens,
         "repeats": repeats,
-        "variants": _rows(arms, measured, facts, recipe, rows, text_tokens),
+        "variants": _rows(arms, timings, facts, recipe, rows, text_tokens),
     }
     _write(walk, cell, document)
     return document
@@ -104,7 +105,7 @@ def _arms(cell: Cell, facts: ModelFacts) -> list[NamedPoints]:
 
 def _rows(
     arms: Sequence[NamedPoints],
-    measured: dict[str, tuple[float, list[float], float]],
+    timings: Mapping[str, Timing],
     facts: ModelFacts,
     recipe: PhaseSpec,
     rows: int,
@@ -117,27 +118,29 @@ def _rows(
         labels = text_tokens if points is not None else text_tokens + facts.image_grid.tokens
         return rows * cost.train_tflops_per_sample(facts, points or (), Sample(text_tokens, labels), what)
 
-    full_seconds, full_tflops = measured[FULL][0], tflops(())
+    full_seconds, full_tflops = timings[FULL].median_seconds, tflops(())
     controls = {_budget(points, facts): name for name, points in arms if points and points[0]["kind"] == "stride"}
 
     def row(name: str, points: tuple[dict[str, Any], ...] | None) -> dict[str, Any]:
-        seconds, every, peak_gib = measured[name]
+        timing, seconds = timings[name], timings[name].median_seconds
         control = controls.get(_budget(points, facts)) if points else None
         speedup, predicted = full_seconds / seconds, full_tflops / tflops(points)
         return {
             "name": name,
             "points": None if points is None else list(points),
             "step_seconds": seconds,
-            "all_seconds": every,
+            "all_seconds": timing.seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_gib": peak_gib,
+            "peak_memory_gib": timing.peak_memory_gib,
             "train_tflops": tflops(points),
             "visual_layer_tokens": cost.visual_layer_tokens(facts.image_grid, points or (), facts.num_layers),
             "speedup_measured": speedup,
             "speedup_predicted": predicted,
             "ratio": speedup / predicted,
             # What choosing costs: the same tokens dropped by position, in the same rounds.
-            "overhead": None if control in (None, name) else (seconds - measured[str(control)][0]) / full_seconds,
+            "overhead": None
+            if control in (None, name)
+            else (seconds - timings[str(control)].median_seconds) / full_seconds,
         }
 
     return [row(name, points) for name, points in arms]

@@ -109,18 +109,9 @@ def measure(
     if repeats < MIN_REPEATS:
         raise UsageError(f"bench: {repeats} repeats say little; give at least {MIN_REPEATS}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, compute_dtype(model_spec))
-    torch.manual_seed(0)
-    model: Any = model_from_config(model_spec).to(device, dtype).train()
-    parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points
-    if parts:
-        set_trainable(model, parts, lora=False)
-    else:
-        model.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model = _model(model_spec, recipe, device)
     batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     timings = {arm.name: Timing() for arm in arms}
     for number in range(repeats + 1):
         on_round(number)
@@ -130,6 +121,20 @@ def measure(
                 timings[arm.name].seconds.append(seconds)
                 timings[arm.name].peak_memory_gib = max(timings[arm.name].peak_memory_gib, peak_gib)
     return timings
+
+
+def _model(model_spec: ModelSpec, recipe: PhaseSpec, device: torch.device) -> Any:
+    """The model with random weights as the phase trains it."""
+    torch.manual_seed(0)
+    model: Any = model_from_config(model_spec).to(device, getattr(torch, compute_dtype(model_spec))).train()
+    parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points
+    if parts:
+        set_trainable(model, parts, lora=False)
+    else:
+        model.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
 
 
 def _step(model: nn.Module, arm: Arm, batch: dict[str, Any], device: torch.device) -> tuple[float, float]:
