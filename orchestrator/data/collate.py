@@ -23,7 +23,8 @@ def collate(
     """Pads samples to the longest and adds the image inputs, ready for `model(**batch)`.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels`: (B, T) int64; the image processor's tensors, e.g. `pixel_values`
+        `input_ids`, `attention_mask`, `labels`: (B, T) int64; `token_type_ids` or `mm_token_type_ids` (B, T), 0 at
+        padding, where the model's processor gives them; the image processor's tensors, e.g. `pixel_values`
         (images of the batch, C, H, W), only where the batch has an image.
     """
     shape = (len(samples), max(len(sample) for sample in samples))
@@ -35,8 +36,14 @@ def collate(
         input_ids[number, place] = sample.input_ids
         attention_mask[number, place] = 1
         labels[number, place] = sample.labels
+    attention = torch.from_numpy(attention_mask).bool()
     batch = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
     if with_labels:
         batch["labels"] = torch.from_numpy(labels)
-    batch.update(processor.pixels([image for sample in samples for image in sample.images]))
+    for number, sample in enumerate(samples):
+        types = processor.token_types(sample.input_ids, sample.labels)
+        if types is not None:
+            row = batch.setdefault(types[0], torch.zeros(shape, dtype=torch.int64))[number]
+            row[attention[number]] = torch.from_numpy(types[1])
+    batch.update(processor.images.tensors([sample.images for sample in samples]))
     return batch

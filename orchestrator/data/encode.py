@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from orchestrator.data.bounded_cache import BoundedCache
-from orchestrator.data.processor import VisionTextProcessor
+from orchestrator.data.images import ImageText
+from orchestrator.data.processor import TokenizedText, VisionTextProcessor
 from orchestrator.data.rows import ImageRef, Row
-from orchestrator.data.templates import TEMPLATES, render
+from orchestrator.data.templates import TEMPLATES, expand, render
 from orchestrator.errors import DataError, UsageError
 
 IGNORED_LABEL = -100
 SAMPLE_CACHE_BYTES = 256 * 2**20
+
+
+class _Encoded(NamedTuple):
+    """A row's (T,) ids and labels as far as it fits, and how many of its images do."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Sample:
     """A tokenised row of length T.
 
     Attributes:
-        input_ids: (T,) int32, the image placeholder once for every visual token.
+        input_ids: (T,) int32, the image placeholder once for every visual token, between the family's markers.
         labels: (T,) int32, the ids where the assistant speaks, -100 elsewhere.
         images: Images whose tokens are in `input_ids`, in order.
         num_visual_tokens: Visual tokens of all images, before compression.
@@ -40,7 +50,7 @@ class Encoder:
     """Encodes the rows of one data set.
 
     A row longer than `model_max_length`, counted before compression, loses its end. An image is never cut: where the
-    limit falls inside one, the row ends before it. A row whose answers are all cut off teaches nothing.
+    limit falls inside one or its markers, the row ends before it. A row whose answers are all cut off teaches nothing.
 
     Args:
         processor: The model's tokenizer and image processor.
@@ -53,7 +63,7 @@ class Encoder:
             raise UsageError(f"conversation_template: {template!r} is none of {', '.join(TEMPLATES)}")
         self._processor, self._template, self._max_length = processor, template, model_max_length
         # Rows repeat texts (easy-VQA: 38,575 rows, 1,300 texts), so a text is tokenised once.
-        self._seen: BoundedCache[tuple[np.ndarray, np.ndarray, int]] = BoundedCache(SAMPLE_CACHE_BYTES)
+        self._seen: BoundedCache[_Encoded] = BoundedCache(SAMPLE_CACHE_BYTES)
 
     def encode(self, row: Row) -> Sample:
         """A row for training.
@@ -73,50 +83,78 @@ class Encoder:
         return self._encode(row, prompt_only=True)
 
     def _encode(self, row: Row, prompt_only: bool) -> Sample:
-        counts = tuple(self._processor.image_tokens(image) for image in row.images)
-        key = (row.turns, counts, prompt_only)
-        found = self._seen.get(key)
-        if found is None:
-            found = self._tokenize(row, counts, prompt_only)
-            self._seen.put(key, found, found[0].nbytes + found[1].nbytes)
-        input_ids, labels, num_images = found
-        return Sample(input_ids, labels, row.images[:num_images], sum(counts[:num_images]))
+        images = row.images
+        while True:
+            texts = self._processor.images.texts(images)
+            key = (row.turns, texts, prompt_only)
+            found = self._seen.get(key)
+            if found is None:
+                found = self._tokenize(row, texts, prompt_only)
+                self._seen.put(key, found, found.input_ids.nbytes + found.labels.nbytes)
+            kept = row.images[: found.num_images]
+            # Some processors treat an image otherwise where others of its row fell away (LLaVA-OneVision: tiles).
+            if len(kept) == len(images) or self._processor.images.texts(kept) == texts[: len(kept)]:
+                visual = sum(text.num_visual_tokens for text in texts[: len(kept)])
+                return Sample(found.input_ids, found.labels, kept, visual)
+            images = kept
 
-    def _tokenize(self, row: Row, counts: tuple[int, ...], prompt_only: bool) -> tuple[np.ndarray, np.ndarray, int]:
-        rendered = render(self._template, row, self._processor.chat, prompt_only)
-        tokens = self._processor.tokenize(rendered.text)
-        spoken = np.zeros(len(tokens.ids), dtype=bool)
-        for first, last in rendered.answers:
+    def _tokenize(self, row: Row, texts: tuple[ImageText, ...], prompt_only: bool) -> _Encoded:
+        """The row as long as it fits; images beyond `texts` end it."""
+        chat, visual_id = self._processor.chat, self._processor.image_token_id
+        rendered = render(self._template, row, chat, prompt_only)
+        whole = expand(rendered, chat.image_token, [text.text for text in texts])
+        tokens = self._processor.tokenize(whole.text)
+        spoken, of_image = np.zeros(len(tokens.ids), dtype=bool), np.zeros(len(tokens.ids), dtype=bool)
+        for first, last in whole.answers:
             # A token that reaches into an answer belongs to it: tokenizers join the blank before a word to the word.
-            inside = (tokens.offsets[:, 1] > first) & (tokens.offsets[:, 0] < last)
-            spoken |= inside & (tokens.offsets[:, 1] > tokens.offsets[:, 0])
-        is_image = tokens.ids == self._processor.image_token_id
-        if is_image.sum() != len(counts):
-            raise DataError(
-                f"row {row.index}: {int(is_image.sum())} image placeholders after tokenising, {len(counts)} images"
-            )
+            spoken |= _within(tokens, first, last)
+        blocks = [np.flatnonzero(_within(tokens, first, last)) for first, last in whole.images]
+        for block in blocks:
+            of_image[block] = True
+        # An image beyond `texts` stays a mere placeholder, and the row ends before it.
+        known = len(tokens.ids) if len(blocks) == len(texts) else int(blocks[len(texts)][0])
+        visual, runs = np.flatnonzero(tokens.ids[:known] == visual_id), [run for text in texts for run in text.runs]
+        if len(visual) != len(runs):
+            raise DataError(f"row {row.index}: {len(visual)} image placeholders after tokenising, {len(runs)} expected")
         repeats = np.ones(len(tokens.ids), dtype=np.int64)
-        repeats[is_image] = counts
-        labels = np.where(spoken & ~is_image, tokens.ids, IGNORED_LABEL)
-        keep, num_images = self._fit(row, repeats, is_image, prompt_only)
-        input_ids = np.repeat(tokens.ids, repeats)[:keep].astype(np.int32)
-        return input_ids, np.repeat(labels, repeats)[:keep].astype(np.int32), num_images
-
-    def _fit(self, row: Row, repeats: np.ndarray, is_image: np.ndarray, prompt_only: bool) -> tuple[int, int]:
-        """Tokens and images that are kept."""
+        repeats[visual] = runs
         ends = np.cumsum(repeats)
-        total, limit = int(ends[-1]) if len(ends) else 0, self._max_length
-        if total <= limit:
-            return total, int(is_image.sum())
+        spans = [(int(ends[block[0]] - repeats[block[0]]), int(ends[block[-1]])) for block in blocks]
+        keep, num_images = self._fit(row, int(ends[-1]) if len(ends) else 0, spans, len(texts), prompt_only)
+        labels = np.where(spoken & ~of_image, tokens.ids, IGNORED_LABEL)
+        return _Encoded(
+            np.repeat(tokens.ids, repeats)[:keep].astype(np.int32),
+            np.repeat(labels, repeats)[:keep].astype(np.int32),
+            num_images,
+        )
+
+    def _fit(
+        self, row: Row, total: int, spans: list[tuple[int, int]], known: int, prompt_only: bool
+    ) -> tuple[int, int]:
+        """Tokens and images that are kept.
+
+        Args:
+            total: Tokens of the row.
+            spans: Tokens `[first, last)` of each image, its markers included.
+            known: Images that may stay.
+        """
+        limit = self._max_length
+        if total <= limit and known == len(spans):
+            return total, known
         if prompt_only:
             raise DataError(
                 f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise it or leave it out"
             )
-        if (repeats[is_image] >= limit).any():
-            raise DataError(
-                f"row {row.index}: an image of {int(repeats[is_image].max())} tokens, model_max_length is {limit}; "
-                "raise it"
-            )
-        cut = next((end - n for end, n in zip(ends[is_image], repeats[is_image], strict=True) if end > limit), limit)
-        keep = min(int(cut), limit)
-        return keep, int((is_image & (ends <= keep)).sum())
+        longest = max((last - first for first, last in spans[:known]), default=0)
+        if longest >= limit:
+            raise DataError(f"row {row.index}: an image of {longest} tokens, model_max_length is {limit}; raise it")
+        for number, (first, last) in enumerate(spans):
+            if number >= known or last > limit:
+                return min(first, limit), number
+        return min(total, limit), known
+
+
+def _within(tokens: TokenizedText, first: int, last: int) -> np.ndarray:
+    """(T,) bool: tokens with a character of `[first, last)`."""
+    inside = (tokens.offsets[:, 1] > first) & (tokens.offsets[:, 0] < last)
+    return np.asarray(inside & (tokens.offsets[:, 1] > tokens.offsets[:, 0]))

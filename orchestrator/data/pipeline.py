@@ -13,7 +13,8 @@ import torch
 from orchestrator import registry
 from orchestrator.data.collate import PaddingSide, collate
 from orchestrator.data.encode import IGNORED_LABEL, Encoder, Sample
-from orchestrator.data.processor import VisionTextProcessor, load_processor
+from orchestrator.data.load import load_processor
+from orchestrator.data.processor import VisionTextProcessor
 from orchestrator.data.rows import Row, open_data_set, raise_for_faults
 from orchestrator.data.sampler import DataOrder, SetSize, rows_per_epoch
 from orchestrator.errors import DataError
@@ -94,7 +95,7 @@ class TrainData:
         For a rank without an image in its micro-batch that must still run the vision tower (ZeRO-3: every rank takes
         the same path): run the tower and projector on it and add their sum times zero to the loss.
         """
-        return self._processor.blank_image()
+        return self._processor.images.blank()
 
 
 def build_train_data(

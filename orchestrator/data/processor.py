@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from orchestrator.data.bounded_cache import BoundedCache
+from orchestrator.data.images import RowImages
+from orchestrator.data.prefix_suffix import PrefixSuffix, takes_suffix
 from orchestrator.data.rows import ImageRef
 from orchestrator.data.templates import ChatFormat
 from orchestrator.errors import DataError, UsageError
-from orchestrator.spec.model import ModelSpec
 
-PIXEL_CACHE_BYTES = 512 * 2**20
-IMAGE_THREADS = 4
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Any two differ in every way an image processor may care about.
-_PROBE_SIZES = ((336, 336), (100, 700), (1500, 1000))
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,6 @@ class VisionTextProcessor:
             )
         self._config = config
         self._fill_in(config)
-        self._pixels: BoundedCache[dict[str, torch.Tensor]] = BoundedCache(PIXEL_CACHE_BYTES)
 
     def _fill_in(self, config: Any) -> None:
         """Processor folders from before transformers 4.45 do not say the patch size."""
@@ -73,13 +66,35 @@ class VisionTextProcessor:
 
     @cached_property
     def image_token_id(self) -> int:
-        """Id that stands once for every visual token."""
+        """Id that stands once for every visual token: the model's own, which Gemma 3's processor calls otherwise."""
+        for name in ("image_token_id", "image_token_index"):
+            found = getattr(self._config, name, None)
+            if found is not None:
+                return int(found)
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @cached_property
+    def images(self) -> RowImages:
+        """The image side.
+
+        Raises:
+            UsageError: the processor reads no images, or the tokenizer has no such id as the model's placeholder.
+        """
+        visual_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if visual_token is None or not hasattr(self.processor, "image_processor"):
+            raise UsageError(
+                f"model: {type(self.processor).__name__} has no image processor, or no token for the model's "
+                f"placeholder id {self.image_token_id}; use a folder with a processor or preprocessor config"
+            )
+        return RowImages(self.processor, self.image_token, visual_token)
 
     @cached_property
     def chat(self) -> ChatFormat:
         """What templates need."""
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if template is None and takes_suffix(self.processor):
+            own = PrefixSuffix(self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token)
+            return ChatFormat(self.image_token, self.tokenizer.eos_token, own.render, own.render_marked)
         marked = isinstance(template, str) and _MARKS_GENERATION.search(template)
 
         def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
@@ -125,95 +140,35 @@ class VisionTextProcessor:
             ids, offsets = ids[:-1], offsets[:-1]
         return TokenizedText(ids, offsets)
 
-    @cached_property
+    @property
     def fixed_image_tokens(self) -> int | None:
         """Visual tokens of any image, where all images give the same number; else None."""
-        counts = {self._count(size) for size in _PROBE_SIZES}
-        return counts.pop() if len(counts) == 1 else None
-
-    def image_tokens(self, image: ImageRef) -> int:
-        """Visual tokens of one image.
-
-        Raises:
-            DataError: the image cannot be opened.
-        """
-        if self.fixed_image_tokens is not None:
-            return self.fixed_image_tokens
-        try:
-            with Image.open(image.path) as opened:
-                return self._count((opened.height, opened.width))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{image.path} cannot be opened: {error}") from error
-
-    def _count(self, size_hw: tuple[int, int]) -> int:
-        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        if count is not None:
-            return int(count([size_hw]).num_image_tokens[0])
-        length = getattr(self.processor, "image_seq_length", None) or getattr(self._config, "image_seq_length", None)
-        if length is None:
-            raise UsageError(f"model: {type(self.processor).__name__} does not tell how many tokens an image takes")
-        return int(length)
+        text = self.images.fixed_text
+        return None if text is None else text.num_visual_tokens
 
     def pixels(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """The model's image inputs, images in order along the first axis; empty without images.
+        """The model's image inputs of one row; empty without images.
 
         Raises:
             DataError: an image cannot be read; it is never replaced by another.
         """
-        if not images:
-            return {}
-        known: dict[str, dict[str, torch.Tensor]] = {}
-        for path in dict.fromkeys(image.path for image in images):
-            cached = self._pixels.get(path)
-            if cached is not None:
-                known[path] = cached
-        missing = [path for path in dict.fromkeys(image.path for image in images) if path not in known]
-        known.update(zip(missing, self._process(missing), strict=True))
-        parts = [known[image.path] for image in images]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self.images.tensors([images])
 
-    def _process(self, paths: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        if not paths:
-            return []
-        if len(paths) == 1:
-            return [self._process_one(paths[0])]
-        # PIL and numpy let go of the interpreter's lock while they decode and scale.
-        with ThreadPoolExecutor(max_workers=IMAGE_THREADS) as pool:
-            return list(pool.map(self._process_one, paths))
+    def token_types(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[str, np.ndarray] | None:
+        """The token types a model wants beside the ids, by the name of its argument; None where it wants none.
 
-    def _process_one(self, path: str) -> dict[str, torch.Tensor]:
-        try:
-            with Image.open(path) as opened:
-                found = self.processor.image_processor(images=[opened.convert("RGB")], return_tensors="pt")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read: {error}; restore the file, or check the data set") from error
-        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-        self._pixels.put(path, tensors, sum(value.nbytes for value in tensors.values()))
-        return tensors
+        Args:
+            input_ids: (T,) ids of a row.
+            labels: (T,) ids where the assistant speaks, -100 elsewhere.
 
-    def blank_image(self) -> dict[str, torch.Tensor]:
-        """Image inputs of one grey image, for a rank that must run the vision tower without having an image."""
-        grey = Image.new("RGB", (64, 64), (127, 127, 127))
-        found = self.processor.image_processor(images=[grey], return_tensors="pt")
-        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def load_processor(model: ModelSpec) -> VisionTextProcessor:
-    """Tokenizer and image processor of a model.
-
-    Raises:
-        UsageError: the folder or hub entry has none, or the tokenizer is too old.
-    """
-    from transformers import AutoConfig, AutoProcessor
-
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
-        processor = AutoProcessor.from_pretrained(model.model_name_or_path, **options)
-        config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UsageError(
-            f"model: no processor in {model.model_name_or_path}: {reason}; "
-            "it needs config.json, tokenizer.json and a processor or preprocessor config"
-        ) from error
-    return VisionTextProcessor(processor, config)
+        Returns:
+            Name and (T,) types: 1 at visual tokens (Qwen, Gemma 3); for a model of prefix and suffix (PaliGemma) 1
+            from the first answer on.
+        """
+        name = self.images.token_type_name
+        if name is None:
+            return None
+        if takes_suffix(self.processor):
+            return name, np.maximum.accumulate(labels >= 0).astype(np.int64)
+        types = self.processor.create_mm_token_type_ids([input_ids.tolist()])[0]
+        return name, np.asarray(types, dtype=np.int64)

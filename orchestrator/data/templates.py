@@ -7,6 +7,7 @@ Sources: LLaVA, `llava/conversation.py` (`conv_llava_plain`, `conv_vicuna_v1`) a
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,14 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: With the model's own placeholder where an image belongs, one each.
+        text: With the model's own placeholder where an image belongs, one each until it is expanded.
         answers: Character ranges `[first, last)` that carry the loss, in order.
+        images: Character ranges of what stands for each image; `expand` tells them.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,34 @@ def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False)
             f"{template}, {len(row.images)} images"
         )
     return rendered
+
+
+def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Rendered:
+    """Writes what a processor writes for each image in place of its placeholder; answers move along.
+
+    Args:
+        rendered: A row's text.
+        image_token: Placeholder of one image.
+        texts: For each image; placeholders of further images stay as they are.
+    """
+    pieces = rendered.text.split(image_token)
+    found = [*texts, *[image_token] * (len(pieces) - 1 - len(texts))]
+    before, after, images, position, place = [0], [0], [], 0, 0
+    written = []
+    for piece, text in zip(pieces, [*found, ""], strict=True):
+        position, place = position + len(piece), place + len(piece)
+        written += [piece, text]
+        images.append((place, place + len(text)))
+        position, place = position + len(image_token), place + len(text)
+        before.append(position)
+        after.append(place)
+
+    def moved(index: int) -> int:
+        number = bisect_right(before, index) - 1
+        return index - before[number] + after[number]
+
+    answers = tuple((moved(first), moved(last)) for first, last in rendered.answers)
+    return Rendered("".join(written), answers, tuple(images[:-1]))
 
 
 def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator import registry
 from orchestrator.data.encode import Encoder
+from orchestrator.data.load import load_processor
 from orchestrator.data.pipeline import data_spec, template_of
-from orchestrator.data.processor import load_processor
 from orchestrator.data.rows import open_data_set
 from orchestrator.errors import DataError, StorageError
 from orchestrator.evaluation.generate import evaluation_mode

@@ -47,7 +47,7 @@ def greedy_answers(
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=data.processor.pad_token_id,
             # An untrained model may say the placeholder, which would be taken for an image without pixels.
             suppress_tokens=[data.processor.image_token_id],
@@ -56,6 +56,13 @@ def greedy_answers(
         for i, text in zip(part, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and the model's own (Gemma 3 ends a turn with another token)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(int(id) for id in ids if id is not None))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from orchestrator.data.bounded_cache import BoundedCache
+from orchestrator.data.load import load_processor
 from orchestrator.data.pipeline import build_train_data
-from orchestrator.data.processor import load_processor
 from orchestrator.errors import DataError, UsageError
 from orchestrator.spec.model import ModelSpec
 

@@ -10,7 +10,7 @@ from orchestrator_plugins.evaluations.exact_match import ExactMatch, ExactMatchS
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from orchestrator.data.encode import Encoder
-from orchestrator.data.processor import load_processor
+from orchestrator.data.load import load_processor
 from orchestrator.data.rows import Turn, open_data_set
 from orchestrator.evaluation.generate import evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData, Workers

@@ -1,0 +1,231 @@
+"""What a model's own processor makes of a row's images: the text that stands for each, and the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+
+from orchestrator.data.bounded_cache import BoundedCache
+from orchestrator.data.prefix_suffix import takes_suffix
+from orchestrator.data.rows import ImageRef
+from orchestrator.errors import DataError, UsageError
+
+PIXEL_CACHE_BYTES = 512 * 2**20
+TEXT_CACHE_BYTES = 64 * 2**20
+IMAGE_THREADS = 4
+# Any two differ in every way an image processor may care about.
+_PROBE_SIZES = ((336, 336), (100, 700), (1500, 1000))
+# What a processor gives beside image inputs.
+_OF_THE_TEXT = {
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "text_replacement_offsets",
+}
+
+Tensors = dict[str, torch.Tensor]
+Sizes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """What stands in a text for one image, each run of visual placeholders written as one of them.
+
+    Attributes:
+        text: Placeholders between whatever markers the family has: separators of tiles or rows, begin and end.
+        runs: Visual tokens that each placeholder of `text` stands for.
+    """
+
+    text: str
+    runs: tuple[int, ...]
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens of the image."""
+        return sum(self.runs)
+
+
+class RowImages:
+    """Runs the processor on the images of a row at a time, since some treat a lone image otherwise.
+
+    What it gives for rows one by one is joined to what it would give for all of them: families differ in which axis
+    they pad (tiles, pixels), and all pad at the end and with zeros.
+
+    Args:
+        processor: What `AutoProcessor` gives.
+        image_token: Stands for one image in a text the processor reads.
+        visual_token: Stands for one visual token in the text it writes.
+    """
+
+    def __init__(self, processor: Any, image_token: str, visual_token: str) -> None:
+        self._processor, self._image_token, self._visual_token = processor, image_token, visual_token
+        self._run = re.compile(f"(?:{re.escape(visual_token)})+")
+        self._tensors: BoundedCache[Tensors] = BoundedCache(PIXEL_CACHE_BYTES)
+        self._texts: BoundedCache[tuple[ImageText, ...]] = BoundedCache(TEXT_CACHE_BYTES)
+
+    @cached_property
+    def fixed_text(self) -> ImageText | None:
+        """What stands for any image, where that is the same for all images; else None."""
+        rows: list[Sizes] = [*((size,) for size in _PROBE_SIZES), _PROBE_SIZES[:2]]
+        found = {text for row in rows for text in self._apply([_grey(size) for size in row])[1]}
+        return found.pop() if len(found) == 1 else None
+
+    @cached_property
+    def _one_entry_per_row(self) -> bool:
+        """Whether the first axis counts rows, not images; a row without images then has an entry of zeros."""
+        tensors, _ = self._apply([_grey((64, 64))] * 2)
+        return len(next(iter(tensors.values()))) == 1
+
+    @cached_property
+    def token_type_name(self) -> str | None:
+        """Name of the token types that the processor gives and that say something of images; else None."""
+        given = self._given([_grey((64, 64))])
+        if "mm_token_type_ids" in given:
+            return "mm_token_type_ids"
+        types = given.get("token_type_ids")
+        says = types is not None and (takes_suffix(self._processor) or any(map(bool, types[0])))
+        return "token_type_ids" if says else None
+
+    def texts(self, images: Sequence[ImageRef]) -> tuple[ImageText, ...]:
+        """What stands for each image of a row: known by their sizes, since no processor looks further.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        if not images:
+            return ()
+        if self.fixed_text is not None:
+            return (self.fixed_text,) * len(images)
+        sizes = tuple(_size_of(image.path) for image in images)
+        found = self._texts.get(sizes)
+        # The pixels are wanted soon after, so the row itself is processed rather than blank images of its sizes.
+        return self._read(tuple(image.path for image in images))[1] if found is None else found
+
+    def tensors(self, rows: Sequence[Sequence[ImageRef]]) -> Tensors:
+        """The model's image inputs of a batch; empty where no row has an image.
+
+        Args:
+            rows: Images of each row.
+
+        Raises:
+            DataError: an image cannot be read; it is never replaced by another.
+        """
+        paths = [tuple(image.path for image in row) for row in rows]
+        known = {row: self._tensors.get(row) for row in paths if row}
+        if not known:
+            return {}
+        missing = [row for row, tensors in known.items() if tensors is None]
+        known |= dict(zip(missing, self._read_all(missing), strict=True))
+        parts = [known[row] for row in paths if row]
+        first = parts[0]
+        assert first is not None
+        if len(parts) < len(rows) and self._one_entry_per_row:
+            empty = {name: value.new_zeros((1, *[0] * (value.ndim - 1))) for name, value in first.items()}
+            parts = [known[row] if row else empty for row in paths]
+        return {name: _join([part[name] for part in parts if part is not None]) for name in first}
+
+    def blank(self) -> Tensors:
+        """Image inputs of one grey image."""
+        return self._apply([_grey((64, 64))])[0]
+
+    def _read_all(self, rows: Sequence[tuple[str, ...]]) -> list[Tensors]:
+        if len(rows) < 2:
+            return [self._read(row)[0] for row in rows]
+        # PIL and numpy let go of the interpreter's lock while they decode and scale.
+        with ThreadPoolExecutor(max_workers=IMAGE_THREADS) as pool:
+            return [tensors for tensors, _ in pool.map(self._read, rows)]
+
+    def _read(self, paths: tuple[str, ...]) -> tuple[Tensors, tuple[ImageText, ...]]:
+        images = [_open(path) for path in paths]
+        try:
+            tensors, texts = self._apply(images)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{', '.join(paths)} cannot be read by the model's processor: {error}") from error
+        sizes = tuple((image.height, image.width) for image in images)
+        self._texts.put(sizes, texts, sum(len(text.text) + 8 * len(text.runs) for text in texts))
+        self._tensors.put(paths, tensors, sum(value.nbytes for value in tensors.values()))
+        return tensors, texts
+
+    def _apply(self, images: list[Image.Image]) -> tuple[Tensors, tuple[ImageText, ...]]:
+        """Tensors and texts of a row's images."""
+        given = self._given(images)
+        written = [entry["replacement"] for entry in given["text_replacement_offsets"][0]]
+        texts = tuple(self._image_text(text) for text in written)
+        tensors = {
+            name: value for name, value in given.items() if name not in _OF_THE_TEXT and isinstance(value, torch.Tensor)
+        }
+        return tensors, texts
+
+    def _given(self, images: list[Image.Image]) -> Any:
+        """The processor's own answer to a row that has nothing but images.
+
+        Raises:
+            UsageError: it does not tell what it writes for an image.
+        """
+        try:
+            given = self._processor(
+                text=[self._image_token * len(images)],
+                images=[images],
+                return_text_replacement_offsets=True,
+                images_kwargs={"return_tensors": "pt"},
+            )
+            if len(given["text_replacement_offsets"][0]) == len(images):
+                return given
+            reason = "its text has no replacements"
+        except (KeyError, TypeError, NotImplementedError, AttributeError) as error:
+            reason = repr(error)
+        raise UsageError(
+            f"model: {type(self._processor).__name__} does not tell what it writes for an image: {reason}; rows with "
+            "images need a processor that gives `text_replacement_offsets` (transformers 5.20 and later)"
+        )
+
+    def _image_text(self, text: str) -> ImageText:
+        runs = tuple(len(found.group()) // len(self._visual_token) for found in self._run.finditer(text))
+        if not runs:
+            raise UsageError(
+                f"model: {type(self._processor).__name__} writes {text[:80]!r} for an image, without the model's "
+                f"placeholder {self._visual_token!r}; processor and config do not belong together"
+            )
+        return ImageText(self._run.sub(lambda _: self._visual_token, text), runs)
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other along the first axis, padded with zeros to the largest of every other axis."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    joined = parts[0].new_zeros((sum(map(len, parts)), *largest))
+    first = 0
+    for part in parts:
+        joined[(slice(first, first + len(part)), *(slice(size) for size in part.shape[1:]))] = part
+        first += len(part)
+    return joined
+
+
+def _grey(size_hw: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", (size_hw[1], size_hw[0]), (127, 127, 127))
+
+
+def _size_of(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as opened:
+            return opened.height, opened.width
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be opened: {error}") from error
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}; restore the file, or check the data set") from error
