@@ -88,6 +88,7 @@ def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
 
 
 def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+    """One call of the method; where it names no grid, the kept tokens form the one that the planner counts with."""
     method = point.compressor.enter if point.enters else point.compressor.compress  # type: ignore[attr-defined]
     try:
         kept: Kept = method(visual_BND, grid, context)
@@ -99,4 +100,4 @@ def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept
             f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}; a method keeps at "
             "least one and at most all"
         )
-    return kept
+    return kept if kept.grid is not None else replace(kept, grid=grid if count == tokens else Grid(1, count))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.compression.entry import Pass
+from orchestrator.compression.merging import tokens_at
 
 IGNORED = -100
 
@@ -57,8 +58,7 @@ class Head:
         if flow is None or flow.layout is None:
             return self.head(hidden_BMD[:, wanted_K])
         places_BK = _inverse(flow.origins_BN, self.columns)[:, wanted_K]
-        index_BKD = places_BK.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden_BMD.shape[-1])
-        logits_BKV = self.head(hidden_BMD.gather(1, index_BKD))
+        logits_BKV = self.head(tokens_at(hidden_BMD, places_BK.clamp(min=0)))
         return logits_BKV.masked_fill((places_BK < 0).unsqueeze(-1), float("nan"))
 
     def _find_targets(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Tensor pieces that merging and selecting methods share: scores in full precision, means of members, cosines.
+"""Tensor pieces that merging and selecting methods share: places by score, means of members, cosines.
 
 Sums over members are matrix products and not `index_add`: its order on a GPU is not fixed, and a method that selects
 by what was merged before must select the same again.
@@ -24,6 +24,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32 where its own precision is lower."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def tokens_at(hidden_BND: Tensor, index_BM: Tensor) -> Tensor:
+    """The tokens at some places of each image or row: B x M x D."""
+    return hidden_BND.gather(1, index_BM.unsqueeze(2).expand(-1, -1, hidden_BND.shape[2]))
+
+
+def ranking(scores_BN: Tensor) -> Tensor:
+    """Places by falling score, B x N; of equal scores the first place comes first."""
+    return scores_BN.detach().sort(dim=1, descending=True, stable=True).indices
 
 
 def merge_members(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from orchestrator.compression.merging import ranking, tokens_at
 from orchestrator.spec.components import CompressorSpec, Grid
 
 
@@ -109,10 +110,9 @@ def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
         index_BM: The tokens kept of each image, in rising order.
         context: The context given to the method.
     """
-    wide_BMD = index_BM.unsqueeze(-1).expand(-1, -1, visual_BND.shape[-1])
     axes_ABM = index_BM.unsqueeze(0).expand(context.positions_ABN.shape[0], -1, -1)
     return Kept(
-        hidden_BMD=visual_BND.gather(1, wide_BMD),
+        hidden_BMD=tokens_at(visual_BND, index_BM),
         positions_ABM=context.positions_ABN.gather(2, axes_ABM),
         sizes_BM=context.sizes_BN.gather(1, index_BM),
         sources_BM=index_BM,
@@ -121,8 +121,7 @@ def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
 
 def top_tokens(scores_BN: Tensor, kept: int) -> Tensor:
     """The `kept` highest scores of each row as rising indices (B x kept); of equal scores the first."""
-    order_BN = scores_BN.detach().sort(dim=1, descending=True, stable=True).indices
-    return order_BN[:, :kept].sort(dim=1).values
+    return ranking(scores_BN)[:, :kept].sort(dim=1).values
 
 
 def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") -> Tensor:

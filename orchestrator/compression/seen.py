@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.compression.layout import ImageGroup, Layout
+from orchestrator.compression.merging import tokens_at
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
 from orchestrator.compression.rotation import counted_from_zero
@@ -112,7 +113,7 @@ class Seen:
             origins_BM,
             self.length,
             None if attention is None else attention.gather(1, index_BM),
-            None if keys is None else keys.gather(1, index_BM.unsqueeze(2).expand(-1, -1, keys.shape[2])),
+            None if keys is None else tokens_at(keys, index_BM),
         )
 
 

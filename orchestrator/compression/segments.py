@@ -110,7 +110,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
     groups, metas = [], []
     for group in flow.layout.groups:
         visual_BND, meta_CIN = visuals_of(flow, group)
-        groups.append((visual_BND, group.grid, _context(flow, point, draw, None, group, meta_CIN)))
+        groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
     kept = act(point, groups, module)
     return rejoin(flow, kept, metas), any(one.renumber for one in kept)
@@ -160,9 +160,7 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
     )
 
 
-def _context(
-    flow: Flow, point: Point, draw: Draw, module: nn.Module | None, group: ImageGroup, meta_CIN: Tensor
-) -> Context:
+def _context(flow: Flow, point: Point, draw: Draw, group: ImageGroup, meta_CIN: Tensor) -> Context:
     samples = tuple(draw.sample_indices[row] for row in group.rows_I.tolist()) if draw.sample_indices else ()
     return Context(
         layer=point.layer,
@@ -173,7 +171,6 @@ def _context(
         step=draw.step,
         sample_indices=samples,
         hidden_RND=flow.hidden_BND,
-        module=module,
         **(flow.records.told(point, flow.layout, flow.origins_BN, group) if flow.records and flow.layout else {}),
     )
 

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator import registry
+from orchestrator.spec.tables import AMOUNTS
 
-_COMMON = ("kind", "layer", "stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
+_COMMON = ("kind", "layer", *AMOUNTS)
 
 
 def compressor_documents() -> list[dict[str, Any]]:

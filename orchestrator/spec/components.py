@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from orchestrator import registry
 from orchestrator.spec.base import Component, Count, Share, parse_share
 from orchestrator.spec.blocks import amounts_around, nearest_block
+from orchestrator.spec.tables import AMOUNTS
 from orchestrator.spec.tables import StageTable as StageTable
 
 
@@ -81,20 +82,17 @@ class CompressorSpec(Component):
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:
-        amounts = [n for n in ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens") if getattr(self, n)]
-        if len(amounts) != 1:
-            raise PydanticCustomError(
-                "amount", "the amount is exactly one of stride, keep_tokens, keep_ratio, layer_average_tokens"
-            )
+        if sum(getattr(self, name) is not None for name in AMOUNTS) != 1:
+            raise PydanticCustomError("amount", f"the amount is exactly one of {', '.join(AMOUNTS)}")
         return self
 
-    @abstractmethod
     def kept_tokens(self, grid: Grid) -> int:
-        """Visual tokens that are left of one image of this grid.
+        """Visual tokens left of one image of this grid: ceil(tokens / stride), or the number or share asked for.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
         """
+        return amount_to_keep(self, grid.tokens)
 
     def kept_grid(self, grid: Grid) -> Grid:
         """The grid that what is left forms: one row, unless the method keeps rows and columns.

@@ -21,10 +21,10 @@ from orchestrator.spec.grid import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node
 from orchestrator.spec.references import FULL, PHASES
+from orchestrator.spec.tables import AMOUNTS
 from orchestrator.spec.variant_checks import check_variant
 
 AXIS = "control"
-_AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
 Points = tuple[CompressorSpec, ...]
 
 
@@ -134,7 +134,7 @@ def _at_point(
 ) -> CompressorSpec:
     layer = 0 if point.layer == "projector" and "projector" not in method.points else point.layer
     fields = {"kind": method.kind_name(), "layer": layer}
-    control = method.model_validate(fields | {name: getattr(point, name) for name in _AMOUNTS})
+    control = method.model_validate(fields | {name: getattr(point, name) for name in AMOUNTS})
     if grid is None or point.layer_average_tokens is not None:
         return control
     kept = point.kept_tokens(grid)

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Flag
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,6 @@ class AveragePoolSpec(CompressorSpec):
     kind: Literal["average_pool"] = "average_pool"
     positions: Literal["mean", "first", "renumber"] = "mean"
     size_bias: Flag = False
-
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number of windows asked for."""
-        return amount_to_keep(self, grid.tokens)
 
 
 class AveragePool:
@@ -85,7 +81,6 @@ class AveragePool:
             positions_ABM,
             _sums(context.sizes_BN, windows, index_MW, inside_MW),
             sources_BM=first_M.expand(images, -1),
-            grid=grid if windows == tokens else None,
             renumber=self.spec.positions == "renumber",
             size_bias=self.spec.size_bias,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Count, Whole
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,6 @@ class DartSpec(CompressorSpec):
     visual_pivots: Count = 4
     text_pivots: Whole = 4
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number or share asked for."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class Dart:
     """Works on all images of a grid at once; the only loop runs over the few pivots."""
@@ -52,6 +48,7 @@ class Dart:
         """
         import torch
 
+        from orchestrator.compression.merging import cosines
         from orchestrator.compression.protocol import take
 
         kept, (images, tokens) = self.spec.kept_tokens(grid), visual_BND.shape[:2]
@@ -65,9 +62,7 @@ class Dart:
             quotas_BP = _quotas(kept - own, own, num_text_B, text_BPD.shape[1])
             chosen_BN = torch.zeros(images, tokens, dtype=torch.bool, device=visual_BND.device)
             chosen_BN.scatter_(1, own_BP, True)
-            unit_BND = torch.nn.functional.normalize(visual_BND.detach().float(), dim=2)
-            unit_BPD = torch.nn.functional.normalize(pivots_BPD.float(), dim=2)
-            cosine_BPN = unit_BPD @ unit_BND.transpose(1, 2)
+            cosine_BPN = cosines(pivots_BPD, visual_BND)
             rank_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
             for pivot in range(cosine_BPN.shape[1]):
                 free_BN = cosine_BPN[:, pivot].masked_fill(chosen_BN, torch.inf)
@@ -80,20 +75,19 @@ class Dart:
 
     def _pivots(self, visual_BND: Tensor, context: Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Indices and hidden states of the visual pivots; hidden states of the text pivots and how many are real."""
+        from orchestrator.compression.merging import ranking, tokens_at
+
         if context.row_keys_RND is None or context.text_RN is None or context.columns_BN is None:
             raise ValueError("the keys of the layer before it are not known here")
         assert context.hidden_RND is not None
         norms_RN = context.row_keys_RND.float().abs().sum(2)
         rows_B = context.rows_B.to(norms_RN.device)
         norms_BN = norms_RN[rows_B].gather(1, context.columns_BN)
-        own_BP = norms_BN.sort(dim=1, descending=True, stable=True).indices[:, :own]
-        width = visual_BND.shape[2]
-        own_BPD = visual_BND.detach().gather(1, own_BP.unsqueeze(2).expand(-1, -1, width))
-        text_norms_RN = norms_RN.masked_fill(~context.text_RN, -1)
-        text_RP = text_norms_RN.sort(dim=1, descending=True, stable=True).indices[:, : self.spec.text_pivots]
-        text_RPD = context.hidden_RND.detach().gather(1, text_RP.unsqueeze(2).expand(-1, -1, width))
+        own_BP = ranking(norms_BN)[:, :own]
+        text_RP = ranking(norms_RN.masked_fill(~context.text_RN, -1))[:, : self.spec.text_pivots]
+        text_RPD = tokens_at(context.hidden_RND, text_RP)
         num_text_R = context.text_RN.sum(1).clamp(max=self.spec.text_pivots)
-        return own_BP, own_BPD, text_RPD[rows_B], num_text_R[rows_B]
+        return own_BP, tokens_at(visual_BND, own_BP), text_RPD[rows_B], num_text_R[rows_B]
 
 
 def _quotas(budget: int, own: int, num_text_B: Tensor, most_text: int) -> Tensor:

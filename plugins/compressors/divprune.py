@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +24,6 @@ class DivPruneSpec(CompressorSpec):
 
     kind: Literal["divprune"] = "divprune"
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number asked for."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class DivPrune:
     """Selects for all images at once; the selection takes no gradient."""
@@ -41,12 +37,9 @@ class DivPrune:
         Raises:
             ValueError: more tokens are asked for than there are.
         """
-        from dataclasses import replace
-
         from orchestrator.compression.protocol import take
 
-        kept = take(visual_BND, farthest(visual_BND.detach(), self.spec.kept_tokens(grid)), context)
-        return replace(kept, grid=grid) if kept.hidden_BMD.shape[1] == grid.tokens else kept
+        return take(visual_BND, farthest(visual_BND.detach(), self.spec.kept_tokens(grid)), context)
 
 
 def farthest(visual_BND: Tensor, kept: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,6 @@ class FastVSpec(CompressorSpec):
     needs: ClassVar[tuple[str, ...]] = ("queries",)
 
     kind: Literal["fastv"] = "fastv"
-
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number or share asked for."""
-        return amount_to_keep(self, grid.tokens)
 
 
 class FastV:

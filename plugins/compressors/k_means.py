@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Count
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +30,6 @@ class KMeansSpec(CompressorSpec):
     kind: Literal["k_means"] = "k_means"
     iterations: Count = 10
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number of clusters asked for."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class KMeans:
     """Assignment takes no gradient; the means of the clusters pass it to their members."""
@@ -47,8 +43,6 @@ class KMeans:
         Raises:
             ValueError: more clusters are asked for than there are tokens.
         """
-        from dataclasses import replace
-
         from orchestrator.compression.merging import merge_members, sum_members
         from orchestrator.compression.protocol import Kept, evenly_spaced, take
 
@@ -56,7 +50,7 @@ class KMeans:
         kept = self.spec.kept_tokens(grid)
         if kept == tokens:
             every_BN = evenly_spaced(tokens, tokens, visual_BND.device).expand(images, -1)
-            return replace(take(visual_BND, every_BN, context), grid=grid)
+            return take(visual_BND, every_BN, context)
         slots_BN, first_BM = in_order(cluster(visual_BND.detach(), kept, self.spec.iterations), kept)
         counts_BM = sum_members(slots_BN.new_ones(slots_BN.shape), slots_BN, kept)
         return Kept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,6 @@ class PyramidDropSpec(CompressorSpec):
 
     kind: Literal["pyramid_drop"] = "pyramid_drop"
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number or share asked for, of the tokens that the point before left."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class PyramidDrop:
     """Top tokens by attention, then positions without gaps; of equal tokens the first."""
@@ -44,7 +40,6 @@ class PyramidDrop:
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.
         """
-
         from orchestrator.compression.protocol import take, top_tokens
 
         if context.attention_BN is None:

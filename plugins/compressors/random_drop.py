@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +21,6 @@ class RandomDropSpec(CompressorSpec):
     points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["random_drop"] = "random_drop"
-
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number asked for."""
-        return amount_to_keep(self, grid.tokens)
 
 
 class RandomDrop:

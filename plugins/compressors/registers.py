@@ -8,7 +8,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.base import parse_share
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,14 +39,6 @@ class RegistersSpec(CompressorSpec):
         ):
             raise PydanticCustomError("layer", "registers enter at layer 0; visual tokens go before layer 1 or later")
         return self
-
-    def kept_tokens(self, grid: Grid) -> int:
-        """The number of registers.
-
-        Raises:
-            ValueError: it is more than the image's tokens.
-        """
-        return amount_to_keep(self, grid.tokens)
 
     def tokens_before(self, grid: Grid) -> int:
         """The image's tokens and its registers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,6 @@ class StrideSpec(CompressorSpec):
     points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["stride"] = "stride"
-
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number asked for."""
-        return amount_to_keep(self, grid.tokens)
 
 
 class Stride:

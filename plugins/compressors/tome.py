@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Flag
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +34,6 @@ class ToMeSpec(CompressorSpec):
     size_bias: Flag = True
     positions: Literal["destination", "mean", "renumber"] = "destination"
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number asked for."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class ToMe:
     """Matching takes no gradient; the size-weighted means of what was merged pass it to all their tokens."""
@@ -60,7 +56,6 @@ class ToMe:
         slots_BN, sources_BM = match(visual_BND.detach(), context.sizes_BN, kept)
         result = replace(
             take(visual_BND, sources_BM, context),
-            grid=grid if kept == tokens else None,
             renumber=self.spec.positions == "renumber",
             size_bias=self.spec.size_bias,
         )

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.spec.base import Share
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,6 @@ class VisionZipSpec(CompressorSpec):
     contextual_ratio: Share = Fraction(10, 64)
     merge: Literal["published", "mean"] = "published"
 
-    def kept_tokens(self, grid: Grid) -> int:
-        """ceil(tokens / stride), or the number or share asked for."""
-        return amount_to_keep(self, grid.tokens)
-
 
 class VisionZip:
     """Selection is under no_grad; gradients flow through kept and merged tokens alike."""
@@ -57,6 +53,7 @@ class VisionZip:
         """
         import torch
 
+        from orchestrator.compression.merging import ranking
         from orchestrator.compression.protocol import take
 
         if context.cls_attention_BN is None or context.cls_keys_BND is None:
@@ -64,7 +61,7 @@ class VisionZip:
         kept = self.spec.kept_tokens(grid)
         contextual = round(self.spec.contextual_ratio * kept)
         with torch.no_grad():
-            order_BN = context.cls_attention_BN.sort(dim=1, descending=True, stable=True).indices
+            order_BN = ranking(context.cls_attention_BN)
             others_BR = order_BN[:, kept - contextual :].sort(dim=1).values
             step = max(1, others_BR.shape[1] // max(1, contextual))
             is_target_R = torch.zeros(others_BR.shape[1], dtype=torch.bool, device=visual_BND.device)
@@ -83,32 +80,24 @@ class VisionZip:
         """Visual tokens with every target replaced by its contextual token."""
         import torch
 
-        width = visual_BND.shape[2]
-        joins_BCE = torch.nn.functional.one_hot(nearest_BE, targets_BC.shape[1]).transpose(1, 2).float()
+        from orchestrator.compression.merging import at_least_float32, full_precision, tokens_at
+
+        wide_BND = at_least_float32(visual_BND)
+        joins_BCE = torch.nn.functional.one_hot(nearest_BE, targets_BC.shape[1]).transpose(1, 2).to(wide_BND.dtype)
         counts_BC1 = joins_BCE.sum(2, keepdim=True)
-        members_BED = visual_BND.gather(1, members_BE.unsqueeze(2).expand(-1, -1, width))
-        with torch.autocast(visual_BND.device.type, enabled=False):
-            sums_BCD = joins_BCE @ members_BED.float()
-        index_BCD = targets_BC.unsqueeze(2).expand(-1, -1, width)
-        targets_BCD = visual_BND.gather(1, index_BCD).float()
+        with full_precision(visual_BND.device):
+            sums_BCD = joins_BCE @ tokens_at(wide_BND, members_BE)
+        targets_BCD = tokens_at(wide_BND, targets_BC)
         if self.spec.merge == "published":
             contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
         else:
             contextual_BCD = (targets_BCD + sums_BCD) / (1 + counts_BC1)
+        index_BCD = targets_BC.unsqueeze(2).expand_as(contextual_BCD)
         return visual_BND.scatter(1, index_BCD, contextual_BCD.to(visual_BND.dtype))
 
 
 def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
     """The target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
-    import torch
+    from orchestrator.compression.merging import cosines, tokens_at
 
-    with torch.no_grad(), torch.autocast(keys_BND.device.type, enabled=False):
-        unit_BND = torch.nn.functional.normalize(keys_BND.float(), dim=2)
-        size = unit_BND.shape[2]
-        targets_BCD = unit_BND.gather(1, targets_BC.unsqueeze(2).expand(-1, -1, size))
-        members_BED = unit_BND.gather(1, members_BE.unsqueeze(2).expand(-1, -1, size))
-        cosine_BEC = members_BED @ targets_BCD.transpose(1, 2)
-        number_C = torch.arange(targets_BC.shape[1], device=keys_BND.device)
-        # argmax promises no order among equals.
-        is_best_BEC = cosine_BEC == cosine_BEC.amax(2, keepdim=True)
-        return torch.where(is_best_BEC, number_C, len(number_C) - 1).amin(2)
+    return cosines(tokens_at(keys_BND, members_BE), tokens_at(keys_BND, targets_BC)).argmax(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +181,16 @@ def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any
     return extras
 
 
+class _Token(NamedTuple):
+    """What a row holds at one place."""
+
+    hidden_D: Tensor
+    position_A: Tensor
+    size: int
+    origin: int
+    label: int
+
+
 def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
     """The row with what is left of each unit in its place.
 
@@ -189,53 +199,52 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
         parts: Each unit that changes, with what a method kept of it alone (`Kept` of one image).
     """
     kept_of = {unit.columns: kept for unit, kept in parts}
-    hidden: list[Tensor] = []
-    positions: list[Tensor] = []
-    facts: list[tuple[int, int, int]] = []  # size, origin, label
-    places: dict[tuple[int, ...], list[int]] = {unit.columns: [] for unit in state.units}
     unit_at = {column: unit for unit in state.units for column in unit.columns}
+    places: dict[tuple[int, ...], list[int]] = {unit.columns: [] for unit in state.units}
+    tokens: list[_Token] = []
     moved = 0
     for column in range(len(state.origins)):
         unit = unit_at.get(column)
         if unit is None or unit.columns not in kept_of:
-            hidden.append(state.hidden_ND[column])
-            positions.append(state.positions_AN[:, column] + moved)
-            facts.append((state.sizes[column], state.origins[column], state.labels[column]))
-            if unit is not None:
-                places[unit.columns].append(len(hidden) - 1)
-            continue
-        kept, before = kept_of[unit.columns], unit.columns.index(column)
-        tokens, count = len(unit.columns), kept.hidden_BMD.shape[1]
-        chosen = [m for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == before]
-        if before == tokens - 1:
-            chosen += range(tokens, count)
-        for m in chosen:
-            source = source_of(kept, m, tokens)
-            places[unit.columns].append(len(hidden))
-            hidden.append(kept.hidden_BMD[0, m])
-            positions.append(kept.positions_ABM[:, 0, m] + moved)
-            origin = state.origins[unit.columns[source]] if source >= 0 else -1
-            facts.append((int(kept.sizes_BM[0, m]), origin, IGNORED))
-        if before == tokens - 1:
-            moved += max(0, count - tokens)
-    sizes, origins, labels = zip(*facts, strict=True)
-    units = [
-        Unit(_grid_of(kept_of[unit.columns]) if unit.columns in kept_of else unit.grid, tuple(places[unit.columns]))
-        for unit in state.units
-    ]
-    positions_AN = torch.stack(positions, dim=1)
+            position_A = state.positions_AN[:, column] + moved
+            facts = state.sizes[column], state.origins[column], state.labels[column]
+            found = [_Token(state.hidden_ND[column], position_A, *facts)]
+        else:
+            found = _kept_at(state, unit, kept_of[unit.columns], column, moved)
+            if column == unit.columns[-1]:
+                moved += max(0, kept_of[unit.columns].hidden_BMD.shape[1] - len(unit.columns))
+        if unit is not None:
+            places[unit.columns] += range(len(tokens), len(tokens) + len(found))
+        tokens += found
+    units = [Unit(_grid_of(unit, kept_of.get(unit.columns)), tuple(places[unit.columns])) for unit in state.units]
+    positions_AN = torch.stack([token.position_A for token in tokens], dim=1)
     if any(kept.renumber for _, kept in parts):
-        positions_AN = positions_AN.amin(1, keepdim=True) + torch.arange(len(hidden))
+        positions_AN = positions_AN.amin(1, keepdim=True) + torch.arange(len(tokens))
     return replace(
         state,
-        hidden_ND=torch.stack(hidden),
+        hidden_ND=torch.stack([token.hidden_D for token in tokens]),
         positions_AN=positions_AN,
-        sizes=tuple(sizes),
-        origins=tuple(origins),
-        labels=tuple(labels),
+        sizes=tuple(token.size for token in tokens),
+        origins=tuple(token.origin for token in tokens),
+        labels=tuple(token.label for token in tokens),
         units=tuple(units),
         size_bias=state.size_bias or any(kept.size_bias for _, kept in parts),
     )
+
+
+def _kept_at(state: RowState, unit: Unit, kept: Any, column: int, moved: int) -> list[_Token]:
+    """The kept tokens that stand where a unit's token was; added ones stand where its last was."""
+    before, tokens, count = unit.columns.index(column), len(unit.columns), kept.hidden_BMD.shape[1]
+    chosen = [m for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == before]
+    if before == tokens - 1:
+        chosen += range(tokens, count)
+    found = []
+    for m in chosen:
+        source = source_of(kept, m, tokens)
+        origin = state.origins[unit.columns[source]] if source >= 0 else -1
+        position_A = kept.positions_ABM[:, 0, m] + moved
+        found.append(_Token(kept.hidden_BMD[0, m], position_A, int(kept.sizes_BM[0, m]), origin, IGNORED))
+    return found
 
 
 def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
@@ -248,5 +257,8 @@ def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
     return m * tokens // count
 
 
-def _grid_of(kept: Any) -> Grid:
-    return kept.grid or Grid(1, kept.hidden_BMD.shape[1])
+def _grid_of(unit: Unit, kept: Any) -> Grid:
+    count = len(unit.columns) if kept is None else kept.hidden_BMD.shape[1]
+    if kept is not None and kept.grid is not None:
+        return kept.grid
+    return unit.grid if count == unit.grid.tokens else Grid(1, count)
