@@ -190,6 +190,8 @@ def interleaved(images: Sequence[Units], videos: Sequence[Units], is_video_P: Te
         units = left[video].pop()
         place += sum(grid.tokens for grid in units)
         yield from units
+    for units in reversed(left[False] + left[True]):  # more than placeholders: told where both are counted
+        yield from units
 
 
 def _remember_sizes(inner: Any) -> None:

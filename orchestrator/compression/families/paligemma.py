@@ -8,41 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.families.base import Family
+from orchestrator.compression.families.images import ImagesFamily, Units, ready_features
 from orchestrator.spec.components import Grid
 
 
-class PaliGemmaFamily(Family):
+class PaliGemmaFamily(ImagesFamily):
     """Every image is the tower's whole grid; `token_type_ids` 0 marks the prefix (images and prompt)."""
-
-    def find_language_model(self) -> nn.Module:
-        """`model.language_model`."""
-        language_model = getattr(getattr(self.model, "model", None), "language_model", None)
-        if not isinstance(language_model, nn.Module):
-            raise self.cannot_serve("it has no model.language_model")
-        return language_model
-
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at `image_token_id`."""
-        mask_BN: Tensor = input_ids_BN == self.model.config.image_token_id
-        return mask_BN
 
     def _grid(self) -> Grid:
         vision = self.model.config.vision_config
         side = vision.image_size // vision.patch_size
         return Grid(side, side)
 
-    def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """One grid for each entry of `pixel_values`, or of ready features."""
+        pixels, features = inputs.get("pixel_values"), ready_features(inputs, "image")
+        images = pixels if pixels is not None else features
+        return [(self._grid(),)] * (len(images) if images is not None else 0)
+
+    def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """As many whole grids as there are placeholders for."""
         grid = self._grid()
         return [grid] * (num_placeholders // grid.tokens)
-
-    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Images times tokens."""
-        pixels = inputs.get("pixel_values")
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        images = len(pixels) if pixels is not None else len(ready.pooler_output) if ready is not None else 0
-        return images * self._grid().tokens
 
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """One block, the prefix; only where the model itself makes one (given `token_type_ids`, in the first pass)."""
@@ -72,12 +59,3 @@ class PaliGemmaFamily(Family):
     def vision_width(self) -> int | None:
         """Width of the tower."""
         return int(self.model.config.vision_config.hidden_size)
-
-    def idle_features(self) -> Tensor:
-        """Features of one black image."""
-        vision: Any = self.model.config.vision_config
-        parameter = next(self.model.parameters())
-        shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-        pixels = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-        features: Tensor = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
-        return features

@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from orchestrator.compression.families.base import Family
+from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 
-class Qwen2VLFamily(Family):
+class Qwen2VLFamily(ImagesFamily):
     """An image is a grid of merged patches, a video one such grid for each temporal patch (two frames)."""
-
-    def find_language_model(self) -> nn.Module:
-        """`model.language_model`."""
-        language_model = getattr(getattr(self.model, "model", None), "language_model", None)
-        if not isinstance(language_model, nn.Module):
-            raise self.cannot_serve("it has no model.language_model")
-        return language_model
-
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at `image_token_id` and `video_token_id`."""
-        config = self.model.config
-        mask_BN: Tensor = (input_ids_BN == config.image_token_id) | (input_ids_BN == config.video_token_id)
-        return mask_BN
 
     @property
     def _merge(self) -> int:
         return int(self.model.config.vision_config.spatial_merge_size)
 
-    def _frames(self, grid_thw: Any) -> list[Grid]:
-        """Grids of all temporal patches of images or videos."""
-        if grid_thw is None:
-            return []
-        return [
-            Grid(height // self._merge, width // self._merge)
-            for frames, height, width in torch.as_tensor(grid_thw).tolist()
-            for _ in range(frames)
-        ]
+    def _frames(self, grid_thw: Any) -> list[Units]:
+        """Grids of the temporal patches of each image or video."""
+        sizes = [] if grid_thw is None else torch.as_tensor(grid_thw).tolist()
+        return [(Grid(height // self._merge, width // self._merge),) * frames for frames, height, width in sizes]
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """From `image_grid_thw`."""
+        return self._frames(inputs.get("image_grid_thw"))
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """From `video_grid_thw`."""
+        return self._frames(inputs.get("video_grid_thw"))
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """From `image_grid_thw` and `video_grid_thw`, in the order in which placeholders appear in the rows.
@@ -52,19 +42,10 @@ class Qwen2VLFamily(Family):
         Raises:
             UsageError: neither is there, or placeholders do not fit.
         """
-        if not num_placeholders:
-            return []
-        ids_BN = torch.as_tensor(inputs["input_ids"])
-        ready = inputs.get("mm_encoder_outputs") or {}
-        known = {"image": inputs.get("image_grid_thw"), "video": inputs.get("video_grid_thw")}
-        if any(ready.get(kind) is not None and thw is None for kind, thw in known.items()):
-            return self._grids_of_positions(ids_BN, inputs.get("position_ids"))
-        images, videos = self._frames(known["image"]), self._frames(known["video"])
-        if not images or not videos:
-            return images or videos
-        ids = ids_BN.flatten()
-        is_video = (ids[self.visual_BN(ids)] == self.model.config.video_token_id).tolist()
-        return _interleaved(is_video, images, videos)
+        for kind in ("image", "video"):
+            if ready_features(inputs, kind) is not None and inputs.get(f"{kind}_grid_thw") is None:
+                return self._grids_of_positions(torch.as_tensor(inputs["input_ids"]), inputs.get("position_ids"))
+        return super().grids(inputs, num_placeholders)
 
     def _grids_of_positions(self, ids_BN: Tensor, positions: Tensor | None) -> list[Grid]:
         if positions is None or positions.ndim != 3:
@@ -78,41 +59,23 @@ class Qwen2VLFamily(Family):
         return _raster_grids(row_V.tolist(), height_V.tolist(), width_V.tolist())
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Patches over patches merged into a token."""
-        patches = sum(
-            len(inputs[name]) for name in ("pixel_values", "pixel_values_videos") if inputs.get(name) is not None
-        )
-        ready = inputs.get("mm_encoder_outputs") or {}
-        features = sum(len(one) for output in ready.values() if output is not None for one in output.pooler_output)
+        """Patches over patches merged into a token: the shapes tell, without a look at what is on the device."""
+        pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        ready = [ready_features(inputs, kind) for kind in ("image", "video")]
+        patches = sum(len(one) for one in pixels if one is not None)
+        features = sum(len(one) for several in ready if several is not None for one in several)
         return patches // self._merge**2 + features
 
-    def idle_features(self) -> Tensor:
-        """Features of one black image of one token."""
-        return torch.cat(list(self._idle_output().pooler_output))
-
-    def _idle_output(self) -> Any:
-        vision: Any = self.model.config.vision_config
-        parameter = next(self.model.parameters())
-        frames, size = vision.temporal_patch_size, vision.patch_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        values = vision.in_channels * (frames[0] if isinstance(frames, (list, tuple)) else frames) * height * width
-        pixels = torch.zeros(self._merge**2, values, device=parameter.device, dtype=parameter.dtype)
-        grid_thw = torch.tensor([[1, self._merge, self._merge]], device=parameter.device)
-        return self.model.model.get_image_features(pixels, grid_thw, return_dict=True)
-
-
-def _interleaved(is_video: list[bool], images: list[Grid], videos: list[Grid]) -> list[Grid]:
-    """Grids in the order of the placeholders, given which of these are a video's."""
-    left: dict[bool, Iterator[Grid]] = {False: iter(images), True: iter(videos)}
-    ordered, place = [], 0
-    while place < len(is_video):
-        grid = next(left[is_video[place]], None)
-        if grid is None:
-            kind = "video" if is_video[place] else "image"
-            raise UsageError(f"compression: input_ids hold more {kind} placeholders than {kind}_grid_thw announces")
-        ordered.append(grid)
-        place += grid.tokens
-    return ordered + list(left[False]) + list(left[True])
+    def empty_image(self) -> dict[str, Any]:
+        """A blank image of one token."""
+        vision = self.model.config.vision_config
+        frames, _ = pair(vision.temporal_patch_size)
+        height, width = pair(vision.patch_size)
+        pixels = self.blank(self._merge**2, vision.in_channels * frames * height * width)
+        return {
+            "pixel_values": pixels,
+            "image_grid_thw": torch.tensor([[1, self._merge, self._merge]], device=pixels.device),
+        }
 
 
 def _raster_grids(rows: Sequence[int], heights: Sequence[int], widths: Sequence[int]) -> list[Grid]:

@@ -32,6 +32,6 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
     def idle_features(self) -> Tensor:
         """With those for DeepStack, whose mergers must be run by every rank too."""
-        output = self._idle_output()
+        output = self.model.model.get_image_features(**self.empty_image(), return_dict=True)
         deep = [feature for level in output.deepstack_features for feature in level]
         return torch.cat([*output.pooler_output, *deep])
