@@ -80,6 +80,19 @@ class RowImages:
         return found.pop() if len(found) == 1 else None
 
     @cached_property
+    def _reads_images_alone(self) -> bool:
+        """Whether a text that is known anyway may be left out: it takes as long as a small image."""
+        if self.fixed_text is None:
+            return False
+        try:
+            return bool(_tensors_of(self._alone([_grey((64, 64))])))
+        except (ValueError, TypeError, AttributeError):
+            return False
+
+    def _alone(self, images: list[Image.Image]) -> Any:
+        return self._processor(images=[images], images_kwargs={"return_tensors": "pt"})
+
+    @cached_property
     def _one_entry_per_row(self) -> bool:
         """Whether the first axis counts rows, not images; a row without images then has an entry of zeros."""
         tensors, _ = self._apply([_grey((64, 64))] * 2)
@@ -147,7 +160,10 @@ class RowImages:
     def _read(self, paths: tuple[str, ...]) -> tuple[Tensors, tuple[ImageText, ...]]:
         images = [_open(path) for path in paths]
         try:
-            tensors, texts = self._apply(images)
+            if self._reads_images_alone and self.fixed_text is not None:
+                tensors, texts = _tensors_of(self._alone(images)), (self.fixed_text,) * len(images)
+            else:
+                tensors, texts = self._apply(images)
         except (OSError, ValueError) as error:
             raise DataError(f"{', '.join(paths)} cannot be read by the model's processor: {error}") from error
         sizes = tuple((image.height, image.width) for image in images)
@@ -160,9 +176,7 @@ class RowImages:
         given = self._given(images)
         written = [entry["replacement"] for entry in given["text_replacement_offsets"][0]]
         texts = tuple(self._image_text(text) for text in written)
-        tensors = {
-            name: value for name, value in given.items() if name not in _OF_THE_TEXT and isinstance(value, torch.Tensor)
-        }
+        tensors = _tensors_of(given)
         return tensors, texts
 
     def _given(self, images: list[Image.Image]) -> Any:
@@ -196,6 +210,12 @@ class RowImages:
                 f"placeholder {self._visual_token!r}; processor and config do not belong together"
             )
         return ImageText(self._run.sub(lambda _: self._visual_token, text), runs)
+
+
+def _tensors_of(given: Any) -> Tensors:
+    return {
+        name: value for name, value in given.items() if name not in _OF_THE_TEXT and isinstance(value, torch.Tensor)
+    }
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
