@@ -23,7 +23,7 @@ class QFormerSpec(CompressorSpec):
     arXiv:2301.12597 section 3.1; Flamingo's resampler, arXiv:2204.14198 section 3.1.1, has the latter only) and a
     feed-forward network, each after a layer norm. Tokens carry sinusoidal positions of their row and column. The number
     of queries is a shape of the module, so the amount is `keep_tokens`; with `max_queries` the first queries of that
-    many are used (Matryoshka queries, arXiv:2405.19315 section 3.2), any amount fits, and points share one module.
+    many are used (Matryoshka queries, arXiv:2405.19315 section 3.2), any amount fits, and stages share one module.
     Position ids of the queries are spread evenly over the image's.
 
     Attributes:

@@ -244,12 +244,6 @@ def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, us
     )
 
 
-def _draws(batch: Batch) -> dict[str, Any]:
-    from orchestrator.compression.testing.reference import draws
-
-    return draws(batch.rows)
-
-
 def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
     """All token ids that a config names."""
     for name, value in config.items():

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from orchestrator.compression.families import Family
 from orchestrator.compression.protocol import Context, Kept, Point
-from orchestrator.compression.testing.rows import Reached, RowState, Unit, source_of, spliced
+from orchestrator.compression.testing.rows import Reached, RowState, Unit, grid_left, source_of, spliced
+from orchestrator.spec.components import Grid
 
-Apply = Callable[[Point, Tensor, Any, Context], Kept]
+Apply = Callable[[Point, Tensor, Grid, Context], Kept]
 
 
 def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -129,7 +130,9 @@ def _kept(
             columns_BN = torch.tensor([unit.columns for unit in members])
             attention_BN, keys_BND = state.cls_N[columns_BN], state.cls_keys_Nd[columns_BN]
             context = replace(context, cls_attention_BN=attention_BN, cls_keys_BND=keys_BND)
-        before, kept = kept, apply(point, kept.hidden_BMD, kept.grid, context)
+        before, grid = kept, kept.grid
+        assert grid is not None
+        kept = apply(point, kept.hidden_BMD, grid, context)
         sources = [
             [source_of(kept, m, before.positions_ABM.shape[2], image) for m in range(kept.hidden_BMD.shape[1])]
             for image in range(images)
@@ -137,6 +140,7 @@ def _kept(
         assert before.sources_BM is not None
         kept = replace(
             kept,
+            grid=grid_left(kept, grid),
             sources_BM=before.sources_BM.gather(1, torch.tensor(sources)),
             renumber=kept.renumber or before.renumber,
             size_bias=kept.size_bias or before.size_bias,

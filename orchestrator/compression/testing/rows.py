@@ -216,7 +216,11 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
         if unit is not None:
             places[unit.columns] += range(len(tokens), len(tokens) + len(found))
         tokens += found
-    units = [Unit(_grid_of(unit, kept_of.get(unit.columns)), tuple(places[unit.columns])) for unit in state.units]
+    units = []
+    for unit in state.units:
+        kept = kept_of.get(unit.columns)
+        grid = unit.grid if kept is None else grid_left(kept, unit.grid)
+        units.append(Unit(grid, tuple(places[unit.columns])))
     positions_AN = torch.stack([token.position_A for token in tokens], dim=1)
     if any(kept.renumber for _, kept in parts):
         positions_AN = positions_AN.amin(1, keepdim=True) + torch.arange(len(tokens))
@@ -257,8 +261,7 @@ def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
     return m * tokens // count
 
 
-def _grid_of(unit: Unit, kept: Any) -> Grid:
-    count = len(unit.columns) if kept is None else kept.hidden_BMD.shape[1]
-    if kept is not None and kept.grid is not None:
-        return kept.grid
-    return unit.grid if count == unit.grid.tokens else Grid(1, count)
+def grid_left(kept: Any, grid: Grid) -> Grid:
+    """The grid that is left of an image's; where a method names none, one row, unless it kept all."""
+    count = kept.hidden_BMD.shape[1]
+    return kept.grid or (grid if count == grid.tokens else Grid(1, count))
