@@ -64,7 +64,8 @@ def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: 
     nearer = cost(high) == target if at_most else cost(high) - target <= target - cost(low)
     steps = high if nearer else low
     if not steps or price(steps) is None:
-        raise ValueError(f"{target:,.3f} TFLOPs are too few for its schedule: {high} steps cost {cost(high):,.3f}")
+        steps_cost = f"{high} step{'s' if high > 1 else ''} cost {cost(high):,.3g}"
+        raise ValueError(f"{target:,.3g} TFLOPs are too few for its schedule: {steps_cost}")
     return steps
 
 

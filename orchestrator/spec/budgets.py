@@ -42,7 +42,7 @@ def layer_average(points: Sequence[CompressorSpec], num_layers: int, grid: Grid)
 def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> CompressorSpec:
     """The point with `keep_tokens` in place of `layer_average_tokens`, as near to it as the method can come.
 
-    `(layer * tokens before + (num_layers - layer) * keep) / num_layers = average`.
+    `(layer * tokens before + (num_layers - layer) * keep) / num_layers = average`, exactly or to the nearest amount.
 
     Raises:
         ValueError: the layers before the point alone hold more, more tokens are asked for than there are, or the
@@ -50,16 +50,22 @@ def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> C
     """
     average = point.layer_average_tokens
     assert average is not None
-    layer, before = point.layer_index(num_layers), point.tokens_before(grid)
-    wanted = Fraction(average * num_layers - layer * before, num_layers - layer)
-    if not 1 <= wanted <= grid.tokens:
-        least = Fraction(layer * before + num_layers - layer, num_layers)
+    layer = point.layer_index(num_layers)
+
+    def keeping(keep: int) -> CompressorSpec:
+        return point.model_copy(update={"keep_tokens": keep, "layer_average_tokens": None})
+
+    # The mean is a straight line over the amount, also where a method adds tokens in proportion to it on the way.
+    few, many = point.nearest_amount(1, grid), point.nearest_amount(grid.tokens, grid)
+    least, most = (layer_average([keeping(keep)], num_layers, grid) for keep in (few, many))
+    if not least <= average <= most:
         raise ValueError(
             f"layer_average_tokens {average} cannot be reached at layer {layer} of {num_layers}: "
-            f"the mean lies between {float(least):.1f} and {grid.tokens}"
+            f"the mean lies between {float(least):.1f} and {float(most):g}"
         )
+    wanted = few + (average - least) * (many - few) / (most - least) if many > few else Fraction(few)
     keep = point.nearest_amount(int(wanted + Fraction(1, 2)), grid)
-    solved = point.model_copy(update={"keep_tokens": keep, "layer_average_tokens": None})
+    solved = keeping(keep)
     reached = layer_average([solved], num_layers, grid)
     if abs(reached - average) > TOLERANCE * average:
         raise ValueError(

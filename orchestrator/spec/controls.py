@@ -6,7 +6,8 @@ does a smaller image (VTC-Bench, arXiv:2510.07143); a method is worth what it ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from orchestrator.spec.grid import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node
 from orchestrator.spec.references import FULL, PHASES
+from orchestrator.spec.schedule_checks import ANY_STEPS
 from orchestrator.spec.tables import AMOUNTS
 from orchestrator.spec.variant_checks import check_variant
 
@@ -44,6 +46,8 @@ def with_controls(cells: Sequence[ResolvedCell], root: Node, faults: list[Fault]
             if kind not in registry.kinds(registry.COMPRESSORS):
                 allowed, hint = unknown_name(kind, registry.kinds(registry.COMPRESSORS))
                 faults.append(fault_at(root, ("controls", index), f"there is no method `{kind}`", allowed, hint))
+            elif kind in cell.spec.controls[:index]:
+                faults.append(fault_at(root, ("controls", index), f"`{kind}` is named twice", hint="take one out"))
             elif (arm := _arm(cell, kind, index, root, faults, made)) is not None:
                 found.append(arm)
     return tuple(found)
@@ -69,6 +73,12 @@ def _arm(
         points = made[key]
         if points is None:
             return None
+        if name in _moved_variants(cell.spec) and _stands_elsewhere(points, variants[name]):
+            message = (
+                f"{kind} cannot be the control of {name}: it meets its budget at another place, and a schedule moves"
+            )
+            faults.append(fault_at(root, ("controls", index), f"{message} {name} step by step"))
+            return None
         variants[name] = points
     spec = cell.spec.model_copy(update={"compressors": variants})
     return replace(cell, name=f"{cell.name},{AXIS}={kind}", axes={**cell.axes, AXIS: kind}, spec=spec)
@@ -77,17 +87,40 @@ def _arm(
 def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
     """Names of the variants that the phases' schedules use, without `full`."""
     names: dict[str, None] = {}
+    for schedule in _schedules(spec):
+        names.update(dict.fromkeys(schedule.variants() if isinstance(schedule, ScheduleSpec) else [schedule]))
+    names.pop(FULL, None)
+    return tuple(names)
+
+
+def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
+    """What each phase follows: a schedule, or a variant's name."""
     for name in PHASES:
         phase = getattr(spec.phases, name)
         schedule = phase.schedule if phase is not None else None
         if isinstance(schedule, str) and schedule in spec.schedules:
-            schedule = spec.schedules[schedule]
-        if isinstance(schedule, ScheduleSpec):
-            names.update(dict.fromkeys(schedule.variants()))
+            yield spec.schedules[schedule]
         elif schedule is not None:
-            names[schedule] = None
-    names.pop(FULL, None)
-    return tuple(names)
+            yield schedule
+
+
+def _moved_variants(spec: ExperimentSpec) -> set[str]:
+    """Variants of which a schedule derives others; where it cannot be divided so is told elsewhere."""
+    moved: set[str] = set()
+    for schedule in _schedules(spec):
+        if isinstance(schedule, ScheduleSpec):
+            with suppress(ValueError):
+                moved |= {base for base, _ in schedule.compile(ANY_STEPS, 1).derived.values()}
+    return moved
+
+
+def _stands_elsewhere(control: Points, points: Points) -> bool:
+    """Whether an amount means another budget in the control: it acts before the decoder, or adds tokens on the way."""
+    return len(control) != len(points) or any(
+        (mine.layer == "projector") > (theirs.layer == "projector")
+        or (mine.layer != "projector" and bool(mine.layer_average_tokens) > bool(theirs.layer_average_tokens))
+        for mine, theirs in zip(control, points, strict=True)
+    )
 
 
 def _control(

@@ -185,7 +185,8 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
     if error.type == "component_kind":
         choices, hint = unknown_name(error.context["kind"], error.context["known"])
         return f"unknown kind `{error.context['kind']}`", choices, hint
-    return _sentence(error), allowed or None, None
+    # A mapping was read as one; that text could stand in its place does not help.
+    return _sentence(error), None if node is not None and node.is_mapping else allowed or None, None
 
 
 def _with_article(kind: str) -> str:
@@ -196,7 +197,8 @@ def _sentence(error: _Error) -> str:
     if error.type == "value_error":
         return str(error.context["error"])
     if error.type == "too_short":
-        return f"at least {error.context['min_length']} entry is needed"
+        least = error.context["min_length"]
+        return f"at least {least} {'entry is' if least == 1 else 'entries are'} needed"
     if error.type == "finite_number":
         return "the number must be finite"
     if error.type == "string_pattern_mismatch":

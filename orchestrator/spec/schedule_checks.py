@@ -13,7 +13,7 @@ from orchestrator.spec.steps import known_steps
 from orchestrator.spec.tables import derive
 from orchestrator.spec.variant_checks import Finding, check_variant
 
-_ANY_STEPS = 1000
+ANY_STEPS = 1000
 
 
 def check_schedule(
@@ -37,7 +37,7 @@ def check_schedule(
         return
     steps = known_steps(phase, data)
     try:
-        table = schedule.compile(steps or _ANY_STEPS, phase.global_batch_size)
+        table = schedule.compile(steps or ANY_STEPS, phase.global_batch_size)
     except ValueError as error:
         if steps is not None:
             yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")

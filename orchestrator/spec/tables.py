@@ -88,8 +88,8 @@ def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tu
     """A variant of one point with some of its fields changed; a new amount takes the place of the old one.
 
     Raises:
-        ValueError: the variant has several points, the method refuses a value, or its module would be another at
-            another layer.
+        ValueError: the variant has several points, the method refuses a value, or its module would be another
+            with them.
     """
     if len(points) != 1:
         raise ValueError(f"only a variant of one point can be changed step by step; this one has {len(points)}")
@@ -99,8 +99,11 @@ def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tu
     fields = point.model_dump(exclude_unset=True) | {"kind": point.kind}
     if set(changes) & set(AMOUNTS):
         fields = {name: value for name, value in fields.items() if name not in AMOUNTS}
+    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
     try:
-        return (type(point).model_validate(fields | dict(changes)),)
+        changed = type(point).model_validate(fields | dict(changes))
     except ValidationError as error:
-        shown = ", ".join(f"{name} {value}" for name, value in changes.items())
         raise ValueError(f"{point.kind} cannot take {shown}: {error.errors()[0]['msg']}") from error
+    if point.learns and changed.module_shape() != point.module_shape():
+        raise ValueError(f"{shown} shapes what {point.kind} learns; moving it would begin a new module at each move")
+    return (changed,)

@@ -21,7 +21,7 @@ def unsupported_keys(spec: Any) -> list[Fault]:
     found: dict[str, str] = {}
     seen: set[tuple[int, ...]] = set()
     for one in specs:
-        key = (id(one.phases), id(one.compressors), id(one.evaluate))
+        key = (id(one.phases), id(one.evaluate))
         if key not in seen:
             seen.add(key)
             found.update(_keys_of(one))
@@ -40,11 +40,6 @@ def _keys_of(spec: ExperimentSpec) -> dict[str, str]:
     found: dict[str, str] = {}
     if spec.search is not None:
         found["search"] = "take it out to run the grid"
-    for name, points in spec.compressors.items():
-        for index, point in enumerate(points):
-            path = f"compressors.{name}" + (f".{index}" if len(points) > 1 else "")
-            if point.layer == "projector":
-                found[f"{path}.layer"] = "give a decoder layer"
     for name in ("pretrain", "finetune"):
         phase: PhaseSpec | None = getattr(spec.phases, name)
         if phase is not None:

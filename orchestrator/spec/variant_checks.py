@@ -11,11 +11,13 @@ from orchestrator.spec.budgets import solve_layer_average
 from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.node import Path
+from orchestrator.spec.tables import AMOUNTS
 
 _NEEDS = {
     "cls": "a CLS token that attends to the tokens of an image, which {model} does not have",
     "pixels": "a vision tower that takes images of another size, which {model} does not have",
 }
+_PROJECTOR = -1
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,20 @@ class Finding:
 def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
     """Points in order of depth, at layers the model has, with what they need and amounts they can take."""
     grid: Grid | None = facts.visual_grid if facts is not None else None
-    last = -1
+    last = _PROJECTOR
     for index, point in enumerate(points):
         where: Path = (*path, index)
         yield from _check_place(point, where, facts)
         layer = _layer(point, facts)
         if layer is not None:
-            if layer <= last:
-                message = f"acts at layer {layer}, not after the point before it at layer {last}"
+            if layer < last or layer == last != _PROJECTOR:
+                place = "the projector" if layer == _PROJECTOR else f"layer {layer}"
+                message = f"acts at {place}, not after the point before it at layer {last}"
                 yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
             last = max(last, layer)
+        if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
+            message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
+            yield Finding((*where, "kind"), message)
         if point.layer_average_tokens is not None and len(points) > 1:
             message = "is for a variant of one point; give the other amounts instead"
             yield Finding((*where, "layer_average_tokens"), message)
@@ -57,13 +63,17 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
     if place not in point.points:
         allowed = "a decoder layer" if "decoder" in point.points else "projector"
         yield Finding((*where, "layer"), f"{point.kind} does not act at the {place}", allowed)
-    elif facts is not None and place == "decoder":
-        yield from _check_layer(point, where, facts)
-    if looks and (place == "projector" or point.layer == 0):
+    elif looks and (place == "projector" or point.layer == 0):
         message = f"{point.kind} looks at the {' and '.join(looks)} of the layer before it, and there is none"
         yield Finding((*where, "layer"), message, "a decoder layer from 1 on")
     if facts is None:
         return
+    if place == "decoder" and "decoder" in point.points:
+        yield from _check_layer(point, where, facts)
+    if facts.first_layer and _adds_tokens(point):
+        deep = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
+        message = f"{point.kind} adds tokens at the decoder's input, but {deep}, which must find the tokens it knows"
+        yield Finding((*where, "kind"), message)
     if facts.first_layer and place == "projector":
         message = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
         yield Finding((*where, "layer"), message, f"a decoder layer from {facts.first_layer} on")
@@ -83,17 +93,20 @@ def _check_layer(point: CompressorSpec, where: Path, facts: ModelFacts) -> Itera
         yield Finding(path, message, f"a decoder layer from {facts.first_layer} on")
 
 
+def _adds_tokens(point: CompressorSpec) -> bool:
+    return type(point).tokens_before is not CompressorSpec.tokens_before
+
+
 def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
     if point.layer == "projector":
-        return -1 if facts is None else None
+        return _PROJECTOR
     if isinstance(point.layer, int):
         return point.layer
     return point.layer_index(facts.num_layers) if facts is not None else None
 
 
 def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -> tuple[Finding | None, Grid | None]:
-    amounts = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
-    amount = next(name for name in amounts if getattr(point, name) is not None)
+    amount = next(name for name in AMOUNTS if getattr(point, name) is not None)
     if point.stride is not None and point.stride > grid.tokens:
         message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
         return Finding((*where, amount), message, f"1 to {grid.tokens}"), None

@@ -6,6 +6,8 @@ from fractions import Fraction
 
 import pytest
 from orchestrator_plugins.compressors.average_pool import AveragePoolSpec
+from orchestrator_plugins.compressors.q_former import QFormerSpec
+from orchestrator_plugins.compressors.registers import RegistersSpec
 
 from orchestrator.spec.budgets import layer_average, solve_layer_average, tokens_by_layer
 from orchestrator.spec.components import BlockCompressorSpec, Grid
@@ -51,3 +53,15 @@ def test_a_method_of_blocks_takes_the_nearest_and_more_than_two_percent_off_is_t
         ValueError, match=r"within 2 % of layer_average_tokens 47: the nearest is \d+\.0, with keep_tokens"
     ):
         solve_layer_average(coarse, 32, Grid(7, 7))
+
+
+def test_a_method_that_adds_tokens_on_the_way_is_solved_with_them():
+    spec = RegistersSpec(kind="registers", layer=2, layer_average_tokens=40)
+    solved = solve_layer_average(spec, 4, Grid(8, 8))
+    assert solved.keep_tokens == 8  # (2 * (64 + 8) + 2 * 8) / 4
+    assert tokens_by_layer([solved], 4, Grid(8, 8)) == [72, 72, 8, 8]
+
+
+def test_the_mean_of_a_resampler_is_solved_within_its_queries():
+    spec = QFormerSpec(kind="q_former", layer=2, layer_average_tokens=36, max_queries=16)
+    assert solve_layer_average(spec, 4, Grid(8, 8)).keep_tokens == 8

@@ -70,3 +70,20 @@ def test_a_control_that_cannot_be_is_told_where_it_is_written(kind, message, sma
     with pytest.raises(SpecError, match=message) as error:
         load(write, small, f"controls: [{kind}]\n")
     assert {fault.path for fault in error.value.faults} == {"controls.0"}
+
+
+def test_a_control_is_named_once(small, write):
+    with pytest.raises(SpecError, match="`stride` is named twice") as error:
+        load(write, small, "controls: [stride, stride]\n")
+    assert [fault.path for fault in error.value.faults] == ["controls.1"]
+
+
+def test_a_ramp_has_no_control_at_another_place(small, write):
+    small = small.replace("stride: 8", "stride: 4")
+    ramp = "schedule: {kind: ramp, compressor: heavy, key: %s, start: 2, end: 3}"
+    for key in ("layer", "stride"):
+        text = small.replace("schedule: two", ramp % key)
+        with pytest.raises(SpecError, match="a schedule moves heavy step by step") as error:
+            load_experiment(write(text + "controls: [random_drop, downsample]\n"))
+        assert [fault.path for fault in error.value.faults] == ["controls.1"]
+        assert len(load_experiment(write(text + "controls: [random_drop]\n")).cells) == 2

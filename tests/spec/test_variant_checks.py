@@ -1,0 +1,84 @@
+"""Points that do not fit one another or the model are told by `validate`, each once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import Fault, SpecError
+from orchestrator.spec.loader import load_experiment
+
+Write = Callable[..., Path]
+PROJECTED = "{kind: average_pool, layer: projector, stride: 2}"
+POOLED = "{kind: average_pool, layer: 1, stride: 2}"
+
+
+def faults_of(path: Path) -> tuple[Fault, ...]:
+    with pytest.raises(SpecError) as caught:
+        load_experiment(path)
+    return tuple(caught.value.faults)
+
+
+def with_variant(small: str, points: str) -> str:
+    assert "compressors:\n" in small
+    return small.replace("compressors:\n", f"compressors:\n  v: {points}\n")
+
+
+@pytest.mark.parametrize(
+    ("points", "key", "message"),
+    [
+        (f"[{POOLED}, {PROJECTED}]", "1.layer", "acts at the projector, not after the point before it at layer 1"),
+        (f"[{POOLED}, {POOLED}]", "1.layer", "acts at layer 1, not after the point before it at layer 1"),
+        ("{kind: fastv, layer: projector, keep_tokens: 8}", "layer", "fastv does not act at the projector"),
+        ("{kind: fastv, layer: 0, keep_tokens: 8}", "layer", "looks at the queries of the layer before it"),
+        (
+            "[{kind: downsample, layer: projector, keep_tokens: 16}, {kind: visionzip, layer: 2, keep_tokens: 8}]",
+            "1.kind",
+            "a tower that saw the whole image",
+        ),
+    ],
+)
+def test_points_that_do_not_fit_are_told_once(points: str, key: str, message: str, small: str, write: Write) -> None:
+    (fault,) = faults_of(write(with_variant(small, points)))
+    assert fault.path == f"compressors.v.{key}"
+    assert message in fault.message
+
+
+@pytest.mark.parametrize("points", [PROJECTED, f"[{PROJECTED}, {PROJECTED}]", f"[{PROJECTED}, {POOLED}]"])
+def test_a_projector_point_is_valid_whether_or_not_the_model_is_known(points: str, small: str, write: Write) -> None:
+    path = write(with_variant(small, points))
+    load_experiment(path)
+    (path.parent / "tiny" / "config.json").write_text(json.dumps({"model_type": "not_known_here"}))
+    load_experiment(path)
+
+
+def test_deepstack_forbids_a_method_that_adds_tokens(small: str, write: Write) -> None:
+    path = write(
+        with_variant(small, "{kind: registers, layer: 3, keep_tokens: 4}").replace(
+            "layer: 2, stride", "layer: 3, stride"
+        )
+    )
+    load_experiment(path)
+    (path.parent / "tiny" / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    (fault,) = faults_of(path)
+    assert fault.path == "compressors.v.kind"
+    assert "DeepStack" in fault.message
+
+
+def test_what_a_schedule_refuses_does_not_ask_for_text(small: str, write: Write) -> None:
+    same = "schedule: {kind: interleaved, compressor: heavy, other: heavy, full_share: 1/4}"
+    (fault,) = faults_of(write(small.replace("schedule: two", same)))
+    assert "name two variants" in fault.message
+    assert fault.allowed is None
+
+
+@pytest.mark.parametrize("kind", ["q_former", "registers"])
+def test_a_ramp_does_not_move_what_shapes_a_learned_module(kind: str, small: str, write: Write) -> None:
+    ramp = "schedule: {kind: ramp, compressor: v, key: keep_tokens, start: 32, end: 8}"
+    small = small.replace("schedule: two", ramp)
+    (fault,) = faults_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
+    assert "would begin a new module at each move" in fault.message
+    load_experiment(write(with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16, max_queries: 32}")))
