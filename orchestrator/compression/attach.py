@@ -11,7 +11,7 @@ from orchestrator.compression.decoder import Decoder
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.modules import MODULES_NAME, check_modules, create_modules, names_of
 from orchestrator.compression.patching import announce, patch_forward, patch_generate, refuse_patched, restore
-from orchestrator.compression.points import resolve_points
+from orchestrator.compression.points import check_together, resolve_points
 from orchestrator.compression.protocol import Point
 from orchestrator.compression.segments import Draw
 from orchestrator.compression.top import forward_top
@@ -45,6 +45,7 @@ def attach(
     refuse_patched(inner)
     refuse_patched(family.language_model)
     resolved = resolve_points(points, family)
+    check_together(resolved)
     learned = resolved if isinstance(modules, str) else resolve_points(modules, family)
     return Attachment(family, resolved, learned, seed)
 
@@ -123,6 +124,7 @@ class Attachment:
         """
         self._require_attached()
         resolved = resolve_points(points, self._decoder.family)
+        check_together(resolved)
         check_modules(resolved, self._decoder.modules)
         self._decoder.points = resolved
         announce(self.model, resolved)

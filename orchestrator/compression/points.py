@@ -26,16 +26,23 @@ def resolve_points(points: Sequence[CompressorSpec | Mapping[str, Any]], family:
     """
     if isinstance(points, Mapping | CompressorSpec | str):
         raise UsageError("attach: points is a list of compressors (one or several), or an empty list for full tokens")
-    resolved = [_resolve(spec, family) for spec in points]
-    if sum(hasattr(point.compressor, "resize") for point in resolved) > 1:
+    return tuple(sorted((_resolve(spec, family) for spec in points), key=_order))
+
+
+def check_together(points: Sequence[Point]) -> None:
+    """Refuses points that cannot act in one forward; those of several stages may well be alike.
+
+    Raises:
+        UsageError: two of them resize the image, or have the same learned module.
+    """
+    if sum(hasattr(point.compressor, "resize") for point in points) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
-    learned = [point.module_name for point in resolved if point.module_name]
+    learned = [point.module_name for point in points if point.module_name]
     if twice := sorted({name for name in learned if learned.count(name) > 1}):
         raise UsageError(
             f"attach: two points would share the learned module {twice[0]}; ZeRO-3 gathers a module once a forward, so "
             "act at different layers, or give the methods different shapes"
         )
-    return tuple(sorted(resolved, key=_order))
 
 
 def _order(point: Point) -> tuple[int, bool, bool]:

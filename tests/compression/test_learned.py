@@ -222,3 +222,15 @@ def test_switch_and_detach_leave_no_trace():
     attachment.detach()
     assert trace(model) == before
     assert attachment.learned_modules == {}
+
+
+def test_stages_share_a_module_and_points_of_one_forward_do_not():
+    """A stage that keeps more goes on learning what one that kept less learned; ZeRO-3 wants one call a forward."""
+    less, more = ({**FEATURES, "layer": 2, "keep_tokens": kept} for kept in (1, 4))
+    attachment = attach(tiny_llava(), [less], modules=[less, more])
+    (name,) = attachment.learned_modules
+    attachment.switch([more])
+    assert attachment.learned_names() == (name,)
+    with pytest.raises(UsageError, match=f"two points would share the learned module {name}"):
+        attachment.switch([more, less])
+    assert attachment.learned_names() == (name,), "a refused switch changes nothing"
