@@ -135,7 +135,7 @@ class CompressorSpec(Component):
     def module_name(self, num_layers: int) -> str | None:
         """Name of its learned module in a model of `num_layers` decoder layers; None where it does not learn.
 
-        Points of one method at one place share a module if nothing that shapes it differs.
+        Variants whose points are of one method at one place share a module if nothing that shapes it differs.
         """
         if not self.learns:
             return None
