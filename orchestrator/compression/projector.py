@@ -65,11 +65,14 @@ class AtProjector:
 
     def _resize(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = self.decoder.located(self.current)[0]
-        if layout is None:
-            return None
         pixels_BCHW = args[0] if args else kwargs["pixel_values"]
         (point,) = (point for point in self.points if hasattr(point.compressor, "resize"))
-        grids = {group.grid for group in layout.groups}
+        if layout is None:
+            # A rank without images: its idle image goes the way of the others' images through the tower, since
+            # interpolating reads the position embeddings without calling their module (ZeRO-3 counts calls).
+            grids = set(self.decoder.family.grids({"pixel_values": pixels_BCHW}, 0))
+        else:
+            grids = {group.grid for group in layout.groups}
         if len(grids) > 1:
             raise UsageError(f"compression: {point.spec.kind}: the tower's images of one call have several grids")
         (grid,) = grids
