@@ -41,12 +41,23 @@ def compressor_documents() -> list[dict[str, Any]]:
 def print_compressors(console: Console) -> None:
     """The compressors, a block each."""
     for document in compressor_documents():
-        console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(document['points'])})")
+        console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(_places(document))})")
         console.print(f"    {document['does']}", highlight=False, markup=False)
         for name, value in document["parameters"].items():
-            allowed = " | ".join(map(str, value["enum"])) if "enum" in value else value.get("type", "")
-            console.print(f"    {name}: {allowed} (default {value.get('default')})", highlight=False, markup=False)
+            default = "null" if value.get("default") is None else value["default"]
+            console.print(f"    {name}: {_allowed(value)} (default {default})", highlight=False, markup=False)
     console.print(
         "Every one takes `layer` and exactly one of stride, keep_tokens, keep_ratio, layer_average_tokens.",
         highlight=False,
     )
+
+
+def _places(document: dict[str, Any]) -> list[str]:
+    return [*document["points"], *(f"needs {need}" for need in document["needs"])]
+
+
+def _allowed(value: dict[str, Any]) -> str:
+    """What a JSON schema allows, in few words."""
+    if "anyOf" in value:
+        return " | ".join(dict.fromkeys(_allowed(one) for one in value["anyOf"]))
+    return " | ".join(map(str, value["enum"])) if "enum" in value else str(value.get("type", "any"))
