@@ -11,7 +11,7 @@ from torch import Tensor
 from orchestrator.compression.caches import CacheRecord
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import Layout, build_layout
-from orchestrator.compression.protocol import Kept
+from orchestrator.compression.protocol import IGNORED, Kept
 from orchestrator.compression.recorder import Recording
 from orchestrator.compression.segments import Flow
 from orchestrator.errors import UsageError
@@ -113,7 +113,7 @@ def locate(
     grids = family.grids({**current.inputs, "input_ids": host[0]}, int(visual_BN.sum()))
     layout = build_layout(visual_BN, real_BN, grids)
     # Visual positions never carry a label.
-    labels_BN = host[2].masked_fill(visual_BN, -100) if current.labels_BN is not None else None
+    labels_BN = host[2].masked_fill(visual_BN, IGNORED) if current.labels_BN is not None else None
     current.located = layout, labels_BN
     return layout, labels_BN
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from orchestrator.compression.entry import Pass
 from orchestrator.compression.merging import tokens_at
-
-IGNORED = -100
+from orchestrator.compression.protocol import IGNORED
 
 
 @dataclass

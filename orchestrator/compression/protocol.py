@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.merging import ranking, tokens_at
 from orchestrator.spec.components import CompressorSpec, Grid
+
+IGNORED: Final = -100
+"""Label of a token that predicts nothing, as in torch's cross-entropy."""
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.merging import tokens_at
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.protocol import IGNORED, Point
 from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
 from orchestrator.compression.rotation import counted_from_zero
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
     from orchestrator.compression.segments import Flow
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def prompt_of(visual_BN: Tensor, real_BN: Tensor, labels_BN: Tensor | None, limi
     asks_BN = torch.zeros_like(real_BN)
     labelled_BN = torch.zeros_like(real_BN)
     if labels_BN is not None:
-        labelled_BN = (labels_BN != _IGNORED) & real_BN
+        labelled_BN = (labels_BN != IGNORED) & real_BN
         asks_BN[:, :-1] = real_BN[:, :-1] & ~labelled_BN[:, :-1] & labelled_BN[:, 1:]
     nobody_B = ~asks_BN.any(1)
     asks_BN[nobody_B, last_B[nobody_B]] = True

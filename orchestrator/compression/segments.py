@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from orchestrator.compression.acting import act
 from orchestrator.compression.caches import SegmentCache
 from orchestrator.compression.layout import ImageGroup, Layout, rearrange
-from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 from orchestrator.compression.seen import Records
 
 
@@ -147,7 +147,7 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
         meta[:-OTHER_META] += moves_device.added
     labels = None
     if flow.labels_BN is not None:
-        labels = flow.labels_BN.new_full((rows * after.length,), -100)
+        labels = flow.labels_BN.new_full((rows * after.length,), IGNORED)
         labels[moves.text_to] = flow.labels_BN.flatten()[moves.text_from]
         labels = labels.unflatten(0, (rows, after.length))
     return replace(

@@ -15,7 +15,7 @@ from orchestrator.compression.entry import Pass
 from orchestrator.compression.families import Family
 from orchestrator.compression.head import Head
 from orchestrator.compression.projector import AtProjector
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.protocol import IGNORED, Point
 from orchestrator.compression.tower import watched_tower
 
 
@@ -65,7 +65,7 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
     inputs = dict(current.inputs)
     shifted = inputs.pop("shift_labels", None)
     if shifted is not None and current.labels_BN is None:
-        current.labels_BN = nn.functional.pad(shifted, (1, 0), value=-100)[:, :-1]
+        current.labels_BN = nn.functional.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
     num_items = inputs.pop("num_items_in_batch", None)
     keep = inputs.pop("logits_to_keep", 0)
     return_dict = inputs.pop("return_dict", None)

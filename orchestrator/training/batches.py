@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.data.encode import IGNORED_LABEL
 from orchestrator.errors import UsageError
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression import attach
+from orchestrator.data.encode import IGNORED_LABEL
 from orchestrator.errors import UsageError
 from orchestrator.models.build import compute_dtype, model_from_config
 from orchestrator.models.parts import COMPRESSOR, set_trainable
@@ -71,7 +72,7 @@ def synthetic_batch(
     batch: dict[str, Tensor] = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "labels": torch.cat([torch.full((rows, visual), -100), text_BT], dim=1),
+        "labels": torch.cat([torch.full((rows, visual), IGNORED_LABEL), text_BT], dim=1),
         "pixel_values": torch.randn(rows, vision.num_channels, int(height), int(width), generator=generator),
     }
     return {name: tensor.to(device) for name, tensor in batch.items()}

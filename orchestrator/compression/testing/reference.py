@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.families import Family
-from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 from orchestrator.compression.testing.features import before_projector, one_of
 from orchestrator.compression.testing.method import Call
-from orchestrator.compression.testing.rows import IGNORED, RowState, Unit, spliced, take_rows
+from orchestrator.compression.testing.rows import RowState, Unit, spliced, take_rows
 from orchestrator.compression.testing.tower import watched, with_cls
 from orchestrator.spec.components import Grid
 

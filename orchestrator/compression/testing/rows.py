@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.families import Family
+from orchestrator.compression.protocol import IGNORED
 from orchestrator.spec.components import Grid
 
-IGNORED = -100
 _OWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids", "use_cache")
 
 
