@@ -13,7 +13,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
-from orchestrator.spec.schedule_checks import check_schedule
+from orchestrator.spec.schedule_checks import check_schedule, check_tested_variants
 from orchestrator.spec.variant_checks import Finding, check_variant
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
@@ -36,7 +36,7 @@ class Checks:
 
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
         """Faults of a cell; `parts` holds None where a part has faults of its own."""
-        findings = [*self._compressors(parts, tree), *self._phases(parts)]
+        findings = [*self._compressors(parts, tree), *self._phases(parts), *self._evaluations(parts)]
         if not findings:
             return []
         root = tree()
@@ -66,6 +66,23 @@ class Checks:
             return []
         others = (parts["data"], parts["schedules"], parts["compressors"], parts["model"])
         return self._remember(("phases", phases, *others), lambda: self._find_phases(phases, *others))
+
+    def _evaluations(self, parts: dict[str, Any]) -> list[Finding]:
+        names = ("evaluate", "phases", "schedules", "compressors", "model")
+        evaluate, phases, schedules, variants, model = (parts[name] for name in names)
+        if None in (evaluate, phases, schedules, variants) or model is None or model.weights == "pretrained":
+            return []  # pretrained weights may hold learned compressors already
+        return self._remember(
+            ("evaluate", evaluate, phases, schedules, variants, model),
+            lambda: check_tested_variants(evaluate, phases, schedules, variants, self._layers(model)),
+        )
+
+    def _layers(self, model: ModelSpec) -> int | None:
+        try:
+            facts = model_facts(model.model_name_or_path, model.revision)
+        except ValueError:
+            return None  # told beside the variants
+        return facts.num_layers if facts is not None else None
 
     def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
         try:

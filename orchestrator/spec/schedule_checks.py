@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.spec.components import ScheduleSpec, StageTable
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.node import Path
-from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.phase import PhaseSpec, PhasesSpec
 from orchestrator.spec.steps import known_steps
 from orchestrator.spec.tables import derive
 from orchestrator.spec.variant_checks import Finding, check_variant
@@ -61,3 +61,32 @@ def _check_derived(
         if found is not None:
             yield Finding(where, f"`{name}`: {found.message}", found.allowed, found.hint)
             return
+
+
+def check_tested_variants(
+    evaluate: Mapping[str, Any],
+    phases: PhasesSpec,
+    schedules: Mapping[str, Any],
+    variants: Mapping[str, Any],
+    num_layers: int | None,
+) -> Iterator[Finding]:
+    """A learned method can be tested only where some phase uses it: else there are no weights to test."""
+    used = [phase for phase in (phases.pretrain, phases.finetune) if phase is not None]
+    if num_layers is None or any(phase.start_from is not None for phase in used):
+        return
+    names: list[str] = []
+    for phase in used:
+        schedule: Any = phase.schedule
+        if isinstance(schedule, str):
+            schedule = schedules.get(schedule, schedule)
+        names += schedule.variants() if isinstance(schedule, ScheduleSpec) else [schedule]
+    known = {module for name in names for module in _modules(variants.get(name, ()), num_layers)}
+    for key, evaluation in evaluate.items():
+        for index, name in enumerate(evaluation.under):
+            if not known.issuperset(_modules(variants.get(name, ()), num_layers)):
+                message = f"`{name}` learns, but no phase uses it: there is nothing to test"
+                yield Finding(("evaluate", key, "under", index), message, "variants that the schedules use")
+
+
+def _modules(points: Any, num_layers: int) -> set[str]:
+    return {name for point in points if (name := point.module_name(num_layers)) is not None}

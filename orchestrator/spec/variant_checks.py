@@ -118,3 +118,7 @@ def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -
         return None, point.kept_grid(grid)
     except (ValueError, LlavoltaError) as error:
         return Finding((*where, amount), str(error)), None
+    except Exception as error:  # a plug-in's own mistake
+        failed = f"{type(error).__name__}: {error}"
+        message = f"{point.kind} cannot say how many of {grid.height} x {grid.width} tokens it keeps: {failed}"
+        return Finding((*where, "kind"), message), None

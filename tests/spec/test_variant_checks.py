@@ -82,3 +82,29 @@ def test_a_ramp_does_not_move_what_shapes_a_learned_module(kind: str, small: str
     (fault,) = faults_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
     assert "would begin a new module at each move" in fault.message
     load_experiment(write(with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16, max_queries: 32}")))
+
+
+def test_a_learned_variant_that_no_phase_uses_cannot_be_tested(small: str, write: Write) -> None:
+    small = with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16}")
+    tested = small.replace("data: test}", "data: test, under: [final, v]}")
+    (fault,) = faults_of(write(tested))
+    assert fault.path == "evaluate.vqa.under.1"
+    assert "no phase uses it" in fault.message
+    load_experiment(write(tested.replace("schedule: two", "schedule: v")))
+    load_experiment(write(tested.replace("weights: random", "weights: pretrained")))
+
+
+def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from typing import ClassVar, Literal\n"
+        "from orchestrator.spec.components import CompressorSpec\n\n\n"
+        "class FailingSpec(CompressorSpec):\n"
+        "    kind: Literal['failing'] = 'failing'\n"
+        "    implementation: ClassVar[str] = 'failing:None'\n\n"
+        "    def kept_tokens(self, grid):\n"
+        "        return grid.tokens // 0\n"
+    )
+    text = with_variant(small, "{kind: failing, layer: 2, keep_tokens: 16}") + f"plugins: [{tmp_path / 'failing.py'}]\n"
+    (fault,) = faults_of(write(text))
+    assert fault.path == "compressors.v.kind"
+    assert "8 x 8" in fault.message and "ZeroDivisionError" in fault.message
