@@ -67,11 +67,13 @@ class VisionTextProcessor:
     @cached_property
     def image_token_id(self) -> int:
         """Id that stands once for every visual token: the model's own, which Gemma 3's processor calls otherwise."""
-        for name in ("image_token_id", "image_token_index"):
-            found = getattr(self._config, name, None)
-            if found is not None:
-                return int(found)
-        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        found = _token_id(self._config, "image")
+        return int(self.tokenizer.convert_tokens_to_ids(self.image_token)) if found is None else found
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Ids that the model takes for visual tokens, a video's too; no answer may hold one."""
+        return [self.image_token_id, *(id for id in [_token_id(self._config, "video")] if id is not None)]
 
     @cached_property
     def images(self) -> RowImages:
@@ -172,3 +174,12 @@ class VisionTextProcessor:
             return name, np.maximum.accumulate(labels >= 0).astype(np.int64)
         types = self.processor.create_mm_token_type_ids([input_ids.tolist()])[0]
         return name, np.asarray(types, dtype=np.int64)
+
+
+def _token_id(config: Any, kind: str) -> int | None:
+    """The model's placeholder of an image or a video, which configs name in two ways."""
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        found = getattr(config, name, None)
+        if found is not None:
+            return int(found)
+    return None

@@ -50,7 +50,7 @@ def greedy_answers(
             eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=data.processor.pad_token_id,
             # An untrained model may say the placeholder, which would be taken for an image without pixels.
-            suppress_tokens=[data.processor.image_token_id],
+            suppress_tokens=data.processor.placeholder_ids,
         )
         new_tokens = generated[:, moved["input_ids"].shape[1] :]
         for i, text in zip(part, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):

@@ -184,7 +184,7 @@ def test_answers_are_the_plain_models_whatever_the_batch(served, rows):
                 **given,
                 max_new_tokens=4,
                 do_sample=False,
-                suppress_tokens=[served.processor.image_token_id],
+                suppress_tokens=served.processor.placeholder_ids,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )[0, given["input_ids"].shape[1] :]
@@ -211,3 +211,60 @@ def test_two_images_of_a_row_that_loses_one_are_read_as_a_lone_image_is(tmp_path
     assert sample.images == row.images[:1]
     assert int((sample.input_ids == served.processor.image_token_id).sum()) == lone != 10
     assert collate([sample], served.processor)["batch_num_images"].tolist() == [1]
+
+
+def test_a_model_of_prefix_and_suffix_has_no_turns(tmp_path):
+    served = Served("paligemma", tmp_path)
+    with pytest.raises(DataError, match="one question and writes one answer, not 4 turns"):
+        served.encoder.encode(row_of("a", "b", "c", "d"))
+
+
+def test_a_processor_of_another_model_is_refused(tmp_path, pictures):
+    folder = write_folder("llava", tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    config.image_token_id = 7
+    config.save_pretrained(folder)
+    encoder = Encoder(load_processor(ModelSpec(model_name_or_path=str(folder))), "chat_template", 2048)
+    with pytest.raises(UsageError, match=r"LlavaProcessor writes .* without the model's placeholder"):
+        encoder.encode(row_of("<image>what?", "a", images=(pictures["wide"],)))
+
+
+EXPERIMENT = """
+schema_version: 1
+name: tiny
+model: {model_name_or_path: model, weights: random, dtype: float32}
+data:
+  train: {kind: easy_vqa, split: train, max_samples: 64}
+  test: {kind: easy_vqa, split: test, max_samples: 12}
+compressors:
+  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
+phases:
+  finetune:
+    data: train
+    train: [vision_tower, projector, language_model]
+    max_steps: 2
+    global_batch_size: 4
+    per_device_train_batch_size: 2
+    learning_rate: 1.0e-3
+    model_max_length: 512
+    deepspeed: zero0
+evaluate:
+  vqa: {kind: exact_match, data: test, under: [final, full]}
+matrix:
+  phases.finetune.schedule: [half]
+"""
+
+
+@pytest.mark.parametrize(
+    "family", [family if family == "qwen2_5_vl" else pytest.param(family, marks=pytest.mark.slow) for family in FOLDERS]
+)
+def test_a_whole_run(family, tmp_path, llavolta):
+    if family in NEEDS:
+        pytest.skip(f"its processor needs {NEEDS[family]}")
+    write_folder(family, tmp_path / "model")
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    done = llavolta("run", "tiny.yaml", "--local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finetune steps 0-2 under half (loss" in done.stdout
+    table = next(line for line in done.stdout.splitlines() if line.startswith("schedule=half  "))
+    assert table.split()[-1] == "finished" and 0 <= float(table.split()[1]) <= 1
