@@ -23,8 +23,6 @@ from training_workers import (
     stage,
     uneven_data,
     weights_digest,
-    write_model,
-    write_uneven_rows,
 )
 
 from orchestrator.errors import StageRunError
@@ -34,12 +32,6 @@ from orchestrator.training.distill import distillation_sum
 WEIGHT, TEMPERATURE = 0.6, 2.0
 TAUGHT = Distillation("full", (), WEIGHT, TEMPERATURE)
 LIGHTER = ({"kind": "average_pool", "layer": 1, "stride": 2},)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("made")
-    return write_model(folder / "model"), write_uneven_rows(folder)
 
 
 def taught_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:

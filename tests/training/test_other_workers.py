@@ -17,17 +17,9 @@ from training_workers import (
     recipe_of,
     stage,
     uneven_data,
-    write_model,
-    write_uneven_rows,
 )
 
 from orchestrator.plan.jobs import Action, StageJob
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("made")
-    return write_model(folder / "model"), write_uneven_rows(folder)
 
 
 def _jobs(made: tuple[Path, Path], zero: str) -> list[StageJob]:

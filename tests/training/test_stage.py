@@ -21,18 +21,10 @@ from training_workers import (
     steps_told,
     uneven_data,
     weights_digest,
-    write_model,
-    write_uneven_rows,
 )
 
 from orchestrator.errors import LlavoltaError, StageRunError
 from orchestrator.plan.jobs import Action, StageJob
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("made")
-    return write_model(folder / "model"), write_uneven_rows(folder)
 
 
 def _ten_steps(made: tuple[Path, Path], **recipe: Any) -> StageJob:
