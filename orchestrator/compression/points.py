@@ -33,10 +33,16 @@ def check_together(points: Sequence[Point]) -> None:
     """Refuses points that cannot act in one forward; those of several stages may well be alike.
 
     Raises:
-        UsageError: two of them resize the image, or have the same learned module.
+        UsageError: two of them resize the image or have one learned module, or one that adds tokens is not the first.
     """
     if sum(hasattr(point.compressor, "resize") for point in points) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
+    for point in points[1:]:
+        if hasattr(point.compressor, "enter"):
+            raise UsageError(
+                f"attach: {point.spec.kind} adds tokens at the decoder's input, which the points before it would mix "
+                "or drop; let it be the first point"
+            )
     learned = [point.module_name for point in points if point.module_name]
     if twice := sorted({name for name in learned if learned.count(name) > 1}):
         raise UsageError(

@@ -75,4 +75,7 @@ def _tree(document: dict[str, Any]) -> Tree:
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+    if value is None:
+        return "–"
+    # What would round to nothing shows its first digits instead.
+    return f"{value:.{digits}g}" if 0 < abs(value) < 10**-digits else f"{value:,.{digits}f}"

@@ -161,6 +161,8 @@ def number(column: str, value: float | None) -> str:
         return f"{value:.2f}"
     if column.endswith("seconds"):
         return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 

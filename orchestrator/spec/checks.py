@@ -13,7 +13,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
-from orchestrator.spec.schedule_checks import check_schedule, check_tested_variants
+from orchestrator.spec.schedule_checks import check_learning, check_schedule, check_tested_variants
 from orchestrator.spec.variant_checks import Finding, check_variant
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
@@ -117,6 +117,8 @@ class Checks:
                 yield from check_parts(phase, path)
                 yield from self._check_batch(phase, path)
                 yield from check_schedule(phase, path, data, schedules, variants, facts)
+                if variants is not None and schedules is not None:
+                    yield from check_learning(phase, path, schedules, variants, self.notices)
 
     def _check_batch(self, phase: PhaseSpec, path: Path) -> Iterator[Finding]:
         workers = self.cluster.num_workers if self.cluster is not None else None

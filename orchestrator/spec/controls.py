@@ -167,12 +167,18 @@ def _at_point(
 ) -> CompressorSpec:
     layer = 0 if point.layer == "projector" and "projector" not in method.points else point.layer
     fields = {"kind": method.kind_name(), "layer": layer}
-    control = method.model_validate(fields | {name: getattr(point, name) for name in AMOUNTS})
-    if grid is None or point.layer_average_tokens is not None:
+    kept = None if grid is None or point.layer_average_tokens is not None else point.kept_tokens(grid)
+    amounts = {name: getattr(point, name) for name in AMOUNTS}
+    try:
+        control = method.model_validate(fields | amounts)
+    except ValidationError:
+        if kept is None:
+            raise
+        control = method.model_validate(fields | {"keep_tokens": kept})  # its amount is a shape
+    if grid is None or kept is None:
         return control
-    kept = point.kept_tokens(grid)
-    if point.tokens_before(grid) != grid.tokens and facts is not None:
-        # It adds tokens on the way, so the number at the point is not its budget.
+    if facts is not None and any(one.tokens_before(grid) != grid.tokens for one in (point, control)):
+        # One adds tokens on the way, so the number at the point is not its budget.
         average = round(layer_average((point,), facts.num_layers, grid))
         return method.model_validate(fields | {"layer_average_tokens": average})
     return control if control.kept_tokens(grid) == kept else method.model_validate(fields | {"keep_tokens": kept})

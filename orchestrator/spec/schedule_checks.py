@@ -63,6 +63,29 @@ def _check_derived(
             return
 
 
+def check_learning(
+    phase: PhaseSpec, path: Path, schedules: Mapping[str, Any], variants: Mapping[str, Any], notices: list[str]
+) -> Iterator[Finding]:
+    """A phase that trains compressors alone uses one that learns; one that learns and does not train is noted."""
+    learns = [name for name in _used(phase, schedules) if any(point.learns for point in variants.get(name, ()))]
+    if set(phase.train) == {"compressor"} and not learns:
+        hint = "use a variant that learns, or train another part"
+        yield Finding((*path, "train"), "nothing trains: no variant of the phase's schedule learns", None, hint)
+    if learns and "compressor" not in phase.train:
+        notices.append(
+            f"phases.{path[-1]}.train: {', '.join(learns)} learns, but `compressor` does not train; it stays as it was "
+            "drawn from the seed"
+        )
+
+
+def _used(phase: PhaseSpec, schedules: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the variants a phase uses."""
+    schedule: Any = phase.schedule
+    if isinstance(schedule, str):
+        schedule = schedules.get(schedule, schedule)
+    return schedule.variants() if isinstance(schedule, ScheduleSpec) else (schedule,)
+
+
 def check_tested_variants(
     evaluate: Mapping[str, Any],
     phases: PhasesSpec,
@@ -74,12 +97,7 @@ def check_tested_variants(
     used = [phase for phase in (phases.pretrain, phases.finetune) if phase is not None]
     if num_layers is None or any(phase.start_from is not None for phase in used):
         return
-    names: list[str] = []
-    for phase in used:
-        schedule: Any = phase.schedule
-        if isinstance(schedule, str):
-            schedule = schedules.get(schedule, schedule)
-        names += schedule.variants() if isinstance(schedule, ScheduleSpec) else [schedule]
+    names = [name for phase in used for name in _used(phase, schedules)]
     known = {module for name in names for module in _modules(variants.get(name, ()), num_layers)}
     for key, evaluation in evaluate.items():
         for index, name in enumerate(evaluation.under):

@@ -44,6 +44,9 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
                 message = f"acts at {place}, not after the point before it at layer {last}"
                 yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
             last = max(last, layer)
+        if index and _adds_tokens(point):
+            message = f"{point.kind} adds tokens at the decoder's input, which the points before it would mix or drop"
+            yield Finding((*where, "kind"), message, None, "let it be the first point of the variant")
         if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
             message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
             yield Finding((*where, "kind"), message)

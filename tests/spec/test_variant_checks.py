@@ -108,3 +108,22 @@ def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write,
     (fault,) = faults_of(write(text))
     assert fault.path == "compressors.v.kind"
     assert "8 x 8" in fault.message and "ZeroDivisionError" in fault.message
+
+
+def test_registers_stand_first_in_a_variant(small: str, write: Write) -> None:
+    points = "[{kind: average_pool, layer: 1, stride: 2}, {kind: registers, layer: 2, keep_tokens: 4}]"
+    text = small.replace("{kind: average_pool, layer: 2, stride: 8}", points)
+    with pytest.raises(SpecError, match="which the points before it would mix or drop"):
+        load_experiment(write(text))
+
+
+def test_a_phase_that_trains_compressors_alone_has_one_that_learns(small: str, write: Write) -> None:
+    nothing = small.replace("max_steps: 100", "max_steps: 100\n    train: [compressor]")
+    with pytest.raises(SpecError, match="nothing trains: no variant of the phase's schedule learns") as error:
+        load_experiment(write(nothing))
+    assert [fault.path for fault in error.value.faults] == ["phases.finetune.train"]
+    learned = nothing.replace("kind: average_pool, layer: 2, stride: 8", "kind: registers, layer: 2, keep_tokens: 4")
+    assert load_experiment(write(learned)).cells
+    drawn = learned.replace("train: [compressor]", "train: [projector]")
+    notices = load_experiment(write(drawn)).notices
+    assert any("heavy learns, but `compressor` does not train" in notice for notice in notices)
