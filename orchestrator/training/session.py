@@ -51,16 +51,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     model_spec, recipe = ModelSpec.model_validate(job.model), PhaseSpec.model_validate(job.recipe)
     dtype = compute_dtype(model_spec)
     micro_batch_size = _micro_batch_size(recipe)
-    config = deepspeed_config(
-        recipe,
-        dtype,
-        micro_batch_size,
-        accumulation_steps(recipe.global_batch_size, micro_batch_size, group.world_size()),
-        group.world_size(),
-        on_gpu=group.device().type == "cuda",
-    )
-    if universal:
-        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    config = _config(recipe, dtype, micro_batch_size, universal)
     model = build_model(model_spec, weights_file)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, job.seed)
@@ -86,6 +77,20 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         compute_dtype=getattr(torch, dtype),
         points=None,
     )
+
+
+def _config(recipe: PhaseSpec, dtype: str, micro_batch_size: int, universal: bool) -> dict[str, Any]:
+    config = deepspeed_config(
+        recipe,
+        dtype,
+        micro_batch_size,
+        accumulation_steps(recipe.global_batch_size, micro_batch_size, group.world_size()),
+        group.world_size(),
+        on_gpu=group.device().type == "cuda",
+    )
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    return config
 
 
 def _resting_group(model: Any) -> dict[str, Any]:
