@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,8 @@ def measure(
     repeats: int,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Timing]:
-    """Times every arm `repeats` times, one after the other in each round (A B A B), after a round that is not counted.
+    """Times every arm `repeats` times, one after the other in each round (A B A B, in another order each
+    round), after a round that is not counted.
 
     A step is the forward and backward pass of one micro-batch of a randomly initialised model under the phase's
     recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are not in it.
@@ -116,7 +118,8 @@ def measure(
     timings = {arm.name: Timing() for arm in arms}
     for number in range(repeats + 1):
         on_round(number)
-        for arm in arms:
+        # Another order each round: what an arm leaves in the allocator is paid by the next one.
+        for arm in random.Random(number).sample(list(arms), len(arms)):
             seconds, peak_gib = _step(model, arm, batch, device)
             if number:
                 timings[arm.name].seconds.append(seconds)
