@@ -56,7 +56,8 @@ def farthest(visual_BND: Tensor, kept: int) -> Tensor:
     if kept == tokens:
         return torch.arange(tokens, device=visual_BND.device).expand(images, -1)
     # Nearness (the cosine) instead of distance saves a pass; chosen tokens are infinitely near.
-    nearness_BNN = cosines(visual_BND, visual_BND)
+    # Steady: two tokens nearest to each other tie for the first place, and a rounded sum would pick either.
+    nearness_BNN = cosines(visual_BND, visual_BND, steady=True)
     nearness_BNN.diagonal(dim1=1, dim2=2).fill_(-float("inf"))
     chosen_BM = torch.empty(images, kept, dtype=torch.long, device=visual_BND.device)
     nearest_BN = nearness_BNN.amax(2)
