@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from orchestrator_plugins.compressors.fastv import FastV
+
 from orchestrator.spec.components import CompressorSpec, Grid
 
 if TYPE_CHECKING:
@@ -28,11 +30,8 @@ class PyramidDropSpec(CompressorSpec):
     kind: Literal["pyramid_drop"] = "pyramid_drop"
 
 
-class PyramidDrop:
-    """Top tokens by attention, then positions without gaps; of equal tokens the first."""
-
-    def __init__(self, spec: PyramidDropSpec) -> None:
-        self.spec = spec
+class PyramidDrop(FastV):
+    """FastV's choice, then positions without gaps."""
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         """See `orchestrator.compression.protocol.Compressor`; position ids of the whole row are numbered again.
@@ -40,10 +39,6 @@ class PyramidDrop:
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.
         """
-        from orchestrator.compression.protocol import take, top_tokens
-
-        if context.attention_BN is None:
-            raise ValueError("the attention of the layer before it is not known here")
-        index_BM = top_tokens(context.attention_BN, self.spec.kept_tokens(grid))
+        kept = super().compress(visual_BND, grid, context)
         # Where nothing was dropped ids stay as they are: those of M-RoPE have gaps of their own.
-        return replace(take(visual_BND, index_BM, context), renumber=index_BM.shape[1] < visual_BND.shape[1])
+        return replace(kept, renumber=kept.hidden_BMD.shape[1] < visual_BND.shape[1])
