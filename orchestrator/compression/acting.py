@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.protocol import Context, Enters, Kept, Point
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -89,7 +89,8 @@ def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
 
 def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
     """One call of the method; where it names no grid, the kept tokens form the one that the planner counts with."""
-    method = point.compressor.enter if point.enters else point.compressor.compress  # type: ignore[attr-defined]
+    compressor = point.compressor
+    method = compressor.enter if isinstance(compressor, Enters) and point.enters else compressor.compress
     try:
         kept: Kept = method(visual_BND, grid, context)
     except ValueError as error:

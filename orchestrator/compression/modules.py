@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from orchestrator.compression.families import Family
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
 
 MODULES_NAME: Final = "llavolta_compressors"
@@ -40,7 +40,8 @@ def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.Mod
         width = family.vision_width if point.at_projector else family.width
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(_number(seed, point.module_name))
-            module = point.compressor.create_module(width)  # type: ignore[attr-defined]
+            assert isinstance(point.compressor, Learns) and width is not None
+            module: Any = point.compressor.create_module(width)
         module.to(next(beside.parameters()).device, family.language_model.dtype).train(family.model.training)
         # ZeRO-3 gathers it as a whole, in the one call that `acting.call_once` makes of it.
         module._z3_leaf = True

@@ -49,7 +49,7 @@ def patch_forward(module: nn.Module, forward: Callable[[dict[str, Any]], Any], o
     def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(_named(original, self, args, kwargs))
 
-    patched.llavolta = owner  # type: ignore[attr-defined]
+    patched.__dict__["llavolta"] = owner
     # nn.Module.__setattr__ would put a bound method here too; the instance dict is what `restore` clears.
     module.__dict__["forward"] = MethodType(patched, module)
 

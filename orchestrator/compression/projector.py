@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from orchestrator.compression.acting import act, call_idle
 from orchestrator.compression.families import Family
 from orchestrator.compression.layout import Layout, build_layout
-from orchestrator.compression.protocol import Context, Kept, Point, evenly_spaced
+from orchestrator.compression.protocol import Context, Kept, Point, Resizes, evenly_spaced
 from orchestrator.compression.segments import OTHER_META, Flow, rejoin, visuals_of
 from orchestrator.compression.tower import cls_of_images
 from orchestrator.errors import UsageError
@@ -77,7 +77,8 @@ class AtProjector:
             raise UsageError(f"compression: {point.spec.kind}: the tower's images of one call have several grids")
         (grid,) = grids
         try:
-            smaller_BCHW = point.compressor.resize(pixels_BCHW, grid)  # type: ignore[attr-defined]
+            assert isinstance(point.compressor, Resizes)
+            smaller_BCHW = point.compressor.resize(pixels_BCHW, grid)
         except ValueError as error:
             raise UsageError(f"compression: {point.spec.kind} at {point.place}: {error}") from error
         if smaller_BCHW.shape != pixels_BCHW.shape:

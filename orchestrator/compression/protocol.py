@@ -105,6 +105,33 @@ class Compressor(Protocol):
         ...
 
 
+@runtime_checkable
+class Learns(Protocol):
+    """A method with parameters of its own."""
+
+    def create_module(self, width: int) -> nn.Module:
+        """Its module, for tokens of `width`."""
+        ...
+
+
+@runtime_checkable
+class Enters(Protocol):
+    """A method that adds tokens at the decoder's input."""
+
+    def enter(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+        """As `compress`, before layer 0; may return more tokens than it got."""
+        ...
+
+
+@runtime_checkable
+class Resizes(Protocol):
+    """A method that acts on pixels."""
+
+    def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
+        """Images of which the tower makes fewer tokens than those of `grid`."""
+        ...
+
+
 def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
     """What a method returns that keeps some tokens as they are.
 

@@ -195,6 +195,7 @@ class RowImages:
             if len(given["text_replacement_offsets"][0]) == len(images):
                 return given
             reason = "its text has no replacements"
+        # What processors raise that know no replacements: no such argument, key or method, or none written for them.
         except (KeyError, TypeError, NotImplementedError, AttributeError) as error:
             reason = repr(error)
         raise UsageError(

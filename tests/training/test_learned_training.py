@@ -11,6 +11,7 @@ from learned_runs import LEARNED, OTHER, chain, equal, every_way, moments, split
 from safetensors.torch import load_file
 from training_workers import MIXING, launch, model_of
 
+from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import Action, StageJob
 
 
@@ -112,7 +113,7 @@ def compared(folder: Path, jobs: dict[str, list[StageJob]]) -> dict[str, dict[st
     from orchestrator.training import group
 
     found = {name: trained(folder / name, runs) for name, runs in jobs.items()}
-    root = folder / next(iter(jobs)) / "stage_runs/root/weights/model.safetensors"
+    root = folder / next(iter(jobs)) / "stage_runs" / "root" / WEIGHTS_FILE
     job = next(iter(jobs.values()))[-1]
     group.decide(lambda: plain_loop(job, root, folder / "plain.safetensors"))
     return found

@@ -28,6 +28,7 @@ from training_workers import (
 )
 
 from orchestrator.errors import StageRunError, UsageError
+from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.memory import activation_bytes
 from orchestrator.spec.model_facts import model_facts
@@ -145,7 +146,7 @@ def test_compressed_stage_runs_bigger_micro_batches_and_learns_the_same(
 
 
 def moved(folder: Path) -> float:
-    start = load_file(folder / "stage_runs/root/weights/model.safetensors")
+    start = load_file(folder / "stage_runs" / "root" / WEIGHTS_FILE)
     end = load_file(folder / "stage_runs/state6/weights/model.safetensors")
     return max(float((start[name] - end[name]).abs().max()) for name in start)
 

@@ -19,6 +19,7 @@ from training_workers import (
     uneven_data,
 )
 
+from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import Action, StageJob
 
 
@@ -73,6 +74,6 @@ def test_other_workers_go_on(made: tuple[Path, Path], tmp_path: Path, zero: str,
     ours, alone = map(load_file, files)
     assert ours.keys() == alone.keys()
     assert max(float((ours[name] - alone[name]).abs().max()) for name in ours) < 1e-5
-    start = load_file(tmp_path / "x/stage_runs/root/weights/model.safetensors")
+    start = load_file(tmp_path / "x" / "stage_runs" / "root" / WEIGHTS_FILE)
     assert max(float((ours[name] - start[name]).abs().max()) for name in start) > 1e-3
     assert not list(tmp_path.rglob("universal"))

@@ -24,6 +24,7 @@ from training_workers import (
 )
 
 from orchestrator.errors import LlavoltaError, StageRunError
+from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import Action, StageJob
 
 
@@ -66,7 +67,7 @@ def test_update_is_the_same_for_micro_batches_and_workers(made: tuple[Path, Path
     jobs = {str(micro): _ten_steps(made, per_device_train_batch_size=micro, learning_rate=1e-3) for micro in (2, 4, 8)}
     alone = launch(1, trained, tmp_path / "one", jobs)
     pair = launch(2, trained, tmp_path / "two", {"2": jobs["2"], "4": jobs["4"]})
-    start = str(tmp_path / "one/8/stage_runs/root/weights/model.safetensors")
+    start = str(tmp_path / "one" / "8" / "stage_runs" / "root" / WEIGHTS_FILE)
     assert _largest_difference(alone["8"], start) > 1e-3
     for other in (alone["2"], alone["4"], pair["2"], pair["4"]):
         assert _largest_difference(alone["8"], other) < 1e-5

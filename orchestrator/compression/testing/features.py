@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.families import Family
-from orchestrator.compression.protocol import Context, Kept, Point
+from orchestrator.compression.protocol import Context, Kept, Point, Resizes
 from orchestrator.compression.testing.rows import Reached, RowState, Unit, grid_left, source_of, spliced
 from orchestrator.spec.components import Grid
 
@@ -71,11 +71,11 @@ def before_projector(
     whole_LD = tower_features(family, batch, None)
     projector: Any = family.projector
     factor = _factor(states, projector(whole_LD.unsqueeze(0))[0])
-    resizing = [point for point in points if hasattr(point.compressor, "resize")]
+    resizing = [point.compressor for point in points if isinstance(point.compressor, Resizes)]
     features_LD = whole_LD
     if resizing:
         grid = next(unit.grid for state in states for unit in state.units)
-        features_LD = tower_features(family, batch, lambda pixels: resizing[0].compressor.resize(pixels, grid))  # type: ignore[attr-defined]
+        features_LD = tower_features(family, batch, lambda pixels: resizing[0].resize(pixels, grid))
     share = len(features_LD) / len(whole_LD)
     offset, done = 0, []
     for state in states:

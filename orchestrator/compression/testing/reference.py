@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.families import Family
-from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
+from orchestrator.compression.protocol import IGNORED, Context, Enters, Kept, Point
 from orchestrator.compression.testing.features import before_projector, one_of
 from orchestrator.compression.testing.method import Call
 from orchestrator.compression.testing.rows import RowState, Unit, spliced, take_rows
@@ -110,7 +110,8 @@ class Reference:
             members = [unit for unit in state.units if unit.grid == grid and len(unit.columns) > 1]
             context = self._context(state, point, members, module)
             visual_BND = torch.stack([state.hidden_ND[list(unit.columns)] for unit in members])
-            method = point.compressor.enter if enters else point.compressor.compress  # type: ignore[attr-defined]
+            compressor = point.compressor
+            method = compressor.enter if enters and isinstance(compressor, Enters) else compressor.compress
             kept = self._call(point, method, visual_BND, grid, context)
             parts += [(unit, one_of(kept, number)) for number, unit in enumerate(members)]
         return spliced(state, parts) if parts else state
