@@ -1,0 +1,98 @@
+"""Verbs that look: plan, status, table, logs, path."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from orchestrator.errors import UsageError
+from orchestrator.verbs.options import CellName, Json, Set, Spec, Specs, print_json, terminal
+
+
+def plan(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    text_tokens: Annotated[
+        int | None, typer.Option("--text-tokens", min=0, metavar="N", help="Text tokens a sample (default: measured).")
+    ] = None,
+) -> None:
+    """Cells, stage tree, what is done already, and what it costs, alone and shared."""
+    from orchestrator.plan.document import plan_document
+    from orchestrator.plan.walk import prepare
+
+    walk = prepare(spec, set_ or ())
+    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, text_tokens=text_tokens)
+    if as_json:
+        print_json(document)
+        return
+    from orchestrator.report.plan_view import print_plan
+
+    print_plan(document, terminal())
+
+
+def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
+    """What is done, running, failed and still to do, a line a cell."""
+    from orchestrator.plan.walk import prepare
+    from orchestrator.report.status_view import print_status, status_document
+
+    documents = [status_document(prepare(spec, set_ or ())) for spec in specs]
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else documents)
+    else:
+        for document in documents:
+            print_status(document, terminal())
+
+
+def table(
+    specs: Specs,
+    set_: Set = None,
+    as_json: Json = False,
+    form: Annotated[
+        Literal["md", "csv", "latex", "json"] | None, typer.Option("--format", help="For a paper or a script.")
+    ] = None,
+    all_metrics: Annotated[bool, typer.Option("--all", help="Every metric, not the headline ones.")] = False,
+) -> None:
+    """The ablation table of one or several experiments."""
+    from orchestrator.plan.walk import prepare
+    from orchestrator.report.ending import print_table
+    from orchestrator.report.table import render
+    from orchestrator.run import table_of
+
+    grid = table_of([prepare(spec, set_ or ()) for spec in specs], all_metrics=all_metrics)
+    if form or as_json:
+        print(render(grid, "json" if as_json else form or "md"))
+    else:
+        print_table(grid, terminal())
+
+
+def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
+    """What a cell's stage runs and evaluations printed, in order."""
+    from orchestrator.plan.walk import prepare
+    from orchestrator.report.cell_folders import log_files
+
+    walk = prepare(spec, set_ or ())
+    found = log_files(walk, walk.find(cell))
+    if as_json:
+        print_json({str(path): path.read_text(errors="replace") for path in found})
+        return
+    if not found:
+        raise UsageError(f"cell {walk.find(cell).name} has no log yet: it has not run in {walk.ledger.storage}")
+    for path in found:
+        print(f"==> {path} <==\n{path.read_text(errors='replace')}")
+
+
+def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
+    """The folder of a cell's weights."""
+    from orchestrator.plan.walk import prepare
+
+    walk = prepare(spec, set_ or ())
+    found = walk.find(cell)
+    weights = walk.folder(found) / "weights"
+    if as_json:
+        print_json({"cell": found.name, "id": found.id, "weights": str(weights), "exists": weights.exists()})
+        return
+    if not weights.exists():
+        raise UsageError(f"cell {found.name} has no weights yet: {weights} is not there; run the experiment first")
+    print(weights)

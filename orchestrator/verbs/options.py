@@ -1,0 +1,28 @@
+"""What verbs have in common: their arguments, and how they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
+Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files; several make one table.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Overrides a value of the file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
+CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, indent=2, default=str))
+
+
+def terminal() -> Any:
+    """Standard output for people: wide where it is no terminal."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)

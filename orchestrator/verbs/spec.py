@@ -1,0 +1,56 @@
+"""Verbs on what an experiment says: validate, show, schema, compressors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from orchestrator.verbs.options import Json, Set, Spec, print_json, terminal
+
+
+def validate(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
+    """Tells every fault of SPEC, or `valid: N cells`."""
+    from orchestrator.spec.loader import load_experiment
+
+    loaded = load_experiment(spec, set_ or ())
+    if as_json:
+        print_json({"valid": True, "cells": len(loaded.cells), "notices": loaded.notices, "faults": []})
+        return
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    print(f"valid: {len(loaded.cells)} cell{'s' if len(loaded.cells) != 1 else ''}")
+
+
+def show(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Defaults filled in, and where each came from.")] = False,
+) -> None:
+    """The experiment as the program understands it."""
+    from orchestrator.spec.loader import load_experiment, resolved_yaml
+
+    loaded = load_experiment(spec, set_ or ())
+    if as_json:
+        print_json({"spec": loaded.spec.model_dump(mode="json"), "sources": dict(loaded.sources)})
+    else:
+        print(resolved_yaml(loaded, with_sources=resolved), end="")
+
+
+def schema() -> None:
+    """JSON Schema of an experiment file, for an editor's completion."""
+    from orchestrator.spec.schema import experiment_schema
+
+    print_json(experiment_schema())
+
+
+def compressors(as_json: Json = False) -> None:
+    """The compressors there are, what they take and where they can act."""
+    from orchestrator.report.component_view import compressor_documents, print_compressors
+
+    if as_json:
+        print_json(compressor_documents())
+    else:
+        print_compressors(terminal())
