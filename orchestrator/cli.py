@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError
 from orchestrator.verbs import look, spec, work
 from orchestrator.verbs.options import print_json
@@ -32,7 +33,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, standalone_mode=False)
+        with ended_by_signals():
+            code = app(arguments, standalone_mode=False)
     except LlavoltaError as error:
         if debug:
             raise

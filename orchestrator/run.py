@@ -74,6 +74,7 @@ def run_experiment(
     local: bool = False,
     retry_failed: bool = False,
     fail_fast: bool = False,
+    max_hours: float | None = None,
     console: Console | None = None,
 ) -> RunOutcome:
     """Runs what is missing of an experiment, records it, and returns its table.
@@ -84,6 +85,7 @@ def run_experiment(
         local: In this process, without Ray, for a debugger.
         retry_failed: Takes up what failed in an earlier run.
         fail_fast: Stops at the first failure.
+        max_hours: After so many hours it stops as at the first SIGTERM.
         console: Where progress is shown.
 
     Raises:
@@ -91,7 +93,7 @@ def run_experiment(
         DataError: rows or images cannot be used.
         Interrupted: a signal stopped it; finished work stays.
     """
-    console = console or Console()
+    console, began = console or Console(), time.monotonic()
     walk = prepare(path, overrides)
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
@@ -102,7 +104,10 @@ def run_experiment(
         with Recorder(lambda: _open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
                 if work:
-                    executed, problems = _execute(walk, work, recorder, console, local=local, fail_fast=fail_fast)
+                    limit = (max_hours, began)
+                    executed, problems = _execute(
+                        walk, work, recorder, console, limit, local=local, fail_fast=fail_fast
+                    )
             finally:
                 _record(walk, recorder)
     names = {cell.id: cell.name for cell in walk.cells}
@@ -197,8 +202,9 @@ class _Watch:
 
 
 def _execute(
-    walk: Walk, work: list[Job], recorder: Recorder, console: Console, *, local: bool, fail_fast: bool
-) -> tuple[int, dict[str, str]]:
+    walk: Walk, work: list[Job], recorder: Recorder, console: Console, limit: tuple[float | None, float], *,
+    local: bool, fail_fast: bool,
+) -> tuple[int, dict[str, str]]:  # fmt: skip
     """Dispatches `work`; returns how many jobs were done, and why others were not.
 
     Raises:
@@ -206,12 +212,14 @@ def _execute(
     """
     costs = {job.id: _relative_cost(job) for job in work}
     view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
-    stop = StopRequest(lambda name: view.say(f"{name}: finishing the step and writing a checkpoint; again: stop now"))
+    hint = "finishing the step and writing a checkpoint; Ctrl-C now: stop at once"
+    stop = StopRequest(lambda name: view.say(f"{name}: {hint}"), *limit)
     watch = _Watch(walk, recorder, view, stop)
     with stop, view:
         run_jobs = _dispatcher(local)
-        run_jobs(work, walk.ledger, walk.loaded.spec.cluster, watch.on_event, watch.should_stop, fail_fast=fail_fast)
-    if stop():
+        cluster = walk.loaded.spec.cluster
+        outcome = run_jobs(work, walk.ledger, cluster, watch.on_event, watch.should_stop, fail_fast=fail_fast)
+    if stop.signal_name is not None and outcome.left:
         count = len(watch.done)
         error = Interrupted(f"stopped by {stop.signal_name}; {count} jobs are done, run the same command to go on")
         error.exit_code = stop.exit_code

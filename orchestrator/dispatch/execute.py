@@ -30,7 +30,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
         should_stop: Asked at every step; ranks agree on the answer among themselves.
 
     Returns:
-        `finished`, or `interrupted` when it left early at an in-stage checkpoint.
+        `finished`, or `interrupted` when it left early: at an in-stage checkpoint, or with no result.
 
     Raises:
         LlavoltaError: the job cannot be done; trying again would not help.
@@ -42,8 +42,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
         return "finished"
     if isinstance(job, StageJob):
         return _train(job, ledger, memory, should_stop)
-    _evaluate(job, ledger, memory)
-    return "finished"
+    return _evaluate(job, ledger, memory, should_stop)
 
 
 def _write_root(job: RootJob, ledger: Ledger) -> None:
@@ -68,7 +67,7 @@ def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: C
     return "finished" if outcome == "done" else "interrupted"
 
 
-def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> None:
+def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
     from orchestrator.evaluation.evaluate import evaluate_state, lacks_modules
 
     training = _training_memory(memory)
@@ -81,7 +80,8 @@ def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> Non
         model = None  # the ledger's weights have them
     if model is None:
         training.release()
-    evaluate_state(job, ledger, model=model)
+    result = evaluate_state(job, ledger, model=model, should_stop=should_stop)
+    return "interrupted" if result is None else "finished"
 
 
 def _training_memory(memory: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -81,6 +82,23 @@ def silence_driver() -> None:
     import ray._private.worker as worker
 
     worker.print_to_stdstream = lambda *arguments, **options: None
+
+
+@contextlib.contextmanager
+def own_sigterm_handler() -> Iterator[None]:
+    """Ray, when it starts, replaces this process's SIGTERM handler by one that ends it; not inside this block.
+
+    Nothing is kept where the process has no handler of its own: Ray's at least ends its children.
+    """
+    import ray._private.utils as utils
+
+    before = utils.set_sigterm_handler
+    if callable(signal.getsignal(signal.SIGTERM)):
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

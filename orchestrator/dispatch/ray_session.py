@@ -80,9 +80,10 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
         if ray.is_initialized():
             yield RaySession(owned=False, folder=_folder())
             return
-        from orchestrator.dispatch.ray_compat import silence_driver
+        from orchestrator.dispatch.ray_compat import own_sigterm_handler, silence_driver
 
-        _connect(address)
+        with own_sigterm_handler():
+            _connect(address)
         silence_driver()
         session = RaySession(owned=address is None, folder=_folder())
         try:

@@ -1,34 +1,52 @@
-"""Stopping a run: the first Ctrl-C, SIGTERM or SIGUSR1 asks for a checkpoint and an end, a second Ctrl-C ends now."""
+"""Stopping a run: the first Ctrl-C, SIGTERM, SIGUSR1 or a time limit asks for a checkpoint and an end."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from orchestrator.errors import Interrupted
+
+MAX_HOURS = "--max-hours"
+TRY_AGAIN = 75
+"""Exit code of a run that was told to make room (sysexits.h: EX_TEMPFAIL): the same command goes on."""
+
 
 class StopRequest:
-    """Catches stop signals while it is entered; call it to know whether a stop was asked for.
+    """Knows whether a stop was asked for: it catches stop signals while it is entered, and watches the clock.
+
+    A second Ctrl-C ends at once.
 
     Args:
-        on_first: Called with the signal's name at the first one.
+        on_first: Called with the signal's name, or `--max-hours`, when a stop is first asked for.
+        max_hours: A stop is asked for after so many hours; None sets no limit.
+        began: Reading of `time.monotonic` from which they count; None counts from now.
     """
 
-    def __init__(self, on_first: Callable[[str], None]) -> None:
+    def __init__(
+        self, on_first: Callable[[str], None], max_hours: float | None = None, began: float | None = None
+    ) -> None:
         self._on_first = on_first
         self._previous: dict[int, Any] = {}
+        start = time.monotonic() if began is None else began
+        self._end = None if max_hours is None else start + 3600 * max_hours
         self.signal_name: str | None = None
 
     def __call__(self) -> bool:
         """True once a stop was asked for."""
+        if self.signal_name is None and self._end is not None and time.monotonic() >= self._end:
+            self._ask(MAX_HOURS)
         return self.signal_name is not None
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C; 75 (try again later) after SIGTERM or SIGUSR1."""
-        return 130 if self.signal_name == "SIGINT" else 75
+        """130 after Ctrl-C; 75 (try again later) after SIGTERM, SIGUSR1 or the last hour."""
+        return 130 if self.signal_name == "SIGINT" else TRY_AGAIN
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -46,5 +64,29 @@ class StopRequest:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal_name is None:
-            self.signal_name = signal.Signals(number).name
-            self._on_first(self.signal_name)
+            self._ask(signal.Signals(number).name)
+
+    def _ask(self, name: str) -> None:
+        self.signal_name = name
+        self._on_first(name)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end what stands in the block at once and in order, where no `StopRequest` takes them.
+
+    Raises:
+        Interrupted: one came; exit code 75.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        error = Interrupted(f"stopped by {signal.Signals(number).name}; run the same command to go on")
+        error.exit_code = TRY_AGAIN
+        raise error
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

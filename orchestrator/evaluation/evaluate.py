@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,7 +38,12 @@ class ResultStore(Protocol):
         ...
 
 
-def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedModel | None = None) -> dict[str, Any]:
+def evaluate_state(
+    job: EvaluationJob,
+    ledger: ResultStore,
+    model: PreTrainedModel | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Tests a state's weights under the job's points. Every rank calls it; rank 0 writes the result.
 
     Args:
@@ -45,9 +51,10 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
         ledger: Holds the state's weights and takes the result.
         model: The state's model if it is at hand; its attachment is switched and put back. None loads it from the
             ledger.
+        should_stop: Asked between batches; when true on any rank, the evaluation ends without a result.
 
     Returns:
-        The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`.
+        The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`; None when it was stopped.
 
     Raises:
         StorageError: the state has no weights.
@@ -55,10 +62,13 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
         DataError: the rows cannot be read.
     """
     started, workers = time.monotonic(), Workers.here()
-    data = evaluation_data(job)
+    stop = _Stop(should_stop)
+    data = replace(evaluation_data(job), should_stop=stop)
     if model is None:
         model = _load(job, ledger)
     outcome = run_under(job, model, data, workers, ledger.state_folder(job.state) / WEIGHTS_FILE)
+    if stop.met(workers, next(model.parameters()).device):
+        return None
     result = {
         "id": job.id,
         "name": job.name,
@@ -71,6 +81,24 @@ def evaluate_state(job: EvaluationJob, ledger: ResultStore, model: PreTrainedMod
     if workers.rank == 0:
         ledger.write_evaluation(job.id, result)
     return result
+
+
+class _Stop:
+    """Whether this evaluation left rows out."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+        self._told = False
+
+    def __call__(self) -> bool:
+        self._told = self._told or self._should_stop()
+        return self._told
+
+    def met(self, workers: Workers, device: Any) -> bool:
+        """Whether any rank was told to stop; every rank asks."""
+        import torch
+
+        return bool(workers.sum(torch.tensor([int(self._told)], device=device)).item())
 
 
 def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:

@@ -20,7 +20,8 @@ def greedy_answers(
     """The model's answer to each row, in the order of `rows`, special tokens left out.
 
     Prompts are padded on the left, so that all answers of a batch begin at one place, and batched by length, so that
-    little is padded; generation keeps a KV cache and stops when every answer of the batch has ended.
+    little is padded; generation keeps a KV cache and stops when every answer of the batch has ended. Where a stop is
+    asked for, the answers not yet made are empty.
 
     Raises:
         DataError: a prompt is longer than the model may take, or an image cannot be read.
@@ -32,6 +33,8 @@ def greedy_answers(
     answers = [""] * len(rows)
     weight, attachment = next(model.parameters()), attachment_of(model)
     for first in range(0, len(order), batch_size):
+        if data.should_stop():
+            break
         part = order[first : first + batch_size]
         batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
         moved = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,11 +46,17 @@ class Workers:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Held-out rows and what turns them into prompts."""
+    """Held-out rows and what turns them into prompts.
+
+    Attributes:
+        should_stop: Asked between batches; once true, an evaluation may leave rows out and come to its end: its
+            outcome is thrown away and the whole of it is done again by the next run.
+    """
 
     rows: Sequence[Row]
     encoder: Encoder
     processor: VisionTextProcessor
+    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="O
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
 
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        "--max-hours", min=0, metavar="H", help="After H hours: checkpoint, stop, exit 75; run again goes on."
+    ),
+]
+
 
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.verbs.options import Json, Set, Spec, print_json, terminal
+from orchestrator.verbs.options import Json, MaxHours, Set, Spec, print_json, terminal
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Takes up what failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")] = False,
+    max_hours: MaxHours = None,
 ) -> None:
     """Runs what is missing of SPEC, with live progress; ends with the table."""
     from rich.console import Console
@@ -29,8 +30,9 @@ def run(
 
     console = Console(stderr=True) if as_json else terminal()
     outcome = run_experiment(
-        spec, set_ or (), local=local, retry_failed=retry_failed, fail_fast=fail_fast, console=console
-    )
+        spec, set_ or (), local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
+        console=console,
+    )  # fmt: skip
     if as_json:
         document = json.loads(render(outcome.table, "json"))
         print_json({**document, "executed": outcome.executed, "failed": outcome.failed, "waiting": outcome.waiting})
