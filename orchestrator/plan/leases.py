@@ -1,0 +1,255 @@
+"""Leases: which driver works on what, so that several share one storage; numbered files are the fencing tokens.
+
+A lease is a file `leases/NAME/000007.json` that only one can create. The highest number holds, and its number is the
+token under which its work is written: a writer that sees a higher one has lost its lease. Of a name's files the
+highest always stays until `forget`, so tokens never go down while someone may still write under one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import StorageError
+from orchestrator.plan.owners import Beat, Observer, Process, owner_key, parsed, this_process
+
+if TYPE_CHECKING:
+    from orchestrator.plan.store import Store
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_NUMBER = re.compile(r"([0-9]{6,})\.json")
+_LOOKS = 100  # each is lost to another owner who was quicker
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease."""
+
+    owner: str
+    lane: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class _Lease:
+    """Content of a lease file."""
+
+    owner: str
+    lane: str = ""
+    tries: int = 0
+    released: bool = False
+
+
+class Leases:
+    """The leases of one owner: one driver, or a later process of it.
+
+    Args:
+        store: Where they lie.
+        owner: The driver's id: letters, digits, `_`, `-`.
+        patience_seconds: How long a beat may stay unchanged before its owner counts as dead.
+        beat_seconds: Between two beats of this owner; they begin with the first `acquire`.
+        clock: Monotonic seconds of this observer.
+        process: Whose death is the owner's death; None takes the calling process. A conductor that its driver
+            starts again names the driver's, or other drivers take over while it is away.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        owner: str,
+        patience_seconds: float = 30.0,
+        beat_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        process: Process | None = None,
+    ) -> None:
+        self._store, self._owner = store, _checked(owner)
+        self._beat = Beat(store, owner, process or this_process(), beat_seconds)
+        self._observer = Observer(store, patience_seconds, clock)
+        self._tokens: dict[str, int] | None = None
+
+    def acquire(self, name: str, lane: str = "") -> int | None:
+        """Takes a lease that is free, released or a dead owner's; look into the ledger only after it is yours.
+
+        Args:
+            name: What it is for: a job's id.
+            lane: Who of this owner works on it.
+
+        Returns:
+            The token; the same one again for an own lease; None while another living owner holds it.
+
+        Raises:
+            StorageError: the store cannot be read or written.
+        """
+        mine = self._mine()
+        self._beat.start()
+        number = _highest(self._store, name)
+        for _ in range(_LOOKS):
+            # None also where it was cleaned up since the listing, or is damaged: the next number settles that.
+            lease = self._read(name, number)
+            if lease is not None and not lease.released:
+                if lease.owner == self._owner:
+                    return self._keep(name, number, replace(lease, lane=lane))
+                if self._observer.lives(lease.owner):
+                    mine.pop(name, None)
+                    return None
+            # What a dead owner tried counts; who let go on purpose did not fail.
+            tries = lease.tries if lease is not None and not lease.released else 0
+            if self._create(name, number + 1, _Lease(self._owner, lane, tries)):
+                mine[name] = number + 1
+                return number + 1
+            number = max(number + 1, _highest(self._store, name))
+        return None
+
+    def _create(self, name: str, number: int, lease: _Lease) -> bool:
+        if not self._store.create(_key(name, number), _dump(lease)):
+            return False
+        numbers = _numbers(self._store, name)
+        # The number may have been used and cleaned up since the look: then a higher one is there and holds.
+        if numbers and numbers[-1] > number:
+            self._store.delete(_key(name, number))
+            return False
+        for old in numbers:
+            if old < number:
+                self._store.delete(_key(name, old))
+        return True
+
+    def _keep(self, name: str, token: int, lease: _Lease) -> int:
+        if lease != self._read(name, token):
+            self._store.write(_key(name, token), _dump(lease))
+        self._mine()[name] = token
+        return token
+
+    def note(self, name: str, tries: int) -> None:
+        """Writes how often an own lease's job was tried into it; one that was lost stays as it is.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        self._change(name, lambda lease: replace(lease, tries=tries))
+
+    def tries(self, name: str) -> int:
+        """How often the job of an own lease was tried, by this owner and by those that died over it."""
+        lease = self._own(name)
+        return lease.tries if lease is not None else 0
+
+    def release(self, name: str) -> None:
+        """Lets go of an own lease; one that was lost or never held stays as it is.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        self._change(name, lambda lease: replace(lease, released=True))
+        self._mine().pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Takes an own lease away with its number: only for a job that is stored, where a late writer finds it done.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        if self._own(name) is not None:
+            for number in _numbers(self._store, name):
+                self._store.delete(_key(name, number))
+        self._mine().pop(name, None)
+
+    def holds(self, name: str) -> bool:
+        """True while the lease is this owner's; false once another took it, as after a long suspension."""
+        return self._own(name) is not None
+
+    def held(self) -> dict[str, str]:
+        """Name to lane of all that this owner holds, also what an earlier process of it took."""
+        found = {name: self._own(name) for name in sorted(self._mine())}
+        return {name: lease.lane for name, lease in found.items() if lease is not None}
+
+    def holder(self, name: str) -> Holder | None:
+        """The living owner of a lease, for people; None where it is free."""
+        lease = self._read(name, _highest(self._store, name))
+        if lease is None or lease.released or self._observer.is_quiet(lease.owner):
+            return None
+        process = self._observer.process(lease.owner)
+        if process is None or not self._observer.lives(lease.owner):
+            return None
+        return Holder(lease.owner, lease.lane, process.host, process.pid)
+
+    def holders(self) -> dict[str, Holder]:
+        """All leases that living owners hold: one listing, not one question for each job there is."""
+        found = {name: self.holder(name) for name in self._store.names("leases") if _NAME.fullmatch(name)}
+        return {name: holder for name, holder in found.items() if holder is not None}
+
+    def close(self) -> None:
+        """Releases all leases and ends the beat.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        try:
+            for name in list(self._tokens or {}):
+                self.release(name)
+        finally:
+            self._beat.stop()
+
+    def _mine(self) -> dict[str, int]:
+        """Tokens this owner was given; an earlier process's are looked for once."""
+        if self._tokens is None:
+            self._tokens = {}
+            later = self._store.read(owner_key(self._owner)) is not None  # most owners have one process only
+            for name in self._store.names("leases") if later else ():
+                number = _highest(self._store, name) if _NAME.fullmatch(name) else 0
+                lease = self._read(name, number)
+                if lease is not None and lease.owner == self._owner and not lease.released:
+                    self._tokens[name] = number
+        return self._tokens
+
+    def _own(self, name: str) -> _Lease | None:
+        token = self._mine().get(name)
+        if token is None or token_of(self._store, name) != token:
+            return None
+        lease = self._read(name, token)
+        return lease if lease is not None and lease.owner == self._owner and not lease.released else None
+
+    def _change(self, name: str, change: Callable[[_Lease], _Lease]) -> None:
+        lease = self._own(name)
+        if lease is not None:
+            # Lost in this very moment: the file comes back below the new holder's, and its next change cleans it up.
+            self._store.write(_key(name, self._mine()[name]), _dump(change(lease)))
+
+    def _read(self, name: str, number: int) -> _Lease | None:
+        found = parsed(self._store.read(_key(name, number))) if number else None
+        try:
+            return _Lease(**found) if found is not None else None
+        except TypeError:
+            return None
+
+
+def token_of(store: Store, name: str) -> int:
+    """The highest token given out for a name; 0 if none: a writer under a lower one has lost its lease."""
+    return _highest(store, name)
+
+
+def _highest(store: Store, name: str) -> int:
+    numbers = _numbers(store, name)
+    return numbers[-1] if numbers else 0
+
+
+def _numbers(store: Store, name: str) -> list[int]:
+    fits = (_NUMBER.fullmatch(found) for found in store.names(f"leases/{_checked(name)}"))
+    return sorted(int(fit.group(1)) for fit in fits if fit)
+
+
+def _key(name: str, number: int) -> str:
+    return f"leases/{_checked(name)}/{number:06d}.json"
+
+
+def _dump(lease: _Lease) -> bytes:
+    return json.dumps(asdict(lease)).encode()
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise StorageError(f"{name!r} can name no lease: letters, digits, _ and - only, at most 128")
+    return name
