@@ -1,0 +1,219 @@
+"""Measures what Ray and the orchestrator add to an optimizer step: the same DeepSpeed loop as a plain script, in turns.
+
+    python tests/bench_overhead.py --steps 60 --rounds 4 --output overhead.json
+
+Arms: `plain` (a process of its own: the same model, weights, batches and rates, `deepspeed.initialize`, a loop),
+`run` (`llavolta run` with Ray, metrics, live view and MLflow, as a user starts it) and `local` (`run --local`). They
+take turns, each in fresh processes. Ray starts its workers with a niceness, which the other arms are given too. Told
+are medians of the seconds inside a step and from step to step, which counts what happens between them as well. The
+losses of all arms must be equal, or they did not do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from orchestrator.plan.jobs import StageJob
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.walk import prepare
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "experiments" / "quickstart.yaml"
+ARMS = ("plain", "run", "local")
+LEFT_OUT = 5  # steps at the start, where caches are cold
+SPEC = """
+extends: {quickstart}
+name: overhead
+schedules: {{four_stage: null}}
+phases: {{finetune: {{max_steps: {steps}, deepspeed: {deepspeed}}}}}
+evaluate: {{vqa: null}}
+cluster: {{resources_per_worker: {{CPU: {threads}}}}}
+report: null
+matrix: {{phases.finetune.schedule: [{variant}]}}
+"""
+
+
+def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
+    """The loop without Ray and orchestrator; data, model and DeepSpeed configuration are built by the same code."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from orchestrator.compression import attach
+    from orchestrator.models.build import build_model
+    from orchestrator.models.parts import parameter_groups, set_trainable
+    from orchestrator.spec.model import ModelSpec
+    from orchestrator.spec.phase import PhaseSpec
+    from orchestrator.training.batches import BatchFeed
+    from orchestrator.training.data import training_data
+    from orchestrator.training.deepspeed_config import deepspeed_config
+    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.rates import rate_factor
+
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo")
+    recipe = PhaseSpec.model_validate(job.recipe)
+    size = recipe.global_batch_size
+    model = build_model(ModelSpec.model_validate(job.model), weights)
+    if points := job.table[0].points:
+        attach(model, list(points))
+    set_trainable(model, recipe.train, lora=False)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
+    rates = [group["lr"] for group in groups]
+    model.train()
+    config = deepspeed_config(recipe, "float32", size, 1, 1, on_gpu=False)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    data = training_data(job, TrainingMemory())
+    feed = BatchFeed(
+        lambda step: data.batch_indices(job.seed, step, size, recipe.group_by_modality_length),
+        data.collate, lambda _: size, 0, 1, job.last_step,
+    )  # fmt: skip
+    with metrics.open("w") as spool:
+        for step in range(job.last_step):
+            (batch,) = feed.get(step)
+            start = time.perf_counter()
+            factor = rate_factor(recipe.lr_scheduler_type, step, job.total_steps, recipe.warmup_ratio)
+            for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            loss = engine(**batch.tensors, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+            line = {"step": step, "loss": loss.item(), "step_seconds": time.perf_counter() - start}
+            spool.write(json.dumps({**line, "timestamp_ms": time.time() * 1000}) + "\n")
+    feed.close()
+    dist.destroy_process_group()
+
+
+def plain_entry(spec: Path, weights: Path, metrics: Path, threads: int) -> None:
+    """What the process of the plain arm does."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    (job,) = prepare(spec).tree.stage_runs.values()
+    plain(job, weights, metrics, threads)
+
+
+class Bench:
+    """The arms in their folders."""
+
+    def __init__(self, folder: Path, given: argparse.Namespace) -> None:
+        self.folder, self.threads = folder, given.threads
+        self.spec = folder / "overhead.yaml"
+        self.spec.write_text(SPEC.format(quickstart=QUICKSTART, **vars(given)))
+        self.niceness: int | None = None
+        (self.state,) = prepare(self.spec).tree.stage_runs
+        (self.root,) = prepare(self.spec).tree.roots
+
+    def run(self, arm: str, number: int) -> list[dict[str, Any]]:
+        """Runs one arm in fresh processes; returns its step lines."""
+        storage = self.folder / f"{arm}{number}"
+        metrics = storage / "stage_runs" / self.state / "metrics.jsonl"
+        if arm == "plain":
+            metrics = self.folder / f"plain{number}.jsonl"
+            weights = self.folder / "run0" / "stage_runs" / self.root / "weights" / "model.safetensors"
+            command = [__file__, "--threads", str(self.threads), "--plain", *map(str, (self.spec, weights, metrics))]
+        else:
+            command = ["-m", "orchestrator", "run", str(self.spec), *(["--local"] if arm == "local" else [])]
+        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env={**os.environ, **threads, "LLAVOLTA_STORAGE": str(storage)},
+            preexec_fn=None if arm == "run" else self._be_nice,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if arm == "run" and self.niceness is None:
+            self._learn_niceness(process, Ledger(storage))
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{arm}: {output}")
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def _be_nice(self) -> None:
+        os.nice(self.niceness or 0)
+
+    def _learn_niceness(self, process: subprocess.Popen[str], ledger: Ledger) -> None:
+        """Asks the system how nice the lane's worker is, while it trains."""
+        while process.poll() is None and self.niceness is None:
+            time.sleep(0.2)
+            if ledger.metrics_file(self.state).exists():
+                workers = [
+                    child.nice()
+                    for child in psutil.Process(process.pid).children(recursive=True)
+                    if child.name().startswith("ray::") and child.cpu_times().user > 1 and "Worker" in child.name()
+                ]
+                self.niceness = max(workers, default=None)
+
+
+def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians of one arm's turn: inside a step, and from the end of a step to the end of the next."""
+    kept = lines[LEFT_OUT:]
+    return {
+        "in_step": median(line["step_seconds"] for line in kept),
+        "step_to_step": median((b["timestamp_ms"] - a["timestamp_ms"]) / 1000 for a, b in pairwise(kept)),
+    }
+
+
+def summary(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians over the rounds, and of each round's ratio to the plain arm of that round."""
+    found: dict[str, Any] = {}
+    for arm, rounds in turns.items():
+        found[arm] = {
+            key: {
+                "seconds": round(median(one[key] for one in rounds), 4),
+                "rounds": [round(one[key], 4) for one in rounds],
+                "of_plain": round(median(a[key] / b[key] for a, b in zip(rounds, turns["plain"], strict=True)), 4),
+            }
+            for key in ("in_step", "step_to_step")
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of one turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each arm")
+    parser.add_argument("--threads", type=int, default=2, help="of a worker")
+    parser.add_argument("--variant", default="full", choices=("full", "heavy", "wide", "light"))
+    parser.add_argument("--deepspeed", default="zero0", choices=("zero0", "zero1", "zero2"))
+    parser.add_argument("--output", type=Path, help="JSON file with all numbers")
+    parser.add_argument("--plain", nargs=3, type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.plain is not None:
+        plain_entry(*given.plain, given.threads)
+        return
+    turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), given)
+        losses = set()
+        bench.run("run", 0)  # warms the file cache, writes the root and tells the niceness
+        for number in range(1, given.rounds + 1):
+            for arm in ARMS if number % 2 else ARMS[::-1]:
+                lines = bench.run(arm, number)
+                losses.add(tuple(line["loss"] for line in lines))
+                turns[arm].append(seconds_of(lines))
+                print(f"round {number} {arm:5} {turns[arm][-1]}", flush=True)
+    found = {"niceness": bench.niceness, "losses_equal": len(losses) == 1, "arms": summary(turns)}
+    print(f"niceness {found['niceness']}; losses equal over all arms and rounds: {found['losses_equal']}")
+    for arm, values in found["arms"].items():
+        told = ", ".join(f"{key} {v['seconds']:.4f} s ({v['of_plain'] - 1:+.1%})" for key, v in values.items())
+        print(f"{arm:5}  {told}")
+    if given.output is not None:
+        given.output.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
