@@ -130,12 +130,12 @@ class GridBuilder:
                 representatives.append(cell)
                 seen |= new
         for cell in representatives:
-            self._check(cell)
+            self.examine(cell)
             self.faults.extend(check_references(apply(self.root, cell)))
         if not self.faults:
             faulty = 0
             for cell in found:
-                faulty += self._check(cell)
+                faulty += self.examine(cell)
                 if faulty > MAX_FAULTY_CELLS:
                     break
         return found
@@ -161,7 +161,8 @@ class GridBuilder:
             cells.append(ResolvedCell(name, {s.axis: s.node.plain() for s in cell}, spec))
         return tuple(cells)
 
-    def _check(self, cell: Assignment) -> bool:
+    def examine(self, cell: Assignment) -> bool:
+        """Collects the faults of a cell; True where it has some."""
         parts = {name: self.parts.get(name, cell) for name in SECTIONS}
         found = [fault for part in parts.values() for fault in part.faults]
         values = {name: part.value if not part.faults else None for name, part in parts.items()}

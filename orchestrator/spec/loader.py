@@ -20,8 +20,9 @@ from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
 from orchestrator.spec.node import Node, dotted
 from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
 from orchestrator.spec.paths import absolute_paths
-from orchestrator.spec.report_checks import check_report, check_search
+from orchestrator.spec.report_checks import check_report
 from orchestrator.spec.resolved import resolved_yaml
+from orchestrator.spec.search_checks import check_search, space_corners
 from orchestrator.spec.unsupported import unsupported_keys
 
 __all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml", "unsupported_keys"]
@@ -81,6 +82,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
     assert spec is not None
     builder.faults.clear()
     cells = with_controls(builder.resolve(spec, found), root, builder.faults)
+    for corner in space_corners(root, spec, builder.faults):
+        builder.examine(corner)
     _stop_at(builder.faults)
     told = tuple(dict.fromkeys([*notices, *builder.notices]))
     return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells)

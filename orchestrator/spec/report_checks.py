@@ -1,4 +1,4 @@
-"""`report:` and `search:` against the grid: a baseline that some cell has, and paths that exist."""
+"""`report:` against the grid: a baseline that some cell has, and axes that exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Fa
     wanted: dict[str, str] = {}
     if baseline is not None and baseline.is_mapping:
         for name, node in baseline.value.items():
-            path = _path(root, name, ("report", "baseline", name), faults)
+            path = check_path(root, name, ("report", "baseline", name), faults)
             if path is not None:
                 wanted[dotted(path)] = value_key(node)
         if not faults and cells and not any(_matches(root, cell, wanted) for cell in cells):
@@ -32,7 +32,7 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Fa
     over = report.get("mean_over") if report is not None else None
     for index, node in enumerate(over.value if over is not None and over.is_list else []):
         if isinstance(node.value, str):
-            _path(root, node.value, ("report", "mean_over", index), faults)
+            check_path(root, node.value, ("report", "mean_over", index), faults)
     return faults
 
 
@@ -47,27 +47,8 @@ def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
     return True
 
 
-def check_search(root: Node) -> list[Fault]:
-    """A search proposes values of known paths, and beside it a matrix may hold only `seed`."""
-    faults: list[Fault] = []
-    search = root.get("search")
-    if search is None or not search.is_mapping:
-        return faults
-    matrix, space = root.get("matrix"), search.get("space")
-    for name in matrix.value if matrix is not None and matrix.is_mapping else ():
-        if name != "seed":
-            message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
-            faults.append(_fault(root, ("matrix", name), message, "seed", key=True))
-    for name in space.value if space is not None and space.is_mapping else ():
-        _path(root, name, ("search", "space", name), faults)
-    objectives = search.get("objectives")
-    several = objectives is not None and objectives.is_mapping and len(objectives.value) > 1
-    if search.get("scheduler") is not None and several:
-        faults.append(_fault(root, ("search", "scheduler"), "early stopping needs a single objective", None))
-    return faults
-
-
-def _path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path | None:
+def check_path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path | None:
+    """The path a dotted name stands for; a fault at `where` and None where there is no such path."""
     try:
         return find_path(root, name)
     except UnknownPathError as error:

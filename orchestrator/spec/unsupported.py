@@ -8,13 +8,15 @@ from orchestrator.errors import Fault
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.search import SearchSpec
 
 
-def unsupported_keys(spec: Any) -> list[Fault]:
-    """What `run` cannot do yet, one fault a key.
+def unsupported_keys(spec: Any, searching: bool = False) -> list[Fault]:
+    """What `run`, or `search`, cannot do yet, one fault a key.
 
     Args:
         spec: An `ExperimentSpec`, or a `LoadedExperiment`, whose cells are looked at as well.
+        searching: The search itself is wanted; `run` refuses a file that holds one.
     """
     specs = [spec] if isinstance(spec, ExperimentSpec) else [spec.spec, *(cell.spec for cell in spec.cells)]
     sources: dict[str, str] = getattr(spec, "sources", {})
@@ -24,22 +26,24 @@ def unsupported_keys(spec: Any) -> list[Fault]:
         key = (id(one.phases), id(one.evaluate))
         if key not in seen:
             seen.add(key)
-            found.update(_keys_of(one))
+            found.update(_keys_of(one, searching))
     return [_fault(path, why, sources) for path, why in found.items()]
 
 
 def _fault(path: str, why: str, sources: dict[str, str]) -> Fault:
     file, _, line = sources.get(path, "").rpartition(":")
-    message = f"`{path}` is valid but not built yet: {why}"
+    message = f"`{path}` is valid but {'not for this verb' if path == 'search' else 'not built yet'}: {why}"
     if line.isdigit():
         return Fault(message, file, int(line), 1, path=path)
     return Fault(message, path=path)
 
 
-def _keys_of(spec: ExperimentSpec) -> dict[str, str]:
+def _keys_of(spec: ExperimentSpec, searching: bool) -> dict[str, str]:
     found: dict[str, str] = {}
-    if spec.search is not None:
-        found["search"] = "take it out to run the grid"
+    if spec.search is not None and searching:
+        found.update({f"search.{key}": why for key, why in _search_keys(spec.search).items()})
+    elif spec.search is not None:
+        found["search"] = "`run` does grids; use `llavolta search`, or take it out"
     for name in ("pretrain", "finetune"):
         phase: PhaseSpec | None = getattr(spec.phases, name)
         if phase is not None:
@@ -52,6 +56,21 @@ def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
     found = {}
     if phase.start_from is not None and not isinstance(phase.start_from, str):
         found["start_from"] = "give a folder"
+    return found
+
+
+def _search_keys(search: SearchSpec) -> dict[str, str]:
+    found = {}
+    if search.scheduler is not None:
+        found["scheduler"] = "trials are not stopped early; take it out"
+    if search.budget is not None:
+        found["budget"] = "give num_trials"
+    if search.constraints:
+        found["constraints"] = "make it an objective, or choose from the front"
+    if search.algorithm.kind == "grid":
+        found["algorithm.kind"] = "a grid is a `matrix`, which `run` does"
+    if search.algorithm.sampler == "nsga2" or search.algorithm.population_size is not None:
+        found["algorithm"] = "generations would be lost when a search goes on; give sampler tpe or random"
     return found
 
 

@@ -1,0 +1,153 @@
+"""`search:` against the file it stands in: paths, objectives and variants that exist, and corners of the space that run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from orchestrator.errors import Fault
+from orchestrator.spec.axes import SECTIONS, Assignment, Setting, value_key
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.faults import fault_at, locate, unknown_name
+from orchestrator.spec.node import Node, dotted, node_of
+from orchestrator.spec.references import FINAL, PHASES
+from orchestrator.spec.report_checks import check_path
+from orchestrator.spec.search import SearchSpec, StagedSpaceSpec
+from orchestrator.spec.shape import find_path
+from orchestrator.spec.space import before_last, draw, inner_boundaries, variant_layer_tokens
+
+COSTS = (
+    "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
+    "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
+)  # fmt: skip
+
+
+def check_search(root: Node) -> list[Fault]:
+    """A search proposes values of known paths and optimises what is measured; beside it the grid has only seeds."""
+    faults: list[Fault] = []
+    search = root.get("search")
+    if search is None or not search.is_mapping:
+        return faults
+    faults += _check_grid(root)
+    space, objectives = search.get("space"), search.get("objectives")
+    for name in space.value if space is not None and space.is_mapping else ():
+        path = check_path(root, name, ("search", "space", name), faults)
+        if path is not None and path[0] not in SECTIONS:
+            text = f"`{name}` cannot be searched: it is no part of a cell"
+            faults.append(fault_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
+    names = list(objectives.value) if objectives is not None and objectives.is_mapping else []
+    for name in names:
+        if (found := _check_objective(root, name)) is not None:
+            faults.append(found)
+    if search.get("scheduler") is not None and len(names) > 1:
+        faults.append(fault_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
+    return faults
+
+
+def _check_grid(root: Node) -> Iterator[Fault]:
+    matrix = root.get("matrix")
+    for name in matrix.value if matrix is not None and matrix.is_mapping else ():
+        if name != "seed":
+            message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
+            mark, _ = locate(root, ("matrix", name), key=True)
+            yield Fault(message, *mark, path=f"matrix.{name}", value=name, allowed="seed")
+    for key in ("zip", "include", "exclude", "controls"):
+        if (node := root.get(key)) is not None and node.value:
+            message = f"beside a search there is no `{key}`: its trials are proposed one by one"
+            yield fault_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
+
+
+def _check_objective(root: Node, name: str) -> Fault | None:
+    mark, _ = locate(root, ("search", "objectives", name), key=True)
+    known = [f"cost/{cost}" for cost in COSTS]
+    evaluate = root.get("evaluate")
+    for entry, node in evaluate.value.items() if evaluate is not None and evaluate.is_mapping else ():
+        for under in _under(node):
+            place = f"eval/{entry}" if under == FINAL else f"eval/{entry}/under_{under}"
+            if name.startswith(f"{place}/") and name.count("/") == place.count("/") + 1:
+                return None
+            known.append(f"{place}/accuracy")
+    if name in known:
+        return None
+    allowed, hint = unknown_name(name, known)
+    message = "no trial would have this metric"
+    return Fault(message, *mark, path=f"search.objectives.{name}", value=name, allowed=allowed, hint=hint)
+
+
+def _under(entry: Node) -> list[Any]:
+    under = entry.get("under") if entry.is_mapping else None
+    if under is None:
+        return [FINAL]
+    return [item.value for item in under.value] if under.is_list else [under.value]
+
+
+def space_corners(root: Node, spec: ExperimentSpec, faults: list[Fault]) -> list[Assignment]:
+    """Recipes at the ends of every range and with each choice, to be checked like cells of a grid.
+
+    Args:
+        root: The tree.
+        spec: The base, without faults.
+        faults: Takes what keeps anything from being drawn.
+    """
+    if spec.search is None:
+        return []
+    try:
+        layer_tokens = variant_layer_tokens(spec)
+    except ValueError as error:
+        faults.append(fault_at(root, ("search", "space"), str(error)))
+        return []
+    before = len(faults)
+    for path, entry in spec.search.space.items():
+        if isinstance(entry, StagedSpaceSpec):
+            faults += [fault_at(root, ("search", "space", path, key), text) for key, text in _room(entry, layer_tokens)]
+        elif getattr(entry, "low", 0) > getattr(entry, "high", 0):
+            faults.append(fault_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
+    if len(faults) > before:
+        return []
+    corners = {}
+    for pick in range(_most_choices(spec.search)):
+        for end in (0, 1):
+            values = draw(_Corner(pick, end), spec.search, layer_tokens)
+            corner = tuple(_setting(root, path, value) for path, value in values.items())
+            corners[tuple(setting.key for setting in corner)] = corner
+    return list(corners.values())
+
+
+def _room(entry: StagedSpaceSpec, layer_tokens: Any) -> Iterator[tuple[str, str]]:
+    most = inner_boundaries(entry) + 1
+    for count in entry.num_stages:
+        if count > most:
+            yield "num_stages", f"{count} stages do not fit: with boundaries of {entry.boundaries} there are {most}"
+    if not before_last(entry, layer_tokens) and (max(entry.num_stages) > 1 or entry.last is None):
+        yield "variants", f"none of them compresses at least as much as the last stage, {entry.last}"
+
+
+def _most_choices(search: SearchSpec) -> int:
+    sizes = [
+        len(entry.num_stages) if isinstance(entry, StagedSpaceSpec) else len(getattr(entry, "values", "1"))
+        for entry in search.space.values()
+    ]
+    return max(sizes)
+
+
+def _setting(root: Node, name: str, value: Any) -> Setting:
+    where = ("search", "space", name)
+    path = find_path(root, name)
+    node = node_of(value, locate(root, where, key=True)[0])
+    return Setting(dotted(path), path, node, value_key(node), where)
+
+
+class _Corner:
+    """Draws the lowest or the highest of every range, and a given one of every choice."""
+
+    def __init__(self, pick: int, end: int) -> None:
+        self._pick, self._end = pick, end
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[self._pick % len(choices)]
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return (low, high)[self._end]
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return (low, high)[self._end]

@@ -1,0 +1,129 @@
+"""Draws from a search's space: a pure function of an object with Optuna's `suggest_*`, every draw a valid recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import groupby, pairwise
+from typing import Any, Protocol
+
+from orchestrator.spec.budgets import layer_average
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.model_facts import model_facts
+from orchestrator.spec.references import FULL
+from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
+
+
+class Draws(Protocol):
+    """What draws: an Optuna trial, or a corner of the space for validation."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of some values."""
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """A whole number, both ends included."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number between two bounds."""
+
+
+def draw(trial: Draws, search: SearchSpec, layer_tokens: Mapping[str, Fraction]) -> dict[str, Any]:
+    """One recipe: dotted path to a value as a file would write it.
+
+    Args:
+        trial: Draws single values.
+        search: The search.
+        layer_tokens: What `variant_layer_tokens` found.
+    """
+    values: dict[str, Any] = {}
+    for path, entry in search.space.items():
+        if isinstance(entry, StagedSpaceSpec):
+            values[path] = _schedule(trial, path, entry, layer_tokens)
+        elif isinstance(entry, ChoiceSpec):
+            values[path] = trial.suggest_categorical(path, entry.values)
+        else:
+            values[path] = trial.suggest_float(path, entry.low, entry.high, log=entry.kind == "log_uniform")
+    return values
+
+
+def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
+    """Visual tokens as the mean over layers, of each variant the staged spaces name.
+
+    Raises:
+        ValueError: an order from heavy to light is asked for, and the model's sizes are not known here.
+    """
+    assert spec.search is not None
+    staged = [entry for entry in spec.search.space.values() if isinstance(entry, StagedSpaceSpec)]
+    if not any(entry.heavy_to_light for entry in staged):
+        return {}
+    facts = model_facts(spec.model.model_name_or_path, spec.model.revision)
+    grid = facts.visual_grid if facts is not None else None
+    if facts is None or grid is None:
+        raise ValueError(
+            "which variant compresses more cannot be told: the visual tokens of "
+            f"{spec.model.model_name_or_path} are not known here; set heavy_to_light: false"
+        )
+    names = dict.fromkeys(name for entry in staged for name in (*entry.variants, entry.last) if name is not None)
+    return {
+        name: Fraction(grid.tokens) if name == FULL else layer_average(spec.compressors[name], facts.num_layers, grid)
+        for name in names
+    }
+
+
+def before_last(entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) -> tuple[str, ...]:
+    """Variants a stage before the last one may have, heaviest first where the order matters."""
+    if not entry.heavy_to_light:
+        return entry.variants
+    found = sorted(entry.variants, key=layer_tokens.__getitem__)
+    return tuple(name for name in found if entry.last is None or layer_tokens[name] <= layer_tokens[entry.last])
+
+
+def inner_boundaries(entry: StagedSpaceSpec) -> int:
+    """Number of places between a phase's ends where a stage may end."""
+    return -int(-1 // entry.boundaries) - 1
+
+
+def _schedule(
+    trial: Draws, path: str, entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]
+) -> dict[str, Any]:
+    """A schedule of `stages`.
+
+    What is drawn is sorted into an order instead of being drawn again until it has one, so that every parameter has
+    one fixed range, which multivariate TPE needs.
+    """
+    count: int = trial.suggest_categorical(f"{path}.num_stages", entry.num_stages)
+    spare = inner_boundaries(entry) - (count - 1)
+    drawn = sorted(trial.suggest_int(f"{path}.boundary_{i}_of_{count - 1}", 0, spare) for i in range(1, count))
+    # Of sorted numbers that may be equal, adding 0, 1, 2, ... makes every choice of different ones.
+    ends = [(number + i) * entry.boundaries for i, number in enumerate(drawn, 1)]
+    names = before_last(entry, layer_tokens)
+    free = count if entry.last is None else count - 1
+    chosen = [names[trial.suggest_int(f"{path}.variant_{i}", 0, len(names) - 1)] for i in range(1, free + 1)]
+    if entry.heavy_to_light:
+        chosen.sort(key=layer_tokens.__getitem__)
+    if entry.last is not None:
+        chosen.append(entry.last)
+    return stages(chosen, ends)
+
+
+def stages(variants: Sequence[str], ends: Sequence[Fraction]) -> dict[str, Any]:
+    """A schedule of `stages` as a file would write it; equal neighbours are one stage.
+
+    Args:
+        variants: One a stage.
+        ends: Where each stage but the last one ends, as a share of the phase.
+    """
+    cuts = [Fraction(0), *ends, Fraction(1)]
+    found = []
+    lengths = zip(variants, (end - start for start, end in pairwise(cuts)), strict=True)
+    for name, group in groupby(lengths, key=lambda stage: stage[0]):
+        found.append({"share": str(sum(length for _, length in group)), "compressor": name})
+    return {"kind": "stages", "stages": found}
+
+
+def summary(value: Any) -> Any:
+    """A drawn value for people: a schedule as `heavy 1/4, wide 1/4, full`."""
+    if not isinstance(value, dict) or "stages" not in value:
+        return value
+    *before, last = value["stages"]
+    return ", ".join([*(f"{stage['compressor']} {stage['share']}" for stage in before), last["compressor"]])
