@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.identity import digest
-from orchestrator.plan.jobs import Action, EvaluationJob, RootJob
+from orchestrator.plan.jobs import Action, EvaluationJob, RootJob, StartJob
+from orchestrator.spec.cell_names import by_axis, by_name
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
@@ -37,7 +39,7 @@ class PhasePlan:
         points_ids: Digest of what each action does: its points, and what it learns from.
         data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
         seed: The phase's own, or the top-level seed.
-        start: State the phase starts from: the root or the state before.
+        start: State the phase starts from: the root or the state before, or what `start_from` names.
         lineage: Digest of (start, recipe with total_steps and data, seed): two phases of one lineage share states
             as far as their tables agree.
         before: Identity of the state before each of the first `CHAINED` actions and after the last of these; the
@@ -93,6 +95,9 @@ class Cell:
         state: The state whose weights are the cell's result; the root where there is no phase.
         evaluations: One job for each entry and each `under`; jobs of equal setting share their id.
         notices: What could not be resolved here.
+        starts: What is put together for phases to start from.
+        sources: Cells of other experiments that phases start from, each up to the phase after which its weights are
+            taken.
     """
 
     id: str
@@ -105,3 +110,22 @@ class Cell:
     state: str
     facts: ModelFacts | None = None
     notices: tuple[str, ...] = ()
+    starts: tuple[StartJob, ...] = ()
+    sources: tuple[Cell, ...] = ()
+
+    def origins(self) -> Iterator[Cell]:
+        """The cells it starts from, what these start from before them."""
+        for source in self.sources:
+            yield from source.origins()
+            yield source
+
+
+def cell_id(phases: Sequence[PhasePlan], root: RootJob) -> str:
+    """Identity of the cell that runs these phases; the root's where there is none."""
+    return digest({"cell": [[phase.lineage, phase.end] for phase in phases] or root.id})
+
+
+def find_cells(cells: Sequence[Cell], wanted: str) -> list[Cell]:
+    """The cells that a name, an id's beginning (four characters or more) or `axis=value` fits."""
+    by_id = [cell for cell in cells if len(wanted) >= 4 and cell.id.startswith(wanted)]
+    return by_name(cells, wanted) or by_id or by_axis(cells, wanted)

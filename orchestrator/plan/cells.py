@@ -8,25 +8,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
 from orchestrator.plan.action_table import ActionTable, resolve_table
-from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, next_state
+from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, cell_id, next_state
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.plan.samples import Samples
+from orchestrator.plan.starting import Start, pick, resolve_start
 from orchestrator.plan.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.spec.base import Spec
 from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 from orchestrator.spec.tables import derive
 
 if TYPE_CHECKING:
     from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
 
 Made = TypeVar("Made")
-_NOT_HASHED = set(reached.RESOLVED - {"start_from"})
+_NOT_HASHED = set(reached.RESOLVED)
 
 
 def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
@@ -35,14 +36,15 @@ def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
     Raises:
         UsageError: a phase's number of steps cannot be told, or a key needs machinery that is not built yet.
     """
-    resolver = _Resolver()
+    resolver = _Resolver(loaded.starts)
     return tuple(resolver.cell(cell) for cell in loaded.cells)
 
 
 class _Resolver:
     """Resolves cells; what cells have in common (digests, dumps, tables) is made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Mapping[str, LoadedExperiment]) -> None:
+        self._others = others
         self._made: dict[Any, Any] = {}
         self._alive: list[Any] = []
         self._samples = Samples()
@@ -63,12 +65,14 @@ class _Resolver:
         facts = self._once(_facts, spec.model)
         root = self._once(_root, spec.model, _weights_seed(spec), spec.plugins)
         phases: list[PhasePlan] = []
+        starts: list[Start] = []
         state = root.id
         notices: list[str] = []
         for name in ("pretrain", "finetune"):
             recipe = getattr(spec.phases, name)
             if recipe is not None:
-                phases.append(self._phase(spec, name, recipe, state, facts, notices))
+                starts.append(resolve_start(spec, name, state, self._settings, self._other_cell))
+                phases.append(self._phase(spec, name, recipe, starts[-1], facts, notices))
                 state = phases[-1].end
         final = phases[-1].final if phases else FULL_TOKENS
         evaluations = [
@@ -76,14 +80,24 @@ class _Resolver:
             for name, entry in spec.evaluate.items()
             for under in dict.fromkeys(entry.under)
         ]
-        identity = digest({"cell": [[phase.lineage, phase.end] for phase in phases] or root.id})
         return Cell(
-            identity, cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state, facts,
-            tuple(dict.fromkeys(notices)),
+            cell_id(phases, root), cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state,
+            facts, tuple(dict.fromkeys(notices)), tuple(start.job for start in starts if start.job is not None),
+            tuple(start.source for start in starts if start.source is not None),
         )  # fmt: skip
 
+    def _settings(self, spec: ExperimentSpec) -> str:
+        return self._once(_settings, spec.model)
+
+    def _other_cell(self, start: StartFromSpec) -> Cell:
+        assert start.spec is not None
+        key = ("cell", start.spec, start.cell)
+        if key not in self._made:
+            self._made[key] = self.cell(pick(self._others[start.spec], start, self.cell))
+        return self._made[key]
+
     def _phase(
-        self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, start: str, facts: ModelFacts | None,
+        self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, start: Start, facts: ModelFacts | None,
         notices: list[str],
     ) -> PhasePlan:  # fmt: skip
         sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
@@ -99,11 +113,12 @@ class _Resolver:
         seed = spec.seed if recipe.seed is None else recipe.seed
         lineage = digest(
             {
-                "start": start,
+                "start": start.state,
                 "phase": self._once(_recipe_digest, recipe, leave=_NOT_HASHED),
                 "data": [entry[:2] for entry in found],
                 "total_steps": total_steps,
                 "seed": seed,
+                **({} if start.settings is None else {"settings": start.settings}),
             }
         )
         data = tuple(entry[2] for entry in found)
@@ -114,7 +129,7 @@ class _Resolver:
         if steps.tails:
             end = next_state(end, steps.actions[CHAINED].first_step, total_steps, steps.tails[-1])
         return PhasePlan(
-            name, total_steps, steps.actions, steps.ids, recipe, data, seed, start, lineage, tuple(before), end,
+            name, total_steps, steps.actions, steps.ids, recipe, data, seed, start.state, lineage, tuple(before), end,
             steps.final, steps.ends, steps.tails, policy,
         )  # fmt: skip
 
@@ -226,6 +241,10 @@ def _weights_seed(spec: ExperimentSpec) -> int:
         return 0
     first = spec.phases.pretrain or spec.phases.finetune
     return spec.seed if first is None or first.seed is None else first.seed
+
+
+def _settings(model: ModelSpec) -> str:
+    return digest(reached.settings_identity(model))
 
 
 def _facts(model: ModelSpec) -> ModelFacts | None:

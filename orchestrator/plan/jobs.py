@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,12 +62,34 @@ class RootJob:
 
 
 @dataclass(frozen=True)
+class StartJob:
+    """Put together the weights a phase starts from, where they are not simply another state's.
+
+    Attributes:
+        id: Identity: (base and source states, or the folder's content and the model's settings; the parts).
+        model: `ModelSpec` as a mapping; a folder's weights must be those of this model.
+        base: State that gives what `parts` leaves out; None where all comes from the folder.
+        source: State that gives the parts; None where a folder does.
+        folder: Folder that gives the parts, or all; None where a state does.
+        parts: What comes from `source` or `folder`; empty for all.
+    """
+
+    id: str
+    model: dict[str, Any]
+    base: str | None
+    source: str | None
+    folder: str | None
+    parts: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StageJob:
     """One stage run: from a parent state to the state after step `last_step` of a phase.
 
     Attributes:
         id: Identity of the state it leads to; its folder in the ledger.
-        parent: Identity of the state it starts from: a root or another stage run.
+        parent: Identity of the state it starts from: a root, another stage run, or what a `StartJob` put together.
         starts_phase: True for the first stage run of a phase: weights come from the parent, optimizer, clock and
             learned points are new.
         total_steps: Optimizer steps of the whole phase; the learning rate depends on it and on the step alone.
@@ -131,8 +154,13 @@ class EvaluationJob:
     plugins: tuple[str, ...] = field(default=())
 
 
-Job = RootJob | StageJob | EvaluationJob
-_KINDS: dict[str, type[Any]] = {"root": RootJob, "stage": StageJob, "evaluation": EvaluationJob}
+Job = RootJob | StartJob | StageJob | EvaluationJob
+_KINDS: dict[str, type[Any]] = {"root": RootJob, "start": StartJob, "stage": StageJob, "evaluation": EvaluationJob}
+
+
+def needs_of(job: Mapping[str, Any]) -> tuple[str, ...]:
+    """States that a job, as `job_to_json` writes it, starts from."""
+    return tuple(job[name] for name in ("parent", "state", "base", "source") if job.get(name) is not None)
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
@@ -151,7 +179,7 @@ def job_from_json(value: dict[str, Any]) -> Job:
     cls = _KINDS[fields.pop("type")]
     if cls is StageJob:
         fields["table"] = tuple(_action(action) for action in fields["table"])
-    for name in ("data", "points", "plugins"):
+    for name in ("data", "points", "plugins", "parts"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     return cls(**fields)

@@ -23,7 +23,8 @@ _SETTINGS = (
 )  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Fields of a phase that other values stand for: the table of steps, the data's content, the number of steps.
+# Fields of a phase that other values stand for: the table of steps, the data's content, the number of steps, the
+# state it starts from.
 RESOLVED = frozenset(
     {"data", "schedule", "seed", "start_from"}
     | {"max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops"}
@@ -109,6 +110,18 @@ def model_identity(model: ModelSpec) -> dict[str, Any]:
     return {**fields, "source": _source(name, model.revision, parts), "weights": sources}
 
 
+def settings_identity(model: ModelSpec) -> dict[str, Any]:
+    """What of a model is not its weights: config, tokenizer and processor by content, and the compute type."""
+    fields = reached(model, leave=frozenset({"model_name_or_path", "revision", "weights"}))
+    return {**fields, "source": _source(model.model_name_or_path, model.revision, [_SETTINGS])}
+
+
+def folder_identity(folder: str) -> dict[str, Any]:
+    """A folder of weights by content."""
+    identity: dict[str, Any] = _source(folder, None, [_SETTINGS, _weight_patterns(folder)])
+    return identity
+
+
 def draws_weights(model: ModelSpec) -> bool:
     """True where a part of the initial weights is drawn from the seed."""
     return model.weights == "random" or (isinstance(model.weights, dict) and "random" in model.weights.values())
@@ -166,10 +179,6 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
         fields["lora"]["target_modules"] = sorted(set(recipe.lora.target_modules))
     if isinstance(recipe.learning_rate, dict):
         fields["learning_rate"] = {part: lr for part, lr in recipe.learning_rate.items() if part in recipe.train}
-    if isinstance(recipe.start_from, str):
-        fields["start_from"] = _source(recipe.start_from, None, [_SETTINGS, _weight_patterns(recipe.start_from)])
-    elif recipe.start_from is not None:
-        fields["start_from"] = reached(recipe.start_from)
     return fields
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from orchestrator.plan.branch import Branch, split
 from orchestrator.plan.cell import Cell, PhasePlan
-from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
+from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob
 from orchestrator.plan.ledger import Ledger
 
 Level = Literal["result", "weights", "checkpoint"]
@@ -20,21 +21,25 @@ class StageTree:
 
     Attributes:
         roots: Initial weights.
+        starts: What is put together for phases to start from.
         stage_runs: Depth first: a child follows its parent as closely as can be, so that weights stay in memory.
         evaluations: Distinct evaluations; two names of one setting are one evaluation.
         cells_of: Cells whose path holds a stage run.
         path_of: Stage runs of a cell, from its first phase to its last.
+        origins_of: What else a cell stands on: other experiments' states it starts from, what is put together.
         state_of: The state whose weights are a cell's result.
         root_of: Root of a cell.
         evaluations_of: Evaluations of a state.
-        order: All states, roots included, in order of execution.
+        order: All states, roots and starts included, in order of execution.
     """
 
     roots: dict[str, RootJob] = field(default_factory=dict)
+    starts: dict[str, StartJob] = field(default_factory=dict)
     stage_runs: dict[str, StageJob] = field(default_factory=dict)
     evaluations: dict[str, EvaluationJob] = field(default_factory=dict)
     cells_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     path_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    origins_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     state_of: dict[str, str] = field(default_factory=dict)
     root_of: dict[str, str] = field(default_factory=dict)
     evaluations_of: dict[str, tuple[EvaluationJob, ...]] = field(default_factory=dict)
@@ -52,11 +57,22 @@ class StageTree:
             if state in blocked:
                 continue
             if state in needed:
-                work.append(self.roots[state] if state in self.roots else self.stage_runs[state])
+                work.append(self.job_of(state))
             for job in self.evaluations_of.get(state, ()):
                 if ledger.evaluation(job.id) is None and job.id not in blocked:
                     work.append(job)
         return work
+
+    def job_of(self, state: str) -> RootJob | StartJob | StageJob:
+        """The job that leads to a state."""
+        return self.roots.get(state) or self.starts.get(state) or self.stage_runs[state]
+
+    def needs_of(self, state: str) -> tuple[str, ...]:
+        """States that a state is made from."""
+        if (run := self.stage_runs.get(state)) is not None:
+            return (run.parent,)
+        start = self.starts.get(state)
+        return tuple(need for need in (start.base, start.source) if need is not None) if start is not None else ()
 
     def needed(self, ledger: Ledger) -> set[str]:
         """States to be written: results that are missing, and what must be stored to get to them."""
@@ -71,18 +87,18 @@ class StageTree:
             if state not in wanted or _stored(ledger, state, _LEVELS[wanted[state]]):
                 continue
             needed.add(state)
-            if state in self.stage_runs:
-                job = self.stage_runs[state]
-                level: Level = "weights" if job.starts_phase else "checkpoint"
-                wanted[job.parent] = max(wanted.get(job.parent, 0), _LEVELS.index(level))
+            goes_on = state in self.stage_runs and not self.stage_runs[state].starts_phase
+            level: Level = "checkpoint" if goes_on else "weights"
+            for need in self.needs_of(state):
+                wanted[need] = max(wanted.get(need, 0), _LEVELS.index(level))
         return needed
 
     def blocked(self, ledger: Ledger, needed: set[str]) -> set[str]:
         """States and evaluations that failed, and those that stand on them."""
         blocked: set[str] = set()
         for state in self.order:
-            parent = self.stage_runs[state].parent if state in self.stage_runs else None
-            if state in needed and (parent in blocked or ledger.failure(state) is not None):
+            stands_on = not blocked.isdisjoint(self.needs_of(state))
+            if state in needed and (stands_on or ledger.failure(state) is not None):
                 blocked.add(state)
             for job in self.evaluations_of.get(state, ()):
                 if state in blocked or ledger.failure(job.id) is not None:
@@ -94,40 +110,6 @@ def _stored(ledger: Ledger, state: str, level: Level) -> bool:
     if not ledger.is_done(state):
         return False
     return level == "result" or ledger.has(state, level)
-
-
-@dataclass
-class _Branch:
-    """A plan of one lineage with the cells that go through it.
-
-    Attributes:
-        index: The action under way.
-        stage: The stage run under way, as the plan alone would cut them.
-    """
-
-    plan: PhasePlan
-    cells: list[Cell]
-    index: int = 0
-    stage: int = 0
-
-    @property
-    def stage_end(self) -> int:
-        """Where the stage run under way ends."""
-        return self.plan.stage_ends[self.stage]
-
-    def does(self, end: int) -> str:
-        """What it does up to a step; equal for branches of one state that do the same."""
-        # An action goes up to its end unchanged, so one digest says it all.
-        return self.plan.points_ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
-
-    def move_to(self, step: int) -> None:
-        """Goes on to a step before the phase's end."""
-        self.stage += self.stage_end <= step
-        while self._action_end() <= step:
-            self.index += 1
-
-    def _action_end(self) -> int:
-        return self.plan.table[self.index].last_step
 
 
 def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> StageTree:
@@ -156,23 +138,50 @@ class _Builder:
         self.stored, self.stored_steps = stored, stored_steps
         self.tree = StageTree()
         self.paths: dict[str, list[str]] = {cell.id: [] for cell in self.cells}
-        self.starting: dict[str, dict[str, dict[str, _Branch]]] = {}
+        self.origins: dict[str, list[str]] = {cell.id: [] for cell in self.cells if cell.starts or cell.sources}
+        self.lineages = {cell.id: {plan.lineage for plan in cell.phases} for cell in self.cells}
+        self.used_in_starts: set[str] = set()
+        self.starting: dict[str, dict[str, dict[str, Branch]]] = {}
         self.dumps: dict[str, dict[str, Any]] = {}
 
     def build(self) -> StageTree:
         tree = self.tree
         for cell in self.cells:
-            tree.roots.setdefault(cell.root.id, cell.root)
             tree.state_of[cell.id], tree.root_of[cell.id] = cell.state, cell.root.id
-            for plan in cell.phases:
-                branches = self.starting.setdefault(plan.start, {}).setdefault(plan.lineage, {})
-                branches.setdefault(plan.end, _Branch(plan, [])).cells.append(cell)
+            for owner in (*cell.origins(), cell):
+                self._take_in(owner, cell)
         self._evaluations()
         for root in tree.roots:
             tree.order.append(root)
             self._grow(root)
+        self._grow_from_starts()
         tree.path_of = {cell: tuple(path) for cell, path in self.paths.items()}
+        tree.origins_of = {cell: tuple(dict.fromkeys(states)) for cell, states in self.origins.items()}
         return tree
+
+    def _take_in(self, owner: Cell, cell: Cell) -> None:
+        """Roots, starts and phases of a cell, or of one that it starts from."""
+        self.tree.roots.setdefault(owner.root.id, owner.root)
+        for start in owner.starts:
+            self.tree.starts.setdefault(start.id, start)
+            self.used_in_starts |= {need for need in (start.base, start.source) if need is not None}
+        if cell.id in self.origins:
+            self.origins[cell.id] += [owner.root.id, *(start.id for start in owner.starts)]
+        for plan in owner.phases:
+            branches = self.starting.setdefault(plan.start, {}).setdefault(plan.lineage, {})
+            through = branches.setdefault(plan.end, Branch(plan, owner, [])).cells
+            if not through or through[-1] is not cell:
+                through.append(cell)
+
+    def _grow_from_starts(self) -> None:
+        """What is put together comes once all it is made from is there."""
+        waiting = dict(self.tree.starts)
+        while waiting:
+            placed = set(self.tree.order)
+            for start in [start for start in waiting if placed.issuperset(self.tree.needs_of(start))]:
+                del waiting[start]
+                self.tree.order.append(start)
+                self._grow(start)
 
     def _evaluations(self) -> None:
         found: dict[str, dict[str, EvaluationJob]] = {}
@@ -185,7 +194,7 @@ class _Builder:
 
     def _grow(self, root: str) -> None:
         # An explicit stack: a schedule may have more actions than Python has frames.
-        stack: list[tuple[list[_Branch], int, str]] = self._groups_from(root)
+        stack: list[tuple[list[Branch], int, str]] = self._groups_from(root)
         while stack:
             group, step, parent = stack.pop()
             plan = group[0].plan
@@ -198,12 +207,12 @@ class _Builder:
                 continue
             for branch in group:
                 branch.move_to(end)
-            stack += [(split, end, state) for split in _split(group)]
+            stack += [(part, end, state) for part in split(group)]
 
-    def _groups_from(self, state: str) -> list[tuple[list[_Branch], int, str]]:
+    def _groups_from(self, state: str) -> list[tuple[list[Branch], int, str]]:
         groups = []
         for branches in reversed(list(self.starting.get(state, {}).values())):
-            groups += [(split, 0, state) for split in _split(list(branches.values()))]
+            groups += [(part, 0, state) for part in split(list(branches.values()))]
         return groups
 
     def _stored_step_between(self, plan: PhasePlan, first: int, last: int) -> int | None:
@@ -211,14 +220,14 @@ class _Builder:
         steps = (s for s in reversed(self.stored_steps) if first < s < last)
         return next((s for s in steps if plan.state_at(s) in self.stored), None)
 
-    def _add(self, group: list[_Branch], first: int, last: int, parent: str, state: str) -> None:
-        plan, cell = group[0].plan, group[0].cells[0]
-        members = [cell.id for branch in group for cell in branch.cells]
-        cluster = cell.spec.cluster
+    def _add(self, group: list[Branch], first: int, last: int, parent: str, state: str) -> None:
+        plan, owner, cluster = group[0].plan, group[0].owner, group[0].cells[0].spec.cluster
+        members = list(dict.fromkeys(cell.id for branch in group for cell in branch.cells))
         self.tree.order.append(state)
         self.tree.cells_of[state] = tuple(members)
         for member in members:
-            self.paths[member].append(state)
+            own = plan.lineage in self.lineages[member]
+            (self.paths if own else self.origins)[member].append(state)
         table = plan.table
         if last < plan.total_steps:
             table = tuple(a for a in table if a.first_step < last)
@@ -227,36 +236,15 @@ class _Builder:
             self.dumps[plan.lineage] = plan.recipe.model_dump(mode="json")
         self.tree.stage_runs[state] = StageJob(
             id=state, parent=parent, phase=plan.name, starts_phase=first == 0, first_step=first, last_step=last,
-            total_steps=plan.total_steps, table=table, model=cell.root.model, data=plan.data,
+            total_steps=plan.total_steps, table=table, model=owner.root.model, data=plan.data,
             recipe=self.dumps[plan.lineage], seed=plan.seed, checkpoint_every=cluster.checkpoint_every,
             keep=self._keep(plan, last, state, cluster.keep.leaf), deterministic=cluster.deterministic,
-            plugins=tuple(cell.spec.plugins),
+            plugins=tuple(owner.spec.plugins),
         )  # fmt: skip
 
     def _keep(self, plan: PhasePlan, last: int, state: str, leaf: str) -> str:
         if last < plan.total_steps:
             return "full"
         # A next phase and an evaluation need the weights, whatever the user wants left of a leaf.
-        used = state in self.starting or state in self.tree.evaluations_of
+        used = state in self.starting or state in self.tree.evaluations_of or state in self.used_in_starts
         return "weights" if leaf == "none" and used else leaf
-
-
-def _split(group: Sequence[_Branch]) -> list[list[_Branch]]:
-    """Branches of one state that do the same up to the first stage end among them; last part first, for the stack.
-
-    Two parts differ before the end of either, so no state is ever reached on two ways.
-    """
-    parts: list[list[_Branch]] = []
-    undecided = [list(group)]
-    while undecided:
-        some = undecided.pop()
-        end = min(branch.stage_end for branch in some)
-        alike: dict[str, list[_Branch]] = {}
-        for branch in some:
-            alike.setdefault(branch.does(end), []).append(branch)
-        for part in alike.values():
-            # A part without the branch that ends first goes on to a later end, up to which it may differ in itself.
-            ends_here = len(part) == 1 or min(branch.stage_end for branch in part) == end
-            (parts if ends_here else undecided).append(part)
-    order = {id(branch): number for number, branch in enumerate(group)}
-    return sorted(parts, key=lambda part: order[id(part[0])], reverse=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cell import Cell
+from orchestrator.plan.cell import Cell, find_cells
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
 from orchestrator.plan.tree import StageTree, build_stage_tree
+from orchestrator.spec.cell_names import misfit
 from orchestrator.spec.loader import LoadedExperiment, load_experiment
 
 
@@ -80,20 +81,10 @@ class Walk:
         Raises:
             UsageError: none or several fit.
         """
-        axis, _, value = wanted.partition("=")
-        fits = [cell for cell in self.cells if cell.name == wanted]
-        fits = fits or [cell for cell in self.cells if len(wanted) >= 4 and cell.id.startswith(wanted)]
-        fits = fits or [
-            cell
-            for cell in self.cells
-            for name, given in cell.axes.items()
-            if value and name.split(".")[-1] == axis.split(".")[-1] and str(given) == value
-        ]
+        fits = find_cells(self.cells, wanted)
         if len(fits) == 1:
             return fits[0]
-        names = ", ".join(cell.name for cell in (fits or self.cells)[:20])
-        problem = "fits no cell; there are" if not fits else "fits several cells:"
-        raise UsageError(f"--cell {wanted} {problem} {names}")
+        raise UsageError(f"--cell {misfit(self.cells, fits, wanted)}")
 
 
 def storage_path(loaded: LoadedExperiment) -> Path:

@@ -14,6 +14,7 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
 from orchestrator.spec.schedule_checks import check_learning, check_schedule, check_tested_variants
+from orchestrator.spec.starts import Starts
 from orchestrator.spec.variant_checks import Finding, check_variant
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
@@ -26,10 +27,12 @@ class Checks:
     Args:
         cluster: The machine, for the number of workers.
         notices: Takes what is deferred to `run`.
+        starts: Other experiments that phases start from.
     """
 
     cluster: ClusterSpec | None
     notices: list[str]
+    starts: Starts
     _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
@@ -116,6 +119,7 @@ class Checks:
                 yield from check_length(phase, path)
                 yield from check_parts(phase, path)
                 yield from self._check_batch(phase, path)
+                yield from self.starts.check(phases, name, facts)
                 yield from check_schedule(phase, path, data, schedules, variants, facts)
                 if variants is not None and schedules is not None:
                     yield from check_learning(phase, path, schedules, variants, self.notices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from orchestrator.spec.paths import absolute_paths
 from orchestrator.spec.report_checks import check_report
 from orchestrator.spec.resolved import resolved_yaml
 from orchestrator.spec.search_checks import check_search, space_corners
+from orchestrator.spec.starts import Starts
 from orchestrator.spec.unsupported import unsupported_keys
 
 __all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml", "unsupported_keys"]
@@ -41,6 +42,7 @@ class LoadedExperiment:
         sources: Dotted path of every value to `file:line`, `--set` or `default`.
         notices: What the user should know: renamed keys, merged cells, checks that are deferred.
         cells: The grid in order.
+        starts: The experiments that phases of this one, or of these, start from; by the file named in `start_from`.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class LoadedExperiment:
     sources: dict[str, str]
     notices: tuple[str, ...]
     cells: tuple[ResolvedCell, ...]
+    starts: dict[str, LoadedExperiment] = field(default_factory=dict)
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -59,9 +62,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
         overrides: `a.b=c` settings of `--set`, values in YAML.
 
     Raises:
-        SpecError: all faults of the file, of those it extends and of the overrides.
+        SpecError: all faults of the file, of those it extends, of those it starts from, and of the overrides.
     """
-    path = Path(path)
+    return _load(Path(path), Starts(lambda file, inside: _load(file, inside)), overrides)
+
+
+def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    starts = around.inside(path)
     root, faults, notices = _read(path, read_overrides(overrides))
     faults += [fault for key in root.value for fault in _absolute(root, key)]
     root = _absolute_tree(root)
@@ -69,7 +76,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
     spec, errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
-    builder = GridBuilder(root, axes, parts, Checks(cluster, notices))
+    builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
     faults += check_report(root, axes, found) + check_search(root)
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
@@ -86,7 +93,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
         builder.examine(corner)
     _stop_at(builder.faults)
     told = tuple(dict.fromkeys([*notices, *builder.notices]))
-    return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells)
+    return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells, starts.experiments)
 
 
 def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault], list[str]]:

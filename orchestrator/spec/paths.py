@@ -49,8 +49,8 @@ def _rule(root: Node, path: Path) -> Rule | None:
         return _weights
     if path[0] == "phases" and len(path) == 3 and path[2] in ("deepspeed", "start_from"):
         return _deepspeed if path[2] == "deepspeed" else _folder
-    if path[0] == "phases" and path[2:] == ("start_from", "spec"):
-        return _file
+    if path[0] == "phases" and path[2:] in (("start_from", "spec"), ("start_from", "path")):
+        return _file if path[-1] == "spec" else _folder
     if path == ("cluster", "storage_path"):
         return _anywhere
     if path[0] == "plugins":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.spec.base import Count, Flag, Integer, NonNegative, Positive, Spec
 from orchestrator.spec.components import Schedule
@@ -30,12 +30,33 @@ class LoraSpec(Spec):
 
 
 class StartFromSpec(Spec):
-    """Weights of another experiment's cell to start a phase from."""
+    """Weights a phase starts from: those of another experiment's cell, or a folder's; whole, or some parts of them.
 
-    spec: str
-    cell: str
+    Attributes:
+        spec: The other experiment's file.
+        cell: Its cell, as `--cell` takes it.
+        phase: The phase after which the cell's weights are taken.
+        path: A folder, in the place of `spec`: a Hugging Face model, or `model.safetensors` as the ledger keeps it.
+        parts: What comes from there; the rest is what the phase would start from otherwise. None takes all.
+    """
+
+    spec: str | None = None
+    cell: str | None = None
     phase: Literal["pretrain", "finetune"] = "pretrain"
+    path: str | None = None
     parts: tuple[Part, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.spec is None) == (self.path is None):
+            raise ValueError("give `spec` and `cell` (another experiment's cell), or `path` (a folder)")
+        if (self.spec is None) != (self.cell is None):
+            raise ValueError("`spec` and `cell` belong together: a cell by its name, an id's beginning, or axis=value")
+        if self.path is not None and "phase" in self.model_fields_set:
+            raise ValueError("`phase` is for a cell; a folder holds one state")
+        if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
+            raise ValueError("`parts` names at least one part, each once; leave it out for the whole model")
+        return self
 
 
 class PhaseSpec(Spec):
@@ -45,6 +66,7 @@ class PhaseSpec(Spec):
         data: Name of a data set, or names with the share of each set per epoch.
         train: Parts that train; the others are frozen.
         schedule: A schedule's name, a variant's name (constant), `full`, or an inline mapping.
+        start_from: Weights to start from in the place of the phase before or the initial ones: a folder, or a mapping.
         seed: Data order, dropout and random methods; None takes the top-level seed.
         global_batch_size: Samples per optimizer step; accumulation is derived from it.
         per_device_train_batch_size: Micro-batch of one worker; fingerprint, not identity. `auto`: the largest that
@@ -96,6 +118,11 @@ class PhaseSpec(Spec):
     group_by_modality_length: Flag = True
     gradient_checkpointing: Flag = False
     deepspeed: str | dict[str, Any] = "zero2"
+
+    @property
+    def start(self) -> StartFromSpec | None:
+        """`start_from` as a mapping: a plain text is a folder."""
+        return StartFromSpec(path=self.start_from) if isinstance(self.start_from, str) else self.start_from
 
 
 class PhasesSpec(Spec):

@@ -7,7 +7,6 @@ from typing import Any
 from orchestrator.errors import Fault
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec
-from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.search import SearchSpec
 
 
@@ -44,18 +43,7 @@ def _keys_of(spec: ExperimentSpec, searching: bool) -> dict[str, str]:
         found.update({f"search.{key}": why for key, why in _search_keys(spec.search).items()})
     elif spec.search is not None:
         found["search"] = "`run` does grids; use `llavolta search`, or take it out"
-    for name in ("pretrain", "finetune"):
-        phase: PhaseSpec | None = getattr(spec.phases, name)
-        if phase is not None:
-            found.update({f"phases.{name}.{key}": why for key, why in _phase_keys(phase).items()})
     found.update({f"cluster.{key}": why for key, why in _cluster_keys(spec.cluster).items()})
-    return found
-
-
-def _phase_keys(phase: PhaseSpec) -> dict[str, str]:
-    found = {}
-    if phase.start_from is not None and not isinstance(phase.start_from, str):
-        found["start_from"] = "give a folder"
     return found
 
 

@@ -65,6 +65,7 @@ class Loaded:
     cells: tuple[Named, ...]
     spec: ExperimentSpec = field(init=False)
     notices: tuple[str, ...] = ()
+    starts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spec = self.cells[0].spec

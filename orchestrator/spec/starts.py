@@ -1,0 +1,139 @@
+"""`start_from` another experiment: its file is loaded beside this one, its cell and phase are found and compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import registry
+from orchestrator.errors import Fault, SpecError
+from orchestrator.spec.cell_names import by_axis, by_name, may_be_id, misfit
+from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.spec.node import Path
+from orchestrator.spec.phase import PhaseSpec, PhasesSpec, StartFromSpec
+from orchestrator.spec.variant_checks import Finding
+
+if TYPE_CHECKING:
+    from orchestrator.spec.grid import ResolvedCell
+    from orchestrator.spec.loader import LoadedExperiment
+
+PHASES = ("pretrain", "finetune")
+_LANGUAGE = (
+    "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "gated_mlp",
+)  # fmt: skip
+_SIZES = {
+    "vision_tower": ("vision_hidden_size", "vision_intermediate_size"),
+    "projector": ("projector_in", "projector_hidden", "projector_layers", "hidden_size"),
+    "language_model": _LANGUAGE,
+}
+
+
+@dataclass
+class Starts:
+    """The experiments that phases start from; each file is read once.
+
+    Args:
+        load: Loads a file; takes the files that wait for it, and what is known already.
+        chain: Files that are being loaded, the first one first.
+        known: File to the experiment, or to its faults.
+    """
+
+    load: Callable[[FilePath, Starts], LoadedExperiment]
+    chain: tuple[str, ...] = ()
+    known: dict[str, LoadedExperiment | tuple[Fault, ...]] = field(default_factory=dict)
+    _found: dict[tuple[str, str], ResolvedCell | Finding | None] = field(default_factory=dict)
+
+    def inside(self, file: FilePath) -> Starts:
+        """For what `file` starts from."""
+        return Starts(self.load, (*self.chain, os.path.realpath(file)), self.known)
+
+    @property
+    def experiments(self) -> dict[str, LoadedExperiment]:
+        """The experiments without faults, by file."""
+        return {file: found for file, found in self.known.items() if not isinstance(found, tuple)}
+
+    def check(self, phases: PhasesSpec, name: str, facts: ModelFacts | None) -> Iterator[Finding]:
+        """What keeps a phase from starting where it says.
+
+        Args:
+            phases: The cell's phases.
+            name: Which of them.
+            facts: Sizes of the cell's model, None where they are not known.
+        """
+        recipe: PhaseSpec = getattr(phases, name)
+        start, path = recipe.start, ("phases", name, "start_from")
+        if start is None:
+            return
+        if start.parts is None and name == "finetune" and phases.pretrain is not None:
+            message = "the whole model comes from here, so that nothing of `pretrain` would be used"
+            yield Finding(path, message, None, "name the `parts` that come from here, or write `pretrain: null`")
+        if start.spec is not None:
+            yield from self._check_spec(start, path, facts)
+
+    def _check_spec(self, start: StartFromSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+        assert start.spec is not None and start.cell is not None
+        file = start.spec
+        if not os.path.isfile(file):
+            return  # told where paths are made absolute
+        if (real := os.path.realpath(file)) in self.chain:
+            ring = " -> ".join([*self.chain[self.chain.index(real) :], real])
+            yield Finding((*path, "spec"), f"start_from goes round in a circle: {ring}")
+            return
+        other = self._experiment(file)
+        if isinstance(other, tuple):
+            for fault in other:
+                where = f"{fault.file}:{fault.line}" if fault.line is not None else str(fault.file or file)
+                message = f"that file has a fault at {where}: {fault.path}: {fault.message}"
+                yield Finding((*path, "spec"), message, fault.allowed, fault.hint)
+            return
+        if (file, start.cell) not in self._found:
+            self._found[file, start.cell] = _pick(other.cells, start.cell, path)
+        cell = self._found[file, start.cell]
+        if isinstance(cell, Finding):
+            yield Finding((*path, "cell"), cell.message, cell.allowed, cell.hint)
+        elif cell is not None:
+            yield from _check_cell(cell, start, path, facts)
+
+    def _experiment(self, file: str) -> LoadedExperiment | tuple[Fault, ...]:
+        if file not in self.known:
+            try:
+                self.known[file] = self.load(FilePath(file), self)
+            except SpecError as error:
+                self.known[file] = error.faults
+        return self.known[file]
+
+
+def _pick(cells: Sequence[ResolvedCell], wanted: str, path: Path) -> ResolvedCell | Finding | None:
+    """The cell, or why there is none; None where the text may begin an id, which only planning knows."""
+    fits = by_name(cells, wanted) or by_axis(cells, wanted)
+    if len(fits) == 1:
+        return fits[0]
+    if not fits and may_be_id(wanted):
+        return None
+    near = registry.nearest(wanted, [cell.name for cell in cells])
+    return Finding(path, misfit(cells, fits, wanted), None, f"did you mean {near}?" if near and not fits else None)
+
+
+def _check_cell(cell: ResolvedCell, start: StartFromSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    has = [name for name in PHASES if getattr(cell.spec.phases, name) is not None]
+    if start.phase not in has:
+        message = f"the cell {cell.name} of {start.spec} has no phase `{start.phase}`"
+        yield Finding((*path, "phase"), message, ", ".join(has) or "it trains nothing")
+    try:
+        theirs = model_facts(cell.spec.model.model_name_or_path, cell.spec.model.revision)
+    except ValueError:
+        return
+    if facts is None or theirs is None:
+        return  # compared when it runs
+    wanted: Sequence[Any] = start.parts or tuple(_SIZES)
+    for name in dict.fromkeys(size for part in wanted for size in _SIZES.get(part, ())):
+        if getattr(theirs, name) != getattr(facts, name):
+            message = (
+                f"the model of the cell {cell.name} of {start.spec} has another shape: {name} "
+                f"{getattr(theirs, name)} instead of {getattr(facts, name)}"
+            )
+            yield Finding(path, message, None, "start from a cell of this model, or name the `parts` that fit")
