@@ -1,0 +1,273 @@
+"""S3Store: the store in a bucket of S3 or of a server that speaks its language, through boto3."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import StorageError, UsageError
+from orchestrator.plan.storage import storage_errors
+
+_ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
+_AT_ONCE = 8
+_DELETE_AT_ONCE = 1000  # the most that one request may name
+_ABSENT = {"NoSuchKey", "404"}
+_SAYS = {
+    "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
+    "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
+    "403": "access is denied; the credentials in use need to list, read, write and delete there",
+    "InvalidAccessKeyId": "the server does not know the access key in use",
+    "SignatureDoesNotMatch": "the secret key in use does not fit its access key",
+    "ExpiredToken": "the session's credentials have expired; renew them",
+}
+
+
+class S3Store:
+    """A store below a bucket's prefix.
+
+    Credentials, region and endpoint are found in boto3's own ways (environment, `~/.aws`, instance role;
+    `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for another server); none is kept or shown here. Requests that meet a
+    busy or absent server are repeated with growing pauses, `AWS_MAX_ATTEMPTS` times at most (7: half a minute).
+
+    Args:
+        url: `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: boto3 is not installed.
+        StorageError: the URL names no bucket, or boto3's configuration is wrong.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        prefix = parts.path.strip("/")
+        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+            raise StorageError(f"{url}: give s3://bucket/prefix")
+        self.url = f"s3://{parts.netloc}/{prefix}".rstrip("/")
+        self._bucket, self._prefix = parts.netloc, f"{prefix}/" if prefix else ""
+        self._conditional = False
+        try:
+            import boto3  # noqa: F401
+        except ImportError:
+            raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'") from None
+        with self._errors():
+            self._client = _client()
+
+    def read(self, key: str) -> bytes | None:
+        """A value; None where there is none.
+
+        Raises:
+            StorageError: the bucket cannot be read.
+        """
+        with self._errors(key):
+            try:
+                return self._get(key)
+            except self._client.exceptions.ClientError as error:
+                if _code(error) not in _ABSENT:
+                    raise
+        return None
+
+    def _get(self, key: str) -> bytes:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for more in range(_ATTEMPTS - 1, -1, -1):
+            try:
+                found: bytes = self._client.get_object(**self._at(key))["Body"].read()
+                return found
+            except (HTTPClientError, IncompleteReadError):  # boto3 repeats requests, but not the reading of an answer
+                if not more:
+                    raise
+        raise AssertionError("unreachable")
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes a value; readers see the old one or the new one.
+
+        Raises:
+            StorageError: the bucket cannot be written.
+        """
+        with self._errors(key):
+            self._client.put_object(**self._at(key), Body=data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes a value if there is none, by a conditional put; of several at once one is told True.
+
+        Raises:
+            StorageError: the bucket cannot be written, or its server does not know conditional puts.
+        """
+        if not self._conditional:
+            probe = f"conditional-put/{secrets.token_hex(8)}"
+            both = self._create(probe, b""), self._create(probe, b"")
+            self.delete(probe)
+            if both != (True, False):
+                raise StorageError(
+                    f"{self.url}: its server ignores conditional puts (If-None-Match), by which drivers keep out of "
+                    "each other's way. Use a newer server, or a folder (local or NFS)"
+                )
+            self._conditional = True
+        return self._create(key, data)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        writer = secrets.token_hex(8)
+        while True:
+            with self._errors(key):
+                try:
+                    self._client.put_object(
+                        **self._at(key), Body=data, IfNoneMatch="*", Metadata={"llavolta-writer": writer}
+                    )
+                    return True
+                except self._client.exceptions.ClientError as error:
+                    if _code(error) == "ConditionalRequestConflict":  # another is being decided: ask again
+                        continue
+                    if _code(error) != "PreconditionFailed":
+                        raise
+                    # A repeated request meets its own first attempt where only the answer was lost.
+                    again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+                    return bool(again) and self._writer(key) == writer
+
+    def _writer(self, key: str) -> str | None:
+        try:
+            found: str | None = self._client.head_object(**self._at(key))["Metadata"].get("llavolta-writer")
+            return found
+        except self._client.exceptions.ClientError as error:
+            if _code(error) not in _ABSENT:
+                raise
+            return None
+
+    def delete(self, key: str) -> None:
+        """Takes a value away; it need not be there.
+
+        Raises:
+            StorageError: the bucket cannot be written.
+        """
+        with self._errors(key):
+            self._client.delete_object(**self._at(key))
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly below a prefix, sorted; empty where there are none.
+
+        Raises:
+            StorageError: the bucket cannot be listed.
+        """
+        begin = f"{self._prefix}{prefix.strip('/')}/"
+        found: set[str] = set()
+        for page in self._pages(begin, Delimiter="/"):
+            found.update(entry["Key"][len(begin) :] for entry in page.get("Contents", ()))
+            found.update(entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
+        return sorted(found - {""})
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Keys at any depth below a prefix, to their sizes in bytes, by one listing.
+
+        Raises:
+            StorageError: the bucket cannot be listed.
+        """
+        cut = len(self._prefix)
+        pages = self._pages(f"{self._prefix}{prefix.strip('/')}/")
+        return {entry["Key"][cut:]: int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
+
+    def upload(self, files: Mapping[str, Path]) -> None:
+        """Writes files under keys, several at once, large ones in parts.
+
+        Raises:
+            StorageError: a file cannot be read or the bucket cannot be written.
+        """
+
+        def one(item: tuple[str, Path]) -> None:
+            with self._errors(item[0]), storage_errors(item[1].parent):
+                self._client.upload_file(str(item[1]), self._bucket, self._prefix + item[0])
+
+        _all_of(one, files)
+
+    def download(self, files: Mapping[str, Path]) -> None:
+        """Reads keys into files whose folders exist, several at once; a key that is not there leaves no file.
+
+        Raises:
+            StorageError: the bucket cannot be read or a file cannot be written.
+        """
+
+        def one(item: tuple[str, Path]) -> None:
+            with self._errors(item[0]), storage_errors(item[1].parent):
+                try:
+                    self._client.download_file(self._bucket, self._prefix + item[0], str(item[1]))
+                except self._client.exceptions.ClientError as error:
+                    if _code(error) not in _ABSENT:
+                        raise
+
+        _all_of(one, files)
+
+    def delete_all(self, prefix: str) -> None:
+        """Takes everything below a prefix away.
+
+        Raises:
+            StorageError: the bucket cannot be written.
+        """
+        keys = [{"Key": self._prefix + key} for key in self.sizes(prefix)]
+        with self._errors(prefix):
+            for first in range(0, len(keys), _DELETE_AT_ONCE):
+                chosen = {"Objects": keys[first : first + _DELETE_AT_ONCE], "Quiet": True}
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete=chosen)
+                for left in answer.get("Errors", ())[:1]:
+                    raise StorageError(f"{self.url}/{prefix}: {left['Key']} stays: {left.get('Message')}")
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
+        pages = self._client.get_paginator("list_objects_v2")
+        with self._errors():
+            yield from pages.paginate(Bucket=self._bucket, Prefix=prefix, **options)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str = "") -> Iterator[None]:
+        """Turns what boto3 raises into a StorageError that says what to do."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        where = f"{self.url}/{key}" if key else self.url
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise StorageError(
+                f"{where}: boto3 finds no whole credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+                "AWS_PROFILE, or use a machine with a role"
+            ) from error
+        except ClientError as error:
+            said = _SAYS.get(_code(error)) or error.response.get("Error", {}).get("Message") or _code(error)
+            raise StorageError(f"{where}: {said}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise StorageError(
+                f"{where}: {error}. Finished work is safe; see that the server can be reached (AWS_ENDPOINT_URL names "
+                "one that is not Amazon's), then run again"
+            ) from error
+
+
+def _client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        # "standard" gives up within a second once some dozen requests had to be repeated: no server restarts that fast.
+        retries={"mode": "legacy", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or _ATTEMPTS)},
+        max_pool_connections=4 * _AT_ONCE,
+        connect_timeout=10,
+        read_timeout=60,
+        # Servers of one's own seldom have a host name for each bucket.
+        s3={"addressing_style": "path"} if own_server else {},
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _all_of(one: Any, files: Mapping[str, Path]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(one, files.items()):
+            pass
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
