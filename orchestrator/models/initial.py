@@ -26,6 +26,7 @@ from orchestrator.plan.jobs import RootJob
 from orchestrator.spec.model import ModelSpec
 
 RANDOM = "random"
+PROJECTOR_FILE = "mm_projector.bin"  # LLaVA's own
 _MODEL_PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL)
 # LLaVA's own projector is a Sequential of linear, GELU, linear.
 _LLAVA_NAMES = {"0": "linear_1", "2": "linear_2"}
@@ -36,7 +37,7 @@ def write_initial_weights(job: RootJob, folder: Path) -> None:
 
     Args:
         job: Model and seed.
-        folder: The root's work folder; the caller commits it.
+        folder: Where unsealed files of the root go; the caller commits it.
 
     Raises:
         UsageError: a folder or file named in `model` is missing, or `weights` leaves a part out.
@@ -60,6 +61,16 @@ def _pretrained(spec: ModelSpec) -> PreTrainedModel:
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )
+
+
+def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
+    """Weights of a Hugging Face vision-language model in float32, under transformers' present names.
+
+    Raises:
+        UsageError: it cannot be loaded.
+        StageRunError: it lacks weights.
+    """
+    return weight_tensors(_from_pretrained(AutoModelForImageTextToText, folder, key))
 
 
 def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreTrainedModel:
@@ -121,14 +132,20 @@ def _resized(rows_VD: torch.Tensor, num_rows: int, name: str) -> torch.Tensor:
 def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
     check_source(source, key)
     _, projector = part_module(model, PROJECTOR)
-    _copy(_projector_weights(Path(source), key), projector, f"{key}: {source}")
+    _copy(projector_weights(Path(source), key), projector, f"{key}: {source}")
 
 
-def _projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
-    """A projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the two."""
+def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """A projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the two.
+
+    Names are those inside the projector, or those of the file where they tell no projector.
+
+    Raises:
+        UsageError: there is no such file, or it holds no plain weights.
+    """
     if path.is_dir():
-        known = [path / "mm_projector.bin", path / "model.safetensors", path / WEIGHTS_FILE]
-        path = next((file for file in known if file.is_file()), path / "mm_projector.bin")
+        known = [path / PROJECTOR_FILE, path / "model.safetensors", path / WEIGHTS_FILE]
+        path = next((file for file in known if file.is_file()), path / PROJECTOR_FILE)
     if not path.is_file():
         raise UsageError(f"{key}: there is no file {path}; give LLaVA's mm_projector.bin or a safetensors file")
     try:
