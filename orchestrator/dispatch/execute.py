@@ -1,4 +1,4 @@
-"""Runs one job on one worker: writes initial weights, trains a stage, or evaluates a state."""
+"""Runs one job on one worker: writes the weights something starts from, trains a stage, or evaluates a state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator import registry
-from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, job_to_json
+from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.storage import write_json
 
@@ -40,6 +40,9 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
     if isinstance(job, RootJob):
         _write_root(job, ledger)
         return "finished"
+    if isinstance(job, StartJob):
+        _write_start(job, ledger)
+        return "finished"
     if isinstance(job, StageJob):
         return _train(job, ledger, memory, should_stop)
     return _evaluate(job, ledger, memory, should_stop)
@@ -47,17 +50,37 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
 
 def _write_root(job: RootJob, ledger: Ledger) -> None:
     from orchestrator.models.initial import write_initial_weights
+
+    _write_weights(job, ledger, lambda folder: write_initial_weights(job, folder))
+
+
+def _write_start(job: StartJob, ledger: Ledger) -> None:
+    from orchestrator.models.start import write_start_weights
+
+    def write(folder: Path) -> None:
+        base, source = (
+            None if state is None else ledger.fetch(state, "weights") / "model.safetensors"
+            for state in (job.base, job.source)
+        )
+        write_start_weights(job, base, source, folder)
+
+    _write_weights(job, ledger, write)
+
+
+def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Path], None]) -> None:
+    """One rank writes a state that is weights alone."""
     from orchestrator.training.group import decide
 
-    def write() -> None:
+    def commit() -> None:
         if ledger.is_done(job.id):
             return
-        folder = ledger.work_folder(job.id)
-        write_initial_weights(job, folder)
+        ledger.begin(job.id)
+        folder = ledger.writing_folder(job.id)
+        write(folder)
         write_json(folder / "job.json", job_to_json(job))
         ledger.commit(job.id)
 
-    decide(write)
+    decide(commit)
 
 
 def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
