@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UsageError
@@ -14,18 +14,27 @@ from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
 from orchestrator.plan.tree import StageTree, build_stage_tree
+from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.spec.cell_names import misfit
 from orchestrator.spec.loader import LoadedExperiment, load_experiment
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A loaded and planned experiment beside what its ledger holds."""
+    """A loaded and planned experiment beside what its ledger holds.
+
+    Attributes:
+        cells: The grid's; of a search, those of the trials noted so far.
+        trials: Of a search, by number.
+        front: Ids of the cells on the search's Pareto front.
+    """
 
     loaded: LoadedExperiment
     cells: tuple[Cell, ...]
     tree: StageTree
     ledger: Ledger
+    trials: tuple[Trial, ...] = ()
+    front: frozenset[str] = frozenset()
 
     @property
     def tracking_uri(self) -> str:
@@ -38,22 +47,32 @@ class Walk:
         """Name of the MLflow experiment."""
         return self.loaded.spec.tracking.experiment_name or self.loaded.spec.name
 
+    def with_trial(self, trial: Trial) -> Walk:
+        """The search once one of its trials has moved on."""
+        assert self.loaded.spec.search is not None
+        trials = tuple(trial if each.number == trial.number else each for each in self.trials)
+        return replace(self, trials=trials, front=frozenset(front_of(trials, self.loaded.spec.search)))
+
     def folder(self, cell: Cell) -> Path:
         """Where a cell's weights, log and resolved YAML are found by name."""
         return self.ledger.cell_folder(self.loaded.spec.name, cell.name)
 
     def record(self, cell: Cell) -> CellRecord:
-        """A cell as it stands in the ledger."""
-        return cell_record(cell, self.tree, self.ledger)
+        """A cell as it stands in the ledger; a trial's says whether it is on the front."""
+        record = cell_record(cell, self.tree, self.ledger)
+        if self.loaded.spec.search is None or record.status != "finished":
+            return record
+        return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
 
     def status(self, cell: Cell) -> Status:
         """A cell's state; quick, no metrics are read."""
         return cell_status(cell, self.tree, self.ledger)
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
-        """Ids of what a cell needs, in order: its root, its stage runs, its evaluations."""
+        """Ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
         tests = dict.fromkeys(job.id for job in cell.evaluations)
-        return (cell.root.id, *self.tree.path_of[cell.id], *tests)
+        origins = self.tree.origins_of.get(cell.id, ())
+        return tuple(dict.fromkeys((cell.root.id, *origins, *self.tree.path_of[cell.id], *tests)))
 
     def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
         """Job id to the names of the cells that need it."""
@@ -109,5 +128,17 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
     """
     loaded = load_experiment(Path(path), overrides)
     ledger = Ledger(storage_path(loaded))
+    if loaded.spec.search is not None:
+        return plan_trials(loaded, ledger, TrialNotes(ledger.store, search_id(loaded)).read())
     cells = expand_cells(loaded)
     return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)
+
+
+def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> Walk:
+    """A search with the trials there are; one that cannot be planned comes back failed."""
+    assert loaded.spec.search is not None
+    found = list(cells_of_trials(loaded, trials))
+    cells = tuple(cell for _, some in found for cell in some)
+    planned = tuple(trial for trial, _ in found)
+    front = frozenset(front_of(planned, loaded.spec.search))
+    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)
