@@ -1,4 +1,4 @@
-"""`search:` against the file it stands in: paths, objectives and variants that exist, and corners of the space that run."""
+"""`search:` against the file it stands in: paths, objectives and variants that exist, corners of the space that run."""
 
 from __future__ import annotations
 

@@ -83,9 +83,7 @@ def inner_boundaries(entry: StagedSpaceSpec) -> int:
     return -int(-1 // entry.boundaries) - 1
 
 
-def _schedule(
-    trial: Draws, path: str, entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]
-) -> dict[str, Any]:
+def _schedule(trial: Draws, path: str, entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) -> dict[str, Any]:
     """A schedule of `stages`.
 
     What is drawn is sorted into an order instead of being drawn again until it has one, so that every parameter has

@@ -48,6 +48,8 @@ def trial_cells(loaded: LoadedExperiment, number: int, values: Mapping[str, Any]
     if not any(cell.axes for cell in loaded.cells):
         return (ResolvedCell(name, axes, spec),)
     return tuple(
-        ResolvedCell(f"{name},seed={cell.spec.seed}", axes | cell.axes, spec.model_copy(update={"seed": cell.spec.seed}))
+        ResolvedCell(
+            f"{name},seed={cell.spec.seed}", axes | cell.axes, spec.model_copy(update={"seed": cell.spec.seed})
+        )
         for cell in loaded.cells
     )

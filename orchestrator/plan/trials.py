@@ -1,0 +1,119 @@
+"""The trials of a search as the ledger notes them: what was drawn, before it runs; what came of it, when it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.errors import LlavoltaError
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.front import pareto_front
+from orchestrator.plan.identity import digest
+from orchestrator.plan.record import CellRecord
+from orchestrator.plan.store import Store
+from orchestrator.spec.search import SearchSpec
+from orchestrator.spec.trial_cells import trial_cells
+
+if TYPE_CHECKING:
+    from orchestrator.spec.loader import LoadedExperiment
+
+SPACE_VERSION = 1
+"""Raised when parameters of the same names come to mean other recipes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a search.
+
+    Attributes:
+        number: Counts from 0 in the order of proposal.
+        params: What the sampler drew, by parameter.
+        values: The recipe made of it: dotted path to a value as a file would write it.
+        state: `finished` once all objectives are there.
+        cells: Ids of its cells, one a seed; none where the recipe cannot be a cell.
+        objectives: Mean over its cells.
+        error: Why it failed.
+    """
+
+    number: int
+    params: dict[str, Any]
+    values: dict[str, Any]
+    state: Literal["proposed", "finished", "failed"] = "proposed"
+    cells: tuple[str, ...] = ()
+    objectives: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def failed(self, error: str) -> Trial:
+        """The trial once it failed."""
+        return replace(self, state="failed", objectives={}, error=error)
+
+    def ended(self, records: Sequence[CellRecord], search: SearchSpec) -> Trial:
+        """The trial once all its cells are finished."""
+        found: dict[str, float] = {}
+        for name in search.objectives:
+            numbers = [record.summary.get(name, math.nan) for record in records]
+            if not all(map(math.isfinite, numbers)):
+                measured = ", ".join(sorted(records[0].summary))
+                return self.failed(f"the objective {name} was not measured; this trial has {measured}")
+            found[name] = mean(numbers)
+        return replace(self, state="finished", objectives=found, error=None)
+
+
+class TrialNotes:
+    """Notes of one search below `searches/SEARCH_ID/` of a ledger's store."""
+
+    def __init__(self, store: Store, search_id: str) -> None:
+        self._store, self._folder = store, f"searches/{search_id}"
+
+    def read(self) -> list[Trial]:
+        """All trials, by number."""
+        found = []
+        for name in self._store.names(self._folder):
+            data = self._store.read(f"{self._folder}/{name}") if name.startswith("trial_") else None
+            if data is not None:
+                note = json.loads(data)
+                found.append(Trial(**{**note, "cells": tuple(note["cells"])}))
+        return sorted(found, key=lambda trial: trial.number)
+
+    def write(self, trial: Trial) -> None:
+        """Notes a trial as it stands.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        text = json.dumps(asdict(trial), indent=1) + "\n"
+        self._store.write(f"{self._folder}/trial_{trial.number:03d}.json", text.encode())
+
+
+def search_id(loaded: LoadedExperiment) -> str:
+    """What makes a search the same one: its base, space, objectives and algorithm; not the number of trials."""
+    search = loaded.spec.search
+    assert search is not None
+    told = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
+    base = [cell.id for cell in expand_cells(loaded)]
+    return digest({"search": told, "base": base, "space_version": SPACE_VERSION})[:16]
+
+
+def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:
+    """Each trial with its cells; one whose recipe cannot be a cell comes back failed and has none."""
+    for trial in trials:
+        try:
+            resolved = trial_cells(loaded, trial.number, trial.values)
+            cells = expand_cells(replace(loaded, cells=resolved))
+        except LlavoltaError as error:
+            yield trial.failed(str(error)), ()
+        else:
+            yield replace(trial, cells=tuple(cell.id for cell in cells)), cells
+
+
+def front_of(trials: Sequence[Trial], search: SearchSpec) -> set[str]:
+    """Ids of the cells of the trials that no other finished one beats."""
+    finished = {trial.number: trial for trial in trials if trial.state == "finished"}
+    points = {number: [trial.objectives[name] for name in search.objectives] for number, trial in finished.items()}
+    best = pareto_front(points, list(search.objectives.values()))
+    return {identity for number in best for identity in finished[number].cells}

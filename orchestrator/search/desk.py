@@ -1,0 +1,55 @@
+"""The desk between Ray Tune's trials and the driver: a trial lays its recipe down and waits until it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+# A trial's actor only waits, while lanes may hold every CPU and GPU. Tune refuses a trial that asks for nothing; this
+# resource of one head node has every Ray cluster.
+WAITING_RESOURCES = {"node:__internal_head__": 0.001}
+FAILED = "failed"
+"""Key of an answer that tells why there are no objectives."""
+_STOPPED = {FAILED: "the search stopped"}
+
+
+class Desk:
+    """Recipes of trials that wait, and their answers. A Ray actor; a trial's call ends when it is answered."""
+
+    def __init__(self) -> None:
+        self._new: list[dict[str, Any]] = []
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._closed = False
+
+    async def ask(self, proposal: dict[str, Any]) -> dict[str, Any]:
+        """A trial's side: lays down its `number`, `params` and `values` and waits for the answer."""
+        if self._closed:
+            return dict(_STOPPED)
+        self._waiting[proposal["number"]] = asyncio.get_running_loop().create_future()
+        self._new.append(proposal)
+        return await self._waiting[proposal["number"]]
+
+    async def take(self) -> list[dict[str, Any]]:
+        """The driver's side: what was laid down since it last asked."""
+        new, self._new = self._new, []
+        return new
+
+    async def answer(self, number: int, answer: dict[str, Any]) -> None:
+        """Ends a trial: with its objectives by name, or with `failed` and the reason."""
+        self._waiting.pop(number).set_result(answer)
+
+    async def close(self) -> None:
+        """Answers whoever waits, or comes later, that the search stopped."""
+        self._closed = True
+        for waiting in self._waiting.values():
+            waiting.set_result(dict(_STOPPED))
+        self._waiting.clear()
+
+
+def wait_for_answer(config: dict[str, Any]) -> None:
+    """The trainable of a trial."""
+    import ray
+    from ray import tune
+
+    proposal = {key: config[key] for key in ("number", "params", "values")}
+    tune.report(ray.get(config["desk"].ask.remote(proposal)))

@@ -1,0 +1,119 @@
+"""SearchFeed: proposals become cells of the one tree; trials whose cells are finished or failed are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.jobs import Job
+from orchestrator.plan.trials import Trial, TrialNotes
+from orchestrator.plan.walk import Walk, plan_trials
+from orchestrator.search.desk import FAILED
+
+
+class Proposals(Protocol):
+    """Where trials come from, and where their answers go (`Tuning`)."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be proposed."""
+
+    def take(self) -> list[dict[str, object]]:
+        """Trials proposed since the last call: `number`, `params`, `values`."""
+
+    def answer(self, number: int, answer: dict[str, object]) -> None:
+        """Ends a trial: with its objectives, or with `failed` and the reason."""
+
+
+class SearchFeed:
+    """The work of a search while it goes on: the whole tree again with every proposal.
+
+    Args:
+        walk: The trials known so far.
+        notes: Where every trial is noted before it runs and when it ends.
+        on_plan: Called with each new plan.
+        on_end: Called with a trial that ended.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        notes: TrialNotes,
+        on_plan: Callable[[Walk], None],
+        on_end: Callable[[Trial], None],
+    ) -> None:
+        self.walk, self._notes, self._on_plan, self._on_end = walk, notes, on_plan, on_end
+        self._proposals: Proposals | None = None
+        self._asked: set[int] = set()
+        self._look = self._again = False
+
+    def begin(self, proposals: Proposals) -> None:
+        """Where trials come from, from now on."""
+        self._proposals = proposals
+
+    def moved(self) -> None:
+        """A job ended: trials may have ended with it."""
+        self._look = True
+
+    def plan_again(self) -> None:
+        """A stored state turned out to be damaged: what it is needed for is planned anew."""
+        self._again = True
+
+    def work(self) -> Sequence[Job] | None:
+        """The newest plan where something was proposed; answers what has ended."""
+        assert self._proposals is not None
+        new = self._proposals.take()
+        for proposal in new:
+            self._take(Trial(**proposal))
+        if new or self._look:
+            self._look = False
+            self._answer(self._proposals)
+        if self._again:
+            self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
+        if not new and not self._again:
+            return None
+        self._again = False
+        self._on_plan(self.walk)
+        return self.walk.tree.work(self.walk.ledger)
+
+    def closed(self) -> bool:
+        """Whether every trial is answered and none will come."""
+        assert self._proposals is not None
+        return self._proposals.ended
+
+    def _take(self, proposed: Trial) -> None:
+        trials = {trial.number: trial for trial in self.walk.trials} | {proposed.number: proposed}
+        self.walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
+        self._notes.write(next(trial for trial in self.walk.trials if trial.number == proposed.number))
+        self._asked.add(proposed.number)
+
+    def _answer(self, proposals: Proposals) -> None:
+        for trial in self.walk.trials:
+            if trial.number not in self._asked:
+                continue
+            now = standing(self.walk, trial)
+            if now.state == "proposed":
+                continue
+            self.walk = self.walk.with_trial(now)
+            self._notes.write(now)
+            self._asked.discard(now.number)
+            proposals.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
+            self._on_end(now)
+
+
+def standing(walk: Walk, trial: Trial) -> Trial:
+    """A trial as the ledger has it: finished with all its cells, failed with one of them."""
+    if not trial.cells:
+        return trial  # it could not be planned
+    known = {cell.id: cell for cell in walk.cells}
+    cells: list[Cell] = [known[identity] for identity in trial.cells]
+    states = {walk.status(cell) for cell in cells}
+    if "failed" in states:
+        failures = walk.failures()
+        return trial.failed(next(failures[cell.name] for cell in cells if cell.name in failures))
+    if states != {"finished"}:
+        return replace(trial, state="proposed", objectives={}, error=None)
+    assert walk.loaded.spec.search is not None
+    return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search)

@@ -1,0 +1,94 @@
+"""Proposer: Ray Tune's Optuna search whose study is built again from the ledger's notes, with nothing pickled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FixedTrial, TrialState, create_trial
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestrator.plan.identity import digest
+from orchestrator.plan.trials import Trial
+from orchestrator.search.desk import FAILED
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.space import draw, variant_layer_tokens
+
+
+class Proposer(OptunaSearch):
+    """Proposes recipes, each a function of the seed, its number and the trials that ended before it.
+
+    So a search that was stopped goes on as though it had not been. Trials that were proposed but not ended are
+    proposed again first.
+
+    Args:
+        spec: The experiment, with its search; its seed is the samplers'.
+        trials: What the ledger notes, by number.
+        desk: Handle that every proposal carries.
+    """
+
+    def __init__(self, spec: ExperimentSpec, trials: Sequence[Trial], desk: Any) -> None:
+        search = spec.search
+        assert search is not None
+        self._search, self._layer_tokens = search, variant_layer_tokens(spec)
+        self._sampler_seed, self._desk = spec.seed, desk
+        self.closed = False
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        super().__init__(
+            self._propose,
+            metric=list(search.objectives),
+            mode=list(search.objectives.values()),
+            sampler=self._sampler_for(0),
+        )
+        self._rebuild(trials)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next recipe, or Tune's word for an ended search."""
+        if self.closed:
+            return str(Searcher.FINISHED)
+        waiting = self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        number = waiting[0].number if waiting else len(self._ot_study.get_trials(deepcopy=False))
+        self._ot_study.sampler = self._sampler_for(number)
+        return super().suggest(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the study; a trial that failed has no values there."""
+        failed = error or not result or FAILED in result
+        super().on_trial_complete(trial_id, None if failed else result, error=failed)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger's notes are what a search goes on from."""
+
+    def _propose(self, trial: Any) -> dict[str, Any]:
+        values = draw(trial, self._search, self._layer_tokens)
+        return {"number": trial.number, "params": dict(trial.params), "values": values, "desk": self._desk}
+
+    def _sampler_for(self, number: int) -> Any:
+        seed = int(digest({"seed": self._sampler_seed, "number": number})[:8], 16)
+        algorithm = self._search.algorithm
+        if "random" in (algorithm.kind, algorithm.sampler):
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `group`, which conditional spaces need, is called experimental
+            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+
+    def _rebuild(self, trials: Sequence[Trial]) -> None:
+        """The study's numbers are the notes'; a number without a note (a driver died in between) is drawn anew."""
+        noted = {trial.number: trial for trial in trials}
+        for number in range(max(noted, default=-1) + 1):
+            trial = noted.get(number)
+            if trial is None or trial.state == "proposed":
+                self._ot_study.enqueue_trial(trial.params if trial is not None else {})
+            else:
+                self._ot_study.add_trial(self._ended(trial))
+
+    def _ended(self, trial: Trial) -> Any:
+        again = FixedTrial(trial.params)
+        draw(again, self._search, self._layer_tokens)
+        told = {"params": trial.params, "distributions": again.distributions}
+        if trial.state == "failed":
+            return create_trial(state=TrialState.FAIL, **told)
+        return create_trial(values=[trial.objectives[name] for name in self._search.objectives], **told)

@@ -1,0 +1,178 @@
+"""search_experiment(): a search from its file to its front; trials are cells of one tree, ledger and MLflow experiment."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.dispatch.deferred import DeferredInterrupt
+from orchestrator.dispatch.stop import StopRequest
+from orchestrator.errors import Interrupted, SpecError, UsageError
+from orchestrator.plan.trials import Trial, TrialNotes, search_id
+from orchestrator.plan.walk import Walk, prepare
+from orchestrator.report.cell_folders import mark_tracked
+from orchestrator.report.live import LiveView
+from orchestrator.run import RunOutcome, check_data, open_tracker, record_cells, relative_cost, table_of
+from orchestrator.search.feed import SearchFeed, standing
+from orchestrator.spec.loader import unsupported_keys
+from orchestrator.spec.space import summary
+from orchestrator.spec.trial_cells import trial_name
+from orchestrator.tracking.recorder import Recorder
+
+
+def search_experiment(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    retry_failed: bool = False,
+    fail_fast: bool = False,
+    max_hours: float | None = None,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Proposes and runs trials until there are `num_trials`, marks the front, and returns the table.
+
+    Args:
+        path: The experiment file, with a `search`.
+        overrides: `a.b=c` settings over the file's.
+        retry_failed: Takes up trials that failed in an earlier run.
+        fail_fast: Stops at the first failure.
+        max_hours: After so many hours it stops as at the first SIGTERM.
+        console: Where progress is shown.
+
+    Raises:
+        SpecError: the file has faults, or uses a key whose machinery this version lacks.
+        UsageError: the file has no search.
+        DataError: rows or images cannot be used.
+        Interrupted: a signal stopped it; finished work stays.
+    """
+    console, began = console or Console(), time.monotonic()
+    walk = prepare(path, overrides)
+    if walk.loaded.spec.search is None:
+        raise UsageError(f"{path}: there is no `search` in it; `llavolta run {path}` runs a grid")
+    if faults := unsupported_keys(walk.loaded, searching=True):
+        raise SpecError(faults)
+    with walk.ledger.lock():
+        notes = TrialNotes(walk.ledger.store, search_id(walk.loaded))
+        walk = _as_the_ledger_has_it(walk, notes, retry_failed)
+        run = _SearchRun(walk, notes, console)
+        with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+            try:
+                if (left := walk.loaded.spec.search.num_trials - _ended(walk)) > 0:
+                    run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
+            finally:
+                walk = run.feed.walk
+                record_cells(walk, recorder)
+    return _outcome(walk, run, recorder)
+
+
+def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> Walk:
+    """Trials brought up to what their cells are: a driver that was killed may have noted less."""
+    if retry_failed:
+        for cell in walk.cells:
+            for job in walk.jobs_of(cell):
+                if walk.ledger.failure(job) is not None:
+                    walk.ledger.clear_failure(job)
+    for trial in walk.trials:
+        now = standing(walk, trial)
+        if now != trial:
+            walk = walk.with_trial(now)
+            notes.write(now)
+    return walk
+
+
+def _ended(walk: Walk) -> int:
+    return sum(trial.state != "proposed" for trial in walk.trials)
+
+
+def front_trials(walk: Walk) -> list[str]:
+    """Names of the trials on the Pareto front, by number."""
+    return [trial_name(trial.number) for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells)]
+
+
+def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
+    names = {cell.id: cell.name for cell in walk.cells}
+    failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
+    waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
+    unsent = tuple(names[identity] for identity in recorder.unsent)
+    problem = recorder.problem if unsent else None
+    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
+
+
+class _SearchRun:
+    """One session of a search: Tune proposes, the lanes train, events come by here."""
+
+    def __init__(self, walk: Walk, notes: TrialNotes, console: Console) -> None:
+        self.feed = SearchFeed(walk, notes, self._planned, self._trial_ended)
+        self.done: set[str] = set()
+        self._console = console
+        self._checked: set[str] = set()
+        self._recorder: Recorder | None = None
+        self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console)
+
+    def say_stop(self, name: str) -> None:
+        """What a signal does."""
+        self._view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")
+
+    def execute(self, recorder: Recorder, num_trials: int, stop: StopRequest, fail_fast: bool) -> None:
+        """Runs `num_trials` trials, those first that were proposed before.
+
+        Raises:
+            Interrupted: a signal stopped it.
+        """
+        from orchestrator.dispatch.ray_session import ray_session
+        from orchestrator.dispatch.run_on_ray import run_on_ray
+        from orchestrator.search.tuning import Tuning
+
+        self._recorder = recorder
+        walk, cluster = self.feed.walk, self.feed.walk.loaded.spec.cluster
+        with ExitStack() as stack:
+            for part in (stop, self._view, DeferredInterrupt(), ray_session(cluster.address)):
+                stack.enter_context(part)
+            tuning = Tuning(walk, num_trials, self._concurrency(walk), walk.ledger.storage / "ray" / uuid.uuid4().hex)
+            self.feed.begin(stack.enter_context(tuning))
+            run_on_ray([], walk.ledger, cluster, self._on_event, stop, fail_fast=fail_fast, feed=self.feed)
+        if stop.signal_name is not None and any(trial.state == "proposed" for trial in self.feed.walk.trials):
+            error = Interrupted(
+                f"stopped by {stop.signal_name}; {_ended(self.feed.walk)} trials have ended, "
+                "run the same command to go on"
+            )
+            error.exit_code = stop.exit_code
+            raise error
+
+    @staticmethod
+    def _concurrency(walk: Walk) -> int:
+        """Trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
+        lanes = walk.loaded.spec.cluster.lanes
+        return max(1, math.ceil((lanes if isinstance(lanes, int) else 1) / len(walk.loaded.cells)))
+
+    def _planned(self, walk: Walk) -> None:
+        work = walk.tree.work(walk.ledger)
+        check_data([job for job in work if job.id not in self._checked])
+        self._checked |= {job.id for job in work}
+        self._view.set_work(work, {job.id: relative_cost(job) for job in work}, walk.names_of(work))
+        trial = walk.trials[-1]
+        told = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
+        self._view.say(f"proposed {trial_name(trial.number)}: {told}")
+
+    def _trial_ended(self, trial: Trial) -> None:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())
+        self._view.say(f"{trial.state} {trial_name(trial.number)}: {told or trial.error}")
+        assert self._recorder is not None
+        for cell in self.feed.walk.cells:
+            if cell.id in trial.cells:
+                self._recorder.put(self.feed.walk.record(cell))
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        self._view.on_event(event)
+        if event["event"] == "finished":
+            self.done.add(event["id"])
+        if event["event"] == "damaged":
+            self.feed.plan_again()
+        self.feed.moved()
