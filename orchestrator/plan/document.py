@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.cost import parameter_count
 from orchestrator.plan.costing import Costs
+from orchestrator.plan.hours import hours_document
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.reasons import Reasons, Standing
 from orchestrator.plan.tree import StageTree
 from orchestrator.plan.variants import variant_documents
 
@@ -43,96 +43,84 @@ def plan_document(
         `experiment`, `cells`, `stage_runs`, `totals` as DESIGN section 4 fixes them, `variants` and `notices`. Costs
         are None where the model's facts are not known.
     """
-    costs, states = Costs(text_tokens), _States.of(loaded.spec.name, tree, ledger)
-    plans = _plans(cells)
-    runs = [_stage_run(job, *plans[job.id], tree, states, costs) for job in _with_plans(tree, plans)]
+    costs, standing = Costs(text_tokens), Standing.of(tree, ledger)
+    reasons = Reasons(standing, cells, loaded.spec.name)
+    runs = []
+    for job, cell, plan in with_plans(cells, tree):
+        price = costs.stage_run(cell, plan, job.first_step, job.last_step)
+        runs.append({**stage_run_document(job, plan, standing), "cost": price})
     alone: dict[str, float | None] = {}
     shown = []
     for cell in cells:
         price = costs.cell(cell)
         alone[cell.id] = price["train_tflops"]
-        shown.append(_cell(cell, price, tree, ledger, states))
+        shown.append(_cell(cell, price, standing, reasons))
     notices = dict.fromkeys((*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices))
-    totals = {
-        "cells": len(cells),
-        "stage_runs": len(runs),
-        "evaluations": len(tree.evaluations),
-        "train_tflops_alone": _sum(alone.values()),
-        "train_tflops_shared": _sum(run["cost"]["train_tflops"] for run in runs),
-        "disk_peak_gib": disk_peak_gib(cells, tree),
-    }
     return {
         "experiment": loaded.spec.name,
         "cells": shown,
         "stage_runs": runs,
         "variants": variant_documents(cells),
-        "totals": totals,
+        "totals": _totals(loaded, cells, standing, alone, runs),
         "notices": list(notices),
     }
 
 
-@dataclass(frozen=True)
-class _States:
-    """What the ledger says of a tree: states to be written, states and evaluations that failed, runs under way."""
+def _totals(
+    loaded: LoadedExperiment, cells: Sequence[Cell], standing: Standing, alone: Mapping[str, float | None],
+    runs: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    tree, cluster, distinct = standing.tree, loaded.spec.cluster, {cell.id: cell for cell in cells}.values()
+    cost_alone, cost_shared = _sum(alone.values()), _sum(run["cost"]["train_tflops"] for run in runs)
+    totals = {
+        "cells": len(cells),
+        "stage_runs": len(runs),
+        "stage_runs_alone": sum(len(plan.stage_ends) for cell in distinct for plan in cell.phases),
+        "stage_runs_done": sum(run["state"] == "done" for run in runs),
+        "evaluations": len(tree.evaluations),
+        "evaluations_alone": sum(len(cell.evaluations) for cell in distinct),
+        "evaluations_done": sum(standing.evaluation(job) == "done" for job in tree.evaluations),
+        "train_tflops_alone": cost_alone,
+        "train_tflops_shared": cost_shared,
+        "disk_peak_gib": disk_peak_gib(cells, tree),
+    }
+    if cost_alone and cost_shared is not None:
+        totals["train_ratio"] = cost_shared / cost_alone
+    return totals | hours_document(standing, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster)
 
-    needed: set[str]
-    blocked: set[str]
-    running: set[str]
 
-    @classmethod
-    def of(cls, experiment: str, tree: StageTree, ledger: Ledger) -> _States:
-        needed = tree.needed(ledger)
-        running: set[str] = set()
-        if needed and ledger.lock_holder(experiment) is not None:
-            running = {state for state in needed if ledger.work_folder(state).is_dir()}
-        return cls(needed, tree.blocked(ledger, needed), running)
-
-    def state(self, identity: str) -> str:
-        if identity in self.blocked:
-            return "failed"
-        if identity in self.running:
-            return "running"
-        return "new" if identity in self.needed else "done"
-
-
-def _plans(cells: Sequence[Cell]) -> dict[str, tuple[Cell, PhasePlan]]:
-    """One cell and phase for each final state of a phase; any of a lineage will do for the cost."""
-    found: dict[str, tuple[Cell, PhasePlan]] = {}
+def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, Cell, PhasePlan]]:
+    """Stage runs in order of execution, each with a cell and phase that go through it; any will do for the cost."""
+    plans: dict[str, tuple[Cell, PhasePlan]] = {}
     for cell in cells:
-        for plan in cell.phases:
-            found.setdefault(plan.end, (cell, plan))
-    return found
-
-
-def _with_plans(tree: StageTree, plans: dict[str, tuple[Cell, PhasePlan]]) -> list[StageJob]:
-    """Stage runs in order; fills `plans` for the states inside a phase from the phase that goes through them."""
-    children: dict[str, list[str]] = {}
+        for owner in (*cell.origins(), cell):
+            for plan in owner.phases:
+                plans.setdefault(plan.end, (owner, plan))
+    children: dict[str, str] = {}
     for job in tree.stage_runs.values():
-        children.setdefault(job.parent, []).append(job.id)
+        children.setdefault(job.parent, job.id)
     for state in reversed(tree.order):
         if state in tree.stage_runs and state not in plans:
             # A state inside a phase always has a child in the same phase, which comes after it in the order.
-            plans[state] = plans[children[state][0]]
-    return list(tree.stage_runs.values())
+            plans[state] = plans[children[state]]
+    return [(job, *plans[job.id]) for job in tree.stage_runs.values()]
 
 
-def _stage_run(
-    job: StageJob, cell: Cell, plan: PhasePlan, tree: StageTree, states: _States, costs: Costs
-) -> dict[str, Any]:
+def stage_run_document(job: StageJob, plan: PhasePlan, standing: Standing) -> dict[str, Any]:
+    """A stage run as `plan` and `status` list it, but for its cost."""
     actions = _within(job.table, job.first_step)
     variants = list(dict.fromkeys(action[2] for action in actions))
     return {
         "id": job.id,
-        "parent": job.parent if job.parent in tree.stage_runs else None,
+        "parent": job.parent if job.parent in standing.tree.stage_runs else None,
         "phase": job.phase,
         "variant": variants[0] if len(variants) == 1 else plan.policy,
         "first_step": job.first_step,
         "last_step": job.last_step,
         "actions": actions,
-        "cells": list(tree.cells_of[job.id]),
-        "state": states.state(job.id),
+        "cells": list(standing.tree.cells_of[job.id]),
+        "state": standing.state(job.id),
         "keep": job.keep,
-        "cost": costs.stage_run(cell, plan, job.first_step, job.last_step),
     }
 
 
@@ -145,79 +133,26 @@ def step_table(plan: PhasePlan) -> list[list[Any]]:
     return [[action.first_step, action.last_step, action.variant] for action in plan.table]
 
 
-def _cell(
-    cell: Cell, price: dict[str, float | None], tree: StageTree, ledger: Ledger, states: _States
-) -> dict[str, Any]:
-    path = tree.path_of[cell.id]
-    tests = [
-        {
-            "name": job.name,
-            "under": job.under,
-            "id": job.id,
-            "state": _evaluation_state(job.id, ledger, states),
-        }
-        for job in cell.evaluations
-    ]
-    missing = [test for test in tests if test["state"] != "done"]
-    parts = [states.state(identity) for identity in (*path, cell.state)] + [test["state"] for test in tests]
-    state = next((each for each in ("failed", "running", "new") if each in parts), "done")
-    reasons = _reasons(cell, state, path, missing, ledger, states)
+def _cell(cell: Cell, price: dict[str, float | None], standing: Standing, reasons: Reasons) -> dict[str, Any]:
+    told = reasons.of(cell)
     return {
         "id": cell.id,
         "name": cell.name,
         "axes": cell.axes,
-        "state": state,
-        "stage_runs": list(path),
+        "state": standing.cell(cell),
+        "stage_runs": list(standing.tree.path_of[cell.id]),
         "cost": price,
         "phases": [
             {"phase": plan.name, "total_steps": plan.total_steps, "seed": plan.seed, "schedule": step_table(plan)}
             for plan in cell.phases
         ],
-        "evaluations": tests,
-        "reasons": reasons,
-        "reason": "; ".join(reasons),
+        "evaluations": [
+            {"name": job.name, "under": job.under, "id": job.id, "state": standing.evaluation(job.id)}
+            for job in cell.evaluations
+        ],
+        "reasons": told,
+        "reason": "; ".join(told),
     }
-
-
-def _evaluation_state(identity: str, ledger: Ledger, states: _States) -> str:
-    if ledger.evaluation(identity) is not None:
-        return "done"
-    return "failed" if identity in states.blocked else "new"
-
-
-def _reasons(
-    cell: Cell, state: str, path: Sequence[str], missing: Sequence[dict[str, Any]], ledger: Ledger, states: _States
-) -> list[str]:
-    """Why a cell has work to do, for people."""
-    if state == "done":
-        return ["done"]
-    reasons = []
-    for identity in (cell.root.id, *path, *(job.id for job in cell.evaluations)):
-        if identity in states.blocked and (failure := ledger.failure(identity)) is not None:
-            text = str(failure.get("error", "no reason recorded")).strip() or "no reason recorded"
-            reasons.append(f"failed: {text.splitlines()[0]} (--retry-failed takes it up again)")
-            break
-    needed = [run for run in path if run in states.needed]
-    if len(needed) == len(path) and path and not any(ledger.is_done(run) for run in path):
-        reasons.append("new")
-    elif needed:
-        reasons.append(f"{len(path) - len(needed)} of {len(path)} stage runs are done")
-    for run in needed:
-        if ledger.is_done(run):
-            reasons.append("a stored state it starts from has no checkpoint any more: trained again")
-        elif step := _last_checkpoint(ledger, run):
-            reasons.append(f"continues at step {step}")
-    if not needed and missing:
-        reasons += [f"evaluation {test['name']} under {test['under']} is missing" for test in missing]
-    return reasons or ["new"]
-
-
-def _last_checkpoint(ledger: Ledger, run: str) -> int | None:
-    try:
-        names = os.listdir(ledger.work_folder(run))
-    except OSError:
-        return None
-    return max((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()), default=None)
 
 
 def _sum(values: Any) -> float | None:

@@ -15,12 +15,13 @@ import yaml
 
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.costing import Costs, share_of_tree
+from orchestrator.plan.holders import is_worked_on
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree
 
-Status = Literal["new", "running", "finished", "failed"]
+Status = Literal["new", "running", "interrupted", "finished", "failed"]
 Point = tuple[str, float, int, int]
 _TRACKED = {
     "loss": "train/loss",
@@ -56,16 +57,21 @@ class CellRecord:
 
 
 def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
-    """`finished` only when the cell's state and all its evaluations are there; quick, no metrics are read."""
+    """`finished` only when the cell's state and all its evaluations are there; quick, no metrics are read.
+
+    `running` where it was begun and a living driver works on the tree, `interrupted` where none does.
+    """
     state, path = cell.state, tree.path_of[cell.id]
     tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
     if all(tests) and (ledger.is_done(state) or not path):
         return "finished"
-    jobs = (cell.root.id, *path, *(job.id for job in cell.evaluations))
+    jobs = (cell.root.id, *tree.origins_of.get(cell.id, ()), *path, *(job.id for job in cell.evaluations))
     if any(ledger.failure(job) is not None for job in jobs):
         return "failed"
     begun = any(tests) or any(ledger.is_done(run) or ledger.work_folder(run).is_dir() for run in path)
-    return "running" if begun else "new"
+    if not begun:
+        return "new"
+    return "running" if is_worked_on(tree, ledger) else "interrupted"
 
 
 def cell_record(
@@ -84,6 +90,7 @@ def cell_record(
     status = cell_status(cell, tree, ledger)
     resolved = cell.spec.model_dump(mode="json")
     runs = _trained_runs(cell, tree, ledger)
+    trained = ledger.is_done(cell.state) if cell.phases else status == "finished"
     return CellRecord(
         cell_id=cell.id,
         cell_name=cell.name,
@@ -98,7 +105,7 @@ def cell_record(
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
         history=tuple(_history(cell, tree, ledger, runs)),
-        summary=_summary(cell, ledger, runs, costs if status == "finished" else None),
+        summary=_summary(cell, ledger, runs, costs if trained else None),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
 
@@ -120,10 +127,17 @@ def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run]:
     """The stage runs that led to the cell's furthest finished state, first to last.
 
     Followed by the recorded parents, not by the tree: a state may have been trained before another cell cut its way.
+    What another experiment trained for it to start from is that one's.
     """
+    if not cell.phases:
+        return []
+    first = cell.phases[0].start
     state: str | None = next((run for run in reversed(tree.path_of[cell.id]) if ledger.is_done(run)), None)
     runs: list[_Run] = []
-    while state is not None and (job := ledger.job(state)) is not None and job.get("type") == "stage":
+    while state is not None and state != first and (job := ledger.job(state)) is not None:
+        if job["type"] == "start":
+            state = job["base"]
+            continue
         batch = int(job["recipe"]["global_batch_size"])
         result = ledger.result(state) or {}
         steps = (int(job["first_step"]), int(job["last_step"]), int(job["total_steps"]))
@@ -228,7 +242,7 @@ def _tree_share(cell: Cell, tree: StageTree, costs: Costs) -> float:
 
 
 def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | None) -> dict[str, float]:
-    """Scores that are there; costs once the cell is finished (`costs` given)."""
+    """Scores that are there; costs once the cell is trained (`costs` given)."""
     summary: dict[str, float] = {}
     for job in cell.evaluations:
         place = f"eval/{job.name}" if job.under == "final" else f"eval/{job.name}/under_{job.under}"

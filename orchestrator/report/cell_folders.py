@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.plan.cell import Cell
+from orchestrator.plan.differences import cell_values
 from orchestrator.plan.identity import digest
 from orchestrator.plan.record import CellRecord
 from orchestrator.plan.walk import Walk
@@ -23,7 +24,10 @@ def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
     for name, content in record.artifacts.items():
         if isinstance(content, str):
             (folder / name).write_text(content)
-    summary = {"cell_id": cell.id, "status": record.status, "params": record.params, "metrics": record.summary}
+    summary = {
+        "cell_id": cell.id, "status": record.status, "params": record.params, "metrics": record.summary,
+        "values": cell_values(cell),
+    }  # fmt: skip
     (folder / "record.json").write_text(json.dumps(summary, indent=2) + "\n")
     return folder
 

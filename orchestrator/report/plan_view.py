@@ -1,44 +1,65 @@
-"""`plan` on the screen: cells and their cost, the stage tree, and the sums."""
+"""`plan` on the screen: cells with what they cost and why they run, the stage tree, and the sums."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.tree import Tree
+from rich.text import Text
+
+from orchestrator.report.tree_view import hours_text, number, print_cells, stage_tree, state_text, whose
+
+_KEPT = {"full": "keeps its checkpoint", "weights": "keeps its weights", "none": "keeps nothing"}
 
 
 def print_plan(document: dict[str, Any], console: Console) -> None:
     """Prints a plan document (DESIGN section 4)."""
-    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("cell", "state", "train TFLOPs", "visual layer-tokens", "CR", "why"):
-        grid.add_column(name, justify="right" if name[0] in "tvC" else "left", overflow="fold")
-    for cell in document["cells"]:
-        cost = cell["cost"]
-        grid.add_row(
-            cell["name"],
-            cell["state"],
-            _number(cost.get("train_tflops")),
-            _number(cost.get("visual_layer_tokens"), 1),
-            _number(cost.get("compression_ratio"), 3),
-            str(cell.get("reason", "")),
-        )
-    console.print(f"[bold]{document['experiment']}[/bold]")
-    console.print(grid)
+    console.print(Text(document["experiment"], style="bold"))
+    columns = {
+        "train TFLOPs": lambda cell: number(cell["cost"].get("train_tflops")),
+        "visual layer-tokens": lambda cell: number(cell["cost"].get("visual_layer_tokens"), 1),
+        "CR": lambda cell: number(cell["cost"].get("compression_ratio"), 3),
+        "why": lambda cell: str(cell.get("reason", "")),
+    }
+    print_cells(document["cells"], columns, console, right=("train TFLOPs", "visual layer-tokens", "CR"))
     if document["variants"]:
         console.print(_variants(document["variants"]))
-    console.print(_tree(document))
-    totals = document["totals"]
-    alone, shared = totals.get("train_tflops_alone"), totals.get("train_tflops_shared")
-    saved = f" ({1 - shared / alone:.0%} saved by sharing)" if alone and shared is not None else ""
-    console.print(
-        f"{totals['cells']} cells, {totals['stage_runs']} stage runs; train TFLOPs alone {_number(alone)}, "
-        f"shared {_number(shared)}{saved}; disk at most {_number(totals.get('disk_peak_gib'))} GiB",
-        highlight=False,
-    )
+    names = {cell["id"]: cell["name"] for cell in document["cells"]}
+    console.print(stage_tree(document["stage_runs"], lambda run: _label(run, names)))
+    for line in _totals(document["totals"]):
+        console.print(line, highlight=False, markup=False)
     for notice in document.get("notices", ()):
         console.print(f"note: {notice}", highlight=False, markup=False)
+
+
+def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+    cost = number(run["cost"].get("train_tflops"))
+    return Text("  ").join(
+        [
+            Text(f"{run['phase']} {run['first_step']}-{run['last_step']}"),
+            Text(run["variant"], style="bold"),
+            state_text(run["state"]),
+            Text(f"{cost} TFLOPs"),
+            Text(_KEPT[run["keep"]], style="dim"),
+            Text(whose([names[identity] for identity in run["cells"]])),
+        ]
+    )
+
+
+def _totals(totals: Mapping[str, Any]) -> list[str]:
+    """What sharing saves, what is done, and what it takes."""
+    alone, shared, ratio = (totals.get(f"train_{name}") for name in ("tflops_alone", "tflops_shared", "ratio"))
+    saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {1 - ratio:.0%})"
+    lines = [
+        f"{totals['cells']:,} cells: {totals['stage_runs']:,} stage runs for {totals['stage_runs_alone']:,} alone, "
+        f"{totals['stage_runs_done']:,} done; {totals['evaluations']:,} evaluations for "
+        f"{totals['evaluations_alone']:,} alone, {totals['evaluations_done']:,} done",
+        f"train TFLOPs {number(shared)} shared, {number(alone)} alone{saved}; "
+        f"disk at most {number(totals.get('disk_peak_gib'))} GiB",
+    ]
+    return [*lines, hours] if (hours := hours_text(totals)) else lines
 
 
 def _variants(variants: list[dict[str, Any]]) -> RichTable:
@@ -49,33 +70,10 @@ def _variants(variants: list[dict[str, Any]]) -> RichTable:
     for variant in variants:
         points = variant["points"]
         grid.add_row(
-            variant["name"] + (f" (control {variant['control']})" if variant["control"] else ""),
+            Text(variant["name"] + (f" (control {variant['control']})" if variant["control"] else "")),
             ", ".join(f"{point['kind']} at {point['layer']}" for point in points),
-            ", ".join(_number(point["kept_tokens"], 0) for point in points),
-            _number(variant["layer_average_tokens"], 1),
-            _number(variant["compression_ratio"], 3),
+            ", ".join(number(point["kept_tokens"], 0) for point in points),
+            number(variant["layer_average_tokens"], 1),
+            number(variant["compression_ratio"], 3),
         )
     return grid
-
-
-def _tree(document: dict[str, Any]) -> Tree:
-    runs = {run["id"]: run for run in document["stage_runs"]}
-    names = {cell["id"]: cell["name"] for cell in document["cells"]}
-    root = Tree("stage tree")
-    branches: dict[str, Tree] = {}
-    for run in document["stage_runs"]:
-        parent = branches[run["parent"]] if run["parent"] in runs else root
-        whose = [names[identity] for identity in run["cells"]]
-        cells = whose[0] if len(whose) == 1 else f"{len(whose)} cells"
-        branches[run["id"]] = parent.add(
-            f"{run['phase']} {run['first_step']}-{run['last_step']}  {run['variant']}  "
-            f"{_number(run['cost'].get('train_tflops'))} TFLOPs  [{run['state']}]  {cells}".replace("[", r"\[")
-        )
-    return root
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    if value is None:
-        return "–"
-    # What would round to nothing shows its first digits instead.
-    return f"{value:.{digits}g}" if 0 < abs(value) < 10**-digits else f"{value:,.{digits}f}"

@@ -1,57 +1,195 @@
-"""`status`: what is done, running, failed and still to do."""
+"""`status`: what runs where, what is shared, what waits, what failed and why, and the time left; from files alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
+from rich.text import Text
 
-from orchestrator.plan.jobs import StageJob
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.costing import Costs
+from orchestrator.plan.document import stage_run_document, with_plans
+from orchestrator.plan.hours import hours_document, last_metrics, steps_done
+from orchestrator.plan.jobs import EvaluationJob, StageJob
+from orchestrator.plan.reasons import Reasons, Standing
 from orchestrator.plan.walk import Walk
-from orchestrator.report.live import last_metrics
+from orchestrator.report.tree_view import counted, hours_text, print_cells, stage_tree, state_text, whose
+
+# Only ratios between variants count here; the data's real lengths need not be read.
+_TEXT_TOKENS = 64.0
 
 
 def status_document(walk: Walk) -> dict[str, Any]:
-    """Every cell's state, the steps it has done, and why it failed."""
-    failures = walk.failures()
-    cells = []
+    """Cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
+
+    A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
+    where it was begun and a driver of this experiment is busy elsewhere.
+    """
+    standing = Standing.of(walk.tree, walk.ledger)
+    jobs = {*walk.tree.order, *walk.tree.evaluations}
+    busy = not jobs.isdisjoint(standing.holders)
+    runs = [_stage_run(walk, standing, job, stage_run_document(job, plan, standing), busy)
+            for job, _, plan in with_plans(walk.cells, walk.tree)]  # fmt: skip
+    wanted: dict[str, list[str]] = {}
     for cell in walk.cells:
-        done = total = 0
-        for identity in walk.tree.path_of[cell.id]:
-            job = walk.tree.stage_runs.get(identity)
-            if isinstance(job, StageJob):
-                total += job.last_step - job.first_step
-                done += _steps_done(walk, job)
-        state = walk.status(cell)
-        cells.append(
-            {
-                "name": cell.name,
-                "id": cell.id,
-                "state": "failed" if cell.name in failures else state,
-                "steps_done": done,
-                "steps": total,
-                "error": failures.get(cell.name),
-            }
-        )
-    return {"experiment": walk.loaded.spec.name, "storage": str(walk.ledger.storage), "cells": cells}
+        for test in dict.fromkeys(job.id for job in cell.evaluations):
+            wanted.setdefault(test, []).append(cell.id)
+    tests = [_evaluation(walk, standing, job, wanted[job.id]) for job in walk.tree.evaluations.values()]
+    roots = [
+        {"id": root, "state": standing.state(root), **_about(walk, standing, root, standing.state(root))}
+        for root in (*walk.tree.roots, *walk.tree.starts)
+    ]
+    reasons = Reasons(standing, walk.cells, None)
+    steps = {run["id"]: run["steps_done"] for run in runs}
+    return {
+        "experiment": walk.loaded.spec.name,
+        "storage": str(walk.ledger.storage),
+        "cells": [_cell(walk, standing, cell, steps, reasons, busy) for cell in walk.cells],
+        "stage_runs": runs,
+        "evaluations": tests,
+        "roots": roots,
+        "totals": _totals(walk, standing, runs, tests),
+    }
 
 
-def _steps_done(walk: Walk, job: StageJob) -> int:
-    if walk.ledger.is_done(job.id):
-        return job.last_step - job.first_step
-    metrics = last_metrics(walk.ledger.metrics_file(job.id))
-    return 0 if metrics is None else int(metrics["step"]) + 1 - job.first_step
+def _cell(
+    walk: Walk, standing: Standing, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
+) -> dict[str, Any]:
+    path = walk.tree.path_of[cell.id]
+    done, state = sum(steps[run] for run in path), str(standing.cell(cell))
+    begun = done > 0 or any(standing.evaluation(job.id) == "done" for job in cell.evaluations)
+    if state == "new" and begun:
+        state = "waiting" if busy else "interrupted"
+    failure = standing.failure(cell)
+    return {
+        "name": cell.name,
+        "id": cell.id,
+        "state": "finished" if state == "done" else state,
+        "steps_done": done,
+        "steps": sum(plan.total_steps for plan in cell.phases),
+        "stage_runs": list(path),
+        "evaluations": [job.id for job in cell.evaluations],
+        "error": failure[1] if failure else None,
+        "log": str(walk.ledger.log_file(failure[0])) if failure else None,
+        "reasons": reasons.of(cell),
+    }
+
+
+def _stage_run(walk: Walk, standing: Standing, job: StageJob, about: dict[str, Any], busy: bool) -> dict[str, Any]:
+    state, metrics = about["state"], last_metrics(walk.ledger.metrics_file(job.id))
+    done = job.last_step - job.first_step if state == "done" else steps_done(job, metrics)
+    if state == "new" and done:
+        state = "waiting" if busy else "interrupted"
+    figures = {key: metrics.get(key) for key in ("step", "loss", "samples_per_second")} if metrics else {}
+    return {
+        **about,
+        "state": state,
+        "steps_done": done,
+        **({} if state == "done" else figures),
+        **_about(walk, standing, job.id, state),
+    }
+
+
+def _evaluation(walk: Walk, standing: Standing, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
+    state = standing.evaluation(job.id)
+    about = {"id": job.id, "name": job.name, "under": job.under, "of": job.state, "state": state, "cells": cells}
+    return {**about, **_about(walk, standing, job.id, state)}
+
+
+def _about(walk: Walk, standing: Standing, identity: str, state: str) -> dict[str, Any]:
+    """Who works on a job; why it failed; where its log is."""
+    holder = standing.holders.get(identity) if state == "running" else None
+    failure = walk.ledger.failure(identity) if state == "failed" else None
+    log = walk.ledger.log_file(identity) if state != "new" else None
+    return {
+        "holder": holder and {"lane": holder.lane, "host": holder.host, "pid": holder.pid, "owner": holder.owner},
+        "error": str(failure.get("error", "")).strip() or "no reason recorded" if failure else None,
+        "log": str(log) if log is not None and log.is_file() else None,
+    }
+
+
+def _totals(walk: Walk, standing: Standing, runs: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
+    costs = Costs(_TEXT_TOKENS)
+    work = {
+        job.id: costs.stage_run(cell, plan, job.first_step, job.last_step)["train_tflops"]
+        for job, cell, plan in with_plans(walk.cells, walk.tree)
+    }
+    return {
+        "cells": len(walk.cells),
+        "stage_runs": len(runs),
+        "stage_runs_done": sum(run["state"] == "done" for run in runs),
+        "evaluations": len(tests),
+        "evaluations_done": sum(test["state"] == "done" for test in tests),
+        **hours_document(standing, work, walk.loaded.spec.cluster),
+    }
 
 
 def print_status(document: dict[str, Any], console: Console) -> None:
-    """A line a cell."""
-    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("cell", "state", "steps", "id", "reason"):
-        grid.add_column(name, overflow="fold")
-    for cell in document["cells"]:
-        reason = (cell["error"] or "").strip().splitlines()
-        steps = f"{cell['steps_done']}/{cell['steps']}"
-        grid.add_row(cell["name"], cell["state"], steps, cell["id"][:12], reason[0] if reason else "")
-    console.print(f"{document['experiment']}  {document['storage']}", highlight=False, markup=False)
-    console.print(grid)
+    """The sums, what runs, a line a cell, the tree, and what failed."""
+    cells, totals = document["cells"], document["totals"]
+    names = {cell["id"]: cell["name"] for cell in cells}
+    console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
+    console.print(
+        f"{len(cells):,} cells: {counted(cell['state'] for cell in cells)}; "
+        f"{totals['stage_runs_done']:,}/{totals['stage_runs']:,} stage runs, "
+        f"{totals['evaluations_done']:,}/{totals['evaluations']:,} evaluations done",
+        highlight=False,
+    )
+    if hours := hours_text(totals):
+        console.print(hours, highlight=False)
+    columns = {
+        "steps": lambda cell: f"{cell['steps_done']}/{cell['steps']}",
+        "id": lambda cell: cell["id"][:12],
+        "reason": lambda cell: "; ".join(cell["reasons"]) if cell["state"] != "finished" else "",
+    }
+    print_cells(cells, columns, console)
+    runs = document["stage_runs"]
+    notes: dict[str | None, list[Text]] = {}
+    known = {run["id"] for run in runs}
+    for test in document["evaluations"]:
+        if test["state"] in ("running", "failed"):
+            notes.setdefault(test["of"] if test["of"] in known else None, []).append(_evaluation_label(test, names))
+    for root in document["roots"]:
+        if root["state"] in ("running", "failed"):
+            notes.setdefault(None, []).append(_line(Text("initial weights"), root))
+    console.print(stage_tree(runs, lambda run: _label(run, names), notes))
+    _print_failures(document, console)
+
+
+def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+    line = Text(f"{run['phase']} {run['first_step']}-{run['last_step']}  ")
+    line.append(run["variant"], style="bold")
+    parts = [line]
+    if run["state"] != "done" and run["steps_done"]:
+        figures = f"step {run['step'] + 1}/{run['last_step']}"
+        if run["state"] == "running":
+            figures += f"  loss {run['loss']:.3f}  {run['samples_per_second']:.0f} samples/s"
+        parts.append(Text(figures))
+    return _line(Text("  ").join(parts), run, [names[identity] for identity in run["cells"]])
+
+
+def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+    return _line(Text(f"evaluate {test['name']} under {test['under']}"), test, [names[one] for one in test["cells"]])
+
+
+def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) -> Text:
+    """What it is, its state, who works on it, for whom."""
+    parts = [what, state_text(job["state"])]
+    if holder := job["holder"]:
+        parts.append(Text(f"{holder['lane']} pid {holder['pid']} on {holder['host']}".strip(), style="cyan"))
+    if cells:
+        parts.append(Text(whose(cells)))
+    return Text("  ").join(parts)
+
+
+def _print_failures(document: dict[str, Any], console: Console) -> None:
+    for job in (*document["roots"], *document["stage_runs"], *document["evaluations"]):
+        if job["error"]:
+            what = (
+                f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else job.get("name", "root")
+            )
+            console.print(Text(f"failed: {what}: {job['error'].splitlines()[0]}", style="red"), soft_wrap=True)
+            if job["log"]:
+                console.print(Text(f"        log: {job['log']}"), soft_wrap=True)

@@ -90,8 +90,10 @@ def _row(
     finished = [record for record in group if record.status == "finished"]
     values: dict[str, float] = {}
     spread: dict[str, float] = {}
-    for name in dict.fromkeys(name for record in finished for name in record.summary):
-        numbers = [r.summary[name] for r in finished if name in r.summary and math.isfinite(r.summary[name])]
+    # A cell of its own shows what it has, whatever failed beside it; a mean is over finished cells only.
+    counted = finished if len(group) > 1 else group
+    for name in dict.fromkeys(name for record in counted for name in record.summary):
+        numbers = [r.summary[name] for r in counted if name in r.summary and math.isfinite(r.summary[name])]
         if numbers:
             values[name] = mean(numbers)
         if len(numbers) > 1:
@@ -104,7 +106,8 @@ def _row(
     if len(group) > 1:
         marks.append(f"{len(finished)} of {len(group)} cells")
     states = {record.status for record in group}
-    status = states.pop() if len(states) == 1 else "failed" if "failed" in states else "running"
+    worst = (state for state in ("failed", "running") if state in states)
+    status = states.pop() if len(states) == 1 else next(worst, "interrupted")
     name = group[0].cell_name if len(group) == 1 else _group_name(own, group)
     return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks))
 

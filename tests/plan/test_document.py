@@ -17,6 +17,7 @@ from orchestrator.plan.cost import Sample, train_tflops_per_sample
 from orchestrator.plan.costing import Costs
 from orchestrator.plan.document import plan_document
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
+from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import cell_record, cell_status
 from orchestrator.plan.tree import build_stage_tree
@@ -74,7 +75,7 @@ class Run:
         if isinstance(job, EvaluationJob):
             self.ledger.write_evaluation(job.id, {"metrics": {"accuracy": 0.25 if job.points else 0.75}})
             return
-        work = self.ledger.work_folder(job.id)
+        work = self.ledger.writing_folder(job.id)
         (work / "weights").mkdir(parents=True)
         (work / "weights" / "model.safetensors").write_bytes(b"w")
         (work / "job.json").write_text(json.dumps(job_to_json(job)))
@@ -165,8 +166,11 @@ def test_states_and_reasons_follow_the_ledger(run: Run) -> None:
     wide = run.tree.stage_runs[run.tree.path_of[run.cells[1].id][-1]]
     run.spool(wide, 10, 15)
     (run.ledger.work_folder(wide.id) / "step_000015").mkdir()
-    with run.ledger.lock("toy"):
-        assert run.document()["cells"][1]["state"] == "running"
+    leases = Leases(run.ledger.store, "driver")
+    leases.acquire(wide.id, "lane-0")
+    assert run.document()["cells"][1]["state"] == "running"
+    leases.close()
+    assert run.document()["cells"][1]["state"] == "new"
     assert "continues at step 15" in run.document()["cells"][1]["reason"]
     run.ledger.write_failure(wide.id, {"error": "diverged at step 15\ntrace"})
     failed = run.document()["cells"][1]
@@ -227,6 +231,8 @@ def test_the_record_of_a_cell_under_way(run: Run) -> None:
     for job in work[:2]:
         run.finish(job)
     run.spool(work[2], 0, 4)
+    assert cell_status(run.cells[0], run.tree, run.ledger) == "interrupted"
+    Leases(run.ledger.store, "driver").acquire(work[2].id)
     record = cell_record(run.cells[0], run.tree, run.ledger)
     assert record.status == "running"
     assert [step for key, _, step, _ in record.history if key == "train/loss"] == list(range(14))

@@ -1,0 +1,146 @@
+"""What sets a new cell apart from the nearest finished one: "differs from finished cell X: seed 0 -> 1"."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.cell import Cell, PhasePlan
+from orchestrator.plan.identity import canonical_json
+from orchestrator.plan.reached import RESOLVED, draws_weights
+from orchestrator.plan.storage import read_json
+
+Values = dict[str, str]
+_SHOWN = 3
+_COMPARED = 100
+_RECORDED = 500
+_ACTIONS_SHOWN = 6
+
+
+def cell_values(cell: Cell) -> Values:
+    """What decides what a cell is, as dotted key to text; beside names for people, these are what its id hashes."""
+    model = cell.spec.model
+    values: dict[str, Any] = {}
+    _flatten("model", _fields(model), values)
+    if draws_weights(model):
+        values["seed"] = cell.root.seed
+    for plan in cell.phases:
+        _phase_values(plan, values)
+    return {key: value if isinstance(value, str) else canonical_json(value) for key, value in values.items()}
+
+
+def _fields(spec: Any, leave: frozenset[str] = frozenset()) -> dict[str, Any]:
+    return dict(spec.model_dump(mode="json", exclude=set(type(spec).not_identity | leave)))
+
+
+def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
+    place = f"phases.{plan.name}"
+    _flatten(place, _fields(plan.recipe, RESOLVED), values)
+    values["seed" if plan.recipe.seed is None else f"{place}.seed"] = plan.seed
+    values[f"{place}.steps"] = plan.total_steps
+    if plan.recipe.start_from is not None:
+        _flatten(f"{place}.start_from", plan.recipe.model_dump(mode="json")["start_from"], values)
+    table = [f"{action.variant} {action.first_step}-{action.last_step}" for action in plan.table]
+    few = len(table) <= _ACTIONS_SHOWN
+    values[f"{place}.schedule"] = ", ".join(table) if few else f"{plan.policy} of {len(table)} actions"
+    for action in plan.table if few else ():
+        for number, point in enumerate(action.points):
+            name = f"compressors.{action.variant}" + (f".{number}" if len(action.points) > 1 else "")
+            _flatten(name, point, values)
+    values[f"{place}.data"] = " + ".join(
+        entry["name"] if len(plan.data) == 1 else f"{entry['share']:g} {entry['name']}" for entry in plan.data
+    )
+    for entry in plan.data:
+        _flatten(f"data.{entry['name']}", entry["spec"], values)
+
+
+def _flatten(place: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{place}.{key}", item, into)
+    elif value is not None:
+        into[place] = value
+
+
+def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
+    """`key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
+
+    A variant that only one of them uses is not listed beside the schedule that uses it.
+    """
+    found = []
+    for key in dict.fromkeys((*to, *of)):
+        old, new = of.get(key), to.get(key)
+        if old == new or (key.startswith(("compressors.", "data.")) and (old is None or new is None)):
+            continue
+        found.append(f"{key.removeprefix('phases.')} {old or 'none'} -> {new or 'none'}")
+    return found
+
+
+class Nearest:
+    """Finds the finished cell nearest to a new one, in an experiment and among those its storage has a record of.
+
+    Only the first new cells are compared, with a bounded number of finished ones: a plan of 10,000 cells stays quick.
+
+    Args:
+        finished: Finished cells of the experiment.
+        records: Folder of the recorded cells, `STORAGE/cells`.
+        experiment: Its folder's cells come first.
+    """
+
+    def __init__(self, finished: Iterable[Cell], records: Path, experiment: str) -> None:
+        self._finished, self._records, self._experiment = finished, records, experiment
+        self._known: list[tuple[str, Values]] | None = None
+        self._left = _COMPARED
+
+    def reason(self, cell: Cell) -> str | None:
+        """`differs from finished cell X: …`; None where there is none, or enough cells were compared."""
+        if self._left == 0:
+            return None
+        self._left -= 1
+        own = cell_values(cell)
+        compared = ((name, differences(values, own)) for name, values in self._candidates(cell.id))
+        nearest = min(compared, key=lambda entry: len(entry[1]), default=None)
+        if nearest is None:
+            self._left = 0
+            return None
+        name, found = nearest
+        if not found:
+            found = ["the content of its model, data or plug-ins, or the version of the training"]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        return f"differs from finished cell {name}: {', '.join(found[:_SHOWN])}{more}"
+
+    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values]]:
+        if self._known is None:
+            own = {}
+            for cell in self._finished:
+                own[cell.id] = (cell.name, cell_values(cell))
+                if len(own) == _RECORDED:
+                    break
+            self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
+        return self._known
+
+
+def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values]]:
+    """Names and values of finished cells that were recorded, the newest, those of `experiment` first."""
+    known = set(leave_out)
+    files = heapq.nlargest(
+        _RECORDED, folder.glob("*/*/record.json"), key=lambda file: (file.parts[-3] == experiment, _changed(file))
+    )
+    found = []
+    for file in files:
+        record = read_json(file) or {}
+        values = record.get("values")
+        if record.get("status") == "finished" and isinstance(values, dict) and record.get("cell_id") not in known:
+            known.add(record["cell_id"])
+            place = file.parent.name if file.parts[-3] == experiment else f"{file.parts[-3]}/{file.parent.name}"
+            found.append((place, values))
+    return found
+
+
+def _changed(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,18 @@
+"""Who works on what in a storage: jobs that a living driver holds a lease of."""
+
+from __future__ import annotations
+
+from orchestrator.plan.leases import Holder, Leases
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.tree import StageTree
+
+
+def living_holders(ledger: Ledger) -> dict[str, Holder]:
+    """Jobs under way to who works on them; what a driver left behind that was killed does not count."""
+    return Leases(ledger.store, "onlooker").holders()
+
+
+def is_worked_on(tree: StageTree, ledger: Ledger) -> bool:
+    """True while a living driver holds any job of a tree."""
+    held = living_holders(ledger)
+    return any(job in held for job in (*tree.order, *tree.evaluations)) if held else False

@@ -1,0 +1,171 @@
+"""Time and worker-hours of a tree: what its training took as measured, and what is left at the speed seen so far."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.jobs import StageJob
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.reasons import Standing
+from orchestrator.plan.record import read_metrics
+from orchestrator.spec.infrastructure import ClusterSpec
+
+_TAIL_BYTES = 8192
+# What platform.processor() or platform.machine() call a CPU; a GPU's name is its product's.
+_CPU = re.compile(r"x86_64|amd64|i[3-6]86|aarch64|arm\w*|ppc64\w*|s390x|riscv\w*|.*\b(intel|cpu|processor)\b.*", re.I)
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a metrics file, or None."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    try:
+        return dict(json.loads(lines[-1])) if lines else None
+    except ValueError:
+        return None
+
+
+def steps_done(job: StageJob, metrics: Mapping[str, Any] | None) -> int:
+    """Steps of a stage run under way, from the last line of its metrics."""
+    step = job.first_step if metrics is None else int(metrics.get("step", job.first_step - 1)) + 1
+    return min(max(step, job.first_step), job.last_step) - job.first_step
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a fingerprint's `device` is a GPU."""
+    return bool(device) and _CPU.fullmatch(device) is None
+
+
+@dataclass(frozen=True)
+class Hours:
+    """What training took and what is left of it.
+
+    Attributes:
+        unit: `gpu` or `worker`: what an hour is an hour of.
+        done: Hours of all workers, summed over what is stored and what is under way.
+        left: Hours of all workers still to come; None where nothing tells the speed.
+        seconds_left: Until the last job is done, evaluations included, on `lanes` lanes; None as `left`.
+    """
+
+    unit: str
+    done: float
+    left: float | None
+    seconds_left: float | None
+
+    def document(self) -> dict[str, float]:
+        """Keys for `totals`; what is not known is not there."""
+        found = {f"{self.unit}_hours_done": self.done}
+        if self.left is not None and self.seconds_left is not None:
+            found |= {f"{self.unit}_hours_left": self.left, "seconds_left": self.seconds_left}
+        return found
+
+
+@dataclass
+class _Speed:
+    """Seconds and work measured of one kind of stage run at one number of workers."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+    workers: int = 1
+
+
+def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: int, workers: int) -> Hours | None:
+    """Hours of a tree; None where nothing was measured yet.
+
+    Args:
+        standing: What is done, and of which tree.
+        work: Stage run to its work in any one unit (TFLOPs); None where that is not known.
+        lanes: Worker groups side by side.
+        workers: Workers of a lane, for what is under way.
+    """
+    ledger, tree = standing.ledger, standing.tree
+    speeds: dict[tuple[str, str], _Speed] = {}
+    devices: set[str] = set()
+    done, rest = 0.0, dict[str, float]()
+    for job in tree.stage_runs.values():
+        seconds, share, number = _measured(job, ledger, workers, devices)
+        amount = work[job.id] or float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
+        done += seconds * number
+        if seconds and share:
+            speed = speeds.setdefault((job.phase, _model(job)), _Speed())
+            speed.seconds, speed.work = speed.seconds + seconds, speed.work + share * amount
+            speed.workers = number
+        if job.id in standing.needed and job.id not in standing.blocked:
+            rest[job.id] = amount if ledger.is_done(job.id) else amount * (1 - share)
+    if not done:
+        return None
+    unit = "gpu" if devices and all(map(is_gpu, devices)) else "worker"
+    left = {run: _seconds(tree.stage_runs[run], amount, speeds) for run, amount in rest.items()}
+    known = {run: found for run, found in left.items() if found is not None}
+    if len(known) < len(left):
+        return Hours(unit, done / 3600, None, None)
+    hours = sum(seconds * number for seconds, number in known.values()) / 3600
+    seconds_of = {run: seconds for run, (seconds, _) in known.items()}
+    return Hours(unit, done / 3600, hours, _until_the_end(standing, seconds_of, lanes))
+
+
+def _measured(job: StageJob, ledger: Ledger, workers: int, devices: set[str]) -> tuple[float, float, int]:
+    """Seconds trained, the share of the stage run that they are for, and the workers they were spent on."""
+    if (result := ledger.result(job.id)) is not None:
+        mark = result.get("fingerprint") or {}
+        devices.add(str(mark.get("device", "")))
+        return float(result.get("train_seconds") or 0.0), 1.0, int(mark.get("world_size") or workers)
+    spool = ledger.metrics_file(job.id)
+    lines = read_metrics(spool) if spool.is_file() else []
+    seconds = sum(float(line.get("step_seconds", 0.0)) for line in lines)
+    share = steps_done(job, lines[-1] if lines else None) / (job.last_step - job.first_step)
+    return seconds, share, workers
+
+
+def _seconds(job: StageJob, amount: float, speeds: Mapping[tuple[str, str], _Speed]) -> tuple[float, int] | None:
+    """Seconds and workers for some work: at the speed of its own phase and model, else of the model's other phase."""
+    model = _model(job)
+    same = [speeds[job.phase, model]] if (job.phase, model) in speeds else []
+    for speed in same or [speed for (_, other), speed in speeds.items() if other == model]:
+        return speed.seconds / speed.work * amount, speed.workers
+    return None
+
+
+def _model(job: StageJob) -> str:
+    return str(job.model.get("model_name_or_path"))
+
+
+def _until_the_end(standing: Standing, seconds_of: Mapping[str, float], lanes: int) -> float:
+    """At least the longest way through what is left, and at least all of it divided by the lanes."""
+    tree = standing.tree
+    measured = [r for job in tree.evaluations if (r := standing.ledger.evaluation(job)) is not None]
+    each = sum(float(r.get("seconds") or 0.0) for r in measured) / len(measured) if measured else 0.0
+    total = longest = 0.0
+    ends: dict[str, float] = {}
+    for state in tree.order:
+        job = tree.stage_runs.get(state)
+        begin = ends.get(job.parent, 0.0) if job is not None else 0.0
+        tests = [job.id for job in tree.evaluations_of.get(state, ()) if _is_open(standing, job.id)]
+        total += seconds_of.get(state, 0.0) + each * len(tests)
+        ends[state] = begin + seconds_of.get(state, 0.0)
+        longest = max(longest, ends[state] + each * bool(tests))
+    return max(longest, total / max(1, lanes))
+
+
+def _is_open(standing: Standing, evaluation: str) -> bool:
+    return evaluation not in standing.blocked and standing.ledger.evaluation(evaluation) is None
+
+
+def hours_document(standing: Standing, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
+    """Hours done and left as keys for `totals`; empty where nothing was measured yet."""
+    # Lanes that hold something tell more than the spec, which may say `auto`.
+    working = {(holder.owner, holder.lane) for holder in standing.holders.values()}
+    lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)
+    workers = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers.min
+    hours = measured_hours(standing, work, lanes, workers)
+    return hours.document() if hours is not None else {}

@@ -1,0 +1,151 @@
+"""Where each job of a plan stands in the ledger, and why a cell has work to do, in words for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.differences import Nearest
+from orchestrator.plan.holders import living_holders
+from orchestrator.plan.leases import Holder
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.tree import StageTree
+
+State = Literal["new", "running", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the ledger says of a tree's jobs, read once.
+
+    Attributes:
+        needed: States to be written.
+        blocked: States and evaluations that failed, and those that stand on them.
+        holders: Jobs under way to who works on them.
+    """
+
+    tree: StageTree
+    ledger: Ledger
+    needed: frozenset[str]
+    blocked: frozenset[str]
+    holders: Mapping[str, Holder]
+
+    @classmethod
+    def of(cls, tree: StageTree, ledger: Ledger) -> Standing:
+        """The standing now."""
+        needed = tree.needed(ledger)
+        blocked = tree.blocked(ledger, needed)
+        return cls(tree, ledger, frozenset(needed), frozenset(blocked), living_holders(ledger))
+
+    def state(self, identity: str) -> State:
+        """Of a state: a root or a stage run."""
+        if identity in self.needed:
+            return "running" if identity in self.holders else "failed" if identity in self.blocked else "new"
+        return "done"
+
+    def evaluation(self, identity: str) -> State:
+        """Of an evaluation."""
+        if self.ledger.evaluation(identity) is not None:
+            return "done"
+        return "running" if identity in self.holders else "failed" if identity in self.blocked else "new"
+
+    def cell(self, cell: Cell) -> State:
+        """Of a cell: failed, running or new where any of its parts is, in this order."""
+        parts = {self.state(identity) for identity in (*self.tree.path_of[cell.id], cell.state)}
+        parts |= {self.evaluation(job.id) for job in cell.evaluations}
+        states: tuple[State, ...] = ("failed", "running", "new")
+        return next((each for each in states if each in parts), "done")
+
+    def jobs(self, cell: Cell) -> tuple[str, ...]:
+        """All that a cell needs, in order; other experiments' stage runs that it starts from included."""
+        origins = self.tree.origins_of.get(cell.id, ())
+        return (cell.root.id, *origins, *self.tree.path_of[cell.id], *(job.id for job in cell.evaluations))
+
+    def failure(self, cell: Cell) -> tuple[str, str] | None:
+        """The job of a cell that failed, and why."""
+        for identity in self.jobs(cell):
+            if identity in self.blocked and (failure := self.ledger.failure(identity)) is not None:
+                return identity, str(failure.get("error", "")).strip() or "no reason recorded"
+        return None
+
+    @cached_property
+    def passed(self) -> set[str]:
+        """Stage runs to be trained that a finished one of their phase went through: their steps were trained before."""
+        found: set[str] = set()
+        for state in reversed(self.tree.order):
+            job = self.tree.stage_runs.get(state)
+            trained = state in found or (job is not None and self.ledger.is_done(state))
+            if job is not None and trained and not job.starts_phase and job.parent in self.needed:
+                found.add(job.parent)
+        return found
+
+
+class Reasons:
+    """Says why a cell has work to do.
+
+    Args:
+        cells: All cells of the experiment; a new one is compared with those that are finished.
+        experiment: Its name; cells it recorded earlier are compared with first. None compares nothing.
+    """
+
+    def __init__(self, standing: Standing, cells: Sequence[Cell], experiment: str | None) -> None:
+        self._standing = standing
+        done = (cell for cell in cells if standing.cell(cell) == "done")
+        records = standing.ledger.storage / "cells"
+        self._nearest = Nearest(done, records, experiment) if experiment is not None else None
+
+    def of(self, cell: Cell) -> list[str]:
+        """`["done"]`, or all that is to be told of a cell, the weightiest first."""
+        standing, ledger = self._standing, self._standing.ledger
+        if standing.cell(cell) == "done":
+            return ["done"]
+        path = standing.tree.path_of[cell.id]
+        needed = [run for run in path if run in standing.needed]
+        reasons = list(self._failure(cell))
+        reasons += _elsewhere(standing.holders[job] for job in standing.jobs(cell) if job in standing.holders)
+        untouched = len(needed) == len(path) and path and not any(ledger.is_done(run) for run in path)
+        if untouched:
+            reasons.append("new")
+        elif needed:
+            reasons.append(f"{len(path) - len(needed)} of {len(path)} stage runs are done")
+        reasons += self._again(needed)
+        reasons += [f"continues at step {step}" for run in needed if (step := last_checkpoint(ledger, run))]
+        if needed and self._nearest is not None and (difference := self._nearest.reason(cell)) is not None:
+            reasons.append(difference)
+        if not needed:
+            missing = (job for job in cell.evaluations if standing.evaluation(job.id) != "done")
+            reasons += [f"evaluation {job.name} under {job.under} is missing" for job in missing]
+        return reasons or ["new"]
+
+    def _failure(self, cell: Cell) -> Iterable[str]:
+        if (failure := self._standing.failure(cell)) is not None:
+            yield f"failed: {failure[1].splitlines()[0]} (--retry-failed takes it up again)"
+
+    def _again(self, needed: Sequence[str]) -> Iterable[str]:
+        """Steps that were trained before and are trained once more, since the state they led to was not kept."""
+        runs = self._standing.tree.stage_runs
+        dropped = [runs[run] for run in needed if self._standing.ledger.is_done(run)]
+        if dropped:
+            steps = sum(job.last_step - job.first_step for job in dropped)
+            yield f"checkpoint dropped: {steps:,} steps again"
+        passed = [runs[run] for run in needed if run in self._standing.passed and runs[run] not in dropped]
+        if passed:
+            steps = sum(job.last_step - job.first_step for job in passed)
+            yield f"leaves finished work at step {passed[-1].last_step}, not stored: {steps:,} steps again"
+
+
+def _elsewhere(holders: Iterable[Holder]) -> list[str]:
+    return list(dict.fromkeys(f"runs elsewhere: pid {holder.pid} on {holder.host}" for holder in holders))
+
+
+def last_checkpoint(ledger: Ledger, run: str) -> int | None:
+    """Step of the newest checkpoint inside a stage run under way; whether it is whole is seen when it is loaded."""
+    try:
+        names = os.listdir(ledger.work_folder(run))
+    except OSError:
+        return None
+    return max((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()), default=None)
