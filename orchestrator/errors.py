@@ -5,6 +5,8 @@ LlavoltaError                 one readable block for the user, exit code in `exi
 ├── UsageError                the call is wrong: verb, option, cell, missing folder    (2)
 ├── DataError                 rows or images that cannot be used                       (1)
 ├── StorageError              the ledger or a checkpoint cannot be read or written     (1)
+│   ├── DamagedStateError     a finished state is damaged and must be trained again    (1)
+│   └── StaleWriterError      another driver has taken the work over                   (1)
 ├── StageRunError             a stage run or an evaluation failed                      (1)
 ├── TrackingError             MLflow refused or is unreachable                         (1)
 └── Interrupted               Ctrl-C, SIGTERM or SIGUSR1                                (130 / 75)
@@ -80,6 +82,21 @@ class DataError(LlavoltaError):
 
 class StorageError(LlavoltaError):
     """The ledger or a checkpoint cannot be read or written."""
+
+
+class DamagedStateError(StorageError):
+    """Files of a finished state are missing, cut short or changed; `state` is its id."""
+
+    def __init__(self, message: str, state: str) -> None:
+        self.state = state
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[DamagedStateError], tuple[str, str]]:
+        return (DamagedStateError, (str(self), self.state))
+
+
+class StaleWriterError(StorageError):
+    """Another driver took this work over while this one was thought dead; what it wrote here is not kept."""
 
 
 class StageRunError(LlavoltaError):

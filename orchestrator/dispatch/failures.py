@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.errors import LlavoltaError
+from orchestrator.errors import DamagedStateError, LlavoltaError, StageRunError, StaleWriterError
 
 LOST_WORKER = "LostWorker"
+TAKEN_OVER = StaleWriterError.__name__
 
-# The same input gives the same error again: trying costs time and changes nothing.
-_WILL_FAIL_AGAIN = (
-    LlavoltaError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    NotImplementedError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
+# What the network, a file server or another process may have caused: it can be gone a moment later.
+_MAY_PASS = (OSError, EOFError)
+_STAYS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_STAYING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# By name: they come from libraries this file does not import.
+_PASSING_KINDS = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}
+_PASSING_MODULES = ("httpx", "httpcore", "requests", "urllib3", "botocore")
+# A RuntimeError of torch says only in words whether a peer, the network or the device is at fault.
+_PASSING_WORDS = re.compile(
+    r"closed by peer|connection (reset|refused|closed|aborted)|broken pipe|timed out|nccl|gloo"
+    r"|uncorrectable ecc|unspecified launch failure|socket",
+    re.IGNORECASE,
 )
 
 
@@ -35,11 +35,13 @@ class Failure:
         kind: Class of the exception; `LostWorker` when a worker process died.
         message: One readable sentence or block.
         retry: Whether another attempt can help.
+        damaged: Id of the stored state that turned out to be damaged, where that is the cause.
     """
 
     kind: str
     message: str
     retry: bool
+    damaged: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON mapping."""
@@ -50,15 +52,26 @@ def describe(error: BaseException) -> Failure:
     """The failure an exception stands for.
 
     A worker that was killed or lost can be tried again, and so can what the operating system or the network may have
-    caused. What the spec, the data or the code caused, and memory that did not suffice, comes back the same.
+    caused. What the spec, the data, the code or a plug-in caused, and memory that did not suffice, comes back the same.
     """
     kind = type(error).__name__
     text = str(error).strip()
     if isinstance(error, LlavoltaError):
-        return Failure(kind, text or kind, retry=False)
-    out_of_memory = kind == "OutOfMemoryError" or isinstance(error, MemoryError)
+        # What rank 0 met alone is told to all ranks as a StageRunError; its own cause says what it was.
+        passing = type(error) is StageRunError and error.__cause__ is not None and _may_pass(error.__cause__)
+        return Failure(kind, text or kind, passing, error.state if isinstance(error, DamagedStateError) else None)
     first_line = text.splitlines()[0] if text else ""
     message = f"{kind}: {first_line}" if first_line else kind
-    if out_of_memory:
-        message = f"out of memory ({message}); a smaller phases.*.per_device_train_batch_size needs less"
-    return Failure(kind, message, retry=not out_of_memory and not isinstance(error, _WILL_FAIL_AGAIN))
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        advice = "a smaller phases.*.per_device_train_batch_size needs less"
+        return Failure(kind, f"out of memory ({message}); {advice}", retry=False)
+    return Failure(kind, message, retry=_may_pass(error))
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, _MAY_PASS):
+        return not isinstance(error, _STAYS) and getattr(error, "errno", None) not in _STAYING_NUMBERS
+    kinds = type(error).__mro__
+    if any(kind.__name__ in _PASSING_KINDS or kind.__module__.startswith(_PASSING_MODULES) for kind in kinds):
+        return True
+    return isinstance(error, RuntimeError) and _PASSING_WORDS.search(str(error)) is not None

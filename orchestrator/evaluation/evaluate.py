@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from orchestrator import registry
 from orchestrator.data.encode import Encoder
 from orchestrator.data.load import load_processor
 from orchestrator.data.pipeline import data_spec, template_of
 from orchestrator.data.rows import open_data_set
-from orchestrator.errors import DataError, StorageError
+from orchestrator.errors import DataError
 from orchestrator.evaluation.generate import evaluation_mode
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
 from orchestrator.plan.jobs import EvaluationJob
@@ -31,6 +31,10 @@ class ResultStore(Protocol):
 
     def state_folder(self, id: str) -> Path:
         """Folder of a finished state."""
+        ...
+
+    def fetch(self, state: str, part: Literal["weights"]) -> Path:
+        """Folder of a finished state's part on this machine, checked."""
         ...
 
     def write_evaluation(self, id: str, result: dict[str, Any]) -> None:
@@ -57,16 +61,18 @@ def evaluate_state(
         The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`; None when it was stopped.
 
     Raises:
-        StorageError: the state has no weights.
+        DamagedStateError: the state's weights are missing or damaged.
         StageRunError: a point learns and the state never did; under another variant it can be tested.
         DataError: the rows cannot be read.
     """
     started, workers = time.monotonic(), Workers.here()
     stop = _Stop(should_stop)
     data = replace(evaluation_data(job), should_stop=stop)
+    weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     if model is None:
-        model = _load(job, ledger)
-    outcome = run_under(job, model, data, workers, ledger.state_folder(job.state) / WEIGHTS_FILE)
+        _fetch(job, ledger, workers)
+        model = _load(job, weights)
+    outcome = run_under(job, model, data, workers, weights)
     if stop.met(workers, next(model.parameters()).device):
         return None
     result = {
@@ -168,14 +174,24 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
     return EvaluationData(rows, Encoder(processor, template_of(spec), job.model_max_length), processor)
 
 
-def _load(job: EvaluationJob, ledger: ResultStore) -> PreTrainedModel:
+def _fetch(job: EvaluationJob, ledger: ResultStore, workers: Workers) -> None:
+    """Brings the state's weights to each node, where its first rank checks them; all ranks raise what one found."""
+    fault: Exception | None = None
+    if workers.leads_node:
+        try:
+            ledger.fetch(job.state, "weights")
+        except Exception as error:  # whatever it is, no rank is to wait for one that failed
+            fault = error
+    for found in workers.gather([fault]):
+        if found is not None:
+            raise found
+
+
+def _load(job: EvaluationJob, weights: Path) -> PreTrainedModel:
     import torch
 
     from orchestrator.models.build import build_model, compute_dtype
 
-    weights = ledger.state_folder(job.state) / WEIGHTS_FILE
-    if not weights.is_file():
-        raise StorageError(f"{weights} is missing; the state {job.state} must be trained before it is evaluated")
     spec = ModelSpec.model_validate(job.model)
     model: PreTrainedModel = build_model(spec, weights)
     # The type it was trained to compute in, so that the answer does not depend on whether it was still in memory.

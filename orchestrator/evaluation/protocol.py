@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +29,11 @@ class Workers:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    @property
+    def leads_node(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks, on each of them."""

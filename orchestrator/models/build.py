@@ -126,7 +126,6 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it may be a hard link to a finished state's file
         clean = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(clean, path, metadata={"format": "pt"})
     except (OSError, RuntimeError) as error:

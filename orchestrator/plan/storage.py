@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_aside(part, data)
             part.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -81,13 +78,39 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         fsync_folder(path.parent)
 
 
+def write_aside(part: Path, data: bytes) -> None:
+    """Writes a file that nobody reads yet and makes its content last."""
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically; NaN is refused.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_atomic(path, dump_json(value))
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON for a file.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def parse_json(data: bytes | None) -> dict[str, Any] | None:
+    """A JSON mapping; None where there is none or it is damaged."""
+    try:
+        found = json.loads(data) if data is not None else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -96,14 +119,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         StorageError: the file is there but cannot be read.
     """
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return None
-    except OSError as error:
-        with storage_errors(path.parent):
-            raise error
-    return found if isinstance(found, dict) else None
+    with storage_errors(path.parent):
+        try:
+            return parse_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def list_files(folder: Path) -> list[str]:
@@ -146,24 +166,19 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 def missing_files(folder: Path) -> list[str]:
     """Files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
     files = read_manifest(folder)
-    if files is None:
-        return [MANIFEST]
-    bad = []
-    for name, entry in files.items():
-        try:
-            size = os.stat(folder / name).st_size
-        except OSError:
-            size = -1
-        if size != entry.get("size"):
-            bad.append(name)
-    return bad
+    return [MANIFEST] if files is None else _missing(folder, files)
 
 
 def damaged_files(folder: Path) -> list[str]:
     """Files that are missing, cut short or changed; empty when the folder is whole. Reads every byte."""
-    bad = missing_files(folder)
     files = read_manifest(folder)
-    for name, entry in (files or {}).items():
+    return [MANIFEST] if files is None else changed_files(folder, files)
+
+
+def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those of a manifest's files that are missing, cut short or changed. Reads every byte."""
+    bad = _missing(folder, files)
+    for name, entry in files.items():
         if name in bad:
             continue
         try:
@@ -173,3 +188,15 @@ def damaged_files(folder: Path) -> list[str]:
         if sha != entry.get("sha256"):
             bad.append(name)
     return sorted(bad)
+
+
+def _missing(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    bad = []
+    for name, entry in files.items():
+        try:
+            size = os.stat(folder / name).st_size
+        except OSError:
+            size = -1
+        if size != entry.get("size"):
+            bad.append(name)
+    return bad

@@ -36,7 +36,8 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    group.decide(lambda: _fresh_folder(folder))
+    group.decide(lambda: _empty(folder))
+    group.on_each_node(lambda: _make(folder))
     # The key DeepSpeed's universal format looks for, so that another world size can open this checkpoint.
     setattr(session.engine.module, UNIVERSAL_CHECKPOINT_INFO, {"universal_checkpoint_version": 0.2})
     try:
@@ -66,7 +67,7 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
         folder: What `save_checkpoint` wrote; its manifest is verified by the caller.
         job: The stage run that goes on from it.
         state: State the checkpoint must belong to.
-        scratch: Where one of another number of workers may be converted.
+        scratch: Folder of unsealed files, where one of another number of workers is converted.
 
     Returns:
         The phase's step the state is after.
@@ -85,8 +86,9 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     cursor = group.decide(check)
     source = folder
     if other_workers(cursor):
-        source = scratch / "universal"
-        group.decide(lambda: convert(folder, _TAG, source))
+        # Nodes may share a disk or not: each converts for its own ranks.
+        source = scratch / f"universal_{group.node_rank()}"
+        group.on_each_node(lambda: convert(folder, _TAG, source))
     session.learned.load(folder, cursor.get("learned", []))
     mending = mended_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
@@ -97,7 +99,7 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     if path is None:
         raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
     if source != folder:
-        group.decide(lambda: shutil.rmtree(source, ignore_errors=True))
+        group.on_each_node(lambda: shutil.rmtree(source, ignore_errors=True))
     return int(cursor["step"])
 
 
@@ -140,11 +142,17 @@ def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]
     return table
 
 
-def _fresh_folder(folder: Path) -> None:
+def _empty(folder: Path) -> None:
     try:
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be emptied: {error}") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder} cannot be made: {error}") from error
 

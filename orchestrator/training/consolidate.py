@@ -60,13 +60,14 @@ def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> No
         found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def write_weights(session: Session, path: Path, parent_file: Path) -> None:
+def write_weights(session: Session, path: Path, parent_file: Path | None) -> None:
     """Rank 0 writes the model's weights as a plain model's, adapters merged, and beside them what compressors learned.
 
     Args:
         session: The model under training.
         path: File to write.
-        parent_file: Weights of the parent state; frozen ones are taken from it where the engine rounded them.
+        parent_file: Weights of the parent state; frozen ones are taken from it where the engine rounded them; None
+            where it did not, or where they are gone.
 
     Raises:
         StageRunError: a weight is not finite.
@@ -83,7 +84,7 @@ def write_weights(session: Session, path: Path, parent_file: Path) -> None:
                 "lower learning_rate, or set max_grad_norm"
             )
         model = session.engine.module
-        if session.compute_dtype != torch.float32 and parent_file.is_file():
+        if parent_file is not None:
             _restore_frozen(model, tensors, parent_file, rests=not any(session.base_rates))
         plain = merged_weights(model, tensors) if has_lora(model) else tensors
         save_weights(plain | learned, path)

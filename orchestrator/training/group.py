@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,6 +52,35 @@ def decide(action: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def on_each_node(action: Callable[[], object]) -> None:
+    """The first rank of every node runs `action`: what must be done once for each disk. Also a barrier.
+
+    Raises:
+        LlavoltaError: it failed on a node; every rank raises the first one's error.
+    """
+    failed: LlavoltaError | None = None
+    if node_rank() == rank():
+        try:
+            action()
+        except LlavoltaError as error:
+            failed = error
+        except Exception as error:
+            failed = StageRunError(f"{type(error).__name__}: {error}")
+            failed.__cause__ = error
+    failures: list[LlavoltaError | None] = [failed]
+    if world_size() > 1:
+        failures = [None] * world_size()
+        dist.all_gather_object(failures, failed)
+    for failure in (failed, *failures):
+        if failure is not None:
+            raise failure
+
+
+def node_rank() -> int:
+    """The first rank on this rank's node."""
+    return rank() - int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def all_agree(flag: bool) -> bool:

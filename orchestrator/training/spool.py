@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ class MetricsSpool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            # Aside, then renamed: a writer that lost its lease goes on in a file nobody sees.
+            part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+            self._file = part.open("a", buffering=1, encoding="utf-8")
+            self._file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file.flush()
             os.replace(part, path)
-            self._file = path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error}") from error
 

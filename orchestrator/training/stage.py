@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.storage import write_json
 from orchestrator.training import group, logs
 from orchestrator.training.batches import BatchFeed
 from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint
@@ -33,7 +32,6 @@ from orchestrator.training.step import StepFigures, run_step
 from orchestrator.training.trial import measure_trial
 
 StageOutcome = Literal["done", "stopped"]
-_KEPT_CHECKPOINTS = 2
 
 
 def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]) -> StageOutcome:
@@ -53,19 +51,24 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
 
     Raises:
         StageRunError: the loss diverged, or a checkpoint belongs to another run.
+        DamagedStateError: the parent's weights or checkpoint are missing or damaged.
+        StaleWriterError: another driver has taken the job over.
         StorageError: a checkpoint cannot be read or written.
         UsageError: the job does not fit the model or the workers.
         DataError: rows or images cannot be used.
     """
     if group.decide(lambda: _is_stored(job, ledger)):
         return "done"
+    group.decide(lambda: ledger.begin(job.id))
     work = ledger.work_folder(job.id)
     with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
         try:
             return _train(job, ledger, memory, should_stop, work)
-        except BaseException:
+        except BaseException as error:
             # The engine has moved on from whatever state it held.
             memory.release()
+            if isinstance(error, StorageError):
+                ledger.check_fence(job.id)  # who took the job over clears away what this process was writing
             raise
 
 
@@ -150,33 +153,30 @@ def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
     """The session and the step it is after."""
-    checkpoints = group.decide(lambda: [str(folder) for folder in ledger.checkpoints(job.id)])
-    if not checkpoints and not job.starts_phase and group.all_agree(memory.holds(job.parent, session_key(job))):
+    newest = group.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
+    if newest is None and not job.starts_phase and group.all_agree(memory.holds(job.parent, session_key(job))):
         assert memory.session is not None
         return memory.session, job.first_step
     memory.release()
-    weights = ledger.state_folder(job.parent) / WEIGHTS_FILE
-    if job.starts_phase and not checkpoints:
+    weights = _fetched(ledger, job.parent, "weights") / Path(WEIGHTS_FILE).name
+    if job.starts_phase and newest is None:
         memory.session = open_session(job, weights)
         return memory.session, job.first_step
-    source = Path(checkpoints[0]) if checkpoints else _parent_checkpoint(job, ledger)
+    if newest is None:
+        source = _fetched(ledger, job.parent, "checkpoint")
+    else:
+        group.on_each_node(lambda: ledger.bring_checkpoint(job.id, newest))
+        source = ledger.work_folder(job.id) / newest
     universal = group.decide(lambda: other_workers(read_cursor(source)))
     memory.session = open_session(job, weights, universal)
-    state = job.id if checkpoints else job.parent
-    return memory.session, load_checkpoint(memory.session, source, job, state, ledger.work_folder(job.id))
+    state = job.parent if newest is None else job.id
+    return memory.session, load_checkpoint(memory.session, source, job, state, ledger.writing_folder(job.id))
 
 
-def _parent_checkpoint(job: StageJob, ledger: Ledger) -> Path:
-    folder = ledger.state_folder(job.parent) / "checkpoint"
-
-    def check() -> None:
-        if not folder.is_dir():
-            raise StorageError(f"stage run {job.id}: parent {job.parent} kept no checkpoint; it must be trained again")
-        if damaged := ledger.verify(folder.parent):
-            raise StorageError(f"stage run {job.id}: its parent's checkpoint is damaged: {', '.join(damaged[:3])}")
-
-    group.decide(check)
-    return folder
+def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"]) -> Path:
+    """A part of a finished state on this node, whole; every rank calls it."""
+    group.on_each_node(lambda: ledger.fetch(state, part))
+    return ledger.state_folder(state) / part
 
 
 def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
@@ -232,35 +232,44 @@ def _log(job: StageJob, step: int, figures: StepFigures) -> None:
 
 
 def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsSpool | None) -> None:
-    """Writes an in-stage checkpoint; the one before stays as a fallback, older ones go."""
-    folder = ledger.work_folder(job.id) / f"step_{step:06d}"
+    """Writes an in-stage checkpoint aside and seals it."""
+    folder = ledger.writing_folder(job.id) / f"step_{step:06d}"
     save_checkpoint(session, folder, job, step)
+    group.on_each_node(lambda: ledger.share(folder))
 
-    def finish() -> None:
+    def seal() -> None:
         if spool is not None:
             spool.sync()
-        ledger.write_manifest(folder)
-        for old in ledger.checkpoints(job.id)[_KEPT_CHECKPOINTS:]:
-            shutil.rmtree(old, ignore_errors=True)
+        ledger.seal_checkpoint(job.id, step, folder)
 
-    group.decide(finish)
+    group.decide(seal)
 
 
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
     """Weights, checkpoint and result, then the commit; no rank goes on before it."""
-    write_weights(session, work / WEIGHTS_FILE, ledger.state_folder(job.parent) / WEIGHTS_FILE)
+    folder = ledger.writing_folder(job.id)
+    write_weights(session, folder / WEIGHTS_FILE, _exact_weights(session, job, ledger))
     if job.keep == "full":
-        save_checkpoint(session, work / "checkpoint", job, job.last_step)
+        save_checkpoint(session, folder / "checkpoint", job, job.last_step)
+    group.on_each_node(lambda: ledger.share(folder))
     peak_gib = peak_memory_gib()
     marks = fingerprint(job, session)
 
     def commit() -> None:
-        result = stage_result(job, work / "metrics.jsonl", peak_gib, marks)
-        try:
-            (work / "job.json").write_text(json.dumps(job_to_json(job), indent=1), encoding="utf-8")
-            (work / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{work} cannot be written: {error}") from error
+        write_json(folder / "result.json", stage_result(job, work / "metrics.jsonl", peak_gib, marks))
+        write_json(folder / "job.json", job_to_json(job))
         ledger.commit(job.id)
 
     group.decide(commit)
+
+
+def _exact_weights(session: Session, job: StageJob, ledger: Ledger) -> Path | None:
+    """For rank 0, the parent's weights, where the engine holds frozen ones rounded; it may have them from memory."""
+    if session.compute_dtype == torch.float32:
+        return None
+
+    def fetch() -> Path | None:
+        return ledger.fetch(job.parent, "weights") if ledger.has(job.parent, "weights") else None
+
+    folder = group.decide(fetch)
+    return folder and folder / Path(WEIGHTS_FILE).name

@@ -41,8 +41,7 @@ def job(points=(), **fields):
 @pytest.fixture
 def ledger(tmp_path):
     ledger = Ledger(tmp_path)
-    folder = ledger.work_folder(STATE)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = ledger.writing_folder(STATE)
     write_initial_weights(RootJob(STATE, MODEL, seed=0), folder)
     ledger.commit(STATE)
     return ledger
@@ -79,7 +78,7 @@ def test_a_model_at_hand_gives_the_same_and_keeps_its_own_points(ledger):
 
 
 def test_a_state_without_weights_is_told(tmp_path):
-    with pytest.raises(StorageError, match="must be trained before"):
+    with pytest.raises(StorageError, match="must be trained again"):
         evaluate_state(job(), Ledger(tmp_path))
 
 

@@ -20,14 +20,14 @@ STATE = "a" * 64
 
 
 def fill(ledger: Ledger, state: str = STATE, checkpoint: bool = False, text: str = "weights") -> Path:
-    work = ledger.work_folder(state)
-    (work / "weights").mkdir(parents=True)
-    (work / "weights" / "model.safetensors").write_text(text)
+    work, writing = ledger.work_folder(state), ledger.writing_folder(state)
+    (writing / "weights").mkdir(exist_ok=True)
+    (writing / "weights" / "model.safetensors").write_text(text)
     if checkpoint:
-        (work / "checkpoint" / "rank0").mkdir(parents=True)
-        (work / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
-    (work / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
-    (work / "result.json").write_text(json.dumps({"id": state}))
+        (writing / "checkpoint" / "rank0").mkdir(parents=True, exist_ok=True)
+        (writing / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
+    (writing / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
+    (writing / "result.json").write_text(json.dumps({"id": state}))
     (work / "metrics.jsonl").write_text('{"step": 0}\n')
     (work / "log.txt").write_text("said\n")
     return work
@@ -49,6 +49,7 @@ def test_nothing_is_written_before_there_is_something(ledger: Ledger) -> None:
 def test_commit(ledger: Ledger) -> None:
     work = fill(ledger, checkpoint=True)
     (work / "step_000003").mkdir()
+    (ledger.writing_folder(STATE) / "step_000005").mkdir()  # killed while it was written
     folder = ledger.commit(STATE)
     assert folder == ledger.state_folder(STATE) and ledger.is_done(STATE) and not work.exists()
     assert ledger.verify(folder) == []
@@ -74,7 +75,7 @@ def test_a_second_commit_changes_nothing_unless_it_brings_more(ledger: Ledger) -
 
 
 def test_nothing_to_commit_is_an_error(ledger: Ledger) -> None:
-    ledger.work_folder(STATE).mkdir(parents=True)
+    ledger.writing_folder(STATE)
     with pytest.raises(StorageError, match="nothing to commit"):
         ledger.commit(STATE)
 
@@ -109,11 +110,11 @@ def test_damage_is_found(ledger: Ledger, damage: str) -> None:
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> None:
     work = ledger.work_folder(STATE)
-    for step in (200, 1_000_000, 400):
+    for step in (200, 400, 1_000_000):
         folder = work / f"step_{step:06d}"
         folder.mkdir(parents=True)
         (folder / "model.pt").write_bytes(bytes(1000))
-        ledger.write_manifest(folder)
+        storage.write_manifest(folder)
     (work / "step_000600").mkdir()
     (work / "step_000600" / "model.pt").write_bytes(bytes(1000))  # killed before its manifest
     assert [path.name for path in ledger.checkpoints(STATE)] == ["step_1000000", "step_000400", "step_000200"]
@@ -123,12 +124,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
 
 
 def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = fill(ledger, checkpoint=True)
+    fill(ledger, checkpoint=True)
+    writing = ledger.writing_folder(STATE)
     monkeypatch.setattr(storage, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ledger.commit(STATE)
     monkeypatch.undo()
-    assert not ledger.is_done(STATE) and (work / "checkpoint" / "rank0" / "optimizer.pt").exists()
+    assert not ledger.is_done(STATE) and (writing / "checkpoint" / "rank0" / "optimizer.pt").exists()
     ledger.commit(STATE)
     assert ledger.is_done(STATE)
 
@@ -186,8 +188,8 @@ def test_a_storage_that_is_no_folder(tmp_path: Path) -> None:
         Ledger(tmp_path / "file")
     with pytest.raises(StorageError, match="storage_path"):
         Ledger(tmp_path / "file" / "below").write_evaluation("e1", {})
-    with pytest.raises(StorageError, match="s3://bucket"):
-        Ledger("s3://bucket/runs")
+    with pytest.raises(StorageError, match="a folder or s3://bucket/prefix"):
+        Ledger("gs://bucket/runs")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write")

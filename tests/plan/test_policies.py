@@ -168,7 +168,7 @@ def test_a_policy_starts_from_a_stored_state_inside_it(lab: Any, tmp_path: Any) 
     (other,) = cells_of(lab, {"kind": "stages", "stages": stages}, compressors=first)
     assert other.phases[0].state_at(20) == plan.state_at(20)
     for job in build_stage_tree((other,)).work(ledger)[:2]:
-        work = ledger.work_folder(job.id)
+        work = ledger.writing_folder(job.id)
         (work / "checkpoint").mkdir(parents=True)
         (work / "checkpoint" / "state.pt").write_bytes(b"state")
         (work / "weights").mkdir()

@@ -25,8 +25,7 @@ def finish(ledger: Ledger, job: Job, keep: str | None = None) -> None:
     if isinstance(job, EvaluationJob):
         ledger.write_evaluation(job.id, {"id": job.id, "metrics": {"accuracy": 0.5}})
         return
-    work = ledger.work_folder(job.id)
-    work.mkdir(parents=True)
+    work = ledger.writing_folder(job.id)
     (work / "job.json").write_text(json.dumps(job_to_json(job)))
     kept = "weights" if isinstance(job, RootJob) else keep or job.keep
     if kept != "none":

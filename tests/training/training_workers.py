@@ -169,7 +169,7 @@ def make_ledger(folder: Path, model: dict[str, Any]) -> Any:
 
     def root() -> None:
         if not ledger.is_done("root"):
-            write_initial_weights(RootJob("root", model, seed=0), ledger.work_folder("root"))
+            write_initial_weights(RootJob("root", model, seed=0), ledger.writing_folder("root"))
             ledger.commit("root")
 
     group.decide(root)

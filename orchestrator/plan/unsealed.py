@@ -1,0 +1,128 @@
+"""What stage runs under way write: in a folder of their writer alone, until one rename seals it; fenced by tokens."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from orchestrator.errors import StaleWriterError
+from orchestrator.plan.leases import token_of
+from orchestrator.plan.states import FolderStates, checked, open_states
+from orchestrator.plan.storage import storage_errors
+from orchestrator.plan.store import Store, open_store
+
+_WRITING = re.compile(r"\.writing-([0-9]+)")
+_KEPT_CHECKPOINTS = 2
+
+
+class UnsealedWork:
+    """Stage runs under way below one storage. A writer that lost its lease changes nothing that readers see.
+
+    Args:
+        storage: Storage folder (local or NFS), or `s3://bucket/prefix`.
+
+    Attributes:
+        url: What was named, made absolute: other processes open the same storage with it.
+        storage: The folder itself; for s3 this machine's copy of what it needed.
+        store: Notes, leases and signs of life.
+        fences: Job to the token this process writes under; a job without one is not fenced.
+
+    Raises:
+        StorageError: it can be no storage.
+    """
+
+    def __init__(self, storage: str | Path) -> None:
+        self.store: Store = open_store(storage)
+        self.url = self.store.url
+        self._states: FolderStates = open_states(self.store)
+        self.storage = self._states.folder
+        self.fences: dict[str, int] = {}
+
+    def work_folder(self, job_id: str) -> Path:
+        """Folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
+        return self._states.work_folder(checked(job_id))
+
+    def writing_folder(self, job_id: str) -> Path:
+        """Folder for what this writer has not sealed yet; it is made here.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        folder = self._writing(job_id)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _writing(self, job_id: str) -> Path:
+        return self.work_folder(job_id) / f".writing-{self.fences.get(job_id, 0)}"
+
+    def begin(self, job_id: str) -> None:
+        """Clears away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
+
+        Raises:
+            StaleWriterError: another driver has taken the job over.
+        """
+        self.check_fence(job_id)
+        token = self.fences.get(job_id, 0)
+        for folder in self.work_folder(job_id).glob(".writing-*"):
+            if (fit := _WRITING.fullmatch(folder.name)) and int(fit.group(1)) <= token:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check_fence(self, job_id: str) -> None:
+        """Asks whether this process may still write for a job.
+
+        Raises:
+            StaleWriterError: a higher token was given out: another driver has taken the job over.
+        """
+        token = self.fences.get(job_id)
+        if token is not None and (newest := token_of(self.store, job_id)) > token:
+            raise StaleWriterError(
+                f"{self.url}: job {job_id} was taken over by another driver (token {newest}, this one has {token}) "
+                "because this process showed no sign of life for long; the other driver's work counts"
+            )
+
+    def share(self, folder: Path) -> None:
+        """Hands over what this machine wrote into an unsealed folder; one rank of each machine calls it before a seal.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        self._states.share(folder)
+
+    def seal_checkpoint(self, job_id: str, step: int, folder: Path) -> Path:
+        """Seals an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
+
+        Args:
+            step: Steps of the phase it is after.
+            folder: Where it was written, below `writing_folder`.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            StaleWriterError: another driver has taken the job over; readers see no change.
+            StorageError: the disk is full.
+        """
+        self.check_fence(job_id)
+        self._states.write_manifest(folder)
+        self.check_fence(job_id)  # reading all bytes took its time
+        return self._states.seal_checkpoint(checked(job_id), step, folder, _KEPT_CHECKPOINTS)
+
+    def checkpoints(self, job_id: str) -> list[Path]:
+        """Checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
+        return list(self._states.checkpoints(checked(job_id)))
+
+    def last_checkpoint(self, job_id: str) -> Path | None:
+        """The newest whole checkpoint inside a stage run under way; a damaged one falls back to the one before."""
+        return next(self._states.checkpoints(checked(job_id)), None)
+
+    def bring_checkpoint(self, job_id: str, name: str) -> Path:
+        """An in-stage checkpoint, found whole on another machine, on this one.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        folder = self.work_folder(job_id) / name
+        self._states.bring_checkpoint(folder)
+        return folder
