@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.plan.s3_client import ATTEMPTS, error_code, s3_client, s3_errors
+from orchestrator.plan.s3_snapshot import Snapshot
 from orchestrator.plan.storage import storage_errors
 
-_ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
 _AT_ONCE = 8
 _DELETE_AT_ONCE = 1000  # the most that one request may name
 _ABSENT = {"NoSuchKey", "404"}
-_SAYS = {
-    "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
-    "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
-    "403": "access is denied; the credentials in use need to list, read, write and delete there",
-    "InvalidAccessKeyId": "the server does not know the access key in use",
-    "SignatureDoesNotMatch": "the secret key in use does not fit its access key",
-    "ExpiredToken": "the session's credentials have expired; renew them",
-}
 
 
 class S3Store:
@@ -51,12 +43,13 @@ class S3Store:
         self.url = f"s3://{parts.netloc}/{prefix}".rstrip("/")
         self._bucket, self._prefix = parts.netloc, f"{prefix}/" if prefix else ""
         self._conditional = False
+        self._view: Snapshot | None = None
         try:
             import boto3  # noqa: F401
         except ImportError:
             raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'") from None
         with self._errors():
-            self._client = _client()
+            self._client = s3_client()
 
     def read(self, key: str) -> bytes | None:
         """A value; None where there is none.
@@ -64,18 +57,24 @@ class S3Store:
         Raises:
             StorageError: the bucket cannot be read.
         """
+        view = self._view
+        if view is not None and view.covers(key):
+            return view.read(key)
+        return self._read(key)
+
+    def _read(self, key: str) -> bytes | None:
         with self._errors(key):
             try:
                 return self._get(key)
             except self._client.exceptions.ClientError as error:
-                if _code(error) not in _ABSENT:
+                if error_code(error) not in _ABSENT:
                     raise
         return None
 
     def _get(self, key: str) -> bytes:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-        for more in range(_ATTEMPTS - 1, -1, -1):
+        for more in range(ATTEMPTS - 1, -1, -1):
             try:
                 found: bytes = self._client.get_object(**self._at(key))["Body"].read()
                 return found
@@ -92,6 +91,7 @@ class S3Store:
         """
         with self._errors(key):
             self._client.put_object(**self._at(key), Body=data)
+        self._changed(key)
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a value if there is none, by a conditional put; of several at once one is told True.
@@ -109,7 +109,9 @@ class S3Store:
                     "each other's way. Use a newer server, or a folder (local or NFS)"
                 )
             self._conditional = True
-        return self._create(key, data)
+        created = self._create(key, data)
+        self._changed(key)
+        return created
 
     def _create(self, key: str, data: bytes) -> bool:
         writer = secrets.token_hex(8)
@@ -121,9 +123,9 @@ class S3Store:
                     )
                     return True
                 except self._client.exceptions.ClientError as error:
-                    if _code(error) == "ConditionalRequestConflict":  # another is being decided: ask again
+                    if error_code(error) == "ConditionalRequestConflict":  # another is being decided: ask again
                         continue
-                    if _code(error) != "PreconditionFailed":
+                    if error_code(error) != "PreconditionFailed":
                         raise
                     # A repeated request meets its own first attempt where only the answer was lost.
                     again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
@@ -134,7 +136,7 @@ class S3Store:
             found: str | None = self._client.head_object(**self._at(key))["Metadata"].get("llavolta-writer")
             return found
         except self._client.exceptions.ClientError as error:
-            if _code(error) not in _ABSENT:
+            if error_code(error) not in _ABSENT:
                 raise
             return None
 
@@ -146,6 +148,7 @@ class S3Store:
         """
         with self._errors(key):
             self._client.delete_object(**self._at(key))
+        self._changed(key)
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix, sorted; empty where there are none.
@@ -153,12 +156,46 @@ class S3Store:
         Raises:
             StorageError: the bucket cannot be listed.
         """
-        begin = f"{self._prefix}{prefix.strip('/')}/"
+        view, prefix = self._view, prefix.strip("/")
+        if view is not None and view.covers(f"{prefix}/"):
+            return view.names(prefix)
+        begin = f"{self._prefix}{prefix}/"
         found: set[str] = set()
         for page in self._pages(begin, Delimiter="/"):
             found.update(entry["Key"][len(begin) :] for entry in page.get("Contents", ()))
             found.update(entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
         return sorted(found - {""})
+
+    @contextlib.contextmanager
+    def snapshot(self, prefixes: Sequence[str], folder: Path) -> Iterator[None]:
+        """Within it, values below `prefixes` are read as they were at its begin; a write of this store ends it early.
+
+        Args:
+            prefixes: Folders of small values.
+            folder: Where values are kept for later snapshots.
+
+        Raises:
+            StorageError: the bucket cannot be read or the folder cannot be written.
+        """
+        if self._view is not None:
+            yield
+            return
+        cut = len(self._prefix)
+        listed = {
+            entry["Key"][cut:]: str(entry["ETag"])
+            for prefix in prefixes
+            for page in self._pages(f"{self._prefix}{prefix}/")
+            for entry in page.get("Contents", ())
+        }
+        self._view = Snapshot(listed, prefixes, self._read, folder)
+        try:
+            yield
+        finally:
+            self._view = None
+
+    def _changed(self, key: str) -> None:
+        if self._view is not None and self._view.covers(key):
+            self._view = None
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Keys at any depth below a prefix, to their sizes in bytes, by one listing.
@@ -195,7 +232,7 @@ class S3Store:
                 try:
                     self._client.download_file(self._bucket, self._prefix + item[0], str(item[1]))
                 except self._client.exceptions.ClientError as error:
-                    if _code(error) not in _ABSENT:
+                    if error_code(error) not in _ABSENT:
                         raise
 
         _all_of(one, files)
@@ -222,52 +259,11 @@ class S3Store:
         with self._errors():
             yield from pages.paginate(Bucket=self._bucket, Prefix=prefix, **options)
 
-    @contextlib.contextmanager
-    def _errors(self, key: str = "") -> Iterator[None]:
-        """Turns what boto3 raises into a StorageError that says what to do."""
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-        where = f"{self.url}/{key}" if key else self.url
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise StorageError(
-                f"{where}: boto3 finds no whole credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-                "AWS_PROFILE, or use a machine with a role"
-            ) from error
-        except ClientError as error:
-            said = _SAYS.get(_code(error)) or error.response.get("Error", {}).get("Message") or _code(error)
-            raise StorageError(f"{where}: {said}") from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise StorageError(
-                f"{where}: {error}. Finished work is safe; see that the server can be reached (AWS_ENDPOINT_URL names "
-                "one that is not Amazon's), then run again"
-            ) from error
-
-
-def _client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config = Config(
-        # "standard" gives up within a second once some dozen requests had to be repeated: no server restarts that fast.
-        retries={"mode": "legacy", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or _ATTEMPTS)},
-        max_pool_connections=4 * _AT_ONCE,
-        connect_timeout=10,
-        read_timeout=60,
-        # Servers of one's own seldom have a host name for each bucket.
-        s3={"addressing_style": "path"} if own_server else {},
-    )
-    return boto3.session.Session().client("s3", config=config)
+    def _errors(self, key: str = "") -> contextlib.AbstractContextManager[None]:
+        return s3_errors(f"{self.url}/{key}" if key else self.url)
 
 
 def _all_of(one: Any, files: Mapping[str, Path]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(one, files.items()):
             pass
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
