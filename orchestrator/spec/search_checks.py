@@ -138,16 +138,22 @@ def _setting(root: Node, name: str, value: Any) -> Setting:
 
 
 class _Corner:
-    """Draws the lowest or the highest of every range, and a given one of every choice."""
+    """Draws the lowest or the highest of every range, a given one of every choice, and variants in turn.
+
+    In turn, because equal neighbours would be one stage, and that the shortest stage starts would not be seen.
+    """
 
     def __init__(self, pick: int, end: int) -> None:
-        self._pick, self._end = pick, end
+        self._pick, self._end, self._variants = pick, end, 0
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         return choices[self._pick % len(choices)]
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        return (low, high)[self._end]
+        if ".variant_" not in name:
+            return (low, high)[self._end]
+        self._variants += 1
+        return low + (self._variants - 1) % (high - low + 1)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         return (low, high)[self._end]

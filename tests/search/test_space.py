@@ -1,0 +1,158 @@
+"""Draws from a space: every one valid at once, sorted where the order matters, and nothing that could not be drawn."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from orchestrator_plugins.schedules.stages import StagesSpec
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.loader import load_experiment, unsupported_keys
+from orchestrator.spec.search import SearchSpec
+from orchestrator.spec.space import draw, inner_boundaries, stages, summary, variant_layer_tokens
+
+TOKENS = {
+    "heavy": Fraction(22),
+    "wide": Fraction(40),
+    "light": Fraction(48),
+    "twin": Fraction(40),
+    "full": Fraction(64),
+}
+PATH = "phases.finetune.schedule"
+
+
+class FromHypothesis:
+    """Draws with Hypothesis; refuses a parameter whose range changes from draw to draw, as TPE does."""
+
+    ranges: dict[str, tuple] = {}  # noqa: RUF012
+
+    def __init__(self, data: st.DataObject, space: object) -> None:
+        self.data, self.space = data, space
+
+    def suggest_categorical(self, name, choices):
+        return self.data.draw(st.sampled_from(list(choices)), name)
+
+    def suggest_int(self, name, low, high):
+        assert self.ranges.setdefault(f"{self.space}/{name}", (low, high)) == (low, high)
+        return self.data.draw(st.integers(low, high), name)
+
+    def suggest_float(self, name, low, high, *, log=False):
+        return self.data.draw(st.floats(low, high), name)
+
+
+@st.composite
+def spaces(draw_from) -> SearchSpec:
+    denominator = draw_from(st.integers(2, 9))
+    names = st.lists(st.sampled_from(sorted(TOKENS)), min_size=1, max_size=5, unique=True)
+    entry = {
+        "kind": "staged_space",
+        "num_stages": draw_from(st.lists(st.integers(1, min(4, denominator)), min_size=1, max_size=3, unique=True)),
+        "variants": draw_from(names),
+        "heavy_to_light": draw_from(st.booleans()),
+        "last": draw_from(st.sampled_from([None, "full"])),
+        "boundaries": f"1/{denominator}",
+    }
+    return SearchSpec.model_validate({"objectives": {"eval/vqa/accuracy": "max"}, "space": {PATH: entry}})
+
+
+@settings(max_examples=300, deadline=None)
+@given(spaces(), st.data())
+def test_every_draw_is_a_valid_schedule(search, data):
+    entry = search.space[PATH]
+    value = draw(FromHypothesis(data, search), search, TOKENS)[PATH]
+    spec = StagesSpec.model_validate(value)
+    found = [stage.compressor for stage in spec.stages]
+    ends = list(itertools.accumulate(stage.share for stage in spec.stages))
+    assert ends[-1] == 1
+    assert all((end / entry.boundaries).denominator == 1 for end in ends[:-1])
+    assert len(found) <= max(entry.num_stages)
+    assert set(found) <= {*entry.variants, entry.last}
+    assert all(a != b for a, b in itertools.pairwise(found)), "equal neighbours are one stage"
+    if entry.heavy_to_light:
+        assert [TOKENS[name] for name in found] == sorted(TOKENS[name] for name in found)
+    if entry.last is not None:
+        assert found[-1] == entry.last
+    table = spec.compile(720, 8)
+    assert table.actions[-1][1] == 720
+    assert summary(value).count(",") == len(found) - 1
+
+
+def test_every_cut_can_be_drawn():
+    entry = {
+        "kind": "staged_space",
+        "num_stages": [3],
+        "variants": ["heavy", "wide"],
+        "last": "full",
+        "boundaries": "1/5",
+    }
+    search = SearchSpec.model_validate({"objectives": {"a": "max"}, "space": {PATH: entry}})
+    assert inner_boundaries(search.space[PATH]) == 4
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(400):
+        value = draw(study.ask(), search, TOKENS)[PATH]
+        if len(value["stages"]) == 3:
+            seen.add(tuple(stage["share"] for stage in value["stages"][:2]))
+    assert seen == {(f"{Fraction(a, 5)}", f"{Fraction(b - a, 5)}") for a, b in itertools.combinations(range(1, 5), 2)}
+
+
+def test_neighbours_that_are_equal_become_one_stage():
+    value = stages(["heavy", "heavy", "full"], [Fraction(1, 8), Fraction(3, 8)])
+    assert value["stages"] == [{"share": "3/8", "compressor": "heavy"}, {"share": "5/8", "compressor": "full"}]
+    assert summary(value) == "heavy 3/8, full"
+
+
+def test_compression_is_compared_by_what_the_model_keeps(loaded):
+    assert variant_layer_tokens(loaded.spec) == {"heavy": 22, "wide": 40, "light": 48, "full": 64}
+
+
+SPACE = "  space:\n"
+LAST = "variants: [full, light, heavy, wide]\n      last: full"
+WRONG = [
+    ("num_stages: [1, 2, 3]", "num_stages: [5]", "num_stages", "5 stages do not fit"),
+    (LAST, "variants: [full]\n      last: heavy", "variants", "at least as much as the last stage"),
+    ("eval/vqa/accuracy: max", "eval/vqb/accuracy: max", "eval/vqb/accuracy", "no trial would have this metric"),
+    ("cost/train_tflops: min", "cost/train_tflop: min", "cost/train_tflop", "did you mean cost/train_tflops"),
+    ("boundaries: 1/4", "boundaries: 1/16", "schedule", "never starts"),
+    ("search:", "matrix: {phases.finetune.schedule: [full]}\nsearch:", "matrix", "only `seed`"),
+    ("search:", "controls: [stride]\nsearch:", "controls", "proposed one by one"),
+    (SPACE, "cluster.lanes: {kind: choice, values: [1]}", "lanes", "no part of a cell"),
+    (SPACE, "phases.finetune.max_steps: {kind: uniform, low: 1.5, high: 9.0}", "max_steps", "a whole number"),
+    (SPACE, "phases.finetune.learning_rate: {kind: uniform, low: 2.0, high: 1.0}", "low", "more than `high`"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "path", "message"), WRONG, ids=[case[1].strip()[:24] for case in WRONG])
+def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message, search_text, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    text = search_text.replace(old, f"{SPACE}    {new}\n" if old == SPACE else new, 1)
+    assert text != search_text
+    file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_experiment(file)
+    told = [fault for fault in caught.value.faults if path in fault.path and message in str(fault)]
+    assert told, str(caught.value)
+    assert all(fault.line is not None for fault in told)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("  scheduler: {rungs: [1/2]}\n", "search.scheduler"),
+        ("  budget: {trials: 3}\n", "search.budget"),
+        ("  constraints: {eval/vqa/accuracy: '>= 0.5'}\n", "search.constraints"),
+        ("  algorithm: {kind: grid}\n", "search.algorithm.kind"),
+        ("  algorithm: {sampler: nsga2}\n", "search.algorithm"),
+    ],
+)
+def test_what_comes_later_is_refused_by_name(text, path, search_text, tmp_path):
+    file = tmp_path / "later.yaml"
+    # Early stopping is for one objective.
+    file.write_text(search_text.replace(", cost/train_tflops: min", "") + text)
+    faults = unsupported_keys(load_experiment(file), searching=True)
+    assert [fault.path for fault in faults] == [path] and "not built yet" in faults[0].message
