@@ -1,0 +1,189 @@
+"""What the fault tests share: the program on a tiny experiment, and all that a disturbed run must have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow import MlflowClient
+
+HERE = Path(__file__).parent
+STEPS, CHECKPOINT_EVERY = 40, 5
+# Measured or drawn anew in every run; all else in MLflow must be equal.
+VOLATILE = re.compile(r"second|memory|mlflow\.|hash|_at$|path|storage|share_of|log$")
+TABLE: list[dict[str, Any]] = []
+
+
+def experiment(tiny_text: str) -> str:
+    """Two cells of forty steps whose first half is one stage run; a checkpoint every five steps."""
+    text = tiny_text.replace("max_steps: 6", f"max_steps: {STEPS}").replace(
+        "[full, heavy, two_stage]", "[heavy, two_stage]"
+    )
+    text = text.replace("name: tiny\n", f"name: tiny\nplugins: [{HERE / 'fault_plugin.py'}]\n")
+    return text + f"cluster: {{checkpoint_every: {CHECKPOINT_EVERY}}}\n"
+
+
+@dataclass
+class Ended:
+    """How a process of the program ended."""
+
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+    @property
+    def told(self) -> str:
+        """All it printed."""
+        return self.output + self.errors
+
+
+class Program:
+    """`llavolta run` in a folder of its own, each process a session as a terminal's would be.
+
+    Args:
+        folder: Gets the experiment; everything is written below it.
+        text: The experiment.
+        environment: Variables beside the test's own.
+    """
+
+    def __init__(self, folder: Path, text: str, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.storage = folder, folder / "runs"
+        (folder / "mine.yaml").write_text(text)
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
+        self.environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.environment |= {"LLAVOLTA_TEST": str(folder), **environment}
+
+    def start(self, *arguments: str, fault: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
+        """Starts it; `fault` is `ACTION POINT COUNT` (`fault_plugin.py`)."""
+        env = {**self.environment, **environment}
+        if fault is not None:
+            env["LLAVOLTA_FAULT"] = f"{fault} {self.folder}"
+        with (self.folder / "output").open("w") as output, (self.folder / "errors").open("w") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-m", "orchestrator", "run", "mine.yaml", *arguments],
+                cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, *arguments: str, fault: str | None = None, **environment: str) -> Ended:
+        """Starts it and waits for its end."""
+        begun = time.monotonic()
+        return self.wait(self.start(*arguments, fault=fault, **environment), begun)
+
+    def wait(self, process: subprocess.Popen[bytes], begun: float) -> Ended:
+        """Waits for the end of a process."""
+        process.wait(timeout=400)
+        return Ended(process.returncode, self.printed("output"), self.printed("errors"), time.monotonic() - begun)
+
+    def printed(self, stream: str = "output") -> str:
+        """What the last process has printed so far to `output` or `errors`."""
+        return (self.folder / stream).read_text()
+
+    @property
+    def fault_happened(self) -> bool:
+        """Whether the plug-in has done its harm."""
+        return (self.folder / "fault-happened").exists()
+
+    def sealed_checkpoints(self) -> list[Path]:
+        """Sealed checkpoints inside stage runs under way."""
+        return sorted(path.parent for path in self.storage.glob("work/*/step_*/manifest.json"))
+
+    def processes(self) -> list[psutil.Process]:
+        """What is alive of all that this program started."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("LLAVOLTA_TEST") == str(self.folder)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def repeated_steps(self) -> dict[str, int]:
+        """Steps trained more than once, by finished stage run, as their logs tell."""
+        found = {}
+        for log in self.storage.glob("stage_runs/*/log.txt"):
+            told = Counter(re.findall(r" step (\d+)/\d+ under ", log.read_text()))
+            if told:
+                found[log.parent.name] = sum(told.values()) - len(told)
+        return found
+
+
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, seconds: float = 120
+) -> Any:
+    """Polls until `condition` holds; fails where the process ends before."""
+    limit = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, "it ended first"
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def press_control_c(process: subprocess.Popen[bytes]) -> None:
+    """As a terminal does: to every process of the foreground group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def state_of(program: Program) -> dict[str, Any]:
+    """What must equal an undisturbed run's: weights, step lines, evaluations, MLflow's record."""
+    storage = program.storage
+    weights = {path.parts[-3]: path.read_bytes() for path in storage.glob("cells/tiny/*/weights/model.safetensors")}
+    steps = {}
+    for path in storage.glob("stage_runs/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        steps[path.parent.name] = [(line["step"], line["loss"], line["learning_rate"]) for line in lines]
+    evaluations = {path.stem: json.loads(path.read_text())["metrics"] for path in storage.glob("evaluations/*.json")}
+    return {"weights": weights, "steps": steps, "evaluations": evaluations, "mlflow": mlflow_record(storage)}
+
+
+def mlflow_record(storage: Path, uri: str | None = None) -> dict[str, Any]:
+    """Run name to status, parameters, tags, metrics and curves; what is measured anew is told by name only."""
+    client = MlflowClient(uri or f"sqlite:///{storage / 'mlflow.db'}")
+    experiment_id = client.get_experiment_by_name("tiny").experiment_id
+    found = {}
+    for run in client.search_runs([experiment_id]):
+        assert run.info.run_name not in found, "a twin"
+        histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+        found[run.info.run_name] = {
+            "status": run.info.status,
+            "params": run.data.params,
+            "tags": {key: None if VOLATILE.search(key) else value for key, value in run.data.tags.items()},
+            "metrics": {
+                name: sorted((point.step, None if VOLATILE.search(name) else point.value) for point in points)
+                for name, points in histories.items()
+            },
+        }
+    return found
+
+
+def assert_like_undisturbed(program: Program, reference: dict[str, Any]) -> None:
+    """The oracle: the same final state, nothing left RUNNING, no process left."""
+    found = state_of(program)
+    assert found["weights"].keys() == reference["weights"].keys()
+    for key in reference:
+        assert found[key] == reference[key], f"{key} differs from the undisturbed run's"
+    assert {run["status"] for run in found["mlflow"].values()} == {"FINISHED"}
+    assert not program.processes(), [process.cmdline() for process in program.processes()]
+    assert not list(program.storage.glob("failures/*")) and not list(program.storage.glob("work/*/metrics.jsonl"))
+
+
+def note(fault: str, recovered: str, program: Program, seconds: float) -> None:
+    """Adds a line to the table that is printed at the end."""
+    repeated = sum(program.repeated_steps().values())
+    TABLE.append({"fault": fault, "recovered": recovered, "steps_repeated": repeated, "seconds": round(seconds, 1)})
