@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.cell import Cell, PhasePlan
-from orchestrator.plan.identity import canonical_json
+from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.reached import RESOLVED, draws_weights
 from orchestrator.plan.storage import read_json
 
@@ -17,6 +17,7 @@ _SHOWN = 3
 _COMPARED = 100
 _RECORDED = 500
 _ACTIONS_SHOWN = 6
+_BOUNDARIES = "exact_schedule"
 
 
 def cell_values(cell: Cell) -> Values:
@@ -42,9 +43,13 @@ def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
     values[f"{place}.steps"] = plan.total_steps
     if plan.recipe.start_from is not None:
         _flatten(f"{place}.start_from", plan.recipe.model_dump(mode="json")["start_from"], values)
-    table = [f"{action.variant} {action.first_step}-{action.last_step}" for action in plan.table]
-    few = len(table) <= _ACTIONS_SHOWN
-    values[f"{place}.schedule"] = ", ".join(table) if few else f"{plan.policy} of {len(table)} actions"
+    few = len(plan.table) <= _ACTIONS_SHOWN
+    shares = [(action.variant, (action.last_step - action.first_step) / plan.total_steps) for action in plan.table]
+    stages = ", ".join(name if share == 1 else f"{name} {share:.3g}" for name, share in shares)
+    values[f"{place}.schedule"] = stages if few else f"{plan.policy} of {len(plan.table)} actions"
+    values[f"{place}.{_BOUNDARIES}"] = digest([plan.total_steps, plan.points_ids, [a.last_step for a in plan.table]])[
+        :8
+    ]
     for action in plan.table if few else ():
         for number, point in enumerate(action.points):
             name = f"compressors.{action.variant}" + (f".{number}" if len(action.points) > 1 else "")
@@ -67,7 +72,8 @@ def _flatten(place: str, value: Any, into: dict[str, Any]) -> None:
 def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
     """`key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
 
-    A variant that only one of them uses is not listed beside the schedule that uses it.
+    What only follows from another difference is not listed: a variant beside the schedule that uses it, the exact
+    steps of a schedule beside a difference that shows.
     """
     found = []
     for key in dict.fromkeys((*to, *of)):
@@ -75,7 +81,7 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
         if old == new or (key.startswith(("compressors.", "data.")) and (old is None or new is None)):
             continue
         found.append(f"{key.removeprefix('phases.')} {old or 'none'} -> {new or 'none'}")
-    return found
+    return [text for text in found if _BOUNDARIES not in text] or found
 
 
 class Nearest:
@@ -101,7 +107,7 @@ class Nearest:
         self._left -= 1
         own = cell_values(cell)
         compared = ((name, differences(values, own)) for name, values in self._candidates(cell.id))
-        nearest = min(compared, key=lambda entry: len(entry[1]), default=None)
+        nearest = min(compared, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name), default=None)
         if nearest is None:
             self._left = 0
             return None
@@ -120,6 +126,11 @@ class Nearest:
                     break
             self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
         return self._known
+
+
+def _distance(found: Sequence[str]) -> int:
+    # Another schedule is further away than another value of one.
+    return len(found) + sum(".schedule " in text for text in found)
 
 
 def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values]]:

@@ -12,6 +12,7 @@ from orchestrator.plan.hours import hours_document
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.reasons import Reasons, Standing
+from orchestrator.plan.starting import start_text
 from orchestrator.plan.tree import StageTree
 from orchestrator.plan.variants import variant_documents
 
@@ -53,7 +54,7 @@ def plan_document(
     shown = []
     for cell in cells:
         price = costs.cell(cell)
-        alone[cell.id] = price["train_tflops"]
+        alone[cell.id] = _sum([price["train_tflops"], *(costs.cell(each)["train_tflops"] for each in cell.origins())])
         shown.append(_cell(cell, price, standing, reasons))
     notices = dict.fromkeys((*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices))
     return {
@@ -75,10 +76,10 @@ def _totals(
     totals = {
         "cells": len(cells),
         "stage_runs": len(runs),
-        "stage_runs_alone": sum(len(plan.stage_ends) for cell in distinct for plan in cell.phases),
+        "stage_runs_alone": sum(map(len, tree.cells_of.values())),
         "stage_runs_done": sum(run["state"] == "done" for run in runs),
         "evaluations": len(tree.evaluations),
-        "evaluations_alone": sum(len(cell.evaluations) for cell in distinct),
+        "evaluations_alone": sum(len({job.id for job in cell.evaluations}) for cell in distinct),
         "evaluations_done": sum(standing.evaluation(job) == "done" for job in tree.evaluations),
         "train_tflops_alone": cost_alone,
         "train_tflops_shared": cost_shared,
@@ -143,7 +144,13 @@ def _cell(cell: Cell, price: dict[str, float | None], standing: Standing, reason
         "stage_runs": list(standing.tree.path_of[cell.id]),
         "cost": price,
         "phases": [
-            {"phase": plan.name, "total_steps": plan.total_steps, "seed": plan.seed, "schedule": step_table(plan)}
+            {
+                "phase": plan.name,
+                "total_steps": plan.total_steps,
+                "seed": plan.seed,
+                "schedule": step_table(plan),
+                "start_from": start_text(plan.recipe),
+            }
             for plan in cell.phases
         ],
         "evaluations": [

@@ -107,15 +107,18 @@ class Reasons:
         needed = [run for run in path if run in standing.needed]
         reasons = list(self._failure(cell))
         reasons += _elsewhere(standing.holders[job] for job in standing.jobs(cell) if job in standing.holders)
+        begun = [f"continues at step {step:,}" for run in needed if (step := last_checkpoint(ledger, run))]
         untouched = len(needed) == len(path) and path and not any(ledger.is_done(run) for run in path)
-        if untouched:
+        if untouched and not reasons and not begun:
             reasons.append("new")
-        elif needed:
+        elif needed and not untouched:
             reasons.append(f"{len(path) - len(needed)} of {len(path)} stage runs are done")
-        reasons += self._again(needed)
-        reasons += [f"continues at step {step}" for run in needed if (step := last_checkpoint(ledger, run))]
+        reasons += [*self._again(needed), *begun]
         if needed and self._nearest is not None and (difference := self._nearest.reason(cell)) is not None:
             reasons.append(difference)
+        first = [job for job in standing.tree.origins_of.get(cell.id, ()) if job in standing.needed and needed]
+        if runs := sum(job in standing.tree.stage_runs for job in first):
+            reasons.append(f"{runs} stage run{'s' if runs > 1 else ''} of the cell it starts from first")
         if not needed:
             missing = (job for job in cell.evaluations if standing.evaluation(job.id) != "done")
             reasons += [f"evaluation {job.name} under {job.under} is missing" for job in missing]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from orchestrator.report.tree_view import hours_text, number, print_cells, stage_tree, state_text, whose
 
-_KEPT = {"full": "keeps its checkpoint", "weights": "keeps its weights", "none": "keeps nothing"}
+_KEPT = {"full": "keeps checkpoint", "weights": "keeps weights", "none": "keeps nothing"}
 
 
 def print_plan(document: dict[str, Any], console: Console) -> None:
@@ -27,7 +27,7 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
     if document["variants"]:
         console.print(_variants(document["variants"]))
     names = {cell["id"]: cell["name"] for cell in document["cells"]}
-    console.print(stage_tree(document["stage_runs"], lambda run: _label(run, names)))
+    console.print(stage_tree(document["stage_runs"], lambda run: _label(run, names), crop=console.is_terminal))
     for line in _totals(document["totals"]):
         console.print(line, highlight=False, markup=False)
     for notice in document.get("notices", ()):

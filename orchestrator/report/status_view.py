@@ -19,6 +19,8 @@ from orchestrator.report.tree_view import counted, hours_text, print_cells, stag
 
 # Only ratios between variants count here; the data's real lengths need not be read.
 _TEXT_TOKENS = 64.0
+# What the state or the tree says already.
+_SEEN = ("new", "done", "runs elsewhere")
 
 
 def status_document(walk: Walk) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     columns = {
         "steps": lambda cell: f"{cell['steps_done']}/{cell['steps']}",
         "id": lambda cell: cell["id"][:12],
-        "reason": lambda cell: "; ".join(cell["reasons"]) if cell["state"] != "finished" else "",
+        "reason": lambda cell: "; ".join(reason for reason in cell["reasons"] if not reason.startswith(_SEEN)),
     }
     print_cells(cells, columns, console)
     runs = document["stage_runs"]
@@ -154,7 +156,7 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     for root in document["roots"]:
         if root["state"] in ("running", "failed"):
             notes.setdefault(None, []).append(_line(Text("initial weights"), root))
-    console.print(stage_tree(runs, lambda run: _label(run, names), notes))
+    console.print(stage_tree(runs, lambda run: _label(run, names), notes, crop=console.is_terminal))
     _print_failures(document, console)
 
 

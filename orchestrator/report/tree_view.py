@@ -37,6 +37,7 @@ def stage_tree(
     label: Callable[[Mapping[str, Any]], Text],
     notes: Mapping[str | None, Sequence[Text]] | None = None,
     limit: int = TREE_LINES,
+    crop: bool = False,
 ) -> Tree:
     """The tree of stage runs as a plan or a status document lists them (parents first).
 
@@ -45,19 +46,25 @@ def stage_tree(
         label: Text of a stage run's line.
         notes: Further lines below a stage run, by its id; None for those below the root.
         limit: Lines shown; running and failed stage runs and the way to them come first.
+        crop: One line each, whatever is cut off on the right; for terminals.
     """
     notes = notes or {}
     shown = _chosen(runs, limit)
     root = Tree("stage tree", highlight=False)
     branches: dict[str | None, Tree] = {None: root}
+
+    def line(text: Text) -> Text:
+        text.no_wrap, text.overflow = (True, "ellipsis") if crop else (None, None)
+        return text
+
     for note in notes.get(None, ()):
-        root.add(note)
+        root.add(line(note))
     for run in runs:
         if run["id"] in shown:
-            branch = branches.get(run["parent"], root).add(label(run))
+            branch = branches.get(run["parent"], root).add(line(label(run)))
             branches[run["id"]] = branch
             for note in notes.get(run["id"], ()):
-                branch.add(note)
+                branch.add(line(note))
     hidden = [run["state"] for run in runs if run["id"] not in shown]
     if hidden:
         root.add(Text(f"… {len(hidden):,} more stage runs: {counted(hidden)}", style="dim"))
@@ -119,7 +126,7 @@ def number(value: float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     # What would round to nothing shows its first digits instead.
-    return f"{value:.{digits}g}" if 0 < abs(value) < 10**-digits else f"{value:,.{digits}f}"
+    return f"{value:.{digits}g}" if 0 < abs(value) < 0.1 else f"{value:,.{digits}f}"
 
 
 def hours_text(totals: Mapping[str, Any]) -> str | None:
