@@ -133,19 +133,18 @@ class LiveView:
     def render(self) -> Group:
         """What a terminal shows now: the sums, then a line for each lane."""
         now = self._progress.snapshot()
-        width = self._console.width
-        grid = RichTable.grid(padding=(0, 1))
-        for name in ("lane", "what", "bar", "figures", "cells"):
-            grid.add_column(no_wrap=True, overflow="ellipsis", min_width=10 if name in ("what", "bar") else None)
+        wide = self._console.width >= _WIDE
+        rows = []
         for line in now.lanes[:_LANES_SHOWN]:
-            if line.job is None:
-                grid.add_row(Text(line.lane), Text("waits for work", style="dim"), "", "", "")
-                continue
-            bar = ProgressBar(total=1.0, completed=line.share, width=24 if width >= _WIDE else 10)
-            cells = self._cells_of.get(line.job.id, ())
-            grid.add_row(
-                Text(line.lane), Text(_what(line.job)), bar, Text(_figures(line)), Text(whose(cells) if cells else "")
-            )
+            what = _what(line.job) if line.job is not None else "waits for work"
+            cells = whose(self._cells_of.get(line.job.id, ())) if line.job is not None else ""
+            rows.append((line, what, _figures(line, short=not wide), cells))
+        grid = RichTable.grid(padding=(0, 1, 0, 0))
+        for width in _widths(rows, self._console.width, 24 if wide else 8):
+            grid.add_column(no_wrap=True, overflow="ellipsis", width=width)
+        for line, what, figures, cells in rows:
+            bar = ProgressBar(total=1.0, completed=line.share) if line.job is not None else ""
+            grid.add_row(Text(line.lane), Text(what), bar, Text(figures), Text(cells, style="dim"))
         more = len(now.lanes) - _LANES_SHOWN
         rest = [Text(f"… {more} more lanes", style="dim")] if more > 0 else []
         return Group(Text(self._header(now), style="bold", no_wrap=True, overflow="ellipsis"), grid, *rest)
@@ -160,6 +159,16 @@ class LiveView:
         return "  ".join(part for part in parts if part)
 
 
+def _widths(rows: Sequence[tuple[LaneLine, str, str, str]], width: int, bar: int) -> tuple[int, ...]:
+    """Widths of lane, what, bar, figures and cells: the figures stay whole, names give way."""
+    texts = [(line.lane, what, figures, cells) for line, what, figures, cells in rows]
+    lane, what, figures, cells = (max((len(row[i]) for row in texts), default=0) for i in range(4))
+    lane = min(lane, width // 6)
+    left = max(width - lane - bar - figures - 5, 12)
+    what = min(what, left - min(cells, left // 4))
+    return max(lane, 1), max(what, 1), bar, max(figures, 1), max(min(cells, left - what), 1)
+
+
 def _variants(job: StageJob) -> str:
     names = list(dict.fromkeys(action.variant for action in job.table if action.last_step > job.first_step))
     return "+".join(names) if len(names) <= 3 else f"{len(names)} variants"
@@ -171,14 +180,16 @@ def _what(job: Job) -> str:
     return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else "initial weights"
 
 
-def _figures(line: LaneLine) -> str:
+def _figures(line: LaneLine, short: bool = False) -> str:
     job, metrics = line.job, line.metrics
     if not isinstance(job, StageJob):
         return ""
     if metrics is None:
         return "loading"
-    figures = f"step {int(metrics['step']) + 1}/{job.last_step}  loss {metrics['loss']:.3f}"
-    figures += f"  {metrics['samples_per_second']:.0f} samples/s"
+    step, loss, speed = int(metrics["step"]) + 1, metrics["loss"], metrics["samples_per_second"]
+    if short:
+        return f"{step}/{job.last_step} loss {loss:.3f} {speed:.0f}/s"
+    figures = f"step {step}/{job.last_step}  loss {loss:.3f}  {speed:.0f} samples/s"
     # One variant all along is told by what the lane does.
     variant = str(metrics.get("variant", ""))
     return figures if variant in ("", _variants(job)) else f"{figures}  stage {variant}"
