@@ -98,7 +98,7 @@ class Ledger(UnsealedWork):
 
     def _current(self, state: str, name: str) -> Path:
         finished = self._states.small_file(checked(state), name)
-        return finished if finished.exists() else self.work_folder(state) / name
+        return finished if finished.exists() else self._states.work_file(state, name)
 
     def commit(self, state: str) -> Path:
         """Makes a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,

@@ -37,6 +37,11 @@ class Snapshot:
         self._prefixes = tuple(f"{prefix}/" for prefix in prefixes)
         self._read, self._folder = read, folder
         self._values: dict[str, bytes | None] = {}
+        self._children: dict[str, set[str]] = {}
+        for key in self._listed:
+            parts = key.split("/")
+            for depth in range(1, len(parts)):
+                self._children.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             kept = set(os.listdir(folder))
@@ -59,8 +64,7 @@ class Snapshot:
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a covered prefix, sorted."""
-        cut = len(prefix) + 1
-        return sorted({key[cut:].split("/")[0] for key in self._listed if key.startswith(f"{prefix}/")})
+        return sorted(self._children.get(prefix, ()))
 
     def _load(self, key: str, file: Path) -> bytes | None:
         try:

@@ -77,6 +77,24 @@ class FolderStates:
         """`result.json`, `job.json`, `metrics.jsonl` or `log.txt` of a finished state, on this machine."""
         return self.state_folder(state) / name
 
+    def work_file(self, job_id: str, name: str) -> Path:
+        """Metrics or log of a stage run under way, on this machine; it need not exist."""
+        return self.work_folder(job_id) / name
+
+    def is_begun(self, job_id: str) -> bool:
+        """True where a stage run is under way."""
+        return os.path.isdir(f"{self._base}/work/{job_id}")
+
+    def begin(self, job_id: str) -> None:
+        """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
+
+    def tell(self, job_id: str) -> None:
+        """Shows others the metrics and the log of a stage run under way; in a common folder they see them."""
+
+    def snapshot(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, questions about many states may be answered as things were at its begin."""
+        return contextlib.nullcontext()
+
     def fetch(self, state: str, part: Part) -> list[str]:
         """Brings a part of a finished state to this machine and reads every byte of it.
 
@@ -115,7 +133,7 @@ class FolderStates:
                     self.has(state, "checkpoint") or not (sealed / "checkpoint").exists()
                 ):
                     return
-                if _take_place(sealed, target):
+                if take_place(sealed, target):
                     storage.fsync_folder(target.parent)
                     return
         raise StorageError(f"{target}: other processes keep writing it; stop all but one and run again")
@@ -135,7 +153,7 @@ class FolderStates:
         """
         target = self.work_folder(job_id) / f"step_{step:06d}"
         with storage_errors(self.folder):
-            if not _take_place(sealed, target):
+            if not take_place(sealed, target):
                 raise StorageError(f"{target}: another process writes it too; stop all but one and run again")
             storage.fsync_folder(target.parent)
         steps = self.steps(job_id)
@@ -207,7 +225,7 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
 
 
-def _take_place(sealed: Path, target: Path) -> bool:
+def take_place(sealed: Path, target: Path) -> bool:
     """Renames a folder to its place, over what was there; False where another writer was quicker."""
     old = _aside(target)
     with contextlib.suppress(FileNotFoundError):

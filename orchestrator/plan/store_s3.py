@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -220,17 +220,18 @@ class S3Store:
 
         _all_of(one, files)
 
-    def download(self, files: Mapping[str, Path]) -> None:
+    def download(self, files: Mapping[Path, str]) -> None:
         """Reads keys into files whose folders exist, several at once; a key that is not there leaves no file.
 
         Raises:
             StorageError: the bucket cannot be read or a file cannot be written.
         """
 
-        def one(item: tuple[str, Path]) -> None:
-            with self._errors(item[0]), storage_errors(item[1].parent):
+        def one(item: tuple[Path, str]) -> None:
+            file, key = item
+            with self._errors(key), storage_errors(file.parent):
                 try:
-                    self._client.download_file(self._bucket, self._prefix + item[0], str(item[1]))
+                    self._client.download_file(self._bucket, self._prefix + key, str(file))
                 except self._client.exceptions.ClientError as error:
                     if error_code(error) not in _ABSENT:
                         raise
@@ -243,13 +244,22 @@ class S3Store:
         Raises:
             StorageError: the bucket cannot be written.
         """
-        keys = [{"Key": self._prefix + key} for key in self.sizes(prefix)]
-        with self._errors(prefix):
-            for first in range(0, len(keys), _DELETE_AT_ONCE):
-                chosen = {"Objects": keys[first : first + _DELETE_AT_ONCE], "Quiet": True}
+        self.delete_keys(self.sizes(prefix))
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Takes values away, many with one request.
+
+        Raises:
+            StorageError: the bucket cannot be written.
+        """
+        named = [{"Key": self._prefix + key} for key in keys]
+        with self._errors():
+            for first in range(0, len(named), _DELETE_AT_ONCE):
+                chosen = {"Objects": named[first : first + _DELETE_AT_ONCE], "Quiet": True}
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete=chosen)
                 for left in answer.get("Errors", ())[:1]:
-                    raise StorageError(f"{self.url}/{prefix}: {left['Key']} stays: {left.get('Message')}")
+                    raise StorageError(f"{self.url}: {left['Key']} cannot be deleted: {left.get('Message')}")
+        self._view = None
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
@@ -263,7 +273,7 @@ class S3Store:
         return s3_errors(f"{self.url}/{key}" if key else self.url)
 
 
-def _all_of(one: Any, files: Mapping[str, Path]) -> None:
+def _all_of(one: Any, files: Mapping[Any, Any]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(one, files.items()):
             pass

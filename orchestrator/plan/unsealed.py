@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.errors import StaleWriterError
@@ -68,6 +69,27 @@ class UnsealedWork:
         for folder in self.work_folder(job_id).glob(".writing-*"):
             if (fit := _WRITING.fullmatch(folder.name)) and int(fit.group(1)) <= token:
                 shutil.rmtree(folder, ignore_errors=True)
+        self._states.begin(job_id)
+
+    def is_begun(self, job_id: str) -> bool:
+        """True where a stage run is under way."""
+        return self._states.is_begun(checked(job_id))
+
+    def tell(self, job_id: str) -> None:
+        """Shows others what an attempt told so far (metrics, logs); its last checkpoint or its commit did so before.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        self._states.tell(checked(job_id))
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        return self._states.snapshot()
 
     def check_fence(self, job_id: str) -> None:
         """Asks whether this process may still write for a job.

@@ -94,7 +94,7 @@ def test_files_go_up_and_come_down(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     store.upload({"state/weights/large": tmp_path / "large", "state/empty": tmp_path / "empty"})
     assert store.sizes("state") == {"state/weights/large": 20_000_000, "state/empty": 0}
-    store.download({name: tmp_path / f"{name[-5:]}.back" for name in store.sizes("state")} | {"gone": tmp_path / "no"})
+    store.download({tmp_path / f"{name[-5:]}.back": name for name in store.sizes("state")} | {tmp_path / "no": "gone"})
     assert (tmp_path / "large.back").read_bytes() == large and (tmp_path / "empty.back").read_bytes() == b""
     assert not (tmp_path / "no").exists()
     with pytest.raises(StorageError, match="No such file"):

@@ -1,0 +1,267 @@
+"""Where finished states and sealed in-stage checkpoints lie in a bucket: objects by content, named by one manifest.
+
+```
+manifests/STATE.json          makes a state finished: name, size and SHA-256 of each file, small files whole
+objects/STATE/SHA256          files of a state or of its in-stage checkpoints
+work/JOB/step_000200.json     manifest of an in-stage checkpoint
+work/JOB/metrics.jsonl …      what a stage run under way told by its last checkpoint
+work/JOB/shared/FOLDER/NODE.json   what another machine put into an unsealed folder
+logs/JOB/log.txt              what a finished job printed
+```
+Objects are there before the manifest that names them, so a reader never sees a part of a state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import StorageError
+from orchestrator.plan import storage
+from orchestrator.plan.identity import cache_folder, digest
+from orchestrator.plan.owners import machine_id
+from orchestrator.plan.s3_objects import Files, S3Objects, object_key, whole_manifest
+from orchestrator.plan.states import FolderStates, Part, take_place
+from orchestrator.plan.storage import changed_files, parse_json, read_manifest, storage_errors, write_json
+from orchestrator.plan.store import Store
+from orchestrator.plan.store_s3 import S3Store
+
+_STEP = re.compile(r"step_([0-9]+)\.json")
+_SMALL = ("job.json", "result.json")
+_LOOK_SECONDS = 5.0
+_LISTED = ("manifests", "evaluations", "failures", "work")
+
+
+class S3States(FolderStates):
+    """States of a storage in a bucket, with a copy of what was needed or written in this machine's cache folder.
+
+    The copy may be deleted whenever nothing runs. Names of files are told apart by content, never by time.
+
+    Args:
+        store: The bucket's store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        assert isinstance(store, S3Store)
+        super().__init__(cache_folder() / "ledger" / digest(store.url)[:32])
+        self._store = store
+        self._node = digest([machine_id(), str(self.folder)])[:16]
+        self._known: dict[str, dict[str, Any]] = {}
+        self._objects = S3Objects(store)
+        self._looked: dict[Path, float] = {}
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Within it, questions about many states are answered from one listing."""
+        return self._store.snapshot(_LISTED, self.folder / "etags")
+
+    def names(self) -> list[str]:
+        """All states, sorted."""
+        return [name.removesuffix(".json") for name in self._store.names("manifests")]
+
+    def is_whole(self, state: str) -> bool:
+        """True where a state's manifest is there; an object is whole or not there at all."""
+        return self._manifest(state) is not None
+
+    def has(self, state: str, part: Part) -> bool:
+        """True where a finished state has its weights, or its full checkpoint."""
+        manifest = self._manifest(state)
+        return manifest is not None and any(name.startswith(f"{part}/") for name in manifest["files"])
+
+    def small_file(self, state: str, name: str) -> Path:
+        """A small file of a finished state, brought here if it is not; it need not exist."""
+        file = self.state_folder(state) / name
+        manifest = self._manifest(state)
+        if manifest is None:
+            return file
+        if name in manifest["files"]:
+            wanted = {name: manifest["files"][name]}
+            if name in manifest["small"] and changed_files(file.parent, wanted):
+                _write(file, manifest["small"][name].encode())
+            self._objects.bring(state, file.parent, wanted)
+        elif not file.exists():
+            self._objects.download({file: f"logs/{state}/{name}"})
+        return file
+
+    def work_file(self, job_id: str, name: str) -> Path:
+        """Metrics or log of a stage run under way: this machine's, else as its last checkpoint left them."""
+        file = self.work_folder(job_id) / name
+        if file.exists() or not self._store.names(f"work/{job_id}"):
+            return file
+        copy = self.folder / "elsewhere" / job_id / name  # a stage run that begins here has a folder of its own
+        now = time.monotonic()
+        if now - self._looked.get(copy, -_LOOK_SECONDS) >= _LOOK_SECONDS:
+            self._looked[copy] = now
+            self._objects.download({copy: f"work/{job_id}/{name}"})
+        return copy
+
+    def is_begun(self, job_id: str) -> bool:
+        """True where a stage run is under way."""
+        return self.work_folder(job_id).is_dir() or bool(self._store.names(f"work/{job_id}"))
+
+    def begin(self, job_id: str) -> None:
+        """Forgets what machines of an earlier attempt shared."""
+        self._store.delete_all(f"work/{job_id}/shared")
+
+    def fetch(self, state: str, part: Part) -> list[str]:
+        """Downloads what is missing of a part, and reads every byte of it."""
+        damaged: list[str] = []
+        for _ in range(2):  # another commit may take its place meanwhile
+            manifest = self._manifest(state)
+            if manifest is None:
+                return [storage.MANIFEST]
+            wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+            folder = self.state_folder(state)
+            damaged = self._objects.bring(state, folder, wanted) if wanted else [part]
+            if not damaged:
+                _keep_manifest(folder, manifest)
+                break
+            self._known.pop(state, None)
+        return damaged
+
+    def share(self, folder: Path) -> None:
+        """Uploads what this machine wrote into an unsealed folder, and lists it for the machine that seals it."""
+        job_id, place = self._place(folder)
+        for done in (*folder.parent.glob("step_*"), *folder.glob("step_*")):  # sealed by another machine, or given up
+            if done != folder:
+                shutil.rmtree(done, ignore_errors=True)
+        files = self._objects.share(job_id, folder)
+        self.tell(job_id)
+        self._store.write(f"work/{job_id}/shared/{place}/{self._node}.json", json.dumps(files).encode())
+
+    def tell(self, job_id: str) -> None:
+        """Uploads what a stage run under way told on this machine, so that curves and logs outlive it."""
+        told = [file for ending in ("*.jsonl", "*.txt") for file in self.work_folder(job_id).glob(ending)]
+        self._store.upload({f"work/{job_id}/{file.name}": file for file in told if not file.name.startswith(".")})
+
+    def write_manifest(self, folder: Path) -> None:
+        """Lists all files of an unsealed folder, also other machines'."""
+        job_id, place = self._place(folder)
+        files: Files = {}
+        for name in self._store.names(f"work/{job_id}/shared/{place}"):
+            if name != f"{self._node}.json":
+                files |= parse_json(self._store.read(f"work/{job_id}/shared/{place}/{name}")) or {}
+        files |= self._objects.files_of(folder)
+        write_json(folder / storage.MANIFEST, {"files": files, "sha256": digest(files)})
+
+    def commit(self, state: str, sealed: Path) -> None:
+        """Uploads a folder with a manifest, unless there is a whole state that holds as much."""
+        files = read_manifest(sealed) or {}
+        self._known.pop(state, None)
+        before = self._manifest(state)
+        brings_more = any(name.startswith("checkpoint/") for name in files) and not self.has(state, "checkpoint")
+        if before is not None and not brings_more and self._objects.are_stored(state, before["files"]):
+            return
+        self._objects.send(state, sealed, files)
+        small = {name: (sealed / name).read_text() for name in _SMALL if name in files}
+        data = json.dumps({"files": files, "sha256": digest(files), "small": small}).encode()
+        key = f"manifests/{state}.json"
+        if before is not None or not self._store.create(key, data):
+            self._known.pop(state, None)
+            # Of several at once the first counts, unless it is damaged or holds less.
+            if before is not None or self._manifest(state) is None:
+                self._store.write(key, data)
+        self._known.pop(state, None)
+        target = self.state_folder(state)
+        with storage_errors(self.folder):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            take_place(sealed, target)
+
+    def end_work(self, job_id: str) -> None:
+        """Uploads the log, and takes away what the finished state does not name."""
+        log = self.work_folder(job_id) / "log.txt"
+        if log.exists():
+            self._store.upload({f"logs/{job_id}/log.txt": log})
+        self._store.delete_all(f"work/{job_id}")
+        self._sweep(job_id)
+        super().end_work(job_id)
+
+    def seal_checkpoint(self, job_id: str, step: int, sealed: Path, keep: int) -> Path:
+        """Uploads an in-stage checkpoint; of those before it `keep - 1` stay."""
+        self._objects.send(job_id, sealed, read_manifest(sealed) or {})
+        self.tell(job_id)
+        steps = self.steps(job_id)
+        self._store.write(f"work/{job_id}/step_{step:06d}.json", (sealed / storage.MANIFEST).read_bytes())
+        older = [other for other in steps if other < step]
+        for other in [*older[keep - 1 :], *(later for later in steps if later > step)]:  # later ones were damaged
+            self._store.delete(f"work/{job_id}/step_{other:06d}.json")
+        self._sweep(job_id)
+        return super().seal_checkpoint(job_id, step, sealed, keep)
+
+    def steps(self, job_id: str) -> list[int]:
+        """Steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
+        found = (_STEP.fullmatch(name) for name in self._store.names(f"work/{job_id}"))
+        return sorted((int(fit.group(1)) for fit in found if fit), reverse=True)
+
+    def checkpoints(self, job_id: str) -> Iterator[Path]:
+        """In-stage checkpoints, downloaded, newest first, every byte read; a damaged one is passed over."""
+        for step in self.steps(job_id):
+            folder = self.work_folder(job_id) / f"step_{step:06d}"
+            if not self._bring_checkpoint(folder):
+                yield folder
+
+    def bring_checkpoint(self, folder: Path) -> None:
+        """Downloads a checkpoint that is trained on from, and the metrics until it."""
+        if damaged := self._bring_checkpoint(folder):
+            raise StorageError(f"{self._store.url}: {folder.name} of {folder.parent.name} is damaged: {damaged[:3]}")
+        job_id, name = folder.parent.name, "metrics.jsonl"
+        self._objects.download({folder.parent / name: f"work/{job_id}/{name}"})
+
+    def discard(self, state: str) -> None:
+        """Takes a state away."""
+        self._known.pop(state, None)
+        self._store.delete(f"manifests/{state}.json")
+        self._store.delete_all(f"objects/{state}")
+        super().discard(state)
+
+    def _manifest(self, state: str) -> dict[str, Any] | None:
+        if state not in self._known:
+            found = whole_manifest(self._store.read(f"manifests/{state}.json"))
+            if found is None:
+                return None
+            self._known[state] = found
+        return self._known[state]
+
+    def _bring_checkpoint(self, folder: Path) -> list[str]:
+        job_id = folder.parent.name
+        manifest = whole_manifest(self._store.read(f"work/{job_id}/{folder.name}.json"))
+        if manifest is None:
+            return [storage.MANIFEST]
+        if damaged := self._objects.bring(job_id, folder, manifest["files"]):
+            return damaged
+        _keep_manifest(folder, manifest)
+        return []
+
+    def _sweep(self, job_id: str) -> None:
+        """Takes objects away that neither the state nor an in-stage checkpoint names."""
+        self._known.pop(job_id, None)
+        manifests = [self._manifest(job_id)]
+        manifests += [
+            whole_manifest(self._store.read(f"work/{job_id}/step_{step:06d}.json")) for step in self.steps(job_id)
+        ]
+        named = {object_key(job_id, entry) for found in manifests if found for entry in found["files"].values()}
+        self._store.delete_keys(key for key in self._store.sizes(f"objects/{job_id}") if key not in named)
+
+    def _place(self, folder: Path) -> tuple[str, str]:
+        job_id, *rest = folder.relative_to(self.folder / "work").parts
+        return job_id, "/".join(rest).replace(".writing", "writing")
+
+
+def _keep_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    if read_manifest(folder) != manifest["files"]:
+        write_json(folder / storage.MANIFEST, {name: manifest[name] for name in ("files", "sha256")})
+
+
+def _write(file: Path, data: bytes) -> None:
+    """A copy of what the bucket holds: quicker than a file that must outlive a power cut."""
+    part = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+    with storage_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(file)
