@@ -211,7 +211,7 @@ def _execute(
         Interrupted: a signal stopped it.
     """
     costs = {job.id: _relative_cost(job) for job in work}
-    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console)
+    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console, walk.ledger.result)
     hint = "finishing the step and writing a checkpoint; Ctrl-C now: stop at once"
     stop = StopRequest(lambda name: view.say(f"{name}: {hint}"), *limit)
     watch = _Watch(walk, recorder, view, stop)
