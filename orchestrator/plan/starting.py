@@ -37,6 +37,15 @@ class Start:
     settings: str | None = None
 
 
+def start_text(recipe: PhaseSpec) -> str | None:
+    """What a phase starts from by `start_from`, in words."""
+    start = recipe.start
+    if start is None:
+        return None
+    parts = "" if start.parts is None else f"{', '.join(start.parts)} of "
+    return f"{parts}{start.path or f'cell {start.cell} of {start.spec} after {start.phase}'}"
+
+
 def resolve_start(
     spec: ExperimentSpec,
     name: str,

@@ -12,9 +12,11 @@ import yaml
 from orchestrator.errors import SpecError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.document import plan_document
 from orchestrator.plan.jobs import StageJob, StartJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree, build_stage_tree
+from orchestrator.plan.walk import prepare
 from orchestrator.spec.loader import load_experiment, unsupported_keys
 
 MODEL = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
@@ -249,3 +251,17 @@ def test_an_axis_may_be_the_start(files: Files) -> None:
     cells = files.cells(path)
     first = files.cells(files.folder / "first.yaml")
     assert [cell.phases[0].start for cell in cells] == [cell.state for cell in first]
+
+
+def test_plan_shows_what_comes_first(files: Files, tmp_path: Path) -> None:
+    path = files.write("second.yaml", {"finetune": from_first()})
+    walk = prepare(path, [f"cluster.storage_path={tmp_path / 'runs'}"])
+    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger)
+    (cell,) = document["cells"]
+    assert cell["phases"][0]["start_from"] == f"cell seed=1 of {files.folder / 'first.yaml'} after pretrain"
+    assert "1 stage run of the cell it starts from first" in cell["reason"]
+    first, second = document["stage_runs"]
+    assert second["parent"] == first["id"] and first["phase"] == "pretrain"
+    costs = [run["cost"]["train_tflops"] for run in document["stage_runs"]]
+    assert cell["cost"]["train_tflops"] == costs[1]  # the cell's own phase
+    assert document["totals"]["train_tflops_alone"] == pytest.approx(sum(costs))
