@@ -57,13 +57,14 @@ class RunOutcome:
 def table_of(walks: Sequence[Walk], *, all_metrics: bool = False) -> Table:
     """One table over one or several experiments; a cell found in two of them is shown once."""
     cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
-    report = walks[0].loaded.spec.report
+    report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
     return ablation_table(
         [walk.record(cell) for walk, cell in cells.values()],
         {identity: cell.axes for identity, (_, cell) in cells.items()},
-        mean_over=report.mean_over,
+        mean_over=report.mean_over if search is None else (*report.mean_over, "seed"),
         baseline=report.baseline,
         all_metrics=all_metrics,
+        shown_axes=() if search is None else tuple(search.space),
     )
 
 
@@ -99,9 +100,9 @@ def run_experiment(
         raise SpecError(faults)
     with walk.ledger.lock():
         work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
-        _check_data(work)
+        check_data(work)
         executed, problems = 0, dict[str, str]()
-        with Recorder(lambda: _open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+        with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
                 if work:
                     limit = (max_hours, began)
@@ -109,7 +110,7 @@ def run_experiment(
                         walk, work, recorder, console, limit, local=local, fail_fast=fail_fast
                     )
             finally:
-                _record(walk, recorder)
+                record_cells(walk, recorder)
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
@@ -118,7 +119,7 @@ def run_experiment(
     return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, recorder.problem if unsent else None)
 
 
-def _check_data(work: Sequence[Job]) -> None:
+def check_data(work: Sequence[Job]) -> None:
     """Reads every row and image header of the data that `work` uses, before anything starts.
 
     Raises:
@@ -138,13 +139,14 @@ def _check_data(work: Sequence[Job]) -> None:
         raise_for_faults(" ".join([f"data of kind {spec.kind}", *where]), open_data_set(spec).check())
 
 
-def _open_tracker(walk: Walk) -> Tracker:
+def open_tracker(walk: Walk) -> Tracker:
+    """The tracker of an experiment."""
     from orchestrator.tracking.cell_tracker import CellTracker
 
     return CellTracker(walk.tracking_uri, walk.experiment_name)
 
 
-def _record(walk: Walk, recorder: Recorder) -> None:
+def record_cells(walk: Walk, recorder: Recorder) -> None:
     """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
     for cell in walk.cells:
         record = walk.record(cell)
@@ -210,7 +212,7 @@ def _execute(
     Raises:
         Interrupted: a signal stopped it.
     """
-    costs = {job.id: _relative_cost(job) for job in work}
+    costs = {job.id: relative_cost(job) for job in work}
     view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console, walk.ledger.result)
     hint = "finishing the step and writing a checkpoint; Ctrl-C now: stop at once"
     stop = StopRequest(lambda name: view.say(f"{name}: {hint}"), *limit)
@@ -237,7 +239,7 @@ def _dispatcher(local: bool) -> Callable[..., Any]:
     return run_on_ray
 
 
-def _relative_cost(job: Job) -> float:
+def relative_cost(job: Job) -> float:
     """A job's weight in the time left: samples trained, an evaluation counted as a few steps."""
     if isinstance(job, StageJob):
         return float((job.last_step - job.first_step) * job.recipe["global_batch_size"])

@@ -135,10 +135,16 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
 
 
 def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> Walk:
-    """A search with the trials there are; one that cannot be planned comes back failed."""
+    """A search with the trials there are; one that cannot be planned comes back failed.
+
+    A trial that is the same as an earlier one shares its cells, under the earlier one's names.
+    """
     assert loaded.spec.search is not None
     found = list(cells_of_trials(loaded, trials))
-    cells = tuple(cell for _, some in found for cell in some)
+    distinct: dict[str, Cell] = {}
+    for cell in (cell for _, some in found for cell in some):
+        distinct.setdefault(cell.id, cell)
+    cells = tuple(distinct.values())
     planned = tuple(trial for trial, _ in found)
     front = frozenset(front_of(planned, loaded.spec.search))
     return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)

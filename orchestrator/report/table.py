@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from orchestrator.plan.record import CellRecord
+from orchestrator.spec.node import as_yaml
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -38,11 +39,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, the metrics shown, and what makes the rows unequal to compare."""
+    """Rows, the metrics and axes shown, and what makes the rows unequal to compare."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
 
 
 _COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
@@ -61,6 +63,7 @@ def ablation_table(
     mean_over: Sequence[str] = (),
     baseline: Mapping[str, Any] | None = None,
     all_metrics: bool = False,
+    shown_axes: Sequence[str] = (),
 ) -> Table:
     """The table of an experiment, from its records alone.
 
@@ -70,6 +73,7 @@ def ablation_table(
         mean_over: Axes averaged over (mean and standard deviation).
         baseline: Axis values of the row the others are compared with.
         all_metrics: Show every metric, not the headline ones.
+        shown_axes: Axes with a column of their own, where names do not tell them.
     """
     groups: dict[str, list[CellRecord]] = {}
     for record in records:
@@ -77,7 +81,7 @@ def ablation_table(
         key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_id
         groups.setdefault(key, []).append(record)
     rows = tuple(_row(group, axes, mean_over, baseline) for group in groups.values())
-    return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)))
+    return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)), tuple(shown_axes))
 
 
 def _row(
@@ -103,6 +107,8 @@ def _row(
         marks.append("control")
     elif baseline and all(own.get(axis) == value for axis, value in baseline.items()):
         marks.append("baseline")
+    if any(record.tags.get("pareto") == "true" for record in group):
+        marks.append("pareto")
     if len(group) > 1:
         marks.append(f"{len(finished)} of {len(group)} cells")
     states = {record.status for record in group}
@@ -171,10 +177,10 @@ def number(column: str, value: float | None) -> str:
 
 def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table as text."""
-    head = ["cell", *(header(column) for column in table.columns), "status"]
+    head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *map(header, table.columns), "status"]
     body = []
     for row in table.rows:
-        values = []
+        values = [as_yaml(row.axes.get(axis)) for axis in table.axes]
         for column in table.columns:
             text = number(column, row.values.get(column))
             if column in row.spread:
@@ -196,9 +202,10 @@ def render(table: Table, form: str) -> str:
     if form == "csv":
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["cell", "status", *table.columns])
+        writer.writerow(["cell", "status", *table.axes, *table.columns])
         for row in table.rows:
-            writer.writerow([row.name, row.status, *(row.values.get(column, "") for column in table.columns)])
+            axes, values = map(row.axes.get, table.axes), (row.values.get(column, "") for column in table.columns)
+            writer.writerow([row.name, row.status, *axes, *values])
         return out.getvalue().rstrip("\n")
     head, body = text_cells(table)
     if form == "md":

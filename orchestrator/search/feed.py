@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import Job
@@ -20,10 +20,10 @@ class Proposals(Protocol):
     def ended(self) -> bool:
         """Whether nothing more will be proposed."""
 
-    def take(self) -> list[dict[str, object]]:
+    def take(self) -> list[dict[str, Any]]:
         """Trials proposed since the last call: `number`, `params`, `values`."""
 
-    def answer(self, number: int, answer: dict[str, object]) -> None:
+    def answer(self, number: int, answer: dict[str, Any]) -> None:
         """Ends a trial: with its objectives, or with `failed` and the reason."""
 
 

@@ -1,4 +1,4 @@
-"""search_experiment(): a search from its file to its front; trials are cells of one tree, ledger and MLflow experiment."""
+"""search_experiment(): a search from its file to its front; its trials are cells of one tree and one ledger."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def search_experiment(
     """
     console, began = console or Console(), time.monotonic()
     walk = prepare(path, overrides)
-    if walk.loaded.spec.search is None:
+    search = walk.loaded.spec.search
+    if search is None:
         raise UsageError(f"{path}: there is no `search` in it; `llavolta run {path}` runs a grid")
     if faults := unsupported_keys(walk.loaded, searching=True):
         raise SpecError(faults)
@@ -64,7 +65,7 @@ def search_experiment(
         run = _SearchRun(walk, notes, console)
         with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
-                if (left := walk.loaded.spec.search.num_trials - _ended(walk)) > 0:
+                if (left := search.num_trials - _ended(walk)) > 0:
                     run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
             finally:
                 walk = run.feed.walk
@@ -114,7 +115,7 @@ class _SearchRun:
         self._console = console
         self._checked: set[str] = set()
         self._recorder: Recorder | None = None
-        self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console)
+        self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
 
     def say_stop(self, name: str) -> None:
         """What a signal does."""

@@ -46,6 +46,7 @@ class Tuning:
         self._num_trials, self._concurrency, self._folder = num_trials, concurrency, folder
         self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
         self._error: BaseException | None = None
+        self._added: list[str] = []
 
     @property
     def ended(self) -> bool:
@@ -72,7 +73,8 @@ class Tuning:
         ray.get(self._desk.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
-        os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+        self._added = [name for name in _ENVIRONMENT if name not in os.environ]
+        os.environ.update({name: _ENVIRONMENT[name] for name in self._added})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         self._thread.start()
         return self
@@ -87,6 +89,8 @@ class Tuning:
         ray.get(self._desk.close.remote())
         self._thread.join(CLOSE_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
+        for name in self._added:
+            os.environ.pop(name, None)
 
     def _fit(self) -> None:
         try:
