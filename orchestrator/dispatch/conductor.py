@@ -1,14 +1,19 @@
-"""The conductor: hands the work out in order, counts attempts, and knows what became of every job. Pure Python."""
+"""The conductor: hands the work out to lanes, and rebuilds what it knows when it is started again."""
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.dispatch.attempts import Attempt, Item
+from orchestrator.dispatch.book import Book
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
-from orchestrator.dispatch.outcome import Outcome
+from orchestrator.dispatch.rules import Rules
+from orchestrator.plan.leases import Leases
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.owners import Process
 
 WAIT = "wait"
 STOP = "stop"
@@ -17,281 +22,275 @@ RESTART = "restart"
 BARREN_ATTEMPTS = 3
 
 
-@dataclass
-class _Item:
-    """One job handed to one attempt, and what each rank said of it."""
-
-    job: str
-    reports: dict[int, str | Failure] = field(default_factory=dict)
-    first_failure: tuple[float, Failure] | None = None
-    closed: bool = False
-
-
-@dataclass
-class _Attempt:
-    """One life of a lane's worker group."""
-
-    lane: str
-    world_size: int
-    items: list[_Item] = field(default_factory=list)
-    answer_after: str | None = None
-    ended: bool = False
-
-
 class Conductor:
-    """Holds the ordered work list, who does what, and what became of it.
+    """Holds the work, who does what, and what became of it.
 
-    Lanes ask for item k of their attempt (one life of their worker group) and every rank of an attempt gets the same
-    answer, so that no rank waits in a collective while there is nothing to do.
+    Every rank of a lane's worker group (an attempt) asks for item k when it has done item k - 1, and all ranks get
+    the same answer, so that no rank waits in a collective while there is nothing to do. A question carries all that a
+    conductor has to know to answer it, so one that died and was started again goes on where it was: the driver sends
+    it the plan, the leases say what is in hand, and each rank says who it is and what it did last. All calls may be
+    repeated.
 
     Args:
-        work: Jobs as `job_to_json` writes them, in the order they should be done.
-        max_failures: Further attempts a job gets after a failure that may pass.
-        fail_fast: The first failed job ends the run.
-        patience_seconds: How long ranks may differ: after one rank failed, the others are given this long to report
-            before the group is started anew (they may hang in a collective with the one that left).
+        url: The storage.
+        driver: Id of the driver; owns the leases.
+        process: The driver's, as `asdict` writes it: leases live as long as it does. None: this process.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
-        work: Sequence[Mapping[str, Any]],
-        max_failures: int = 3,
-        fail_fast: bool = False,
-        patience_seconds: float = 2.0,
+        url: str,
+        driver: str,
+        rules: Rules | None = None,
+        process: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._jobs = {str(job["id"]): dict(job) for job in work}
-        self._state = dict.fromkeys(self._jobs, "pending")
-        self._needs = {name: _need(job, self._jobs) for name, job in self._jobs.items()}
-        self._tries = dict.fromkeys(self._jobs, 0)
-        self._errors: dict[str, str] = {}
-        self._finished: list[str] = []
-        self._events: list[dict[str, Any]] = []
-        self._attempts: list[_Attempt] = []
-        self._placement_groups: list[str] = []
-        self._barren: dict[str, int] = {}
-        self._fatal: str | None = None
-        self._stopping = False
-        self._interrupted = False
-        self._max_failures = max_failures
-        self._fail_fast = fail_fast
-        self._patience_seconds = patience_seconds
+        self._rules = rules or Rules()
+        ledger = Ledger(url)
+        self._leases = Leases(ledger.store, driver, process=Process(**process) if process else None)
+        self._book = Book(ledger, self._leases, self._rules.max_failures, self._rules.plans_again, clock)
         self._clock = clock
-        self._first_pending = 0
-        self._order = list(self._jobs)
+        self._epoch = uuid.uuid4().hex
+        self._attempts: dict[str, Attempt] = {}
+        self._reserved: dict[str, list[str]] = {}
+        self._barren: dict[str, int] = {}
+        self._given_up: dict[str, str] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._is_planned = self._is_closed = self._stopping = False
 
     # What lanes call -------------------------------------------------------------------------------------------
 
-    def begin(self, lane: str, world_size: int, placement_group: str | None = None) -> int:
-        """A worker group of `lane` has started; returns the number of its attempt.
-
-        What the lane's attempt before had in hand is given back: its workers are gone.
+    def begin(self, who: Mapping[str, Any]) -> None:
+        """A worker group has started; what the lane's group before had in hand is given back: its workers are gone.
 
         Args:
-            placement_group: Hexadecimal id of the resources it holds, for whoever has to free them.
+            who: A rank: `lane`, `attempt` (unique), `world_size`, `rank`, `placement_group`.
         """
-        if placement_group is not None:
-            self._placement_groups.append(placement_group)
-        for attempt in self._attempts:
-            if attempt.lane == lane and not attempt.ended:
-                self._end(attempt)
-        if self._barren.get(lane, 0) >= BARREN_ATTEMPTS and self._fatal is None:
-            self._fatal = f"the workers of {lane} died {self._barren[lane]} times before they took up any work"
-            self._stopping = True
+        lane = who["lane"]
+        if who["attempt"] in self._attempts:
+            return
+        if who.get("placement_group"):
+            self._groups.setdefault(lane, []).append(who["placement_group"])
+        self._end_lane(lane)
+        if self._barren.get(lane, 0) >= BARREN_ATTEMPTS:
+            self._given_up[lane] = f"the workers of {lane} died {self._barren[lane]} times before they took up any work"
         self._barren[lane] = self._barren.get(lane, 0) + 1
-        self._attempts.append(_Attempt(lane, world_size))
-        return len(self._attempts) - 1
+        self._attempts[who["attempt"]] = Attempt(who["attempt"], lane, who["world_size"], self._clock())
 
-    def item(self, number: int, k: int) -> dict[str, Any] | str:
-        """Item `k` of attempt `number`: a job, or `wait`, `stop` or `restart`; equal for every rank that asks."""
-        attempt = self._attempts[number]
+    def next_item(
+        self, who: Mapping[str, Any], k: int, last: str | None, report: str | Mapping[str, Any] | None
+    ) -> dict[str, Any] | str:
+        """Item `k` for a rank: `job` and `token`, or `wait`, `stop` or `restart`; equal for every rank that asks.
+
+        Args:
+            who: The rank, as in `begin`, with `node`, `pid` and `started` of its process.
+            last: The job it did as item `k - 1`.
+            report: What came of that: `finished`, `interrupted`, or a `Failure` as `to_json` writes it.
+        """
+        attempt = self._attempts.get(who["attempt"]) or self._take_over(who, k, last)
+        if attempt is None:
+            return RESTART if self._is_planned else WAIT
+        attempt.heard(who, self._clock())
+        if report is not None:
+            self._report(attempt, k - 1, who["rank"], report if isinstance(report, str) else Failure(**report))
         if attempt.ended:
             return attempt.answer_after or RESTART
-        if k < len(attempt.items):
-            return self._jobs[attempt.items[k].job]
-        if attempt.items and not attempt.items[-1].closed:
+        if k in attempt.items:
+            item = attempt.items[k]
+            return {"job": self._book.work.jobs[item.job], "token": item.token}
+        if attempt.open_item is not None:
             return self._while_ranks_differ(attempt)
-        if attempt.answer_after is None:
-            return self._hand_out(attempt)
-        return attempt.answer_after
+        return attempt.answer_after or self._hand_out(attempt, k)
 
-    def finished(self, number: int, k: int, rank: int) -> None:
-        """A rank has done its part of item `k`."""
-        self._report(number, k, rank, "finished")
+    def pulse(self, who: Mapping[str, Any], progress: int, has_dumped: bool) -> dict[str, bool]:
+        """A sign of life of a rank; answers whether to `stop` at the next checkpoint and to `dump` the stacks.
 
-    def interrupted(self, number: int, k: int, rank: int) -> None:
-        """A rank has left item `k` because a stop was asked for; its checkpoint is written."""
-        self._report(number, k, rank, "interrupted")
-
-    def failed(self, number: int, k: int, rank: int, failure: Mapping[str, Any]) -> None:
-        """A rank's part of item `k` raised; `failure` as `Failure.to_json` writes it."""
-        self._report(number, k, rank, Failure(**failure))
-
-    def stopping(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._stopping
+        Args:
+            progress: Grows whenever the rank gets on.
+            has_dumped: Whether the stacks that were asked for are written.
+        """
+        attempt = self._attempts.get(who["attempt"])
+        if attempt is not None:
+            attempt.heard(who, self._clock(), progress, has_dumped)
+        hung = attempt is not None and attempt.hung is not None
+        return {"stop": self._stopping, "dump": hung and not has_dumped}
 
     # What the driver calls -------------------------------------------------------------------------------------
+
+    def set_work(self, jobs: Sequence[Mapping[str, Any]], closed: bool, known: Mapping[str, Any] | None = None) -> None:
+        """Takes the newest complete plan, jobs as `job_to_json` writes them, parents before children.
+
+        Args:
+            closed: Whether no further plan will come.
+            known: For a conductor that was started again: what the driver heard before (`Account.known`).
+        """
+        self._book.plan(jobs, known)
+        self._is_closed = closed
+        if self._is_planned:
+            return
+        self._is_planned = True
+        self._reserved = self._book.reserved()
+        for lane in {attempt.lane for attempt in self._attempts.values()}:
+            self._give_back_reserved(lane)  # a new group began before the plan came
 
     def interrupt(self) -> None:
         """No further item is handed out; what runs writes a checkpoint and leaves."""
         self._stopping = True
-        self._interrupted = True
 
-    def lane_ended(self, lane: str) -> None:
-        """A lane is gone for good: what it had in hand is given back."""
-        for attempt in self._attempts:
-            if attempt.lane == lane and not attempt.ended:
-                self._end(attempt)
+    def is_stopping(self) -> bool:
+        """Whether a stop was asked for, or the first failure ended the run."""
+        return self._stopping
 
-    def events(self, seen: int) -> list[dict[str, Any]]:
-        """Events from number `seen` on: `event`, `id`, `type`, `attempt`, and `error` where there is one."""
-        return self._events[seen:]
+    def lane_ended(self, lane: str) -> bool:
+        """A lane's Train run is over: what it had in hand is given back. True where its workers had started."""
+        self._end_lane(lane)
+        return lane in self._barren
 
-    def placement_groups(self) -> list[str]:
-        """Ids of the placement groups that worker groups have held."""
-        return list(self._placement_groups)
+    def poll(self, epoch: str, seen: int) -> dict[str, Any]:
+        """What is new for the driver.
 
-    def fatal(self) -> str | None:
-        """Why no lane can work, or None."""
-        return self._fatal
+        Args:
+            epoch: Which life of the conductor the driver heard last.
+            seen: How many of its events.
 
-    def outcome(self) -> Outcome:
-        """What became of the work so far."""
-        return Outcome(
-            finished=tuple(self._finished),
-            failed=dict(self._errors),
-            skipped=tuple(name for name, state in self._state.items() if state == "skipped"),
-            left=tuple(name for name, state in self._state.items() if state in ("pending", "running")),
-            interrupted=self._interrupted,
-        )
+        Returns:
+            `epoch`, `events`, `hung` (processes to be killed), `given_up` (lane to why it cannot work).
+        """
+        now, stall = self._clock(), self._rules.stall_seconds
+        if self._is_planned and not self._stopping:
+            self._book.look_again()
+        hung: list[dict[str, Any]] = []
+        for attempt in self._attempts.values():
+            if stall is not None and not attempt.ended:
+                attempt.look(now, stall)
+                hung += attempt.to_end(now, stall)
+        events = self._book.events[seen if epoch == self._epoch else 0 :]
+        return {"epoch": self._epoch, "events": events, "hung": hung, "given_up": dict(self._given_up)}
+
+    def placement_groups(self, lane: str) -> list[str]:
+        """Ids of the placement groups that worker groups of a lane have held."""
+        return list(self._groups.get(lane, ()))
+
+    def leave(self) -> None:
+        """The run is over: leases go."""
+        self._book.close()
 
     # Inside ----------------------------------------------------------------------------------------------------
 
-    def _hand_out(self, attempt: _Attempt) -> dict[str, Any] | str:
-        if self._stopping:
+    def _take_over(self, who: Mapping[str, Any], k: int, last: str | None) -> Attempt | None:
+        """Goes on with an attempt that began under a conductor before this one."""
+        lane = who["lane"]
+        if not self._is_planned or any(a.lane == lane and not a.ended for a in self._attempts.values()):
+            return None
+        attempt = Attempt(who["attempt"], lane, who["world_size"], self._clock(), last=k - 1, holds=last)
+        self._attempts[attempt.id] = attempt
+        for job in self._reserved.pop(lane, ()):
+            token = self._book.token(job, lane)
+            # What this rank has done already the others may still be at; anything else it is to do now.
+            attempt.give(k - 1 if job == last else k, Item(job, -1 if token is None else token))
+        return attempt
+
+    def _hand_out(self, attempt: Attempt, k: int) -> dict[str, Any] | str:
+        if self._stopping or attempt.lane in self._given_up:
             attempt.answer_after = STOP
             return STOP
-        name = self._next_ready()
-        if name is None:
-            if any(state == "running" for state in self._state.values()):
+        given = self._book.hand_out(attempt.lane, attempt.holds, self._others(attempt))
+        if given is None:
+            if not self._book.work.is_done or not self._is_closed:
                 return WAIT
             attempt.answer_after = STOP
             return STOP
-        self._state[name] = "running"
-        self._tries[name] += 1
+        name, token = given
+        attempt.moved = self._clock()
         self._barren[attempt.lane] = 0
-        attempt.items.append(_Item(name))
-        self._tell("started", name)
-        return self._jobs[name]
+        attempt.give(k, Item(name, token))
+        return {"job": self._book.work.jobs[name], "token": token}
 
-    def _next_ready(self) -> str | None:
-        while self._first_pending < len(self._order) and self._done_with(self._order[self._first_pending]):
-            self._first_pending += 1
-        for name in self._order[self._first_pending :]:
-            if self._state[name] == "pending":
-                need = self._needs[name]
-                if need is None or self._state[need] == "finished":
-                    return name
-        return None
+    def _others(self, mine: Attempt) -> set[str]:
+        """Where the other lanes are."""
+        others = [a for a in self._attempts.values() if a is not mine and not a.ended and a.lane != mine.lane]
+        found = {item.job for a in others if (item := a.open_item) is not None}
+        found |= {name for names in self._reserved.values() for name in names}
+        return found | {a.holds for a in others if a.holds is not None}
 
-    def _done_with(self, name: str) -> bool:
-        return self._state[name] in ("finished", "failed", "skipped")
-
-    def _while_ranks_differ(self, attempt: _Attempt) -> str:
-        item = attempt.items[-1]
-        if item.first_failure is not None and self._clock() - item.first_failure[0] > self._patience_seconds:
+    def _while_ranks_differ(self, attempt: Attempt) -> str:
+        item = attempt.items[attempt.last]
+        late = self._clock() - (item.first_failure[0] if item.first_failure else self._clock())
+        if late > self._rules.patience_seconds:
             self._end(attempt)
             return RESTART
         return WAIT
 
-    def _report(self, number: int, k: int, rank: int, report: str | Failure) -> None:
-        attempt = self._attempts[number]
-        if attempt.ended or attempt.items[k].closed:
-            return  # a late word from a group that was already given up
-        item = attempt.items[k]
+    def _report(self, attempt: Attempt, k: int, rank: int, report: str | Failure) -> None:
+        item = attempt.items.get(k)
+        if attempt.ended or item is None or item.closed or rank in item.reports:
+            return  # said again, or a late word from a group that was already given up
+        attempt.moved = self._clock()
         item.reports[rank] = report
         if isinstance(report, Failure) and item.first_failure is None:
             item.first_failure = (self._clock(), report)
         if len(item.reports) == attempt.world_size:
             self._close(attempt, item)
 
-    def _close(self, attempt: _Attempt, item: _Item) -> None:
+    def _close(self, attempt: Attempt, item: Item) -> None:
         item.closed = True
-        reports = list(item.reports.values())
-        failures = [report for report in reports if isinstance(report, Failure)]
+        attempt.items = {attempt.last: item}
+        failures = item.failures
         if not failures:
-            self._settle(item.job, "interrupted" if "interrupted" in reports else "finished")
+            if "interrupted" in item.reports.values():
+                attempt.holds = None
+                self._book.interrupt(item.job, attempt.lane)
+            else:
+                job = self._book.work.jobs[item.job]
+                if job["type"] != "evaluation":
+                    attempt.holds = item.job
+                elif job["state"] != attempt.holds:
+                    attempt.holds = None  # the model it tested took the place of what was there
+                self._book.finish(item.job, attempt.lane)
             return
-        self._charge(item.job, _cause(item, failures))
+        attempt.holds = None
+        self._charge(item.job, item.cause(), attempt.lane)
         # Ranks that all failed alike before or after the same collective can go on together. Others cannot be
         # trusted to be in step, and after an error that may pass a fresh process is the better second try.
         alike = len({failure.kind for failure in failures}) == 1 and len(failures) == attempt.world_size
         if not alike or failures[0].retry:
             attempt.ended = True
-            work_left = any(state in ("pending", "running") for state in self._state.values())
-            attempt.answer_after = RESTART if work_left and not self._stopping else STOP
+            attempt.answer_after = STOP if self._book.work.is_done or self._stopping else RESTART
 
-    def _end(self, attempt: _Attempt) -> None:
+    def _end_lane(self, lane: str) -> None:
+        for attempt in self._attempts.values():
+            if attempt.lane == lane and not attempt.ended:
+                self._end(attempt)
+        self._give_back_reserved(lane)
+
+    def _give_back_reserved(self, lane: str) -> None:
+        for name in self._reserved.pop(lane, ()):
+            self._charge(name, _lost(""), lane)
+
+    def _end(self, attempt: Attempt) -> None:
         attempt.ended = True
-        if not attempt.items or attempt.items[-1].closed:
+        item = attempt.open_item
+        if item is None:
             return
-        item = attempt.items[-1]
         item.closed = True
-        failures = [report for report in item.reports.values() if isinstance(report, Failure)]
-        cause = _cause(item, failures) if failures else None
-        if cause is None or cause.retry:
+        cause = item.cause() if item.failures else None
+        if attempt.hung is not None:
+            where = "the stacks of its processes are at the end of its log files (log.txt, log_rankN.txt)"
+            cause = Failure(LOST_WORKER, f"hung: {attempt.hung[1]} and it was killed; {where}", True)
+        elif cause is None or cause.retry:
             # What the survivors met (a connection closed by its peer) is seldom the cause.
-            met = "" if cause is None else f"; another worker met {cause.message}"
-            cause = Failure(
-                LOST_WORKER, f"a worker process died or hung (killed, out of memory, machine lost){met}", True
-            )
-        self._charge(item.job, cause)
+            cause = _lost("" if cause is None else f"; another worker met {cause.message}")
+        self._charge(item.job, cause, attempt.lane)
 
-    def _settle(self, name: str, what: str) -> None:
-        self._state[name] = "finished" if what == "finished" else "pending"
-        if what == "finished":
-            self._finished.append(name)
-        self._tell(what, name)
-
-    def _charge(self, name: str, failure: Failure) -> None:
-        if self._stopping and failure.kind == LOST_WORKER:
-            self._settle(name, "interrupted")
-        elif failure.retry and self._tries[name] <= self._max_failures:
-            self._state[name] = "pending"
-            self._tell("retried", name, failure.message)
-        else:
-            again = f" (attempt {self._tries[name]} of {self._max_failures + 1})" if failure.retry else ""
-            self._errors[name] = failure.message + again
-            self._state[name] = "failed"
-            self._tell("failed", name, self._errors[name], failure.kind)
-            self._skip_children(name)
-            self._stopping = self._stopping or self._fail_fast
-
-    def _skip_children(self, parent: str) -> None:
-        gone = {parent}
-        # Parents stand before their children in the order, so one pass reaches every descendant.
-        for name in self._order:
-            if self._needs[name] in gone and self._state[name] == "pending":
-                gone.add(name)
-                self._state[name] = "skipped"
-                self._tell("skipped", name, f"not run: {parent[:12]}, which it starts from, failed")
-
-    def _tell(self, event: str, name: str, error: str | None = None, kind: str | None = None) -> None:
-        told = {"event": event, "id": name, "type": self._jobs[name]["type"], "attempt": self._tries[name]}
-        self._events.append(told if error is None else {**told, "error": error, "kind": kind})
+    def _charge(self, job: str, failure: Failure, lane: str) -> None:
+        self._book.charge(job, failure, lane, self._stopping)
+        if failure.damaged is not None:  # reading a large state took its time: nobody was heard meanwhile
+            for attempt in self._attempts.values():
+                attempt.excuse(self._clock())
+        if self._rules.fail_fast and self._book.work.that_are("failed"):
+            self._stopping = True
 
 
-def _need(job: Mapping[str, Any], jobs: Mapping[str, Any]) -> str | None:
-    """The job of this work list that must be finished first; a parent outside it is finished already."""
-    parent = job.get("parent") or job.get("state")
-    return parent if parent in jobs else None
-
-
-def _cause(item: _Item, failures: Sequence[Failure]) -> Failure:
-    """The failure to tell: an error meant for users before any other, else the first: later ones often follow it."""
-    plain = [failure for failure in failures if not failure.retry]
-    if plain:
-        return plain[0]
-    return item.first_failure[1] if item.first_failure else failures[0]
+def _lost(met: str) -> Failure:
+    return Failure(LOST_WORKER, f"a worker process died or hung (killed, out of memory, machine lost){met}", True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
-from pathlib import Path
+import uuid
 from typing import Any
 
 from orchestrator.dispatch.conductor import RESTART, STOP, WAIT
 from orchestrator.dispatch.failures import describe
+from orchestrator.dispatch.pulse import Pulse
 from orchestrator.dispatch.worker_log import append_traceback, log_path, now, printed_to
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
@@ -18,41 +18,10 @@ from orchestrator.registry import load_object
 
 SHORTEST_PAUSE_SECONDS = 0.01
 LONGEST_PAUSE_SECONDS = 0.25
-STOP_POLL_SECONDS = 0.3
 
 
 class LaneRestart(Exception):
     """Ends this worker group so that Ray Train starts a fresh one; the work in hand was given back."""
-
-
-class StopFlag:
-    """Knows, without a call to the conductor at every step, whether a stop was asked for."""
-
-    def __init__(self, conductor: Any) -> None:
-        self._conductor = conductor
-        self._set = threading.Event()
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stop-flag", daemon=True)
-        self._thread.start()
-
-    def __call__(self) -> bool:
-        """Whether this rank should leave at the next checkpoint."""
-        return self._set.is_set()
-
-    def close(self) -> None:
-        """Ends the watching thread."""
-        self._leave.set()
-
-    def _watch(self) -> None:
-        import ray
-
-        while not self._leave.wait(STOP_POLL_SECONDS):
-            try:
-                if ray.get(self._conductor.stopping.remote()):
-                    self._set.set()
-                    return
-            except ray.exceptions.RayError:
-                return  # the conductor is gone; the next call for an item says so
 
 
 def run_lane(config: dict[str, Any]) -> None:
@@ -61,26 +30,21 @@ def run_lane(config: dict[str, Any]) -> None:
     Args:
         config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`.
     """
-    import ray
     import torch
     import torch.distributed as dist
 
-    from orchestrator.dispatch.ray_compat import current_placement_group
-
+    attempt = [uuid.uuid4().hex]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(attempt, src=0, device=_collective_device())
+    who = {"lane": config["lane"], "attempt": attempt[0], "world_size": dist.get_world_size(), **_this_process()}
     torch.set_num_threads(config["threads"])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    conductor = config["conductor"]
-    number = [-1]
-    if rank == 0:
-        number = [ray.get(conductor.begin.remote(config["lane"], world_size, current_placement_group()))]
-    if world_size > 1:
-        dist.broadcast_object_list(number, src=0, device=_collective_device())
-    worker = _Worker(config, number[0], rank)
-    should_stop = StopFlag(conductor)
+    worker = _Worker(config, who)
+    worker.begin()
+    pulse = Pulse(config["conductor"], who)
     try:
-        worker.work(should_stop)
+        worker.work(pulse)
     finally:
-        should_stop.close()
+        pulse.close()
 
 
 def forget(memory: dict[str, Any]) -> None:
@@ -94,19 +58,27 @@ def forget(memory: dict[str, Any]) -> None:
 class _Worker:
     """One rank of one attempt."""
 
-    def __init__(self, config: dict[str, Any], attempt: int, rank: int) -> None:
+    def __init__(self, config: dict[str, Any], who: dict[str, Any]) -> None:
         self._conductor = config["conductor"]
-        self._attempt = attempt
-        self._rank = rank
-        self._ledger = Ledger(Path(config["storage"]))
+        self._who = who
+        self._ledger = Ledger(config["storage"])
         self._executor = config["executor"]
         self._memory: dict[str, Any] = {}
 
-    def work(self, should_stop: StopFlag) -> None:
-        k = 0
+    def begin(self) -> None:
+        """Rank 0 tells that the group is there; no other rank asks before that."""
+        import ray
+        import torch.distributed as dist
+
+        if self._who["rank"] == 0:
+            ray.get(self._conductor.begin.remote(self._who))
+        dist.barrier()
+
+    def work(self, pulse: Pulse) -> None:
+        k, last, report = 0, None, None
         pause_seconds = SHORTEST_PAUSE_SECONDS
         while True:
-            item = self._call("item", k)
+            item = self._next(k, last, report)
             if item == STOP:
                 return
             if item == RESTART:
@@ -116,26 +88,46 @@ class _Worker:
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
                 continue
             pause_seconds = SHORTEST_PAUSE_SECONDS
-            self._do(job_from_json(item), k, should_stop)
-            k += 1
+            job = job_from_json(item["job"])
+            self._ledger.fences = {job.id: item["token"]}
+            report = self._do(job, pulse)
+            k, last = k + 1, job.id
 
-    def _do(self, job: Job, k: int, should_stop: StopFlag) -> None:
-        folder = self._ledger.work_folder(job.id)
+    def _do(self, job: Job, pulse: Pulse) -> str | dict[str, Any]:
+        """Does a job; returns what to tell the conductor of it."""
+        folder, rank = self._ledger.work_folder(job.id), self._who["rank"]
+        pulse.log = log_path(folder, rank)
         try:
-            with printed_to(log_path(folder, self._rank)):
+            with printed_to(pulse.log):
                 print(f"[{now()}] {type(job).__name__} {job.id}, process {os.getpid()}", flush=True)
-                ending = load_object(self._executor)(job, self._ledger, self._memory, should_stop)
+                return str(load_object(self._executor)(job, self._ledger, self._memory, pulse))
         except Exception as error:
             forget(self._memory)
-            append_traceback(log_path(folder, 0), error, self._rank)
-            self._call("failed", k, self._rank, describe(error).to_json())
-            return
-        self._call("interrupted" if ending == "interrupted" else "finished", k, self._rank)
+            append_traceback(log_path(folder, 0), error, rank)
+            return describe(error).to_json()
+        finally:
+            pulse.log = None
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def _next(self, k: int, last: str | None, report: str | dict[str, Any] | None) -> Any:
         import ray
 
-        return ray.get(getattr(self._conductor, method).remote(self._attempt, *arguments))
+        return ray.get(self._conductor.next_item.remote(self._who, k, last, report))
+
+
+def _this_process() -> dict[str, Any]:
+    import psutil
+    import ray
+    import torch.distributed as dist
+
+    from orchestrator.dispatch.ray_compat import current_placement_group
+
+    return {
+        "rank": dist.get_rank(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "node": ray.get_runtime_context().get_node_id(),
+        "placement_group": current_placement_group(),
+    }
 
 
 def _collective_device() -> Any:

@@ -6,25 +6,28 @@ import contextlib
 import math
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.dispatch.conductor import Conductor
+from orchestrator.dispatch.account import Account
+from orchestrator.dispatch.conductor import STOP, WAIT, Conductor
 from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
 from orchestrator.dispatch.failures import describe
+from orchestrator.dispatch.feed import Feed, Planned
 from orchestrator.dispatch.lane import forget
 from orchestrator.dispatch.outcome import Outcome
-from orchestrator.dispatch.record import Teller
+from orchestrator.dispatch.rules import Rules, new_driver
 from orchestrator.dispatch.worker_log import append_traceback, log_path
 from orchestrator.errors import Interrupted
-from orchestrator.plan.jobs import Job, job_from_json, job_to_json
+from orchestrator.plan.jobs import Job, job_from_json
+from orchestrator.plan.ledger import Ledger
 from orchestrator.registry import load_object
 from orchestrator.spec.infrastructure import ClusterSpec
 
-if TYPE_CHECKING:
-    from orchestrator.plan.ledger import Ledger
-
 LANE = "local"
+PAUSE_SECONDS = 0.1
 
 
 def run_local(
@@ -36,6 +39,7 @@ def run_local(
     *,
     executor: str = DEFAULT_EXECUTOR,
     fail_fast: bool = False,
+    feed: Feed | None = None,
 ) -> Outcome:
     """Does the work as one worker in this thread; arguments, events and outcome are those of `run_on_ray`.
 
@@ -44,56 +48,81 @@ def run_local(
     Raises:
         Interrupted: KeyboardInterrupt.
     """
-    teller = Teller(ledger, on_event)
-    conductor = Conductor([job_to_json(job) for job in work], cluster.max_failures, fail_fast)
-    memory: dict[str, Any] = {}
-
-    def stop_asked() -> bool:
-        if should_stop():
-            conductor.interrupt()
-        return conductor.stopping()
-
+    planned, account = Planned(work, feed), Account(on_event)
+    conductor = Conductor(ledger.url, new_driver(), Rules.of(cluster, fail_fast, plans_again=feed is not None))
+    lane = _Lane(conductor, planned, account, Ledger(ledger.url), should_stop)
     try:
         with _single_process_group(cluster):
-            run = load_object(executor)
-            while _next_attempt(conductor, run, ledger, memory, stop_asked, teller):
-                pass
+            lane.work(load_object(executor))
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; what was under way goes on from its last checkpoint") from None
     finally:
-        forget(memory)
-    return conductor.outcome()
+        forget(lane.memory)
+        conductor.leave()
+    return account.outcome(planned.jobs, lane.was_asked)
 
 
-def _next_attempt(
-    conductor: Conductor,
-    run: Callable[..., str],
-    ledger: Ledger,
-    memory: dict[str, Any],
-    stop_asked: Callable[[], bool],
-    teller: Teller,
-) -> bool:
-    """Works until the conductor says stop (False) or wants a fresh start (True)."""
-    attempt = conductor.begin(LANE, world_size=1)
-    k = 0
-    while True:
-        stop_asked()
-        item = conductor.item(attempt, k)
-        teller.tell(conductor.events(teller.seen))
-        if isinstance(item, str):
-            return item != "stop"
-        job = job_from_json(item)
+class _Lane:
+    """The driver and the one worker of its one lane, in one thread."""
+
+    def __init__(
+        self,
+        conductor: Conductor,
+        planned: Planned,
+        account: Account,
+        ledger: Ledger,
+        should_stop: Callable[[], bool | int],
+    ) -> None:
+        self._conductor, self._planned, self._account = conductor, planned, account
+        self._ledger, self._should_stop = ledger, should_stop
+        self.memory: dict[str, Any] = {}
+        self.was_asked = False
+        conductor.set_work(planned.jobs, planned.closed)
+
+    def work(self, run: Callable[..., str]) -> None:
+        """Does items until there are no more."""
+        while not self._attempt(run):
+            pass
+
+    def _attempt(self, run: Callable[..., str]) -> bool:
+        """Works until the conductor says stop (True) or wants a fresh start (False)."""
+        who = {"lane": LANE, "attempt": uuid.uuid4().hex, "world_size": 1, "rank": 0}
+        self._conductor.begin(who)
+        k, last, report = 0, None, None
+        while True:
+            self._is_stop_asked()
+            item = self._conductor.next_item(who, k, last, report)
+            self._hear()
+            if item == WAIT:
+                time.sleep(PAUSE_SECONDS)
+            elif isinstance(item, str):
+                return item == STOP
+            else:
+                job = job_from_json(item["job"])
+                self._ledger.fences = {job.id: item["token"]}
+                report = self._do(job, run)
+                k, last = k + 1, job.id
+
+    def _do(self, job: Job, run: Callable[..., str]) -> str | dict[str, Any]:
         try:
-            ending = run(job, ledger, memory, stop_asked)
+            return run(job, self._ledger, self.memory, self._is_stop_asked)
         except Exception as error:
-            forget(memory)
-            append_traceback(log_path(ledger.work_folder(job.id), 0), error, 0)
-            conductor.failed(attempt, k, 0, describe(error).to_json())
-        else:
-            report = conductor.interrupted if ending == "interrupted" else conductor.finished
-            report(attempt, k, 0)
-        teller.tell(conductor.events(teller.seen))
-        k += 1
+            forget(self.memory)
+            append_traceback(log_path(self._ledger.work_folder(job.id), 0), error, 0)
+            return describe(error).to_json()
+
+    def _hear(self) -> None:
+        news = self._conductor.poll(self._account.epoch, self._account.seen)
+        self._account.epoch = news["epoch"]
+        self._account.take(news["events"])
+        if self._planned.look():
+            self._conductor.set_work(self._planned.jobs, self._planned.closed)
+
+    def _is_stop_asked(self) -> bool:
+        if self._should_stop() and not self.was_asked:
+            self.was_asked = True
+            self._conductor.interrupt()
+        return self._conductor.is_stopping()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import importlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import ray
@@ -44,6 +46,15 @@ def release_placement_group(group_id: str) -> None:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What of each living node's resources nobody holds."""
+    from ray._private.state import available_resources_per_node
+
+    if ray.util.client.ray.is_connected():  # only sums are told over Ray's client
+        return [ray.available_resources()]
+    return [dict(free) for free in available_resources_per_node().values()]
 
 
 def session_folder() -> str:
@@ -86,19 +97,32 @@ def silence_driver() -> None:
 
 @contextlib.contextmanager
 def own_sigterm_handler() -> Iterator[None]:
-    """Ray, when it starts, replaces this process's SIGTERM handler by one that ends it; not inside this block.
+    """This process's SIGTERM handler stays, although Ray starts in the block; without one, Ray's stays.
 
-    Nothing is kept where the process has no handler of its own: Ray's at least ends its children.
+    Ray replaces it by one that ends the process, and its C++ side puts one of its own before it, which calls it and
+    three seconds later, by SIGALRM, aborts (exit code -6, seen with Ray 2.60).
     """
     import ray._private.utils as utils
 
-    before = utils.set_sigterm_handler
-    if callable(signal.getsignal(signal.SIGTERM)):
-        utils.set_sigterm_handler = lambda handler: None
+    handler, set_handler = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGTERM, handle)
+    utils.set_sigterm_handler = lambda _: None
     try:
         yield
     finally:
-        utils.set_sigterm_handler = before
+        utils.set_sigterm_handler = set_handler
+        signal.signal(signal.SIGTERM, handler)  # on the C side too
+        if came:
+            signal.alarm(0)
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

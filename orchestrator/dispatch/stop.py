@@ -71,6 +71,10 @@ class StopRequest:
         self._on_first(name)
 
 
+class _Signalled(BaseException):
+    """A signal came; no `except Exception` on its way takes it for a fault of what it broke into."""
+
+
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGUSR1 end what stands in the block at once and in order, where no `StopRequest` takes them.
@@ -80,13 +84,15 @@ def ended_by_signals() -> Iterator[None]:
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        error = Interrupted(f"stopped by {signal.Signals(number).name}; run the same command to go on")
-        error.exit_code = TRY_AGAIN
-        raise error
+        raise _Signalled(signal.Signals(number).name)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except _Signalled as signalled:
+        error = Interrupted(f"stopped by {signalled}; run the same command to go on")
+        error.exit_code = TRY_AGAIN
+        raise error from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

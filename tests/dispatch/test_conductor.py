@@ -1,164 +1,185 @@
-"""The conductor alone: order, dependencies, attempts, ranks that differ, stops."""
+"""The conductor alone: order, dependencies, attempts, ranks that differ, stops, groups that hang."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
+from conductor_drive import WILL_NOT, WILL_PASS, Group, conductor, error_of, evaluation, job, settled, told
 
-from orchestrator.dispatch.conductor import Conductor
 from orchestrator.dispatch.failures import Failure, describe
-from orchestrator.errors import DataError, StageRunError
-
-WILL_PASS = Failure("OSError", "the file server went away", True).to_json()
-WILL_NOT = Failure("DataError", "row 7 is broken", False).to_json()
+from orchestrator.errors import DamagedStateError, DataError, StageRunError
 
 
-def job(name: str, parent: str | None = None) -> dict[str, Any]:
-    return {"type": "stage", "id": name, "parent": parent or "done-before"}
+def test_work_is_handed_out_in_order_and_every_rank_gets_the_same(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b", "a"), evaluation("e", "b"))
+    group = Group(made, world_size=2)
+    assert [group.ask(0), group.ask(1)] == ["a", "a"]
+    for name in ("b", "e"):
+        assert group.say(rank=0) == "wait"  # rank 1 has not said so yet
+        assert [group.say(rank=1), group.ask(0)] == [name, name]
+    group.say(rank=0)
+    assert [group.say(rank=1), group.ask(0)] == ["stop", "stop"]
+    assert settled(made) == ["a", "b", "e"]
+    assert [e["event"] for e in made.poll("", 0)["events"][4:]] == ["started", "finished"]
+    assert {e["lane"] for e in made.poll("", 0)["events"]} == {"lane"}
 
 
-def evaluation(name: str, state: str) -> dict[str, Any]:
-    return {"type": "evaluation", "id": name, "state": state}
-
-
-def told(conductor: Conductor) -> list[tuple[str, str]]:
-    return [(event["event"], event["id"]) for event in conductor.events(0)]
-
-
-def test_work_is_handed_out_in_order_and_every_rank_gets_the_same() -> None:
-    conductor = Conductor([job("a"), job("b", "a"), evaluation("e", "b")])
-    attempt = conductor.begin("lane", world_size=2)
-    for k, name in enumerate(("a", "b", "e")):
-        assert conductor.item(attempt, k)["id"] == name
-        assert conductor.item(attempt, k)["id"] == name
-        conductor.finished(attempt, k, 0)
-        assert conductor.item(attempt, k + 1) == "wait"  # rank 1 has not said so yet
-        conductor.finished(attempt, k, 1)
-    assert conductor.item(attempt, 3) == "stop"
-    assert conductor.outcome().finished == ("a", "b", "e")
-    assert [event["event"] for event in conductor.events(4)] == ["started", "finished"]
-
-
-def test_what_starts_from_a_failed_job_is_not_run_and_siblings_go_on() -> None:
-    conductor = Conductor([job("a"), job("b", "a"), job("c", "b"), evaluation("e", "b"), job("d", "a")])
-    attempt = conductor.begin("lane", 1)
-    conductor.item(attempt, 0)
-    conductor.finished(attempt, 0, 0)
-    assert conductor.item(attempt, 1)["id"] == "b"
-    conductor.failed(attempt, 1, 0, WILL_NOT)
-    assert conductor.item(attempt, 2)["id"] == "d"
-    conductor.finished(attempt, 2, 0)
-    assert conductor.item(attempt, 3) == "stop"
-    outcome = conductor.outcome()
-    assert (outcome.finished, outcome.failed) == (("a", "d"), {"b": "row 7 is broken"})
-    assert outcome.skipped == ("c", "e")
-    assert ("skipped", "c") in told(conductor)
+def test_what_starts_from_a_failed_job_is_not_run_and_siblings_go_on(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b", "a"), job("c", "b"), evaluation("e", "b"), job("d", "a"))
+    group = Group(made)
+    group.ask()
+    assert group.say() == "b"
+    assert group.say(WILL_NOT) == "d"
+    assert group.say() == "stop"
+    assert settled(made) == ["a", "d"]
+    assert settled(made, "failed") == ["b"] and error_of(made, "b") == "row 7 is broken"
+    assert settled(made, "skipped") == ["c", "e"]
 
 
 @pytest.mark.parametrize("max_failures", [0, 2])
-def test_a_dead_worker_costs_an_attempt_and_there_are_so_many(max_failures: int) -> None:
-    conductor = Conductor([job("a"), job("b")], max_failures=max_failures)
+def test_a_dead_worker_costs_an_attempt_and_there_are_so_many(tmp_path: Path, max_failures: int) -> None:
+    made = conductor(tmp_path, job("a"), job("b"), max_failures=max_failures)
+    tokens = []
     for attempt in range(max_failures + 1):
-        assert conductor.item(conductor.begin("lane", 1), 0)["id"] == "a", attempt
-    last = conductor.begin("lane", 1)
-    assert conductor.item(last, 0)["id"] == "b"
-    assert [event for event, name in told(conductor) if name == "a"].count("retried") == max_failures
-    assert f"attempt {max_failures + 1} of {max_failures + 1}" in conductor.outcome().failed["a"]
+        group = Group(made)
+        assert group.ask() == "a", attempt
+        tokens.append(group.tokens["a"])
+    assert Group(made).ask() == "b"
+    assert told(made).count(("retried", "a")) == max_failures
+    assert f"attempt {max_failures + 1} of {max_failures + 1}" in error_of(made, "a")
+    assert tokens == sorted(set(tokens))  # what a dead group still writes is too late
 
 
-def test_a_failure_that_may_pass_is_tried_again_in_a_fresh_group() -> None:
-    conductor = Conductor([job("a"), job("b")])
-    first = conductor.begin("lane", 1)
-    conductor.item(first, 0)
-    conductor.failed(first, 0, 0, WILL_PASS)
-    assert conductor.item(first, 1) == "restart"
-    second = conductor.begin("lane", 1)
-    assert conductor.item(second, 0)["id"] == "a"
-    assert conductor.events(0)[-1]["attempt"] == 2
+def test_a_failure_that_may_pass_is_tried_again_in_a_fresh_group(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"))
+    first = Group(made)
+    first.ask()
+    assert first.say(WILL_PASS) == "restart"
+    assert Group(made).ask() == "a"
+    assert made.poll("", 0)["events"][-1]["attempt"] == 2
 
 
-def test_ranks_that_fail_alike_go_on_and_ranks_that_differ_start_anew() -> None:
-    conductor = Conductor([job("a"), job("b"), job("c")])
-    attempt = conductor.begin("lane", 2)
-    conductor.item(attempt, 0)
-    for rank in (0, 1):
-        conductor.failed(attempt, 0, rank, WILL_NOT)
-    assert conductor.item(attempt, 1)["id"] == "b"
-    conductor.failed(attempt, 1, 0, WILL_NOT)
-    conductor.finished(attempt, 1, 1)
-    assert conductor.item(attempt, 2) == "restart"
-    assert conductor.item(conductor.begin("lane", 2), 0)["id"] == "c"
+def test_ranks_that_fail_alike_go_on_and_ranks_that_differ_start_anew(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"), job("c"))
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    group.say(WILL_NOT, 0)
+    assert [group.say(WILL_NOT, 1), group.ask(0)] == ["b", "b"]
+    group.say(WILL_NOT, 0)
+    assert [group.say("finished", 1), group.ask(0)] == ["restart", "restart"]
+    assert Group(made, world_size=2).ask() == "c"
 
 
-def test_a_rank_that_waits_for_a_failed_one_is_given_up_after_a_while() -> None:
+def test_a_rank_that_waits_for_a_failed_one_is_given_up_after_a_while(tmp_path: Path) -> None:
     now = [0.0]
-    conductor = Conductor([job("a"), job("b")], patience_seconds=2.0, clock=lambda: now[0])
-    attempt = conductor.begin("lane", 2)
-    conductor.item(attempt, 0)
-    conductor.failed(attempt, 0, 1, WILL_NOT)
-    assert conductor.item(attempt, 1) == "wait"
+    made = conductor(tmp_path, job("a"), job("b"), patience_seconds=2.0, clock=lambda: now[0])
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    assert group.say(WILL_NOT, 1) == "wait"
     now[0] = 2.5
-    assert conductor.item(attempt, 1) == "restart"
-    assert conductor.outcome().failed == {"a": "row 7 is broken"}
-    conductor.failed(attempt, 0, 0, WILL_PASS)  # the late word of a group that was given up
-    assert conductor.item(conductor.begin("lane", 2), 0)["id"] == "b"
+    assert group.ask(1) == "restart"
+    assert error_of(made, "a") == "row 7 is broken"
+    assert group.say(WILL_PASS, 0) == "restart"  # the late word of a group that was given up
+    assert settled(made, "failed") == ["a"] and Group(made).ask() == "b"
 
 
-def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
-    conductor = Conductor([job("a")])
-    attempt = conductor.begin("lane", 2)
-    conductor.item(attempt, 0)
-    conductor.failed(attempt, 0, 0, Failure("RuntimeError", "Connection closed by peer", True).to_json())
-    conductor.failed(attempt, 0, 1, WILL_NOT)
-    assert conductor.outcome().failed == {"a": "row 7 is broken"}
+def test_the_cause_is_told_and_not_what_followed_from_it(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"))
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    group.say(Failure("RuntimeError", "Connection closed by peer", True).to_json(), 0)
+    group.say(WILL_NOT, 1)
+    assert error_of(made, "a") == "row 7 is broken"
 
 
-def test_a_stop_ends_the_lane_and_leaves_the_work() -> None:
-    conductor = Conductor([job("a"), job("b")])
-    attempt = conductor.begin("lane", 1)
-    conductor.item(attempt, 0)
-    conductor.interrupt()
-    assert conductor.stopping()
-    conductor.interrupted(attempt, 0, 0)
-    assert conductor.item(attempt, 1) == "stop"
-    outcome = conductor.outcome()
-    assert (outcome.left, outcome.interrupted, outcome.failed) == (("a", "b"), True, {})
-    assert told(conductor) == [("started", "a"), ("interrupted", "a")]
+def test_a_stop_ends_the_lane_and_leaves_the_work(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"))
+    group = Group(made)
+    group.ask()
+    assert not made.pulse(group.who(0), 1, False)["stop"]
+    made.interrupt()
+    assert made.pulse(group.who(0), 2, False)["stop"]
+    assert group.say("interrupted") == "stop"
+    assert told(made) == [("started", "a"), ("interrupted", "a")]
 
 
-def test_fail_fast_hands_out_nothing_more() -> None:
-    conductor = Conductor([job("a"), job("b")], fail_fast=True)
-    attempt = conductor.begin("lane", 1)
-    conductor.item(attempt, 0)
-    conductor.failed(attempt, 0, 0, WILL_NOT)
-    assert conductor.item(attempt, 1) == "stop"
-    assert conductor.outcome().left == ("b",)
+def test_fail_fast_hands_out_nothing_more(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"), fail_fast=True)
+    group = Group(made)
+    group.ask()
+    assert group.say(WILL_NOT) == "stop"
+    assert settled(made, "started") == ["a"]
 
 
-def test_a_lane_that_dies_before_it_works_is_given_up() -> None:
-    conductor = Conductor([job("a")])
+def test_a_lane_that_dies_before_it_works_is_given_up_and_another_goes_on(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"))
     for _ in range(4):
-        last = conductor.begin("lane", 1)
-    assert conductor.item(last, 0) == "stop"
-    assert "before they took up any work" in (conductor.fatal() or "")
+        last = Group(made, "bad")
+    assert last.ask() == "stop"
+    assert "before they took up any work" in made.poll("", 0)["given_up"]["bad"]
+    assert Group(made, "good").ask() == "a"
 
 
-def test_a_second_lane_waits_for_the_parent_the_first_one_trains() -> None:
-    conductor = Conductor([job("a"), job("b", "a")])
-    one, two = conductor.begin("one", 1), conductor.begin("two", 1)
-    conductor.item(one, 0)
-    assert conductor.item(two, 0) == "wait"
-    conductor.finished(one, 0, 0)
-    assert conductor.item(two, 0)["id"] == "b"
+def test_a_group_that_makes_no_progress_is_told_of_once_its_stacks_are_written(tmp_path: Path) -> None:
+    now = [0.0]
+    made = conductor(tmp_path, job("a"), stall_seconds=60.0, clock=lambda: now[0])
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    for now[0] in (30.0, 60.0, 90.0, 120.0):
+        assert not made.pulse(group.who(0), int(now[0]), False)["dump"]
+        made.pulse(group.who(1), 1, False)
+        assert made.poll("", 0)["hung"] == []
+    for now[0] in (150.0, 181.0):
+        for rank in (0, 1):
+            made.pulse(group.who(rank), (120, 1)[rank], False)
+    assert made.poll("", 0)["hung"] == []
+    assert [made.pulse(group.who(rank), 120, False)["dump"] for rank in (0, 1)] == [True, True]
+    for rank in (0, 1):
+        made.pulse(group.who(rank), 120, True)
+    hung = made.poll("", 0)["hung"]
+    assert [(one["rank"], one["job"], one["silent"]) for one in hung] == [(0, "a", False), (1, "a", False)]
+    assert "no rank got on for 1 minutes" in hung[0]["why"]
+    assert made.poll("", 0)["hung"] == []
+    assert Group(made, world_size=2).ask() == "a"
+    assert "no rank got on" in error_of(made, "a") and told(made)[1] == ("retried", "a")
 
 
-def test_what_the_spec_data_or_code_caused_is_not_tried_again() -> None:
-    assert not describe(DataError("row 7 is broken")).retry
-    assert not describe(StageRunError("diverged")).retry
-    assert not describe(TypeError("no such argument")).retry
-    assert describe(ConnectionResetError("gone")).retry
-    assert describe(RuntimeError("NCCL error")).retry
+def test_a_silent_rank_is_found_although_the_others_speak(tmp_path: Path) -> None:
+    now = [0.0]
+    made = conductor(tmp_path, job("a"), stall_seconds=60.0, clock=lambda: now[0])
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    now[0] = 61.0
+    made.pulse(group.who(0), 5, False)
+    made.poll("", 0)
+    made.pulse(group.who(0), 5, True)
+    hung = made.poll("", 0)["hung"]
+    assert [one["silent"] for one in hung] == [False, True] and "rank 1 gave no sign of life" in hung[0]["why"]
+
+
+def test_what_the_spec_data_code_or_a_plugin_caused_is_not_tried_again() -> None:
+    wrapped = StageRunError("ConnectionResetError: gone")
+    wrapped.__cause__ = ConnectionResetError("gone")
+    for stays in (
+        DataError("row 7 is broken"),
+        StageRunError("diverged"),
+        TypeError("no such argument"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)"),
+        FileNotFoundError("no such file"),
+        OSError(28, "No space left on device"),
+        DamagedStateError("cut short", "p"),
+    ):
+        assert not describe(stays).retry, stays
+    for passes in (
+        ConnectionResetError("gone"),
+        TimeoutError("late"),
+        wrapped,
+        RuntimeError("NCCL error: unhandled system error"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+    ):
+        assert describe(passes).retry, passes
+    assert describe(DamagedStateError("cut short", "p")).damaged == "p"
     out_of_memory = describe(MemoryError())
-    assert not out_of_memory.retry
-    assert "per_device_train_batch_size" in out_of_memory.message
+    assert not out_of_memory.retry and "per_device_train_batch_size" in out_of_memory.message

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from orchestrator.dispatch.ray_session import ray_session
-from orchestrator.dispatch.run_on_ray import fits_cluster, run_on_ray
+from orchestrator.dispatch.run_on_ray import run_on_ray
 from orchestrator.errors import UsageError
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
@@ -98,10 +98,6 @@ def test_a_request_too_large_is_refused_with_the_numbers(shared_ray: None, ledge
             lambda: False,
         )
     assert time.monotonic() - begun < 5
-    with pytest.raises(UsageError, match="GPU"):
-        fits_cluster(ClusterSpec(use_gpu=True), {"CPU": 8})
-    assert fits_cluster(ClusterSpec(), {"CPU": 8, "GPU": 1})
-    assert not fits_cluster(ClusterSpec(), {"CPU": 8})
 
 
 def test_a_stop_leaves_at_a_checkpoint_and_frees_the_resources(shared_ray: None, ledger: Ledger) -> None:
