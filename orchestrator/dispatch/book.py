@@ -164,7 +164,7 @@ class Book:
         name = str(job["id"])
         if job["type"] == "evaluation":
             return self._ledger.evaluation(name) is not None
-        if job["type"] not in ("root", "stage") or not self._ledger.is_done(name):
+        if job["type"] not in ("root", "start", "stage") or not self._ledger.is_done(name):
             return False
         keep: Literal["full", "weights", "none"] = job.get("keep", "weights")
         return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")

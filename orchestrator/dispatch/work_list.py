@@ -15,11 +15,6 @@ OPEN = ("pending", "running", "elsewhere", "parked")
 _WINDOW = 200
 
 
-def need_of(job: Mapping[str, Any]) -> str | None:
-    """The state a job starts from, the first of them where there are two; None for a root."""
-    return next(iter(needs_of(job)), None)
-
-
 class WorkList:
     """Jobs as `job_to_json` writes them, parents before children; a parent that is not listed is finished already.
 
@@ -116,7 +111,7 @@ class WorkList:
             return names
         depths = self._depths(others)
         first = names[:_WINDOW]
-        first.sort(key=lambda name: (need_of(self.jobs[name]) != mine or mine is None, self._closeness(name, depths)))
+        first.sort(key=lambda name: (mine not in needs_of(self.jobs[name]), self._closeness(name, depths)))
         return first + names[_WINDOW:]
 
     def _depths(self, names: Iterable[str]) -> dict[str, int]:
@@ -133,8 +128,8 @@ class WorkList:
 
     def _path(self, name: str) -> list[str]:
         path = [name]
-        while path[-1] in self.jobs and (need := need_of(self.jobs[path[-1]])) is not None:
-            path.append(need)
+        while path[-1] in self.jobs and (needs := needs_of(self.jobs[path[-1]])):
+            path.append(needs[0])
         return path
 
     def _needs(self, name: str) -> list[str]:

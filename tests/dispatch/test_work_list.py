@@ -47,6 +47,16 @@ def test_a_lane_with_nothing_in_memory_stays_away_from_where_others_are() -> Non
     assert work.candidates("a", {"b1"})[:2] == ["ea", "a2"]
 
 
+def test_what_is_put_together_from_two_states_waits_for_both() -> None:
+    start = {"type": "start", "id": "s", "base": "a", "source": "b"}
+    work = work_list(job("a"), job("b"), start, job("c", "s"))
+    work.set("b", "finished")
+    assert work.candidates(None, ()) == ["a"]
+    work.set("a", "finished")
+    assert work.candidates(None, ()) == ["s"]
+    assert work.fail("s") == ["c"] and work.is_done
+
+
 def test_a_newer_plan_replaces_what_has_not_begun() -> None:
     work = work_list(job("a"), job("b"), job("c"), job("d"), finished=("c",))
     work.set("b", "running")
