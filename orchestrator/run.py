@@ -99,7 +99,8 @@ def run_experiment(
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
     with walk.ledger.lock():
-        work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
+        with walk.ledger.snapshot():
+            work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
         check_data(work)
         executed, problems = 0, dict[str, str]()
         with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
@@ -110,7 +111,13 @@ def run_experiment(
                         walk, work, recorder, console, limit, local=local, fail_fast=fail_fast
                     )
             finally:
-                record_cells(walk, recorder)
+                with walk.ledger.snapshot():
+                    record_cells(walk, recorder)
+    with walk.ledger.snapshot():
+        return _outcome(walk, recorder, executed, problems)
+
+
+def _outcome(walk: Walk, recorder: Recorder, executed: int, problems: Mapping[str, str]) -> RunOutcome:
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,8 +146,4 @@ def _elsewhere(holders: Iterable[Holder]) -> list[str]:
 
 def last_checkpoint(ledger: Ledger, run: str) -> int | None:
     """Step of the newest checkpoint inside a stage run under way; whether it is whole is seen when it is loaded."""
-    try:
-        names = os.listdir(ledger.work_folder(run))
-    except OSError:
-        return None
-    return max((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdecimal()), default=None)
+    return next(iter(ledger.checkpoint_steps(run)), None)

@@ -68,7 +68,7 @@ def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
     jobs = (cell.root.id, *tree.origins_of.get(cell.id, ()), *path, *(job.id for job in cell.evaluations))
     if any(ledger.failure(job) is not None for job in jobs):
         return "failed"
-    begun = any(tests) or any(ledger.is_done(run) or ledger.work_folder(run).is_dir() for run in path)
+    begun = any(tests) or any(ledger.is_done(run) or ledger.is_begun(run) for run in path)
     if not begun:
         return "new"
     return "running" if is_worked_on(tree, ledger) else "interrupted"

@@ -132,13 +132,12 @@ class S3States(FolderStates):
             if done != folder:
                 shutil.rmtree(done, ignore_errors=True)
         files = self._objects.share(job_id, folder)
-        self.tell(job_id)
+        self._tell(job_id, "log_rank*.txt")
         self._store.write(f"work/{job_id}/shared/{place}/{self._node}.json", json.dumps(files).encode())
 
     def tell(self, job_id: str) -> None:
         """Uploads what a stage run under way told on this machine, so that curves and logs outlive it."""
-        told = [file for ending in ("*.jsonl", "*.txt") for file in self.work_folder(job_id).glob(ending)]
-        self._store.upload({f"work/{job_id}/{file.name}": file for file in told if not file.name.startswith(".")})
+        self._tell(job_id, "*.jsonl", "*.txt")
 
     def write_manifest(self, folder: Path) -> None:
         """Lists all files of an unsealed folder, also other machines'."""
@@ -247,6 +246,10 @@ class S3States(FolderStates):
         ]
         named = {object_key(job_id, entry) for found in manifests if found for entry in found["files"].values()}
         self._store.delete_keys(key for key in self._store.sizes(f"objects/{job_id}") if key not in named)
+
+    def _tell(self, job_id: str, *patterns: str) -> None:
+        told = [file for pattern in patterns for file in self.work_folder(job_id).glob(pattern)]
+        self._store.upload({f"work/{job_id}/{file.name}": file for file in told if not file.name.startswith(".")})
 
     def _place(self, folder: Path) -> tuple[str, str]:
         job_id, *rest = folder.relative_to(self.folder / "work").parts

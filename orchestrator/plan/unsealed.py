@@ -79,8 +79,10 @@ class UnsealedWork:
         """Shows others what an attempt told so far (metrics, logs); its last checkpoint or its commit did so before.
 
         Raises:
+            StaleWriterError: another driver has taken the job over.
             StorageError: the storage cannot be written.
         """
+        self.check_fence(job_id)
         self._states.tell(checked(job_id))
 
     def snapshot(self) -> AbstractContextManager[None]:
@@ -131,9 +133,17 @@ class UnsealedWork:
         self.check_fence(job_id)  # reading all bytes took its time
         return self._states.seal_checkpoint(checked(job_id), step, folder, _KEPT_CHECKPOINTS)
 
+    def steps(self, job_id: str) -> list[int]:
+        """Steps of the checkpoints inside a stage run under way, newest first; they may be damaged."""
+        return self._states.steps(checked(job_id))
+
     def checkpoints(self, job_id: str) -> list[Path]:
         """Checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
         return list(self._states.checkpoints(checked(job_id)))
+
+    def checkpoint_steps(self, job_id: str) -> list[int]:
+        """Steps of the checkpoints inside a stage run under way, newest first, whole or not."""
+        return self._states.steps(checked(job_id))
 
     def last_checkpoint(self, job_id: str) -> Path | None:
         """The newest whole checkpoint inside a stage run under way; a damaged one falls back to the one before."""

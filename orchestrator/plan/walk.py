@@ -38,7 +38,7 @@ class Walk:
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's address: the file's, the environment's, or sqlite in the storage."""
+        """MLflow's address: the file's, the environment's, or sqlite in the storage (s3: in this machine's cache)."""
         uri = self.loaded.spec.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         return uri or f"sqlite:///{self.ledger.storage / 'mlflow.db'}"
 
@@ -106,17 +106,17 @@ class Walk:
         raise UsageError(f"--cell {misfit(self.cells, fits, wanted)}")
 
 
-def storage_path(loaded: LoadedExperiment) -> Path:
-    """The storage folder: the file's, $LLAVOLTA_STORAGE, or ./runs.
+def storage_path(loaded: LoadedExperiment) -> str | Path:
+    """The storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or `s3://bucket/prefix`.
 
     Raises:
-        UsageError: it is a URL; object stores come with a later version.
+        UsageError: it is another URL.
     """
     text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
+    if text.startswith("s3://"):
+        return text
     if "://" in text:
-        raise UsageError(
-            f"cluster.storage_path: {text} is a URL; this version stores in a folder (local or NFS): name a path"
-        )
+        raise UsageError(f"cluster.storage_path: {text}: name a folder (local or NFS) or s3://bucket/prefix")
     return Path(text).expanduser().absolute()
 
 
@@ -131,7 +131,8 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
     if loaded.spec.search is not None:
         return plan_trials(loaded, ledger, TrialNotes(ledger.store, search_id(loaded)).read())
     cells = expand_cells(loaded)
-    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)
+    with ledger.snapshot():
+        return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)
 
 
 def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> Walk:

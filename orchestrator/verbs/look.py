@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated, Literal
 
 import typer
@@ -23,7 +24,8 @@ def plan(
     from orchestrator.plan.walk import prepare
 
     walk = prepare(spec, set_ or ())
-    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, text_tokens=text_tokens)
+    with walk.ledger.snapshot():
+        document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, text_tokens=text_tokens)
     if as_json:
         print_json(document)
         return
@@ -37,7 +39,10 @@ def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
     from orchestrator.plan.walk import prepare
     from orchestrator.report.status_view import print_status, status_document
 
-    documents = [status_document(prepare(spec, set_ or ())) for spec in specs]
+    documents = []
+    for walk in [prepare(spec, set_ or ()) for spec in specs]:
+        with walk.ledger.snapshot():
+            documents.append(status_document(walk))
     if as_json:
         print_json(documents[0] if len(documents) == 1 else documents)
     else:
@@ -60,7 +65,11 @@ def table(
     from orchestrator.report.table import render
     from orchestrator.run import table_of
 
-    grid = table_of([prepare(spec, set_ or ()) for spec in specs], all_metrics=all_metrics)
+    walks = [prepare(spec, set_ or ()) for spec in specs]
+    with ExitStack() as stack:
+        for walk in walks:
+            stack.enter_context(walk.ledger.snapshot())
+        grid = table_of(walks, all_metrics=all_metrics)
     if form or as_json:
         print(render(grid, "json" if as_json else form or "md"))
     else:
@@ -78,7 +87,7 @@ def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
         print_json({str(path): path.read_text(errors="replace") for path in found})
         return
     if not found:
-        raise UsageError(f"cell {walk.find(cell).name} has no log yet: it has not run in {walk.ledger.storage}")
+        raise UsageError(f"cell {walk.find(cell).name} has no log yet: it has not run in {walk.ledger.url}")
     for path in found:
         print(f"==> {path} <==\n{path.read_text(errors='replace')}")
 
