@@ -171,7 +171,7 @@ class Ledger(UnsealedWork):
 
     def cell_folder(self, experiment: str, cell_name: str) -> Path:
         """Folder that points to a cell's weights, log and resolved YAML."""
-        return self.storage / "cells" / _as_name(experiment) / _as_name(cell_name)
+        return self.storage / "cells" / as_name(experiment) / as_name(cell_name)
 
     def lock(self, experiment: str = "storage") -> contextlib.AbstractContextManager[None]:
         """Holds this storage, or one experiment of it, for one driver; a driver that dies lets go.
@@ -189,10 +189,10 @@ class Ledger(UnsealedWork):
         return holder(self._lock_file(experiment))
 
     def _lock_file(self, experiment: str) -> Path:
-        return self.storage / "locks" / f"{_as_name(experiment)}.lock"
+        return self.storage / "locks" / f"{as_name(experiment)}.lock"
 
 
-def _as_name(text: str) -> str:
+def as_name(text: str) -> str:
     """A folder's name; what cannot stand in one is replaced, and a short hash keeps two such names apart."""
     safe = re.sub(r"[^A-Za-z0-9._=,+%-]", "-", text)[:150].lstrip(".") or "_"
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

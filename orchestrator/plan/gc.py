@@ -1,0 +1,221 @@
+"""`ledger gc`: what no recorded experiment reaches and what nobody will use, each step with what it frees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from orchestrator.errors import StorageError, UsageError
+from orchestrator.plan.inventory import Inventory, open_inventory
+from orchestrator.plan.leases import Holder, Leases
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.owners import Observer, owner_key
+from orchestrator.plan.recorded import Recorded, recorded_experiments, wanted_states
+from orchestrator.plan.storage import parse_json
+
+LEFTOVER_SECONDS = 600.0
+PARTS_OF: dict[str, tuple[str, ...]] = {"full": ("weights", "checkpoint"), "weights": ("weights",), "none": ()}
+
+
+@dataclass(frozen=True)
+class GcStep:
+    """One thing that can go.
+
+    Attributes:
+        kind: `state`, `part`, `work`, `leftover`, `failure`, `lease`, `owner` or `record`.
+        name: Which.
+        why: Why it can go.
+        size: Bytes that it frees.
+        remove: Takes it away; False where it stayed, since somebody wants it by now.
+    """
+
+    kind: str
+    name: str
+    why: str
+    size: int
+    remove: Callable[[], bool]
+
+
+class Collector:
+    """Finds what can go in a storage. Nothing is taken that a living driver works on.
+
+    Args:
+        ledger: The storage.
+        also: Experiments that count as recorded: those named in the call.
+        forget: Names of recorded experiments that do not count any more.
+        leftover_seconds: Unsealed files that changed since are left alone.
+
+    Raises:
+        UsageError: a name in `forget` is not recorded.
+        StorageError: a record cannot be read.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        also: Sequence[Recorded] = (),
+        forget: Collection[str] = (),
+        leftover_seconds: float = LEFTOVER_SECONDS,
+    ) -> None:
+        self._ledger, self._also, self._forget = ledger, tuple(also), frozenset(forget)
+        self._inventory: Inventory = open_inventory(ledger)
+        self._leftover_seconds = leftover_seconds
+        known = {each.name for each in recorded(ledger)}
+        if unknown := sorted(self._forget - known):
+            names = ", ".join(sorted(known)) or "none"
+            raise UsageError(
+                f"--forget {unknown[0]}: no such experiment is recorded in {ledger.url}; there are: {names}"
+            )
+
+    def steps(self) -> list[GcStep]:
+        """All that can go, in the order in which it should."""
+        experiments = self._experiments()
+        if not experiments and self._inventory.states():
+            return [*self._unused(Wanted.of([]), states_too=False)]
+        return [*self._records(), *self._unused(Wanted.of(experiments), states_too=True)]
+
+    @property
+    def has_records(self) -> bool:
+        """False where no experiment counts: then every finished state stays."""
+        return bool(self._experiments())
+
+    def _experiments(self) -> list[Recorded]:
+        found = [each for each in recorded(self._ledger) if each.name not in self._forget]
+        return [*found, *self._also]
+
+    def _records(self) -> Iterator[GcStep]:
+        for each in recorded(self._ledger):
+            if each.name in self._forget:
+                yield GcStep("record", each.name, "to be forgotten", 0, self._delete(each.key))
+
+    def _unused(self, wanted: Wanted, states_too: bool) -> Iterator[GcStep]:
+        holders = holders_of(self._ledger)
+        since = self._oldest_driver(holders)
+        if states_too:
+            yield from self._states(wanted, holders, since)
+        yield from self._work(wanted, holders, states_too)
+        for left in self._inventory.leftovers(holders.__contains__, self._leftover_seconds):
+            yield GcStep("leftover", left.what, "its writer is dead", left.size, _always(left.remove))
+        if states_too:
+            yield from self._failures(wanted, holders)
+        yield from self._leases(holders)
+
+    def _states(self, wanted: Wanted, holders: Collection[str], since: float | None) -> Iterator[GcStep]:
+        for state in self._inventory.states():
+            if state in holders:
+                continue
+            files = self._inventory.files(state) or {}
+            keep = wanted.states.get(state)
+            if keep is None:
+                when = self._inventory.when(state)
+                if since is None or (when is not None and when < since):
+                    size = sum(int(entry["size"]) for entry in files.values())
+                    yield GcStep("state", state, "no recorded experiment reaches it", size, self._take_out(state))
+                continue
+            for part in ("checkpoint", "weights"):
+                sizes = [int(entry["size"]) for name, entry in files.items() if name.startswith(f"{part}/")]
+                if sizes and part not in PARTS_OF[keep]:
+                    why = f"its {part} is more than is to be kept: {keep}"
+                    yield GcStep("part", state, why, sum(sizes), self._drop(state, part))
+
+    def _work(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
+        for job, size in self._inventory.work().items():
+            if job in holders:
+                continue
+            done = self._ledger.is_done(job)
+            unreached = states_too and job not in wanted.states and job not in wanted.evaluations
+            if done or unreached:
+                why = "its stage run is finished" if done else "no recorded experiment reaches its stage run"
+                yield GcStep("work", job, why, size, _always(partial(self._inventory.end_work, job)))
+
+    def _failures(self, wanted: Wanted, holders: Collection[str]) -> Iterator[GcStep]:
+        """Results of evaluations stay: they are small, and numbers that once were shown."""
+        for entry in self._ledger.store.names("failures"):
+            job = entry.removesuffix(".json")
+            if job not in wanted.states and job not in wanted.evaluations and job not in holders:
+                yield GcStep("failure", job, "no recorded experiment reaches it", 0, self._delete(f"failures/{entry}"))
+
+    def _leases(self, holders: Collection[str]) -> Iterator[GcStep]:
+        """Leases of finished jobs and files of owners whose process is gone; other numbers must never go down."""
+        store, held = self._ledger.store, set(holders)
+        for job in store.names("leases"):
+            if job not in held and (self._ledger.is_done(job) or self._ledger.evaluation(job) is not None):
+                keys = [f"leases/{job}/{number}" for number in store.names(f"leases/{job}")]
+                for key in keys:
+                    yield GcStep("lease", key, "its job is finished", 0, self._delete(key))
+        for entry in store.names("owners"):
+            owner = entry.removesuffix(".json")
+            if is_dead(self._ledger, owner):
+                yield GcStep("owner", owner, "its process is gone", 0, self._delete(owner_key(owner)))
+
+    def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
+        """When the first of the living drivers began: what was finished since may be its work under an older plan."""
+        begun = []
+        for owner in {holder.owner for holder in holders.values()}:
+            about = parse_json(self._ledger.store.read(owner_key(owner))) or {}
+            begun.append(float(about.get("started", 0.0)))
+        return min(begun, default=None)
+
+    def _take_out(self, state: str) -> Callable[[], bool]:
+        return lambda: self._inventory.take_out(state, lambda: self._is_wanted(state))
+
+    def _is_wanted(self, state: str) -> bool:
+        return state in wanted_states(self._experiments()) or state in holders_of(self._ledger)
+
+    def _drop(self, state: str, part: str) -> Callable[[], bool]:
+        def drop() -> bool:
+            if part in PARTS_OF[wanted_states(self._experiments()).get(state, "none")]:
+                return False
+            self._inventory.drop(state, part)
+            return True
+
+        return drop
+
+    def _delete(self, key: str) -> Callable[[], bool]:
+        return _always(partial(self._ledger.store.delete, key))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What experiments reach: states with what is to be kept of them, and evaluations."""
+
+    states: dict[str, str]
+    evaluations: frozenset[str]
+
+    @classmethod
+    def of(cls, experiments: Sequence[Recorded]) -> Wanted:
+        """Of all of them together."""
+        return cls(wanted_states(experiments), frozenset().union(*(each.evaluations for each in experiments)))
+
+
+def recorded(ledger: Ledger) -> list[Recorded]:
+    """The experiments recorded in a storage.
+
+    Raises:
+        StorageError: a record cannot be read.
+    """
+    try:
+        return recorded_experiments(ledger.store)
+    except ValueError as error:
+        raise StorageError(str(error)) from error
+
+
+def holders_of(ledger: Ledger) -> dict[str, Holder]:
+    """Jobs that living drivers work on."""
+    return Leases(ledger.store, "onlooker").holders()
+
+
+def is_dead(ledger: Ledger, owner: str) -> bool:
+    """True where an owner's process is known to be gone from this machine; of other machines' nothing is known."""
+    process = Observer(ledger.store, 0.0, lambda: 0.0).process(owner)
+    return process is not None and process.is_gone() is True
+
+
+def _always(remove: Callable[[], Any]) -> Callable[[], bool]:
+    def run() -> bool:
+        remove()
+        return True
+
+    return run
