@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.jobs import StageJob
-from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.reasons import Standing
 from orchestrator.plan.record import read_metrics
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -88,12 +87,12 @@ def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: 
         lanes: Worker groups side by side.
         workers: Workers of a lane, for what is under way.
     """
-    ledger, tree = standing.ledger, standing.tree
+    tree = standing.tree
     speeds: dict[tuple[str, str], _Speed] = {}
     devices: set[str] = set()
     done, rest = 0.0, dict[str, float]()
     for job in tree.stage_runs.values():
-        seconds, share, number = _measured(job, ledger, workers, devices)
+        seconds, share, number = _measured(job, standing, workers, devices)
         amount = work[job.id] or float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
         done += seconds * number
         if seconds and share:
@@ -101,7 +100,7 @@ def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: 
             speed.seconds, speed.work = speed.seconds + seconds, speed.work + share * amount
             speed.workers = number
         if job.id in standing.needed and job.id not in standing.blocked:
-            rest[job.id] = amount if ledger.is_done(job.id) else amount * (1 - share)
+            rest[job.id] = amount if job.id in standing.trained else amount * (1 - share)
     if not done:
         return None
     unit = "gpu" if devices and all(map(is_gpu, devices)) else "worker"
@@ -114,14 +113,14 @@ def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: 
     return Hours(unit, done / 3600, hours, _until_the_end(standing, seconds_of, lanes))
 
 
-def _measured(job: StageJob, ledger: Ledger, workers: int, devices: set[str]) -> tuple[float, float, int]:
+def _measured(job: StageJob, standing: Standing, workers: int, devices: set[str]) -> tuple[float, float, int]:
     """Seconds trained, the share of the stage run that they are for, and the workers they were spent on."""
-    if (result := ledger.result(job.id)) is not None:
+    result = standing.ledger.result(job.id) if job.id in standing.trained else None
+    if result is not None:
         mark = result.get("fingerprint") or {}
         devices.add(str(mark.get("device", "")))
         return float(result.get("train_seconds") or 0.0), 1.0, int(mark.get("world_size") or workers)
-    spool = ledger.metrics_file(job.id)
-    lines = read_metrics(spool) if spool.is_file() else []
+    lines = read_metrics(standing.ledger.metrics_file(job.id)) if job.id in standing.begun else []
     seconds = sum(float(line.get("step_seconds", 0.0)) for line in lines)
     share = steps_done(job, lines[-1] if lines else None) / (job.last_step - job.first_step)
     return seconds, share, workers
@@ -143,7 +142,8 @@ def _model(job: StageJob) -> str:
 def _until_the_end(standing: Standing, seconds_of: Mapping[str, float], lanes: int) -> float:
     """At least the longest way through what is left, and at least all of it divided by the lanes."""
     tree = standing.tree
-    measured = [r for job in tree.evaluations if (r := standing.ledger.evaluation(job)) is not None]
+    done = (job for job in tree.evaluations if standing.evaluation(job) == "done")
+    measured = [standing.ledger.evaluation(job) or {} for job in done]
     each = sum(float(r.get("seconds") or 0.0) for r in measured) / len(measured) if measured else 0.0
     total = longest = 0.0
     ends: dict[str, float] = {}
@@ -158,7 +158,7 @@ def _until_the_end(standing: Standing, seconds_of: Mapping[str, float], lanes: i
 
 
 def _is_open(standing: Standing, evaluation: str) -> bool:
-    return evaluation not in standing.blocked and standing.ledger.evaluation(evaluation) is None
+    return evaluation not in standing.blocked and standing.evaluation(evaluation) != "done"
 
 
 def hours_document(standing: Standing, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:

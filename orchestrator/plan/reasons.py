@@ -48,14 +48,32 @@ class Standing:
 
     def evaluation(self, identity: str) -> State:
         """Of an evaluation."""
-        if self.ledger.evaluation(identity) is not None:
-            return "done"
-        return "running" if identity in self.holders else "failed" if identity in self.blocked else "new"
+        return self._evaluations[identity]
+
+    @cached_property
+    def _evaluations(self) -> dict[str, State]:
+        found: dict[str, State] = {}
+        for job in self.tree.evaluations:
+            if self.ledger.evaluation(job) is not None:
+                found[job] = "done"
+            else:
+                found[job] = "running" if job in self.holders else "failed" if job in self.blocked else "new"
+        return found
+
+    @cached_property
+    def trained(self) -> set[str]:
+        """Stage runs whose result is there, if perhaps not all that is wanted of them."""
+        return {run for run in self.tree.stage_runs if run not in self.needed or self.ledger.is_done(run)}
+
+    @cached_property
+    def begun(self) -> set[str]:
+        """Stage runs that were begun and are not finished."""
+        return {run for run in self.tree.stage_runs if run in self.needed and self.ledger.is_begun(run)}
 
     def cell(self, cell: Cell) -> State:
         """Of a cell: failed, running or new where any of its parts is, in this order."""
         parts = {self.state(identity) for identity in (*self.tree.path_of[cell.id], cell.state)}
-        parts |= {self.evaluation(job.id) for job in cell.evaluations}
+        parts |= {self._evaluations[job.id] for job in cell.evaluations}
         states: tuple[State, ...] = ("failed", "running", "new")
         return next((each for each in states if each in parts), "done")
 
@@ -77,9 +95,8 @@ class Standing:
         found: set[str] = set()
         for state in reversed(self.tree.order):
             job = self.tree.stage_runs.get(state)
-            trained = state in found or (job is not None and self.ledger.is_done(state))
-            if job is not None and trained and not job.starts_phase and job.parent in self.needed:
-                found.add(job.parent)
+            if job is not None and not job.starts_phase and (state in found or state in self.trained):
+                found |= {job.parent} & self.needed
         return found
 
 
@@ -99,15 +116,15 @@ class Reasons:
 
     def of(self, cell: Cell) -> list[str]:
         """`["done"]`, or all that is to be told of a cell, the weightiest first."""
-        standing, ledger = self._standing, self._standing.ledger
+        standing = self._standing
         if standing.cell(cell) == "done":
             return ["done"]
         path = standing.tree.path_of[cell.id]
         needed = [run for run in path if run in standing.needed]
         reasons = list(self._failure(cell))
         reasons += _elsewhere(standing.holders[job] for job in standing.jobs(cell) if job in standing.holders)
-        begun = [f"continues at step {step:,}" for run in needed if (step := last_checkpoint(ledger, run))]
-        untouched = len(needed) == len(path) and path and not any(ledger.is_done(run) for run in path)
+        begun = list(self._continues(needed))
+        untouched = len(needed) == len(path) and path and standing.trained.isdisjoint(path)
         if untouched and not reasons and not begun:
             reasons.append("new")
         elif needed and not untouched:
@@ -127,10 +144,15 @@ class Reasons:
         if (failure := self._standing.failure(cell)) is not None:
             yield f"failed: {failure[1].splitlines()[0]} (--retry-failed takes it up again)"
 
+    def _continues(self, needed: Sequence[str]) -> Iterable[str]:
+        for run in needed:
+            if run in self._standing.begun and (steps := self._standing.ledger.checkpoint_steps(run)):
+                yield f"continues at step {steps[0]:,}"
+
     def _again(self, needed: Sequence[str]) -> Iterable[str]:
         """Steps that were trained before and are trained once more, since the state they led to was not kept."""
         runs = self._standing.tree.stage_runs
-        dropped = [runs[run] for run in needed if self._standing.ledger.is_done(run)]
+        dropped = [runs[run] for run in needed if run in self._standing.trained]
         if dropped:
             steps = sum(job.last_step - job.first_step for job in dropped)
             yield f"checkpoint dropped: {steps:,} steps again"
@@ -142,8 +164,3 @@ class Reasons:
 
 def _elsewhere(holders: Iterable[Holder]) -> list[str]:
     return list(dict.fromkeys(f"runs elsewhere: pid {holder.pid} on {holder.host}" for holder in holders))
-
-
-def last_checkpoint(ledger: Ledger, run: str) -> int | None:
-    """Step of the newest checkpoint inside a stage run under way; whether it is whole is seen when it is loaded."""
-    return next(iter(ledger.checkpoint_steps(run)), None)

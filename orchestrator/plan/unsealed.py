@@ -133,10 +133,6 @@ class UnsealedWork:
         self.check_fence(job_id)  # reading all bytes took its time
         return self._states.seal_checkpoint(checked(job_id), step, folder, _KEPT_CHECKPOINTS)
 
-    def steps(self, job_id: str) -> list[int]:
-        """Steps of the checkpoints inside a stage run under way, newest first; they may be damaged."""
-        return self._states.steps(checked(job_id))
-
     def checkpoints(self, job_id: str) -> list[Path]:
         """Checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
         return list(self._states.checkpoints(checked(job_id)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+import secrets
 from pathlib import Path
 
 from orchestrator.plan.cell import Cell
@@ -40,10 +40,10 @@ def log_files(walk: Walk, cell: Cell) -> list[Path]:
 def _link(link: Path, target: Path) -> None:
     if not target.exists():
         return
-    relative = os.path.relpath(target, link.parent)
-    with suppress(FileNotFoundError):
-        link.unlink()
-    link.symlink_to(relative)
+    # Two runs on one storage may do this at once.
+    fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    fresh.replace(link)
 
 
 def _stamp(walk: Walk, record: CellRecord) -> dict[str, str]:

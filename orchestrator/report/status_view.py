@@ -80,7 +80,8 @@ def _cell(
 
 
 def _stage_run(walk: Walk, standing: Standing, job: StageJob, about: dict[str, Any], busy: bool) -> dict[str, Any]:
-    state, metrics = about["state"], last_metrics(walk.ledger.metrics_file(job.id))
+    state = about["state"]
+    metrics = last_metrics(walk.ledger.metrics_file(job.id)) if job.id in standing.begun else None
     done = job.last_step - job.first_step if state == "done" else steps_done(job, metrics)
     if state == "new" and done:
         state = "waiting" if busy else "interrupted"
