@@ -8,7 +8,7 @@ import typer
 
 from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError
-from orchestrator.verbs import look, spec, work
+from orchestrator.verbs import ledger, look, search, spec, work
 from orchestrator.verbs.options import print_json
 
 app = typer.Typer(
@@ -22,10 +22,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (
-    spec.validate, look.plan, work.run, look.status, look.table, look.logs, look.path, work.bench, spec.compressors,
-    spec.schema, spec.show,
+    spec.validate, look.plan, work.run, search.search, look.status, look.table, look.logs, look.path, work.bench,
+    spec.compressors, spec.schema, spec.show,
 ):  # fmt: skip
     app.command()(verb)
+app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:
