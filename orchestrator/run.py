@@ -11,11 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator import registry
+from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.record import CellRecord
+from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
 from orchestrator.report.figure import training_figure
@@ -98,32 +100,23 @@ def run_experiment(
     walk = prepare(path, overrides)
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
-    with walk.ledger.lock():
-        with walk.ledger.snapshot():
-            work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
-        check_data(work)
-        executed, problems = 0, dict[str, str]()
-        with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
-            try:
-                if work:
-                    limit = (max_hours, began)
-                    executed, problems = _execute(
-                        walk, work, recorder, console, limit, local=local, fail_fast=fail_fast
-                    )
-            finally:
-                with walk.ledger.snapshot():
-                    record_cells(walk, recorder)
-    with walk.ledger.snapshot():
-        return _outcome(walk, recorder, executed, problems)
-
-
-def _outcome(walk: Walk, recorder: Recorder, executed: int, problems: Mapping[str, str]) -> RunOutcome:
+    work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
+    check_data(work)
+    run = _Run(walk, work, console, retry_failed)
+    with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+        try:
+            if work:
+                run.execute(recorder, (max_hours, began), local=local, fail_fast=fail_fast)
+        finally:
+            walk = run.walk
+            record_cells(walk, recorder)
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
-    waiting = {c.name: next((problems[i] for i in walk.jobs_of(c) if i in problems), "") for c in open_cells}
+    waiting = {c.name: next((run.problems[i] for i in walk.jobs_of(c) if i in run.problems), "") for c in open_cells}
     unsent = tuple(names[identity] for identity in recorder.unsent)
-    return RunOutcome(walk, table_of([walk]), executed, failed, waiting, unsent, recorder.problem if unsent else None)
+    problem = recorder.problem if unsent else None
+    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
 
 
 def check_data(work: Sequence[Job]) -> None:
@@ -147,10 +140,11 @@ def check_data(work: Sequence[Job]) -> None:
 
 
 def open_tracker(walk: Walk) -> Tracker:
-    """The tracker of an experiment."""
+    """The tracker of an experiment; of several drivers one at a time writes a cell, so that it never gets a twin."""
     from orchestrator.tracking.cell_tracker import CellTracker
+    from orchestrator.tracking.one_at_a_time import OneAtATime
 
-    return CellTracker(walk.tracking_uri, walk.experiment_name)
+    return OneAtATime(CellTracker(walk.tracking_uri, walk.experiment_name), walk.ledger.store)
 
 
 def record_cells(walk: Walk, recorder: Recorder) -> None:
@@ -171,69 +165,98 @@ def _with_figure(walk: Walk, cell: Cell, record: CellRecord) -> CellRecord:
     return replace(record, artifacts={**record.artifacts, path.name: path})
 
 
-class _Watch:
-    """Hears what happens during a run: shows it, counts it, and keeps MLflow's running cells up to date."""
+class _Run:
+    """One session of a run: dispatches the work, shows and counts it, and keeps MLflow's running cells up to date.
 
-    def __init__(self, walk: Walk, recorder: Recorder, view: LiveView, stop: StopRequest) -> None:
-        self._walk, self._recorder, self._view, self._stop = walk, recorder, view, stop
-        self._running: set[str] = set()
-        self._sent = time.monotonic()
+    Attributes:
+        walk: The plan; made again where a stored state turned out to be damaged.
+        done: Jobs that this run did.
+        problems: Job to the reason why it failed.
+    """
+
+    def __init__(self, walk: Walk, work: Sequence[Job], console: Console, retry_failed: bool) -> None:
+        self.walk = walk
         self.done: set[str] = set()
         self.problems: dict[str, str] = {}
+        self._work, self._retry_failed = work, retry_failed
+        self._running: set[str] = set()
+        self._sent = time.monotonic()
+        self._feed = Replanning(self._plan_again)
+        self._view = LiveView(
+            work, _costs(work), walk.names_of(work), walk.ledger.metrics_file, console, walk.ledger.result
+        )
 
-    def on_event(self, event: Mapping[str, Any]) -> None:
-        """Takes an event of the dispatch."""
+    def execute(self, recorder: Recorder, limit: tuple[float | None, float], *, local: bool, fail_fast: bool) -> None:
+        """Does the work.
+
+        Args:
+            limit: Hours after which a stop is asked for, and since when they count.
+
+        Raises:
+            Interrupted: a signal stopped it.
+        """
+        hint = "finishing the step and writing a checkpoint; Ctrl-C now: stop at once"
+        stop = StopRequest(lambda name: self._view.say(f"{name}: {hint}"), *limit)
+        cluster = self.walk.loaded.spec.cluster
+
+        def should_stop() -> bool:
+            self._send_now_and_then(recorder)
+            return stop()
+
+        with stop, self._view:
+            outcome = _dispatcher(local)(
+                self._work,
+                self.walk.ledger,
+                cluster,
+                lambda event: self._on_event(event, recorder),
+                should_stop,
+                fail_fast=fail_fast,
+                feed=self._feed,
+            )
+        if stop.signal_name is not None and outcome.left:
+            count = len(self.done)
+            error = Interrupted(f"stopped by {stop.signal_name}; {count} jobs are done, run the same command to go on")
+            error.exit_code = stop.exit_code
+            raise error
+
+    def _plan_again(self) -> list[Job]:
+        tree = build_stage_tree(self.walk.cells, self.walk.ledger)
+        self.walk = replace(self.walk, tree=tree)
+        work = tree.work(self.walk.ledger, retry_failed=self._retry_failed)
+        self._view.set_work(work, _costs(work), self.walk.names_of(work))
+        return work
+
+    def _on_event(self, event: Mapping[str, Any], recorder: Recorder) -> None:
         self._view.on_event(event)
-        identity = event["id"]
-        if event["event"] == "started":
+        identity, kind = event["id"], event["event"]
+        if kind == "started":
             self._running.add(identity)
             return
         self._running.discard(identity)
-        if event["event"] == "failed":
+        if kind == "failed":
             self.problems[identity] = str(event["error"])
-        if event["event"] == "finished":
+        elif kind == "damaged":
+            self._feed.plan_again()
+        elif kind == "finished" and not event.get("elsewhere"):
             self.done.add(identity)
-            self._put({identity}, only_finished=True)
+            self._put({identity}, recorder, only_finished=True)
 
-    def should_stop(self) -> bool:
-        """Asked several times a second; now and then sends the running cells' curves."""
+    def _send_now_and_then(self, recorder: Recorder) -> None:
         if time.monotonic() - self._sent > _SEND_SECONDS:
             self._sent = time.monotonic()
-            self._put(self._running)
-        return self._stop()
+            self._put(self._running, recorder)
 
-    def _put(self, jobs: set[str], *, only_finished: bool = False) -> None:
-        cells = [cell for cell in self._walk.cells if not jobs.isdisjoint(self._walk.jobs_of(cell))]
+    def _put(self, jobs: set[str], recorder: Recorder, *, only_finished: bool = False) -> None:
+        walk = self.walk
+        cells = [cell for cell in walk.cells if not jobs.isdisjoint(walk.jobs_of(cell))]
         if only_finished:
-            cells = [cell for cell in cells if self._walk.status(cell) == "finished"]
+            cells = [cell for cell in cells if walk.status(cell) == "finished"]
         for cell in cells[:_CELLS_SENT]:
-            self._recorder.put(_with_figure(self._walk, cell, self._walk.record(cell)))
+            recorder.put(_with_figure(walk, cell, walk.record(cell)))
 
 
-def _execute(
-    walk: Walk, work: list[Job], recorder: Recorder, console: Console, limit: tuple[float | None, float], *,
-    local: bool, fail_fast: bool,
-) -> tuple[int, dict[str, str]]:  # fmt: skip
-    """Dispatches `work`; returns how many jobs were done, and why others were not.
-
-    Raises:
-        Interrupted: a signal stopped it.
-    """
-    costs = {job.id: relative_cost(job) for job in work}
-    view = LiveView(work, costs, walk.names_of(work), walk.ledger.metrics_file, console, walk.ledger.result)
-    hint = "finishing the step and writing a checkpoint; Ctrl-C now: stop at once"
-    stop = StopRequest(lambda name: view.say(f"{name}: {hint}"), *limit)
-    watch = _Watch(walk, recorder, view, stop)
-    with stop, view:
-        run_jobs = _dispatcher(local)
-        cluster = walk.loaded.spec.cluster
-        outcome = run_jobs(work, walk.ledger, cluster, watch.on_event, watch.should_stop, fail_fast=fail_fast)
-    if stop.signal_name is not None and outcome.left:
-        count = len(watch.done)
-        error = Interrupted(f"stopped by {stop.signal_name}; {count} jobs are done, run the same command to go on")
-        error.exit_code = stop.exit_code
-        raise error
-    return len(watch.done), watch.problems
+def _costs(work: Sequence[Job]) -> dict[str, float]:
+    return {job.id: relative_cost(job) for job in work}
 
 
 def _dispatcher(local: bool) -> Callable[..., Any]:

@@ -183,21 +183,6 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_next_run_ends_like_one_left_alone(fin
     assert len(runs_in_mlflow(tmp_path / "runs", "tiny")) == CELLS
 
 
-def test_two_at_once_on_one_storage_do_not_do_the_same_work(finished, tmp_path):
-    folder, _ = finished
-    (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
-    command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
-    first = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
-    )
-    wait_until(lambda: (tmp_path / "runs" / "locks" / "storage.lock").exists())
-    wait_until(lambda: (tmp_path / "runs" / "locks" / "storage.lock").stat().st_size > 0)
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
-    output, errors = first.communicate(timeout=300)
-    assert first.returncode == 0, output + errors
-
-
 def test_local_gives_the_same_weights_without_ray(finished, tmp_path):
     folder, _ = finished
     (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
@@ -214,7 +199,7 @@ def test_local_gives_the_same_weights_without_ray(finished, tmp_path):
     [
         ("model.model_name_or_path=./no-such-folder", "no-such-folder"),
         ("cluster.num_workers=64", "64"),
-        ("cluster.lanes=4", "cluster.lanes"),
+        ("cluster.lanes=64", "64 lanes do not fit"),
         ("phases.finetune.schedule=nobody", "nobody"),
     ],
 )

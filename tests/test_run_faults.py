@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 RUN = [sys.executable, "-m", "orchestrator", "run", "mine.yaml"]
@@ -53,6 +54,49 @@ def test_a_killed_worker_is_started_again_from_its_checkpoint_and_ends_the_same(
         for path in (folder / "runs" / "stage_runs").glob("*/metrics.jsonl"):
             steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
             assert steps == list(range(steps[0], steps[0] + 20))
+
+
+def test_two_drivers_started_together_do_each_job_once_and_both_end_with_the_table(tmp_path, tiny_text):
+    (tmp_path / "mine.yaml").write_text(tiny_text)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    drivers = [
+        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in ([*RUN, "--local"], RUN)
+    ]
+    ended = [driver.communicate(timeout=300) for driver in drivers]
+    for driver, (output, errors) in zip(drivers, ended, strict=True):
+        assert driver.returncode == 0 and "Traceback" not in errors, output + errors
+    tables = [[line.split() for line in output.splitlines() if "finished" in line] for output, _ in ended]
+    assert tables[0] == tables[1] and len(tables[0]) == 3
+    logs = [path.read_text() for path in (tmp_path / "runs" / "stage_runs").glob("*/log.txt")]
+    assert len(logs) == 5 and all(log.count("StageJob") + log.count("RootJob") <= 1 for log in logs)
+    done = [
+        sum("  done  " in line and "by another run" not in line for line in output.splitlines()) for output, _ in ended
+    ]
+    assert sum(done) == 8  # stage runs and evaluations
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED"] * 3
+
+
+def test_a_damaged_parent_is_trained_again_and_the_run_ends_the_same(tmp_path, tiny_text, llavolta):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (tmp_path / "mine.yaml").write_text(tiny_text.replace("[full, heavy, two_stage]", "[heavy]"))
+    assert llavolta("run", "mine.yaml", "--local").returncode == 0
+    (tmp_path / "mine.yaml").write_text(tiny_text)
+    (root,) = (
+        json.loads(p.read_text())["parent"]
+        for p in (tmp_path / "runs" / "stage_runs").glob("*/job.json")
+        if json.loads(p.read_text())["type"] == "stage"
+    )
+    file = tmp_path / "runs" / "stage_runs" / root / "weights" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    done = llavolta("run", "mine.yaml", "--local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a state it needs is damaged and is made again" in done.stdout
+    alone = llavolta("run", "mine.yaml", "--local", "--set", "name=tiny", LLAVOLTA_STORAGE=str(whole / "runs"))
+    assert alone.returncode == 0 and weights_of(whole) == weights_of(tmp_path) and len(weights_of(whole)) == 3
 
 
 def test_a_failing_cell_is_told_and_its_siblings_go_on(tmp_path, tiny_text, llavolta):

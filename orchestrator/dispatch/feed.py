@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from orchestrator.plan.jobs import Job, job_to_json
@@ -21,6 +21,33 @@ class Feed(Protocol):
     def closed(self) -> bool:
         """Whether nothing more will come: the run ends when the work is done."""
         ...
+
+
+class Replanning:
+    """The feed of a run whose work is known from the start, but is planned again where a stored state was damaged.
+
+    Args:
+        plan: Makes the newest plan.
+    """
+
+    def __init__(self, plan: Callable[[], Sequence[Job]]) -> None:
+        self._plan = plan
+        self._is_due = False
+
+    def plan_again(self) -> None:
+        """A state left the ledger: what needs it is to be planned with it."""
+        self._is_due = True
+
+    def work(self) -> Sequence[Job] | None:
+        """The plan made anew, where it is due."""
+        if not self._is_due:
+            return None
+        self._is_due = False
+        return self._plan()
+
+    def closed(self) -> bool:
+        """Nothing else comes."""
+        return not self._is_due
 
 
 class Planned:

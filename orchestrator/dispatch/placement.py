@@ -50,8 +50,7 @@ def room_for(
     """
     wanted, use_gpu = _worker(cluster, nodes)
     workers = cluster.num_workers.min if isinstance(cluster.num_workers, WorkerRange) else cluster.num_workers
-    asked = cluster.lanes if cluster.lanes == "auto" else _capped(cluster.lanes, most)
-    least = 1 if asked == "auto" else asked
+    least = 1 if cluster.lanes == "auto" else cluster.lanes
     if _count(nodes, wanted) < least * workers:
         raise UsageError(_refusal(cluster, workers, least, wanted, nodes, "has"))
     deadline = time.monotonic() + patience_seconds
@@ -61,12 +60,8 @@ def room_for(
             raise UsageError(_refusal(cluster, workers, least, wanted, now, "has free now"))
         time.sleep(_POLL_SECONDS)
         now = free()
-    fitting = _count(now, wanted) // workers
-    return Room(_capped(fitting, most) if asked == "auto" else asked, use_gpu)
-
-
-def _capped(lanes: int, most: int | None) -> int:
-    return lanes if most is None else max(1, min(lanes, most))
+    lanes = _count(now, wanted) // workers if cluster.lanes == "auto" else cluster.lanes
+    return Room(lanes if most is None else max(1, min(lanes, most)), use_gpu)
 
 
 def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]:

@@ -30,7 +30,8 @@ def unsupported_keys(spec: Any, searching: bool = False) -> list[Fault]:
 
 
 def _fault(path: str, why: str, sources: dict[str, str]) -> Fault:
-    file, _, line = sources.get(path, "").rpartition(":")
+    place = next((place for key, place in sources.items() if key == path or key.startswith(f"{path}.")), "")
+    file, _, line = place.rpartition(":")
     message = f"`{path}` is valid but {'not for this verb' if path == 'search' else 'not built yet'}: {why}"
     if line.isdigit():
         return Fault(message, file, int(line), 1, path=path)
@@ -64,10 +65,6 @@ def _search_keys(search: SearchSpec) -> dict[str, str]:
 
 def _cluster_keys(cluster: ClusterSpec) -> dict[str, str]:
     found = {}
-    if cluster.lanes != 1:
-        found["lanes"] = "cells run one after another in one lane; give 1"
     if not isinstance(cluster.num_workers, int):
         found["num_workers"] = "an elastic number of workers; give one number"
-    if cluster.stall_minutes is not None:
-        found["stall_minutes"] = "take it out"
     return found
