@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,10 @@ class Recorded:
     cells: dict[str, list[str]]
 
 
-def reach_of(walk: Walk, overrides: Sequence[str] = ()) -> Recorded:
+def reach_of(walk: Walk) -> Recorded:
     """What an experiment reaches as it is planned now."""
     name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
-    key = f"{_FOLDER}/{as_name(name)}-{digest([file, sorted(overrides)])[:12]}.json"
+    key = f"{_FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
     states = dict.fromkeys((*tree.roots, *tree.starts), "weights")
     states |= {state: job.keep for state, job in tree.stage_runs.items()}
     jobs = {cell.name: walk.jobs_of(cell) for cell in walk.cells}
@@ -52,13 +52,13 @@ def reach_of(walk: Walk, overrides: Sequence[str] = ()) -> Recorded:
     return Recorded(key, name, file, time.time(), states, frozenset(tree.evaluations), cells)
 
 
-def record_experiment(walk: Walk, overrides: Sequence[str] = ()) -> None:
+def record_experiment(walk: Walk) -> None:
     """Notes what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
 
     Raises:
         StorageError: the storage cannot be written.
     """
-    found = reach_of(walk, overrides)
+    found = reach_of(walk)
     fields = {name: getattr(found, name) for name in ("name", "file", "when", "states", "cells")}
     walk.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))
 

@@ -43,6 +43,7 @@ class LoadedExperiment:
         notices: What the user should know: renamed keys, merged cells, checks that are deferred.
         cells: The grid in order.
         starts: The experiments that phases of this one, or of these, start from; by the file named in `start_from`.
+        overrides: The `--set` texts over the file.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class LoadedExperiment:
     notices: tuple[str, ...]
     cells: tuple[ResolvedCell, ...]
     starts: dict[str, LoadedExperiment] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
@@ -93,7 +95,8 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedEx
         builder.examine(corner)
     _stop_at(builder.faults)
     told = tuple(dict.fromkeys([*notices, *builder.notices]))
-    return LoadedExperiment(path, spec, root.plain(), _sources(root, spec), told, cells, starts.experiments)
+    sources, others = _sources(root, spec), starts.experiments
+    return LoadedExperiment(path, spec, root.plain(), sources, told, cells, others, tuple(overrides))
 
 
 def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault], list[str]]:
