@@ -33,6 +33,7 @@ class SearchFeed:
     Args:
         walk: The trials known so far.
         notes: Where every trial is noted before it runs and when it ends.
+        on_proposed: Called with a new trial.
         on_plan: Called with each new plan.
         on_end: Called with a trial that ended.
     """
@@ -41,10 +42,12 @@ class SearchFeed:
         self,
         walk: Walk,
         notes: TrialNotes,
+        on_proposed: Callable[[Trial], None],
         on_plan: Callable[[Walk], None],
         on_end: Callable[[Trial], None],
     ) -> None:
-        self.walk, self._notes, self._on_plan, self._on_end = walk, notes, on_plan, on_end
+        self.walk, self._notes = walk, notes
+        self._on_proposed, self._on_plan, self._on_end = on_proposed, on_plan, on_end
         self._proposals: Proposals | None = None
         self._asked: set[int] = set()
         self._look = self._again = False
@@ -67,16 +70,16 @@ class SearchFeed:
         new = self._proposals.take()
         for proposal in new:
             self._take(Trial(**proposal))
-        if new or self._look:
-            self._look = False
-            self._answer(self._proposals)
         if self._again:
             self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
-        if not new and not self._again:
-            return None
-        self._again = False
-        self._on_plan(self.walk)
-        return self.walk.tree.work(self.walk.ledger)
+        planned = bool(new) or self._again
+        if planned:
+            self._again = False
+            self._on_plan(self.walk)
+        if planned or self._look:
+            self._look = False
+            self._answer(self._proposals)
+        return self.walk.tree.work(self.walk.ledger) if planned else None
 
     def closed(self) -> bool:
         """Whether every trial is answered and none will come."""
@@ -86,8 +89,10 @@ class SearchFeed:
     def _take(self, proposed: Trial) -> None:
         trials = {trial.number: trial for trial in self.walk.trials} | {proposed.number: proposed}
         self.walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
-        self._notes.write(next(trial for trial in self.walk.trials if trial.number == proposed.number))
-        self._asked.add(proposed.number)
+        trial = next(trial for trial in self.walk.trials if trial.number == proposed.number)
+        self._notes.write(trial)
+        self._asked.add(trial.number)
+        self._on_proposed(trial)
 
     def _answer(self, proposals: Proposals) -> None:
         for trial in self.walk.trials:

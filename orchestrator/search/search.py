@@ -6,7 +6,6 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, UsageError
+from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.cell_folders import mark_tracked
@@ -110,7 +110,7 @@ class _SearchRun:
     """One session of a search: Tune proposes, the lanes train, events come by here."""
 
     def __init__(self, walk: Walk, notes: TrialNotes, console: Console) -> None:
-        self.feed = SearchFeed(walk, notes, self._planned, self._trial_ended)
+        self.feed = SearchFeed(walk, notes, self._proposed, self._planned, self._ended)
         self.done: set[str] = set()
         self._console = console
         self._checked: set[str] = set()
@@ -133,12 +133,15 @@ class _SearchRun:
 
         self._recorder = recorder
         walk, cluster = self.feed.walk, self.feed.walk.loaded.spec.cluster
-        with ExitStack() as stack:
-            for part in (stop, self._view, DeferredInterrupt(), ray_session(cluster.address)):
-                stack.enter_context(part)
-            tuning = Tuning(walk, num_trials, self._concurrency(walk), walk.ledger.storage / "ray" / uuid.uuid4().hex)
-            self.feed.begin(stack.enter_context(tuning))
-            run_on_ray([], walk.ledger, cluster, self._on_event, stop, fail_fast=fail_fast, feed=self.feed)
+        folder = walk.ledger.storage / "ray" / f"search-{uuid.uuid4().hex[:8]}"
+        with stop, self._view, DeferredInterrupt() as interrupt, ray_session(cluster.address):
+
+            def stop_asked() -> int:
+                return 2 if interrupt.pending else int(stop())
+
+            with Tuning(walk, num_trials, self._concurrency(walk), folder) as tuning:
+                self.feed.begin(tuning)
+                run_on_ray([], walk.ledger, cluster, self._on_event, stop_asked, fail_fast=fail_fast, feed=self.feed)
         if stop.signal_name is not None and any(trial.state == "proposed" for trial in self.feed.walk.trials):
             error = Interrupted(
                 f"stopped by {stop.signal_name}; {_ended(self.feed.walk)} trials have ended, "
@@ -153,16 +156,20 @@ class _SearchRun:
         lanes = walk.loaded.spec.cluster.lanes
         return max(1, math.ceil((lanes if isinstance(lanes, int) else 1) / len(walk.loaded.cells)))
 
+    def _proposed(self, trial: Trial) -> None:
+        told = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
+        same = next((t for t in self.feed.walk.trials if t.cells == trial.cells and t.number < trial.number), None)
+        equal = f" (the same as {trial_name(same.number)})" if trial.cells and same is not None else ""
+        self._view.say(f"proposed {trial_name(trial.number)}: {told}{equal}")
+
     def _planned(self, walk: Walk) -> None:
+        record_experiment(walk)
         work = walk.tree.work(walk.ledger)
         check_data([job for job in work if job.id not in self._checked])
         self._checked |= {job.id for job in work}
         self._view.set_work(work, {job.id: relative_cost(job) for job in work}, walk.names_of(work))
-        trial = walk.trials[-1]
-        told = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
-        self._view.say(f"proposed {trial_name(trial.number)}: {told}")
 
-    def _trial_ended(self, trial: Trial) -> None:
+    def _ended(self, trial: Trial) -> None:
         told = ", ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())
         self._view.say(f"{trial.state} {trial_name(trial.number)}: {told or trial.error}")
         assert self._recorder is not None

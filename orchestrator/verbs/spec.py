@@ -20,7 +20,9 @@ def validate(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
         return
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
-    print(f"valid: {len(loaded.cells)} cell{'s' if len(loaded.cells) != 1 else ''}")
+    count = f"{len(loaded.cells)} cell{'s' if len(loaded.cells) != 1 else ''}"
+    search = loaded.spec.search
+    print(f"valid: {count}" if search is None else f"valid: a search of {search.num_trials} trials, {count} each")
 
 
 def show(

@@ -20,6 +20,7 @@ CELLS = {
     "quickstart.yaml": 3,
     "easy_vqa.yaml": 14,
     "bench.yaml": 1,
+    "search_easy_vqa.yaml": 1,  # the base of its trials
     "base/tiny_llava.yaml": 1,
     "llava15_7b/base.yaml": 1,
     "llava15_7b/schedules.yaml": 7,
@@ -81,7 +82,7 @@ def test_opens_with_how_to_use_it(file):
             break
         comment.append(line)
     text = "\n".join(comment)
-    verb = "bench" if relative(file) == "bench.yaml" else "run"
+    verb = {"bench.yaml": "bench", "search_easy_vqa.yaml": "search"}.get(relative(file), "run")
     assert f"llavolta {verb} experiments/{relative(file)}" in text
     assert "Costs:" in text
     assert f"`{relative(file)}`" in (EXPERIMENTS / "README.md").read_text()

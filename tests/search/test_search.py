@@ -1,0 +1,160 @@
+"""`llavolta search` as a user starts it, with real Ray Tune, lanes and MLflow; killed in the middle, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+TRIALS = 4
+
+
+class Search:
+    """The program in a folder of its own."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder, self.storage = folder, folder / "runs"
+        (folder / "search.yaml").write_text(text)
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
+        self.environment = {**kept, "OMP_NUM_THREADS": "1", "LLAVOLTA_TEST": str(folder)}
+
+    def start(self, *arguments: str, verb: str = "search") -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", verb, "search.yaml", *arguments], cwd=self.folder,
+            env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, verb: str = "search") -> tuple[int, str, str]:
+        process = self.start(*arguments, verb=verb)
+        output, errors = process.communicate(timeout=600)
+        return process.returncode, output, errors
+
+    def trials(self) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted(self.storage.glob("searches/*/trial_*.json"))]
+
+    def training(self) -> bool:
+        """Whether a second trial is being trained."""
+        states = [trial["state"] for trial in self.trials()]
+        under_way = any(path.stat().st_size for path in self.storage.glob("work/*/log.txt"))
+        return len(states) > 1 and states[-1] == "proposed" and under_way
+
+    def steps(self) -> dict[str, Counter]:
+        """How often each step was trained, by finished stage run."""
+        logs = {path.parent.name: path.read_text() for path in self.storage.glob("stage_runs/*/log.txt")}
+        return {name: Counter(re.findall(r" step (\d+)/\d+ under ", text)) for name, text in logs.items()}
+
+    def runs(self) -> dict[str, object]:
+        client = MlflowClient(f"sqlite:///{self.storage / 'mlflow.db'}")
+        found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+        return {run.data.tags["cell_id"]: run for run in found}
+
+    def alive(self) -> bool:
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("LLAVOLTA_TEST") == str(self.folder) and process.status() != "zombie":
+                    return True
+            except psutil.Error:
+                continue
+        return False
+
+
+def wait_until(condition) -> None:
+    limit = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, search_text):
+    """A search whose driver was killed while its second trial trained, and what it had noted by then."""
+    search = Search(tmp_path_factory.mktemp("search"), search_text)
+    process = search.start()
+    wait_until(lambda: search.training() or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = search.trials()
+    assert [trial["state"] for trial in before] == ["finished", "proposed"]
+    wait_until(lambda: not search.alive())
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in search.storage.glob("stage_runs/*/job.json")}
+    return search, before, finished, search.run()
+
+
+def test_a_killed_search_started_again_loses_no_trial_and_trains_none_twice(killed):
+    search, before, finished, (code, output, errors) = killed
+    assert code == 0, output + errors
+    trials = search.trials()
+    assert [trial["number"] for trial in trials] == list(range(TRIALS))
+    assert {trial["state"] for trial in trials} == {"finished"}
+    assert trials[0] == before[0]
+    assert {key: trials[1][key] for key in ("params", "values", "cells")} == {
+        key: before[1][key] for key in ("params", "values", "cells")
+    }
+    for name, written in finished.items():
+        assert (search.storage / "stage_runs" / name / "job.json").stat().st_mtime_ns == written
+    # What trained when the driver died has no checkpoint yet, so its few steps may be there twice; nothing else.
+    steps = search.steps()
+    repeated = {name for name, counts in steps.items() if max(counts.values(), default=1) > 1}
+    assert len(repeated) <= 1 and not repeated & set(finished)
+    assert sum(len(counts) for counts in steps.values()) >= 8
+    assert not search.alive() and "Traceback" not in errors and "WARNING" not in errors, errors
+    assert not list((search.storage / "ray").glob("search-*"))
+
+
+def test_the_front_in_mlflow_is_the_one_of_the_ledger(killed):
+    search, *_ = killed
+    points = {
+        trial["cells"][0]: (-trial["objectives"]["eval/vqa/accuracy"], trial["objectives"]["cost/train_tflops"])
+        for trial in search.trials()
+    }
+    front = {
+        cell for cell, own in points.items()
+        if not any(all(a <= b for a, b in zip(o, own, strict=True)) and o != own for o in points.values())
+    }  # fmt: skip
+    runs = search.runs()
+    assert set(runs) == set(points) and front
+    assert {cell for cell, run in runs.items() if run.data.tags["pareto"] == "true"} == front
+    assert {run.data.tags["pareto"] for run in runs.values()} <= {"true", "false"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for trial in search.trials():
+        measured = runs[trial["cells"][0]].data.metrics
+        assert {name: measured[name] for name in trial["objectives"]} == trial["objectives"]
+
+
+def test_a_finished_search_has_nothing_to_do_and_shows_its_front(killed):
+    search, *_, (_, output, _) = killed
+    begun = list((search.storage / "stage_runs").iterdir())
+    code, again, errors = search.run()
+    assert code == 0 and "nothing to do" in again, again + errors
+    assert list((search.storage / "stage_runs").iterdir()) == begun
+    shown = [line for line in again.splitlines() if line.startswith(("trial-", "front:"))]
+    assert shown == [line for line in output.splitlines() if line.startswith(("trial-0", "front:"))]
+    code, table, _ = search.run("--format", "json", verb="table")
+    rows = json.loads(table)["rows"]
+    assert {row["name"] for row in rows} <= {f"trial-{number:03d}" for number in range(TRIALS)}
+    assert "full" in rows[0]["axes"]["phases.finetune.schedule"]
+    code, status, _ = search.run("--json", verb="status")
+    assert {cell["state"] for cell in json.loads(status)["cells"]} == {"finished"}
+    code, weights, errors = search.run("--cell", "trial-000", verb="path")
+    assert code == 0 and (Path(weights.strip()) / "model.safetensors").is_file(), errors
+
+
+def test_more_trials_go_on_where_it_stopped(killed):
+    search, *_ = killed
+    before = search.trials()
+    code, output, errors = search.run("--set", f"search.num_trials={TRIALS + 1}", "--json")
+    assert code == 0, errors
+    trials = search.trials()
+    assert trials[:-1] == before and trials[-1]["state"] == "finished" and len(trials) == TRIALS + 1
+    told = json.loads(output)
+    assert told["front"] and not told["failed"] and not told["waiting"]
