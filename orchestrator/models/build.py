@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models.parts import COMPRESSOR, part_of_or_none
+from orchestrator.plan.storage import storage_error
 from orchestrator.spec.model import ModelSpec
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -129,11 +130,11 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
         clean = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(clean, path, metadata={"format": "pt"})
     except (OSError, RuntimeError) as error:
-        raise StorageError(f"weights cannot be written to {path.parent}: {_first_line(error)}") from error
+        raise storage_error(path.parent, error) from error
     except Exception as error:  # safetensors raises its own SafetensorError for a full disk
         if type(error).__name__ != "SafetensorError":
             raise
-        raise StorageError(f"weights cannot be written to {path.parent}: {_first_line(error)}") from error
+        raise storage_error(path.parent, error) from error
 
 
 def load_weights(model: PreTrainedModel, path: Path) -> None:

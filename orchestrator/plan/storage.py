@@ -16,6 +16,7 @@ from orchestrator.plan.identity import digest, file_sha256
 
 MANIFEST = "manifest.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LEFT_BYTES = 2**20  # a writer that failed for want of space has left no more than this
 _CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_STORAGE"
 
 
@@ -29,15 +30,30 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise StorageError(
-                f"{folder}: no space left on its disk ({error.strerror}). Finished work is safe. Free some space there "
-                f"(`llavolta ledger gc` shows what can go), {_CHANGE_PLACE}; then run again"
-            ) from error
-        raise StorageError(
-            f"{folder}: {error.strerror or error} ({error.filename or folder}). "
-            f"Make it a folder that this user can read and write, {_CHANGE_PLACE}"
-        ) from error
+        raise storage_error(folder, error) from error
+
+
+def storage_error(folder: Path, error: Exception) -> StorageError:
+    """What went wrong in a folder and what to do; a full disk is told as one, whatever the writing library calls it."""
+    number = getattr(error, "errno", None)
+    if number in _FULL or os.strerror(errno.ENOSPC) in str(error) or (number is None and _is_full(folder)):
+        return StorageError(
+            f"{folder}: no space left on its disk ({os.strerror(number or errno.ENOSPC)}). Finished work is safe. Free "
+            f"some space there (`llavolta ledger gc` shows what can go), {_CHANGE_PLACE}; then run again"
+        )
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error} ({error.filename or folder})"
+    else:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return StorageError(f"{folder}: {what}. Make it a folder that this user can read and write, {_CHANGE_PLACE}")
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        about = os.statvfs(folder)
+    except OSError:
+        return False
+    return about.f_bavail * about.f_frsize < _LEFT_BYTES
 
 
 def fsync_folder(folder: Path) -> None:

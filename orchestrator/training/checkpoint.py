@@ -15,6 +15,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.storage import storage_error, storage_errors
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.memory import Session
@@ -43,18 +44,16 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     try:
         session.engine.save_checkpoint(str(folder), tag=_TAG, client_state={}, save_latest=False)
     except (OSError, RuntimeError) as error:
-        raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
+        raise storage_error(folder, error) from error
 
     def finish() -> None:
         # A script DeepSpeed copies into each checkpoint; nobody should run code out of one.
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
         session.learned.save(folder)
-        try:
-            facts = {"world_size": group.world_size(), "learned": session.learned.names()}
-            cursor = {**_cursor(session, job, step), **facts}
+        facts = {"world_size": group.world_size(), "learned": session.learned.names()}
+        cursor = {**_cursor(session, job, step), **facts}
+        with storage_errors(folder):
             (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"the checkpoint {folder} cannot be written: {error}") from error
 
     group.decide(finish)
 
@@ -143,18 +142,14 @@ def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]
 
 
 def _empty(folder: Path) -> None:
-    try:
+    with storage_errors(folder.parent):
         if folder.exists():
             shutil.rmtree(folder)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be emptied: {error}") from error
 
 
 def _make(folder: Path) -> None:
-    try:
+    with storage_errors(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error}") from error
 
 
 def _cursor(session: Session, job: StageJob, step: int) -> dict[str, Any]:

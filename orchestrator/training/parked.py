@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from orchestrator.errors import StorageError
+from orchestrator.plan.storage import storage_error
 
 LEARNED_FILE = "learned.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,7 +49,7 @@ def write_parked(parked: Mapping[str, Parked], path: Path) -> None:
         clean = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(clean, path, metadata={"steps": json.dumps(steps)})
     except Exception as error:  # safetensors raises its own kind and OSError
-        raise StorageError(f"{path} cannot be written: {error}") from error
+        raise storage_error(path.parent, error) from error
 
 
 def read_parked(path: Path) -> dict[str, Parked]:

@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import StorageError
+from orchestrator.plan.storage import storage_errors
 
 
 class MetricsSpool:
@@ -21,7 +21,7 @@ class MetricsSpool:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
-        try:
+        with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
             # Aside, then renamed: a writer that lost its lease goes on in a file nobody sees.
@@ -30,8 +30,6 @@ class MetricsSpool:
             self._file.writelines(json.dumps(line) + "\n" for line in kept)
             self._file.flush()
             os.replace(part, path)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error}") from error
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes one step.
@@ -39,15 +37,18 @@ class MetricsSpool:
         Raises:
             StorageError: the disk is full.
         """
-        try:
+        with storage_errors(self._path.parent):
             self._file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise StorageError(f"{self._path} cannot be written: {error}") from error
 
     def sync(self) -> None:
-        """Makes the lines outlive a power cut; called before a checkpoint counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Makes the lines outlive a power cut; called before a checkpoint counts on them.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with storage_errors(self._path.parent):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
