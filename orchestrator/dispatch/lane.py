@@ -12,6 +12,7 @@ from orchestrator.dispatch.conductor import RESTART, STOP, WAIT
 from orchestrator.dispatch.failures import describe
 from orchestrator.dispatch.pulse import Pulse
 from orchestrator.dispatch.worker_log import append_traceback, log_path, now, printed_to
+from orchestrator.errors import StorageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.registry import load_object
@@ -104,6 +105,9 @@ class _Worker:
         except Exception as error:
             forget(self._memory)
             append_traceback(log_path(folder, 0), error, rank)
+            if rank == 0:
+                with contextlib.suppress(StorageError):
+                    self._ledger.tell(job.id)
             return describe(error).to_json()
         finally:
             pulse.log = None

@@ -20,7 +20,7 @@ from orchestrator.dispatch.lane import forget
 from orchestrator.dispatch.outcome import Outcome
 from orchestrator.dispatch.rules import Rules, new_driver
 from orchestrator.dispatch.worker_log import append_traceback, log_path
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, StorageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.registry import load_object
@@ -109,6 +109,8 @@ class _Lane:
         except Exception as error:
             forget(self.memory)
             append_traceback(log_path(self._ledger.work_folder(job.id), 0), error, 0)
+            with contextlib.suppress(StorageError):
+                self._ledger.tell(job.id)
             return describe(error).to_json()
 
     def _hear(self) -> None:

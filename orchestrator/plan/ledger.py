@@ -145,6 +145,7 @@ class Ledger(UnsealedWork):
         Raises:
             StorageError: the disk is full or the storage cannot be written.
         """
+        self._states.tell(checked(evaluation))
         self._write_note("evaluations", evaluation, result)
 
     def failure(self, job: str) -> dict[str, Any] | None:
@@ -172,6 +173,14 @@ class Ledger(UnsealedWork):
     def cell_folder(self, experiment: str, cell_name: str) -> Path:
         """Folder that points to a cell's weights, log and resolved YAML."""
         return self.storage / "cells" / as_name(experiment) / as_name(cell_name)
+
+    def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
+        """Shows a cell by name to who looks into the storage itself, where that is a bucket: record and addresses.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        self._states.point_to(checked(state), cell_folder, record)
 
     def lock(self, experiment: str = "storage") -> contextlib.AbstractContextManager[None]:
         """Holds this storage, or one experiment of it, for one driver; a driver that dies lets go.

@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.errors import StorageError
 from orchestrator.plan import storage
@@ -18,6 +18,7 @@ from orchestrator.plan.storage import changed_files, damaged_files, missing_file
 from orchestrator.plan.store import Store
 
 Part = Literal["weights", "checkpoint"]
+PARTS: tuple[Part, ...] = ("weights", "checkpoint")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")
 _WEIGHTS = "weights/model.safetensors"
@@ -95,6 +96,9 @@ class FolderStates:
         """Within it, questions about many states may be answered as things were at its begin."""
         return contextlib.nullcontext()
 
+    def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
+        """Shows a cell under its name to who looks into the storage; in a common folder its own folder does."""
+
     def fetch(self, state: str, part: Part) -> list[str]:
         """Brings a part of a finished state to this machine and reads every byte of it.
 
@@ -129,9 +133,8 @@ class FolderStates:
         with storage_errors(self.folder):
             target.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(10):
-                if not missing_files(target) and (
-                    self.has(state, "checkpoint") or not (sealed / "checkpoint").exists()
-                ):
+                lacks = [part for part in PARTS if (sealed / part).exists() and not self.has(state, part)]
+                if not lacks and not missing_files(target):
                     return
                 if take_place(sealed, target):
                     storage.fsync_folder(target.parent)

@@ -2,6 +2,7 @@
 
 ```
 manifests/STATE.json          makes a state finished: name, size and SHA-256 of each file, small files whole
+cells/EXPERIMENT/CELL.json    a cell's record and the addresses of its files, for people
 objects/STATE/SHA256          files of a state or of its in-stage checkpoints
 work/JOB/step_000200.json     manifest of an in-stage checkpoint
 work/JOB/metrics.jsonl …      what a stage run under way told by its last checkpoint
@@ -28,8 +29,8 @@ from orchestrator.plan import storage
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.owners import machine_id
 from orchestrator.plan.s3_objects import Files, S3Objects, object_key, whole_manifest
-from orchestrator.plan.states import FolderStates, Part, take_place
-from orchestrator.plan.storage import changed_files, parse_json, read_manifest, storage_errors, write_json
+from orchestrator.plan.states import PARTS, FolderStates, Part, take_place
+from orchestrator.plan.storage import changed_files, dump_json, parse_json, read_manifest, storage_errors, write_json
 from orchestrator.plan.store import Store
 from orchestrator.plan.store_s3 import S3Store
 
@@ -125,6 +126,13 @@ class S3States(FolderStates):
             self._known.pop(state, None)
         return damaged
 
+    def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
+        """Writes `cells/EXPERIMENT/CELL.json`: the cell's record, and the address of each file of its state."""
+        manifest = self._manifest(state) or {"files": {}}
+        files = {name: f"{self._store.url}/{object_key(state, entry)}" for name, entry in manifest["files"].items()}
+        place = cell_folder.relative_to(self.folder).as_posix()
+        self._store.write(f"{place}.json", dump_json({**record, "state": state, "files": files}))
+
     def share(self, folder: Path) -> None:
         """Uploads what this machine wrote into an unsealed folder, and lists it for the machine that seals it."""
         job_id, place = self._place(folder)
@@ -154,7 +162,8 @@ class S3States(FolderStates):
         files = read_manifest(sealed) or {}
         self._known.pop(state, None)
         before = self._manifest(state)
-        brings_more = any(name.startswith("checkpoint/") for name in files) and not self.has(state, "checkpoint")
+        brought = [part for part in PARTS if any(name.startswith(f"{part}/") for name in files)]
+        brings_more = not all(self.has(state, part) for part in brought)
         if before is not None and not brings_more and self._objects.are_stored(state, before["files"]):
             return
         self._objects.send(state, sealed, files)

@@ -28,8 +28,24 @@ def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
         "cell_id": cell.id, "status": record.status, "params": record.params, "metrics": record.summary,
         "values": cell_values(cell),
     }  # fmt: skip
-    (folder / "record.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text, file = json.dumps(summary, indent=2) + "\n", folder / "record.json"
+    if not file.exists() or file.read_text() != text:
+        walk.ledger.point_to(cell.state, folder, summary)
+        file.write_text(text)
     return folder
+
+
+def weights_folder(walk: Walk, cell: Cell) -> Path:
+    """Where a cell's weights are found by name, brought to this machine if they lie in a bucket; it need not exist.
+
+    Raises:
+        DamagedStateError: they are damaged there.
+    """
+    link = walk.folder(cell) / "weights"
+    if not link.exists() and walk.ledger.has(cell.state, "weights"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        _link(link, walk.ledger.fetch(cell.state, "weights"))
+    return link
 
 
 def log_files(walk: Walk, cell: Cell) -> list[Path]:

@@ -47,7 +47,7 @@ def status_document(walk: Walk) -> dict[str, Any]:
     steps = {run["id"]: run["steps_done"] for run in runs}
     return {
         "experiment": walk.loaded.spec.name,
-        "storage": str(walk.ledger.storage),
+        "storage": walk.ledger.url,
         "cells": [_cell(walk, standing, cell, steps, reasons, busy) for cell in walk.cells],
         "stage_runs": runs,
         "evaluations": tests,

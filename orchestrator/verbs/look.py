@@ -35,7 +35,7 @@ def plan(
 
 
 def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
-    """What is done, running, failed and still to do, a line a cell."""
+    """What runs where, what is done, waits or failed and why, and the time left; also beside a run going on."""
     from orchestrator.plan.walk import prepare
     from orchestrator.report.status_view import print_status, status_document
 
@@ -93,12 +93,13 @@ def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 
 
 def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
-    """The folder of a cell's weights."""
+    """The folder of a cell's weights; those in a bucket are brought to this machine."""
     from orchestrator.plan.walk import prepare
+    from orchestrator.report.cell_folders import weights_folder
 
     walk = prepare(spec, set_ or ())
     found = walk.find(cell)
-    weights = walk.folder(found) / "weights"
+    weights = weights_folder(walk, found)
     if as_json:
         print_json({"cell": found.name, "id": found.id, "weights": str(weights), "exists": weights.exists()})
         return
