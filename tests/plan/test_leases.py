@@ -270,4 +270,6 @@ def test_a_full_disk_says_so(tmp_path: Path) -> None:
     code += "from orchestrator.errors import StorageError\n"
     code += "try:\n    Leases(open_store(sys.argv[1]), 'one').acquire('job')\n"
     code += "except StorageError as error:\n    print(error)\n"
-    assert "no space left" in start(code, str(tmp_path / "runs")).communicate()[0]
+    process = start(code, str(tmp_path / "runs"))
+    assert process.stdout is not None and "no space left" in process.stdout.read()
+    process.wait()
