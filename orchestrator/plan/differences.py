@@ -18,6 +18,7 @@ _COMPARED = 100
 _RECORDED = 500
 _ACTIONS_SHOWN = 6
 _BOUNDARIES = "exact_schedule"
+_NAMED = ("compressors.", "data.")
 
 
 def cell_values(cell: Cell) -> Values:
@@ -25,10 +26,12 @@ def cell_values(cell: Cell) -> Values:
     model = cell.spec.model
     values: dict[str, Any] = {}
     _flatten("model", _fields(model), values)
-    if draws_weights(model):
-        values["seed"] = cell.root.seed
+    if not cell.phases or any(plan.recipe.seed is None for plan in cell.phases):
+        values["seed"] = cell.spec.seed
     for plan in cell.phases:
         _phase_values(plan, values)
+    if draws_weights(model):
+        values["weights.seed"] = cell.root.seed
     return {key: value if isinstance(value, str) else canonical_json(value) for key, value in values.items()}
 
 
@@ -39,7 +42,7 @@ def _fields(spec: Any, leave: frozenset[str] = frozenset()) -> dict[str, Any]:
 def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
     place = f"phases.{plan.name}"
     _flatten(place, _fields(plan.recipe, RESOLVED), values)
-    values["seed" if plan.recipe.seed is None else f"{place}.seed"] = plan.seed
+    values[f"{place}.seed"] = plan.seed
     values[f"{place}.steps"] = plan.total_steps
     if plan.recipe.start_from is not None:
         _flatten(f"{place}.start_from", plan.recipe.model_dump(mode="json")["start_from"], values)
@@ -72,16 +75,26 @@ def _flatten(place: str, value: Any, into: dict[str, Any]) -> None:
 def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
     """`key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
 
-    What only follows from another difference is not listed: a variant beside the schedule that uses it, the exact
-    steps of a schedule beside a difference that shows.
+    What only follows from another difference is not listed: a variant beside the schedule that uses it, a phase's
+    seed beside the experiment's, the exact steps of a schedule beside a difference that shows.
     """
-    found = []
-    for key in dict.fromkeys((*to, *of)):
+    found: dict[str, str] = {}
+    in_both = {_entry(key) for key in of} & {_entry(key) for key in to}
+    # The experiment's seed first: that of a phase or of the weights often only follows it.
+    for key in sorted(dict.fromkeys((*to, *of)), key=lambda key: key != "seed"):
         old, new = of.get(key), to.get(key)
-        if old == new or (key.startswith(("compressors.", "data.")) and (old is None or new is None)):
-            continue
-        found.append(f"{key.removeprefix('phases.')} {old or 'none'} -> {new or 'none'}")
-    return [text for text in found if _BOUNDARIES not in text] or found
+        unused = (key == "seed" and None in (old, new)) or (key.startswith(_NAMED) and _entry(key) not in in_both)
+        change = f"{old or 'none'} -> {new or 'none'}"
+        follows = key.endswith("seed") and any(told == change for at, told in found.items() if at.endswith("seed"))
+        if old != new and not unused and not follows:
+            found[key] = change
+    shown = {key: change for key, change in found.items() if not key.endswith(_BOUNDARIES)} or found
+    return [f"{key.removeprefix('phases.')} {change}" for key, change in shown.items()]
+
+
+def _entry(key: str) -> str:
+    """The named variant or data set that a key belongs to."""
+    return ".".join(key.split(".")[:2])
 
 
 class Nearest:

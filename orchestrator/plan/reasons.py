@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,17 +71,25 @@ class Standing:
         """Stage runs that were begun and are not finished."""
         return {run for run in self.tree.stage_runs if run in self.needed and self.ledger.is_begun(run)}
 
-    def cell(self, cell: Cell) -> State:
-        """Of a cell: failed, running or new where any of its parts is, in this order."""
-        parts = {self.state(identity) for identity in (*self.tree.path_of[cell.id], cell.state)}
-        parts |= {self._evaluations[job.id] for job in cell.evaluations}
-        states: tuple[State, ...] = ("failed", "running", "new")
-        return next((each for each in states if each in parts), "done")
+    def needed_of(self, cell: Cell) -> tuple[str, ...]:
+        """Stage runs that a cell waits for, in order: what lies before a state that is there is others' business."""
+        path = self.tree.path_of[cell.id]
+        return tuple(itertools.takewhile(self.needed.__contains__, reversed(path)))[::-1]
 
     def jobs(self, cell: Cell) -> tuple[str, ...]:
-        """All that a cell needs, in order; other experiments' stage runs that it starts from included."""
-        origins = self.tree.origins_of.get(cell.id, ())
-        return (cell.root.id, *origins, *self.tree.path_of[cell.id], *(job.id for job in cell.evaluations))
+        """All that a cell waits for, in order; other experiments' states that it starts from included."""
+        path, needed = self.tree.path_of[cell.id], self.needed_of(cell)
+        before = (cell.root.id, *self.tree.origins_of.get(cell.id, ())) if len(needed) == len(path) else ()
+        tests = (job.id for job in cell.evaluations if self.evaluation(job.id) != "done")
+        return (*(state for state in before if state in self.needed), *needed, *tests)
+
+    def cell(self, cell: Cell) -> State:
+        """Of a cell: failed or running where anything it waits for is, done where it waits for nothing."""
+        jobs = self.jobs(cell)
+        if not jobs:
+            return "done"
+        parts = {self.evaluation(job) if job in self._evaluations else self.state(job) for job in jobs}
+        return "failed" if "failed" in parts else "running" if "running" in parts else "new"
 
     def failure(self, cell: Cell) -> tuple[str, str] | None:
         """The job of a cell that failed, and why."""
@@ -120,7 +129,7 @@ class Reasons:
         if standing.cell(cell) == "done":
             return ["done"]
         path = standing.tree.path_of[cell.id]
-        needed = [run for run in path if run in standing.needed]
+        needed = standing.needed_of(cell)
         reasons = list(self._failure(cell))
         reasons += _elsewhere(standing.holders[job] for job in standing.jobs(cell) if job in standing.holders)
         begun = list(self._continues(needed))
@@ -156,7 +165,7 @@ class Reasons:
         if dropped:
             steps = sum(job.last_step - job.first_step for job in dropped)
             yield f"checkpoint dropped: {steps:,} steps again"
-        passed = [runs[run] for run in needed if run in self._standing.passed and runs[run] not in dropped]
+        passed = [runs[run] for run in needed if run in self._standing.passed - self._standing.trained]
         if passed:
             steps = sum(job.last_step - job.first_step for job in passed)
             yield f"leaves finished work at step {passed[-1].last_step}, not stored: {steps:,} steps again"
