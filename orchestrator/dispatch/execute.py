@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from orchestrator import registry
-from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob, job_to_json
+from orchestrator.dispatch.rehearse import check_rehearsed, rehearse
+from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.storage import write_json
 
@@ -43,8 +45,12 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
     if isinstance(job, StartJob):
         _write_start(job, ledger)
         return "finished"
+    if isinstance(job, RehearsalJob):
+        rehearse(job, ledger, _training_memory(memory))
+        return "finished"
     if isinstance(job, StageJob):
-        return _train(job, ledger, memory, should_stop)
+        check_rehearsed(job, ledger)
+        return _train(replace(job, rehearsed=None), ledger, memory, should_stop)
     return _evaluate(job, ledger, memory, should_stop)
 
 
@@ -72,7 +78,7 @@ def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Pat
     from orchestrator.training.group import decide
 
     def commit() -> None:
-        if ledger.is_done(job.id):
+        if ledger.is_done(job.id) and ledger.has(job.id, "weights"):
             return
         ledger.begin(job.id)
         folder = ledger.writing_folder(job.id)
@@ -91,20 +97,25 @@ def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: C
 
 
 def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-    from orchestrator.evaluation.evaluate import evaluate_state, lacks_modules
+    from orchestrator.evaluation.evaluate import evaluate_state
 
     training = _training_memory(memory)
-    model = training.model_of(job.state)
-    if model is not None and (_is_partitioned(training) or hasattr(model, "peft_config")):
-        # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
-        # LoRA beside its base gives other last bits than the merged weights in the ledger, which are the state.
-        model = None
-    if model is not None and lacks_modules(model, job.points):
-        model = None  # the ledger's weights have them
+    model = usable_model(training.model_of(job.state), training, job.points)
     if model is None:
         training.release()
     result = evaluate_state(job, ledger, model=model, should_stop=should_stop)
     return "interrupted" if result is None else "finished"
+
+
+def usable_model(model: Any | None, training: Any, points: tuple[dict[str, Any], ...]) -> Any | None:
+    """The model in memory where an evaluation under these points can use it; None where it has to be loaded."""
+    from orchestrator.evaluation.evaluate import lacks_modules
+
+    if model is None or _is_partitioned(training) or hasattr(model, "peft_config"):
+        # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
+        # LoRA beside its base gives other last bits than the merged weights in the ledger, which are the state.
+        return None
+    return None if lacks_modules(model, points) else model  # the ledger's weights have them
 
 
 def _training_memory(memory: dict[str, Any]) -> Any:

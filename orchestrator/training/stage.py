@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,9 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
 
 def _is_stored(job: StageJob, ledger: Ledger) -> bool:
     """True where the ledger has all of the state that is wanted; a leaf that gets a child now wants a checkpoint."""
-    return ledger.is_done(job.id) and (job.keep != "full" or ledger.has(job.id, "checkpoint"))
+    if not ledger.is_done(job.id):
+        return False
+    return job.keep == "none" or ledger.has(job.id, "checkpoint" if job.keep == "full" else "weights")
 
 
 def _train(
@@ -251,6 +254,8 @@ def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None
     write_weights(session, folder / WEIGHTS_FILE, _exact_weights(session, job, ledger))
     if job.keep == "full":
         save_checkpoint(session, folder / "checkpoint", job, job.last_step)
+    if job.keep == "none":  # written all the same: it was seen that they are finite
+        group.decide(lambda: shutil.rmtree(folder / Path(WEIGHTS_FILE).parent))
     group.on_each_node(lambda: ledger.share(folder))
     peak_gib = peak_memory_gib()
     marks = fingerprint(job, session)

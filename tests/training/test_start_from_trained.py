@@ -46,14 +46,14 @@ def write_spec(file: Path, phases: dict[str, Any], **rest: Any) -> Path:
     return file
 
 
-def trained(specs: list[tuple[Path, str]]) -> list[list[str]]:
-    """Trains each file in a storage, as a lane would; returns the types of the jobs that ran."""
+def trained(specs: list[tuple[Any, ...]]) -> list[list[str]]:
+    """Trains each file in a storage under `--set` texts, as a lane would; returns what the jobs were that ran."""
     from orchestrator.dispatch.execute import execute
 
     memory: dict[str, Any] = {}
     ran = []
-    for spec, storage in specs:
-        walk = prepare(spec, [f"cluster.storage_path={storage}"])
+    for spec, storage, *overrides in specs:
+        walk = prepare(spec, [f"cluster.storage_path={storage}", *overrides])
         ran.append([])
         for job in walk.tree.work(walk.ledger):
             assert execute(job, walk.ledger, memory, never) == "finished"
@@ -189,3 +189,19 @@ def test_a_dropped_state_is_trained_again_to_the_same_bits(lab: Path, ran: list[
     for state, known in zip(states, before, strict=True):
         found = load_file(Ledger(storage).state_folder(state) / WEIGHTS)
         assert all(torch.equal(found[name], known[name]) for name in known)
+
+
+def test_of_a_leaf_stays_what_keep_says(lab: Path, ran: list[list[str]]) -> None:
+    storages = {leaf: str(lab / f"leaf-{leaf}") for leaf in ("none", "weights", "full")}
+    launch(1, trained, [(lab / "one.yaml", storage, f"cluster.keep.leaf={leaf}") for leaf, storage in storages.items()])
+    (cell,) = prepare(lab / "one.yaml").cells
+    for leaf, parts in (("none", []), ("weights", ["weights"]), ("full", ["weights", "checkpoint"])):
+        ledger = Ledger(storages[leaf])
+        assert [part for part in ("weights", "checkpoint") if ledger.has(cell.state, part)] == parts
+        assert ledger.has(cell.phases[0].end, "weights") and ledger.result(cell.state) is not None
+    # A phase that starts from the leaf wants its weights: it is trained again, to the same bits.
+    start = {"spec": "one.yaml", "cell": cell.name, "phase": "finetune"}
+    after = write_spec(lab / "after.yaml", {"finetune": {**TUNE, "start_from": start}}, seed=1)
+    assert launch(1, trained, [(after, storages["none"], "cluster.keep.leaf=none")]) == [["finetune", "finetune"]]
+    again, known = (load_file(Ledger(s).state_folder(cell.state) / WEIGHTS) for s in (storages["none"], lab / "alone"))
+    assert all(torch.equal(again[name], known[name]) for name in known)
