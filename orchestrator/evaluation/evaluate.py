@@ -71,7 +71,7 @@ def evaluate_state(
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     if model is None:
         _fetch(job, ledger, workers)
-        model = _load(job, weights)
+        model = load_model(job, weights)
     outcome = run_under(job, model, data, workers, weights)
     if stop.met(workers, next(model.parameters()).device):
         return None
@@ -187,7 +187,8 @@ def _fetch(job: EvaluationJob, ledger: ResultStore, workers: Workers) -> None:
             raise found
 
 
-def _load(job: EvaluationJob, weights: Path) -> PreTrainedModel:
+def load_model(job: EvaluationJob, weights: Path) -> PreTrainedModel:
+    """The model of an evaluation with weights of a file, in the type it is trained to compute in."""
     import torch
 
     from orchestrator.models.build import build_model, compute_dtype

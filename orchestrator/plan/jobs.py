@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from orchestrator.plan.identity import digest
+
 FULL = "full"
 
 
@@ -84,6 +86,19 @@ class StartJob:
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """What was tried before a stage run may begin (`plan/rehearsals.py`).
+
+    Attributes:
+        jobs: Rehearsals it waits for.
+        cells: For each cell that needs the stage run, or several alike, the keys of what it does.
+    """
+
+    jobs: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class StageJob:
     """One stage run: from a parent state to the state after step `last_step` of a phase.
 
@@ -101,6 +116,7 @@ class StageJob:
         checkpoint_every: Optimizer steps between checkpoints inside the stage run.
         keep: What stays when it is finished: `full` checkpoint, `weights`, or `none`.
         plugins: Plug-ins to import on the worker; absolute paths or modules.
+        rehearsed: What was to be tried first; None where nothing was.
     """
 
     id: str
@@ -119,6 +135,7 @@ class StageJob:
     keep: str = "full"
     deterministic: bool = False
     plugins: tuple[str, ...] = ()
+    rehearsed: Rehearsed | None = None
 
     def action_at(self, step: int) -> Action:
         """The action of one optimizer step."""
@@ -154,22 +171,60 @@ class EvaluationJob:
     plugins: tuple[str, ...] = field(default=())
 
 
-Job = RootJob | StartJob | StageJob | EvaluationJob
-_KINDS: dict[str, type[Any]] = {"root": RootJob, "start": StartJob, "stage": StageJob, "evaluation": EvaluationJob}
+@dataclass(frozen=True)
+class RehearsalJob:
+    """Try what stage runs will do, before any is trained; nothing stays of it but a note of how each trial went.
+
+    Attributes:
+        parent: State whose weights are opened.
+        stage: A stage run of one step for each action that is tried.
+        keys: What each of its actions is noted under.
+        evaluations: Evaluations that are tried on one row each; the state is not the one they name.
+        evaluation_keys: What each of them is noted under.
+        only_on_gpu: On a CPU nothing is tried.
+    """
+
+    id: str
+    parent: str
+    stage: StageJob
+    keys: tuple[str, ...]
+    evaluations: tuple[EvaluationJob, ...]
+    evaluation_keys: tuple[str, ...]
+    only_on_gpu: bool
+    plugins: tuple[str, ...] = ()
+
+
+Job = RootJob | StartJob | RehearsalJob | StageJob | EvaluationJob
+_KINDS: dict[str, type[Any]] = {
+    "root": RootJob, "start": StartJob, "rehearsal": RehearsalJob, "stage": StageJob, "evaluation": EvaluationJob,
+}  # fmt: skip
 
 
 def needs_of(job: Mapping[str, Any]) -> tuple[str, ...]:
-    """States that a job, as `job_to_json` writes it, starts from."""
-    return tuple(job[name] for name in ("parent", "state", "base", "source") if job.get(name) is not None)
+    """States that a job, as `job_to_json` writes it, starts from, then the rehearsals it waits for."""
+    states = tuple(job[name] for name in ("parent", "state", "base", "source") if job.get(name) is not None)
+    return states + tuple((job.get("rehearsed") or {}).get("jobs", ()))
+
+
+def action_digest(action: Action) -> str:
+    """What decides the memory of an action and the code it runs: its points and its teacher's."""
+    return digest([list(action.points), None if action.distill is None else list(action.distill.points)])
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
     """A JSON mapping with the job's `type`."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(job, cls))
-    fields = {"type": kind, **asdict(job)}
+    return {"type": kind, **_shortened(asdict(job))}
+
+
+def _shortened(fields: dict[str, Any]) -> dict[str, Any]:
     for action in fields.get("table", ()):
         if action["distill"] is None:  # as it was written before there were teachers
             del action["distill"]
+    if "rehearsed" in fields and fields["rehearsed"] is None:
+        del fields["rehearsed"]
+    if "stage" in fields:
+        _shortened(fields["stage"])
     return fields
 
 
@@ -179,7 +234,12 @@ def job_from_json(value: dict[str, Any]) -> Job:
     cls = _KINDS[fields.pop("type")]
     if cls is StageJob:
         fields["table"] = tuple(_action(action) for action in fields["table"])
-    for name in ("data", "points", "plugins", "parts"):
+        if (rehearsed := fields.get("rehearsed")) is not None:
+            fields["rehearsed"] = Rehearsed(tuple(rehearsed["jobs"]), tuple(map(tuple, rehearsed["cells"])))
+    if cls is RehearsalJob:
+        fields["stage"] = job_from_json({"type": "stage", **fields["stage"]})
+        fields["evaluations"] = [job_from_json({"type": "evaluation", **test}) for test in fields["evaluations"]]
+    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     return cls(**fields)

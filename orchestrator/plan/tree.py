@@ -10,6 +10,8 @@ from orchestrator.plan.branch import Branch, split
 from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.rehearsals import with_rehearsals
+from orchestrator.spec.infrastructure import ClusterSpec
 
 Level = Literal["result", "weights", "checkpoint"]
 _LEVELS: tuple[Level, ...] = ("result", "weights", "checkpoint")
@@ -31,6 +33,7 @@ class StageTree:
         root_of: Root of a cell.
         evaluations_of: Evaluations of a state.
         order: All states, roots and starts included, in order of execution.
+        cluster: Where it runs; None for a tree without cells.
     """
 
     roots: dict[str, RootJob] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class StageTree:
     root_of: dict[str, str] = field(default_factory=dict)
     evaluations_of: dict[str, tuple[EvaluationJob, ...]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    cluster: ClusterSpec | None = None
 
     def work(self, ledger: Ledger, retry_failed: bool = False) -> list[Job]:
         """What is missing, in order of execution: an evaluation comes right after its state.
@@ -61,7 +65,7 @@ class StageTree:
             for job in self.evaluations_of.get(state, ()):
                 if ledger.evaluation(job.id) is None and job.id not in blocked:
                     work.append(job)
-        return work
+        return with_rehearsals(self, work, ledger)
 
     def job_of(self, state: str) -> RootJob | StartJob | StageJob:
         """The job that leads to a state."""
@@ -136,7 +140,7 @@ class _Builder:
             first.setdefault(cell.id, cell)
         self.cells, self.all_cells = list(first.values()), cells
         self.stored, self.stored_steps = stored, stored_steps
-        self.tree = StageTree()
+        self.tree = StageTree(cluster=cells[0].spec.cluster if cells else None)
         self.paths: dict[str, list[str]] = {cell.id: [] for cell in self.cells}
         self.origins: dict[str, list[str]] = {cell.id: [] for cell in self.cells if cell.starts or cell.sources}
         self.lineages = {cell.id: {plan.lineage for plan in cell.phases} for cell in self.cells}

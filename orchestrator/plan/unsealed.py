@@ -85,6 +85,14 @@ class UnsealedWork:
         self.check_fence(job_id)
         self._states.tell(checked(job_id))
 
+    def end_work(self, job_id: str) -> None:
+        """Takes the work folder of a job that leaves no state away.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        self._states.end_work(checked(job_id))
+
     def snapshot(self) -> AbstractContextManager[None]:
         """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables.
 

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob
+from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob
 from orchestrator.report.progress import LaneLine, Progress, Snapshot
 from orchestrator.report.tree_view import clock, whose
 
@@ -105,6 +105,8 @@ class LiveView:
             return f"train {cells}: {job.phase} steps {job.first_step}-{job.last_step} under {_variants(job)}"
         if isinstance(job, EvaluationJob):
             return f"evaluate {cells}: {job.name} under {job.under}"
+        if isinstance(job, RehearsalJob):
+            return f"rehearse {job.stage.phase} under {_variants(job.stage)}"
         return "put the first weights together" if isinstance(job, StartJob) else "write the initial weights"
 
     def _closing(self, job: Job) -> str:

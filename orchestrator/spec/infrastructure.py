@@ -33,6 +33,8 @@ class ClusterSpec(Spec):
         max_failures: Retries per stage run.
         checkpoint_every: Optimizer steps between checkpoints inside a stage run.
         storage_path: None takes $LLAVOLTA_STORAGE or ./runs.
+        rehearse: Try every variant's longest samples, a save and a load, and an answer of each evaluation before
+            anything is trained; `auto`: on GPUs.
     """
 
     aliases: ClassVar[dict[str, str]] = {"save_steps": "checkpoint_every"}
@@ -49,6 +51,7 @@ class ClusterSpec(Spec):
     storage_path: str | None = None
     deterministic: Flag = False
     stall_minutes: Positive | None = None
+    rehearse: Flag | Literal["auto"] = "auto"
 
 
 class TrackingSpec(Spec):

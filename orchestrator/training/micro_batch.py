@@ -22,7 +22,7 @@ import torch
 from orchestrator.data.pipeline import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
 from orchestrator.plan.identity import cache_folder, digest
-from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.jobs import Action, StageJob, action_digest
 from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
 from orchestrator.plan.storage import read_json, write_json
 from orchestrator.spec.model_facts import ModelFacts, model_facts
@@ -68,8 +68,7 @@ class MicroBatches:
 
 def action_key(action: Action) -> str:
     """What decides the memory of an action: its points and its teacher's."""
-    distill = None if action.distill is None else list(action.distill.points)
-    return digest([list(action.points), distill])[:16]
+    return action_digest(action)[:16]
 
 
 def even_size(global_batch_size: int, world_size: int, most: float) -> int:
@@ -142,6 +141,22 @@ def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
     if note["measured"]:
         write_json(_remembered(note), note)
     return told
+
+
+def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, size: int) -> int | None:
+    """A size below one that did not fit: the formula's, at most half; None where there is none.
+
+    Args:
+        session: Its engine holds its weights still.
+    """
+    most = size // 2
+    facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
+    if facts is not None:
+        number_bytes, attention = session.compute_dtype.itemsize, job.model.get("attn_implementation", "sdpa")
+        each = activation_bytes(facts, action, longest_of(data), job.recipe, number_bytes, attention)
+        most = min(most, int(_allowed_bytes(facts, job, number_bytes, zero_stage(session.config)) / each))
+    smaller = even_size(job.recipe["global_batch_size"], group.world_size(), most)
+    return smaller if smaller < size else None
 
 
 def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:

@@ -14,6 +14,12 @@ from orchestrator.training.micro_batch import set_accumulation
 from orchestrator.training.step import forward_losses
 
 
+def longest_samples(data: TrainData, size: int) -> list[int]:
+    """As many of the longest samples as a micro-batch has, again and again where there are too few."""
+    by_length = sorted(data.longest, key=lambda index: -len(data.sample(index)))
+    return [by_length[i % len(by_length)] for i in range(size)]
+
+
 def measure_trial(session: Session, job: StageJob, data: TrainData, action: Action, size: int) -> float:
     """Share of the device's memory at the peak of one micro-batch; every rank calls it.
 
@@ -29,8 +35,7 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
     Raises:
         torch.OutOfMemoryError: it does not fit; the engine must be opened anew.
     """
-    by_length = sorted(data.longest, key=lambda index: -len(data.sample(index)))
-    indices = [by_length[i % len(by_length)] for i in range(size)]
+    indices = longest_samples(data, size)
     # Two micro-batches an optimizer step: this one is not the last, so that nothing is updated.
     set_accumulation(session.engine, 2 * size * group.world_size(), size)
     session.attachment.switch(list(action.points))

@@ -1,0 +1,174 @@
+"""The rehearsal of a phase on one worker: each action's longest samples in one optimizer step, a save and a load.
+
+What trains in it is thrown away. Learning rates are zero, so that the steps change no weight and each action is tried
+from the same state; gradients, optimizer states and learned compressors are computed and held as in training.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.data.pipeline import TrainData
+from orchestrator.errors import StageRunError, StorageError
+from orchestrator.models.build import WEIGHTS_FILE
+from orchestrator.plan.jobs import Action, RehearsalJob
+from orchestrator.plan.ledger import Ledger
+from orchestrator.training import group, logs
+from orchestrator.training.batches import MicroBatch
+from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
+from orchestrator.training.data import training_data
+from orchestrator.training.memory import Session, TrainingMemory
+from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, set_accumulation, smaller_size
+from orchestrator.training.session import open_session
+from orchestrator.training.step import run_step
+from orchestrator.training.trial import longest_samples, measure_trial
+
+
+def rehearse_training(
+    job: RehearsalJob, ledger: Ledger, memory: TrainingMemory, keys: set[str]
+) -> dict[str, str | None]:
+    """Tries the actions of a rehearsal; every rank calls it. The session stays in memory for its evaluations.
+
+    Args:
+        job: The rehearsal.
+        ledger: Holds the weights; a checkpoint is written to the job's writing folder and taken away again.
+        memory: Keeps the data for the stage runs that follow.
+        keys: Which actions to try.
+
+    Returns:
+        Key to why the action cannot be trained; None where it can.
+
+    Raises:
+        StorageError: weights or a checkpoint cannot be read or written.
+        OSError: what the system may have caused, and may pass.
+    """
+    memory.release()
+    group.on_each_node(lambda: ledger.fetch(job.parent, "weights"))
+    group.decide(lambda: ledger.begin(job.id))
+    work = ledger.work_folder(job.id)
+    with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
+        try:
+            rehearsal = _Rehearsal(job, ledger, memory)
+            found = {
+                key: rehearsal.met(f"{job.stage.phase} under {action.variant}", partial(rehearsal.act, action), action)
+                for key, action in zip(job.keys, job.stage.table, strict=True)
+                if key in keys
+            }
+            if None in found.values():
+                lost = rehearsal.met(f"{job.stage.phase}: saving and loading a checkpoint", rehearsal.save_and_load)
+                found = {key: error or lost for key, error in found.items()}
+            return found
+        finally:
+            shutil.rmtree(ledger.writing_folder(job.id), ignore_errors=True)
+
+
+class _Rehearsal:
+    def __init__(self, job: RehearsalJob, ledger: Ledger, memory: TrainingMemory) -> None:
+        self._stage, self._ledger, self._memory = job.stage, ledger, memory
+        self._work = ledger.work_folder(job.id)
+        self._data: TrainData | None = None
+
+    def met(self, what: str, do: Callable[[], object], action: Action | None = None) -> str | None:
+        """What went wrong with something on any rank, for people; None where nothing did.
+
+        The ranks try the same samples, so that what does not fit fails on all of them.
+        """
+        error, no_memory = None, False
+        try:
+            do()
+        except (StorageError, OSError):
+            raise
+        except Exception as raised:
+            logs.LOGGER.exception("rehearsal: %s", what)
+            no_memory = _is_out_of_memory(raised)
+            lines = str(raised).strip().splitlines()
+            error = f"{type(raised).__name__}: {lines[0]}" if lines else type(raised).__name__
+        # Out of the `except`, so that no traceback keeps tensors alive.
+        if error is not None:
+            told = f"out of memory{self._sizes(action)} ({error})" if no_memory else f"failed with {error}"
+            error = f"the rehearsal of {what} {told}; nothing was trained"
+            self._memory.release()  # an engine that stopped halfway is not whole
+        errors: list[str | None] = [error]
+        if group.world_size() > 1:
+            errors = [None] * group.world_size()
+            dist.all_gather_object(errors, error)
+        return next((one for one in errors if one), None)
+
+    def act(self, action: Action) -> None:
+        """One optimizer step on the longest samples at the micro-batch of an action."""
+        data = self._data = self._data or training_data(self._stage, self._memory)
+        one = replace(self._stage, table=(replace(action, first_step=0, last_step=1),), total_steps=1, last_step=1)
+        while True:
+            session = self._memory.session or self._open()
+            trial = partial(measure_trial, session, one, data) if group.device().type == "cuda" else None
+            try:
+                session.micro_batches = choose(one, session, data, self._work, self._memory.allowed_bytes, trial)
+                break
+            except MicroBatchTooLarge:
+                self._memory.release()
+        size = session.micro_batches.at(action)
+        indices = longest_samples(data, size)
+        set_accumulation(session.engine, size * group.world_size(), size)
+        session.attachment.switch(list(action.points))
+        session.points = action.points
+        figures = run_step(session, one, 0, [MicroBatch(indices, data.collate(indices))], should_stop=False)
+        if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
+            raise StageRunError(f"the loss of the first weights is {figures.loss}")
+
+    def save_and_load(self) -> None:
+        """A checkpoint, written by the session that trained and opened by a fresh one."""
+        session = self._memory.session or self._open()
+        folder = self._ledger.writing_folder(self._stage.id)
+        save_checkpoint(session, folder / "checkpoint", self._stage, self._stage.last_step)
+        group.on_each_node(lambda: self._ledger.share(folder / "checkpoint"))
+        self._memory.release()
+        session = self._open(lambda fresh: load_checkpoint(
+            fresh, folder / "checkpoint", self._stage, self._stage.id, folder
+        ))  # fmt: skip
+        session.learned.show()
+
+    def _open(self, load: Callable[[Session], object] = lambda session: None) -> Session:
+        weights = self._ledger.state_folder(self._stage.parent) / WEIGHTS_FILE
+        session = self._memory.session = open_session(self._stage, weights)
+        load(session)
+        session.base_rates = [0.0] * len(session.base_rates)
+        session.learned.base_rate = 0.0
+        session.engine.train()
+        points = (point for action in self._stage.table for point in action.all_points)
+        session.attachment = session.learned.enter(session.attachment, points)
+        session.learned.hide()
+        return session
+
+    def _sizes(self, action: Action | None) -> str:
+        """The micro-batch that did not fit, and one that should."""
+        session = self._memory.session
+        if session is None or session.micro_batches is None or action is None or self._data is None:
+            return ""
+        size = session.micro_batches.at(action)
+        smaller = smaller_size(self._stage, session, self._data, action, size)
+        advice = (
+            f"by the estimate per_device_train_batch_size: {smaller} fits"
+            if smaller is not None
+            else "it is the least there is: use more workers, zero3, gradient_checkpointing or LoRA"
+        )
+        return f" in micro-batches of {size}; {advice}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+
+
+def note_key(key: str) -> str:
+    """Where the ledger keeps how a trial went on this kind of device."""
+    device = group.device()
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return f"rehearsals/{key}/{''.join(letter if letter.isalnum() else '-' for letter in kind)}.json"
