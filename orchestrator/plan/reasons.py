@@ -100,13 +100,13 @@ class Standing:
 
     @cached_property
     def passed(self) -> set[str]:
-        """Stage runs to be trained that a finished one of their phase went through: their steps were trained before."""
+        """Stage runs without a result that a finished one of their phase went through: their steps were trained."""
         found: set[str] = set()
         for state in reversed(self.tree.order):
             job = self.tree.stage_runs.get(state)
             if job is not None and not job.starts_phase and (state in found or state in self.trained):
                 found |= {job.parent} & self.needed
-        return found
+        return found - self.trained
 
 
 class Reasons:
@@ -165,7 +165,7 @@ class Reasons:
         if dropped:
             steps = sum(job.last_step - job.first_step for job in dropped)
             yield f"checkpoint dropped: {steps:,} steps again"
-        passed = [runs[run] for run in needed if run in self._standing.passed - self._standing.trained]
+        passed = [runs[run] for run in needed if run in self._standing.passed]
         if passed:
             steps = sum(job.last_step - job.first_step for job in passed)
             yield f"leaves finished work at step {passed[-1].last_step}, not stored: {steps:,} steps again"

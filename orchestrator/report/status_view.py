@@ -152,10 +152,10 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     notes: dict[str | None, list[Text]] = {}
     known = {run["id"] for run in runs}
     for test in document["evaluations"]:
-        if test["state"] in ("running", "failed"):
+        if test["state"] == "running" or test["error"]:
             notes.setdefault(test["of"] if test["of"] in known else None, []).append(_evaluation_label(test, names))
     for root in document["roots"]:
-        if root["state"] in ("running", "failed"):
+        if root["state"] == "running" or root["error"]:
             notes.setdefault(None, []).append(_line(Text("initial weights"), root))
     console.print(stage_tree(runs, lambda run: _label(run, names), notes, crop=console.is_terminal))
     _print_failures(document, console)

@@ -1,0 +1,205 @@
+"""`status` beside a run, after its death, and of work that waits, failed or is shared: from a real ledger."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ledger_work import finish, spool
+from rich.console import Console
+
+from orchestrator.plan.document import plan_document
+from orchestrator.plan.leases import Leases
+from orchestrator.plan.walk import Walk, prepare
+from orchestrator.report.plan_view import print_plan
+from orchestrator.report.status_view import print_status, status_document
+
+HEAVY = {"torch", "transformers", "deepspeed", "ray", "mlflow", "matplotlib", "numpy"}
+
+
+@pytest.fixture
+def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+    """Three cells, two of which begin alike; nothing is done."""
+    monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
+    return prepare(tiny_experiment)
+
+
+def again(walk: Walk) -> Walk:
+    return prepare(walk.loaded.path)
+
+
+def screen(show: Any, document: dict[str, Any], width: int = 120, terminal: bool = True) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    show(document, console)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {cell["name"].removeprefix("schedule="): cell for cell in document["cells"]}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_begun(walk: Walk, terminal: bool) -> None:
+    document = status_document(walk)
+    assert {cell["state"] for cell in document["cells"]} == {"new"}
+    assert {run["state"] for run in document["stage_runs"]} == {"new"} and document["totals"]["stage_runs_done"] == 0
+    text = screen(print_status, document, terminal=terminal)
+    assert "3 cells: 3 new; 0/4 stage runs, 0/4 evaluations done" in text and "hours" not in text
+    assert "└── finetune 0-3  heavy  new  schedule=heavy, schedule=two_stage" in text
+
+
+def test_what_runs_where_what_is_shared_and_what_waits(walk: Walk) -> None:
+    root, full, *_, heavy = walk.tree.work(walk.ledger)[:5]
+    heavy = walk.tree.stage_runs[walk.tree.path_of[walk.cells[1].id][0]]
+    finish(walk.ledger, root)
+    spool(walk.ledger, full, 4)
+    spool(walk.ledger, heavy, 1)
+    leases = Leases(walk.ledger.store, "driver")
+    leases.acquire(full.id, "lane-1")
+    document = status_document(again(walk))
+    assert {name: cell["state"] for name, cell in by_name(document).items()} == {
+        "full": "running", "heavy": "waiting", "two_stage": "waiting"
+    }  # fmt: skip
+    running, shared, *_ = document["stage_runs"]
+    assert running["holder"] == {"lane": "lane-1", "host": os.uname().nodename, "pid": os.getpid(), "owner": "driver"}
+    assert (running["step"], running["loss"], running["samples_per_second"]) == (3, 0.25, 32.0)
+    assert shared["state"] == "waiting" and len(shared["cells"]) == 2 and shared["steps_done"] == 1
+    totals = document["totals"]
+    assert totals["worker_hours_done"] == pytest.approx(5 * 0.5 / 3600) and totals["seconds_left"] > 0
+    text = screen(print_status, document)
+    assert f"finetune 0-6  full  step 4/6  loss 0.250  32 samples/s  running  lane-1 pid {os.getpid()} on" in text
+    assert "worker-hours of training done" in text and "to the end" in text
+    leases.close()
+    after = status_document(again(walk))
+    assert {cell["state"] for cell in after["cells"]} == {"interrupted"} and "running" not in screen(
+        print_status, after
+    )
+
+
+def test_what_failed_and_why_with_its_log(walk: Walk) -> None:
+    root, full, test, *_ = walk.tree.work(walk.ledger)
+    finish(walk.ledger, root)
+    finish(walk.ledger, full)
+    walk.ledger.write_failure(test.id, {"error": "the answers [/red] are empty\nmore"})
+    heavy = walk.tree.stage_runs[walk.tree.path_of[walk.cells[1].id][0]]
+    spool(walk.ledger, heavy, 2)
+    (walk.ledger.work_folder(heavy.id) / "log.txt").write_text("...")
+    walk.ledger.write_failure(heavy.id, {"error": "diverged at step 2\nmore"})
+    document = status_document(again(walk))
+    cells = by_name(document)
+    assert {cell["state"] for cell in cells.values()} == {"failed"}
+    assert cells["two_stage"]["error"] == "diverged at step 2\nmore"
+    assert cells["two_stage"]["log"] == str(walk.ledger.log_file(heavy.id))
+    text = screen(print_status, document)
+    assert "failed: finetune 0-3: diverged at step 2\n" in text
+    assert f"log: {walk.ledger.log_file(heavy.id)}" in text
+    assert "failed: vqa: the answers [/red] are empty" in text
+    assert "evaluate vqa under final  failed  schedule=full" in text
+
+
+def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: Walk) -> None:
+    from orchestrator.report.table import ablation_table, render
+
+    cell = walk.cells[1]
+    for job in walk.tree.work(walk.ledger):
+        finish(walk.ledger, job)
+    final, full = cell.evaluations
+    (walk.ledger.storage / "evaluations" / f"{full.id}.json").unlink()
+    walk.ledger.write_failure(full.id, {"error": "no"})
+    record = again(walk).record(cell)
+    assert record.status == "failed"
+    assert record.summary["eval/vqa/accuracy"] == 0.5 and record.summary["cost/train_seconds"] == 4.0
+    row = render(ablation_table([record], {cell.id: cell.axes}), "csv").splitlines()[1]
+    assert row.startswith("schedule=heavy,failed,0.5,")
+
+
+def test_a_long_grid_shows_the_interesting_and_counts_the_rest(walk: Walk, tmp_path: Path) -> None:
+    text = walk.loaded.path.read_text().replace("matrix:\n", f"matrix:\n  seed: {list(range(70))}\n")
+    grid = prepare_text(tmp_path / "grid.yaml", text)
+    failed = grid.tree.stage_runs[grid.tree.path_of[grid.cells[-1].id][-1]]
+    grid.ledger.write_failure(failed.id, {"error": "no"})
+    document = status_document(prepare(grid.loaded.path))
+    shown = screen(print_status, document).splitlines()
+    tree = shown[shown.index("stage tree") + 1 :]
+    assert "└── … 240 more stage runs: 240 new" in tree
+    assert sum("finetune" in line and "failed:" not in line for line in tree) == 40
+    assert any("failed  seed=69" in line for line in tree)
+    assert any(line.startswith("… 170 more cells: 170 new") for line in shown)
+    assert any(line.startswith("seed=69,schedule=two_stage") for line in shown)
+    plain = screen(print_status, document, terminal=False)
+    assert len(re.findall("^seed=[0-9]+,schedule=two_stage +new", plain, re.M)) == 69  # a script sees every cell
+
+
+def prepare_text(path: Path, text: str) -> Walk:
+    path.write_text(text)
+    return prepare(path)
+
+
+def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: Walk) -> None:
+    name = 'cell_name: "a-rather-long-name-of-a-cell-with-{schedule}-in-its-middle-of-all"\n'
+    named = prepare_text(walk.loaded.path.with_name("named.yaml"), walk.loaded.path.read_text() + name)
+    for show, document in (
+        (print_status, status_document(named)),
+        (print_plan, plan_document(named.loaded, named.cells, named.tree, named.ledger, 10)),
+    ):
+        lines = screen(show, document, width=80).splitlines()
+        assert max(map(len, lines)) <= 80
+        begin = lines.index("stage tree")
+        assert [line.lstrip("├└─│ ").split()[0] for line in lines[begin + 1 : begin + 5]] == ["finetune"] * 4
+        assert lines[begin + 1].endswith("…")
+
+
+def poll(ready: Any, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hangs"
+        time.sleep(0.05)
+
+
+def test_status_from_another_terminal_beside_a_run_and_after_its_death(tiny_experiment: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    env = {**os.environ, "LLAVOLTA_STORAGE": str(storage), "OMP_NUM_THREADS": "1"}
+    more = ["--set", "phases.finetune.max_steps=2000"]
+    command = [sys.executable, "-m", "orchestrator"]
+    script = (
+        "import json, sys; from orchestrator.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+    )
+
+    def status() -> tuple[dict[str, Any], set[str]]:
+        told = subprocess.run(
+            [sys.executable, "-c", script, "status", str(tiny_experiment), "--json", *more],
+            env=env, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return json.loads(told.stdout), set(json.loads(told.stderr.splitlines()[-1]))
+
+    with open(tmp_path / "out.txt", "wb") as out:
+        run = subprocess.Popen(
+            [*command, "run", "--local", str(tiny_experiment), *more], env=env, stdout=out, stderr=out
+        )
+    try:
+        poll(lambda: any(spool.stat().st_size for spool in storage.glob("work/*/metrics.jsonl")), run)
+        document, modules = status()
+        assert not modules & HEAVY
+        running = [each for each in document["stage_runs"] if each["state"] == "running"]
+        assert [each["holder"]["pid"] for each in running] == [run.pid] and running[0]["loss"] > 0
+        assert [cell["state"] for cell in document["cells"]] == ["running", "new", "new"]
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        document, _ = status()
+        assert [cell["state"] for cell in document["cells"]] == ["interrupted", "new", "new"]
+        assert all(each["holder"] is None for each in document["stage_runs"])
+    finally:
+        run.kill()
+        run.wait()
