@@ -22,6 +22,11 @@ _PLAIN_INTERVAL_SECONDS = 15.0
 _REFRESH_SECONDS = 0.5
 _WIDE = 120
 _LANES_SHOWN = 32
+_OTHER: dict[type, str] = {
+    RootJob: "write the initial weights",
+    StartJob: "put the first weights together",
+    RehearsalJob: "rehearse what will be trained",
+}
 
 
 class LiveView:
@@ -105,9 +110,7 @@ class LiveView:
             return f"train {cells}: {job.phase} steps {job.first_step}-{job.last_step} under {_variants(job)}"
         if isinstance(job, EvaluationJob):
             return f"evaluate {cells}: {job.name} under {job.under}"
-        if isinstance(job, RehearsalJob):
-            return f"rehearse {job.stage.phase} under {_variants(job.stage)}"
-        return "put the first weights together" if isinstance(job, StartJob) else "write the initial weights"
+        return _OTHER[type(job)]
 
     def _closing(self, job: Job) -> str:
         line = self._progress.line("", job).metrics
@@ -179,7 +182,7 @@ def _variants(job: StageJob) -> str:
 def _what(job: Job) -> str:
     if isinstance(job, StageJob):
         return f"{job.phase} {job.first_step}-{job.last_step} {_variants(job)}"
-    return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else "initial weights"
+    return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else _OTHER[type(job)]
 
 
 def _figures(line: LaneLine, short: bool = False) -> str:

@@ -1,0 +1,192 @@
+"""The live view: a line for each lane, time left over several lanes, added work, with and without a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ledger_work import finish, spool
+from rich.console import Console
+
+from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
+from orchestrator.plan.walk import Walk, prepare
+from orchestrator.report.live import LiveView
+from orchestrator.report.progress import Progress
+
+
+@pytest.fixture
+def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+    """Three cells, two of which begin alike; nothing is done."""
+    monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
+    return prepare(tiny_experiment)
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def costs(work: Sequence[Job]) -> dict[str, float]:
+    return {job.id: 10.0 if isinstance(job, StageJob) else 1.0 for job in work}
+
+
+def stage_runs(walk: Walk) -> list[StageJob]:
+    """`full`, then `heavy` for two cells, then the ends of these."""
+    return list(walk.tree.stage_runs.values())
+
+
+def view_of(walk: Walk, work: Sequence[Job], width: int = 120, terminal: bool = True) -> tuple[LiveView, io.StringIO]:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+    ledger = walk.ledger
+    return LiveView(work, costs(work), walk.names_of(work), ledger.metrics_file, console, ledger.result), out
+
+
+def shown(view: LiveView, out: io.StringIO) -> list[str]:
+    out.truncate(0)
+    out.seek(0)
+    view._console.print(view.render())
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def tell(target: LiveView | Progress, kind: str, job: Job, lane: str = "lane-0", **more: Any) -> None:
+    event = {"event": kind, "id": job.id, "lane": lane, **more}
+    (target.on_event if isinstance(target, LiveView) else target.take)(event)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_line_for_each_lane_fits_the_terminal(walk: Walk, width: int) -> None:
+    view, out = view_of(walk, walk.tree.work(walk.ledger), width)
+    full, heavy, *_ = stage_runs(walk)
+    spool(walk.ledger, full, 4)
+    tell(view, "started", full, "lane-0")
+    tell(view, "started", heavy, "lane-1")
+    tell(view, "started", stage_runs(walk)[2], "lane-2")
+    tell(view, "interrupted", stage_runs(walk)[2], "lane-2")
+    header, first, second, third = shown(view, out)
+    assert max(map(len, (header, first, second, third))) <= width
+    assert header.startswith("0/9 jobs  ") and " elapsed" in header
+    assert first.startswith("lane-0 finetune 0-6") and "4/6" in first and "loss 0.250" in first
+    assert second.startswith("lane-1 finetune 0-3") and "loading" in second
+    assert third == "lane-2 waits for work"
+    if width >= 120:
+        assert "step 4/6  loss 0.250  32 samples/s" in first and first.endswith("schedule=full")
+        assert "schedule=heavy, schedule=two_sta" in second
+
+
+def test_what_happens_stays_on_the_screen(walk: Walk) -> None:
+    work = walk.tree.work(walk.ledger)
+    view, out = view_of(walk, work, terminal=False)
+    full, heavy, third, last = stage_runs(walk)
+    test = next(job for job in work if isinstance(job, EvaluationJob))
+    tell(view, "started", full)
+    finish(walk.ledger, full)
+    tell(view, "finished", full)
+    tell(view, "finished", heavy, elsewhere=True)
+    tell(view, "started", test)
+    tell(view, "failed", test, error="no [/red] answers\ntrace")
+    tell(view, "started", third, "lane-1")
+    tell(view, "retried", third, "lane-1", error="a worker died")
+    tell(view, "damaged", third, "lane-1", state=heavy.id, error="checkpoint is cut short")
+    tell(view, "skipped", last)
+    told = [line[9:] for line in out.getvalue().splitlines()]
+    assert told[0].startswith("done     train schedule=full: finetune steps 0-6 under full (loss 0.167, 32 samples/s)")
+    assert told[1].endswith("finetune steps 0-3 under heavy by another run")
+    assert told[2] == "failed   evaluate schedule=full: vqa under final: no [/red] answers"
+    assert told[3].startswith("retried  train schedule=heavy: ") and told[3].endswith(": a worker died")
+    assert told[4].startswith("damaged  ") and told[5].startswith("skipped  train schedule=two_stage: ")
+    header = shown(view, out)[0]
+    assert header.startswith("1/9 jobs") and "2 failed" in header and "worker-hours" in header
+
+
+def test_without_a_terminal_a_line_for_each_busy_lane(walk: Walk) -> None:
+    view, out = view_of(walk, walk.tree.work(walk.ledger), terminal=False)
+    full, heavy, *_ = stage_runs(walk)
+    spool(walk.ledger, full, 3)
+    tell(view, "started", full, "lane-0")
+    tell(view, "started", heavy, "lane-1")
+    view.tell_plainly()
+    first, second = out.getvalue().splitlines()
+    assert "lane-0  train schedule=full: finetune steps 0-6 under full  step 3/6  loss 0.333" in first
+    assert "lane-1  train schedule=heavy, schedule=two_stage: finetune steps 0-3 under heavy  loading" in second
+
+
+def test_work_is_added_and_a_damaged_state_is_counted_again(walk: Walk) -> None:
+    progress = Progress(walk.ledger.metrics_file)
+    full, heavy, third, last = stage_runs(walk)
+    progress.set_work([full, heavy], {full.id: 10.0, heavy.id: 10.0})
+    for job in (full, heavy):
+        tell(progress, "started", job)
+        tell(progress, "finished", job)
+    assert (progress.snapshot().done, progress.snapshot().total) == (2, 2)
+    tell(progress, "started", full, "lane-1")
+    progress.set_work([third, last], {third.id: 10.0, last.id: 10.0})
+    now = progress.snapshot()
+    assert (now.done, now.total) == (2, 4) and now.share == pytest.approx(0.5)
+    assert [line.job for line in now.lanes] == [None, full]  # what runs stays, though the new plan does not name it
+    tell(progress, "started", third)
+    tell(progress, "damaged", third, state=heavy.id)
+    progress.set_work([heavy, third, last], {})
+    assert (progress.snapshot().done, progress.snapshot().total) == (1, 4)
+    tell(progress, "started", heavy)
+    tell(progress, "finished", heavy)
+    assert progress.snapshot().done == 2
+
+
+def test_time_left_is_shared_by_the_lanes_but_never_less_than_the_longest_way(walk: Walk) -> None:
+    clock, work = Clock(), stage_runs(walk)
+    full, third = work[0], work[2]
+    price = dict(zip([job.id for job in work], [60.0, 30.0, 30.0, 30.0], strict=True))
+
+    def left(lanes: int) -> float | None:
+        progress = Progress(walk.ledger.metrics_file, clock=clock)
+        progress.set_work(work, price)
+        assert progress.snapshot().seconds_left is None
+        for lane in range(1, lanes):
+            tell(progress, "started", third, f"lane-{lane}")
+            tell(progress, "interrupted", third, f"lane-{lane}")
+        tell(progress, "started", full)
+        clock.seconds += 120  # two seconds for each unit of cost
+        tell(progress, "finished", full)
+        return progress.snapshot().seconds_left
+
+    assert [left(1), left(2), left(3)] == [180.0, 120.0, 120.0]
+
+
+def test_what_another_driver_did_tells_nothing_about_speed(walk: Walk) -> None:
+    clock, (full, heavy, *_) = Clock(), stage_runs(walk)
+    progress = Progress(walk.ledger.metrics_file, clock=clock)
+    progress.set_work([full, heavy], {full.id: 1.0, heavy.id: 1.0})
+    clock.seconds = 100
+    tell(progress, "finished", full, elsewhere=True)
+    now = progress.snapshot()
+    assert (now.done, now.share, now.seconds_left) == (1, 0.5, None)
+
+
+def test_hours_count_every_worker_of_a_lane_once_their_number_is_known(walk: Walk) -> None:
+    clock, (full, heavy, *_) = Clock(), stage_runs(walk)
+    progress = Progress(walk.ledger.metrics_file, walk.ledger.result, clock)
+    progress.set_work([full, heavy], {full.id: 1.0, heavy.id: 1.0})
+    tell(progress, "started", full)
+    clock.seconds = 1800
+    assert progress.snapshot().worker_hours is None
+    finish(walk.ledger, full, fingerprint={"world_size": 8, "device": "NVIDIA A100-SXM4-80GB"})
+    tell(progress, "finished", full)
+    tell(progress, "started", heavy)
+    clock.seconds = 3600
+    now = progress.snapshot()
+    assert now.worker_hours == pytest.approx(8.0) and now.unit == "GPU-hours"
+
+
+def test_it_shows_itself_while_it_is_entered_and_ends_with_its_block(walk: Walk) -> None:
+    view, out = view_of(walk, walk.tree.work(walk.ledger))
+    with view:
+        tell(view, "started", stage_runs(walk)[0])
+    assert "0/9 jobs" in out.getvalue() and not view._thread.is_alive()  # type: ignore[union-attr]
