@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, UsageError
+from orchestrator.plan.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.plan.walk import Walk, prepare
@@ -59,10 +61,12 @@ def search_experiment(
         raise UsageError(f"{path}: there is no `search` in it; `llavolta run {path}` runs a grid")
     if faults := unsupported_keys(walk.loaded, searching=True):
         raise SpecError(faults)
-    with walk.ledger.lock():
-        notes = TrialNotes(walk.ledger.store, search_id(walk.loaded))
+    identity = search_id(walk.loaded)
+    with _alone(walk, identity):
+        notes = TrialNotes(walk.ledger.store, identity)
+        record_experiment(walk)
         walk = _as_the_ledger_has_it(walk, notes, retry_failed)
-        run = _SearchRun(walk, notes, console)
+        run = _SearchRun(walk, notes, walk.ledger.storage / "ray" / f"search-{identity}", console)
         with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
             try:
                 if (left := search.num_trials - _ended(walk)) > 0:
@@ -71,6 +75,21 @@ def search_experiment(
                 walk = run.feed.walk
                 record_cells(walk, recorder)
     return _outcome(walk, run, recorder)
+
+
+@contextmanager
+def _alone(walk: Walk, identity: str) -> Iterator[None]:
+    """One driver numbers a search's trials; several would propose the same ones."""
+    name = f"search-{identity}"
+    leases = Leases(walk.ledger.store, f"{name}-{uuid.uuid4().hex[:8]}")
+    try:
+        if leases.acquire(name) is None:
+            holder = leases.holder(name)
+            who = f"process {holder.pid} on {holder.host}" if holder is not None else "another process"
+            raise UsageError(f"{walk.loaded.path}: {who} is doing this search; wait for it, or stop it")
+        yield
+    finally:
+        leases.close()
 
 
 def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> Walk:
@@ -106,13 +125,24 @@ def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
     return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
 
 
+def _concurrency(walk: Walk) -> int:
+    """Trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
+    import ray
+
+    from orchestrator.dispatch.placement import room_for
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    lanes = room_for(walk.loaded.spec.cluster, nodes, lambda: nodes).lanes
+    return max(1, math.ceil(lanes / len(walk.loaded.cells)))
+
+
 class _SearchRun:
     """One session of a search: Tune proposes, the lanes train, events come by here."""
 
-    def __init__(self, walk: Walk, notes: TrialNotes, console: Console) -> None:
+    def __init__(self, walk: Walk, notes: TrialNotes, folder: Path, console: Console) -> None:
         self.feed = SearchFeed(walk, notes, self._proposed, self._planned, self._ended)
         self.done: set[str] = set()
-        self._console = console
+        self._folder = folder
         self._checked: set[str] = set()
         self._recorder: Recorder | None = None
         self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
@@ -133,13 +163,12 @@ class _SearchRun:
 
         self._recorder = recorder
         walk, cluster = self.feed.walk, self.feed.walk.loaded.spec.cluster
-        folder = walk.ledger.storage / "ray" / f"search-{uuid.uuid4().hex[:8]}"
         with stop, self._view, DeferredInterrupt() as interrupt, ray_session(cluster.address):
 
             def stop_asked() -> int:
                 return 2 if interrupt.pending else int(stop())
 
-            with Tuning(walk, num_trials, self._concurrency(walk), folder) as tuning:
+            with Tuning(walk, num_trials, _concurrency(walk), self._folder) as tuning:
                 self.feed.begin(tuning)
                 run_on_ray([], walk.ledger, cluster, self._on_event, stop_asked, fail_fast=fail_fast, feed=self.feed)
         if stop.signal_name is not None and any(trial.state == "proposed" for trial in self.feed.walk.trials):
@@ -150,12 +179,6 @@ class _SearchRun:
             error.exit_code = stop.exit_code
             raise error
 
-    @staticmethod
-    def _concurrency(walk: Walk) -> int:
-        """Trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
-        lanes = walk.loaded.spec.cluster.lanes
-        return max(1, math.ceil((lanes if isinstance(lanes, int) else 1) / len(walk.loaded.cells)))
-
     def _proposed(self, trial: Trial) -> None:
         told = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
         same = next((t for t in self.feed.walk.trials if t.cells == trial.cells and t.number < trial.number), None)
@@ -163,6 +186,7 @@ class _SearchRun:
         self._view.say(f"proposed {trial_name(trial.number)}: {told}{equal}")
 
     def _planned(self, walk: Walk) -> None:
+        record_experiment(walk)
         record_experiment(walk)
         work = walk.tree.work(walk.ledger)
         check_data([job for job in work if job.id not in self._checked])
@@ -179,7 +203,7 @@ class _SearchRun:
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         self._view.on_event(event)
-        if event["event"] == "finished":
+        if event["event"] == "finished" and not event.get("elsewhere"):
             self.done.add(event["id"])
         if event["event"] == "damaged":
             self.feed.plan_again()

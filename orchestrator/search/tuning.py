@@ -33,7 +33,7 @@ class Tuning:
         walk: The search with the trials known so far.
         num_trials: Trials to be proposed.
         concurrency: Trials that may wait side by side.
-        folder: Tune's own folder, removed at the end.
+        folder: Tune's own folder; removed at the end, and what a killed driver left there before.
     """
 
     def __init__(self, walk: Walk, num_trials: int, concurrency: int, folder: Path) -> None:
@@ -73,6 +73,7 @@ class Tuning:
         ray.get(self._desk.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._added = [name for name in _ENVIRONMENT if name not in os.environ]
         os.environ.update({name: _ENVIRONMENT[name] for name in self._added})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
