@@ -22,11 +22,6 @@ _PLAIN_INTERVAL_SECONDS = 15.0
 _REFRESH_SECONDS = 0.5
 _WIDE = 120
 _LANES_SHOWN = 32
-_OTHER: dict[type, str] = {
-    RootJob: "write the initial weights",
-    StartJob: "put the first weights together",
-    RehearsalJob: "rehearse what will be trained",
-}
 
 
 class LiveView:
@@ -110,7 +105,7 @@ class LiveView:
             return f"train {cells}: {job.phase} steps {job.first_step}-{job.last_step} under {_variants(job)}"
         if isinstance(job, EvaluationJob):
             return f"evaluate {cells}: {job.name} under {job.under}"
-        return _OTHER[type(job)]
+        return _other(job)
 
     def _closing(self, job: Job) -> str:
         line = self._progress.line("", job).metrics
@@ -179,10 +174,16 @@ def _variants(job: StageJob) -> str:
     return "+".join(names) if len(names) <= 3 else f"{len(names)} variants"
 
 
+def _other(job: Job) -> str:
+    if isinstance(job, RehearsalJob):
+        return f"rehearse {job.stage.phase} under {_variants(job.stage)}"
+    return "put the first weights together" if isinstance(job, StartJob) else "write the initial weights"
+
+
 def _what(job: Job) -> str:
     if isinstance(job, StageJob):
         return f"{job.phase} {job.first_step}-{job.last_step} {_variants(job)}"
-    return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else _OTHER[type(job)]
+    return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else _other(job)
 
 
 def _figures(line: LaneLine, short: bool = False) -> str:
