@@ -88,6 +88,6 @@ def _half(save: Callable[..., None], is_due: Callable[[], bool], action: str) ->
     return broken_save
 
 
-if "LLAVOLTA_FAULT" in os.environ and "RANK" in os.environ:  # on a worker
+if "LLAVOLTA_FAULT" in os.environ:
     _action, _point, _count, _folder = os.environ["LLAVOLTA_FAULT"].split(" ", 3)
     inject(_action, _point, int(_count), _folder)

@@ -64,6 +64,7 @@ class Program:
         (folder / "mine.yaml").write_text(text)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
         self.environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.environment["RAY_worker_niceness"] = "0"  # else whatever runs beside a test starves it
         self.environment |= {"LLAVOLTA_TEST": str(folder), **environment}
 
     def start(self, *arguments: str, fault: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
@@ -140,8 +141,8 @@ def press_control_c(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-def state_of(program: Program) -> dict[str, Any]:
-    """What must equal an undisturbed run's: weights, step lines, evaluations, MLflow's record."""
+def state_of(program: Program, record: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must equal an undisturbed run's: weights, step lines, evaluations, MLflow's record (or the one given)."""
     storage = program.storage
     weights = {path.parts[-3]: path.read_bytes() for path in storage.glob("cells/tiny/*/weights/model.safetensors")}
     steps = {}
@@ -149,7 +150,7 @@ def state_of(program: Program) -> dict[str, Any]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         steps[path.parent.name] = [(line["step"], line["loss"], line["learning_rate"]) for line in lines]
     evaluations = {path.stem: json.loads(path.read_text())["metrics"] for path in storage.glob("evaluations/*.json")}
-    return {"weights": weights, "steps": steps, "evaluations": evaluations, "mlflow": mlflow_record(storage)}
+    return {"weights": weights, "steps": steps, "evaluations": evaluations, "mlflow": record or mlflow_record(storage)}
 
 
 def mlflow_record(storage: Path, uri: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""The storage: a disk that is full, and two drivers that work in it at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_runs import CHECKPOINT_EVERY, Program, assert_like_undisturbed, note
+
+
+@pytest.fixture
+def small_disk(program: Program) -> Iterator[Path]:
+    """The program's storage is a file system of its own that holds some of what it writes."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small disk can only be mounted by root")
+    program.storage.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", program.storage], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    yield program.storage
+    subprocess.run(["umount", program.storage], check=True)
+
+
+def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(
+    small_disk: Path, program: Program, reference: dict[str, Any]
+) -> None:
+    full = program.run("--local")
+    assert full.code == 1 and "No space left on device" in full.told and "Traceback" not in full.told, full.told
+    finished = {path.name for path in small_disk.glob("stage_runs/*") if not path.name.startswith(".")}
+    assert finished
+    subprocess.run(["mount", "-o", "remount,size=256m", small_disk], check=True)
+    again = program.run("--local")
+    assert again.code == 0, again.told
+    assert_like_undisturbed(program, reference)
+    assert all(steps <= CHECKPOINT_EVERY for steps in program.repeated_steps().values()), program.repeated_steps()
+    note("full disk", "the next `run`", program, full.seconds + again.seconds)
+
+
+def test_two_drivers_on_one_storage_share_the_work_and_do_none_of_it_twice(
+    program: Program, reference: dict[str, Any]
+) -> None:
+    begun = time.monotonic()
+    other = Program(program.folder / "other", (program.folder / "mine.yaml").read_text())
+    other.storage = program.storage
+    drivers = [one.start("--local", "--set", f"cluster.storage_path={program.storage}") for one in (program, other)]
+    ends = [one.wait(driver, begun) for one, driver in zip((program, other), drivers, strict=True)]
+    assert [end.code for end in ends] == [0, 0], ends
+    assert not other.processes()
+    assert_like_undisturbed(program, reference)
+    assert set(program.repeated_steps().values()) == {0}
+    trained = [re.findall(r"StageJob", path.read_text()) for path in program.storage.glob("stage_runs/*/log.txt")]
+    assert all(len(begins) <= 1 for begins in trained)
+    note("two drivers together", "each takes what is free", program, max(end.seconds for end in ends))
