@@ -17,6 +17,7 @@ from orchestrator.errors import Interrupted, SpecError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.record import CellRecord
+from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
@@ -78,6 +79,7 @@ def run_experiment(
     retry_failed: bool = False,
     fail_fast: bool = False,
     max_hours: float | None = None,
+    smoke: bool = False,
     console: Console | None = None,
 ) -> RunOutcome:
     """Runs what is missing of an experiment, records it, and returns its table.
@@ -89,6 +91,7 @@ def run_experiment(
         retry_failed: Takes up what failed in an earlier run.
         fail_fast: Stops at the first failure.
         max_hours: After so many hours it stops as at the first SIGTERM.
+        smoke: The experiment made small, in a storage of its own: every code path in a minute or two.
         console: Where progress is shown.
 
     Raises:
@@ -97,9 +100,10 @@ def run_experiment(
         Interrupted: a signal stopped it; finished work stays.
     """
     console, began = console or Console(), time.monotonic()
-    walk = prepare(path, overrides)
+    walk = _smoke_walk(path, overrides, console) if smoke else prepare(path, overrides)
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
+    record_experiment(walk)
     work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
     check_data(work)
     run = _Run(walk, work, console, retry_failed)
@@ -117,6 +121,17 @@ def run_experiment(
     unsent = tuple(names[identity] for identity in recorder.unsent)
     problem = recorder.problem if unsent else None
     return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
+
+
+def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> Walk:
+    from orchestrator.smoke import prepare_smoke
+
+    walk, notes = prepare_smoke(path, overrides)
+    text = (
+        "trial run, small model, few steps, 64 rows: it shows whether everything works; its numbers mean nothing"
+    )
+    console.print("\n".join([text, *(f"    {note}" for note in notes)]), highlight=False, markup=False)
+    return walk
 
 
 def check_data(work: Sequence[Job]) -> None:

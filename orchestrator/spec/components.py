@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
@@ -190,6 +191,10 @@ class DataSpec(Component):
     @abstractmethod
     def num_rows(self) -> int | None:
         """Number of usable rows, or None where the file is not here and no `num_samples` is given."""
+
+    def first_rows(self, count: int, folder: Path) -> DataSpec:
+        """The set cut to `count` rows for a trial run; what files that takes go to `folder`."""
+        return self.model_copy(update={"max_samples": min(count, self.max_samples or count)})
 
     @abstractmethod
     def content_digest(self) -> str:

@@ -19,6 +19,9 @@ def run(
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Takes up what failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A trial: model, steps and data made small, in STORAGE/smoke.")
+    ] = False,
     max_hours: MaxHours = None,
 ) -> None:
     """Runs what is missing of SPEC, with live progress; ends with the table."""
@@ -31,7 +34,7 @@ def run(
     console = Console(stderr=True) if as_json else terminal()
     outcome = run_experiment(
         spec, set_ or (), local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
-        console=console,
+        smoke=smoke, console=console,
     )  # fmt: skip
     if as_json:
         document = json.loads(render(outcome.table, "json"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -56,6 +58,20 @@ class LlavaJsonSpec(DataSpec):
         found = data.scan(with_images=self.on_bad_row == "drop")
         usable = len(found.rows) if self.on_bad_row == "drop" else found.num_records
         return len(evenly_spread(usable, self.max_samples))
+
+    def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
+        """The first rows in a file of their own, so that no other image is looked at.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        records = list(islice((r for r in read_records(Path(self.data_path)) if not isinstance(r, BadRow)), count))
+        text = json.dumps(records)
+        small = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        small.write_text(text, encoding="utf-8")
+        changes = {"data_path": str(small), "image_folder": str(_image_folder(self)), "num_samples": None}
+        return self.model_copy(update={**changes, "max_samples": None, "max_bad_share": 1.0})
 
     def content_digest(self) -> str:
         """SHA-256 over the file's content and each image's relative path and size.

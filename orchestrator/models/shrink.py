@@ -1,0 +1,138 @@
+"""A model made small for a trial run: few narrow layers, the same visual tokens for an image, its own tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.models.build import load_config
+from orchestrator.spec.model import ModelSpec
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 32, 48, 4, 2
+HEAD_DIM = HIDDEN // HEADS
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
+_PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
+
+
+def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
+    """Writes the config of a small model of the same type, and the processor's files, to a folder.
+
+    Image and patch sizes stay, so that an image becomes as many visual tokens as before; so does the vocabulary.
+
+    Args:
+        model: The full-size model.
+        layers: Decoder layers.
+        folder: Takes `config.json` and the rest; weights it has none.
+
+    Raises:
+        UsageError: the model has no config or no processor at hand.
+    """
+    source = _files_of(model)
+    config = shrunk_config(load_config(model), layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    patterns = (*_PROCESSOR_FILES, "*.py") if model.trust_remote_code else _PROCESSOR_FILES
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        if file.name != "config.json" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    config.save_pretrained(folder)
+
+
+def shrunk_config(config: Any, layers: int) -> Any:
+    """A config of the same type with `layers` narrow decoder layers and a small vision tower."""
+    values = config.to_dict()
+    values.pop("quantization_config", None)
+    parts = {name: values[name] for name in ("text_config", "vision_config") if isinstance(values.get(name), dict)}
+    if "text_config" in parts:
+        values["text_config"] = _small_text(parts["text_config"], layers)
+    if "vision_config" in parts:
+        values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"))
+    for name in ("hidden_size", "projection_dim"):  # PaliGemma says the widths of its parts once more
+        if name in values:
+            values[name] = HIDDEN
+    return type(config).from_dict(values)
+
+
+def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
+    small = {**text, "num_hidden_layers": layers, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+    small |= {"num_attention_heads": HEADS, "head_dim": HEAD_DIM}
+    if "num_key_value_heads" in text:
+        grouped = text["num_key_value_heads"] not in (None, text["num_attention_heads"])
+        small["num_key_value_heads"] = KV_HEADS if grouped else HEADS
+    if "query_pre_attn_scalar" in text:
+        small["query_pre_attn_scalar"] = HEAD_DIM
+    small |= {name: min(text[name], size) for name, size in _EXPERTS.items() if isinstance(text.get(name), int)}
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(text.get(name), list):
+            small[name] = _pattern(text[name], layers)
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(text.get(name), dict):
+            small[name] = _small_rope(text[name])
+    if isinstance(text.get("max_window_layers"), int):
+        small["max_window_layers"] = min(text["max_window_layers"], layers)
+    return small
+
+
+def _pattern(kinds: list[str], layers: int) -> list[str]:
+    """The first layers' kinds, the last one such that each kind that occurs is there."""
+    found = (kinds * layers)[:layers]
+    missing = [kind for kind in dict.fromkeys(kinds) if kind not in found]
+    return [*found[: layers - len(missing)], *missing]
+
+
+def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Qwen-VL's three axes share half a head's width; the proportions stay as far as whole numbers go."""
+    sections = rope.get("mrope_section")
+    if not sections:
+        return rope
+    half = HEAD_DIM // 2
+    small = [max(1, half * part // sum(sections)) for part in sections]
+    small[0] += half - sum(small)
+    return {**rope, "mrope_section": small}
+
+
+def _small_tower(vision: dict[str, Any], feature_layers: Any) -> dict[str, Any]:
+    wanted = feature_layers if isinstance(feature_layers, list) else [feature_layers or -1]
+    depth = max(2, *(-layer if layer < 0 else layer + 1 for layer in wanted))
+    small = dict(vision)
+    for name in ("num_hidden_layers", "depth"):
+        if name in vision:
+            small[name] = min(vision[name], depth)
+    for name in ("num_attention_heads", "num_heads"):
+        if name in vision:
+            small[name] = HEADS
+    for name in ("hidden_size", "embed_dim", "out_hidden_size", "projection_dim"):
+        if name in vision:
+            small[name] = HIDDEN
+    if "intermediate_size" in vision:
+        small["intermediate_size"] = INTERMEDIATE
+    if "head_dim" in vision:
+        small["head_dim"] = HEAD_DIM
+    if "fullatt_block_indexes" in vision:
+        small["fullatt_block_indexes"] = [small["depth"] - 1]
+    if "deepstack_visual_indexes" in vision:
+        small["deepstack_visual_indexes"] = [0]
+    return small
+
+
+def _files_of(model: ModelSpec) -> Path:
+    """Folder with the config's and processor's files: the model's own, or a download of them alone."""
+    name = model.model_name_or_path
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = [*_PROCESSOR_FILES, "*.py"]
+            folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UsageError(f"model: the processor of {name} cannot be fetched: {reason}") from error
+    if not any((folder / tokenizer).is_file() for tokenizer in _TOKENIZERS):
+        raise UsageError(
+            f"model: no processor in {name}: {' and '.join(_TOKENIZERS)} are missing; a trial run shrinks the model "
+            "and takes its tokenizer and image processor as they are, as the real run will"
+        )
+    return folder
