@@ -151,7 +151,10 @@ class LiveView:
 
     def _header(self, now: Snapshot) -> str:
         parts = [f"{now.done}/{now.total} jobs", f"{now.share:.0%}", f"{clock(now.elapsed_seconds)} elapsed"]
-        parts.append(f"about {clock(now.seconds_left)} left" if now.seconds_left is not None else self._note)
+        if now.done + now.failed == now.total and now.total:
+            parts.append("no work in hand")
+        else:
+            parts.append(f"about {clock(now.seconds_left)} left" if now.seconds_left is not None else self._note)
         if now.failed:
             parts.append(f"{now.failed} failed")
         if now.worker_hours is not None:

@@ -36,9 +36,10 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
 
 def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
     cost = number(run["cost"].get("train_tflops"))
+    of = f" of {run['of']}" if run["of"] else ""
     return Text("  ").join(
         [
-            Text(f"{run['phase']} {run['first_step']}-{run['last_step']}"),
+            Text(f"{run['phase']} {run['first_step']}-{run['last_step']}{of}"),
             Text(run["variant"], style="bold"),
             state_text(run["state"]),
             Text(f"{cost} TFLOPs"),

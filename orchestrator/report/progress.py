@@ -76,8 +76,12 @@ class Progress:
         self._lanes: dict[str, None] = {}
         self._done: set[str] = set()
         self._lost: set[str] = set()
-        self._spent = {True: 0.0, False: 0.0}  # seconds, by whether the job is a stage run
-        self._worked = {True: 0.0, False: 0.0}  # cost of what they were spent on
+        self._spent: dict[type, float] = {
+            StageJob: 0.0,
+            EvaluationJob: 0.0,
+        }  # seconds; what else there is tells nothing about these
+        self._worked: dict[type, float] = {StageJob: 0.0, EvaluationJob: 0.0}  # cost of what they were spent on
+        self._first_seen: dict[str, tuple[float, float]] = {}  # when a running stage run had done how much
         self._busy_seconds = 0.0
         self._workers: int | None = None
         self._unit = "worker-hours"
@@ -110,6 +114,7 @@ class Progress:
                 lane = str(event.get("lane") or "")
                 self._lanes[lane] = None
                 self._running[identity] = (lane, now)
+                self._first_seen.pop(identity, None)
                 self._lost.discard(identity)
                 return
             begun = self._running.pop(identity, None)
@@ -125,10 +130,10 @@ class Progress:
                     self._count(job, now - begun[1])
 
     def _count(self, job: Job, seconds: float) -> None:
-        kind = isinstance(job, StageJob)
-        self._spent[kind] += seconds
-        self._worked[kind] += self._costs.get(job.id, 0.0)
-        mark = (self._result_of(job.id) or {}).get("fingerprint") if kind else None
+        if type(job) in self._spent:
+            self._spent[type(job)] += seconds
+            self._worked[type(job)] += self._costs.get(job.id, 0.0)
+        mark = (self._result_of(job.id) or {}).get("fingerprint") if isinstance(job, StageJob) else None
         if mark:
             self._workers = int(mark.get("world_size") or 1)
             self._unit = "GPU-hours" if is_gpu(str(mark.get("device", ""))) else "worker-hours"
@@ -147,14 +152,15 @@ class Progress:
             lines[lane], shares[identity] = line, line.share
             busy += now - begun
             if line.share > 0:
-                spent[True] += now - begun
-                worked[True] += line.share * costs.get(identity, 0.0)
-        total = sum(costs.get(i, 0.0) for i in jobs if i not in lost) or 1.0
+                since, before = self._first_seen.setdefault(identity, (now, line.share))
+                spent[StageJob] += now - since
+                worked[StageJob] += (line.share - before) * costs.get(identity, 0.0)
+        total = sum(costs.get(i, 0.0) for i in jobs) or 1.0
         finished = sum(costs.get(i, 0.0) for i in jobs if i in done)
         share = (finished + sum(costs.get(i, 0.0) * part for i, part in shares.items())) / total
         rest = {i: costs.get(i, 0.0) * (1 - shares.get(i, 0.0)) for i in jobs if i not in done | lost}
         # The first steps of a run warm up caches; a forecast from them would frighten.
-        known = worked[True] + worked[False] > _FORECAST_SHARE * total
+        known = sum(worked.values()) > _FORECAST_SHARE * total
         left = _seconds_left(jobs, rest, _rates(spent, worked), len(lines)) if known else None
         hours = busy * self._workers / 3600 if self._workers else None
         return Snapshot(
@@ -170,20 +176,20 @@ class Progress:
         return LaneLine(lane, job, steps_done(job, metrics) / (job.last_step - job.first_step), metrics)
 
 
-def _rates(spent: Mapping[bool, float], worked: Mapping[bool, float]) -> dict[bool, float]:
-    """Seconds for each unit of cost, of stage runs (True) and of other jobs; of all where a kind has none yet."""
+def _rates(spent: Mapping[type, float], worked: Mapping[type, float]) -> dict[type, float]:
+    """Seconds for each unit of cost, of stage runs and evaluations; of both together where a kind has none yet."""
     overall = sum(spent.values()) / (sum(worked.values()) or 1.0)
-    return {kind: spent[kind] / worked[kind] if worked[kind] else overall for kind in (True, False)}
+    return {kind: spent[kind] / worked[kind] if worked[kind] else overall for kind in spent}
 
 
-def _seconds_left(jobs: Mapping[str, Job], rest: Mapping[str, float], rates: Mapping[bool, float], lanes: int) -> float:
+def _seconds_left(jobs: Mapping[str, Job], rest: Mapping[str, float], rates: Mapping[type, float], lanes: int) -> float:
     """At least all that is left divided by the lanes, and at least the longest way: a child waits for its parent."""
     total = longest = 0.0
     ends: dict[str, float] = {}
     for identity, job in jobs.items():  # parents stand before their children
         if identity not in rest:
             continue
-        seconds = rest[identity] * rates[isinstance(job, StageJob)]
+        seconds = rest[identity] * rates.get(type(job), 0.0)
         parent = job.parent if isinstance(job, StageJob) else job.state if isinstance(job, EvaluationJob) else ""
         ends[identity] = ends.get(parent, 0.0) + seconds
         total, longest = total + seconds, max(longest, ends[identity])

@@ -160,6 +160,24 @@ def test_time_left_is_shared_by_the_lanes_but_never_less_than_the_longest_way(wa
     assert [left(1), left(2), left(3)] == [180.0, 120.0, 120.0]
 
 
+def test_time_left_knows_loading_from_training_and_evaluations_from_initial_weights(walk: Walk) -> None:
+    clock, (root, full, *_) = Clock(), walk.tree.work(walk.ledger)
+    test = next(iter(walk.tree.evaluations.values()))
+    progress = Progress(walk.ledger.metrics_file, clock=clock)
+    progress.set_work([root, full, test], {root.id: 1.0, full.id: 60.0, test.id: 512.0})
+    tell(progress, "started", root)
+    clock.seconds = 1000
+    tell(progress, "finished", root)
+    tell(progress, "started", full)
+    clock.seconds = 2000
+    spool(walk.ledger, full, 1)
+    assert progress.snapshot().seconds_left is None  # it has only loaded so far
+    clock.seconds = 2004
+    spool(walk.ledger, full, 5)
+    # Four of its six steps in four seconds: 0.1 s for each unit of cost.
+    assert progress.snapshot().seconds_left == pytest.approx(1.0 + 51.2)
+
+
 def test_what_another_driver_did_tells_nothing_about_speed(walk: Walk) -> None:
     clock, (full, heavy, *_) = Clock(), stage_runs(walk)
     progress = Progress(walk.ledger.metrics_file, clock=clock)

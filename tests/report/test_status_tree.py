@@ -158,6 +158,20 @@ def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: Walk) -> None:
         assert lines[begin + 1].endswith("…")
 
 
+def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: Walk) -> None:
+    finish(walk.ledger, walk.tree.work(walk.ledger)[0])
+    finish(walk.ledger, walk.tree.work(walk.ledger)[0], train_seconds=3600.0)
+    now = again(walk)
+    text = screen(print_plan, plan_document(now.loaded, now.cells, now.tree, now.ledger, 10), 160)
+    assert re.search("finetune 0-6  full  done  .* TFLOPs  keeps weights  schedule=full", text)
+    assert re.search(
+        "└── finetune 0-3  heavy  new  .* TFLOPs  keeps checkpoint  schedule=heavy, schedule=two_stage", text
+    )
+    assert "3 cells: 4 stage runs for 5 alone, 1 done; 4 evaluations for 4 alone, 0 done" in text
+    assert re.search(r"train TFLOPs .* shared, .* alone \(ratio 0\.[0-9]{3}: sharing saves [0-9]+%\)", text)
+    assert re.search("1.00 worker-hours of training done, [0-9.]+ left; about 1:[0-9:]+ to the end", text)
+
+
 def poll(ready: Any, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
     while not ready():
