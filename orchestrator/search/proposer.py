@@ -11,18 +11,21 @@ from optuna.trial import FixedTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from orchestrator.plan.identity import digest
+from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
 from orchestrator.search.desk import FAILED
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.space import draw, variant_layer_tokens
+
+DRAWS = 20
+"""Draws for one trial at most, where each was proposed before."""
 
 
 class Proposer(OptunaSearch):
     """Proposes recipes, each a function of the seed, its number and the trials that ended before it.
 
     So a search that was stopped goes on as though it had not been. Trials that were proposed but not ended are
-    proposed again first.
+    proposed again first. A recipe that was proposed before is drawn anew, some times: a small space may have no other.
 
     Args:
         spec: The experiment, with its search; its seed is the samplers'.
@@ -35,6 +38,7 @@ class Proposer(OptunaSearch):
         assert search is not None
         self._search, self._layer_tokens = search, variant_layer_tokens(spec)
         self._sampler_seed, self._desk = spec.seed, desk
+        self._known: set[str] = set()
         self.closed = False
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         super().__init__(
@@ -50,8 +54,10 @@ class Proposer(OptunaSearch):
         if self.closed:
             return str(Searcher.FINISHED)
         waiting = self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        number = waiting[0].number if waiting else len(self._ot_study.get_trials(deepcopy=False))
-        self._ot_study.sampler = self._sampler_for(number)
+        if waiting:
+            self._ot_study.sampler = self._sampler_for(waiting[0].number)
+        else:
+            self._ot_study.enqueue_trial(self._drawn())
         return super().suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -64,10 +70,24 @@ class Proposer(OptunaSearch):
 
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
+        self._known.add(canonical_json(values))
         return {"number": trial.number, "params": dict(trial.params), "values": values, "desk": self._desk}
 
-    def _sampler_for(self, number: int) -> Any:
-        seed = int(digest({"seed": self._sampler_seed, "number": number})[:8], 16)
+    def _drawn(self) -> dict[str, Any]:
+        """Parameters of the next trial."""
+        trials = self._ot_study.get_trials(deepcopy=False)
+        for attempt in range(DRAWS):
+            # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
+            sampler = self._sampler_for(len(trials), attempt)
+            study = optuna.create_study(directions=self._ot_study.directions, sampler=sampler)
+            study.add_trials(trials)
+            trial = study.ask()
+            if canonical_json(draw(trial, self._search, self._layer_tokens)) not in self._known:
+                break
+        return dict(trial.params)
+
+    def _sampler_for(self, number: int, attempt: int = 0) -> Any:
+        seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
         algorithm = self._search.algorithm
         if "random" in (algorithm.kind, algorithm.sampler):
             return optuna.samplers.RandomSampler(seed=seed)
@@ -80,6 +100,8 @@ class Proposer(OptunaSearch):
         noted = {trial.number: trial for trial in trials}
         for number in range(max(noted, default=-1) + 1):
             trial = noted.get(number)
+            if trial is not None:
+                self._known.add(canonical_json(trial.values))
             if trial is None or trial.state == "proposed":
                 self._ot_study.enqueue_trial(trial.params if trial is not None else {})
             else:

@@ -18,7 +18,7 @@ from orchestrator.errors import Interrupted, SpecError, UsageError
 from orchestrator.plan.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
-from orchestrator.plan.walk import Walk, prepare
+from orchestrator.plan.walk import Walk, plan_trials, prepare
 from orchestrator.report.cell_folders import mark_tracked
 from orchestrator.report.live import LiveView
 from orchestrator.run import RunOutcome, check_data, open_tracker, record_cells, relative_cost, table_of
@@ -64,6 +64,7 @@ def search_experiment(
     identity = search_id(walk.loaded)
     with _alone(walk, identity):
         notes = TrialNotes(walk.ledger.store, identity)
+        walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
         walk = _as_the_ledger_has_it(walk, notes, retry_failed)
         run = _SearchRun(walk, notes, walk.ledger.storage / "ray" / f"search-{identity}", console)
@@ -71,6 +72,8 @@ def search_experiment(
             try:
                 if (left := search.num_trials - _ended(walk)) > 0:
                     run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
+                else:
+                    console.print("nothing to do: every trial has ended", highlight=False)
             finally:
                 walk = run.feed.walk
                 record_cells(walk, recorder)
@@ -186,7 +189,6 @@ class _SearchRun:
         self._view.say(f"proposed {trial_name(trial.number)}: {told}{equal}")
 
     def _planned(self, walk: Walk) -> None:
-        record_experiment(walk)
         record_experiment(walk)
         work = walk.tree.work(walk.ledger)
         check_data([job for job in work if job.id not in self._checked])

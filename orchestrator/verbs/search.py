@@ -36,8 +36,6 @@ def search(
         told = {"executed": outcome.executed, "front": front, "failed": outcome.failed, "waiting": outcome.waiting}
         print_json({**document, **told})
     else:
-        if outcome.executed == 0:
-            console.print("nothing to do: every trial has ended", highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
         console.print(f"front: {', '.join(front) or 'no trial is finished'}", highlight=False)
     if outcome.tracking_problem:

@@ -49,7 +49,7 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, sampler, 
     notes = TrialNotes(open_store(tmp_path / "b"), "s")
     search_on(loaded, notes, 14, die_at)
     assert search_on(loaded, notes, 14) == whole
-    assert len({str(trial.params) for trial in whole}) > 7, "the same draw again and again"
+    assert len({str(trial.values) for trial in whole}) == 14, "a recipe is not proposed twice"
 
 
 def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):
@@ -57,6 +57,13 @@ def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):
     whole = search_on(loaded, notes, 4)
     proposer = Proposer(loaded.spec, [whole[0], whole[2]], desk=None)
     assert [proposer.suggest(name)["number"] for name in "abc"] == [1, 3, 4]
+
+
+def test_a_space_that_is_used_up_proposes_again_what_it_has(search_text, tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(search_text.replace("[1, 2, 3]", "[2]").replace("[full, light, heavy, wide]", "[heavy]"))
+    trials = search_on(load_experiment(file), TrialNotes(open_store(tmp_path / "a"), "s"), 5)
+    assert len({str(trial.values) for trial in trials[:3]}) == len({str(trial.values) for trial in trials}) == 3
 
 
 def test_seeds_draw_differently(search_text, tmp_path):
