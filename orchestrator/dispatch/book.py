@@ -64,7 +64,7 @@ class Book:
         for name in list(self.work.standing):
             if endings.get(name) == "failed":
                 skipped += self.work.fail(name)
-            elif endings.get(name) == "finished" and self._is_stored(self.work.jobs[name]):
+            elif endings.get(name) == "finished":
                 self.work.set(name, "finished")
         self._tell_skipped(skipped, "")
 

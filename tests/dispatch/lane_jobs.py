@@ -44,6 +44,18 @@ def run(job, ledger, memory, should_stop):
         raise ConnectionResetError("the file server went away")
     if do == "kill" and rank == dist.get_world_size() - 1 and once(folder / f"{job.id}.killed"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if do == "begin_together":  # with the job of the other lane; alone it would wait for ever
+        (folder / f"{job.id}.running").touch()
+        while len(list(folder.glob("*.running"))) < 2:
+            should_stop()
+            time.sleep(0.02)
+    if do == "until_told":
+        (folder / f"{job.id}.running").write_text(str(os.getpid()))
+        while not (folder / f"{job.id}.go").exists():
+            should_stop()
+            time.sleep(0.02)
+    if do == "freeze" and rank == dist.get_world_size() - 1 and once(folder / f"{job.id}.frozen"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if do == "until_stopped":
         (folder / f"{job.id}.running").touch()
         while not should_stop():
