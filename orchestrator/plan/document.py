@@ -42,14 +42,17 @@ def plan_document(
 
     Returns:
         `experiment`, `cells`, `stage_runs`, `totals` as DESIGN section 4 fixes them, `variants` and `notices`. Costs
-        are None where the model's facts are not known.
+        are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
+        from and whose stage run it is; None for the cells' own.
     """
     costs, standing = Costs(text_tokens), Standing.of(tree, ledger)
     reasons = Reasons(standing, cells, loaded.spec.name)
     runs = []
+    own = {state for path in tree.path_of.values() for state in path}
     for job, cell, plan in with_plans(cells, tree):
         price = costs.stage_run(cell, plan, job.first_step, job.last_step)
-        runs.append({**stage_run_document(job, plan, standing), "cost": price})
+        of = cell.spec.name if job.id not in own else None
+        runs.append({**stage_run_document(job, plan, standing), "of": of, "cost": price})
     alone: dict[str, float | None] = {}
     shown = []
     for cell in cells:

@@ -28,6 +28,7 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
     work = [
         {"id": job, "bytes": size, "steps": sorted(inventory.steps(job)), "running": job in holders}
         for job, size in inventory.work().items()
+        if ledger.evaluation(job) is None  # the log of a finished evaluation lies there
     ]
     searches = {
         name: {state: sum(note.get("state") == state for note in notes) for state in ("proposed", "finished", "failed")}

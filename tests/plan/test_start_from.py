@@ -261,6 +261,7 @@ def test_plan_shows_what_comes_first(files: Files, tmp_path: Path) -> None:
     assert cell["phases"][0]["start_from"] == f"cell seed=1 of {files.folder / 'first.yaml'} after pretrain"
     assert "1 stage run of the cell it starts from first" in cell["reason"]
     first, second = document["stage_runs"]
+    assert (first["of"], second["of"]) == ("first", None)
     assert second["parent"] == first["id"] and first["phase"] == "pretrain"
     costs = [run["cost"]["train_tflops"] for run in document["stage_runs"]]
     assert cell["cost"]["train_tflops"] == costs[1]  # the cell's own phase
