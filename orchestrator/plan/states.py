@@ -105,12 +105,15 @@ class FolderStates:
         Returns:
             Damaged files; the part's name where all of it is missing; empty when it is whole.
         """
-        folder = self.state_folder(state)
-        known = read_manifest(folder)
-        if known is None:
-            return [storage.MANIFEST]
-        wanted = {name: entry for name, entry in known.items() if name.startswith(f"{part}/")}
-        return changed_files(folder, wanted) if wanted else [part]
+        folder, damaged = self.state_folder(state), [storage.MANIFEST]
+        for _ in range(2):  # another commit may take its place meanwhile
+            known = read_manifest(folder)
+            if known is not None:
+                wanted = {name: entry for name, entry in known.items() if name.startswith(f"{part}/")}
+                damaged = changed_files(folder, wanted) if wanted else [part]
+            if not damaged:
+                break
+        return damaged
 
     def share(self, folder: Path) -> None:
         """Hands over what this machine wrote into an unsealed folder; in a common folder it is there already."""

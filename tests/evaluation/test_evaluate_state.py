@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orchestrator.compression import attach
-from orchestrator.errors import StorageError
+from orchestrator.errors import DamagedStateError
 from orchestrator.evaluation.evaluate import evaluate_state
 from orchestrator.models.build import build_model
 from orchestrator.models.initial import write_initial_weights
@@ -78,8 +78,18 @@ def test_a_model_at_hand_gives_the_same_and_keeps_its_own_points(ledger):
 
 
 def test_a_state_without_weights_is_told(tmp_path):
-    with pytest.raises(StorageError, match="must be trained again"):
+    with pytest.raises(DamagedStateError, match="must be trained again"):
         evaluate_state(job(), Ledger(tmp_path))
+
+
+def test_damaged_weights_are_not_tested(ledger):
+    file = ledger.state_folder(STATE) / "weights" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedStateError, match="missing or damaged: weights/model.safetensors") as told:
+        evaluate_state(job(), ledger)
+    assert told.value.state == STATE and ledger.evaluation("b" * 16) is None
 
 
 TWO_RANKS = """

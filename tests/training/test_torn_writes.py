@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -74,8 +75,12 @@ def trained(folder: Path, jobs: tuple[StageJob, ...]) -> Any:
     return state_of(ledger, jobs)
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.fixture(scope="module")
+def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
+    """What both stage runs end with when nobody disturbs them, by ZeRO stage and workers."""
+    return functools.cache(
+        lambda zero, world_size: launch(world_size, trained, tmp_path_factory.mktemp("alone"), _jobs(made, zero))
+    )
 
 
 def killed_while_writing(folder: Path, jobs: tuple[StageJob, ...], where: str) -> None:
@@ -88,19 +93,19 @@ def killed_while_writing(folder: Path, jobs: tuple[StageJob, ...], where: str) -
         save(value, path, *args, **rest)
         if where in str(path) and "optim" in Path(path).name:
             os.truncate(path, os.path.getsize(path) // 2)
-            _kill()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def before(place: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def step(first: Path, *rest: Any) -> Any:
             if where == f"{place} {first.name}":
-                _kill()
+                os.kill(os.getpid(), signal.SIGKILL)
             return real(first, *rest)
 
         return step
 
     torch.save = torn
     storage.write_manifest = before("manifest", storage.write_manifest)
-    states._take_place = before("rename", states._take_place)
+    states.take_place = before("rename", states.take_place)
     train(ledger, *jobs)
 
 
@@ -122,15 +127,14 @@ MOST_TELLING = ("step_000004", "rename .writing-0")
     [pytest.param(*one, marks=[] if one[2] in MOST_TELLING else pytest.mark.slow) for one in KILLED],
 )
 def test_killed_while_a_checkpoint_is_written(
-    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, where: str, whole: list[int]
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, where: str, whole: list[int]
 ) -> None:
     jobs = _jobs(made, zero)
-    alone = launch(world_size, trained, tmp_path / "alone", jobs)
     launch(world_size, killed_while_writing, tmp_path / "killed", jobs, where, exit_codes=(-signal.SIGKILL,))
     (work,) = (tmp_path / "killed" / "work").iterdir()
     assert list((work / ".writing-0").iterdir()), "it was killed before it wrote"
     assert sorted(path.name for path in work.glob("step_*")) == [f"step_{step:06d}" for step in whole]
-    assert launch(world_size, trained, tmp_path / "killed", jobs) == alone
+    assert launch(world_size, trained, tmp_path / "killed", jobs) == alone(zero, world_size)
 
 
 def _damage(folder: Path, way: str, pattern: str) -> None:
@@ -145,7 +149,7 @@ def _damage(folder: Path, way: str, pattern: str) -> None:
         file.unlink()
 
 
-def fallen_back(folder: Path, job: StageJob, ways: list[str]) -> list[Any]:
+def fallen_back(folder: Path, job: StageJob, ways: tuple[str, ...]) -> list[Any]:
     """Stopped at step 5, its newest checkpoint (or both) damaged, and gone on with: what comes out each time."""
     found = []
     for way in ways:
@@ -154,17 +158,20 @@ def fallen_back(folder: Path, job: StageJob, ways: list[str]) -> list[Any]:
         damaged = ledger.checkpoints(job.id)[: 2 if way == "both" else 1]
         assert damaged[0].name == "step_000005"
         for one in damaged:
-            _damage(one, "flip" if way == "both" else way, "*.json" if way == "cursor" else "*_states.pt")
+            _damage(one, "flip" if way == "both" else way, "*_states.pt")
         assert len(ledger.checkpoints(job.id)) == 2 - len(damaged)
         assert train(ledger, job) == ["done"]
         found.append(state_of(ledger, (job,)))
     return found
 
 
-def test_a_damaged_checkpoint_inside_a_stage_run_falls_back(made: tuple[Path, Path], tmp_path: Path) -> None:
-    job, ways = _jobs(made)[0], ["cut", "flip", "gone", "both"]
-    alone = launch(1, trained, tmp_path / "alone", (job,))
-    assert launch(1, fallen_back, tmp_path, job, ways) == [alone] * len(ways)
+@pytest.mark.parametrize("ways", [("cut", "flip"), pytest.param(("gone", "both"), marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_inside_a_stage_run_falls_back(
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, ways: tuple[str, ...]
+) -> None:
+    job = _jobs(made)[0]
+    end = {job.id: alone("zero2", 1)[job.id]}
+    assert launch(1, fallen_back, tmp_path, job, ways) == [end] * len(ways)
 
 
 def refused(folder: Path, jobs: tuple[StageJob, ...]) -> list[str]:
@@ -196,6 +203,24 @@ def test_a_damaged_state_to_start_from_is_named(made: tuple[Path, Path], tmp_pat
     assert launch(1, refused, tmp_path, _jobs(made)) == ["root"] * 3 + ["state6"] * 6
 
 
+def refused_by_all(folder: Path, job: StageJob) -> list[str]:
+    import torch.distributed as dist
+
+    from orchestrator.training import group
+
+    ledger = make_ledger(folder, job.model)
+    group.decide(lambda: _damage(ledger.state_folder("root"), "flip", "model.safetensors"))
+    with pytest.raises(DamagedStateError) as told:
+        train(ledger, job)
+    named = [""] * group.world_size()
+    dist.all_gather_object(named, told.value.state)
+    return named
+
+
+def test_every_rank_hears_of_a_damaged_state(made: tuple[Path, Path], tmp_path: Path) -> None:
+    assert launch(2, refused_by_all, tmp_path, _jobs(made)[0]) == ["root", "root"]
+
+
 class TakeOver:
     """`should_stop` in which, at its n-th call, another driver takes the job over."""
 
@@ -224,11 +249,11 @@ def taken_over(folder: Path, job: StageJob) -> tuple[list[list[str]], Any]:
     return found, state_of(ledger, (job,))
 
 
-def test_a_writer_that_lost_its_lease_changes_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_writer_that_lost_its_lease_changes_nothing(made: tuple[Path, Path], alone: Any, tmp_path: Path) -> None:
     job = _jobs(made)[0]
     found, end = launch(1, taken_over, tmp_path, job)
     assert found == [["step_000002"], ["step_000004", "step_000002"]]
-    assert end == launch(1, trained, tmp_path / "alone", (job,))
+    assert end == {job.id: alone("zero2", 1)[job.id]}
 
 
 @pytest.fixture
@@ -250,19 +275,23 @@ def too_full(folder: Path, job: StageJob) -> str:
     return str(told.value)
 
 
-FULL = [(300, "step_000002"), (650, "step_000004"), (760, "weights"), (980, "checkpoint")]
-
-
+# Sizes at which the first checkpoint fails, the second one, the weights of the end, and their checkpoint.
+@pytest.mark.parametrize(
+    ("size_kib", "what"),
+    [
+        pytest.param(300, "step_000002", marks=pytest.mark.slow),
+        (650, "step_000004"),
+        pytest.param(760, "weights", marks=pytest.mark.slow),
+        pytest.param(980, "checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_stops_a_stage_run_and_room_lets_it_go_on(
-    made: tuple[Path, Path], tmp_path: Path, disk: Path
+    made: tuple[Path, Path], alone: Any, disk: Path, size_kib: int, what: str
 ) -> None:
     job = _jobs(made)[0]
-    alone = launch(1, trained, tmp_path / "alone", (job,))
-    for size_kib, what in FULL:
-        subprocess.run(["mount", "-o", f"remount,size={size_kib}k", disk], check=True)
-        said = launch(1, too_full, disk / str(size_kib), job)
-        assert "no space left on its disk" in said and "cluster.storage_path" in said
-        assert f"{disk / str(size_kib)}/work/{job.id}/.writing-0/{what}" in said
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        assert launch(1, trained, disk / str(size_kib), (job,)) == alone
-        shutil.rmtree(disk / str(size_kib))
+    subprocess.run(["mount", "-o", f"remount,size={size_kib}k", disk], check=True)
+    said = launch(1, too_full, disk / "runs", job)
+    assert "no space left on its disk" in said and "cluster.storage_path" in said
+    assert f"{disk}/runs/work/{job.id}/.writing-0/{what}" in said
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    assert launch(1, trained, disk / "runs", (job,)) == {job.id: alone("zero2", 1)[job.id]}
