@@ -52,7 +52,7 @@ class StartFromSpec(Spec):
             raise ValueError("give `spec` and `cell` (another experiment's cell), or `path` (a folder)")
         if (self.spec is None) != (self.cell is None):
             raise ValueError("`spec` and `cell` belong together: a cell by its name, an id's beginning, or axis=value")
-        if self.path is not None and "phase" in self.model_fields_set:
+        if self.path is not None and self.phase != "pretrain":
             raise ValueError("`phase` is for a cell; a folder holds one state")
         if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
             raise ValueError("`parts` names at least one part, each once; leave it out for the whole model")
