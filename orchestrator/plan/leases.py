@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.owners import Beat, Observer, Process, owner_key, parsed, this_process
+from orchestrator.plan.owners import Beat, Observer, Process, owner_key, this_process
+from orchestrator.plan.storage import parse_json
 
 if TYPE_CHECKING:
     from orchestrator.plan.store import Store
@@ -219,7 +220,7 @@ class Leases:
             self._store.write(_key(name, self._mine()[name]), _dump(change(lease)))
 
     def _read(self, name: str, number: int) -> _Lease | None:
-        found = parsed(self._store.read(_key(name, number))) if number else None
+        found = parse_json(self._store.read(_key(name, number))) if number else None
         try:
             return _Lease(**found) if found is not None else None
         except TypeError:

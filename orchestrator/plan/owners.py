@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from orchestrator.errors import StorageError
+from orchestrator.plan.storage import parse_json
 
 if TYPE_CHECKING:
     from orchestrator.plan.store import Store
@@ -159,16 +160,7 @@ class Observer:
         return not isinstance(last, int | float) or time.time() - last > _QUIET_FACTOR * self._patience
 
     def _read(self, owner: str) -> dict[str, Any] | None:
-        return parsed(self._store.read(owner_key(owner)))
-
-
-def parsed(data: bytes | None) -> dict[str, Any] | None:
-    """A JSON mapping; None where there is none or it is damaged."""
-    try:
-        found = json.loads(data) if data is not None else None
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return parse_json(self._store.read(owner_key(owner)))
 
 
 def _process(about: dict[str, Any] | None) -> Process | None:
