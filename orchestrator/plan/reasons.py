@@ -78,9 +78,19 @@ class Standing:
 
     def jobs(self, cell: Cell) -> tuple[str, ...]:
         """All that a cell waits for, in order; other experiments' states that it starts from included."""
+        key = (cell.id, cell.name)
+        if key not in self._jobs:
+            self._jobs[key] = self._jobs_of(cell)
+        return self._jobs[key]
+
+    @cached_property
+    def _jobs(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {}
+
+    def _jobs_of(self, cell: Cell) -> tuple[str, ...]:
         path, needed = self.tree.path_of[cell.id], self.needed_of(cell)
         before = (cell.root.id, *self.tree.origins_of.get(cell.id, ())) if len(needed) == len(path) else ()
-        tests = (job.id for job in cell.evaluations if self.evaluation(job.id) != "done")
+        tests = (job.id for job in cell.evaluations if self._evaluations[job.id] != "done")
         return (*(state for state in before if state in self.needed), *needed, *tests)
 
     def cell(self, cell: Cell) -> State:
