@@ -17,7 +17,7 @@ from orchestrator.search.desk import FAILED
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.space import draw, variant_layer_tokens
 
-DRAWS = 20
+DRAWS = 64
 """Draws for one trial at most, where each was proposed before."""
 
 
@@ -89,7 +89,7 @@ class Proposer(OptunaSearch):
     def _sampler_for(self, number: int, attempt: int = 0) -> Any:
         seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
         algorithm = self._search.algorithm
-        if "random" in (algorithm.kind, algorithm.sampler):
+        if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 8:  # TPE may insist on the best one
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `group`, which conditional spaces need, is called experimental
