@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from orchestrator.plan.gc import Collector
 from orchestrator.plan.ledger import Ledger
 
 Llavolta = Callable[..., CompletedProcess[str]]
@@ -111,3 +113,23 @@ def test_what_was_damaged_or_collected_is_trained_again_to_the_same_bits(
     assert set(ls()) == set(states)
     for state, content in known.items():
         assert (ledger.state_folder(state) / WEIGHTS).read_bytes() == content
+
+
+@pytest.mark.slow
+def test_gc_beside_a_run_takes_nothing_that_it_needs(tiny_experiment: Path, llavolta: Llavolta) -> None:
+    """Collected over and over while it runs on Ray; an old experiment's states go meanwhile."""
+    ledger = Ledger(tiny_experiment.parent / "runs")
+    writing = ledger.writing_folder("old")
+    (writing / "weights").mkdir()
+    (writing / WEIGHTS).write_bytes(b"x")
+    ledger.commit("old")
+    gone: set[str] = set()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(llavolta, "run", tiny_experiment)
+        while not running.done():
+            gone |= {f"{step.kind} {step.name}" for step in Collector(ledger).steps() if step.remove()}
+    done = running.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name in gone if not name.startswith(("lease", "owner"))} == {"state old"}
+    assert "nothing to do" in llavolta("run", tiny_experiment).stdout
+    assert llavolta("ledger", "verify").returncode == 0
