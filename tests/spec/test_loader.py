@@ -65,11 +65,7 @@ def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) 
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n", "search"),
-        ("cluster: {lanes: 2}\n", "cluster.lanes"),
-        ("cluster: {lanes: auto}\n", "cluster.lanes"),
         ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
-        ("cluster: {stall_minutes: 5}\n", "cluster.stall_minutes"),
     ],
 )  # fmt: skip
 def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
@@ -77,6 +73,14 @@ def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str
     assert [fault.path for fault in faults] == [path]
     assert path in faults[0].message
     assert "not built yet" in faults[0].message
+
+
+def test_run_refuses_a_search_and_names_the_verb(small: str, write: Write) -> None:
+    text = "search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n"
+    loaded = load_experiment(write(small + text))
+    (fault,) = unsupported_keys(loaded)
+    assert fault.path == "search" and fault.line is not None and "llavolta search" in fault.message
+    assert unsupported_keys(loaded, searching=True) == []
 
 
 @pytest.mark.parametrize("point", ["average_pool, layer: projector, stride: 2", "q_former, layer: 1, keep_tokens: 2"])
