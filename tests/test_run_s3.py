@@ -34,10 +34,6 @@ def spec(tmp_path: Path, tiny_text: str, bucket: str, monkeypatch: pytest.Monkey
     return path
 
 
-def forget_the_machine(tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "cache")
-
-
 def what_came_of(walk: Walk) -> dict[str, Any]:
     """Everything a run's numbers stand in: weights bit for bit, curves, scores."""
     (cell,) = walk.cells
@@ -59,31 +55,6 @@ def in_a_folder(spec: Path, llavolta: Llavolta, *options: str) -> dict[str, Any]
     result = llavolta("run", spec, "--set", setting, *options)
     assert result.returncode == 0, result.stderr
     return what_came_of(prepare(spec, [setting]))
-
-
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(spec: Path, tmp_path: Path, bucket: str, llavolta: Llavolta) -> None:
-    result = llavolta("run", spec, "--local")
-    assert result.returncode == 0, result.stderr
-    forget_the_machine(tmp_path)
-    found = what_came_of(prepare(spec))
-    assert len(found) == 2 + 3 + 1  # curves, the root's and the stage runs' weights, scores
-    assert found == in_a_folder(spec, llavolta, "--local")
-    forget_the_machine(tmp_path)
-    again = llavolta("run", spec)
-    assert again.returncode == 0 and "nothing to do" in again.stdout and CELL in again.stdout
-    for secret in ("a-key", "a-secret-of-tests"):
-        assert secret not in result.stdout + result.stderr
-    store = S3Store(f"{bucket}/runs")
-    pointer = json.loads(store.read(f"cells/tiny/{CELL}.json") or b"")
-    key = pointer["files"]["weights/model.safetensors"].removeprefix(f"{bucket}/runs/")
-    data = store.read(key)
-    assert data == found[pointer["state"]]
-    path = llavolta("path", spec, "--cell", CELL)
-    assert (Path(path.stdout.strip()) / "model.safetensors").read_bytes() == data
-    forget_the_machine(tmp_path)
-    store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
-    damaged = llavolta("path", spec, "--cell", CELL)
-    assert damaged.returncode == 1 and "must be trained again" in damaged.stderr and "Traceback" not in damaged.stderr
 
 
 def killed_after_a_checkpoint(spec: Path, store: S3Store, *options: str) -> None:
@@ -119,8 +90,25 @@ def goes_on(spec: Path, tmp_path: Path, store: S3Store, llavolta: Llavolta, *opt
 
 
 def test_a_killed_run_goes_on_from_the_bucket(spec: Path, tmp_path: Path, bucket: str, llavolta: Llavolta) -> None:
-    found = goes_on(spec, tmp_path, S3Store(f"{bucket}/runs"), llavolta, "--local")
+    store = S3Store(f"{bucket}/runs")
+    found = goes_on(spec, tmp_path, store, llavolta, "--local")
+    assert len(found) == 2 + 3 + 1  # curves, the root's and the stage runs' weights, scores
     assert found == in_a_folder(spec, llavolta, "--local")
+    shutil.rmtree(tmp_path / "cache")
+    again = llavolta("run", spec)
+    assert again.returncode == 0 and "nothing to do" in again.stdout and CELL in again.stdout
+    for secret in ("a-key", "a-secret-of-tests"):
+        assert secret not in again.stdout + again.stderr
+    pointer = json.loads(store.read(f"cells/tiny/{CELL}.json") or b"")
+    key = pointer["files"]["weights/model.safetensors"].removeprefix(f"{bucket}/runs/")
+    data = store.read(key)
+    assert data == found[pointer["state"]]
+    path = llavolta("path", spec, "--cell", CELL)
+    assert (Path(path.stdout.strip()) / "model.safetensors").read_bytes() == data
+    shutil.rmtree(tmp_path / "cache")
+    store.write(key, data[:-1] + bytes([data[-1] ^ 1]))
+    damaged = llavolta("path", spec, "--cell", CELL)
+    assert damaged.returncode == 1 and "must be trained again" in damaged.stderr and "Traceback" not in damaged.stderr
 
 
 @pytest.mark.slow
