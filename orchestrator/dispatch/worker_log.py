@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from orchestrator.errors import StorageError
+
 LOG_FILE = "log.txt"
 
 
@@ -45,7 +47,8 @@ def append_traceback(path: Path, error: BaseException, rank: int) -> None:
         with path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(f"[{now()}] rank {rank} failed:\n{text}")
     except OSError:
-        traceback.print_exception(error)
+        if not isinstance(error, StorageError):  # a full disk is told already, in one sentence
+            traceback.print_exception(error)
 
 
 def now() -> str:

@@ -25,6 +25,7 @@ from orchestrator.tracking.limits import (
     chunks,
     shortened,
 )
+from orchestrator.tracking.new_database import make_database
 
 SQLITE_LOCK_SECONDS = 10
 ARTIFACTS_DIGEST = "artifacts_sha256"
@@ -101,29 +102,29 @@ class CellTracker:
                 os.environ.setdefault(name, value)
             from mlflow import MlflowClient
 
-            # The first use of a database migrates it and says so, line by line.
-            for name in ("mlflow.store.db.utils", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
+            # The first use of a database migrates it and says so, line by line; what fails is told by us.
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             uri = self._uri
-            if (folder := self._sqlite_folder()) is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+            if (file := self._sqlite_file()) is not None:
+                make_database(file)
                 uri += ("&" if "?" in uri else "?") + f"timeout={SQLITE_LOCK_SECONDS}"
             self._connection = MlflowClient(uri)
         return self._connection
 
-    def _sqlite_folder(self) -> Path | None:
+    def _sqlite_file(self) -> Path | None:
         if not self._uri.startswith("sqlite:///"):
             return None
-        return Path(self._uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        return Path(self._uri.removeprefix("sqlite:///").partition("?")[0])
 
     def _experiment(self) -> str:
         if self._experiment_id is None:
             client = self._client()
             found = client.get_experiment_by_name(self._experiment_name)
             if found is None:
-                folder = self._sqlite_folder()
+                file = self._sqlite_file()
                 # Never ./mlruns in whatever folder the command was given in.
-                place = None if folder is None else (folder / "mlflow_artifacts").absolute().as_uri()
+                place = None if file is None else (file.parent / "mlflow_artifacts").absolute().as_uri()
                 self._experiment_id = client.create_experiment(
                     self._experiment_name, artifact_location=place, tags=_EXPERIMENT_TAGS
                 )

@@ -46,9 +46,11 @@ class OneAtATime:
 
     def close(self) -> None:
         """Lets go of the leases and of the tracker."""
-        self._tracker.close()
-        with contextlib.suppress(StorageError):  # it dies with this process
-            self._leases.close()
+        try:
+            self._tracker.close()
+        finally:
+            with contextlib.suppress(StorageError):  # it dies with this process
+                self._leases.close()
 
     def _wait_for(self, name: str) -> None:
         deadline = time.monotonic() + WAIT_SECONDS

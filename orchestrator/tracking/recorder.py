@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -80,4 +81,5 @@ class Recorder:
             if last:
                 break
         if tracker is not None:
-            tracker.close()
+            with contextlib.suppress(TrackingError):  # told already of the record that could not be sent
+                tracker.close()

@@ -55,24 +55,24 @@ class Program:
     Args:
         folder: Gets the experiment; everything is written below it.
         text: The experiment.
-        environment: Variables beside the test's own.
+        number: Of several that share a folder.
     """
 
-    def __init__(self, folder: Path, text: str, **environment: str) -> None:
+    def __init__(self, folder: Path, text: str, number: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.storage = folder, folder / "runs"
+        self.folder, self.storage, self.number = folder, folder / "runs", number
         (folder / "mine.yaml").write_text(text)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
         self.environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.environment["RAY_worker_niceness"] = "0"  # else whatever runs beside a test starves it
-        self.environment |= {"LLAVOLTA_TEST": str(folder), **environment}
+        self.environment |= {"LLAVOLTA_TEST": str(folder)}
 
     def start(self, *arguments: str, fault: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
         """Starts it; `fault` is `ACTION POINT COUNT` (`fault_plugin.py`)."""
         env = {**self.environment, **environment}
         if fault is not None:
             env["LLAVOLTA_FAULT"] = f"{fault} {self.folder}"
-        with (self.folder / "output").open("w") as output, (self.folder / "errors").open("w") as errors:
+        with self._file("output").open("w") as output, self._file("errors").open("w") as errors:
             return subprocess.Popen(
                 [sys.executable, "-m", "orchestrator", "run", "mine.yaml", *arguments],
                 cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
@@ -91,7 +91,10 @@ class Program:
 
     def printed(self, stream: str = "output") -> str:
         """What the last process has printed so far to `output` or `errors`."""
-        return (self.folder / stream).read_text()
+        return self._file(stream).read_text()
+
+    def _file(self, stream: str) -> Path:
+        return self.folder / f"{stream}{self.number}"
 
     @property
     def fault_happened(self) -> bool:
@@ -165,26 +168,37 @@ def mlflow_record(storage: Path, uri: str | None = None) -> dict[str, Any]:
             "status": run.info.status,
             "params": run.data.params,
             "tags": {key: None if VOLATILE.search(key) else value for key, value in run.data.tags.items()},
-            "metrics": {
-                name: sorted((point.step, None if VOLATILE.search(name) else point.value) for point in points)
-                for name, points in histories.items()
-            },
+            "metrics": {name: _points(name, points) for name, points in histories.items()},
         }
     return found
+
+
+def _points(name: str, points: list[Any]) -> list[tuple[int, float | None]]:
+    """A curve step by step; of a cell's figures the last one, since how often they were sent is a matter of time."""
+    told = sorted((point.step, point.timestamp, None if VOLATILE.search(name) else point.value) for point in points)
+    return [(step, value) for step, _, value in (told if name.startswith("train/") else told[-1:])]
+
+
+def differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """Places where two nested values differ, as text."""
+    if found == expected:
+        return []
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = sorted({*found, *expected})
+        return [text for key in keys for text in differences(found.get(key), expected.get(key), f"{where}/{key}")]
+    return [f"{where}: {str(found)[:200]} instead of {str(expected)[:200]}"]
 
 
 def assert_like_undisturbed(program: Program, reference: dict[str, Any]) -> None:
     """The oracle: the same final state, nothing left RUNNING, no process left."""
     found = state_of(program)
-    assert found["weights"].keys() == reference["weights"].keys()
-    for key in reference:
-        assert found[key] == reference[key], f"{key} differs from the undisturbed run's"
+    assert not (wrong := differences(found, reference)), "\n".join(wrong)
     assert {run["status"] for run in found["mlflow"].values()} == {"FINISHED"}
     assert not program.processes(), [process.cmdline() for process in program.processes()]
     assert not list(program.storage.glob("failures/*")) and not list(program.storage.glob("work/*/metrics.jsonl"))
 
 
-def note(fault: str, recovered: str, program: Program, seconds: float) -> None:
-    """Adds a line to the table that is printed at the end."""
-    repeated = sum(program.repeated_steps().values())
+def note(fault: str, recovered: str, program: Program, seconds: float, lost_steps: int = 0) -> None:
+    """Adds a line to the table that is printed at the end; `lost_steps`: of states whose log is gone with them."""
+    repeated = sum(program.repeated_steps().values()) + lost_steps
     TABLE.append({"fault": fault, "recovered": recovered, "steps_repeated": repeated, "seconds": round(seconds, 1)})

@@ -62,4 +62,5 @@ def test_a_parent_whose_checkpoint_is_damaged_is_trained_again(
     # A file cut short is seen when the run is planned, a changed one when it is loaded.
     assert ("is damaged and is made again" in again.output) == (how == "bit-flipped")
     assert_like_undisturbed(program, reference)
-    note(f"{how} checkpoint of a parent", "its stage run again, `run`", program, killed.seconds + again.seconds)
+    told = f"{how} checkpoint of a parent"
+    note(told, "its stage run again, `run`", program, killed.seconds + again.seconds, lost_steps=STEPS // 2)

@@ -43,15 +43,13 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(
 
 
 def test_two_drivers_on_one_storage_share_the_work_and_do_none_of_it_twice(
-    program: Program, reference: dict[str, Any]
+    program: Program, text: str, reference: dict[str, Any]
 ) -> None:
     begun = time.monotonic()
-    other = Program(program.folder / "other", (program.folder / "mine.yaml").read_text())
-    other.storage = program.storage
-    drivers = [one.start("--local", "--set", f"cluster.storage_path={program.storage}") for one in (program, other)]
-    ends = [one.wait(driver, begun) for one, driver in zip((program, other), drivers, strict=True)]
+    both = [program, Program(program.folder, text, number=2)]
+    drivers = [one.start("--local") for one in both]
+    ends = [one.wait(driver, begun) for one, driver in zip(both, drivers, strict=True)]
     assert [end.code for end in ends] == [0, 0], ends
-    assert not other.processes()
     assert_like_undisturbed(program, reference)
     assert set(program.repeated_steps().values()) == {0}
     trained = [re.findall(r"StageJob", path.read_text()) for path in program.storage.glob("stage_runs/*/log.txt")]
