@@ -117,7 +117,7 @@ def standing(walk: Walk, trial: Trial) -> Trial:
     states = {walk.status(cell) for cell in cells}
     if "failed" in states:
         failures = walk.failures()
-        return trial.failed(next(failures[cell.name] for cell in cells if cell.name in failures))
+        return trial.failed(next((failures[cell.name] for cell in cells if cell.name in failures), "a cell failed"))
     if states != {"finished"}:
         return replace(trial, state="proposed", objectives={}, error=None)
     assert walk.loaded.spec.search is not None
