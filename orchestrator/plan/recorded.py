@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.identity import digest
@@ -75,16 +76,20 @@ def recorded_experiments(store: Store) -> list[Recorded]:
         data = store.read(key)
         if data is None:
             continue  # taken away meanwhile
-        note = parse_json(data)
-        try:
-            assert note is not None
-            evaluations = frozenset(note.pop("evaluations"))
-            found.append(Recorded(key=key, evaluations=evaluations, **note))
-        except (AssertionError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{store.url}/{key} is damaged; run its experiment again, or take the file away"
-            ) from error
+        found.append(_parsed(store.url, key, data))
     return found
+
+
+@lru_cache(maxsize=64)
+def _parsed(url: str, key: str, data: bytes) -> Recorded:
+    """Parsed once for as long as it does not change: `gc` asks again before each step."""
+    note = parse_json(data)
+    try:
+        assert note is not None
+        evaluations = frozenset(note.pop("evaluations"))
+        return Recorded(key=key, evaluations=evaluations, **note)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{url}/{key} is damaged; run its experiment again, or take the file away") from error
 
 
 def wanted_states(experiments: Iterable[Recorded]) -> dict[str, str]:
