@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import TABLE, Program, experiment, note, state_of
+from fault_runs import STAGE_RUNS, TABLE, Program, experiment, note, state_of
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +22,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory, text: str) -> dict[str, 
     program = Program(tmp_path_factory.mktemp("undisturbed"), text)
     ended = program.run()
     assert ended.code == 0, ended.told
-    assert len(list(program.storage.glob("stage_runs/*/metrics.jsonl"))) == 3
+    assert len(list(program.storage.glob("stage_runs/*/metrics.jsonl"))) == STAGE_RUNS
     note("none", "", program, ended.seconds)
     return state_of(program)
 
 
 @pytest.fixture
-def program(tmp_path: Path, text: str) -> Program:
-    """The program in an empty folder."""
-    return Program(tmp_path / "disturbed", text)
+def program(tmp_path: Path, text: str) -> Iterator[Program]:
+    """The program in an empty folder; a test that fails leaves none of its processes behind."""
+    program = Program(tmp_path / "disturbed", text)
+    yield program
+    for process in program.processes():
+        process.kill()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -19,7 +19,7 @@ import psutil
 from mlflow import MlflowClient
 
 HERE = Path(__file__).parent
-STEPS, CHECKPOINT_EVERY = 40, 5
+STEPS, CHECKPOINT_EVERY, STAGE_RUNS = 40, 5, 3
 # Measured or drawn anew in every run; all else in MLflow must be equal.
 VOLATILE = re.compile(r"second|memory|mlflow\.|hash|_at$|path|storage|share_of|log$")
 TABLE: list[dict[str, Any]] = []

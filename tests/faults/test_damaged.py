@@ -32,7 +32,8 @@ def largest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_checkpoint_in_a_stage_run_falls_back_to_the_one_before(
     how: str, program: Program, reference: dict[str, Any]
 ) -> None:

@@ -30,7 +30,7 @@ def test_control_c_twice_stops_now_and_repeats_at_most_an_interval(program: Prog
     process = program.start(fault="stop optimizer 8")  # a worker that stands still hears no polite request
     wait_until(lambda: program.fault_happened, process)
     press_control_c(process)
-    wait_until(lambda: "again: stop now" in program.printed(), process)
+    wait_until(lambda: "stop at once" in program.printed(), process)
     press_control_c(process)
     stopped = program.wait(process, begun)
     assert stopped.code == 130 and "Traceback" not in stopped.told, stopped.told
