@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.dispatch.failures import Failure
 
 # Live ranks of a hung group have so long to write down where they are.
-_STACKS_SECONDS = 5.0
+_STACKS_SECONDS = 15.0
 # A group that still stands so long after it was to be killed is told of again.
 _TELL_AGAIN_SECONDS = 30.0
 
