@@ -78,6 +78,8 @@ class S3States(FolderStates):
     def small_file(self, state: str, name: str) -> Path:
         """A small file of a finished state, brought here if it is not; it need not exist."""
         file = self.state_folder(state) / name
+        if state not in self._known and (self.work_folder(state) / name).exists():
+            return file  # under way on this machine; the live view asks several times a second
         manifest = self._manifest(state)
         if manifest is None:
             return file
@@ -93,14 +95,15 @@ class S3States(FolderStates):
     def work_file(self, job_id: str, name: str) -> Path:
         """Metrics or log of a stage run under way: this machine's, else as its last checkpoint left them."""
         file = self.work_folder(job_id) / name
-        if file.exists() or not self._store.names(f"work/{job_id}"):
+        if file.exists():
             return file
         copy = self.folder / "elsewhere" / job_id / name  # a stage run that begins here has a folder of its own
         now = time.monotonic()
         if now - self._looked.get(copy, -_LOOK_SECONDS) >= _LOOK_SECONDS:
             self._looked[copy] = now
-            self._objects.download({copy: f"work/{job_id}/{name}"})
-        return copy
+            if name in self._store.names(f"work/{job_id}"):
+                self._objects.download({copy: f"work/{job_id}/{name}"})
+        return copy if copy.exists() else file
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
