@@ -139,7 +139,7 @@ def test_max_hours_stops_like_a_signal_and_the_same_command_goes_on(tmp_path, te
     hours = 0.0
     while (stopped := call(tmp_path, text, "--local", "--max-hours", str(hours))).returncode == 75:
         assert "stopped by --max-hours" in stopped.stderr
-        hours += 0.0015
+        hours = 2 * hours or 0.002
     assert stopped.returncode == 0 and hours > 0, stopped.stdout + stopped.stderr
     assert what_was_learned(tmp_path) == what_was_learned(undisturbed)
 

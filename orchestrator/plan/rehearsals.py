@@ -106,8 +106,8 @@ class _Rehearsals:
                 keys.append(key)
         self._keys_of[job.id], self._about_of[job.id] = tuple(dict.fromkeys(keys)), about
 
-    def keys_of_cells(self, work: Sequence[Job]) -> dict[str, frozenset[str]]:
-        """What each cell needs to have been tried; adds the evaluations that are to be done."""
+    def keys_of_cells(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+        """What each cell needs to have been tried, in its order; adds the evaluations that are to be done."""
         tests: dict[str, list[EvaluationJob]] = {}
         for job in work:
             if isinstance(job, EvaluationJob):
@@ -122,7 +122,7 @@ class _Rehearsals:
                     key = digest([last, "evaluation", list(test.points), test.spec, test.data, test.model_max_length])
                     self._found[last].evaluations.setdefault(key, test)
                     keys.append(key)
-            found[cell] = frozenset(keys)
+            found[cell] = tuple(dict.fromkeys(keys))
         return found
 
     def jobs(self) -> list[RehearsalJob]:
@@ -146,11 +146,11 @@ class _Rehearsals:
             self._job_of_key |= dict.fromkeys((*one.actions, *one.evaluations), identity)
         return made
 
-    def waiting(self, job: StageJob, keys: dict[str, frozenset[str]]) -> StageJob:
+    def waiting(self, job: StageJob, keys: dict[str, tuple[str, ...]]) -> StageJob:
         """A stage run that waits for what all of its cells need; after `jobs`."""
         cells = {keys[cell] for cell in self._tree.cells_of[job.id]}
         wanted = sorted({self._job_of_key[key] for one in cells for key in one})
-        return replace(job, rehearsed=Rehearsed(tuple(wanted), tuple(sorted(tuple(sorted(one)) for one in cells))))
+        return replace(job, rehearsed=Rehearsed(tuple(wanted), tuple(sorted(cells))))
 
     def _way_of(self, job: StageJob) -> str:
         """Digest of what a trial depends on beside the action."""

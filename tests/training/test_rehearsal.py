@@ -83,7 +83,7 @@ def test_a_method_that_fails_in_the_last_stage_fails_its_cell_before_anything_is
     told = "the rehearsal of finetune under faulty failed with ZeroDivisionError: a fault of the method"
     assert told in done.stdout and "Traceback" not in done.stdout
     table = json.loads(llavolta("table", faulty, "--json").stdout)
-    assert {row["cell"]: row["status"] for row in table["rows"]} == {
+    assert {row["name"]: row["status"] for row in table["rows"]} == {
         "schedule=heavy": "finished", "schedule=two_stage": "failed",
     }  # fmt: skip
     assert variants_trained(tmp_path) == {"heavy"}  # not one step of the other cell, which begins on full tokens
