@@ -112,8 +112,12 @@ def run_experiment(
             if work:
                 run.execute(recorder, (max_hours, began), local=local, fail_fast=fail_fast)
         finally:
-            walk = run.walk
-            record_cells(walk, recorder)
+            record_cells(run.walk, recorder)
+    return _outcome(run, recorder)
+
+
+def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
+    walk = run.walk
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
@@ -127,9 +131,7 @@ def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) ->
     from orchestrator.smoke import prepare_smoke
 
     walk, notes = prepare_smoke(path, overrides)
-    text = (
-        "trial run, small model, few steps, 64 rows: it shows whether everything works; its numbers mean nothing"
-    )
+    text = "trial run, small model, few steps, 64 rows: it shows whether everything works; its numbers mean nothing"
     console.print("\n".join([text, *(f"    {note}" for note in notes)]), highlight=False, markup=False)
     return walk
 

@@ -27,12 +27,15 @@ class ClusterSpec(Spec):
 
     Attributes:
         address: None starts a local Ray; `auto` or `ray://...` joins a cluster.
-        lanes: Worker groups that take stage runs side by side.
+        lanes: Worker groups that take stage runs side by side; `auto`: as many as the cluster holds now, and no more
+            than there is work for.
         num_workers: DeepSpeed workers per lane.
         resources_per_worker: Ray resources of one worker; `CPU: 2` gives it two threads.
         max_failures: Retries per stage run.
         checkpoint_every: Optimizer steps between checkpoints inside a stage run.
         storage_path: None takes $LLAVOLTA_STORAGE or ./runs.
+        stall_minutes: A lane that makes no step for so long, or a rank that gives no sign of life, is killed and
+            goes on from its checkpoint, its stacks in its logs. Longer than the longest load and step; None: never.
         rehearse: Try every variant's longest samples, a save and a load, and an answer of each evaluation before
             anything is trained; `auto`: on GPUs.
     """
