@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -36,13 +34,6 @@ def family_of(marker: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
-
-
-def wait_until(condition, timeout: float = 120.0) -> None:
-    limit = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +148,6 @@ def test_a_lost_mlflow_file_is_written_again_from_the_ledger(finished, tmp_path)
     command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
     subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
     assert {run.info.run_name: run.data.metrics for run in runs_in_mlflow(copy / "runs", "tiny")} == before
-
-
-def test_ctrl_c_keeps_a_checkpoint_and_the_next_run_ends_like_one_left_alone(finished, tmp_path):
-    folder, _ = finished
-    (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
-    env = {**os.environ, "LLAVOLTA_TEST": str(tmp_path)}
-    command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        stdin=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    spool = tmp_path / "runs"
-    wait_until(lambda: any(path.stat().st_size for path in spool.rglob("metrics.jsonl")))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, output + errors
-    assert "run the same command to go on" in errors and "Traceback" not in errors
-    assert family_of(str(tmp_path)) == []
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    for weights in (folder / "runs" / "cells" / "tiny").glob("*/weights/model.safetensors"):
-        other = tmp_path / weights.relative_to(folder)
-        assert other.read_bytes() == weights.read_bytes(), weights
-    assert len(runs_in_mlflow(tmp_path / "runs", "tiny")) == CELLS
 
 
 def test_local_gives_the_same_weights_without_ray(finished, tmp_path):
