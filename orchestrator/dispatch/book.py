@@ -47,6 +47,7 @@ class Book:
         self._plans_again = plans_again
         self._clock = clock
         self._tries: dict[str, int] = {}
+        self._damages: dict[str, int] = {}
         self._failures_seen: dict[str, dict[str, Any] | None] = {}
         self._asked = clock()
         self.work = WorkList()
@@ -59,7 +60,7 @@ class Book:
             known: What the driver knows that an earlier life of the conductor told it (`Account.known`).
         """
         endings = (known or {}).get("endings", {})
-        self._tries.update((known or {}).get("tries", {}))
+        self._tries = (known or {}).get("tries", {}) | self._tries  # what was not its fault is not counted here
         skipped = self.work.replace(jobs, self._is_stored)
         for name in list(self.work.standing):
             if endings.get(name) == "failed":
@@ -74,6 +75,7 @@ class Book:
         for name, lane in self._leases.held().items():
             if self.work.standing.get(name) == "pending":
                 self.work.set(name, "running")
+                self._tries.setdefault(name, 1)  # the driver may not have heard that it was begun
                 found.setdefault(lane, []).append(name)
             else:
                 self._let_go(name)
@@ -92,6 +94,7 @@ class Book:
             if self.work.standing[name] != "pending":
                 continue  # skipped meanwhile: an earlier candidate could not be leased
             try:
+                self._leases.release(name)  # where that failed before: no group gets the token of an earlier one
                 token = self._leases.acquire(name, lane)
                 is_stored = token is not None and self._is_stored(self.work.jobs[name])
             except StorageError as error:
@@ -170,8 +173,9 @@ class Book:
         return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
 
     def _set_elsewhere(self, name: str) -> None:
-        self._failures_seen.setdefault(name, self._ledger.failure(name))
         self.work.set(name, "elsewhere")
+        with contextlib.suppress(StorageError):  # not seen: then it is tried here, once it is free
+            self._failures_seen.setdefault(name, self._ledger.failure(name))
 
     def _has_failed_elsewhere(self, name: str) -> bool:
         """Whether another driver, who had a job in hand, has written that it failed."""
@@ -187,7 +191,9 @@ class Book:
         return True
 
     def _meet_damage(self, name: str, failure: Failure, state: str, lane: str) -> None:
-        if not self._plans_again:
+        self._damages[name] = self._damages.get(name, 0) + 1
+        # A disk that damages whatever is written would have it done for ever.
+        if not self._plans_again or self._damages[name] > self._max_failures + 1:
             self._fail(name, failure, lane)
             return
         self._tries[name] -= 1
@@ -198,10 +204,11 @@ class Book:
     def _is_lost(self, state: str) -> bool:
         """Looks at a state that a worker found damaged; one that is, is taken out of the ledger."""
         try:
-            if self._ledger.is_done(state):
+            ledger = Ledger(self._ledger.url)  # one that has not seen it whole before: files may have gone since
+            if ledger.is_done(state):
                 for part in ("weights", "checkpoint"):
-                    if self._ledger.has(state, part):
-                        self._ledger.fetch(state, part)
+                    if ledger.has(state, part):
+                        ledger.fetch(state, part)
                 return False
         except DamagedStateError:
             with contextlib.suppress(StorageError):

@@ -57,7 +57,7 @@ class Conductor:
         self._barren: dict[str, int] = {}
         self._given_up: dict[str, str] = {}
         self._groups: dict[str, list[str]] = {}
-        self._is_planned = self._is_closed = self._stopping = False
+        self._is_planned = self._is_closed = self._is_interrupted = False
 
     # What lanes call -------------------------------------------------------------------------------------------
 
@@ -111,10 +111,11 @@ class Conductor:
             has_dumped: Whether the stacks that were asked for are written.
         """
         attempt = self._attempts.get(who["attempt"])
+        self._barren.setdefault(who["lane"], 0)  # its workers had started, under an earlier conductor
         if attempt is not None:
             attempt.heard(who, self._clock(), progress, has_dumped)
         hung = attempt is not None and attempt.hung is not None
-        return {"stop": self._stopping, "dump": hung and not has_dumped}
+        return {"stop": self.is_stopping(), "dump": hung and not has_dumped}
 
     # What the driver calls -------------------------------------------------------------------------------------
 
@@ -136,11 +137,11 @@ class Conductor:
 
     def interrupt(self) -> None:
         """No further item is handed out; what runs writes a checkpoint and leaves."""
-        self._stopping = True
+        self._is_interrupted = True
 
     def is_stopping(self) -> bool:
         """Whether a stop was asked for, or the first failure ended the run."""
-        return self._stopping
+        return self._is_interrupted or (self._rules.fail_fast and "failed" in self._book.work.standing.values())
 
     def lane_ended(self, lane: str) -> bool:
         """A lane's Train run is over: what it had in hand is given back. True where its workers had started."""
@@ -158,7 +159,7 @@ class Conductor:
             `epoch`, `events`, `hung` (processes to be killed), `given_up` (lane to why it cannot work).
         """
         now, stall = self._clock(), self._rules.stall_seconds
-        if self._is_planned and not self._stopping:
+        if self._is_planned and not self.is_stopping():
             self._book.look_again()
         hung: list[dict[str, Any]] = []
         for attempt in self._attempts.values():
@@ -192,20 +193,21 @@ class Conductor:
         return attempt
 
     def _hand_out(self, attempt: Attempt, k: int) -> dict[str, Any] | str:
-        if self._stopping or attempt.lane in self._given_up:
+        if self.is_stopping() or attempt.lane in self._given_up:
             attempt.answer_after = STOP
             return STOP
         given = self._book.hand_out(attempt.lane, attempt.holds, self._others(attempt))
         if given is None:
-            if not self._book.work.is_done or not self._is_closed:
-                return WAIT
-            attempt.answer_after = STOP
-            return STOP
+            attempt.answer_after = STOP if self._is_over() else None
+            return attempt.answer_after or WAIT
         name, token = given
         attempt.moved = self._clock()
         self._barren[attempt.lane] = 0
         attempt.give(k, Item(name, token))
         return {"job": self._book.work.jobs[name], "token": token}
+
+    def _is_over(self) -> bool:
+        return self.is_stopping() or (self._is_closed and self._book.work.is_done)
 
     def _others(self, mine: Attempt) -> set[str]:
         """Where the other lanes are."""
@@ -256,7 +258,7 @@ class Conductor:
         alike = len({failure.kind for failure in failures}) == 1 and len(failures) == attempt.world_size
         if not alike or failures[0].retry:
             attempt.ended = True
-            attempt.answer_after = STOP if self._book.work.is_done or self._stopping else RESTART
+            attempt.answer_after = STOP if self._is_over() else RESTART
 
     def _end_lane(self, lane: str) -> None:
         for attempt in self._attempts.values():
@@ -284,12 +286,10 @@ class Conductor:
         self._charge(item.job, cause, attempt.lane)
 
     def _charge(self, job: str, failure: Failure, lane: str) -> None:
-        self._book.charge(job, failure, lane, self._stopping)
+        self._book.charge(job, failure, lane, self.is_stopping())
         if failure.damaged is not None:  # reading a large state took its time: nobody was heard meanwhile
             for attempt in self._attempts.values():
                 attempt.excuse(self._clock())
-        if self._rules.fail_fast and self._book.work.that_are("failed"):
-            self._stopping = True
 
 
 def _lost(met: str) -> Failure:

@@ -163,7 +163,9 @@ class Leases:
         return self._own(name) is not None
 
     def held(self) -> dict[str, str]:
-        """Name to lane of all that this owner holds, also what an earlier process of it took."""
+        """Name to lane of all that this owner holds, also what an earlier process of it took: its beat goes on here."""
+        if self._mine():
+            self._beat.start()  # its work may take hours before the next `acquire`
         found = {name: self._own(name) for name in sorted(self._mine())}
         return {name: lease.lane for name, lease in found.items() if lease is not None}
 

@@ -112,6 +112,17 @@ def test_fail_fast_hands_out_nothing_more(tmp_path: Path) -> None:
     assert settled(made, "started") == ["a"]
 
 
+def test_a_lane_waits_for_what_may_still_be_planned_although_all_so_far_failed(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), closed=False, max_failures=0)
+    group = Group(made)
+    group.ask()
+    assert group.say(WILL_PASS) == "restart" and settled(made, "failed") == ["a"]
+    later = Group(made)
+    assert later.ask() == "wait"
+    made.set_work([job("x")], True)
+    assert [later.ask(), later.say()] == ["x", "stop"]
+
+
 def test_a_lane_that_dies_before_it_works_is_given_up_and_another_goes_on(tmp_path: Path) -> None:
     made = conductor(tmp_path, job("a"))
     for _ in range(4):

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conductor_drive import WILL_NOT, Group, conductor, error_of, evaluation, job, settled, told, unplanned
+from conductor_drive import WILL_NOT, WILL_PASS, Group, conductor, error_of, evaluation, job, settled, told, unplanned
 
 from orchestrator.dispatch.account import Account
 from orchestrator.dispatch.failures import Failure
-from orchestrator.errors import StaleWriterError
+from orchestrator.errors import StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.store import FolderStore
 
 JOBS = (job("a"), job("b", "a"), job("c", "b"))
 
@@ -186,3 +187,84 @@ def test_a_failure_is_in_the_ledger_and_a_success_takes_it_out(tmp_path: Path) -
     later = Group(conductor(tmp_path, job("a"), driver="later"))
     later.ask(), later.say()
     assert Ledger(tmp_path).failure("a") is None
+
+
+def test_what_was_begun_and_never_told_of_can_still_fail(tmp_path: Path) -> None:
+    group = Group(conductor(tmp_path, job("a")))
+    group.ask()
+    group.made = after = again(tmp_path, Account(lambda event: None), job("a"))
+    assert group.say(WILL_PASS) == "restart"
+    assert Group(after).ask() == "a" and after.poll("", 0)["events"][-1]["attempt"] == 2
+
+
+def test_others_see_it_live_while_its_lanes_are_busy_for_long(tmp_path: Path) -> None:
+    before = conductor(tmp_path, job("a"))
+    Group(before).ask()
+    beat = tmp_path / "owners" / "me.json"
+    last = beat.read_bytes()
+    after = again(tmp_path, account_of(before), job("a"))
+    assert beat.read_bytes() != last, "nobody asks it for work now, and yet it lives"
+    before.leave(), after.leave()
+
+
+def test_a_run_that_ends_with_its_first_failure_still_does(tmp_path: Path) -> None:
+    before = conductor(tmp_path, job("a"), job("x"), fail_fast=True)
+    group = Group(before)
+    group.ask(), group.say(WILL_NOT)
+    after = unplanned(tmp_path, fail_fast=True)
+    after.set_work([job("a"), job("x")], True, account_of(before).known())
+    assert Group(after).ask() == "stop" and after.is_stopping()
+
+
+def test_a_storage_that_is_away_at_a_takeover_loses_no_job(tmp_path: Path) -> None:
+    now = [0.0]
+    made = conductor(tmp_path, job("a"), clock=lambda: now[0])
+    group = Group(made)
+    group.ask()
+    notes = tmp_path / "failures" / "a.json"
+    notes.mkdir(parents=True)  # a note that cannot be read
+    assert group.say(Failure(StaleWriterError.__name__, "taken over", False).to_json()) == "wait"
+    notes.rmdir()
+    now[0] += 3
+    made.poll("", 0)
+    assert group.ask() == "a"
+
+
+def test_a_lease_that_could_not_be_let_go_is_not_given_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = conductor(tmp_path, job("a"))
+    group = Group(made)
+    group.ask()
+
+    def away(store: FolderStore, key: str, data: bytes) -> None:
+        raise StorageError("the file server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "write", away)
+        assert group.say(WILL_PASS) == "restart"
+    later = Group(made)
+    assert later.ask() == "a" and later.tokens["a"] > group.tokens["a"]
+
+
+def test_damage_that_comes_again_and_again_is_a_failure(tmp_path: Path) -> None:
+    plan = [job("a"), job("b", "a")]
+    made = conductor(tmp_path, job("b", "a"), plans_again=True, max_failures=1)
+    group = Group(made)
+    assert group.ask() == "b"
+    for _ in range(2):
+        group.say(damaged("a"))
+        made.set_work(plan, True, account_of(made).known())
+        assert group.ask() == "a" and group.say() == "b"
+        assert made.poll("", 0)["events"][-1]["attempt"] == 1
+    assert group.say(damaged("a")) == "stop"
+    assert settled(made, "failed") == ["b"]
+
+
+def test_a_file_that_went_after_the_state_was_seen_whole_is_damage(tmp_path: Path) -> None:
+    store(tmp_path, "a")
+    made = conductor(tmp_path, job("a"), job("b", "a"), plans_again=True, max_failures=0)
+    group = Group(made)
+    assert [group.ask(), group.ask()] == ["wait", "b"] and settled(made) == ["a"]
+    for file in ("checkpoint/shard", "weights/model.safetensors"):
+        (tmp_path / "stage_runs" / "a" / file).unlink()
+    group.say(damaged("a"))
+    assert ("damaged", "b") in told(made)
