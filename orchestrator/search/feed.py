@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from orchestrator.errors import StorageError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.trials import Trial, TrialNotes
@@ -36,6 +37,9 @@ class SearchFeed:
         on_proposed: Called with a new trial.
         on_plan: Called with each new plan.
         on_end: Called with a trial that ended.
+
+    Attributes:
+        broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
     """
 
     def __init__(
@@ -49,20 +53,24 @@ class SearchFeed:
         self.walk, self._notes = walk, notes
         self._on_proposed, self._on_plan, self._on_end = on_proposed, on_plan, on_end
         self._proposals: Proposals | None = None
+        self.broken: str | None = None
         self._asked: set[int] = set()
+        self._not_done: dict[str, str] = {}
         self._look = self._again = False
 
     def begin(self, proposals: Proposals) -> None:
         """Where trials come from, from now on."""
         self._proposals = proposals
 
-    def moved(self) -> None:
-        """A job ended: trials may have ended with it."""
+    def heard(self, event: Mapping[str, Any]) -> None:
+        """Hears what became of a job: trials may have ended with it, and around damage it is planned anew."""
         self._look = True
-
-    def plan_again(self) -> None:
-        """A stored state turned out to be damaged: what it is needed for is planned anew."""
-        self._again = True
+        if event["event"] == "damaged":
+            self._again = True
+        elif event["event"] == "failed" and event["kind"] == StorageError.__name__:
+            self.broken = event["error"]
+        elif event["event"] in ("failed", "skipped"):
+            self._not_done[event["id"]] = event["error"]
 
     def work(self) -> Sequence[Job] | None:
         """The newest plan where something was proposed; answers what has ended."""
@@ -99,6 +107,8 @@ class SearchFeed:
             if trial.number not in self._asked:
                 continue
             now = standing(self.walk, trial)
+            if now.state == "proposed" and self.broken is None and (error := self._why_not(trial)) is not None:
+                now = trial.failed(error)
             if now.state == "proposed":
                 continue
             self.walk = self.walk.with_trial(now)
@@ -106,6 +116,11 @@ class SearchFeed:
             self._asked.discard(now.number)
             proposals.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
             self._on_end(now)
+
+    def _why_not(self, trial: Trial) -> str | None:
+        """Why a trial will never end: a job it needs stands on one, such as a rehearsal, that no cell is known by."""
+        jobs = (job for cell in self.walk.cells if cell.id in trial.cells for job in self.walk.jobs_of(cell))
+        return next((self._not_done[job] for job in jobs if job in self._not_done), None)
 
 
 def standing(walk: Walk, trial: Trial) -> Trial:

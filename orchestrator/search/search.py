@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
-from orchestrator.errors import Interrupted, SpecError, UsageError
+from orchestrator.errors import Interrupted, SpecError, StorageError, UsageError
 from orchestrator.plan.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
@@ -159,6 +159,7 @@ class _SearchRun:
 
         Raises:
             Interrupted: a signal stopped it.
+            StorageError: nothing more can be stored.
         """
         from orchestrator.dispatch.ray_session import ray_session
         from orchestrator.dispatch.run_on_ray import run_on_ray
@@ -169,11 +170,13 @@ class _SearchRun:
         with stop, self._view, DeferredInterrupt() as interrupt, ray_session(cluster.address):
 
             def stop_asked() -> int:
-                return 2 if interrupt.pending else int(stop())
+                return 2 if interrupt.pending else int(stop() or self.feed.broken is not None)
 
             with Tuning(walk, num_trials, _concurrency(walk), self._folder) as tuning:
                 self.feed.begin(tuning)
                 run_on_ray([], walk.ledger, cluster, self._on_event, stop_asked, fail_fast=fail_fast, feed=self.feed)
+        if self.feed.broken is not None:
+            raise StorageError(self.feed.broken)
         if stop.signal_name is not None and any(trial.state == "proposed" for trial in self.feed.walk.trials):
             error = Interrupted(
                 f"stopped by {stop.signal_name}; {_ended(self.feed.walk)} trials have ended, "
@@ -207,6 +210,4 @@ class _SearchRun:
         self._view.on_event(event)
         if event["event"] == "finished" and not event.get("elsewhere"):
             self.done.add(event["id"])
-        if event["event"] == "damaged":
-            self.feed.plan_again()
-        self.feed.moved()
+        self.feed.heard(event)
