@@ -90,8 +90,11 @@ class Leases:
         self._beat.start()
         number = _highest(self._store, name)
         for _ in range(_LOOKS):
-            # None also where it was cleaned up since the listing, or is damaged: the next number settles that.
             lease = self._read(name, number)
+            if lease is None and number and number != (newest := _highest(self._store, name)):
+                number = newest  # it was cleaned up since the listing, and its numbers may begin anew
+                continue
+            # None still: there is none, or it is damaged; the next number settles that.
             if lease is not None and not lease.released:
                 if lease.owner == self._owner:
                     return self._keep(name, number, replace(lease, lane=lane))

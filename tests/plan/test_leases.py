@@ -221,10 +221,10 @@ def test_processes_racing_for_leases_hold_each_exactly_once(store: Store, before
 
 
 class Late:
-    """A store whose `create` is late: others act between a look and it."""
+    """A store whose `create` is late, and its `read`: others act between a look and it."""
 
-    def __init__(self, store: Store, meanwhile: Callable[[], None]) -> None:
-        self._store, self._meanwhile = store, meanwhile
+    def __init__(self, store: Store, meanwhile: Callable[[], Any], before_read: Any = None) -> None:
+        self._store, self._meanwhile, self._before_read = store, meanwhile, before_read
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -232,6 +232,11 @@ class Late:
     def create(self, key: str, data: bytes) -> bool:
         self._meanwhile()
         return self._store.create(key, data)
+
+    def read(self, key: str) -> bytes | None:
+        if self._before_read is not None and key.startswith("leases/"):
+            self._before_read()
+        return self._store.read(key)
 
 
 def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(store: Store, leases: Callable[..., Leases]) -> None:
@@ -246,6 +251,14 @@ def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(store: Store, 
     slow = Leases(Late(store, meanwhile), "slow")  # type: ignore[arg-type]
     assert slow.acquire("job") is None and token_of(store, "job") == 3 and two.holds("job")
     assert store.names("leases/job") == ["000003.json"] and one.acquire("job") is None
+    slow.close()
+
+
+def test_numbers_that_begin_anew_are_not_gone_past(store: Store, leases: Callable[..., Leases]) -> None:
+    one, two = leases("one"), leases("two")
+    one.acquire("job")
+    slow = Leases(Late(store, lambda: two.acquire("job"), lambda: one.forget("job")), "slow")  # type: ignore[arg-type]
+    assert slow.acquire("job") is None and two.holds("job")
     slow.close()
 
 
