@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest, file_sha256
@@ -83,7 +83,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     with storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_aside(part, data)
             part.replace(path)
@@ -95,11 +94,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_aside(part: Path, data: bytes) -> None:
-    """Writes a file that nobody reads yet and makes its content last."""
-    with open(part, "wb") as file:
+    """Writes a file that nobody reads yet, in a folder made for it, and makes its content last."""
+    with _open_new(part) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _open_new(path: Path) -> BinaryIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The folder may go again before there is a file in it: a store takes empty ones away.
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "wb")
 
 
 def write_json(path: Path, value: Any) -> None:

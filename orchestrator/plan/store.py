@@ -93,7 +93,6 @@ class FolderStore:
         """
         path = self._folder / _checked(key)
         with storage_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
             try:
                 write_aside(part, data)
@@ -114,6 +113,8 @@ class FolderStore:
         path = self._folder / _checked(key)
         with storage_errors(path.parent), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix, sorted; empty where there are none.
