@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from orchestrator.errors import TrackingError
+from orchestrator.errors import LlavoltaError, TrackingError
 from orchestrator.plan.record import CellRecord
 
 
@@ -65,19 +65,22 @@ class Recorder:
                 self.unsent[record.cell_id] = record
                 if not self._queue.empty():
                     continue
+            failed = 0
             for waiting in list(self.unsent.values()):
                 try:
                     tracker = tracker or self._open_tracker()
-                    run_id = tracker.log(waiting)
-                except TrackingError as error:
-                    self.problem = str(error)
-                    break
+                    self._on_sent(waiting, tracker.log(waiting))
                 except Exception as error:
-                    # Tracking never fails training: whatever MLflow raises is told at the end.
-                    self.problem = f"{type(error).__name__}: {error}"
-                    break
-                del self.unsent[waiting.cell_id]
-                self._on_sent(waiting, run_id)
+                    # Tracking never fails training: whatever MLflow or the disk raises is told at the end.
+                    plain = isinstance(error, LlavoltaError)
+                    self.problem = str(error) if plain else f"{type(error).__name__}: {error}"
+                    # One that is never taken must not keep the others back; a second says that the server is away.
+                    self.unsent[waiting.cell_id] = self.unsent.pop(waiting.cell_id)
+                    failed += 1
+                    if failed == 2:
+                        break
+                else:
+                    del self.unsent[waiting.cell_id]
             if last:
                 break
         if tracker is not None:
