@@ -145,10 +145,11 @@ class FolderStates:
         raise StorageError(f"{target}: other processes keep writing it; stop all but one and run again")
 
     def end_work(self, job_id: str) -> None:
-        """Moves the log to the finished state and takes the work folder away."""
+        """Moves the ranks' logs to the finished state, stacks of a hung attempt among them; the work folder goes."""
         work = self.work_folder(job_id)
         with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
-            (work / "log.txt").replace(self.state_folder(job_id) / "log.txt")
+            for log in [work / "log.txt", *work.glob("log_rank*.txt")]:
+                log.replace(self.state_folder(job_id) / log.name)
         shutil.rmtree(work, ignore_errors=True)
 
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path, keep: int) -> Path:
