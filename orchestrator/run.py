@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from rich.console import Console
 from orchestrator import registry
 from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
-from orchestrator.errors import Interrupted, SpecError
+from orchestrator.errors import Interrupted, SpecError, StorageError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.record import CellRecord
@@ -239,6 +240,7 @@ class _Run:
     def _plan_again(self) -> list[Job]:
         tree = build_stage_tree(self.walk.cells, self.walk.ledger)
         self.walk = replace(self.walk, tree=tree)
+        record_experiment(self.walk)  # it may go on from other stored states now, which `gc` must not take
         work = tree.work(self.walk.ledger, retry_failed=self._retry_failed)
         self._view.set_work(work, _costs(work), self.walk.names_of(work))
         return work
@@ -266,10 +268,11 @@ class _Run:
     def _put(self, jobs: set[str], recorder: Recorder, *, only_finished: bool = False) -> None:
         walk = self.walk
         cells = [cell for cell in walk.cells if not jobs.isdisjoint(walk.jobs_of(cell))]
-        if only_finished:
-            cells = [cell for cell in cells if walk.status(cell) == "finished"]
-        for cell in cells[:_CELLS_SENT]:
-            recorder.put(_with_figure(walk, cell, walk.record(cell)))
+        with contextlib.suppress(OSError, StorageError):  # training goes on; `record_cells` tries again at the end
+            if only_finished:
+                cells = [cell for cell in cells if walk.status(cell) == "finished"]
+            for cell in cells[:_CELLS_SENT]:
+                recorder.put(_with_figure(walk, cell, walk.record(cell)))
 
 
 def _costs(work: Sequence[Job]) -> dict[str, float]:

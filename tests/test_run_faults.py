@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
+
+from orchestrator.errors import StorageError
+from orchestrator.plan.recorded import recorded_experiments
+from orchestrator.plan.walk import prepare
+from orchestrator.run import _Run
+from orchestrator.tracking.recorder import Recorder
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -83,3 +90,32 @@ def test_a_tracking_server_that_is_down_delays_the_record_and_loses_nothing(tmp_
     again = llavolta("run", "mine.yaml")
     assert again.returncode == 0 and "nothing to do" in again.stdout and "MLflow has not" not in again.stderr
     assert (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def begun(tiny_experiment, monkeypatch):
+    """A run before its first job."""
+    monkeypatch.chdir(tiny_experiment.parent)
+    walk = prepare(tiny_experiment)
+    work = walk.tree.work(walk.ledger)
+    return walk, work, _Run(walk, work, Console(quiet=True), False)
+
+
+def test_a_record_that_cannot_be_read_stops_no_training(tiny_experiment, monkeypatch):
+    walk, work, run = begun(tiny_experiment, monkeypatch)
+    for job in work:
+        (walk.ledger.storage / "failures" / f"{job.id}.json").mkdir(parents=True)
+    with pytest.raises(StorageError):
+        walk.record(walk.cells[0])
+    with Recorder(lambda: pytest.fail("nothing can be sent"), lambda record, _: None) as recorder:
+        run._on_event({"event": "finished", "id": work[0].id, "type": "root", "attempt": 1}, recorder)
+    assert run.done == {work[0].id} and recorder.problem is None
+
+
+def test_a_plan_made_again_is_recorded_for_gc(tiny_experiment, monkeypatch):
+    walk, work, run = begun(tiny_experiment, monkeypatch)
+    assert recorded_experiments(walk.ledger.store) == []
+    assert [job.id for job in run._plan_again()] == [job.id for job in work]
+    assert {job.id for job in work} <= {
+        *recorded_experiments(walk.ledger.store)[0].states,
+        *recorded_experiments(walk.ledger.store)[0].evaluations,
+    }
