@@ -125,26 +125,25 @@ class Collector:
             if job in holders:
                 continue
             done = self._ledger.is_done(job)
-            unreached = states_too and job not in wanted.states and job not in wanted.evaluations
-            if done or unreached:
+            if done or (states_too and not wanted.reaches(job)):
                 why = "its stage run is finished" if done else "no recorded experiment reaches its stage run"
-                yield GcStep("work", job, why, size, _always(partial(self._inventory.end_work, job)))
+                yield GcStep("work", job, why, size, self._end_work(job))
 
     def _failures(self, wanted: Wanted, holders: Collection[str]) -> Iterator[GcStep]:
         """Results of evaluations stay: they are small, and numbers that once were shown."""
         for entry in self._ledger.store.names("failures"):
             job = entry.removesuffix(".json")
-            if job not in wanted.states and job not in wanted.evaluations and job not in holders:
+            if not wanted.reaches(job) and job not in holders:
                 yield GcStep("failure", job, "no recorded experiment reaches it", 0, self._delete(f"failures/{entry}"))
 
     def _leases(self, holders: Collection[str]) -> Iterator[GcStep]:
         """Leases of finished jobs and files of owners whose process is gone; other numbers must never go down."""
         store, held = self._ledger.store, set(holders)
         for job in store.names("leases"):
-            if job not in held and (self._ledger.is_done(job) or self._ledger.evaluation(job) is not None):
+            if job not in held and self._is_finished(job):
                 keys = [f"leases/{job}/{number}" for number in store.names(f"leases/{job}")]
                 for key in keys:
-                    yield GcStep("lease", key, "its job is finished", 0, self._delete(key))
+                    yield GcStep("lease", key, "its job is finished", 0, self._delete_lease(job, key))
         for entry in store.names("owners"):
             owner = entry.removesuffix(".json")
             if is_dead(self._ledger, owner):
@@ -173,6 +172,33 @@ class Collector:
 
         return drop
 
+    def _end_work(self, job: str) -> Callable[[], bool]:
+        def end() -> bool:
+            # A run records what it reaches, then holds it: one that began since the look is seen by either.
+            if not self._ledger.is_done(job) and Wanted.of(self._experiments()).reaches(job):
+                return False
+            if self._is_held(job):
+                return False
+            self._inventory.end_work(job)
+            return True
+
+        return end
+
+    def _delete_lease(self, job: str, key: str) -> Callable[[], bool]:
+        def delete() -> bool:
+            if self._is_held(job) or not self._is_finished(job):  # it is done again, as after damage
+                return False
+            self._ledger.store.delete(key)
+            return True
+
+        return delete
+
+    def _is_held(self, job: str) -> bool:
+        return Leases(self._ledger.store, "onlooker").holder(job) is not None
+
+    def _is_finished(self, job: str) -> bool:
+        return self._ledger.is_done(job) or self._ledger.evaluation(job) is not None
+
     def _delete(self, key: str) -> Callable[[], bool]:
         return _always(partial(self._ledger.store.delete, key))
 
@@ -183,6 +209,10 @@ class Wanted:
 
     states: dict[str, str]
     evaluations: frozenset[str]
+
+    def reaches(self, job: str) -> bool:
+        """Whether any of them needs a job's result."""
+        return job in self.states or job in self.evaluations
 
     @classmethod
     def of(cls, experiments: Sequence[Recorded]) -> Wanted:

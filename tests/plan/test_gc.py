@@ -110,6 +110,27 @@ def test_a_state_that_is_wanted_again_meanwhile_comes_back(ledger: Ledger) -> No
     assert Ledger(ledger.url).is_done("a") and damage(Ledger(ledger.url)) == []
 
 
+def test_work_that_was_taken_up_since_the_look_stays(
+    ledger: Ledger, hold: Callable[..., subprocess.Popen[str]]
+) -> None:
+    finish(ledger, "again")
+    for job in ("again", "held", "wanted"):
+        seal(ledger, job, 5)
+    leases = Leases(ledger.store, "before")
+    leases.acquire("again")
+    leases.close()
+    note(ledger, "one", again="weights")
+    steps = Collector(ledger).steps()
+    assert {("work", "again"), ("work", "held"), ("work", "wanted"), ("lease", "leases/again/000001.json")} <= kinds(
+        steps
+    )
+    hold(ledger, "again"), hold(ledger, "held")
+    note(ledger, "late", wanted="weights")
+    assert not any(step.remove() for step in steps)
+    assert set(open_inventory(ledger).work()) == {"again", "held", "wanted"}
+    assert Leases(ledger.store, "onlooker").holder("again") is not None
+
+
 def test_nothing_of_a_living_driver_goes(ledger: Ledger, hold: Callable[..., subprocess.Popen[str]]) -> None:
     driver = hold(ledger, "held")
     seal(ledger, "held", 5)
