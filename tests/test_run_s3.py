@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger.store_s3 import S3Store
 from orchestrator.plan.walk import Walk, prepare
 
 Llavolta = Callable[..., subprocess.CompletedProcess[str]]

@@ -11,8 +11,8 @@ from orchestrator.dispatch.failures import LOST_WORKER, TAKEN_OVER, Failure
 from orchestrator.dispatch.work_list import WorkList
 from orchestrator.dispatch.worker_log import LOG_FILE
 from orchestrator.errors import DamagedStateError, StorageError
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.leases import Leases
 
 ASK_AGAIN_SECONDS = 2.0
 

@@ -11,9 +11,9 @@ from orchestrator.dispatch.attempts import Attempt, Item
 from orchestrator.dispatch.book import Book
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
 from orchestrator.dispatch.rules import Rules
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.owners import Process
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.owners import Process
 
 WAIT = "wait"
 STOP = "stop"

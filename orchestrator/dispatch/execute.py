@@ -11,7 +11,7 @@ from orchestrator import registry
 from orchestrator.dispatch.rehearse import check_rehearsed, rehearse
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.storage import write_json
+from orchestrator.plan.ledger.storage import write_json
 
 Ending = Literal["finished", "interrupted"]
 DEFAULT_EXECUTOR = "orchestrator.dispatch.execute:execute"

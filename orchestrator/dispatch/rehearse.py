@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.plan.jobs import EvaluationJob, RehearsalJob, StageJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.storage import dump_json, parse_json
+from orchestrator.plan.ledger.storage import dump_json, parse_json
 
 
 def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:

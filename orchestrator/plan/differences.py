@@ -9,8 +9,8 @@ from typing import Any
 
 from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.ledger.storage import read_json
 from orchestrator.plan.reached import RESOLVED, draws_weights
-from orchestrator.plan.storage import read_json
 
 Values = dict[str, str]
 _SHOWN = 3

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.inventory import Inventory, open_inventory
-from orchestrator.plan.leases import Holder, Leases
+from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.owners import Observer, owner_key
+from orchestrator.plan.ledger.inventory import Inventory, open_inventory
+from orchestrator.plan.ledger.leases import Holder, Leases
+from orchestrator.plan.ledger.owners import Observer, owner_key
+from orchestrator.plan.ledger.storage import parse_json
 from orchestrator.plan.recorded import Recorded, recorded_experiments, wanted_states
-from orchestrator.plan.storage import parse_json
 
 LEFTOVER_SECONDS = 600.0
 PARTS_OF: dict[str, tuple[str, ...]] = {"full": ("weights", "checkpoint"), "weights": ("weights",), "none": ()}
@@ -91,7 +92,7 @@ class Collector:
                 yield GcStep("record", each.name, "to be forgotten", 0, self._delete(each.key))
 
     def _unused(self, wanted: Wanted, states_too: bool) -> Iterator[GcStep]:
-        holders = holders_of(self._ledger)
+        holders = living_holders(self._ledger)
         since = self._oldest_driver(holders)
         if states_too:
             yield from self._states(wanted, holders, since)
@@ -161,7 +162,7 @@ class Collector:
         return lambda: self._inventory.take_out(state, lambda: self._is_wanted(state))
 
     def _is_wanted(self, state: str) -> bool:
-        return state in wanted_states(self._experiments()) or state in holders_of(self._ledger)
+        return state in wanted_states(self._experiments()) or state in living_holders(self._ledger)
 
     def _drop(self, state: str, part: str) -> Callable[[], bool]:
         def drop() -> bool:
@@ -230,11 +231,6 @@ def recorded(ledger: Ledger) -> list[Recorded]:
         return recorded_experiments(ledger.store)
     except ValueError as error:
         raise StorageError(str(error)) from error
-
-
-def holders_of(ledger: Ledger) -> dict[str, Holder]:
-    """Jobs that living drivers work on."""
-    return Leases(ledger.store, "onlooker").holders()
 
 
 def is_dead(ledger: Ledger, owner: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.plan.leases import Holder, Leases
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.tree import StageTree
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.plan.gc import holders_of, recorded
-from orchestrator.plan.inventory import Inventory, open_inventory
+from orchestrator.plan.gc import recorded
+from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.inventory import Inventory, open_inventory
 from orchestrator.plan.recorded import Recorded, searches_of
 
 
@@ -18,7 +19,7 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    inventory, experiments, holders = open_inventory(ledger), recorded(ledger), holders_of(ledger)
+    inventory, experiments, holders = open_inventory(ledger), recorded(ledger), living_holders(ledger)
     reached: dict[str, list[tuple[str, str]]] = {}
     for each in experiments:
         for cell, known in each.cells.items():

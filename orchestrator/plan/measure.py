@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator import registry
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.identity import cache_folder, content_digest, digest
-from orchestrator.plan.storage import read_json, write_json
+from orchestrator.plan.ledger.storage import read_json, write_json
 from orchestrator.spec.components import DataSpec
 
 ROWS_READ = 2000

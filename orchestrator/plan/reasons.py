@@ -11,8 +11,8 @@ from typing import Literal
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.differences import Nearest
 from orchestrator.plan.holders import living_holders
-from orchestrator.plan.leases import Holder
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.leases import Holder
 from orchestrator.plan.tree import StageTree
 
 State = Literal["new", "running", "failed", "done"]

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger import as_name
-from orchestrator.plan.storage import dump_json, parse_json
-from orchestrator.plan.store import Store
+from orchestrator.plan.ledger.ledger import as_name
+from orchestrator.plan.ledger.storage import dump_json, parse_json
+from orchestrator.plan.ledger.store import Store
 
 if TYPE_CHECKING:
     from orchestrator.plan.walk import Walk

@@ -14,8 +14,8 @@ from orchestrator.plan.cell import Cell
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.front import pareto_front
 from orchestrator.plan.identity import digest
+from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.record import CellRecord
-from orchestrator.plan.store import Store
 from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.trial_cells import trial_cells
 

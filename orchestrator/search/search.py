@@ -15,7 +15,7 @@ from rich.console import Console
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, StorageError, UsageError
-from orchestrator.plan.leases import Leases
+from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.plan.walk import Walk, plan_trials, prepare

@@ -7,9 +7,9 @@ import time
 import uuid
 
 from orchestrator.errors import StorageError, TrackingError
-from orchestrator.plan.leases import Leases
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.record import CellRecord
-from orchestrator.plan.store import Store
 from orchestrator.tracking.recorder import Tracker
 
 WAIT_SECONDS = 60.0

@@ -15,7 +15,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.plan.storage import storage_error, storage_errors
+from orchestrator.plan.ledger.storage import storage_error, storage_errors
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.memory import Session

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.storage import storage_error
+from orchestrator.plan.ledger.storage import storage_error
 
 LEARNED_FILE = "learned.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

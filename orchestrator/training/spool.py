@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.storage import storage_errors
+from orchestrator.plan.ledger.storage import storage_errors
 
 
 class MetricsSpool:

@@ -12,7 +12,7 @@ from orchestrator.dispatch.account import Account
 from orchestrator.dispatch.failures import Failure
 from orchestrator.errors import StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.store import FolderStore
+from orchestrator.plan.ledger.store import FolderStore
 
 JOBS = (job("a"), job("b", "a"), job("c", "b"))
 

@@ -87,7 +87,7 @@ def test_damaged_weights_are_not_tested(ledger):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedStateError, match="missing or damaged: weights/model.safetensors") as told:
+    with pytest.raises(DamagedStateError, match=r"missing or damaged: weights/model\.safetensors") as told:
         evaluate_state(job(), ledger)
     assert told.value.state == STATE and ledger.evaluation("b" * 16) is None
 

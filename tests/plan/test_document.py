@@ -17,8 +17,8 @@ from orchestrator.plan.cost import Sample, train_tflops_per_sample
 from orchestrator.plan.costing import Costs
 from orchestrator.plan.document import plan_document
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.record import cell_record, cell_status
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import prepare

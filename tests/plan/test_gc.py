@@ -12,16 +12,16 @@ from stored import collect, finish, kinds, note, seal
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.gc import Collector
-from orchestrator.plan.inventory import open_inventory
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.inventory import open_inventory
+from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger_view import damage
 from orchestrator.plan.recorded import recorded_experiments
 
 HOLD = """
 import sys, time
-from orchestrator.plan.leases import Leases
-from orchestrator.plan.store import open_store
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.store import open_store
 leases = Leases(open_store(sys.argv[1]), "driver")
 leases.acquire(sys.argv[2], "lane0")
 print("held", flush=True)

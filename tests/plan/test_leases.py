@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.leases import Leases, token_of
-from orchestrator.plan.owners import Process, this_process
-from orchestrator.plan.store import Store, open_store
+from orchestrator.plan.ledger.leases import Leases, token_of
+from orchestrator.plan.ledger.owners import Process, this_process
+from orchestrator.plan.ledger.store import Store, open_store
 
 ELSEWHERE = Process("another machine", "far", 4711, 1.0)
 
@@ -54,8 +54,8 @@ def leases(store: Store) -> Iterator[Callable[..., Leases]]:
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """A process that runs `code` and is waited for until it printed a line."""
-    head = "import sys, os, json\nfrom orchestrator.plan.leases import Leases\n"
-    head += "from orchestrator.plan.store import open_store\n"
+    head = "import sys, os, json\nfrom orchestrator.plan.ledger.leases import Leases\n"
+    head += "from orchestrator.plan.ledger.store import open_store\n"
     process = subprocess.Popen(
         [sys.executable, "-c", head + code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

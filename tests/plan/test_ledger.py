@@ -5,16 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan import storage
-from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.storage import storage_errors, write_json
+from orchestrator.errors import StorageError
+from orchestrator.plan.ledger import Ledger, storage
+from orchestrator.plan.ledger.storage import storage_errors, write_json
 
 STATE = "a" * 64
 
@@ -196,23 +193,3 @@ def test_a_storage_that_is_no_folder(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_written() -> None:
     with pytest.raises(StorageError, match="storage_path"):
         Ledger("/proc/self/runs").write_failure("e1", {})
-
-
-HOLD = "import sys; from orchestrator.plan.ledger import Ledger\n"
-HOLD += "with Ledger(sys.argv[1]).lock('exp'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
-
-
-def test_one_driver_at_a_time(ledger: Ledger) -> None:
-    command = [sys.executable, "-c", HOLD, str(ledger.storage)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        assert (ledger.lock_holder("exp") or {})["pid"] == other.pid
-        with pytest.raises(UsageError, match=f"process {other.pid} on"), ledger.lock("exp"):
-            pass
-        with ledger.lock("another"):
-            pass
-        other.kill()
-    assert ledger.lock_holder("exp") is None
-    with ledger.lock("exp"):
-        assert (ledger.lock_holder("exp") or {})["pid"] == os.getpid()
-    assert ledger.lock_holder("exp") is None

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.store_s3 import S3Store
 
 STATE = "a" * 64
 MODEL = b"weights" * 1000

@@ -11,10 +11,9 @@ import pytest
 
 from orchestrator.dispatch.failures import describe
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan import storage
-from orchestrator.plan.leases import Leases
-from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.states import FolderStates
+from orchestrator.plan.ledger import Ledger, storage
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.states import FolderStates
 
 JOB = "a" * 64
 

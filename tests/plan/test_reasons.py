@@ -13,8 +13,8 @@ from ledger_work import finish, spool
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.differences import cell_values, differences
 from orchestrator.plan.document import plan_document
-from orchestrator.plan.leases import Leases
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk
 from orchestrator.report.cell_folders import write_cell_folder

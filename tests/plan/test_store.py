@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan import store as store_module
-from orchestrator.plan.store import FolderStore, open_store
+from orchestrator.plan.ledger import store as store_module
+from orchestrator.plan.ledger.store import FolderStore, open_store
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_the_first_to_create_a_key_has_it(store: FolderStore) -> None:
 
 RACE = """
 import sys
-from orchestrator.plan.store import FolderStore
+from orchestrator.plan.ledger.store import FolderStore
 store = FolderStore(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -13,9 +13,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.leases import Leases, token_of
-from orchestrator.plan.store import Store, open_store
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger.leases import Leases, token_of
+from orchestrator.plan.ledger.store import Store, open_store
+from orchestrator.plan.ledger.store_s3 import S3Store
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -172,7 +172,7 @@ def test_what_is_wrong_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_boto3_the_extra_is_named() -> None:
     code = "import sys; sys.modules['boto3'] = None\nfrom orchestrator.errors import UsageError\n"
-    code += "from orchestrator.plan.store import open_store\n"
+    code += "from orchestrator.plan.ledger.store import open_store\n"
     code += "try:\n    open_store('s3://bucket/runs')\nexcept UsageError as error:\n    print(error)\n"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install 'llavolta-orchestrator[s3]'" in said

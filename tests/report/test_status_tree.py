@@ -18,7 +18,7 @@ from ledger_work import finish, spool
 from rich.console import Console
 
 from orchestrator.plan.document import plan_document
-from orchestrator.plan.leases import Leases
+from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.plan_view import print_plan
 from orchestrator.report.status_view import print_status, status_document

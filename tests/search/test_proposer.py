@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.plan.store import open_store
+from orchestrator.plan.ledger.store import open_store
 from orchestrator.plan.trials import Trial, TrialNotes, front_of, search_id
 from orchestrator.search.proposer import Proposer
 from orchestrator.spec.loader import load_experiment

@@ -29,8 +29,8 @@ from training_workers import (
 )
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan import states, storage
 from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.ledger import states, storage
 
 
 def _jobs(made: tuple[Path, Path], zero: str = "zero2") -> tuple[StageJob, StageJob]:

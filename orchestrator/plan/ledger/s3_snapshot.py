@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator.plan.identity import digest
-from orchestrator.plan.storage import storage_errors
+from orchestrator.plan.ledger.storage import storage_errors
 
 _AT_ONCE = 8
 

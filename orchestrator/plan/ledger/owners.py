@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.storage import parse_json
+from orchestrator.plan.ledger.storage import parse_json
 
 if TYPE_CHECKING:
-    from orchestrator.plan.store import Store
+    from orchestrator.plan.ledger.store import Store
 
 _START_GRAIN_SECONDS = 0.05  # process start times are counted in ticks of 10 ms
 _QUIET_FACTOR = 10

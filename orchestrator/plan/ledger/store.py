@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.storage import fsync_folder, storage_errors, write_aside, write_atomic
+from orchestrator.plan.ledger.storage import fsync_folder, storage_errors, write_aside, write_atomic
 
 _KEY = re.compile(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -138,7 +138,7 @@ def open_store(url_or_path: str | Path) -> Store:
     """
     text = str(url_or_path)
     if text.startswith("s3://"):
-        from orchestrator.plan.store_s3 import S3Store
+        from orchestrator.plan.ledger.store_s3 import S3Store
 
         return S3Store(text)
     if "://" in text:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan import storage
 from orchestrator.plan.identity import digest, file_sha256
-from orchestrator.plan.storage import changed_files, list_files, parse_json, storage_errors
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger import storage
+from orchestrator.plan.ledger.storage import changed_files, list_files, parse_json, storage_errors
+from orchestrator.plan.ledger.store_s3 import S3Store
 
 Files = dict[str, dict[str, Any]]
 """Name of a file to its size in bytes and its SHA-256."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import StorageError
-from orchestrator.plan import storage
-from orchestrator.plan.storage import changed_files, damaged_files, missing_files, read_manifest, storage_errors
-from orchestrator.plan.store import Store
+from orchestrator.plan.ledger import storage
+from orchestrator.plan.ledger.storage import changed_files, damaged_files, missing_files, read_manifest, storage_errors
+from orchestrator.plan.ledger.store import Store
 
 Part = Literal["weights", "checkpoint"]
 PARTS: tuple[Part, ...] = ("weights", "checkpoint")
@@ -219,7 +219,7 @@ def open_states(store: Store) -> FolderStates:
         StorageError: a file stands where the folder should be.
     """
     if store.url.startswith("s3://"):
-        from orchestrator.plan.states_s3 import S3States
+        from orchestrator.plan.ledger.states_s3 import S3States
 
         return S3States(store)
     folder = Path(store.url)

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.errors import StaleWriterError
-from orchestrator.plan.leases import token_of
-from orchestrator.plan.states import FolderStates, checked, open_states
-from orchestrator.plan.storage import storage_errors
-from orchestrator.plan.store import Store, open_store
+from orchestrator.plan.ledger.leases import token_of
+from orchestrator.plan.ledger.states import FolderStates, checked, open_states
+from orchestrator.plan.ledger.storage import storage_errors
+from orchestrator.plan.ledger.store import Store, open_store
 
 _WRITING = re.compile(r"\.writing-([0-9]+)")
 _KEPT_CHECKPOINTS = 2

@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.s3_client import ATTEMPTS, error_code, s3_client, s3_errors
-from orchestrator.plan.s3_snapshot import Snapshot
-from orchestrator.plan.storage import storage_errors
+from orchestrator.plan.ledger.s3_client import ATTEMPTS, error_code, s3_client, s3_errors
+from orchestrator.plan.ledger.s3_snapshot import Snapshot
+from orchestrator.plan.ledger.storage import storage_errors
 
 _AT_ONCE = 8
 _DELETE_AT_ONCE = 1000  # the most that one request may name

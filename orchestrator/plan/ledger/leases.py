@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.owners import Beat, Observer, Process, owner_key, this_process
-from orchestrator.plan.storage import parse_json
+from orchestrator.plan.ledger.owners import Beat, Observer, Process, owner_key, this_process
+from orchestrator.plan.ledger.storage import parse_json
 
 if TYPE_CHECKING:
-    from orchestrator.plan.store import Store
+    from orchestrator.plan.ledger.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _NUMBER = re.compile(r"([0-9]{6,})\.json")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.storage import (
+from orchestrator.plan.ledger.storage import (
     MANIFEST,
     damaged_files,
     read_manifest,
@@ -100,7 +100,7 @@ class Inventory(Protocol):
 def open_inventory(ledger: Ledger) -> Inventory:
     """The inventory of a ledger's storage."""
     if ledger.url.startswith("s3://"):
-        from orchestrator.plan.inventory_s3 import S3Inventory
+        from orchestrator.plan.ledger.inventory_s3 import S3Inventory
 
         return S3Inventory(ledger)
     return FolderInventory(ledger)

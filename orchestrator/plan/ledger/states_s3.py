@@ -25,14 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
-from orchestrator.plan import storage
 from orchestrator.plan.identity import cache_folder, digest
-from orchestrator.plan.owners import machine_id
-from orchestrator.plan.s3_objects import Files, S3Objects, object_key, whole_manifest
-from orchestrator.plan.states import PARTS, FolderStates, Part, take_place
-from orchestrator.plan.storage import changed_files, dump_json, parse_json, read_manifest, storage_errors, write_json
-from orchestrator.plan.store import Store
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger import storage
+from orchestrator.plan.ledger.owners import machine_id
+from orchestrator.plan.ledger.s3_objects import Files, S3Objects, object_key, whole_manifest
+from orchestrator.plan.ledger.states import PARTS, FolderStates, Part, take_place
+from orchestrator.plan.ledger.storage import (
+    changed_files,
+    dump_json,
+    parse_json,
+    read_manifest,
+    storage_errors,
+    write_json,
+)
+from orchestrator.plan.ledger.store import Store
+from orchestrator.plan.ledger.store_s3 import S3Store
 
 _STEP = re.compile(r"step_([0-9]+)\.json")
 _SMALL = ("job.json", "result.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import shutil
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DamagedStateError, StorageError
-from orchestrator.plan.lock import hold, holder
-from orchestrator.plan.states import Part, checked
-from orchestrator.plan.storage import damaged_files, dump_json, parse_json, read_json, storage_errors
-from orchestrator.plan.unsealed import UnsealedWork
+from orchestrator.plan.ledger.states import Part, checked
+from orchestrator.plan.ledger.storage import damaged_files, dump_json, parse_json, read_json, storage_errors
+from orchestrator.plan.ledger.unsealed import UnsealedWork
 
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
 
@@ -181,24 +179,6 @@ class Ledger(UnsealedWork):
             StorageError: the storage cannot be written.
         """
         self._states.point_to(checked(state), cell_folder, record)
-
-    def lock(self, experiment: str = "storage") -> contextlib.AbstractContextManager[None]:
-        """Holds this storage, or one experiment of it, for one driver; a driver that dies lets go.
-
-        Without leases two experiments may want the same stage run: hold the whole storage.
-
-        Raises:
-            UsageError: another driver holds it.
-            StorageError: the folder cannot be written.
-        """
-        return hold(self._lock_file(experiment), f"{experiment} in {self.storage}")
-
-    def lock_holder(self, experiment: str = "storage") -> dict[str, Any] | None:
-        """`pid`, `host` and `since` of the driver that holds `lock`; None where none does."""
-        return holder(self._lock_file(experiment))
-
-    def _lock_file(self, experiment: str) -> Path:
-        return self.storage / "locks" / f"{as_name(experiment)}.lock"
 
 
 def as_name(text: str) -> str:

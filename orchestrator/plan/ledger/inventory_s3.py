@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import digest, file_sha256
-from orchestrator.plan.inventory import Files, Leftover
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.s3_objects import object_key, whole_manifest
-from orchestrator.plan.storage import MANIFEST
-from orchestrator.plan.store_s3 import S3Store
+from orchestrator.plan.ledger.inventory import Files, Leftover
+from orchestrator.plan.ledger.s3_objects import object_key, whole_manifest
+from orchestrator.plan.ledger.storage import MANIFEST
+from orchestrator.plan.ledger.store_s3 import S3Store
 
 _STEP = re.compile(r"step_([0-9]+)\.json")
 
