@@ -103,14 +103,17 @@ class Conductor:
             return self._while_ranks_differ(attempt)
         return attempt.answer_after or self._hand_out(attempt, k)
 
-    def pulse(self, who: Mapping[str, Any], progress: int, has_dumped: bool) -> dict[str, bool]:
+    def pulse(
+        self, who: Mapping[str, Any], progress: int, has_dumped: bool, at: Sequence[Any] | None = None
+    ) -> dict[str, bool]:
         """A sign of life of a rank; answers whether to `stop` at the next checkpoint and to `dump` the stacks.
 
         Args:
             progress: Grows whenever the rank gets on.
             has_dumped: Whether the stacks that were asked for are written.
+            at: `k` and `last` of the item in hand, by which a conductor that was started again watches it too.
         """
-        attempt = self._attempts.get(who["attempt"])
+        attempt = self._attempts.get(who["attempt"]) or (self._take_over(who, *at) if at else None)
         self._barren.setdefault(who["lane"], 0)  # its workers had started, under an earlier conductor
         if attempt is not None:
             attempt.heard(who, self._clock(), progress, has_dumped)

@@ -91,8 +91,9 @@ class _Worker:
             pause_seconds = SHORTEST_PAUSE_SECONDS
             job = job_from_json(item["job"])
             self._ledger.fences = {job.id: item["token"]}
+            pulse.at = (k, last)
             report = self._do(job, pulse)
-            k, last = k + 1, job.id
+            k, last, pulse.at = k + 1, job.id, None
 
     def _do(self, job: Job, pulse: Pulse) -> str | dict[str, Any]:
         """Does a job; returns what to tell the conductor of it."""

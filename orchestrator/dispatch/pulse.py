@@ -33,6 +33,8 @@ class Pulse:
         self._has_dumped = False
         self.log: Path | None = None
         """Where the stacks go: the log of the job in hand."""
+        self.at: tuple[int, str | None] | None = None
+        """Number of the item in hand and the job before it."""
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._thread.start()
 
@@ -50,7 +52,7 @@ class Pulse:
 
         while not self._leave.wait(PULSE_SECONDS):
             try:
-                heard = ray.get(self._conductor.pulse.remote(self._who, self._progress, self._has_dumped))
+                heard = ray.get(self._conductor.pulse.remote(self._who, self._progress, self._has_dumped, self.at))
             except ray.exceptions.RayError:
                 return  # it is gone for good, and with it the driver; the next call for an item says so
             if heard["stop"]:

@@ -55,6 +55,20 @@ def test_ranks_go_on_in_step_when_it_dies_while_they_work(tmp_path: Path, first_
     assert settled(after) == ["a"]
 
 
+def test_a_rank_that_hangs_since_before_it_died_is_found(tmp_path: Path) -> None:
+    now = [0.0]
+    before = conductor(tmp_path, *JOBS)
+    group = Group(before)
+    group.ask()
+    account = account_of(before)
+    made = unplanned(tmp_path, stall_seconds=60.0, clock=lambda: now[0])
+    made.set_work(JOBS, True, account.known())
+    for now[0] in (0.0, 30.0, 61.0):
+        made.pulse(group.who(0), 7, True, (0, None))
+        hung = made.poll("", 0)["hung"]
+    assert [(one["job"], one["silent"]) for one in hung] == [("a", False)]
+
+
 def test_a_rank_that_had_not_asked_yet_gets_what_the_other_was_given(tmp_path: Path) -> None:
     before = conductor(tmp_path, *JOBS)
     group = Group(before, world_size=2)
