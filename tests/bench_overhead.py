@@ -6,7 +6,8 @@ Arms: `plain` (a process of its own: the same model, weights, batches and rates,
 `run` (`llavolta run` with Ray, metrics, live view and MLflow, as a user starts it) and `local` (`run --local`). They
 take turns, each in fresh processes. Ray starts its workers with a niceness, which the other arms are given too. Told
 are medians of the seconds inside a step and from step to step, which counts what happens between them as well. The
-losses of all arms must be equal, or they did not do the same work.
+losses of `run` and `local` must be equal; the plain loop takes the mean in another order of sums, so its may differ in
+the last bits.
 """
 
 from __future__ import annotations
@@ -198,16 +199,18 @@ def main() -> None:
     turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given)
-        losses = set()
+        losses: dict[str, set[tuple[float, ...]]] = {arm: set() for arm in ARMS}
         bench.run("run", 0)  # warms the file cache, writes the root and tells the niceness
         for number in range(1, given.rounds + 1):
             for arm in ARMS if number % 2 else ARMS[::-1]:
                 lines = bench.run(arm, number)
-                losses.add(tuple(line["loss"] for line in lines))
+                losses[arm].add(tuple(line["loss"] for line in lines))
                 turns[arm].append(seconds_of(lines))
                 print(f"round {number} {arm:5} {turns[arm][-1]}", flush=True)
-    found = {"niceness": bench.niceness, "losses_equal": len(losses) == 1, "arms": summary(turns)}
-    print(f"niceness {found['niceness']}; losses equal over all arms and rounds: {found['losses_equal']}")
+    ours = losses["run"] | losses["local"]
+    apart = max(abs(a - b) / b for one in losses["plain"] for other in ours for a, b in zip(other, one, strict=True))
+    found = {"niceness": bench.niceness, "losses_equal": len(ours) == 1, "apart": apart, "arms": summary(turns)}
+    print(f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; from plain at most {apart:.1e}")
     for arm, values in found["arms"].items():
         told = ", ".join(f"{key} {v['seconds']:.4f} s ({v['of_plain'] - 1:+.1%})" for key, v in values.items())
         print(f"{arm:5}  {told}")
