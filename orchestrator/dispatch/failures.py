@@ -17,7 +17,14 @@ _MAY_PASS = (OSError, EOFError)
 _STAYS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _STAYING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # By name: they come from what this file does not import. The last one notes a smaller size for the next attempt.
-_PASSING_KINDS = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError", "MicroBatchTooLarge"}
+_PASSING_KINDS = {
+    "DistError",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "RayActorError",
+    "MicroBatchTooLarge",
+}
 _PASSING_MODULES = ("httpx", "httpcore", "requests", "urllib3", "botocore")
 # A RuntimeError of torch says only in words whether a peer, the network or the device is at fault.
 _PASSING_WORDS = re.compile(
