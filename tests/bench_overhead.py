@@ -6,8 +6,7 @@ Arms: `plain` (a process of its own: the same model, weights, batches and rates,
 `run` (`llavolta run` with Ray, metrics, live view and MLflow, as a user starts it) and `local` (`run --local`). They
 take turns, each in fresh processes. Ray starts its workers with a niceness, which the other arms are given too. Told
 are medians of the seconds inside a step and from step to step, which counts what happens between them as well. The
-losses of `run` and `local` must be equal; the plain loop takes the mean in another order of sums, so its may differ in
-the last bits.
+losses must be equal, or the arms did not do the same work.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     recipe = PhaseSpec.model_validate(job.recipe)
     size = recipe.global_batch_size
     model = build_model(ModelSpec.model_validate(job.model), weights)
-    if points := job.table[0].points:
-        attach(model, list(points))
+    attach(model, list(job.table[0].points))  # without points too: it computes logits only where a label needs them
     set_trainable(model, recipe.train, lora=False)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
     rates = [group["lr"] for group in groups]
