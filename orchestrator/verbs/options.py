@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,3 +34,13 @@ def terminal() -> Any:
     from rich.console import Console
 
     return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+
+
+def tell_unsent(cells: Sequence[str], problem: str | None) -> None:
+    """Says on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
+    if problem:
+        print(
+            f"MLflow has not recorded {', '.join(cells)}: {problem}\n"
+            "nothing is lost: run the same command when the server is up",
+            file=sys.stderr,
+        )

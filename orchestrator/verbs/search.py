@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
-from orchestrator.verbs.options import Json, MaxHours, Set, Spec, print_json, terminal
+from orchestrator.verbs.options import Json, MaxHours, Set, Spec, print_json, tell_unsent, terminal
 
 
 def search(
@@ -38,10 +37,5 @@ def search(
     else:
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
         console.print(f"front: {', '.join(front) or 'no trial is finished'}", highlight=False)
-    if outcome.tracking_problem:
-        print(
-            f"MLflow has not recorded {', '.join(outcome.unsent)}: {outcome.tracking_problem}\n"
-            "nothing is lost: run the same command when the server is up",
-            file=sys.stderr,
-        )
+    tell_unsent(outcome.unsent, outcome.tracking_problem)
     raise typer.Exit(outcome.exit_code)

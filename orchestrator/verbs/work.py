@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.verbs.options import Json, MaxHours, Set, Spec, print_json, terminal
+from orchestrator.verbs.options import Json, MaxHours, Set, Spec, print_json, tell_unsent, terminal
 
 
 def run(
@@ -43,12 +43,7 @@ def run(
         if outcome.executed == 0:
             console.print("nothing to do: what could be run is done", highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
-    if outcome.tracking_problem:
-        print(
-            f"MLflow has not recorded {', '.join(outcome.unsent)}: {outcome.tracking_problem}\n"
-            "nothing is lost: run the same command when the server is up",
-            file=sys.stderr,
-        )
+    tell_unsent(outcome.unsent, outcome.tracking_problem)
     raise typer.Exit(outcome.exit_code)
 
 
