@@ -59,14 +59,14 @@ def in_a_folder(spec: Path, llavolta: Llavolta, *options: str) -> dict[str, Any]
 
 def killed_after_a_checkpoint(spec: Path, store: S3Store, *options: str) -> None:
     """Runs until the bucket holds an in-stage checkpoint, then kills the driver."""
-    log = open(spec.parent / "killed.txt", "w")  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "run", str(spec), *options],
-        cwd=spec.parent,
-        stdout=log,
-        stderr=log,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    with open(spec.parent / "killed.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", "run", str(spec), *options],
+            cwd=spec.parent,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     while not any(re.fullmatch(r"work/[0-9a-f]+/step_[0-9]+\.json", key) for key in store.sizes("work")):
         assert process.poll() is None, (spec.parent / "killed.txt").read_text()
     process.send_signal(signal.SIGKILL)

@@ -248,7 +248,7 @@ def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(store: Store, 
                 two.release("job")
                 two.acquire("job")
 
-    slow = Leases(Late(store, meanwhile), "slow")  # type: ignore[arg-type]
+    slow = Leases(Late(store, meanwhile), "slow")
     assert slow.acquire("job") is None and token_of(store, "job") == 3 and two.holds("job")
     assert store.names("leases/job") == ["000003.json"] and one.acquire("job") is None
     slow.close()
@@ -257,7 +257,7 @@ def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(store: Store, 
 def test_numbers_that_begin_anew_are_not_gone_past(store: Store, leases: Callable[..., Leases]) -> None:
     one, two = leases("one"), leases("two")
     one.acquire("job")
-    slow = Leases(Late(store, lambda: two.acquire("job"), lambda: one.forget("job")), "slow")  # type: ignore[arg-type]
+    slow = Leases(Late(store, lambda: two.acquire("job"), lambda: one.forget("job")), "slow")
     assert slow.acquire("job") is None and two.holds("job")
     slow.close()
 

@@ -220,7 +220,7 @@ def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -
     one.write_failure("f" * 64, {"error": "no"})
     one.write_evaluation("e" * 64, {"metrics": {"accuracy": 0.5}})
     sent: list[str] = []
-    two.store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url))  # type: ignore[attr-defined]
+    two.store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url))
 
     def ask() -> None:
         assert two.is_done(STATE) and two.has(STATE, "checkpoint") and two.stored_checkpoints() == {STATE: 7}
@@ -236,7 +236,7 @@ def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -
     assert len(sent) == 4 + 3  # four listings, three values
     two = machine("two")  # a new process
     sent.clear()
-    two.store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url))  # type: ignore[attr-defined]
+    two.store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url))
     with two.snapshot(), two.snapshot():
         ask()
         assert len(sent) == 4  # values are kept on the machine

@@ -37,7 +37,7 @@ def test_damage_in_a_bucket(bucket: str) -> None:
     ledger = Ledger(f"{bucket}/damage")
     finish(ledger, "a")
     finish(ledger, "b")
-    (key,) = [key for key, size in ledger.store.sizes("objects/a").items() if size == 1000]  # type: ignore[attr-defined]
+    (key,) = [key for key, size in ledger.store.sizes("objects/a").items() if size == 1000]
     ledger.store.write(key, b"x" * 999 + b"y")
     (found,) = damage(Ledger(ledger.url))
     assert (found["id"], found["files"]) == ("a", ["weights/model.safetensors"])

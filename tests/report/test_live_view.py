@@ -207,4 +207,4 @@ def test_it_shows_itself_while_it_is_entered_and_ends_with_its_block(walk: Walk)
     view, out = view_of(walk, walk.tree.work(walk.ledger))
     with view:
         tell(view, "started", stage_runs(walk)[0])
-    assert "0/9 jobs" in out.getvalue() and not view._thread.is_alive()  # type: ignore[union-attr]
+    assert "0/9 jobs" in out.getvalue() and not view._thread.is_alive()

@@ -40,7 +40,7 @@ def again(walk: Walk) -> Walk:
 def screen(show: Any, document: dict[str, Any], width: int = 120, terminal: bool = True) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
     show(document, console)
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
+    return str(console.file.getvalue())
 
 
 def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from typing import ClassVar
 
 import optuna
 import pytest
@@ -29,7 +30,7 @@ PATH = "phases.finetune.schedule"
 class FromHypothesis:
     """Draws with Hypothesis; refuses a parameter whose range changes from draw to draw, as TPE does."""
 
-    ranges: dict[str, tuple] = {}  # noqa: RUF012
+    ranges: ClassVar[dict[str, tuple]] = {}
 
     def __init__(self, data: st.DataObject, space: object) -> None:
         self.data, self.space = data, space

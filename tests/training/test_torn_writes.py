@@ -292,6 +292,6 @@ def test_a_full_disk_stops_a_stage_run_and_room_lets_it_go_on(
     subprocess.run(["mount", "-o", f"remount,size={size_kib}k", disk], check=True)
     said = launch(1, too_full, disk / "runs", job)
     assert "no space left on its disk" in said and "cluster.storage_path" in said
-    assert f"{disk}/runs/work/{job.id}/.writing-0/{what}" in said
+    assert str(disk.joinpath("runs", "work", job.id, ".writing-0", what)) in said
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
     assert launch(1, trained, disk / "runs", (job,)) == {job.id: alone("zero2", 1)[job.id]}

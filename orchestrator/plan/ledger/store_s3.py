@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +45,8 @@ class S3Store:
         self._bucket, self._prefix = parts.netloc, f"{prefix}/" if prefix else ""
         self._conditional = False
         self._view: Snapshot | None = None
-        try:
-            import boto3  # noqa: F401
-        except ImportError:
-            raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'") from None
+        if importlib.util.find_spec("boto3") is None:
+            raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'")
         with self._errors():
             self._client = s3_client()
 
