@@ -1,4 +1,4 @@
-"""Tensor pieces that merging and selecting methods share: places by score, means of members, cosines.
+"""Tensor pieces that merging and selecting methods share: means of members, cosines, distances.
 
 Sums over members are matrix products and not `index_add`: its order on a GPU is not fixed, and a method that selects
 by what was merged before must select the same again.
@@ -29,11 +29,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def tokens_at(hidden_BND: Tensor, index_BM: Tensor) -> Tensor:
     """The tokens at some places of each image or row: B x M x D."""
     return hidden_BND.gather(1, index_BM.unsqueeze(2).expand(-1, -1, hidden_BND.shape[2]))
-
-
-def ranking(scores_BN: Tensor) -> Tensor:
-    """Places by falling score, B x N; of equal scores the first place comes first."""
-    return scores_BN.detach().sort(dim=1, descending=True, stable=True).indices
 
 
 def merge_members(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | None = None) -> Tensor:
@@ -70,17 +65,21 @@ def sum_members(values_XBN: Tensor, slots_BN: Tensor, kept: int) -> Tensor:
     return sums.scatter_add_(-1, slots_BN.expand_as(values_XBN), values_XBN)
 
 
-def cosines(first_BND: Tensor, second_BMD: Tensor, steady: bool = False) -> Tensor:
-    """Cosine of every token with every other, B x N x M, in float32 at least; 0 with a token that is all zero.
+def cosines(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
+    """Cosine of every token with every other, B x N x M, in float64; 0 with a token that is all zero.
 
-    Args:
-        first_BND: Tokens.
-        second_BMD: Tokens.
-        steady: Sums in float64, so that equal tokens (the newlines of LLaVA-NeXT) have equal cosines wherever they
-            stand; sums in float32 differ in the last bit from place to place, and with them the choice among equals.
+    Products of float32 would be fewer bits on a GPU where TF32 is allowed; compare with `choices` and a scale of 1.
     """
     with full_precision(first_BND.device):
-        first_BND, second_BMD = (normalize(at_least_float32(one), dim=-1) for one in (first_BND, second_BMD))
-        if steady:
-            return (first_BND.double() @ second_BMD.double().mT).to(first_BND.dtype)
-        return first_BND @ second_BMD.mT
+        return normalize(first_BND.double(), dim=-1) @ normalize(second_BMD.double(), dim=-1).mT
+
+
+def distances(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
+    """L2 distance of every token to every other, B x N x M, in float64.
+
+    Distances and not their squares: an error of the tokens moves them by no more than itself.
+    """
+    first_BND, second_BMD = first_BND.double(), second_BMD.double()
+    lengths_BNM = first_BND.square().sum(2, keepdim=True) + second_BMD.square().sum(2).unsqueeze(1)
+    with full_precision(first_BND.device):
+        return torch.baddbmm(lengths_BNM, first_BND, second_BMD.mT, alpha=-2).clamp(min=0).sqrt()

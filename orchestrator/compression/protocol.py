@@ -8,7 +8,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.merging import ranking, tokens_at
+from orchestrator.compression.choices import top_tokens as top_tokens
+from orchestrator.compression.merging import tokens_at
 from orchestrator.spec.components import CompressorSpec, Grid
 
 IGNORED: Final = -100
@@ -147,11 +148,6 @@ def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
         sizes_BM=context.sizes_BN.gather(1, index_BM),
         sources_BM=index_BM,
     )
-
-
-def top_tokens(scores_BN: Tensor, kept: int) -> Tensor:
-    """The `kept` highest scores of each row as rising indices (B x kept); of equal scores the first."""
-    return ranking(scores_BN)[:, :kept].sort(dim=1).values
 
 
 def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") -> Tensor:

@@ -50,6 +50,17 @@ def resident_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def _processor() -> str:
+    """The processor's model, which decides what its kernels round; its architecture where the system does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
     """How it was computed: what may move the last bits, and is flagged where two cells in one table differ."""
     on_gpu = group.device().type == "cuda"
@@ -57,6 +68,8 @@ def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
         "world_size": group.world_size(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "cpu": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "zero_stage": zero_stage(session.config),
         "offload": "offload_optimizer" in session.config.get("zero_optimization", {}),
         "dtype": str(session.compute_dtype).removeprefix("torch."),

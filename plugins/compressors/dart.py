@@ -48,6 +48,7 @@ class Dart:
         """
         import torch
 
+        from orchestrator.compression.choices import is_top, places_of
         from orchestrator.compression.merging import cosines
         from orchestrator.compression.protocol import take
 
@@ -63,19 +64,16 @@ class Dart:
             chosen_BN = torch.zeros(images, tokens, dtype=torch.bool, device=visual_BND.device)
             chosen_BN.scatter_(1, own_BP, True)
             cosine_BPN = cosines(pivots_BPD, visual_BND)
-            rank_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
             for pivot in range(cosine_BPN.shape[1]):
-                free_BN = cosine_BPN[:, pivot].masked_fill(chosen_BN, torch.inf)
-                order_BN = free_BN.sort(dim=1, stable=True).indices
-                taken_BN = rank_BN < quotas_BP[:, pivot : pivot + 1]
-                chosen_BN |= torch.zeros_like(chosen_BN).scatter_(1, order_BN, taken_BN)
-            # Exactly `kept` are chosen in every row; a stable sort puts them first, in raster order.
-            index_BM = chosen_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :kept]
+                unlike_BN = (-cosine_BPN[:, pivot]).masked_fill(chosen_BN, -torch.inf)
+                chosen_BN |= is_top(unlike_BN, quotas_BP[:, pivot : pivot + 1], scale=1)
+            index_BM = places_of(chosen_BN, kept)  # exactly `kept` are chosen in every row
         return take(visual_BND, index_BM, context)
 
     def _pivots(self, visual_BND: Tensor, context: Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Indices and hidden states of the visual pivots; hidden states of the text pivots and how many are real."""
-        from orchestrator.compression.merging import ranking, tokens_at
+        from orchestrator.compression.choices import ranked
+        from orchestrator.compression.merging import tokens_at
 
         if context.row_keys_RND is None or context.text_RN is None or context.columns_BN is None:
             raise ValueError("the keys of the layer before it are not known here")
@@ -83,8 +81,8 @@ class Dart:
         norms_RN = context.row_keys_RND.float().abs().sum(2)
         rows_B = context.rows_B.to(norms_RN.device)
         norms_BN = norms_RN[rows_B].gather(1, context.columns_BN)
-        own_BP = ranking(norms_BN)[:, :own]
-        text_RP = ranking(norms_RN.masked_fill(~context.text_RN, -1))[:, : self.spec.text_pivots]
+        own_BP = ranked(norms_BN, own)
+        text_RP = ranked(norms_RN.masked_fill(~context.text_RN, -1), self.spec.text_pivots)
         text_RPD = tokens_at(context.hidden_RND, text_RP)
         num_text_R = context.text_RN.sum(1).clamp(max=self.spec.text_pivots)
         return own_BP, tokens_at(visual_BND, own_BP), text_RPD[rows_B], num_text_R[rows_B]

@@ -46,26 +46,26 @@ def farthest(visual_BND: Tensor, kept: int) -> Tensor:
     """The places of `kept` tokens of each image, rising, B x M (Algorithm 1; distance = 1 - cosine).
 
     The first is the token whose nearest neighbour is farthest; each next one the token whose nearest chosen one is
-    farthest. Of equals the first in order is taken.
+    farthest. Of equals (`choices.TOLERANCE` of cosine) the first in order is taken.
     """
     import torch
 
+    from orchestrator.compression.choices import argmin
     from orchestrator.compression.merging import cosines
 
     images, tokens = visual_BND.shape[:2]
     if kept == tokens:
         return torch.arange(tokens, device=visual_BND.device).expand(images, -1)
     # Nearness (the cosine) instead of distance saves a pass; chosen tokens are infinitely near.
-    # Steady: two tokens nearest to each other tie for the first place, and a rounded sum would pick either.
-    nearness_BNN = cosines(visual_BND, visual_BND, steady=True)
+    nearness_BNN = cosines(visual_BND, visual_BND)
     nearness_BNN.diagonal(dim1=1, dim2=2).fill_(-float("inf"))
     chosen_BM = torch.empty(images, kept, dtype=torch.long, device=visual_BND.device)
     nearest_BN = nearness_BNN.amax(2)
     rows = torch.arange(images, device=visual_BND.device)
     for number in range(kept):
-        token_B = nearest_BN.argmin(1)
+        token_B = argmin(nearest_BN, scale=1)
         chosen_BM[:, number] = token_B
         near_BN = nearness_BNN[rows, token_B]
         nearest_BN = near_BN if number == 0 else torch.maximum(nearest_BN, near_BN, out=nearest_BN)
         nearest_BN[rows, token_B] = float("inf")
-    return chosen_BM.sort(1).values
+    return chosen_BM.sort(1).values  # places, no two alike

@@ -64,41 +64,39 @@ class KMeans:
 def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
     """The cluster of each token, B x N; every cluster of 0 to `kept` - 1 has a member.
 
-    A token goes to the nearest centre (of several, the first); a centre without tokens stays where it is.
+    A token goes to the nearest centre (of several within `choices.TOLERANCE` the first); a centre without tokens stays where it is.
     """
     import torch
 
-    from orchestrator.compression.merging import at_least_float32, full_precision
+    from orchestrator.compression.choices import argmin
+    from orchestrator.compression.merging import distances, full_precision
     from orchestrator.compression.protocol import evenly_spaced
 
-    tokens_BND = at_least_float32(visual_BND)
-    tokens = tokens_BND.shape[1]
-    with full_precision(visual_BND.device):
-        centres_BMD = tokens_BND[:, evenly_spaced(tokens, kept, visual_BND.device)]
-        distance_BNM = _distances(tokens_BND, centres_BMD)
-        slots_BN = distance_BNM.argmin(2)
-        for _ in range(iterations - 1):
+    tokens_BND = visual_BND.double()
+    centres_BMD = tokens_BND[:, evenly_spaced(tokens_BND.shape[1], kept, visual_BND.device)]
+    lengths_BN1 = tokens_BND.norm(dim=2, keepdim=True)
+    distance_BNM = tokens_BND.new_empty(0)
+    slots_BN = torch.empty(0, dtype=torch.long, device=visual_BND.device)
+    for number in range(iterations):
+        if number:
             members_BMN = torch.zeros_like(distance_BNM.mT).scatter_(1, slots_BN.unsqueeze(1), 1)
             counts_BM1 = members_BMN.sum(2, keepdim=True)
-            means_BMD = members_BMN @ tokens_BND / counts_BM1.clamp(min=1)
+            with full_precision(visual_BND.device):
+                means_BMD = members_BMN @ tokens_BND / counts_BM1.clamp(min=1)
             centres_BMD = torch.where(counts_BM1 > 0, means_BMD, centres_BMD)
-            distance_BNM = _distances(tokens_BND, centres_BMD)
-            before_BN, slots_BN = slots_BN, distance_BNM.argmin(2)
-            # An image that has settled stays as it is, whatever its neighbours in the batch still do.
-            if torch.equal(before_BN, slots_BN):
-                break
+        distance_BNM = distances(tokens_BND, centres_BMD)
+        # A centre is no longer than token and distance together, so this is the scale of the errors of both.
+        before_BN, slots_BN = slots_BN, argmin(distance_BNM, lengths_BN1 + distance_BNM.amin(2, keepdim=True))
+        # An image that has settled stays as it is, whatever its neighbours in the batch still do.
+        if torch.equal(before_BN, slots_BN):
+            break
     own_BN = distance_BNM.gather(2, slots_BN.unsqueeze(2)).squeeze(2)
-    return _fill_empty(slots_BN, own_BN, kept)
+    return _fill_empty(slots_BN, own_BN, lengths_BN1.mean(1) + own_BN.amax(1, keepdim=True), kept)
 
 
-def _distances(tokens_BND: Tensor, centres_BMD: Tensor) -> Tensor:
-    """Squared L2 distances, B x N x M."""
-    lengths_BN1 = tokens_BND.square().sum(2, keepdim=True)
-    return lengths_BN1 + centres_BMD.square().sum(2).unsqueeze(1) - 2 * (tokens_BND @ centres_BMD.mT)
-
-
-def _fill_empty(slots_BN: Tensor, own_BN: Tensor, kept: int) -> Tensor:
+def _fill_empty(slots_BN: Tensor, own_BN: Tensor, scale_B1: Tensor, kept: int) -> Tensor:
     """Gives each empty cluster, in order, the token farthest from its centre among clusters of several members."""
+    from orchestrator.compression.choices import argmax
     from orchestrator.compression.merging import sum_members
 
     ones_BN = slots_BN.new_ones(slots_BN.shape)
@@ -108,7 +106,7 @@ def _fill_empty(slots_BN: Tensor, own_BN: Tensor, kept: int) -> Tensor:
         if not bool(empty_BM.any()):
             return slots_BN
         alone_BN = counts_BM.gather(1, slots_BN) < 2
-        token_B1 = own_BN.masked_fill(alone_BN, -float("inf")).argmax(1, keepdim=True)
+        token_B1 = argmax(own_BN.masked_fill(alone_BN, -float("inf")), scale_B1).unsqueeze(1)
         first_empty_B1 = empty_BM.long().argmax(1, keepdim=True)
         unchanged_B1 = slots_BN.gather(1, token_B1)
         slots_BN = slots_BN.scatter(1, token_B1, first_empty_B1.where(empty_BM.any(1, keepdim=True), unchanged_B1))

@@ -73,10 +73,12 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
     """Which of the `kept` tokens each token ends in, B x N, and the places of their destinations, rising, B x M.
 
     Each round: every second token present (the 1st, 3rd, ...) finds the most alike among the others; the pairs most
-    alike are merged, at most half of the tokens present. Of equals the first in order is taken.
+    alike are merged, at most half of the tokens present. Of equals (`choices.TOLERANCE` of cosine) the first
+    in order is taken.
     """
     import torch
 
+    from orchestrator.compression.choices import places_of
     from orchestrator.compression.merging import at_least_float32, merge_members
 
     images, tokens = visual_BND.shape[:2]
@@ -88,9 +90,7 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
         next_Bn, stays_Bn = _round(present_BnD, merges)
         left -= merges
         slots_BN = next_Bn.gather(1, slots_BN)
-        places_Bn = torch.arange(stays_Bn.shape[1], device=visual_BND.device)
-        places_Bn = torch.where(stays_Bn, places_Bn, tokens).sort(1).values[:, :left]  # a mask would wait for the GPU
-        sources_BN = sources_BN.gather(1, places_Bn)
+        sources_BN = sources_BN.gather(1, places_of(stays_Bn, left))
         if left > kept:
             present_BnD = merge_members(tokens_BND, slots_BN, left, sizes_BN)
     return slots_BN, sources_BN
@@ -100,11 +100,13 @@ def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
     """One round: where each of n tokens goes among those left, and which stay."""
     import torch
 
+    from orchestrator.compression.choices import argmax, top_tokens
     from orchestrator.compression.merging import cosines
 
     images, present = present_BnD.shape[:2]
-    best_BA, partner_BA = cosines(present_BnD[:, ::2], present_BnD[:, 1::2], steady=True).max(2)
-    merged_Br = best_BA.argsort(dim=1, descending=True, stable=True)[:, :merges]
+    alike_BAC = cosines(present_BnD[:, ::2], present_BnD[:, 1::2])
+    partner_BA = argmax(alike_BAC, scale=1)
+    merged_Br = top_tokens(alike_BAC.amax(2), merges, scale=1)
     goes_Bn = torch.arange(present, device=present_BnD.device).repeat(images, 1)
     goes_Bn.scatter_(1, 2 * merged_Br, 2 * partner_BA.gather(1, merged_Br) + 1)
     stays_Bn = torch.ones_like(goes_Bn, dtype=torch.bool).scatter_(1, 2 * merged_Br, False)

@@ -53,7 +53,7 @@ class VisionZip:
         """
         import torch
 
-        from orchestrator.compression.merging import ranking
+        from orchestrator.compression.choices import is_top, places_of
         from orchestrator.compression.protocol import take
 
         if context.cls_attention_BN is None or context.cls_keys_BND is None:
@@ -61,13 +61,14 @@ class VisionZip:
         kept = self.spec.kept_tokens(grid)
         contextual = round(self.spec.contextual_ratio * kept)
         with torch.no_grad():
-            order_BN = ranking(context.cls_attention_BN)
-            others_BR = order_BN[:, kept - contextual :].sort(dim=1).values
+            dominant = kept - contextual
+            is_dominant_BN = is_top(context.cls_attention_BN, dominant)
+            others_BR = places_of(~is_dominant_BN, visual_BND.shape[1] - dominant)
             step = max(1, others_BR.shape[1] // max(1, contextual))
             is_target_R = torch.zeros(others_BR.shape[1], dtype=torch.bool, device=visual_BND.device)
             is_target_R[: step * contextual : step] = True
             targets_BC, members_BE = others_BR[:, is_target_R], others_BR[:, ~is_target_R]
-            index_BM = torch.cat([order_BN[:, : kept - contextual], targets_BC], dim=1).sort(dim=1).values
+            index_BM = places_of(is_dominant_BN.scatter(1, targets_BC, True), kept)
         if not contextual or not members_BE.shape[1]:
             return take(visual_BND, index_BM, context)
         nearest_BE = _nearest(context.cls_keys_BND, targets_BC, members_BE)
@@ -98,6 +99,7 @@ class VisionZip:
 
 def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
     """The target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
+    from orchestrator.compression.choices import argmax
     from orchestrator.compression.merging import cosines, tokens_at
 
-    return cosines(tokens_at(keys_BND, members_BE), tokens_at(keys_BND, targets_BC)).argmax(2)
+    return argmax(cosines(tokens_at(keys_BND, members_BE), tokens_at(keys_BND, targets_BC)), scale=1)

@@ -17,6 +17,32 @@ GRIDS = (Grid(5, 7), Grid(1, 13), Grid(6, 4), Grid(9, 2), Grid(1, 1))
 WIDTH = 6
 
 
+def first_largest(scores, scale=None):
+    """The tie rule in a plain loop: the first score within 1e-5 (of the scale, or of the best) of the best."""
+    best = max(scores)
+    margin = 1e-5 * (abs(best) if scale is None else scale)
+    return next(place for place, score in enumerate(scores) if score >= best - margin)
+
+
+def ranked_of(scores, count):
+    """Places of the `count` best, best first."""
+    left, found = list(range(len(scores))), []
+    while len(found) < count:
+        found.append(left.pop(first_largest([scores[place] for place in left])))
+    return found
+
+
+def top_of(scores, count, scale=None):
+    """Places of the `count` best, rising; of those within 1e-5 of the last of them the first."""
+    if not count:
+        return []
+    last = sorted(scores, reverse=True)[count - 1]
+    margin = 1e-5 * (abs(last) if scale is None else scale)
+    above = [place for place, score in enumerate(scores) if score > last + margin]
+    equal = [place for place, score in enumerate(scores) if abs(score - last) <= margin]
+    return sorted(above + equal[: count - len(above)])
+
+
 def build(kind, **options):
     """A method by its registered name, as a user reaches it."""
     spec = registry.spec_class(registry.COMPRESSORS, kind).model_validate({"kind": kind, "layer": 0, **options})

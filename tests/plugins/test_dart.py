@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from method_checks import GRIDS, WIDTH, build, images_of
+from method_checks import GRIDS, WIDTH, build, images_of, ranked_of, top_of
 
 from orchestrator.spec.components import Grid
 
@@ -44,9 +44,9 @@ def plain(visual_ND, context, image, kept, visual_pivots, text_pivots):
     tokens, row = len(visual_ND), ROW_OF[image]
     norms = context.row_keys_RND[row].abs().sum(1).tolist()
     columns = context.columns_BN[image].tolist()
-    own = sorted(range(tokens), key=lambda token: (-norms[columns[token]], token))[: min(visual_pivots, kept)]
+    own = ranked_of([norms[column] for column in columns], min(visual_pivots, kept))
     texts = [column for column in range(len(norms)) if context.text_RN[row, column]]
-    texts = sorted(texts, key=lambda column: (-norms[column], column))[:text_pivots]
+    texts = [texts[place] for place in ranked_of([norms[column] for column in texts], min(text_pivots, len(texts)))]
     pivots = [visual_ND[token] for token in own] + [context.hidden_RND[row, column] for column in texts]
     chosen, budget = list(own), kept - len(own)
     for number, pivot in enumerate(pivots):
@@ -56,7 +56,8 @@ def plain(visual_ND, context, image, kept, visual_pivots, text_pivots):
             for token in range(tokens)
             if token not in chosen
         }
-        chosen += sorted(alike, key=lambda token, a=alike: (round(a[token], 5), token))[:share]
+        free = list(alike)
+        chosen += [free[place] for place in top_of([-alike[token] for token in free], share, scale=1)]
     return sorted(chosen)
 
 

@@ -17,6 +17,7 @@ from method_checks import (
     check_keeps_all,
     check_low_precision,
     check_refuses_too_many,
+    first_largest,
     images_of,
 )
 
@@ -27,10 +28,11 @@ def loop(visual_ND, ids, sizes, count):
     rows = visual_ND.detach().double()
     tokens = range(len(rows))
     distance = [[1 - float(F.cosine_similarity(rows[a], rows[b], dim=0)) for b in tokens] for a in tokens]
-    chosen = [max(tokens, key=lambda a: min((distance[a][b] for b in tokens if b != a), default=0))]
+    nearest = [min((distance[a][b] for b in tokens if b != a), default=0) for a in tokens]
+    chosen = [first_largest(nearest, scale=1)]
     while len(chosen) < count:
         rest = [a for a in tokens if a not in chosen]
-        chosen.append(max(rest, key=lambda a: min(distance[a][b] for b in chosen)))
+        chosen.append(rest[first_largest([min(distance[a][b] for b in chosen) for a in rest], scale=1)])
     return [(visual_ND[n], ids[n], sizes[n], n) for n in sorted(chosen)]
 
 

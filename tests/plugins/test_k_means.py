@@ -14,14 +14,15 @@ from method_checks import (
     check_keeps_all,
     check_low_precision,
     check_refuses_too_many,
+    first_largest,
     images_of,
 )
 
 from orchestrator.spec.components import Grid
 
 
-def squared(a, b):
-    return float((a - b).square().sum())
+def apart(a, b):
+    return float((a - b).norm())
 
 
 def clusters_of(tokens, count, iterations):
@@ -31,9 +32,11 @@ def clusters_of(tokens, count, iterations):
         members = [[] for _ in centres]
         distances = []
         for n, token in enumerate(tokens):
-            all_distances = [squared(token, centre) for centre in centres]
-            distances.append(min(all_distances))
-            members[all_distances.index(min(all_distances))].append(n)
+            all_distances = [apart(token, centre) for centre in centres]
+            scale = float(token.norm()) + min(all_distances)
+            nearest = first_largest([-distance for distance in all_distances], scale)
+            distances.append(all_distances[nearest])
+            members[nearest].append(n)
         centres = [
             sum(tokens[n] for n in group) / len(group) if group else centre
             for group, centre in zip(members, centres, strict=True)
@@ -41,7 +44,8 @@ def clusters_of(tokens, count, iterations):
     for group in members:
         if not group:
             movable = sorted(n for other in members if len(other) > 1 for n in other)
-            token = max(movable, key=lambda n: distances[n])
+            scale = sum(float(token.norm()) for token in tokens) / len(tokens) + max(distances)
+            token = movable[first_largest([distances[n] for n in movable], scale)]
             next(other for other in members if token in other).remove(token)
             group.append(token)
     return members
@@ -49,7 +53,7 @@ def clusters_of(tokens, count, iterations):
 
 def loop_with(iterations):
     def loop(visual_ND, ids, sizes, count):
-        members = clusters_of(list(visual_ND.detach()), count, iterations)
+        members = clusters_of(list(visual_ND.detach().double()), count, iterations)
         left = []
         for group in sorted((sorted(group) for group in members), key=lambda g: (sum(g) / len(g), g[0])):
             place = tuple(sum(axis) // len(group) for axis in zip(*[ids[n] for n in group], strict=True))

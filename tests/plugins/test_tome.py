@@ -15,7 +15,9 @@ from method_checks import (
     check_keeps_all,
     check_low_precision,
     check_refuses_too_many,
+    first_largest,
     images_of,
+    top_of,
 )
 
 from orchestrator.spec.components import Grid
@@ -26,10 +28,9 @@ def one_round(present, merges):
     first, second = present[::2], present[1::2]
     pairs = []
     for a, token in enumerate(first):
-        alike = [float(F.cosine_similarity(token["mean"].detach(), other["mean"].detach(), dim=0)) for other in second]
-        best = max(range(len(second)), key=lambda b: alike[b])
-        pairs.append((-alike[best], a, best))
-    merged = sorted(pairs)[:merges]
+        alike = [float(F.cosine_similarity(token["mean"].detach().double(), other["mean"].detach().double(), dim=0)) for other in second]
+        pairs.append((max(alike, default=-1), a, first_largest(alike, scale=1)))
+    merged = [pairs[a] for a in top_of([alike for alike, _, _ in pairs], merges, scale=1)]
     for _, a, b in merged:
         second[b]["members"] = second[b]["members"] + first[a]["members"]
     gone = {first[a]["source"] for _, a, _ in merged}

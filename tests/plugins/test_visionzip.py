@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from method_checks import GRIDS, build, check_against_loop, images_of
+from method_checks import GRIDS, build, check_against_loop, first_largest, images_of, top_of
 
 from orchestrator.spec.components import Grid
 
@@ -40,17 +40,15 @@ class Told:
         scores, keys_ND = self.attention_BN[self.image].tolist(), self.keys_BND[self.image]
         self.image += 1
         contextual = round(self.spec.contextual_ratio * kept)
-        ranked = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
-        dominant, others = ranked[: kept - contextual], sorted(ranked[kept - contextual :])
+        dominant = top_of(scores, kept - contextual)
+        others = [token for token in range(len(scores)) if token not in dominant]
         step = max(1, len(others) // max(1, contextual))
         targets = [others[number * step] for number in range(contextual)]
         members = {target: [] for target in targets}
         for token in others:
             if targets and token not in targets:
-                alike = [float(torch.cosine_similarity(keys_ND[token], keys_ND[target], dim=0)) for target in targets]
-                best = max(alike)
-                nearest = next(number for number, value in enumerate(alike) if value > best - 1e-6)
-                members[targets[nearest]].append(token)
+                alike = [float(torch.cosine_similarity(keys_ND[token].double(), keys_ND[target].double(), dim=0)) for target in targets]
+                members[targets[first_largest(alike, scale=1)]].append(token)
         left = []
         for token in sorted(dominant + targets):
             own = members.get(token, [])

@@ -16,6 +16,11 @@ from orchestrator.compression.protocol import Context, Kept
 from orchestrator.spec.components import CompressorSpec, Grid
 
 
+_VALUES = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
+_ROUNDING, _ROUNDINGS = 5e-7, 3
+"""Share by which equal values are moved, about what kernels of float32 differ by; and how often."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a method: `method(visual_BND, grid, context)` gave `kept`."""
@@ -57,7 +62,8 @@ def method_faults(call: Call) -> Iterator[str]:
     elif not torch.equal(again.hidden_BMD, call.kept.hidden_BMD.detach()):
         yield "called twice with the same tokens it gave other ones; it remembers something, or draws without a seed"
     else:
-        yield from _neighbour_faults(call)
+        neighbours = list(_neighbour_faults(call))
+        yield from neighbours or _tie_faults(call)
 
 
 def _shape_faults(call: Call) -> Iterator[str]:
@@ -155,6 +161,36 @@ def _neighbour_faults(call: Call) -> Iterator[str]:
                     "others of the batch"
                 )
                 return
+
+
+def _tie_faults(call: Call) -> Iterator[str]:
+    """Among tokens that are equal up to rounding the choice is the same, whichever way each of them was rounded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def equal(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        same = values.detach()[:, :1].expand_as(values)
+        return same * (1 + _ROUNDING * (2 * torch.rand(same.shape, generator=generator).to(same) - 1))
+
+    first: Kept | None = None
+    for _ in range(_ROUNDINGS):
+        told: dict[str, Any] = {name: equal(getattr(call.context, name)) for name in _VALUES}
+        visual_BND = equal(call.visual_BND)
+        assert visual_BND is not None
+        with torch.no_grad():
+            kept = call.method(visual_BND, call.grid, replace(call.context, **told))
+        first = first or kept
+        parts = ("sources_BM", "positions_ABM", "sizes_BM")
+        if any(
+            getattr(kept, name) is not None and not torch.equal(getattr(kept, name), getattr(first, name))
+            for name in parts
+        ):
+            yield (
+                "among equal tokens its choice hangs on the last bits, which differ from machine to machine; choose "
+                "with top_tokens, argmax or argmin of orchestrator.compression.choices: of equal ones the first"
+            )
+            return
 
 
 def _row_of_each(context: Context) -> dict[str, Any]:
