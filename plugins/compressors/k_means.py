@@ -64,7 +64,8 @@ class KMeans:
 def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
     """The cluster of each token, B x N; every cluster of 0 to `kept` - 1 has a member.
 
-    A token goes to the nearest centre (of several within `choices.TOLERANCE` the first); a centre without tokens stays where it is.
+    A token goes to the nearest centre (of several within `choices.TOLERANCE` the first); a centre
+    without tokens stays where it is.
     """
     import torch
 

@@ -28,7 +28,10 @@ def one_round(present, merges):
     first, second = present[::2], present[1::2]
     pairs = []
     for a, token in enumerate(first):
-        alike = [float(F.cosine_similarity(token["mean"].detach().double(), other["mean"].detach().double(), dim=0)) for other in second]
+        alike = [
+            float(F.cosine_similarity(token["mean"].detach().double(), other["mean"].detach().double(), dim=0))
+            for other in second
+        ]
         pairs.append((max(alike, default=-1), a, first_largest(alike, scale=1)))
     merged = [pairs[a] for a in top_of([alike for alike, _, _ in pairs], merges, scale=1)]
     for _, a, b in merged:

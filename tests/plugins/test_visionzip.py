@@ -47,7 +47,10 @@ class Told:
         members = {target: [] for target in targets}
         for token in others:
             if targets and token not in targets:
-                alike = [float(torch.cosine_similarity(keys_ND[token].double(), keys_ND[target].double(), dim=0)) for target in targets]
+                alike = [
+                    float(torch.cosine_similarity(keys_ND[token].double(), keys_ND[target].double(), dim=0))
+                    for target in targets
+                ]
                 members[targets[first_largest(alike, scale=1)]].append(token)
         left = []
         for token in sorted(dominant + targets):

@@ -15,7 +15,6 @@ from torch import Tensor
 from orchestrator.compression.protocol import Context, Kept
 from orchestrator.spec.components import CompressorSpec, Grid
 
-
 _VALUES = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
 _ROUNDING, _ROUNDINGS = 5e-7, 3
 """Share by which equal values are moved, about what kernels of float32 differ by; and how often."""
