@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from orchestrator.compression.protocol import evenly_spaced, take
+from orchestrator.compression.protocol import evenly_spaced, take, top_tokens
 from orchestrator.compression.testing import check_compressor
 from orchestrator.spec.components import CompressorSpec, amount_to_keep
 
@@ -52,9 +52,9 @@ class ChoosesForTheWholeBatch(Sound):
     """The tokens of largest norm, on average over the batch."""
 
     def compress(self, visual_BND, grid, context):
-        norms_N = visual_BND.detach().norm(dim=-1).mean(0)
-        index_M = norms_N.topk(self.spec.kept_tokens(grid)).indices.sort().values
-        return take(visual_BND, index_M.expand(len(visual_BND), -1), context)
+        norms_1N = visual_BND.detach().norm(dim=-1).mean(0, keepdim=True)
+        index_1M = top_tokens(norms_1N, self.spec.kept_tokens(grid))
+        return take(visual_BND, index_1M.expand(len(visual_BND), -1), context)
 
 
 class Remembers(Sound):
@@ -114,6 +114,15 @@ class HangsOnTheLastBits(Sound):
         return take(visual_BND, index_BM, context)
 
 
+class TiesAsTheKernelsRound(Sound):
+    """The tokens of largest norm, but which of equal ones is left to rounding."""
+
+    def compress(self, visual_BND, grid, context):
+        norms_BN = visual_BND.detach().norm(dim=-1)
+        index_BM = norms_BN.topk(self.spec.kept_tokens(grid), dim=1).indices.sort(1).values
+        return take(visual_BND, index_BM, context)
+
+
 class ChangesAllTokens(Sound):
     """Does something to the tokens even where it keeps them all."""
 
@@ -148,6 +157,7 @@ FAULTS = {
     KeepsMoreThanItSays: "says 5 tokens, compress gave 6",
     WritesIntoItsInput: "it writes into the visual tokens",
     HangsOnTheLastBits: "hangs on the last bits",
+    TiesAsTheKernelsRound: "among equal tokens its choice hangs on the last bits",
     ChangesAllTokens: "all tokens kept, layer 0: loss against the plain model",
     CutsTheGraph: "gradients differ",
     RaisesAnError: "an error stopped the checks",
