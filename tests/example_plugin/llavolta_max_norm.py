@@ -33,8 +33,7 @@ class MaxNorm:
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         """See `orchestrator.compression.Compressor`."""
-        from orchestrator.compression import take
+        from orchestrator.compression import take, top_tokens
 
         norms_BN = visual_BND.detach().float().norm(dim=2)
-        order_BN = norms_BN.sort(dim=1, descending=True, stable=True).indices
-        return take(visual_BND, order_BN[:, : self.spec.kept_tokens(grid)].sort(dim=1).values, context)
+        return take(visual_BND, top_tokens(norms_BN, self.spec.kept_tokens(grid)), context)
