@@ -33,7 +33,7 @@ class MaxNorm:
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         """See `orchestrator.compression.Compressor`."""
-        from orchestrator.compression import take, top_tokens
+        from orchestrator.compression.protocol import take, top_tokens
 
         norms_BN = visual_BND.detach().float().norm(dim=2)
         return take(visual_BND, top_tokens(norms_BN, self.spec.kept_tokens(grid)), context)
