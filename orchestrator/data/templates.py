@@ -109,7 +109,9 @@ def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Render
 def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
     """The image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
     if not row.images or [turn.role for turn in row.turns] != ["user", "assistant"]:
-        raise DataError(f"row {row.index}: plain takes one question with an image and one answer (the caption)")
+        raise DataError(
+            f"row {row.index}: plain takes one question with an image and one answer (the caption), no system text"
+        )
     images = chat.image_token * len(row.images)
     if prompt_only:
         return Rendered(images, ())
@@ -118,9 +120,14 @@ def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool)
 
 
 def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word."""
-    text, answers = VICUNA_SYSTEM + " ", []
+    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word.
+
+    A row's system text stands in the place of LLaVA's own.
+    """
+    text, answers = f"{_system_of(turns) or VICUNA_SYSTEM} ", []
     for turn in turns:
+        if turn.role == "system":
+            continue
         if turn.role == "user":
             text += f"USER: {_image_first(turn.text, chat.image_token)} "
         else:
@@ -141,8 +148,15 @@ def _image_first(text: str, image_token: str) -> str:
     return text.replace(IMAGE_MARK, image_token)
 
 
+def _system_of(turns: Sequence[Turn]) -> str | None:
+    return turns[0].text.strip() if turns and turns[0].role == "system" else None
+
+
 def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    system = _system_of(turns)
+    if system is not None:
+        messages[0]["content"] = _system_content(row, system, messages, chat)
     if prompt_only:
         return Rendered(chat.render(messages, True), ())
     if chat.render_marked is not None:
@@ -155,6 +169,37 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
         text = text[:last] + chat.eos_token + text[last:]
         answers[-1] = (first, last + len(chat.eos_token))
     return Rendered(text, tuple(answers))
+
+
+def _system_content(row: Row, system: str, messages: Sequence[dict[str, Any]], chat: ChatFormat) -> Any:
+    """The system text in the shape that the template reads: a list of parts, or a string.
+
+    Raises:
+        DataError: it leaves the text out, refuses it, or writes what it writes for a user.
+    """
+    _, question, *_ = messages
+    reason = "leaves it out"
+    for content in ([{"type": "text", "text": system}], system):
+        try:
+            text = chat.render([{"role": "system", "content": content}, question], True)
+            as_user = chat.render([{"role": "user", "content": content}, question], True)
+        except DataError:
+            raise
+        # Templates refuse by jinja's own error, and fail with any other on a shape they do not know.
+        except Exception as error:
+            reason = f"refuses it: {error}"
+            continue
+        # A template for strings writes a list as Python does.
+        if system not in text or "'type': 'text'" in text.replace(system, ""):
+            continue
+        if text == as_user:
+            reason = "takes it for the user's words"
+            continue
+        return content
+    raise DataError(
+        f"row {row.index}: it has a system text, and the model's chat template {reason}; "
+        "use conversation_template vicuna_v1, or leave the text out with ignore_keys: [system]"
+    )
 
 
 def _parts(text: str) -> list[dict[str, str]]:

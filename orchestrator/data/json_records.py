@@ -1,0 +1,186 @@
+"""Records of a JSON or JSONL file, one after the other, so that a large file never stands in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator.data.file_kinds import HEAD_BYTES, looks_like
+from orchestrator.errors import DataError
+
+CHUNK_CHARACTERS = 2**22
+_BLANKS = " \t\r\n"
+_LINES = (".jsonl", ".ndjson")
+
+
+class BadRow(ValueError):
+    """A record that cannot be used; the message says why."""
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A mapping that its file gives one key twice.
+
+    Attributes:
+        repeated: The key.
+    """
+
+    repeated: str
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Records of a `.json` file (one list) or a `.jsonl` file (`.ndjson`); a broken line comes out as a BadRow.
+
+    Bytes that are not UTF-8 come out as lone surrogates, so that they spoil their own row only.
+
+    Raises:
+        DataError: the file cannot be read, or is not what its name says; for a list perhaps after some records.
+    """
+    try:
+        with path.open("rb") as raw:
+            head = raw.read(HEAD_BYTES)
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            yield from _records(path, file, head)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _records(path: Path, file: IO[str], head: bytes) -> Iterator[Any]:
+    kind = looks_like(head)
+    if kind is not None:
+        raise DataError(f"{path} is not JSON but {kind}; LLaVA's format is a list of records, as .json or .jsonl")
+    first = _first_character(file)
+    file.seek(0)
+    lines = path.suffix.lower() in _LINES
+    if first == "":
+        raise DataError(f"{path} is empty: it has no rows")
+    if first == "[":
+        if lines:
+            raise DataError(f"{path}: this is a JSON list, not one record a line; name it .json")
+        yield from _of_list(path, file)
+    elif first == "{" and not lines:
+        raise DataError(_not_a_list(path, file))
+    elif lines:
+        yield from _of_lines(path, file)
+    else:
+        line = next(line for line in file if line.strip(_BLANKS)).strip(_BLANKS)
+        raise DataError(f"{path} is not JSON: it begins with {line[:40]!r}; LLaVA's format is a list of records")
+
+
+def _first_character(file: IO[str]) -> str:
+    while chunk := file.read(HEAD_BYTES):
+        if chunk.strip(_BLANKS):
+            return chunk.strip(_BLANKS)[0]
+    return ""
+
+
+def _of_lines(path: Path, file: IO[str]) -> Iterator[Any]:
+    whole = None
+    for line in file:
+        if not line.strip(_BLANKS):
+            continue
+        record = _parse(line)
+        if whole is None:
+            whole = record
+            if isinstance(record, BadRow) and (keys := _keys_of_mapping(path)) is not None:
+                raise DataError(f"{path} holds one mapping of {keys}, not one record a line")
+        yield record
+
+
+def _not_a_list(path: Path, file: IO[str]) -> str:
+    """What to say of a `.json` file that begins with a mapping."""
+    line = next((line for line in file if line.strip(_BLANKS)), "")
+    rest = next((line for line in file if line.strip(_BLANKS)), "")
+    if rest and isinstance(_parse(line), dict):
+        return f"{path}: this is JSON lines, one record a line, not a JSON list; name it .jsonl"
+    keys = _keys_of_mapping(path)
+    if keys is not None:
+        return f"{path} holds a dict of {keys}; LLaVA's format is a list of records"
+    return f"{path} is not JSON, nor one record a line: {_parse(line)}"
+
+
+def _keys_of_mapping(path: Path) -> str | None:
+    """Keys of a file that is one mapping; None where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return ", ".join(list(map(str, value))[:8]) or "nothing" if isinstance(value, dict) else None
+
+
+def _of_list(path: Path, file: IO[str]) -> Iterator[Any]:
+    """Records of a JSON list, read piece by piece."""
+    decoder = json.JSONDecoder(object_pairs_hook=_mapping)
+    text, place, number, ended = "", 0, 0, False
+
+    def more() -> bool:
+        nonlocal text, place, ended
+        piece = file.read(max(CHUNK_CHARACTERS, len(text) - place))
+        ended = not piece
+        if piece:
+            text, place = text[place:] + piece, 0
+        return not ended
+
+    def next_character() -> str:
+        nonlocal place
+        while True:
+            while place < len(text) and text[place] in _BLANKS:
+                place += 1
+            if place < len(text):
+                return text[place]
+            if not more():
+                return ""
+
+    def broken(reason: str) -> DataError:
+        return DataError(f"{path} is not JSON: row {number}: {reason}")
+
+    next_character()
+    place += 1  # the bracket
+    if next_character() == "]":
+        place += 1
+    else:
+        while True:
+            if next_character() == "":
+                raise broken("the file ends before its list does")
+            while True:
+                try:
+                    record, end = decoder.raw_decode(text, place)
+                except RecursionError as error:
+                    raise broken("too deeply nested") from error
+                except ValueError as error:
+                    # What is cut off by the end of the piece fails at its end, or as a string that does not end.
+                    cut = getattr(error, "pos", -1) >= len(text) - 16 or "Unterminated" in str(error)
+                    if cut and not ended and more():
+                        continue
+                    raise broken("the file ends in it" if cut else getattr(error, "msg", str(error))) from error
+                if end < len(text) or ended or not more():
+                    break
+            place = end
+            yield record
+            number += 1
+            following = next_character()
+            place += 1
+            if following == "]":
+                break
+            if following != ",":
+                raise broken(f"a comma or ] belongs before it, this is {following!r}" if following else "the file ends")
+    if rest := next_character():
+        raise broken(f"the list has ended, and there is more: {rest!r}")
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = RepeatedKeys(found)
+    seen = set[str]()
+    repeated.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return repeated
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=_mapping)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"the line is not JSON: {error}")
