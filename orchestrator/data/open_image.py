@@ -32,6 +32,21 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read; MPO (phones) counts as JPEG. Others reach rare decoders, or Ghostscript (EPS)."""
 MAX_PIXELS = 89_478_485
 """Largest picture, after padding: where Pillow begins to suspect a decompression bomb."""
+_MAGIC = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"RIFF",
+    b"GIF8",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"P1",
+    b"P2",
+    b"P3",
+    b"P4",
+    b"P5",
+    b"P6",
+)
 _ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
 _ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)
@@ -70,7 +85,10 @@ def image_size(path: str, reading: ImageReading = AS_IT_IS) -> tuple[int, int]:
 
 
 def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
-    """Decodes the whole file as training will, and compares the checksums that a decoder skips (PNG).
+    """Decodes the whole file as training will, and looks for damage that a decoder passes over.
+
+    That is checksums (PNG), and a file that ends in zeros as broken downloads do (WebP; the decoders of JPEG and others
+    tell). A flipped bit in a format without checksums cannot be told from a picture.
 
     Raises:
         BadImage: as `open_image`.
@@ -80,6 +98,11 @@ def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
     with _opened(path, reading) as image:
         if image.format == "PNG":
             image.verify()
+        elif image.format == "WEBP":
+            with open(path, "rb") as file:
+                file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+                if not file.read().strip(b"\0"):
+                    raise BadImage("is damaged: it ends in zeros")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -138,10 +161,9 @@ def _unknown(path: str) -> str:
         head = file.read(HEAD_BYTES)
     if not head:
         return "is empty"
-    kind = looks_like(head)
-    if kind is None or any(name in kind for name in ("JPEG image", "PNG", "GIF")):
-        return f"is not an image, or is damaged; formats read are {', '.join(FORMATS)}"
-    return f"is {kind}; formats read are {', '.join(FORMATS)}"
+    if head.startswith(_MAGIC):
+        return "is damaged, or of a kind that Pillow cannot read"
+    return f"is {looks_like(head) or 'not an image, or is damaged'}; formats read are {', '.join(FORMATS)}"
 
 
 def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
@@ -196,7 +218,7 @@ def _range_of_grey(image: Image.Image) -> tuple[int | None, bool]:
 def _scaled(image: Image.Image, full: int | None, inverted: bool, see_through: Any) -> Image.Image:
     """8-bit grey of 16-bit grey, rounded to nearest; with an alpha channel where one value is transparent."""
     if full is None:
-        raise BadImage(f"has grey values of 32 bits ({image.mode}), whose range nothing tells; convert it to 8 bits")
+        raise BadImage(f"has grey values (Pillow's mode {image.mode}) whose range nothing tells; convert it to 8 bits")
     values = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(values, full) * 255 + full // 2) // full
     shown = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
