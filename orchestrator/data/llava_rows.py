@@ -95,7 +95,8 @@ def parse_record(
     if not isinstance(record, dict):
         raise BadRow(f"a record is a mapping, this is {_a(record)}")
     _no_repeats(record, "the record")
-    _no_foreign_keys(record, options.ignore_keys)
+    record = {key: value for key, value in record.items() if key not in options.ignore_keys}
+    _no_foreign_keys(record)
     key = _one_of(record, _TURN_KEYS)
     if key is None:
         raise BadRow(f"it has {_listed(record)}; LLaVA's format has conversations, image")
@@ -147,15 +148,11 @@ def _kind(fault: str) -> str:
     return " ".join(word for word in fault.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
 
 
-def _no_foreign_keys(record: dict[str, Any], ignored: tuple[str, ...]) -> None:
+def _no_foreign_keys(record: dict[str, Any]) -> None:
     foreign = [
         str(key)
         for key, value in record.items()
-        if key not in _READ
-        and key not in HARMLESS
-        and key not in ignored
-        and not key.startswith("meta")
-        and not _is_nothing(value)
+        if key not in _READ and key not in HARMLESS and not key.startswith("meta") and not _is_nothing(value)
     ]
     if not foreign:
         return

@@ -1,0 +1,360 @@
+"""Records of every schema that users bring: read where they have one meaning, else told by name; files told once."""
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from conversations import say
+from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
+
+from orchestrator.data import json_records
+from orchestrator.data.llava_rows import BadRow, RecordOptions, parse_record, read_records
+from orchestrator.data.rows import ImageReading, Turn
+from orchestrator.errors import DataError
+
+FOLDER = Path("pictures")
+ASK = say("<image>\nWhat?", "A square.")
+TEXT = say("Hello", "Hi")
+OPENAI = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A square."}]
+WANTED = (Turn("user", "<image>\nWhat?"), Turn("assistant", "A square."))
+
+
+def parsed(record, template="vicuna_v1", **options):
+    return parse_record(7, record, FOLDER, template, RecordOptions(**options))
+
+
+def reason(record, **options):
+    with pytest.raises(BadRow) as told:
+        parsed(record, **options)
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": "a.png", "conversations": ASK},
+        {"image": ["a.png"], "conversations": ASK},
+        {"images": "a.png", "conversations": ASK},
+        {"images": ["a.png"], "conversations": ASK},
+        {"images": ["a.png"], "messages": OPENAI},
+        {"image": "a.png", "messages": ASK},
+        {"image": "a.png", "conversations": OPENAI},
+        {"image": "a.png", "images": [], "videos": [], "audios": None, "tools": "", "system": "", "conversations": ASK},
+        {"messages": [], "image": "a.png", "conversations": ASK},
+        {"image": "a.png", "conversations": [dict(turn, loss=None) for turn in ASK]},
+        {"image": "a.png", "conversations": [{"from": "system", "value": " "}, *ASK]},
+        {"image": "a.png", "conversations": [ASK[0], {"from": "model", "value": "A square."}]},
+        {
+            "id": True,
+            "image": "a.png",
+            "conversations": ASK,
+            "model": "gpt-4",
+            "source": "coco",
+            "width": 9,
+            "height": 6,
+        },
+        {"id": ["x", {"y": 1}], "image": "a.png", "conversations": ASK, "metadata": {"a": float("nan")}, "meta_b": 1},
+    ],
+)
+def test_one_meaning_is_read(record):
+    row = parsed(record)
+    assert row.turns == WANTED and [image.path for image in row.images] == ["pictures/a.png"] and row.index == 7
+
+
+def part(kind, **values):
+    return {"type": kind, **values}
+
+
+@pytest.mark.parametrize(
+    ("parts", "images"),
+    [
+        ([part("image"), part("text", text="\nWhat?")], ["a.png"]),
+        ([part("image", image="a.png"), part("text", text="\nWhat?")], None),
+        ([part("image", path="a.png"), part("text", text="\n"), part("text", text="What?")], None),
+        ([part("image", url="a.png", text=None), part("text", text="\nWhat?")], None),
+        ([part("image_url", image_url="a.png"), part("text", text="\nWhat?")], None),
+        ([part("image_url", image_url={"url": "a.png"}), part("text", text="\nWhat?")], []),
+        ([part("text", text="<image>\nWhat?")], ["a.png"]),
+    ],
+)
+def test_openais_parts_are_read_in_their_order(parts, images):
+    record = {"messages": [{"role": "user", "content": parts}, OPENAI[1]]}
+    row = parsed(record if images is None else record | {"images": images})
+    assert row.turns == WANTED and [image.path for image in row.images] == ["pictures/a.png"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be brief.", "conversations": TEXT},
+        {"system_prompt": "Be brief.", "conversations": TEXT},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *TEXT]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *TEXT]},
+        {"messages": [{"role": "system", "content": [part("text", text="Be brief.")]}, *TEXT], "system": None},
+    ],
+)
+def test_a_system_text_is_the_first_turn(record):
+    assert parsed(record).turns == (Turn("system", "Be brief."), Turn("user", "Hello"), Turn("assistant", "Hi"))
+    record = {**record, "image": "a.png"}
+    key = "conversations" if "conversations" in record else "messages"
+    record[key] = [*record[key][:-2], *ASK]
+    assert "plain takes one question with an image and one answer; 3 turns with a system text" in _plain(record)
+
+
+def _plain(record):
+    with pytest.raises(BadRow) as told:
+        parsed(record, "plain")
+    return str(told.value)
+
+
+FAULTS = {
+    "videos": ({"videos": ["a.mp4"], "conversations": TEXT}, "`videos` is not read: videos are not read"),
+    "audio": ({"audio": "a.wav", "conversations": TEXT}, "sounds are not read"),
+    "tools": ({"tools": "[{}]", "conversations": TEXT}, "tools are not read"),
+    "bbox": ({"bbox": [1, 2], "conversations": TEXT}, "`bbox` is not read: places in an image"),
+    "weight": (
+        {"weight": 0.5, "conversations": TEXT},
+        "it would weigh the loss; if nothing is lost with it, name it in",
+    ),
+    "zero is a value": ({"weight": 0, "conversations": TEXT}, "`weight` is not read"),
+    "rejected": ({"rejected": "b", "conversations": TEXT}, "pairs of preferences"),
+    "near name": ({"imagse": ["a.png"], "conversations": TEXT}, "`imagse` is not read: did you mean image?"),
+    "near name of the text": ({"systen": "Be brief.", "conversations": TEXT}, "did you mean system?"),
+    "unknown": ({"xyzzy": 1, "qux": 2, "conversations": TEXT}, "`xyzzy`, `qux` are not read; if"),
+    "alpaca": (
+        {"instruction": "a", "input": "", "output": "b"},
+        "it has instruction, input, output (this looks like Alp",
+    ),
+    "ms-swift": (
+        {"query": "a", "response": "b", "images": ["a.png"]},
+        "it has query, response, images (this looks like",
+    ),
+    "text": ({"text": "a"}, "it has text (this looks like plain text); LLaVA's format has conversations, image"),
+    "vqa": ({"image": "a.png", "question": "a", "answer": "b"}, "questions and answers"),
+    "conversation": ({"conversation": ASK}, "it has conversation (did you mean conversations?)"),
+    "nothing": ({}, "it has no keys; LLaVA's format has conversations, image"),
+    "id alone": ({"id": 3}, "it has id; LLaVA's format"),
+    "both images": ({"image": "a.png", "images": ["b.png"], "conversations": ASK}, "both `image` and `images`"),
+    "both turns": ({"conversations": TEXT, "messages": TEXT}, "both `conversations` and `messages`"),
+    "both systems": ({"system": "a", "system_prompt": "b", "conversations": TEXT}, "both `system` and `system_prompt`"),
+    "system twice": ({"system": "a", "conversations": [{"from": "system", "value": "b"}, *TEXT]}, "a turn from system"),
+    "system late": (
+        {"conversations": [*TEXT, {"from": "system", "value": "b"}]},
+        "turn 2 is from system, expected human",
+    ),
+    "system alone": ({"conversations": [{"from": "system", "value": "b"}]}, "the conversation has no answer"),
+    "system is a list": ({"system": ["a"], "conversations": TEXT}, "`system` is ['a'], not a string"),
+    "image in system": (
+        {"system": "<image>", "image": "a.png", "conversations": TEXT},
+        "the system text holds <image>",
+    ),
+    "images without marks": (
+        {"images": ["a.png"], "conversations": TEXT},
+        "0 <image> in the conversation, 1 images in `im",
+    ),
+    "fewer images": (
+        {"images": ["a.png"], "conversations": say("<image><image>", "b")},
+        "2 <image> in the conversation, 1",
+    ),
+    "marks alone": ({"conversations": ASK}, "1 <image> in the conversation, 0 images"),
+    "nested list": ({"image": [["a.png"]], "conversations": ASK}, "a path or a list of paths, this is ['a.png']"),
+    "image is false": ({"image": False, "conversations": ASK}, "a path or a list of paths, this is False"),
+    "image is nothing": ({"image": "", "conversations": ASK}, "a path or a list of paths, this is ''"),
+    "image as bytes": ({"image": {"bytes": "x"}, "conversations": ASK}, "this is {'bytes': 'x'}"),
+    "turn's loss": (
+        {"conversations": [TEXT[0], dict(TEXT[1], loss=True)]},
+        "`loss` of turn 1 is not read: it would weigh",
+    ),
+    "turn's weight": ({"conversations": [dict(TEXT[0], weight=0), TEXT[1]]}, "`weight` of turn 0 is not read"),
+    "turn's calls": ({"messages": [OPENAI[0], dict(OPENAI[1], tool_calls=[1])]}, "`tool_calls` of turn 1 is not read"),
+    "mixed turn": ({"conversations": [TEXT[0], dict(TEXT[1], content="b")]}, "either `from` and `value` or `role` and"),
+    "tool turn": (
+        {"messages": [OPENAI[0], {"role": "tool", "content": "b"}]},
+        "turn 1 is from 'tool'; a turn is from user",
+    ),
+    "null answer": ({"messages": [TEXT[0], {"role": "assistant", "content": None}]}, "the text of turn 1 is None"),
+    "number": ({"messages": [TEXT[0], {"role": "assistant", "content": 7}]}, "the text of turn 1 is 7, not a string"),
+    "blank answer": ({"conversations": say("a", " \n\t\u3000")}, "the answer of turn 1 is empty"),
+    "blank parts": ({"messages": [TEXT[0], {"role": "assistant", "content": []}]}, "the answer of turn 1 is empty"),
+    "audio part": (
+        {"messages": [{"role": "user", "content": [part("input_audio")]}, TEXT[1]]},
+        "of type 'input_audio'",
+    ),
+    "text is a part": (
+        {"messages": [{"role": "user", "content": ["a"]}, TEXT[1]]},
+        "a mapping with `type`, this is 'a'",
+    ),
+    "part with more": (
+        {"messages": [{"role": "user", "content": [part("image", image="a.png", bbox=[1])]}, TEXT[1]]},
+        "a part of turn 0 has type, image, bbox; beside `type` one of image, path, url, image_url is read",
+    ),
+    "image in both": (
+        {"images": ["a.png"], "messages": [{"role": "user", "content": [part("image", image="b.png")]}, TEXT[1]]},
+        "both in `images` and in the turns",
+    ),
+    "half an emoji": ({"conversations": say("what \ud83d?", "b")}, "the text of turn 0 holds '\\ud83d', half of an"),
+    "half in an answer": ({"conversations": say("a", "b\udd25")}, "the text of turn 1 holds '\\udd25'"),
+    "half in a system text": ({"system": "\ud83d", "conversations": TEXT}, "`system` holds '\\ud83d'"),
+    "half in a path": ({"image": "\ud83d.png", "conversations": ASK}, "the image's path holds '\\ud83d'"),
+    "NUL": ({"conversations": say("a\0", "b")}, "the text of turn 0 holds a NUL character"),
+    "URL": ({"image": "https://x.org/a.png", "conversations": ASK}, "https://x.org/a.png is no path; download it"),
+    "S3": ({"image": "s3://bucket/a.png", "conversations": ASK}, "is no path"),
+    "data URL": ({"image": "data:image/png;base64,iVBO", "conversations": ASK}, "is no path"),
+    "file URL": ({"image": "file:///a.png", "conversations": ASK}, "is no path"),
+    "drive": ({"image": "C:/a.png", "conversations": ASK}, "is a path of Windows"),
+    "backslash": ({"image": "train\\a.png", "conversations": ASK}, "is a path of Windows; write it with /"),
+    "absolute": ({"image": "/etc/a.png", "conversations": ASK}, "lies outside image_folder; set allow_outside_image_f"),
+    "upwards": ({"image": "../a.png", "conversations": ASK}, "../a.png lies outside image_folder"),
+    "upwards within": ({"image": "x/../../a.png", "conversations": ASK}, "lies outside image_folder"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_is_not_read_is_told_by_name(case):
+    record, words = FAULTS[case]
+    assert words in reason(record)
+
+
+def test_what_a_data_set_may_allow():
+    record = {"image": "a.png", "conversations": [dict(turn, weight=1) for turn in ASK], "score": 3}
+    assert parsed(record, ignore_keys=("score", "weight")).turns == WANTED
+    # What is left out by name is not there: the image is missed, not forgotten.
+    assert "1 <image> in the conversation, 0 images" in reason(record, ignore_keys=("score", "weight", "image"))
+    assert parsed({"system": "x", "conversations": TEXT}, ignore_keys=("system",)).turns[0].role == "user"
+    for name, path in {"/a/b.png": "/a/b.png", "../b.png": "pictures/../b.png"}.items():
+        row = parsed({"image": name, "conversations": ASK}, allow_outside_image_folder=True)
+        assert [image.path for image in row.images] == [path]
+    inside = parse_record(0, {"image": "/a/b/c.png", "conversations": ASK}, Path("/a"), "plain")
+    assert inside.images[0].path == "/a/b/c.png"
+    reading = ImageReading(pad=True, ambiguous="viewer")
+    assert parsed({"image": "a.png", "conversations": ASK}, reading=reading).images[0].reading == reading
+
+
+def records(tmp_path, data, name="data.json"):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return list(read_records(path))
+
+
+GOOD = [{"id": number, "conversations": say(f"a {number}\U0001f525é", 'b]},{\\"')} for number in range(9)]
+LINES = "\n".join(map(json.dumps, GOOD))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**22])
+@pytest.mark.parametrize("options", [{}, {"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+def test_a_list_is_read_piece_by_piece(chunk, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "CHUNK_CHARACTERS", chunk)
+    text = json.dumps(GOOD, **options)
+    for whole in (text, f"\ufeff\r\n{text}\n\n"):
+        assert records(tmp_path, whole) == records(tmp_path, whole, "DATA.JSON") == GOOD
+    assert records(tmp_path, '[1, 23, null, "x", [2], {}]') == [1, 23, None, "x", [2], {}]
+    assert records(tmp_path, "[ ]") == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_lines_are_read_under_each_of_their_names(name, end, tmp_path):
+    assert records(tmp_path, LINES.replace("\n", end), name) == GOOD
+    assert records(tmp_path, "\ufeff" + LINES, name) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.jsonl", json.dumps(GOOD), "this is a JSON list, not one record a line; name it .json"),
+        ("a.NDJSON", json.dumps(GOOD, indent=1), "this is a JSON list"),
+        ("a.json", LINES, "this is JSON lines, one record a line, not a JSON list; name it .jsonl"),
+        ("a.JSON", "\ufeff\n" + LINES, "this is JSON lines"),
+        ("a.json", json.dumps({"train": GOOD, "test": []}), "holds a dict of train, test; LLaVA's format is a list"),
+        ("a.json", json.dumps({"train": GOOD}, indent=1), "holds a dict of train;"),
+        ("a.jsonl", json.dumps({"train": GOOD}, indent=1), "holds one mapping of train, not one record a line"),
+        ("a.json", "", "is empty: it has no rows"),
+        ("a.jsonl", " \n\n", "is empty: it has no rows"),
+        ("a.json", "id,image,text\n1,a.png,b\n", "is not JSON: it begins with 'id,image,text'"),
+        ("a.json", "<!DOCTYPE html>\n<html>", "is not JSON but an HTML page: the download went wrong"),
+        ("a.json", "version https://git-lfs.github.com/spec/v1\n", "but a git-lfs pointer: run `git lfs pull`"),
+        ("a.json", b"PAR1\x15\x04", "but a parquet file"),
+        ("a.jsonl", b"ARROW1\0\0", "but an Arrow file"),
+        ("a.json", gzip.compress(b"[]"), "but a gzip file: unpack it"),
+        ("a.json", bytes(4096), "but nothing but zeros"),
+        ("a.json", json.dumps(GOOD).encode("utf-16"), "but UTF-16 text: save it as UTF-8"),
+        ("a.jsonl", LINES.encode("utf-16-le"), "but UTF-16 text"),
+        ("a.json", json.dumps(GOOD)[:-2], "row 8: the file ends in it"),
+        ("a.json", json.dumps(GOOD)[:-1], "row 9: "),
+        ("a.json", json.dumps(GOOD)[:-1] + ",", "row 9: the file ends before its list does"),
+        ("a.json", json.dumps(GOOD).replace('"id": 4', '"id": 4x'), "row 4: Expecting ',' delimiter"),
+        ("a.json", json.dumps(GOOD).replace(', {"id": 3', ' {"id": 3'), "row 3: a comma or ] belongs before it"),
+        ("a.json", json.dumps(GOOD) + "[]", "the list has ended, and there is more: '['"),
+        ("a.json", "[" * 100_000, "row 0: too deeply nested"),
+        ("a.json", "[" + "9" * 5000 + "]", "row 0: Exceeds the limit"),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_in_one_line(name, data, words, tmp_path):
+    with pytest.raises(DataError) as told:
+        records(tmp_path, data, name)
+    assert words in str(told.value) and "\n" not in str(told.value)
+    spec = LlavaJsonSpec(data_path=str(tmp_path / name))
+    assert LlavaJson(spec).check() == [str(told.value)]
+
+
+def test_a_zip_and_a_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.json", "w") as file:
+        file.writestr("b.json", "[]")
+    with pytest.raises(DataError, match="but a zip file"):
+        list(read_records(tmp_path / "a.json"))
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        list(read_records(tmp_path))
+
+
+def test_a_broken_line_and_what_is_in_a_line_spoil_their_own_row_only(tmp_path):
+    lines = [
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\\ud83d\\udd25"}]}',
+        '{"conversations": [{"from": "human", "value": "\\ud83d"}, {"from": "gpt", "value": "b"}]}',
+        b'{"conversations": [{"from": "human", "value": "caf\xe9"}, {"from": "gpt", "value": "b"}]}',
+        b'{"conversations": [{"from": "human", "value": "\xed\xa0\xbd"}, {"from": "gpt", "value": "b"}]}',
+        '{"conversations": [{"from": "human", "value": "a", "value": "c"}, {"from": "gpt", "value": "b"}]}',
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": 1, "id": 2}',
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": NaN}]}',
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": NaN}',
+        "null",
+        '{"conversations": ',
+    ]
+    data = [line.encode() if isinstance(line, str) else line for line in lines]
+    wanted = {
+        1: "holds '\\ud83d', half of an escaped character",
+        2: "holds a byte that is not UTF-8",
+        3: "holds a byte that is not UTF-8",
+        4: "turn 0 has the key `value` twice",
+        5: "the record has the key `id` twice",
+        6: "the text of turn 1 is nan, not a string",
+        8: "a record is a mapping, this is null",
+        9: "the line is not JSON",
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(data))
+    found = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.jsonl"))).scan(with_images=False)
+    assert found.bad.keys() == wanted.keys() and [row.index for row in found.rows] == [0, 7]
+    assert all(wanted[index] in fault for index, fault in found.bad.items())
+    assert found.rows[0].turns[1].text == "\U0001f525"
+    # The same in a list, but for the line that is no JSON at all.
+    (tmp_path / "a.json").write_bytes(b"[" + b",".join(data[:-1]) + b"]")
+    of_list = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.json"))).scan(with_images=False)
+    assert of_list.bad == {index: fault for index, fault in found.bad.items() if index != 9}
+
+
+def test_what_most_rows_have_in_common_is_told_once(conversation_file, pictures):
+    alpaca = [{"instruction": "a", "output": str(number)} for number in range(58)]
+    spec = LlavaJsonSpec(data_path=conversation_file(alpaca))
+    (fault,) = LlavaJson(spec).check()
+    assert fault.startswith(
+        "all 58 rows, the first is row 0: it has instruction, output (this looks like Alpaca's form"
+    )
+    missing = [{"image": f"train/{number}.png", "conversations": ASK} for number in range(40)]
+    other = [{"image": "0.png", "conversations": ASK}, {"image": "0.png", "conversations": []}]
+    spec = LlavaJsonSpec(data_path=conversation_file([*other, *missing], "b.json"), image_folder=str(pictures))
+    faults = LlavaJson(spec).check()
+    assert faults[0] == f"40 of 42 rows, the first is row 2: {pictures}/train/0.png is missing"
+    assert faults[1] == "row 1: `conversations` is empty" and len(faults) == 2
+    dropping = spec.model_copy(update={"on_bad_row": "drop"})
+    assert "97.62% of the rows are bad" in LlavaJson(dropping).check()[0]
