@@ -29,7 +29,7 @@ HARMLESS = {
     *("source", "dataset", "dataset_name", "data_source", "split", "model", "license", "language", "lang"),
     *("type", "task", "category", "width", "height"),
 }
-"""Keys of a record that say where it comes from, not what is learned; keys that begin with `meta` too."""
+"""Keys of records and turns that say where they come from, not what is learned; keys that begin with `meta` too."""
 _ROLES = {
     "system": "system",
     "human": "user",
@@ -149,11 +149,7 @@ def _kind(fault: str) -> str:
 
 
 def _no_foreign_keys(record: dict[str, Any]) -> None:
-    foreign = [
-        str(key)
-        for key, value in record.items()
-        if key not in _READ and key not in HARMLESS and not key.startswith("meta") and not _is_nothing(value)
-    ]
+    foreign = [key for key in record if key not in _READ and _says_something(key, record[key])]
     if not foreign:
         return
     first = foreign[0]
@@ -168,6 +164,10 @@ def _no_foreign_keys(record: dict[str, Any]) -> None:
         f"{named} {'is' if len(foreign) == 1 else 'are'} not read{f': {hint}' if hint else ''}; "
         "if nothing is lost with it, name it in ignore_keys"
     )
+
+
+def _says_something(key: str, value: Any) -> bool:
+    return key not in HARMLESS and not key.startswith("meta") and not _is_nothing(value)
 
 
 def _is_nothing(value: Any) -> bool:
@@ -206,7 +206,7 @@ def _turn(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, list[
     if openai and ("from" in turn or "value" in turn):
         raise BadRow(f"turn {number} has {_listed(turn)}; it is either `from` and `value` or `role` and `content`")
     speaker, content = ("role", "content") if openai else ("from", "value")
-    foreign = [k for k, v in turn.items() if k not in (speaker, content, *ignored) and not _is_nothing(v)]
+    foreign = [key for key in turn if key not in (speaker, content, *ignored) and _says_something(key, turn[key])]
     if foreign:
         why = _WHY.get(foreign[0])
         raise BadRow(f"`{_cut(foreign[0])}` of turn {number} is not read{f': {why}' if why else ''}; see ignore_keys")

@@ -43,7 +43,7 @@ def reason(record, **options):
         {"image": "a.png", "conversations": OPENAI},
         {"image": "a.png", "images": [], "videos": [], "audios": None, "tools": "", "system": "", "conversations": ASK},
         {"messages": [], "image": "a.png", "conversations": ASK},
-        {"image": "a.png", "conversations": [dict(turn, loss=None) for turn in ASK]},
+        {"image": "a.png", "conversations": [dict(turn, loss=None, id=3) for turn in ASK]},
         {"image": "a.png", "conversations": [{"from": "system", "value": " "}, *ASK]},
         {"image": "a.png", "conversations": [ASK[0], {"from": "model", "value": "A square."}]},
         {
