@@ -38,6 +38,8 @@ def read_records(path: Path) -> Iterator[Any]:
         DataError: the file cannot be read, or is not what its name says; for a list perhaps after some records.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path} is no regular file")
         with path.open("rb") as raw:
             head = raw.read(HEAD_BYTES)
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:

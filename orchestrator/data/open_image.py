@@ -50,8 +50,8 @@ _MAGIC = (
 _ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
 _ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)
-# What a step of grey is in 8 bits, where Pillow scales the pixels and leaves the transparent value as it was.
-_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+# What a PNG's value is in 8 bits, where Pillow scales the pixels and leaves the transparent value as it was.
+_STEPS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class BadImage(ValueError):
@@ -176,7 +176,7 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
         )
     full, inverted = _range_of_grey(image)
     tiles = getattr(image, "tile", ())
-    step = _GREY_STEPS.get(str(tiles[0][3])) if image.format == "PNG" and tiles else None
+    step = _STEPS.get(str(tiles[0][3])) if image.format == "PNG" and tiles else None
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     see_through = image.info.get("transparency")
@@ -185,6 +185,8 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
         shown = _scaled(image, full, inverted, see_through)
     elif step and isinstance(see_through, int):
         image.info["transparency"] = see_through * step
+    elif step and isinstance(see_through, tuple):
+        image.info["transparency"] = tuple(int(value * step) for value in see_through)
     if shown.mode == "1" and shown.has_transparency_data:
         shown = shown.convert("L")
         shown.info["transparency"] = image.info["transparency"]

@@ -15,6 +15,7 @@ from orchestrator.data.rows import ImageReading
 RNG = np.random.default_rng(0)
 COLOURS = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8))
 LIKE_LOAD_IMAGE, LIKE_A_VIEWER = ImageReading(ambiguous="load_image"), ImageReading(ambiguous="viewer")
+DEEP = RNG.integers(0, 65536, (6, 9, 3), dtype=np.uint16)
 RAMP = np.linspace(0, 65535, 6 * 9).round().astype(np.uint16).reshape(6, 9)
 EIGHT_BITS = np.round(RAMP / 257).astype(np.uint8)
 
@@ -82,9 +83,8 @@ def test_grey_of_more_than_8_bits_is_scaled_not_cut_off(name, tmp_path):
 
 
 def test_colour_of_16_bits_and_grey_of_few_bits(tmp_path):
-    colour = RNG.integers(0, 65536, (6, 9, 3), dtype=np.uint16)
-    found = pixels(open_image(written(tmp_path, png(colour, 16, 2))))
-    assert abs(found - colour / 257).max() <= 1
+    found = pixels(open_image(written(tmp_path, png(DEEP, 16, 2))))
+    assert abs(found - DEEP / 257).max() <= 1
     for bits in (1, 2, 4):
         values = RNG.integers(0, 2**bits, (6, 9))
         found = pixels(open_image(written(tmp_path, png(values, bits, 0))))
@@ -125,6 +125,7 @@ HIDDEN = {
     "palette with alphas": lambda: saved(COLOURS.quantize(8), "PNG", transparency=bytes([0, 128, 255])),
     "palette, one colour": lambda: saved(COLOURS.quantize(8), "GIF", transparency=1),
     "one colour of RGB": lambda: saved(COLOURS, "PNG", transparency=COLOURS.getpixel((3, 3))),
+    "one colour of 16 bits": lambda: png(DEEP, 16, 2, ((b"tRNS", struct.pack(">3H", *DEEP[3, 3].tolist())),)),
     "one grey": lambda: saved(COLOURS.convert("L"), "PNG", transparency=COLOURS.convert("L").getpixel((3, 3))),
     "one grey of 16 bits": lambda: png(RAMP, 16, 0, ((b"tRNS", struct.pack(">H", int(RAMP[3, 3]))),)),
     "one grey of 4 bits": lambda: png(RAMP >> 12, 4, 0, ((b"tRNS", struct.pack(">H", 5)),)),

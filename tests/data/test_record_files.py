@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zipfile
 
 import pytest
@@ -82,13 +83,16 @@ def test_a_file_that_is_something_else_is_told_in_one_line(name, data, words, tm
     assert LlavaJson(spec).check() == [str(told.value)]
 
 
-def test_a_zip_and_a_folder(tmp_path):
+def test_a_zip_a_folder_and_a_pipe(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.json", "w") as file:
         file.writestr("b.json", "[]")
     with pytest.raises(DataError, match="but a zip file"):
         list(read_records(tmp_path / "a.json"))
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         list(read_records(tmp_path))
+    os.mkfifo(tmp_path / "fifo.json")
+    with pytest.raises(DataError, match=r"fifo\.json is no regular file"):
+        list(read_records(tmp_path / "fifo.json"))
 
 
 def test_a_broken_line_and_what_is_in_a_line_spoil_their_own_row_only(tmp_path):

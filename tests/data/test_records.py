@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from conversations import say
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestrator.data.llava_rows import BadRow, RecordOptions, parse_record
 from orchestrator.data.rows import ImageReading, Turn
@@ -224,3 +226,33 @@ def test_what_a_data_set_may_allow():
     assert inside.images[0].path == "/a/b/c.png"
     reading = ImageReading(pad=True, ambiguous="viewer")
     assert parsed({"image": "a.png", "conversations": ASK}, reading=reading).images[0].reading == reading
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", " ", "<image>", "a.png", "\ud83d", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["from", "value", "role", "content", "type", "text", "image", "url", "image_url"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+_SAID = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool"])
+_TURNS = st.lists(st.fixed_dictionaries({"role": _SAID, "content": _VALUES}) | _VALUES, max_size=4)
+_KEYS = ["image", "images", "conversations", "messages", "system", "system_prompt", "id", "video"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES | _TURNS, max_size=4) | _VALUES)
+def test_anything_is_a_row_or_a_bad_one(record):
+    try:
+        row = parsed(record)
+    except BadRow as error:
+        assert str(error).isprintable()
+        return
+    assert row.turns[-1].text.encode() and sum(turn.text.count("<image>") for turn in row.turns) == len(row.images)
