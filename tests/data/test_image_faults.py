@@ -51,6 +51,22 @@ def test_a_file_cut_anywhere_is_told_or_shows_the_whole_picture(name, tmp_path, 
     assert told >= 50
 
 
+@pytest.mark.parametrize("name", CUT)
+def test_a_damaged_file_is_told_or_opens_in_the_size_its_header_says(name, tmp_path, monkeypatch):
+    """Whatever a decoder stumbles over: nothing but a BadImage comes out."""
+    monkeypatch.setattr(module, "MAX_PIXELS", 10_000)
+    kind, options = CUT[name]
+    whole = saved(Image.fromarray(RNG.integers(0, 256, (12, 15, 3), dtype=np.uint8)), kind, **options)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in RNG.integers(0, min(len(whole), 300), 3):
+            damaged[place] = RNG.integers(256)
+        path = written(tmp_path, bytes(damaged))
+        if path not in image_faults([path]):
+            found = open_image(path)
+            assert image_size(path) == (found.height, found.width)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_a_file_that_ends_in_zeros_is_told(kind, tmp_path):
     y, x = np.mgrid[:120, :160]
