@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
 from orchestrator.data.file_kinds import HEAD_BYTES, looks_like
@@ -190,11 +189,13 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
     if shown.mode == "1" and shown.has_transparency_data:
         shown = shown.convert("L")
         shown.info["transparency"] = image.info["transparency"]
+    if not shown.has_transparency_data:
+        return shown.convert("RGB")
+    shown = shown.convert("RGBA")
     without = shown.convert("RGB")
-    if not shown.has_transparency_data or reading.ambiguous == "load_image":
+    if reading.ambiguous == "load_image":
         return without
-    white = Image.new("RGBA", shown.size, "white")
-    over_white = Image.alpha_composite(white, shown.convert("RGBA")).convert("RGB")
+    over_white = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
     if strict and ImageChops.difference(without, over_white).getbbox() is not None:
         raise BadImage(
             "is transparent in parts: transformers' load_image shows the colours that a viewer hides; "
@@ -221,6 +222,8 @@ def _scaled(image: Image.Image, full: int | None, inverted: bool, see_through: A
     """8-bit grey of 16-bit grey, rounded to nearest; with an alpha channel where one value is transparent."""
     if full is None:
         raise BadImage(f"has grey values (Pillow's mode {image.mode}) whose range nothing tells; convert it to 8 bits")
+    import numpy as np  # the command line does without it until a 16-bit picture comes
+
     values = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(values, full) * 255 + full // 2) // full
     shown = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))

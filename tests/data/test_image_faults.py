@@ -51,6 +51,7 @@ def test_a_file_cut_anywhere_is_told_or_shows_the_whole_picture(name, tmp_path, 
     assert told >= 50
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", CUT)
 def test_a_damaged_file_is_told_or_opens_in_the_size_its_header_says(name, tmp_path, monkeypatch):
     """Whatever a decoder stumbles over: nothing but a BadImage comes out."""
