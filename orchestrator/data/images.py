@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from orchestrator.data.bounded_cache import BoundedCache
+from orchestrator.data.open_image import BadImage, image_size, open_image, pad_to_square
 from orchestrator.data.prefix_suffix import takes_suffix
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, UsageError
@@ -118,10 +120,9 @@ class RowImages:
             return ()
         if self.fixed_text is not None:
             return (self.fixed_text,) * len(images)
-        sizes = tuple(_size_of(image.path) for image in images)
-        found = self._texts.get(sizes)
+        found = self._texts.get(tuple(map(_size_of, images)))
         # The pixels are wanted soon after, so the row itself is processed rather than blank images of its sizes.
-        return self._read(tuple(image.path for image in images))[1] if found is None else found
+        return self._read(tuple(images))[1] if found is None else found
 
     def tensors(self, rows: Sequence[Sequence[ImageRef]]) -> Tensors:
         """The model's image inputs of a batch; empty where no row has an image.
@@ -132,44 +133,65 @@ class RowImages:
         Raises:
             DataError: an image cannot be read; it is never replaced by another.
         """
-        paths = [tuple(image.path for image in row) for row in rows]
-        known = {row: self._tensors.get(row) for row in paths if row}
+        wanted = [tuple(row) for row in rows]
+        known = {row: self._tensors.get(row) for row in wanted if row}
         if not known:
             return {}
         missing = [row for row, tensors in known.items() if tensors is None]
         known |= dict(zip(missing, self._read_all(missing), strict=True))
-        parts = [known[row] for row in paths if row]
+        parts = [known[row] for row in wanted if row]
         first = parts[0]
         assert first is not None
         if len(parts) < len(rows) and self._one_entry_per_row:
             empty = {name: value.new_zeros((1, *[0] * (value.ndim - 1))) for name, value in first.items()}
-            parts = [known[row] if row else empty for row in paths]
+            parts = [known[row] if row else empty for row in wanted]
         return {name: _join([part[name] for part in parts if part is not None]) for name in first}
 
     def blank(self) -> Tensors:
         """Image inputs of one grey image."""
         return self._apply([_grey((64, 64))])[0]
 
-    def _read_all(self, rows: Sequence[tuple[str, ...]]) -> list[Tensors]:
+    def _read_all(self, rows: Sequence[tuple[ImageRef, ...]]) -> list[Tensors]:
         if len(rows) < 2:
             return [self._read(row)[0] for row in rows]
         # PIL and numpy let go of the interpreter's lock while they decode and scale.
         with ThreadPoolExecutor(max_workers=IMAGE_THREADS) as pool:
             return [tensors for tensors, _ in pool.map(self._read, rows)]
 
-    def _read(self, paths: tuple[str, ...]) -> tuple[Tensors, tuple[ImageText, ...]]:
-        images = [_open(path) for path in paths]
+    def _read(self, row: tuple[ImageRef, ...]) -> tuple[Tensors, tuple[ImageText, ...]]:
+        images = [self._open(image) for image in row]
         try:
             if self._reads_images_alone and self.fixed_text is not None:
                 tensors, texts = _tensors_of(self._alone(images)), (self.fixed_text,) * len(images)
             else:
                 tensors, texts = self._apply(images)
         except (OSError, ValueError) as error:
-            raise DataError(f"{', '.join(paths)} cannot be read by the model's processor: {error}") from error
+            paths = ", ".join(image.path for image in row)
+            raise DataError(f"{paths} cannot be read by the model's processor: {error}") from error
         sizes = tuple((image.height, image.width) for image in images)
         self._texts.put(sizes, texts, sum(len(text.text) + 8 * len(text.runs) for text in texts))
-        self._tensors.put(paths, tensors, sum(value.nbytes for value in tensors.values()))
+        self._tensors.put(row, tensors, sum(value.nbytes for value in tensors.values()))
         return tensors, texts
+
+    def _open(self, image: ImageRef) -> Image.Image:
+        with _told(image):
+            opened = open_image(image.path, image.reading)
+        return pad_to_square(opened, self._mean_colour) if image.reading.pad else opened
+
+    @cached_property
+    def _mean_colour(self) -> tuple[int, ...]:
+        """The image processor's mean as a colour, as LLaVA takes it for padding.
+
+        Raises:
+            UsageError: it has none.
+        """
+        mean = getattr(self._processor.image_processor, "image_mean", None)
+        if mean is None or len(mean) != 3:
+            raise UsageError(
+                f"image_aspect_ratio: pad takes the processor's mean colour, and "
+                f"{type(self._processor.image_processor).__name__} has image_mean {mean}; leave the key out"
+            )
+        return tuple(int(value * 255) for value in mean)
 
     def _apply(self, images: list[Image.Image]) -> tuple[Tensors, tuple[ImageText, ...]]:
         """Tensors and texts of a row's images."""
@@ -232,21 +254,21 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return joined
 
 
+def _size_of(image: ImageRef) -> tuple[int, int]:
+    with _told(image):
+        return image_size(image.path, image.reading)
+
+
 def _grey(size_hw: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", (size_hw[1], size_hw[0]), (127, 127, 127))
 
 
-def _size_of(path: str) -> tuple[int, int]:
+@contextmanager
+def _told(image: ImageRef) -> Iterator[None]:
+    """Faults of an image as what the user reads."""
     try:
-        with Image.open(path) as opened:
-            return opened.height, opened.width
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be opened: {error}") from error
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}; restore the file, or check the data set") from error
+        yield
+    except BadImage as error:
+        raise DataError(f"{image.path} {error}; restore the file, or check the data set") from error
+    except OSError as error:
+        raise DataError(f"{image.path} cannot be read: {error}") from error

@@ -19,17 +19,35 @@ FAULTS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
+class ImageReading:
+    """How a data set's image files become the pictures that the model's processor gets.
+
+    Attributes:
+        pad: Padded to a square with the processor's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`).
+        ambiguous: What to do where transformers' `load_image` and a viewer show different things: `fail`, or follow
+            one of them.
+    """
+
+    pad: bool = False
+    ambiguous: Literal["fail", "load_image", "viewer"] = "fail"
+
+
+AS_IT_IS = ImageReading()
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image by its file; opened when its pixels are needed."""
+    """An image by its file and how to read it; opened when its pixels are needed."""
 
     path: str
+    reading: ImageReading = AS_IT_IS
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What one side says; `text` holds an `IMAGE_MARK` where an image belongs."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     text: str
 
 
@@ -40,7 +58,7 @@ class Row:
     Attributes:
         index: The row's index in its file, before rows are dropped or sampled; what faults are told by.
         images: In the order of the marks in the turns.
-        turns: User and assistant in turns, the user first.
+        turns: User and assistant in turns, the user first; before them the system's, where the row has one.
         answer_type: Group for accuracies, e.g. `color`; None where the set has none.
     """
 

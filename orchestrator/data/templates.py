@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from orchestrator.data.rows import IMAGE_MARK, Row, Turn
@@ -19,6 +20,10 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+
+_A_LIST = "{'type': 'text'"
+"""What a template writes of a message's parts that reads strings only: Python's own form of a list."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Render
 def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
     """The image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
     if not row.images or [turn.role for turn in row.turns] != ["user", "assistant"]:
-        raise DataError(f"row {row.index}: plain takes one question with an image and one answer (the caption)")
+        raise DataError(
+            f"row {row.index}: plain takes one question with an image and one answer (the caption), no system text"
+        )
     images = chat.image_token * len(row.images)
     if prompt_only:
         return Rendered(images, ())
@@ -118,9 +125,14 @@ def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool)
 
 
 def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word."""
-    text, answers = VICUNA_SYSTEM + " ", []
+    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word.
+
+    A row's system text stands in the place of LLaVA's own.
+    """
+    text, answers = f"{_system_of(turns) or VICUNA_SYSTEM} ", []
     for turn in turns:
+        if turn.role == "system":
+            continue
         if turn.role == "user":
             text += f"USER: {_image_first(turn.text, chat.image_token)} "
         else:
@@ -141,20 +153,63 @@ def _image_first(text: str, image_token: str) -> str:
     return text.replace(IMAGE_MARK, image_token)
 
 
+def _system_of(turns: Sequence[Turn]) -> str | None:
+    return turns[0].text.strip() if turns and turns[0].role == "system" else None
+
+
 def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    system = _system_of(turns)
+    if system is not None:
+        messages[0]["content"], refusal = _system_content(system, chat)
+        if refusal:
+            raise DataError(
+                f"row {row.index}: it has a system text, and the model's chat template {refusal}; "
+                "use conversation_template vicuna_v1, or leave the text out with ignore_keys: [system]"
+            )
+    answers: list[tuple[int, int]] = []
     if prompt_only:
-        return Rendered(chat.render(messages, True), ())
-    if chat.render_marked is not None:
+        text = chat.render(messages, True)
+    elif chat.render_marked is not None:
         text, answers = chat.render_marked(messages)
     else:
         text, answers = _answers_by_prefix(row, messages, chat)
+    if _A_LIST in text and not any(_A_LIST in turn.text for turn in turns):
+        raise DataError(
+            f"row {row.index}: the model's chat template reads strings, not parts of text and image; "
+            "use conversation_template vicuna_v1 or a template for images"
+        )
     if answers and chat.eos_token not in text[answers[-1][0] : answers[-1][1]]:
         # A template that never ends an answer would teach the model never to stop.
         first, last = answers[-1]
         text = text[:last] + chat.eos_token + text[last:]
         answers[-1] = (first, last + len(chat.eos_token))
     return Rendered(text, tuple(answers))
+
+
+@lru_cache(maxsize=256)
+def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
+    """The system text in the shape that the template reads: a list of parts, or a string; else why there is none.
+
+    A template may leave the text out, refuse it, or write what it writes for a user.
+    """
+    question, refusal = {"role": "user", "content": _parts("Hello")}, "leaves it out"
+    for content in ([{"type": "text", "text": system}], system):
+        try:
+            text = chat.render([{"role": "system", "content": content}, question], True)
+            as_user = chat.render([{"role": "user", "content": content}, question], True)
+        # Templates refuse by jinja's own error, and fail with any other on a shape they do not know.
+        except Exception as error:
+            if isinstance(error, DataError):
+                raise
+            refusal = f"refuses it: {error}"
+            continue
+        if system not in text or _A_LIST in text.replace(system, ""):
+            continue
+        if text != as_user:
+            return content, ""
+        refusal = "takes it for the user's words"
+    return None, refusal
 
 
 def _parts(text: str) -> list[dict[str, str]]:

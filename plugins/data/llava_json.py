@@ -15,8 +15,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.data.image_check import image_faults
-from orchestrator.data.llava_rows import BadRow, parse_record, read_records
-from orchestrator.data.rows import Row, evenly_spread, raise_for_faults
+from orchestrator.data.llava_rows import BadRow, RecordOptions, fault_lines, parse_record, read_records
+from orchestrator.data.rows import ImageReading, Row, evenly_spread, raise_for_faults
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import content_digest
 from orchestrator.spec.base import Count
@@ -26,9 +26,18 @@ from orchestrator.spec.components import DataSpec
 class LlavaJsonSpec(DataSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
+    `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
+
     Attributes:
         data_path: The `.json` or `.jsonl` file.
-        image_folder: What image paths are relative to; None: the folder of `data_path`.
+        image_folder: What image paths are relative to; None: the folder of `data_path`. Links in it are followed.
+        allow_outside_image_folder: Image paths may be absolute or hold `..`; for files you trust.
+        image_aspect_ratio: `pad`: images are padded to a square with the processor's mean colour first, as LLaVA-1.5
+            does in finetuning and tests; None: the processor's own way, which may cut an image's sides off.
+        ambiguous_images: What to do with images that transformers' `load_image` and a viewer show differently, by
+            transparency or by several frames: `fail` (a bad row), `load_image` (colours beneath transparency, first
+            frame), `viewer` (on white, first frame).
+        ignore_keys: Keys of rows and turns that may be left out.
         conversation_template: `plain` (LLaVA's pretraining), `vicuna_v1` (LLaVA-1.5), or the tokenizer's own.
         on_bad_row: `fail`, or `drop` rows that cannot be used.
         max_bad_share: With `drop`: the largest share of rows that may be dropped before it is a fault after all.
@@ -43,6 +52,10 @@ class LlavaJsonSpec(DataSpec):
     kind: Literal["llava_json"] = "llava_json"
     data_path: str
     image_folder: str | None = None
+    allow_outside_image_folder: bool = False
+    image_aspect_ratio: Literal["pad"] | None = None
+    ambiguous_images: Literal["fail", "load_image", "viewer"] = "fail"
+    ignore_keys: tuple[str, ...] = ()
     conversation_template: Literal["plain", "vicuna_v1", "chat_template"] = "chat_template"
     on_bad_row: Literal["fail", "drop"] = "fail"
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.02
@@ -158,13 +171,13 @@ class LlavaJson:
         return Scan(tuple(good), dict(sorted(bad.items())), found.num_records)
 
     def _faults(self, found: Scan) -> list[str]:
-        faults = [f"row {index}: {fault}" for index, fault in found.bad.items()]
+        faults = fault_lines(found.bad, found.num_records)
         if self._spec.on_bad_row == "fail" or not faults:
             return faults
         allowed = self._spec.max_bad_share
-        if found.rows and len(faults) <= allowed * found.num_records:
+        if found.rows and len(found.bad) <= allowed * found.num_records:
             return []
-        share = len(faults) / found.num_records
+        share = len(found.bad) / found.num_records
         return [f"{share:.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *faults]
 
 
@@ -172,22 +185,29 @@ def _image_folder(spec: LlavaJsonSpec) -> Path:
     return Path(spec.image_folder) if spec.image_folder is not None else Path(spec.data_path).parent
 
 
-def _key(spec: LlavaJsonSpec) -> tuple[str, str, str, int, int]:
+def record_options(spec: LlavaJsonSpec) -> RecordOptions:
+    """What a spec says of its records and images."""
+    reading = ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
+    return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)
+
+
+def _key(spec: LlavaJsonSpec) -> tuple[str, str, str, RecordOptions, int, int]:
     """What a parsed file depends on; the file's size and time make a changed file a new one."""
     try:
         stat = os.stat(spec.data_path)
     except OSError as error:
         raise DataError(f"{spec.data_path} cannot be read: {error.strerror or error}") from error
-    return spec.data_path, str(_image_folder(spec)), spec.conversation_template, stat.st_size, stat.st_mtime_ns
+    folder, template = str(_image_folder(spec)), spec.conversation_template
+    return spec.data_path, folder, template, record_options(spec), stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=8)
-def _parse(data_path: str, image_folder: str, template: str, size: int, mtime_ns: int) -> Scan:
+def _parse(data_path: str, image_folder: str, template: str, options: RecordOptions, size: int, mtime_ns: int) -> Scan:
     rows, bad, count = [], {}, 0
     for index, record in enumerate(read_records(Path(data_path))):
         count += 1
         try:
-            rows.append(parse_record(index, record, Path(image_folder), template))
+            rows.append(parse_record(index, record, Path(image_folder), template, options))
         except BadRow as error:
             bad[index] = str(error)
     if not count:
@@ -196,6 +216,8 @@ def _parse(data_path: str, image_folder: str, template: str, size: int, mtime_ns
 
 
 @lru_cache(maxsize=8)
-def _broken_images(data_path: str, image_folder: str, template: str, size: int, mtime_ns: int) -> dict[str, str]:
-    rows = _parse(data_path, image_folder, template, size, mtime_ns).rows
-    return image_faults(image.path for row in rows for image in row.images)
+def _broken_images(
+    data_path: str, image_folder: str, template: str, options: RecordOptions, size: int, mtime_ns: int
+) -> dict[str, str]:
+    rows = _parse(data_path, image_folder, template, options, size, mtime_ns).rows
+    return image_faults((image.path for row in rows for image in row.images), options.reading)

@@ -26,7 +26,8 @@ def pictures(tmp_path: Path) -> Path:
     sizes = [(64, 64), (90, 30), (20, 70), (64, 64), (33, 33), (128, 64)]
     for number, size in enumerate(sizes):
         mode = ("RGB", "L", "RGBA", "P", "RGB", "1")[number]
-        Image.new(mode, size, number % 2).save(folder / f"{number}.png")
+        colour = (0, 0, 0, 255) if mode == "RGBA" else number % 2
+        Image.new(mode, size, colour).save(folder / f"{number}.png")
     return folder
 
 

@@ -101,7 +101,7 @@ def test_an_image_that_breaks_after_the_check_stops_the_run(processor, pictures,
     path = conversation_file([{"image": "0.png", "conversations": say("<image>", "a")}])
     data = build_train_data(files(path, pictures), processor, 2048)
     (pictures / "0.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"0\.png cannot be read"):
+    with pytest.raises(DataError, match=r"0\.png is empty; restore"):
         data.collate([0])
 
 

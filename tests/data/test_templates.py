@@ -1,9 +1,13 @@
 """Templates against LLaVA-1.5's own strings, written out by hand, and the tokens that carry the loss."""
 
+from dataclasses import replace
+
+import jinja2
 import pytest
 from conversations import row_of
 
 from orchestrator.data.encode import Encoder
+from orchestrator.data.rows import Turn
 from orchestrator.data.templates import ChatFormat, render
 from orchestrator.errors import DataError, UsageError
 
@@ -98,6 +102,112 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
     with pytest.raises(DataError, match="chat template changes earlier turns"):
         render("chat_template", TWO_TURNS, ChatFormat("<image>", "</s>", rewrites))
+
+
+WITH_SYSTEM = replace(TWO_TURNS, turns=(Turn("system", " Be a pirate.\n"), *TWO_TURNS.turns))
+
+
+def as_parts(message):
+    """Text of a message in either shape, as the templates of most models write it."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
+def chatml(messages, add_generation_prompt):
+    text = "".join(f"<|{message['role']}|>{as_parts(message)}</s>" for message in messages)
+    return text + ("<|assistant|>" if add_generation_prompt else "")
+
+
+def for_strings(messages, add_generation_prompt):
+    """As templates that know no parts do to a system text."""
+    first = [dict(message, content=f"{message['content']}") for message in messages if message["role"] == "system"]
+    return chatml([*first, *messages[len(first) :]], add_generation_prompt)
+
+
+def into_the_question(messages, add_generation_prompt):
+    """Gemma's: the system text opens the first question."""
+    if messages[0]["role"] == "system":
+        first, second, *rest = messages
+        question = {"role": "user", "content": f"{as_parts(first)}\n\n{as_parts(second)}"}
+        messages = [question, *rest]
+    return chatml(messages, add_generation_prompt)
+
+
+def test_vicuna_v1_takes_a_rows_system_text_for_its_own():
+    rendered = render("vicuna_v1", WITH_SYSTEM, LLAMA)
+    assert rendered.text.startswith("Be a pirate. USER: <image>\nWhat is it? ASSISTANT: A red square.</s>USER: Sure?")
+    assert spoken(rendered) == [" A red square.</s>", " Yes, sure.</s>"]
+    assert render("vicuna_v1", WITH_SYSTEM, LLAMA, prompt_only=True).text.endswith("USER: Sure? ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (chatml, "<|system|>Be a pirate.</s><|user|><image>"),
+        (for_strings, "<|system|>Be a pirate.</s><|user|><image>"),
+        (into_the_question, "<|user|>Be a pirate.\n\n<image>"),
+    ],
+)
+def test_a_chat_template_gets_a_system_message_in_the_shape_it_reads(template, begins):
+    chat = ChatFormat("<image>", "</s>", template)
+    rendered = render("chat_template", WITH_SYSTEM, chat)
+    assert rendered.text.startswith(begins) and "type" not in rendered.text
+    assert spoken(rendered) == ["A red square.</s>", "Yes, sure.</s>"]
+    prompt = render("chat_template", WITH_SYSTEM, chat, prompt_only=True).text
+    assert rendered.text.startswith(prompt) and prompt.startswith(begins)
+
+
+def refusing(messages, add_generation_prompt):
+    if messages[0]["role"] == "system":
+        raise jinja2.TemplateError("System role not supported")
+    return chatml(messages, add_generation_prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (refusing, "refuses it: System role not supported"),
+        (lambda messages, prompt: chatml([m for m in messages if m["role"] != "system"], prompt), "leaves it out"),
+        (
+            lambda messages, prompt: chatml([{**m, "role": "x"} for m in messages], prompt),
+            "takes it for the user's words",
+        ),
+    ],
+)
+def test_a_chat_template_without_a_system_turn_is_told(template, reason):
+    with pytest.raises(DataError, match=f"row 0: it has a system text, and the model's chat template {reason}"):
+        render("chat_template", WITH_SYSTEM, ChatFormat("<image>", "</s>", template))
+
+
+def test_a_template_for_strings_is_told():
+    """It would write Python's form of a list into the prompt."""
+
+    def strings(messages, add_generation_prompt):
+        return "".join(f"<|{message['role']}|>{message['content']}</s>" for message in messages)
+
+    chat = ChatFormat("<image>", "</s>", strings)
+    for prompt_only in (False, True):
+        with pytest.raises(DataError, match="row 0: the model's chat template reads strings"):
+            render("chat_template", row_of("Hi", "Yo"), chat, prompt_only)
+    # A row that speaks of such lists is text like any other.
+    assert (
+        "{'type': 'text'"
+        in render("chat_template", row_of("{'type': 'text'}", "Yo"), ChatFormat("<image>", "</s>", chatml)).text
+    )
+
+
+def test_the_tiny_models_template_has_no_system_turn(processor):
+    with pytest.raises(DataError, match="takes it for the user's words; use conversation_template vicuna_v1"):
+        Encoder(processor, "chat_template", 2048).encode(WITH_SYSTEM)
+    text = processor.tokenizer.decode(Encoder(processor, "vicuna_v1", 2048).encode(WITH_SYSTEM).input_ids)
+    assert text.startswith("<s>Be a pirate. USER: ")
+
+
+def test_plain_takes_no_system_text():
+    with pytest.raises(DataError, match="no system text"):
+        render("plain", replace(WITH_SYSTEM, turns=WITH_SYSTEM.turns[:3]), LLAMA)
 
 
 def test_a_template_that_drops_images_is_refused():

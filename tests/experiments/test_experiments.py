@@ -56,6 +56,16 @@ def places(phase) -> list:
     return [(point[0]["layer"], point[0]["stride"]) if point else None for point in points]
 
 
+def test_llava_15_pads_in_finetuning_and_tests_alone():
+    """As scripts/v1_5/{pretrain,finetune}.sh of LLaVA do, and its evaluations by the model's config."""
+    data = load_experiment(SEVEN_B / "base.yaml").spec.data
+    assert {name: spec.image_aspect_ratio for name, spec in data.items()} == {
+        "blip558k": None,
+        "mix665k": "pad",
+        "gqa_testdev": "pad",
+    }
+
+
 def test_all_files_are_known():
     assert {relative(file) for file in FILES} == set(CELLS)
 
