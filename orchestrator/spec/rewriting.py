@@ -1,4 +1,4 @@
-"""How a value of the wrong type is to be written instead: numbers in quotes, `2,000`, `3%`, `yes`, `None`, a bare item."""
+"""How a value of the wrong type is to be written: numbers in quotes, `2,000`, `3%`, `yes`, `None`, a bare name."""
 
 from __future__ import annotations
 
