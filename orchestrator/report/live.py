@@ -16,7 +16,8 @@ from rich.text import Text
 
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob
 from orchestrator.report.progress import LaneLine, Progress, Snapshot
-from orchestrator.report.tree_view import clock, whose
+from orchestrator.report.tree_view import whose
+from orchestrator.report.units import clock
 
 _PLAIN_INTERVAL_SECONDS = 15.0
 _REFRESH_SECONDS = 0.5

@@ -65,10 +65,11 @@ def _finite(value: Any) -> Any:
 
 
 def terminal() -> Any:
-    """Standard output for people: wide where it is no terminal."""
+    """Standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(soft_wrap=not has_width, width=None if has_width else 200)
 
 
 def tell_unsent(cells: Sequence[str], problem: str | None) -> None:
