@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -150,10 +151,10 @@ def print_reasons(
 
 
 def reason_lines(error: str) -> list[str]:
-    """The first lines of why a job failed: what happened, and the rows or images it happened to."""
-    lines = [shorten(line.rstrip(), _REASON_WIDTH) for line in error.strip().splitlines() if line.strip()]
-    if not lines:
-        return ["no reason given"]
+    """Why a job failed: what happened, and the first of the rows or images that a line each below names."""
+    first, *rest = error.strip().splitlines() or ["no reason given"]
+    rows = itertools.takewhile(lambda line: line.startswith("    "), rest)
+    lines = [shorten(line.rstrip(), _REASON_WIDTH) for line in (first, *rows)]
     more = len(lines) - _REASON_LINES
     return lines if more <= 0 else [*lines[:_REASON_LINES], f"… {more:,} more lines in the log"]
 

@@ -145,8 +145,11 @@ def stray_keys(root: Node, section: str) -> tuple[str, ...]:
         cls = shape.spec_class() if shape is not None else None
         fields = {*cls.model_fields, *cls.aliases} if cls is not None else set()
         return tuple(key for key in node.value if key in fields)
+    odd = [key for key, child in node.value.items() if not _is_entry(child)]
+    if not odd:
+        return ()  # no component is imported where all is well
     fields = {key for kind in registry.kinds(_GROUPS[section]) for key in _fields(_GROUPS[section], kind)}
-    return tuple(key for key, child in node.value.items() if key in fields and not _is_entry(child))
+    return tuple(key for key in odd if key in fields)
 
 
 def _fields(group: str, kind: str) -> tuple[str, ...]:
