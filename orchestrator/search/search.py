@@ -73,7 +73,9 @@ def search_experiment(
                 if (left := search.num_trials - _ended(walk)) > 0:
                     run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
                 else:
-                    console.print("nothing to do: every trial has ended", highlight=False)
+                    failed = sum(trial.state == "failed" for trial in walk.trials)
+                    more = f", {failed} of them failed; --retry-failed takes them up again" if failed else ""
+                    console.print(f"nothing to do: every trial has ended{more}", highlight=False)
             finally:
                 walk = run.feed.walk
                 record_cells(walk, recorder)

@@ -40,7 +40,7 @@ def run(
         document = json.loads(render(outcome.table, "json"))
         print_json({**document, "executed": outcome.executed, "failed": outcome.failed, "waiting": outcome.waiting})
     else:
-        if outcome.executed == 0:
+        if outcome.tried == 0:
             console.print(nothing_done(outcome.failed, outcome.waiting), highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
     tell_unsent(outcome.unsent, outcome.tracking_problem)
