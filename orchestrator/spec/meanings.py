@@ -183,11 +183,12 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "neftune_noise_scale num_items_in_batch aux_loss_coef router_aux_loss_coef moe_aux_loss_coeff loss_function "
      "channel_loss"),
     ("no such thing here: training never generates; an evaluation does what its kind says",
-     "use_cache predict_with_generate generation_max_length generation_num_beams generation_config "
+     "use_cache predict_with_generate generation_max_length generation_num_beams generation_config"),
+    ("no such thing here: training is supervised, on the answers of conversations",
      "stage pref_beta rlhf_type reward_model rl reward_funcs dpo_beta"),
     # seeds and order
     ("seed, at the top or in PHASE: data order, dropout and random methods follow it",
-     "data_seed random_seed manual_seed shuffle_seed seeds"),
+     "data_seed random_seed manual_seed shuffle_seed"),
     ("cluster.deterministic: true", "full_determinism use_deterministic_algorithms deterministic_algorithms"),
     # where things go, what is kept
     ("cluster.storage_path: one folder for all cells; `llavolta path` finds a cell's weights",
@@ -236,6 +237,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("a schedule: schedules: {NAME: {kind: stages, stages: [...]}}, which PHASE.schedule names",
      "stages pivots pivot progressive stage_list strides stage_schedule curriculum"),
     # the grid
+    ("matrix: {seed: [0, 1]}, and report: {mean_over: [seed]}", "seeds num_seeds"),
     ("matrix: {dotted.path: [values]}", "grid sweep sweeps axes hyperparameters parameters params grid_search axis"),
     ("search: {objectives, space, num_trials}", "optuna tune hpo hyperparameter_search num_trials n_trials"),
     ("extends: FILE.yaml", "defaults base inherit inherits include_file _base_ base_config from parent"),
