@@ -1,4 +1,4 @@
-"""The rules of the house, held by machine: one direction of imports, first lines, short functions, a light command line."""
+"""The rules of the house, held by machine: imports go one way, first lines, short functions, a light command line."""
 
 import ast
 import json
