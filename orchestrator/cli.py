@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
 from orchestrator.dispatch.stop import ended_by_signals
-from orchestrator.errors import LlavoltaError, SpecError
+from orchestrator.errors import LlavoltaError, SpecError, shorten
 from orchestrator.verbs import ledger, look, search, spec, work
-from orchestrator.verbs.options import print_json
+from orchestrator.verbs.options import keep_output_for_json, print_json
 
 app = typer.Typer(
     name="llavolta",
@@ -33,34 +34,54 @@ def main() -> None:
     """Entry point: tells every error as one block and turns it into the exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    as_json = "--json" in arguments and not {"-h", "--help"} & set(arguments)
+    if as_json:
+        keep_output_for_json()
     try:
         with ended_by_signals():
             code = app(arguments, standalone_mode=False)
     except LlavoltaError as error:
-        if debug:
-            raise
         code = error.exit_code
-        _tell(error, as_json="--json" in arguments)
+        _tell(error, as_json=as_json)
+        _trace(debug)
     except KeyboardInterrupt:
         code = 130
-        print("stopped now; finished work is kept, run the same command to go on", file=sys.stderr)
+        _say("stopped now; finished work is kept, run the same command to go on", as_json=as_json)
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        if debug:
-            raise
         code = 1
-        print(f"error: {error.filename or 'the storage'}: {error.strerror or error}", file=sys.stderr)
+        _say(f"error: {shorten(str(error.filename or 'the storage'), 300)}: {error.strerror or error}", as_json=as_json)
+        _trace(debug)
     except typer.Abort:
         code = 130
     except Exception as error:
         # click's own errors (a missing argument, an unknown option) know how to show themselves.
-        if debug or not hasattr(error, "show"):
+        if not hasattr(error, "show"):
+            if as_json:
+                print_json({"error": f"{type(error).__name__}: {error}", "faults": []})
             raise
+        if as_json:
+            print_json(
+                {"error": error.format_message() if hasattr(error, "format_message") else str(error), "faults": []}
+            )
         error.show()
+        _trace(debug)
         code = getattr(error, "exit_code", 2)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+def _say(text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"error": text.removeprefix("error: "), "faults": []})
+    else:
+        print(text, file=sys.stderr)
 
 
 def _tell(error: LlavoltaError, *, as_json: bool) -> None:

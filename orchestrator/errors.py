@@ -14,8 +14,31 @@ LlavoltaError                 one readable block for the user, exit code in `exi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+LONGEST_VALUE = 80
+_LONGEST_LIST = 600
+_QUOTED = re.compile(r"`([^`]+)`")
+_LONG_WORD = re.compile(r"\S{300,}")  # paths of usual length stay whole
+
+
+def shorten(text: str, limit: int = LONGEST_VALUE) -> str:
+    """A value from outside on one line, cut where it is longer than `limit`; for whatever a message quotes."""
+    line = text.replace("\r", "\\r").replace("\n", "\\n")
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _shorten_list(text: str) -> str:
+    """Names to choose from, as many as can be read."""
+    if len(text) <= _LONGEST_LIST:
+        return text
+    names = text.split(", ")
+    kept = [name for index, name in enumerate(names) if len(", ".join(names[: index + 1])) <= _LONGEST_LIST]
+    if not kept:
+        return shorten(text, _LONGEST_LIST)
+    return f"{', '.join(kept)}, ... ({len(names) - len(kept):,} more)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,19 @@ class Fault:
     value: str | None = None
     allowed: str | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        quoted = _QUOTED.sub(lambda match: f"`{shorten(match.group(1))}`", self.message)
+        quoted = _LONG_WORD.sub(lambda match: shorten(match.group()), quoted)
+        short = {"message": quoted, "path": shorten(self.path, 2 * LONGEST_VALUE)}
+        if self.value is not None:
+            short["value"] = shorten(self.value)
+        if self.allowed is not None:
+            short["allowed"] = _shorten_list(self.allowed)
+        if self.hint is not None:
+            short["hint"] = shorten(self.hint, _LONGEST_LIST)
+        for name, text in short.items():
+            object.__setattr__(self, name, text)
 
     def __str__(self) -> str:
         where = self.file or "--set"

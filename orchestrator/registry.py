@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from functools import cache
 from importlib.metadata import entry_points
@@ -45,11 +46,33 @@ def kinds(group: str) -> tuple[str, ...]:
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
-    """The known name most like `name`, or None when none is near."""
-    from rapidfuzz import fuzz, process, utils
+    """The known name that is likely to be meant, or None: a wrong suggestion is worse than none.
 
-    match = process.extractOne(name, known, scorer=fuzz.ratio, processor=utils.default_process, score_cutoff=60)
-    return match[0] if match else None
+    It is near where a letter in four at most is wrong (insertions, deletions, changes and swaps of neighbours), or
+    where `name` is the beginning of that one name alone; capitals, `-` and `_` do not count. Names that differ in a
+    number (`k2_s4`, `k2_s8`) are different things, not different spellings.
+    """
+    from rapidfuzz.distance import OSA
+
+    plain = _plain(name)
+    allowed = max(1, len(plain) // 4)
+    near = [
+        (distance, other)
+        for other in known
+        if (distance := OSA.distance(plain, _plain(other))) <= allowed and _digits(plain) == _digits(other)
+    ]
+    if near and len(plain) > 1:
+        return min(near, key=lambda entry: entry[0])[1]
+    longer = [other for other in known if len(plain) > 3 and _plain(other).startswith(plain + "_")]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def _digits(name: str) -> list[str]:
+    return re.findall(r"[0-9]+", name)
 
 
 def spec_class(group: str, kind: str) -> type[Any]:

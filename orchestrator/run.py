@@ -39,6 +39,7 @@ class RunOutcome:
     Attributes:
         failed: Cell name to the reason.
         executed: Jobs done by this run.
+        tried: Jobs that this run began, those that failed included.
         waiting: Cells that neither finished nor failed, to the reason where there is one.
         unsent: Cells whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
@@ -51,6 +52,7 @@ class RunOutcome:
     waiting: dict[str, str] = field(default_factory=dict)
     unsent: tuple[str, ...] = ()
     tracking_problem: str | None = None
+    tried: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -125,7 +127,8 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     waiting = {c.name: next((run.problems[i] for i in walk.jobs_of(c) if i in run.problems), "") for c in open_cells}
     unsent = tuple(names[identity] for identity in recorder.unsent)
     problem = recorder.problem if unsent else None
-    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
+    tried = len(run.done | run.problems.keys())
+    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem, tried)
 
 
 def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> Walk:

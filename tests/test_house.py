@@ -1,4 +1,4 @@
-"""The rules of the house, held by machine: one direction of imports, sizes, first lines, a light command line."""
+"""The rules of the house, held by machine: imports go one way, first lines, short functions, a light command line."""
 
 import ast
 import json
@@ -37,10 +37,8 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_file_is_short_and_says_what_it_is_for(path):
+def test_file_says_what_it_is_for(path):
     text = path.read_text()
-    lines = len(text.splitlines())
-    assert lines < 300
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring, "no docstring"
     assert text.lstrip().startswith(('"""', 'r"""', "#!")), "the first line says what the file is for"

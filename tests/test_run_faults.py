@@ -53,10 +53,12 @@ def test_a_failing_cell_is_told_and_its_siblings_go_on(tmp_path, tiny_text, llav
     done = llavolta("run", "mine.yaml", "--local")
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert "diverged at step" in done.stdout and "--retry-failed" in done.stdout
+    assert "nothing was run" not in done.stdout
     table = json.loads(llavolta("table", "mine.yaml", "--json").stdout)
     assert sorted(row["status"] for row in table["rows"]) == ["failed", "finished"]
     again = llavolta("run", "mine.yaml")
-    assert again.returncode == 1 and "nothing to do" in again.stdout
+    assert again.returncode == 1 and "nothing to do" not in again.stdout
+    assert "nothing was run: 1 cell failed before; --retry-failed" in again.stdout
 
 
 @pytest.mark.parametrize("broken", ["missing", "truncated"])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import shorten
 from orchestrator.plan.cell import Cell, PhasePlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.ledger.storage import read_json
@@ -14,6 +15,9 @@ from orchestrator.plan.reached import RESOLVED, draws_weights
 
 Values = dict[str, str]
 _SHOWN = 3
+_NEAR = 3
+_VALUE_SHOWN = 40
+_LONGEST = 160
 _COMPARED = 100
 _RECORDED = 500
 _ACTIONS_SHOWN = 6
@@ -84,12 +88,21 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
     for key in sorted(dict.fromkeys((*to, *of)), key=lambda key: key != "seed"):
         old, new = of.get(key), to.get(key)
         unused = (key == "seed" and None in (old, new)) or (key.startswith(_NAMED) and _entry(key) not in in_both)
-        change = f"{old or 'none'} -> {new or 'none'}"
+        change = f"{_brief(old)} -> {_brief(new)}"
+        if old != new and _brief(old) == _brief(new):
+            change = f"{shorten(old or 'none', _LONGEST)} -> {shorten(new or 'none', _LONGEST)}"
         follows = key.endswith("seed") and any(told == change for at, told in found.items() if at.endswith("seed"))
         if old != new and not unused and not follows:
             found[key] = change
     shown = {key: change for key, change in found.items() if not key.endswith(_BOUNDARIES)} or found
     return [f"{key.removeprefix('phases.')} {change}" for key, change in shown.items()]
+
+
+def _brief(value: str | None) -> str:
+    """A value as a reason shows it: of an absolute path the last part, of a long text its beginning."""
+    if not value:
+        return "none"
+    return shorten(value.rstrip("/").rpartition("/")[2] if value.startswith("/") else value, _VALUE_SHOWN)
 
 
 def _entry(key: str) -> str:
@@ -100,7 +113,9 @@ def _entry(key: str) -> str:
 class Nearest:
     """Finds the finished cell nearest to a new one, in an experiment and among those its storage has a record of.
 
-    Only the first new cells are compared, with a bounded number of finished ones: a plan of 10,000 cells stays quick.
+    A cell that another experiment recorded is told only where at most three values differ: further away there is
+    nothing to learn from the comparison. Only the first new cells are compared, with a bounded number of finished ones:
+    a plan of 10,000 cells stays quick.
 
     Args:
         finished: Finished cells of the experiment.
@@ -110,7 +125,7 @@ class Nearest:
 
     def __init__(self, finished: Iterable[Cell], records: Path, experiment: str) -> None:
         self._finished, self._records, self._experiment = finished, records, experiment
-        self._known: list[tuple[str, Values]] | None = None
+        self._known: list[tuple[str, Values, bool]] | None = None
         self._left = _COMPARED
 
     def reason(self, cell: Cell) -> str | None:
@@ -119,10 +134,14 @@ class Nearest:
             return None
         self._left -= 1
         own = cell_values(cell)
-        compared = ((name, differences(values, own)) for name, values in self._candidates(cell.id))
-        nearest = min(compared, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name), default=None)
-        if nearest is None:
+        candidates = self._candidates(cell.id)
+        if not candidates:
             self._left = 0
+            return None
+        compared = ((name, differences(values, own), related) for name, values, related in candidates)
+        near = ((name, found) for name, found, related in compared if related or len(found) <= _NEAR)
+        nearest = min(near, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name), default=None)
+        if nearest is None:
             return None
         name, found = nearest
         if not found:
@@ -130,11 +149,12 @@ class Nearest:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         return f"differs from finished cell {name}: {', '.join(found[:_SHOWN])}{more}"
 
-    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values]]:
+    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values, bool]]:
+        """Name, values, and whether it is of this experiment."""
         if self._known is None:
             own = {}
             for cell in self._finished:
-                own[cell.id] = (cell.name, cell_values(cell))
+                own[cell.id] = (cell.name, cell_values(cell), True)
                 if len(own) == _RECORDED:
                     break
             self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
@@ -146,7 +166,7 @@ def _distance(found: Sequence[str]) -> int:
     return len(found) + sum(".schedule " in text for text in found)
 
 
-def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values]]:
+def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values, bool]]:
     """Names and values of finished cells that were recorded, the newest, those of `experiment` first."""
     known = set(leave_out)
     files = heapq.nlargest(
@@ -158,8 +178,9 @@ def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[t
         values = record.get("values")
         if record.get("status") == "finished" and isinstance(values, dict) and record.get("cell_id") not in known:
             known.add(record["cell_id"])
-            place = file.parent.name if file.parts[-3] == experiment else f"{file.parts[-3]}/{file.parent.name}"
-            found.append((place, values))
+            related = file.parts[-3] == experiment
+            place = file.parent.name if related else f"{file.parts[-3]}/{file.parent.name}"
+            found.append((place, values, related))
     return found
 
 

@@ -54,18 +54,22 @@ class Hours:
         done: Hours of all workers, summed over what is stored and what is under way.
         left: Hours of all workers still to come; None where nothing tells the speed.
         seconds_left: Until the last job is done, evaluations included, on `lanes` lanes; None as `left`.
+        device_tflops: The given speed, where any of what is left is told by it; None where all was measured.
     """
 
     unit: str
     done: float
     left: float | None
     seconds_left: float | None
+    device_tflops: float | None = None
 
     def document(self) -> dict[str, float]:
         """Keys for `totals`; what is not known is not there."""
         found = {f"{self.unit}_hours_done": self.done}
         if self.left is not None and self.seconds_left is not None:
             found |= {f"{self.unit}_hours_left": self.left, "seconds_left": self.seconds_left}
+            if self.device_tflops is not None:
+                found["device_tflops"] = self.device_tflops
         return found
 
 
@@ -78,14 +82,23 @@ class _Speed:
     workers: int = 1
 
 
-def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: int, workers: int) -> Hours | None:
-    """Hours of a tree; None where nothing was measured yet.
+def measured_hours(
+    standing: Standing,
+    work: Mapping[str, float | None],
+    lanes: int,
+    workers: int,
+    device_tflops: float | None = None,
+    on_gpu: bool = False,
+) -> Hours | None:
+    """Hours of a tree; None where nothing was measured yet and no device's speed is given.
 
     Args:
         standing: What is done, and of which tree.
         work: Stage run to its work in any one unit (TFLOPs); None where that is not known.
         lanes: Worker groups side by side.
         workers: Workers of a lane, for what is under way.
+        device_tflops: What one worker sustains, in TFLOPs a second; counts where no stage run of it was measured.
+        on_gpu: Whether that device is a GPU.
     """
     tree = standing.tree
     speeds: dict[tuple[str, str], _Speed] = {}
@@ -101,16 +114,20 @@ def measured_hours(standing: Standing, work: Mapping[str, float | None], lanes: 
             speed.workers = number
         if job.id in standing.needed and job.id not in standing.blocked:
             rest[job.id] = amount if job.id in standing.trained else amount * (1 - share)
-    if not done:
+    if not done and device_tflops is None:
         return None
-    unit = "gpu" if devices and all(map(is_gpu, devices)) else "worker"
+    unit = "gpu" if (all(map(is_gpu, devices)) if devices else on_gpu) else "worker"
     left = {run: _seconds(tree.stage_runs[run], amount, speeds) for run, amount in rest.items()}
+    given: float | None = None
+    for run, amount in rest.items():
+        if left[run] is None and device_tflops is not None and work[run]:
+            left[run], given = (amount / (device_tflops * workers), workers), device_tflops
     known = {run: found for run, found in left.items() if found is not None}
     if len(known) < len(left):
         return Hours(unit, done / 3600, None, None)
     hours = sum(seconds * number for seconds, number in known.values()) / 3600
     seconds_of = {run: seconds for run, (seconds, _) in known.items()}
-    return Hours(unit, done / 3600, hours, _until_the_end(standing, seconds_of, lanes))
+    return Hours(unit, done / 3600, hours, _until_the_end(standing, seconds_of, lanes), given)
 
 
 def _measured(job: StageJob, standing: Standing, workers: int, devices: set[str]) -> tuple[float, float, int]:
@@ -162,10 +179,10 @@ def _is_open(standing: Standing, evaluation: str) -> bool:
 
 
 def hours_document(standing: Standing, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
-    """Hours done and left as keys for `totals`; empty where nothing was measured yet."""
+    """Hours done and left as keys for `totals`; empty where neither measured nor given speeds tell them."""
     # Lanes that hold something tell more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in standing.holders.values()}
     lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)
     workers = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers.min
-    hours = measured_hours(standing, work, lanes, workers)
+    hours = measured_hours(standing, work, lanes, workers, cluster.device_tflops, cluster.use_gpu is True)
     return hours.document() if hours is not None else {}

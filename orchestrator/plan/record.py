@@ -21,7 +21,7 @@ from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree
 
-Status = Literal["new", "running", "interrupted", "finished", "failed"]
+Status = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
 Point = tuple[str, float, int, int]
 _TRACKED = {
     "loss": "train/loss",
@@ -59,7 +59,8 @@ class CellRecord:
 def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
     """`finished` only when the cell's state and all its evaluations are there; quick, no metrics are read.
 
-    `running` where it was begun and a living driver works on the tree, `interrupted` where none does.
+    `running` where it was begun and a living driver works on the tree; where none does, `trained` if only evaluations
+    are missing, else `interrupted`.
     """
     state, path = cell.state, tree.path_of[cell.id]
     tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
@@ -71,7 +72,9 @@ def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
     begun = any(tests) or any(ledger.is_done(run) or ledger.is_begun(run) for run in path)
     if not begun:
         return "new"
-    return "running" if is_worked_on(tree, ledger) else "interrupted"
+    if is_worked_on(tree, ledger):
+        return "running"
+    return "trained" if not path or ledger.is_done(state) else "interrupted"
 
 
 def cell_record(

@@ -11,6 +11,17 @@ from rich.table import Table as RichTable
 from orchestrator.plan.walk import Walk
 from orchestrator.report.figure import grid_figure
 from orchestrator.report.table import Table, text_cells
+from orchestrator.report.tree_view import reason_lines
+from orchestrator.report.units import counted_noun, legend
+
+
+def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
+    """Why a run did nothing."""
+    if failed:
+        return f"nothing was run: {counted_noun(len(failed), 'cell')} failed before; --retry-failed takes them up again"
+    if waiting:
+        return f"nothing was run: {counted_noun(len(waiting), 'cell')} could not be finished now"
+    return "nothing to do: everything is done"
 
 
 def print_table(table: Table, console: Console) -> None:
@@ -22,6 +33,8 @@ def print_table(table: Table, console: Console) -> None:
     for line in body:
         grid.add_row(*line)
     console.print(grid)
+    if (told := legend(head)) is not None:
+        console.print(told, style="dim", highlight=False, markup=False)
     for warning in table.warnings:
         console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
 
@@ -35,8 +48,10 @@ def print_ending(
     console.print()
     spec = walk.loaded.path
     for name, reason in failed.items():
-        first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+        first, *more = reason_lines(reason)
         console.print(f"failed: {name}: {first}", style="red", highlight=False, markup=False)
+        for line in more:
+            console.print(f"        {line}", highlight=False, markup=False)
         console.print(
             f"        llavolta logs {shlex.quote(str(spec))} --cell {shlex.quote(name)}", highlight=False, markup=False
         )

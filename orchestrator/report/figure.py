@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.plan.record import CellRecord
 from orchestrator.report.table import Table, header
+from orchestrator.report.units import Operations
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -35,6 +36,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     rows = [row for row in table.rows if cost in row.values and any(score in row.values for score in scores)]
     if not rows:
         return False
+    unit = Operations.of(row.values[cost] for row in rows)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +48,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     colours = pyplot.get_cmap("tab10")
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
-        points = [(row.values[cost], row.values[score]) for row in shown]
+        points = [(row.values[cost] / unit.scale, row.values[score]) for row in shown]
         front = pareto_front(points)
         panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", zorder=1)
         for row, (x, y) in zip(shown, points, strict=True):
@@ -60,7 +62,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
                 label=row.name,
             )
         panel.set_title(header(score), fontsize=10)
-        panel.set_xlabel("training cost (TFLOPs)")
+        panel.set_xlabel(f"training cost ({unit.name})")
         panel.margins(0.15)
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("accuracy")

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob
 from orchestrator.report.progress import LaneLine, Progress, Snapshot
-from orchestrator.report.tree_view import clock, whose
+from orchestrator.report.tree_view import reason_lines, whose
+from orchestrator.report.units import clock
 
 _PLAIN_INTERVAL_SECONDS = 15.0
 _REFRESH_SECONDS = 0.5
@@ -87,14 +88,17 @@ class LiveView:
         if job is None:
             return
         self._note = ""
-        kind, reason = event["event"], str(event.get("error") or "").strip().splitlines()
+        kind, error = event["event"], str(event.get("error") or "").strip()
         if kind == "finished" and not isinstance(job, RootJob):
             where = " by another run" if event.get("elsewhere") else self._closing(job)
             self._tell("done", self._describe(job) + where)
         elif kind == "damaged":
             self._tell(kind, f"{self._describe(job)}: a state it needs is damaged and is made again")
         elif kind not in ("started", "finished"):
-            self._tell(kind, self._describe(job) + (f": {reason[0]}" if reason else ""))
+            first, *more = reason_lines(error) if error else [""]
+            self._tell(kind, self._describe(job) + (f": {first}" if first else ""))
+            for line in more:
+                self.say(f"{'':18}{line}")
 
     def _tell(self, kind: str, text: str) -> None:
         self.say(f"{clock(self._progress.elapsed_seconds()):>7}  {kind:8} {text}")

@@ -15,7 +15,17 @@ from orchestrator.plan.hours import hours_document, last_metrics, steps_done
 from orchestrator.plan.jobs import EvaluationJob, StageJob
 from orchestrator.plan.reasons import Reasons, Standing
 from orchestrator.plan.walk import Walk
-from orchestrator.report.tree_view import counted, hours_text, print_cells, stage_tree, state_text, whose
+from orchestrator.report.tree_view import (
+    counted,
+    hours_text,
+    print_cells,
+    print_reasons,
+    reason_lines,
+    stage_tree,
+    state_text,
+    whose,
+)
+from orchestrator.report.units import counted_noun
 
 # Only ratios between variants count here; the data's real lengths need not be read.
 _TEXT_TOKENS = 64.0
@@ -27,7 +37,8 @@ def status_document(walk: Walk) -> dict[str, Any]:
     """Cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
 
     A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
-    where it was begun and a driver of this experiment is busy elsewhere.
+    where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
+    are missing.
     """
     standing = Standing.of(walk.tree, walk.ledger)
     jobs = {*walk.tree.order, *walk.tree.evaluations}
@@ -63,7 +74,8 @@ def _cell(
     done, state = sum(steps[run] for run in path), str(standing.cell(cell))
     begun = done > 0 or any(standing.evaluation(job.id) == "done" for job in cell.evaluations)
     if state == "new" and begun:
-        state = "waiting" if busy else "interrupted"
+        trained = not standing.needed_of(cell)
+        state = "waiting" if busy else "trained" if trained else "interrupted"
     failure = standing.failure(cell)
     return {
         "name": cell.name,
@@ -125,7 +137,8 @@ def _totals(walk: Walk, standing: Standing, runs: list[dict[str, Any]], tests: l
         "stage_runs_done": sum(run["state"] == "done" for run in runs),
         "evaluations": len(tests),
         "evaluations_done": sum(test["state"] == "done" for test in tests),
-        **hours_document(standing, work, walk.loaded.spec.cluster),
+        # The work is not exact here, so that only what was measured may tell hours by it.
+        **hours_document(standing, work, walk.loaded.spec.cluster.model_copy(update={"device_tflops": None})),
     }
 
 
@@ -135,7 +148,7 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     names = {cell["id"]: cell["name"] for cell in cells}
     console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
     console.print(
-        f"{len(cells):,} cells: {counted(cell['state'] for cell in cells)}; "
+        f"{counted_noun(len(cells), 'cell')}: {counted(cell['state'] for cell in cells)}; "
         f"{totals['stage_runs_done']:,}/{totals['stage_runs']:,} stage runs, "
         f"{totals['evaluations_done']:,}/{totals['evaluations']:,} evaluations done",
         highlight=False,
@@ -145,9 +158,9 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     columns = {
         "steps": lambda cell: f"{cell['steps_done']}/{cell['steps']}",
         "id": lambda cell: cell["id"][:12],
-        "reason": lambda cell: "; ".join(reason for reason in cell["reasons"] if not reason.startswith(_SEEN)),
     }
     print_cells(cells, columns, console)
+    print_reasons(cells, lambda cell: "; ".join(r for r in cell["reasons"] if not r.startswith(_SEEN)), console)
     runs = document["stage_runs"]
     notes: dict[str | None, list[Text]] = {}
     known = {run["id"] for run in runs}
@@ -193,6 +206,9 @@ def _print_failures(document: dict[str, Any], console: Console) -> None:
             what = (
                 f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else job.get("name", "root")
             )
-            console.print(Text(f"failed: {what}: {job['error'].splitlines()[0]}", style="red"), soft_wrap=True)
+            first, *more = reason_lines(job["error"])
+            console.print(Text(f"failed: {what}: {first}", style="red"), soft_wrap=True)
+            for line in more:
+                console.print(Text(f"        {line}"), soft_wrap=True)
             if job["log"]:
                 console.print(Text(f"        log: {job['log']}"), soft_wrap=True)

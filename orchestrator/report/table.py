@@ -7,11 +7,13 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
+from orchestrator.errors import shorten
 from orchestrator.plan.record import CellRecord
+from orchestrator.report.units import Operations
 from orchestrator.spec.node import as_yaml
 
 FORMATS = ("md", "csv", "latex", "json")
@@ -25,6 +27,7 @@ class Row:
         cells: Names of the cells it stands for.
         values: Metric name to mean over its cells.
         spread: Metric name to standard deviation, where it stands for several finished cells.
+        against: Metric name to the difference from the baseline's row that it is compared with.
         marks: Remarks such as `failed` or `baseline`.
     """
 
@@ -35,6 +38,7 @@ class Row:
     spread: dict[str, float]
     status: str
     marks: tuple[str, ...] = ()
+    against: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Table:
     axes: tuple[str, ...] = ()
 
 
+# What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
+_BY_FORMULA = ("cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens")
+_OPERATIONS = "cost/train_tflops"
 _COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
 _HEADERS = {
     "cost/train_tflops": "train TFLOPs",
@@ -81,6 +88,8 @@ def ablation_table(
         key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_id
         groups.setdefault(key, []).append(record)
     rows = tuple(_row(group, axes, mean_over, baseline) for group in groups.values())
+    if baseline:
+        rows = tuple(_against(row, rows, baseline) for row in rows)
     return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)), tuple(shown_axes))
 
 
@@ -112,10 +121,24 @@ def _row(
     if len(group) > 1:
         marks.append(f"{len(finished)} of {len(group)} cells")
     states = {record.status for record in group}
-    worst = (state for state in ("failed", "running") if state in states)
-    status = states.pop() if len(states) == 1 else next(worst, "interrupted")
+    worst = (state for state in ("failed", "running", "interrupted", "trained") if state in states)
+    status = states.pop() if len(states) == 1 else next(worst, "unfinished")
     name = group[0].cell_name if len(group) == 1 else _group_name(own, group)
     return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks))
+
+
+def _against(row: Row, rows: Sequence[Row], baseline: Mapping[str, Any]) -> Row:
+    """The row with its differences from the baseline: from the one that is equal in all other axes, or the only one."""
+    bases = [other for other in rows if "baseline" in other.marks]
+    if not bases or row in bases:
+        return row
+    rest = {axis: value for axis, value in row.axes.items() if axis not in (*baseline, "control")}
+    equal = [base for base in bases if all(base.axes.get(axis) == value for axis, value in rest.items())]
+    base = equal[0] if equal else bases[0] if len(bases) == 1 else None
+    if base is None:
+        return row
+    shown = {name: value - base.values[name] for name, value in row.values.items() if name in base.values}
+    return replace(row, against=shown)
 
 
 def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord]) -> str:
@@ -160,6 +183,29 @@ def header(column: str) -> str:
     return f"{parts[1]} {parts[-1]} ({under})"
 
 
+def _unit(table: Table) -> Operations:
+    return Operations.of(row.values.get(_OPERATIONS) for row in table.rows)
+
+
+def _text(row: Row, column: str, unit: Operations) -> str:
+    """A value, its deviation, and how it differs from the baseline: in points of a score, in per cent of a cost."""
+    value = row.values.get(column)
+    text = unit.text(value) if column == _OPERATIONS else number(column, value)
+    if value is None:
+        return text
+    spread = row.spread.get(column)
+    if spread is not None and not (column in _BY_FORMULA and spread <= 1e-6 * abs(value)):
+        text += f" ± {unit.text(spread) if column == _OPERATIONS else number(column, spread)}"
+    difference = row.against.get(column)
+    if difference is None:
+        return text
+    if column.startswith("eval/"):
+        return f"{text} ({difference:+.3f})"
+    if column.startswith("cost/") and column != "cost/compression_ratio" and value != difference:
+        return f"{text} ({difference / (value - difference):+.0%})"
+    return text
+
+
 def number(column: str, value: float | None) -> str:
     """A value with the digits that mean something for its column."""
     if value is None:
@@ -177,15 +223,14 @@ def number(column: str, value: float | None) -> str:
 
 def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table as text."""
-    head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *map(header, table.columns), "status"]
+    unit = _unit(table)
+    heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in table.columns]
+    head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
     body = []
     for row in table.rows:
-        values = [as_yaml(row.axes.get(axis)) for axis in table.axes]
+        values = [shorten(as_yaml(row.axes.get(axis))) for axis in table.axes]
         for column in table.columns:
-            text = number(column, row.values.get(column))
-            if column in row.spread:
-                text += f" ± {number(column, row.spread[column])}"
-            values.append(text)
+            values.append(_text(row, column, unit))
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
         body.append([row.name, *values, status])
     return head, body
@@ -195,9 +240,12 @@ def render(table: Table, form: str) -> str:
     """The table as Markdown, CSV, LaTeX or JSON; CSV and JSON hold unrounded values."""
     if form == "json":
         rows = [
-            {"name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values, "std": r.spread}
+            {
+                "name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values,
+                "std": r.spread, "marks": r.marks, "to_baseline": r.against,
+            }
             for r in table.rows
-        ]
+        ]  # fmt: skip
         return json.dumps({"rows": rows, "warnings": table.warnings}, indent=2, default=str)
     if form == "csv":
         out = io.StringIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,25 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree
 
+from orchestrator.errors import shorten
+from orchestrator.report.units import clock
+
 TREE_LINES = 40
 TABLE_ROWS = 60
+_REASON_LINES = 8
+_REASON_WIDTH = 400
+REASONS = 20
 _NAMES_WIDTH = 44
-_STYLES = {"done": "green", "finished": "green", "running": "bold cyan", "failed": "red", "interrupted": "yellow"}
+_STYLES = {
+    "done": "green",
+    "finished": "green",
+    "running": "bold cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "trained": "yellow",
+}
 # What people look for when not all can be shown.
-_FIRST = ("failed", "running", "interrupted", "waiting")
+_FIRST = ("failed", "running", "interrupted", "waiting", "trained")
 
 
 def state_text(state: str) -> Text:
@@ -121,6 +135,30 @@ def print_cells(
         console.print(Text(f"… {len(cells) - len(shown):,} more cells: {rest} (all of them: --json)", style="dim"))
 
 
+def print_reasons(
+    cells: Sequence[Mapping[str, Any]], reasons: Callable[[Mapping[str, Any]], str], console: Console
+) -> None:
+    """Why cells have work to do, each reason once with the cells it is true of; nothing where the state says it all."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        if text := reasons(cell):
+            groups.setdefault(text, []).append(cell["name"])
+    ranked = sorted(groups.items(), key=lambda entry: not entry[0].startswith("failed"))
+    for text, names in ranked[:REASONS]:
+        console.print(Text(f"{whose(names)}: {text}"))
+    if len(ranked) > REASONS:
+        console.print(Text(f"… {len(ranked) - REASONS:,} more reasons (all of them: --json)", style="dim"))
+
+
+def reason_lines(error: str) -> list[str]:
+    """Why a job failed: what happened, and the first of the rows or images that a line each below names."""
+    first, *rest = error.strip().splitlines() or ["no reason given"]
+    rows = itertools.takewhile(lambda line: line.startswith("    "), rest)
+    lines = [shorten(line.rstrip(), _REASON_WIDTH) for line in (first, *rows)]
+    more = len(lines) - _REASON_LINES
+    return lines if more <= 0 else [*lines[:_REASON_LINES], f"… {more:,} more lines in the log"]
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A number for a table; `–` where there is none."""
     if value is None:
@@ -130,18 +168,16 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def hours_text(totals: Mapping[str, Any]) -> str | None:
-    """`0.50 GPU-hours done, 1.20 left; about 1:12:00 to the end`; None where nothing was measured."""
+    """`0.50 GPU-hours of training done, 1.20 left; about 1:12:00 to the end`; None where no speed is known."""
     for unit, name in (("gpu", "GPU"), ("worker", "worker")):
         done, left = totals.get(f"{unit}_hours_done"), totals.get(f"{unit}_hours_left")
         if done is not None:
             text = f"{number(done)} {name}-hours of training done"
             # Where nothing is left there is nothing to forecast.
-            return text + (f", {number(left)} left; about {clock(totals['seconds_left'])} to the end" if left else "")
+            if not left:
+                return text
+            given = totals.get("device_tflops")
+            how = f" at {given:g} TFLOPs a second a worker (cluster.device_tflops)" if given else ""
+            to_come = f"{text}, {number(left)} left" if done else f"about {number(left)} {name}-hours of training"
+            return f"{to_come}{how}; about {clock(totals['seconds_left'])} to the end"
     return None
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -73,7 +73,7 @@ def search_experiment(
                 if (left := search.num_trials - _ended(walk)) > 0:
                     run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
                 else:
-                    console.print("nothing to do: every trial has ended", highlight=False)
+                    console.print(_all_ended(walk), highlight=False)
             finally:
                 walk = run.feed.walk
                 record_cells(walk, recorder)
@@ -108,6 +108,12 @@ def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> 
             walk = walk.with_trial(now)
             notes.write(now)
     return walk
+
+
+def _all_ended(walk: Walk) -> str:
+    failed = sum(trial.state == "failed" for trial in walk.trials)
+    more = f", {failed} of them failed; --retry-failed takes them up again" if failed else ""
+    return f"nothing to do: every trial has ended{more}"
 
 
 def _ended(walk: Walk) -> int:

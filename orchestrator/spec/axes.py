@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from orchestrator.errors import Fault
-from orchestrator.spec.faults import locate, unknown_name
+from orchestrator.spec.faults import locate, unknown_key, unknown_name
 from orchestrator.spec.inherit import drop_nulls
 from orchestrator.spec.node import Mark, Node, Path, dotted
 from orchestrator.spec.paths import absolute_paths
@@ -165,7 +165,7 @@ class AxisReader:
         try:
             path = find_path(self.root, name)
         except UnknownPathError as error:
-            allowed, hint = unknown_name(error.key, error.known)
+            allowed, hint = unknown_key(error.key, error.known, error.prefix)
             place = f" under {dotted(error.prefix)}" if error.prefix else ""
             self._fault(where, f"an axis is a key path: `{error.key}` is not known{place}", allowed, hint, key=True)
             return None

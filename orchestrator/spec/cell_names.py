@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
+from orchestrator import registry
+from orchestrator.errors import shorten
+
 
 class Named(Protocol):
     """A cell of the grid, planned or not."""
@@ -20,6 +23,8 @@ class Named(Protocol):
 
 
 Found = TypeVar("Found", bound=Named)
+_NEAR = 4
+_LISTED = 20
 _ID_BEGINNING = re.compile(r"[0-9a-f]{4,64}")
 
 
@@ -46,5 +51,29 @@ def may_be_id(wanted: str) -> bool:
 
 def misfit(cells: Sequence[Named], fits: Sequence[Named], wanted: str) -> str:
     """Why none or several cells fit, with names to choose from."""
-    names = ", ".join(cell.name for cell in (fits or cells)[:20])
-    return f"{wanted} {'fits several cells:' if fits else 'fits no cell; there are'} {names}"
+    short = shorten(wanted)
+    if fits:
+        return f"{short} fits several cells: {_listed(fits)}"
+    near = near_cells(cells, wanted)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"{short} fits no cell; {meant}there are {_listed(cells)}"
+        if cells
+        else f"{short} fits no cell: there is none yet"
+    )
+
+
+def near_cells(cells: Sequence[Named], wanted: str) -> list[str]:
+    """Names of the few cells that may be meant: those that hold the text, else those with a part spelt like it."""
+    low = wanted.strip().lower()
+    found = [cell.name for cell in cells if low and low in cell.name.lower()]
+    if not found:
+        values = {part.partition("=")[2] or part: None for cell in cells for part in cell.name.split(",")}
+        near = registry.nearest(wanted.partition("=")[2] or wanted, tuple(values))
+        found = [cell.name for cell in cells if near is not None and near in re.split("[,=]", cell.name)]
+    return found[:_NEAR]
+
+
+def _listed(cells: Sequence[Named]) -> str:
+    names = ", ".join(cell.name for cell in cells[:_LISTED])
+    return names if len(cells) <= _LISTED else f"{names} and {len(cells) - _LISTED:,} more"

@@ -8,8 +8,10 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import Fault
+from orchestrator.spec.meanings import hint_for_key, value_meaning
 from orchestrator.spec.node import Mark, Node, Path, dotted
-from orchestrator.spec.shape import names_at
+from orchestrator.spec.rewriting import rewriting
+from orchestrator.spec.shape import NAMED, kind_at, names_at, shape_at
 from orchestrator.spec.yaml_tree import kind_of
 
 _KINDS = {
@@ -34,6 +36,13 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+_UNKNOWN_KIND = "unknown kind `"
+_GROUPS = {
+    "data": registry.DATA,
+    "compressors": registry.COMPRESSORS,
+    "schedules": registry.SCHEDULES,
+    "evaluate": registry.EVALUATIONS,
+}
 _NAME = "letters, digits, `.`, `_` and `-`, beginning with a letter or a digit, at most 64"
 
 
@@ -57,9 +66,19 @@ def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]
         root: The tree that was validated, for positions.
         prefix: Path of the part that was validated.
     """
+    strays = {section: keys for section in (*NAMED, "phases") if (keys := stray_keys(root, section))}
     flat = [error for raw in errors for error in _flatten(raw, root, prefix, ())]
-    faults, unions = [], dict[Path, list[_Error]]()
+    faults = [
+        _nameless(section, keys, root)
+        for section, keys in strays.items()
+        if any(error.path[:1] == (section,) for error in flat)
+    ]
+    unions = dict[Path, list[_Error]]()
     for error in flat:
+        if error.path[:1] and error.path[1:2] and error.path[1] in strays.get(str(error.path[0]), ()):
+            continue  # told once for the section
+        if error.type == "missing" and _misspelt(error.path, root) is not None:
+            continue  # told where the key is misspelt
         if error.union is None:
             faults.append(_fault([error], root))
         else:
@@ -106,6 +125,70 @@ def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | Non
     return allowed, f"did you mean {near}?" if near else None
 
 
+def unknown_key(name: str, known: Sequence[str], place: Path) -> tuple[str | None, str | None]:
+    """What is allowed instead of an unknown key of the block at `place`, and what it may mean as a hint."""
+    return unknown_name(name, known)[0], hint_for_key(name, known, dotted(place))
+
+
+def is_unknown_kind(fault: Fault) -> bool:
+    """Whether a fault says that no component of a kind is known, as when its plug-in could not be imported."""
+    return fault.message.startswith(_UNKNOWN_KIND)
+
+
+def stray_keys(root: Node, section: str) -> tuple[str, ...]:
+    """Keys of entries that stand where the entries' names belong: `evaluate: {kind: exact_match, data: test}`."""
+    node = root.get(section)
+    if node is None or not node.is_mapping or not node.value:
+        return ()
+    if section == "phases":
+        shape = shape_at(root, ("phases", "finetune"))
+        cls = shape.spec_class() if shape is not None else None
+        fields = {*cls.model_fields, *cls.aliases} if cls is not None else set()
+        return tuple(key for key in node.value if key in fields)
+    odd = [key for key, child in node.value.items() if not _is_entry(child)]
+    if not odd:
+        return ()  # no component is imported where all is well
+    fields = {key for kind in registry.kinds(_GROUPS[section]) for key in _fields(_GROUPS[section], kind)}
+    return tuple(key for key in odd if key in fields)
+
+
+def _fields(group: str, kind: str) -> tuple[str, ...]:
+    try:
+        return tuple(registry.spec_class(group, kind).model_fields)
+    except (KeyError, ImportError, AttributeError):
+        return ()
+
+
+def _is_entry(node: Node) -> bool:
+    if node.is_list:
+        return bool(node.value) and all(item.is_mapping and kind_at(item) is not None for item in node.value)
+    return kind_at(node) is not None
+
+
+def _nameless(section: str, keys: Sequence[str], root: Node) -> Fault:
+    mark, value = locate(root, (section, keys[0]), key=True)
+    node = root.get(section)
+    names = [key for key in node.value if key not in keys] if node is not None and node.is_mapping else []
+    name = names[0] if names else {"phases": "finetune"}.get(section, "NAME")
+    what = "phases by name" if section == "phases" else "entries by name"
+    told = ", ".join(f"`{key}`" for key in keys)
+    message = f"`{section}` holds {what}; the level with the name is missing above {told}"
+    hint = f"write {section}: {{{name}: {{{keys[0]}: ...}}}}" + (
+        "" if names or section == "phases" else ", NAME of your choice"
+    )
+    return Fault(
+        message, *mark, path=dotted((section, keys[0])), value=value, allowed=", ".join(names) or None, hint=hint
+    )
+
+
+def _misspelt(path: Path, root: Node) -> str | None:
+    """The unknown key beside a missing one that is likely to be it."""
+    parent = root.at(path[:-1])
+    known = names_at(root, path[:-1])
+    written = tuple(parent.value) if parent is not None and parent.is_mapping else ()
+    return registry.nearest(str(path[-1]), [name for name in written if name not in known])
+
+
 def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> list[_Error]:
     location = (*location, *raw["loc"])
     if raw["type"] in ("component_kind", "component_kind_missing"):
@@ -149,10 +232,7 @@ def _missing(error: _Error, root: Node) -> Fault:
     path = error.path
     mark, _ = locate(root, path[:-1], key=True)
     key = str(path[-1])
-    parent = root.at(path[:-1])
-    written = tuple(parent.value) if parent is not None and parent.is_mapping else ()
-    known = names_at(root, path[:-1])
-    near = registry.nearest(key, [name for name in written if name not in known])
+    near = _misspelt(path, root)
     hint = f"is `{near}` meant to be `{key}`?" if near else None
     allowed = ", ".join(error.context["known"]) if "known" in error.context else None
     return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint)
@@ -160,7 +240,7 @@ def _missing(error: _Error, root: Node) -> Fault:
 
 def _unknown_key(path: Path, root: Node) -> Fault:
     mark, value = locate(root, path, key=True)
-    allowed, hint = unknown_name(str(path[-1]), names_at(root, path[:-1]))
+    allowed, hint = unknown_key(str(path[-1]), names_at(root, path[:-1]), path[:-1])
     return Fault(f"unknown key `{path[-1]}`", *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
@@ -169,24 +249,34 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
     pointed = [error for error in group if error.type not in _KINDS]
     error = pointed[0] if pointed else group[0]
     value = node.value if node is not None else None
+    place = next(
+        (str(key) for key in reversed(error.path[:-1] if error.key else error.path) if isinstance(key, str)), ""
+    )
     if error.key and error.type == "literal_error":
-        allowed = _allowed(error)
-        return f"unknown key `{error.path[-1]}`", allowed, unknown_name(str(error.path[-1]), allowed.split(", "))[1]
+        allowed, name = _allowed(error), str(error.path[-1])
+        return f"unknown key `{name}`", allowed, _near_value(place, name, allowed.split(", "))
     if error.key:
         return "this name cannot be used", f"a name is made of {_NAME}", None
+    rewritten = rewriting(node, allowed, dotted(error.path)) if node is not None else None
     if not pointed:
-        return f"{_with_article(kind_of(value))} stands where {allowed} belongs", allowed, None
+        return f"{_with_article(kind_of(value))} stands where {allowed} belongs", allowed, rewritten
     if error.type in _BOUNDS:
         return f"must be {_allowed(error)}", allowed, None
     if error.type == "literal_error":
         known = [name.strip("'") for name in error.context["expected"].replace(" or ", ", ").split(", ")]
-        near = registry.nearest(value, known) if isinstance(value, str) else None
-        return "not one of the values that are known here", allowed, f"did you mean {near}?" if near else None
+        near = _near_value(place, value, known) if isinstance(value, str) else None
+        return "not one of the values that are known here", allowed, near or rewritten
     if error.type == "component_kind":
-        choices, hint = unknown_name(error.context["kind"], error.context["known"])
-        return f"unknown kind `{error.context['kind']}`", choices, hint
+        kind, choices = error.context["kind"], error.context["known"]
+        return f"{_UNKNOWN_KIND}{kind}`", unknown_name(kind, choices)[0], _near_value("kind", kind, choices)
     # A mapping was read as one; that text could stand in its place does not help.
-    return _sentence(error), None if node is not None and node.is_mapping else allowed or None, None
+    return _sentence(error), None if node is not None and node.is_mapping else allowed or None, rewritten
+
+
+def _near_value(key: str, value: str, known: Sequence[str]) -> str | None:
+    meant = value_meaning(key, value)
+    near = meant if meant in known else registry.nearest(value, tuple(known))
+    return f"did you mean {near}?" if near else None
 
 
 def _with_article(kind: str) -> str:

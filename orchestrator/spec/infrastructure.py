@@ -36,6 +36,8 @@ class ClusterSpec(Spec):
         storage_path: None takes $LLAVOLTA_STORAGE or ./runs.
         stall_minutes: A lane that makes no step for so long, or a rank that gives no sign of life, is killed and
             goes on from its checkpoint, its stacks in its logs. Longer than the longest load and step; None: never.
+        device_tflops: Floating-point operations that one worker's device sustains in training, in 10^12 a second; not
+            its vendor's peak, of which 30 to 50 % is usual. `plan` tells hours by it until stage runs are measured.
         rehearse: Try every variant's longest samples, a save and a load, and an answer of each evaluation before
             anything is trained; `auto`: on GPUs.
     """
@@ -54,6 +56,7 @@ class ClusterSpec(Spec):
     storage_path: str | None = None
     deterministic: Flag = False
     stall_minutes: Positive | None = None
+    device_tflops: Positive | None = None
     rehearse: Flag | Literal["auto"] = "auto"
 
 

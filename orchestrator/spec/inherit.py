@@ -110,6 +110,8 @@ class Inheritance:
             own, below = self._files[name], None
             for other in self._below[name]:
                 lower = self._merge(other)
+                # What a file says of itself is not true of the one that extends it.
+                lower = lower.with_entry("description", None) if lower is not None and lower.is_mapping else lower
                 below = merge_nodes(below, lower) if below is not None and lower is not None else below or lower
             if own is not None:
                 own = rename_aliases(own.with_entry("extends", None), below, self.renaming)

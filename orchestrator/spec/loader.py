@@ -14,7 +14,7 @@ from orchestrator.spec.axes import AxisReader
 from orchestrator.spec.checks import Checks
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.faults import explain
+from orchestrator.spec.faults import explain, is_unknown_kind
 from orchestrator.spec.grid import GridBuilder, Parts, ResolvedCell, apply
 from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
 from orchestrator.spec.node import Node, dotted
@@ -74,13 +74,15 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedEx
     root, faults, notices = _read(path, read_overrides(overrides))
     faults += [fault for key in root.value for fault in _absolute(root, key)]
     root = _absolute_tree(root)
+    before = len(faults)
     axes = AxisReader(root, faults).read()
+    whole = len(faults) == before  # an axis that is not there has no values to compare with either
     spec, errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
-    faults += check_report(root, axes, found) + check_search(root)
+    faults += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     faults += [fault for fault in errors if not _is_given(fault.path, everywhere)]
     faults += builder.faults
@@ -105,6 +107,8 @@ def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault],
     if raw is None:
         raise SpecError(_unique(files.faults))
     plugins = next((o.node for o in reversed(overrides) if o.text == "plugins"), None) or files.plugins(path)
+    if files.faults:
+        raise SpecError(_unique(files.faults))  # all else would only say that what stands in that file is missing
     faults = load_plugins(plugins)
     root = files.merge(path)
     faults += [*files.faults, *files.renaming.faults]
@@ -141,8 +145,10 @@ def _is_given(path: str, axes: set[str]) -> bool:
 
 
 def _unique(faults: Sequence[Fault]) -> list[Fault]:
-    """Each fault once, in the order of the file; one place is not told twice for the same reason."""
+    """Each fault once, in the order of the file; what only follows from another is left out."""
     once = list(dict.fromkeys(faults))
+    if any(fault.path.startswith("plugins.") for fault in once):
+        once = [fault for fault in once if not is_unknown_kind(fault)]  # the plug-in would have brought it
     return sorted(once, key=lambda fault: (fault.file or "", fault.line or 0, fault.column or 0))[:MAX_FAULTS]
 
 

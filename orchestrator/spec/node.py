@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from orchestrator.errors import Fault
+from orchestrator.errors import Fault, shorten
 
 Path = tuple[str | int, ...]
 SET = "--set"
@@ -112,8 +112,7 @@ class Node:
 
     def written(self) -> str:
         """The value as the user wrote it, shortened to one line."""
-        text = self.text if self.text is not None else as_yaml(self.plain())
-        return text if len(text) <= 80 else text[:77] + "..."
+        return shorten(self.text if self.text is not None else as_yaml(self.plain()))
 
     def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
         """A fault at this node."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.errors import Fault, SpecError
-from orchestrator.spec.faults import unknown_name
+from orchestrator.spec.faults import unknown_key
 from orchestrator.spec.node import SET, Mark, Node, dotted
 from orchestrator.spec.shape import AXIS_KEYS, UnknownPathError, find_path
 from orchestrator.spec.yaml_tree import read_value
@@ -60,7 +60,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Faul
         try:
             path = find_path(root, override.text)
         except UnknownPathError as error:
-            allowed, hint = unknown_name(error.key, error.known)
+            allowed, hint = unknown_key(error.key, error.known, error.prefix)
             place = f" under {dotted(error.prefix)}" if error.prefix else ""
             message = f"`{error.key}` is not known{place}"
             faults.append(Fault(message, path=override.text, value=override.node.written(), allowed=allowed, hint=hint))

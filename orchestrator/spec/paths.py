@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from orchestrator import registry
 from orchestrator.errors import Fault
 from orchestrator.spec.base import Component
+from orchestrator.spec.meanings import value_meaning
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.shape import NAMED, shape_at
 
@@ -97,7 +98,7 @@ def _deepspeed(node: Node, path: Path) -> tuple[str, Fault | None]:
         return node.value, None
     if "/" in node.value or node.value.endswith(".json"):
         return _file(node, path)
-    near = registry.nearest(node.value, DEEPSPEED_PRESETS)
+    near = value_meaning("deepspeed", node.value) or registry.nearest(node.value, DEEPSPEED_PRESETS)
     allowed = ", ".join(DEEPSPEED_PRESETS) + ", a path to a .json file, or a mapping"
     hint = f"did you mean {near}?" if near else None
     return node.value, node.fault("unknown DeepSpeed setting", path, allowed=allowed, hint=hint)

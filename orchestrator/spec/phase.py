@@ -15,6 +15,16 @@ Part = Literal["vision_tower", "projector", "language_model", "compressor"]
 class LoraSpec(Spec):
     """LoRA on the language model's linear layers, through peft."""
 
+    aliases: ClassVar[dict[str, str]] = {
+        "lora_r": "r",
+        "lora_rank": "r",
+        "rank": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "lora_target": "target_modules",
+        "lora_target_modules": "target_modules",
+    }
+
     r: Count = 128
     alpha: Count = 256
     dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.05

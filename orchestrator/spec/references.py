@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from orchestrator import registry
 from orchestrator.errors import Fault
-from orchestrator.spec.faults import locate, unknown_name
+from orchestrator.spec.faults import locate, stray_keys, unknown_name
 from orchestrator.spec.node import Node, Path, dotted
+from orchestrator.spec.shape import NAMED, names_at
 
 FULL, FINAL = "full", "final"
 PHASES = ("pretrain", "finetune")
@@ -22,6 +23,8 @@ class References:
     def __init__(self, root: Node) -> None:
         self.root = root
         self.faults: list[Fault] = []
+        # Where a section's own entries cannot be told, what it holds is not known: that is the fault, and told there.
+        self._unsure = {section for section in NAMED if self._is_unsure(section)}
         self.data = self._names("data")
         self.variants = self._names("compressors")
         self.schedules = self._names("schedules")
@@ -55,13 +58,13 @@ class References:
 
     def _check_schedule(self, path: Path, node: Node) -> None:
         for name in _variants_of(node):
-            if name != FULL and name not in self.variants:
+            if name != FULL and name not in self.variants and "compressors" not in self._unsure:
                 where = next((p for p, leaf in node.leaves(path) if leaf.value == name and p[-1] != "kind"), path)
                 self._unknown(where, f"there is no variant `{name}`", name, [*self.variants, FULL])
 
     def _check_phase(self, path: Path, phase: Node) -> None:
         for where, name in _texts(phase.get("data"), (*path, "data"), keys=True):
-            if name not in self.data:
+            if name not in self.data and "data" not in self._unsure:
                 self._unknown(where, f"there is no data set `{name}`", name, self.data, key=where[-1] != "data")
         schedule = phase.get("schedule")
         known = [*self.schedules, *self.variants, FULL]
@@ -69,15 +72,15 @@ class References:
             self._check_schedule((*path, "schedule"), schedule)
         for key in ("schedule", "match_train_tflops"):
             for where, name in _texts(phase.get(key), (*path, key)):
-                if name not in known:
+                if name not in known and self._unsure.isdisjoint(("schedules", "compressors")):
                     self._unknown(where, f"there is no schedule or variant `{name}`", name, known)
 
     def _check_evaluation(self, path: Path, node: Node) -> None:
         for where, name in _texts(node.get("data"), (*path, "data")):
-            if name not in self.data:
+            if name not in self.data and "data" not in self._unsure:
                 self._unknown(where, f"there is no data set `{name}`", name, self.data)
         for where, name in _texts(node.get("under"), (*path, "under")):
-            if name not in (*self.variants, FULL, FINAL):
+            if name not in (*self.variants, FULL, FINAL) and "compressors" not in self._unsure:
                 known = [FINAL, FULL, *self.variants]
                 self._unknown(where, f"there is no variant `{name}` to test under", name, known)
 
@@ -88,8 +91,15 @@ class References:
             path: Path = ("search", "space", key)
             for field in ("variants", "last"):
                 for where, name in _texts(node.get(field), (*path, field)):
-                    if name not in known:
+                    if name not in known and "compressors" not in self._unsure:
                         self._unknown(where, f"there is no variant `{name}`", name, known)
+
+    def _is_unsure(self, section: str) -> bool:
+        node = self.root.get(section)
+        if node is None:
+            unknown = [key for key in self.root.value if key not in names_at(self.root, ())]
+            return any(registry.nearest(key, (section,)) for key in unknown)
+        return not (node.is_mapping or node.value is None) or bool(stray_keys(self.root, section))
 
     def _names(self, section: str) -> tuple[str, ...]:
         return tuple(name for name, _ in _entries(self.root.get(section)))

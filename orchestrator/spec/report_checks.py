@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.errors import Fault
 from orchestrator.spec.axes import Assignment, Axes, value_key
-from orchestrator.spec.faults import locate, unknown_name
+from orchestrator.spec.faults import locate, unknown_key
 from orchestrator.spec.node import Node, Path, dotted
 from orchestrator.spec.shape import UnknownPathError, find_path
 
@@ -52,7 +52,7 @@ def check_path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path 
     try:
         return find_path(root, name)
     except UnknownPathError as error:
-        allowed, hint = unknown_name(error.key, error.known)
+        allowed, hint = unknown_key(error.key, error.known, error.prefix)
         place = f" under {dotted(error.prefix)}" if error.prefix else ""
         message = f"a key path belongs here: `{error.key}` is not known{place}"
         faults.append(_fault(root, where, message, allowed, hint, key=isinstance(where[-1], str)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import registry
 from orchestrator.errors import Fault, SpecError
 from orchestrator.spec.cell_names import by_axis, by_name, may_be_id, misfit
 from orchestrator.spec.model_facts import ModelFacts, model_facts
@@ -114,8 +113,7 @@ def _pick(cells: Sequence[ResolvedCell], wanted: str, path: Path) -> ResolvedCel
         return fits[0]
     if not fits and may_be_id(wanted):
         return None
-    near = registry.nearest(wanted, [cell.name for cell in cells])
-    return Finding(path, misfit(cells, fits, wanted), None, f"did you mean {near}?" if near and not fits else None)
+    return Finding(path, misfit(cells, fits, wanted))
 
 
 def _check_cell(cell: ResolvedCell, start: StartFromSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:

@@ -46,6 +46,7 @@ _STATUS = {
     "finished": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
+    "trained": "FINISHED",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.errors import UsageError
-from orchestrator.verbs.options import CellName, Json, Set, Spec, Specs, print_json, terminal
+from orchestrator.verbs.options import CellName, Json, Set, Spec, Specs, print_document, print_json, terminal
 
 
 def plan(
@@ -71,7 +71,7 @@ def table(
             stack.enter_context(walk.ledger.snapshot())
         grid = table_of(walks, all_metrics=all_metrics)
     if form or as_json:
-        print(render(grid, "json" if as_json else form or "md"))
+        print_document(render(grid, "json" if as_json else form or "md"))
     else:
         print_table(grid, terminal())
 

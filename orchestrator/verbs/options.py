@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -24,16 +26,50 @@ MaxHours = Annotated[
 ]
 
 
+_document_stream: TextIO | None = None
+
+
+def keep_output_for_json() -> None:
+    """From now on standard output is for the JSON document alone: whatever else is printed goes to standard error.
+
+    Frameworks print from C++, child processes and at exit, so the file descriptor is moved, for good.
+    """
+    global _document_stream
+    if _document_stream is not None:
+        return
+    sys.stdout.flush()
+    _document_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+
 def print_json(document: Any) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(document, indent=2, default=str))
+    """One JSON document on standard output; what JSON has no number for (NaN, infinity) is null."""
+    try:
+        text = json.dumps(document, indent=2, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(document), indent=2, default=str)
+    print_document(text)
+
+
+def print_document(text: str) -> None:
+    """A document on standard output, past whatever prints there."""
+    print(text, file=_document_stream or sys.stdout, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def terminal() -> Any:
-    """Standard output for people: wide where it is no terminal."""
+    """Standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(soft_wrap=not has_width, width=None if has_width else 200)
 
 
 def tell_unsent(cells: Sequence[str], problem: str | None) -> None:

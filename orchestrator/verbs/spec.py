@@ -41,8 +41,8 @@ def show(
         print(resolved_yaml(loaded, with_sources=resolved), end="")
 
 
-def schema() -> None:
-    """JSON Schema of an experiment file, for an editor's completion."""
+def schema(as_json: Json = True) -> None:
+    """JSON Schema of an experiment file, for an editor's completion; a JSON document with and without --json."""
     from orchestrator.spec.schema import experiment_schema
 
     print_json(experiment_schema())

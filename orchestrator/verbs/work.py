@@ -27,7 +27,7 @@ def run(
     """Runs what is missing of SPEC, with live progress; ends with the table."""
     from rich.console import Console
 
-    from orchestrator.report.ending import print_ending
+    from orchestrator.report.ending import nothing_done, print_ending
     from orchestrator.report.table import render
     from orchestrator.run import run_experiment
 
@@ -40,8 +40,8 @@ def run(
         document = json.loads(render(outcome.table, "json"))
         print_json({**document, "executed": outcome.executed, "failed": outcome.failed, "waiting": outcome.waiting})
     else:
-        if outcome.executed == 0:
-            console.print("nothing to do: what could be run is done", highlight=False)
+        if outcome.tried == 0:
+            console.print(nothing_done(outcome.failed, outcome.waiting), highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
     tell_unsent(outcome.unsent, outcome.tracking_problem)
     raise typer.Exit(outcome.exit_code)

@@ -119,6 +119,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
         "storage_path": (None, [{"cluster": {"storage_path": "/elsewhere"}}]),
         "deterministic": (None, [{"cluster": {"deterministic": True}}]),
         "stall_minutes": (None, [{"cluster": {"stall_minutes": 1.0}}]),
+        "device_tflops": (None, [{"cluster": {"device_tflops": 150.0}}]),
         "rehearse": (None, [{"cluster": {"rehearse": False}}]),
     },
     KeepSpec: {"leaf": (None, [{"cluster": {"keep": {"leaf": "none"}}}])},

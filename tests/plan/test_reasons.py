@@ -168,6 +168,25 @@ def test_other_content_of_the_same_values_is_told(lab: Any) -> None:
     assert told.startswith("differs from finished cell cell0: the content of its model, data or plug-ins")
 
 
+def test_cells_of_other_experiments_are_told_only_where_they_are_near(lab: Any) -> None:
+    """Three values at most: a recipe of 7B is not held against the quickstart."""
+    other = walk_of(lab, lab.tree(name="other"))
+    finish_all(other)
+    write_cell_folder(other, other.cells[0], other.record(other.cells[0]))
+    near = {"phases__finetune__warmup_ratio": 0.1, "phases__finetune__max_steps": 40, "phases__finetune__seed": 3}
+    (told,) = reasons(walk_of(lab, lab.tree(name="mine", **near)))
+    assert told[-1].startswith("differs from finished cell other/cell0: ") and told[-1].count(" -> ") == 3
+    (told,) = reasons(walk_of(lab, lab.tree(name="mine", **near, phases__finetune__model_max_length=512)))
+    assert not any("differs" in reason for reason in told)
+
+
+def test_long_values_are_told_by_their_beginning() -> None:
+    found = differences(
+        {"a": "x" * 500, "b": "/long/way/one", "c": "/long/one"}, {"a": "y", "b": "/other/way/two", "c": "/other/one"}
+    )
+    assert found == [f"a {'x' * 37}... -> y", "b one -> two", "c /long/one -> /other/one"]
+
+
 def test_only_the_first_new_cells_are_compared(lab: Any) -> None:
     """So that a plan of very many cells does not compare each with each."""
     finish_all(walk_of(lab, lab.tree()))

@@ -163,13 +163,68 @@ def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: Walk) -
     finish(walk.ledger, walk.tree.work(walk.ledger)[0], train_seconds=3600.0)
     now = again(walk)
     text = screen(print_plan, plan_document(now.loaded, now.cells, now.tree, now.ledger, 10), 160)
-    assert re.search("finetune 0-6  full  done  .* TFLOPs  keeps weights  schedule=full", text)
-    assert re.search(
-        "└── finetune 0-3  heavy  new  .* TFLOPs  keeps checkpoint  schedule=heavy, schedule=two_stage", text
-    )
+    assert re.search("finetune 0-6  full  done  .* GFLOPs  schedule=full  keeps weights", text)
+    assert re.search("└── finetune 0-3  heavy  new  .* GFLOPs  schedule=heavy, schedule=two_stage\n", text)
     assert "3 cells: 4 stage runs for 5 alone, 1 done; 4 evaluations for 4 alone, 0 done" in text
-    assert re.search(r"train TFLOPs .* shared, .* alone \(ratio 0\.[0-9]{3}: sharing saves [0-9]+%\)", text)
+    assert re.search(r"train GFLOPs .* shared, .* alone \(ratio 0\.[0-9]{3}: sharing saves [0-9]+%\)", text)
     assert re.search("1.00 worker-hours of training done, [0-9.]+ left; about 1:[0-9:]+ to the end", text)
+
+
+def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: Walk) -> None:
+    for job in walk.tree.work(walk.ledger):
+        finish(walk.ledger, job)
+    path = walk.loaded.path
+    path.write_text(path.read_text().replace("evaluate:\n", "evaluate:\n  more: {kind: exact_match, data: train}\n"))
+    now = again(walk)
+    assert {now.status(cell) for cell in now.cells} == {"trained"}
+    document = status_document(now)
+    assert {cell["state"] for cell in document["cells"]} == {"trained"}
+    text = screen(print_status, document)
+    assert "interrupted" not in text and "evaluation more under final is missing" in text
+    job = now.tree.work(now.ledger)[0]
+    Leases(now.ledger.store, "driver").acquire(job.id)
+    assert {now.status(cell) for cell in now.cells} == {"running"}
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_plan_fits_its_width_and_tells_each_reason_once(walk: Walk, width: int, terminal: bool) -> None:
+    heavy = next(job for job in walk.tree.work(walk.ledger) if getattr(job, "last_step", 0) == 3)
+    error = "diverged at step 3, a reason with many words " * 3
+    walk.ledger.write_failure(heavy.id, {"error": error})
+    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, 10)
+    text = screen(print_plan, document, width, terminal)
+    assert max(map(len, text.splitlines())) <= width
+    told = " ".join(text.split())
+    assert told.count("failed: diverged at step 3") == 1 and "schedule=heavy, schedule=two_stage: failed" in told
+
+
+def test_rows_that_failed_are_told_with_the_failure(walk: Walk) -> None:
+    job = walk.tree.work(walk.ledger)[1]
+    rows = "\n".join(f"    row {n}: two images, one placeholder" for n in range(30))
+    walk.ledger.write_failure(job.id, {"error": f"data.train: 30 faults\n{rows}"})
+    text = screen(print_status, status_document(again(walk)))
+    assert "data.train: 30 faults" in text and "row 0: two images" in text and "row 6: two images" in text
+    assert "row 8" not in text and "23 more lines in the log" in text
+
+
+def test_hours_by_a_given_speed_until_they_are_measured(walk: Walk) -> None:
+    path = walk.loaded.path
+    path.write_text(path.read_text() + "cluster: {device_tflops: 0.001}\n")
+    now = again(walk)
+    document = plan_document(now.loaded, now.cells, now.tree, now.ledger, 10)
+    totals = document["totals"]
+    seconds = totals["train_tflops_shared"] / 0.001
+    assert totals["worker_hours_left"] == pytest.approx(seconds / 3600) and totals["device_tflops"] == 0.001
+    assert totals["seconds_left"] == pytest.approx(seconds)
+    text = screen(print_plan, document)
+    assert "worker-hours of training at 0.001 TFLOPs a second a worker (cluster.device_tflops)" in " ".join(
+        text.split()
+    )
+    finish(now.ledger, now.tree.work(now.ledger)[0])
+    finish(now.ledger, now.tree.work(now.ledger)[0], train_seconds=3600.0)
+    totals = plan_document(now.loaded, now.cells, now.tree, now.ledger, 10)["totals"]
+    assert "device_tflops" not in totals and totals["worker_hours_done"] == pytest.approx(1.0)
 
 
 def poll(ready: Any, process: subprocess.Popen[bytes]) -> None:

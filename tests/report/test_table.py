@@ -5,10 +5,13 @@ import io
 import json
 
 import pytest
+from rich.console import Console
 
 from orchestrator.plan.record import CellRecord
+from orchestrator.report.ending import nothing_done, print_table
 from orchestrator.report.figure import grid_figure, pareto_front
 from orchestrator.report.table import ablation_table, render
+from orchestrator.report.units import Operations, clock, operations
 
 AXES = {
     f"{schedule}{seed}": {"phases.finetune.schedule": schedule, "seed": seed}
@@ -89,3 +92,72 @@ def test_the_figure_is_drawn_only_where_there_is_something_to_draw(tmp_path):
     assert not (tmp_path / "a.png").exists()
     assert grid_figure(ablation_table(RECORDS, AXES, mean_over=["seed"]), "t", tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+BASELINE = {"phases.finetune.schedule": "full"}
+
+
+def test_the_other_rows_are_held_against_the_baseline_of_their_seed():
+    table = ablation_table(RECORDS, AXES, baseline=BASELINE)
+    against = {row.name: row.against.get("eval/vqa/accuracy") for row in table.rows}
+    assert against["cell-full0"] is None
+    assert against["cell-heavy0"] == pytest.approx(-0.1)
+    assert against["cell-heavy1"] == pytest.approx(-0.1)
+    lines = render(table, "md").splitlines()
+    assert "| 0.700 (-0.100) |" in lines[4] and "| 4.000 (-60%) |" in lines[4] and "| 5.57 |" in lines[4]
+    assert "(" not in lines[2].replace("(baseline)", "")
+    rows = json.loads(render(table, "json"))["rows"]
+    assert rows[2]["to_baseline"]["cost/train_tflops"] == -6
+    assert rows[2]["metrics"]["cost/train_tflops"] == 4  # documents keep their unit
+
+
+def test_no_difference_is_told_where_no_baseline_fits():
+    many = {**AXES, "full0": {**AXES["full0"], "seed": 7}, "full1": {**AXES["full1"], "seed": 8}}
+    table = ablation_table(RECORDS, many, baseline=BASELINE)
+    assert all(not row.against for row in table.rows)
+    failed = [record("full0", 0, 0, status="failed"), RECORDS[2]]
+    assert all(not row.against for row in ablation_table(failed, AXES, baseline=BASELINE).rows)
+
+
+def test_what_the_formula_gives_has_no_deviation_of_nothing():
+    text = render(ablation_table(RECORDS, AXES, mean_over=["seed"]), "md")
+    assert "± 0.141" in text and "10.00 |" in text and "5.57 |" in text
+    assert "± 0.00" not in text and "± 0 " not in text
+    moved = [record("full0", 0.8, 10), record("full1", 0.6, 12)]
+    assert "11.00 ± 1.414" in render(ablation_table(moved, AXES, mean_over=["seed"]), "md")
+
+
+def test_operations_are_told_in_a_unit_that_fits():
+    large = [record("full0", 0.8, 33_263_875.49), record("heavy0", 0.7, 6_377_911.66)]
+    text = render(ablation_table(large, AXES), "md")
+    assert "train EFLOPs" in text and "| 33.26 |" in text and "| 6.378 |" in text
+    assert [operations(value) for value in (0.0087, 2.456, 1234.5, 2e6, 3e9)] == [
+        "8.700 GFLOPs", "2.456 TFLOPs", "1.234 PFLOPs", "2.000 EFLOPs", "3.000 ZFLOPs",
+    ]  # fmt: skip
+    assert operations(None) == "– TFLOPs" and operations(0.0) == "0 TFLOPs"
+    unit = Operations.of([5e6, 12.0, None])
+    assert (unit.name, unit.text(12.0), unit.text(5e6)) == ("EFLOPs", "1.2e-05", "5.000")
+
+
+def test_long_spans_are_told_in_days():
+    assert [clock(s) for s in (7, 3723, 47 * 3600, 100 * 3600)] == ["0:07", "1:02:03", "47:00:00", "4 days 4 h"]
+
+
+def test_the_screen_explains_the_short_heads():
+    console = Console(file=io.StringIO(), width=100)
+    print_table(ablation_table(RECORDS, AXES, baseline=BASELINE), console)
+    text = " ".join(console.file.getvalue().split())
+    assert "CR: compression ratio, decoder layers x visual tokens / visual layer-tokens" in text
+    assert "seconds: training time on the clock" in text
+
+
+def test_a_group_that_is_partly_done_was_not_interrupted():
+    new = CellRecord("full1", "cell-full1", "new")
+    (row,) = ablation_table([RECORDS[0], new], AXES, mean_over=["seed"]).rows
+    assert row.status == "unfinished"
+
+
+def test_a_run_that_did_nothing_says_why():
+    assert nothing_done({}, {}) == "nothing to do: everything is done"
+    assert "2 cells failed before; --retry-failed" in nothing_done({"a": "", "b": ""}, {})
+    assert "1 cell could not be finished" in nothing_done({}, {"a": ""})

@@ -280,3 +280,12 @@ def test_plugins_of_a_lower_file_are_loaded_from_beside_it(small: str, write: Wr
         write("extends: sub/b.yaml\ncompressors: {mine: {kind: keep_first_test, layer: 1, stride: 7}}\n", "c.yaml")
     )
     assert "c.yaml:2:63: compressors.mine.stride: keep_first_test takes no stride" in text
+
+
+def test_a_description_is_a_files_own(small: str, write: Callable[..., Path]) -> None:
+    write("description: what the base is\n" + small, "base.yaml")
+    assert load_experiment(write("extends: base.yaml\nname: x\n")).spec.description == ""
+    own = write("extends: base.yaml\nname: x\ndescription: mine\n")
+    assert load_experiment(own).spec.description == "mine"
+    write("extends: base.yaml\nname: y\n", "middle.yaml")
+    assert load_experiment(write("extends: [middle.yaml]\nname: x\n")).spec.description == ""
