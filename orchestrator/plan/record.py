@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from orchestrator.errors import StorageError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.costing import Costs, share_of_tree
 from orchestrator.plan.holders import is_worked_on
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.storage import storage_errors
 from orchestrator.plan.tree import StageTree
 
 Status = Literal["new", "running", "interrupted", "finished", "failed"]
@@ -32,6 +36,61 @@ _TRACKED = {
 }
 _MEASURED = Costs()
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
+_READ_THROUGH_BYTES = 1 << 16  # of a metrics file this much is read in order; what is before is skipped by halving
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one metrics file on a cell's way.
+
+    Attributes:
+        first_step: First step of the phase that counts.
+        last_step: The one after the last.
+        offset: Steps of the phases before.
+    """
+
+    file: Path
+    first_step: int
+    last_step: int
+    offset: int
+
+
+class StepHistory:
+    """Points of a cell's way in the order of steps, read from the ledger whenever they are asked for.
+
+    A hundred thousand steps are neither held in memory nor read again for the few that are new.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self._stretches = tuple(stretches)
+
+    def __iter__(self) -> Iterator[Point]:
+        return self.since(0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepHistory) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def since(self, step: int) -> Iterator[Point]:
+        """Points of a step and of those after it.
+
+        Raises:
+            StorageError: a file cannot be read: what follows must not be taken for all there is.
+        """
+        for stretch in self._stretches:
+            first = max(stretch.first_step, step - stretch.offset)
+            if first >= stretch.last_step:
+                continue
+            for line in _lines_from(stretch.file, first):
+                if line["step"] >= stretch.last_step:
+                    break
+                yield from _points(line, stretch.offset)
+
+
+def points_since(history: StepHistory | Sequence[Point], step: int) -> Iterable[Point]:
+    """Points of a step and of those after it."""
+    return history.since(step) if isinstance(history, StepHistory) else [p for p in history if p[2] >= step]
 
 
 @dataclass(frozen=True)
@@ -41,7 +100,7 @@ class CellRecord:
     Attributes:
         params: The axes and the headline recipe.
         tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention.
-        history: `(key, value, step, timestamp in ms)`; steps are cumulative over phases.
+        history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
         summary: Metrics written once at the end (DESIGN section 7).
         artifacts: File name to text, bytes or a file to copy.
     """
@@ -51,7 +110,7 @@ class CellRecord:
     status: Status
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    history: tuple[Point, ...] = ()
+    history: StepHistory | Sequence[Point] = ()
     summary: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
 
@@ -104,7 +163,7 @@ def cell_record(
             **_fingerprint_tags(runs),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
-        history=tuple(_history(cell, tree, ledger, runs)),
+        history=_history(cell, tree, ledger, runs),
         summary=_summary(cell, ledger, runs, costs if trained else None),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
@@ -146,7 +205,7 @@ def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run]:
     return runs[::-1]
 
 
-def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) -> Iterable[Point]:
+def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) -> StepHistory:
     offsets, before = {}, 0
     for plan in cell.phases:
         offsets[plan.name] = before
@@ -159,10 +218,7 @@ def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) 
     if coming and (work := ledger.metrics_file(coming[0])).is_file():
         job = tree.stage_runs[coming[0]]
         files.append((work, job.phase, job.first_step, job.last_step))
-    for file, phase, first, last in files:
-        for line in read_metrics(file):
-            if first <= line.get("step", -1) < last:
-                yield from _points(line, offsets.get(phase, 0))
+    return StepHistory([Stretch(file, first, last, offsets.get(phase, 0)) for file, phase, first, last in files])
 
 
 def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
@@ -174,18 +230,47 @@ def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a line cut short by a crash ends it."""
+    """Lines of a metrics file; a line cut short by a crash ends it, and so does a file that cannot be read."""
     lines: list[dict[str, Any]] = []
-    try:
-        with open(file, encoding="utf-8") as opened:
-            for text in opened:
-                found = json.loads(text)
-                if not isinstance(found, dict):
-                    break
-                lines.append(found)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(StorageError):
+        lines.extend(_lines_from(file, 0))
     return lines
+
+
+def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
+    """Lines of a metrics file from a step on, up to one that a crash cut short; their steps rise.
+
+    Raises:
+        StorageError: the file is there and cannot be read.
+    """
+    if not file.exists():
+        return
+    with storage_errors(file.parent), open(file, "rb") as opened:
+        low, high = 0, opened.seek(0, os.SEEK_END)
+        while high - low > _READ_THROUGH_BYTES:  # every line that begins before `low` is of an earlier step
+            opened.seek((low + high) // 2)
+            opened.readline()
+            begin = opened.tell()
+            line = _line(opened.readline())
+            if line is not None and line["step"] < step and begin < high:
+                low = begin
+            else:
+                high = (low + high) // 2
+        opened.seek(low)
+        for text in opened:
+            if (line := _line(text)) is None:
+                return
+            if line["step"] >= step:
+                yield line
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """One line; None where it is none of ours."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def _params(cell: Cell) -> dict[str, str]:
