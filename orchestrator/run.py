@@ -16,20 +16,24 @@ from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, StorageError
 from orchestrator.plan.cell import Cell
+from orchestrator.plan.holders import living_holders
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
+from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.record import CellRecord
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk, prepare
-from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
+from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
 from orchestrator.spec.loader import unsupported_keys
-from orchestrator.tracking.recorder import Recorder, Tracker
+from orchestrator.tracking.cell_tracker import CellTracker, abandoned, has_record
+from orchestrator.tracking.one_at_a_time import one_at_a_time
+from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.seen import quick_look
 
 _SEND_SECONDS = 20.0
-_CELLS_SENT = 64
 
 
 @dataclass
@@ -42,6 +46,7 @@ class RunOutcome:
         waiting: Cells that neither finished nor failed, to the reason where there is one.
         unsent: Cells whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
+        tracking_notes: What else the user should know of MLflow's experiment.
     """
 
     walk: Walk
@@ -51,6 +56,7 @@ class RunOutcome:
     waiting: dict[str, str] = field(default_factory=dict)
     unsent: tuple[str, ...] = ()
     tracking_problem: str | None = None
+    tracking_notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -108,7 +114,7 @@ def run_experiment(
     work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
     check_data(work)
     run = _Run(walk, work, console, retry_failed)
-    with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+    with open_recorder(walk, console) as recorder:
         try:
             if work:
                 run.execute(recorder, (max_hours, began), local=local, fail_fast=fail_fast)
@@ -125,7 +131,8 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     waiting = {c.name: next((run.problems[i] for i in walk.jobs_of(c) if i in run.problems), "") for c in open_cells}
     unsent = tuple(names[identity] for identity in recorder.unsent)
     problem = recorder.problem if unsent else None
-    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
+    table = table_of([walk])
+    return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))
 
 
 def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> Walk:
@@ -157,28 +164,71 @@ def check_data(work: Sequence[Job]) -> None:
         raise_for_faults(" ".join([f"data of kind {spec.kind}", *where]), open_data_set(spec).check())
 
 
-def open_tracker(walk: Walk) -> Tracker:
-    """The tracker of an experiment; of several drivers one at a time writes a cell, so that it never gets a twin."""
-    from orchestrator.tracking.cell_tracker import CellTracker
-    from orchestrator.tracking.one_at_a_time import OneAtATime
+def open_recorder(walk: Walk, console: Console) -> Recorder:
+    """Records cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
 
-    return OneAtATime(CellTracker(walk.tracking_uri, walk.experiment_name), walk.ledger.store)
+    def open_tracker() -> CellTracker:
+        def alone() -> contextlib.AbstractContextManager[None]:
+            return one_at_a_time(walk.ledger.store, walk.experiment_name)
+
+        return CellTracker(walk.tracking_uri, walk.experiment_name, alone, _Drivers(walk).lives)
+
+    return Recorder(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
+
+
+class _Drivers:
+    """Which drivers live: those of this machine by their process, others by the leases they hold here."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._ledger = walk.ledger
+
+    def lives(self, process: Process) -> bool:
+        """Whether a driver lives; one of another machine that works elsewhere is dead as far as is known here."""
+        gone = process.is_gone()
+        if gone is not None:
+            return not gone
+        holders = living_holders(self._ledger).values()
+        return any((holder.host, holder.pid) == (process.host, process.pid) for holder in holders)
 
 
 def record_cells(walk: Walk, recorder: Recorder) -> None:
     """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
+    seen = quick_look(walk.tracking_uri, walk.experiment_name)
+    lacking = []
     for cell in walk.cells:
         record = walk.record(cell)
-        if record.status != "new":
-            write_cell_folder(walk, cell, record)
-            if untracked(walk, record):
-                recorder.put(_with_figure(walk, cell, record))
+        # Where another driver works on it, that one records it.
+        if record.status in ("new", "running"):
+            continue
+        write_cell_folder(walk, cell, record)
+        drawn = _with_figure(walk, cell, record, draw=False)
+        if drawn is None or seen is None or not has_record(seen.runs.get(cell.id), drawn):
+            lacking.append(cell)
+    for cell in lacking:
+        put_record(walk, cell, recorder)
+    if seen is not None and not lacking and abandoned(seen, _Drivers(walk).lives):
+        recorder.look()
 
 
-def _with_figure(walk: Walk, cell: Cell, record: CellRecord) -> CellRecord:
-    """A finished cell's record gets its training figure."""
+def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
+    """Queues a cell, whose record is read when its turn comes."""
+
+    def make() -> CellRecord:
+        record = _with_figure(walk, cell, walk.record(cell), draw=True)
+        assert record is not None
+        return record
+
+    recorder.put(cell.id, make)
+
+
+def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
+    """A finished cell's record gets its training figure; None where it has to be drawn first."""
+    if record.status != "finished" or not cell.phases:
+        return record
     path = walk.folder(cell) / "training.png"
-    if record.status != "finished" or not training_figure(record, path):
+    if not path.exists() and not draw:
+        return None
+    if not path.exists() and not training_figure(record, path):
         return record
     return replace(record, artifacts={**record.artifacts, path.name: path})
 
@@ -269,10 +319,9 @@ class _Run:
         walk = self.walk
         cells = [cell for cell in walk.cells if not jobs.isdisjoint(walk.jobs_of(cell))]
         with contextlib.suppress(OSError, StorageError):  # training goes on; `record_cells` tries again at the end
-            if only_finished:
-                cells = [cell for cell in cells if walk.status(cell) == "finished"]
-            for cell in cells[:_CELLS_SENT]:
-                recorder.put(_with_figure(walk, cell, walk.record(cell)))
+            for cell in cells:
+                if not only_finished or walk.status(cell) == "finished":
+                    put_record(walk, cell, recorder)
 
 
 def _costs(work: Sequence[Job]) -> dict[str, float]:

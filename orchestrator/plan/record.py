@@ -89,8 +89,10 @@ class StepHistory:
 
 
 def points_since(history: StepHistory | Sequence[Point], step: int) -> Iterable[Point]:
-    """Points of a step and of those after it."""
-    return history.since(step) if isinstance(history, StepHistory) else [p for p in history if p[2] >= step]
+    """Points of a step and of those after it, in the order of steps."""
+    if isinstance(history, StepHistory):
+        return history.since(step)
+    return sorted((point for point in history if point[2] >= step), key=lambda point: point[2])
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,7 @@ def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
     Raises:
         StorageError: the file is there and cannot be read.
     """
-    if not file.exists():
-        return
-    with storage_errors(file.parent), open(file, "rb") as opened:
+    with storage_errors(file.parent), open(file if file.exists() else os.devnull, "rb") as opened:
         low, high = 0, opened.seek(0, os.SEEK_END)
         while high - low > _READ_THROUGH_BYTES:  # every line that begins before `low` is of an earlier step
             opened.seek((low + high) // 2)

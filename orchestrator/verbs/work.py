@@ -43,7 +43,7 @@ def run(
         if outcome.executed == 0:
             console.print("nothing to do: what could be run is done", highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
-    tell_unsent(outcome.unsent, outcome.tracking_problem)
+    tell_unsent(outcome.unsent, outcome.tracking_problem, outcome.tracking_notes)
     raise typer.Exit(outcome.exit_code)
 
 
