@@ -143,8 +143,6 @@ def test_a_lost_mlflow_file_is_written_again_from_the_ledger(finished, tmp_path)
     shutil.copytree(folder, copy, symlinks=True)
     before = {run.info.run_name: run.data.metrics for run in runs_in_mlflow(folder / "runs", "tiny")}
     (copy / "runs" / "mlflow.db").unlink()
-    for note in (copy / "runs" / "cells").rglob("tracked.json"):
-        note.unlink()
     command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
     subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
     assert {run.info.run_name: run.data.metrics for run in runs_in_mlflow(copy / "runs", "tiny")} == before
