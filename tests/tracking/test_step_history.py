@@ -28,9 +28,9 @@ def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_every_step_on_it_is_the_rest(tmp_path: Path) -> None:
-    first = Stretch(write(tmp_path / "a", range(0, 90)), 0, 80, 0)  # its file holds more than counts
+    first = Stretch(write(tmp_path / "a", range(90)), 0, 80, 0)  # its file holds more than counts
     second = Stretch(write(tmp_path / "b", range(80, 120), end='{"step": 120, "lo'), 80, 130, 0)
-    third = Stretch(write(tmp_path / "c", range(0, 15)), 0, 15, 130)
+    third = Stretch(write(tmp_path / "c", range(15)), 0, 15, 130)
     history = StepHistory([first, second, third])
     whole = list(history)
     assert [step for _, _, step, _ in whole] == [*range(120), *range(130, 145)]

@@ -73,7 +73,11 @@ def sql(tracker: CellTracker, *statements: str) -> None:
             opened.execute(statement)
 
 
-OURS = "run_uuid IN (SELECT run_uuid FROM tags WHERE key = 'cell_id' AND value = 'aaaaaaaa')"
+def take_out(tracker: CellTracker, run: str, keys: str) -> None:
+    sql(tracker, *(f"DELETE FROM {table} WHERE run_uuid = '{run}' AND key {keys}" for table in TABLES))
+
+
+TABLES = ("metrics", "latest_metrics")
 DAMAGE: dict[str, Callable[[CellTracker, str], Any]] = {
     "run deleted": lambda tracker, run: tracker._client().delete_run(run),
     "experiment deleted": lambda tracker, run: tracker._client().delete_experiment(tracker._experiment()),
@@ -83,12 +87,8 @@ DAMAGE: dict[str, Callable[[CellTracker, str], Any]] = {
     "tag deleted": lambda tracker, run: tracker._client().delete_tag(run, "hardware"),
     "param gone": lambda tracker, run: sql(tracker, f"DELETE FROM params WHERE run_uuid = '{run}'"),
     "score changed": lambda tracker, run: tracker._client().log_metric(run, "eval/vqa/accuracy", 0.9, step=99),
-    "score gone": lambda tracker, run: sql(
-        tracker, *(f"DELETE FROM {t} WHERE run_uuid = '{run}' AND key LIKE 'eval/%'" for t in ("metrics", "latest_metrics"))
-    ),
-    "one metric gone": lambda tracker, run: sql(
-        tracker, *(f"DELETE FROM {t} WHERE run_uuid = '{run}' AND key = 'train/loss'" for t in ("metrics", "latest_metrics"))
-    ),
+    "score gone": lambda tracker, run: take_out(tracker, run, "LIKE 'eval/%'"),
+    "one metric gone": lambda tracker, run: take_out(tracker, run, "= 'train/loss'"),
     "end cut off": lambda tracker, run: sql(
         tracker,
         f"DELETE FROM metrics WHERE run_uuid = '{run}' AND step > 20",
