@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
 from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError
+from orchestrator.redaction import redacted
 from orchestrator.verbs import ledger, look, search, spec, work
 from orchestrator.verbs.options import print_json
 
@@ -37,30 +39,40 @@ def main() -> None:
         with ended_by_signals():
             code = app(arguments, standalone_mode=False)
     except LlavoltaError as error:
-        if debug:
-            raise
         code = error.exit_code
-        _tell(error, as_json="--json" in arguments)
+        if debug:
+            _tell_all()
+        else:
+            _tell(error, as_json="--json" in arguments)
     except KeyboardInterrupt:
         code = 130
         print("stopped now; finished work is kept, run the same command to go on", file=sys.stderr)
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        if debug:
-            raise
         code = 1
-        print(f"error: {error.filename or 'the storage'}: {error.strerror or error}", file=sys.stderr)
+        if debug:
+            _tell_all()
+        else:
+            text = f"error: {error.filename or 'the storage'}: {error.strerror or error}"
+            print(redacted(text), file=sys.stderr)
     except typer.Abort:
         code = 130
     except Exception as error:
         # click's own errors (a missing argument, an unknown option) know how to show themselves.
         if debug or not hasattr(error, "show"):
-            raise
-        error.show()
-        code = getattr(error, "exit_code", 2)
+            _tell_all()
+            code = 1
+        else:
+            error.show()
+            code = getattr(error, "exit_code", 2)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell_all() -> None:
+    """The traceback of the error at hand; what libraries quote in it (addresses, headers) without its secrets."""
+    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _tell(error: LlavoltaError, *, as_json: bool) -> None:

@@ -17,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.redaction import HIDDEN, is_secret_name, redacted
+
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault in an experiment file.
+    """One fault in an experiment file; no secret that stands there is told.
 
     Attributes:
         message: What is wrong, one sentence.
@@ -42,6 +44,13 @@ class Fault:
     allowed: str | None = None
     hint: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("message", "value", "allowed", "hint"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, redacted(text))
+        if self.value is not None and is_secret_name(self.path.rpartition(".")[2]):
+            object.__setattr__(self, "value", HIDDEN)
+
     def __str__(self) -> str:
         where = self.file or "--set"
         if self.line is not None:
@@ -52,9 +61,12 @@ class Fault:
 
 
 class LlavoltaError(Exception):
-    """Base of all errors told to the user as one block, without a traceback."""
+    """Base of all errors told to the user as one block, without a traceback and without the secrets in an address."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
 
 class SpecError(LlavoltaError):

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from orchestrator.errors import StorageError
+from orchestrator.redaction import redacted
 
 LOG_FILE = "log.txt"
 
@@ -41,14 +42,14 @@ def printed_to(path: Path) -> Iterator[None]:
 
 def append_traceback(path: Path, error: BaseException, rank: int) -> None:
     """Writes an exception with its traceback to the end of a log; a log that cannot be written is no second error."""
-    text = "".join(traceback.format_exception(error))
+    text = redacted("".join(traceback.format_exception(error)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(f"[{now()}] rank {rank} failed:\n{text}")
     except OSError:
         if not isinstance(error, StorageError):  # a full disk is told already, in one sentence
-            traceback.print_exception(error)
+            print(text, end="", file=sys.stderr)
 
 
 def now() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from orchestrator.errors import Fault
+from orchestrator.redaction import redacted
 
 Path = tuple[str | int, ...]
 SET = "--set"
@@ -111,8 +112,8 @@ class Node:
             yield path, self
 
     def written(self) -> str:
-        """The value as the user wrote it, shortened to one line."""
-        text = self.text if self.text is not None else as_yaml(self.plain())
+        """The value as the user wrote it, shortened to one line, without the secrets in it."""
+        text = redacted(self.text if self.text is not None else as_yaml(self.plain()))
         return text if len(text) <= 80 else text[:77] + "..."
 
     def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:

@@ -20,6 +20,7 @@ from typing import Any
 from orchestrator.errors import TrackingError
 from orchestrator.plan.ledger.owners import Process, this_process
 from orchestrator.plan.record import CellRecord, Point, points_since
+from orchestrator.redaction import redacted
 from orchestrator.tracking.limits import (
     METRICS_PER_REQUEST,
     PARAM_CHARACTERS,
@@ -359,7 +360,7 @@ class CellTracker:
         except TrackingError:
             raise
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = next(iter(redacted(str(error)).strip().splitlines()), type(error).__name__)
             raise TrackingError(f"MLflow at {self._uri} did not take the record: {shortened(reason, 300)}") from error
 
 

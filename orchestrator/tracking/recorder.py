@@ -12,6 +12,7 @@ from typing import Protocol
 
 from orchestrator.errors import LlavoltaError, TrackingError
 from orchestrator.plan.record import CellRecord
+from orchestrator.redaction import redacted
 
 POINTS_PER_TURN = 20_000
 PATIENCE_SECONDS = 120.0
@@ -160,6 +161,6 @@ class Recorder:
             yield
         except Exception as error:
             plain = isinstance(error, LlavoltaError)
-            self.problem = str(error) if plain else f"{type(error).__name__}: {error}"
+            self.problem = redacted(str(error) if plain else f"{type(error).__name__}: {error}")
             # One that is never taken must not keep the others back; a second says that the server is away.
             failed.add(cell_id)
