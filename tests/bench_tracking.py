@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.plan.record import CellRecord, StepHistory, Stretch
-from orchestrator.tracking.cell_tracker import CellTracker, has_record
+from orchestrator.plan.record import CellRecord
+from orchestrator.plan.step_history import StepHistory, Stretch
+from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking.lacking import has_record
 from orchestrator.tracking.recorder import Recorder
 from orchestrator.tracking.seen import quick_look
 

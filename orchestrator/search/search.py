@@ -19,8 +19,9 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.plan.walk import Walk, plan_trials, prepare
+from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
-from orchestrator.run import RunOutcome, check_data, open_recorder, put_record, record_cells, relative_cost, table_of
+from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
 from orchestrator.search.feed import SearchFeed, standing
 from orchestrator.spec.loader import unsupported_keys
 from orchestrator.spec.space import summary

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TrackingError
-from orchestrator.plan.ledger.owners import Process, this_process
-from orchestrator.plan.record import CellRecord, Point, points_since
+from orchestrator.plan.record import CellRecord
 from orchestrator.redaction import redacted
+from orchestrator.tracking.lacking import (
+    ARTIFACTS_DIGEST,
+    DRIVER,
+    OPEN,
+    POINTS,
+    STATUS,
+    Lives,
+    SentPoint,
+    abandoned,
+    changed_summary,
+    file_contents,
+    files_digest,
+    fresh_points,
+    has_artifacts,
+    mark,
+    sent_params,
+    sent_points,
+    sent_tags,
+    was_cut,
+)  # fmt: skip
 from orchestrator.tracking.limits import (
     METRICS_PER_REQUEST,
-    PARAM_CHARACTERS,
     PARAMS_PER_REQUEST,
-    TAG_CHARACTERS,
     TAGS_PER_REQUEST,
-    accepted_name,
-    accepted_value,
     chunks,
     shortened,
 )
@@ -37,10 +48,6 @@ from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun, client_
 
 SQLITE_LOCK_SECONDS = 10
 LOOK_SECONDS = 30.0
-ARTIFACTS_DIGEST = "artifacts_sha256"
-CHANGED_PARAM = "changed_param."
-DRIVER = "driver"
-POINTS = "metric_points"
 
 # A server that is down is noticed in seconds instead of four minutes; nothing is sent home or printed.
 _ENVIRONMENT = {
@@ -51,15 +58,6 @@ _ENVIRONMENT = {
 }
 # Opens the experiment in the dashboard's view for model training, not the one for chat applications.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-_STATUS = {
-    "new": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "failed": "FAILED",
-    "interrupted": "KILLED",
-}
-_OPEN = ("RUNNING", "SCHEDULED")
-Lives = Callable[[Process], bool]
 
 
 class CellTracker:
@@ -148,7 +146,7 @@ class CellTracker:
                 self._look(now=True)
                 for run in self._known().runs.values():
                     # Another driver that works on the cell has put its own mark there.
-                    if run.run_id in self._running and run.status in _OPEN and run.tags.get(DRIVER) == _mark():
+                    if run.run_id in self._running and run.status in OPEN and run.tags.get(DRIVER) == mark():
                         self._end(run, "KILLED")
             self._running.clear()
 
@@ -231,7 +229,7 @@ class CellTracker:
         run = self._client().create_run(
             experiment_id,
             start_time=start_ms,
-            tags={CELL_ID: record.cell_id, DRIVER: _mark()},
+            tags={CELL_ID: record.cell_id, DRIVER: mark()},
             run_name=record.cell_name,
         )
         info = run.info
@@ -247,7 +245,7 @@ class CellTracker:
             return False
         self._log_summary(run, record)
         self._log_artifacts(run, record)
-        if _STATUS[record.status] not in _OPEN and run.points is not None and run.tags.get(POINTS) != str(run.points):
+        if STATUS[record.status] not in OPEN and run.points is not None and run.tags.get(POINTS) != str(run.points):
             self._send(run, tags={POINTS: str(run.points)})
         self._set_status(run, record)
         return True
@@ -277,15 +275,15 @@ class CellTracker:
             run.name = record.cell_name
         if record.status not in ("running", "new"):
             return
-        if run.tags.get(DRIVER) != _mark():
-            self._send(run, tags={DRIVER: _mark()})
-        if run.status != _STATUS[record.status]:
-            self._client().update_run(run.run_id, status=_STATUS[record.status])
-            run.status = _STATUS[record.status]
+        if run.tags.get(DRIVER) != mark():
+            self._send(run, tags={DRIVER: mark()})
+        if run.status != STATUS[record.status]:
+            self._client().update_run(run.run_id, status=STATUS[record.status])
+            run.status = STATUS[record.status]
         self._running.add(run.run_id)
 
     def _log_params_and_tags(self, run: SeenRun, record: CellRecord) -> None:
-        params, tags = _sent_params(record), _sent_tags(run, record)
+        params, tags = sent_params(record), sent_tags(run, record)
         new_params = [(key, text) for key, text in params.items() if key not in run.params]
         new_tags = [(key, text) for key, text in tags.items() if run.tags.get(key) != text]
         for some_params in chunks(new_params, PARAMS_PER_REQUEST):
@@ -298,7 +296,7 @@ class CellTracker:
         if was_cut(run):
             fresh, most = self._holes(run, record), sys.maxsize
         else:
-            fresh = _fresh_points(run, record)
+            fresh = fresh_points(run, record)
         # In the order of steps, so that "the highest step it has" is true after every batch.
         sent = 0
         while sent < most and (batch := list(islice(fresh, METRICS_PER_REQUEST))):
@@ -306,11 +304,11 @@ class CellTracker:
             sent += len(batch)
         return sent < most or next(fresh, None) is None
 
-    def _holes(self, run: SeenRun, record: CellRecord) -> Iterator[tuple[str, float, int, int]]:
+    def _holes(self, run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
         """Points that are gone from a run's history; whole histories are asked for, which only this needs."""
         known: dict[str, set[int]] = {}
         missing = []
-        for name, value, timestamp_ms, step in _sent_points(record.history):
+        for name, value, timestamp_ms, step in sent_points(record.history):
             if name not in known:
                 known[name] = {point.step for point in self._client().get_metric_history(run.run_id, name)}
             if step not in known[name]:
@@ -319,7 +317,7 @@ class CellTracker:
         return iter(missing)
 
     def _log_summary(self, run: SeenRun, record: CellRecord) -> None:
-        changed = _changed_summary(run, record)
+        changed = changed_summary(run, record)
         if not changed:
             return
         last_step = max((step for _, step, _ in run.metrics.values()), default=0)
@@ -330,18 +328,18 @@ class CellTracker:
     def _log_artifacts(self, run: SeenRun, record: CellRecord) -> None:
         if not record.artifacts or has_artifacts(run, record):
             return
-        contents = _contents(record.artifacts)
+        contents = file_contents(record.artifacts)
         with tempfile.TemporaryDirectory(prefix="llavolta-artifacts-") as folder:
             for name, content in contents.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             self._client().log_artifacts(run.run_id, folder)
-        self._send(run, tags={ARTIFACTS_DIGEST: _digest(contents)})
+        self._send(run, tags={ARTIFACTS_DIGEST: files_digest(contents)})
 
     def _set_status(self, run: SeenRun, record: CellRecord) -> None:
-        status = _STATUS[record.status]
-        if status in _OPEN:
+        status = STATUS[record.status]
+        if status in OPEN:
             return
         self._running.discard(run.run_id)
         if run.status != status:
@@ -362,116 +360,3 @@ class CellTracker:
         except Exception as error:
             reason = next(iter(redacted(str(error)).strip().splitlines()), type(error).__name__)
             raise TrackingError(f"MLflow at {self._uri} did not take the record: {shortened(reason, 300)}") from error
-
-
-def has_record(run: SeenRun | None, record: CellRecord) -> bool:
-    """Whether MLflow has a cell's record as it stands: everything but the history's middle is compared."""
-    return (
-        run is not None
-        and run.name == record.cell_name
-        and run.status == _STATUS[record.status]
-        and _sent_params(record).keys() <= run.params.keys()
-        and all(run.tags.get(key) == text for key, text in _sent_tags(run, record).items())
-        and not _changed_summary(run, record)
-        and not was_cut(run)
-        and has_artifacts(run, record)
-        and next(_fresh_points(run, record), None) is None
-    )
-
-
-def has_artifacts(run: SeenRun, record: CellRecord) -> bool:
-    """Whether MLflow has a record's files."""
-    contents = _contents(record.artifacts)
-    return not contents or (run.tags.get(ARTIFACTS_DIGEST) == _digest(contents) and not run.lacks_artifacts(contents))
-
-
-def was_cut(run: SeenRun) -> bool:
-    """Whether a run has fewer points than when its record was whole."""
-    noted = run.tags.get(POINTS, "")
-    return run.points is not None and noted.isdecimal() and run.points < int(noted)
-
-
-def abandoned(seen: SeenExperiment, lives: Lives) -> list[SeenRun]:
-    """Runs that say they are being worked on while their driver is dead."""
-    found = []
-    for run in seen.runs.values():
-        if run.status in _OPEN and (text := run.tags.get(DRIVER)) not in (None, _mark()):
-            try:
-                process = Process(**json.loads(text or ""))
-            except (ValueError, TypeError):
-                continue
-            if not lives(process):
-                found.append(run)
-    return found
-
-
-def _mark() -> str:
-    """This process, as a tag of the cells it works on."""
-    return _mark_of(os.getpid())
-
-
-@functools.cache
-def _mark_of(_pid: int) -> str:
-    return json.dumps(asdict(this_process()))
-
-
-def _sent_params(record: CellRecord) -> dict[str, str]:
-    return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
-
-
-def _sent_tags(run: SeenRun, record: CellRecord) -> dict[str, str]:
-    tags = {**record.tags, CELL_ID: record.cell_id}
-    # A param can be written once; a value that changed since (a default, a label) is noted beside it.
-    changed = {key: text for key, text in _sent_params(record).items() if run.params.get(key, text) != text}
-    tags |= {CHANGED_PARAM + key: text for key, text in changed.items()}
-    return {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
-
-
-def _changed_summary(run: SeenRun, record: CellRecord) -> dict[str, float]:
-    numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
-    return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
-
-
-def _sent_points(points: Iterable[Point]) -> Iterator[tuple[str, float, int, int]]:
-    """Points as MLflow's `Metric` takes them: name, value, timestamp, step."""
-    names: dict[str, str] = {}
-    for key, value, step, timestamp_ms in points:
-        name = names.get(key) or names.setdefault(key, accepted_name(key))
-        number = accepted_value(value)
-        if number is not None:
-            yield name, number, int(timestamp_ms), int(step)
-
-
-def _fresh_points(run: SeenRun, record: CellRecord) -> Iterator[tuple[str, float, int, int]]:
-    """Points beyond what a run has, in the order of their steps.
-
-    They are looked for from the highest step that it has of any metric of the history. Where a metric falls behind
-    there, it begins where that one ends: a batch may have ended within a step.
-    """
-    known = {name: step for name, (_, step, _) in run.metrics.items()}
-
-    def beyond(first: int) -> Iterator[tuple[str, float, int, int]]:
-        points = _sent_points(points_since(record.history, first))
-        return (point for point in points if point[3] > known.get(point[0], -1))
-
-    last = max((step for name, step in known.items() if name.startswith("train/")), default=-1)
-    behind = {point[0] for point in islice(beyond(last), 64)}
-    return beyond(min((known.get(name, -1) for name in behind), default=last) + 1) if behind else iter(())
-
-
-def _contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
-    return {
-        accepted_name(name): content.encode()
-        if isinstance(content, str)
-        else content
-        if isinstance(content, bytes)
-        else content.read_bytes()
-        for name, content in artifacts.items()
-    }
-
-
-def _digest(contents: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(contents):
-        digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
-    return digest.hexdigest()

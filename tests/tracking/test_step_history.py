@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan import record as record_module
-from orchestrator.plan.record import StepHistory, Stretch
+from orchestrator.plan import step_history
+from orchestrator.plan.step_history import StepHistory, Stretch
 
 
 def write(path: Path, steps: range, end: str = "") -> Path:
@@ -24,7 +24,7 @@ def write(path: Path, steps: range, end: str = "") -> Path:
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small file is halved too."""
-    monkeypatch.setattr(record_module, "_READ_THROUGH_BYTES", 256)
+    monkeypatch.setattr(step_history, "_READ_THROUGH_BYTES", 256)
 
 
 def test_from_every_step_on_it_is_the_rest(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_from_every_step_on_it_is_the_rest(tmp_path: Path) -> None:
 def test_a_few_new_steps_read_a_small_part_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a", range(5000))
     read = []
-    parse = record_module._line
-    monkeypatch.setattr(record_module, "_line", lambda text: read.append(text) or parse(text))
+    parse = step_history._line
+    monkeypatch.setattr(step_history, "_line", lambda text: read.append(text) or parse(text))
     assert len(list(StepHistory([Stretch(path, 0, 5000, 0)]).since(4990))) == 10
     assert len(read) < 60
 

@@ -20,7 +20,8 @@ from mlflow_servers import Gate, free_port, mlflow_server
 from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.record import CellRecord
 from orchestrator.tracking import cell_tracker
-from orchestrator.tracking.cell_tracker import CellTracker, abandoned, has_record
+from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking.lacking import abandoned, has_record
 from orchestrator.tracking.seen import client_look, quick_look
 
 KEYS = ("train/loss", "train/learning_rate")
