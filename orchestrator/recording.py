@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
@@ -28,24 +29,22 @@ def open_recorder(walk: Walk, console: Console) -> Recorder:
         def alone() -> contextlib.AbstractContextManager[None]:
             return one_at_a_time(walk.ledger.store, walk.experiment_name)
 
-        return CellTracker(walk.tracking_uri, walk.experiment_name, alone, _Drivers(walk).lives)
+        return CellTracker(walk.tracking_uri, walk.experiment_name, alone, _lives(walk), walk.ledger.url)
 
     return Recorder(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
 
 
-class _Drivers:
-    """Which drivers live: those of this machine by their process, others by the leases they hold here."""
+def _lives(walk: Walk) -> Callable[[Process, str], bool]:
+    """Whether a driver lives: told of one of this machine by its process, of others by the leases they hold here."""
 
-    def __init__(self, walk: Walk) -> None:
-        self._ledger = walk.ledger
-
-    def lives(self, process: Process) -> bool:
-        """Whether a driver lives; one of another machine that works elsewhere is dead as far as is known here."""
-        gone = process.is_gone()
+    def lives(driver: Process, storage: str) -> bool:
+        gone = driver.is_gone()
         if gone is not None:
             return not gone
-        holders = living_holders(self._ledger).values()
-        return any((holder.host, holder.pid) == (process.host, process.pid) for holder in holders)
+        holders = living_holders(walk.ledger).values() if storage == walk.ledger.url else None
+        return holders is None or any((holder.host, holder.pid) == (driver.host, driver.pid) for holder in holders)
+
+    return lives
 
 
 def record_cells(walk: Walk, recorder: Recorder) -> None:
@@ -63,7 +62,7 @@ def record_cells(walk: Walk, recorder: Recorder) -> None:
             lacking.append(cell)
     for cell in lacking:
         put_record(walk, cell, recorder)
-    if seen is not None and not lacking and abandoned(seen, _Drivers(walk).lives):
+    if seen is not None and not lacking and abandoned(seen, _lives(walk)):
         recorder.look()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -123,6 +124,37 @@ def own_sigterm_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)  # on the C side too
         if came:
             signal.alarm(0)
+
+
+def own_token() -> None:
+    """Makes the token by which this user's Ray knows him, or finds it, for this user's eyes only.
+
+    Ray 2.60 makes it with the first Ray of this user and leaves `~/.ray/auth_token` to the umask, 0644 mostly; who
+    can read it runs code as this user.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
+    path = setup._get_default_token_path()
+    with contextlib.suppress(OSError):  # a home that cannot be written: Ray itself says so if it needs one
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+            return
+        loader = setup.AuthenticationTokenLoader.instance()
+        if os.environ.get(setup.AUTH_MODE_ENV_VAR, "token") != "token" or loader.has_token(ignore_auth_mode=True):
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        try:
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(generate_new_authentication_token())
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        loader.reset_cache()
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

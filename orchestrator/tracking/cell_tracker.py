@@ -71,6 +71,7 @@ class CellTracker:
         experiment_name: Made where it is missing, restored where it was deleted.
         alone: Held while runs are made, by one driver at a time: two that find no run of a cell would both make one.
         lives: Whether another driver, which says that it works on a cell, still lives.
+        storage: Where this driver works, for others to know.
 
     Attributes:
         notes: What the user should know of the experiment over there.
@@ -81,11 +82,12 @@ class CellTracker:
         tracking_uri: str,
         experiment_name: str,
         alone: Callable[[], AbstractContextManager[object]] = nullcontext,
-        lives: Lives = lambda process: not process.is_gone(),
+        lives: Lives = lambda process, storage: not process.is_gone(),
+        storage: str = "",
     ) -> None:
         self._uri = tracking_uri
         self._experiment_name = experiment_name
-        self._alone, self._lives = alone, lives
+        self._alone, self._lives, self._mark = alone, lives, mark(storage)
         self._connection: Any = None
         self._seen: SeenExperiment | None = None
         self._looked = 0.0
@@ -146,7 +148,7 @@ class CellTracker:
                 self._look(now=True)
                 for run in self._known().runs.values():
                     # Another driver that works on the cell has put its own mark there.
-                    if run.run_id in self._running and run.status in OPEN and run.tags.get(DRIVER) == mark():
+                    if run.run_id in self._running and run.status in OPEN and run.tags.get(DRIVER) == self._mark:
                         self._end(run, "KILLED")
             self._running.clear()
 
@@ -229,7 +231,7 @@ class CellTracker:
         run = self._client().create_run(
             experiment_id,
             start_time=start_ms,
-            tags={CELL_ID: record.cell_id, DRIVER: mark()},
+            tags={CELL_ID: record.cell_id, DRIVER: self._mark},
             run_name=record.cell_name,
         )
         info = run.info
@@ -275,8 +277,8 @@ class CellTracker:
             run.name = record.cell_name
         if record.status not in ("running", "new"):
             return
-        if run.tags.get(DRIVER) != mark():
-            self._send(run, tags={DRIVER: mark()})
+        if run.tags.get(DRIVER) != self._mark:
+            self._send(run, tags={DRIVER: self._mark})
         if run.status != STATUS[record.status]:
             self._client().update_run(run.run_id, status=STATUS[record.status])
             run.status = STATUS[record.status]

@@ -29,7 +29,7 @@ STATUS = {
     "interrupted": "KILLED",
 }
 OPEN = ("RUNNING", "SCHEDULED")
-Lives = Callable[[Process], bool]
+Lives = Callable[[Process, str], bool]  # a driver and the storage it works on
 SentPoint = tuple[str, float, int, int]
 
 
@@ -66,24 +66,27 @@ def abandoned(seen: SeenExperiment, lives: Lives) -> list[SeenRun]:
     """Runs that say they are being worked on while their driver is dead."""
     found = []
     for run in seen.runs.values():
-        if run.status in OPEN and (text := run.tags.get(DRIVER)) not in (None, mark()):
-            try:
-                process = Process(**json.loads(text or ""))
-            except (ValueError, TypeError):
-                continue
-            if not lives(process):
-                found.append(run)
+        if run.status not in OPEN:
+            continue
+        try:
+            told = json.loads(run.tags.get(DRIVER, ""))
+            storage = told.pop("storage")
+            driver = Process(**told)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # no driver of ours began it
+        if not lives(driver, storage):
+            found.append(run)
     return found
 
 
-def mark() -> str:
-    """This process, as a tag of the cells it works on."""
-    return _mark_of(os.getpid())
+def mark(storage: str) -> str:
+    """This process and the storage it works on, as a tag of the cells it works on."""
+    return _mark_of(os.getpid(), storage)
 
 
 @functools.cache
-def _mark_of(_pid: int) -> str:
-    return json.dumps(asdict(this_process()))
+def _mark_of(_pid: int, storage: str) -> str:
+    return json.dumps({**asdict(this_process()), "storage": storage})
 
 
 def sent_params(record: CellRecord) -> dict[str, str]:

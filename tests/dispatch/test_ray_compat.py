@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 
 import ray._private.worker
 from ray.train import ScalingConfig
@@ -29,3 +32,24 @@ def test_rays_own_message_about_a_dead_worker_goes_through_the_name_we_replace(m
     silence_driver()
     ray._private.worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet"}, ignore_prefix=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:
+    """Made by us it is so from its first byte; one that Ray left to the umask is closed; Ray takes it as its own."""
+    code = (
+        "import os; os.umask(0o022)\n"
+        "from orchestrator.dispatch.ray_compat import own_token\n"
+        "from ray._private.authentication import authentication_token_setup as setup\n"
+        "{first}\n"
+        "own_token(); path = setup._get_default_token_path(); before = path.read_text()\n"
+        "os.environ['RAY_AUTH_MODE'] = 'token'; setup._enable_token_auth(); setup.ensure_token_if_auth_enabled()\n"
+        "assert path.read_text() == before and len(before) == 64\n"
+        "print(oct(path.stat().st_mode & 0o777), sorted(p.name for p in path.parent.iterdir()))"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for name, first in (("new", ""), ("left", "setup.generate_and_save_token()")):
+        home = tmp_path / name
+        home.mkdir()
+        command = [sys.executable, "-c", code.format(first=first)]
+        done = subprocess.run(command, env={**env, "HOME": str(home)}, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1:] == ["0o600 ['auth_token']"], done.stderr

@@ -197,7 +197,7 @@ def test_a_send_that_broke_off_within_a_step_goes_on_there(
 # Says who it is, and lives until its input ends.
 DRIVER = (
     "import dataclasses, json; from orchestrator.plan.ledger.owners import this_process; "
-    "print(json.dumps(dataclasses.asdict(this_process())), flush=True); input()"
+    "print(json.dumps({**dataclasses.asdict(this_process()), 'storage': '/s'}), flush=True); input()"
 )
 
 
@@ -207,7 +207,7 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
             [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def lives(driver: Process) -> bool:
+    def lives(driver: Process, storage: str) -> bool:
         return driver.is_gone() is not True
 
     with start() as living, start() as killed:
