@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -64,7 +65,9 @@ def main() -> None:
             _tell_all()
             code = 1
         else:
-            error.show()
+            shown = io.StringIO()
+            error.show(shown)
+            print(redacted(shown.getvalue()), end="", file=sys.stderr)
             code = getattr(error, "exit_code", 2)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)

@@ -45,7 +45,7 @@ class Fault:
     hint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("message", "value", "allowed", "hint"):
+        for name in ("message", "path", "value", "allowed", "hint"):
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, redacted(text))
         if self.value is not None and is_secret_name(self.path.rpartition(".")[2]):

@@ -36,7 +36,9 @@ _NAMES = (
     "password", "private_key", "secret", "secret_access_key", "secret_key", "session_token", "token",
 )  # fmt: skip
 _NAMED = re.compile(rf"(?:.*[_.-])?(?:password|passwd|secret|api_key|access_key)|{'|'.join(_NAMES)}", re.IGNORECASE)
-_ENVIRONMENT = re.compile(r"(?:.*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL)|.*_(?:PWD|PAT)", re.IGNORECASE)
+_ENVIRONMENT = re.compile(
+    r"(?:.*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|ACCESS_KEY_ID|CREDENTIAL)|.*_(?:PWD|PAT)", re.IGNORECASE
+)
 _SHORTEST = 8  # a shorter value of the environment is found in innocent words too
 
 
@@ -76,6 +78,11 @@ def is_secret_name(name: str) -> bool:
     return _NAMED.fullmatch(name) is not None
 
 
+def is_secret_variable(name: str) -> bool:
+    """Whether a variable's name says that its value is a secret."""
+    return _ENVIRONMENT.fullmatch(name) is not None
+
+
 def _environment_secrets() -> tuple[str, ...]:
     """Values of the environment's secrets, the longest first."""
     return _secrets_among(tuple(os.environ.items()))
@@ -85,7 +92,7 @@ def _environment_secrets() -> tuple[str, ...]:
 def _secrets_among(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     found = set()
     for name, value in environment:
-        if _ENVIRONMENT.fullmatch(name) and not value.startswith("/"):
+        if is_secret_variable(name) and not value.startswith("/"):
             found.add(value)
         for inside in _IN_ADDRESS.finditer(value):
             password = (inside[2] or inside[4]).partition(":")[2] or inside[4] or ""

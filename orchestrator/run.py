@@ -121,7 +121,7 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
     waiting = {c.name: next((run.problems[i] for i in walk.jobs_of(c) if i in run.problems), "") for c in open_cells}
-    unsent = tuple(names[identity] for identity in recorder.unsent)
+    unsent = tuple(names[identity] for identity in list(recorder.unsent))
     problem = recorder.problem if unsent else None
     table = table_of([walk])
     return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))

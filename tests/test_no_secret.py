@@ -35,7 +35,8 @@ VERBS = [
     ["plan", "tiny.yaml", "--json"], ["show", "tiny.yaml", "--resolved"], ["show", "tiny.yaml", "--json"],
     ["run", "tiny.yaml", "--local"], ["run", "tiny.yaml", "--local", "--json"], ["status", "tiny.yaml"],
     ["status", "tiny.yaml", "--json"], ["table", "tiny.yaml"], ["table", "tiny.yaml", "--format", "csv", "--all"],
-    ["logs", "tiny.yaml", "--cell", "schedule=heavy"], ["path", "tiny.yaml", "--cell", "schedule=heavy"], ["ledger", "ls", "tiny.yaml"],
+    ["logs", "tiny.yaml", "--cell", "schedule=heavy"], ["path", "tiny.yaml", "--cell", "schedule=heavy"],
+    ["ledger", "ls", "tiny.yaml"],
     ["ledger", "verify", "tiny.yaml"], ["ledger", "gc", "tiny.yaml"], ["compressors"], ["schema"],
 ]  # fmt: skip
 # Several verbs in one process: starting Python fourteen times is most of what they cost.

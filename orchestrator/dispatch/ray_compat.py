@@ -18,6 +18,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from orchestrator.redaction import is_secret_variable
+
 # The cleaner: an actor and about 12 s at the end of each run, and it frees nothing where no dashboard runs. It is
 # there for a controller that dies while its driver lives on; here the driver frees the group itself then
 # (`release_placement_group`), and where the driver dies Ray frees what belonged to its job.
@@ -124,6 +126,18 @@ def own_sigterm_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)  # on the C side too
         if came:
             signal.alarm(0)
+
+
+def keep_credentials_from_trials() -> None:
+    """Keeps Ray Tune from handing credentials to its trials, which need none: they wait for what the lanes do.
+
+    It puts AWS_SECRET_ACCESS_KEY and others into the trials' `runtime_env`, which Ray writes into
+    `runtime_env_agent.log` and shows in its dashboard.
+    """
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not is_secret_variable(name)}
 
 
 def own_token() -> None:

@@ -117,16 +117,25 @@ def storage_path(loaded: LoadedExperiment) -> str | Path:
         UsageError: it is another URL, or holds a password.
     """
     text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
-    if what := secret_in(text):
-        raise UsageError(
-            f"cluster.storage_path or $LLAVOLTA_STORAGE: {text}: {what} must not stand there; credentials are found in "
-            "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws"
-        )
+    refuse_secret(text)
     if text.startswith("s3://"):
         return text
     if "://" in text:
         raise UsageError(f"cluster.storage_path: {text}: name a folder (local or NFS) or s3://bucket/prefix")
     return Path(text).expanduser().absolute()
+
+
+def refuse_secret(storage: str) -> None:
+    """Ends where a storage's address holds a password: it is printed, and written into records.
+
+    Raises:
+        UsageError: it does.
+    """
+    if what := secret_in(storage):
+        raise UsageError(
+            f"the storage {storage} ($LLAVOLTA_STORAGE, --storage): {what} must not stand there; credentials are found "
+            "in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws"
+        )
 
 
 def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:

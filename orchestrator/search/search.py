@@ -123,7 +123,7 @@ def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
     names = {cell.id: cell.name for cell in walk.cells}
     failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
-    unsent = tuple(names[identity] for identity in recorder.unsent)
+    unsent = tuple(names[identity] for identity in list(recorder.unsent))
     problem = recorder.problem if unsent else None
     table = table_of([walk])
     return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))

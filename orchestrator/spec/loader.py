@@ -124,11 +124,12 @@ def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault],
 
 
 def _secrets(root: Node) -> list[Fault]:
-    """Passwords and tokens among the values, which would be copied into the storage, MLflow and logs."""
+    """Passwords and tokens among the values and names, which would be copied into the storage, MLflow and logs."""
     faults = []
     for path, node in root.leaves():
-        name = next((key for key in reversed(path) if isinstance(key, str)), "")
-        if isinstance(node.value, str) and (what := secret_in(node.value, name)):
+        names = [key for key in path if isinstance(key, str)]
+        found = secret_in(node.value, names[-1] if names else "") if isinstance(node.value, str) else None
+        if what := found or next(filter(None, map(secret_in, names)), None):
             hint = _TRACKING_SECRETS if path[0] == "tracking" else _SECRETS
             faults.append(node.fault(f"{what} must not stand in an experiment", path, hint=hint))
     return faults

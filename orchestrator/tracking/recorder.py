@@ -20,7 +20,6 @@ _QUIET_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _FAILURES_OF_A_SERVER = 2
 MakeRecord = Callable[[], CellRecord]
-_LOOK: tuple[str, MakeRecord] = ("", lambda: CellRecord("", "", "new"))
 
 
 class Tracker(Protocol):
@@ -53,7 +52,8 @@ class Recorder:
     def __init__(self, open_tracker: Callable[[], Tracker], say: Callable[[str], None] = lambda text: None) -> None:
         self._open_tracker = open_tracker
         self._say = say
-        self._queue: queue.Queue[tuple[str, MakeRecord] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[str, MakeRecord | None] | None] = queue.Queue()
+        self._asked_to_look = False
         self._tracker: Tracker | None = None
         self._turns = 0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -79,8 +79,8 @@ class Recorder:
         self._queue.put((cell_id, make))
 
     def look(self) -> None:
-        """Opens the tracker, which ends the runs that dead drivers left behind."""
-        self._queue.put(_LOOK)
+        """Opens the tracker before the end, which ends the runs that dead drivers left behind."""
+        self._queue.put(("", None))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,12 +105,12 @@ class Recorder:
         last = False
         while not last:
             last, failed = self._take(wait=True), set[str]()
-            if self.unsent.pop(_LOOK[0], None):
-                self._open_runs([])
             while len(failed) < _FAILURES_OF_A_SERVER and (turn := [c for c in self.unsent if c not in failed]):
                 failed |= self._round(turn)
                 if not last and not self._queue.empty() and self._take(wait=False):
                     last, failed = True, set()  # the end: what failed is tried once more
+        if self._asked_to_look and self._tracker is None:
+            self._open_runs([])
         if self._tracker is not None:
             with contextlib.suppress(TrackingError):  # told already of the record that could not be sent
                 self._tracker.close()
@@ -123,8 +123,10 @@ class Recorder:
                 if came is None:
                     return True
                 wait = False
-                # A cell that waits keeps its place: those that come often must not keep others back.
-                self.unsent[came[0]] = came[1]
+                if came[1] is None:
+                    self._asked_to_look = True
+                else:  # a cell that waits keeps its place: those that come often must not keep others back
+                    self.unsent[came[0]] = came[1]
         return False
 
     def _round(self, turn: Sequence[str]) -> set[str]:

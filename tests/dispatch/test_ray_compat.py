@@ -11,7 +11,12 @@ import ray._private.worker
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from orchestrator.dispatch.ray_compat import UNWANTED_CALLBACKS, LaneTrainer, silence_driver
+from orchestrator.dispatch.ray_compat import (
+    UNWANTED_CALLBACKS,
+    LaneTrainer,
+    keep_credentials_from_trials,
+    silence_driver,
+)
 
 
 def test_a_lane_starts_without_the_stock_cleaner_and_data_sets() -> None:
@@ -32,6 +37,18 @@ def test_rays_own_message_about_a_dead_worker_goes_through_the_name_we_replace(m
     silence_driver()
     ray._private.worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet"}, ignore_prefix=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_no_trial_of_a_search_is_handed_credentials(monkeypatch) -> None:
+    from ray.tune.execution import class_cache
+
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", names := class_cache.ENV_VARS_TO_PROPAGATE)
+    assert "AWS_SECRET_ACCESS_KEY" in names and "ENV_VARS_TO_PROPAGATE" in inspect.getsource(
+        class_cache._ActorClassCache
+    )
+    keep_credentials_from_trials()
+    assert {name for name in names if name.startswith("RAY_")} <= class_cache.ENV_VARS_TO_PROPAGATE
+    assert not {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "KEY" in name or "TOKEN" in name}
 
 
 def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:

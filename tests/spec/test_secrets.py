@@ -83,6 +83,7 @@ PLACES = [
     "phases: {finetune: {data: train, max_steps: 4, deepspeed: {wandb: {team: 'PLANTED'}}}}",
     "plugins: ['PLANTED']",
     "trakking: {uri: 'PLANTED'}",
+    "schedules: {'PLANTED': {kind: constant, compressor: heavy}}",
 ]
 
 
