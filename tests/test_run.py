@@ -149,8 +149,8 @@ def test_a_lost_mlflow_file_is_written_again_and_runs_nobody_works_on_are_ended(
     assert {run.info.run_name: run.data.metrics for run in runs} == before
     # A cell that is no longer in the file, whose driver was killed; and nothing else to record.
     client = MlflowClient(f"sqlite:///{copy / 'runs' / 'mlflow.db'}")
-    driver = json.loads(runs[0].data.tags["driver"])  # that of the command above, which has ended
-    tags = {"cell_id": "gone", "driver": json.dumps(driver)}
+    driver = json.loads(runs[0].data.tags["storage_driver"])  # that of the command above, which has ended
+    tags = {"cell_id": "gone", "storage_driver": json.dumps(driver)}
     left = client.create_run(runs[0].info.experiment_id, tags=tags).info.run_id
     again = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
     assert "nothing to do" in again.stdout and client.get_run(left).info.status == "KILLED"

@@ -19,8 +19,8 @@ from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun
 
 ARTIFACTS_DIGEST = "artifacts_sha256"
 CHANGED_PARAM = "changed_param."
-DRIVER = "driver"
-POINTS = "metric_points"
+DRIVER = "storage_driver"
+POINTS = "storage_points"
 STATUS = {
     "new": "SCHEDULED",
     "running": "RUNNING",

@@ -217,7 +217,7 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
         drivers = {"a": told[0], "b": told[1], "c": {**told[0], "machine": "another", "host": "elsewhere"}}
         for name, driver in drivers.items():
             run_id = tracker.log(record(name, "running"))
-            tracker._client().set_tag(run_id, "driver", json.dumps(driver))
+            tracker._client().set_tag(run_id, "storage_driver", json.dumps(driver))
         tracker._client().create_run(tracker._experiment(), tags={"cell_id": "x" * 8})  # no driver of ours made it
         seen = quick_look(tracker._uri, tracker._experiment_name)
         assert [run.name for run in abandoned(seen, lives)] == ["schedule=b"]
@@ -235,7 +235,7 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
 
 def test_a_session_leaves_the_runs_of_another_driver_running(tracker: CellTracker) -> None:
     run_id = tracker.log(record("a", "running"))
-    tracker._client().set_tag(run_id, "driver", '{"somebody": "else"}')
+    tracker._client().set_tag(run_id, "storage_driver", '{"somebody": "else"}')
     tracker.close()
     assert tracker._client().get_run(run_id).info.status == "RUNNING"
 
