@@ -194,6 +194,21 @@ def test_a_send_that_broke_off_within_a_step_goes_on_there(
     assert sorted(points(later, run_id)) == sorted(wanted.history)
 
 
+def test_a_run_follows_its_cell_through_every_state(tracker: CellTracker) -> None:
+    """A cell that is interrupted, fails (as one that diverges does), is taken up and finished."""
+    steps = 0
+    shown = []
+    for status in ("running", "interrupted", "running", "failed", "running", "finished"):
+        steps += 5
+        wanted = record(status=status, steps=steps)
+        run_id = again(tracker).log(wanted)
+        assert is_there(tracker, wanted) and len(points(tracker, run_id)) == steps * len(KEYS)
+        info = tracker._client().get_run(run_id).info
+        shown.append(info.status)
+        assert status == "running" or info.end_time == 1_700_000_000_000 + steps - 1
+    assert shown == ["RUNNING", "KILLED", "RUNNING", "FAILED", "RUNNING", "FINISHED"]
+
+
 # Says who it is, and lives until its input ends.
 DRIVER = (
     "import dataclasses, json; from orchestrator.plan.ledger.owners import this_process; "
