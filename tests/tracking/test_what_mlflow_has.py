@@ -9,8 +9,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import pytest
 from mlflow_servers import Gate, free_port, mlflow_server
 
 from orchestrator.plan.ledger.owners import Process
+from orchestrator.plan.ledger.store import FolderStore
 from orchestrator.plan.record import CellRecord
 from orchestrator.tracking import cell_tracker
 from orchestrator.tracking.cell_tracker import CellTracker
 from orchestrator.tracking.lacking import abandoned, has_record
+from orchestrator.tracking.one_at_a_time import one_at_a_time
 from orchestrator.tracking.seen import client_look, quick_look
 
 KEYS = ("train/loss", "train/learning_rate")
@@ -253,6 +257,28 @@ def test_a_session_leaves_the_runs_of_another_driver_running(tracker: CellTracke
     tracker._client().set_tag(run_id, "storage_driver", '{"somebody": "else"}')
     tracker.close()
     assert tracker._client().get_run(run_id).info.status == "RUNNING"
+
+
+def test_two_drivers_on_one_storage_make_no_twins(tracker: CellTracker, tmp_path: Path) -> None:
+    store, together = FolderStore(tmp_path), threading.Barrier(2)
+    records = [record(name) for name in "abcde"]
+
+    def drive(_: int) -> None:
+        driver = CellTracker(
+            tracker._uri, tracker._experiment_name, lambda: one_at_a_time(store, tracker._experiment_name)
+        )
+        driver.open_runs([])  # both have seen that there is nothing
+        together.wait(timeout=60)
+        driver.open_runs(records)
+        for each in records:
+            driver.log(each)
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(drive, range(2)))
+    runs = tracker._client().search_runs([tracker._experiment()])
+    assert sorted(run.data.tags["cell_id"][0] for run in runs) == list("abcde")
+    assert all(is_there(tracker, each) for each in records)
+    assert store.names("leases") == [] or not any(store.names(f"leases/{name}") for name in store.names("leases"))
 
 
 @pytest.fixture(scope="module")
