@@ -39,7 +39,7 @@ _NAMED = re.compile(rf"(?:.*[_.-])?(?:password|passwd|secret|api_key|access_key)
 _ENVIRONMENT = re.compile(
     r"(?:.*_)?(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|ACCESS_KEY_ID|CREDENTIAL)|.*_(?:PWD|PAT)", re.IGNORECASE
 )
-_SHORTEST = 8  # a shorter value of the environment is found in innocent words too
+_SHORTEST, _SHORTEST_WORD = 8, 16  # a shorter value of the environment is found in innocent words too
 
 
 def redacted(text: str) -> str:
@@ -97,4 +97,5 @@ def _secrets_among(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         for inside in _IN_ADDRESS.finditer(value):
             password = (inside[2] or inside[4]).partition(":")[2] or inside[4] or ""
             found |= {password, unquote(password)}
-    return tuple(sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True))
+    telling = {value for value in found if len(value) >= (_SHORTEST_WORD if value.isalpha() else _SHORTEST)}
+    return tuple(sorted(telling, key=len, reverse=True))

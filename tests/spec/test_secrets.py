@@ -61,6 +61,8 @@ def test_secrets_of_the_environment_are_known_by_their_value(monkeypatch: pytest
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ssw0rd-xyz@host")
     assert redacted("rejected plain-looking-value, p@ssw0rd-xyz, p%40ssw0rd-xyz") == "rejected ***, ***, ***"
     assert secret_in("see plain-looking-value") == "a secret of this environment"
+    monkeypatch.setenv("SORT_KEY", "finetune")  # a word, not a secret
+    assert secret_in("finetune") is None
 
 
 def test_errors_and_faults_tell_no_secret() -> None:
