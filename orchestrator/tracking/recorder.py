@@ -99,7 +99,8 @@ class Recorder:
                 break
             if now - began > _QUIET_SECONDS and self.unsent and not told:
                 told = True
-                self._say(f"sending MLflow what it lacks of {len(self.unsent)} cells; Ctrl-C leaves it to the next run")
+                cells = f"{len(self.unsent)} cell{'s' if len(self.unsent) != 1 else ''}"
+                self._say(f"sending MLflow what it lacks of {cells}; Ctrl-C leaves it to the next run")
 
     def _work(self) -> None:
         last = False
