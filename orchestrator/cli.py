@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -9,6 +10,7 @@ import typer
 
 from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError, shorten
+from orchestrator.redaction import redacted
 from orchestrator.verbs import ledger, look, search, spec, work
 from orchestrator.verbs.options import keep_output_for_json, print_json
 
@@ -51,7 +53,8 @@ def main() -> None:
         code = 0
     except OSError as error:
         code = 1
-        _say(f"error: {shorten(str(error.filename or 'the storage'), 300)}: {error.strerror or error}", as_json=as_json)
+        where = shorten(redacted(str(error.filename or "the storage")), 300)
+        _say(f"error: {where}: {error.strerror or error}", as_json=as_json)
         _trace(debug)
     except typer.Abort:
         code = 130
@@ -59,29 +62,33 @@ def main() -> None:
         # click's own errors (a missing argument, an unknown option) know how to show themselves.
         if not hasattr(error, "show"):
             if as_json:
-                print_json({"error": f"{type(error).__name__}: {error}", "faults": []})
-            raise
-        if as_json:
-            print_json(
-                {"error": error.format_message() if hasattr(error, "format_message") else str(error), "faults": []}
-            )
-        error.show()
-        _trace(debug)
-        code = getattr(error, "exit_code", 2)
+                print_json({"error": redacted(f"{type(error).__name__}: {error}"), "faults": []})
+            _trace(True)
+            code = 1
+        else:
+            shown = io.StringIO()
+            error.show(shown)
+            if as_json:
+                text = error.format_message() if hasattr(error, "format_message") else str(error)
+                print_json({"error": redacted(text), "faults": []})
+            print(redacted(shown.getvalue()), end="", file=sys.stderr)
+            _trace(debug)
+            code = getattr(error, "exit_code", 2)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _trace(debug: bool) -> None:
+    """The traceback of the error at hand; what libraries quote in it (addresses, headers) without its secrets."""
     if debug:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _say(text: str, *, as_json: bool) -> None:
     if as_json:
-        print_json({"error": text.removeprefix("error: "), "faults": []})
+        print_json({"error": redacted(text.removeprefix("error: ")), "faults": []})
     else:
-        print(text, file=sys.stderr)
+        print(redacted(text), file=sys.stderr)
 
 
 def _tell(error: LlavoltaError, *, as_json: bool) -> None:

@@ -18,6 +18,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.redaction import HIDDEN, is_secret_name, redacted
+
 LONGEST_VALUE = 80
 _LONGEST_LIST = 600
 _QUOTED = re.compile(r"`([^`]+)`")
@@ -43,7 +45,7 @@ def _shorten_list(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault in an experiment file.
+    """One fault in an experiment file; no secret that stands there is told.
 
     Attributes:
         message: What is wrong, one sentence.
@@ -66,16 +68,17 @@ class Fault:
     hint: str | None = None
 
     def __post_init__(self) -> None:
-        quoted = _QUOTED.sub(lambda match: f"`{shorten(match.group(1))}`", self.message)
-        quoted = _LONG_WORD.sub(lambda match: shorten(match.group()), quoted)
-        short = {"message": quoted, "path": shorten(self.path, 2 * LONGEST_VALUE)}
-        if self.value is not None:
-            short["value"] = shorten(self.value)
-        if self.allowed is not None:
-            short["allowed"] = _shorten_list(self.allowed)
-        if self.hint is not None:
-            short["hint"] = shorten(self.hint, _LONGEST_LIST)
-        for name, text in short.items():
+        said = {name: getattr(self, name) for name in ("message", "path", "value", "allowed", "hint")}
+        said = {name: redacted(text) for name, text in said.items() if text is not None}
+        if "value" in said and is_secret_name(self.path.rpartition(".")[2]):
+            said["value"] = HIDDEN
+        quoted = _QUOTED.sub(lambda match: f"`{shorten(match.group(1))}`", said["message"])
+        said["message"] = _LONG_WORD.sub(lambda match: shorten(match.group()), quoted)
+        limits = {"path": 2 * LONGEST_VALUE, "value": LONGEST_VALUE, "hint": _LONGEST_LIST}
+        said |= {name: shorten(said[name], limit) for name, limit in limits.items() if name in said}
+        if "allowed" in said:
+            said["allowed"] = _shorten_list(said["allowed"])
+        for name, text in said.items():
             object.__setattr__(self, name, text)
 
     def __str__(self) -> str:
@@ -88,9 +91,12 @@ class Fault:
 
 
 class LlavoltaError(Exception):
-    """Base of all errors told to the user as one block, without a traceback."""
+    """Base of all errors told to the user as one block, without a traceback and without the secrets in an address."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
 
 class SpecError(LlavoltaError):

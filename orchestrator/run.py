@@ -15,21 +15,17 @@ from orchestrator import registry
 from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, StorageError
-from orchestrator.plan.cell import Cell
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
-from orchestrator.plan.record import CellRecord
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk, prepare
-from orchestrator.report.cell_folders import mark_tracked, untracked, write_cell_folder
-from orchestrator.report.figure import training_figure
+from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
 from orchestrator.spec.loader import unsupported_keys
-from orchestrator.tracking.recorder import Recorder, Tracker
+from orchestrator.tracking.recorder import Recorder
 
 _SEND_SECONDS = 20.0
-_CELLS_SENT = 64
 
 
 @dataclass
@@ -43,6 +39,7 @@ class RunOutcome:
         waiting: Cells that neither finished nor failed, to the reason where there is one.
         unsent: Cells whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
+        tracking_notes: What else the user should know of MLflow's experiment.
     """
 
     walk: Walk
@@ -52,6 +49,7 @@ class RunOutcome:
     waiting: dict[str, str] = field(default_factory=dict)
     unsent: tuple[str, ...] = ()
     tracking_problem: str | None = None
+    tracking_notes: tuple[str, ...] = ()
     tried: int = 0
 
     @property
@@ -110,7 +108,7 @@ def run_experiment(
     work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
     check_data(work)
     run = _Run(walk, work, console, retry_failed)
-    with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+    with open_recorder(walk, console) as recorder:
         try:
             if work:
                 run.execute(recorder, (max_hours, began), local=local, fail_fast=fail_fast)
@@ -125,10 +123,10 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     failed = walk.failures()
     open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
     waiting = {c.name: next((run.problems[i] for i in walk.jobs_of(c) if i in run.problems), "") for c in open_cells}
-    unsent = tuple(names[identity] for identity in recorder.unsent)
+    unsent = tuple(names[identity] for identity in list(recorder.unsent))
     problem = recorder.problem if unsent else None
-    tried = len(run.done | run.problems.keys())
-    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem, tried)
+    notes, tried = tuple(recorder.notes), len(run.done | run.problems.keys())
+    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem, notes, tried)
 
 
 def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> Walk:
@@ -158,32 +156,6 @@ def check_data(work: Sequence[Job]) -> None:
         spec = registry.spec_class(registry.DATA, entry["kind"]).model_validate(entry)
         where = [str(getattr(spec, name)) for name in type(spec).path_fields[:1]]
         raise_for_faults(" ".join([f"data of kind {spec.kind}", *where]), open_data_set(spec).check())
-
-
-def open_tracker(walk: Walk) -> Tracker:
-    """The tracker of an experiment; of several drivers one at a time writes a cell, so that it never gets a twin."""
-    from orchestrator.tracking.cell_tracker import CellTracker
-    from orchestrator.tracking.one_at_a_time import OneAtATime
-
-    return OneAtATime(CellTracker(walk.tracking_uri, walk.experiment_name), walk.ledger.store)
-
-
-def record_cells(walk: Walk, recorder: Recorder) -> None:
-    """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
-    for cell in walk.cells:
-        record = walk.record(cell)
-        if record.status != "new":
-            write_cell_folder(walk, cell, record)
-            if untracked(walk, record):
-                recorder.put(_with_figure(walk, cell, record))
-
-
-def _with_figure(walk: Walk, cell: Cell, record: CellRecord) -> CellRecord:
-    """A finished cell's record gets its training figure."""
-    path = walk.folder(cell) / "training.png"
-    if record.status != "finished" or not training_figure(record, path):
-        return record
-    return replace(record, artifacts={**record.artifacts, path.name: path})
 
 
 class _Run:
@@ -272,10 +244,9 @@ class _Run:
         walk = self.walk
         cells = [cell for cell in walk.cells if not jobs.isdisjoint(walk.jobs_of(cell))]
         with contextlib.suppress(OSError, StorageError):  # training goes on; `record_cells` tries again at the end
-            if only_finished:
-                cells = [cell for cell in cells if walk.status(cell) == "finished"]
-            for cell in cells[:_CELLS_SENT]:
-                recorder.put(_with_figure(walk, cell, walk.record(cell)))
+            for cell in cells:
+                if not only_finished or walk.status(cell) == "finished":
+                    put_record(walk, cell, recorder)
 
 
 def _costs(work: Sequence[Job]) -> dict[str, float]:

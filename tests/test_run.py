@@ -137,17 +137,23 @@ def test_status_table_logs_and_path_read_the_same_ledger(finished):
     assert call("logs", "tiny.yaml", "--cell", "schedule=heavy").strip()
 
 
-def test_a_lost_mlflow_file_is_written_again_from_the_ledger(finished, tmp_path):
+def test_a_lost_mlflow_file_is_written_again_and_runs_nobody_works_on_are_ended(finished, tmp_path):
     folder, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, symlinks=True)
     before = {run.info.run_name: run.data.metrics for run in runs_in_mlflow(folder / "runs", "tiny")}
     (copy / "runs" / "mlflow.db").unlink()
-    for note in (copy / "runs" / "cells").rglob("tracked.json"):
-        note.unlink()
     command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
     subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
-    assert {run.info.run_name: run.data.metrics for run in runs_in_mlflow(copy / "runs", "tiny")} == before
+    runs = runs_in_mlflow(copy / "runs", "tiny")
+    assert {run.info.run_name: run.data.metrics for run in runs} == before
+    # A cell that is no longer in the file, whose driver was killed; and nothing else to record.
+    client = MlflowClient(f"sqlite:///{copy / 'runs' / 'mlflow.db'}")
+    driver = json.loads(runs[0].data.tags["storage_driver"])  # that of the command above, which has ended
+    tags = {"cell_id": "gone", "storage_driver": json.dumps(driver)}
+    left = client.create_run(runs[0].info.experiment_id, tags=tags).info.run_id
+    again = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    assert "nothing to do" in again.stdout and client.get_run(left).info.status == "KILLED"
 
 
 def test_local_gives_the_same_weights_without_ray(finished, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.errors import DamagedStateError, LlavoltaError, StageRunError, StaleWriterError
+from orchestrator.redaction import redacted
 
 LOST_WORKER = "LostWorker"
 TAKEN_OVER = StaleWriterError.__name__
@@ -62,7 +63,7 @@ def describe(error: BaseException) -> Failure:
     caused. What the spec, the data, the code or a plug-in caused, and memory that did not suffice, comes back the same.
     """
     kind = type(error).__name__
-    text = str(error).strip()
+    text = redacted(str(error).strip())
     if isinstance(error, LlavoltaError):
         # What rank 0 met alone is told to all ranks as a StageRunError; its own cause says what it was.
         passing = type(error) is StageRunError and error.__cause__ is not None and _may_pass(error.__cause__)

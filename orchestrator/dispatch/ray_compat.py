@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -16,6 +17,8 @@ import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from orchestrator.redaction import is_secret_variable
 
 # The cleaner: an actor and about 12 s at the end of each run, and it frees nothing where no dashboard runs. It is
 # there for a controller that dies while its driver lives on; here the driver frees the group itself then
@@ -123,6 +126,49 @@ def own_sigterm_handler() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)  # on the C side too
         if came:
             signal.alarm(0)
+
+
+def keep_credentials_from_trials() -> None:
+    """Keeps Ray Tune from handing credentials to its trials, which need none: they wait for what the lanes do.
+
+    It puts AWS_SECRET_ACCESS_KEY and others into the trials' `runtime_env`, which Ray writes into
+    `runtime_env_agent.log` and shows in its dashboard.
+    """
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not is_secret_variable(name)}
+
+
+def own_token() -> None:
+    """Makes the token by which this user's Ray knows him, or finds it, for this user's eyes only.
+
+    Ray 2.60 makes it with the first Ray of this user and leaves `~/.ray/auth_token` to the umask, 0644 mostly; who
+    can read it runs code as this user.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
+    path = setup._get_default_token_path()
+    with contextlib.suppress(OSError):  # a home that cannot be written: Ray itself says so if it needs one
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+            return
+        loader = setup.AuthenticationTokenLoader.instance()
+        if os.environ.get(setup.AUTH_MODE_ENV_VAR, "token") != "token" or loader.has_token(ignore_auth_mode=True):
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        try:
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(generate_new_authentication_token())
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                os.link(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        loader.reset_cache()
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -80,10 +80,12 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
         if ray.is_initialized():
             yield RaySession(owned=False, folder=_folder())
             return
-        from orchestrator.dispatch.ray_compat import own_sigterm_handler, silence_driver
+        from orchestrator.dispatch.ray_compat import own_sigterm_handler, own_token, silence_driver
 
+        own_token()
         with own_sigterm_handler():
             _connect(address)
+        own_token()  # where none could be made so, Ray has made one now
         silence_driver()
         session = RaySession(owned=address is None, folder=_folder())
         try:

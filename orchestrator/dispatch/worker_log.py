@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from orchestrator.errors import StorageError
+from orchestrator.plan.ledger.storage import write_atomic
+from orchestrator.redaction import redacted
 
 LOG_FILE = "log.txt"
 
@@ -37,18 +39,30 @@ def printed_to(path: Path) -> Iterator[None]:
         os.dup2(saved[1], 2)
         for descriptor in (*saved, log):
             os.close(descriptor)
+        _blot_out(path)
+
+
+def _blot_out(path: Path) -> None:
+    """Takes secrets out of what libraries and plug-ins printed; most logs hold none and stay as they are."""
+    with suppress(OSError):  # the job's result does not hang on its log
+        with path.open(encoding="utf-8", errors="surrogateescape") as log:
+            if all(redacted(line) == line for line in log):
+                return
+        with path.open(encoding="utf-8", errors="surrogateescape") as log:
+            text = "".join(map(redacted, log))
+        write_atomic(path, text.encode(errors="surrogateescape"))
 
 
 def append_traceback(path: Path, error: BaseException, rank: int) -> None:
     """Writes an exception with its traceback to the end of a log; a log that cannot be written is no second error."""
-    text = "".join(traceback.format_exception(error))
+    text = redacted("".join(traceback.format_exception(error)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(f"[{now()}] rank {rank} failed:\n{text}")
     except OSError:
         if not isinstance(error, StorageError):  # a full disk is told already, in one sentence
-            traceback.print_exception(error)
+            print(text, end="", file=sys.stderr)
 
 
 def now() -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
@@ -22,6 +21,7 @@ from orchestrator.models.build import (
     weight_tensors,
 )
 from orchestrator.models.parts import LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, part_module, part_of_or_none
+from orchestrator.models.torch_files import check_tensors, load_tensors
 from orchestrator.plan.jobs import RootJob
 from orchestrator.spec.model import ModelSpec
 
@@ -79,14 +79,26 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
     try:
         with quiet_loading():
             model, report = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{key}: {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # of broken or hostile weights torch, safetensors and transformers raise a dozen kinds
+        files = sorted(Path(source).glob("*.bin")) + sorted(Path(source).glob("*.safetensors"))
+        raise UsageError(f"{key}: {source} cannot be loaded: {_told(error, files)}") from error
     if missing := sorted(report["missing_keys"]):
         raise StageRunError(
             f"{key}: {source} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}; "
             "write `weights: random` for a fresh model"
         )
     return model
+
+
+def _told(error: Exception, files: Sequence[Path]) -> str:
+    """Why weights were refused; of a folder's files the first one that is none of plain tensors is named."""
+    if not isinstance(error, ImportError | NotImplementedError):
+        for file in files:
+            try:
+                check_tensors(file)
+            except ValueError as reason:
+                return f"{file.name}: {reason}"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
@@ -141,7 +153,7 @@ def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
     Names are those inside the projector, or those of the file where they tell no projector.
 
     Raises:
-        UsageError: there is no such file, or it holds no plain weights.
+        UsageError: there is no such file, or it holds no plain weights; the sentence says what it is.
     """
     if path.is_dir():
         known = [path / PROJECTOR_FILE, path / "model.safetensors", path / WEIGHTS_FILE]
@@ -149,9 +161,9 @@ def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UsageError(f"{key}: there is no file {path}; give LLaVA's mm_projector.bin or a safetensors file")
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a broken or hostile file
-        raise UsageError(f"{key}: {path} holds no plain weights: {str(error).splitlines()[0]}") from error
+        weights = load_tensors(path)
+    except ValueError as error:
+        raise UsageError(f"{key}: {path} holds no plain weights: {error}") from error
     found = {}
     for name, tensor in weights.items():
         if "mm_projector." in name:

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.reasons import Standing
-from orchestrator.plan.record import read_metrics
+from orchestrator.plan.step_history import read_metrics
 from orchestrator.spec.infrastructure import ClusterSpec
 
 _TAIL_BYTES = 8192

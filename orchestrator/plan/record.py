@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +18,10 @@ from orchestrator.plan.holders import is_worked_on
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 
 Status = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
-Point = tuple[str, float, int, int]
-_TRACKED = {
-    "loss": "train/loss",
-    "distill_loss": "train/distill_loss",
-    "learning_rate": "train/learning_rate",
-    "visual_tokens": "train/visual_tokens",
-    "step_seconds": "train/step_seconds",
-}
 _MEASURED = Costs()
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
@@ -41,7 +33,7 @@ class CellRecord:
     Attributes:
         params: The axes and the headline recipe.
         tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention.
-        history: `(key, value, step, timestamp in ms)`; steps are cumulative over phases.
+        history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
         summary: Metrics written once at the end (DESIGN section 7).
         artifacts: File name to text, bytes or a file to copy.
     """
@@ -51,7 +43,7 @@ class CellRecord:
     status: Status
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    history: tuple[Point, ...] = ()
+    history: StepHistory | Sequence[Point] = ()
     summary: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
 
@@ -107,7 +99,7 @@ def cell_record(
             **_fingerprint_tags(runs),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
-        history=tuple(_history(cell, tree, ledger, runs)),
+        history=_history(cell, tree, ledger, runs),
         summary=_summary(cell, ledger, runs, costs if trained else None),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
@@ -149,7 +141,7 @@ def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run]:
     return runs[::-1]
 
 
-def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) -> Iterable[Point]:
+def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) -> StepHistory:
     offsets, before = {}, 0
     for plan in cell.phases:
         offsets[plan.name] = before
@@ -162,33 +154,7 @@ def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) 
     if coming and (work := ledger.metrics_file(coming[0])).is_file():
         job = tree.stage_runs[coming[0]]
         files.append((work, job.phase, job.first_step, job.last_step))
-    for file, phase, first, last in files:
-        for line in read_metrics(file):
-            if first <= line.get("step", -1) < last:
-                yield from _points(line, offsets.get(phase, 0))
-
-
-def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
-    for key, name in _TRACKED.items():
-        value = line.get(key)
-        # A trackers' database takes no NaN; why a run diverged stands in its failure.
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield name, float(value), int(line["step"]) + offset, int(line.get("timestamp_ms", 0))
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a line cut short by a crash ends it."""
-    lines: list[dict[str, Any]] = []
-    try:
-        with open(file, encoding="utf-8") as opened:
-            for text in opened:
-                found = json.loads(text)
-                if not isinstance(found, dict):
-                    break
-                lines.append(found)
-    except (OSError, ValueError):
-        pass
-    return lines
+    return StepHistory([Stretch(file, first, last, offsets.get(phase, 0)) for file, phase, first, last in files])
 
 
 def _params(cell: Cell) -> dict[str, str]:

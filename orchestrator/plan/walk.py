@@ -15,6 +15,7 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
+from orchestrator.redaction import secret_in
 from orchestrator.spec.cell_names import misfit
 from orchestrator.spec.loader import LoadedExperiment, load_experiment
 
@@ -38,7 +39,10 @@ class Walk:
 
     @property
     def tracking_uri(self) -> str:
-        """MLflow's address: the file's, the environment's, or sqlite in the storage (s3: in this machine's cache)."""
+        """MLflow's address: the file's, the environment's, or sqlite in the storage (s3: in this machine's cache).
+
+        The environment's may hold a password: it is kept in memory, and shown by `redacted` only.
+        """
         uri = self.loaded.spec.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         return uri or f"sqlite:///{self.ledger.storage / 'mlflow.db'}"
 
@@ -110,14 +114,28 @@ def storage_path(loaded: LoadedExperiment) -> str | Path:
     """The storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or `s3://bucket/prefix`.
 
     Raises:
-        UsageError: it is another URL.
+        UsageError: it is another URL, or holds a password.
     """
     text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
+    refuse_secret(text)
     if text.startswith("s3://"):
         return text
     if "://" in text:
         raise UsageError(f"cluster.storage_path: {text}: name a folder (local or NFS) or s3://bucket/prefix")
     return Path(text).expanduser().absolute()
+
+
+def refuse_secret(storage: str) -> None:
+    """Ends where a storage's address holds a password: it is printed, and written into records.
+
+    Raises:
+        UsageError: it does.
+    """
+    if what := secret_in(storage):
+        raise UsageError(
+            f"the storage {storage} ($LLAVOLTA_STORAGE, --storage): {what} must not stand there; credentials are found "
+            "in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws"
+        )
 
 
 def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:

@@ -1,4 +1,4 @@
-"""STORAGE/cells/EXPERIMENT/CELL_NAME/: a cell's weights, log and recipe under its name, and what MLflow has of it."""
+"""STORAGE/cells/EXPERIMENT/CELL_NAME/: a cell's weights, log and recipe under its name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from pathlib import Path
 
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.differences import cell_values
-from orchestrator.plan.identity import digest
 from orchestrator.plan.record import CellRecord
 from orchestrator.plan.walk import Walk
-
-_TRACKED = "tracked.json"
 
 
 def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
@@ -60,35 +57,3 @@ def _link(link: Path, target: Path) -> None:
     fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")
     fresh.symlink_to(os.path.relpath(target, link.parent))
     fresh.replace(link)
-
-
-def _stamp(walk: Walk, record: CellRecord) -> dict[str, str]:
-    content = digest(
-        {
-            "status": record.status,
-            "params": record.params,
-            "tags": record.tags,
-            "history": [list(point) for point in record.history],
-            "summary": record.summary,
-        }
-    )
-    return {"tracking_uri": walk.tracking_uri, "experiment": walk.experiment_name, "content": content}
-
-
-def _tracked_file(walk: Walk, record: CellRecord) -> Path:
-    return walk.ledger.cell_folder(walk.loaded.spec.name, record.cell_name) / _TRACKED
-
-
-def untracked(walk: Walk, record: CellRecord) -> bool:
-    """True where MLflow does not have the record as it stands."""
-    try:
-        return bool(json.loads(_tracked_file(walk, record).read_text()) != _stamp(walk, record))
-    except (OSError, ValueError):
-        return True
-
-
-def mark_tracked(walk: Walk, record: CellRecord) -> None:
-    """Notes that MLflow has the record as it stands."""
-    path = _tracked_file(walk, record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_stamp(walk, record)) + "\n")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from orchestrator.plan.walk import Walk
+from orchestrator.redaction import redacted
 from orchestrator.report.figure import grid_figure
 from orchestrator.report.table import Table, text_cells
 from orchestrator.report.tree_view import reason_lines
@@ -67,7 +68,9 @@ def print_ending(
         console.print(f"figure: {figure}", highlight=False, markup=False, soft_wrap=True)
     uri = walk.tracking_uri
     if uri.startswith("http"):
-        line = f"MLflow: {uri}, experiment {walk.experiment_name}"
+        line = f"MLflow: {redacted(uri)}, experiment {walk.experiment_name}"
     else:
-        line = f"MLflow: mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then open http://127.0.0.1:5000"
+        # A database's password comes in the environment only, so that the variable stands for it.
+        store = shlex.quote(uri) if redacted(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+        line = f"MLflow: mlflow server --backend-store-uri {store} --port 5000   then open http://127.0.0.1:5000"
     console.print(line, highlight=False, markup=False, soft_wrap=True)

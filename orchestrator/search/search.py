@@ -19,9 +19,9 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.plan.walk import Walk, plan_trials, prepare
-from orchestrator.report.cell_folders import mark_tracked
+from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
-from orchestrator.run import RunOutcome, check_data, open_tracker, record_cells, relative_cost, table_of
+from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
 from orchestrator.search.feed import SearchFeed, standing
 from orchestrator.spec.loader import unsupported_keys
 from orchestrator.spec.space import summary
@@ -68,7 +68,7 @@ def search_experiment(
         record_experiment(walk)
         walk = _as_the_ledger_has_it(walk, notes, retry_failed)
         run = _SearchRun(walk, notes, walk.ledger.storage / "ray" / f"search-{identity}", console)
-        with Recorder(lambda: open_tracker(walk), lambda record, _: mark_tracked(walk, record)) as recorder:
+        with open_recorder(walk, console) as recorder:
             try:
                 if (left := search.num_trials - _ended(walk)) > 0:
                     run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
@@ -129,9 +129,10 @@ def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
     names = {cell.id: cell.name for cell in walk.cells}
     failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
-    unsent = tuple(names[identity] for identity in recorder.unsent)
+    unsent = tuple(names[identity] for identity in list(recorder.unsent))
     problem = recorder.problem if unsent else None
-    return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem)
+    table = table_of([walk])
+    return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))
 
 
 def _concurrency(walk: Walk) -> int:
@@ -210,7 +211,7 @@ class _SearchRun:
         assert self._recorder is not None
         for cell in self.feed.walk.cells:
             if cell.id in trial.cells:
-                self._recorder.put(self.feed.walk.record(cell))
+                put_record(self.feed.walk, cell, self._recorder)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         self._view.on_event(event)

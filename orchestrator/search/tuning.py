@@ -73,10 +73,13 @@ class Tuning:
         ray.get(self._desk.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
+        from orchestrator.dispatch.ray_compat import keep_credentials_from_trials
+
         shutil.rmtree(self._folder, ignore_errors=True)
         self._added = [name for name in _ENVIRONMENT if name not in os.environ]
         os.environ.update({name: _ENVIRONMENT[name] for name in self._added})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        keep_credentials_from_trials()
         self._thread.start()
         return self
 

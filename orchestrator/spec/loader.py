@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import Fault, SpecError
+from orchestrator.redaction import secret_in
 from orchestrator.spec.axes import AxisReader
 from orchestrator.spec.checks import Checks
 from orchestrator.spec.controls import with_controls
@@ -29,6 +30,14 @@ from orchestrator.spec.unsupported import unsupported_keys
 __all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml", "unsupported_keys"]
 
 MAX_FAULTS = 200
+_SECRETS = (
+    "everything here is copied into the storage, MLflow and logs; take it out, and give it in the environment "
+    "(HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or in the service's own file (~/.netrc, ~/.aws)"
+)
+_TRACKING_SECRETS = (
+    "write the address without it, and give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+    "MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; MLFLOW_TRACKING_URI may hold it too"
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedEx
 def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedExperiment:
     starts = around.inside(path)
     root, faults, notices = _read(path, read_overrides(overrides))
+    faults += _secrets(root)
     faults += [fault for key in root.value for fault in _absolute(root, key)]
     root = _absolute_tree(root)
     before = len(faults)
@@ -115,6 +125,18 @@ def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault],
     notices = list(files.renaming.notices)
     root = apply_overrides(root, overrides, faults, notices)
     return drop_nulls(root), faults, notices
+
+
+def _secrets(root: Node) -> list[Fault]:
+    """Passwords and tokens among the values and names, which would be copied into the storage, MLflow and logs."""
+    faults = []
+    for path, node in root.leaves():
+        names = [key for key in path if isinstance(key, str)]
+        found = secret_in(node.value, names[-1] if names else "") if isinstance(node.value, str) else None
+        if what := found or next(filter(None, map(secret_in, names)), None):
+            hint = _TRACKING_SECRETS if path[0] == "tracking" else _SECRETS
+            faults.append(node.fault(f"{what} must not stand in an experiment", path, hint=hint))
+    return faults
 
 
 def _absolute(root: Node, key: str) -> list[Fault]:

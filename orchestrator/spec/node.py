@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from orchestrator.errors import Fault, shorten
+from orchestrator.redaction import redacted
 
 Path = tuple[str | int, ...]
 SET = "--set"
@@ -111,8 +112,8 @@ class Node:
             yield path, self
 
     def written(self) -> str:
-        """The value as the user wrote it, shortened to one line."""
-        return shorten(self.text if self.text is not None else as_yaml(self.plain()))
+        """The value as the user wrote it, shortened to one line, without the secrets in it."""
+        return shorten(redacted(self.text if self.text is not None else as_yaml(self.plain())))
 
     def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
         """A fault at this node."""

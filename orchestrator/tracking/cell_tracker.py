@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.record import CellRecord
+from orchestrator.redaction import redacted
+from orchestrator.tracking.lacking import (
+    ARTIFACTS_DIGEST,
+    DRIVER,
+    OPEN,
+    POINTS,
+    STATUS,
+    Lives,
+    SentPoint,
+    abandoned,
+    changed_summary,
+    file_contents,
+    files_digest,
+    fresh_points,
+    has_artifacts,
+    mark,
+    sent_params,
+    sent_points,
+    sent_tags,
+    was_cut,
+)  # fmt: skip
 from orchestrator.tracking.limits import (
     METRICS_PER_REQUEST,
-    PARAM_CHARACTERS,
     PARAMS_PER_REQUEST,
-    TAG_CHARACTERS,
     TAGS_PER_REQUEST,
-    accepted_name,
-    accepted_value,
     chunks,
     shortened,
 )
 from orchestrator.tracking.new_database import make_database
+from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun, client_look, quick_look, sqlite_file
 
 SQLITE_LOCK_SECONDS = 10
-ARTIFACTS_DIGEST = "artifacts_sha256"
-CHANGED_PARAM = "changed_param."
+LOOK_SECONDS = 30.0
 
 # A server that is down is noticed in seconds instead of four minutes; nothing is sent home or printed.
 _ENVIRONMENT = {
@@ -40,30 +58,41 @@ _ENVIRONMENT = {
 }
 # Opens the experiment in the dashboard's view for model training, not the one for chat applications.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-_STATUS = {
-    "new": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "failed": "FAILED",
-    "interrupted": "KILLED",
-    "trained": "FINISHED",
-}
 
 
 class CellTracker:
     """Writes cells to one MLflow experiment through a client of its own; MLflow's global state is never touched.
 
+    MLflow is asked for all cells at once, at the beginning and every half minute, and nothing is taken for sent that
+    it does not have: a run, an experiment or a file that was deleted there is filled again.
+
     Args:
         tracking_uri: `sqlite:////absolute/path.db` (artifacts then lie beside it) or a server's address.
         experiment_name: Made where it is missing, restored where it was deleted.
+        alone: Held while runs are made, by one driver at a time: two that find no run of a cell would both make one.
+        lives: Whether another driver, which says that it works on a cell, still lives.
+        storage: Where this driver works, for others to know.
+
+    Attributes:
+        notes: What the user should know of the experiment over there.
     """
 
-    def __init__(self, tracking_uri: str, experiment_name: str) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+        lives: Lives = lambda process, storage: not process.is_gone(),
+        storage: str = "",
+    ) -> None:
         self._uri = tracking_uri
         self._experiment_name = experiment_name
+        self._alone, self._lives, self._mark = alone, lives, mark(storage)
         self._connection: Any = None
-        self._experiment_id: str | None = None
+        self._seen: SeenExperiment | None = None
+        self._looked = 0.0
         self._running: set[str] = set()
+        self.notes: list[str] = []
 
     def log(self, record: CellRecord) -> str:
         """Brings the run of a cell up to date and returns its id.
@@ -75,14 +104,38 @@ class CellTracker:
             TrackingError: the server is down, refuses, or its database stays locked; send the record again later.
         """
         with self._told_plainly():
-            run = self._find_run(record) or self._create_run(record)
-            run_id: str = run.info.run_id
-            self._log_params_and_tags(run, record)
-            self._log_history(run, record)
-            self._log_summary(run, record)
-            self._log_artifacts(run, record)
-            self._set_status(run, record)
-            return run_id
+            self._look(now=True)
+        while not self.log_some(record, points=1_000_000):
+            pass
+        return self._known().runs[record.cell_id].run_id
+
+    def open_runs(self, records: Sequence[CellRecord]) -> None:
+        """Makes the runs of cells that have none, all at once.
+
+        Raises:
+            TrackingError: the server is down, refuses, or its database stays locked.
+        """
+        with self._told_plainly():
+            self._look()
+            self._make_runs(records)
+
+    def log_some(self, record: CellRecord, points: int) -> bool:
+        """Brings the run of a cell up to date, with at most about so many points of its history.
+
+        Returns:
+            True where MLflow has the whole record now; else the record is to be sent again.
+
+        Raises:
+            TrackingError: the server is down, refuses, or its database stays locked; send the record again later.
+        """
+        with self._told_plainly():
+            self._look()
+            self._make_runs([record])
+            try:
+                return self._log_one(self._known().runs[record.cell_id], record, points)
+            except Exception:
+                self._seen = None  # the run may have been deleted: look again before the next attempt
+                raise
 
     def close(self) -> None:
         """Ends the session: a run that still says RUNNING is marked KILLED, since nobody works on it any more.
@@ -91,8 +144,12 @@ class CellTracker:
             TrackingError: the server is down.
         """
         with self._told_plainly():
-            for run_id in sorted(self._running):
-                self._client().set_terminated(run_id, "KILLED")
+            if self._running:
+                self._look(now=True)
+                for run in self._known().runs.values():
+                    # Another driver that works on the cell has put its own mark there.
+                    if run.run_id in self._running and run.status in OPEN and run.tags.get(DRIVER) == self._mark:
+                        self._end(run, "KILLED")
             self._running.clear()
 
     # Inside ----------------------------------------------------------------------------------------------------
@@ -107,122 +164,193 @@ class CellTracker:
             logging.getLogger("alembic").setLevel(logging.WARNING)
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             uri = self._uri
-            if (file := self._sqlite_file()) is not None:
+            if (file := sqlite_file(uri)) is not None:
                 make_database(file)
                 uri += ("&" if "?" in uri else "?") + f"timeout={SQLITE_LOCK_SECONDS}"
             self._connection = MlflowClient(uri)
         return self._connection
 
-    def _sqlite_file(self) -> Path | None:
-        if not self._uri.startswith("sqlite:///"):
-            return None
-        return Path(self._uri.removeprefix("sqlite:///").partition("?")[0])
+    def _look(self, *, now: bool = False) -> None:
+        """Asks MLflow what it has, if the last answer is old."""
+        if self._seen is not None and not now and time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        before, self._seen = self._seen, None
+        if before is None:
+            self._client()  # makes the file's tables, or finds that it cannot be used
+        # Points are counted once; from then on it is known what was sent.
+        seen = quick_look(self._uri, self._experiment_name, count=before is None)
+        if seen is None:
+            seen = client_look(self._client(), self._experiment_name)
+        if seen.is_deleted:
+            self._client().restore_experiment(seen.experiment_id)
+            self.notes.append(
+                f"MLflow's experiment {self._experiment_name} was deleted there; it is restored, since this run "
+                "records into it (tracking.experiment_name names another one)"
+            )
+            seen = client_look(self._client(), self._experiment_name)
+        if before is not None:
+            for cell, run in seen.runs.items():
+                if cell in before.runs and before.runs[cell].run_id == run.run_id:
+                    run.points = before.runs[cell].points
+        self._seen, self._looked = seen, time.monotonic()
+        self._end_abandoned()
 
-    def _experiment(self) -> str:
-        if self._experiment_id is None:
-            client = self._client()
-            found = client.get_experiment_by_name(self._experiment_name)
-            if found is None:
-                file = self._sqlite_file()
+    def _known(self) -> SeenExperiment:
+        assert self._seen is not None
+        return self._seen
+
+    def _experiment(self) -> str | None:
+        self._look()
+        return self._known().experiment_id
+
+    def _end_abandoned(self) -> None:
+        """Marks runs KILLED whose driver is dead; who works on such a cell now says so with its next record."""
+        for run in abandoned(self._known(), self._lives):
+            if run.run_id not in self._running:
+                self._end(run, "KILLED")
+
+    def _make_runs(self, records: Sequence[CellRecord]) -> None:
+        if all(record.cell_id in self._known().runs for record in records):
+            return
+        with self._alone():
+            self._look(now=True)  # another driver may have made them a moment ago
+            seen = self._known()
+            if seen.experiment_id is None:
+                file = sqlite_file(self._uri)
                 # Never ./mlruns in whatever folder the command was given in.
                 place = None if file is None else (file.parent / "mlflow_artifacts").absolute().as_uri()
-                self._experiment_id = client.create_experiment(
+                seen.experiment_id = self._client().create_experiment(
                     self._experiment_name, artifact_location=place, tags=_EXPERIMENT_TAGS
                 )
-            else:
-                if found.lifecycle_stage == "deleted":
-                    client.restore_experiment(found.experiment_id)
-                self._experiment_id = found.experiment_id
-        assert self._experiment_id is not None
-        return self._experiment_id
+            for record in records:
+                if record.cell_id not in seen.runs:
+                    seen.add(self._create_run(seen.experiment_id, record))
 
-    def _find_run(self, record: CellRecord) -> Any | None:
-        found = self._client().search_runs(
-            [self._experiment()],
-            filter_string=f"tags.cell_id = '{record.cell_id}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
+    def _create_run(self, experiment_id: str | None, record: CellRecord) -> SeenRun:
+        start_ms = next((timestamp_ms for *_, timestamp_ms in record.history), None)
+        run = self._client().create_run(
+            experiment_id,
+            start_time=start_ms,
+            tags={CELL_ID: record.cell_id, DRIVER: self._mark},
+            run_name=record.cell_name,
         )
-        return found[0] if found else None
+        info = run.info
+        return SeenRun(
+            info.run_id, info.run_name, info.status, info.start_time, info.artifact_uri,
+            tags=dict(run.data.tags), points=0,
+        )  # fmt: skip
 
-    def _create_run(self, record: CellRecord) -> Any:
-        start_ms = min((timestamp_ms for *_, timestamp_ms in record.history), default=None)
-        return self._client().create_run(
-            self._experiment(), start_time=start_ms, tags={"cell_id": record.cell_id}, run_name=record.cell_name
+    def _log_one(self, run: SeenRun, record: CellRecord, points: int) -> bool:
+        self._set_running(run, record)
+        self._log_params_and_tags(run, record)
+        if not self._log_history(run, record, points):
+            return False
+        self._log_summary(run, record)
+        self._log_artifacts(run, record)
+        if STATUS[record.status] not in OPEN and run.points is not None and run.tags.get(POINTS) != str(run.points):
+            self._send(run, tags={POINTS: str(run.points)})
+        self._set_status(run, record)
+        return True
+
+    def _send(self, run: SeenRun, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None) -> None:
+        """One request; what it brought is noted as what MLflow has."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        tags = tags or {}
+        self._client().log_batch(
+            run.run_id,
+            metrics=[Metric(*metric) for metric in metrics],
+            params=[Param(key, text) for key, text in params],
+            tags=[RunTag(key, text) for key, text in tags.items()],
         )
+        run.params |= dict(params)
+        run.tags |= tags
+        for name, value, timestamp_ms, step in metrics:
+            if step >= run.metrics.get(name, (0.0, -1, 0))[1]:
+                run.metrics[name] = (value, step, timestamp_ms)
+        if run.points is not None:
+            run.points += len(metrics)
 
-    def _log_params_and_tags(self, run: Any, record: CellRecord) -> None:
-        from mlflow.entities import Param, RunTag
+    def _set_running(self, run: SeenRun, record: CellRecord) -> None:
+        if run.name != record.cell_name:
+            self._client().update_run(run.run_id, name=record.cell_name)
+            run.name = record.cell_name
+        if record.status not in ("running", "new"):
+            return
+        if run.tags.get(DRIVER) != self._mark:
+            self._send(run, tags={DRIVER: self._mark})
+        if run.status != STATUS[record.status]:
+            self._client().update_run(run.run_id, status=STATUS[record.status])
+            run.status = STATUS[record.status]
+        self._running.add(run.run_id)
 
-        params = {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
-        tags = {**record.tags, "cell_id": record.cell_id}
-        known = run.data.params
-        # A param can be written once; a value that changed since (a default, a label) is noted beside it.
-        tags |= {CHANGED_PARAM + key: text for key, text in params.items() if known.get(key, text) != text}
-        tags = {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
-        new_params = [Param(key, text) for key, text in params.items() if key not in known]
-        new_tags = [RunTag(key, text) for key, text in tags.items() if run.data.tags.get(key) != text]
+    def _log_params_and_tags(self, run: SeenRun, record: CellRecord) -> None:
+        params, tags = sent_params(record), sent_tags(run, record)
+        new_params = [(key, text) for key, text in params.items() if key not in run.params]
+        new_tags = [(key, text) for key, text in tags.items() if run.tags.get(key) != text]
         for some_params in chunks(new_params, PARAMS_PER_REQUEST):
-            self._client().log_batch(run.info.run_id, params=some_params)
+            self._send(run, params=some_params)
         for some_tags in chunks(new_tags, TAGS_PER_REQUEST):
-            self._client().log_batch(run.info.run_id, tags=some_tags)
+            self._send(run, tags=dict(some_tags))
 
-    def _log_history(self, run: Any, record: CellRecord) -> None:
-        from mlflow.entities import Metric
-
-        known = _latest_steps(run)
-        fresh = []
-        for key, value, step, timestamp_ms in record.history:
-            name, number = accepted_name(key), accepted_value(value)
-            if number is not None and step > known.get(name, -1):
-                fresh.append(Metric(name, number, int(timestamp_ms), int(step)))
+    def _log_history(self, run: SeenRun, record: CellRecord, most: int) -> bool:
+        """Sends points of the steps that the run lacks; True where it has all of them then."""
+        if was_cut(run):
+            fresh, most = self._holes(run, record), sys.maxsize
+        else:
+            fresh = fresh_points(run, record)
         # In the order of steps, so that "the highest step it has" is true after every batch.
-        fresh.sort(key=lambda metric: (metric.step, metric.key))
-        for batch in chunks(fresh, METRICS_PER_REQUEST):
-            self._client().log_batch(run.info.run_id, metrics=batch)
+        sent = 0
+        while sent < most and (batch := list(islice(fresh, METRICS_PER_REQUEST))):
+            self._send(run, batch)
+            sent += len(batch)
+        return sent < most or next(fresh, None) is None
 
-    def _log_summary(self, run: Any, record: CellRecord) -> None:
-        from mlflow.entities import Metric
+    def _holes(self, run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
+        """Points that are gone from a run's history; whole histories are asked for, which only this needs."""
+        known: dict[str, set[int]] = {}
+        missing = []
+        for name, value, timestamp_ms, step in sent_points(record.history):
+            if name not in known:
+                known[name] = {point.step for point in self._client().get_metric_history(run.run_id, name)}
+            if step not in known[name]:
+                missing.append((name, value, timestamp_ms, step))
+        run.tags.pop(POINTS, None)  # once: what is still fewer then was no point of the history
+        return iter(missing)
 
-        last_step = max((step for _, _, step, _ in record.history), default=0)
+    def _log_summary(self, run: SeenRun, record: CellRecord) -> None:
+        changed = changed_summary(run, record)
+        if not changed:
+            return
+        last_step = max((step for _, step, _ in run.metrics.values()), default=0)
         now_ms = int(time.time() * 1000)
-        numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
-        changed = [
-            Metric(name, number, now_ms, last_step)
-            for name, number in numbers.items()
-            if number is not None and run.data.metrics.get(name) != number
-        ]
-        for batch in chunks(changed, METRICS_PER_REQUEST):
-            self._client().log_batch(run.info.run_id, metrics=batch)
+        for batch in chunks([(name, value, now_ms, last_step) for name, value in changed.items()], METRICS_PER_REQUEST):
+            self._send(run, batch)
 
-    def _log_artifacts(self, run: Any, record: CellRecord) -> None:
-        if not record.artifacts:
+    def _log_artifacts(self, run: SeenRun, record: CellRecord) -> None:
+        if not record.artifacts or has_artifacts(run, record):
             return
-        contents = _contents(record.artifacts)
-        digest = _digest(contents)
-        if run.data.tags.get(ARTIFACTS_DIGEST) == digest:
-            return
+        contents = file_contents(record.artifacts)
         with tempfile.TemporaryDirectory(prefix="llavolta-artifacts-") as folder:
             for name, content in contents.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            self._client().log_artifacts(run.info.run_id, folder)
-        self._client().set_tag(run.info.run_id, ARTIFACTS_DIGEST, digest)
+            self._client().log_artifacts(run.run_id, folder)
+        self._send(run, tags={ARTIFACTS_DIGEST: files_digest(contents)})
 
-    def _set_status(self, run: Any, record: CellRecord) -> None:
-        run_id, status = run.info.run_id, _STATUS[record.status]
-        if run.info.run_name != record.cell_name:
-            self._client().update_run(run_id, name=record.cell_name)
-        if status in ("RUNNING", "SCHEDULED"):
-            if run.info.status != status:
-                self._client().update_run(run_id, status=status)
-            self._running.add(run_id)
+    def _set_status(self, run: SeenRun, record: CellRecord) -> None:
+        status = STATUS[record.status]
+        if status in OPEN:
             return
-        self._running.discard(run_id)
-        if run.info.status != status:
-            end_ms = max((timestamp_ms for *_, timestamp_ms in record.history), default=None)
-            self._client().set_terminated(run_id, status, end_time=end_ms)
+        self._running.discard(run.run_id)
+        if run.status != status:
+            self._end(run, status)
+
+    def _end(self, run: SeenRun, status: str) -> None:
+        trained = [timestamp_ms for name, (_, _, timestamp_ms) in run.metrics.items() if name.startswith("train/")]
+        self._client().set_terminated(run.run_id, status, end_time=max(trained, default=None))
+        run.status = status
 
     @contextmanager
     def _told_plainly(self) -> Iterator[None]:
@@ -232,36 +360,5 @@ class CellTracker:
         except TrackingError:
             raise
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TrackingError(
-                f"MLflow at {_without_secrets(self._uri)} did not take the record: {shortened(reason, 300)}"
-            ) from error
-
-
-def _latest_steps(run: Any) -> dict[str, int]:
-    """Metric name to the highest step a run has of it; part of every answer, though MLflow shows values only."""
-    return {metric.key: metric.step for metric in run.data._metric_objs}
-
-
-def _contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
-    return {
-        accepted_name(name): content.encode()
-        if isinstance(content, str)
-        else content
-        if isinstance(content, bytes)
-        else content.read_bytes()
-        for name, content in artifacts.items()
-    }
-
-
-def _digest(contents: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(contents):
-        digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
-    return digest.hexdigest()
-
-
-def _without_secrets(uri: str) -> str:
-    """The address without a user and password written into it."""
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
+            reason = next(iter(redacted(str(error)).strip().splitlines()), type(error).__name__)
+            raise TrackingError(f"MLflow at {self._uri} did not take the record: {shortened(reason, 300)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from orchestrator.errors import StageRunError, StorageError
+from orchestrator.models.torch_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.storage import storage_error, storage_errors
 from orchestrator.training import group
@@ -182,8 +184,8 @@ def _check_classes(folder: Path) -> None:
     for file in sorted(folder.rglob("*.pt")):
         try:
             unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _KNOWN_CLASSES
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise StorageError(f"the checkpoint file {file} cannot be read: {error}") from error
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise StorageError(f"the checkpoint file {file} was not loaded: {refusal(file, error)}") from error
         if unknown:
             raise StorageError(
                 f"the checkpoint file {file} asks for {', '.join(sorted(unknown))}, which no checkpoint of ours does; "

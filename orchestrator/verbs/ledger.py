@@ -121,7 +121,7 @@ def gc(
 
 def _ledger(spec: Path | None, storage: str | None, overrides: list[str] | None) -> Ledger:
     from orchestrator.plan.ledger import Ledger
-    from orchestrator.plan.walk import storage_path
+    from orchestrator.plan.walk import refuse_secret, storage_path
     from orchestrator.spec.loader import load_experiment
 
     if spec is not None and storage is not None:
@@ -129,6 +129,7 @@ def _ledger(spec: Path | None, storage: str | None, overrides: list[str] | None)
     if spec is not None:
         return Ledger(storage_path(load_experiment(spec, overrides or ())))
     place = storage or os.environ.get("LLAVOLTA_STORAGE") or "runs"
+    refuse_secret(place)
     ledger = Ledger(place)
     if "://" not in place and not ledger.storage.is_dir():
         raise UsageError(f"there is no storage at {ledger.storage}; name one with --storage, or an experiment file")

@@ -72,8 +72,10 @@ def terminal() -> Any:
     return Console(soft_wrap=not has_width, width=None if has_width else 200)
 
 
-def tell_unsent(cells: Sequence[str], problem: str | None) -> None:
+def tell_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] = ()) -> None:
     """Says on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if problem:
         print(
             f"MLflow has not recorded {', '.join(cells)}: {problem}\n"

@@ -37,5 +37,5 @@ def search(
     else:
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
         console.print(f"front: {', '.join(front) or 'no trial is finished'}", highlight=False)
-    tell_unsent(outcome.unsent, outcome.tracking_problem)
+    tell_unsent(outcome.unsent, outcome.tracking_problem, outcome.tracking_notes)
     raise typer.Exit(outcome.exit_code)

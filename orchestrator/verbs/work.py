@@ -43,7 +43,7 @@ def run(
         if outcome.tried == 0:
             console.print(nothing_done(outcome.failed, outcome.waiting), highlight=False)
         print_ending(outcome.walk, outcome.table, outcome.failed, outcome.waiting, console)
-    tell_unsent(outcome.unsent, outcome.tracking_problem)
+    tell_unsent(outcome.unsent, outcome.tracking_problem, outcome.tracking_notes)
     raise typer.Exit(outcome.exit_code)
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 
 import ray._private.worker
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from orchestrator.dispatch.ray_compat import UNWANTED_CALLBACKS, LaneTrainer, silence_driver
+from orchestrator.dispatch.ray_compat import (
+    UNWANTED_CALLBACKS,
+    LaneTrainer,
+    keep_credentials_from_trials,
+    silence_driver,
+)
 
 
 def test_a_lane_starts_without_the_stock_cleaner_and_data_sets() -> None:
@@ -29,3 +37,36 @@ def test_rays_own_message_about_a_dead_worker_goes_through_the_name_we_replace(m
     silence_driver()
     ray._private.worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet"}, ignore_prefix=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_no_trial_of_a_search_is_handed_credentials(monkeypatch) -> None:
+    from ray.tune.execution import class_cache
+
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", names := class_cache.ENV_VARS_TO_PROPAGATE)
+    assert "AWS_SECRET_ACCESS_KEY" in names and "ENV_VARS_TO_PROPAGATE" in inspect.getsource(
+        class_cache._ActorClassCache
+    )
+    keep_credentials_from_trials()
+    assert {name for name in names if name.startswith("RAY_")} <= class_cache.ENV_VARS_TO_PROPAGATE
+    assert not {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "KEY" in name or "TOKEN" in name}
+
+
+def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:
+    """Made by us it is so from its first byte; one that Ray left to the umask is closed; Ray takes it as its own."""
+    code = (
+        "import os; os.umask(0o022)\n"
+        "from orchestrator.dispatch.ray_compat import own_token\n"
+        "from ray._private.authentication import authentication_token_setup as setup\n"
+        "{first}\n"
+        "own_token(); path = setup._get_default_token_path(); before = path.read_text()\n"
+        "os.environ['RAY_AUTH_MODE'] = 'token'; setup._enable_token_auth(); setup.ensure_token_if_auth_enabled()\n"
+        "assert path.read_text() == before and len(before) == 64\n"
+        "print(oct(path.stat().st_mode & 0o777), sorted(p.name for p in path.parent.iterdir()))"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for name, first in (("new", ""), ("left", "setup.generate_and_save_token()")):
+        home = tmp_path / name
+        home.mkdir()
+        command = [sys.executable, "-c", code.format(first=first)]
+        done = subprocess.run(command, env={**env, "HOME": str(home)}, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1:] == ["0o600 ['auth_token']"], done.stderr

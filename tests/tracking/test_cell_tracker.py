@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from mlflow_servers import free_port, mlflow_server
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.record import CellRecord
@@ -229,61 +227,18 @@ def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_down_costs_seconds_and_loses_nothing(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     tracker = CellTracker(f"http://127.0.0.1:{port}", "down-and-up")
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=f"127.0.0.1:{port}"):
         tracker.log(cell())
     assert time.monotonic() - begun < 20
-    with _Server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         run_id = tracker.log(cell("running", steps=10))
     with pytest.raises(TrackingError):
         tracker.log(cell("finished", steps=30))
-    with _Server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         assert tracker.log(cell("finished", steps=30)) == run_id
         (run,) = runs_of(tracker)
         assert points_of(tracker, run_id) == sorted(history(30))
         assert run.info.status == "FINISHED"
-
-
-class _Server:
-    """`mlflow server` in a process group of its own."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self._port = port
-        self._command = [
-            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{folder}/server.db"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ]
-        self._folder = folder
-
-    def __enter__(self) -> _Server:
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env={**os.environ, **quiet},
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=2)
-                return self
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((self._folder / "server.log").read_text())
-
-    def __exit__(self, *error: object) -> None:
-        os.killpg(self._process.pid, 9)
-        self._process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

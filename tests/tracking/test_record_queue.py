@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.record import CellRecord
+from orchestrator.tracking import recorder as recorder_module
 from orchestrator.tracking.recorder import Recorder
 
 
-def record(name: str) -> CellRecord:
-    return CellRecord(name, name, "finished")
-
-
 class Server:
-    """Refuses some records."""
+    """Refuses some records; of the others it takes one part a turn."""
 
-    def __init__(self, refuses: Callable[[str], bool]) -> None:
-        self.refuses, self.asked, self.took = refuses, [], []
+    def __init__(
+        self, refuses: Callable[[str], bool] = lambda name: False, parts: dict[str, int] | None = None
+    ) -> None:
+        self.refuses, self.parts = refuses, parts or {}
+        self.asked: list[str] = []
+        self.took: list[str] = []
+        self.opened: list[list[str]] = []
+        self.notes: list[str] = []
+        self.pause = 0.0
 
-    def log(self, record: CellRecord) -> str:
+    def open_runs(self, records: Sequence[CellRecord]) -> None:
+        self.opened.append([record.cell_id for record in records])
+
+    def log_some(self, record: CellRecord, points: int) -> bool:
         self.asked.append(record.cell_id)
         if self.refuses(record.cell_id):
             raise TrackingError("the server did not take it")
+        time.sleep(self.pause)  # what a slow server does, not a wait for something
+        self.parts[record.cell_id] = self.parts.get(record.cell_id, 1) - 1
+        if self.parts[record.cell_id] > 0:
+            return False
         self.took.append(record.cell_id)
-        return "run"
+        return True
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def send(server: Server, names: str, on_sent: Callable[..., None] = lambda record, run: None) -> Recorder:
-    recorder = Recorder(lambda: server, on_sent)
+def send(server: Server, names: str, **options: object) -> Recorder:
+    recorder = Recorder(lambda: server, **options)
     for name in names:  # before the thread begins: all are there at its first look
-        recorder.put(record(name))
+        recorder.put(name, lambda name=name: CellRecord(name, name, "finished"))
     with recorder:
         pass
     return recorder
@@ -52,12 +67,59 @@ def test_a_server_that_is_away_is_not_asked_for_every_record() -> None:
     assert set(recorder.unsent) == set("abcdefgh") and len(server.asked) <= 4
 
 
-def test_what_cannot_be_noted_as_sent_counts_as_unsent_and_ends_nothing() -> None:
-    def on_sent(record: CellRecord, run: str) -> None:
-        if record.cell_id == "a":
-            raise OSError("no space left")
+def test_a_record_that_cannot_be_read_counts_as_unsent_and_ends_nothing() -> None:
+    server = Server()
+    recorder = Recorder(lambda: server)
 
-    server = Server(lambda name: False)
-    recorder = send(server, "abc", on_sent)
-    assert set(server.took) == set("abc") and set(recorder.unsent) == {"a"}
-    assert recorder.problem == "OSError: no space left"
+    def unreadable() -> CellRecord:
+        raise OSError("input/output error")
+
+    recorder.put("a", unreadable)
+    recorder.put("b", lambda: CellRecord("b", "b", "finished"))
+    with recorder:
+        pass
+    assert server.took == ["b"] and set(recorder.unsent) == {"a"}
+    assert recorder.problem == "OSError: input/output error"
+
+
+def test_a_long_history_lets_every_other_cell_have_its_turn() -> None:
+    server = Server(parts={"a": 5, "c": 3})
+    recorder = send(server, "abcd")
+    assert server.asked == [*"abcd", *"ac", *"ac", "a", "a"] and not recorder.unsent
+    assert server.opened[0] == list("abcd"), "runs are made all at once"
+
+
+def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_thread() -> None:
+    server, threads = Server(), set()
+    names = [f"cell-{number}" for number in range(200)]
+
+    def make(name: str) -> CellRecord:
+        threads.add(threading.current_thread().name)
+        return CellRecord(name, name, "running")
+
+    with Recorder(lambda: server) as recorder:
+        for _ in range(3):
+            for name in names:
+                recorder.put(name, lambda name=name: make(name))
+    assert set(server.took) == set(names) and not recorder.unsent
+    assert server.took[-200:] == names or len(server.took) >= 200
+    assert threads == {"tracking"}
+
+
+def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(recorder_module, "_QUIET_SECONDS", 0.1)
+    server, said = Server(parts={"a": 20}), []
+    server.pause = 0.05  # a second in all
+    recorder = send(server, "a", say=said.append)
+    assert server.took == ["a"] and not recorder.unsent and recorder.problem is None
+    assert len(said) == 1 and "Ctrl-C" in said[0]
+
+
+def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "PATIENCE_SECONDS", 0.3)
+    server, gone = Server(), threading.Event()
+    server.log_some = lambda record, points: gone.wait(30)  # type: ignore[method-assign]
+    recorder = send(server, "a")
+    gone.set()
+    assert set(recorder.unsent) == {"a"} and "nothing was taken" in str(recorder.problem)

@@ -1,0 +1,131 @@
+"""Weights out of files that others made: plain tensors only, and a refusal that says what the file is instead."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+_SAFE_PROTOCOLS = (2, 3)  # what torch's safe loader reads: torch.save writes 2
+_HEAD_BYTES = 512
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors of a safetensors file or of one that `torch.save` wrote; nothing in it is run.
+
+    Raises:
+        ValueError: it holds anything else; the sentence says what, and what to do.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a broken or hostile file
+        raise ValueError(refusal(path, error)) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} where named tensors belong")
+    odd = [str(name) for name, value in found.items() if not (isinstance(name, str) and torch.is_tensor(value))]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(
+            f"beside tensors, or in their place, it holds {', '.join(odd[:3])}{more}; save the tensors alone"
+        )
+    return found
+
+
+def check_tensors(path: Path) -> None:
+    """Opens a file as `load_tensors` does, without reading its tensors.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            else:
+                torch.load(path, "meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ValueError(refusal(path, error)) from error
+
+
+def refusal(path: Path, error: Exception) -> str:
+    """Why a file of weights was not loaded, and what to do."""
+    try:
+        size, head = path.stat().st_size, path.open("rb").read(_HEAD_BYTES)
+    except OSError as unreadable:
+        return f"it cannot be read: {unreadable.strerror or unreadable}"
+    again = "fetch it again"
+    if not size:
+        return f"the file is empty; {again}"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+    if path.suffix == ".safetensors":
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or (head[8:9] == b"{" and length + 8 > size) or "incomplete" in str(error).lower():
+            return f"it is cut short ({size} bytes); {again}"
+    elif tarfile.is_tarfile(path):
+        return f"it is of torch's old .tar format, which only its unsafe loader reads; {_convert(path)}"
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        return _of_pickle(path, head, error) or f"it is cut short or damaged ({_first_line(error)}); {again}"
+    if _is_text(head):
+        return f"it is a text file, which begins with {head[:40].decode(errors='replace')!r}; {again}"
+    return _first_line(error)
+
+
+def _of_pickle(path: Path, head: bytes, error: Exception) -> str | None:
+    """What is wrong with a pickle; None where its bytes are damaged."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    if asked := re.findall(r"GLOBAL ([\w.]+)", str(error)) or _asked_of(path):
+        return (
+            f"it asks for {', '.join(dict.fromkeys(asked))}, which could run anything, and was not loaded; take the "
+            "weights as safetensors from where you trust them"
+        )
+    start = head if head.startswith(b"\x80") else _start_of_zip(path)
+    if len(start) > 1 and start[0] == 0x80 and start[1] not in _SAFE_PROTOCOLS:
+        return f"it is a pickle of protocol {start[1]}, which torch's safe loader does not read; {_convert(path)}"
+    return None
+
+
+def _asked_of(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        return []
+
+
+def _start_of_zip(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            with archive.open(name) as inside:
+                return inside.read(2)
+    except (OSError, StopIteration, zipfile.BadZipFile):
+        return b""
+
+
+def _convert(path: Path) -> str:
+    target = path.with_suffix(".safetensors").name
+    return (
+        "if you trust where it is from (the unsafe loader runs what a file asks for), convert it once: "
+        f'python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file(torch.load('{path.name}', 'cpu', weights_only=False), '{target}')\", and name {target}"
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

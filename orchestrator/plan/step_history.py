@@ -1,0 +1,131 @@
+"""StepHistory: what was measured at every step on a cell's way, read from the ledger when it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import StorageError
+from orchestrator.plan.ledger.storage import storage_errors
+
+Point = tuple[str, float, int, int]
+_TRACKED = {
+    "loss": "train/loss",
+    "distill_loss": "train/distill_loss",
+    "learning_rate": "train/learning_rate",
+    "visual_tokens": "train/visual_tokens",
+    "step_seconds": "train/step_seconds",
+}
+_READ_THROUGH_BYTES = 1 << 16  # of a metrics file this much is read in order; what is before is skipped by halving
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one metrics file on a cell's way.
+
+    Attributes:
+        first_step: First step of the phase that counts.
+        last_step: The one after the last.
+        offset: Steps of the phases before.
+    """
+
+    file: Path
+    first_step: int
+    last_step: int
+    offset: int
+
+
+class StepHistory:
+    """Points of a cell's way in the order of steps, read from the ledger whenever they are asked for.
+
+    A hundred thousand steps are neither held in memory nor read again for the few that are new.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self._stretches = tuple(stretches)
+
+    def __iter__(self) -> Iterator[Point]:
+        return self.since(0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepHistory) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def since(self, step: int) -> Iterator[Point]:
+        """Points of a step and of those after it.
+
+        Raises:
+            StorageError: a file cannot be read: what follows must not be taken for all there is.
+        """
+        for stretch in self._stretches:
+            first = max(stretch.first_step, step - stretch.offset)
+            if first >= stretch.last_step:
+                continue
+            for line in _lines_from(stretch.file, first):
+                if line["step"] >= stretch.last_step:
+                    break
+                yield from _points(line, stretch.offset)
+
+
+def points_since(history: StepHistory | Sequence[Point], step: int) -> Iterable[Point]:
+    """Points of a step and of those after it, in the order of steps."""
+    if isinstance(history, StepHistory):
+        return history.since(step)
+    return sorted((point for point in history if point[2] >= step), key=lambda point: point[2])
+
+
+def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
+    for key, name in _TRACKED.items():
+        value = line.get(key)
+        # A trackers' database takes no NaN; why a run diverged stands in its failure.
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield name, float(value), int(line["step"]) + offset, int(line.get("timestamp_ms", 0))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a line cut short by a crash ends it, and so does a file that cannot be read."""
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(StorageError):
+        lines.extend(_lines_from(file, 0))
+    return lines
+
+
+def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
+    """Lines of a metrics file from a step on, up to one that a crash cut short; their steps rise.
+
+    Raises:
+        StorageError: the file is there and cannot be read.
+    """
+    with storage_errors(file.parent), open(file if file.exists() else os.devnull, "rb") as opened:
+        low, high = 0, opened.seek(0, os.SEEK_END)
+        while high - low > _READ_THROUGH_BYTES:  # every line that begins before `low` is of an earlier step
+            opened.seek((low + high) // 2)
+            opened.readline()
+            begin = opened.tell()
+            line = _line(opened.readline())
+            if line is not None and line["step"] < step and begin < high:
+                low = begin
+            else:
+                high = (low + high) // 2
+        opened.seek(low)
+        for text in opened:
+            if (line := _line(text)) is None:
+                return
+            if line["step"] >= step:
+                yield line
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """One line; None where it is none of ours."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

@@ -1,0 +1,89 @@
+"""Cells from the ledger to their folders and to MLflow: what MLflow has not is looked for and sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from rich.console import Console
+
+from orchestrator.plan.cell import Cell
+from orchestrator.plan.holders import living_holders
+from orchestrator.plan.ledger.owners import Process
+from orchestrator.plan.record import CellRecord
+from orchestrator.plan.walk import Walk
+from orchestrator.report.cell_folders import write_cell_folder
+from orchestrator.report.figure import training_figure
+from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking.lacking import abandoned, has_record
+from orchestrator.tracking.one_at_a_time import one_at_a_time
+from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.seen import quick_look
+
+
+def open_recorder(walk: Walk, console: Console) -> Recorder:
+    """Records cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
+
+    def open_tracker() -> CellTracker:
+        def alone() -> contextlib.AbstractContextManager[None]:
+            return one_at_a_time(walk.ledger.store, walk.experiment_name)
+
+        return CellTracker(walk.tracking_uri, walk.experiment_name, alone, _lives(walk), walk.ledger.url)
+
+    return Recorder(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
+
+
+def _lives(walk: Walk) -> Callable[[Process, str], bool]:
+    """Whether a driver lives: told of one of this machine by its process, of others by the leases they hold here."""
+
+    def lives(driver: Process, storage: str) -> bool:
+        gone = driver.is_gone()
+        if gone is not None:
+            return not gone
+        holders = living_holders(walk.ledger).values() if storage == walk.ledger.url else None
+        return holders is None or any((holder.host, holder.pid) == (driver.host, driver.pid) for holder in holders)
+
+    return lives
+
+
+def record_cells(walk: Walk, recorder: Recorder) -> None:
+    """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
+    seen = quick_look(walk.tracking_uri, walk.experiment_name)
+    lacking = []
+    for cell in walk.cells:
+        record = walk.record(cell)
+        # Where another driver works on it, that one records it.
+        if record.status in ("new", "running"):
+            continue
+        write_cell_folder(walk, cell, record)
+        drawn = _with_figure(walk, cell, record, draw=False)
+        if drawn is None or seen is None or not has_record(seen.runs.get(cell.id), drawn):
+            lacking.append(cell)
+    for cell in lacking:
+        put_record(walk, cell, recorder)
+    if seen is not None and not lacking and abandoned(seen, _lives(walk)):
+        recorder.look()
+
+
+def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
+    """Queues a cell, whose record is read when its turn comes."""
+
+    def make() -> CellRecord:
+        record = _with_figure(walk, cell, walk.record(cell), draw=True)
+        assert record is not None
+        return record
+
+    recorder.put(cell.id, make)
+
+
+def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
+    """A finished cell's record gets its training figure; None where it has to be drawn first."""
+    if record.status != "finished" or not cell.phases:
+        return record
+    path = walk.folder(cell) / "training.png"
+    if not path.exists() and not draw:
+        return None
+    if not path.exists() and not training_figure(record, path):
+        return record
+    return replace(record, artifacts={**record.artifacts, path.name: path})
