@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Holder, Leases
+from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.tree import StageTree
 
 
 def living_holders(ledger: Ledger) -> dict[str, Holder]:
     """Jobs under way to who works on them; what a driver left behind that was killed does not count."""
-    return Leases(ledger.store, "onlooker").holders()
+    return _onlooker(ledger.store).holders()
+
+
+@functools.lru_cache(maxsize=4)
+def _onlooker(store: Store) -> Leases:
+    """Kept, so that of an owner on another machine that was waited for once the answer is known."""
+    return Leases(store, "onlooker")
 
 
 def is_worked_on(tree: StageTree, ledger: Ledger) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.plan.ledger.leases import Leases, token_of
 from orchestrator.plan.ledger.owners import Process, this_process
 from orchestrator.plan.ledger.store import Store, open_store
 
-ELSEWHERE = Process("another machine", "far", 4711, 1.0)
+ELSEWHERE = Process("another machine", "far", 4711, 1)
 
 
 class Clock:
@@ -132,7 +132,7 @@ def test_a_killed_holder_not_yet_waited_for_is_dead_too(store: Store, leases: Ca
 
 def test_another_process_with_the_number_of_the_dead_one_is_not_it(leases: Callable[..., Leases]) -> None:
     me = this_process()
-    dead = Process(me.machine, me.host, me.pid, me.started - 100.0)
+    dead = Process(me.machine, me.host, me.pid, me.started - 100)
     assert leases("one", process=dead).acquire("job") == 1
     assert leases("two", patience_seconds=1e9).acquire("job") == 2
 
