@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,11 +38,13 @@ class Leftover:
         what: For people.
         size: Bytes.
         remove: Takes it away; harmless where it is gone already.
+        changed: When anything of it was last touched by its file system's clock, renamed included; 0 is not known.
     """
 
     what: str
     size: int
     remove: Callable[[], None]
+    changed: Callable[[], float] = lambda: 0.0
 
 
 class Inventory(Protocol):
@@ -185,7 +188,7 @@ class FolderInventory:
             for name in _names(place, hidden=True):
                 path = place / name
                 if name.startswith(".") and time.time() - _changed(path) >= older_seconds:
-                    yield Leftover(path.relative_to(self._base).as_posix(), _size(path), _remover(path))
+                    yield Leftover(path.relative_to(self._base).as_posix(), _size(path), _remover(path), partial(_changed, path))
 
 
 def _checker(folder: Path) -> Callable[[], list[str]]:
