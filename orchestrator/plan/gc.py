@@ -83,8 +83,12 @@ class Collector:
             )
 
     def steps(self) -> list[GcStep]:
-        """All that can go, in the order in which it should."""
+        """All that can go, in the order in which it should; what a killed gc took aside is back before that."""
         experiments = self._experiments()
+        wanted = wanted_states(experiments)
+        for state in self._inventory.aside() if self._sure else ():
+            if not experiments or state in wanted:
+                self._ledger.recover(state)
         if not experiments and self._inventory.states():
             return [*self._unused(Wanted.of([]), states_too=False)]
         return [*self._records(), *self._unused(Wanted.of(experiments), states_too=True)]
@@ -143,7 +147,7 @@ class Collector:
                 yield GcStep("work", job, why, size, self._end_work(job))
 
     def _leftovers(self, holders: Collection[str]) -> list[Leftover]:
-        """Under `sure`, what a clock that was set forward might take for old has to stay as it is while it is watched."""
+        """Under `sure`, what a clock that was set forward might take for old must not change while it is watched."""
         found = list(self._inventory.leftovers(holders.__contains__, self._leftover_seconds))
         watched = {left.what: left.changed() for left in found if time.time() - left.changed() < CLOCK_SECONDS}
         if self._sure and watched:

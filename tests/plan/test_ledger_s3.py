@@ -66,7 +66,7 @@ def test_what_one_machine_commits_another_finds(machine: Callable[[str], Ledger]
     assert len({one.storage, two.storage}) == 2 and S3Store(f"{bucket}/runs").names("work") == []
 
 
-def test_a_second_commit_changes_nothing_unless_it_brings_more(machine: Callable[[str], Ledger], bucket: str) -> None:
+def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(machine: Callable[[str], Ledger], bucket: str) -> None:
     one, two = machine("one"), machine("two")
     fill(one)
     one.commit(STATE)
@@ -80,9 +80,9 @@ def test_a_second_commit_changes_nothing_unless_it_brings_more(machine: Callable
     for name in ("one", "two", "three"):
         again = machine(name)
         assert again.has(STATE, "checkpoint")
-        assert (again.fetch(STATE, "weights") / "model.safetensors").read_bytes() == b"of another machine"
-    stored = S3Store(f"{bucket}/runs").sizes("objects").values()
-    assert len(MODEL) not in stored and len(stored) == 5  # what no manifest names is gone
+        assert (again.fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL  # evaluations were of it
+        assert (again.fetch(STATE, "checkpoint") / "rank0" / "optimizer.pt").read_bytes() == b"\1" * 5000
+    assert len(S3Store(f"{bucket}/runs").sizes("objects")) == 5  # nothing that no manifest names
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone", "manifest"])

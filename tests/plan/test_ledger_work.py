@@ -72,7 +72,7 @@ def test_a_checkpoint_takes_the_place_of_damaged_ones(ledger: Ledger) -> None:
 def test_a_seal_that_fails_leaves_what_was_there(ledger: Ledger) -> None:
     sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
     with pytest.raises(StorageError, match="No such file"):
-        FolderStates(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away", keep=2)
+        FolderStates(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away")
     assert ledger.checkpoints(JOB) == [sealed] and sorted(os.listdir(sealed.parent)) == [".writing-0", sealed.name]
 
 
