@@ -10,7 +10,8 @@ from typing import Any
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.inventory import Inventory, Leftover, open_inventory
+from orchestrator.plan.ledger.copies import copies, copies_folder
+from orchestrator.plan.ledger.inventory import Inventory, Leftover, open_inventory, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.ledger.owners import Observer, owner_key
 from orchestrator.plan.ledger.storage import parse_json
@@ -20,6 +21,7 @@ LEFTOVER_SECONDS = 600.0
 PATIENCE_SECONDS = 30.0
 CLOCK_SECONDS = 86400.0
 """No two clocks differ by more: a file's time and the start of a driver come from different ones."""
+COPY_SECONDS = 30 * CLOCK_SECONDS
 PARTS_OF: dict[str, tuple[str, ...]] = {"full": ("weights", "checkpoint"), "weights": ("weights",), "none": ()}
 
 
@@ -28,7 +30,7 @@ class GcStep:
     """One thing that can go.
 
     Attributes:
-        kind: `state`, `part`, `work`, `leftover`, `failure`, `lease`, `owner` or `record`.
+        kind: `state`, `part`, `work`, `leftover`, `failure`, `lease`, `owner`, `record` or `copy`.
         name: Which.
         why: Why it can go.
         size: Bytes that it frees.
@@ -118,6 +120,7 @@ class Collector:
         if states_too:
             yield from self._failures(wanted, holders)
         yield from self._leases(holders)
+        yield from self._copies(wanted, holders, states_too)
 
     def _states(self, wanted: Wanted, holders: Collection[str], since: float | None) -> Iterator[GcStep]:
         for state in self._inventory.states():
@@ -174,6 +177,32 @@ class Collector:
             owner = entry.removesuffix(".json")
             if is_dead(self._ledger, owner):
                 yield GcStep("owner", owner, "its process is gone", 0, self._delete(owner_key(owner)))
+
+    def _copies(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
+        """What lies on this machine of buckets; the bucket itself loses nothing.
+
+        Of this storage goes, once it was not used for a day, what the bucket has no more or no recorded experiment
+        reaches; of any bucket what was not used for thirty days. Nothing goes that a living driver works on.
+        """
+        for copy in copies():
+            unused = time.time() - copy.used
+            own = copy.storage == self._ledger.storage and copy.kind in ("stage_runs", "work", "elsewhere")
+            why = None
+            if own and copy.name in holders:
+                continue
+            if unused > COPY_SECONDS:
+                why = f"not used for {COPY_SECONDS / CLOCK_SECONDS:.0f} days"
+            elif own and unused > CLOCK_SECONDS:
+                is_there = self._ledger.is_done(copy.name)
+                if copy.kind == "stage_runs" and not is_there:
+                    why = "the bucket has it no more"
+                elif copy.kind != "stage_runs" and is_there:
+                    why = "its stage run is finished"
+                elif states_too and not wanted.reaches(copy.name):
+                    why = "no recorded experiment reaches it"
+            if why is not None:
+                name = copy.path.relative_to(copies_folder()).as_posix()
+                yield GcStep("copy", name, f"a copy on this machine: {why}", copy.size, _always(remover(copy.path)))
 
     def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
         """When the first of the living drivers began: what was finished since may be its work under an older plan."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
@@ -21,6 +20,7 @@ from orchestrator.plan.ledger.states import Files, aside_name, fit_aside
 from orchestrator.plan.ledger.storage import (
     MANIFEST,
     damaged_files,
+    files_below,
     names_in,
     read_manifest,
     stat_of,
@@ -202,16 +202,22 @@ class FolderInventory:
                 path = place / name
                 if name.startswith(".") and time.time() - _changed(path) >= older_seconds:
                     what = path.relative_to(self._base).as_posix()
-                    yield Leftover(what, _size(path), _remover(path), partial(_changed, path))
+                    yield Leftover(what, _size(path), remover(path), partial(_changed, path))
 
 
 def _checker(folder: Path) -> Callable[[], list[str]]:
     return lambda: damaged_files(folder)
 
 
-def _remover(path: Path) -> Callable[[], None]:
+def remover(path: Path) -> Callable[[], None]:
+    """Takes a file or a folder away, once it is called."""
+
     def remove() -> None:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        about = stat_of(path)
+        if about is not None and stat.S_ISDIR(about.st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     return remove
 
@@ -221,28 +227,15 @@ def _names(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """A folder and all below it, hidden ones left out."""
-    if not folder.is_dir():
-        return []
-    below = [_folders(folder / name) for name in _names(folder)]
-    return [folder, *(one for found in below for one in found)]
-
-
-def _files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """A file, or a folder with all that lies below it; what goes meanwhile is left out."""
-    about = stat_of(path)
-    if about is not None:
-        yield path, about
-        if stat.S_ISDIR(about.st_mode):
-            for name in names_in(path):
-                yield from _files(path / name)
+    """A folder and all below it."""
+    return [path for path, about in files_below(folder) if stat.S_ISDIR(about.st_mode)]
 
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return sum(about.st_size for _, about in _files(path) if not stat.S_ISDIR(about.st_mode))
+    return sum(about.st_size for _, about in files_below(path) if not stat.S_ISDIR(about.st_mode))
 
 
 def _changed(path: Path) -> float:
     """When anything of a file or folder was last touched, renamed included."""
-    return max((about.st_ctime for _, about in _files(path)), default=0.0)
+    return max((about.st_ctime for _, about in files_below(path)), default=0.0)

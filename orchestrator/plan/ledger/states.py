@@ -220,7 +220,6 @@ class FolderStates:
             target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
 
-
     def recover(self, state: str) -> bool:
         """Puts a finished state back that a gc took aside, and was killed before it had asked who wants it."""
         target = self.state_folder(state)

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.identity import cache_folder, digest
+from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import storage
+from orchestrator.plan.ledger.copies import copies_folder, mark_used
 from orchestrator.plan.ledger.owners import machine_id
 from orchestrator.plan.ledger.s3_objects import S3Objects, object_key, token_of_key, whole_manifest
 from orchestrator.plan.ledger.states import PARTS, Files, FolderStates, Part, superseded, token_in
@@ -52,7 +53,8 @@ _LISTED = ("manifests", "evaluations", "failures", "work")
 class S3States(FolderStates):
     """States of a storage in a bucket, with a copy of what was needed or written in this machine's cache folder.
 
-    The copy may be deleted whenever nothing runs. Names of files are told apart by content, never by time.
+    The copy may be deleted whenever nothing runs; `ledger gc` clears what was not used for long.
+    Names of files are told apart by content, never by time.
 
     Args:
         store: The bucket's store.
@@ -60,7 +62,7 @@ class S3States(FolderStates):
 
     def __init__(self, store: Store) -> None:
         assert isinstance(store, S3Store)
-        super().__init__(cache_folder() / "ledger" / digest(store.url)[:32])
+        super().__init__(copies_folder() / digest(store.url)[:32])
         self._store = store
         self._node = digest([machine_id(), str(self.folder)])[:16]
         self._known: dict[str, dict[str, Any]] = {}
@@ -136,6 +138,7 @@ class S3States(FolderStates):
             damaged = self._objects.bring(state, folder, wanted) if wanted else [part]
             if not damaged:
                 _keep_manifest(folder, manifest)
+                mark_used(folder)
                 break
             self._known.pop(state, None)
         return damaged

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -84,6 +85,20 @@ def names_in(folder: str | Path) -> list[str]:
             return []
 
 
+def files_below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out.
+
+    Raises:
+        StorageError: something is there and cannot be read.
+    """
+    about = stat_of(path)
+    if about is not None:
+        yield path, about
+        if stat.S_ISDIR(about.st_mode):
+            for name in names_in(path):
+                yield from files_below(path / name)
+
+
 @contextlib.contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
     """Turns an OSError met while working in `folder` into a StorageError that says what to do.
@@ -122,7 +137,7 @@ def _is_full(folder: Path) -> bool:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = steady(lambda: os.open(folder, os.O_RDONLY))
     try:
         os.fsync(descriptor)
     except OSError as error:
