@@ -16,6 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from orchestrator.plan.steady import steady
+
 SEMANTICS_VERSION = 1
 """Version of the training semantics; raised when a change of this code moves the numbers of a training run."""
 
@@ -81,11 +83,15 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
+
+    def read() -> str:
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                sha.update(block)
+        return sha.hexdigest()
+
+    return steady(read)
 
 
 class DigestCache:
@@ -104,7 +110,7 @@ class DigestCache:
         """Digest of one file, read only if its size or times changed since it was last read."""
         if self._entries is None:
             self._entries = self._load()
-        about = os.stat(path)
+        about = steady(lambda: os.stat(path))
         # The time of the last change of its entry, which no copying tool can set, tells a file put in another's place.
         mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
         known = self._new.get(path) or self._entries.get(path)
@@ -112,7 +118,7 @@ class DigestCache:
             return str(known[3])
         sha = file_sha256(path)
         # A file written a moment ago may be written again within the clock's grain: do not trust its time yet.
-        if time.time() - max(about.st_mtime, about.st_ctime) > _RACY_SECONDS:
+        if time.time() - about.st_mtime > _RACY_SECONDS:
             self._new[path] = [*mark, sha]
         return sha
 
@@ -169,7 +175,7 @@ def content_digest(path: str | os.PathLike[str], cache: DigestCache | None = Non
         OSError: it does not exist or cannot be read.
     """
     path = os.path.abspath(path)
-    if stat.S_ISDIR(os.stat(path).st_mode):
+    if stat.S_ISDIR(steady(lambda: os.stat(path)).st_mode):
         # A part of a folder that cannot be listed would pass for one that is not there.
         walk = os.walk(path, onerror=_raise)
         names = [os.path.relpath(os.path.join(folder, name), path) for folder, _, found in walk for name in found]

@@ -19,6 +19,8 @@ from orchestrator.plan.holders import is_worked_on
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.storage import is_there, storage_error
+from orchestrator.plan.steady import ABSENT, steady
 from orchestrator.plan.tree import StageTree
 
 Status = Literal["new", "running", "interrupted", "finished", "failed"]
@@ -156,7 +158,7 @@ def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) 
     reached = next((i + 1 for i, run in enumerate(tree.path_of[cell.id][::-1]) if run in done), None)
     path = tree.path_of[cell.id]
     coming = path if reached is None else path[len(path) - reached + 1 :]
-    if coming and (work := ledger.metrics_file(coming[0])).is_file():
+    if coming and is_there(work := ledger.metrics_file(coming[0])):
         job = tree.stage_runs[coming[0]]
         files.append((work, job.phase, job.first_step, job.last_step))
     for file, phase, first, last in files:
@@ -174,17 +176,23 @@ def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a line cut short by a crash ends it."""
+    """Lines of a metrics file; a line cut short by a crash ends it.
+
+    Raises:
+        StorageError: it is there and cannot be read: a part of a curve must not pass for all of it.
+    """
     lines: list[dict[str, Any]] = []
     try:
-        with open(file, encoding="utf-8") as opened:
+        with steady(lambda: open(file, encoding="utf-8")) as opened:
             for text in opened:
                 found = json.loads(text)
                 if not isinstance(found, dict):
                     break
                 lines.append(found)
-    except (OSError, ValueError):
-        pass
+    except (*ABSENT, ValueError):
+        pass  # nothing was told yet, or a line is being written
+    except OSError as error:
+        raise storage_error(file.parent, error) from error
     return lines
 
 

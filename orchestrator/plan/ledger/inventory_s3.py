@@ -14,7 +14,7 @@ from orchestrator.plan.identity import digest, file_sha256
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.inventory import Leftover
 from orchestrator.plan.ledger.leases import token_of
-from orchestrator.plan.ledger.s3_objects import object_key, token_of_key, whole_manifest
+from orchestrator.plan.ledger.s3_objects import object_key, whole_manifest
 from orchestrator.plan.ledger.states import Files
 from orchestrator.plan.ledger.storage import MANIFEST
 from orchestrator.plan.ledger.store_s3 import S3Store
@@ -125,8 +125,10 @@ class S3Inventory:
         return {key: size for key, size in stored.items() if key not in known}
 
     def _sweep(self, job: str, newest: int) -> None:
-        """Takes away what nothing names, but for what a driver uploads that got a token after the `newest` seen."""
-        self._store.delete_keys(key for key in self._unnamed(job) if token_of_key(key) <= newest)
+        """Takes away what nothing names, unless a driver was given a token since the `newest` was seen."""
+        unnamed = self._unnamed(job)
+        if token_of(self._store, job) == newest:
+            self._store.delete_keys(unnamed)
 
     def _damaged(self, job: str, key: str) -> list[str]:
         files = self._named(key)

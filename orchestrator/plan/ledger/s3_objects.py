@@ -11,6 +11,7 @@ from orchestrator.plan.ledger import storage
 from orchestrator.plan.ledger.states import Files
 from orchestrator.plan.ledger.storage import changed_files, is_there, list_files, parse_json, stat_of, storage_errors
 from orchestrator.plan.ledger.store_s3 import S3Store
+from orchestrator.plan.steady import steady
 
 
 class S3Objects:
@@ -92,7 +93,7 @@ def _files_of(folder: Path, known: Files, token: int) -> Files:
         for name in list_files(folder):
             if name != storage.MANIFEST:
                 sha = known[name]["sha256"] if name in known else file_sha256(folder / name)
-                found[name] = {"sha256": sha, "size": (folder / name).stat().st_size, "token": token}
+                found[name] = {"sha256": sha, "size": steady((folder / name).stat).st_size, "token": token}
     return found
 
 

@@ -8,41 +8,19 @@ import json
 import os
 import secrets
 import stat
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest, file_sha256
+from orchestrator.plan.steady import ABSENT, found_at, steady
 
 MANIFEST = "manifest.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS}
-_PAUSES_SECONDS = (0.02, 0.2, 1.0)
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 _TRIES = 100
 _LEFT_BYTES = 2**20  # a writer that failed for want of space has left no more than this
 _CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_STORAGE"
-
-
-_T = TypeVar("_T")
-
-
-def steady(look: Callable[[], _T]) -> _T:
-    """Does a look at a file system again, a few times, where it met what may pass: a stale handle, a lost answer.
-
-    Raises:
-        OSError: it did not pass, or it is no such error.
-    """
-    for pause in _PAUSES_SECONDS:
-        try:
-            return look()
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            time.sleep(pause)
-    return look()
 
 
 def stat_of(path: str | Path) -> os.stat_result | None:
@@ -52,15 +30,9 @@ def stat_of(path: str | Path) -> os.stat_result | None:
         StorageError: it cannot be asked.
     """
     try:
-        return os.stat(path)
-    except _ABSENT:
-        return None
-    except OSError:  # the usual answers cost no more than a call
-        with storage_errors(Path(path).parent):
-            try:
-                return steady(lambda: os.stat(path))
-            except _ABSENT:
-                return None
+        return found_at(path)
+    except OSError as error:
+        raise storage_error(Path(path).parent, error) from error
 
 
 def is_there(path: str | Path) -> bool:
@@ -81,7 +53,7 @@ def names_in(folder: str | Path) -> list[str]:
     with storage_errors(Path(folder)):
         try:
             return sorted(steady(lambda: os.listdir(folder)))
-        except _ABSENT:
+        except ABSENT:
             return []
 
 
@@ -159,7 +131,7 @@ def make_folder(folder: Path) -> None:
 
 def fsync_file(path: Path) -> None:
     """Makes a file's content last."""
-    with open(path, "rb") as file:
+    with steady(lambda: open(path, "rb")) as file:
         os.fsync(file.fileno())
 
 
@@ -241,7 +213,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     with storage_errors(path.parent):
         try:
             return parse_json(steady(path.read_bytes))
-        except _ABSENT:
+        except ABSENT:
             return None
 
 
@@ -275,7 +247,7 @@ def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
         for name in list_files(folder):
             if name != MANIFEST and name not in leave_out:
                 fsync_file(folder / name)
-                files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
+                files[name] = {"sha256": file_sha256(folder / name), "size": steady((folder / name).stat).st_size}
         for name, is_folder in [*_below(folder, ""), ("", True)]:
             if is_folder:
                 fsync_folder(folder / name)
@@ -317,8 +289,8 @@ def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[
             continue
         with storage_errors((folder / name).parent):
             try:
-                sha = steady(lambda name=name: file_sha256(folder / name))  # type: ignore[misc]
-            except _ABSENT:
+                sha = file_sha256(folder / name)
+            except ABSENT:
                 sha = ""
         if sha != entry.get("sha256"):
             bad.append(name)

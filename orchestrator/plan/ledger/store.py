@@ -15,11 +15,11 @@ from orchestrator.plan.ledger.storage import (
     fsync_folder,
     is_there,
     names_in,
-    steady,
     storage_errors,
     write_aside,
     write_atomic,
 )
+from orchestrator.plan.steady import steady
 
 _KEY = re.compile(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
