@@ -33,7 +33,8 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.storage import storage_errors
 from orchestrator.plan.ledger_view import damage
 
-CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+FREES = {"os.remove", "os.rmdir"}
+CHANGES = {"os.rename", "os.link", "os.mkdir", *FREES}
 LOOKS = {"os.listdir", "os.scandir"}
 # State to what is kept of it in the end and what its stage run writes; `gone` is reached by no record.
 JOBS = {"first": "weights", "richer": "full", "poorer": "weights", "gone": "none"}
@@ -81,7 +82,11 @@ class Fault:
             if writes != self._is_read and not flags & os.O_DIRECTORY:
                 self.step(path)
         elif event in (LOOKS if self._is_read else CHANGES):
-            self.step(arguments[0])
+            path, *more = arguments
+            if event in ("os.remove", "os.rmdir") and more[0] >= 0:  # below a folder that is open, as rmtree does it
+                path = f"{os.readlink(f'/proc/self/fd/{more[0]}')}/{path}"
+            if self.mode != "full" or event not in FREES:
+                self.step(path)
 
     def step(self, path: Any) -> None:
         """One step."""

@@ -213,6 +213,34 @@ def test_a_writer_that_lost_its_lease_changes_nothing(machine: Callable[[str], L
     second.close()
 
 
+def test_a_stale_writer_that_goes_on_anywhere_takes_nothing_of_the_new_holder(machine: Callable[[str], Ledger]) -> None:
+    """It was suspended after its last look at the lease: nothing but the tokens of what it meets keeps it back."""
+    one, two = machine("one"), machine("two")
+    one.fences[STATE], two.fences[STATE] = 1, 2
+    for step in (2, 4):
+        seal(one, step, b"%d" % step)
+    two.begin(STATE)
+    newest = two.last_checkpoint(STATE)
+    assert newest is not None and newest.name == "step_000004"
+    for step in (6, 8):
+        seal(two, step, b"%d" % step)
+    fill(two)
+    two.share(two.writing_folder(STATE))
+    before = two.store.sizes("objects")
+    assert len([key for key in before if f"{STATE}/000002/" in key]) == 5
+    for act in (
+        lambda: one._states.begin(STATE, 1),
+        lambda: one._states.prune(STATE, 4, 2, 1),
+        lambda: one._states._sweep(STATE, 1),
+    ):
+        act()
+        assert {key for key in before if "/000002/" in key} <= set(two.store.sizes("objects"))
+        assert two.checkpoint_steps(STATE) == [8, 6] and two.store.names(f"work/{STATE}/shared") == ["writing-2"]
+    two.commit(STATE)
+    one._states.end_work(STATE, 1)
+    assert (machine("three").fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL
+
+
 def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -> None:
     one, two = machine("one"), machine("two")
     fill(one, checkpoint=True)

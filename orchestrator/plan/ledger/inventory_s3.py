@@ -107,6 +107,9 @@ class S3Inventory:
 
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
         """Objects that neither a state nor an in-stage checkpoint names; who writes them holds a lease."""
+        for state in self.aside():  # of a gc that was killed; who wants one has had it put back
+            if not is_held(state):
+                yield Leftover(f"aside/{state}.json", 0, partial(self._settle, state, token_of(self._store, state)))
         for job in self._store.names("objects"):
             if not is_held(job) and (size := sum(self._unnamed(job).values())):
                 yield Leftover(f"objects/{job}", size, partial(self._sweep, job, token_of(self._store, job)))
@@ -123,6 +126,10 @@ class S3Inventory:
         named = [self._named(key) or {} for key in (f"manifests/{job}.json", f"aside/{job}.json", *self._steps(job))]
         known = {object_key(job, entry) for files in named for entry in files.values()}
         return {key: size for key, size in stored.items() if key not in known}
+
+    def _settle(self, state: str, newest: int) -> None:
+        self._store.delete(f"aside/{state}.json")
+        self._sweep(state, newest)
 
     def _sweep(self, job: str, newest: int) -> None:
         """Takes away what nothing names, unless a driver was given a token since the `newest` was seen."""
