@@ -48,14 +48,14 @@ class Fault:
         met: Whether the n-th came.
     """
 
-    def __init__(self, mode: str, at: int, folders: list[str]) -> None:
+    def __init__(self, mode: str, at: int, folders: list[str], is_remote: bool) -> None:
         self.mode, self.at, self.folders, self.count, self.met = mode, at, folders, 0, False
-        self._is_read = mode not in ("kill", "full")
+        self._is_read, self._is_remote = mode not in ("kill", "full"), is_remote
         sys.addaudithook(self._audit)
         real_fsync, real_stat, real_client = os.fsync, os.stat, s3_client_module.s3_client
 
         def fsync(descriptor: int) -> None:
-            if not self._is_read:
+            if not self._is_read and not self._is_remote:
                 self.step(os.readlink(f"/proc/self/fd/{descriptor}"))
             real_fsync(descriptor)
 
@@ -76,6 +76,8 @@ class Fault:
             self.step(self.folders[0])
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._is_remote and event != "os.rename":  # of a bucket's copy only what puts something in its place
+            return
         if event == "open":
             path, _, flags = arguments
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
@@ -183,7 +185,7 @@ def look(url: str) -> dict[str, Any]:
 
 
 def child(
-    act: Callable[..., Any], *given: Any, fault: tuple[str, int, list[str]] | None = None
+    act: Callable[..., Any], *given: Any, fault: tuple[str, int, list[str], bool] | None = None
 ) -> tuple[int, list[str]]:
     """Does something in a fork, with a fault; its end (0: done, 1: a clear error, 2: none, -9: killed) and its tale."""
     reader, writer = os.pipe()
@@ -244,7 +246,7 @@ def points(mode: str, url: str, folder: Path) -> dict[str, Any]:
             where, below = place(f"{mode}-{at}")
         else:
             below = [where if "://" not in where else str(folder / "cache" / "undisturbed")]
-        code, told = child(work, where, f"driver{at}", fault=(mode, at, below))
+        code, told = child(work, where, f"driver{at}", fault=(mode, at, below, "://" in where))
         ends[code] += 1
         errors.update(line[:300].replace(str(folder), "") for line in told if line.startswith("error"))
         trained = [line for line in told if line.startswith(("train", "evaluate"))]

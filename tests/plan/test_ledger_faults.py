@@ -44,9 +44,9 @@ def test_killed_at_each_step_the_next_run_ends_like_an_undisturbed_one(folder: P
 
 
 @pytest.mark.slow
-def test_killed_at_each_request_to_a_bucket_and_each_step_of_its_copy(bucket: str, folder: Path) -> None:
+def test_killed_at_each_request_to_a_bucket_and_each_rename_in_its_copy(bucket: str, folder: Path) -> None:
     found = each_point("kill", bucket, folder)
-    assert found["points"] > 200 and found["ends"] == {"-9": found["points"], "0": 1}
+    assert found["points"] > 100 and found["ends"] == {"-9": found["points"], "0": 1}
 
 
 @pytest.mark.slow
