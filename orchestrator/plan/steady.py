@@ -39,6 +39,12 @@ def found_at(path: str | os.PathLike[str]) -> os.stat_result | None:
         OSError: it cannot be asked.
     """
     try:
+        return os.stat(path)  # a plan of 10,000 cells asks 200,000 times for what is not there
+    except ABSENT:
+        return None
+    except OSError:
+        pass
+    try:
         return steady(lambda: os.stat(path))
     except ABSENT:
         return None
