@@ -61,9 +61,16 @@ def test_a_clock_set_back_and_forth_by_an_hour(
 def test_looks_at_the_storage_that_fail_once(shim: Path, program: Program, reference: dict[str, Any]) -> None:
     tale = program.folder / "tale"
     reads = {"LD_PRELOAD": str(shim), "DISTURB_TALE": str(tale), "DISTURB_READS": f"{EVERY} {program.storage}/"}
-    end = program.run("--local", **reads)
+    seconds = 0.0
+    for _ in range(4):  # what is not done again ends the run, and is told
+        end = program.run("--local", **reads)
+        seconds += end.seconds
+        assert "Traceback" not in end.told, end.told
+        if end.code == 0:
+            break
+        assert "Input/output error" in end.told or "Stale file handle" in end.told, end.told
     failed = tale.read_text().splitlines()
-    assert end.code == 0 and "Traceback" not in end.told and len(failed) > 20, (failed, end.told)
+    assert end.code == 0 and len(failed) > 20, (failed, end.told)
     assert_like_undisturbed(program, reference)
     assert set(program.repeated_steps().values()) == {0}
-    note(f"EIO or ESTALE from {len(failed)} single looks", "itself", program, end.seconds)
+    note(f"EIO or ESTALE from {len(failed)} single looks", "itself or `run`", program, seconds)
