@@ -96,7 +96,8 @@ class Book:
             try:
                 self._leases.release(name)  # where that failed before: no group gets the token of an earlier one
                 token = self._leases.acquire(name, lane)
-                is_stored = token is not None and self._is_stored(self.work.jobs[name])
+                job = self.work.jobs[name]
+                is_stored = token is not None and (self._is_stored(job) or self._is_recovered(job))
             except StorageError as error:
                 self._fail(name, Failure(StorageError.__name__, str(error), False), lane)
                 continue
@@ -171,6 +172,10 @@ class Book:
             return False
         keep: Literal["full", "weights", "none"] = job.get("keep", "weights")
         return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
+
+    def _is_recovered(self, job: Mapping[str, Any]) -> bool:
+        """Whether a state is stored again that a gc, killed amid it, had taken aside."""
+        return job["type"] != "evaluation" and self._ledger.recover(str(job["id"])) and self._is_stored(job)
 
     def _set_elsewhere(self, name: str) -> None:
         self.work.set(name, "elsewhere")

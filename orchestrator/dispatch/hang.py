@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.dispatch.worker_log import log_path, now
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.owners import start_ticks
 
 KILL_SECONDS = 20.0
 
@@ -36,17 +37,14 @@ def end_process(rank: Mapping[str, Any], url: str) -> None:
     """Kills one rank's process on this node; what could not write its stacks itself gets what the system knows.
 
     Args:
-        rank: `pid` and `started` of the process, its `rank` and `job`, whether it is `silent`, and `why`.
+        rank: `pid` and `started` (ticks) of the process, its `rank` and `job`, whether it is `silent`, and `why`.
     """
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if psutil.Process(rank["pid"]).create_time() != rank["started"]:
-            return  # another process got its number
-        if rank["job"] is not None:
-            _note(log_path(Ledger(url).work_folder(rank["job"]), rank["rank"]), rank)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank["pid"], signal.SIGKILL)
+    if start_ticks(rank["pid"]) != rank["started"]:
+        return  # another process got its number
+    if rank["job"] is not None:
+        _note(log_path(Ledger(url).work_folder(rank["job"]), rank["rank"]), rank)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank["pid"], signal.SIGKILL)
 
 
 def _note(log: Path, rank: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from orchestrator.dispatch.worker_log import append_traceback, log_path, now, pr
 from orchestrator.errors import StorageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.owners import start_ticks
 from orchestrator.registry import load_object
 
 SHORTEST_PAUSE_SECONDS = 0.01
@@ -120,7 +121,6 @@ class _Worker:
 
 
 def _this_process() -> dict[str, Any]:
-    import psutil
     import ray
     import torch.distributed as dist
 
@@ -129,7 +129,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "rank": dist.get_rank(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": start_ticks(),
         "node": ray.get_runtime_context().get_node_id(),
         "placement_group": current_placement_group(),
     }

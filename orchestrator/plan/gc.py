@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.inventory import Inventory, open_inventory
+from orchestrator.plan.ledger.copies import copies, copies_folder
+from orchestrator.plan.ledger.inventory import Inventory, Leftover, open_inventory, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.ledger.owners import Observer, owner_key
 from orchestrator.plan.ledger.storage import parse_json
 from orchestrator.plan.recorded import Recorded, recorded_experiments, wanted_states
 
 LEFTOVER_SECONDS = 600.0
+PATIENCE_SECONDS = 30.0
+CLOCK_SECONDS = 86400.0
+"""No two clocks differ by more: a file's time and the start of a driver come from different ones."""
+COPY_SECONDS = 30 * CLOCK_SECONDS
 PARTS_OF: dict[str, tuple[str, ...]] = {"full": ("weights", "checkpoint"), "weights": ("weights",), "none": ()}
 
 
@@ -25,7 +30,7 @@ class GcStep:
     """One thing that can go.
 
     Attributes:
-        kind: `state`, `part`, `work`, `leftover`, `failure`, `lease`, `owner` or `record`.
+        kind: `state`, `part`, `work`, `leftover`, `failure`, `lease`, `owner`, `record` or `copy`.
         name: Which.
         why: Why it can go.
         size: Bytes that it frees.
@@ -47,6 +52,10 @@ class Collector:
         also: Experiments that count as recorded: those named in the call.
         forget: Names of recorded experiments that do not count any more.
         leftover_seconds: Unsealed files that changed since are left alone.
+        sure: For who takes things away: a driver on another machine counts as dead only when its beat did not change
+            while it was watched. False looks at its clock first, and says what will probably go.
+        clock: Monotonic seconds.
+        pause: Lets some of them pass.
 
     Raises:
         UsageError: a name in `forget` is not recorded.
@@ -59,10 +68,15 @@ class Collector:
         also: Sequence[Recorded] = (),
         forget: Collection[str] = (),
         leftover_seconds: float = LEFTOVER_SECONDS,
+        sure: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Any] = time.sleep,
     ) -> None:
         self._ledger, self._also, self._forget = ledger, tuple(also), frozenset(forget)
         self._inventory: Inventory = open_inventory(ledger)
-        self._leftover_seconds = leftover_seconds
+        self._leftover_seconds, self._sure = leftover_seconds, sure
+        self._pause = pause
+        self._onlooker = Leases(ledger.store, "onlooker", PATIENCE_SECONDS, clock=clock, pause=pause)
         known = {each.name for each in recorded(ledger)}
         if unknown := sorted(self._forget - known):
             names = ", ".join(sorted(known)) or "none"
@@ -71,8 +85,12 @@ class Collector:
             )
 
     def steps(self) -> list[GcStep]:
-        """All that can go, in the order in which it should."""
+        """All that can go, in the order in which it should; what a killed gc took aside is back before that."""
         experiments = self._experiments()
+        wanted = wanted_states(experiments)
+        for state in self._inventory.aside() if self._sure else ():
+            if not experiments or state in wanted:
+                self._ledger.recover(state)
         if not experiments and self._inventory.states():
             return [*self._unused(Wanted.of([]), states_too=False)]
         return [*self._records(), *self._unused(Wanted.of(experiments), states_too=True)]
@@ -92,16 +110,17 @@ class Collector:
                 yield GcStep("record", each.name, "to be forgotten", 0, self._delete(each.key))
 
     def _unused(self, wanted: Wanted, states_too: bool) -> Iterator[GcStep]:
-        holders = living_holders(self._ledger)
+        holders = self._onlooker.holders(sure=self._sure)
         since = self._oldest_driver(holders)
         if states_too:
             yield from self._states(wanted, holders, since)
         yield from self._work(wanted, holders, states_too)
-        for left in self._inventory.leftovers(holders.__contains__, self._leftover_seconds):
+        for left in self._leftovers(holders):
             yield GcStep("leftover", left.what, "its writer is dead", left.size, _always(left.remove))
         if states_too:
             yield from self._failures(wanted, holders)
         yield from self._leases(holders)
+        yield from self._copies(wanted, holders, states_too)
 
     def _states(self, wanted: Wanted, holders: Collection[str], since: float | None) -> Iterator[GcStep]:
         for state in self._inventory.states():
@@ -111,7 +130,7 @@ class Collector:
             keep = wanted.states.get(state)
             if keep is None:
                 when = self._inventory.when(state)
-                if since is None or (when is not None and when < since):
+                if since is None or (when is not None and when < since - CLOCK_SECONDS):
                     size = sum(int(entry["size"]) for entry in files.values())
                     yield GcStep("state", state, "no recorded experiment reaches it", size, self._take_out(state))
                 continue
@@ -129,6 +148,15 @@ class Collector:
             if done or (states_too and not wanted.reaches(job)):
                 why = "its stage run is finished" if done else "no recorded experiment reaches its stage run"
                 yield GcStep("work", job, why, size, self._end_work(job))
+
+    def _leftovers(self, holders: Collection[str]) -> list[Leftover]:
+        """Under `sure`, what a clock that was set forward might take for old must not change while it is watched."""
+        found = list(self._inventory.leftovers(holders.__contains__, self._leftover_seconds))
+        watched = {left.what: left.changed() for left in found if time.time() - left.changed() < CLOCK_SECONDS}
+        if self._sure and watched:
+            self._pause(PATIENCE_SECONDS)
+            found = [left for left in found if left.what not in watched or left.changed() == watched[left.what]]
+        return found
 
     def _failures(self, wanted: Wanted, holders: Collection[str]) -> Iterator[GcStep]:
         """Results of evaluations stay: they are small, and numbers that once were shown."""
@@ -150,19 +178,45 @@ class Collector:
             if is_dead(self._ledger, owner):
                 yield GcStep("owner", owner, "its process is gone", 0, self._delete(owner_key(owner)))
 
+    def _copies(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
+        """What lies on this machine of buckets; the bucket itself loses nothing.
+
+        Of this storage goes, once it was not used for a day, what the bucket has no more or no recorded experiment
+        reaches; of any bucket what was not used for thirty days. Nothing goes that a living driver works on.
+        """
+        for copy in copies():
+            unused = time.time() - copy.used
+            own = copy.storage == self._ledger.storage and copy.kind in ("stage_runs", "work", "elsewhere")
+            why = None
+            if own and copy.name in holders:
+                continue
+            if unused > COPY_SECONDS:
+                why = f"not used for {COPY_SECONDS / CLOCK_SECONDS:.0f} days"
+            elif own and unused > CLOCK_SECONDS:
+                is_there = self._ledger.is_done(copy.name)
+                if copy.kind == "stage_runs" and not is_there:
+                    why = "the bucket has it no more"
+                elif copy.kind != "stage_runs" and is_there:
+                    why = "its stage run is finished"
+                elif states_too and not wanted.reaches(copy.name):
+                    why = "no recorded experiment reaches it"
+            if why is not None:
+                name = copy.path.relative_to(copies_folder()).as_posix()
+                yield GcStep("copy", name, f"a copy on this machine: {why}", copy.size, _always(remover(copy.path)))
+
     def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
         """When the first of the living drivers began: what was finished since may be its work under an older plan."""
         begun = []
         for owner in {holder.owner for holder in holders.values()}:
             about = parse_json(self._ledger.store.read(owner_key(owner))) or {}
-            begun.append(float(about.get("started", 0.0)))
+            begun.append(float(about.get("began", 0.0)))
         return min(begun, default=None)
 
     def _take_out(self, state: str) -> Callable[[], bool]:
         return lambda: self._inventory.take_out(state, lambda: self._is_wanted(state))
 
     def _is_wanted(self, state: str) -> bool:
-        return state in wanted_states(self._experiments()) or state in living_holders(self._ledger)
+        return state in wanted_states(self._experiments()) or self._is_held(state)
 
     def _drop(self, state: str, part: str) -> Callable[[], bool]:
         def drop() -> bool:
@@ -195,7 +249,7 @@ class Collector:
         return delete
 
     def _is_held(self, job: str) -> bool:
-        return Leases(self._ledger.store, "onlooker").holder(job) is not None
+        return bool(self._onlooker.holders([job], sure=True))
 
     def _is_finished(self, job: str) -> bool:
         return self._ledger.is_done(job) or self._ledger.evaluation(job) is not None

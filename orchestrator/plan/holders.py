@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.tree import StageTree
@@ -9,7 +11,13 @@ from orchestrator.plan.tree import StageTree
 
 def living_holders(ledger: Ledger) -> dict[str, Holder]:
     """Jobs under way to who works on them; what a driver left behind that was killed does not count."""
-    return Leases(ledger.store, "onlooker").holders()
+    return _onlooker(ledger).holders()
+
+
+@functools.lru_cache(maxsize=4)
+def _onlooker(ledger: Ledger) -> Leases:
+    """Kept, so that of an owner on another machine that was waited for once the answer is known."""
+    return Leases(ledger.store, "onlooker")
 
 
 def is_worked_on(tree: StageTree, ledger: Ledger) -> bool:

@@ -9,11 +9,14 @@ import json
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from orchestrator.plan.steady import steady
 
 SEMANTICS_VERSION = 1
 """Version of the training semantics; raised when a change of this code moves the numbers of a training run."""
@@ -80,15 +83,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
+
+    def read() -> str:
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                sha.update(block)
+        return sha.hexdigest()
+
+    return steady(read)
 
 
 class DigestCache:
-    """Digests of files by (path, size, mtime_ns) in one JSON file; a damaged or unwritable file costs only time.
+    """Digests of files by (path, size, mtime, ctime) in one JSON file; a damaged or unwritable file costs only time.
 
     Args:
         file: Where the cache lies; None takes `$XDG_CACHE_HOME/llavolta/digests.json` or the same in `~/.cache`.
@@ -100,17 +107,19 @@ class DigestCache:
         self._new: dict[str, list[Any]] = {}
 
     def of_file(self, path: str) -> str:
-        """Digest of one file, read only if its size or time changed since it was last read."""
+        """Digest of one file, read only if its size or times changed since it was last read."""
         if self._entries is None:
             self._entries = self._load()
-        stat = os.stat(path)
+        about = steady(lambda: os.stat(path))
+        # The time of the last change of its entry, which no copying tool can set, tells a file put in another's place.
+        mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
         known = self._new.get(path) or self._entries.get(path)
-        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
+        if known is not None and known[:3] == mark:
+            return str(known[3])
         sha = file_sha256(path)
         # A file written a moment ago may be written again within the clock's grain: do not trust its time yet.
-        if time.time() - stat.st_mtime > _RACY_SECONDS:
-            self._new[path] = [stat.st_size, stat.st_mtime_ns, sha]
+        if time.time() - about.st_mtime > _RACY_SECONDS:
+            self._new[path] = [*mark, sha]
         return sha
 
     def save(self) -> None:
@@ -141,11 +150,10 @@ class DigestCache:
 def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, list)
-        and len(entry) == 3
-        and isinstance(entry[0], int)
-        and isinstance(entry[1], int)
-        and isinstance(entry[2], str)
-        and _DIGEST.fullmatch(entry[2]) is not None
+        and len(entry) == 4
+        and all(isinstance(value, int) for value in entry[:3])
+        and isinstance(entry[3], str)
+        and _DIGEST.fullmatch(entry[3]) is not None
     )
 
 
@@ -167,16 +175,20 @@ def content_digest(path: str | os.PathLike[str], cache: DigestCache | None = Non
         OSError: it does not exist or cannot be read.
     """
     path = os.path.abspath(path)
-    if os.path.isdir(path):
-        names = [
-            os.path.relpath(os.path.join(folder, name), path) for folder, _, found in os.walk(path) for name in found
-        ]
+    if stat.S_ISDIR(steady(lambda: os.stat(path)).st_mode):
+        # A part of a folder that cannot be listed would pass for one that is not there.
+        walk = os.walk(path, onerror=_raise)
+        names = [os.path.relpath(os.path.join(folder, name), path) for folder, _, found in walk for name in found]
         return files_digest(path, names, cache)
     cache = cache or _shared_cache()
     try:
         return cache.of_file(path)
     finally:
         cache.save()
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def files_digest(folder: str | os.PathLike[str], names: list[str], cache: DigestCache | None = None) -> str:

@@ -14,6 +14,7 @@ from orchestrator import registry
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.identity import cache_folder, content_digest, digest
 from orchestrator.plan.ledger.storage import read_json, write_json
+from orchestrator.plan.steady import ABSENT, steady
 from orchestrator.spec.components import DataSpec
 
 ROWS_READ = 2000
@@ -47,11 +48,11 @@ def measure_lengths(
         None where the tokenizer or the rows are not at hand.
     """
     tokenizer = Path(model_folder) / "tokenizer.json"
-    if not tokenizer.is_file() or not data.implementation:
+    if not data.implementation:
         return None
     try:
         key = digest([data_id, content_digest(tokenizer), _chat_template(Path(model_folder)), model_max_length])
-    except OSError:
+    except (OSError, LlavoltaError):
         return None
     file = cache_folder() / "lengths" / f"{key}.json"
     if (found := _cached(file)) is not None:
@@ -115,8 +116,8 @@ def _special(folder: Path) -> tuple[str, str, str]:
 
 def _chat_template(folder: Path) -> str | None:
     try:
-        return (folder / "chat_template.jinja").read_text()
-    except OSError:
+        return steady((folder / "chat_template.jinja").read_text)
+    except ABSENT:  # any other error must not have another template measured
         pass
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = (read_json(folder / name) or {}).get("chat_template")

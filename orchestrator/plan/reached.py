@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import content_digest, digest, files_digest
+from orchestrator.plan.steady import ABSENT, found_at, steady
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.budgets import solve_layer_average
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
@@ -65,22 +67,24 @@ def hub_commit(repo_id: str, revision: str | None) -> str | None:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    ref = cache / f"models--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")
     try:
-        commit = (cache / f"models--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")).read_text().strip()
-    except (OSError, ValueError):
+        commit = steady(ref.read_text).strip()
+    except (*ABSENT, ValueError):
         return None
     return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> Any:
     """A folder or file by content, a hub id by commit (by revision until it is downloaded)."""
-    if os.path.isdir(name):
-        found = sorted(entry.name for entry in os.scandir(name) if entry.is_file())
+    about = found_at(name)
+    if about is not None and stat.S_ISDIR(about.st_mode):
+        found = steady(lambda: sorted(entry.name for entry in os.scandir(name) if entry.is_file()))
         chosen: list[str] = []
         for patterns in parts:
             chosen += [n for n in found if any(fnmatch.fnmatchcase(n, p) for p in patterns) and n not in chosen]
         return {"files": files_digest(name, chosen)}
-    if os.path.isfile(name):
+    if about is not None and stat.S_ISREG(about.st_mode):
         return {"file": content_digest(name)}
     commit = hub_commit(name, revision)
     return {"hub": name, "commit": commit} if commit else {"hub": name, "revision": revision or "main"}
@@ -88,8 +92,10 @@ def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> 
 
 def _weight_patterns(name: str) -> tuple[str, ...]:
     # As transformers chooses: safetensors where there are any.
-    safe = os.path.isdir(name) and any(fnmatch.filter(os.listdir(name), _WEIGHTS[0][0]))
-    return _WEIGHTS[0] if safe or not os.path.isdir(name) else _WEIGHTS[1]
+    about = found_at(name)
+    if about is None or not stat.S_ISDIR(about.st_mode):
+        return _WEIGHTS[0]
+    return _WEIGHTS[0] if fnmatch.filter(steady(lambda: os.listdir(name)), _WEIGHTS[0][0]) else _WEIGHTS[1]
 
 
 def model_identity(model: ModelSpec) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
     paths = frozenset(type(data).path_fields)
     try:
         return {**reached(data, leave=paths), "content": data.content_digest()}, None
-    except OSError as error:
+    except ABSENT as error:  # any other error says nothing of what is there, and must not change identities
         where = error.filename or error
         notice = f"data of kind {data.kind} cannot be read here ({where}): cells are identified by its path for now"
         return {**reached(data), "content": None}, notice

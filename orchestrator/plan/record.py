@@ -18,6 +18,7 @@ from orchestrator.plan.holders import is_worked_on
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.storage import is_there
 from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 
@@ -151,7 +152,7 @@ def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) 
     reached = next((i + 1 for i, run in enumerate(tree.path_of[cell.id][::-1]) if run in done), None)
     path = tree.path_of[cell.id]
     coming = path if reached is None else path[len(path) - reached + 1 :]
-    if coming and (work := ledger.metrics_file(coming[0])).is_file():
+    if coming and is_there(work := ledger.metrics_file(coming[0])):
         job = tree.stage_runs[coming[0]]
         files.append((work, job.phase, job.first_step, job.last_step))
     return StepHistory([Stretch(file, first, last, offsets.get(phase, 0)) for file, phase, first, last in files])

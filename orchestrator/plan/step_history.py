@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.storage import storage_errors
+from orchestrator.plan.ledger.storage import is_there, storage_errors
+from orchestrator.plan.steady import steady
 
 Point = tuple[str, float, int, int]
 _TRACKED = {
@@ -90,11 +89,12 @@ def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a line cut short by a crash ends it, and so does a file that cannot be read."""
-    lines: list[dict[str, Any]] = []
-    with contextlib.suppress(StorageError):
-        lines.extend(_lines_from(file, 0))
-    return lines
+    """Lines of a metrics file; a line cut short by a crash ends it.
+
+    Raises:
+        StorageError: it is there and cannot be read: a part of a curve must not pass for all of it.
+    """
+    return list(_lines_from(file, 0))
 
 
 def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
@@ -103,7 +103,8 @@ def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
     Raises:
         StorageError: the file is there and cannot be read.
     """
-    with storage_errors(file.parent), open(file if file.exists() else os.devnull, "rb") as opened:
+    path = file if is_there(file) else os.devnull
+    with storage_errors(file.parent), steady(lambda: open(path, "rb")) as opened:
         low, high = 0, opened.seek(0, os.SEEK_END)
         while high - low > _READ_THROUGH_BYTES:  # every line that begins before `low` is of an earlier step
             opened.seek((low + high) // 2)

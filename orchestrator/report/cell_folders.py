@@ -10,11 +10,16 @@ from pathlib import Path
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.differences import cell_values
 from orchestrator.plan.record import CellRecord
+from orchestrator.plan.steady import steady
 from orchestrator.plan.walk import Walk
 
 
 def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
     """Points a cell's folder to its weights and log, and writes its resolved YAML and record."""
+    return steady(lambda: _written_folder(walk, cell, record))  # writing it twice gives the same
+
+
+def _written_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
     folder = walk.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
     _link(folder / "weights", walk.ledger.state_folder(cell.state) / "weights")

@@ -94,7 +94,7 @@ def gc(
 
     walk = prepare(spec, set_ or ()) if spec is not None and storage is None else None
     ledger = walk.ledger if walk is not None else _ledger(spec, storage, set_)
-    collector = Collector(ledger, [reach_of(walk)] if walk is not None else [], forget or ())
+    collector = Collector(ledger, [reach_of(walk)] if walk is not None else [], forget or (), sure=delete)
     steps: list[dict[str, Any]] = []
     for step in collector.steps():
         gone = step.remove() if delete else False

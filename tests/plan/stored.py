@@ -39,7 +39,7 @@ def kinds(steps: list[GcStep]) -> set[tuple[str, str]]:
 
 
 def collect(ledger: Ledger, **options: Any) -> list[GcStep]:
-    steps = Collector(ledger, **{"leftover_seconds": 0.0, **options}).steps()
+    steps = Collector(ledger, **{"leftover_seconds": 0.0, "pause": lambda _: None, **options}).steps()
     for step in steps:
         step.remove()
     return steps

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -245,3 +247,29 @@ def test_a_plugin_by_path_counts_by_its_source(lab: Any, tmp_path: Path) -> None
     file.write_text(file.read_text() + "# changed\n")
     again = lab.cell(compressors__heavy={"kind": "pooling1", "layer": 2, "stride": 8}).id
     assert again != first
+
+
+@pytest.mark.parametrize("what", ["rows.json", "model"])
+def test_what_merely_cannot_be_read_changes_no_identity(lab: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Data that is not here is known by its path, a folder that is not here may be a hub's model: not by one error."""
+    identity = lab.cell().id
+    real_read, real_stat = Path.read_bytes, os.stat
+
+    def refuse(path: Any) -> None:
+        if str(path).endswith(f"/{what}"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def read(path: Path) -> bytes:
+        refuse(path)
+        return real_read(path)
+
+    def stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        refuse(path)
+        return real_stat(path, *arguments, **options)
+
+    with monkeypatch.context() as faults, pytest.raises(PermissionError):
+        faults.setattr(Path, "read_bytes", read)
+        if what == "model":
+            faults.setattr(os, "stat", stat)
+        lab.cell()
+    assert lab.cell().id == identity

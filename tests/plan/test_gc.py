@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from orchestrator.plan.gc import Collector
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.inventory import open_inventory
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.ledger_view import damage
 from orchestrator.plan.recorded import recorded_experiments
 
@@ -143,6 +147,90 @@ def test_nothing_of_a_living_driver_goes(ledger: Ledger, hold: Callable[..., sub
     found = kinds(collect(ledger))
     assert {("work", "held"), ("state", "made_since"), ("owner", "driver")} <= found
     assert not open_inventory(ledger).work()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_driver_elsewhere_whose_clock_is_off_is_watched(ledger: Ledger, lives: bool) -> None:
+    driver = Leases(ledger.store, "far", beat_seconds=1e9, process=Process("another machine", "far", 1, 1))
+    driver.acquire("held")
+    seal(ledger, "held", 5)
+    note(ledger, "one", other="weights")
+    about = json.loads(ledger.store.read("owners/far.json") or b"")
+    passed = [0.0]
+
+    def pause(seconds: float) -> None:
+        passed[0] += seconds
+        beat = f"at {passed[0]}" if lives else about["beat"]
+        late = {**about, "wall_seconds": about["wall_seconds"] - 301.0, "beat": beat}
+        ledger.store.write("owners/far.json", json.dumps(late).encode())
+
+    pause(0.0)
+    steps = Collector(ledger, leftover_seconds=0.0, clock=lambda: passed[0], pause=pause).steps()
+    assert kinds(steps) == set() if lives else kinds(steps) >= {("work", "held")}
+    assert all(step.remove() for step in steps)
+    assert bool(open_inventory(ledger).work()) == lives
+
+
+def test_a_leftover_that_changes_while_it_is_watched_stays(tmp_path: Path) -> None:
+    """As where the clock was set forward by an hour since it was begun."""
+    ledger = Ledger(tmp_path / "runs")
+    note(ledger, "one", b="weights")
+    half = ledger.writing_folder("b") / "half"
+    half.write_text("")
+    for grows, left in ((True, set()), (False, {("leftover", "work/b/.writing-0")})):
+        pause = lambda _, grows=grows: half.write_text("more" * grows) if grows else None  # noqa: E731
+        assert kinds(Collector(ledger, leftover_seconds=-7200.0, pause=pause).steps()) == left
+
+
+def test_what_a_killed_gc_took_aside_is_back(ledger: Ledger) -> None:
+    """It was killed between taking a state away and asking who wants it; somebody does by then, or no longer."""
+    for state in ("wanted", "unwanted"):
+        finish(ledger, state)
+    note(ledger, "one", other="weights")
+
+    class Killed(BaseException):
+        pass
+
+    def die() -> bool:
+        raise Killed
+
+    for state in ("wanted", "unwanted"):
+        with pytest.raises(Killed):
+            open_inventory(ledger).take_out(state, die)
+    assert not any(Ledger(ledger.url).is_done(state) for state in ("wanted", "unwanted"))
+    note(ledger, "late", wanted="weights")
+    collect(ledger, leftover_seconds=-7200.0)
+    fresh = Ledger(ledger.url)
+    assert fresh.is_done("wanted") and fresh.fetch("wanted", "weights") and not fresh.is_done("unwanted")
+    assert open_inventory(fresh).aside() == [] and damage(fresh) == []
+    assert collect(fresh, leftover_seconds=-7200.0) == []
+
+
+def test_copies_of_a_bucket_go_once_they_are_of_no_use(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ledger, other = Ledger(f"{bucket}/one"), Ledger(f"{bucket}/other")
+    for state in ("a", "b", "c"):
+        finish(ledger, state)
+    finish(other, "d")
+    note(ledger, "one", a="weights", b="weights")
+
+    def age(state_ledger: Ledger, state: str, days: float) -> str:
+        folder, then = state_ledger.state_folder(state), time.time() - days * 86400
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (then, then))
+        return folder.relative_to(tmp_path / "cache" / "llavolta" / "ledger").as_posix()
+
+    assert kinds(Collector(ledger).steps()) == {("state", "c")}, "what was used today stays on this machine"
+    names = [age(ledger, "a", 31), age(ledger, "b", 29), age(ledger, "c", 2), age(other, "d", 31)]
+    ledger.fetch("a", "weights")
+    assert kinds(Collector(ledger).steps()) == {("state", "c"), ("copy", names[2]), ("copy", names[3])}
+    age(ledger, "a", 31)
+    steps = collect(ledger)
+    assert {step.name for step in steps if step.kind == "copy"} == {names[0], names[2], names[3]}
+    assert not ledger.state_folder("a").exists() and ledger.state_folder("b").exists()
+    assert Ledger(ledger.url).fetch("a", "weights").is_dir() and Ledger(other.url).fetch("d", "weights").is_dir()
 
 
 def test_leases_of_finished_jobs_go_and_others_stay(ledger: Ledger) -> None:

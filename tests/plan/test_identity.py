@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -73,12 +75,30 @@ def test_the_cache_spares_a_second_reading_and_sees_a_change(tmp_path: Path) -> 
     file.write_bytes(b"one")
     _old(file)
     first = content_digest(file, DigestCache(cache))
-    # The same size and time with other bytes: only a cached digest can give the old answer.
+    about = file.stat()
+    noted = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    cache.write_text(json.dumps({str(file): [*noted, "a" * 64]}))
+    assert content_digest(file, DigestCache(cache)) == "a" * 64  # only a cached digest can give this answer
+    # The same size and time with other bytes, as copying tools leave them that keep times.
     file.write_bytes(b"two")
     _old(file)
-    assert content_digest(file, DigestCache(cache)) == first
-    os.utime(file, (1_000_000_001, 1_000_000_001))
-    assert content_digest(file, DigestCache(cache)) != first
+    assert content_digest(file, DigestCache(cache)) not in (first, "a" * 64)
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_what_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    (tmp_path / "model" / "sub" / "weights").write_bytes(b"abc")
+    real = getattr(os, call)
+
+    def broken(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith("sub" if call == "scandir" else "model"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, broken)
+    with pytest.raises(OSError, match="Input/output"):
+        content_digest(tmp_path / "model")
 
 
 def test_a_file_written_a_moment_ago_is_not_trusted_to_its_time(tmp_path: Path) -> None:
@@ -92,7 +112,7 @@ def test_a_file_written_a_moment_ago_is_not_trusted_to_its_time(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[1]", b'{"PATH": [1, 2]}', b'{"PATH": [3, 1, "zz"]}', b"\xff\xfe", b"[" * 9999]
+    "damage", [b"", b"{", b"[1]", b'{"PATH": [1, 2]}', b'{"PATH": [3, 1, 1, "zz"]}', b"\xff\xfe", b"[" * 9999]
 )
 def test_a_damaged_cache_costs_only_time(tmp_path: Path, damage: bytes) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
@@ -101,7 +121,7 @@ def test_a_damaged_cache_costs_only_time(tmp_path: Path, damage: bytes) -> None:
     right = content_digest(file, DigestCache(tmp_path / "other.json"))
     cache.write_bytes(damage.replace(b"PATH", str(file).encode()))
     assert content_digest(file, DigestCache(cache)) == right
-    assert json.loads(cache.read_text())[str(file)][2] == right
+    assert json.loads(cache.read_text())[str(file)][3] == right
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:

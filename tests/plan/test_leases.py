@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import pytest
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.ledger.leases import Leases, token_of
-from orchestrator.plan.ledger.owners import Process, this_process
+from orchestrator.plan.ledger.owners import Process, machine_id, this_process
 from orchestrator.plan.ledger.store import Store, open_store
 
-ELSEWHERE = Process("another machine", "far", 4711, 1.0)
+ELSEWHERE = Process("another machine", "far", 4711, 1)
 
 
 class Clock:
@@ -132,9 +133,89 @@ def test_a_killed_holder_not_yet_waited_for_is_dead_too(store: Store, leases: Ca
 
 def test_another_process_with_the_number_of_the_dead_one_is_not_it(leases: Callable[..., Leases]) -> None:
     me = this_process()
-    dead = Process(me.machine, me.host, me.pid, me.started - 100.0)
+    dead = Process(me.machine, me.host, me.pid, me.started - 100)
     assert leases("one", process=dead).acquire("job") == 1
     assert leases("two", patience_seconds=1e9).acquire("job") == 2
+
+
+def test_a_step_of_the_clock_makes_nobody_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's start times move with the boot time, which the kernel derives from the wall clock."""
+    me = this_process()
+    assert me.started > 0 and me.is_gone() is False
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: me.began - 3600.0)
+    machine_id.cache_clear()
+    after = this_process()
+    assert after.began == me.began - 3600.0 and (after.machine, after.started) == (me.machine, me.started)
+    assert me.is_gone() is False
+
+
+def test_numbers_of_other_machines_and_namespaces_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = this_process()
+    dead = replace(me, started=me.started - 1)
+    assert dead.is_gone() is True
+    for machine in (me.machine.replace("pid:[", "pid:[1"), f"0{me.machine}"):  # a container; one more of this host name
+        assert machine != me.machine and replace(dead, machine=machine).is_gone() is None
+    assert replace(me, pid=1, started=5).is_gone() is True and replace(me, pid=2**22 + 1).is_gone() is True
+    # A container's view of its host's /proc: other processes have these numbers there.
+    real = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "1" if path == "/proc/self" else real(path))
+    assert dead.is_gone() is None and this_process().started == -1
+
+
+def test_without_proc_only_a_free_number_is_a_dead_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+
+    def absent(path: Any, *_: Any) -> Any:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "readlink", absent)
+    monkeypatch.setattr(Path, "read_text", absent)
+    machine_id.cache_clear()
+    me = this_process()
+    assert me.started == -1 and me.is_gone() is None
+    assert replace(me, pid=2**22 + 1).is_gone() is True
+    monkeypatch.undo()
+    machine_id.cache_clear()
+
+
+def watched(store: Store, moves: bool) -> tuple[Leases, Clock]:
+    """An onlooker whose pauses take no time, while the owner elsewhere beats or not."""
+    clock = Clock()
+
+    def pause(seconds: float) -> None:
+        clock.seconds += seconds
+        if moves and clock.seconds > 5.0:
+            about = json.loads(store.read("owners/far.json") or b"")
+            store.write("owners/far.json", json.dumps({**about, "beat": f"at {clock.seconds}"}).encode())
+
+    return Leases(store, "onlooker", clock=clock, pause=pause), clock
+
+
+@pytest.mark.parametrize("lives", [True, False])
+@pytest.mark.parametrize("skew", [0.0, 300.0, -300.0, 3600.0, -3600.0, 1e8])
+def test_who_takes_things_away_watches_for_a_beat(
+    store: Store, leases: Callable[..., Leases], skew: float, lives: bool
+) -> None:
+    assert leases("far", beat_seconds=1e9, process=ELSEWHERE).acquire("job") == 1
+    about = json.loads(store.read("owners/far.json") or b"")
+    store.write("owners/far.json", json.dumps({**about, "wall_seconds": about["wall_seconds"] + skew}).encode())
+    onlooker, clock = watched(store, lives)
+    assert ("job" in onlooker.holders(sure=True)) == lives
+    assert (5.0 < clock.seconds < 6.0) if lives else (30.0 <= clock.seconds < 31.0)
+    before = clock.seconds
+    assert ("job" in onlooker.holders(sure=True)) == lives and clock.seconds == before, "it is known by now"
+
+
+@pytest.mark.parametrize(("age", "waits"), [(10.0, 0.0), (-200.0, 0.0), (3600.0, 12.0), (-3600.0, 12.0), (1e5, 0.0)])
+def test_who_only_looks_waits_where_the_clock_tells_nothing(
+    store: Store, leases: Callable[..., Leases], age: float, waits: float
+) -> None:
+    assert leases("far", beat_seconds=1e9, process=ELSEWHERE).acquire("job") == 1
+    about = json.loads(store.read("owners/far.json") or b"")
+    store.write("owners/far.json", json.dumps({**about, "wall_seconds": about["wall_seconds"] - age}).encode())
+    onlooker, clock = watched(store, False)
+    assert ("job" in onlooker.holders()) == (abs(age) < 300.0) and waits <= clock.seconds <= waits + 0.5
 
 
 def test_an_owner_elsewhere_gets_patience_by_the_own_clock(store: Store, leases: Callable[..., Leases]) -> None:

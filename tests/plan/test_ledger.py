@@ -57,15 +57,18 @@ def test_commit(ledger: Ledger) -> None:
     assert ledger.commit(STATE) == folder
 
 
-def test_a_second_commit_changes_nothing_unless_it_brings_more(ledger: Ledger) -> None:
+def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(ledger: Ledger) -> None:
     fill(ledger)
     weights = ledger.commit(STATE) / "weights" / "model.safetensors"
     fill(ledger, text="of another worker")
     ledger.commit(STATE)
     assert weights.read_text() == "weights" and not ledger.has(STATE, "checkpoint")
-    fill(ledger, checkpoint=True)
+    fill(ledger, checkpoint=True, text="of a third")
+    (ledger.state_folder(STATE) / "checkpoint").mkdir()  # moved there by one that was killed before it was listed
+    assert not ledger.has(STATE, "checkpoint")
     ledger.commit(STATE)
     assert ledger.has(STATE, "checkpoint") and ledger.verify(ledger.state_folder(STATE)) == []
+    assert weights.read_text() == "weights" and os.listdir(weights.parents[1] / "checkpoint") == ["rank0"]
     fill(ledger)
     ledger.commit(STATE)
     assert ledger.has(STATE, "checkpoint")

@@ -66,7 +66,7 @@ def test_what_one_machine_commits_another_finds(machine: Callable[[str], Ledger]
     assert len({one.storage, two.storage}) == 2 and S3Store(f"{bucket}/runs").names("work") == []
 
 
-def test_a_second_commit_changes_nothing_unless_it_brings_more(machine: Callable[[str], Ledger], bucket: str) -> None:
+def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(machine: Callable[[str], Ledger], bucket: str) -> None:
     one, two = machine("one"), machine("two")
     fill(one)
     one.commit(STATE)
@@ -80,9 +80,9 @@ def test_a_second_commit_changes_nothing_unless_it_brings_more(machine: Callable
     for name in ("one", "two", "three"):
         again = machine(name)
         assert again.has(STATE, "checkpoint")
-        assert (again.fetch(STATE, "weights") / "model.safetensors").read_bytes() == b"of another machine"
-    stored = S3Store(f"{bucket}/runs").sizes("objects").values()
-    assert len(MODEL) not in stored and len(stored) == 5  # what no manifest names is gone
+        assert (again.fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL  # evaluations were of it
+        assert (again.fetch(STATE, "checkpoint") / "rank0" / "optimizer.pt").read_bytes() == b"\1" * 5000
+    assert len(S3Store(f"{bucket}/runs").sizes("objects")) == 5  # nothing that no manifest names
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone", "manifest"])
@@ -211,6 +211,34 @@ def test_a_writer_that_lost_its_lease_changes_nothing(machine: Callable[[str], L
     assert not two.is_done(STATE) and two.checkpoints(STATE) == []
     first.close()
     second.close()
+
+
+def test_a_stale_writer_that_goes_on_anywhere_takes_nothing_of_the_new_holder(machine: Callable[[str], Ledger]) -> None:
+    """It was suspended after its last look at the lease: nothing but the tokens of what it meets keeps it back."""
+    one, two = machine("one"), machine("two")
+    one.fences[STATE], two.fences[STATE] = 1, 2
+    for step in (2, 4):
+        seal(one, step, b"%d" % step)
+    two.begin(STATE)
+    newest = two.last_checkpoint(STATE)
+    assert newest is not None and newest.name == "step_000004"
+    for step in (6, 8):
+        seal(two, step, b"%d" % step)
+    fill(two)
+    two.share(two.writing_folder(STATE))
+    before = two.store.sizes("objects")
+    assert len([key for key in before if f"{STATE}/000002/" in key]) == 5
+    for act in (
+        lambda: one._states.begin(STATE, 1),
+        lambda: one._states.prune(STATE, 4, 2, 1),
+        lambda: one._states._sweep(STATE, 1),
+    ):
+        act()
+        assert {key for key in before if "/000002/" in key} <= set(two.store.sizes("objects"))
+        assert two.checkpoint_steps(STATE) == [8, 6] and two.store.names(f"work/{STATE}/shared") == ["writing-2"]
+    two.commit(STATE)
+    one._states.end_work(STATE, 1)
+    assert (machine("three").fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL
 
 
 def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,8 +74,37 @@ def test_a_checkpoint_takes_the_place_of_damaged_ones(ledger: Ledger) -> None:
 def test_a_seal_that_fails_leaves_what_was_there(ledger: Ledger) -> None:
     sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
     with pytest.raises(StorageError, match="No such file"):
-        FolderStates(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away", keep=2)
+        FolderStates(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away")
     assert ledger.checkpoints(JOB) == [sealed] and sorted(os.listdir(sealed.parent)) == [".writing-0", sealed.name]
+
+
+def test_a_file_server_that_answers_a_rename_twice(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer was lost, the system asks again, and by then the old name is gone."""
+    for name in ("rename", "replace"):
+        real = getattr(Path, name)
+
+        def twice(path: Path, target: Path, real: Any = real) -> None:
+            real(path, target)
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+        monkeypatch.setattr(Path, name, twice)
+    sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
+    assert ledger.checkpoints(JOB) == [sealed]
+    write_parts(ledger)
+    ledger.commit(JOB)
+    ledger.write_evaluation("e", {"accuracy": 0.5})
+    assert ledger.is_done(JOB) and ledger.evaluation("e") == {"accuracy": 0.5}
+    assert ledger.verify(ledger.state_folder(JOB)) == []
+
+
+def test_what_a_file_server_leaves_of_deleted_files_is_no_file_of_a_state(ledger: Ledger) -> None:
+    """NFS renames a file that is deleted while somebody has it open."""
+    write_parts(ledger)
+    (ledger.writing_folder(JOB) / "weights" / ".nfs0000000000000123").write_text("deleted")
+    (ledger.writing_folder(JOB) / ".nfs0000000000000124").write_text("deleted")
+    folder = ledger.commit(JOB)
+    (folder / "weights" / ".nfs0000000000000123").unlink()
+    assert ledger.is_done(JOB) and ledger.verify(folder) == []
 
 
 def test_what_is_unsealed_is_no_checkpoint_and_goes_with_the_next_attempt(ledger: Ledger) -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.states import Files, aside_name, fit_aside
 from orchestrator.plan.ledger.storage import (
     MANIFEST,
     damaged_files,
+    files_below,
+    names_in,
     read_manifest,
+    stat_of,
     storage_errors,
     write_json,
 )
 
-Files = dict[str, dict[str, Any]]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")
 _NOTES = ("evaluations", "experiments", "failures", "leases", "owners", "searches")
@@ -37,11 +41,13 @@ class Leftover:
         what: For people.
         size: Bytes.
         remove: Takes it away; harmless where it is gone already.
+        changed: When anything of it was last touched by its file system's clock, renamed included; 0 is not known.
     """
 
     what: str
     size: int
     remove: Callable[[], None]
+    changed: Callable[[], float] = lambda: 0.0
 
 
 class Inventory(Protocol):
@@ -73,6 +79,10 @@ class Inventory(Protocol):
 
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
         """Takes a state away, unless it is wanted once nobody can find it any more: then it comes back."""
+        ...
+
+    def aside(self) -> list[str]:
+        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
         ...
 
     def drop(self, state: str, part: str) -> None:
@@ -110,7 +120,7 @@ class FolderInventory:
     """The inventory of a storage that is a folder."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._base = ledger.storage
+        self._ledger, self._base = ledger, ledger.storage
         self._runs, self._work = self._base / "stage_runs", self._base / "work"
 
     def states(self) -> list[str]:
@@ -123,10 +133,8 @@ class FolderInventory:
 
     def when(self, state: str) -> float | None:
         """When the manifest was written."""
-        try:
-            return (self._runs / state / MANIFEST).stat().st_mtime
-        except OSError:
-            return None
+        about = stat_of(self._runs / state / MANIFEST)
+        return about.st_mtime if about is not None else None
 
     def damaged(self, state: str) -> list[str]:
         """Files of a state that are missing, cut short or changed: every byte is read."""
@@ -144,7 +152,7 @@ class FolderInventory:
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
         """Renames a state aside, asks once more, and puts it back or removes it."""
         target = self._runs / state
-        aside = target.with_name(f".{state}.{secrets.token_hex(6)}.old")
+        aside = target.with_name(aside_name(state))
         with storage_errors(self._runs):
             try:
                 target.rename(aside)
@@ -154,8 +162,15 @@ class FolderInventory:
                 with contextlib.suppress(OSError):  # trained again meanwhile: then that one counts
                     aside.rename(target)
                     return False
-        shutil.rmtree(aside, ignore_errors=True)
+            old = aside.with_suffix(".old")  # by this name nobody puts it back
+            with contextlib.suppress(FileNotFoundError):
+                aside.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
         return True
+
+    def aside(self) -> list[str]:
+        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
+        return sorted({state for name in names_in(self._runs) if (state := fit_aside(name)) is not None})
 
     def drop(self, state: str, part: str) -> None:
         """The manifest forgets the part before its files go, so that the state is whole at every moment."""
@@ -170,8 +185,8 @@ class FolderInventory:
         shutil.rmtree(aside, ignore_errors=True)
 
     def end_work(self, job: str) -> None:
-        """Takes a stage run's folder away."""
-        shutil.rmtree(self._work / job, ignore_errors=True)
+        """Takes a stage run's folder away; the logs of a finished one go where its others are."""
+        self._ledger.end_work(job)
 
     def drop_step(self, job: str, step: int) -> None:
         """Takes one in-stage checkpoint away."""
@@ -180,46 +195,47 @@ class FolderInventory:
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
         """Hidden folders and files of dead writers: beside the states, in work folders, beside the notes."""
         places = [self._runs, *(self._work / job for job in self.work() if not is_held(job))]
-        places += [Path(folder) for note in _NOTES for folder, _, _ in os.walk(self._base / note)]
+        places += [folder for note in _NOTES for folder in _folders(self._base / note)]
+        places += [self._runs / state for state in self.states()]  # parts that were moved aside
         for place in places:
-            for name in _names(place, hidden=True):
+            for name in names_in(place):
                 path = place / name
                 if name.startswith(".") and time.time() - _changed(path) >= older_seconds:
-                    yield Leftover(path.relative_to(self._base).as_posix(), _size(path), _remover(path))
+                    what = path.relative_to(self._base).as_posix()
+                    yield Leftover(what, _size(path), remover(path), partial(_changed, path))
 
 
 def _checker(folder: Path) -> Callable[[], list[str]]:
     return lambda: damaged_files(folder)
 
 
-def _remover(path: Path) -> Callable[[], None]:
+def remover(path: Path) -> Callable[[], None]:
+    """Takes a file or a folder away, once it is called."""
+
     def remove() -> None:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        about = stat_of(path)
+        if about is not None and stat.S_ISDIR(about.st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     return remove
 
 
-def _names(folder: Path, hidden: bool = False) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if hidden or not name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _names(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if not name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """A folder and all below it."""
+    return [path for path, about in files_below(folder) if stat.S_ISDIR(about.st_mode)]
 
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    files = [path] if path.is_file() else [Path(base) / name for base, _, names in os.walk(path) for name in names]
-    total = 0
-    for file in files:
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size
-    return total
+    return sum(about.st_size for _, about in files_below(path) if not stat.S_ISDIR(about.st_mode))
 
 
 def _changed(path: Path) -> float:
     """When anything of a file or folder was last touched, renamed included."""
-    newest = 0.0
-    for file in (path, *path.rglob("*")):
-        with contextlib.suppress(OSError):
-            newest = max(newest, file.stat().st_ctime)
-    return newest
+    return max((about.st_ctime for _, about in files_below(path)), default=0.0)

@@ -12,8 +12,10 @@ from typing import Any
 
 from orchestrator.plan.identity import digest, file_sha256
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.inventory import Files, Leftover
+from orchestrator.plan.ledger.inventory import Leftover
+from orchestrator.plan.ledger.leases import token_of
 from orchestrator.plan.ledger.s3_objects import object_key, whole_manifest
+from orchestrator.plan.ledger.states import Files
 from orchestrator.plan.ledger.storage import MANIFEST
 from orchestrator.plan.ledger.store_s3 import S3Store
 
@@ -60,14 +62,23 @@ class S3Inventory:
 
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
         """Deletes the manifest, asks once more, and writes it back or deletes the objects."""
-        key = f"manifests/{state}.json"
-        data = self._store.read(key)
-        self._store.delete(key)
-        if data is not None and is_wanted():
-            self._store.create(key, data)  # trained again meanwhile: then that one counts
+        key, aside = f"manifests/{state}.json", f"aside/{state}.json"
+        data, newest = self._store.read(key), token_of(self._store, state)
+        if data is None:
             return False
-        self._sweep(state)
+        self._store.write(aside, data)
+        self._store.delete(key)
+        if is_wanted():
+            self._store.create(key, data)  # trained again meanwhile: then that one counts
+            self._store.delete(aside)
+            return False
+        self._store.delete(aside)
+        self._sweep(state, newest)
         return True
+
+    def aside(self) -> list[str]:
+        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
+        return [name.removesuffix(".json") for name in self._store.names("aside")]
 
     def drop(self, state: str, part: str) -> None:
         """The manifest forgets the part before its objects go."""
@@ -76,24 +87,32 @@ class S3Inventory:
         if found is None:
             return
         kept = {name: entry for name, entry in found["files"].items() if not name.startswith(f"{part}/")}
+        newest = token_of(self._store, state)
         self._store.write(key, json.dumps({**found, "files": kept, "sha256": digest(kept)}).encode())
-        self._sweep(state)
+        self._sweep(state, newest)
 
     def end_work(self, job: str) -> None:
-        """Takes a stage run's sealed and unsealed files away."""
+        """Takes a stage run's sealed and unsealed files away; of a finished one the log that it told stays."""
+        told, kept, newest = f"work/{job}/log.txt", f"logs/{job}/log.txt", token_of(self._store, job)
+        if self.files(job) is not None and not self._store.names(f"logs/{job}") and (log := self._store.read(told)):
+            self._store.write(kept, log)
         self._store.delete_all(f"work/{job}")
-        self._sweep(job)
+        self._sweep(job, newest)
 
     def drop_step(self, job: str, step: int) -> None:
         """Takes one in-stage checkpoint away."""
+        newest = token_of(self._store, job)
         self._store.delete(f"work/{job}/step_{step:06d}.json")
-        self._sweep(job)
+        self._sweep(job, newest)
 
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
         """Objects that neither a state nor an in-stage checkpoint names; who writes them holds a lease."""
+        for state in self.aside():  # of a gc that was killed; who wants one has had it put back
+            if not is_held(state):
+                yield Leftover(f"aside/{state}.json", 0, partial(self._settle, state, token_of(self._store, state)))
         for job in self._store.names("objects"):
             if not is_held(job) and (size := sum(self._unnamed(job).values())):
-                yield Leftover(f"objects/{job}", size, partial(self._sweep, job))
+                yield Leftover(f"objects/{job}", size, partial(self._sweep, job, token_of(self._store, job)))
 
     def _named(self, key: str) -> Files | None:
         found = whole_manifest(self._store.read(key))
@@ -103,12 +122,20 @@ class S3Inventory:
         return [f"work/{job}/{name}" for name in self._store.names(f"work/{job}") if _STEP.fullmatch(name)]
 
     def _unnamed(self, job: str) -> dict[str, int]:
-        named = [self._named(key) or {} for key in (f"manifests/{job}.json", *self._steps(job))]
+        stored = self._store.sizes(f"objects/{job}")  # first: what is uploaded after that is not taken for unnamed
+        named = [self._named(key) or {} for key in (f"manifests/{job}.json", f"aside/{job}.json", *self._steps(job))]
         known = {object_key(job, entry) for files in named for entry in files.values()}
-        return {key: size for key, size in self._store.sizes(f"objects/{job}").items() if key not in known}
+        return {key: size for key, size in stored.items() if key not in known}
 
-    def _sweep(self, job: str) -> None:
-        self._store.delete_keys(self._unnamed(job))
+    def _settle(self, state: str, newest: int) -> None:
+        self._store.delete(f"aside/{state}.json")
+        self._sweep(state, newest)
+
+    def _sweep(self, job: str, newest: int) -> None:
+        """Takes away what nothing names, unless a driver was given a token since the `newest` was seen."""
+        unnamed = self._unnamed(job)
+        if token_of(self._store, job) == newest:
+            self._store.delete_keys(unnamed)
 
     def _damaged(self, job: str, key: str) -> list[str]:
         files = self._named(key)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.ledger.owners import Beat, Observer, Process, owner_key, this_process
@@ -57,6 +57,7 @@ class Leases:
         clock: Monotonic seconds of this observer.
         process: Whose death is the owner's death; None takes the calling process. A conductor that its driver
             starts again names the driver's, or other drivers take over while it is away.
+        pause: Lets seconds of that clock pass.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class Leases:
         beat_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
         process: Process | None = None,
+        pause: Callable[[float], Any] = time.sleep,
     ) -> None:
         self._store, self._owner = store, _checked(owner)
         self._beat = Beat(store, owner, process or this_process(), beat_seconds)
-        self._observer = Observer(store, patience_seconds, clock)
+        self._observer = Observer(store, patience_seconds, clock, pause)
         self._tokens: dict[str, int] | None = None
 
     def acquire(self, name: str, lane: str = "") -> int | None:
@@ -174,18 +176,25 @@ class Leases:
 
     def holder(self, name: str) -> Holder | None:
         """The living owner of a lease, for people; None where it is free."""
-        lease = self._read(name, _highest(self._store, name))
-        if lease is None or lease.released or self._observer.is_quiet(lease.owner):
-            return None
-        process = self._observer.process(lease.owner)
-        if process is None or not self._observer.lives(lease.owner):
-            return None
-        return Holder(lease.owner, lease.lane, process.host, process.pid)
+        return self.holders([name]).get(name)
 
-    def holders(self) -> dict[str, Holder]:
-        """All leases that living owners hold: one listing, not one question for each job there is."""
-        found = {name: self.holder(name) for name in self._store.names("leases") if _NAME.fullmatch(name)}
-        return {name: holder for name, holder in found.items() if holder is not None}
+    def holders(self, names: Iterable[str] | None = None, sure: bool = False) -> dict[str, Holder]:
+        """Leases that living owners hold: all there are, by one listing, or those named.
+
+        Args:
+            sure: For who takes things away (`Observer.living`): owners of other machines are watched until they beat.
+        """
+        if names is None:
+            names = [name for name in self._store.names("leases") if _NAME.fullmatch(name)]
+        leases = {name: self._read(name, _highest(self._store, name)) for name in names}
+        held = {name: lease for name, lease in leases.items() if lease is not None and not lease.released}
+        living = self._observer.living({lease.owner for lease in held.values()}, sure)
+        processes = {owner: self._observer.process(owner) for owner in living}
+        return {
+            name: Holder(lease.owner, lease.lane, process.host, process.pid)
+            for name, lease in held.items()
+            if (process := processes.get(lease.owner)) is not None
+        }
 
     def close(self) -> None:
         """Releases all leases and ends the beat.

@@ -11,8 +11,17 @@ from typing import Any
 
 from orchestrator.errors import DamagedStateError, StorageError
 from orchestrator.plan.ledger.states import Part, checked
-from orchestrator.plan.ledger.storage import damaged_files, dump_json, parse_json, read_json, storage_errors
+from orchestrator.plan.ledger.storage import (
+    damaged_files,
+    dump_json,
+    is_there,
+    names_in,
+    parse_json,
+    read_json,
+    storage_errors,
+)
 from orchestrator.plan.ledger.unsealed import UnsealedWork
+from orchestrator.plan.steady import steady
 
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
 
@@ -68,6 +77,14 @@ class Ledger(UnsealedWork):
         """
         self._states.discard(checked(state))
 
+    def recover(self, state: str) -> bool:
+        """Puts a finished state back that a gc had taken aside when it was killed; call it while holding its lease.
+
+        Raises:
+            StorageError: the storage cannot be read or written.
+        """
+        return self._states.recover(checked(state))
+
     def result(self, state: str) -> dict[str, Any] | None:
         """`result.json` of a finished stage run."""
         return read_json(self._states.small_file(state, "result.json")) if self.is_done(state) else None
@@ -96,15 +113,15 @@ class Ledger(UnsealedWork):
 
     def _current(self, state: str, name: str) -> Path:
         finished = self._states.small_file(checked(state), name)
-        return finished if finished.exists() else self._states.work_file(state, name)
+        return finished if is_there(finished) else self._states.work_file(state, name)
 
     def commit(self, state: str) -> Path:
         """Makes a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
         `checkpoint/`) and of the work folder's `metrics.jsonl` and `log.txt`; the work folder goes.
 
         Until the one rename that makes the state appear, readers see no change, and sealed checkpoints stay.
-        A second commit of a state changes nothing, unless it brings a checkpoint that the first one lacks or
-        replaces a damaged one.
+        A second commit of a state adds the parts that the first one lacks, or replaces a damaged one; what is whole
+        stays as it is, since evaluations were made of it.
 
         Returns:
             The state's folder.
@@ -115,22 +132,22 @@ class Ledger(UnsealedWork):
         """
         self.check_fence(state)
         writing, metrics = self._writing(state), self.work_folder(state) / "metrics.jsonl"
-        if not any((writing / name).exists() for name in _PARTS):
+        if not any(is_there(writing / name) for name in _PARTS):
             if self.is_done(state):
                 return self.state_folder(state)
             raise StorageError(f"{writing}: there is nothing to commit; weights/ or result.json is missing")
         with storage_errors(writing):
-            for entry in writing.iterdir():
+            for entry in [writing / name for name in names_in(writing)]:
                 if entry.name not in _PARTS and entry.is_dir():
                     shutil.rmtree(entry)
                 elif entry.name not in _PARTS:
                     entry.unlink()
-            if metrics.exists():
-                shutil.copyfile(metrics, writing / metrics.name)
+            if is_there(metrics):
+                steady(lambda: shutil.copyfile(metrics, writing / metrics.name))
         self._states.write_manifest(writing)
         self.check_fence(state)  # reading all bytes took its time
         self._states.commit(state, writing)
-        self._states.end_work(state)
+        self._states.end_work(state, self._token(state))
         return self.state_folder(state)
 
     def evaluation(self, evaluation: str) -> dict[str, Any] | None:

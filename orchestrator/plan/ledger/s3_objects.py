@@ -8,15 +8,17 @@ from typing import Any
 
 from orchestrator.plan.identity import digest, file_sha256
 from orchestrator.plan.ledger import storage
-from orchestrator.plan.ledger.storage import changed_files, list_files, parse_json, storage_errors
+from orchestrator.plan.ledger.states import Files
+from orchestrator.plan.ledger.storage import changed_files, is_there, list_files, parse_json, stat_of, storage_errors
 from orchestrator.plan.ledger.store_s3 import S3Store
-
-Files = dict[str, dict[str, Any]]
-"""Name of a file to its size in bytes and its SHA-256."""
+from orchestrator.plan.steady import steady
 
 
 class S3Objects:
-    """The files that manifests name, below `objects/STATE/`.
+    """The files that manifests name, below `objects/STATE/TOKEN/`.
+
+    Each writer has a prefix of its own, that of its token: what one that lost its lease uploads or takes away is
+    never what the new holder's manifests name. The entry of a file in a manifest holds the token beside size and hash.
 
     Args:
         store: The bucket's store.
@@ -34,20 +36,20 @@ class S3Objects:
     def send(self, job_id: str, folder: Path, files: Files) -> None:
         """Uploads those of the files that lie here, but for those just shared."""
         shared = self._just_shared(folder)
-        here = {name: entry for name, entry in files.items() if shared.get(name) != entry and (folder / name).exists()}
+        here = {name: entry for name, entry in files.items() if shared.get(name) != entry and is_there(folder / name)}
         self._store.upload({object_key(job_id, entry): folder / name for name, entry in here.items()})
         self._shared = None
 
-    def share(self, job_id: str, folder: Path) -> Files:
+    def share(self, job_id: str, folder: Path, token: int) -> Files:
         """Uploads all files of a folder that is soon sealed; `files_of` and `send` need not read them again."""
-        files = _files_of(folder, {})
+        files = _files_of(folder, {}, token)
         self.send(job_id, folder, files)
         self._shared = (folder, files)
         return files
 
-    def files_of(self, folder: Path) -> Files:
-        """Size and SHA-256 of each file of a folder, but for its manifest."""
-        return _files_of(folder, self._just_shared(folder))
+    def files_of(self, folder: Path, token: int) -> Files:
+        """Size, SHA-256 and token of each file of a folder, but for its manifest."""
+        return _files_of(folder, self._just_shared(folder), token)
 
     def _just_shared(self, folder: Path) -> Files:
         return self._shared[1] if self._shared is not None and self._shared[0] == folder else {}
@@ -76,16 +78,22 @@ class S3Objects:
 
 def object_key(state: str, entry: Mapping[str, Any]) -> str:
     """Key of a file by its manifest's entry."""
-    return f"objects/{state}/{entry['sha256']}"
+    return f"objects/{state}/{entry.get('token', 0):06d}/{entry['sha256']}"
 
 
-def _files_of(folder: Path, known: Files) -> Files:
+def token_of_key(key: str) -> int:
+    """The token of the writer that uploaded an object; -1 where its key tells none."""
+    *_, token, _ = key.split("/")
+    return int(token) if token.isdecimal() and len(token) < 64 else -1
+
+
+def _files_of(folder: Path, known: Files, token: int) -> Files:
     found: Files = {}
     with storage_errors(folder):
         for name in list_files(folder):
             if name != storage.MANIFEST:
                 sha = known[name]["sha256"] if name in known else file_sha256(folder / name)
-                found[name] = {"sha256": sha, "size": (folder / name).stat().st_size}
+                found[name] = {"sha256": sha, "size": steady((folder / name).stat).st_size, "token": token}
     return found
 
 
@@ -97,7 +105,5 @@ def whole_manifest(data: bytes | None) -> dict[str, Any] | None:
 
 
 def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
+    about = stat_of(file)
+    return -1 if about is None else about.st_size

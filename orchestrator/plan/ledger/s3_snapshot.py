@@ -69,7 +69,7 @@ class Snapshot:
     def _load(self, key: str, file: Path) -> bytes | None:
         try:
             return file.read_bytes()
-        except OSError:
+        except OSError:  # a copy only: the bucket has it
             value = self._read(key)
         if value is not None:
             part = file.with_name(f".{file.name}.{secrets.token_hex(6)}")

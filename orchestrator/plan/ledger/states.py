@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import StorageError
+from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import storage
-from orchestrator.plan.ledger.storage import changed_files, damaged_files, missing_files, read_manifest, storage_errors
+from orchestrator.plan.ledger.storage import (
+    changed_files,
+    cut_files,
+    damaged_files,
+    is_there,
+    make_folder,
+    missing_files,
+    names_in,
+    read_manifest,
+    stat_of,
+    storage_errors,
+    write_json,
+)
 from orchestrator.plan.ledger.store import Store
 
 Part = Literal["weights", "checkpoint"]
 PARTS: tuple[Part, ...] = ("weights", "checkpoint")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")
-_WEIGHTS = "weights/model.safetensors"
+_WRITING = re.compile(r"\.?writing-([0-9]+)")
+_ASIDE = re.compile(r"\.([A-Za-z0-9_-]{1,128})\.[0-9a-f]{12}\.aside")
+_LOG = re.compile(r"log(_rank.*)?\.txt")
+Files = dict[str, dict[str, Any]]
+"""Name of a file to its size in bytes and its SHA-256."""
 
 
 class FolderStates:
@@ -37,7 +54,7 @@ class FolderStates:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._base = str(folder)  # text: a plan of 10,000 cells asks 200,000 times for what is not there
-        self._whole: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, tuple[tuple[int, ...], frozenset[str], bool]] = {}
 
     def state_folder(self, state: str) -> Path:
         """Folder of a finished state on this machine."""
@@ -49,30 +66,34 @@ class FolderStates:
 
     def names(self) -> list[str]:
         """All states, whole or not, sorted."""
-        try:
-            return sorted(name for name in os.listdir(f"{self._base}/stage_runs") if _ID.fullmatch(name))
-        except OSError:
-            return []
+        return [name for name in names_in(f"{self._base}/stage_runs") if _ID.fullmatch(name)]
 
     def is_whole(self, state: str) -> bool:
         """True where no file of a state is missing or cut short; contents are not read."""
-        try:
-            about = os.stat(f"{self._base}/stage_runs/{state}")
-        except OSError:
-            return False
-        # A committed folder does not change: it is taken away, or another takes its place.
-        mark = (about.st_ino, about.st_mtime_ns)
-        if self._whole.get(state) == mark:
-            return True
-        if missing_files(self.state_folder(state)):
-            return False
-        self._whole[state] = mark
-        return True
+        return self._look(state)[1]
 
     def has(self, state: str, part: Part) -> bool:
         """True where a finished state has its weights, or its full checkpoint."""
-        folder = self.state_folder(state)
-        return (folder / "checkpoint").is_dir() if part == "checkpoint" else (folder / _WEIGHTS).is_file()
+        return part in self._look(state)[0]
+
+    def _look(self, state: str) -> tuple[frozenset[str], bool]:
+        """What the manifest lists, by first names, and whether all of it is there."""
+        folder = f"{self._base}/stage_runs/{state}"
+        manifest = stat_of(f"{folder}/{storage.MANIFEST}")
+        about = stat_of(folder) if manifest is not None else None
+        if manifest is None or about is None:
+            return frozenset(), False
+        # Of a committed folder only the manifest is written again, whole, when a part comes or goes.
+        mark = (about.st_ino, about.st_mtime_ns, manifest.st_ino, manifest.st_mtime_ns)
+        known = self._seen.get(state)
+        if known is not None and known[0] == mark:
+            return known[1:]
+        files = read_manifest(Path(folder))
+        whole = files is not None and not cut_files(Path(folder), files)
+        parts = frozenset(name.partition("/")[0] for name in files or ())
+        if whole:
+            self._seen[state] = mark, parts, whole
+        return parts, whole
 
     def small_file(self, state: str, name: str) -> Path:
         """`result.json`, `job.json`, `metrics.jsonl` or `log.txt` of a finished state, on this machine."""
@@ -84,9 +105,9 @@ class FolderStates:
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
-        return self.work_folder(job_id).is_dir()
+        return is_there(self.work_folder(job_id))
 
-    def begin(self, job_id: str) -> None:
+    def begin(self, job_id: str, token: int) -> None:
         """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
 
     def tell(self, job_id: str) -> None:
@@ -127,33 +148,34 @@ class FolderStates:
         storage.write_manifest(folder)
 
     def commit(self, state: str, sealed: Path) -> None:
-        """Makes a folder with a manifest a finished state, unless there is a whole one that holds as much.
+        """Makes a folder with a manifest a finished state; one that is there and whole gets the parts that it lacks.
 
         Raises:
             StorageError: the folder cannot be written.
         """
         target = self.state_folder(state)
         with storage_errors(self.folder):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             for _ in range(10):
-                lacks = [part for part in PARTS if (sealed / part).exists() and not self.has(state, part)]
-                if not lacks and not missing_files(target):
-                    return
+                known = read_manifest(target)
+                if known is not None and not cut_files(target, known):
+                    return _add_parts(sealed, target, known)
                 if take_place(sealed, target):
                     storage.fsync_folder(target.parent)
-                    return
+                    return None
         raise StorageError(f"{target}: other processes keep writing it; stop all but one and run again")
 
-    def end_work(self, job_id: str) -> None:
+    def end_work(self, job_id: str, token: int) -> None:
         """Moves the ranks' logs to the finished state, stacks of a hung attempt among them; the work folder goes."""
-        work = self.work_folder(job_id)
-        with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
-            for log in [work / "log.txt", *work.glob("log_rank*.txt")]:
-                log.replace(self.state_folder(job_id) / log.name)
+        work, state = self.work_folder(job_id), self.state_folder(job_id)
+        for name in names_in(work) if is_there(state) else ():
+            if _LOG.fullmatch(name):
+                with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
+                    (work / name).replace(state / name)
         shutil.rmtree(work, ignore_errors=True)
 
-    def seal_checkpoint(self, job_id: str, step: int, sealed: Path, keep: int) -> Path:
-        """Makes a folder with a manifest the in-stage checkpoint after a step; of those before it `keep - 1` stay.
+    def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
+        """Makes a folder with a manifest the in-stage checkpoint after a step.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -163,18 +185,16 @@ class FolderStates:
             if not take_place(sealed, target):
                 raise StorageError(f"{target}: another process writes it too; stop all but one and run again")
             storage.fsync_folder(target.parent)
-        steps = self.steps(job_id)
-        older = [other for other in steps if other < step]
-        for other in [*older[keep - 1 :], *(later for later in steps if later > step)]:  # later ones were damaged
-            shutil.rmtree(self.work_folder(job_id) / f"step_{other:06d}", ignore_errors=True)
         return target
+
+    def prune(self, job_id: str, step: int, keep: int, token: int) -> None:
+        """Of the in-stage checkpoints before a sealed one `keep - 1` stay; later ones were damaged, and go."""
+        for other in superseded(self.steps(job_id), step, keep):
+            shutil.rmtree(self.work_folder(job_id) / f"step_{other:06d}", ignore_errors=True)
 
     def steps(self, job_id: str) -> list[int]:
         """Steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
-        try:
-            found = (_STEP.fullmatch(name) for name in os.listdir(self.work_folder(job_id)))
-        except OSError:
-            return []
+        found = (_STEP.fullmatch(name) for name in names_in(self.work_folder(job_id)))
         return sorted((int(fit.group(1)) for fit in found if fit), reverse=True)
 
     def checkpoints(self, job_id: str) -> Iterator[Path]:
@@ -193,12 +213,23 @@ class FolderStates:
         Raises:
             StorageError: the folder cannot be written.
         """
-        self._whole.pop(state, None)
+        self._seen.pop(state, None)
         target = self.state_folder(state)
-        old = _aside(target)
+        old = _old(target)
         with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
             target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
+
+    def recover(self, state: str) -> bool:
+        """Puts a finished state back that a gc took aside, and was killed before it had asked who wants it."""
+        target = self.state_folder(state)
+        for name in names_in(target.parent):
+            aside = target.parent / name
+            if fit_aside(name) == state and not is_there(target) and not missing_files(aside):
+                with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
+                    aside.rename(target)
+                    return True
+        return False
 
 
 def checked(name: str) -> str:
@@ -223,23 +254,70 @@ def open_states(store: Store) -> FolderStates:
 
         return S3States(store)
     folder = Path(store.url)
-    if folder.exists() and not folder.is_dir():
+    about = stat_of(folder)
+    if about is not None and not stat.S_ISDIR(about.st_mode):
         raise StorageError(f"{folder}: is a file; cluster.storage_path names a folder")
     return FolderStates(folder)
 
 
-def _aside(target: Path) -> Path:
+def token_in(folder: Path) -> int:
+    """The token under which an unsealed folder is written: it stands in its name `.writing-TOKEN`, or a parent's."""
+    fits = (_WRITING.fullmatch(part) for part in reversed(folder.parts))
+    return next((int(fit.group(1)) for fit in fits if fit), 0)
+
+
+def superseded(steps: Sequence[int], step: int, keep: int) -> list[int]:
+    """Of in-stage checkpoints, newest first, those to take away once the one after `step` is sealed."""
+    older = [other for other in steps if other < step]
+    return [*older[keep - 1 :], *(later for later in steps if later > step)]
+
+
+def aside_name(state: str) -> str:
+    """Name of a state's folder while a gc asks who wants it; `.old` is what nobody does."""
+    return f".{state}.{secrets.token_hex(6)}.aside"
+
+
+def fit_aside(name: str) -> str | None:
+    """The state whose folder was given this name by a gc."""
+    fit = _ASIDE.fullmatch(name)
+    return fit.group(1) if fit else None
+
+
+def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
 
 
+def _add_parts(sealed: Path, target: Path, known: Files) -> None:
+    """Moves the parts that a whole state lacks into it, and lists them last: it is whole at every moment."""
+    new = read_manifest(sealed) or {}
+    lacks = [part for part in PARTS if _lists(new, part) and not _lists(known, part)]
+    for part in lacks:
+        old = _old(target / part)  # what a killed writer moved and did not list
+        with contextlib.suppress(FileNotFoundError):
+            (target / part).rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+        (sealed / part).rename(target / part)
+    if lacks:
+        storage.fsync_folder(target)
+        files = known | {name: entry for name, entry in new.items() if name.partition("/")[0] in lacks}
+        write_json(target / storage.MANIFEST, {"files": files, "sha256": digest(files)})
+
+
+def _lists(files: Files, part: str) -> bool:
+    return any(name.startswith(f"{part}/") for name in files)
+
+
 def take_place(sealed: Path, target: Path) -> bool:
-    """Renames a folder to its place, over what was there; False where another writer was quicker."""
-    old = _aside(target)
+    """Renames a folder to its place, over a damaged one that was there; False where another writer was quicker."""
+    old, whole = _old(target), read_manifest(sealed)
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
     try:
         sealed.rename(target)
     except OSError as error:
+        # A file server whose answer was lost is asked again by the system: then the folder is in its place.
+        if error.errno == errno.ENOENT and not is_there(sealed) and None is not whole == read_manifest(target):
+            return True
         with contextlib.suppress(OSError):
             old.rename(target)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -3,7 +3,8 @@
 ```
 manifests/STATE.json          makes a state finished: name, size and SHA-256 of each file, small files whole
 cells/EXPERIMENT/CELL.json    a cell's record and the addresses of its files, for people
-objects/STATE/SHA256          files of a state or of its in-stage checkpoints
+objects/STATE/TOKEN/SHA256    files of a state or of its in-stage checkpoints, as the holder of a token wrote them
+aside/STATE.json              a manifest that a gc has taken away while it asks who wants the state
 work/JOB/step_000200.json     manifest of an in-stage checkpoint
 work/JOB/metrics.jsonl …      what a stage run under way told by its last checkpoint
 work/JOB/shared/FOLDER/NODE.json   what another machine put into an unsealed folder
@@ -25,14 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.identity import cache_folder, digest
+from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import storage
+from orchestrator.plan.ledger.copies import copies_folder, mark_used
 from orchestrator.plan.ledger.owners import machine_id
-from orchestrator.plan.ledger.s3_objects import Files, S3Objects, object_key, whole_manifest
-from orchestrator.plan.ledger.states import PARTS, FolderStates, Part, take_place
+from orchestrator.plan.ledger.s3_objects import S3Objects, object_key, token_of_key, whole_manifest
+from orchestrator.plan.ledger.states import PARTS, Files, FolderStates, Part, superseded, token_in
 from orchestrator.plan.ledger.storage import (
     changed_files,
     dump_json,
+    is_there,
     parse_json,
     read_manifest,
     storage_errors,
@@ -50,7 +53,8 @@ _LISTED = ("manifests", "evaluations", "failures", "work")
 class S3States(FolderStates):
     """States of a storage in a bucket, with a copy of what was needed or written in this machine's cache folder.
 
-    The copy may be deleted whenever nothing runs. Names of files are told apart by content, never by time.
+    The copy may be deleted whenever nothing runs; `ledger gc` clears what was not used for long.
+    Names of files are told apart by content, never by time.
 
     Args:
         store: The bucket's store.
@@ -58,7 +62,7 @@ class S3States(FolderStates):
 
     def __init__(self, store: Store) -> None:
         assert isinstance(store, S3Store)
-        super().__init__(cache_folder() / "ledger" / digest(store.url)[:32])
+        super().__init__(copies_folder() / digest(store.url)[:32])
         self._store = store
         self._node = digest([machine_id(), str(self.folder)])[:16]
         self._known: dict[str, dict[str, Any]] = {}
@@ -85,7 +89,7 @@ class S3States(FolderStates):
     def small_file(self, state: str, name: str) -> Path:
         """A small file of a finished state, brought here if it is not; it need not exist."""
         file = self.state_folder(state) / name
-        if state not in self._known and (self.work_folder(state) / name).exists():
+        if state not in self._known and is_there(self.work_folder(state) / name):
             return file  # under way on this machine; the live view asks several times a second
         manifest = self._manifest(state)
         if manifest is None:
@@ -95,14 +99,14 @@ class S3States(FolderStates):
             if name in manifest["small"] and changed_files(file.parent, wanted):
                 _write(file, manifest["small"][name].encode())
             self._objects.bring(state, file.parent, wanted)
-        elif not file.exists():
+        elif not is_there(file):
             self._objects.download({file: f"logs/{state}/{name}"})
         return file
 
     def work_file(self, job_id: str, name: str) -> Path:
         """Metrics or log of a stage run under way: this machine's, else as its last checkpoint left them."""
         file = self.work_folder(job_id) / name
-        if file.exists():
+        if is_there(file):
             return file
         copy = self.folder / "elsewhere" / job_id / name  # a stage run that begins here has a folder of its own
         now = time.monotonic()
@@ -110,15 +114,17 @@ class S3States(FolderStates):
             self._looked[copy] = now
             if name in self._store.names(f"work/{job_id}"):
                 self._objects.download({copy: f"work/{job_id}/{name}"})
-        return copy if copy.exists() else file
+        return copy if is_there(copy) else file
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
-        return self.work_folder(job_id).is_dir() or bool(self._store.names(f"work/{job_id}"))
+        return is_there(self.work_folder(job_id)) or bool(self._store.names(f"work/{job_id}"))
 
-    def begin(self, job_id: str) -> None:
-        """Forgets what machines of an earlier attempt shared."""
-        self._store.delete_all(f"work/{job_id}/shared")
+    def begin(self, job_id: str, token: int) -> None:
+        """Forgets what machines of earlier attempts shared."""
+        for place in self._store.names(f"work/{job_id}/shared"):
+            if token_in(Path(place)) <= token:
+                self._store.delete_all(f"work/{job_id}/shared/{place}")
 
     def fetch(self, state: str, part: Part) -> list[str]:
         """Downloads what is missing of a part, and reads every byte of it."""
@@ -132,6 +138,7 @@ class S3States(FolderStates):
             damaged = self._objects.bring(state, folder, wanted) if wanted else [part]
             if not damaged:
                 _keep_manifest(folder, manifest)
+                mark_used(folder)
                 break
             self._known.pop(state, None)
         return damaged
@@ -149,7 +156,7 @@ class S3States(FolderStates):
         for done in (*folder.parent.glob("step_*"), *folder.glob("step_*")):  # sealed by another machine, or given up
             if done != folder:
                 shutil.rmtree(done, ignore_errors=True)
-        files = self._objects.share(job_id, folder)
+        files = self._objects.share(job_id, folder, token_in(folder))
         self._tell(job_id, "log_rank*.txt")
         self._store.write(f"work/{job_id}/shared/{place}/{self._node}.json", json.dumps(files).encode())
 
@@ -164,20 +171,25 @@ class S3States(FolderStates):
         for name in self._store.names(f"work/{job_id}/shared/{place}"):
             if name != f"{self._node}.json":
                 files |= parse_json(self._store.read(f"work/{job_id}/shared/{place}/{name}")) or {}
-        files |= self._objects.files_of(folder)
+        files |= self._objects.files_of(folder, token_in(folder))
         write_json(folder / storage.MANIFEST, {"files": files, "sha256": digest(files)})
 
     def commit(self, state: str, sealed: Path) -> None:
-        """Uploads a folder with a manifest, unless there is a whole state that holds as much."""
+        """Uploads a folder with a manifest; of a state that is there and whole only the parts that it lacks."""
         files = read_manifest(sealed) or {}
         self._known.pop(state, None)
         before = self._manifest(state)
-        brought = [part for part in PARTS if any(name.startswith(f"{part}/") for name in files)]
-        brings_more = not all(self.has(state, part) for part in brought)
-        if before is not None and not brings_more and self._objects.are_stored(state, before["files"]):
-            return
-        self._objects.send(state, sealed, files)
-        small = {name: (sealed / name).read_text() for name in _SMALL if name in files}
+        if before is not None and self._objects.are_stored(state, before["files"]):
+            lacks = {part for part in PARTS if not self.has(state, part)}
+            files = {name: entry for name, entry in files.items() if name.partition("/")[0] in lacks}
+            if not files:
+                return
+            self._objects.send(state, sealed, files)
+            files, small = before["files"] | files, before["small"]
+        else:
+            self._objects.send(state, sealed, files)
+            small = {name: (sealed / name).read_text() for name in _SMALL if name in files}
+        self._send_log(state)
         data = json.dumps({"files": files, "sha256": digest(files), "small": small}).encode()
         key = f"manifests/{state}.json"
         if before is not None or not self._store.create(key, data):
@@ -186,31 +198,31 @@ class S3States(FolderStates):
             if before is not None or self._manifest(state) is None:
                 self._store.write(key, data)
         self._known.pop(state, None)
-        target = self.state_folder(state)
-        with storage_errors(self.folder):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            take_place(sealed, target)
+        super().commit(state, sealed)
 
-    def end_work(self, job_id: str) -> None:
+    def end_work(self, job_id: str, token: int) -> None:
         """Uploads the log, and takes away what the finished state does not name."""
-        log = self.work_folder(job_id) / "log.txt"
-        if log.exists():
-            self._store.upload({f"logs/{job_id}/log.txt": log})
+        self._send_log(job_id)
         self._store.delete_all(f"work/{job_id}")
-        self._sweep(job_id)
-        super().end_work(job_id)
+        self._sweep(job_id, token)
+        super().end_work(job_id, token)
 
-    def seal_checkpoint(self, job_id: str, step: int, sealed: Path, keep: int) -> Path:
-        """Uploads an in-stage checkpoint; of those before it `keep - 1` stay."""
+    def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
+        """Uploads an in-stage checkpoint."""
         self._objects.send(job_id, sealed, read_manifest(sealed) or {})
         self.tell(job_id)
-        steps = self.steps(job_id)
         self._store.write(f"work/{job_id}/step_{step:06d}.json", (sealed / storage.MANIFEST).read_bytes())
-        older = [other for other in steps if other < step]
-        for other in [*older[keep - 1 :], *(later for later in steps if later > step)]:  # later ones were damaged
-            self._store.delete(f"work/{job_id}/step_{other:06d}.json")
-        self._sweep(job_id)
-        return super().seal_checkpoint(job_id, step, sealed, keep)
+        return super().seal_checkpoint(job_id, step, sealed)
+
+    def prune(self, job_id: str, step: int, keep: int, token: int) -> None:
+        """Takes in-stage checkpoints away that are superseded, but for those of a later holder."""
+        for other in superseded(self.steps(job_id), step, keep):
+            key = f"work/{job_id}/step_{other:06d}.json"
+            found = whole_manifest(self._store.read(key)) or {"files": {}}
+            if all(entry.get("token", 0) <= token for entry in found["files"].values()):
+                self._store.delete(key)
+                shutil.rmtree(self.work_folder(job_id) / f"step_{other:06d}", ignore_errors=True)
+        self._sweep(job_id, token)
 
     def steps(self, job_id: str) -> list[int]:
         """Steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
@@ -232,11 +244,26 @@ class S3States(FolderStates):
         self._objects.download({folder.parent / name: f"work/{job_id}/{name}"})
 
     def discard(self, state: str) -> None:
-        """Takes a state away."""
+        """Takes a state away, with the objects that it alone names: others may be those of a writer at work."""
         self._known.pop(state, None)
+        manifest = self._manifest(state) or {"files": {}}
         self._store.delete(f"manifests/{state}.json")
-        self._store.delete_all(f"objects/{state}")
+        self._known.pop(state, None)
+        keys = {object_key(state, entry) for entry in manifest["files"].values()}
+        self._store.delete_keys(sorted(keys - self._named(state)))
         super().discard(state)
+
+    def recover(self, state: str) -> bool:
+        """Puts a manifest back that a gc took aside, and was killed before it had asked who wants the state."""
+        data = self._store.read(f"aside/{state}.json")
+        manifest = whole_manifest(data)
+        is_back = False
+        if data is not None and manifest is not None and self._objects.are_stored(state, manifest["files"]):
+            is_back = self._store.create(f"manifests/{state}.json", data)
+            self._known.pop(state, None)
+        if data is not None:
+            self._store.delete(f"aside/{state}.json")
+        return is_back
 
     def _manifest(self, state: str) -> dict[str, Any] | None:
         if state not in self._known:
@@ -256,15 +283,25 @@ class S3States(FolderStates):
         _keep_manifest(folder, manifest)
         return []
 
-    def _sweep(self, job_id: str) -> None:
-        """Takes objects away that neither the state nor an in-stage checkpoint names."""
+    def _sweep(self, job_id: str, token: int) -> None:
+        """Takes objects away that nothing names, but for those of a later holder, which are not named yet."""
         self._known.pop(job_id, None)
+        # Listed first: what is uploaded after that cannot be taken for what nobody names.
+        stored = [key for key in self._store.sizes(f"objects/{job_id}") if token_of_key(key) <= token]
+        named = self._named(job_id) if stored else set()
+        self._store.delete_keys(key for key in stored if key not in named)
+
+    def _named(self, job_id: str) -> set[str]:
         manifests = [self._manifest(job_id)]
         manifests += [
             whole_manifest(self._store.read(f"work/{job_id}/step_{step:06d}.json")) for step in self.steps(job_id)
         ]
-        named = {object_key(job_id, entry) for found in manifests if found for entry in found["files"].values()}
-        self._store.delete_keys(key for key in self._store.sizes(f"objects/{job_id}") if key not in named)
+        return {object_key(job_id, entry) for found in manifests if found for entry in found["files"].values()}
+
+    def _send_log(self, job_id: str) -> None:
+        log = self.work_folder(job_id) / "log.txt"
+        if is_there(log):
+            self._store.upload({f"logs/{job_id}/log.txt": log})
 
     def _tell(self, job_id: str, *patterns: str) -> None:
         told = [file for pattern in patterns for file in self.work_folder(job_id).glob(pattern)]

@@ -7,17 +7,68 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest, file_sha256
+from orchestrator.plan.steady import ABSENT, found_at, steady
 
 MANIFEST = "manifest.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TRIES = 100
 _LEFT_BYTES = 2**20  # a writer that failed for want of space has left no more than this
 _CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_STORAGE"
+
+
+def stat_of(path: str | Path) -> os.stat_result | None:
+    """What a path leads to; None where nothing is there. What cannot be asked is an error, never a no.
+
+    Raises:
+        StorageError: it cannot be asked.
+    """
+    try:
+        return found_at(path)
+    except OSError as error:
+        raise storage_error(Path(path).parent, error) from error
+
+
+def is_there(path: str | Path) -> bool:
+    """True where a path leads to something, false where to nothing.
+
+    Raises:
+        StorageError: it cannot be asked.
+    """
+    return stat_of(path) is not None
+
+
+def names_in(folder: str | Path) -> list[str]:
+    """Names in a folder, hidden ones too, sorted; empty where there is no folder.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with storage_errors(Path(folder)):
+        try:
+            return sorted(steady(lambda: os.listdir(folder)))
+        except ABSENT:
+            return []
+
+
+def files_below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out.
+
+    Raises:
+        StorageError: something is there and cannot be read.
+    """
+    about = stat_of(path)
+    if about is not None:
+        yield path, about
+        if stat.S_ISDIR(about.st_mode):
+            for name in names_in(path):
+                yield from files_below(path / name)
 
 
 @contextlib.contextmanager
@@ -58,7 +109,7 @@ def _is_full(folder: Path) -> bool:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = steady(lambda: os.open(folder, os.O_RDONLY))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -68,9 +119,19 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, whose names last."""
+    if is_there(folder):
+        return
+    make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        fsync_folder(folder.parent)
+
+
 def fsync_file(path: Path) -> None:
     """Makes a file's content last."""
-    with open(path, "rb") as file:
+    with steady(lambda: open(path, "rb")) as file:
         os.fsync(file.fileno())
 
 
@@ -85,7 +146,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     with storage_errors(path.parent):
         try:
             write_aside(part, data)
-            part.replace(path)
+            try:
+                part.replace(path)
+            except FileNotFoundError:
+                # A file server whose answer was lost is asked again by the system: then the file is in its place.
+                if is_there(part) or path.read_bytes() != data:
+                    raise
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -102,11 +168,13 @@ def write_aside(part: Path, data: bytes) -> None:
 
 
 def _open_new(path: Path) -> BinaryIO:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(_TRIES):
         # The folder may go again before there is a file in it: a store takes empty ones away.
         with contextlib.suppress(FileNotFoundError):
+            make_folder(path.parent)
             return open(path, "wb")
+    make_folder(path.parent)
+    return open(path, "wb")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -144,18 +212,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     with storage_errors(path.parent):
         try:
-            return parse_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+            return parse_json(steady(path.read_bytes))
+        except ABSENT:
             return None
 
 
 def list_files(folder: Path) -> list[str]:
-    """Names of all files below a folder, with `/`, sorted; temporary ones left out."""
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        found += [(Path(base) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")]
-    return sorted(found)
+    """Names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out.
+
+    Raises:
+        StorageError: a folder cannot be read: a listing that lacks files would pass for a whole one.
+    """
+    return sorted(name for name, is_folder in _below(folder, "") if not is_folder)
+
+
+def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
+    with storage_errors(folder):
+        found = steady(lambda: [(entry.name, entry.is_dir()) for entry in os.scandir(folder)])
+    for name, is_folder in found:
+        if not name.startswith("."):
+            yield prefix + name, is_folder
+            if is_folder:
+                yield from _below(folder / name, f"{prefix}{name}/")
 
 
 def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
@@ -169,9 +247,10 @@ def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
         for name in list_files(folder):
             if name != MANIFEST and name not in leave_out:
                 fsync_file(folder / name)
-                files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
-        for base, _, _ in os.walk(folder):
-            fsync_folder(Path(base))
+                files[name] = {"sha256": file_sha256(folder / name), "size": steady((folder / name).stat).st_size}
+        for name, is_folder in [*_below(folder, ""), ("", True)]:
+            if is_folder:
+                fsync_folder(folder / name)
     write_json(folder / MANIFEST, {"files": files, "sha256": digest(files)})
 
 
@@ -189,7 +268,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 def missing_files(folder: Path) -> list[str]:
     """Files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
     files = read_manifest(folder)
-    return [MANIFEST] if files is None else _missing(folder, files)
+    return [MANIFEST] if files is None else cut_files(folder, files)
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -199,27 +278,30 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Those of a manifest's files that are missing, cut short or changed. Reads every byte."""
-    bad = _missing(folder, files)
+    """Those of a manifest's files that are missing, cut short or changed. Reads every byte.
+
+    Raises:
+        StorageError: a file is there and cannot be read; nothing is known of it then.
+    """
+    bad = cut_files(folder, files)
     for name, entry in files.items():
         if name in bad:
             continue
-        try:
-            sha = file_sha256(folder / name)
-        except OSError:
-            sha = ""
+        with storage_errors((folder / name).parent):
+            try:
+                sha = file_sha256(folder / name)
+            except ABSENT:
+                sha = ""
         if sha != entry.get("sha256"):
             bad.append(name)
     return sorted(bad)
 
 
-def _missing(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    bad = []
-    for name, entry in files.items():
-        try:
-            size = os.stat(folder / name).st_size
-        except OSError:
-            size = -1
-        if size != entry.get("size"):
-            bad.append(name)
-    return bad
+def cut_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those of a manifest's files that are missing or cut short; contents are not read.
+
+    Raises:
+        StorageError: it cannot be asked.
+    """
+    sizes = {name: stat_of(folder / name) for name in files}
+    return [name for name, about in sizes.items() if (about.st_size if about else -1) != files[name].get("size")]

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.storage import fsync_folder, storage_errors, write_aside, write_atomic
+from orchestrator.plan.ledger.storage import (
+    fsync_folder,
+    is_there,
+    names_in,
+    storage_errors,
+    write_aside,
+    write_atomic,
+)
+from orchestrator.plan.steady import steady
 
 _KEY = re.compile(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -68,12 +76,11 @@ class FolderStore:
             StorageError: it is there and cannot be read.
         """
         path = f"{self._base}/{_checked(key)}"
-        if not os.path.exists(path):  # cheaper than an error: most notes that a plan asks for are not there
+        if not is_there(path):  # cheaper than to open it: most notes that a plan asks for are not there
             return None
         with storage_errors(self._folder):
             try:
-                with open(path, "rb") as file:
-                    return file.read()
+                return steady(Path(path).read_bytes)
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -122,12 +129,7 @@ class FolderStore:
         Raises:
             StorageError: the folder cannot be read.
         """
-        folder = self._folder / _checked(prefix.rstrip("/"))
-        with storage_errors(folder):
-            try:
-                return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-            except (FileNotFoundError, NotADirectoryError):
-                return []
+        return [name for name in names_in(self._folder / _checked(prefix.rstrip("/"))) if not name.startswith(".")]
 
 
 def open_store(url_or_path: str | Path) -> Store:

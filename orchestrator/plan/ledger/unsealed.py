@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.errors import StaleWriterError
 from orchestrator.plan.ledger.leases import token_of
-from orchestrator.plan.ledger.states import FolderStates, checked, open_states
-from orchestrator.plan.ledger.storage import storage_errors
+from orchestrator.plan.ledger.states import FolderStates, checked, open_states, token_in
+from orchestrator.plan.ledger.storage import make_folder, names_in, storage_errors
 from orchestrator.plan.ledger.store import Store, open_store
 
-_WRITING = re.compile(r"\.writing-([0-9]+)")
 _KEPT_CHECKPOINTS = 2
 
 
@@ -52,11 +50,14 @@ class UnsealedWork:
         """
         folder = self._writing(job_id)
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         return folder
 
     def _writing(self, job_id: str) -> Path:
-        return self.work_folder(job_id) / f".writing-{self.fences.get(job_id, 0)}"
+        return self.work_folder(job_id) / f".writing-{self._token(job_id)}"
+
+    def _token(self, job_id: str) -> int:
+        return self.fences.get(job_id, 0)
 
     def begin(self, job_id: str) -> None:
         """Clears away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
@@ -65,11 +66,11 @@ class UnsealedWork:
             StaleWriterError: another driver has taken the job over.
         """
         self.check_fence(job_id)
-        token = self.fences.get(job_id, 0)
-        for folder in self.work_folder(job_id).glob(".writing-*"):
-            if (fit := _WRITING.fullmatch(folder.name)) and int(fit.group(1)) <= token:
-                shutil.rmtree(folder, ignore_errors=True)
-        self._states.begin(job_id)
+        token = self._token(job_id)
+        for name in names_in(self.work_folder(job_id)):
+            if name.startswith(".writing-") and token_in(Path(name)) <= token:
+                shutil.rmtree(self.work_folder(job_id) / name, ignore_errors=True)
+        self._states.begin(job_id, token)
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
@@ -91,7 +92,7 @@ class UnsealedWork:
         Raises:
             StorageError: the storage cannot be written.
         """
-        self._states.end_work(checked(job_id))
+        self._states.end_work(checked(job_id), self._token(job_id))
 
     def snapshot(self) -> AbstractContextManager[None]:
         """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables.
@@ -139,7 +140,10 @@ class UnsealedWork:
         self.check_fence(job_id)
         self._states.write_manifest(folder)
         self.check_fence(job_id)  # reading all bytes took its time
-        return self._states.seal_checkpoint(checked(job_id), step, folder, _KEPT_CHECKPOINTS)
+        sealed = self._states.seal_checkpoint(checked(job_id), step, folder)
+        self.check_fence(job_id)  # who lost its lease takes nothing of the new holder's away
+        self._states.prune(job_id, step, _KEPT_CHECKPOINTS, self._token(job_id))
+        return sealed
 
     def checkpoints(self, job_id: str) -> list[Path]:
         """Checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
