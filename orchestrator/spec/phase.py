@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from orchestrator.spec.base import Count, Flag, Integer, NonNegative, Positive, Spec
 from orchestrator.spec.components import Schedule

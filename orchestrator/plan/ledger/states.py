@@ -84,7 +84,7 @@ class FolderStates:
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
-        return self.work_folder(job_id).is_dir()
+        return os.path.isdir(f"{self._base}/work/{job_id}")
 
     def begin(self, job_id: str) -> None:
         """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
