@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from orchestrator.spec.base import Count, Flag, Integer, NonNegative, Positive, Spec
 from orchestrator.spec.components import Schedule
@@ -48,7 +47,7 @@ class StartFromSpec(Spec):
     parts: tuple[Part, ...] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> StartFromSpec:
         if (self.spec is None) == (self.path is None):
             raise ValueError("give `spec` and `cell` (another experiment's cell), or `path` (a folder)")
         if (self.spec is None) != (self.cell is None):
