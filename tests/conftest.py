@@ -12,7 +12,11 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["example_plugin"]  # a package of its own; tests/plugins/test_example_plugin.py installs and tests it
 TINY_LLAVA = ROOT / "experiments" / "models" / "tiny-llava"
