@@ -15,7 +15,13 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.1
 	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 CODE = orchestrator plugins experiments tests
 
-.PHONY: help install quickstart test test-all check format format-check lint types imports lock clean
+# What `test-python` installs and runs under each other Python: all that needs no torch.
+PYTHONS = 3.10 3.11 3.12 3.13
+LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa jinja2 \
+	pytest pytest-timeout hypothesis jsonschema tomli
+LIGHT_TESTS = tests/spec tests/plan tests/search tests/plugins --ignore tests/plugins/test_example_plugin.py
+
+.PHONY: help install quickstart test test-all test-python check format format-check lint types imports lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -44,6 +50,21 @@ test: $(STAMP)  ## the tests that take seconds to minutes; more options: make te
 test-all: $(STAMP)  ## every test, the slow ones included
 	@'$(BIN)/python' -m pytest $(ARGS)
 
+test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests that need no torch
+	@'$(BIN)/python' -m pip install --quiet --disable-pip-version-check uv
+	@for version in $(PYTHONS); do \
+		python=$$(ls -d "$$HOME"/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -n 1 || true); \
+		if python$$version -c '' 2>/dev/null; then python=python$$version; fi; \
+		if [ -z "$$python" ]; then echo "Python $$version: not found, not tested"; continue; fi; \
+		if '$(BIN)/python' -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; then continue; fi; \
+		venv=.venv-$$version; export VIRTUAL_ENV=$$PWD/$$venv; \
+		test -d $$venv || '$(BIN)/uv' venv --quiet --python "$$python" $$venv; \
+		'$(BIN)/uv' pip install --quiet --constraint constraints.txt $(LIGHT); \
+		'$(BIN)/uv' pip install --quiet --no-deps --editable .; \
+		echo "Python $$version: $(LIGHT_TESTS)"; \
+		$$venv/bin/python -m pytest -m 'not slow' -r fE $(LIGHT_TESTS); \
+	done
+
 check: format-check lint types imports test  ## format, lint, types, import contract, tests
 
 format: $(STAMP)  ## rewrite the code in the house format
@@ -71,5 +92,5 @@ lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environment and caches; finished runs in runs/ stay
-	@rm -rf .venv build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-3.* build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find orchestrator plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

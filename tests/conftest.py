@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["example_plugin"]  # a package of its own; tests/plugins/test_example_plugin.py installs and tests it
 TINY_LLAVA = ROOT / "experiments" / "models" / "tiny-llava"
+
+# `make test-python` runs without these; a test that asks for one is left out there, whatever else goes wrong fails.
+FRAMEWORKS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "mlflow", "matplotlib", "optuna")
+ABSENT = {
+    name for name in (*FRAMEWORKS, "safetensors", "boto3", "moto", "flask") if importlib.util.find_spec(name) is None
+}
+_MISSING = re.compile(r"No module named '(\w+)")
 
 TINY_EXPERIMENT = f"""
 schema_version: 1
@@ -45,6 +58,41 @@ matrix:
 """
 
 
+def absent_in(text: str) -> str | None:
+    """The framework whose absence a text tells of; None where it is not one, or is installed."""
+    return next((name for name in _MISSING.findall(text) if name in ABSENT), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport]:
+    """A file that imports what is not there is left out."""
+    report = yield
+    if report.failed and (name := absent_in(str(report.longrepr).strip().splitlines()[-1])):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {name} is not installed")
+    return report
+
+
+def _left_out() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if name := absent_in(str(error)):
+            pytest.skip(f"{name} is not installed")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """A test whose fixtures import what is not there is left out."""
+    return (yield from _left_out())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test that imports what is not there is left out."""
+    return (yield from _left_out())
+
+
 @pytest.fixture(scope="session")
 def tiny_text() -> str:
     """Three cells of six steps; `heavy` and `two_stage` begin alike."""
@@ -65,7 +113,7 @@ def llavolta(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def start(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
-        return subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "orchestrator", *map(str, arguments)],
             cwd=tmp_path,
             env={**env, "OMP_NUM_THREADS": "1", **environment},
@@ -75,6 +123,9 @@ def llavolta(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             stdin=subprocess.DEVNULL,
             check=False,
         )
+        if result.returncode and (name := absent_in(result.stderr)):
+            pytest.skip(f"{name} is not installed")
+        return result
 
     return start
 

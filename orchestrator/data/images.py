@@ -249,7 +249,8 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     joined = parts[0].new_zeros((sum(map(len, parts)), *largest))
     first = 0
     for part in parts:
-        joined[(slice(first, first + len(part)), *(slice(size) for size in part.shape[1:]))] = part
+        place = (slice(first, first + len(part)), *(slice(size) for size in part.shape[1:]))
+        joined[place] = part
         first += len(part)
     return joined
 

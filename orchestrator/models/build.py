@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,22 @@ def check_names_and_shapes(
         faults.append(f"other shapes: {_shortened(other)}")
     if faults:
         raise StageRunError(f"the weights of {source} do not fit the model\n    " + "\n    ".join(faults))
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Numbers that training can start from.
+
+    Raises:
+        StageRunError: tensors hold NaN or infinity, or are no floating-point weights (quantised ones); named.
+    """
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise StageRunError(f"{source} holds NaN or infinity in {_shortened(bad)}; take another file")
+    whole = [f"{n} ({t.dtype})" for n, t in tensors.items() if n.endswith(".weight") and not t.is_floating_point()]
+    if whole:
+        raise StageRunError(
+            f"{source} holds quantised weights: {_shortened(whole)}; use the model before it was quantised"
+        )
 
 
 def _shortened(names: list[str], most: int = 5) -> str:

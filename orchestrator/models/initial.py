@@ -15,6 +15,7 @@ from orchestrator.models.build import (
     WEIGHTS_FILE,
     check_names_and_shapes,
     check_source,
+    check_values,
     model_from_config,
     quiet_loading,
     save_weights,
@@ -87,6 +88,7 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
             f"{key}: {source} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}; "
             "write `weights: random` for a fresh model"
         )
+    check_values(weight_tensors(model), f"{key}: {source}")
     return model
 
 
@@ -178,5 +180,6 @@ def _copy(weights: dict[str, torch.Tensor], target: nn.Module, source: str) -> N
     targets = weight_tensors(target)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     check_names_and_shapes(shapes, {name: tuple(tensor.shape) for name, tensor in targets.items()}, source)
+    check_values(weights, source)
     for name, tensor in targets.items():
         tensor.copy_(weights[name])

@@ -15,6 +15,7 @@ from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models.build import (
     WEIGHTS_FILE,
     check_names_and_shapes,
+    check_values,
     model_from_config,
     save_weights,
     weight_tensors,
@@ -97,6 +98,7 @@ def _whole(job: StartJob, folder: str) -> dict[str, torch.Tensor]:
     given = _folder_weights(Path(folder), expected)
     names = [name for name in given if name in expected or part_of_or_none(name) != COMPRESSOR]
     _check({name: given[name] for name in names}, expected, f"{folder} (start_from)")
+    check_values(given, f"{folder} (start_from)")
     return {name: tensor.float() for name, tensor in given.items()}
 
 
@@ -106,7 +108,9 @@ def _merged(
     shapes = rest.shapes()
     merged = {name: rest[name] for name in shapes if part_of_or_none(name) not in parts}
     for part in parts:
-        theirs = {name: given[name].float() for name in given if part_of_or_none(name) == part}
+        found = {name: given[name] for name in given if part_of_or_none(name) == part}
+        check_values(found, source)
+        theirs = {name: tensor.float() for name, tensor in found.items()}
         if not theirs:
             raise StageRunError(f"{source}: there are no weights of {part}; take it out of `parts`")
         if part != COMPRESSOR:  # what learns may be another set in each phase: all of it is taken as it is

@@ -63,7 +63,7 @@ class _Resolver:
     def cell(self, cell: ResolvedCell) -> Cell:
         spec = cell.spec
         facts = self._once(_facts, spec.model)
-        root = self._once(_root, spec.model, _weights_seed(spec), spec.plugins)
+        root = self._root(spec)
         phases: list[PhasePlan] = []
         starts: list[Start] = []
         state = root.id
@@ -85,6 +85,14 @@ class _Resolver:
             facts, tuple(dict.fromkeys(notices)), tuple(start.job for start in starts if start.job is not None),
             tuple(start.source for start in starts if start.source is not None),
         )  # fmt: skip
+
+    def _root(self, spec: ExperimentSpec) -> RootJob:
+        # Drawn weights differ by seed, files are read once.
+        model, seed = self._once(_model, spec.model), _weights_seed(spec)
+        key = ("root", id(model), seed, spec.plugins)
+        if key not in self._made:
+            self._made[key] = _root(*model, reached.draws_weights(spec.model), seed, spec.plugins)
+        return self._made[key]
 
     def _settings(self, spec: ExperimentSpec) -> str:
         return self._once(_settings, spec.model)
@@ -266,10 +274,13 @@ def _resolve(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Va
     return Variant(resolved, reached.points_identity(points, resolved))
 
 
-def _root(model: ModelSpec, seed: int, plugins: tuple[str, ...]) -> RootJob:
-    drawn = {"seed": seed} if reached.draws_weights(model) else {}
-    identity = digest({"semantics": SEMANTICS_VERSION, "model": reached.model_identity(model), **drawn})
-    return RootJob(identity, _dump(model), seed, tuple(plugins))
+def _model(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    return reached.model_identity(model), _dump(model)
+
+
+def _root(model: dict[str, Any], dump: dict[str, Any], drawn: bool, seed: int, plugins: tuple[str, ...]) -> RootJob:
+    identity = digest({"semantics": SEMANTICS_VERSION, "model": model, **({"seed": seed} if drawn else {})})
+    return RootJob(identity, dump, seed, tuple(plugins))
 
 
 def _recipe_digest(recipe: PhaseSpec) -> str:

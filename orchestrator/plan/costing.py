@@ -33,6 +33,8 @@ class Costs:
     def __init__(self, text_tokens: float | None = None) -> None:
         self.text_tokens = text_tokens
         self.notices: dict[str, None] = {}
+        self._prices: dict[tuple[Any, ...], dict[str, float | None]] = {}
+        self._alive: list[PhasePlan] = []
         self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
         self._counts: dict[tuple[int, int, int], tuple[tuple[Action, ...], dict[str, tuple[int, Action]]]] = {}
         self._recipes: dict[tuple[str, bool], tuple[str, dict[str, Any]]] = {}
@@ -43,8 +45,17 @@ class Costs:
         """Cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
         if cell.facts is None or not cell.facts.priced:
             return dict(_NO_COST)
-        facts, sample = cell.facts, self.sample(cell, plan)
-        flops = tokens = 0.0
+        # Cells of one schedule and recipe hold the very same objects, whatever their seeds.
+        sample = self.sample(cell, plan)
+        key = (id(cell.facts), id(plan.table), id(plan.recipe), sample, first, last)
+        if key not in self._prices:
+            self._alive.append(plan)  # so that an id stays its own
+            self._prices[key] = self._price(cell, plan, sample, first, last)
+        return dict(self._prices[key])
+
+    def _price(self, cell: Cell, plan: PhasePlan, sample: Sample, first: int, last: int) -> dict[str, float | None]:
+        assert cell.facts is not None
+        facts, flops, tokens = cell.facts, 0.0, 0.0
         for points_id, (steps, action) in self._steps(plan, first, last).items():
             each, visual = self._sample_cost(cell, plan, action, points_id)
             flops += steps * each

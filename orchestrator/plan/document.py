@@ -11,6 +11,7 @@ from orchestrator.plan.costing import Costs
 from orchestrator.plan.hours import hours_document
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.pause import collector_paused
 from orchestrator.plan.reasons import Reasons, Standing
 from orchestrator.plan.starting import start_text
 from orchestrator.plan.tree import StageTree
@@ -24,6 +25,7 @@ _BYTES_WEIGHT = 4  # safetensors in float32
 _BYTES_TRAINED = 12  # float32 master weights and two Adam states
 
 
+@collector_paused()
 def plan_document(
     loaded: LoadedExperiment,
     cells: Sequence[Cell],

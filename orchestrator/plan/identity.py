@@ -24,6 +24,7 @@ SEMANTICS_VERSION = 1
 _RACY_SECONDS = 2.0
 _MAX_CACHED = 200_000
 _BLOCK_BYTES = 1 << 20
+_ENCODE = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -69,7 +70,7 @@ def canonical_json(value: Any) -> str:
         ValueError: a number is NaN or infinite.
         TypeError: a value is none of null, bool, number, text, list, mapping with text keys, path, set, enum.
     """
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODE(_plain(value))
 
 
 def digest(value: Any) -> str:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from orchestrator.plan.branch import Branch, split
 from orchestrator.plan.cell import Cell, PhasePlan
-from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, StartJob
+from orchestrator.plan.jobs import Action, EvaluationJob, Job, RootJob, StageJob, StartJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.rehearsals import with_rehearsals
 from orchestrator.spec.infrastructure import ClusterSpec
+from orchestrator.spec.phase import PhaseSpec
 
 Level = Literal["result", "weights", "checkpoint"]
 _LEVELS: tuple[Level, ...] = ("result", "weights", "checkpoint")
@@ -146,7 +147,9 @@ class _Builder:
         self.lineages = {cell.id: {plan.lineage for plan in cell.phases} for cell in self.cells}
         self.used_in_starts: set[str] = set()
         self.starting: dict[str, dict[str, dict[str, Branch]]] = {}
-        self.dumps: dict[str, dict[str, Any]] = {}
+        self.recipes: dict[str, PhaseSpec] = {}  # of each lineage; the cells keep them alive, so that ids stay theirs
+        self.dumps: dict[int, dict[str, Any]] = {}
+        self.cut_tables: dict[tuple[int, int], tuple[Action, ...]] = {}  # by the table's id
 
     def build(self) -> StageTree:
         tree = self.tree
@@ -220,6 +223,8 @@ class _Builder:
         return groups
 
     def _stored_step_between(self, plan: PhasePlan, first: int, last: int) -> int | None:
+        if not self.stored:
+            return None
         # The furthest one: the shorter ones are of no use to anyone who passes here.
         steps = (s for s in reversed(self.stored_steps) if first < s < last)
         return next((s for s in steps if plan.state_at(s) in self.stored), None)
@@ -232,19 +237,26 @@ class _Builder:
         for member in members:
             own = plan.lineage in self.lineages[member]
             (self.paths if own else self.origins)[member].append(state)
-        table = plan.table
-        if last < plan.total_steps:
-            table = tuple(a for a in table if a.first_step < last)
-            table = (*table[:-1], replace(table[-1], last_step=last))
-        if plan.lineage not in self.dumps:
-            self.dumps[plan.lineage] = plan.recipe.model_dump(mode="json")
+        recipe = self.recipes.setdefault(plan.lineage, plan.recipe)
+        if id(recipe) not in self.dumps:
+            self.dumps[id(recipe)] = recipe.model_dump(mode="json")
         self.tree.stage_runs[state] = StageJob(
             id=state, parent=parent, phase=plan.name, starts_phase=first == 0, first_step=first, last_step=last,
-            total_steps=plan.total_steps, table=table, model=owner.root.model, data=plan.data,
-            recipe=self.dumps[plan.lineage], seed=plan.seed, checkpoint_every=cluster.checkpoint_every,
+            total_steps=plan.total_steps, table=self._table(plan, last), model=owner.root.model, data=plan.data,
+            recipe=self.dumps[id(recipe)], seed=plan.seed, checkpoint_every=cluster.checkpoint_every,
             keep=self._keep(plan, last, state, cluster.keep.leaf), deterministic=cluster.deterministic,
             plugins=tuple(owner.spec.plugins),
         )  # fmt: skip
+
+    def _table(self, plan: PhasePlan, last: int) -> tuple[Action, ...]:
+        """What a phase does up to a step; cells of one schedule share it."""
+        if last == plan.total_steps:
+            return plan.table
+        key = (id(plan.table), last)
+        if key not in self.cut_tables:
+            table = tuple(action for action in plan.table if action.first_step < last)
+            self.cut_tables[key] = (*table[:-1], replace(table[-1], last_step=last))
+        return self.cut_tables[key]
 
     def _keep(self, plan: PhasePlan, last: int, state: str, leaf: str) -> str:
         if last < plan.total_steps:

@@ -22,11 +22,16 @@ def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         `layer_average_tokens` and `compression_ratio`; figures are of one image, None where its tokens vary.
     """
     found: dict[str, dict[str, Any]] = {}
+    seen: set[tuple[Any, ...]] = set()  # cells often hold the very same points
     for cell in cells:
         for name in used_variants(cell.spec):
             points = cell.spec.compressors.get(name)
             if points is None:
                 continue
+            key = (name, *map(id, points), id(cell.facts), cell.axes.get(AXIS))
+            if key in seen:
+                continue
+            seen.add(key)
             entry = _entry(name, points, cell.facts, cell.axes.get(AXIS))
             found.setdefault(repr(sorted(entry.items(), key=lambda item: item[0])), entry)
     return list(found.values())

@@ -12,6 +12,7 @@ from orchestrator.plan.cell import Cell, find_cells
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.pause import collector_paused
 from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
@@ -138,6 +139,7 @@ def refuse_secret(storage: str) -> None:
         )
 
 
+@collector_paused()
 def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
     """Loads, expands and plans an experiment.
 

@@ -119,14 +119,14 @@ class AxisReader:
             self._fault(where, f"the axis {axis} is written twice, also under {dotted(self.owner[axis][:1])}", key=True)
             return []
         self.owner[axis] = where
-        settings: list[Setting] = []
+        settings: dict[str, Setting] = {}
         for index, item in enumerate(node.value):
             setting = self._setting(path, item, (*where, index))
-            if any(setting.key == other.key for other in settings):
+            if setting.key in settings:
                 self._fault((*where, index), f"the axis {axis} has this value twice")
             else:
-                settings.append(setting)
-        return settings
+                settings[setting.key] = setting
+        return list(settings.values())
 
     def _single(self, group: Node, where: Path) -> Assignment:
         found = []

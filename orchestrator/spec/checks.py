@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from orchestrator.errors import Fault
@@ -13,6 +14,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
+from orchestrator.spec.place_checks import check_data, check_implementations, check_model
 from orchestrator.spec.schedule_checks import check_learning, check_schedule, check_tested_variants
 from orchestrator.spec.starts import Starts
 from orchestrator.spec.variant_checks import Finding, check_variant
@@ -40,6 +42,7 @@ class Checks:
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
         """Faults of a cell; `parts` holds None where a part has faults of its own."""
         findings = [*self._compressors(parts, tree), *self._phases(parts), *self._evaluations(parts)]
+        findings += self._places(parts)
         if not findings:
             return []
         root = tree()
@@ -79,6 +82,19 @@ class Checks:
             ("evaluate", evaluate, phases, schedules, variants, model),
             lambda: check_tested_variants(evaluate, phases, schedules, variants, self._layers(model)),
         )
+
+    def _places(self, parts: dict[str, Any]) -> list[Finding]:
+        found: list[Finding] = []
+        model, data = parts["model"], parts["data"]
+        if model is not None:
+            found += self._remember(("model", model), lambda: check_model(model))
+        if data:
+            found += self._remember(("data", data), lambda: check_data(data, self.notices))
+        for name in ("data", "compressors", "evaluate"):
+            if parts[name]:
+                check = partial(check_implementations, name, parts[name])
+                found += self._remember(("components", name, parts[name]), check)
+        return found
 
     def _layers(self, model: ModelSpec) -> int | None:
         try:

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import Fault
-from orchestrator.spec.axes import SECTIONS, Assignment, Axes, assignments
+from orchestrator.spec.axes import SECTIONS, Assignment, Axes, Setting, assignments
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.faults import explain, locate
 from orchestrator.spec.inherit import drop_nulls
 from orchestrator.spec.names import CellNames
 from orchestrator.spec.node import Node, Path, dotted
-from orchestrator.spec.references import check_references
+from orchestrator.spec.references import References
 
 MAX_FAULTY_CELLS = 20
 
@@ -66,13 +66,19 @@ class Parts:
     _known: dict[tuple[Any, ...], Part] = field(default_factory=dict)
     _adapters: dict[str, TypeAdapter[Any]] = field(default_factory=dict)
 
-    def get(self, name: str, cell: Assignment) -> Part:
-        """The part `name` of a cell, shared by all cells whose axes below it agree."""
-        own = tuple(setting for setting in cell if setting.path[0] == name)
-        key = (name, *(id(setting) for setting in own))
+    def of(self, cell: Assignment) -> dict[str, Part]:
+        """The parts of a cell that axes can change."""
+        own: dict[str | int, list[Setting]] = {}
+        for setting in cell:
+            own.setdefault(setting.path[0], []).append(setting)
+        return {name: self.get(name, own.get(name, ())) for name in SECTIONS}
+
+    def get(self, name: str, settings: Sequence[Setting]) -> Part:
+        """The part `name` of a cell with the settings below it, shared by all cells where these agree."""
+        key = (name, *map(id, settings))
         part = self._known.get(key)
         if part is None:
-            part = self._known[key] = self._validate(name, own)
+            part = self._known[key] = self._validate(name, tuple(settings))
         return part
 
     def _validate(self, name: str, settings: Assignment) -> Part:
@@ -95,7 +101,8 @@ class Parts:
             info = ExperimentSpec.model_fields[name]
             annotation: Any = info.annotation
             if info.metadata:
-                annotation = Annotated[(annotation, *info.metadata)]
+                annotated = (annotation, *info.metadata)
+                annotation = Annotated[annotated]
             self._adapters[name] = TypeAdapter(annotation)
         return self._adapters[name]
 
@@ -129,9 +136,10 @@ class GridBuilder:
             if new or not seen:
                 representatives.append(cell)
                 seen |= new
+        references = References()
         for cell in representatives:
             self.examine(cell)
-            self.faults.extend(check_references(apply(self.root, cell)))
+            self.faults.extend(references.check(apply(self.root, cell)))
         if not self.faults:
             faulty = 0
             for cell in found:
@@ -147,7 +155,7 @@ class GridBuilder:
         by_value: dict[tuple[str, ...], str] = {}
         by_name: dict[str, Assignment] = {}
         for cell in found:
-            parts = {name: self.parts.get(name, cell) for name in SECTIONS}
+            parts = self.parts.of(cell)
             name = names.name(cell)
             key = tuple(part.key for part in parts.values())
             if key in by_value:
@@ -163,7 +171,7 @@ class GridBuilder:
 
     def examine(self, cell: Assignment) -> bool:
         """Collects the faults of a cell; True where it has some."""
-        parts = {name: self.parts.get(name, cell) for name in SECTIONS}
+        parts = self.parts.of(cell)
         found = [fault for part in parts.values() for fault in part.faults]
         values = {name: part.value if not part.faults else None for name, part in parts.items()}
         found.extend(self.check(values, lambda: apply(self.root, cell)))

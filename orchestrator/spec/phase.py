@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,7 +57,7 @@ class StartFromSpec(Spec):
     parts: tuple[Part, ...] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> StartFromSpec:
         if (self.spec is None) == (self.path is None):
             raise ValueError("give `spec` and `cell` (another experiment's cell), or `path` (a folder)")
         if (self.spec is None) != (self.cell is None):

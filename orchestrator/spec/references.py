@@ -18,6 +18,20 @@ PHASES = ("pretrain", "finetune")
 
 
 class References:
+    """Checks the names of cells' trees; definitions that trees share are checked once."""
+
+    def __init__(self) -> None:
+        self._checked: dict[tuple[int, ...], tuple[Node | None, ...]] = {}
+
+    def check(self, root: Node) -> list[Fault]:
+        """All names of a tree that do not exist, are reserved, or mean two things."""
+        shared = (root.get("compressors"), root.get("schedules"))
+        key = tuple(map(id, shared))
+        new = self._checked.setdefault(key, shared) is shared  # kept, so that an id stays theirs
+        return _TreeCheck(root).check(definitions=new)
+
+
+class _TreeCheck:
     """Checks the names of one cell's tree."""
 
     def __init__(self, root: Node) -> None:
@@ -29,11 +43,12 @@ class References:
         self.variants = self._names("compressors")
         self.schedules = self._names("schedules")
 
-    def check(self) -> list[Fault]:
-        """All names that do not exist, are reserved, or mean two things."""
-        self._check_definitions()
-        for name, node in _entries(self.root.get("schedules")):
-            self._check_schedule(("schedules", name), node)
+    def check(self, definitions: bool) -> list[Fault]:
+        """All faults; those of variants and schedules themselves only with `definitions`."""
+        if definitions:
+            self._check_definitions()
+            for name, node in _entries(self.root.get("schedules")):
+                self._check_schedule(("schedules", name), node)
         for name in PHASES:
             phase = self.root.at(("phases", name))
             if phase is not None and phase.is_mapping:
@@ -114,11 +129,6 @@ class References:
         mark, value = locate(self.root, path, key=key)
         value = str(path[-1]) if key else value
         self.faults.append(Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
-
-
-def check_references(root: Node) -> list[Fault]:
-    """Names of a tree that do not exist, are reserved, or mean two things."""
-    return References(root).check()
 
 
 def _variants_of(node: Node) -> tuple[str, ...]:

@@ -255,6 +255,7 @@ from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
 class KeepFirst(CompressorSpec):
     """Keeps the first tokens."""
 
+    implementation: ClassVar[str] = __name__ + ":KeepFirst"
     kind: Literal["keep_first_test"] = "keep_first_test"
     aliases: ClassVar[dict[str, str]] = {"num_tokens": "keep_tokens"}
 

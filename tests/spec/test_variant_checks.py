@@ -100,7 +100,7 @@ def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write,
         "from orchestrator.spec.components import CompressorSpec\n\n\n"
         "class FailingSpec(CompressorSpec):\n"
         "    kind: Literal['failing'] = 'failing'\n"
-        "    implementation: ClassVar[str] = 'failing:None'\n\n"
+        "    implementation: ClassVar[str] = __name__ + ':FailingSpec'\n\n"
         "    def kept_tokens(self, grid):\n"
         "        return grid.tokens // 0\n"
     )

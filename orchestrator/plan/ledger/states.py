@@ -105,7 +105,7 @@ class FolderStates:
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
-        return is_there(self.work_folder(job_id))
+        return is_there(f"{self._base}/work/{job_id}")
 
     def begin(self, job_id: str, token: int) -> None:
         """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
