@@ -28,7 +28,7 @@ def check_cluster(root: Node) -> list[Fault]:
     if node is None or not isinstance(node.value, str) or not node.value.startswith("ray://"):
         return []
     message = "Ray Train does not run over Ray's client (ray://), whose driver stands outside the cluster"
-    hint = "run on a machine of the cluster with `address: auto`, or `llavolta submit FILE --address http://HEAD:8265`"
+    hint = "run on a machine of the cluster with `address: auto`"
     return [fault_at(root, ("cluster", "address"), message, "null, auto, or HOST:PORT of a cluster", hint)]
 
 
