@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-SEMANTICS_VERSION = 1
+SEMANTICS_VERSION = 2
 """Version of the training semantics; raised when a change of this code moves the numbers of a training run."""
 
 _RACY_SECONDS = 2.0

@@ -45,7 +45,11 @@ class StepFigures:
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
-    """Seed of dropout in one micro-batch; it depends on no rank's state, so that a resumed run draws the same."""
+    """Seed of torch's generator in one micro-batch, for what a method of its own may draw from it.
+
+    Dropout does not: it draws by sample (`training/dropout.py`). It depends on no rank's state, so that a resumed run
+    draws the same.
+    """
     digest = hashlib.sha256(f"{seed}:{step}:{first_sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -83,6 +87,7 @@ def run_step(
     visual_layer_tokens = text_tokens = 0.0
     for batch in micro_batches:
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
+        session.draws.enter(job.seed, step, batch.indices)
         seed = micro_batch_seed(job.seed, step, batch.indices[0])
         losses = forward_losses(session, action, batch, label_tokens, seed)
         engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
