@@ -201,4 +201,4 @@ def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTr
     spec = ModelSpec.model_validate(job.model)
     model: PreTrainedModel = build_model(spec, weights)
     cast_parameters(model, getattr(torch, compute_dtype(spec)))
-    return model.to(device)  # type: ignore[arg-type]
+    return model.to(device)

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import registry
-from orchestrator.spec.node import Path
+from orchestrator.spec.node import Path, dotted
 from orchestrator.spec.variant_checks import Finding
 
 if TYPE_CHECKING:
@@ -96,17 +96,19 @@ def config_findings(config: Any, phase: PhaseSpec, dtype: str, num_workers: int 
     micro = phase.per_device_train_batch_size
     expected: dict[str, Any] = {"train_batch_size": phase.global_batch_size, "gradient_clipping": phase.max_grad_norm}
     if isinstance(micro, int):
-        micro = min(micro, phase.global_batch_size)
-        expected["train_micro_batch_size_per_gpu"] = micro
+        size = min(micro, phase.global_batch_size)
+        expected["train_micro_batch_size_per_gpu"] = size
         if num_workers is not None:
-            expected["gradient_accumulation_steps"] = -(-phase.global_batch_size // (micro * num_workers))
+            expected["gradient_accumulation_steps"] = -(-phase.global_batch_size // (size * num_workers))
     for key in (*BATCH_KEYS, "gradient_clipping"):
         given = config.get(key, AUTO)
         if given == AUTO:
             continue
         hint = 'leave the key out or write "auto"'
         if micro == "auto" and key in BATCH_KEYS:
-            yield Finding((key,), f"{key}: {given} contradicts per_device_train_batch_size: auto, which finds it", AUTO, hint)
+            yield Finding(
+                (key,), f"{key}: {given} contradicts per_device_train_batch_size: auto, which finds it", AUTO, hint
+            )
         elif key in expected and given != expected[key]:
             yield Finding((key,), f"{key}: {given} contradicts the recipe, which gives {expected[key]}", AUTO, hint)
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -128,14 +130,16 @@ def _unknown(config: Mapping[str, Any], allowed: Mapping[str, Any], path: Path) 
             if isinstance(value, Mapping):
                 yield from _unknown(value, allowed[key], here)
             elif value is not None:
-                yield Finding(here, f"{'.'.join(here)} is a mapping, not {value!r}", "a mapping of keys", None)
+                yield Finding(here, f"{dotted(here)} is a mapping, not {value!r}", "a mapping of keys", None)
         elif not _fits(value, allowed[key]):
             kinds = allowed[key] if isinstance(allowed[key], str) else ", ".join(map(_written, allowed[key]))
-            yield Finding(here, f"{'.'.join(here)}: {_written(value)} is not allowed", kinds, _ELSEWHERE.get(here[0]))
+            yield Finding(
+                here, f"{dotted(here)}: {_written(value)} is not allowed", kinds, _ELSEWHERE.get(str(here[0]))
+            )
 
 
 def _refused(path: Path, allowed: Mapping[str, Any]) -> Finding:
-    message = f"{'.'.join(map(str, path))} can change what is learned, or is not known"
+    message = f"{dotted(path)} can change what is learned, or is not known"
     near = registry.nearest(str(path[-1]), tuple(allowed)) if allowed else None
     hint = _ELSEWHERE.get(str(path[0])) or (f"did you mean {near}?" if near else "leave it out")
     return Finding(path, f"{message}: no DeepSpeed setting of ours", ", ".join(allowed) or "nothing", hint)
@@ -173,7 +177,9 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
         text = file.read_text(encoding="utf-8")
         config = json.loads(text)
     except (OSError, ValueError) as error:
-        yield Finding(("deepspeed",), f"{file} cannot be read as JSON: {error}", "a DeepSpeed configuration in JSON", None)
+        yield Finding(
+            ("deepspeed",), f"{file} cannot be read as JSON: {error}", "a DeepSpeed configuration in JSON", None
+        )
         return
     for finding in config_findings(config, phase, dtype, num_workers):
         line = _line(text, finding.path)

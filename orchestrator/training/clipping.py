@@ -129,7 +129,7 @@ def loss_scale(engine: Any) -> float:
     optimizer = engine.optimizer
     scaled = getattr(optimizer, "scale_if_loss", None)
     # DeepSpeed scales nothing but what a gradient flows back from.
-    used = 1.0 if scaled is None else float(scaled(torch.ones((), requires_grad=True) * 1.0))
+    used = 1.0 if scaled is None else float(scaled(torch.ones((), requires_grad=True) * 1.0).detach())
     if used != (float(getattr(optimizer, "loss_scale", math.nan)) if engine.fp16_enabled() else 1.0):
         raise StageRunError(
             f"{type(optimizer).__name__} multiplies the loss by {used}, and says it is "

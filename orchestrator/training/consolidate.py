@@ -57,7 +57,9 @@ def _master(name: str, parameter: nn.Parameter, partitioned: bool) -> torch.Tens
         raise StageRunError(f"no float32 weights of {name}, which trains, are in the engine; nothing was stored")
     # Under ZeRO-3 the rounded copy lies in pieces, cut from the pieces of the float32 weights.
     if not partitioned and not torch.equal(_without_nan(whole.to(parameter)), _without_nan(parameter.detach())):
-        raise StageRunError(f"the engine's float32 weights of {name} are not those it computed with; nothing was stored")
+        raise StageRunError(
+            f"the engine's float32 weights of {name} are not those it computed with; nothing was stored"
+        )
     return whole
 
 
@@ -78,8 +80,8 @@ def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_fi
         return
     if exact_file is None:
         raise StageRunError(
-            f"{frozen[0]} and {len(frozen) - 1} other weights do not train, and the state the phase started from, which "
-            "holds them unrounded, is no longer in the ledger; nothing was stored; train that state again"
+            f"{frozen[0]} and {len(frozen) - 1} other weights do not train, and the state the phase started from, "
+            "which holds them unrounded, is no longer in the ledger; nothing was stored; train that state again"
         )
     with safe_open(exact_file, framework="pt") as file:
         known = set(file.keys())
@@ -90,9 +92,7 @@ def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_fi
             tensors[name] = file.get_tensor(plain)
 
 
-def _keep(
-    found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> None:
+def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     if group.rank() == 0:
         # A copy: a gathered parameter's memory is given back, and training goes on in the others.
         found[name] = tensor.detach().to("cpu", dtype, copy=True)
