@@ -101,6 +101,8 @@ def _train(
             if spool is not None:
                 spool.append(_metrics_line(job, session, step, figures))
                 _log(job, step, figures)
+                if figures.passed_over:
+                    logs.LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
             step += 1
             due = step % job.checkpoint_every == 0
             if step < job.last_step and (due or figures.stop):

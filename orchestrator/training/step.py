@@ -29,6 +29,7 @@ class StepFigures:
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
         label_tokens: Tokens that are predicted.
         stop: Whether a rank asks to stop after this step.
+        passed_over: Gradients overflowed in float16, and no weight was changed.
         distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None where no teacher runs. `loss`
             stays the labels' cross-entropy, so that steps of all variants compare.
     """
@@ -42,6 +43,7 @@ class StepFigures:
     step_seconds: float
     stop: bool
     distill_loss: float | None = None
+    passed_over: bool = False
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
@@ -115,6 +117,7 @@ def run_step(
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
         distill_loss=sums[5] if action.distill is not None else None,
+        passed_over=not engine.was_step_applied(),
     )
 
 
