@@ -60,9 +60,10 @@ def logits_of(job: StageJob, model: Any, file: Path) -> torch.Tensor:
     batch = training_data(job, TrainingMemory()).collate(range(4))
     dtype = next(model.parameters()).dtype
     moved = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-    del moved["labels"]
     with _points(model, job.table[-1].points, file), evaluation_mode(model):
-        return model(**moved).logits
+        logits = model(**moved, use_cache=False, label_logits=True).logits  # padding's may be anything, NaN too
+    assert bool(logits.isfinite().all())
+    return logits
 
 
 def evaluation_of(job: StageJob) -> EvaluationJob:
@@ -148,11 +149,7 @@ def run_and_check(made: tuple[Path, Path], folder: Path, combinations: list[tupl
 
 
 def test_what_is_stored_evaluated_and_resumed_is_what_was_trained(made: tuple[Path, Path], tmp_path: Path) -> None:
-    run_and_check(
-        made,
-        tmp_path,
-        [("lora", "bfloat16", 0), ("lora", "float16", 2), ("learned", "float16", 0), ("full", "bfloat16", 1)],
-    )
+    run_and_check(made, tmp_path, [("lora", "bfloat16", 0), ("learned", "float16", 2)])
 
 
 @pytest.mark.slow
