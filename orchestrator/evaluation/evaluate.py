@@ -21,6 +21,7 @@ from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.spec.model import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 WEIGHTS_FILE = "weights/model.safetensors"
@@ -71,7 +72,7 @@ def evaluate_state(
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     if model is None:
         _fetch(job, ledger, workers)
-        model = load_model(job, weights)
+        model = load_model(job, weights, workers.device)
     outcome = run_under(job, model, data, workers, weights)
     if stop.met(workers, next(model.parameters()).device):
         return None
@@ -137,6 +138,7 @@ def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
 def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> Iterator[None]:
     """The model under these points; afterwards under those it had, so that a training session can go on."""
     from orchestrator.compression import attach, attachment_of
+    from orchestrator.models.build import cast_parameters
     from orchestrator.models.learned import learned_modules, load_learned
 
     attachment = attachment_of(model)
@@ -145,7 +147,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
         try:
             parameter = next(model.parameters())
             for module in learned_modules(model).values():
-                module.to(parameter.device, parameter.dtype)
+                cast_parameters(module.to(parameter.device), parameter.dtype)
             load_learned(model, weights)
             yield
         finally:
@@ -187,13 +189,16 @@ def _fetch(job: EvaluationJob, ledger: ResultStore, workers: Workers) -> None:
             raise found
 
 
-def load_model(job: EvaluationJob, weights: Path) -> PreTrainedModel:
-    """The model of an evaluation with weights of a file, in the type it is trained to compute in."""
+def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTrainedModel:
+    """The model of an evaluation with weights of a file, in the type it is trained to compute in.
+
+    Its bits are those of the model that training has in memory, so that the answers do not depend on which is tested.
+    """
     import torch
 
-    from orchestrator.models.build import build_model, compute_dtype
+    from orchestrator.models.build import build_model, cast_parameters, compute_dtype
 
     spec = ModelSpec.model_validate(job.model)
     model: PreTrainedModel = build_model(spec, weights)
-    # The type it was trained to compute in, so that the answer does not depend on whether it was still in memory.
-    return model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, compute_dtype(spec)))
+    cast_parameters(model, getattr(torch, compute_dtype(spec)))
+    return model.to(device)

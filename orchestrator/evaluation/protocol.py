@@ -31,6 +31,15 @@ class Workers:
         return cls()
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank computes: `cluster.use_gpu: false` gives a group without NCCL, or `DS_ACCELERATOR=cpu`."""
+        in_group = dist.is_available() and dist.is_initialized()
+        without = os.environ.get("DS_ACCELERATOR") == "cpu" or (in_group and "nccl" not in dist.get_backend())
+        if without or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    @property
     def leads_node(self) -> bool:
         """Whether this is the first rank of its node."""
         return int(os.environ.get("LOCAL_RANK", self.rank)) == 0

@@ -33,5 +33,6 @@ def answer_one(job: EvaluationJob, ledger: ResultStore, state: str, model: PreTr
     data = evaluation_data(job)
     weights = ledger.state_folder(state) / WEIGHTS_FILE
     longest = max(data.rows, key=lambda row: row.num_words)
-    model = load_model(job, weights) if model is None else model
-    run_under(job, model, replace(data, rows=[longest]), Workers.here(), weights)
+    workers = Workers.here()
+    model = load_model(job, weights, workers.device) if model is None else model
+    run_under(job, model, replace(data, rows=[longest]), workers, weights)

@@ -119,6 +119,16 @@ def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
 
 
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the parameters and leaves buffers alone, as DeepSpeed does (`_cast_module_mixed_precision`, 0.19.8).
+
+    A rotary embedding's frequencies rounded to bfloat16 are those of another model.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Writes float32 tensors as safetensors.
 

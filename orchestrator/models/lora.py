@@ -49,6 +49,11 @@ def has_lora(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
+def plain_name(name: str) -> str:
+    """The name in the plain model of a weight that an adapter sits beside."""
+    return name.replace(".base_layer.", ".")
+
+
 def merged_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The plain model's weights from those of a model with adapters, as peft's own merge computes them.
 
@@ -56,7 +61,7 @@ def merged_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[s
         model: Names and scalings of the adapters are read from it, no values.
         tensors: All weights by name, whole and in float32 (under ZeRO-3 gathered by the caller).
     """
-    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if "lora_" not in name}
+    merged = {plain_name(name): tensor for name, tensor in tensors.items() if "lora_" not in name}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import Fault
+from orchestrator.spec.deepspeed_keys import file_findings
 from orchestrator.spec.faults import fault_at
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import ModelFacts, model_facts
+from orchestrator.spec.model_facts import ModelFacts, attention_dropout, model_facts
 from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
 from orchestrator.spec.place_checks import check_data, check_implementations, check_model
@@ -128,6 +129,8 @@ class Checks:
             facts = self._facts(model) if model is not None else None
         except ValueError:
             facts = None  # told beside the variants
+        if model is not None:
+            yield from self._check_dropout(model)
         for name in ("pretrain", "finetune"):
             phase: PhaseSpec | None = getattr(phases, name)
             if phase is not None:
@@ -135,10 +138,25 @@ class Checks:
                 yield from check_length(phase, path)
                 yield from check_parts(phase, path)
                 yield from self._check_batch(phase, path)
+                yield from self._check_computation(phase, path, model)
                 yield from self.starts.check(phases, name, facts)
                 yield from check_schedule(phase, path, data, schedules, variants, facts)
                 if variants is not None and schedules is not None:
                     yield from check_learning(phase, path, schedules, variants, self.notices)
+
+    def _check_computation(self, phase: PhaseSpec, path: Path, model: ModelSpec | None) -> Iterator[Finding]:
+        workers = self.cluster.num_workers if self.cluster is not None else None
+        dtype = model.dtype if model is not None else "auto"
+        for finding in file_findings(phase, dtype, workers if isinstance(workers, int) else None):
+            yield Finding((*path, *finding.path), finding.message, finding.allowed, finding.hint)
+
+    def _check_dropout(self, model: ModelSpec) -> Iterator[Finding]:
+        found = attention_dropout(model.model_name_or_path, model.revision)
+        if found is not None:
+            key, value = found
+            message = f"{key} is {value} in its config.json: what attention drops cannot be drawn by sample"
+            hint = "set it to 0 there; lora.dropout is drawn by sample"
+            yield Finding(("model", "model_name_or_path"), message, f"{key}: 0.0", hint)
 
     def _check_batch(self, phase: PhaseSpec, path: Path) -> Iterator[Finding]:
         workers = self.cluster.num_workers if self.cluster is not None else None

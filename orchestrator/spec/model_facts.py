@@ -128,6 +128,22 @@ def find_config(model_name_or_path: str, revision: str | None = None) -> Path | 
         return None
 
 
+def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
+    """The first part of a model's config that drops attention weights, and its probability; None for none known."""
+    path = find_config(model_name_or_path, revision)
+    try:
+        config = json.loads(path.read_bytes()) if path is not None else None
+    except (OSError, ValueError, RecursionError):
+        return None  # told by `model_facts`
+    if not isinstance(config, dict):
+        return None
+    for name, part in (("", config), *config.items()):
+        value = part.get("attention_dropout") if isinstance(part, dict) else None
+        if isinstance(value, float | int) and value > 0:
+            return f"{name}.attention_dropout".lstrip("."), float(value)
+    return None
+
+
 @lru_cache(maxsize=64)
 def _facts_of(path: str, mtime_ns: int, size: int) -> ModelFacts | None:
     try:

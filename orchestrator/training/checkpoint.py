@@ -28,6 +28,7 @@ _TAG = "state"
 # DeepSpeed loads with weights_only=False, which runs what a file asks for: nothing but these may be asked for.
 _KNOWN_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
@@ -52,7 +53,11 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
         # A script DeepSpeed copies into each checkpoint; nobody should run code out of one.
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
         session.learned.save(folder)
-        facts = {"world_size": group.world_size(), "learned": session.learned.names()}
+        facts = {
+            "world_size": group.world_size(),
+            "learned": session.learned.names(),
+            "phase_start": session.phase_start,
+        }
         cursor = {**_cursor(session, job, step), **facts}
         with storage_errors(folder):
             (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
@@ -101,6 +106,7 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
         raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
     if source != folder:
         group.on_each_node(lambda: shutil.rmtree(source, ignore_errors=True))
+    session.phase_start = cursor.get("phase_start")
     return int(cursor["step"])
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.utils import clip_grad_norm_
 
+from orchestrator.errors import StageRunError
+
 
 class SharedNorm:
     """Makes an engine clip by the norm of its gradients and of some it does not know.
@@ -21,15 +23,21 @@ class SharedNorm:
 
     Attributes:
         beside: Norm of this step's gradients beside the engine, on its device; None where there are none.
+        scale: What the engine multiplied this step's loss with.
+        overflowed: Under float16, the gradients beside the engine are not finite: nothing takes this step.
     """
 
     def __init__(self, engine: Any, max_norm: float, alone: bool = False) -> None:
         self._engine, self._max_norm, self._alone = engine, max_norm, alone
         self._total: torch.Tensor | None = None
         self.beside: torch.Tensor | None = None
+        self.scale, self.overflowed = 1.0, False
+        optimizer = engine.optimizer
+        if engine.fp16_enabled():
+            self._share_overflow(optimizer)
+            self._keep_scale(optimizer)
         if max_norm <= 0 or alone:
             return
-        optimizer = engine.optimizer
         if hasattr(optimizer, "unscale_and_clip_grads"):  # ZeRO 1 to 3, float16
             self._widen_total_norm(optimizer)
         elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bfloat16
@@ -51,6 +59,26 @@ class SharedNorm:
         self._total = torch.hypot(norm.to(self.beside), self.beside)
         return self._total
 
+    def _share_overflow(self, optimizer: Any) -> None:
+        original = optimizer.has_overflow
+        optimizer.has_overflow = lambda *args, **kwargs: bool(original(*args, **kwargs)) or self.overflowed
+
+    def _keep_scale(self, optimizer: Any) -> None:
+        """DeepSpeed 0.19.8 may double its scale between the backward pass and the division by it: a step of half size.
+
+        Gradients are divided by the scale they were multiplied with.
+        """
+        original = optimizer.unscale_and_clip_grads
+
+        def unscale(*args: Any, **kwargs: Any) -> Any:
+            following, optimizer.loss_scale = optimizer.loss_scale, self.scale
+            try:
+                return original(*args, **kwargs)
+            finally:
+                optimizer.loss_scale = following
+
+        optimizer.unscale_and_clip_grads = unscale
+
     def _widen_total_norm(self, optimizer: Any) -> None:
         original = optimizer.unscale_and_clip_grads
 
@@ -58,8 +86,8 @@ class SharedNorm:
             if self.beside is None:
                 return original(*args, **kwargs)
             # The last positional argument is the norm, of gradients still multiplied by the loss scale.
-            scale, norm = loss_scale(self._engine), torch.as_tensor(args[-1])
-            return original(*args[:-1], self._widened(norm / scale).to(norm) * scale, **kwargs)
+            norm = torch.as_tensor(args[-1])
+            return original(*args[:-1], self._widened(norm / self.scale).to(norm) * self.scale, **kwargs)
 
         optimizer.unscale_and_clip_grads = clip
 
@@ -93,6 +121,18 @@ class SharedNorm:
 
 
 def loss_scale(engine: Any) -> float:
-    """What the engine multiplies the loss with against underflow; 1 but for float16."""
-    scaled = getattr(engine.optimizer, "scale_if_loss", None)
-    return 1.0 if scaled is None else float(scaled(torch.ones(())))
+    """What the engine multiplies the loss with against underflow; 1 but for float16.
+
+    Raises:
+        StageRunError: the engine computes in float16, and its optimizer does not say the scale it uses.
+    """
+    optimizer = engine.optimizer
+    scaled = getattr(optimizer, "scale_if_loss", None)
+    # DeepSpeed scales nothing but what a gradient flows back from.
+    used = 1.0 if scaled is None else float(scaled(torch.ones((), requires_grad=True) * 1.0).detach())
+    if used != (float(getattr(optimizer, "loss_scale", math.nan)) if engine.fp16_enabled() else 1.0):
+        raise StageRunError(
+            f"{type(optimizer).__name__} multiplies the loss by {used}, and says it is "
+            f"{getattr(optimizer, 'loss_scale', 'none')}; gradients beside it cannot be brought to their size"
+        )
+    return used

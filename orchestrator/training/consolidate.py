@@ -13,16 +13,19 @@ from torch import nn
 from orchestrator.errors import StageRunError
 from orchestrator.models.build import save_weights, weight_tensors
 from orchestrator.models.learned import named_in_file
-from orchestrator.models.lora import has_lora, merged_weights
+from orchestrator.models.lora import has_lora, merged_weights, plain_name
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.memory import Session
 
 
 def whole_weights(session: Session) -> dict[str, torch.Tensor]:
-    """All parameters and persistent buffers by name, float32 on the CPU; empty on ranks other than 0.
+    """All parameters (float32) and persistent buffers by name, on the CPU; empty on ranks other than 0.
 
     Every rank calls it: parameters are gathered one by one, so that no more than one is whole on a worker.
+
+    Raises:
+        StageRunError: the engine does not hold the float32 value of a parameter that trains.
     """
     model = session.engine.module
     partitioned = zero_stage(session.config) == 3
@@ -31,10 +34,11 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     for name, tensor in weight_tensors(model).items():
         parameter = parameters.get(name)
-        if parameter is not None and parameter.requires_grad and separate_master:
-            whole = safe_get_full_fp32_param(parameter)
-            _keep(found, name, tensor if whole is None else whole)
-        elif parameter is not None and partitioned:
+        if parameter is None:
+            _keep(found, name, tensor, tensor.dtype)  # no engine rounds a buffer
+        elif parameter.requires_grad and separate_master:
+            _keep(found, name, _master(name, parameter, partitioned))
+        elif partitioned:
             with GatheredParameters([parameter]):
                 _keep(found, name, parameter)
         else:
@@ -42,35 +46,69 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     return found
 
 
-def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], parent_file: Path, rests: bool) -> None:
-    """Frozen weights have no master in the engine, only their rounded values: the parent's are the exact ones.
+def _master(name: str, parameter: nn.Parameter, partitioned: bool) -> torch.Tensor:
+    """The float32 value that trains, of which the parameter is the rounded copy; every rank calls it.
+
+    Raises:
+        StageRunError: the engine has none, or another one; the rounded copy is never taken for it.
+    """
+    whole: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+    if whole is None or whole.dtype != torch.float32 or whole.numel() == 0 < parameter.numel():
+        raise StageRunError(f"no float32 weights of {name}, which trains, are in the engine; nothing was stored")
+    # Under ZeRO-3 the rounded copy lies in pieces, cut from the pieces of the float32 weights.
+    if not partitioned and not torch.equal(_without_nan(whole.to(parameter)), _without_nan(parameter.detach())):
+        raise StageRunError(
+            f"the engine's float32 weights of {name} are not those it computed with; nothing was stored"
+        )
+    return whole
+
+
+def _without_nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(nan=0.0)  # a diverged run is told as one
+
+
+def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_file: Path | None, rests: bool) -> None:
+    """Frozen weights have no master in the engine, only their rounded values: those it was opened with are exact.
 
     Where nothing in the engine trains (`rests`), all are.
+
+    Raises:
+        StageRunError: there is no such file, or it lacks one.
     """
-    with safe_open(parent_file, framework="pt") as file:
+    frozen = [name for name, parameter in model.named_parameters() if rests or not parameter.requires_grad]
+    if not frozen:
+        return
+    if exact_file is None:
+        raise StageRunError(
+            f"{frozen[0]} and {len(frozen) - 1} other weights do not train, and the state the phase started from, "
+            "which holds them unrounded, is no longer in the ledger; nothing was stored; train that state again"
+        )
+    with safe_open(exact_file, framework="pt") as file:
         known = set(file.keys())
-        for name, parameter in model.named_parameters():
-            if name in known and (rests or not parameter.requires_grad):
-                tensors[name] = file.get_tensor(name)
+        for name in frozen:
+            plain = plain_name(name)
+            if plain not in known:
+                raise StageRunError(f"{exact_file} lacks {plain}, which does not train; nothing was stored")
+            tensors[name] = file.get_tensor(plain)
 
 
-def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     if group.rank() == 0:
         # A copy: a gathered parameter's memory is given back, and training goes on in the others.
-        found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+        found[name] = tensor.detach().to("cpu", dtype, copy=True)
 
 
-def write_weights(session: Session, path: Path, parent_file: Path | None) -> None:
+def write_weights(session: Session, path: Path, exact_file: Path | None) -> None:
     """Rank 0 writes the model's weights as a plain model's, adapters merged, and beside them what compressors learned.
 
     Args:
         session: The model under training.
         path: File to write.
-        parent_file: Weights of the parent state; frozen ones are taken from it where the engine rounded them; None
-            where it did not, or where they are gone.
+        exact_file: Weights the phase started from: frozen ones are taken from it where the engine rounded them. Not
+            read in float32; None where they are gone.
 
     Raises:
-        StageRunError: a weight is not finite.
+        StageRunError: a weight is not finite, or the engine does not hold what was trained.
         StorageError: the file cannot be written.
     """
     tensors = whole_weights(session)
@@ -84,8 +122,8 @@ def write_weights(session: Session, path: Path, parent_file: Path | None) -> Non
                 "lower learning_rate, or set max_grad_norm"
             )
         model = session.engine.module
-        if parent_file is not None:
-            _restore_frozen(model, tensors, parent_file, rests=not any(session.base_rates))
+        if session.compute_dtype != torch.float32:
+            _restore_frozen(model, tensors, exact_file, rests=not any(session.base_rates))
         plain = merged_weights(model, tensors) if has_lora(model) else tensors
         save_weights(plain | learned, path)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.spec.deepspeed_keys import BATCH_KEYS, config_findings
 from orchestrator.spec.phase import PhaseSpec
 
 PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def deepspeed_config(
@@ -30,14 +30,14 @@ def deepspeed_config(
         on_gpu: Communication overlaps with computation only there.
 
     Raises:
-        UsageError: the preset is unknown, the file cannot be read, or a key contradicts the recipe.
+        UsageError: the preset is unknown, the file cannot be read, or a key contradicts the recipe or can
+            change what is learned.
     """
     config = _without_auto(_given(recipe.deepspeed, on_gpu))
-    if recipe.per_device_train_batch_size == "auto" and (given := [key for key in _BATCH_KEYS if key in config]):
-        raise UsageError(
-            f"deepspeed: {given[0]}: {config[given[0]]} contradicts per_device_train_batch_size: auto, which finds it; "
-            'leave the key out or write "auto"'
-        )
+    for finding in config_findings(config, recipe, dtype, world_size):
+        raise UsageError(f"deepspeed: {finding.message}; allowed: {finding.allowed}; {finding.hint}")
+    for key in ("optimizer", "scheduler", *BATCH_KEYS):
+        config.pop(key, None)
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -45,18 +45,20 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
     }
-    _refuse_contradictions(config, ours, micro_batch_size * accumulation_steps * world_size)
     for key in ("bf16", "fp16"):
         ours[key] = {**config.get(key, {}), **ours[key]}
     config = {**config, **ours}
-    config.pop("train_batch_size", None)
     # torch's AdamW everywhere: the fused kernels need a compiler on every worker, and it is the reference.
     config["optimizer"] = {
         "type": "AdamW",
         "params": {"lr": 0.0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
     }
-    if dtype == "bfloat16":
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if dtype != "float32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if zero_stage(config) == 0:
+            # Without ZeRO, DeepSpeed accumulates in the compute type, and keeps the float32 weights of float16 where
+            # nothing can ask for them. Stage 1 is the same arithmetic, its optimizer's states cut by rank.
+            config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": 1}
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**31)
     return config
@@ -103,23 +105,3 @@ def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
     return value
-
-
-def _refuse_contradictions(config: dict[str, Any], ours: dict[str, Any], global_batch_size: int) -> None:
-    expected = {**ours, "train_batch_size": global_batch_size}
-    for key in (*_BATCH_KEYS, "gradient_clipping"):
-        if key in config and config[key] != expected[key]:
-            raise UsageError(
-                f"deepspeed: {key}: {config[key]} contradicts the recipe, which gives {expected[key]}; "
-                'leave the key out or write "auto"'
-            )
-    for key in ("bf16", "fp16"):
-        given = config.get(key, {}).get("enabled")
-        if given is not None and given != ours[key]["enabled"]:
-            raise UsageError(f"deepspeed: {key}.enabled: {given} contradicts model.dtype; leave it out")
-    optimizer = config.pop("optimizer", {})
-    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or optimizer.get("params"):
-        raise UsageError("deepspeed: optimizer: the recipe sets AdamW (learning_rate, weight_decay); leave it out")
-    scheduler = config.pop("scheduler", {})
-    if scheduler.get("params"):
-        raise UsageError("deepspeed: scheduler: lr_scheduler_type and warmup_ratio of the phase say it; leave it out")

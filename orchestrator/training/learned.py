@@ -21,12 +21,13 @@ from torch import nn
 from orchestrator import registry
 from orchestrator.compression import Attachment, attach
 from orchestrator.errors import StorageError
-from orchestrator.models.build import weight_tensors
+from orchestrator.models.build import cast_parameters, weight_tensors
 from orchestrator.models.learned import LEARNED_MODULES, fill, learned_modules, learned_weights
 from orchestrator.models.parts import COMPRESSOR, names_without_decay, rate_of
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import group
 from orchestrator.training.clipping import SharedNorm, loss_scale
+from orchestrator.training.dropout import refuse_dropout
 from orchestrator.training.parked import LEARNED_FILE, MOMENTS, Parked, read_parked, write_parked
 
 
@@ -154,6 +155,7 @@ class LearnedPart:
         Args:
             used: Names of the modules; None for points without one.
         """
+        self._norm.scale, self._norm.overflowed = loss_scale(self._engine), False
         names = sorted({name for name in used if name is not None}) if self.trains else []
         self._stepping = [self._live[name] for name in names]
         masters = [master for live in self._stepping for master in live.masters.values()]
@@ -162,11 +164,11 @@ class LearnedPart:
         flat = torch.cat([(m.grad if m.grad is not None else torch.zeros_like(m)).flatten() for m in masters])
         if group.world_size() > 1:
             dist.all_reduce(flat)
-        scale = loss_scale(self._engine)
         # The loss was multiplied by the number of ranks, since an engine takes the mean over them.
-        flat.div_(group.world_size() * scale)
-        if scale != 1.0 and not bool(torch.isfinite(flat).all()):
-            self._stepping = []  # float16 overflowed here, as it may in the engine: this step is passed over
+        flat.div_(group.world_size() * self._norm.scale)
+        if self._engine.fp16_enabled() and not bool(torch.isfinite(flat).all()):
+            # The engine is told, and passes this step over as it does where it overflows itself.
+            self._norm.overflowed, self._stepping = True, []
             return
         self._norm.beside = flat.norm()
         for master, gradient in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
@@ -228,7 +230,8 @@ class LearnedPart:
         parked = self._parked.pop(name, None) or Parked(
             {key: tensor.clone() for key, tensor in weight_tensors(module).items()}
         )
-        module.to(self._device, self._dtype)
+        refuse_dropout(module, name)
+        cast_parameters(module.to(self._device), self._dtype)
         fill(module, parked.weights, name)
         module.requires_grad_(self.trains)
         masters = dict(module.named_parameters())

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.training.dropout import Draws
+
 
 @dataclass
 class Session:
@@ -24,6 +26,8 @@ class Session:
         micro_batches: Samples of one forward by what a step does, in the present stage run; None before the first.
         compute_dtype: Type the model computes in.
         points: Points in force; None where they are not known.
+        draws: What its dropout draws from.
+        phase_start: State the phase started from: its weights are what does not train, unrounded.
     """
 
     engine: Any
@@ -35,7 +39,9 @@ class Session:
     micro_batch_size: int
     compute_dtype: torch.dtype
     points: tuple[dict[str, Any], ...] | None
+    draws: Draws
     micro_batches: Any = None
+    phase_start: str | None = None
 
 
 @dataclass

@@ -20,6 +20,7 @@ from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import group
 from orchestrator.training.batches import accumulation_steps
 from orchestrator.training.deepspeed_config import deepspeed_config
+from orchestrator.training.dropout import Draws, draw_by_sample
 from orchestrator.training.learned import LearnedPart
 from orchestrator.training.memory import Session
 from orchestrator.training.micro_batch import even_size
@@ -43,7 +44,8 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         universal: The engine is to load a converted checkpoint (`training/resize.py`).
 
     Raises:
-        UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit.
+        UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit, or the model has
+            dropout that cannot be drawn by sample.
         StorageError: the weights cannot be read.
         StageRunError: the weights are not the model's.
     """
@@ -55,6 +57,8 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     model = build_model(model_spec, weights_file)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, job.seed)
+    draws = Draws()
+    draw_by_sample(model, draws)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
     attachment = attach(model, [])  # what learns is brought in by LearnedPart, behind the engine's back
@@ -76,6 +80,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         micro_batch_size=micro_batch_size,
         compute_dtype=getattr(torch, dtype),
         points=None,
+        draws=draws,
     )
 
 

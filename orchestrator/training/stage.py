@@ -101,6 +101,8 @@ def _train(
             if spool is not None:
                 spool.append(_metrics_line(job, session, step, figures))
                 _log(job, step, figures)
+                if figures.passed_over:
+                    logs.LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
             step += 1
             due = step % job.checkpoint_every == 0
             if step < job.last_step and (due or figures.stop):
@@ -164,6 +166,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
     weights = _fetched(ledger, job.parent, "weights") / Path(WEIGHTS_FILE).name
     if job.starts_phase and newest is None:
         memory.session = open_session(job, weights)
+        memory.session.phase_start = job.parent
         return memory.session, job.first_step
     if newest is None:
         source = _fetched(ledger, job.parent, "checkpoint")
@@ -269,12 +272,17 @@ def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None
 
 
 def _exact_weights(session: Session, job: StageJob, ledger: Ledger) -> Path | None:
-    """For rank 0, the parent's weights, where the engine holds frozen ones rounded; it may have them from memory."""
+    """For rank 0, weights in which what does not train is unrounded, where the engine rounds; None where they are gone.
+
+    The parent's are merged with its adapters where LoRA trains, so that only those the phase started from are exact.
+    """
     if session.compute_dtype == torch.float32:
         return None
+    states = [session.phase_start, None if job.recipe["lora"] else job.parent]
 
     def fetch() -> Path | None:
-        return ledger.fetch(job.parent, "weights") if ledger.has(job.parent, "weights") else None
+        state = next((one for one in states if one is not None and ledger.has(one, "weights")), None)
+        return None if state is None else ledger.fetch(state, "weights")
 
     folder = group.decide(fetch)
     return folder and folder / Path(WEIGHTS_FILE).name

@@ -29,6 +29,7 @@ class StepFigures:
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
         label_tokens: Tokens that are predicted.
         stop: Whether a rank asks to stop after this step.
+        passed_over: Gradients overflowed in float16, and no weight was changed.
         distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None where no teacher runs. `loss`
             stays the labels' cross-entropy, so that steps of all variants compare.
     """
@@ -42,10 +43,15 @@ class StepFigures:
     step_seconds: float
     stop: bool
     distill_loss: float | None = None
+    passed_over: bool = False
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
-    """Seed of dropout in one micro-batch; it depends on no rank's state, so that a resumed run draws the same."""
+    """Seed of torch's generator in one micro-batch, for what a method of its own may draw from it.
+
+    Dropout does not: it draws by sample (`training/dropout.py`). It depends on no rank's state, so that a resumed run
+    draws the same.
+    """
     digest = hashlib.sha256(f"{seed}:{step}:{first_sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -83,6 +89,7 @@ def run_step(
     visual_layer_tokens = text_tokens = 0.0
     for batch in micro_batches:
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
+        session.draws.enter(job.seed, step, batch.indices)
         seed = micro_batch_seed(job.seed, step, batch.indices[0])
         losses = forward_losses(session, action, batch, label_tokens, seed)
         engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
@@ -110,6 +117,7 @@ def run_step(
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
         distill_loss=sums[5] if action.distill is not None else None,
+        passed_over=not engine.was_step_applied(),
     )
 
 

@@ -40,6 +40,7 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
     set_accumulation(session.engine, 2 * size * group.world_size(), size)
     session.attachment.switch(list(action.points))
     session.attachment.set_step(step=job.first_step, seed=job.seed, sample_index=indices)
+    session.draws.enter(job.seed, job.first_step, indices)
     session.points = None
     reset_peak_memory()
     batch = MicroBatch(indices, data.collate(indices))

@@ -11,8 +11,8 @@ import torch
 
 from orchestrator.compression import attach
 from orchestrator.errors import DamagedStateError
-from orchestrator.evaluation.evaluate import evaluate_state
-from orchestrator.models.build import build_model
+from orchestrator.evaluation.evaluate import evaluate_state, load_model
+from orchestrator.models.build import build_model, cast_parameters
 from orchestrator.models.initial import write_initial_weights
 from orchestrator.plan.jobs import EvaluationJob, RootJob
 from orchestrator.plan.ledger import Ledger
@@ -125,4 +125,9 @@ def test_computes_in_the_models_type(ledger):
     result = evaluate_state(half, ledger)
     assert result["num_samples"] == 30
     model = build_model(ModelSpec.model_validate(MODEL), ledger.state_folder(STATE) / "weights" / "model.safetensors")
-    assert answers(evaluate_state(half, ledger, model=model.to(torch.bfloat16))) == answers(result)
+    cast_parameters(model, torch.bfloat16)  # as DeepSpeed casts it: tests/training/test_precision.py
+    assert answers(evaluate_state(half, ledger, model=model)) == answers(result)
+    loaded = load_model(half, ledger.state_folder(STATE) / "weights" / "model.safetensors", torch.device("cpu"))
+    types = {name.rpartition(".")[2]: buffer.dtype for name, buffer in loaded.named_buffers()}
+    assert types["inv_freq"] == torch.float32 and types["position_ids"] == torch.int64
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
