@@ -103,9 +103,9 @@ class _Resolver:
         sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
         found = []
         for set_name, share in sets.items():
-            identity, dump, notice = self._data(spec, set_name, f"phases.{name}.data")
-            notices += [notice] if notice else []
-            found.append((identity, share, {"name": set_name, "share": share, "spec": dump}))
+            identity, entry, told = self._data(spec, set_name, f"phases.{name}.data")
+            notices += told
+            found.append((identity, share, {"name": set_name, "share": share, **entry}))
         found.sort(key=lambda entry: entry[:2])
         total_steps = self._total_steps(spec, name, recipe, sets, facts)
         table, policy = self._table(spec, name, recipe, total_steps)
@@ -155,10 +155,11 @@ class _Resolver:
 
         return steps_by_cost(name, recipe, None if sample is None else price, stated)
 
-    def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
+    def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], list[str]]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
-        return self._once(_data, spec.data[name])
+        identity, entry, told = self._once(_data, spec.data[name])
+        return identity, entry, [f"data.{name}: {text}" for text in told]
 
     def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> tuple[StageTable, str]:
         """The compiled schedule, one object for equal ones, and the schedule's kind."""
@@ -220,8 +221,8 @@ class _Resolver:
         notices: list[str],
     ) -> EvaluationJob:  # fmt: skip
         entry = spec.evaluate[name]
-        data_id, data, notice = self._data(spec, entry.data, f"evaluate.{name}.data")
-        notices += [notice] if notice else []
+        data_id, data, told = self._data(spec, entry.data, f"evaluate.{name}.data")
+        notices += told
         variant = final if under == "final" else self._variant(spec, under, facts)
         recipe = spec.phases.finetune or spec.phases.pretrain
         length = 2048 if recipe is None else recipe.model_max_length
@@ -231,8 +232,9 @@ class _Resolver:
         )
         model = self._once(_dump, spec.model)
         return EvaluationJob(
-            identity, state, name, under, variant.points, dump, data, model, length, tuple(spec.plugins)
-        )
+            identity, state, name, under, variant.points, dump, data["spec"], model, length, tuple(spec.plugins),
+            data["content"],
+        )  # fmt: skip
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
@@ -276,9 +278,11 @@ def _recipe_digest(recipe: PhaseSpec) -> str:
     return digest(reached.recipe_identity(recipe))
 
 
-def _data(data: Any) -> tuple[str, dict[str, Any], str | None]:
+def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
+    """Identity; the spec as a mapping and its content's digest; what users should know."""
     identity, notice = reached.data_identity(data)
-    return digest(identity), _dump(data), notice
+    told = [notice] if notice else data.remarks()
+    return digest(identity), {"spec": _dump(data), "content": identity["content"]}, told
 
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:

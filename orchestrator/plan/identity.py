@@ -155,6 +155,20 @@ def cache_folder() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
 
 
+_shared_folder: Path | None = None
+
+
+def share_caches(folder: Path | None) -> None:
+    """Says where this process finds what all nodes share: a folder of the storage; None: `cache_folder()` again."""
+    global _shared_folder
+    _shared_folder = folder
+
+
+def shared_cache_folder() -> Path:
+    """Where what can be computed again is kept for all nodes that work on one storage."""
+    return _shared_folder or cache_folder()
+
+
 _caches: dict[Path, DigestCache] = {}
 
 

@@ -110,7 +110,8 @@ class StageJob:
         total_steps: Optimizer steps of the whole phase; the learning rate depends on it and on the step alone.
         table: The phase's compiled schedule from step 0 to `last_step`; saved in checkpoints, checked on load.
         model: `ModelSpec` as a mapping, paths absolute.
-        data: The phase's data sets: `{"name", "share", "spec"}`, `spec` a `DataSpec` as a mapping, paths absolute.
+        data: The phase's data sets: `{"name", "share", "spec", "content"}`, `spec` a `DataSpec` as a mapping, paths
+            absolute, `content` the digest of its content when it was planned.
         recipe: `PhaseSpec` as a mapping.
         seed: Seed of data order, dropout and random methods in this phase.
         checkpoint_every: Optimizer steps between checkpoints inside the stage run.
@@ -157,6 +158,7 @@ class EvaluationJob:
         points: Points the model is tested under; empty for full tokens.
         spec: `EvaluationSpec` as a mapping.
         data: `DataSpec` as a mapping, paths absolute.
+        content: Digest of its content when it was planned; None: it was not at hand.
     """
 
     id: str
@@ -169,6 +171,7 @@ class EvaluationJob:
     model: dict[str, Any]
     model_max_length: int = 2048
     plugins: tuple[str, ...] = field(default=())
+    content: str | None = None
 
 
 @dataclass(frozen=True)

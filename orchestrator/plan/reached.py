@@ -130,12 +130,16 @@ def draws_weights(model: ModelSpec) -> bool:
 def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
     """Content and the fields that change rows; and a notice where the content cannot be read here.
 
-    Data that is not here is identified by its fields, paths included, until it is.
+    Data that is not here is identified by its fields, paths included, until it is. A storage that fails is another
+    thing: it says nothing of the data, and raises.
+
+    Raises:
+        OSError: the storage fails.
     """
     paths = frozenset(type(data).path_fields)
     try:
         return {**reached(data, leave=paths), "content": data.content_digest()}, None
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         where = error.filename or error
         notice = f"data of kind {data.kind} cannot be read here ({where}): cells are identified by its path for now"
         return {**reached(data), "content": None}, notice

@@ -198,11 +198,16 @@ class DataSpec(Component):
 
     @abstractmethod
     def content_digest(self) -> str:
-        """SHA-256 of the data's content, not of its path.
+        """SHA-256 of the data's content, images included, not of its path.
 
         Raises:
-            OSError: a file cannot be read.
+            FileNotFoundError: the data is not here.
+            OSError: the storage fails, which says nothing of the data.
         """
+
+    def remarks(self) -> list[str]:
+        """What a reader of results should know of the rows, such as how many were left out, and why."""
+        return []
 
 
 def _as_names(value: Any) -> Any:
