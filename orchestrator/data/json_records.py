@@ -38,6 +38,8 @@ def read_records(path: Path) -> Iterator[Any]:
         DataError: the file cannot be read, or is not what its name says; for a list perhaps after some records.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path} is no regular file")
         with path.open("rb") as raw:
             head = raw.read(HEAD_BYTES)
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
@@ -58,7 +60,7 @@ def _records(path: Path, file: IO[str], head: bytes) -> Iterator[Any]:
     if first == "[":
         if lines:
             raise DataError(f"{path}: this is a JSON list, not one record a line; name it .json")
-        yield from _of_list(path, file)
+        yield from _ListReader(path, file).records()
     elif first == "{" and not lines:
         raise DataError(_not_a_list(path, file))
     elif lines:
@@ -109,64 +111,78 @@ def _keys_of_mapping(path: Path) -> str | None:
     return ", ".join(list(map(str, value))[:8]) or "nothing" if isinstance(value, dict) else None
 
 
-def _of_list(path: Path, file: IO[str]) -> Iterator[Any]:
-    """Records of a JSON list, read piece by piece."""
-    decoder = json.JSONDecoder(object_pairs_hook=_mapping)
-    text, place, number, ended = "", 0, 0, False
+class _ListReader:
+    """A JSON list, read piece by piece.
 
-    def more() -> bool:
-        nonlocal text, place, ended
-        piece = file.read(max(CHUNK_CHARACTERS, len(text) - place))
-        ended = not piece
-        if piece:
-            text, place = text[place:] + piece, 0
-        return not ended
+    Args:
+        path: Named in errors.
+        file: The text, at its beginning.
+    """
 
-    def next_character() -> str:
-        nonlocal place
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path, self._file = path, file
+        self._text, self._place, self._number = "", 0, 0
+        self._decoder = json.JSONDecoder(object_pairs_hook=_mapping)
+
+    def records(self) -> Iterator[Any]:
+        """The records, one after the other.
+
+        Raises:
+            DataError: it is no JSON list, perhaps after some records.
+        """
+        self._next_character()
+        self._place += 1  # the bracket
+        following = self._next_character()
+        if following == "]":
+            self._place += 1
+        while following != "]":
+            if not self._next_character():
+                raise self._broken("the file ends before its list does")
+            yield self._record()
+            self._number += 1
+            following = self._next_character()
+            self._place += 1
+            if following not in ("]", ","):
+                what = f"this is {following!r}" if following else "the file ends"
+                raise self._broken(f"a comma or ] belongs before it, {what}")
+        if rest := self._next_character():
+            raise self._broken(f"the list has ended, and there is more: {rest!r}")
+
+    def _record(self) -> Any:
         while True:
-            while place < len(text) and text[place] in _BLANKS:
-                place += 1
-            if place < len(text):
-                return text[place]
-            if not more():
+            try:
+                record, end = self._decoder.raw_decode(self._text, self._place)
+            except RecursionError as error:
+                raise self._broken("too deeply nested") from error
+            except ValueError as error:
+                # What is cut off by the end of the piece fails at its end, or as a string that does not end.
+                cut = getattr(error, "pos", -1) >= len(self._text) - 16 or "Unterminated" in str(error)
+                if cut and self._more():
+                    continue
+                raise self._broken("the file ends in it" if cut else getattr(error, "msg", str(error))) from error
+            if end < len(self._text) or not self._more():
+                self._place = end
+                return record
+
+    def _more(self) -> bool:
+        """Reads on; False at the end of the file, where nothing is moved."""
+        piece = self._file.read(max(CHUNK_CHARACTERS, len(self._text) - self._place))
+        if piece:
+            self._text, self._place = self._text[self._place :] + piece, 0
+        return bool(piece)
+
+    def _next_character(self) -> str:
+        """The next that is no blank, still to be read; empty at the end of the file."""
+        while True:
+            while self._place < len(self._text) and self._text[self._place] in _BLANKS:
+                self._place += 1
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._more():
                 return ""
 
-    def broken(reason: str) -> DataError:
-        return DataError(f"{path} is not JSON: row {number}: {reason}")
-
-    next_character()
-    place += 1  # the bracket
-    if next_character() == "]":
-        place += 1
-    else:
-        while True:
-            if next_character() == "":
-                raise broken("the file ends before its list does")
-            while True:
-                try:
-                    record, end = decoder.raw_decode(text, place)
-                except RecursionError as error:
-                    raise broken("too deeply nested") from error
-                except ValueError as error:
-                    # What is cut off by the end of the piece fails at its end, or as a string that does not end.
-                    cut = getattr(error, "pos", -1) >= len(text) - 16 or "Unterminated" in str(error)
-                    if cut and not ended and more():
-                        continue
-                    raise broken("the file ends in it" if cut else getattr(error, "msg", str(error))) from error
-                if end < len(text) or ended or not more():
-                    break
-            place = end
-            yield record
-            number += 1
-            following = next_character()
-            place += 1
-            if following == "]":
-                break
-            if following != ",":
-                raise broken(f"a comma or ] belongs before it, this is {following!r}" if following else "the file ends")
-    if rest := next_character():
-        raise broken(f"the list has ended, and there is more: {rest!r}")
+    def _broken(self, reason: str) -> DataError:
+        return DataError(f"{self._path} is not JSON: row {self._number}: {reason}")
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

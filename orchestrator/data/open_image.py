@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
 from orchestrator.data.file_kinds import HEAD_BYTES, looks_like
@@ -50,8 +49,8 @@ _MAGIC = (
 _ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
 _ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)
-# What a step of grey is in 8 bits, where Pillow scales the pixels and leaves the transparent value as it was.
-_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+# What a PNG's value is in 8 bits, where Pillow scales the pixels and leaves the transparent value as it was.
+_STEPS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class BadImage(ValueError):
@@ -176,7 +175,7 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
         )
     full, inverted = _range_of_grey(image)
     tiles = getattr(image, "tile", ())
-    step = _GREY_STEPS.get(str(tiles[0][3])) if image.format == "PNG" and tiles else None
+    step = _STEPS.get(str(tiles[0][3])) if image.format == "PNG" and tiles else None
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     see_through = image.info.get("transparency")
@@ -185,14 +184,18 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
         shown = _scaled(image, full, inverted, see_through)
     elif step and isinstance(see_through, int):
         image.info["transparency"] = see_through * step
+    elif step and isinstance(see_through, tuple):
+        image.info["transparency"] = tuple(int(value * step) for value in see_through)
     if shown.mode == "1" and shown.has_transparency_data:
         shown = shown.convert("L")
         shown.info["transparency"] = image.info["transparency"]
+    if not shown.has_transparency_data:
+        return shown.convert("RGB")
+    shown = shown.convert("RGBA")
     without = shown.convert("RGB")
-    if not shown.has_transparency_data or reading.ambiguous == "load_image":
+    if reading.ambiguous == "load_image":
         return without
-    white = Image.new("RGBA", shown.size, "white")
-    over_white = Image.alpha_composite(white, shown.convert("RGBA")).convert("RGB")
+    over_white = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
     if strict and ImageChops.difference(without, over_white).getbbox() is not None:
         raise BadImage(
             "is transparent in parts: transformers' load_image shows the colours that a viewer hides; "
@@ -219,6 +222,8 @@ def _scaled(image: Image.Image, full: int | None, inverted: bool, see_through: A
     """8-bit grey of 16-bit grey, rounded to nearest; with an alpha channel where one value is transparent."""
     if full is None:
         raise BadImage(f"has grey values (Pillow's mode {image.mode}) whose range nothing tells; convert it to 8 bits")
+    import numpy as np  # the command line does without it until a 16-bit picture comes
+
     values = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(values, full) * 255 + full // 2) // full
     shown = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from orchestrator.data.rows import IMAGE_MARK, Row, Turn
@@ -19,6 +20,10 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+
+_A_LIST = "{'type': 'text'"
+"""What a template writes of a message's parts that reads strings only: Python's own form of a list."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,24 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
     system = _system_of(turns)
     if system is not None:
-        messages[0]["content"] = _system_content(row, system, messages, chat)
+        messages[0]["content"], refusal = _system_content(system, chat)
+        if refusal:
+            raise DataError(
+                f"row {row.index}: it has a system text, and the model's chat template {refusal}; "
+                "use conversation_template vicuna_v1, or leave the text out with ignore_keys: [system]"
+            )
+    answers: list[tuple[int, int]] = []
     if prompt_only:
-        return Rendered(chat.render(messages, True), ())
-    if chat.render_marked is not None:
+        text = chat.render(messages, True)
+    elif chat.render_marked is not None:
         text, answers = chat.render_marked(messages)
     else:
         text, answers = _answers_by_prefix(row, messages, chat)
+    if _A_LIST in text and not any(_A_LIST in turn.text for turn in turns):
+        raise DataError(
+            f"row {row.index}: the model's chat template reads strings, not parts of text and image; "
+            "use conversation_template vicuna_v1 or a template for images"
+        )
     if answers and chat.eos_token not in text[answers[-1][0] : answers[-1][1]]:
         # A template that never ends an answer would teach the model never to stop.
         first, last = answers[-1]
@@ -171,35 +187,29 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
     return Rendered(text, tuple(answers))
 
 
-def _system_content(row: Row, system: str, messages: Sequence[dict[str, Any]], chat: ChatFormat) -> Any:
-    """The system text in the shape that the template reads: a list of parts, or a string.
+@lru_cache(maxsize=256)
+def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
+    """The system text in the shape that the template reads: a list of parts, or a string; else why there is none.
 
-    Raises:
-        DataError: it leaves the text out, refuses it, or writes what it writes for a user.
+    A template may leave the text out, refuse it, or write what it writes for a user.
     """
-    _, question, *_ = messages
-    reason = "leaves it out"
+    question, refusal = {"role": "user", "content": _parts("Hello")}, "leaves it out"
     for content in ([{"type": "text", "text": system}], system):
         try:
             text = chat.render([{"role": "system", "content": content}, question], True)
             as_user = chat.render([{"role": "user", "content": content}, question], True)
-        except DataError:
-            raise
         # Templates refuse by jinja's own error, and fail with any other on a shape they do not know.
         except Exception as error:
-            reason = f"refuses it: {error}"
+            if isinstance(error, DataError):
+                raise
+            refusal = f"refuses it: {error}"
             continue
-        # A template for strings writes a list as Python does.
-        if system not in text or "'type': 'text'" in text.replace(system, ""):
+        if system not in text or _A_LIST in text.replace(system, ""):
             continue
-        if text == as_user:
-            reason = "takes it for the user's words"
-            continue
-        return content
-    raise DataError(
-        f"row {row.index}: it has a system text, and the model's chat template {reason}; "
-        "use conversation_template vicuna_v1, or leave the text out with ignore_keys: [system]"
-    )
+        if text != as_user:
+            return content, ""
+        refusal = "takes it for the user's words"
+    return None, refusal
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
-"""Image files that Pillow cannot write: PNG and TIFF of every depth, by their bytes."""
+"""Image files for tests, of those that Pillow cannot write too: PNG and TIFF of every depth, by their bytes."""
 
+import io
 import struct
 import zlib
 
@@ -47,3 +48,22 @@ def tiff(pixels: np.ndarray, bits: int = 16, photometric: int = 1, sample_format
     start = 8 + len(data)
     directory = struct.pack(order + "H", len(entries)) + fields + struct.pack(order + "I", 0)
     return mark + struct.pack(order + "HI", 42, start) + data + directory
+
+
+def written(folder, data: bytes, name: str = "image") -> str:
+    """The bytes as a file without a suffix: what a file is called says nothing."""
+    path = folder / name
+    path.write_bytes(data)
+    return str(path)
+
+
+def saved(image, kind, **options) -> bytes:
+    """An image as Pillow writes it."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(image) -> np.ndarray:
+    """(H, W, C) values that may be subtracted."""
+    return np.asarray(image).astype(int)

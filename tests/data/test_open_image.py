@@ -1,45 +1,23 @@
 """Image files of every mode, depth, format and orientation against transformers' `load_image` and a viewer's rules."""
 
-import io
-import os
-import socket
 import struct
-import zlib
 
 import numpy as np
 import pytest
-from image_files import png, tiff
-from PIL import Image, ImageFile
+from image_files import pixels, png, saved, tiff, written
+from PIL import Image
 from transformers.image_utils import load_image
 
-from orchestrator.data import open_image as module
 from orchestrator.data.image_check import image_faults
 from orchestrator.data.open_image import BadImage, image_size, open_image, pad_to_square, verify_image
 from orchestrator.data.rows import ImageReading
-from orchestrator.errors import DataError
 
 RNG = np.random.default_rng(0)
 COLOURS = Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8))
 LIKE_LOAD_IMAGE, LIKE_A_VIEWER = ImageReading(ambiguous="load_image"), ImageReading(ambiguous="viewer")
+DEEP = RNG.integers(0, 65536, (6, 9, 3), dtype=np.uint16)
 RAMP = np.linspace(0, 65535, 6 * 9).round().astype(np.uint16).reshape(6, 9)
 EIGHT_BITS = np.round(RAMP / 257).astype(np.uint8)
-
-
-def written(folder, data: bytes, name: str = "image") -> str:
-    """The bytes as a file without a suffix: what a file is called says nothing."""
-    path = folder / name
-    path.write_bytes(data)
-    return str(path)
-
-
-def saved(image, kind, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def pixels(image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +83,8 @@ def test_grey_of_more_than_8_bits_is_scaled_not_cut_off(name, tmp_path):
 
 
 def test_colour_of_16_bits_and_grey_of_few_bits(tmp_path):
-    colour = RNG.integers(0, 65536, (6, 9, 3), dtype=np.uint16)
-    found = pixels(open_image(written(tmp_path, png(colour, 16, 2))))
-    assert abs(found - colour / 257).max() <= 1
+    found = pixels(open_image(written(tmp_path, png(DEEP, 16, 2))))
+    assert abs(found - DEEP / 257).max() <= 1
     for bits in (1, 2, 4):
         values = RNG.integers(0, 2**bits, (6, 9))
         found = pixels(open_image(written(tmp_path, png(values, bits, 0))))
@@ -148,6 +125,7 @@ HIDDEN = {
     "palette with alphas": lambda: saved(COLOURS.quantize(8), "PNG", transparency=bytes([0, 128, 255])),
     "palette, one colour": lambda: saved(COLOURS.quantize(8), "GIF", transparency=1),
     "one colour of RGB": lambda: saved(COLOURS, "PNG", transparency=COLOURS.getpixel((3, 3))),
+    "one colour of 16 bits": lambda: png(DEEP, 16, 2, ((b"tRNS", struct.pack(">3H", *DEEP[3, 3].tolist())),)),
     "one grey": lambda: saved(COLOURS.convert("L"), "PNG", transparency=COLOURS.convert("L").getpixel((3, 3))),
     "one grey of 16 bits": lambda: png(RAMP, 16, 0, ((b"tRNS", struct.pack(">H", int(RAMP[3, 3]))),)),
     "one grey of 4 bits": lambda: png(RAMP >> 12, 4, 0, ((b"tRNS", struct.pack(">H", 5)),)),
@@ -194,144 +172,6 @@ def test_a_phones_second_picture_is_no_frame(tmp_path):
     with Image.open(path) as image:
         assert image.format == "MPO" and image.n_frames == 2
     assert (pixels(open_image(path)) == pixels(load_image(path))).all()
-
-
-CUT = {
-    "JPEG": ("JPEG", {}),
-    "progressive JPEG": ("JPEG", {"progressive": True}),
-    "PNG": ("PNG", {}),
-    "WEBP": ("WEBP", {}),
-    "lossless WEBP": ("WEBP", {"lossless": True}),
-    "GIF": ("GIF", {}),
-    "BMP": ("BMP", {}),
-    "TIFF": ("TIFF", {}),
-    "deflated TIFF": ("TIFF", {"compression": "tiff_adobe_deflate"}),
-    "PPM": ("PPM", {}),
-}
-
-
-@pytest.mark.parametrize("name", CUT)
-def test_a_file_cut_anywhere_is_told_or_shows_the_whole_picture(name, tmp_path, monkeypatch):
-    # As a library of the user's may set it, for the whole process.
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    kind, options = CUT[name]
-    whole = saved(Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)), kind, **options)
-    path = written(tmp_path, whole)
-    assert image_faults([path]) == {}
-    wanted = pixels(open_image(path))
-    told = 0
-    for length in {0, 1, 9, *range(20, len(whole), len(whole) // 40), *range(len(whole) - 12, len(whole))}:
-        written(tmp_path, whole[:length])
-        fault = image_faults([path]).get(path)
-        told += fault is not None
-        assert fault is not None or (pixels(open_image(path)) == wanted).all(), length
-    assert told >= 50
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_a_file_that_ends_in_zeros_is_told(kind, tmp_path):
-    y, x = np.mgrid[:120, :160]
-    image = Image.fromarray(np.stack([128 + 90 * np.sin(x / 17 + y / 30), x, (x + y) % 256], -1).astype(np.uint8))
-    whole = saved(image, kind)
-    for share in (0.4, 0.8):
-        length = int(len(whole) * share)
-        path = written(tmp_path, whole[:length] + bytes(len(whole) - length))
-        assert path in image_faults([path])
-
-
-def test_a_flipped_bit_in_a_png_is_told(tmp_path):
-    whole = bytearray(saved(COLOURS, "PNG"))
-    whole[whole.index(b"IDAT") + 12] ^= 1
-    path = written(tmp_path, bytes(whole))
-    assert "damaged" in image_faults([path])[path]
-
-
-FOREIGN = {
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n": "is PostScript; formats read are JPEG, PNG",
-    b"8BPS\0\1": "is a Photoshop file",
-    b"\0\0\0\x1cftypheic": "is a HEIC image",
-    b"\0\0\0\x1cftypavif": "is an AVIF image",
-    b"<!DOCTYPE html><title>404</title>": "is an HTML page: the download went wrong",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a git-lfs pointer",
-    b"<svg xmlns='http://www.w3.org/2000/svg'/>": "is an SVG drawing",
-    b"%PDF-1.7": "is a PDF",
-    b"\0" * 900: "nothing but zeros",
-    b"": "is empty",
-    b"\x89PNG\r\n\x1a\nnothing": "is damaged",
-    b"hello": "is not an image, or is damaged",
-}
-
-
-@pytest.mark.parametrize("data", FOREIGN)
-def test_what_a_file_is_that_cannot_be_read(data, tmp_path):
-    path = written(tmp_path, data, "looks_like.jpg")
-    assert FOREIGN[data] in image_faults([path])[path]
-
-
-@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "TGA", "JPEG2000", "AVIF", "SGI", "DDS", "IM"])
-def test_rare_decoders_are_never_reached(kind, tmp_path):
-    path = written(tmp_path, saved(COLOURS, kind), "picture.png")
-    with Image.open(path) as image:
-        assert image.format == kind
-    assert path in image_faults([path])
-
-
-def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 200)
-    square, wide = written(tmp_path, saved(Image.new("L", (15, 14)), "PNG")), str(tmp_path / "wide")
-    Image.new("L", (100, 2)).save(wide, "PNG")
-    assert image_faults([square, wide]) == {square: "has 15x14 pixels, more than 200: taken for a bomb"}
-    assert "100x100 pixels when padded to a square" in image_faults([wide], ImageReading(pad=True))[wide]
-    with pytest.raises(BadImage, match="bomb"):
-        image_size(square)
-
-
-def test_bombs_of_pixels_and_of_text(tmp_path):
-    """A header that promises 10^10 pixels, and a comment of 64 MB in 64 kB."""
-    bomb = bytearray(saved(Image.new("L", (9, 6)), "PNG"))
-    bomb[16:24] = struct.pack(">II", 100_000, 100_000)
-    bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
-    path = written(tmp_path, bytes(bomb))
-    assert "more than 89,478,485" in image_faults([path])[path] or "too large" in image_faults([path])[path]
-    comment = b"Comment\0\0" + zlib.compress(bytes(64 * 2**20))
-    path = written(tmp_path, png(RAMP >> 8, 8, 0, ((b"zTXt", comment),)))
-    assert "damaged" in image_faults([path])[path]
-
-
-def test_what_is_no_regular_file_is_told_and_does_not_hang(tmp_path, monkeypatch):
-    names = {name: str(tmp_path / name) for name in ("fifo", "socket", "folder", "absent", "dangling", "loop", "link")}
-    os.mkfifo(names["fifo"])
-    os.mkdir(names["folder"])
-    os.symlink("nowhere", names["dangling"])
-    os.symlink("loop", names["loop"])
-    os.symlink(written(tmp_path, saved(COLOURS, "PNG")), names["link"])
-    with socket.socket(socket.AF_UNIX) as server:
-        monkeypatch.chdir(tmp_path)  # the name of a socket is short
-        server.bind("socket")
-        faults = image_faults([*names.values(), f"{names['link']}/x.png", str(tmp_path / ("x" * 300)), "/dev/zero"])
-    assert faults == {
-        names["fifo"]: "is no regular file",
-        names["socket"]: "is no regular file",
-        names["folder"]: "is a folder, not an image",
-        names["absent"]: "is missing",
-        names["dangling"]: "is missing",
-        names["loop"]: "is a link to itself",
-        f"{names['link']}/x.png": "is missing",
-        str(tmp_path / ("x" * 300)): "has too long a name",
-        "/dev/zero": "is no regular file",
-    }
-
-
-def test_a_failing_disk_makes_no_bad_rows(tmp_path, monkeypatch):
-    """A row that is dropped for a moment's fault would be another experiment."""
-    path = written(tmp_path, saved(COLOURS, "PNG"))
-
-    def failing(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(module.os, "stat", failing)
-    with pytest.raises(DataError, match="image cannot be read: Input/output error"):
-        image_faults([path])
 
 
 @pytest.mark.parametrize("size", [(9, 6), (6, 9), (7, 7), (1, 10)])

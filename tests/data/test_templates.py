@@ -181,6 +181,23 @@ def test_a_chat_template_without_a_system_turn_is_told(template, reason):
         render("chat_template", WITH_SYSTEM, ChatFormat("<image>", "</s>", template))
 
 
+def test_a_template_for_strings_is_told():
+    """It would write Python's form of a list into the prompt."""
+
+    def strings(messages, add_generation_prompt):
+        return "".join(f"<|{message['role']}|>{message['content']}</s>" for message in messages)
+
+    chat = ChatFormat("<image>", "</s>", strings)
+    for prompt_only in (False, True):
+        with pytest.raises(DataError, match="row 0: the model's chat template reads strings"):
+            render("chat_template", row_of("Hi", "Yo"), chat, prompt_only)
+    # A row that speaks of such lists is text like any other.
+    assert (
+        "{'type': 'text'"
+        in render("chat_template", row_of("{'type': 'text'}", "Yo"), ChatFormat("<image>", "</s>", chatml)).text
+    )
+
+
 def test_the_tiny_models_template_has_no_system_turn(processor):
     with pytest.raises(DataError, match="takes it for the user's words; use conversation_template vicuna_v1"):
         Encoder(processor, "chat_template", 2048).encode(WITH_SYSTEM)
