@@ -14,15 +14,13 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data import image_check, open_image
 from orchestrator.data.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
-from orchestrator.data.image_check import image_faults
-from orchestrator.data.open_image import BadImage, image_size
 from orchestrator.data.progress import progress
 from orchestrator.data.rows import ImageReading
 from orchestrator.errors import DataError
-from orchestrator.plan.identity import digest, file_sha256
+from orchestrator.plan.identity import digest, file_sha256, source_code
 
-_VERSION = 1
 _CHUNK_IMAGES = 1024
 _THREADS = 8
 _RACY_NS = 2 * 10**9
@@ -97,7 +95,8 @@ def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading
         OSError: the storage fails; that says nothing of the images.
         DataError: the same, met while decoding; or an image changes while it is read.
     """
-    file = f"images-{digest([_VERSION, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
+    code = source_code(__name__, open_image.__name__, image_check.__name__)
+    file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
     known = open_columns(file, _check)
     wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
     now = _stats(folder, wanted)
@@ -199,7 +198,7 @@ def _batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.RecordBatch:
 def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
     paths = [path_of(folder, name) for name in names]
     before = [_stat(path) for path in paths]
-    faults = image_faults(paths, reading)
+    faults = image_check.image_faults(paths, reading)
 
     def look(path: str, stat_before: tuple[int, int]) -> _Entry:
         return _entry(path, stat_before, faults.get(path), reading)
@@ -215,8 +214,8 @@ def _entry(path: str, before: tuple[int, int], fault: str | None, reading: Image
         sha = file_sha256(path)
         if fault is None:
             try:
-                height, width = image_size(path, reading)
-            except BadImage as error:
+                height, width = open_image.image_size(path, reading)
+            except open_image.BadImage as error:
                 fault = str(error)
     if _stat(path) != before:
         raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")

@@ -31,11 +31,10 @@ from orchestrator.data.rows import (
     raise_for_faults,
 )
 from orchestrator.errors import DataError
-from orchestrator.plan.identity import digest
+from orchestrator.plan.identity import digest, source_code
 from orchestrator.plan.reached import data_identity
 from orchestrator.spec.components import DataSpec
 
-_VERSION = 1
 CHUNK_ROWS = 32_768
 _SCHEMA = pa.schema(
     [
@@ -300,7 +299,7 @@ def row_index(
         DataError: the rows cannot be read.
         OSError: the storage fails.
     """
-    key = digest([_VERSION, source])
+    key = digest([source_code(__name__), source])
     name = f"rows-{key}.arrow"
     columns = open_columns(name, _check) or _make(name, entries, folder, reading)
 
@@ -359,7 +358,8 @@ def _batch(entries: Iterator[Entry], folder: str, reading: ImageReading) -> pa.R
         if any(image.reading != reading for image in entry.images):
             raise DataError(f"row {entry.index}: its images are to be read in another way than the data set's")
         try:
-            names = [os.fsencode(image.path.removeprefix(inside)) for image in entry.images]
+            paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
+            names = [os.fsencode(path) for path in paths]
             for turn in entry.turns:
                 turn.text.encode()
         except UnicodeEncodeError as error:

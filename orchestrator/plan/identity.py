@@ -9,9 +9,11 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,13 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(_BLOCK_BYTES):
             sha.update(block)
     return sha.hexdigest()
+
+
+@cache
+def source_code(*modules: str) -> str:
+    """SHA-256 of loaded modules' source: what is kept of their work is made anew when they change."""
+    files = [str(sys.modules[name].__file__) for name in modules]
+    return digest([file_sha256(file) for file in files])
 
 
 class DigestCache:

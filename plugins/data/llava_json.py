@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from orchestrator.data.llava_rows import BadRow, RecordOptions, fault_lines, parse_record, read_records
-from orchestrator.data.row_index import Entry, IndexedRows, RowIndex, row_index
 from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, raise_for_faults
 from orchestrator.errors import DataError
-from orchestrator.plan.identity import content_digest
+from orchestrator.plan.identity import content_digest, source_code
 from orchestrator.spec.base import Count
 from orchestrator.spec.components import DataSpec
+
+if TYPE_CHECKING:
+    from orchestrator.data.row_index import Entry, IndexedRows, RowIndex
 
 
 class LlavaJsonSpec(DataSpec):
@@ -109,6 +111,8 @@ class LlavaJson:
             DataError: the file cannot be read as what it should be.
             OSError: the storage fails.
         """
+        from orchestrator.data.row_index import row_index
+
         spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
         path = Path(spec.data_path)
         before = os.stat(path)
@@ -121,7 +125,14 @@ class LlavaJson:
                 raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
 
         plain = spec.conversation_template == "plain"
-        source = {"kind": spec.kind, "file": content_digest(path), "plain": plain, "options": repr(options)}
+        code = source_code(__name__, parse_record.__module__, read_records.__module__)
+        source = {
+            "kind": spec.kind,
+            "file": content_digest(path),
+            "plain": plain,
+            "options": repr(options),
+            "code": code,
+        }
         found = row_index(source, entries, str(folder), options.reading)
         if not len(found):
             raise DataError(f"{spec.data_path} has no rows")
@@ -137,6 +148,8 @@ class LlavaJson:
             found = self.index()
         except FileNotFoundError as error:
             raise DataError(_not_there(self._spec)) from error
+        from orchestrator.data.row_index import IndexedRows
+
         drop = self._spec.on_bad_row == "drop"
         raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))
         return IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
