@@ -116,7 +116,7 @@ def build_train_data(
     sets = []
     for entry in datasets:
         spec = data_spec(entry["spec"])
-        rows = open_rows(spec, entry.get("content"))
+        rows = open_rows(spec, entry.get("content"), entry.get("left_out", ()))
         if not len(rows):
             raise DataError(f"data.{entry['name']}: no rows")
         _images_fit(entry["name"], rows, processor, model_max_length)

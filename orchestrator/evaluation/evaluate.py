@@ -167,7 +167,7 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
         DataError: there are no rows, or they cannot be read.
     """
     spec = data_spec(job.data)
-    rows = open_rows(spec, job.content)
+    rows = open_rows(spec, job.content, job.left_out)
     if not len(rows):
         raise DataError(f"evaluate.{job.name}: the data set has no rows")
     processor = load_processor(ModelSpec.model_validate(job.model))

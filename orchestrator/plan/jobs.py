@@ -111,7 +111,8 @@ class StageJob:
         table: The phase's compiled schedule from step 0 to `last_step`; saved in checkpoints, checked on load.
         model: `ModelSpec` as a mapping, paths absolute.
         data: The phase's data sets: `{"name", "share", "spec", "content"}`, `spec` a `DataSpec` as a mapping, paths
-            absolute, `content` the digest of its content when it was planned.
+            absolute, `content` the digest of its content when it was planned; `left_out` where rows are left out that
+            the model cannot use.
         recipe: `PhaseSpec` as a mapping.
         seed: Seed of data order, dropout and random methods in this phase.
         checkpoint_every: Optimizer steps between checkpoints inside the stage run.
@@ -159,6 +160,7 @@ class EvaluationJob:
         spec: `EvaluationSpec` as a mapping.
         data: `DataSpec` as a mapping, paths absolute.
         content: Digest of its content when it was planned; None: it was not at hand.
+        left_out: Indices of rows that are left out, since the model cannot use them.
     """
 
     id: str
@@ -172,6 +174,7 @@ class EvaluationJob:
     model_max_length: int = 2048
     plugins: tuple[str, ...] = field(default=())
     content: str | None = None
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,6 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
 
 
 def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
-    """The evaluation's own fields; its data and points are hashed beside it."""
-    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under"}))
+    """The evaluation's own fields; its data, points and length are hashed beside it."""
+    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under", "model_max_length"}))
     return fields

@@ -31,6 +31,7 @@ _TRACKED = {
     "step_seconds": "train/step_seconds",
 }
 _MEASURED = Costs()
+_NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
 
@@ -40,7 +41,7 @@ class CellRecord:
 
     Attributes:
         params: The axes and the headline recipe.
-        tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention.
+        tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention, notices (rows left out, and which).
         history: `(key, value, step, timestamp in ms)`; steps are cumulative over phases.
         summary: Metrics written once at the end (DESIGN section 7).
         artifacts: File name to text, bytes or a file to copy.
@@ -102,6 +103,7 @@ def cell_record(
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
             **_fingerprint_tags(runs),
+            **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
         history=tuple(_history(cell, tree, ledger, runs)),

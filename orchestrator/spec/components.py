@@ -222,12 +222,14 @@ class EvaluationSpec(Component):
     Attributes:
         data: Name of a data set.
         under: What the model is tested under: `final`, `full`, or names of variants.
+        model_max_length: Most tokens of a test prompt, counted before compression; None: the last phase's.
     """
 
     registry_group: ClassVar[str] = registry.EVALUATIONS
 
     data: str
     under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("final",)
+    model_max_length: Count | None = None
 
 
 def _component(group: str) -> Callable[[Any], Any]:

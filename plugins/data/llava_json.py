@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -19,6 +20,11 @@ from orchestrator.errors import DataError
 from orchestrator.plan.identity import content_digest, source_code
 from orchestrator.spec.base import Count
 from orchestrator.spec.components import DataSpec
+
+_READERS = tuple(
+    f"orchestrator.data.{name}"
+    for name in ("rows", "file_kinds", "json_records", "record_keys", "record_turns", "llava_rows")
+)
 
 if TYPE_CHECKING:
     from orchestrator.data.row_index import Entry, IndexedRows, RowIndex
@@ -116,6 +122,8 @@ class LlavaJson:
         spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
         path = Path(spec.data_path)
         before = os.stat(path)
+        if not stat.S_ISREG(before.st_mode):
+            raise DataError(f"{path} is no regular file")
 
         def entries() -> Iterator[Callable[[], Entry]]:
             for index, record in enumerate(read_records(path)):
@@ -125,14 +133,8 @@ class LlavaJson:
                 raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
 
         plain = spec.conversation_template == "plain"
-        code = source_code(__name__, parse_record.__module__, read_records.__module__)
-        source = {
-            "kind": spec.kind,
-            "file": content_digest(path),
-            "plain": plain,
-            "options": repr(options),
-            "code": code,
-        }
+        about = {"kind": spec.kind, "plain": plain, "options": repr(options)}
+        source = {**about, "file": content_digest(path), "code": source_code(__name__, *_READERS)}
         found = row_index(source, entries, str(folder), options.reading)
         if not len(found):
             raise DataError(f"{spec.data_path} has no rows")
