@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.data.row_index import open_rows
 from orchestrator.data.row_trial import TrialOf, Tried, found_faults, try_rows
-from orchestrator.data.rows import open_data_set, raise_for_faults
+from orchestrator.data.rows import FAULTS_SHOWN, open_data_set, raise_for_faults
 from orchestrator.errors import DataError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.identity import digest
@@ -106,7 +106,9 @@ def _try(use: Use, findings: Findings) -> None:
     for entry in use.entries:
         one = try_rows(TrialOf(_spec_of(entry), model, use.model_max_length, use.prompts))
         name = f".data.{entry['name']}" if entry["name"] else ""
-        raise_for_faults(f"{use.where}{name}", found_faults(one))
+        if faults := found_faults(one):
+            more = [f"... and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
+            raise DataError("\n    ".join([f"{use.where}{name}: {faults[0]}", *faults[1:FAULTS_SHOWN], *more]))
         findings.replan |= list(one.bad) != list(entry.get("left_out", ()))
         if one.bad:
             some = [f"row {number}: {reason}" for number, reason in list(one.bad.items())[:3]]

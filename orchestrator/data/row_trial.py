@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
+from orchestrator.data.llava_rows import fault_lines
 from orchestrator.data.progress import progress
 from orchestrator.data.row_index import IndexedRows, open_rows
 from orchestrator.data.rows import Row
@@ -85,7 +86,7 @@ class Tried:
             lost = (self.count("kept_labels") == 0) & np.asarray(faults.is_null())
             for number, tokens in zip(numbers[lost].tolist(), self.count("tokens")[lost].tolist(), strict=True):
                 limit = self.of.model_max_length
-                found[number] = f"of {tokens:,} tokens, model_max_length {limit} cuts off every answer"
+                found[number] = f"model_max_length {limit} cuts off every answer of its {tokens:,} tokens; raise it"
         return dict(sorted(found.items()))
 
     @property
@@ -119,18 +120,18 @@ def left_out(data: DataSpec, model: ModelSpec, model_max_length: int, prompts: b
 
 
 def found_faults(found: Tried) -> list[str]:
-    """What forbids a run: bad rows, unless they are dropped and few enough."""
+    """What forbids a run: bad rows, unless they are dropped and few enough. First how many they are."""
     if not found.bad:
         return []
-    lines = [f"row {number}: {reason}" for number, reason in found.bad.items()]
     share, data = len(found.bad) / len(found), found.of.data
+    lines = fault_lines(found.bad, len(found))
     if getattr(data, "on_bad_row", "fail") != "drop":
-        advice = "raise model_max_length, or mend the rows or leave them out (on_bad_row: drop)"
-        return [f"{len(found.bad):,} of {len(found):,} rows cannot be used with this model; {advice}", *lines]
+        drop = ", or on_bad_row: drop leaves them out" if hasattr(data, "on_bad_row") else ""
+        return [f"this model cannot use {len(found.bad):,} of {len(found):,} rows; mend them{drop}", *lines]
     allowed = getattr(data, "max_bad_share", 0.0)
     if share <= allowed and share < 1:
         return []
-    return [f"{share:.2%} of the rows are bad with this model, max_bad_share allows {allowed:.2%}", *lines]
+    return [f"this model cannot use {share:.2%} of the rows, max_bad_share allows {allowed:.2%}", *lines]
 
 
 def try_rows(of: TrialOf) -> Tried:
