@@ -134,13 +134,13 @@ def keep_columns(name: str, batches: Callable[[], Iterable[pa.RecordBatch]], sch
     Raises:
         StorageError: no folder can be written, not even a temporary one.
     """
-    fault: OSError | None = None
+    fault: Exception | None = None
     for folder in _folders():
         try:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_columns(folder / name, batches(), schema)
             return Columns(folder / name)
-        except OSError as error:
+        except (OSError, DamagedColumns) as error:  # damaged: another process has just taken its chunks away
             fault = error
     raise StorageError(f"the index of the rows cannot be written anywhere: {fault}")
 
@@ -167,8 +167,8 @@ class Chunks:
         return keep_columns(f"{self._name}.part/{number:06}", lambda: [batch], self._schema)
 
     def forget(self) -> None:
-        """Takes the chunks away: the whole is finished."""
-        for folder in _folders():
+        """Takes the chunks away: the whole is finished. A temporary folder goes with its process."""
+        for folder in _folders()[:-1]:
             shutil.rmtree(folder / f"{self._name}.part", ignore_errors=True)
 
 
