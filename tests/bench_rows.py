@@ -28,7 +28,8 @@ SPEC = """
 name: rows
 model: {{model_name_or_path: {model}, weights: random}}
 data:
-  mix: {{kind: llava_json, data_path: {folder}/mix.json, image_folder: {folder}/images, conversation_template: vicuna_v1}}
+  mix:
+    {{kind: llava_json, data_path: {folder}/mix.json, image_folder: {folder}/images, conversation_template: vicuna_v1}}
 compressors: {{heavy: {{kind: average_pool, layer: 2, stride: 8}}}}
 phases:
   finetune: {{data: mix, schedule: heavy, num_train_epochs: 1, global_batch_size: 128, learning_rate: 1.0e-3}}

@@ -179,8 +179,8 @@ class Encoder:
             return total, known
         if prompt_only:
             raise DataError(
-                f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise the evaluation's own "
-                "model_max_length (nothing is trained again) or leave the row out"
+                f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise the evaluation's "
+                "own model_max_length (nothing is trained again) or leave the row out"
             )
         longest = max((last - first for first, last in spans[:known]), default=0)
         if longest >= limit:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,17 @@ def test_a_part_that_no_row_reaches_is_an_error(experiment, train, rows):
     with pytest.raises(DataError, match=rf"phases\.finetune\.train: {parts} would be trained, but none of the"):
         check(experiment(records, phase={"train": train}))
     assert not check(experiment([seen()], phase={"train": train})).remarks
+
+
+def test_a_learned_compressor_that_no_row_reaches_is_an_error(experiment):
+    loaded = experiment([{"conversations": say("Hi", "Yo")}], phase={"train": ["language_model"]})
+    (use,) = uses_of_cells(expand_cells(loaded))
+    with pytest.raises(
+        DataError, match=r"train: compressor would be trained.*give train: \[language_model\]"
+    ):
+        check_uses([replace(use, train=("compressor", "language_model"))])
+    with pytest.raises(DataError, match="give data with images"):
+        check_uses([replace(use, train=("compressor",))])
 
 
 def test_text_alone_trains_a_language_model(experiment):
