@@ -28,7 +28,7 @@ EIGHT_BITS = np.round(RAMP / 257).astype(np.uint8)
         *(("WEBP", mode) for mode in ("L", "RGB")),
         *(("GIF", mode) for mode in ("1", "L", "P")),
         *(("BMP", mode) for mode in ("1", "L", "P", "RGB")),
-        *(("TIFF", mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")),
+        *(("TIFF", mode) for mode in ("1", "L", "P", "RGB", "CMYK", "LAB")),
         *(("PPM", mode) for mode in ("1", "L", "RGB")),
     ],
 )
