@@ -256,8 +256,8 @@ def open_rows(spec: DataSpec, content: str | None = None, left_out: Iterable[int
     if content is not None and (now := _content_here(spec)) != content:
         where = " ".join([f"data of kind {spec.kind}", *(str(getattr(spec, name)) for name in spec.path_fields[:1])])
         raise DataError(
-            f"{where} has changed since it was planned (content {content[:12]}, now {now and now[:12]}): rows or images "
-            "are others, or missing on this machine; put them back, or run again to plan with what is there"
+            f"{where} has changed since it was planned (content {content[:12]}, now {now and now[:12]}): rows or "
+            "images are others, or missing on this machine; put them back, or run again to plan with what is there"
         )
     implementation = open_data_set(spec)
     found = implementation.rows() if hasattr(implementation, "index") else _index_of(spec, implementation)
