@@ -185,7 +185,7 @@ class _Resolver:
         if left_out := self._left_out(spec, spec.data[name], model_max_length, prompts):
             some = ", ".join(map(str, left_out[:_ROWS_TOLD])) + (", ..." if len(left_out) > _ROWS_TOLD else "")
             limit = f"at model_max_length {model_max_length}"
-            told.append(f"data.{name}: {len(left_out):,} rows dropped that this model cannot use {limit}: rows {some}")
+            told.append(f"data.{name}: rows dropped that this model cannot use {limit}: {len(left_out):,} (row {some})")
             identity, entry = digest([identity, left_out]), {**entry, "left_out": left_out}
         return identity, entry, told
 

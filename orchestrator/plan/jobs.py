@@ -245,7 +245,7 @@ def job_from_json(value: dict[str, Any]) -> Job:
     if cls is RehearsalJob:
         fields["stage"] = job_from_json({"type": "stage", **fields["stage"]})
         fields["evaluations"] = [job_from_json({"type": "evaluation", **test}) for test in fields["evaluations"]]
-    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys"):
+    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys", "left_out"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     return cls(**fields)

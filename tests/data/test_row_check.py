@@ -20,8 +20,12 @@ from orchestrator.data.row_trial import TrialOf, left_out, try_rows
 from orchestrator.errors import DataError
 from orchestrator.plan.cells import expand_cells
 from orchestrator.plan.identity import share_caches
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.record import cell_record
+from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model import ModelSpec
+from orchestrator.verbs.spec import validate
 
 TINY = str(Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava")
 LONG = "word " * 300
@@ -120,6 +124,23 @@ def test_dropped_rows_are_planned_away_and_trained_without(experiment, processor
     assert [row.index for row in data.rows] == [0, 2, 3]
 
 
+def test_what_was_dropped_stands_in_the_record_and_validate_tells_it(experiment, tmp_path, pictures, capsys):
+    (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:-20])
+    records = [seen("a"), seen("b", "cut.png"), {"conversations": say(LONG, "c")}, seen("d")]
+    loaded = experiment(records, data={"on_bad_row": "drop", "max_bad_share": 0.5})
+    validate(tmp_path / "x.yaml", data=True)
+    told = capsys.readouterr()
+    assert told.out == "valid: 1 cell\n"
+    assert "1 of 4 rows dropped; row 1: " in told.err and "cut.png is damaged" in told.err
+    assert "1 of 3 rows dropped, which this model cannot use: row 2: model_max_length 512 cuts off" in told.err
+    cells, ledger = expand_cells(loaded), Ledger(tmp_path / "storage")
+    tag = cell_record(cells[0], build_stage_tree(cells, ledger), ledger).tags["notices"]
+    assert "data.train: 1 of 4 rows dropped; row 1: " in tag
+    assert "data.train: rows dropped that this model cannot use at model_max_length 512: 1 (row 2)" in tag
+    validate(tmp_path / "x.yaml", data=True, as_json=True)
+    assert len(json.loads(capsys.readouterr().out)["notices"]) == 2
+
+
 def test_too_many_unusable_rows_are_an_error_though_dropped(experiment):
     records = [seen("a"), {"conversations": say(LONG, "b")}, seen("c")]
     with pytest.raises(DataError, match=r"cannot use 33\.33% of the rows, max_bad_share allows 2\.00%"):
@@ -175,9 +196,7 @@ def test_a_part_that_no_row_reaches_is_an_error(experiment, train, rows):
 def test_a_learned_compressor_that_no_row_reaches_is_an_error(experiment):
     loaded = experiment([{"conversations": say("Hi", "Yo")}], phase={"train": ["language_model"]})
     (use,) = uses_of_cells(expand_cells(loaded))
-    with pytest.raises(
-        DataError, match=r"train: compressor would be trained.*give train: \[language_model\]"
-    ):
+    with pytest.raises(DataError, match=r"train: compressor would be trained.*give train: \[language_model\]"):
         check_uses([replace(use, train=("compressor", "language_model"))])
     with pytest.raises(DataError, match="give data with images"):
         check_uses([replace(use, train=("compressor",))])
