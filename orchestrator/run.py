@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator import registry
 from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, StorageError
@@ -104,9 +103,11 @@ def run_experiment(
     walk = _smoke_walk(path, overrides, console) if smoke else prepare(path, overrides)
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
-    record_experiment(walk)
     work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
-    check_data(work)
+    if check_data(work, lambda text: console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)):
+        walk = _smoke_walk(path, overrides, console) if smoke else prepare(path, overrides)
+        work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
+    record_experiment(walk)
     run = _Run(walk, work, console, retry_failed)
     with open_recorder(walk, console) as recorder:
         try:
@@ -138,24 +139,27 @@ def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) ->
     return walk
 
 
-def check_data(work: Sequence[Job]) -> None:
-    """Reads every row and image header of the data that `work` uses, before anything starts.
+def check_data(work: Sequence[Job], say: Callable[[str], None]) -> bool:
+    """Reads every row and image of the data that `work` uses and tries it with the model, before anything starts.
+
+    Args:
+        work: What is to be done.
+        say: Takes what users should know of the rows.
+
+    Returns:
+        Whether to plan again: rows are left out that the plan did not know of.
 
     Raises:
         DataError: rows cannot be used.
     """
-    specs: dict[str, dict[str, Any]] = {}
-    for job in work:
-        entries = [entry["spec"] for entry in job.data] if isinstance(job, StageJob) else []
-        if isinstance(job, EvaluationJob):
-            entries = [job.data]
-        specs.update({repr(sorted(entry.items())): entry for entry in entries})
-    from orchestrator.data.rows import open_data_set, raise_for_faults
+    if not any(isinstance(job, StageJob | EvaluationJob) for job in work):
+        return False
+    from orchestrator.data.check import check_uses, uses_of_jobs
 
-    for entry in specs.values():
-        spec = registry.spec_class(registry.DATA, entry["kind"]).model_validate(entry)
-        where = [str(getattr(spec, name)) for name in type(spec).path_fields[:1]]
-        raise_for_faults(" ".join([f"data of kind {spec.kind}", *where]), open_data_set(spec).check())
+    findings = check_uses(uses_of_jobs(work))
+    for text in findings.remarks:
+        say(text)
+    return findings.replan
 
 
 class _Run:

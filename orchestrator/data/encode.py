@@ -18,12 +18,34 @@ IGNORED_LABEL = -100
 SAMPLE_CACHE_BYTES = 256 * 2**20
 
 
+class RowLengths(NamedTuple):
+    """What a row holds and what of it fits.
+
+    Attributes:
+        tokens: Of the whole row, visual tokens included.
+        labels: Tokens of the whole row's answers.
+        kept_tokens: Tokens that fit into `model_max_length`.
+        kept_labels: Tokens of answers that fit.
+        kept_visual: Visual tokens that fit.
+        kept_images: Images that fit.
+    """
+
+    tokens: int
+    labels: int
+    kept_tokens: int
+    kept_labels: int
+    kept_visual: int
+    kept_images: int
+
+
 class _Encoded(NamedTuple):
-    """A row's (T,) ids and labels as far as it fits, and how many of its images do."""
+    """A row's (T,) ids and labels as far as it fits, how many of its images do, and tokens and labels of all of it."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     num_images: int
+    all_tokens: int
+    all_labels: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Encoder:
         Raises:
             DataError: it does not fit the template, or an image alone is as long as `model_max_length`.
         """
-        return self._encode(row, prompt_only=False)
+        return self._encode(row, prompt_only=False)[0]
 
     def encode_prompt(self, row: Row) -> Sample:
         """A row up to where the assistant's last answer begins; no labels.
@@ -80,10 +102,21 @@ class Encoder:
             DataError: it does not fit the template, or is longer than `model_max_length`: an answer to half a
                 question would count as the model's.
         """
-        return self._encode(row, prompt_only=True)
+        return self._encode(row, prompt_only=True)[0]
 
-    def _encode(self, row: Row, prompt_only: bool) -> Sample:
-        images = row.images
+    def lengths(self, row: Row, prompt_only: bool) -> RowLengths:
+        """What `encode` or `encode_prompt` makes of a row, and what it cuts off.
+
+        Raises:
+            DataError: as they do.
+        """
+        sample, tokens, labels = self._encode(row, prompt_only)
+        kept = int(np.count_nonzero(sample.labels != IGNORED_LABEL))
+        return RowLengths(tokens, labels, len(sample), kept, sample.num_visual_tokens, len(sample.images))
+
+    def _encode(self, row: Row, prompt_only: bool) -> tuple[Sample, int, int]:
+        """The sample, and tokens and labels of the whole row."""
+        images, whole = row.images, None
         while True:
             texts = self._processor.images.texts(images)
             key = (row.turns, texts, prompt_only)
@@ -91,11 +124,12 @@ class Encoder:
             if found is None:
                 found = self._tokenize(row, texts, prompt_only)
                 self._seen.put(key, found, found.input_ids.nbytes + found.labels.nbytes)
+            whole = whole or (found.all_tokens, found.all_labels)
             kept = row.images[: found.num_images]
             # Some processors treat an image otherwise where others of its row fell away (LLaVA-OneVision: tiles).
             if len(kept) == len(images) or self._processor.images.texts(kept) == texts[: len(kept)]:
                 visual = sum(text.num_visual_tokens for text in texts[: len(kept)])
-                return Sample(found.input_ids, found.labels, kept, visual)
+                return Sample(found.input_ids, found.labels, kept, visual), *whole
             images = kept
 
     def _tokenize(self, row: Row, texts: tuple[ImageText, ...], prompt_only: bool) -> _Encoded:
@@ -126,6 +160,8 @@ class Encoder:
             np.repeat(tokens.ids, repeats)[:keep].astype(np.int32),
             np.repeat(labels, repeats)[:keep].astype(np.int32),
             num_images,
+            int(ends[-1]) if len(ends) else 0,
+            int(repeats[labels != IGNORED_LABEL].sum()),
         )
 
     def _fit(
@@ -143,7 +179,8 @@ class Encoder:
             return total, known
         if prompt_only:
             raise DataError(
-                f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise it or leave it out"
+                f"row {row.index}: the prompt has {total} tokens, model_max_length is {limit}; raise the evaluation's "
+                "own model_max_length (nothing is trained again) or leave the row out"
             )
         longest = max((last - first for first, last in spans[:known]), default=0)
         if longest >= limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,8 +71,13 @@ class RowImages:
     def __init__(self, processor: Any, image_token: str, visual_token: str) -> None:
         self._processor, self._image_token, self._visual_token = processor, image_token, visual_token
         self._run = re.compile(f"(?:{re.escape(visual_token)})+")
+        self._sizes: Mapping[str, tuple[int, int]] = {}
         self._tensors: BoundedCache[Tensors] = BoundedCache(PIXEL_CACHE_BYTES)
         self._texts: BoundedCache[tuple[ImageText, ...]] = BoundedCache(TEXT_CACHE_BYTES)
+
+    def know_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Takes height and width of images by path, so that their files are not opened for it."""
+        self._sizes = sizes
 
     @cached_property
     def fixed_text(self) -> ImageText | None:
@@ -120,7 +125,7 @@ class RowImages:
             return ()
         if self.fixed_text is not None:
             return (self.fixed_text,) * len(images)
-        found = self._texts.get(tuple(map(_size_of, images)))
+        found = self._texts.get(tuple(self._sizes.get(image.path) or _size_of(image) for image in images))
         # The pixels are wanted soon after, so the row itself is processed rather than blank images of its sizes.
         return self._read(tuple(images))[1] if found is None else found
 

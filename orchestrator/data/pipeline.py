@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from heapq import nlargest
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from orchestrator.data.collate import PaddingSide, collate
 from orchestrator.data.encode import IGNORED_LABEL, Encoder, Sample
 from orchestrator.data.load import load_processor
 from orchestrator.data.processor import VisionTextProcessor
-from orchestrator.data.rows import Row, open_data_set, raise_for_faults
+from orchestrator.data.row_index import IndexedRows, JoinedRows, num_images, num_words, open_rows
+from orchestrator.data.rows import Row, raise_for_faults
 from orchestrator.data.sampler import DataOrder, SetSize, rows_per_epoch
 from orchestrator.errors import DataError
 from orchestrator.spec.components import DataSpec
@@ -33,7 +33,7 @@ class TrainData:
     """
 
     def __init__(self, sets: Sequence[tuple[Sequence[Row], float, Encoder]], processor: VisionTextProcessor) -> None:
-        self.rows: list[Row] = [row for rows, _, _ in sets for row in rows]
+        self.rows: Sequence[Row] = JoinedRows([rows for rows, _, _ in sets])
         self._encoders = [encoder for _, _, encoder in sets]
         self._set_of = np.repeat(np.arange(len(sets)), [len(rows) for rows, _, _ in sets])
         self._sizes = [SetSize(len(rows), rows_per_epoch(len(rows), share)) for rows, share, _ in sets]
@@ -45,9 +45,7 @@ class TrainData:
 
     @cached_property
     def _order(self) -> DataOrder:
-        lengths = np.fromiter((row.num_words for row in self.rows), dtype=np.int64, count=len(self.rows))
-        has_image = np.fromiter((bool(row.images) for row in self.rows), dtype=bool, count=len(self.rows))
-        return DataOrder(self._sizes, lengths, has_image)
+        return DataOrder(self._sizes, num_words(self.rows), num_images(self.rows) > 0)
 
     @cached_property
     def longest(self) -> list[int]:
@@ -57,10 +55,11 @@ class TrainData:
         """
         found: dict[int, None] = {}
         for number in range(len(self._sizes)):
-            indices = np.flatnonzero(self._set_of == number).tolist()
-            found |= dict.fromkeys(nlargest(LONGEST_TRIED, indices, key=lambda index: self.rows[index].num_words))
-            found |= dict.fromkeys(nlargest(LONGEST_TRIED, indices, key=lambda index: len(self.rows[index].images)))
-            found |= dict.fromkeys(indices[:: max(1, len(indices) // LONGEST_TRIED)])
+            indices = np.flatnonzero(self._set_of == number)
+            for measure in (num_words(self.rows), num_images(self.rows)):
+                most = np.argsort(-measure[indices], kind="stable")[:LONGEST_TRIED]
+                found |= dict.fromkeys(indices[most].tolist())
+            found |= dict.fromkeys(indices[:: max(1, len(indices) // LONGEST_TRIED)].tolist())
         return list(found)
 
     def batch_indices(
@@ -106,7 +105,7 @@ def build_train_data(
     """The data of a phase.
 
     Args:
-        datasets: `{"name", "share", "spec"}` each, as in `StageJob.data`.
+        datasets: `{"name", "share", "spec", "content"}` each, as in `StageJob.data`.
         model: Whose processor reads the data, or the processor itself.
         model_max_length: Most tokens of a row, counted before compression.
 
@@ -117,8 +116,8 @@ def build_train_data(
     sets = []
     for entry in datasets:
         spec = data_spec(entry["spec"])
-        rows = open_data_set(spec).rows()
-        if not rows:
+        rows = open_rows(spec, entry.get("content"), entry.get("left_out", ()))
+        if not len(rows):
             raise DataError(f"data.{entry['name']}: no rows")
         _images_fit(entry["name"], rows, processor, model_max_length)
         encoder = Encoder(processor, template_of(spec), model_max_length)
@@ -150,16 +149,17 @@ def template_of(spec: DataSpec) -> str:
     return str(getattr(spec, "conversation_template", "chat_template"))
 
 
-def _images_fit(name: str, rows: Sequence[Row], processor: VisionTextProcessor, model_max_length: int) -> None:
-    if not any(row.images for row in rows) or processor.fixed_image_tokens is None:
+def _images_fit(name: str, rows: IndexedRows, processor: VisionTextProcessor, model_max_length: int) -> None:
+    counts = rows.num_images
+    if not counts.any() or processor.fixed_image_tokens is None:
         return
     per_image = processor.fixed_image_tokens
+    too_many = np.flatnonzero(counts * per_image >= model_max_length).tolist()
     raise_for_faults(
         f"data.{name}",
         [
-            f"row {row.index}: {len(row.images)} images take {len(row.images) * per_image} tokens, "
+            f"row {rows[at].index}: {counts[at]} images take {counts[at] * per_image} tokens, "
             f"model_max_length is {model_max_length}; raise it or take the row out"
-            for row in rows
-            if len(row.images) * per_image >= model_max_length
+            for at in too_many
         ],
     )

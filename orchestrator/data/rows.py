@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 IMAGE_MARK = "<image>"
 """Stands in a turn's text where an image belongs, whatever the model's own placeholder is."""
 FAULTS_SHOWN = 20
+DROPPED_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,13 @@ def raise_for_faults(where: str, faults: Sequence[str]) -> None:
     if len(faults) > FAULTS_SHOWN:
         lines.append(f"... and {len(faults) - FAULTS_SHOWN} more")
     raise DataError("\n    ".join(lines))
+
+
+def dropped_text(bad: Mapping[int, str], num_rows: int) -> str:
+    """How many rows are left out, which, and why: the first few."""
+    told = "; ".join(f"row {index}: {reason}" for index, reason in islice(bad.items(), DROPPED_SHOWN))
+    more = f"; ... and {len(bad) - DROPPED_SHOWN:,} more" if len(bad) > DROPPED_SHOWN else ""
+    return f"{len(bad):,} of {num_rows:,} rows dropped; {told}{more}"
 
 
 def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:

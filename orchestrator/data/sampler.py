@@ -90,11 +90,11 @@ class DataOrder:
         parts: list[np.ndarray] = []
         offset = 0
         for number, part in enumerate(self._sets):
-            first, taken = epoch * part.per_epoch, list[int]()
-            while len(taken) < part.per_epoch:
-                round_number, start = divmod(first + len(taken), part.count)
+            first, taken = epoch * part.per_epoch, 0
+            while taken < part.per_epoch:
+                round_number, start = divmod(first + taken, part.count)
                 order = permutation(part.count, seed, "set", number, round_number)
-                taken.extend(order[start : start + part.per_epoch - len(taken)].tolist())
-            parts.append(np.asarray(taken, dtype=np.int64) + offset)
+                parts.append(order[start : start + part.per_epoch - taken] + offset)
+                taken += len(parts[-1])
             offset += part.count
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

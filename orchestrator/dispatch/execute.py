@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from orchestrator import registry
 from orchestrator.dispatch.rehearse import check_rehearsed, rehearse
+from orchestrator.plan.identity import share_caches
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.storage import write_json
@@ -37,6 +38,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
     Raises:
         LlavoltaError: the job cannot be done; trying again would not help.
     """
+    share_caches(ledger.storage / "cache")
     for reference in job.plugins:
         registry.load_plugin(reference, Path.cwd())  # absolute already, or a module
     if isinstance(job, RootJob):

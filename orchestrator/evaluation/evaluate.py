@@ -13,7 +13,7 @@ from orchestrator import registry
 from orchestrator.data.encode import Encoder
 from orchestrator.data.load import load_processor
 from orchestrator.data.pipeline import data_spec, template_of
-from orchestrator.data.rows import open_data_set
+from orchestrator.data.row_index import open_rows
 from orchestrator.errors import DataError
 from orchestrator.evaluation.generate import evaluation_mode
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
@@ -169,8 +169,8 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
         DataError: there are no rows, or they cannot be read.
     """
     spec = data_spec(job.data)
-    rows = open_data_set(spec).rows()
-    if not rows:
+    rows = open_rows(spec, job.content, job.left_out)
+    if not len(rows):
         raise DataError(f"evaluate.{job.name}: the data set has no rows")
     processor = load_processor(ModelSpec.model_validate(job.model))
     return EvaluationData(rows, Encoder(processor, template_of(spec), job.model_max_length), processor)

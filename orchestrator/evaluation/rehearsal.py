@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator import registry
+from orchestrator.data.row_index import num_words
 from orchestrator.evaluation.evaluate import WEIGHTS_FILE, ResultStore, evaluation_data, load_model, run_under
 from orchestrator.evaluation.protocol import Workers
 from orchestrator.plan.jobs import EvaluationJob
@@ -32,7 +33,7 @@ def answer_one(job: EvaluationJob, ledger: ResultStore, state: str, model: PreTr
         return
     data = evaluation_data(job)
     weights = ledger.state_folder(state) / WEIGHTS_FILE
-    longest = max(data.rows, key=lambda row: row.num_words)
+    longest = data.rows[int(num_words(data.rows).argmax())]
     workers = Workers.here()
     model = load_model(job, weights, workers.device) if model is None else model
     run_under(job, model, replace(data, rows=[longest]), workers, weights)

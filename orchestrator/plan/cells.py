@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from orchestrator import registry
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
 from orchestrator.plan.action_table import ActionTable, resolve_table
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
 
 Made = TypeVar("Made")
+_ROWS_TOLD = 20
 _NOT_HASHED = set(reached.RESOLVED)
 
 
@@ -111,9 +113,11 @@ class _Resolver:
         sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
         found = []
         for set_name, share in sets.items():
-            identity, dump, notice = self._data(spec, set_name, f"phases.{name}.data")
-            notices += [notice] if notice else []
-            found.append((identity, share, {"name": set_name, "share": share, "spec": dump}))
+            identity, entry, told = self._data(
+                spec, set_name, f"phases.{name}.data", recipe.model_max_length, prompts=False
+            )
+            notices += told
+            found.append((identity, share, {"name": set_name, "share": share, **entry}))
         found.sort(key=lambda entry: entry[:2])
         total_steps = self._total_steps(spec, name, recipe, sets, facts)
         table, policy = self._table(spec, name, recipe, total_steps)
@@ -145,7 +149,11 @@ class _Resolver:
         self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float], facts: ModelFacts | None
     ) -> int:
         def stated(one: PhaseSpec) -> int:
-            return total_steps_of(name, one, sets, lambda each: self._once(num_rows, spec.data[each]))
+            return total_steps_of(name, one, sets, count_rows)
+
+        def count_rows(each: str) -> int | None:
+            count, data = self._once(num_rows, spec.data[each]), spec.data[each]
+            return count and count - len(self._left_out(spec, data, recipe.model_max_length, prompts=False))
 
         if recipe.match_train_tflops is None and recipe.max_train_tflops is None:
             return stated(recipe)
@@ -163,10 +171,31 @@ class _Resolver:
 
         return steps_by_cost(name, recipe, None if sample is None else price, stated)
 
-    def _data(self, spec: ExperimentSpec, name: str, where: str) -> tuple[str, dict[str, Any], str | None]:
+    def _left_out(self, spec: ExperimentSpec, data: Any, model_max_length: int, prompts: bool) -> list[int]:
+        """Rows that the check before training found this model unable to use, where bad rows are dropped."""
+        if getattr(data, "on_bad_row", "fail") != "drop" or self._once(_data, data)[1]["content"] is None:
+            return []
+        model = self._once(_dump, spec.model)
+        key = ("left out", digest([self._once(_data, data)[0], model, model_max_length, prompts]))
+        if key not in self._made:
+            # Found by name: the data layer lies above this one, and needs no torch for this.
+            find = registry.load_object("orchestrator.data.row_trial:left_out")
+            self._made[key] = find(data, spec.model, model_max_length, prompts)
+        return self._made[key]
+
+    def _data(
+        self, spec: ExperimentSpec, name: str, where: str, model_max_length: int, *, prompts: bool
+    ) -> tuple[str, dict[str, Any], list[str]]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
-        return self._once(_data, spec.data[name])
+        identity, entry, told = self._once(_data, spec.data[name])
+        told = [f"data.{name}: {text}" for text in told]
+        if left_out := self._left_out(spec, spec.data[name], model_max_length, prompts):
+            some = ", ".join(map(str, left_out[:_ROWS_TOLD])) + (", ..." if len(left_out) > _ROWS_TOLD else "")
+            limit = f"at model_max_length {model_max_length}"
+            told.append(f"data.{name}: rows dropped that this model cannot use {limit}: {len(left_out):,} (row {some})")
+            identity, entry = digest([identity, left_out]), {**entry, "left_out": left_out}
+        return identity, entry, told
 
     def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> tuple[StageTable, str]:
         """The compiled schedule, one object for equal ones, and the schedule's kind."""
@@ -228,19 +257,20 @@ class _Resolver:
         notices: list[str],
     ) -> EvaluationJob:  # fmt: skip
         entry = spec.evaluate[name]
-        data_id, data, notice = self._data(spec, entry.data, f"evaluate.{name}.data")
-        notices += [notice] if notice else []
         variant = final if under == "final" else self._variant(spec, under, facts)
         recipe = spec.phases.finetune or spec.phases.pretrain
-        length = 2048 if recipe is None else recipe.model_max_length
+        length = entry.model_max_length or (2048 if recipe is None else recipe.model_max_length)
+        data_id, data, told = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
+        notices += told
         entry_id, dump = self._once(_evaluation, entry)
         identity = digest(
             {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
         )
         model = self._once(_dump, spec.model)
         return EvaluationJob(
-            identity, state, name, under, variant.points, dump, data, model, length, tuple(spec.plugins)
-        )
+            identity, state, name, under, variant.points, dump, data["spec"], model, length, tuple(spec.plugins),
+            data["content"], tuple(data.get("left_out", ())),
+        )  # fmt: skip
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
@@ -287,9 +317,11 @@ def _recipe_digest(recipe: PhaseSpec) -> str:
     return digest(reached.recipe_identity(recipe))
 
 
-def _data(data: Any) -> tuple[str, dict[str, Any], str | None]:
+def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
+    """Identity; the spec as a mapping and its content's digest; what users should know."""
     identity, notice = reached.data_identity(data)
-    return digest(identity), _dump(data), notice
+    told = [notice] if notice else data.remarks()
+    return digest(identity), {"spec": _dump(data), "content": identity["content"]}, told
 
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:

@@ -10,9 +10,11 @@ import math
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,13 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return steady(read)
 
 
+@cache
+def source_code(*modules: str) -> str:
+    """SHA-256 of loaded modules' source: what is kept of their work is made anew when they change."""
+    files = [str(sys.modules[name].__file__) for name in modules]
+    return digest([file_sha256(file) for file in files])
+
+
 class DigestCache:
     """Digests of files by (path, size, mtime, ctime) in one JSON file; a damaged or unwritable file costs only time.
 
@@ -162,6 +171,20 @@ def cache_folder() -> Path:
     """Where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
+
+
+_shared_folder: Path | None = None
+
+
+def share_caches(folder: Path | None) -> None:
+    """Says where this process finds what all nodes share: a folder of the storage; None: `cache_folder()` again."""
+    global _shared_folder
+    _shared_folder = folder
+
+
+def shared_cache_folder() -> Path:
+    """Where what can be computed again is kept for all nodes that work on one storage."""
+    return _shared_folder or cache_folder()
 
 
 _caches: dict[Path, DigestCache] = {}

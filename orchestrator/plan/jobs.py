@@ -110,7 +110,9 @@ class StageJob:
         total_steps: Optimizer steps of the whole phase; the learning rate depends on it and on the step alone.
         table: The phase's compiled schedule from step 0 to `last_step`; saved in checkpoints, checked on load.
         model: `ModelSpec` as a mapping, paths absolute.
-        data: The phase's data sets: `{"name", "share", "spec"}`, `spec` a `DataSpec` as a mapping, paths absolute.
+        data: The phase's data sets: `{"name", "share", "spec", "content"}`, `spec` a `DataSpec` as a mapping, paths
+            absolute, `content` the digest of its content when it was planned; `left_out` where rows are left out that
+            the model cannot use.
         recipe: `PhaseSpec` as a mapping.
         seed: Seed of data order, dropout and random methods in this phase.
         checkpoint_every: Optimizer steps between checkpoints inside the stage run.
@@ -157,6 +159,8 @@ class EvaluationJob:
         points: Points the model is tested under; empty for full tokens.
         spec: `EvaluationSpec` as a mapping.
         data: `DataSpec` as a mapping, paths absolute.
+        content: Digest of its content when it was planned; None: it was not at hand.
+        left_out: Indices of rows that are left out, since the model cannot use them.
     """
 
     id: str
@@ -169,6 +173,8 @@ class EvaluationJob:
     model: dict[str, Any]
     model_max_length: int = 2048
     plugins: tuple[str, ...] = field(default=())
+    content: str | None = None
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,7 +245,7 @@ def job_from_json(value: dict[str, Any]) -> Job:
     if cls is RehearsalJob:
         fields["stage"] = job_from_json({"type": "stage", **fields["stage"]})
         fields["evaluations"] = [job_from_json({"type": "evaluation", **test}) for test in fields["evaluations"]]
-    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys"):
+    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys", "left_out"):
         if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     return cls(**fields)

@@ -136,7 +136,11 @@ def draws_weights(model: ModelSpec) -> bool:
 def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
     """Content and the fields that change rows; and a notice where the content cannot be read here.
 
-    Data that is not here is identified by its fields, paths included, until it is.
+    Data that is not here is identified by its fields, paths included, until it is. A storage that fails is another
+    thing: it says nothing of the data, and raises.
+
+    Raises:
+        OSError: the storage fails.
     """
     paths = frozenset(type(data).path_fields)
     try:
@@ -189,6 +193,6 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
 
 
 def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
-    """The evaluation's own fields; its data and points are hashed beside it."""
-    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under"}))
+    """The evaluation's own fields; its data, points and length are hashed beside it."""
+    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under", "model_max_length"}))
     return fields

@@ -24,6 +24,7 @@ from orchestrator.plan.tree import StageTree
 
 Status = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
 _MEASURED = Costs()
+_NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
 
@@ -33,7 +34,7 @@ class CellRecord:
 
     Attributes:
         params: The axes and the headline recipe.
-        tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention.
+        tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention, notices (rows left out, and which).
         history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
         summary: Metrics written once at the end (DESIGN section 7).
         artifacts: File name to text, bytes or a file to copy.
@@ -98,6 +99,7 @@ def cell_record(
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
             **_fingerprint_tags(runs),
+            **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
         history=_history(cell, tree, ledger, runs),

@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell import Cell, find_cells
 from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.identity import share_caches
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.pause import collector_paused
@@ -148,6 +149,7 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
     """
     loaded = load_experiment(Path(path), overrides)
     ledger = Ledger(storage_path(loaded))
+    share_caches(ledger.storage / "cache")
     if loaded.spec.search is not None:
         return plan_trials(loaded, ledger, TrialNotes(ledger.store, search_id(loaded)).read())
     cells = expand_cells(loaded)

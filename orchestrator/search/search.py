@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
-from orchestrator.errors import Interrupted, SpecError, StorageError, UsageError
+from orchestrator.errors import DataError, Interrupted, SpecError, StorageError, UsageError
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
@@ -154,6 +154,8 @@ class _SearchRun:
         self.done: set[str] = set()
         self._folder = folder
         self._checked: set[str] = set()
+        self._said: set[str] = set()
+        self._said = set[str]()
         self._recorder: Recorder | None = None
         self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
 
@@ -201,9 +203,18 @@ class _SearchRun:
     def _planned(self, walk: Walk) -> None:
         record_experiment(walk)
         work = walk.tree.work(walk.ledger)
-        check_data([job for job in work if job.id not in self._checked])
+        if check_data([job for job in work if job.id not in self._checked], self._say_once):
+            raise DataError(
+                "rows that this model cannot use are left out from now on; run the same command again, "
+                "which plans without them"
+            )
         self._checked |= {job.id for job in work}
         self._view.set_work(work, {job.id: relative_cost(job) for job in work}, walk.names_of(work))
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._view.say(f"note: {text}")
 
     def _ended(self, trial: Trial) -> None:
         told = ", ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())

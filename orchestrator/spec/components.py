@@ -198,11 +198,16 @@ class DataSpec(Component):
 
     @abstractmethod
     def content_digest(self) -> str:
-        """SHA-256 of the data's content, not of its path.
+        """SHA-256 of the data's content, images included, not of its path.
 
         Raises:
-            OSError: a file cannot be read.
+            FileNotFoundError: the data is not here.
+            OSError: the storage fails, which says nothing of the data.
         """
+
+    def remarks(self) -> list[str]:
+        """What a reader of results should know of the rows, such as how many were left out, and why."""
+        return []
 
 
 def _as_names(value: Any) -> Any:
@@ -217,12 +222,14 @@ class EvaluationSpec(Component):
     Attributes:
         data: Name of a data set.
         under: What the model is tested under: `final`, `full`, or names of variants.
+        model_max_length: Most tokens of a test prompt, counted before compression; None: the last phase's.
     """
 
     registry_group: ClassVar[str] = registry.EVALUATIONS
 
     data: str
     under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("final",)
+    model_max_length: Count | None = None
 
 
 def _component(group: str) -> Callable[[Any], Any]:

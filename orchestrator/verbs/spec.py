@@ -10,15 +10,28 @@ import typer
 from orchestrator.verbs.options import Json, Set, Spec, print_json, terminal
 
 
-def validate(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
+def validate(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also reads every row and image and tries it with the model's processor.")
+    ] = False,
+) -> None:
     """Tells every fault of SPEC, or `valid: N cells`."""
     from orchestrator.spec.loader import load_experiment
 
     loaded = load_experiment(spec, set_ or ())
+    notices = list(loaded.notices)
+    if data:
+        from orchestrator.data.check import check_uses, uses_of_cells
+        from orchestrator.plan.cells import expand_cells
+
+        notices += check_uses(uses_of_cells(expand_cells(loaded))).remarks
     if as_json:
-        print_json({"valid": True, "cells": len(loaded.cells), "notices": loaded.notices, "faults": []})
+        print_json({"valid": True, "cells": len(loaded.cells), "notices": notices, "faults": []})
         return
-    for notice in loaded.notices:
+    for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
     count = f"{len(loaded.cells)} cell{'s' if len(loaded.cells) != 1 else ''}"
     search = loaded.spec.search

@@ -5,22 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.data.image_check import image_faults
 from orchestrator.data.llava_rows import BadRow, RecordOptions, fault_lines, parse_record, read_records
-from orchestrator.data.rows import ImageReading, Row, evenly_spread, raise_for_faults
+from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, raise_for_faults
 from orchestrator.errors import DataError
-from orchestrator.plan.identity import content_digest
+from orchestrator.plan.identity import content_digest, source_code
 from orchestrator.spec.base import Count
 from orchestrator.spec.components import DataSpec
+
+_READERS = tuple(
+    f"orchestrator.data.{name}"
+    for name in ("rows", "file_kinds", "json_records", "record_keys", "record_turns", "llava_rows")
+)
+
+if TYPE_CHECKING:
+    from orchestrator.data.row_index import Entry, IndexedRows, RowIndex
 
 
 class LlavaJsonSpec(DataSpec):
@@ -67,9 +74,8 @@ class LlavaJsonSpec(DataSpec):
             return len(evenly_spread(self.num_samples, self.max_samples))
         if not Path(self.data_path).is_file():
             return None
-        data = LlavaJson(self)
-        found = data.scan(with_images=self.on_bad_row == "drop")
-        usable = len(found.rows) if self.on_bad_row == "drop" else found.num_records
+        found = LlavaJson(self).index()
+        usable = len(found.good) if self.on_bad_row == "drop" else len(found)
         return len(evenly_spread(usable, self.max_samples))
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
@@ -87,35 +93,15 @@ class LlavaJsonSpec(DataSpec):
         return self.model_copy(update={**changes, "max_samples": None, "max_bad_share": 1.0})
 
     def content_digest(self) -> str:
-        """SHA-256 over the file's content and each image's relative path and size.
+        """SHA-256 over the file's content, each image's relative path and content, and which rows are dropped."""
+        return LlavaJson(self).index().digest(content_digest(self.data_path), self.on_bad_row == "drop")
 
-        Pixels are not hashed: at 665,298 rows that would read some 100 GB for every plan.
-        """
-        digest = hashlib.sha256(content_digest(self.data_path).encode())
-        folder = _image_folder(self)
-        names = {os.path.relpath(image.path, folder) for row in _parse(*_key(self)).rows for image in row.images}
-        for name in sorted(names):
-            try:
-                size = (folder / name).stat().st_size
-            except (OSError, ValueError):
-                size = -1
-            digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A file's rows as far as they were looked at.
-
-    Attributes:
-        rows: Usable rows in order.
-        bad: Row index to what is wrong with it.
-        num_records: Rows of the file, good and bad.
-    """
-
-    rows: tuple[Row, ...]
-    bad: dict[int, str]
-    num_records: int
+    def remarks(self) -> list[str]:
+        """How many rows are dropped, which, and why."""
+        if self.on_bad_row == "fail" or not Path(self.data_path).is_file():
+            return []
+        found = LlavaJson(self).index()
+        return [dropped_text(found.bad, len(found))] if found.bad else []
 
 
 class LlavaJson:
@@ -124,61 +110,85 @@ class LlavaJson:
     def __init__(self, spec: LlavaJsonSpec) -> None:
         self._spec = spec
 
-    def rows(self) -> Sequence[Row]:
+    def index(self) -> RowIndex:
+        """The file's rows, good and bad, as they are now.
+
+        Raises:
+            DataError: the file cannot be read as what it should be.
+            OSError: the storage fails.
+        """
+        from orchestrator.data.row_index import row_index
+
+        spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
+        path = Path(spec.data_path)
+        before = os.stat(path)
+        if not stat.S_ISREG(before.st_mode):
+            raise DataError(f"{path} is no regular file")
+
+        def entries() -> Iterator[Callable[[], Entry]]:
+            for index, record in enumerate(read_records(path)):
+                yield partial(_entry, index, record, folder, spec.conversation_template, options)
+            now = os.stat(path)
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
+
+        plain = spec.conversation_template == "plain"
+        about = {"kind": spec.kind, "plain": plain, "options": repr(options)}
+        source = {**about, "file": content_digest(path), "code": source_code(__name__, *_READERS)}
+        found = row_index(source, entries, str(folder), options.reading)
+        if not len(found):
+            raise DataError(f"{spec.data_path} has no rows")
+        return found
+
+    def rows(self) -> IndexedRows:
         """Usable rows, `max_samples` of them; bad ones dropped where the spec says so.
 
         Raises:
             DataError: the file cannot be read, or has more bad rows than the spec allows.
         """
+        try:
+            found = self.index()
+        except FileNotFoundError as error:
+            raise DataError(_not_there(self._spec)) from error
+        from orchestrator.data.row_index import IndexedRows
+
         drop = self._spec.on_bad_row == "drop"
-        found = self.scan(with_images=drop)
-        raise_for_faults(self._spec.data_path, self._faults(found))
-        return [found.rows[position] for position in evenly_spread(len(found.rows), self._spec.max_samples)]
+        raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))
+        return IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Faults that forbid a training run, by row index; with `every_row` every image is opened too."""
-        # Images may have been put right since they were last looked at.
-        _broken_images.cache_clear()
+        """Faults that forbid a training run, by row index; with `every_row` those of images too."""
         try:
-            found = self.scan(with_images=every_row)
+            found = self.index()
         except DataError as error:
             return [str(error)]
-        faults = self._faults(found)
+        except FileNotFoundError:
+            return [_not_there(self._spec)]
+        faults = self._faults(found, found.bad if every_row else found.unreadable)
         wanted = self._spec.num_samples
-        if wanted is not None and wanted != found.num_records:
-            faults.insert(
-                0, f"num_samples is {wanted}, the file has {found.num_records} rows; correct it or leave it out"
-            )
+        if wanted is not None and wanted != len(found):
+            faults.insert(0, f"num_samples is {wanted}, the file has {len(found)} rows; correct it or leave it out")
         return faults
 
-    def scan(self, with_images: bool) -> Scan:
-        """All rows of the file, looked at.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        found = _parse(*_key(self._spec))
-        if not with_images:
-            return found
-        broken = _broken_images(*_key(self._spec))
-        bad, good = dict(found.bad), []
-        for row in found.rows:
-            fault = next((f"{i.path} {broken[i.path]}" for i in row.images if i.path in broken), None)
-            if fault is None:
-                good.append(row)
-            else:
-                bad[row.index] = fault
-        return Scan(tuple(good), dict(sorted(bad.items())), found.num_records)
-
-    def _faults(self, found: Scan) -> list[str]:
-        faults = fault_lines(found.bad, found.num_records)
+    def _faults(self, found: RowIndex, bad: Mapping[int, str]) -> list[str]:
+        faults = fault_lines(bad, len(found))
         if self._spec.on_bad_row == "fail" or not faults:
             return faults
         allowed = self._spec.max_bad_share
-        if found.rows and len(found.bad) <= allowed * found.num_records:
+        if len(bad) < len(found) and len(bad) <= allowed * len(found):
             return []
-        share = len(found.bad) / found.num_records
-        return [f"{share:.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *faults]
+        return [f"{len(bad) / len(found):.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *faults]
+
+
+def _not_there(spec: LlavaJsonSpec) -> str:
+    return f"{spec.data_path} cannot be read: there is no such file"
+
+
+def _entry(index: int, record: Any, folder: Path, template: str, options: RecordOptions) -> Entry:
+    try:
+        return parse_record(index, record, folder, template, options)
+    except BadRow as error:
+        return index, str(error)
 
 
 def _image_folder(spec: LlavaJsonSpec) -> Path:
@@ -189,35 +199,3 @@ def record_options(spec: LlavaJsonSpec) -> RecordOptions:
     """What a spec says of its records and images."""
     reading = ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
     return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)
-
-
-def _key(spec: LlavaJsonSpec) -> tuple[str, str, str, RecordOptions, int, int]:
-    """What a parsed file depends on; the file's size and time make a changed file a new one."""
-    try:
-        stat = os.stat(spec.data_path)
-    except OSError as error:
-        raise DataError(f"{spec.data_path} cannot be read: {error.strerror or error}") from error
-    folder, template = str(_image_folder(spec)), spec.conversation_template
-    return spec.data_path, folder, template, record_options(spec), stat.st_size, stat.st_mtime_ns
-
-
-@lru_cache(maxsize=8)
-def _parse(data_path: str, image_folder: str, template: str, options: RecordOptions, size: int, mtime_ns: int) -> Scan:
-    rows, bad, count = [], {}, 0
-    for index, record in enumerate(read_records(Path(data_path))):
-        count += 1
-        try:
-            rows.append(parse_record(index, record, Path(image_folder), template, options))
-        except BadRow as error:
-            bad[index] = str(error)
-    if not count:
-        raise DataError(f"{data_path} has no rows")
-    return Scan(tuple(rows), bad, count)
-
-
-@lru_cache(maxsize=8)
-def _broken_images(
-    data_path: str, image_folder: str, template: str, options: RecordOptions, size: int, mtime_ns: int
-) -> dict[str, str]:
-    rows = _parse(data_path, image_folder, template, options, size, mtime_ns).rows
-    return image_faults((image.path for row in rows for image in row.images), options.reading)

@@ -59,10 +59,11 @@ class ExactMatch:
         """
         import torch
 
+        from orchestrator.data.row_index import num_words
         from orchestrator.evaluation.generate import greedy_answers
         from orchestrator.evaluation.protocol import Outcome
 
-        by_length = sorted(range(len(data.rows)), key=lambda i: (data.rows[i].num_words, i))
+        by_length = num_words(data.rows).argsort(kind="stable").tolist()
         mine = by_length[workers.rank :: workers.count]
         rows = [data.rows[i] for i in mine]
         wanted = [_answer(row) for row in rows]

@@ -1,0 +1,192 @@
+"""Columns in files (Apache Arrow): written in chunks that outlive an interruption, read through a memory map."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.errors import StorageError
+from orchestrator.plan.identity import cache_folder, shared_cache_folder
+
+_CHECKSUMS = b"checksums"
+_UNREADABLE = (OSError, ValueError, KeyError)  # Arrow's own errors are OSErrors and ValueErrors
+
+
+class DamagedColumns(ValueError):
+    """A file of columns is not what was written."""
+
+
+class Columns:
+    """A file of columns, mapped into memory: what is not looked at is not read.
+
+    A column of a chunk is checked against its checksum when it is first used.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            with pa.memory_map(str(file)) as source:
+                reader = pa.ipc.open_file(source)
+                self.schema: pa.Schema = reader.schema
+                found = [reader.get_batch_with_custom_metadata(n) for n in range(reader.num_record_batches)]
+            self._batches = [batch for batch, _ in found]
+            self._checksums = [json.loads(metadata[_CHECKSUMS]) for _, metadata in found]
+        except (*_UNREADABLE, TypeError) as error:
+            raise DamagedColumns(f"{file}: {error}") from error
+        self._checked: set[tuple[int, str]] = set()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return {key.decode(): value.decode() for key, value in (self.schema.metadata or {}).items()}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A whole column.
+
+        Raises:
+            DamagedColumns: it is not what was written.
+        """
+        arrays = [self._column(number, name) for number in range(len(self._batches))]
+        return pa.chunked_array(arrays, type=self.schema.field(name).type)
+
+    def numpy(self, name: str) -> np.ndarray:
+        """A whole column of numbers without nulls."""
+        return np.asarray(self.column(name).to_numpy())
+
+    def values(self, position: int, *names: str) -> list[object]:
+        """The values of one row, unchecked: who needs them checked keeps a checksum beside them."""
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        inside = position - int(self._starts[number])
+        return [self._batches[number].column(name)[inside].as_py() for name in names]
+
+    def _column(self, number: int, name: str) -> pa.Array:
+        array = self._batches[number].column(name)
+        if (number, name) not in self._checked:
+            if _checksum(array) != self._checksums[number].get(name):
+                raise DamagedColumns(f"{self.file}: column {name}, chunk {number}")
+            self._checked.add((number, name))
+        return array
+
+
+def _checksum(array: pa.Array) -> int:
+    found = 0
+    for buffer in array.buffers():
+        if buffer is not None:
+            found = zlib.crc32(memoryview(buffer), found)
+    return found
+
+
+def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Writes a file aside, then renames it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    aside = file.with_name(f"{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches:
+                # Through a buffer and back, so that the checksum is over what stands in the file.
+                plain = pa.ipc.read_record_batch(pa.ipc.read_message(batch.serialize()), batch.schema)
+                sums = {name: _checksum(plain.column(name)) for name in schema.names}
+                writer.write_batch(plain, custom_metadata={_CHECKSUMS: json.dumps(sums).encode()})
+        aside.replace(file)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -> Columns | None:
+    """The file of this name in the caches; None where none has it whole.
+
+    Args:
+        use: What is tried on it: a DamagedColumns from here counts as not there.
+    """
+    for folder in _folders():
+        try:
+            found = Columns(folder / name)
+            use(found)
+            return found
+        except DamagedColumns:
+            continue
+    return None
+
+
+def keep_columns(name: str, batches: Callable[[], Iterable[pa.RecordBatch]], schema: pa.Schema) -> Columns:
+    """Writes a file into the first cache that can be written, and opens it.
+
+    Raises:
+        StorageError: no folder can be written, not even a temporary one.
+    """
+    fault: Exception | None = None
+    for folder in _folders():
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_columns(folder / name, batches(), schema)
+            return Columns(folder / name)
+        except (OSError, DamagedColumns) as error:  # damaged: another process has just taken its chunks away
+            fault = error
+    raise StorageError(f"the index of the rows cannot be written anywhere: {fault}")
+
+
+class Chunks:
+    """Finished chunks of work whose whole is not finished yet: kept when it is interrupted, taken up by the next.
+
+    Two processes that do the same work write the same chunks, each whole.
+
+    Args:
+        name: Of the file that the chunks will become.
+        schema: Of the chunks.
+    """
+
+    def __init__(self, name: str, schema: pa.Schema) -> None:
+        self._name, self._schema = name, schema
+
+    def get(self, number: int) -> Columns | None:
+        """A chunk that was finished before."""
+        return open_columns(f"{self._name}.part/{number:06}")
+
+    def put(self, number: int, batch: pa.RecordBatch) -> Columns:
+        """Keeps a chunk."""
+        return keep_columns(f"{self._name}.part/{number:06}", lambda: [batch], self._schema)
+
+    def forget(self) -> None:
+        """Takes the chunks away: the whole is finished. A temporary folder goes with its process."""
+        for folder in _folders()[:-1]:
+            shutil.rmtree(folder / f"{self._name}.part", ignore_errors=True)
+
+
+def batches_of(found: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
+    """The chunks of some files, columns checked."""
+    for columns in found:
+        table = pa.table({name: columns.column(name) for name in columns.schema.names}, schema=columns.schema)
+        yield from table.to_batches()
+
+
+def _folders() -> list[Path]:
+    """Where files are looked for and kept: what all nodes share, this machine's cache, this process's own."""
+    shared, own = shared_cache_folder() / "rows", cache_folder() / "rows"
+    return [*dict.fromkeys((shared, own)), _temporary()]
+
+
+@cache
+def _temporary() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"llavolta-rows-{os.getpid()}-{secrets.token_hex(4)}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,225 @@
+"""The images of a data set as a table kept by path, size and time: content digest, size in pixels, what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.data import image_check, open_image
+from orchestrator.data.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
+from orchestrator.data.progress import progress
+from orchestrator.data.rows import ImageReading
+from orchestrator.errors import DataError
+from orchestrator.plan.identity import digest, file_sha256, source_code
+
+_CHUNK_IMAGES = 1024
+_THREADS = 8
+_RACY_NS = 2 * 10**9
+# What says that no file of this name is there, however often one asks. Anything else may be another tomorrow.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_MISSING = (-1, -1)
+_SCHEMA = pa.schema(
+    [
+        ("name", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("fault", pa.string()),
+    ]
+)
+
+
+class ImageTable:
+    """What is known of a data set's images.
+
+    Args:
+        columns: The table, sorted by name.
+        folder: What names are relative to.
+    """
+
+    def __init__(self, columns: Columns, folder: str) -> None:
+        self._columns, self._folder = columns, folder
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and contents."""
+        return self._columns.metadata["digest"]
+
+    @cached_property
+    def faults(self) -> dict[bytes, str]:
+        """Name to what is wrong with an image that cannot be used."""
+        faults = self._columns.column("fault")
+        if faults.null_count == len(faults):
+            return {}
+        pairs = zip(self._columns.column("name").to_pylist(), faults.to_pylist(), strict=True)
+        return {name: fault for name, fault in pairs if fault is not None}
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Path to height and width of each image that can be used."""
+        names, faults = self._columns.column("name").to_pylist(), self._columns.column("fault").to_pylist()
+        heights, widths = self._columns.numpy("height").tolist(), self._columns.numpy("width").tolist()
+        return {
+            path_of(self._folder, name): (height, width)
+            for name, fault, height, width in zip(names, faults, heights, widths, strict=True)
+            if fault is None
+        }
+
+
+def path_of(folder: str, name: bytes) -> str:
+    """Path of an image by its name in the table."""
+    return os.path.join(folder, os.fsdecode(name))
+
+
+def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
+    """The images of a data set as they are now; those that changed since they were last read are read again.
+
+    Args:
+        key: Of the rows that name them.
+        folder: What names are relative to.
+        names: Their names, sorted; asked where no table is there.
+        reading: How they are read.
+
+    Raises:
+        OSError: the storage fails; that says nothing of the images.
+        DataError: the same, met while decoding; or an image changes while it is read.
+    """
+    code = source_code(__name__, open_image.__name__, image_check.__name__)
+    file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
+    known = open_columns(file, _check)
+    wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
+    now = _stats(folder, wanted)
+    if known is not None:
+        then = np.stack([known.numpy("size"), known.numpy("mtime_ns")], axis=1)
+        if np.array_equal(then, now):
+            return ImageTable(known, folder)
+    return ImageTable(_refresh(file, folder, wanted, now, known, reading), folder)
+
+
+def _check(columns: Columns) -> None:
+    if columns.schema.names != _SCHEMA.names or "digest" not in columns.metadata:
+        raise DamagedColumns("another table")
+    for name in _SCHEMA.names:
+        columns.column(name)
+
+
+def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
+    """(N, 2) size and time of each file, (-1, -1) for one that is not there.
+
+    Raises:
+        OSError: the storage fails.
+    """
+
+    def some(part: Sequence[bytes]) -> list[tuple[int, int]]:
+        return [_stat(path_of(folder, name)) for name in part]
+
+    each = max(1, -(-len(names) // _THREADS))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(some, [names[first : first + each] for first in range(0, len(names), each)]))
+    return np.array([entry for part in parts for entry in part], dtype=np.int64).reshape(-1, 2)
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except ValueError:  # a name that no file can have
+        return _MISSING
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return _MISSING
+        raise
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else _MISSING
+
+
+_Entry = tuple[int, int, str | None, int, int, str | None]
+
+
+def _refresh(
+    file: str, folder: str, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
+) -> Columns:
+    """Reads what is new or changed, in chunks that outlive an interruption, and writes the table."""
+    chunks = Chunks(file, _SCHEMA)
+    entries: dict[bytes, _Entry] = {}
+    first_free = 0
+    for columns in _earlier(chunks, known):
+        first_free += columns is not known
+        rows = zip(*(columns.column(name).to_pylist() for name in _SCHEMA.names), strict=True)
+        entries.update({name: tuple(rest) for name, *rest in rows})
+    stale = [
+        name
+        for name, stat_now in zip(names, map(tuple, now.tolist()), strict=True)
+        if (entry := entries.get(name)) is None or entry[:2] != stat_now
+    ]
+    with progress("images read", len(stale)) as advance:
+        for number, first in enumerate(range(0, len(stale), _CHUNK_IMAGES), start=first_free):
+            some = stale[first : first + _CHUNK_IMAGES]
+            found = _look(folder, some, reading)
+            entries.update(zip(some, found, strict=True))
+            if len(stale) > _CHUNK_IMAGES:
+                chunks.put(number, _batch(some, found))
+            advance(len(some))
+    chosen = [entries[name] for name in names]
+    content = hashlib.sha256()
+    for name, entry in zip(names, chosen, strict=True):
+        content.update(name + b"\0" + (entry[2] or "missing").encode() + b"\n")
+    schema = _SCHEMA.with_metadata({"digest": content.hexdigest()})
+    batch = pa.RecordBatch.from_arrays(_batch(names, chosen).columns, schema=schema)
+    kept = keep_columns(file, lambda: [batch], schema)
+    chunks.forget()
+    return kept
+
+
+def _earlier(chunks: Chunks, known: Columns | None) -> Iterator[Columns]:
+    if known is not None:
+        yield known
+    number = 0
+    while (found := chunks.get(number)) is not None:
+        yield found
+        number += 1
+
+
+def _batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.RecordBatch:
+    columns = [names, *zip(*entries, strict=True)] if entries else [[] for _ in _SCHEMA.names]
+    arrays = [pa.array(values, type=field.type) for values, field in zip(columns, _SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
+    paths = [path_of(folder, name) for name in names]
+    before = [_stat(path) for path in paths]
+    faults = image_check.image_faults(paths, reading)
+
+    def look(path: str, stat_before: tuple[int, int]) -> _Entry:
+        return _entry(path, stat_before, faults.get(path), reading)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(look, paths, before))
+
+
+def _entry(path: str, before: tuple[int, int], fault: str | None, reading: ImageReading) -> _Entry:
+    height = width = 0
+    sha = None
+    if before != _MISSING:
+        sha = file_sha256(path)
+        if fault is None:
+            try:
+                height, width = open_image.image_size(path, reading)
+            except open_image.BadImage as error:
+                fault = str(error)
+    if _stat(path) != before:
+        raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
+    size, mtime_ns = before
+    # A file written a moment ago may be written again within the clock's grain: do not trust its time yet.
+    trusted = mtime_ns if before == _MISSING or time.time_ns() - mtime_ns > _RACY_NS else -2
+    return size, trusted, sha, height, width, fault or ("is missing" if before == _MISSING else None)

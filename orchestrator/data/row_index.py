@@ -1,0 +1,379 @@
+"""The index of a data set's rows: made once, kept by content, mapped into memory by all who read rows.
+
+What is planned, checked, trained and tested reads it, so that all see the same rows, and none parses the data again.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.data.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
+from orchestrator.data.image_table import ImageTable, image_table, path_of
+from orchestrator.data.progress import progress
+from orchestrator.data.rows import (
+    AS_IT_IS,
+    DataSet,
+    ImageReading,
+    ImageRef,
+    Row,
+    Turn,
+    evenly_spread,
+    open_data_set,
+    raise_for_faults,
+)
+from orchestrator.errors import DataError
+from orchestrator.plan.identity import digest, source_code
+from orchestrator.plan.reached import data_identity
+from orchestrator.spec.components import DataSpec
+
+CHUNK_ROWS = 32_768
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("reason", pa.string()),
+        ("words", pa.int32()),
+        ("images", pa.list_(pa.binary())),
+        ("roles", pa.list_(pa.string())),
+        ("texts", pa.list_(pa.string())),
+        ("answer_type", pa.string()),
+        ("checksum", pa.int64()),
+    ]
+)
+_ROW = ("index", "images", "roles", "texts", "answer_type", "checksum")
+# Few bytes a row, looked at by all who open an index. The rest is checked row by row, when a row is made.
+_ALWAYS_CHECKED = ("index", "reason", "words", "images", "checksum")
+
+Entry = Row | tuple[int, str]
+"""A row, or the index of one that cannot be used and why."""
+
+
+class RowIndex:
+    """The rows of a data set, good and bad, and its images.
+
+    Args:
+        columns: One entry a row, in the order of the file.
+        images: Their images.
+        folder: What image names are relative to.
+        reading: How images are read.
+    """
+
+    def __init__(self, columns: Columns, images: ImageTable, folder: str, reading: ImageReading) -> None:
+        self._columns, self.images, self._folder, self._reading = columns, images, folder, reading
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @cached_property
+    def unreadable(self) -> dict[int, str]:
+        """Index of each row that cannot be used whatever its images are, to the reason."""
+        reasons = self._columns.column("reason")
+        positions = np.flatnonzero(np.asarray(pc.is_valid(reasons))).tolist()
+        return {int(self.numbers[position]): str(reasons[position]) for position in positions}
+
+    @cached_property
+    def bad(self) -> dict[int, str]:
+        """Index of each row that cannot be used, to the reason."""
+        found = dict(self.unreadable)
+        for position in self._with_broken_images() if self.images.faults else ():
+            found.setdefault(int(self.numbers[position]), self._image_fault(position))
+        return dict(sorted(found.items()))
+
+    def _with_broken_images(self) -> list[int]:
+        names = self._columns.column("images")
+        broken = pa.array(list(self.images.faults), type=pa.binary())
+        hits = np.asarray(pc.is_in(pc.list_flatten(names), value_set=broken))
+        counts = self.num_images
+        return np.unique(np.repeat(np.arange(len(self)), counts)[hits]).tolist()
+
+    def _image_fault(self, position: int) -> str:
+        (names,) = self._columns.values(position, "images")
+        name = next(name for name in names if name in self.images.faults)  # type: ignore[attr-defined]
+        return f"{path_of(self._folder, name)} {self.images.faults[name]}"
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Positions of the rows that can be used."""
+        return np.flatnonzero(~np.isin(self.numbers, list(self.bad)))
+
+    @cached_property
+    def parsed(self) -> np.ndarray:
+        """Positions of the rows that can be used as far as the rows alone tell, whatever their images."""
+        return np.flatnonzero(np.asarray(pc.is_null(self._columns.column("reason"))))
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """Words of each row, by position."""
+        return self._columns.numpy("words")
+
+    @cached_property
+    def num_images(self) -> np.ndarray:
+        """Images of each row, by position."""
+        return np.asarray(pc.list_value_length(self._columns.column("images")).to_numpy())
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Index of each row in its file, by position."""
+        return self._columns.numpy("index")
+
+    def row(self, position: int) -> Row:
+        """A row.
+
+        Raises:
+            DataError: the index is damaged; it is taken away, so that it is made again.
+        """
+        values: list[Any] = self._columns.values(position, *_ROW)
+        index, names, roles, texts, answer_type, checksum = values
+        if _checksum(index, names, roles, texts, answer_type) != checksum:
+            self._columns.file.unlink(missing_ok=True)
+            raise DataError(f"{self._columns.file}: the index of the rows is damaged; try again, it is made anew")
+        images = tuple(ImageRef(path_of(self._folder, name), self._reading) for name in names)
+        return Row(index, images, tuple(map(Turn, roles, texts)), answer_type)
+
+    def digest(self, source: str, with_bad_rows: bool) -> str:
+        """What the data set is: its source's content, its images' contents, and which rows are left out.
+
+        Args:
+            source: Digest of what the rows were read from.
+            with_bad_rows: Whether bad rows are left out; else none may be.
+        """
+        left_out = list(self.bad) if with_bad_rows else []
+        return digest([source, self.images.digest, left_out])
+
+
+class IndexedRows(Sequence[Row]):
+    """Some rows of an index, each made when it is asked for.
+
+    Attributes:
+        origin: The index.
+        positions: (N,) the rows' positions in it.
+    """
+
+    def __init__(self, origin: RowIndex, positions: np.ndarray) -> None:
+        self.origin, self.positions = origin, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> IndexedRows: ...
+    def __getitem__(self, at: int | slice) -> Row | IndexedRows:
+        if isinstance(at, slice):
+            return IndexedRows(self.origin, self.positions[at])
+        return self.origin.row(int(self.positions[at]))
+
+    @property
+    def num_words(self) -> np.ndarray:
+        """(N,) words of each row."""
+        return self.origin.words[self.positions]
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """(N,) images of each row."""
+        return self.origin.num_images[self.positions]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """(N,) index of each row in its file."""
+        return self.origin.numbers[self.positions]
+
+    def without(self, numbers: Iterable[int]) -> IndexedRows:
+        """These rows but those of some indices in the file."""
+        left_out = list(numbers)
+        if not left_out:
+            return self
+        return IndexedRows(self.origin, self.positions[~np.isin(self.numbers, left_out)])
+
+    def spread(self, wanted: int | None) -> IndexedRows:
+        """`wanted` of these at equal distances."""
+        if wanted is None or wanted >= len(self):
+            return self
+        return IndexedRows(self.origin, self.positions[np.asarray(evenly_spread(len(self), wanted), dtype=np.int64)])
+
+
+class JoinedRows(Sequence[Row]):
+    """Rows of several sets, one set after the other."""
+
+    def __init__(self, sets: Sequence[Sequence[Row]]) -> None:
+        self.sets = tuple(sets)
+        self._starts = np.cumsum([0, *map(len, sets)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        if isinstance(at, slice):
+            return [self[position] for position in range(*at.indices(len(self)))]
+        position = range(len(self))[at]
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.sets[number][position - int(self._starts[number])]
+
+
+def num_words(rows: Sequence[Row]) -> np.ndarray:
+    """(N,) words of each row."""
+    if isinstance(rows, JoinedRows):
+        return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_words, rows.sets)])
+    if isinstance(rows, IndexedRows):
+        return rows.num_words
+    return np.fromiter((row.num_words for row in rows), dtype=np.int64, count=len(rows))
+
+
+def num_images(rows: Sequence[Row]) -> np.ndarray:
+    """(N,) images of each row."""
+    if isinstance(rows, JoinedRows):
+        return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_images, rows.sets)])
+    if isinstance(rows, IndexedRows):
+        return rows.num_images
+    return np.fromiter((len(row.images) for row in rows), dtype=np.int64, count=len(rows))
+
+
+def open_rows(spec: DataSpec, content: str | None = None, left_out: Iterable[int] = ()) -> IndexedRows:
+    """The rows of a data set, of any kind.
+
+    Args:
+        spec: The data set.
+        content: Its content as it was planned; None compares nothing.
+        left_out: Indices of rows that are left out.
+
+    Raises:
+        DataError: they cannot be used, or are not what was planned.
+        OSError: the storage fails.
+    """
+    if content is not None and (now := _content_here(spec)) != content:
+        where = " ".join([f"data of kind {spec.kind}", *(str(getattr(spec, name)) for name in spec.path_fields[:1])])
+        raise DataError(
+            f"{where} has changed since it was planned (content {content[:12]}, now {now and now[:12]}): rows or "
+            "images are others, or missing on this machine; put them back, or run again to plan with what is there"
+        )
+    implementation = open_data_set(spec)
+    found = implementation.rows() if hasattr(implementation, "index") else _index_of(spec, implementation)
+    if not isinstance(found, IndexedRows):
+        raise DataError(f"data of kind {spec.kind}: `index` belongs to kinds whose rows are an index's")
+    return found.without(left_out)
+
+
+def _content_here(spec: DataSpec) -> str | None:
+    try:
+        return spec.content_digest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
+    """An index of what any kind's `rows` give, kept by the kind's own digest of its content."""
+    identity, absent = data_identity(spec)
+    if absent is not None:
+        raise DataError(absent)
+    source = {"data": identity, "paths": [getattr(spec, name) for name in spec.path_fields]}
+    found = row_index(source, lambda: (partial(_itself, row) for row in implementation.rows()))
+    raise_for_faults(f"data of kind {spec.kind}", [f"row {number}: {why}" for number, why in found.bad.items()])
+    return IndexedRows(found, found.good)
+
+
+def _itself(row: Row) -> Row:
+    return row
+
+
+def row_index(
+    source: Mapping[str, Any],
+    entries: Callable[[], Iterable[Callable[[], Entry]]],
+    folder: str = "",
+    reading: ImageReading = AS_IT_IS,
+) -> RowIndex:
+    """The index of some rows: from the cache where it is there whole, made where not; images as they are now.
+
+    Args:
+        source: What rows depend on, the digest of their file among it.
+        entries: Reads the rows: for each a function that makes its entry, not called for rows that are known.
+        folder: What image paths below it are kept relative to, so that rows may move.
+        reading: How images are read.
+
+    Raises:
+        DataError: the rows cannot be read.
+        OSError: the storage fails.
+    """
+    key = digest([source_code(__name__), source])
+    name = f"rows-{key}.arrow"
+    columns = open_columns(name, _check) or _make(name, entries, folder, reading)
+
+    def names() -> list[bytes]:
+        found: set[bytes] = set()
+        for chunk in columns.column("images").chunks:
+            found.update(pc.unique(pc.list_flatten(chunk)).to_pylist())
+        return sorted(found)
+
+    return RowIndex(columns, image_table(key, folder, names, reading), folder, reading)
+
+
+def _check(columns: Columns) -> None:
+    if columns.schema.names != _SCHEMA.names:
+        raise DamagedColumns("another table")
+    for name in _ALWAYS_CHECKED:
+        columns.column(name)
+
+
+def _checksum(*values: Any) -> int:
+    return zlib.crc32(repr(values).encode())
+
+
+def _make(
+    name: str, entries: Callable[[], Iterable[Callable[[], Entry]]], folder: str, reading: ImageReading
+) -> Columns:
+    """Reads all rows, in chunks that outlive an interruption."""
+    chunks, done, number = Chunks(name, _SCHEMA), [], 0
+    with progress("rows read", None) as advance:
+        stream = iter(entries())
+        while some := list(islice(stream, CHUNK_ROWS)):
+            kept = chunks.get(number)
+            if kept is None or len(kept) != len(some):
+                kept = chunks.put(number, _batch((entry() for entry in some), folder, reading))
+            done.append(kept)
+            number += 1
+            advance(len(some))
+    made = keep_columns(name, lambda: batches_of(done), _SCHEMA)
+    chunks.forget()
+    return made
+
+
+def _batch(entries: Iterator[Entry], folder: str, reading: ImageReading) -> pa.RecordBatch:
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+
+    def put(*values: Any) -> None:
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+
+    inside = os.path.join(folder, "") if folder else ""
+    for entry in entries:
+        if not isinstance(entry, Row):
+            index, reason = entry
+            put(index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, 0)
+            continue
+        if any(image.reading != reading for image in entry.images):
+            raise DataError(f"row {entry.index}: its images are to be read in another way than the data set's")
+        try:
+            paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
+            names = [os.fsencode(path) for path in paths]
+            for turn in entry.turns:
+                turn.text.encode()
+        except UnicodeEncodeError as error:
+            put(entry.index, f"it holds text that is not Unicode: {error.reason}", 0, [], [], [], None, 0)
+            continue
+        roles, texts = [turn.role for turn in entry.turns], [turn.text for turn in entry.turns]
+        kept = (names, roles, texts, entry.answer_type)
+        put(entry.index, None, entry.num_words, *kept, _checksum(entry.index, *kept))
+    arrays = [pa.array(columns[field.name], type=field.type) for field in _SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
