@@ -17,7 +17,7 @@ CODE = orchestrator plugins experiments tests
 
 # What `test-python` installs and runs under each other Python: all that needs no torch.
 PYTHONS = 3.10 3.11 3.12 3.13
-LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa jinja2 \
+LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa jinja2 pyarrow \
 	pytest pytest-timeout hypothesis jsonschema tomli
 LIGHT_TESTS = tests/spec tests/plan tests/search tests/plugins --ignore tests/plugins/test_example_plugin.py
 

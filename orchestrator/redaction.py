@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from functools import lru_cache
+from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -71,6 +72,13 @@ def secret_in(text: str, name: str = "") -> str | None:
     if any(value in text for value in _environment_secrets()):
         return "a secret of this environment"
     return None
+
+
+def without_secrets(value: Any) -> Any:
+    """A plain value, as YAML gives it, with what stands under a secret's name blotted out; for what is quoted."""
+    if isinstance(value, dict):
+        return {k: HIDDEN if v and is_secret_name(str(k)) else without_secrets(v) for k, v in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def is_secret_name(name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from orchestrator.errors import Fault, shorten
-from orchestrator.redaction import redacted
+from orchestrator.redaction import redacted, without_secrets
 
 Path = tuple[str | int, ...]
 SET = "--set"
@@ -113,7 +113,7 @@ class Node:
 
     def written(self) -> str:
         """The value as the user wrote it, shortened to one line, without the secrets in it."""
-        return shorten(redacted(self.text if self.text is not None else as_yaml(self.plain())))
+        return shorten(redacted(self.text if self.text is not None else as_yaml(without_secrets(self.plain()))))
 
     def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
         """A fault at this node."""

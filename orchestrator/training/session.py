@@ -69,6 +69,8 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     if group.device().type == "cpu":
         # A C++ op that sums over the ranks of one machine: it would be compiled for a minute on the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It prints the memory at each step of its opening, whatever is asked for, and collects garbage each time.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return Session(
         engine=engine,

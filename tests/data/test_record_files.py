@@ -120,13 +120,13 @@ def test_a_broken_line_and_what_is_in_a_line_spoil_their_own_row_only(tmp_path):
         9: "the line is not JSON",
     }
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(data))
-    found = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.jsonl"))).scan(with_images=False)
-    assert found.bad.keys() == wanted.keys() and [row.index for row in found.rows] == [0, 7]
+    found = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.jsonl"))).index()
+    assert found.bad.keys() == wanted.keys() and found.good.tolist() == [0, 7]
     assert all(wanted[index] in fault for index, fault in found.bad.items())
-    assert found.rows[0].turns[1].text == "\U0001f525"
+    assert found.row(0).turns[1].text == "\U0001f525"
     # The same in a list, but for the line that is no JSON at all.
     (tmp_path / "a.json").write_bytes(b"[" + b",".join(data[:-1]) + b"]")
-    of_list = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.json"))).scan(with_images=False)
+    of_list = LlavaJson(LlavaJsonSpec(data_path=str(tmp_path / "a.json"))).index()
     assert of_list.bad == {index: fault for index, fault in found.bad.items() if index != 9}
 
 
