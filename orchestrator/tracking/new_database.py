@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from orchestrator.plan.steady import found_at
+
 
 def make_database(path: Path) -> None:
     """Makes an sqlite file with MLflow's tables where there is none yet.
@@ -22,7 +24,7 @@ def make_database(path: Path) -> None:
         Exception: of many kinds, MLflow's too: the disk is full, or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if found_at(path) is not None:
         return
     from mlflow import MlflowClient
 
