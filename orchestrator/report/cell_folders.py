@@ -45,7 +45,7 @@ def weights_folder(walk: Walk, cell: Cell) -> Path:
     """
     link = walk.folder(cell) / "weights"
     if found_at(link) is None and walk.ledger.has(cell.state, "weights"):
-        link.parent.mkdir(parents=True, exist_ok=True)
+        steady(lambda: link.parent.mkdir(parents=True, exist_ok=True))
         _link(link, walk.ledger.fetch(cell.state, "weights"))
     return link
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from orchestrator.plan.steady import found_at
+from orchestrator.plan.steady import found_at, steady
 
 
 def make_database(path: Path) -> None:
@@ -23,7 +23,7 @@ def make_database(path: Path) -> None:
     Raises:
         Exception: of many kinds, MLflow's too: the disk is full, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     if found_at(path) is not None:
         return
     from mlflow import MlflowClient
