@@ -66,9 +66,9 @@ def test_looks_at_the_storage_that_fail_once(shim: Path, program: Program, refer
         end = program.run("--local", **reads, DISTURB_READS=f"{every} {program.storage}/")
         seconds += end.seconds
         assert "Traceback" not in end.told, end.told
-        if end.code == 0:
+        if end.code == 0 and "has not recorded" not in end.told:  # what MLflow lacks is sent by the next run
             break
-        assert "Input/output error" in end.told or "Stale file handle" in end.told, end.told
+        assert end.code == 0 or "Input/output error" in end.told or "Stale file handle" in end.told, end.told
     failed = tale.read_text().splitlines()
     assert end.code == 0 and len(failed) > 20, (failed, end.told)
     assert_like_undisturbed(program, reference)
