@@ -12,6 +12,7 @@ from orchestrator.plan.cell import Cell
 from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.record import CellRecord
+from orchestrator.plan.steady import found_at
 from orchestrator.plan.walk import Walk
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
@@ -82,8 +83,9 @@ def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> C
     if record.status != "finished" or not cell.phases:
         return record
     path = walk.folder(cell) / "training.png"
-    if not path.exists() and not draw:
+    is_drawn = found_at(path) is not None
+    if not is_drawn and not draw:
         return None
-    if not path.exists() and not training_figure(record, path):
+    if not is_drawn and not training_figure(record, path):
         return record
     return replace(record, artifacts={**record.artifacts, path.name: path})

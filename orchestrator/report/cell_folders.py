@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.differences import cell_values
 from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import steady
+from orchestrator.plan.steady import found_at, steady
 from orchestrator.plan.walk import Walk
 
 
@@ -31,7 +31,7 @@ def _written_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
         "values": cell_values(cell),
     }  # fmt: skip
     text, file = json.dumps(summary, indent=2) + "\n", folder / "record.json"
-    if not file.exists() or file.read_text() != text:
+    if found_at(file) is None or file.read_text() != text:
         walk.ledger.point_to(cell.state, folder, summary)
         file.write_text(text)
     return folder
@@ -44,19 +44,19 @@ def weights_folder(walk: Walk, cell: Cell) -> Path:
         DamagedStateError: they are damaged there.
     """
     link = walk.folder(cell) / "weights"
-    if not link.exists() and walk.ledger.has(cell.state, "weights"):
-        link.parent.mkdir(parents=True, exist_ok=True)
+    if found_at(link) is None and walk.ledger.has(cell.state, "weights"):
+        steady(lambda: link.parent.mkdir(parents=True, exist_ok=True))
         _link(link, walk.ledger.fetch(cell.state, "weights"))
     return link
 
 
 def log_files(walk: Walk, cell: Cell) -> list[Path]:
     """What a cell's stage runs and evaluations printed, in order."""
-    return [path for identity in walk.jobs_of(cell) if (path := walk.ledger.log_file(identity)).is_file()]
+    return [path for identity in walk.jobs_of(cell) if found_at(path := walk.ledger.log_file(identity)) is not None]
 
 
 def _link(link: Path, target: Path) -> None:
-    if not target.exists():
+    if found_at(target) is None:
         return
     # Two runs on one storage may do this at once.
     fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")

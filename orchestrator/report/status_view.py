@@ -14,6 +14,7 @@ from orchestrator.plan.document import stage_run_document, with_plans
 from orchestrator.plan.hours import hours_document, last_metrics, steps_done
 from orchestrator.plan.jobs import EvaluationJob, StageJob
 from orchestrator.plan.reasons import Reasons, Standing
+from orchestrator.plan.steady import found_at
 from orchestrator.plan.walk import Walk
 from orchestrator.report.tree_view import (
     counted,
@@ -121,7 +122,7 @@ def _about(walk: Walk, standing: Standing, identity: str, state: str) -> dict[st
     return {
         "holder": holder and {"lane": holder.lane, "host": holder.host, "pid": holder.pid, "owner": holder.owner},
         "error": str(failure.get("error", "")).strip() or "no reason recorded" if failure else None,
-        "log": str(log) if log is not None and log.is_file() else None,
+        "log": str(log) if log is not None and found_at(log) is not None else None,
     }
 
 

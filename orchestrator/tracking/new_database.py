@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from orchestrator.plan.steady import found_at, steady
+
 
 def make_database(path: Path) -> None:
     """Makes an sqlite file with MLflow's tables where there is none yet.
@@ -21,8 +23,8 @@ def make_database(path: Path) -> None:
     Raises:
         Exception: of many kinds, MLflow's too: the disk is full, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    if found_at(path) is not None:
         return
     from mlflow import MlflowClient
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from orchestrator.plan.steady import found_at
+
 CELL_ID = "cell_id"
 _RUNS_PER_PAGE = 1000
 _LOCK_SECONDS = 2.0
@@ -52,7 +54,7 @@ class SeenRun:
         if place.scheme not in ("", "file"):
             return False
         folder = Path(unquote(place.path))
-        return not all((folder / name).exists() for name in names)
+        return not all(found_at(folder / name) is not None for name in names)
 
 
 @dataclass
@@ -130,7 +132,7 @@ def client_look(client: Any, experiment: str) -> SeenExperiment:
 
 
 def _look_into_file(file: Path, experiment: str, count: bool) -> SeenExperiment | None:
-    if not file.exists():
+    if found_at(file) is None:
         return SeenExperiment()
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_LOCK_SECONDS)) as opened:

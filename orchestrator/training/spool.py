@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.ledger.storage import storage_errors
+from orchestrator.plan.steady import ABSENT, steady
 
 
 class MetricsSpool:
@@ -57,10 +58,12 @@ class MetricsSpool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file up to the first torn one; empty where there is no file."""
-    if not path.is_file():
+    try:
+        found = steady(path.read_bytes)
+    except ABSENT:
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in found.decode("utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -14,7 +14,7 @@ import pytest
 from fault_runs import HERE, Program, assert_like_undisturbed, note
 
 pytestmark = pytest.mark.slow
-EVERY = 40  # of the looks, one fails: dozens of them in a run, never two of one try
+EVERY = (40, 41, 43, 47)  # of so many looks one fails: dozens in a run, never two of one try, in each run others
 
 
 @pytest.fixture(scope="session")
@@ -60,15 +60,15 @@ def test_a_clock_set_back_and_forth_by_an_hour(
 
 def test_looks_at_the_storage_that_fail_once(shim: Path, program: Program, reference: dict[str, Any]) -> None:
     tale = program.folder / "tale"
-    reads = {"LD_PRELOAD": str(shim), "DISTURB_TALE": str(tale), "DISTURB_READS": f"{EVERY} {program.storage}/"}
+    reads = {"LD_PRELOAD": str(shim), "DISTURB_TALE": str(tale)}
     seconds = 0.0
-    for _ in range(4):  # what is not done again ends the run, and is told
-        end = program.run("--local", **reads)
+    for every in EVERY:  # what is not done again ends the run, and is told
+        end = program.run("--local", **reads, DISTURB_READS=f"{every} {program.storage}/")
         seconds += end.seconds
         assert "Traceback" not in end.told, end.told
-        if end.code == 0:
+        if end.code == 0 and "has not recorded" not in end.told:  # what MLflow lacks is sent by the next run
             break
-        assert "Input/output error" in end.told or "Stale file handle" in end.told, end.told
+        assert end.code == 0 or "Input/output error" in end.told or "Stale file handle" in end.told, end.told
     failed = tale.read_text().splitlines()
     assert end.code == 0 and len(failed) > 20, (failed, end.told)
     assert_like_undisturbed(program, reference)

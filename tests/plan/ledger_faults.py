@@ -1,8 +1,9 @@
 """Drives a ledger through all that it does, with one fault at the n-th step: a program of its own, forked for each n.
 
-`python ledger_faults.py MODE URL FOLDER`: for n = 1, 2, … a child works on a fresh storage `URL/n` with the fault at
-its n-th step, until one gets through without meeting it. Then another process looks, works, and looks again, as the
-next `run` and `gc` would. Prints one JSON line: how many points there were, and what went wrong at which.
+`python ledger_faults.py MODE URL FOLDER [FIRST [EVERY]]`: for n = FIRST, FIRST + EVERY, … a child works on a fresh
+storage `URL/MODE-n` with the fault at its n-th step, until one gets through without meeting it. Then another process
+looks, works, and looks again, as the next `run` and `gc` would. Prints one JSON line: how many points there were, and
+what went wrong at which.
 
 Modes: `kill` (SIGKILL before a call that changes something, or before its data is made to last), `full` (from there on
 no space is left), `EIO`, `ESTALE`, `EACCES` (a look at a file or folder fails once), and `again EIO` … (the same, on a
@@ -12,6 +13,7 @@ storage where all is done). Audit hooks see every call of this process to the fi
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -216,7 +218,7 @@ def child(
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), told
 
 
-def points(mode: str, url: str, folder: Path) -> dict[str, Any]:
+def points(mode: str, url: str, folder: Path, first: int = 1, every: int = 1) -> dict[str, Any]:
     """Each point in turn: how many there were, the ends of the disturbed children, and what was not as it should be."""
     mode, again = mode.removeprefix("again "), mode.startswith("again ")
     bad: list[str] = []
@@ -233,15 +235,15 @@ def points(mode: str, url: str, folder: Path) -> dict[str, Any]:
         where = f"{url}/{name}"
         return where, [where if "://" not in where else str(cache)]
 
+    if "://" in url:
+        s3_client_module.s3_client()  # what it imports and reads is kept; each child would do it anew
     where, _ = place("undisturbed")
     code, tale = child(work, where, "driver")
     assert code == 0, tale
     expected = seen(where)
     assert expected["damage"] == expected["offered"] == [] and len(expected["states"]) == 3, expected
     made = [line for line in tale if line.startswith(("train", "evaluate"))]
-    at = 0
-    while True:
-        at += 1
+    for at in itertools.count(first, every):
         if not again:
             where, below = place(f"{mode}-{at}")
         else:
@@ -268,7 +270,14 @@ def points(mode: str, url: str, folder: Path) -> dict[str, Any]:
         if second != 0 or twice or seen(where) != expected:
             bad.append(f"{at}: then {second} {twice} {more} {seen(where)}")
         if not met:
-            return {"points": at - 1, "ends": ends, "errors": errors, "bad": bad[:5], "number_bad": len(bad)}
+            return {
+                "points": (at - first) // every,
+                "ends": ends,
+                "errors": errors,
+                "bad": bad[:5],
+                "number_bad": len(bad),
+            }
+    raise AssertionError("unreachable")
 
 
 def tell_kept(url: str, tell: Callable[[str], None]) -> None:
@@ -280,4 +289,4 @@ def tell_kept(url: str, tell: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(points(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    print(json.dumps(points(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))))

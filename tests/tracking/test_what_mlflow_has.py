@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ from orchestrator.plan.ledger.store import FolderStore
 from orchestrator.plan.record import CellRecord
 from orchestrator.tracking import cell_tracker
 from orchestrator.tracking.cell_tracker import CellTracker
-from orchestrator.tracking.lacking import abandoned, has_record
+from orchestrator.tracking.lacking import abandoned, file_contents, has_record
 from orchestrator.tracking.one_at_a_time import one_at_a_time
-from orchestrator.tracking.seen import client_look, quick_look
+from orchestrator.tracking.seen import SeenRun, client_look, quick_look
 
 KEYS = ("train/loss", "train/learning_rate")
 STEPS = 40
@@ -337,3 +338,28 @@ def test_a_password_opens_a_server_whichever_way_it_comes(
     assert is_there(tracker, record())
     gate.wants = ("me", "another")
     assert quick_look(address, f"password-{way}") is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_artifacts_whose_look_fails_once_are_neither_gone_nor_an_end(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "training.png"
+    file.write_bytes(b"drawn")
+    failed: list[str] = []
+
+    def failing_once(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path) == str(file) and name not in failed:
+                failed.append(name)
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *arguments, **options)
+
+        return look
+
+    monkeypatch.setattr(os, "stat", failing_once("stat", os.stat))
+    monkeypatch.setattr(Path, "read_bytes", failing_once("read", Path.read_bytes))
+    run = SeenRun("id", "name", "FINISHED", 0, tmp_path.as_uri())
+    assert not run.lacks_artifacts([file.name]) and run.lacks_artifacts(["another.png"])
+    assert file_contents({file.name: file}) == {file.name: b"drawn"}
+    assert failed == ["stat", "read"]
