@@ -87,7 +87,7 @@ class Checks:
         found: list[Finding] = []
         model, data = parts["model"], parts["data"]
         if model is not None:
-            found += self._remember(("model", model), lambda: check_model(model))
+            found += self._remember(("model", model), lambda: check_model(model, self.notices))
         if data:
             found += self._remember(("data", data), lambda: check_data(data, self.notices))
         for name in ("data", "compressors", "evaluate"):
