@@ -43,7 +43,9 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
     for name, amount in resources.items() if isinstance(resources, dict) else ():
         path = ("cluster", "resources_per_worker", str(name))
         if (right := str(name).upper()) in ("CPU", "GPU") and name != right:
-            yield Finding(path, f"Ray has no resource `{name}`", "CPU, GPU, or a name your cluster gave", f"write {right}")
+            yield Finding(
+                path, f"Ray has no resource `{name}`", "CPU, GPU, or a name your cluster gave", f"write {right}"
+            )
         elif name == "GPU" and cluster.get("use_gpu") is False and isinstance(amount, int | float) and amount > 0:
             yield Finding(path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
 
@@ -90,7 +92,13 @@ def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
 
 _GGUF = "GGUF holds quantised weights, which cannot be trained"
 _GGUF_HINT = "use the original model that it was made from"
-_IMAGES = ("vision", "visual", "image", "vq_config", "patch_size")  # in some key of every model's config that takes images
+_IMAGES = (
+    "vision",
+    "visual",
+    "image",
+    "vq_config",
+    "patch_size",
+)  # in some key of every model's config that takes images
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LFS = b"version https://git-lfs"
 
@@ -107,38 +115,43 @@ def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
         yield Finding(path, "the folder has no config.json", "a Hugging Face model's folder, or a hub id")
 
 
-def _config(folder: FilePath) -> dict[str, Any]:
-    """A folder's config; empty where it cannot be read, which is told elsewhere."""
+def _config(folder: FilePath) -> dict[str, Any] | None:
+    """A folder's config; None where it cannot be read, which is told elsewhere."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _not_vision_language(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
     """By what every config says: a model of another kind would fail when it is built."""
     config = _config(folder)
-    kind, remote = config.get("model_type"), "auto_map" in config
+    if config is None or "auto_map" in config:
+        return  # unreadable, or code of its own
+    kind = config.get("model_type")
     allowed = "an image-text-to-text model of transformers, such as llava-hf/llava-1.5-7b-hf"
-    if not config or remote:
-        return
     if not kind:
         yield Finding(path, "its config.json names no `model_type`", allowed)
     elif "mm_vision_tower" in config or "mm_projector_type" in config:
         hint = "take its converted weights: llava-hf/... on the hub"
         yield Finding(path, "this model is in LLaVA's own format, not in transformers'", allowed, hint)
-    elif kind not in FAMILIES and not any(word in key for key in config for word in _IMAGES):
+    elif kind not in FAMILIES and "vocab_size" in config and not _takes_images(config):
         hint = "as a part it goes in `weights: {vision_tower: ..., projector: random, language_model: ...}`"
         yield Finding(path, f"`{kind}` is a model of text: its config.json has nothing of images", allowed, hint)
 
 
+def _takes_images(config: Mapping[str, Any]) -> bool:
+    return "auto_map" in config or any(word in key for key in config for word in _IMAGES)
+
+
 def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
-    config = _config(folder)
-    takes_images = any(word in key for key in config for word in _IMAGES)
-    if path[-1] == "vision_tower" and config and not takes_images and "auto_map" not in config:
+    config = _config(folder) or {}
+    if path[-1] == "vision_tower" and "vocab_size" in config and not _takes_images(config):
         kind = config.get("model_type", "it")
-        yield Finding(path, f"`{kind}` is no vision tower: its config.json has nothing of images", "a CLIP, SigLIP, ...")
+        yield Finding(
+            path, f"`{kind}` is no vision tower: its config.json has nothing of images", "a CLIP, SigLIP, ..."
+        )
     if path[-1] == "language_model" and config.get("is_encoder_decoder"):
         message = f"`{config.get('model_type')}` has an encoder and a decoder"
         yield Finding(path, message, "a causal language model, which is a decoder alone")
@@ -146,7 +159,9 @@ def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]
 
 def _weight_files(path: tuple[str, ...], folder: FilePath, notices: list[str]) -> Iterator[Finding]:
     """All files of the weights that the folder's index lists, and none that stands in for one."""
-    index = next((folder / f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()), None)
+    index = next(
+        (folder / f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()), None
+    )
     files = {name for name in _WEIGHTS if (folder / name).is_file()}
     if index is not None and not files:
         try:
