@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.spec.node import Node
 from orchestrator.spec.variant_checks import Finding
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
+_TRACKING = {"file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 # What calls an implementation, and by which methods; each family's face is in DESIGN section 9.
 _METHODS = {"data": ("rows",), "evaluate": ("run",)}
 
@@ -40,6 +42,11 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
             "run on a machine of the cluster with `address: auto`, or `llavolta submit FILE --address http://HEAD:8265`"
         )
         yield Finding(("cluster", "address"), message, "null, auto, or HOST:PORT of a cluster", hint)
+    storage = cluster.get("storage_path")
+    if isinstance(storage, str) and "://" in storage and not storage.startswith("s3://"):
+        yield Finding(("cluster", "storage_path"), "no such storage", "a folder (local or NFS), or s3://bucket/prefix")
+    elif isinstance(storage, str) and os.path.isfile(storage):
+        yield Finding(("cluster", "storage_path"), "a file stands where a folder belongs", "a folder")
     for name, amount in resources.items() if isinstance(resources, dict) else ():
         path = ("cluster", "resources_per_worker", str(name))
         if (right := str(name).upper()) in ("CPU", "GPU") and name != right:
@@ -48,6 +55,20 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
             )
         elif name == "GPU" and cluster.get("use_gpu") is False and isinstance(amount, int | float) and amount > 0:
             yield Finding(path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
+
+
+def check_tracking(root: Node) -> list[Fault]:
+    """MLflow knows the address' scheme: else all would be trained, and nothing recorded."""
+    path = ("tracking", "tracking_uri")
+    node = root.at(path)
+    if node is None or not isinstance(node.value, str) or ":" not in node.value:
+        return []
+    scheme = node.value.partition(":")[0].partition("+")[0].lower()
+    if scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
+        return []
+    near = f"write http://{node.value}" if "://" not in node.value else None
+    message = f"MLflow keeps nothing at `{scheme}:` addresses"
+    return [fault_at(root, path, message, "sqlite:///PATH, http://HOST:PORT, ...", near)]
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:

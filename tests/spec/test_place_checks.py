@@ -42,6 +42,11 @@ TABLE = [
     ((MODEL, "model_name_or_path: original, weights: random"), "LLaVA's own format"),
     ((MODEL, PARTS.format("llama", "random")), "`llama` is no vision tower"),
     ((MODEL, PARTS.format("random", "t5")), "`t5` has an encoder and a decoder"),
+    (("seed: 0", "cluster: {storage_path: 'gs://bucket/runs'}"), "no such storage"),
+    (("seed: 0", "cluster: {storage_path: experiment.yaml}"), "a file stands where a folder belongs"),
+    (("seed: 0", "tracking: {tracking_uri: 'wandb://project'}"), "MLflow keeps nothing at `wandb:`"),
+    (("seed: 0", "tracking: {tracking_uri: 'localhost:5000'}"), "write http://localhost:5000"),
+    (("seed: 0", "tracking: {tracking_uri: 'sqlite3:///x.db'}"), "MLflow keeps nothing at `sqlite3:`"),
     (("seed: 0", "cluster: {resources_per_worker: {gpu: 1}}"), "write GPU"),
     (("seed: 0", "cluster: {resources_per_worker: {Cpu: 2}}"), "write CPU"),
     (("seed: 0", "cluster: {use_gpu: false, resources_per_worker: {GPU: 1}}"), "drop one of the two"),
@@ -93,6 +98,13 @@ def test_what_cannot_be_used_is_refused(
     (fault,) = caught.value.faults
     assert message in f"{fault.message} {fault.hint}"
     assert fault.line is not None and fault.value is not None
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "sqlite:///x.db", "postgresql+psycopg2://host/db", "databricks", "FILE:///x"]
+)
+def test_mlflows_own_addresses_are_let_through(write: Callable[..., Path], small: str, uri: str) -> None:
+    assert load_experiment(write(f"tracking: {{tracking_uri: '{uri}'}}\n{small}")).cells
 
 
 @pytest.mark.parametrize("name", ["remote", "other"])
