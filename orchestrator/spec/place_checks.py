@@ -21,7 +21,7 @@ from orchestrator.spec.node import Node
 from orchestrator.spec.variant_checks import Finding
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
-_TRACKING = {"file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
+_TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 # What calls an implementation, and by which methods; each family's face is in DESIGN section 9.
 _METHODS = {"data": ("rows",), "evaluate": ("run",)}
 
@@ -61,14 +61,23 @@ def check_tracking(root: Node) -> list[Fault]:
     """MLflow knows the address' scheme: else all would be trained, and nothing recorded."""
     path = ("tracking", "tracking_uri")
     node = root.at(path)
-    if node is None or not isinstance(node.value, str) or ":" not in node.value:
+    if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):
         return []
-    scheme = node.value.partition(":")[0].partition("+")[0].lower()
-    if scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
+    scheme = node.value.partition(":")[0].partition("+")[0].lower() if ":" in node.value else "file"
+    allowed, hint = "sqlite:///PATH/mlflow.db, http://HOST:PORT, ...", None
+    if scheme == "file":
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+            return []
+        message = "MLflow keeps no records in plain folders any more"
+        hint = (
+            "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true in the environment MLflow goes on"
+        )
+    elif scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
         return []
-    near = f"write http://{node.value}" if "://" not in node.value else None
-    message = f"MLflow keeps nothing at `{scheme}:` addresses"
-    return [fault_at(root, path, message, "sqlite:///PATH, http://HOST:PORT, ...", near)]
+    else:
+        message = f"MLflow keeps nothing at `{scheme}:` addresses"
+        hint = f"write http://{node.value}" if "://" not in node.value else None
+    return [fault_at(root, path, message, allowed, hint)]
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:
@@ -95,9 +104,15 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
 
 def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
     """Folders that look like a model's and are not (an adapter, GGUF, a model of text), and weights not all there."""
-    path, name = ("model", "model_name_or_path"), model.model_name_or_path
+    name = model.model_name_or_path
+    path: tuple[str, ...] = ("model", "model_name_or_path")
     if os.path.isdir(name):
         found = [*_model_folder(path, FilePath(name)), *_not_vision_language(path, FilePath(name))]
+        if not found:
+            lacks = [what for what, files in _READERS.items() if not any((FilePath(name) / f).is_file() for f in files)]
+            if lacks:
+                text = f"there is no {' and no '.join(lacks)} in {name}; looked for again when it runs"
+                notices.append(f"{'.'.join(path)}: {text}")
         if not found and model.weights == "pretrained":
             found += _weight_files(path, FilePath(name), notices)
         yield from found
@@ -120,6 +135,10 @@ _IMAGES = (
     "vq_config",
     "patch_size",
 )  # in some key of every model's config that takes images
+_READERS = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json"),
+    "image processor": ("processor_config.json", "preprocessor_config.json"),
+}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LFS = b"version https://git-lfs"
 

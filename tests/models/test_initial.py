@@ -198,10 +198,10 @@ def test_numbers_nobody_can_train_from_are_named(
 
 
 def test_a_whole_model_and_a_folder_to_start_from_are_looked_at_too(spoilt: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageRunError, match="model.model_name_or_path: .* holds NaN or infinity in lm_head.weight"):
+    with pytest.raises(StageRunError, match=r"model\.model_name_or_path: .* holds NaN or infinity in lm_head.weight"):
         _written(tmp_path, model_name_or_path=str(spoilt / "model"), weights="pretrained")
     for name in ("model", "state"):
-        job = StartJob("start", {"model_name_or_path": str(TINY)}, None, None, (), folder=str(spoilt / name))
+        job = StartJob("start", {"model_name_or_path": str(TINY)}, None, None, str(spoilt / name))
         with pytest.raises(StageRunError, match=f"{name}.* holds NaN or infinity in lm_head.weight"):
             write_start_weights(job, None, None, tmp_path)
 

@@ -45,6 +45,8 @@ TABLE = [
     (("seed: 0", "cluster: {storage_path: 'gs://bucket/runs'}"), "no such storage"),
     (("seed: 0", "cluster: {storage_path: experiment.yaml}"), "a file stands where a folder belongs"),
     (("seed: 0", "tracking: {tracking_uri: 'wandb://project'}"), "MLflow keeps nothing at `wandb:`"),
+    (("seed: 0", "tracking: {tracking_uri: mlruns}"), "no records in plain folders"),
+    (("seed: 0", "tracking: {tracking_uri: 'file:///x'}"), "no records in plain folders"),
     (("seed: 0", "tracking: {tracking_uri: 'localhost:5000'}"), "write http://localhost:5000"),
     (("seed: 0", "tracking: {tracking_uri: 'sqlite3:///x.db'}"), "MLflow keeps nothing at `sqlite3:`"),
     (("seed: 0", "cluster: {resources_per_worker: {gpu: 1}}"), "write GPU"),
@@ -101,7 +103,7 @@ def test_what_cannot_be_used_is_refused(
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://host:5000", "sqlite:///x.db", "postgresql+psycopg2://host/db", "databricks", "FILE:///x"]
+    "uri", ["http://host:5000", "sqlite:///x.db", "postgresql+psycopg2://host/db", "databricks", "databricks://profile"]
 )
 def test_mlflows_own_addresses_are_let_through(write: Callable[..., Path], small: str, uri: str) -> None:
     assert load_experiment(write(f"tracking: {{tracking_uri: '{uri}'}}\n{small}")).cells
@@ -132,6 +134,16 @@ def test_auto_needs_a_model_whose_sizes_are_known(places: Path, write: Callable[
 def test_weights_that_are_not_here_yet_are_noted(write: Callable[..., Path], small: str) -> None:
     loaded = load_experiment(write(small.replace("weights: random", "weights: pretrained")))
     assert any("there are no weights in" in notice for notice in loaded.notices)
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"), [("tokenizer.json", "no tokenizer in"), ("processor_config.json", "no image processor in")]
+)
+def test_what_reads_texts_and_images_is_noted_where_it_is_not_here(
+    folder: Path, write: Callable[..., Path], small: str, gone: str, words: str
+) -> None:
+    (folder / "tiny" / gone).unlink()
+    assert [notice for notice in load_experiment(write(small)).notices if words in notice]
 
 
 def test_data_that_is_not_here_yet_is_noted(folder: Path, write: Callable[..., Path], small: str) -> None:
