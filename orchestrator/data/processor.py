@@ -43,6 +43,11 @@ class VisionTextProcessor:
                 f"model: the tokenizer {type(self.tokenizer).__name__} tells no character positions, which the loss on "
                 "answers needs; use a folder with a tokenizer.json"
             )
+        if self.tokenizer.eos_token is None:
+            raise UsageError(
+                "model: the tokenizer names no eos_token, which ends every answer; its folder needs a "
+                "tokenizer_config.json that does"
+            )
         self._config = config
         self._fill_in(config)
 

@@ -20,7 +20,7 @@ from orchestrator.dispatch.lane import forget
 from orchestrator.dispatch.outcome import Outcome
 from orchestrator.dispatch.rules import Rules, new_driver
 from orchestrator.dispatch.worker_log import append_traceback, log_path
-from orchestrator.errors import Interrupted, StorageError
+from orchestrator.errors import Interrupted, StorageError, UsageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.registry import load_object
@@ -46,6 +46,7 @@ def run_local(
     What jobs print goes to the terminal; a failed job's traceback goes to its log as well.
 
     Raises:
+        UsageError: a GPU is asked for and there is none.
         Interrupted: KeyboardInterrupt.
     """
     planned, account = Planned(work, feed), Account(on_event)
@@ -136,6 +137,12 @@ def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    asked = cluster.use_gpu is True or cluster.resources_per_worker.get("GPU", 0) > 0
+    if asked and not torch.cuda.is_available():
+        raise UsageError(
+            "cluster: use_gpu or resources_per_worker asks for a GPU, and torch sees none on this machine\n"
+            "    hint: cluster.use_gpu: auto takes what there is"
+        )
     use_gpu = torch.cuda.is_available() and cluster.use_gpu is not False
     variables = {
         "RANK": "0",

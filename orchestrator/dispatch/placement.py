@@ -69,8 +69,6 @@ def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]
     wanted = {name: float(amount) for name, amount in cluster.resources_per_worker.items() if amount > 0}
     has_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
     use_gpu = has_gpu if cluster.use_gpu == "auto" else cluster.use_gpu
-    if wanted.get("GPU", 0) > 0 and not cluster.use_gpu:
-        raise UsageError("cluster: use_gpu is false and resources_per_worker asks for GPU; drop one of the two")
     if use_gpu or wanted.get("GPU", 0) > 0:
         use_gpu = True
         wanted.setdefault("GPU", 1.0)

@@ -108,7 +108,10 @@ def model_from_config(model: ModelSpec) -> PreTrainedModel:
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
-        raise UsageError(f"model: {model.model_name_or_path} cannot be built: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if "Unrecognized configuration class" in reason:
+            reason = f"`{config.model_type}` is no image-text-to-text model of transformers"
+        raise UsageError(f"model: {model.model_name_or_path} cannot be built: {reason}") from error
 
 
 def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

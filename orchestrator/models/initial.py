@@ -94,6 +94,8 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
 
 def _told(error: Exception, files: Sequence[Path]) -> str:
     """Why weights were refused; of a folder's files the first one that is none of plain tensors is named."""
+    if "Unrecognized configuration class" in str(error):
+        return "its `model_type` is not of the kind that is wanted here"
     if not isinstance(error, ImportError | NotImplementedError):
         for file in files:
             try:

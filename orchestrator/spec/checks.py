@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,9 +13,9 @@ from orchestrator.spec.deepspeed_keys import file_findings
 from orchestrator.spec.faults import fault_at
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import ModelFacts, attention_dropout, model_facts
+from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
 from orchestrator.spec.node import Node, Path
-from orchestrator.spec.phase import PhaseSpec, PhasesSpec
+from orchestrator.spec.phase import LoraSpec, PhaseSpec, PhasesSpec
 from orchestrator.spec.place_checks import check_data, check_implementations, check_model
 from orchestrator.spec.schedule_checks import check_learning, check_schedule, check_tested_variants
 from orchestrator.spec.starts import Starts
@@ -88,7 +89,7 @@ class Checks:
         found: list[Finding] = []
         model, data = parts["model"], parts["data"]
         if model is not None:
-            found += self._remember(("model", model), lambda: check_model(model))
+            found += self._remember(("model", model), lambda: check_model(model, self.notices))
         if data:
             found += self._remember(("data", data), lambda: check_data(data, self.notices))
         for name in ("data", "compressors", "evaluate"):
@@ -137,7 +138,8 @@ class Checks:
                 path: Path = ("phases", name)
                 yield from check_length(phase, path)
                 yield from check_parts(phase, path)
-                yield from self._check_batch(phase, path)
+                yield from check_lora(phase, path, facts)
+                yield from self._check_batch(phase, path, model, facts)
                 yield from self._check_computation(phase, path, model)
                 yield from self.starts.check(phases, name, facts)
                 yield from check_schedule(phase, path, data, schedules, variants, facts)
@@ -158,12 +160,21 @@ class Checks:
             hint = "set it to 0 there; lora.dropout is drawn by sample"
             yield Finding(("model", "model_name_or_path"), message, f"{key}: 0.0", hint)
 
-    def _check_batch(self, phase: PhaseSpec, path: Path) -> Iterator[Finding]:
+    def _check_batch(
+        self, phase: PhaseSpec, path: Path, model: ModelSpec | None, facts: ModelFacts | None
+    ) -> Iterator[Finding]:
         workers = self.cluster.num_workers if self.cluster is not None else None
-        micro = phase.per_device_train_batch_size
-        if not isinstance(workers, int) or not isinstance(micro, int):
+        micro, total = phase.per_device_train_batch_size, phase.global_batch_size
+        if micro == "auto" and facts is None and model is not None and _is_here(model):
+            message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
+            yield Finding((*path, "per_device_train_batch_size"), message, "a number")
+        if not isinstance(workers, int):
             return
-        total = phase.global_batch_size
+        if not isinstance(micro, int):  # `auto` deals out what does not divide, but each worker needs a sample
+            if workers > total:
+                message = f"a global batch of {total} is less than a sample for each of {workers} workers"
+                yield Finding((*path, "global_batch_size"), message, f"at least {workers}")
+            return
         if total % (micro * workers):
             fitting = [size for size in range(1, total // workers + 1) if total % (size * workers) == 0]
             message = (
@@ -181,6 +192,27 @@ def _as_written(root: Node, path: Path) -> Path:
     if path[0] == "compressors" and len(path) > 2 and (node := root.at(path[:2])) is not None and node.is_mapping:
         return (*path[:2], *path[3:])
     return path
+
+
+def _is_here(model: ModelSpec) -> bool:
+    """Its config can be read, so that sizes which are not known now will not be known later."""
+    path = find_config(model.model_name_or_path, model.revision)
+    try:
+        return path is not None and bool(json.loads(path.read_bytes()).get("model_type"))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
+
+
+def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    """Its modules are linear layers of the language model; every family whose sizes are known has the same."""
+    if phase.lora is None:
+        return
+    where, known = (*path, "lora", "target_modules"), LoraSpec().target_modules
+    if not phase.lora.target_modules:
+        yield Finding(where, "LoRA without modules trains nothing", ", ".join(known))
+    for index, name in enumerate(phase.lora.target_modules):
+        if facts is not None and name not in known:
+            yield Finding((*where, index), f"the language model has no linear layers `{name}`", ", ".join(known))
 
 
 def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
 from orchestrator.spec.node import Node, dotted
 from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
 from orchestrator.spec.paths import absolute_paths
-from orchestrator.spec.place_checks import check_cluster
+from orchestrator.spec.place_checks import check_cluster, check_tracking
 from orchestrator.spec.report_checks import check_report
 from orchestrator.spec.resolved import resolved_yaml
 from orchestrator.spec.search_checks import check_search, space_corners
@@ -93,7 +93,8 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedEx
     cluster = parts.get("cluster", ()).value
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
-    faults += [*(check_report(root, axes, found) if whole else []), *check_search(root), *check_cluster(root)]
+    faults += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
+    faults += [*check_cluster(root), *check_tracking(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     faults += [fault for fault in errors if not _is_given(fault.path, everywhere)]
     faults += builder.faults

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,22 +16,66 @@ from orchestrator.errors import Fault
 from orchestrator.spec.base import Component
 from orchestrator.spec.faults import fault_at
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_table import FAMILIES
 from orchestrator.spec.node import Node
 from orchestrator.spec.variant_checks import Finding
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
+_TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 # What calls an implementation, and by which methods; each family's face is in DESIGN section 9.
 _METHODS = {"data": ("rows",), "evaluate": ("run",)}
 
 
 def check_cluster(root: Node) -> list[Fault]:
-    """Ray Train works from a driver inside the cluster only."""
-    node = root.at(("cluster", "address"))
-    if node is None or not isinstance(node.value, str) or not node.value.startswith("ray://"):
+    """Ray Train works from a driver inside the cluster only; a worker's resources go by Ray's names and agree."""
+    cluster = root.at(("cluster",))
+    if cluster is None or not cluster.is_mapping:
         return []
-    message = "Ray Train does not run over Ray's client (ray://), whose driver stands outside the cluster"
-    hint = "run on a machine of the cluster with `address: auto`"
-    return [fault_at(root, ("cluster", "address"), message, "null, auto, or HOST:PORT of a cluster", hint)]
+    return [fault_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster.plain())]
+
+
+def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
+    address, resources = cluster.get("address"), cluster.get("resources_per_worker")
+    if isinstance(address, str) and address.startswith("ray://"):
+        message = "Ray Train does not run over Ray's client (ray://), whose driver stands outside the cluster"
+        hint = "run on a machine of the cluster with `address: auto`"
+        yield Finding(("cluster", "address"), message, "null, auto, or HOST:PORT of a cluster", hint)
+    storage = cluster.get("storage_path")
+    if isinstance(storage, str) and "://" in storage and not storage.startswith("s3://"):
+        yield Finding(("cluster", "storage_path"), "no such storage", "a folder (local or NFS), or s3://bucket/prefix")
+    elif isinstance(storage, str) and os.path.isfile(storage):
+        yield Finding(("cluster", "storage_path"), "a file stands where a folder belongs", "a folder")
+    for name, amount in resources.items() if isinstance(resources, dict) else ():
+        path = ("cluster", "resources_per_worker", str(name))
+        if (right := str(name).upper()) in ("CPU", "GPU") and name != right:
+            yield Finding(
+                path, f"Ray has no resource `{name}`", "CPU, GPU, or a name your cluster gave", f"write {right}"
+            )
+        elif name == "GPU" and cluster.get("use_gpu") is False and isinstance(amount, int | float) and amount > 0:
+            yield Finding(path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
+
+
+def check_tracking(root: Node) -> list[Fault]:
+    """MLflow knows the address' scheme: else all would be trained, and nothing recorded."""
+    path = ("tracking", "tracking_uri")
+    node = root.at(path)
+    if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):
+        return []
+    scheme = node.value.partition(":")[0].partition("+")[0].lower() if ":" in node.value else "file"
+    allowed, hint = "sqlite:///PATH/mlflow.db, http://HOST:PORT, ...", None
+    if scheme == "file":
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+            return []
+        message = "MLflow keeps no records in plain folders any more"
+        hint = (
+            "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true in the environment MLflow goes on"
+        )
+    elif scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
+        return []
+    else:
+        message = f"MLflow keeps nothing at `{scheme}:` addresses"
+        hint = f"write http://{node.value}" if "://" not in node.value else None
+    return [fault_at(root, path, message, allowed, hint)]
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:
@@ -54,21 +100,45 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
                 notices.append(f"{'.'.join(path)}: there is no {value} here; it is looked for again when it runs")
 
 
-def check_model(model: ModelSpec) -> Iterator[Finding]:
-    """Folders that look like a model's and are not: an adapter, GGUF, settings without a config."""
-    if os.path.isdir(model.model_name_or_path):
-        yield from _model_folder(("model", "model_name_or_path"), FilePath(model.model_name_or_path))
+def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
+    """Folders that look like a model's and are not (an adapter, GGUF, a model of text), and weights not all there."""
+    name = model.model_name_or_path
+    path: tuple[str, ...] = ("model", "model_name_or_path")
+    if os.path.isdir(name):
+        found = [*_model_folder(path, FilePath(name)), *_not_vision_language(path, FilePath(name))]
+        if not found:
+            lacks = [what for what, files in _READERS.items() if not any((FilePath(name) / f).is_file() for f in files)]
+            if lacks:
+                text = f"there is no {' and no '.join(lacks)} in {name}; looked for again when it runs"
+                notices.append(f"{'.'.join(path)}: {text}")
+        if not found and model.weights == "pretrained":
+            found += _weight_files(path, FilePath(name), notices)
+        yield from found
     if isinstance(model.weights, dict):
         for part, source in model.weights.items():
             path = ("model", "weights", part)
             if source.lower().endswith(".gguf"):
                 yield Finding(path, _GGUF, "safetensors or PyTorch weights", _GGUF_HINT)
             elif part != "projector" and os.path.isdir(source):
-                yield from _model_folder(path, FilePath(source))
+                found = [*_model_folder(path, FilePath(source)), *_not_that_part(path, FilePath(source))]
+                yield from found or _weight_files(path, FilePath(source), notices)
 
 
 _GGUF = "GGUF holds quantised weights, which cannot be trained"
 _GGUF_HINT = "use the original model that it was made from"
+_IMAGES = (
+    "vision",
+    "visual",
+    "image",
+    "vq_config",
+    "patch_size",
+)  # in some key of every model's config that takes images
+_READERS = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json"),
+    "image processor": ("processor_config.json", "preprocessor_config.json"),
+}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LFS = b"version https://git-lfs"
 
 
 def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
@@ -81,6 +151,75 @@ def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
         yield Finding(path, _GGUF, "a folder with config.json", _GGUF_HINT)
     else:
         yield Finding(path, "the folder has no config.json", "a Hugging Face model's folder, or a hub id")
+
+
+def _config(folder: FilePath) -> dict[str, Any] | None:
+    """A folder's config; None where it cannot be read, which is told elsewhere."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _not_vision_language(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
+    """By what every config says: a model of another kind would fail when it is built."""
+    config = _config(folder)
+    if config is None or "auto_map" in config:
+        return  # unreadable, or code of its own
+    kind = config.get("model_type")
+    allowed = "an image-text-to-text model of transformers, such as llava-hf/llava-1.5-7b-hf"
+    if not kind:
+        yield Finding(path, "its config.json names no `model_type`", allowed)
+    elif "mm_vision_tower" in config or "mm_projector_type" in config:
+        hint = "take its converted weights: llava-hf/... on the hub"
+        yield Finding(path, "this model is in LLaVA's own format, not in transformers'", allowed, hint)
+    elif kind not in FAMILIES and "vocab_size" in config and not _takes_images(config):
+        hint = "as a part it goes in `weights: {vision_tower: ..., projector: random, language_model: ...}`"
+        yield Finding(path, f"`{kind}` is a model of text: its config.json has nothing of images", allowed, hint)
+
+
+def _takes_images(config: Mapping[str, Any]) -> bool:
+    return "auto_map" in config or any(word in key for key in config for word in _IMAGES)
+
+
+def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
+    config = _config(folder) or {}
+    if path[-1] == "vision_tower" and "vocab_size" in config and not _takes_images(config):
+        kind = config.get("model_type", "it")
+        yield Finding(
+            path, f"`{kind}` is no vision tower: its config.json has nothing of images", "a CLIP, SigLIP, ..."
+        )
+    if path[-1] == "language_model" and config.get("is_encoder_decoder"):
+        message = f"`{config.get('model_type')}` has an encoder and a decoder"
+        yield Finding(path, message, "a causal language model, which is a decoder alone")
+
+
+def _weight_files(path: tuple[str, ...], folder: FilePath, notices: list[str]) -> Iterator[Finding]:
+    """All files of the weights that the folder's index lists, and none that stands in for one."""
+    index = next(
+        (folder / f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()), None
+    )
+    files = {name for name in _WEIGHTS if (folder / name).is_file()}
+    if index is not None and not files:
+        try:
+            files = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield Finding(path, f"{index.name} cannot be read: it lists the weights by file", None, "download it again")
+            return
+    if not files:
+        notices.append(f"{'.'.join(path)}: there are no weights in {folder}; they are looked for again when it runs")
+    if missing := sorted(str(name) for name in files if not (folder / str(name)).is_file()):
+        message = f"{len(missing)} of {len(files)} files of its weights are missing: {', '.join(missing[:5])}"
+        yield Finding(path, message, None, "finish the download: `hf download ID --local-dir FOLDER` goes on")
+    elif stubs := sorted(name for name in files if _starts(folder / name, _LFS)):
+        message = f"{', '.join(stubs[:5])}: a pointer of Git LFS stands in the place of the weights"
+        yield Finding(path, message, None, "`git lfs pull` in that folder fetches them")
+
+
+def _starts(file: FilePath, beginning: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(beginning)) == beginning
 
 
 def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[Finding]:

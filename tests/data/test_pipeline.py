@@ -1,6 +1,7 @@
 """TrainData on real easy-VQA rows and real files: batches ready for the model."""
 
 import runpy
+import shutil
 import time
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def test_a_limit_that_leaves_no_answer_is_told_before_training(processor):
 
 def test_a_folder_without_a_processor_is_told(tmp_path):
     with pytest.raises(UsageError, match="no processor in"):
+        load_processor(ModelSpec(model_name_or_path=str(tmp_path)))
+
+
+def test_a_tokenizer_without_an_end_token_is_told(tmp_path):
+    for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copy(Path(__file__).parents[2] / "experiments/models/tiny-llava" / name, tmp_path)
+    with pytest.raises(UsageError, match="names no eos_token"):
         load_processor(ModelSpec(model_name_or_path=str(tmp_path)))
 
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from orchestrator.dispatch.local import run_local
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Interrupted, UsageError
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -44,6 +45,14 @@ def test_jobs_run_in_order_fail_alone_and_are_tried_again(ledger: Ledger) -> Non
     assert "DataError: row 7" in Path(failure["log"]).read_text()
     assert not dist.is_initialized()
     assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("asked", [{"use_gpu": True}, {"resources_per_worker": {"GPU": 1}}])
+def test_a_gpu_that_is_not_there_is_no_cpu(ledger: Ledger, asked: dict) -> None:
+    with pytest.raises(UsageError, match="asks for a GPU, and torch sees none"):
+        run_local(work(""), ledger, ClusterSpec(**asked), lambda event: None, executor="lane_jobs:run")
+    assert not dist.is_initialized()
 
 
 def test_a_stop_leaves_at_a_checkpoint(ledger: Ledger) -> None:

@@ -54,5 +54,3 @@ def test_gpus() -> None:
     assert room([{"CPU": 8.0, "GPU": 1.0}], use_gpu=False) == Room(1, False)
     with pytest.raises(UsageError, match="1 x 1 GPU = 1 GPU, it has 0"):
         room([{"CPU": 8.0}], use_gpu=True)
-    with pytest.raises(UsageError, match="use_gpu is false"):
-        room([{"CPU": 8.0}], use_gpu=False, resources_per_worker={"GPU": 1})

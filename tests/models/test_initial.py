@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models import build_model, write_initial_weights
 from orchestrator.models.build import WEIGHTS_FILE, compute_dtype, save_weights, weight_tensors
-from orchestrator.plan.jobs import RootJob
+from orchestrator.models.start import write_start_weights
+from orchestrator.plan.jobs import RootJob, StartJob
 from orchestrator.spec.model import ModelSpec
 
 TINY = Path(__file__).parents[2] / "experiments/models/tiny-llava"
@@ -37,6 +38,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**{**text, "vocab_size": 999})).save_pretrained(folder / "large_llama")
     shapes = {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
     projector = {f"model.mm_projector.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    (folder / "t5").mkdir()
+    (folder / "t5/config.json").write_text(json.dumps({"model_type": "t5"}))
     torch.save(projector, folder / "mm_projector.bin")
     torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, folder / "broken.bin")
     return folder
@@ -134,6 +137,7 @@ def test_random_parts_follow_the_seed(sources: Path, tmp_path: Path) -> None:
         ("projector", "broken.bin", StageRunError, "missing: linear_1.bias, linear_2.bias, linear_2.weight"),
         ("projector", "nothing.bin", UsageError, "model.weights.projector"),
         ("vision_tower", "no_folder", UsageError, "no_folder"),
+        ("language_model", "t5", UsageError, "is not of the kind that is wanted"),
         ("language_model", "tower", (UsageError, StageRunError), "model.weights.language_model"),
     ],
 )
@@ -144,6 +148,62 @@ def test_what_does_not_fit_is_said(
     with pytest.raises(error) as told:
         _written(tmp_path, weights=parts)
     assert words in str(told.value)
+
+
+@pytest.fixture(scope="module")
+def spoilt(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sources with one number gone wrong in each, or stored in whole numbers."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    projector = torch.load(sources / "mm_projector.bin", weights_only=True)
+    name = "model.mm_projector.2.bias"
+    for kind, value in {"nan": float("nan"), "inf": float("-inf")}.items():
+        torch.save({**projector, name: torch.full((64,), value)}, folder / f"{kind}.bin")
+        save_file({**projector, name: torch.full((64,), value).bfloat16()}, folder / f"{kind}.safetensors")
+    whole = {key: (tensor * 10).to(torch.int8) for key, tensor in projector.items() if key.endswith("weight")}
+    torch.save({**projector, **whole}, folder / "int8.bin")
+    tower = CLIPVisionModel.from_pretrained(sources / "tower")
+    tower.get_parameter("encoder.layers.0.mlp.fc1.bias").data[3] = float("inf")
+    tower.save_pretrained(folder / "tower")
+    llama = LlamaForCausalLM.from_pretrained(sources / "llama")
+    llama.get_parameter("model.layers.3.mlp.up_proj.weight").data[-1, -1] = float("nan")
+    llama.save_pretrained(folder / "llama", max_shard_size="100KB")
+    assert (folder / "llama/model.safetensors.index.json").is_file()
+    whole_model = build_model(ModelSpec(model_name_or_path=str(TINY)), None)
+    whole_model.lm_head.weight.data[0, 0] = float("nan")
+    whole_model.save_pretrained(folder / "model")
+    save_weights(weight_tensors(whole_model), folder / "state/model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "words"),
+    [
+        ("projector", "nan.bin", "NaN or infinity in linear_2.bias"),
+        ("projector", "inf.bin", "NaN or infinity in linear_2.bias"),
+        ("projector", "nan.safetensors", "NaN or infinity in linear_2.bias"),
+        ("projector", "inf.safetensors", "NaN or infinity in linear_2.bias"),
+        ("projector", "int8.bin", "quantised weights: linear_1.weight (torch.int8)"),
+        ("vision_tower", "tower", "encoder.layers.0.mlp.fc1.bias"),
+        ("language_model", "llama", "model.layers.3.mlp.up_proj.weight"),
+    ],
+)
+def test_numbers_nobody_can_train_from_are_named(
+    spoilt: Path, tmp_path: Path, part: str, source: str, words: str
+) -> None:
+    parts = {"vision_tower": "random", "projector": "random", "language_model": "random", part: str(spoilt / source)}
+    with pytest.raises(StageRunError) as told:
+        _written(tmp_path, weights=parts)
+    assert words in str(told.value) and f"model.weights.{part}: {spoilt / source}" in str(told.value)
+    assert not (tmp_path / WEIGHTS_FILE).exists()
+
+
+def test_a_whole_model_and_a_folder_to_start_from_are_looked_at_too(spoilt: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageRunError, match=r"model\.model_name_or_path: .* holds NaN or infinity in lm_head.weight"):
+        _written(tmp_path, model_name_or_path=str(spoilt / "model"), weights="pretrained")
+    for name in ("model", "state"):
+        job = StartJob("start", {"model_name_or_path": str(TINY)}, None, None, str(spoilt / name))
+        with pytest.raises(StageRunError, match=f"{name}.* holds NaN or infinity in lm_head.weight"):
+            write_start_weights(job, None, None, tmp_path)
 
 
 def test_a_projector_file_runs_no_code(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder with the model `tiny`: 4 decoder layers, 8 x 8 visual tokens."""
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    for name in ("tokenizer.json", "processor_config.json"):
+        (tmp_path / "tiny" / name).touch()
     return tmp_path
 
 
