@@ -39,6 +39,7 @@ class Checks:
     starts: Starts
     _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
+    _known: dict[tuple[str, str | None], ModelFacts | None] = field(default_factory=dict)
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
 
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
@@ -73,7 +74,11 @@ class Checks:
         if phases is None:
             return []
         others = (parts["data"], parts["schedules"], parts["compressors"], parts["model"])
-        return self._remember(("phases", phases, *others), lambda: self._find_phases(phases, *others))
+        found = self._remember(("phases", phases, *others), lambda: self._find_phases(phases, *others))
+        model: ModelSpec | None = parts["model"]
+        if model is None or (phases.pretrain is None and phases.finetune is None):
+            return found
+        return [*found, *self._remember(("dropout", model), lambda: _check_dropout(model))]
 
     def _evaluations(self, parts: dict[str, Any]) -> list[Finding]:
         names = ("evaluate", "phases", "schedules", "compressors", "model")
@@ -115,7 +120,10 @@ class Checks:
             yield from check_variant(points, ("compressors", name), facts)
 
     def _facts(self, model: ModelSpec) -> ModelFacts | None:
-        facts = model_facts(model.model_name_or_path, model.revision)
+        key = (model.model_name_or_path, model.revision)
+        if key not in self._known:
+            self._known[key] = model_facts(*key)
+        facts = self._known[key]
         if facts is None:
             self.notices.append(
                 f"model.model_name_or_path: the sizes of {model.model_name_or_path} are not known here; layers, "
@@ -130,8 +138,6 @@ class Checks:
             facts = self._facts(model) if model is not None else None
         except ValueError:
             facts = None  # told beside the variants
-        if model is not None:
-            yield from self._check_dropout(model)
         for name in ("pretrain", "finetune"):
             phase: PhaseSpec | None = getattr(phases, name)
             if phase is not None:
@@ -151,14 +157,6 @@ class Checks:
         dtype = model.dtype if model is not None else "auto"
         for finding in file_findings(phase, dtype, workers if isinstance(workers, int) else None):
             yield Finding((*path, *finding.path), finding.message, finding.allowed, finding.hint)
-
-    def _check_dropout(self, model: ModelSpec) -> Iterator[Finding]:
-        found = attention_dropout(model.model_name_or_path, model.revision)
-        if found is not None:
-            key, value = found
-            message = f"{key} is {value} in its config.json: what attention drops cannot be drawn by sample"
-            hint = "set it to 0 there; lora.dropout is drawn by sample"
-            yield Finding(("model", "model_name_or_path"), message, f"{key}: 0.0", hint)
 
     def _check_batch(
         self, phase: PhaseSpec, path: Path, model: ModelSpec | None, facts: ModelFacts | None
@@ -185,6 +183,15 @@ class Checks:
             near = min(fitting, key=lambda size: abs(size - micro)) if fitting else None
             hint = f"per_device_train_batch_size: {near} fits" if near else f"{workers} workers do not divide {total}"
             yield Finding((*path, "global_batch_size"), message, allowed, hint)
+
+
+def _check_dropout(model: ModelSpec) -> Iterator[Finding]:
+    found = attention_dropout(model.model_name_or_path, model.revision)
+    if found is not None:
+        key, value = found
+        message = f"{key} is {value} in its config.json: what attention drops cannot be drawn by sample"
+        hint = "set it to 0 there; lora.dropout is drawn by sample"
+        yield Finding(("model", "model_name_or_path"), message, f"{key}: 0.0", hint)
 
 
 def _as_written(root: Node, path: Path) -> Path:

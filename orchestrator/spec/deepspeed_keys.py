@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import registry
 from orchestrator.spec.node import Path, dotted
+from orchestrator.spec.paths import DEEPSPEED_PRESETS
 from orchestrator.spec.variant_checks import Finding
 
 if TYPE_CHECKING:
@@ -171,8 +172,8 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
             yield Finding(("deepspeed", *finding.path), finding.message, finding.allowed, finding.hint)
         return
     file = FilePath(given)
-    if not file.is_file():
-        return  # a preset; a missing file is told where paths are
+    if given in DEEPSPEED_PRESETS or not file.is_file():
+        return  # a missing file is told where paths are
     try:
         text = file.read_text(encoding="utf-8")
         config = json.loads(text)
