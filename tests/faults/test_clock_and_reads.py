@@ -71,6 +71,9 @@ def test_looks_at_the_storage_that_fail_once(shim: Path, program: Program, refer
         assert end.code == 0 or "Input/output error" in end.told or "Stale file handle" in end.told, end.told
     failed = tale.read_text().splitlines()
     assert end.code == 0 and len(failed) > 20, (failed, end.told)
+    if "has not recorded" in end.told:  # sqlite gives up at the first failed read: MLflow's record comes late
+        end = program.run("--local")
+        assert end.code == 0 and "has not recorded" not in end.told, end.told
     assert_like_undisturbed(program, reference)
     assert set(program.repeated_steps().values()) == {0}
     note(f"EIO or ESTALE from {len(failed)} single looks", "itself or `run`", program, seconds)
