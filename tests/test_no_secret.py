@@ -77,7 +77,8 @@ class Lab:
         )  # fmt: skip
         self.printed += done.stdout + done.stderr
         text = (done.stdout + done.stderr).decode()
-        return [line.split()[1] for line in done.stdout.decode().splitlines() if line.startswith("code ")], text
+        # After `--json` a process prints everything else to standard error.
+        return [line.split()[1] for line in text.splitlines() if line.startswith("code ")], text
 
     def found(self, *more: Path) -> list[str]:
         """Where a secret is: a file's name, or the output."""

@@ -115,7 +115,10 @@ def test_a_second_run_has_nothing_to_do_and_starts_neither_ray_nor_mlflow(finish
         "try: main()\nexcept SystemExit as end: assert not end.code\n"
         "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
     )
-    again = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    # pytest's readline puts COLUMNS into the process' environment behind Python's back.
+    again = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=dict(os.environ), capture_output=True, text=True, check=True
+    )
     assert "nothing to do" in again.stdout and again.stdout.splitlines()[-1] == "[]"
     rows = [line for line in first.stdout.splitlines() if "finished" in line and re.search(r"\d\.\d", line)]
     assert [line for line in again.stdout.splitlines() if "finished" in line and re.search(r"\d\.\d", line)] == rows
