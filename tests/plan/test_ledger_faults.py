@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3  # noqa: F401 - where it is not installed, the program of the faults does not start
 import pytest
 
 FAULTS = Path(__file__).with_name("ledger_faults.py")
