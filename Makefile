@@ -62,8 +62,11 @@ test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests
 		'$(BIN)/uv' pip install --quiet --constraint constraints.txt $(LIGHT); \
 		'$(BIN)/uv' pip install --quiet --no-deps --editable .; \
 		echo "Python $$version: $(LIGHT_TESTS)"; \
-		$$venv/bin/python -m pytest -m 'not slow' -r fE $(LIGHT_TESTS); \
-	done
+		$$venv/bin/python -m pytest -m 'not slow' -r fE $(LIGHT_TESTS) > $$venv/tests.log 2>&1 & runs="$${runs:-} $$venv:$$!"; \
+	done; \
+	failed=0; for run in $${runs:-}; do \
+		if wait $${run#*:}; then tail -n 1 $${run%%:*}/tests.log; else failed=1; cat $${run%%:*}/tests.log; fi; \
+	done; exit $$failed
 
 check: format-check lint types imports test  ## format, lint, types, import contract, tests
 

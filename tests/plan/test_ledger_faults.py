@@ -39,8 +39,8 @@ def each_point(mode: str, url: str, folder: Path, every: int = 1) -> dict[str, A
     return found
 
 
-# `make test` tries one point of seven, `make test-all` each.
-sampled = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+# `make test` tries one point of twenty, `make test-all` each.
+sampled = pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @sampled
