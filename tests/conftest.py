@@ -93,6 +93,16 @@ def pytest_runtest_call() -> Generator[None, object, object]:
     return (yield from _left_out())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither find nor leave anything in the user's caches, and no terminal's width."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("COLUMNS", "LINES"):
+            patch.delenv(name, raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_text() -> str:
     """Three cells of six steps; `heavy` and `two_stage` begin alike."""

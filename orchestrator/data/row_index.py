@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from hashlib import sha256
 from itertools import islice
 from typing import Any, overload
 
@@ -274,12 +275,17 @@ def _content_here(spec: DataSpec) -> str | None:
 
 
 def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
-    """An index of what any kind's `rows` give, kept by the kind's own digest of its content."""
-    identity, absent = data_identity(spec)
+    """An index of what any kind's `rows` give, kept by the rows themselves: only the kind knows what they depend on.
+
+    Its own digest of the content does not do: equal content may lie elsewhere, its images with it.
+    """
+    _, absent = data_identity(spec)
     if absent is not None:
         raise DataError(absent)
-    source = {"data": identity, "paths": [getattr(spec, name) for name in spec.path_fields]}
-    found = row_index(source, lambda: (partial(_itself, row) for row in implementation.rows()))
+    rows, content = implementation.rows(), sha256()
+    for row in rows:
+        content.update(repr(row).encode("utf-8", "backslashreplace") + b"\n")
+    found = row_index({"rows": content.hexdigest()}, lambda: (partial(_itself, row) for row in rows))
     raise_for_faults(f"data of kind {spec.kind}", [f"row {number}: {why}" for number, why in found.bad.items()])
     return IndexedRows(found, found.good)
 

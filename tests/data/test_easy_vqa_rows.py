@@ -1,12 +1,16 @@
 """easy_vqa against the package's own functions."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import easy_vqa
 import pytest
 from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
+
+from orchestrator.data.row_index import open_rows
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])
@@ -60,3 +64,18 @@ def test_specs_and_rows_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_package_that_moved_is_read_where_it_is(tmp_path, monkeypatch):
+    """Another environment with the same package: same content, other paths."""
+    package = Path(easy_vqa.__file__).parent
+    monkeypatch.delitem(sys.modules, "easy_vqa")
+    spec = EasyVqaSpec(split="test", max_samples=20)
+    for environment in ("first", "second"):
+        shutil.copytree(package / "data" / "test", tmp_path / environment / "easy_vqa" / "data" / "test")
+        (tmp_path / environment / "easy_vqa" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / environment)
+        rows = open_rows(spec, spec.content_digest())
+        folder = tmp_path / environment / "easy_vqa" / "data" / "test" / "images"
+        assert {str(Path(image.path).parent) for row in rows for image in row.images} == {str(folder)}
+        shutil.rmtree(tmp_path / environment)
