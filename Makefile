@@ -14,7 +14,7 @@ SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
 	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 CODE = orchestrator plugins experiments tests
-# Two test files at a time: more would only help on many cores, where each process starts its own Ray and torch.
+# Two test files at a time, each with one thread: two that take both cores spin and wait for each other (8 x slower).
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 
 # What `test-python` installs and runs under each other Python: all that needs no torch.
@@ -47,7 +47,7 @@ quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and 
 	@'$(BIN)/llavolta' run experiments/quickstart.yaml
 
 test: $(STAMP)  ## the tests that take seconds to minutes; more options: make test ARGS='-k plan'
-	@'$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
+	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: $(STAMP)  ## every test, the slow ones included
 	@'$(BIN)/python' -m pytest $(ARGS)

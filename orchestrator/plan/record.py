@@ -98,12 +98,12 @@ def cell_record(
             "experiment_spec_sha": spec_sha or digest(resolved),
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
-            **_fingerprint_tags(runs),
+            **_fingerprint_tags(runs or ()),
             **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
             "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
         },
-        history=_history(cell, tree, ledger, runs),
-        summary=_summary(cell, ledger, runs, costs if trained else None),
+        history=() if runs is None else _history(cell, tree, ledger, runs),
+        summary=_summary(cell, ledger, runs or (), costs if trained and runs is not None else None),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
 
@@ -121,18 +121,21 @@ class _Run:
     result: dict[str, Any]
 
 
-def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run]:
+def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run] | None:
     """The stage runs that led to the cell's furthest finished state, first to last.
 
     Followed by the recorded parents, not by the tree: a state may have been trained before another cell cut its way.
-    What another experiment trained for it to start from is that one's.
+    What another experiment trained for it to start from is that one's. None where one before it is missing (damaged
+    and made again, or forgotten): a curve that begins amid the way, or a part's seconds, would pass for the whole.
     """
     if not cell.phases:
         return []
     first = cell.phases[0].start
     state: str | None = next((run for run in reversed(tree.path_of[cell.id]) if ledger.is_done(run)), None)
     runs: list[_Run] = []
-    while state is not None and state != first and (job := ledger.job(state)) is not None:
+    while state is not None and state != first:
+        if (job := ledger.job(state)) is None:
+            return None
         if job["type"] == "start":
             state = job["base"]
             continue

@@ -50,12 +50,7 @@ def test_a_damaged_checkpoint_in_a_stage_run_falls_back_to_the_one_before(
     note(f"{how} checkpoint in a stage run", "the one before, `run`", program, killed.seconds + again.seconds)
 
 
-# All is trained again as it was, but a sibling's curve stays in MLflow without the steps of the parent: it was sent
-# while the parent was being made again, and only the steps after the last one sent are looked at later.
-LATE = pytest.mark.xfail(reason="MLflow keeps a curve that begins at the fork", raises=AssertionError, strict=False)
-
-
-@pytest.mark.parametrize("how", [pytest.param(how, marks=LATE) if how == "bit-flipped" else how for how in HOW])
+@pytest.mark.parametrize("how", HOW)
 def test_a_parent_whose_checkpoint_is_damaged_is_trained_again(
     how: str, program: Program, reference: dict[str, Any]
 ) -> None:
