@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -48,17 +49,18 @@ def redacted(text: str) -> str:
     text = _IN_ADDRESS.sub(lambda found: f"{found[1] or found[3]}{HIDDEN}@", text)
     text = _IN_QUERY.sub(rf"\1={HIDDEN}", text)
     text = _ANY_SHAPE.sub(HIDDEN, text)
-    for value in _environment_secrets():
+    for value in environment_secrets():
         text = text.replace(value, HIDDEN)
     return text
 
 
-def secret_in(text: str, name: str = "") -> str | None:
+def secret_in(text: str, name: str = "", of_environment: Sequence[str] | None = None) -> str | None:
     """What secret a text holds, in words for a sentence; None where it holds none.
 
     Args:
         text: A value of an experiment file, or an address.
         name: The key it stands under.
+        of_environment: `environment_secrets()`, for who asks for many texts.
     """
     if found := _IN_ADDRESS.search(text):
         return "a password in an address" if found[2] else "a user or token in an address"
@@ -69,7 +71,8 @@ def secret_in(text: str, name: str = "") -> str | None:
             return kind
     if text and text != HIDDEN and is_secret_name(name):
         return f"a secret under `{name}`"
-    if any(value in text for value in _environment_secrets()):
+    known = environment_secrets() if of_environment is None else of_environment
+    if any(value in text for value in known):
         return "a secret of this environment"
     return None
 
@@ -91,7 +94,7 @@ def is_secret_variable(name: str) -> bool:
     return _ENVIRONMENT.fullmatch(name) is not None
 
 
-def _environment_secrets() -> tuple[str, ...]:
+def environment_secrets() -> tuple[str, ...]:
     """Values of the environment's secrets, the longest first."""
     return _secrets_among(tuple(os.environ.items()))
 

@@ -186,6 +186,15 @@ class _Resolver:
     def _data(
         self, spec: ExperimentSpec, name: str, where: str, model_max_length: int, *, prompts: bool
     ) -> tuple[str, dict[str, Any], list[str]]:
+        key = ("data", id(spec.data), id(spec.model), name, model_max_length, prompts)
+        if key not in self._made:
+            self._made[key] = self._data_of(spec, name, where, model_max_length, prompts=prompts)
+            self._alive += [spec.data, spec.model]
+        return self._made[key]
+
+    def _data_of(
+        self, spec: ExperimentSpec, name: str, where: str, model_max_length: int, *, prompts: bool
+    ) -> tuple[str, dict[str, Any], list[str]]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
         identity, entry, told = self._once(_data, spec.data[name])

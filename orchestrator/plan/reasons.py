@@ -95,6 +95,16 @@ class Standing:
 
     def cell(self, cell: Cell) -> State:
         """Of a cell: failed or running where anything it waits for is, done where it waits for nothing."""
+        key = (cell.id, cell.name)
+        if key not in self._cells:
+            self._cells[key] = self._cell(cell)
+        return self._cells[key]
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], State]:
+        return {}
+
+    def _cell(self, cell: Cell) -> State:
         jobs = self.jobs(cell)
         if not jobs:
             return "done"

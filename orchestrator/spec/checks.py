@@ -39,14 +39,20 @@ class Checks:
     starts: Starts
     _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
+    _sound: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[tuple[str, str | None], ModelFacts | None] = field(default_factory=dict)
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
 
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
         """Faults of a cell; `parts` holds None where a part has faults of its own."""
+        sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
+        if sound in self._sound:
+            return []
         findings = [*self._compressors(parts, tree), *self._phases(parts), *self._evaluations(parts)]
         findings += self._places(parts)
         if not findings:
+            self._kept.append(parts)
+            self._sound.add(sound)
             return []
         root = tree()
         return [fault_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]

@@ -64,14 +64,17 @@ class Parts:
 
     root: Node
     _known: dict[tuple[Any, ...], Part] = field(default_factory=dict)
+    _base: dict[str, Part] = field(default_factory=dict)
     _adapters: dict[str, TypeAdapter[Any]] = field(default_factory=dict)
 
     def of(self, cell: Assignment) -> dict[str, Part]:
         """The parts of a cell that axes can change."""
-        own: dict[str | int, list[Setting]] = {}
+        own: dict[str, list[Setting]] = {}
         for setting in cell:
-            own.setdefault(setting.path[0], []).append(setting)
-        return {name: self.get(name, own.get(name, ())) for name in SECTIONS}
+            own.setdefault(str(setting.path[0]), []).append(setting)
+        if not self._base:
+            self._base.update({name: self.get(name, ()) for name in SECTIONS})
+        return {**self._base, **{name: self.get(name, settings) for name, settings in own.items()}}
 
     def get(self, name: str, settings: Sequence[Setting]) -> Part:
         """The part `name` of a cell with the settings below it, shared by all cells where these agree."""

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import Fault, SpecError
-from orchestrator.redaction import secret_in
+from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.axes import AxisReader
 from orchestrator.spec.checks import Checks
 from orchestrator.spec.controls import with_controls
@@ -131,11 +131,11 @@ def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault],
 
 def _secrets(root: Node) -> list[Fault]:
     """Passwords and tokens among the values and names, which would be copied into the storage, MLflow and logs."""
-    faults = []
+    faults, known = [], environment_secrets()
     for path, node in root.leaves():
         names = [key for key in path if isinstance(key, str)]
-        found = secret_in(node.value, names[-1] if names else "") if isinstance(node.value, str) else None
-        if what := found or next(filter(None, map(secret_in, names)), None):
+        found = secret_in(node.value, names[-1] if names else "", known) if isinstance(node.value, str) else None
+        if what := found or next(filter(None, (secret_in(name, "", known) for name in names)), None):
             hint = _TRACKING_SECRETS if path[0] == "tracking" else _SECRETS
             faults.append(node.fault(f"{what} must not stand in an experiment", path, hint=hint))
     return faults

@@ -16,6 +16,7 @@ from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import storage
 from orchestrator.plan.ledger.storage import (
+    Listings,
     changed_files,
     cut_files,
     damaged_files,
@@ -28,7 +29,7 @@ from orchestrator.plan.ledger.storage import (
     storage_errors,
     write_json,
 )
-from orchestrator.plan.ledger.store import Store
+from orchestrator.plan.ledger.store import FolderStore, Store
 
 Part = Literal["weights", "checkpoint"]
 PARTS: tuple[Part, ...] = ("weights", "checkpoint")
@@ -49,10 +50,12 @@ class FolderStates:
 
     Args:
         folder: The storage, or the local copy of one.
+        listings: Names in its folders, shared with who reads other ones of them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listings: Listings | None = None) -> None:
         self.folder = folder
+        self.listings = listings or Listings()
         self._base = str(folder)  # text: a plan of 10,000 cells asks 200,000 times for what is not there
         self._seen: dict[str, tuple[tuple[int, ...], frozenset[str], bool]] = {}
 
@@ -79,6 +82,8 @@ class FolderStates:
     def _look(self, state: str) -> tuple[frozenset[str], bool]:
         """What the manifest lists, by first names, and whether all of it is there."""
         folder = f"{self._base}/stage_runs/{state}"
+        if self.listings.lacks(f"{self._base}/stage_runs", state):
+            return frozenset(), False
         manifest = stat_of(f"{folder}/{storage.MANIFEST}")
         about = stat_of(folder) if manifest is not None else None
         if manifest is None or about is None:
@@ -105,7 +110,8 @@ class FolderStates:
 
     def is_begun(self, job_id: str) -> bool:
         """True where a stage run is under way."""
-        return is_there(f"{self._base}/work/{job_id}")
+        folder = f"{self._base}/work"
+        return not self.listings.lacks(folder, job_id) and is_there(f"{folder}/{job_id}")
 
     def begin(self, job_id: str, token: int) -> None:
         """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
@@ -115,7 +121,7 @@ class FolderStates:
 
     def snapshot(self) -> contextlib.AbstractContextManager[None]:
         """Within it, questions about many states may be answered as things were at its begin."""
-        return contextlib.nullcontext()
+        return self.listings.snapshot()
 
     def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
         """Shows a cell under its name to who looks into the storage; in a common folder its own folder does."""
@@ -257,7 +263,8 @@ def open_states(store: Store) -> FolderStates:
     about = stat_of(folder)
     if about is not None and not stat.S_ISDIR(about.st_mode):
         raise StorageError(f"{folder}: is a file; cluster.storage_path names a folder")
-    return FolderStates(folder)
+    assert isinstance(store, FolderStore)
+    return FolderStates(folder, store.listings)
 
 
 def token_in(folder: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.ledger.storage import (
+    Listings,
     fsync_folder,
     is_there,
     names_in,
@@ -68,6 +69,7 @@ class FolderStore:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder).absolute()
         self.url = self._base = str(self._folder)
+        self.listings = Listings()
 
     def read(self, key: str) -> bytes | None:
         """A value; None where there is none.
@@ -76,6 +78,8 @@ class FolderStore:
             StorageError: it is there and cannot be read.
         """
         path = f"{self._base}/{_checked(key)}"
+        if self.listings.lacks(*path.rsplit("/", 1)):
+            return None
         if not is_there(path):  # cheaper than to open it: most notes that a plan asks for are not there
             return None
         with storage_errors(self._folder):
