@@ -37,6 +37,7 @@ class CellRecord:
         tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention, notices (rows left out, and which).
         history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
         summary: Metrics written once at the end (DESIGN section 7).
+        last_step: Step they are written at: the last of the cell's way, trained or not.
         artifacts: File name to text, bytes or a file to copy.
     """
 
@@ -47,6 +48,7 @@ class CellRecord:
     tags: dict[str, str] = field(default_factory=dict)
     history: StepHistory | Sequence[Point] = ()
     summary: dict[str, float] = field(default_factory=dict)
+    last_step: int = 0
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
 
 
@@ -104,6 +106,7 @@ def cell_record(
         },
         history=() if runs is None else _history(cell, tree, ledger, runs),
         summary=_summary(cell, ledger, runs or (), costs if trained and runs is not None else None),
+        last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
 

@@ -58,7 +58,9 @@ class StepHistory:
     __hash__ = None  # type: ignore[assignment]
 
     def since(self, step: int) -> Iterator[Point]:
-        """Points of a step and of those after it.
+        """Points of a step and of those after it, up to the first gap: a file may have been taken away as damaged.
+
+        What lies beyond a gap would hide it from who looks for what follows the last point sent.
 
         Raises:
             StorageError: a file cannot be read: what follows must not be taken for all there is.
@@ -67,10 +69,16 @@ class StepHistory:
             first = max(stretch.first_step, step - stretch.offset)
             if first >= stretch.last_step:
                 continue
+            expected = first
             for line in _lines_from(stretch.file, first):
                 if line["step"] >= stretch.last_step:
                     break
+                if line["step"] > expected:
+                    return
                 yield from _points(line, stretch.offset)
+                expected = line["step"] + 1
+            if expected < stretch.last_step:
+                return
 
 
 def points_since(history: StepHistory | Sequence[Point], step: int) -> Iterable[Point]:

@@ -322,9 +322,13 @@ class CellTracker:
         changed = changed_summary(run, record)
         if not changed:
             return
-        last_step = max((step for _, step, _ in run.metrics.values()), default=0)
         now_ms = int(time.time() * 1000)
-        for batch in chunks([(name, value, now_ms, last_step) for name, value in changed.items()], METRICS_PER_REQUEST):
+        points = []
+        for name, value in changed.items():
+            # MLflow shows the value of the highest step: one that somebody wrote later is written over there.
+            step = max(record.last_step, run.metrics.get(name, (0.0, 0, 0))[1])
+            points.append((name, value, now_ms, step))
+        for batch in chunks(points, METRICS_PER_REQUEST):
             self._send(run, batch)
 
     def _log_artifacts(self, run: SeenRun, record: CellRecord) -> None:

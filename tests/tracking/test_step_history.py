@@ -29,13 +29,25 @@ def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_every_step_on_it_is_the_rest(tmp_path: Path) -> None:
     first = Stretch(write(tmp_path / "a", range(90)), 0, 80, 0)  # its file holds more than counts
-    second = Stretch(write(tmp_path / "b", range(80, 120), end='{"step": 120, "lo'), 80, 130, 0)
-    third = Stretch(write(tmp_path / "c", range(15)), 0, 15, 130)
+    second = Stretch(write(tmp_path / "b", range(80, 130)), 80, 130, 0)
+    third = Stretch(write(tmp_path / "c", range(15), end='{"step": 15, "lo'), 0, 25, 130)
     history = StepHistory([first, second, third])
     whole = list(history)
-    assert [step for _, _, step, _ in whole] == [*range(120), *range(130, 145)]
+    assert [step for _, _, step, _ in whole] == [*range(145)]
     for step in range(150):
         assert list(history.since(step)) == [point for point in whole if point[2] >= step], step
+
+
+@pytest.mark.parametrize("gap", ["begin", "middle", "end", "file"])
+def test_nothing_is_told_beyond_a_gap(tmp_path: Path, gap: str) -> None:
+    steps = {"begin": [12, 13], "middle": [10, 12, 13], "end": [10, 11], "file": []}[gap]
+    first, third = write(tmp_path / "a", range(10)), write(tmp_path / "c", range(14, 20))
+    second = tmp_path / "b"
+    if steps:
+        second.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps))
+    history = StepHistory([Stretch(first, 0, 10, 0), Stretch(second, 10, 14, 0), Stretch(third, 14, 20, 0)])
+    last = {"begin": 9, "middle": 10, "end": 11, "file": 9}[gap]
+    assert [step for _, _, step, _ in history] == [*range(last + 1)]
 
 
 def test_a_few_new_steps_read_a_small_part_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
