@@ -80,7 +80,7 @@ def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
 
 def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
     """A finished cell's record gets its training figure; None where it has to be drawn first."""
-    if record.status != "finished" or not cell.phases:
+    if record.status != "finished" or next(iter(record.history), None) is None:
         return record
     path = walk.folder(cell) / "training.png"
     is_drawn = found_at(path) is not None
