@@ -16,9 +16,8 @@ from orchestrator.plan.steady import found_at
 from orchestrator.plan.walk import Walk
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
-from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.lacking import abandoned, has_record
-from orchestrator.tracking.one_at_a_time import one_at_a_time
 from orchestrator.tracking.recorder import Recorder
 from orchestrator.tracking.seen import quick_look
 

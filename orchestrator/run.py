@@ -21,7 +21,7 @@ from orchestrator.plan.walk import Walk, prepare
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
-from orchestrator.spec.loader import unsupported_keys
+from orchestrator.spec.unsupported import unsupported_keys
 from orchestrator.tracking.recorder import Recorder
 
 _SEND_SECONDS = 20.0

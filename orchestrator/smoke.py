@@ -17,7 +17,8 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.smoke import Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.walk import Walk, storage_path
-from orchestrator.spec.loader import load_experiment, resolved_yaml
+from orchestrator.spec.loaded import resolved_yaml
+from orchestrator.spec.loader import load_experiment
 
 MARK = "smoke.yaml"
 

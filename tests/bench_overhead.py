@@ -60,7 +60,7 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     from orchestrator.training.data import training_data
     from orchestrator.training.deepspeed_config import deepspeed_config
     from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.rates import rate_factor
+    from orchestrator.training.step import rate_factor
 
     torch.set_num_threads(threads)
     dist.init_process_group("gloo")

@@ -2,21 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.decoder import Decoder
 from orchestrator.compression.families import Family, family_of
-from orchestrator.compression.modules import MODULES_NAME, check_modules, create_modules, names_of
-from orchestrator.compression.patching import announce, patch_forward, patch_generate, refuse_patched, restore
 from orchestrator.compression.points import check_together, resolve_points
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.projector import expand_images
+from orchestrator.compression.protocol import Learns, Point
 from orchestrator.compression.segments import Draw
 from orchestrator.compression.top import forward_top
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import CompressorSpec
+
+MODULES_NAME: Final = "llavolta_compressors"
+
+
+def names_of(points: Sequence[Point]) -> tuple[str, ...]:
+    """Names of the learned modules that points use, in the order of their first use."""
+    return tuple(dict.fromkeys(point.module_name for point in points if point.module_name is not None))
+
+
+def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.ModuleDict:
+    """The learned modules of points, with parameters that depend on (seed, name) alone.
+
+    They have the dtype of the decoder and stand on the device of what they act beside. No global random state is
+    used or changed.
+
+    Args:
+        points: Points of which some learn.
+        family: The model's adapter.
+        seed: Seed of all modules.
+    """
+    created = nn.ModuleDict()
+    for point in points:
+        if point.module_name is None or point.module_name in created:
+            continue
+        beside: Any = family.projector if point.at_projector else family.language_model
+        width = family.vision_width if point.at_projector else family.width
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(_number(seed, point.module_name))
+            assert isinstance(point.compressor, Learns) and width is not None
+            module: Any = point.compressor.create_module(width)
+        module.to(next(beside.parameters()).device, family.language_model.dtype).train(family.model.training)
+        # ZeRO-3 gathers it as a whole, in the one call that `acting.call_once` makes of it.
+        module._z3_leaf = True
+        created[point.module_name] = module
+    return created
+
+
+def check_modules(points: Sequence[Point], modules: nn.ModuleDict | None) -> None:
+    """Refuses points whose learned module was not created.
+
+    Raises:
+        UsageError: one is missing; `switch` cannot add parameters.
+    """
+    known = set(modules) if modules is not None else set()
+    for point in points:
+        if point.module_name is not None and point.module_name not in known:
+            raise UsageError(
+                f"{point.spec.kind} at {point.place} learns, and its module {point.module_name} does not exist; name "
+                "the point in attach(..., modules=[...])"
+            )
+
+
+def _number(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{MODULES_NAME}:{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+_GENERATION = ("generate", "_expand_inputs_for_generation")
+
+
+def refuse_patched(module: nn.Module) -> None:
+    """Refuses a model that something has replaced the forward of.
+
+    Raises:
+        UsageError: it is attached already, or was wrapped by something else.
+    """
+    patched = module.__dict__.get("forward")
+    if patched is None:
+        return
+    if getattr(patched, "llavolta", False):
+        raise UsageError("attach: this model is attached already; use switch() of its attachment, or detach() first")
+    raise UsageError(
+        f"attach: the forward of {type(module).__name__} was replaced by something else (accelerate's device map or "
+        "mixed precision?); attach first, or load the model without it"
+    )
+
+
+def patch_forward(module: nn.Module, forward: Callable[[dict[str, Any]], Any], owner: Any) -> None:
+    """Puts `forward`, which takes all arguments by name, in the place of a module's own.
+
+    Args:
+        module: The module.
+        forward: What runs instead.
+        owner: Whose it is, found again as `module.forward.llavolta`.
+    """
+    original = type(module).forward
+
+    @functools.wraps(original)  # generate() reads the signature
+    def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(_named(original, self, args, kwargs))
+
+    patched.__dict__["llavolta"] = owner
+    # nn.Module.__setattr__ would put a bound method here too; the instance dict is what `restore` clears.
+    module.__dict__["forward"] = MethodType(patched, module)
+
+
+def patch_generate(model: nn.Module, decoder: Decoder) -> None:
+    """Notes the prompt's length while `generate` runs: what asks stays the same while tokens are added."""
+    original = getattr(type(model), "generate", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def patched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        named = _named(original, self, args, kwargs)
+        prompts = [named[name] for name in ("input_ids", "inputs") if isinstance(named.get(name), Tensor)]
+        before, decoder.prompt_columns = decoder.prompt_columns, prompts[0].shape[1] if prompts else None
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            decoder.prompt_columns = before
+
+    model.__dict__["generate"] = MethodType(patched, model)
+    if (expand := getattr(type(model), "_expand_inputs_for_generation", None)) is not None:
+        _patch_expansion(model, decoder, expand)
+
+
+def _patch_expansion(model: nn.Module, decoder: Decoder, expand: Callable[..., Any]) -> None:
+    """Repeats the images of a row, not rows of pixels, where `generate` leaves encoding them to forward."""
+
+    @functools.wraps(expand)
+    def expanded(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        if expand_size == 1 or ids is None or not _encodes_in_forward(decoder.points):
+            return expand(self, expand_size, *args, **kwargs)
+        images = expand_images(decoder.family, ids, expand_size, kwargs)
+        ids, rest = expand(self, expand_size, *args, **{k: v for k, v in kwargs.items() if k not in images})
+        return ids, {**rest, **images}
+
+    model.__dict__["_expand_inputs_for_generation"] = MethodType(expanded, model)
+
+
+def announce(model: nn.Module, points: Sequence[Point]) -> None:
+    """While a point looks at how images are encoded, `generate` must leave that to forward, not do it before."""
+    forward = model.__dict__["forward"].__func__
+    forward.__dict__.pop("__signature__", None)
+    if _encodes_in_forward(points):
+        signature = inspect.signature(forward)
+        kept = [one for name, one in signature.parameters.items() if name != "mm_encoder_outputs"]
+        forward.__signature__ = signature.replace(parameters=kept)
+
+
+def restore(modules: Sequence[nn.Module]) -> None:
+    """Takes all replaced methods off again; safe to call twice.
+
+    Raises:
+        UsageError: something wrapped a forward since.
+    """
+    patched = [module for module in modules if "forward" in module.__dict__]
+    for module in patched:
+        if not getattr(module.__dict__["forward"], "llavolta", False):
+            raise UsageError(f"detach: the forward of {type(module).__name__} was wrapped since; unwrap it first")
+    for module in patched:
+        del module.__dict__["forward"]
+    for module in modules:
+        for name in _GENERATION:
+            module.__dict__.pop(name, None)
+
+
+def _encodes_in_forward(points: Sequence[Point]) -> bool:
+    return any(point.at_projector or "cls" in point.spec.needs for point in points)
+
+
+def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(function).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
 
 PointLike = CompressorSpec | Mapping[str, Any]
 ALL_LEARNED_POINTS: Final = "all learned points"

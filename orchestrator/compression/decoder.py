@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.acting import call_idle
-from orchestrator.compression.caches import CacheRecord, record_of, remember
+from orchestrator.compression.caches import CacheRecord, SegmentCache, record_of, remember
 from orchestrator.compression.entry import Pass, check_positions, entering, locate, padding_mask
 from orchestrator.compression.families.base import Family
-from orchestrator.compression.keys import keys_of
 from orchestrator.compression.layout import Layout
-from orchestrator.compression.projector import trim
+from orchestrator.compression.masks import Keys
 from orchestrator.compression.protocol import Point
-from orchestrator.compression.seen import watched_layer
+from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
+from orchestrator.compression.seen import Seen, counted_from_zero, needs_of
 from orchestrator.compression.segments import (
     OTHER_META,
     Draw,
@@ -27,9 +29,80 @@ from orchestrator.compression.segments import (
     renumber,
     run_layers,
     segments_of,
+    trim,
 )
 from orchestrator.compression.tower import records_for
 from orchestrator.errors import UsageError
+
+
+def keys_of(
+    config: Any,
+    flow: Flow,
+    cache: Any,
+    segment: Segment,
+    record: CacheRecord | None,
+    number: int,
+    padding_BK: Tensor | None,
+) -> Keys:
+    """The keys of one segment.
+
+    Args:
+        config: The language model's config.
+        flow: What enters the segment.
+        cache: The whole KV cache, or None.
+        segment: The segment.
+        record: What the filled cache remembers, or None.
+        number: The segment's number.
+        padding_BK: The padding mask as the caller gave it, cached tokens first, or None.
+
+    Raises:
+        UsageError: the cache's rows or tokens are not those it was filled with.
+    """
+    device = flow.hidden_BND.device
+    past = cache.get_seq_length(segment.first) if cache is not None else 0
+    mask_BK = _mask(flow, record.masks[number] if record else None, past, segment, padding_BK)
+    sizes_BK = None
+    past_sizes = record.sizes[number] if record is not None else None
+    if flow.size_bias or past_sizes is not None:
+        if past_sizes is None:
+            past_sizes = torch.ones(len(mask_BK), past, dtype=torch.long, device=device)
+        sizes_BK = torch.cat([past_sizes[:, :past], flow.sizes_BN], dim=1)
+    # Queries see all that is cached anyway: no cached token needs a block.
+    blocks_BK = nn.functional.pad(flow.blocks_BN, (past, 0), value=-1) if flow.blocked else None
+    return Keys(
+        hidden_BND=flow.hidden_BND,
+        mask_BK=mask_BK,
+        config=config,
+        layer_types=tuple((getattr(config, "layer_types", None) or ())[segment.first : segment.last]),
+        cache=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
+        blocks_BK=blocks_BK,
+        sizes_BK=sizes_BK,
+    )
+
+
+def _mask(flow: Flow, recorded_BK: Tensor | None, past: int, segment: Segment, padding_BK: Tensor | None) -> Tensor:
+    device, (rows, columns) = flow.hidden_BND.device, flow.hidden_BND.shape[:2]
+    if flow.layout is not None:
+        mask_BN = flow.layout.real_BN.to(device, non_blocking=True)
+    elif padding_BK is not None:
+        mask_BN = padding_BK[:, -columns:].to(torch.bool)
+    else:
+        mask_BN = torch.ones(rows, columns, dtype=torch.bool, device=device)
+    if not past:
+        return mask_BN
+    if recorded_BK is not None:
+        past_BN = recorded_BK[:, :past]
+    elif padding_BK is not None:
+        past_BN = padding_BK[:, :past].to(torch.bool)
+    else:
+        past_BN = torch.ones(rows, past, dtype=torch.bool, device=device)
+    if past_BN.shape != (rows, past):
+        raise UsageError(
+            f"compression: the KV cache holds {rows} rows of {past} tokens before layer {segment.first}, "
+            f"but was filled with {tuple(past_BN.shape)}; rows of a cache cannot be added after the prompt"
+        )
+    return torch.cat([past_BN, mask_BN], dim=1)
+
 
 # Arguments of the language model that every segment gets its own of.
 _PER_SEGMENT = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids")
@@ -224,3 +297,53 @@ def _joined(outputs: Sequence[Any], cache: Any) -> Any:
             cut = -1 if name == "hidden_states" else None
             output[name] = tuple(state for one in recorded[:-1] for state in one[:cut]) + tuple(recorded[-1])
     return output
+
+
+@contextmanager
+def watched_layer(language_model: Any, number: int, points: Sequence[Point], flow: Flow) -> Iterator[None]:
+    """While the decoder layer before some points runs, records what they need; nothing where they need nothing.
+
+    Args:
+        language_model: The decoder stack.
+        number: The layer before the points.
+        points: The points that act after it.
+        flow: The rows as they enter; the record goes to `flow.records`.
+
+    Raises:
+        UsageError: the layer's attention cannot be recorded.
+    """
+    needs, records, layout = needs_of(points), flow.records, flow.layout
+    if records is None or layout is None or not needs & {"queries", "keys"}:
+        yield
+        return
+    what = f"compression: {' and '.join(sorted({p.spec.kind for p in points}))} at layer {points[0].layer}"
+    attention = attention_module(language_model.layers[number], what)
+    recording = Recording(wants_keys="keys" in needs)
+    if "queries" in needs:
+        recording.queries_BQ = places_of(records.prompt.queries_BQ, flow.origins_BN)
+        recording.weights_BQ = records.prompt.weights_BQ
+    with recording_of(attention, recording, what):
+        yield
+    if not (recording.attentions or recording.keys):
+        raise not_recorded(attention, what)
+    columns = layout.length  # cached keys of turns before stand first
+    keys_BND = None
+    if recording.keys:
+        keys_BhND = recording.keys[-1]
+        if keys_BhND.shape[2] == columns and len(flow.positions_ABN) == 1:
+            real_BN = layout.real_BN.to(keys_BhND.device)
+            firsts_B = flow.positions_ABN[0].masked_fill(~real_BN, torch.iinfo(torch.long).max).amin(1)
+            firsts_B = torch.where(real_BN.any(1), firsts_B, 0)
+            keys_BhND = counted_from_zero(keys_BhND, firsts_B, language_model, number, attention)
+        keys_BND = keys_BhND[:, :, -columns:].transpose(1, 2).flatten(2)
+    attention_BN = recording.attentions[-1][:, -columns:] if recording.attentions else None
+    records.layer = Seen(layout, flow.origins_BN, records.prompt.text_BN.shape[1], attention_BN, keys_BND)
+
+
+def places_of(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
+    """Present columns of tokens given by original column; of one that was dropped, of the last token before it."""
+    columns = origins_BN.shape[1]
+    column_N = torch.arange(columns, device=origins_BN.device)
+    before_BQN = (origins_BN.unsqueeze(1) <= queries_BQ.unsqueeze(2)) & (origins_BN >= 0).unsqueeze(1)
+    rank_BN = origins_BN * columns + column_N
+    return rank_BN.unsqueeze(1).masked_fill(~before_BQN, -1).argmax(2)

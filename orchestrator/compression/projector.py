@@ -7,7 +7,7 @@ the number it was, each unit's features first, and the decoder trims the rows be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from orchestrator.compression.acting import act, call_idle
 from orchestrator.compression.families import Family
 from orchestrator.compression.layout import Layout, build_layout
 from orchestrator.compression.protocol import Context, Kept, Point, Resizes, evenly_spaced
-from orchestrator.compression.segments import OTHER_META, Flow, rejoin, visuals_of
 from orchestrator.compression.tower import cls_of_images
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
@@ -215,20 +214,6 @@ class _Units:
         self.sources_BN = self.sources_BN.gather(1, sources_BM.clamp(min=0)).masked_fill(sources_BM < 0, -1)
         self.visual_BND, self.positions_ABN, self.sizes_BN = kept.hidden_BMD, kept.positions_ABM, kept.sizes_BM
         self.grid = kept.grid or Grid(1, count)
-
-
-def trim(flow: Flow, projected: Sequence[Kept]) -> Flow:
-    """The rows without the padding after each unit's features: positions, sizes and sources as the points left them."""
-    assert flow.layout is not None
-    kept, metas = [], []
-    for group, one in zip(flow.layout.groups, projected, strict=True):
-        visual_BND, meta_CIN = visuals_of(flow, group)
-        axes_ABM = one.positions_ABM.expand(len(meta_CIN) - OTHER_META, -1, -1)
-        positions_ABM = meta_CIN[:-OTHER_META].gather(2, axes_ABM)
-        hidden_BMD = visual_BND[:, : one.positions_ABM.shape[2]]
-        kept.append(replace(one, hidden_BMD=hidden_BMD, positions_ABM=positions_ABM))
-        metas.append(meta_CIN)
-    return rejoin(flow, kept, metas)
 
 
 def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:

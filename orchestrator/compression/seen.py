@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.merging import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
-from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
-from orchestrator.compression.rotation import counted_from_zero
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
-    from orchestrator.compression.segments import Flow
+    pass
+
+
+def counted_from_zero(
+    keys_BhND: Tensor, firsts_B: Tensor, language_model: Any, layer: int, attention: nn.Module
+) -> Tensor:
+    """Rotated keys turned back by their row's first position id.
+
+    Attention knows only distances, but a norm of a rotated key's coordinates (DART) is another at another position: a
+    row padded on the left, whose ids count the padding, would choose other pivots than the same row alone. Models with
+    several position axes (M-RoPE) number their rows from 0 themselves; models without rotary embedding need nothing.
+
+    Args:
+        keys_BhND: Rotated keys in float32.
+        firsts_B: Position id of each row's first token.
+        language_model: The decoder stack; its `rotary_emb` says how positions turn keys.
+        layer: Number of the keys' layer.
+        attention: The attention module the keys are from.
+    """
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    rotary = getattr(language_model, "rotary_emb", None)
+    parameters = getattr(language_model.config, "rope_parameters", None) or {}
+    if turn is None or rotary is None or "mrope_section" in parameters:
+        return keys_BhND
+    kinds = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        kinds["layer_type"] = language_model.config.layer_types[layer]
+    with torch.no_grad(), torch.autocast(keys_BhND.device.type, enabled=False):
+        back_B1 = -firsts_B.unsqueeze(1)
+        # Past the module's hooks, by which ZeRO-3 counts calls; it holds no parameters.
+        cos_B1D, sin_B1D = rotary.forward(keys_BhND, back_B1, **kinds)
+        scale_B1D, _ = rotary.forward(keys_BhND, torch.zeros_like(back_B1), **kinds)  # YaRN lengthens
+        cos_B1D, sin_B1D = cos_B1D / scale_B1D, sin_B1D / scale_B1D
+        turned: Tensor = turn(keys_BhND, keys_BhND, cos_B1D, sin_B1D)[1]
+        return turned
 
 
 @dataclass(frozen=True)
@@ -179,53 +212,3 @@ def check_point(layer: int | str, needs: Sequence[str], kind: str, cls_attention
             f"attach: {kind} needs the attention of the vision tower's CLS token, and this model's tower has none "
             "that is used; use a method without this need"
         )
-
-
-@contextmanager
-def watched_layer(language_model: Any, number: int, points: Sequence[Point], flow: Flow) -> Iterator[None]:
-    """While the decoder layer before some points runs, records what they need; nothing where they need nothing.
-
-    Args:
-        language_model: The decoder stack.
-        number: The layer before the points.
-        points: The points that act after it.
-        flow: The rows as they enter; the record goes to `flow.records`.
-
-    Raises:
-        UsageError: the layer's attention cannot be recorded.
-    """
-    needs, records, layout = needs_of(points), flow.records, flow.layout
-    if records is None or layout is None or not needs & {"queries", "keys"}:
-        yield
-        return
-    what = f"compression: {' and '.join(sorted({p.spec.kind for p in points}))} at layer {points[0].layer}"
-    attention = attention_module(language_model.layers[number], what)
-    recording = Recording(wants_keys="keys" in needs)
-    if "queries" in needs:
-        recording.queries_BQ = places_of(records.prompt.queries_BQ, flow.origins_BN)
-        recording.weights_BQ = records.prompt.weights_BQ
-    with recording_of(attention, recording, what):
-        yield
-    if not (recording.attentions or recording.keys):
-        raise not_recorded(attention, what)
-    columns = layout.length  # cached keys of turns before stand first
-    keys_BND = None
-    if recording.keys:
-        keys_BhND = recording.keys[-1]
-        if keys_BhND.shape[2] == columns and len(flow.positions_ABN) == 1:
-            real_BN = layout.real_BN.to(keys_BhND.device)
-            firsts_B = flow.positions_ABN[0].masked_fill(~real_BN, torch.iinfo(torch.long).max).amin(1)
-            firsts_B = torch.where(real_BN.any(1), firsts_B, 0)
-            keys_BhND = counted_from_zero(keys_BhND, firsts_B, language_model, number, attention)
-        keys_BND = keys_BhND[:, :, -columns:].transpose(1, 2).flatten(2)
-    attention_BN = recording.attentions[-1][:, -columns:] if recording.attentions else None
-    records.layer = Seen(layout, flow.origins_BN, records.prompt.text_BN.shape[1], attention_BN, keys_BND)
-
-
-def places_of(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
-    """Present columns of tokens given by original column; of one that was dropped, of the last token before it."""
-    columns = origins_BN.shape[1]
-    column_N = torch.arange(columns, device=origins_BN.device)
-    before_BQN = (origins_BN.unsqueeze(1) <= queries_BQ.unsqueeze(2)) & (origins_BN >= 0).unsqueeze(1)
-    rank_BN = origins_BN * columns + column_N
-    return rank_BN.unsqueeze(1).masked_fill(~before_BQN, -1).argmax(2)

@@ -265,3 +265,17 @@ def _one_sequence(hidden_BND: Tensor, mask_BN: Tensor) -> dict[str, Any]:
     queries, keys = hidden_BND.shape[1], mask_BN.shape[1]
     bounds = torch.tensor([[0, queries], [0, keys]], dtype=torch.int32).to(hidden_BND.device, non_blocking=True)
     return {"cu_seq_lens_q": bounds[0], "cu_seq_lens_k": bounds[1], "max_length_q": queries, "max_length_k": keys}
+
+
+def trim(flow: Flow, projected: Sequence[Kept]) -> Flow:
+    """The rows without the padding after each unit's features: positions, sizes and sources as the points left them."""
+    assert flow.layout is not None
+    kept, metas = [], []
+    for group, one in zip(flow.layout.groups, projected, strict=True):
+        visual_BND, meta_CIN = visuals_of(flow, group)
+        axes_ABM = one.positions_ABM.expand(len(meta_CIN) - OTHER_META, -1, -1)
+        positions_ABM = meta_CIN[:-OTHER_META].gather(2, axes_ABM)
+        hidden_BMD = visual_BND[:, : one.positions_ABM.shape[2]]
+        kept.append(replace(one, hidden_BMD=hidden_BMD, positions_ABM=positions_ABM))
+        metas.append(meta_CIN)
+    return rejoin(flow, kept, metas)

@@ -7,19 +7,54 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data import image_check, open_image
+from orchestrator.data import open_image
 from orchestrator.data.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
+from orchestrator.data.open_image import BadImage, verify_image
 from orchestrator.data.progress import progress
-from orchestrator.data.rows import ImageReading
+from orchestrator.data.rows import AS_IT_IS, ImageReading
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import digest, file_sha256, source_code
+
+CHECK_THREADS = 8
+
+
+def image_faults(paths: Iterable[str], reading: ImageReading = AS_IT_IS) -> dict[str, str]:
+    """What is wrong with each image that cannot be used: path to reason.
+
+    Every file is read and decoded to its end, as training will.
+
+    Args:
+        paths: Image files; one given twice is looked at once.
+        reading: How the data set reads them.
+
+    Raises:
+        DataError: the storage fails or refuses; that says nothing of the images, and another attempt may succeed.
+    """
+    wanted = list(dict.fromkeys(paths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(max_workers=CHECK_THREADS) as pool:
+            found = pool.map(lambda path: _fault(path, reading), wanted)
+            return {path: fault for path, fault in zip(wanted, found, strict=True) if fault is not None}
+
+
+def _fault(path: str, reading: ImageReading) -> str | None:
+    try:
+        verify_image(path, reading)
+    except BadImage as error:
+        return str(error)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return None
+
 
 _CHUNK_IMAGES = 1024
 _THREADS = 8
@@ -95,7 +130,7 @@ def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading
         OSError: the storage fails; that says nothing of the images.
         DataError: the same, met while decoding; or an image changes while it is read.
     """
-    code = source_code(__name__, open_image.__name__, image_check.__name__)
+    code = source_code(__name__, open_image.__name__)
     file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
     known = open_columns(file, _check)
     wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
@@ -198,7 +233,7 @@ def _batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.RecordBatch:
 def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
     paths = [path_of(folder, name) for name in names]
     before = [_stat(path) for path in paths]
-    faults = image_check.image_faults(paths, reading)
+    faults = image_faults(paths, reading)
 
     def look(path: str, stat_before: tuple[int, int]) -> _Entry:
         return _entry(path, stat_before, faults.get(path), reading)

@@ -3,29 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
 from orchestrator.plan import reached
-from orchestrator.plan.action_table import ActionTable, resolve_table
 from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, cell_id, next_state
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
-from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
+from orchestrator.plan.jobs import FULL, Action, Distillation, EvaluationJob, RootJob
 from orchestrator.plan.samples import Samples
 from orchestrator.plan.starting import Start, pick, resolve_start
 from orchestrator.plan.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.spec.base import Spec
-from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable
+from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable, derive
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec
-from orchestrator.spec.tables import derive
 
 if TYPE_CHECKING:
-    from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
+    from orchestrator.plan.cell import Variant
+    from orchestrator.spec.grid import ResolvedCell
+    from orchestrator.spec.loaded import LoadedExperiment
+
+
+@dataclass(frozen=True)
+class ActionTable:
+    """A phase's actions; made once for all phases of one schedule, length and variants.
+
+    Attributes:
+        actions: Neighbours that do the same are one action.
+        ids: Digest of what each action does: its points, and what it learns from.
+        tails: Digests of the actions beyond the first `CHAINED`, the same for every lineage.
+        ends: Where stage runs end.
+        final: Variant the finished model is tested under.
+    """
+
+    actions: tuple[Action, ...]
+    ids: tuple[str, ...]
+    tails: tuple[str, ...]
+    ends: tuple[int, ...]
+    final: Variant
+
+
+def resolve_table(table: StageTable, variant_of: Callable[[str], Variant]) -> ActionTable:
+    """Puts points in the place of names.
+
+    Args:
+        table: A compiled schedule.
+        variant_of: The resolved variant of a name, derived ones included.
+
+    Raises:
+        ValueError: the table's stage ends are not steps of the phase in order.
+    """
+    resolved: dict[str, tuple[Variant, Distillation | None, str]] = {}
+    actions: list[Action] = []
+    ids: list[str] = []
+    for first, last, name in table.actions:
+        if name not in resolved:
+            resolved[name] = _resolve(table, name, variant_of)
+        variant, distill, identity = resolved[name]
+        # Two names may stand for the same points: then nothing changes between them.
+        if ids and ids[-1] == identity:
+            actions[-1] = replace(actions[-1], last_step=last)
+        else:
+            actions.append(Action(first, last, name, variant.points, distill))
+            ids.append(identity)
+    tails = [""] if len(actions) > CHAINED else []
+    for action, identity in zip(actions[CHAINED:], ids[CHAINED:], strict=True):
+        tails.append(next_state(tails[-1], action.first_step, action.last_step, identity))
+    return ActionTable(tuple(actions), tuple(ids), tuple(tails), _ends(table, actions), variant_of(table.final))
+
+
+def _resolve(
+    table: StageTable, name: str, variant_of: Callable[[str], Variant]
+) -> tuple[Variant, Distillation | None, str]:
+    variant, teaching = variant_of(name), table.teachers.get(name)
+    if teaching is None:
+        return variant, None, variant.id
+    teacher = variant_of(teaching.teacher)
+    if teacher.id == variant.id:  # the fuller variant under another name learns from nobody
+        return variant, None, variant.id
+    taught = {"weight": teaching.weight, "temperature": teaching.temperature}
+    identity = digest({"points": variant.id, "teacher": teacher.id, **taught})
+    return variant, Distillation(teaching.teacher, teacher.points, **taught), identity
+
+
+def _ends(table: StageTable, actions: list[Action]) -> tuple[int, ...]:
+    total = actions[-1].last_step
+    ends = table.stage_ends
+    if not ends:
+        return tuple(action.last_step for action in actions)
+    if ends[-1] != total or list(ends) != sorted({end for end in ends if 0 < end <= total}):
+        raise ValueError(f"the schedule's stage ends {list(ends)} do not ascend to its last step {total}")
+    return tuple(ends)
+
 
 Made = TypeVar("Made")
 _ROWS_TOLD = 20
@@ -256,7 +330,7 @@ class _Resolver:
         if near not in self._made:
             far = (*((type(point), point.model_dump_json()) for point in points), id(facts))
             if far not in self._made:
-                self._made[far] = _resolve(name, points, facts)
+                self._made[far] = _variant_of(name, points, facts)
             self._made[near] = self._made[far]
             self._alive.append(points)
         return self._made[near]
@@ -302,7 +376,7 @@ def _dump(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
-def _resolve(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
+def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
     try:
         if facts is None:
             resolved = reached.resolve_points(points, None, None)

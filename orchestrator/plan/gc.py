@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.copies import copies, copies_folder
-from orchestrator.plan.ledger.inventory import Inventory, Leftover, open_inventory, remover
+from orchestrator.plan.ledger.inventory import FolderInventory, Inventory, Leftover, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.ledger.owners import Observer, owner_key
 from orchestrator.plan.ledger.storage import parse_json
@@ -299,3 +299,12 @@ def _always(remove: Callable[[], Any]) -> Callable[[], bool]:
         return True
 
     return run
+
+
+def open_inventory(ledger: Ledger) -> Inventory:
+    """The inventory of a ledger's storage."""
+    if ledger.url.startswith("s3://"):
+        from orchestrator.plan.ledger.inventory_s3 import S3Inventory
+
+        return S3Inventory(ledger)
+    return FolderInventory(ledger)

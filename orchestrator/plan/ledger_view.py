@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.plan.gc import recorded
+from orchestrator.plan.gc import open_inventory, recorded
 from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.inventory import Inventory, open_inventory
+from orchestrator.plan.ledger.inventory import Inventory
 from orchestrator.plan.recorded import Recorded, searches_of
 
 

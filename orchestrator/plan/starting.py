@@ -16,7 +16,8 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 
 if TYPE_CHECKING:
-    from orchestrator.spec.loader import LoadedExperiment, ResolvedCell
+    from orchestrator.spec.grid import ResolvedCell
+    from orchestrator.spec.loaded import LoadedExperiment
 
 
 @dataclass(frozen=True)

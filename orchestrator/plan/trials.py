@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.cell import Cell
 from orchestrator.plan.cells import expand_cells
-from orchestrator.plan.front import pareto_front
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.record import CellRecord
@@ -20,7 +19,31 @@ from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.trial_cells import trial_cells
 
 if TYPE_CHECKING:
-    from orchestrator.spec.loader import LoadedExperiment
+    from orchestrator.spec.loaded import LoadedExperiment
+
+
+Key = TypeVar("Key", bound=Hashable)
+Direction = Literal["max", "min"]
+
+
+def pareto_front(points: Mapping[Key, Sequence[float]], directions: Sequence[Direction]) -> set[Key]:
+    """Keys of the points that no other point beats; equal points stay together. One objective: the best point.
+
+    Args:
+        points: Key to one value for each objective, all finite.
+        directions: Whether more or less of each objective is better.
+    """
+    costs = {
+        key: tuple(value if way == "min" else -value for value, way in zip(values, directions, strict=True))
+        for key, values in points.items()
+    }
+    return {key for key, own in costs.items() if not any(_beats(other, own) for other in costs.values())}
+
+
+def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """At least as low everywhere and lower somewhere."""
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
 
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""

@@ -23,9 +23,9 @@ from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
 from orchestrator.search.feed import SearchFeed, standing
-from orchestrator.spec.loader import unsupported_keys
 from orchestrator.spec.space import summary
 from orchestrator.spec.trial_cells import trial_name
+from orchestrator.spec.unsupported import unsupported_keys
 from orchestrator.tracking.recorder import Recorder
 
 

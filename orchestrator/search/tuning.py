@@ -6,14 +6,123 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import optuna
+from optuna.trial import FixedTrial, TrialState, create_trial
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
 from orchestrator.errors import StageRunError
+from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.trials import Trial
 from orchestrator.plan.walk import Walk
-from orchestrator.search.desk import WAITING_RESOURCES, Desk, wait_for_answer
+from orchestrator.search.desk import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.space import draw, variant_layer_tokens
+
+DRAWS = 64
+"""Draws for one trial at most, where each was proposed before."""
+
+
+class Proposer(OptunaSearch):
+    """Proposes recipes, each a function of the seed, its number and the trials that ended before it.
+
+    So a search that was stopped goes on as though it had not been. Trials that were proposed but not ended are
+    proposed again first. A recipe that was proposed before is drawn anew, some times: a small space may have no other.
+
+    Args:
+        spec: The experiment, with its search; its seed is the samplers'.
+        trials: What the ledger notes, by number.
+        desk: Handle that every proposal carries.
+    """
+
+    def __init__(self, spec: ExperimentSpec, trials: Sequence[Trial], desk: Any) -> None:
+        search = spec.search
+        assert search is not None
+        self._search, self._layer_tokens = search, variant_layer_tokens(spec)
+        self._sampler_seed, self._desk = spec.seed, desk
+        self._known: set[str] = set()
+        self.closed = False
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        super().__init__(
+            self._propose,
+            metric=list(search.objectives),
+            mode=list(search.objectives.values()),
+            sampler=self._sampler_for(0),
+        )
+        self._rebuild(trials)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next recipe, or Tune's word for an ended search."""
+        if self.closed:
+            return str(Searcher.FINISHED)
+        waiting = self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if waiting:
+            self._ot_study.sampler = self._sampler_for(waiting[0].number)
+        else:
+            self._ot_study.enqueue_trial(self._drawn())
+        return super().suggest(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the study; a trial that failed has no values there."""
+        failed = error or not result or FAILED in result
+        super().on_trial_complete(trial_id, None if failed else result, error=failed)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger's notes are what a search goes on from."""
+
+    def _propose(self, trial: Any) -> dict[str, Any]:
+        values = draw(trial, self._search, self._layer_tokens)
+        self._known.add(canonical_json(values))
+        return {"number": trial.number, "params": dict(trial.params), "values": values, "desk": self._desk}
+
+    def _drawn(self) -> dict[str, Any]:
+        """Parameters of the next trial."""
+        trials = self._ot_study.get_trials(deepcopy=False)
+        for attempt in range(DRAWS):
+            # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
+            sampler = self._sampler_for(len(trials), attempt)
+            study = optuna.create_study(directions=self._ot_study.directions, sampler=sampler)
+            study.add_trials(trials)
+            trial = study.ask()
+            if canonical_json(draw(trial, self._search, self._layer_tokens)) not in self._known:
+                break
+        return dict(trial.params)
+
+    def _sampler_for(self, number: int, attempt: int = 0) -> Any:
+        seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
+        algorithm = self._search.algorithm
+        if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 8:  # TPE may insist on the best one
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `group`, which conditional spaces need, is called experimental
+            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+
+    def _rebuild(self, trials: Sequence[Trial]) -> None:
+        """The study's numbers are the notes'; a number without a note (a driver died in between) is drawn anew."""
+        noted = {trial.number: trial for trial in trials}
+        for number in range(max(noted, default=-1) + 1):
+            trial = noted.get(number)
+            if trial is not None:
+                self._known.add(canonical_json(trial.values))
+            if trial is None or trial.state == "proposed":
+                self._ot_study.enqueue_trial(trial.params if trial is not None else {})
+            else:
+                self._ot_study.add_trial(self._ended(trial))
+
+    def _ended(self, trial: Trial) -> Any:
+        again = FixedTrial(trial.params)
+        draw(again, self._search, self._layer_tokens)
+        told = {"params": trial.params, "distributions": again.distributions}
+        if trial.state == "failed":
+            return create_trial(state=TrialState.FAIL, **told)
+        return create_trial(values=[trial.objectives[name] for name in self._search.objectives], **told)
+
 
 CLOSE_SECONDS = 30.0
 # What Tune would otherwise print, or write for others to read; a snapshot of the experiment is of no use here.
@@ -39,7 +148,7 @@ class Tuning:
     def __init__(self, walk: Walk, num_trials: int, concurrency: int, folder: Path) -> None:
         import ray
 
-        from orchestrator.search.proposer import Proposer
+        from orchestrator.search.tuning import Proposer
 
         self._desk = ray.remote(num_cpus=0)(Desk).remote()
         self._proposer = Proposer(walk.loaded.spec, walk.trials, self._desk)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,9 +17,43 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
 from orchestrator.spec.base import Component, Count, Share, parse_share
-from orchestrator.spec.blocks import amounts_around, nearest_block
 from orchestrator.spec.tables import AMOUNTS
 from orchestrator.spec.tables import StageTable as StageTable
+
+
+@lru_cache(maxsize=4096)
+def nearest_block(height: int, width: int, wanted: int) -> tuple[int, int]:
+    """The rows and columns, at most `height` and `width`, whose product is nearest to `wanted`.
+
+    Of equally near products the smaller is taken; of a product's blocks the one whose shape is nearest to the grid's,
+    of two equally near shapes the flatter one.
+
+    Args:
+        height: Rows of the grid.
+        width: Columns of the grid.
+        wanted: Tokens wanted.
+    """
+
+    def rank(block: tuple[int, int]) -> tuple[int, int, Fraction, int]:
+        rows, columns = block
+        stretch = Fraction(rows * width, columns * height)
+        return abs(rows * columns - wanted), rows * columns, max(stretch, 1 / stretch), rows
+
+    # For each number of rows only the two numbers of columns around the wanted product can be nearest.
+    blocks = (
+        (rows, columns)
+        for rows in range(1, height + 1)
+        for columns in {min(max(wanted // rows + more, 1), width) for more in (0, 1)}
+    )
+    return min(blocks, key=rank)
+
+
+def amounts_around(height: int, width: int, wanted: int) -> tuple[int, ...]:
+    """The nearest products of a block below and above `wanted` (one of them at the ends of the range), rising."""
+    amounts = {rows * columns for rows in range(1, height + 1) for columns in range(1, width + 1)}
+    below = [amount for amount in amounts if amount <= wanted]
+    above = [amount for amount in amounts if amount >= wanted]
+    return tuple(sorted({*([max(below)] if below else []), *([min(above)] if above else [])}))
 
 
 @dataclass(frozen=True)
@@ -302,3 +337,28 @@ def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
             f"the nearest possible is {near}"
         )
     return rows, columns
+
+
+def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tuple[CompressorSpec, ...]:
+    """A variant of one point with some of its fields changed; a new amount takes the place of the old one.
+
+    Raises:
+        ValueError: the variant has several points, the method refuses a value, or its module would be another
+            with them.
+    """
+    if len(points) != 1:
+        raise ValueError(f"only a variant of one point can be changed step by step; this one has {len(points)}")
+    point = points[0]
+    if point.learns and "layer" in changes:
+        raise ValueError(f"{point.kind} learns for its layer; moving the layer would begin a new module at each move")
+    fields = point.model_dump(exclude_unset=True) | {"kind": point.kind}
+    if set(changes) & set(AMOUNTS):
+        fields = {name: value for name, value in fields.items() if name not in AMOUNTS}
+    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+    try:
+        changed = type(point).model_validate(fields | dict(changes))
+    except ValidationError as error:
+        raise ValueError(f"{point.kind} cannot take {shown}: {error.errors()[0]['msg']}") from error
+    if point.learns and changed.module_shape() != point.module_shape():
+        raise ValueError(f"{shown} shapes what {point.kind} learns; moving it would begin a new module at each move")
+    return (changed,)

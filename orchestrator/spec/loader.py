@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ from orchestrator.spec.checks import Checks
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.faults import explain, is_unknown_kind
-from orchestrator.spec.grid import GridBuilder, Parts, ResolvedCell, apply
+from orchestrator.spec.grid import GridBuilder, Parts, apply
 from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.node import Node, dotted
 from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
 from orchestrator.spec.paths import absolute_paths
 from orchestrator.spec.place_checks import check_cluster, check_tracking
 from orchestrator.spec.report_checks import check_report
-from orchestrator.spec.resolved import resolved_yaml
 from orchestrator.spec.search_checks import check_search, space_corners
 from orchestrator.spec.starts import Starts
-from orchestrator.spec.unsupported import unsupported_keys
-
-__all__ = ["LoadedExperiment", "ResolvedCell", "load_experiment", "resolved_yaml", "unsupported_keys"]
 
 MAX_FAULTS = 200
 _SECRETS = (
@@ -39,31 +35,6 @@ _TRACKING_SECRETS = (
     "write the address without it, and give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
     "MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; MLFLOW_TRACKING_URI may hold it too"
 )
-
-
-@dataclass(frozen=True)
-class LoadedExperiment:
-    """A valid experiment file.
-
-    Attributes:
-        path: The file.
-        spec: The base, axes not applied (the first cell's where the base is complete only with an axis).
-        tree: The resolved tree: `extends` merged, aliases renamed, paths absolute, nulls taken out.
-        sources: Dotted path of every value to `file:line`, `--set` or `default`.
-        notices: What the user should know: renamed keys, merged cells, checks that are deferred.
-        cells: The grid in order.
-        starts: The experiments that phases of this one, or of these, start from; by the file named in `start_from`.
-        overrides: The `--set` texts over the file.
-    """
-
-    path: Path
-    spec: ExperimentSpec
-    tree: dict[str, Any]
-    sources: dict[str, str]
-    notices: tuple[str, ...]
-    cells: tuple[ResolvedCell, ...]
-    starts: dict[str, LoadedExperiment] = field(default_factory=dict)
-    overrides: tuple[str, ...] = ()
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.spec.components import ScheduleSpec, StageTable
+from orchestrator.spec.components import ScheduleSpec, StageTable, derive
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.node import Path
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec
 from orchestrator.spec.steps import known_steps
-from orchestrator.spec.tables import derive
 from orchestrator.spec.variant_checks import Finding, check_variant
 
 ANY_STEPS = 1000

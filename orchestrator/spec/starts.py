@@ -17,7 +17,7 @@ from orchestrator.spec.variant_checks import Finding
 
 if TYPE_CHECKING:
     from orchestrator.spec.grid import ResolvedCell
-    from orchestrator.spec.loader import LoadedExperiment
+    from orchestrator.spec.loaded import LoadedExperiment
 
 PHASES = ("pretrain", "finetune")
 _LANGUAGE = (

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from orchestrator.spec.base import Positive, Spec
 
 if TYPE_CHECKING:
-    from orchestrator.spec.components import CompressorSpec
+    pass
 
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
 
@@ -82,28 +82,3 @@ def teachers_of(distill: DistillSpec | None, variants: tuple[str, ...] | list[st
     teacher = distill.teacher or fuller
     teaching = Teaching(teacher, distill.weight, distill.temperature)
     return {name: teaching for name in variants if name != teacher}
-
-
-def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tuple[CompressorSpec, ...]:
-    """A variant of one point with some of its fields changed; a new amount takes the place of the old one.
-
-    Raises:
-        ValueError: the variant has several points, the method refuses a value, or its module would be another
-            with them.
-    """
-    if len(points) != 1:
-        raise ValueError(f"only a variant of one point can be changed step by step; this one has {len(points)}")
-    point = points[0]
-    if point.learns and "layer" in changes:
-        raise ValueError(f"{point.kind} learns for its layer; moving the layer would begin a new module at each move")
-    fields = point.model_dump(exclude_unset=True) | {"kind": point.kind}
-    if set(changes) & set(AMOUNTS):
-        fields = {name: value for name, value in fields.items() if name not in AMOUNTS}
-    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
-    try:
-        changed = type(point).model_validate(fields | dict(changes))
-    except ValidationError as error:
-        raise ValueError(f"{point.kind} cannot take {shown}: {error.errors()[0]['msg']}") from error
-    if point.learns and changed.module_shape() != point.module_shape():
-        raise ValueError(f"{shown} shapes what {point.kind} learns; moving it would begin a new module at each move")
-    return (changed,)

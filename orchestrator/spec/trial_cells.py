@@ -16,7 +16,7 @@ from orchestrator.spec.shape import find_path
 from orchestrator.spec.space import summary
 
 if TYPE_CHECKING:
-    from orchestrator.spec.loader import LoadedExperiment
+    from orchestrator.spec.loaded import LoadedExperiment
 
 
 def trial_name(number: int) -> str:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import TrackingError
+from orchestrator.errors import StorageError, TrackingError
+from orchestrator.plan.identity import digest
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.record import CellRecord
+from orchestrator.plan.steady import found_at, steady
 from orchestrator.redaction import redacted
 from orchestrator.tracking.lacking import (
     ARTIFACTS_DIGEST,
@@ -43,8 +50,70 @@ from orchestrator.tracking.limits import (
     chunks,
     shortened,
 )
-from orchestrator.tracking.new_database import make_database
 from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun, client_look, quick_look, sqlite_file
+
+
+def make_database(path: Path) -> None:
+    """Makes an sqlite file with MLflow's tables where there is none yet.
+
+    MLflow makes its tables one after the other: killed in between, or met by a second process that does the same, it
+    leaves a file that neither it nor `mlflow server` opens again. So they are made aside, and linked into place.
+
+    Args:
+        path: The file; one that exists is left as it is.
+
+    Raises:
+        Exception: of many kinds, MLflow's too: the disk is full, or the folder cannot be written.
+    """
+    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    if found_at(path) is not None:
+        return
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+        made, whole = Path(folder) / "made.db", Path(folder) / "whole.db"
+        MlflowClient(f"sqlite:///{made}")
+        # A copy: MLflow keeps the first file open, and its locks must not be those of the second.
+        shutil.copyfile(made, whole)
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            os.link(whole, path)
+
+
+WAIT_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def one_at_a_time(store: Store, experiment_name: str) -> Iterator[None]:
+    """Holds a short lease on an experiment: two drivers that find no run of a cell would both make one.
+
+    Args:
+        store: Where the lease lies.
+        experiment_name: What it is called in MLflow.
+
+    Raises:
+        TrackingError: the lease cannot be had, or another driver holds it for too long.
+    """
+    name = f"track-{digest(experiment_name)}"
+    leases = Leases(store, f"tracker-{uuid.uuid4().hex[:12]}")
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while leases.acquire(name) is None:
+            if time.monotonic() > deadline:
+                raise TrackingError(f"another run is recording {experiment_name}; run again to send what it lacks")
+            time.sleep(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            leases.forget(name)
+    except StorageError as error:
+        raise TrackingError(str(error)) from error
+    finally:
+        with contextlib.suppress(StorageError):  # it dies with this process
+            leases.close()
+
 
 SQLITE_LOCK_SECONDS = 10
 LOOK_SECONDS = 30.0

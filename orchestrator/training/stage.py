@@ -21,8 +21,7 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.storage import write_json
 from orchestrator.training import group, logs
 from orchestrator.training.batches import BatchFeed
-from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint
-from orchestrator.training.consolidate import write_weights
+from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint, write_weights
 from orchestrator.training.data import training_data
 from orchestrator.training.figures import fingerprint, peak_memory_gib, reset_peak_memory, stage_result
 from orchestrator.training.memory import Session, TrainingMemory

@@ -45,7 +45,8 @@ def show(
     resolved: Annotated[bool, typer.Option("--resolved", help="Defaults filled in, and where each came from.")] = False,
 ) -> None:
     """The experiment as the program understands it."""
-    from orchestrator.spec.loader import load_experiment, resolved_yaml
+    from orchestrator.spec.loaded import resolved_yaml
+    from orchestrator.spec.loader import load_experiment
 
     loaded = load_experiment(spec, set_ or ())
     if as_json:

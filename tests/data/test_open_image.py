@@ -8,7 +8,7 @@ from image_files import pixels, png, saved, tiff, written
 from PIL import Image
 from transformers.image_utils import load_image
 
-from orchestrator.data.image_check import image_faults
+from orchestrator.data.image_table import image_faults
 from orchestrator.data.open_image import BadImage, image_size, open_image, pad_to_square, verify_image
 from orchestrator.data.rows import ImageReading
 

@@ -14,7 +14,7 @@ from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data import columns, image_check, image_table, row_index
+from orchestrator.data import columns, image_table, row_index
 from orchestrator.data.pipeline import build_train_data
 from orchestrator.data.row_index import open_rows
 from orchestrator.errors import DataError
@@ -158,13 +158,13 @@ def test_a_failing_storage_raises_and_changes_no_identity(data, monkeypatch, num
 
 def test_what_decoding_says_of_a_failing_storage_is_not_kept(data, monkeypatch):
     spec = data().model_copy(update={"on_bad_row": "drop", "max_bad_share": 0.5})
-    real = image_check.verify_image
+    real = image_table.verify_image
 
     def fails_once(path, reading):
-        monkeypatch.setattr(image_check, "verify_image", real)
+        monkeypatch.setattr(image_table, "verify_image", real)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(image_check, "verify_image", fails_once)
+    monkeypatch.setattr(image_table, "verify_image", fails_once)
     with pytest.raises(DataError, match="Input/output error"):
         spec.content_digest()
     assert spec.num_rows() == ROWS

@@ -30,7 +30,6 @@ import s3transfer.manager  # noqa: F401
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.gc import Collector
 from orchestrator.plan.ledger import Ledger, store_s3
-from orchestrator.plan.ledger import s3_client as s3_client_module
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.storage import storage_errors
 from orchestrator.plan.ledger_view import damage
@@ -54,7 +53,7 @@ class Fault:
         self.mode, self.at, self.folders, self.count, self.met = mode, at, folders, 0, False
         self._is_read, self._is_remote = mode not in ("kill", "full"), is_remote
         sys.addaudithook(self._audit)
-        real_fsync, real_stat, real_client = os.fsync, os.stat, s3_client_module.s3_client
+        real_fsync, real_stat, real_client = os.fsync, os.stat, store_s3.s3_client
 
         def fsync(descriptor: int) -> None:
             if not self._is_read and not self._is_remote:
@@ -236,7 +235,7 @@ def points(mode: str, url: str, folder: Path, first: int = 1, every: int = 1) ->
         return where, [where if "://" not in where else str(cache)]
 
     if "://" in url:
-        s3_client_module.s3_client()  # what it imports and reads is kept; each child would do it anew
+        store_s3.s3_client()  # what it imports and reads is kept; each child would do it anew
     where, _ = place("undisturbed")
     code, tale = child(work, where, "driver")
     assert code == 0, tale

@@ -14,9 +14,8 @@ import pytest
 from stored import collect, finish, kinds, note, seal
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.gc import Collector
+from orchestrator.plan.gc import Collector, open_inventory
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.inventory import open_inventory
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.ledger_view import damage

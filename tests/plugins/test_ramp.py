@@ -13,7 +13,8 @@ from orchestrator_plugins.compressors.average_pool import AveragePoolSpec
 from orchestrator_plugins.schedules.ramp import RampSpec
 from pydantic import ValidationError
 
-from orchestrator.spec.tables import StageTable, Teaching, derive
+from orchestrator.spec.components import derive
+from orchestrator.spec.tables import StageTable, Teaching
 
 
 def spec(**fields: Any) -> RampSpec:

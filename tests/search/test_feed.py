@@ -9,7 +9,7 @@ import pytest
 from orchestrator.plan.trials import Trial, TrialNotes
 from orchestrator.plan.walk import Walk, prepare
 from orchestrator.search.feed import SearchFeed
-from orchestrator.search.proposer import Proposer
+from orchestrator.search.tuning import Proposer
 
 
 class Desk:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.plan.front import pareto_front
+from orchestrator.plan.trials import pareto_front
 
 VALUES = st.integers(0, 4).map(float)
 

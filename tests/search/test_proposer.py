@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.plan.ledger.store import open_store
 from orchestrator.plan.trials import Trial, TrialNotes, front_of, search_id
-from orchestrator.search.proposer import Proposer
+from orchestrator.search.tuning import Proposer
 from orchestrator.spec.loader import load_experiment
 
 

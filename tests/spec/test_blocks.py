@@ -8,8 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.spec.blocks import amounts_around, nearest_block
-from orchestrator.spec.components import BlockCompressorSpec, CompressorSpec, Grid, block_to_keep
+from orchestrator.spec.components import (
+    BlockCompressorSpec,
+    CompressorSpec,
+    Grid,
+    amounts_around,
+    block_to_keep,
+    nearest_block,
+)
 
 SIDE = st.integers(1, 26)
 

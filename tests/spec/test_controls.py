@@ -10,7 +10,8 @@ from orchestrator.errors import SpecError
 from orchestrator.plan.cells import expand_cells
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import Grid
-from orchestrator.spec.loader import load_experiment, unsupported_keys
+from orchestrator.spec.loader import load_experiment
+from orchestrator.spec.unsupported import unsupported_keys
 
 GRID_OF_TINY = Grid(8, 8)
 AXIS = "matrix: {phases.finetune.schedule: [full, heavy, two]}\n"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.loader import LoadedExperiment, load_experiment
+from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.loader import load_experiment
 
 Write = Callable[..., Path]
 

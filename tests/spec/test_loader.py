@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.spec.loader import load_experiment, resolved_yaml, unsupported_keys
+from orchestrator.spec.loaded import resolved_yaml
+from orchestrator.spec.loader import load_experiment
+from orchestrator.spec.unsupported import unsupported_keys
 
 Write = Callable[..., Path]
 EXAMPLE = Path(__file__).with_name("design_example.yaml")
@@ -92,7 +94,7 @@ def test_projector_points_and_learned_methods_are_not_refused(point: str, small:
 
 def test_no_heavy_framework_is_imported(small: str, write: Write) -> None:
     code = (
-        "import sys; from orchestrator.spec.loader import load_experiment, resolved_yaml\n"
+        "import sys; from orchestrator.spec.loaded import resolved_yaml\nfrom orchestrator.spec.loader import load_experiment\n"
         "resolved_yaml(load_experiment(sys.argv[1]))\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'deepspeed', 'numpy', 'rapidfuzz'} & set(sys.modules)\n"
         "print(sorted(heavy))"

@@ -24,9 +24,8 @@ from orchestrator.plan.ledger.owners import Process
 from orchestrator.plan.ledger.store import FolderStore
 from orchestrator.plan.record import CellRecord
 from orchestrator.tracking import cell_tracker
-from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.lacking import abandoned, file_contents, has_record
-from orchestrator.tracking.one_at_a_time import one_at_a_time
 from orchestrator.tracking.seen import SeenRun, client_look, quick_look
 
 KEYS = ("train/loss", "train/learning_rate")

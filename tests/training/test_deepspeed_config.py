@@ -15,7 +15,7 @@ from orchestrator.errors import UsageError
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training.batches import deal
 from orchestrator.training.deepspeed_config import PRESETS, deepspeed_config, zero_stage
-from orchestrator.training.rates import rate_factor
+from orchestrator.training.step import rate_factor
 
 
 def _config(deepspeed: object, dtype: str = "float32", **recipe: object) -> dict:

@@ -85,7 +85,7 @@ def plain_loop(job: StageJob, root: Path, target: Path) -> None:
     from orchestrator.spec.model import ModelSpec
     from orchestrator.training.data import training_data
     from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.rates import rate_factor
+    from orchestrator.training.step import rate_factor
 
     recipe, data = job.recipe, training_data(job, TrainingMemory())
     model = build_model(ModelSpec.model_validate(job.model), root)

@@ -107,15 +107,6 @@ class Inventory(Protocol):
         ...
 
 
-def open_inventory(ledger: Ledger) -> Inventory:
-    """The inventory of a ledger's storage."""
-    if ledger.url.startswith("s3://"):
-        from orchestrator.plan.ledger.inventory_s3 import S3Inventory
-
-        return S3Inventory(ledger)
-    return FolderInventory(ledger)
-
-
 class FolderInventory:
     """The inventory of a storage that is a folder."""
 

@@ -7,7 +7,6 @@ import errno
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,6 @@ from orchestrator.plan.ledger.storage import (
     storage_errors,
     write_json,
 )
-from orchestrator.plan.ledger.store import FolderStore, Store
 
 Part = Literal["weights", "checkpoint"]
 PARTS: tuple[Part, ...] = ("weights", "checkpoint")
@@ -247,24 +245,6 @@ def checked(name: str) -> str:
     if not _ID.fullmatch(name):
         raise StorageError(f"{name!r} is no identity of the ledger")
     return name
-
-
-def open_states(store: Store) -> FolderStates:
-    """The states of a storage.
-
-    Raises:
-        StorageError: a file stands where the folder should be.
-    """
-    if store.url.startswith("s3://"):
-        from orchestrator.plan.ledger.states_s3 import S3States
-
-        return S3States(store)
-    folder = Path(store.url)
-    about = stat_of(folder)
-    if about is not None and not stat.S_ISDIR(about.st_mode):
-        raise StorageError(f"{folder}: is a file; cluster.storage_path names a folder")
-    assert isinstance(store, FolderStore)
-    return FolderStates(folder, store.listings)
 
 
 def token_in(folder: Path) -> int:

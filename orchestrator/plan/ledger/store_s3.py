@@ -4,19 +4,152 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.ledger.s3_client import ATTEMPTS, error_code, s3_client, s3_errors
-from orchestrator.plan.ledger.s3_snapshot import Snapshot
+from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.storage import storage_errors
 
+ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
+_CONNECTIONS = 32
+_SAYS = {
+    "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
+    "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
+    "403": "access is denied; the credentials in use need to list, read, write and delete there",
+    "InvalidAccessKeyId": "the server does not know the access key in use",
+    "SignatureDoesNotMatch": "the secret key in use does not fit its access key",
+    "ExpiredToken": "the session's credentials have expired; renew them",
+}
+
+
+def s3_client() -> Any:
+    """A client for S3 or the server that AWS_ENDPOINT_URL names; safe to share between threads."""
+    import boto3
+    from botocore.config import Config
+
+    own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        # "standard" gives up within a second once some dozen requests had to be repeated: no server restarts that fast.
+        retries={"mode": "legacy", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)},
+        max_pool_connections=_CONNECTIONS,
+        connect_timeout=10,
+        read_timeout=60,
+        # Servers of one's own seldom have a host name for each bucket.
+        s3={"addressing_style": "path"} if own_server else {},
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+@contextlib.contextmanager
+def s3_errors(where: str) -> Iterator[None]:
+    """Turns what boto3 raises while working at an address into a StorageError that says what to do.
+
+    Raises:
+        StorageError: no credentials, no such bucket, access denied, no server, …
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise StorageError(
+            f"{where}: boto3 finds no whole credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            "AWS_PROFILE, or use a machine with a role"
+        ) from error
+    except ClientError as error:
+        said = _SAYS.get(error_code(error)) or error.response.get("Error", {}).get("Message") or error_code(error)
+        raise StorageError(f"{where}: {said}") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(
+            f"{where}: {error}. Finished work is safe; see that the server can be reached (AWS_ENDPOINT_URL names "
+            "one that is not Amazon's), then run again"
+        ) from error
+
+
+def error_code(error: Any) -> str:
+    """The server's word for what went wrong, such as `NoSuchKey`."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
 _AT_ONCE = 8
+
+
+class Snapshot:
+    """Values below some prefixes as one listing found them; what is not listed is not asked for.
+
+    Values are kept on disk by their ETag, so that the next plan on this machine asks for new ones only; a value
+    written meanwhile by this process is asked for again.
+
+    Args:
+        listed: Key to ETag, of all keys below the prefixes.
+        prefixes: What the listing covers.
+        read: Reads a value from the bucket.
+        folder: Where values are kept.
+
+    Raises:
+        StorageError: the bucket cannot be read or the folder cannot be written.
+    """
+
+    def __init__(
+        self, listed: Mapping[str, str], prefixes: Iterable[str], read: Callable[[str], bytes | None], folder: Path
+    ) -> None:
+        self._listed = dict(listed)
+        self._prefixes = tuple(f"{prefix}/" for prefix in prefixes)
+        self._read, self._folder = read, folder
+        self._values: dict[str, bytes | None] = {}
+        self._children: dict[str, set[str]] = {}
+        for key in self._listed:
+            parts = key.split("/")
+            for depth in range(1, len(parts)):
+                self._children.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = set(os.listdir(folder))
+        new = [key for key, etag in self._listed.items() if _file_name(etag) not in kept]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(self.read, new):
+                pass
+
+    def covers(self, key: str) -> bool:
+        """True where the listing tells whether a key is there."""
+        return key.startswith(self._prefixes)
+
+    def read(self, key: str) -> bytes | None:
+        """A covered value; None where there was none."""
+        if key not in self._listed:
+            return None
+        if key not in self._values:
+            self._values[key] = self._load(key, self._folder / _file_name(self._listed[key]))
+        return self._values[key]
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly below a covered prefix, sorted."""
+        return sorted(self._children.get(prefix, ()))
+
+    def _load(self, key: str, file: Path) -> bytes | None:
+        try:
+            return file.read_bytes()
+        except OSError:  # a copy only: the bucket has it
+            value = self._read(key)
+        if value is not None:
+            part = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+            with storage_errors(file.parent):
+                part.write_bytes(value)
+                part.replace(file)
+        return value
+
+
+def _file_name(etag: str) -> str:
+    return digest(etag)[:40]
+
+
 _DELETE_AT_ONCE = 1000  # the most that one request may name
 _ABSENT = {"NoSuchKey", "404"}
 

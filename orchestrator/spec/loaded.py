@@ -1,15 +1,42 @@
-"""The resolved experiment as YAML, each value beside the place it came from."""
+"""A loaded experiment, and its YAML with each value beside the place it came from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    from orchestrator.spec.loader import LoadedExperiment
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.grid import ResolvedCell
 
 _WIDTH = 60
+
+
+@dataclass(frozen=True)
+class LoadedExperiment:
+    """A valid experiment file.
+
+    Attributes:
+        path: The file.
+        spec: The base, axes not applied (the first cell's where the base is complete only with an axis).
+        tree: The resolved tree: `extends` merged, aliases renamed, paths absolute, nulls taken out.
+        sources: Dotted path of every value to `file:line`, `--set` or `default`.
+        notices: What the user should know: renamed keys, merged cells, checks that are deferred.
+        cells: The grid in order.
+        starts: The experiments that phases of this one, or of these, start from; by the file named in `start_from`.
+        overrides: The `--set` texts over the file.
+    """
+
+    path: Path
+    spec: ExperimentSpec
+    tree: dict[str, Any]
+    sources: dict[str, str]
+    notices: tuple[str, ...]
+    cells: tuple[ResolvedCell, ...]
+    starts: dict[str, LoadedExperiment] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
 
 
 def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
