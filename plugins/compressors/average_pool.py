@@ -66,7 +66,7 @@ class AveragePool:
         if self.spec.size_bias:
             window_N = torch.arange(windows, device=visual_BND.device).repeat_interleave(length_M, output_size=tokens)
             hidden_BMD = merge_members(visual_BND, window_N.expand(images, -1), windows, context.sizes_BN)
-        elif index_MW is None:
+        elif index_MW is None or inside_MW is None:
             hidden_BMD = visual_BND.unflatten(1, (windows, lengths[0])).mean(2)
         else:
             windows_BMWD = visual_BND[:, index_MW] * inside_MW.unsqueeze(-1)
@@ -95,6 +95,6 @@ def _bounds(tokens: int, windows: int, stride: int | None) -> list[int]:
 
 def _sums(values_XBN: Tensor, windows: int, index_MW: Tensor | None, inside_MW: Tensor | None) -> Tensor:
     """Sums of whole numbers over each window; without an index all windows are of one length."""
-    if index_MW is None:
+    if index_MW is None or inside_MW is None:
         return values_XBN.unflatten(-1, (windows, -1)).sum(-1)
     return (values_XBN[..., index_MW] * inside_MW).sum(-1)

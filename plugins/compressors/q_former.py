@@ -151,6 +151,7 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
 
     hidden = spec.inner_width(width)
     queries = spec.max_queries or spec.keep_tokens
+    assert queries is not None  # the spec asks for one of them
     assert queries is not None
 
     class Resampler(nn.Module):

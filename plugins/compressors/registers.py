@@ -61,6 +61,7 @@ class Registers:
         from torch import nn
 
         count = self.spec.keep_tokens
+        assert count is not None  # the spec has no other amount
 
         class Table(nn.Module):
             """Registers for a number of images."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.data.llava_rows import BadRow, RecordOptions, fault_lines, parse_record, read_records
+from orchestrator.data.json_records import BadRow
+from orchestrator.data.llava_rows import RecordOptions, fault_lines, parse_record, read_records
 from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, raise_for_faults
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import content_digest, source_code
