@@ -150,8 +150,7 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
     from torch import nn
 
     hidden = spec.inner_width(width)
-    queries = spec.max_queries or spec.keep_tokens
-    assert queries is not None  # the spec asks for one of them
+    queries = spec.max_queries or spec.keep_tokens or 0  # never 0: the spec asks for one of them
     assert queries is not None
 
     class Resampler(nn.Module):

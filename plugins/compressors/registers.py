@@ -60,8 +60,7 @@ class Registers:
         import torch
         from torch import nn
 
-        count = self.spec.keep_tokens
-        assert count is not None  # the spec has no other amount
+        count = self.spec.keep_tokens or 0  # never 0: the spec has no other amount
 
         class Table(nn.Module):
             """Registers for a number of images."""
