@@ -87,7 +87,7 @@ class StartJob:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What was tried before a stage run may begin (`plan/rehearsals.py`).
+    """What was tried before a stage run may begin (`plan/tree.py`).
 
     Attributes:
         jobs: Rehearsals it waits for.

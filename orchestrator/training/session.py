@@ -41,7 +41,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     Args:
         job: What it is to train.
         weights_file: Weights of the parent state.
-        universal: The engine is to load a converted checkpoint (`training/resize.py`).
+        universal: The engine is to load a converted checkpoint (`training/checkpoint.py`).
 
     Raises:
         UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit, or the model has
