@@ -94,7 +94,8 @@ def test_projector_points_and_learned_methods_are_not_refused(point: str, small:
 
 def test_no_heavy_framework_is_imported(small: str, write: Write) -> None:
     code = (
-        "import sys; from orchestrator.spec.loaded import resolved_yaml\nfrom orchestrator.spec.loader import load_experiment\n"
+        "import sys; from orchestrator.spec.loaded import resolved_yaml\n"
+        "from orchestrator.spec.loader import load_experiment\n"
         "resolved_yaml(load_experiment(sys.argv[1]))\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'deepspeed', 'numpy', 'rapidfuzz'} & set(sys.modules)\n"
         "print(sorted(heavy))"
