@@ -35,7 +35,7 @@ def bench_experiment(
     repeats: int = 7,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
-    """Times the variants of an experiment's first cell and compares them with the cost formula.
+    """Time the variants of an experiment's first cell and compare them with the cost formula.
 
     Args:
         path: The experiment file.
@@ -90,7 +90,9 @@ def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
 
 
 def _arms(cell: Cell, facts: ModelFacts) -> list[NamedPoints]:
-    """Plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that selects."""
+    """Return the plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that
+    selects.
+    """
     arms: list[NamedPoints] = [(PLAIN, None), (FULL, ())]
     for name, points in cell.spec.compressors.items():
         arms.append((name, resolve_points(points, facts.num_layers, facts.image_grid)))

@@ -33,7 +33,7 @@ app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:
-    """Entry point: tells every error as one block and turns it into the exit code."""
+    """Run the command line; every error is one block and an exit code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     as_json = "--json" in arguments and not {"-h", "--help"} & set(arguments)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _trace(debug: bool) -> None:
-    """The traceback of the error at hand; what libraries quote in it (addresses, headers) without its secrets."""
+    """Return traceback of the error at hand; what libraries quote in it (addresses, headers) without its secrets."""
     if debug:
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
 

@@ -27,13 +27,13 @@ _LONG_WORD = re.compile(r"\S{300,}")  # paths of usual length stay whole
 
 
 def shorten(text: str, limit: int = LONGEST_VALUE) -> str:
-    """A value from outside on one line, cut where it is longer than `limit`; for whatever a message quotes."""
+    """Return a value from outside on one line, cut where it is longer than `limit`; for whatever a message quotes."""
     line = text.replace("\r", "\\r").replace("\n", "\\n")
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _shorten_list(text: str) -> str:
-    """Names to choose from, as many as can be read."""
+    """Return the names to choose from, as many as can be read."""
     if len(text) <= _LONGEST_LIST:
         return text
     names = text.split(", ")

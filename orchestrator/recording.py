@@ -23,7 +23,7 @@ from orchestrator.tracking.seen import quick_look
 
 
 def open_recorder(walk: Walk, console: Console) -> Recorder:
-    """Records cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
+    """Record cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
 
     def open_tracker() -> CellTracker:
         def alone() -> contextlib.AbstractContextManager[None]:
@@ -35,7 +35,9 @@ def open_recorder(walk: Walk, console: Console) -> Recorder:
 
 
 def _lives(walk: Walk) -> Callable[[Process, str], bool]:
-    """Whether a driver lives: told of one of this machine by its process, of others by the leases they hold here."""
+    """Return whether a driver lives: told of one of this machine by its process, of others by the leases they hold
+    here.
+    """
 
     def lives(driver: Process, storage: str) -> bool:
         gone = driver.is_gone()
@@ -48,7 +50,7 @@ def _lives(walk: Walk) -> Callable[[Process, str], bool]:
 
 
 def record_cells(walk: Walk, recorder: Recorder) -> None:
-    """Writes the cells' folders and queues every record that MLflow does not have as it stands."""
+    """Write the cells' folders and queues every record that MLflow does not have as it stands."""
     seen = quick_look(walk.tracking_uri, walk.experiment_name)
     lacking = []
     for cell in walk.cells:
@@ -67,7 +69,7 @@ def record_cells(walk: Walk, recorder: Recorder) -> None:
 
 
 def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
-    """Queues a cell, whose record is read when its turn comes."""
+    """Queue a cell, whose record is read when its turn comes."""
 
     def make() -> CellRecord:
         record = _with_figure(walk, cell, walk.record(cell), draw=True)
@@ -78,7 +80,7 @@ def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
 
 
 def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
-    """A finished cell's record gets its training figure; None where it has to be drawn first."""
+    """Return a finished cell's record gets its training figure; None where it has to be drawn first."""
     if record.status != "finished" or next(iter(record.history), None) is None:
         return record
     path = walk.folder(cell) / "training.png"

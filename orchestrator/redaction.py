@@ -45,7 +45,7 @@ _SHORTEST, _SHORTEST_WORD = 8, 16  # a shorter value of the environment is found
 
 
 def redacted(text: str) -> str:
-    """The text with every secret in it blotted out: by its place in an address, its shape, or the environment's."""
+    """Return text with every secret in it blotted out: by its place in an address, its shape, or the environment's."""
     text = _IN_ADDRESS.sub(lambda found: f"{found[1] or found[3]}{HIDDEN}@", text)
     text = _IN_QUERY.sub(rf"\1={HIDDEN}", text)
     text = _ANY_SHAPE.sub(HIDDEN, text)
@@ -55,7 +55,7 @@ def redacted(text: str) -> str:
 
 
 def secret_in(text: str, name: str = "", of_environment: Sequence[str] | None = None) -> str | None:
-    """What secret a text holds, in words for a sentence; None where it holds none.
+    """Return what secret a text holds, in words for a sentence; None where it holds none.
 
     Args:
         text: A value of an experiment file, or an address.
@@ -78,24 +78,26 @@ def secret_in(text: str, name: str = "", of_environment: Sequence[str] | None = 
 
 
 def without_secrets(value: Any) -> Any:
-    """A plain value, as YAML gives it, with what stands under a secret's name blotted out; for what is quoted."""
+    """Return a plain value, as YAML gives it, with what stands under a secret's name blotted out; for what is
+    quoted.
+    """
     if isinstance(value, dict):
         return {k: HIDDEN if v and is_secret_name(str(k)) else without_secrets(v) for k, v in value.items()}
     return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key's name says that its value is a secret."""
+    """Return whether a key's name says that its value is a secret."""
     return _NAMED.fullmatch(name) is not None
 
 
 def is_secret_variable(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret."""
+    """Return whether a variable's name says that its value is a secret."""
     return _ENVIRONMENT.fullmatch(name) is not None
 
 
 def environment_secrets() -> tuple[str, ...]:
-    """Values of the environment's secrets, the longest first."""
+    """Return the values of the environment's secrets, the longest first."""
     return _secrets_among(tuple(os.environ.items()))
 
 

@@ -41,12 +41,12 @@ def _entry_points(group: str) -> dict[str, Any]:
 
 
 def kinds(group: str) -> tuple[str, ...]:
-    """Names of all known components of a group, sorted."""
+    """Return the names of all known components of a group, sorted."""
     return tuple(sorted({*_entry_points(group), *(kind for g, kind in _from_plugins if g == group)}))
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
-    """The known name that is likely to be meant, or None: a wrong suggestion is worse than none.
+    """Return the known name that is likely to be meant, or None: a wrong suggestion is worse than none.
 
     It is near where a letter in four at most is wrong (insertions, deletions, changes and swaps of neighbours), or
     where `name` is the beginning of that one name alone; capitals, `-` and `_` do not count. Names that differ in a
@@ -76,7 +76,7 @@ def _digits(name: str) -> list[str]:
 
 
 def spec_class(group: str, kind: str) -> type[Any]:
-    """The spec class of a component.
+    """Return the spec class of a component.
 
     Raises:
         KeyError: no component of that kind is known.
@@ -92,13 +92,13 @@ def _load(group: str, kind: str) -> type[Any]:
 
 
 def load_object(reference: str) -> Any:
-    """The object named `module:Name`."""
+    """Return the object named `module:Name`."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def load_plugin(reference: str, base_folder: Path) -> None:
-    """Imports a plug-in, a `.py` file relative to `base_folder` or an installed module, and registers its specs.
+    """Import a plug-in, a `.py` file relative to `base_folder` or an installed module, and register its specs.
 
     Raises:
         UsageError: it does not exist, defines no component, or takes a name that is in use.

@@ -58,7 +58,7 @@ class RunOutcome:
 
 
 def table_of(walks: Sequence[Walk], *, all_metrics: bool = False) -> Table:
-    """One table over one or several experiments; a cell found in two of them is shown once."""
+    """Return one table over one or several experiments; a cell found in two of them is shown once."""
     cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
     report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
     return ablation_table(
@@ -82,7 +82,7 @@ def run_experiment(
     smoke: bool = False,
     console: Console | None = None,
 ) -> RunOutcome:
-    """Runs what is missing of an experiment, records it, and returns its table.
+    """Run what is missing of an experiment, records it, and return its table.
 
     Args:
         path: The experiment file.
@@ -140,7 +140,7 @@ def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) ->
 
 
 def check_data(work: Sequence[Job], say: Callable[[str], None]) -> bool:
-    """Reads every row and image of the data that `work` uses and tries it with the model, before anything starts.
+    """Read every row and image of the data that `work` uses and try it with the model, before anything starts.
 
     Args:
         work: What is to be done.
@@ -184,7 +184,7 @@ class _Run:
         )
 
     def execute(self, recorder: Recorder, limit: tuple[float | None, float], *, local: bool, fail_fast: bool) -> None:
-        """Does the work.
+        """Do the work.
 
         Args:
             limit: Hours after which a stop is asked for, and since when they count.
@@ -268,7 +268,7 @@ def _dispatcher(local: bool) -> Callable[..., Any]:
 
 
 def relative_cost(job: Job) -> float:
-    """A job's weight in the time left: samples trained, an evaluation counted as a few steps."""
+    """Return a job's weight in the time left: samples trained, an evaluation counted as a few steps."""
     if isinstance(job, StageJob):
         return float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
     return 1.0 if isinstance(job, RootJob) else 512.0

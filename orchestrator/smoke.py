@@ -24,7 +24,7 @@ MARK = "smoke.yaml"
 
 
 def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Walk, list[str]]:
-    """Loads an experiment, makes it small and plans it.
+    """Load an experiment, make it small and plans it.
 
     Returns:
         The walk, and what the user should know of it.
@@ -51,7 +51,7 @@ def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Walk
 
 
 def _fresh(storage: str | Path) -> tuple[str, Path]:
-    """The trial run's storage, emptied, and a folder of this machine beside or in it."""
+    """Return the trial run's storage, emptied, and a folder of this machine beside or in it."""
     if isinstance(storage, str):
         url = f"{storage.rstrip('/')}/smoke"
         local = Ledger(url).storage
@@ -71,7 +71,7 @@ def _model_key(cell: Cell) -> str:
 
 
 def _small_models(cells: Sequence[Cell], folder: Path) -> dict[str, SmallModel]:
-    """Each model of the grid, as deep as its variants need."""
+    """Return each model of the grid, as deep as its variants need."""
     from orchestrator.models.build import load_config
     from orchestrator.models.shrink import shrink_model
 

@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over printable ASCII: any such text survives a round trip, the rest becomes `<unk>`."""
+    """Return a byte-level BPE over printable ASCII: any such text survives a round trip, the rest becomes `<unk>`."""
     questions, answers, _ = easy_vqa.get_train_questions()
     texts = [f"USER: \n{q} ASSISTANT: {a}" for q, a in zip(questions, answers, strict=True)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -75,7 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The shapes. At width 64 an initialisation of 0.02 leaves the layers nearly silent: learning starts late."""
+    """Return shapes. At width 64 an initialisation of 0.02 leaves the layers nearly silent: learning starts late."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -111,7 +111,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Writes the folder."""
+    """Write the folder."""
     tokenizer = make_tokenizer()
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},

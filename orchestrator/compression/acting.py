@@ -17,7 +17,7 @@ Visuals = tuple[Tensor, Grid, Context]
 
 
 def act(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> list[Kept]:
-    """What a method leaves of each group of units; units of one token stay as they are.
+    """Return what a method leaves of each group of units; units of one token stay as they are.
 
     Args:
         point: The method at its place.
@@ -54,7 +54,7 @@ def act(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> li
 
 
 def call_idle(module: nn.Module, hidden: Tensor) -> Tensor:
-    """Passes hidden states by a learned module that has nothing to do, so that its parameters get gradients of zero."""
+    """Pass hidden states by a learned module that has nothing to do, so that its parameters get gradients of zero."""
 
     def work(hidden: Tensor) -> Tensor:
         zero = torch.stack([(0.0 * parameter).sum().float() for parameter in module.parameters()]).sum()
@@ -64,7 +64,7 @@ def call_idle(module: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def call_once(module: nn.Module, work: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Calls a module with `work` in the place of its forward: its hooks (ZeRO-3, DDP) see one tensor in, one out."""
+    """Call a module with `work` in the place of its forward: its hooks (ZeRO-3, DDP) see one tensor in, one out."""
     module.__dict__["forward"] = work
     try:
         result: Tensor = module(hidden)
@@ -74,7 +74,7 @@ def call_once(module: nn.Module, work: Callable[[Tensor], Tensor], hidden: Tenso
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """The same module (parameters, submodules, forward) for calls inside `call_once`."""
+    """Return the same module (parameters, submodules, forward) for calls inside `call_once`."""
     view: Any = object.__new__(type(module))
     view.__dict__.update(module.__dict__)
     for name in [name for name in view.__dict__ if name.endswith("_hooks")]:
@@ -88,7 +88,9 @@ def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
 
 
 def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-    """One call of the method; where it names no grid, the kept tokens form the one that the planner counts with."""
+    """Return one call of the method; where it names no grid, the kept tokens form the one that the planner counts
+    with.
+    """
     compressor = point.compressor
     method = compressor.enter if isinstance(compressor, Enters) and point.enters else compressor.compress
     try:

@@ -26,12 +26,12 @@ MODULES_NAME: Final = "llavolta_compressors"
 
 
 def names_of(points: Sequence[Point]) -> tuple[str, ...]:
-    """Names of the learned modules that points use, in the order of their first use."""
+    """Return the names of the learned modules that points use, in the order of their first use."""
     return tuple(dict.fromkeys(point.module_name for point in points if point.module_name is not None))
 
 
 def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.ModuleDict:
-    """The learned modules of points, with parameters that depend on (seed, name) alone.
+    """Return the learned modules of points, with parameters that depend on (seed, name) alone.
 
     They have the dtype of the decoder and stand on the device of what they act beside. No global random state is
     used or changed.
@@ -59,7 +59,7 @@ def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.Mod
 
 
 def check_modules(points: Sequence[Point], modules: nn.ModuleDict | None) -> None:
-    """Refuses points whose learned module was not created.
+    """Refuse points whose learned module was not created.
 
     Raises:
         UsageError: one is missing; `switch` cannot add parameters.
@@ -82,7 +82,7 @@ _GENERATION = ("generate", "_expand_inputs_for_generation")
 
 
 def refuse_patched(module: nn.Module) -> None:
-    """Refuses a model that something has replaced the forward of.
+    """Refuse a model that something has replaced the forward of.
 
     Raises:
         UsageError: it is attached already, or was wrapped by something else.
@@ -99,7 +99,7 @@ def refuse_patched(module: nn.Module) -> None:
 
 
 def patch_forward(module: nn.Module, forward: Callable[[dict[str, Any]], Any], owner: Any) -> None:
-    """Puts `forward`, which takes all arguments by name, in the place of a module's own.
+    """Put `forward`, which takes all arguments by name, in the place of a module's own.
 
     Args:
         module: The module.
@@ -118,7 +118,7 @@ def patch_forward(module: nn.Module, forward: Callable[[dict[str, Any]], Any], o
 
 
 def patch_generate(model: nn.Module, decoder: Decoder) -> None:
-    """Notes the prompt's length while `generate` runs: what asks stays the same while tokens are added."""
+    """Note the prompt's length while `generate` runs: what asks stays the same while tokens are added."""
     original = getattr(type(model), "generate", None)
     if original is None:
         return
@@ -139,7 +139,7 @@ def patch_generate(model: nn.Module, decoder: Decoder) -> None:
 
 
 def _patch_expansion(model: nn.Module, decoder: Decoder, expand: Callable[..., Any]) -> None:
-    """Repeats the images of a row, not rows of pixels, where `generate` leaves encoding them to forward."""
+    """Repeat the images of a row, not rows of pixels, where `generate` leaves encoding them to forward."""
 
     @functools.wraps(expand)
     def expanded(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +164,7 @@ def announce(model: nn.Module, points: Sequence[Point]) -> None:
 
 
 def restore(modules: Sequence[nn.Module]) -> None:
-    """Takes all replaced methods off again; safe to call twice.
+    """Take all replaced methods off again; safe to call twice.
 
     Raises:
         UsageError: something wrapped a forward since.
@@ -185,7 +185,7 @@ def _encodes_in_forward(points: Sequence[Point]) -> bool:
 
 
 def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments by their names."""
+    """Return the positional arguments by their names."""
     if not args:
         return kwargs
     names = list(inspect.signature(function).parameters)[1:]
@@ -202,7 +202,7 @@ def attach(
     modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS,
     seed: int = 0,
 ) -> Attachment:
-    """Puts compressors into a vision-language model, in place.
+    """Put compressors into a vision-language model, in place.
 
     Args:
         model: A Hugging Face image-text-to-text model, plain or wrapped by peft, DeepSpeed or DDP.
@@ -225,13 +225,13 @@ def attach(
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment a model carries, None where it has none."""
+    """Return the attachment a model carries, None where it has none."""
     found = getattr(unwrap(model).__dict__.get("forward"), "llavolta", None)
     return found if isinstance(found, Attachment) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
+    """Return the Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
     while True:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]
@@ -283,11 +283,11 @@ class Attachment:
         return dict(self._decoder.modules.items()) if self._decoder.modules is not None else {}
 
     def learned_names(self, points: Sequence[PointLike] | None = None) -> tuple[str, ...]:
-        """Names of the learned modules that points (by default the present ones) use."""
+        """Return the names of the learned modules that points (by default the present ones) use."""
         return names_of(self.points if points is None else resolve_points(points, self._decoder.family))
 
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at the placeholders of visual tokens (images, frames, tiles)."""
+        """Return True at the placeholders of visual tokens (images, frames, tiles)."""
         return self._decoder.family.visual_BN(input_ids_BN)
 
     def switch(self, points: Sequence[PointLike]) -> None:
@@ -304,12 +304,12 @@ class Attachment:
         announce(self.model, resolved)
 
     def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
-        """What random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
+        """Return what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
         rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
         self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
 
     def detach(self) -> None:
-        """Takes everything out again; the model is as it was. Safe to call twice.
+        """Take everything out again; the model is as it was. Safe to call twice.
 
         Raises:
             UsageError: something wrapped the model's forward after `attach`.

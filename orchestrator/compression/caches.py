@@ -33,7 +33,7 @@ class SegmentCache(Cache):
         return self._cache.layers[self._first : self._last]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Writes into the whole cache; `layer_idx` is absolute."""
+        """Write into the whole cache; `layer_idx` is absolute."""
         return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +68,7 @@ class CacheRecord:
         self.shifts = [shift if shift is None else shift[:, index_B.to(shift.device)] for shift in self.shifts]
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last tokens.
+        """Forget the last tokens.
 
         Raises:
             UsageError: they are not all after the last image.
@@ -85,12 +85,12 @@ class CacheRecord:
 
 
 def record_of(cache: Any) -> CacheRecord | None:
-    """What a cache remembers, None where it was not filled through compressed layers."""
+    """Return what a cache remembers, None where it was not filled through compressed layers."""
     return getattr(cache, "__dict__", {}).get(_RECORD) if isinstance(cache, Cache) else None
 
 
 def remember(cache: Cache, record: CacheRecord) -> None:
-    """Gives a cache its record; from then on the record follows whatever happens to the cache's rows.
+    """Give a cache its record; from then on the record follows whatever happens to the cache's rows.
 
     It is kept on the cache itself, so that a deep copy (a prompt cached once, used often) takes it along.
     """

@@ -26,7 +26,7 @@ TOLERANCE: Final = 1e-5
 
 
 def argmax(scores: Tensor, scale: float | Tensor | None = None) -> Tensor:
-    """The place of the largest score along the last axis; of equal ones the first.
+    """Return the place of the largest score along the last axis; of equal ones the first.
 
     Args:
         scores: Scores, computed in float32 at least; lower precision is compared in float32.
@@ -39,12 +39,12 @@ def argmax(scores: Tensor, scale: float | Tensor | None = None) -> Tensor:
 
 
 def argmin(scores: Tensor, scale: float | Tensor | None = None) -> Tensor:
-    """The place of the smallest score along the last axis; of equal ones the first. See `argmax`."""
+    """Return the place of the smallest score along the last axis; of equal ones the first. See `argmax`."""
     return argmax(-scores, scale)
 
 
 def is_top(scores_BN: Tensor, kept: int | Tensor, scale: float | Tensor | None = None) -> Tensor:
-    """True at the `kept` highest scores of each row, B x N; of those that equal the lowest of them the first.
+    """Return True at the `kept` highest scores of each row, B x N; of those that equal the lowest of them the first.
 
     Args:
         scores_BN: Scores.
@@ -63,12 +63,14 @@ def is_top(scores_BN: Tensor, kept: int | Tensor, scale: float | Tensor | None =
 
 
 def top_tokens(scores_BN: Tensor, kept: int, scale: float | Tensor | None = None) -> Tensor:
-    """The `kept` highest scores of each row as rising indices (B x kept); of equal scores the first. See `is_top`."""
+    """Return the `kept` highest scores of each row as rising indices (B x kept); of equal scores the first. See
+    `is_top`.
+    """
     return places_of(is_top(scores_BN, kept, scale), kept)
 
 
 def ranked(scores_BN: Tensor, count: int, scale: float | Tensor | None = None) -> Tensor:
-    """The places of the `count` highest scores of each row, B x count, best first; made for a few.
+    """Return the places of the `count` highest scores of each row, B x count, best first; made for a few.
 
     Each is the largest of those not yet taken; of equal ones the first.
     """
@@ -81,7 +83,7 @@ def ranked(scores_BN: Tensor, count: int, scale: float | Tensor | None = None) -
 
 
 def places_of(chosen_BN: Tensor, count: int) -> Tensor:
-    """The places of the True ones, `count` in each row, rising (a mask as an index would wait for the GPU)."""
+    """Return the places of the True ones, `count` in each row, rising (a mask as an index would wait for the GPU)."""
     places_N = torch.arange(chosen_BN.shape[1], device=chosen_BN.device)
     return torch.where(chosen_BN, places_N, chosen_BN.shape[1]).sort(dim=1).values[:, :count]
 
@@ -91,6 +93,6 @@ def _comparable(scores: Tensor) -> Tensor:
 
 
 def _margin(anchor: Tensor, scale: float | Tensor | None) -> Tensor:
-    """The tolerance around an anchor; none around an infinite one."""
+    """Return the tolerance around an anchor; none around an infinite one."""
     margin = TOLERANCE * (anchor.abs() if scale is None else torch.ones_like(anchor) * scale)
     return torch.where(anchor.isfinite(), margin, 0)

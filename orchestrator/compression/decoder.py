@@ -44,7 +44,7 @@ def keys_of(
     number: int,
     padding_BK: Tensor | None,
 ) -> Keys:
-    """The keys of one segment.
+    """Return the keys of one segment.
 
     Args:
         config: The language model's config.
@@ -129,7 +129,7 @@ class Decoder:
     prompt_columns: int | None = None
 
     def forward(self, arguments: dict[str, Any]) -> Any:
-        """The language model's forward; `arguments` are its keyword arguments."""
+        """Return the language model's forward; `arguments` are its keyword arguments."""
         language_model = self.family.language_model
         cache = arguments.get("past_key_values")
         record = record_of(cache)
@@ -164,14 +164,16 @@ class Decoder:
         return cache
 
     def located(self, current: Pass) -> tuple[Layout | None, Tensor | None]:
-        """Layout and labels of a pass before its decoder runs."""
+        """Return the layout and labels of a pass before its decoder runs."""
         if current.located is None and current.inputs.get("input_ids") is not None:
             given = padding_mask(self.family, current, {"attention_mask": current.inputs.get("attention_mask")})
             locate(self.family, current, given, current.inputs["input_ids"].shape[1], bool(self.points))
         return current.located or (None, None)
 
     def module_of(self, point: Point) -> nn.Module | None:
-        """A point's learned module; of one that adds tokens where they enter, so that it is called once a forward."""
+        """Return a point's learned module; of one that adds tokens where they enter, so that it is called once a
+        forward.
+        """
         if hasattr(point.compressor, "enter") and not point.enters:
             return None
         return self.modules[point.module_name] if point.module_name and self.modules is not None else None
@@ -225,7 +227,7 @@ class Decoder:
         return _joined(outputs, cache)
 
     def _watch(self, current: Pass, flow: Flow, points: Sequence[Point], seen: int) -> None:
-        """Prepares what points ask to see of tower and layers; `seen` tokens came before."""
+        """Prepare what points ask to see of tower and layers; `seen` tokens came before."""
         limit = None if self.prompt_columns is None else self.prompt_columns - seen
         flow.records = records_for(points, flow.layout, flow.origins_BN, flow.labels_BN, limit, current.tower)
         if flow.layout is not None and current.projected is None and any(point.at_projector for point in points):
@@ -255,7 +257,7 @@ class Decoder:
 
 
 def _record_after(points: tuple[Point, ...], flow: Flow, cache: Any, record: CacheRecord | None) -> CacheRecord:
-    """What the cache is to remember after this pass; its segments are added as they run."""
+    """Return what the cache is to remember after this pass; its segments are added as they run."""
     columns = flow.hidden_BND.shape[1]
     if record is not None:
         seen = record.seen_tokens
@@ -267,7 +269,7 @@ def _record_after(points: tuple[Point, ...], flow: Flow, cache: Any, record: Cac
 
 
 def _last_ids(flow: Flow) -> Tensor:
-    """The highest position id of each row: axes x B."""
+    """Return the highest position id of each row: axes x B."""
     positions_ABN = flow.positions_ABN
     if flow.layout is not None:
         padding_BN = ~flow.layout.real_BN.to(positions_ABN.device)
@@ -286,7 +288,7 @@ def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
 
 
 def _joined(outputs: Sequence[Any], cache: Any) -> Any:
-    """One output of the language model: the last segment's, with all segments' recorded layers."""
+    """Return one output of the language model: the last segment's, with all segments' recorded layers."""
     output = outputs[-1]
     if "past_key_values" in output:
         output["past_key_values"] = cache
@@ -341,7 +343,9 @@ def watched_layer(language_model: Any, number: int, points: Sequence[Point], flo
 
 
 def places_of(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
-    """Present columns of tokens given by original column; of one that was dropped, of the last token before it."""
+    """Return the present columns of tokens given by original column; of one that was dropped, of the last token
+    before it.
+    """
     columns = origins_BN.shape[1]
     column_N = torch.arange(columns, device=origins_BN.device)
     before_BQN = (origins_BN.unsqueeze(1) <= queries_BQ.unsqueeze(2)) & (origins_BN >= 0).unsqueeze(1)

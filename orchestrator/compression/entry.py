@@ -50,7 +50,7 @@ def entering(
     given: Tensor | None,
     has_points: bool,
 ) -> Flow:
-    """What enters the first layer: hidden states, ids as the plain model has them, and where the images are.
+    """Return what enters the first layer: hidden states, ids as the plain model has them, and where the images are.
 
     Args:
         family: The model's adapter.
@@ -90,7 +90,7 @@ def entering(
 def locate(
     family: Family, current: Pass, mask: Tensor | None, columns: int, has_points: bool
 ) -> tuple[Layout | None, Tensor | None]:
-    """Where the images are and what the labels are, on the host; found once in a pass.
+    """Return where the images are and what the labels are, on the host; found once in a pass.
 
     Raises:
         UsageError: there are points but no `input_ids`, or images and placeholders do not match.
@@ -119,7 +119,7 @@ def locate(
 
 
 def padding_mask(family: Family, current: Pass, arguments: dict[str, Any]) -> Tensor | None:
-    """The 2-D padding mask (B x K), or None for no padding.
+    """Return the 2-D padding mask (B x K), or None for no padding.
 
     Families whose top model makes masks (Gemma 3, PaliGemma) hand ready ones of the full length to the language model;
     these are of no use here, and what they were made of is what the top model was given.
@@ -141,7 +141,7 @@ def padding_mask(family: Family, current: Pass, arguments: dict[str, Any]) -> Te
 
 
 def check_positions(arguments: dict[str, Any]) -> None:
-    """Refuses packed rows.
+    """Refuse packed rows.
 
     Raises:
         UsageError: position ids restart within a row.

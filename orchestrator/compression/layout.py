@@ -36,7 +36,7 @@ class ImageGroup:
         return self.columns_IN.numel()
 
     def places(self, columns: int) -> Tensor:
-        """Flat places (row * columns + column) of its visual tokens, image after image."""
+        """Return the flat places (row * columns + column) of its visual tokens, image after image."""
         return (self.rows_I.unsqueeze(1) * columns + self.columns_IN).flatten()
 
 
@@ -88,7 +88,7 @@ class Moves:
     added: Tensor | None = None
 
     def to(self, device: torch.device) -> Moves:
-        """The same on another device."""
+        """Return the same on another device."""
         if device.type == "cpu":
             return self
         return Moves(
@@ -100,7 +100,7 @@ class Moves:
 
 
 def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> Layout:
-    """The layout of a batch as the processor made it.
+    """Return the layout of a batch as the processor made it.
 
     Args:
         visual_BN: True at placeholders of visual tokens.
@@ -133,7 +133,7 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
 
 
 def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | None]) -> tuple[Layout, Moves]:
-    """The layout after each group's images keep `kept` tokens, padded again on the side it was padded.
+    """Return the layout after each group's images keep `kept` tokens, padded again on the side it was padded.
 
     Padding that is not needed any more goes; text keeps its order around the images. Where an image gets more tokens
     than it had, the new ones follow its last.

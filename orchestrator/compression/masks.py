@@ -39,7 +39,7 @@ class Keys:
 
 
 def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
-    """What the segment's forward gets as `attention_mask`: 4-D masks, by kind of layer where there are several.
+    """Return what the segment's forward gets as `attention_mask`: 4-D masks, by kind of layer where there are several.
 
     A sliding window counts the tokens that are left (their index in the shortened row), as transformers would on a row
     of just these tokens; position ids do not matter for it.
@@ -74,7 +74,7 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
 
 
 def _mask(keys: Keys, layer: int, window: int | None, window_cuts_blocks: bool, attention: str) -> Any:
-    """The mask of layers like the segment's layer number `layer`, as the attention implementation wants it."""
+    """Return the mask of layers like the segment's layer number `layer`, as the attention implementation wants it."""
     hidden_BND, total = keys.hidden_BND, keys.mask_BK.shape[1]
     (rows, queries), device = hidden_BND.shape[:2], hidden_BND.device
     # A sliding layer's cache keeps the last tokens only.
@@ -100,7 +100,7 @@ def _mask(keys: Keys, layer: int, window: int | None, window_cuts_blocks: bool, 
 
 
 def _rule(keys: Keys, window: int | None, window_cuts_blocks: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Whether a row's query sees a key, from their indices."""
+    """Return whether a row's query sees a key, from their indices."""
 
     def sees(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = key <= query

@@ -22,17 +22,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where its own precision is lower."""
+    """Return the tensor in float32 where its own precision is lower."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def tokens_at(hidden_BND: Tensor, index_BM: Tensor) -> Tensor:
-    """The tokens at some places of each image or row: B x M x D."""
+    """Return the tokens at some places of each image or row: B x M x D."""
     return hidden_BND.gather(1, index_BM.unsqueeze(2).expand(-1, -1, hidden_BND.shape[2]))
 
 
 def merge_members(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | None = None) -> Tensor:
-    """Weighted mean of the tokens of each slot, summed in float32 at least; gradients flow to the tokens.
+    """Return the weighted mean of the tokens of each slot, summed in float32 at least; gradients flow to the tokens.
 
     Args:
         visual_BND: Tokens.
@@ -54,7 +54,7 @@ def merge_members(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: T
 
 
 def sum_members(values_XBN: Tensor, slots_BN: Tensor, kept: int) -> Tensor:
-    """Sums of whole numbers over the members of each slot; exact.
+    """Sum of whole numbers over the members of each slot; exact.
 
     Args:
         values_XBN: Whole numbers, with any leading axes or none.
@@ -66,7 +66,7 @@ def sum_members(values_XBN: Tensor, slots_BN: Tensor, kept: int) -> Tensor:
 
 
 def cosines(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
-    """Cosine of every token with every other, B x N x M, in float64; 0 with a token that is all zero.
+    """Return the cosine of every token with every other, B x N x M, in float64; 0 with a token that is all zero.
 
     Products of float32 would be fewer bits on a GPU where TF32 is allowed; compare with `choices` and a scale of 1.
     """

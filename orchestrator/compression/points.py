@@ -19,7 +19,7 @@ _ADAPTER: TypeAdapter[CompressorSpec] = TypeAdapter(CompressorField)
 
 
 def resolve_points(points: Sequence[CompressorSpec | Mapping[str, Any]], family: Family) -> tuple[Point, ...]:
-    """Validated points in the order of layers; several at one layer keep the order given.
+    """Return the validated points in the order of layers; several at one layer keep the order given.
 
     Raises:
         UsageError: a mapping is no compressor, or a point does not fit the model.
@@ -30,7 +30,7 @@ def resolve_points(points: Sequence[CompressorSpec | Mapping[str, Any]], family:
 
 
 def check_together(points: Sequence[Point]) -> None:
-    """Refuses points that cannot act in one forward; those of several stages may well be alike.
+    """Refuse points that cannot act in one forward; those of several stages may well be alike.
 
     Raises:
         UsageError: two of them resize the image or have one learned module, or one that adds tokens is not the first.

@@ -121,7 +121,7 @@ class AtProjector:
         return (flat_LD if features.ndim == 2 else flat_LD.unsqueeze(0), *rest)
 
     def _units(self, layout: Layout, features: Tensor) -> list[_Units]:
-        """The features of each group: the tower's images and the units of the batch are in one order."""
+        """Return the features of each group: the tower's images and the units of the batch are in one order."""
         flat_LD = features.flatten(0, -2)
         firsts = [group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups]
         sizes_U = torch.cat([torch.full_like(group.rows_I, group.columns_IN.shape[1]) for group in layout.groups])
@@ -162,7 +162,7 @@ class AtProjector:
         )
 
     def _told(self, point: Point, units: _Units) -> dict[str, Any]:
-        """What the CLS token saw, for a point that needs it: of the features that are left."""
+        """Return what the CLS token saw, for a point that needs it: of the features that are left."""
         if "cls" not in point.spec.needs:
             return {}
         attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
@@ -206,7 +206,7 @@ class _Units:
     tokens: int
 
     def keep(self, kept: Kept) -> None:
-        """Goes on with what a method kept."""
+        """Go on with what a method kept."""
         count, tokens = kept.hidden_BMD.shape[1], self.sources_BN.shape[1]
         sources_BM = kept.sources_BM
         if sources_BM is None:
@@ -217,7 +217,7 @@ class _Units:
 
 
 def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of `generate` with the images of each row repeated as a whole, as its rows are (beams).
+    """Return the inputs of `generate` with the images of each row repeated as a whole, as its rows are (beams).
 
     Without ready features, transformers repeats image by image, which mixes the images of a row that has several.
     """

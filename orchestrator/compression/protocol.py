@@ -98,7 +98,7 @@ class Compressor(Protocol):
     def __init__(self, spec: Any) -> None: ...
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """Turns the N visual tokens of each of B images of one grid into M <= N.
+        """Turn the N visual tokens of each of B images of one grid into M <= N.
 
         Raises:
             ValueError: the amount does not fit this grid.
@@ -111,7 +111,7 @@ class Learns(Protocol):
     """A method with parameters of its own."""
 
     def create_module(self, width: int) -> nn.Module:
-        """Its module, for tokens of `width`."""
+        """Return its module, for tokens of `width`."""
         ...
 
 
@@ -129,12 +129,12 @@ class Resizes(Protocol):
     """A method that acts on pixels."""
 
     def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
-        """Images of which the tower makes fewer tokens than those of `grid`."""
+        """Return the images of which the tower makes fewer tokens than those of `grid`."""
         ...
 
 
 def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
-    """What a method returns that keeps some tokens as they are.
+    """Return what a method returns that keeps some tokens as they are.
 
     Args:
         visual_BND: Visual tokens.
@@ -151,7 +151,7 @@ def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
 
 
 def evenly_spaced(tokens: int, kept: int, device: torch.device | str = "cpu") -> Tensor:
-    """The first token of each of `kept` windows over `tokens` whose lengths differ by at most one."""
+    """Return the first token of each of `kept` windows over `tokens` whose lengths differ by at most one."""
     return torch.arange(kept, device=device) * tokens // kept
 
 

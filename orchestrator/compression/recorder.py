@@ -44,7 +44,7 @@ class Recording:
     keys: list[Tensor] = field(default_factory=list)
 
     def add(self, module: nn.Module, query_BHND: Tensor, key_BhKD: Tensor, mask: Any, options: dict[str, Any]) -> None:
-        """Takes one call of the attention function."""
+        """Take one call of the attention function."""
         with torch.no_grad(), torch.autocast(query_BHND.device.type, enabled=False):
             if self.wants_keys:
                 self.keys.append(key_BhKD.detach().float())
@@ -97,7 +97,9 @@ def _rows_of(values_BHND: Tensor, rows_BQ: Tensor) -> Tensor:
 def _bias_rows(
     mask: Any, module: nn.Module, queries_BQ: Tensor, num_queries: int, num_keys: int, options: dict[str, Any]
 ) -> Tensor | None:
-    """What the mask adds to the logits of the query rows, whichever form the attention implementation takes it in."""
+    """Return what the mask adds to the logits of the query rows, whichever form the attention implementation takes it
+    in.
+    """
     rows = len(queries_BQ)
     if isinstance(mask, Tensor) and mask.ndim == 4:
         rows_BHQK = _rows_of(mask[..., :num_keys].expand(rows, -1, -1, -1), queries_BQ)
@@ -143,7 +145,7 @@ class _RecordingConfig:
 def _recorded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **options: Any
 ) -> Any:
-    """The attention function of a module under recording: its own, with a look at what goes in."""
+    """Return the attention function of a module under recording: its own, with a look at what goes in."""
     proxy = module.config
     assert isinstance(proxy, _RecordingConfig)
     state = proxy.__dict__
@@ -156,7 +158,7 @@ def _recorded_attention(
 
 
 def _own_function(module: nn.Module) -> Callable[..., Any]:
-    """The function the module would have found: by name, `eager` in the file that defines its class."""
+    """Return the function the module would have found: by name, `eager` in the file that defines its class."""
     files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
     defaults = [getattr(file, "eager_attention_forward", None) for file in files]
     eager = next((default for default in defaults if default is not None), None)
@@ -173,7 +175,7 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
 
 
 def attention_module(layer: nn.Module, what: str) -> nn.Module:
-    """The attention module of a decoder layer.
+    """Return the attention module of a decoder layer.
 
     Args:
         layer: The layer.
@@ -195,7 +197,7 @@ def attention_module(layer: nn.Module, what: str) -> nn.Module:
 
 @contextmanager
 def recording_of(attention: Any, recording: Recording, what: str) -> Iterator[Recording]:
-    """Records the calls of one attention module within the block; it is as it was after it, even after an error.
+    """Record the calls of one attention module within the block; it is as it was after it, even after an error.
 
     Args:
         attention: The module.
@@ -218,7 +220,7 @@ def recording_of(attention: Any, recording: Recording, what: str) -> Iterator[Re
 
 
 def not_recorded(attention: nn.Module, what: str) -> UsageError:
-    """The error for attention that went past the recorder."""
+    """Return the error for attention that went past the recorder."""
     return UsageError(
         f"{what}: {type(attention).__name__} does not look up its function in transformers' ALL_ATTENTION_FUNCTIONS by "
         "config._attn_implementation, so what it sees cannot be recorded; use a method that needs no attention"

@@ -69,13 +69,13 @@ class Prompt:
     text_BN: Tensor
 
     def to(self, device: torch.device) -> Prompt:
-        """The same on another device."""
+        """Return the same on another device."""
         moved = [part.to(device, non_blocking=True) for part in (self.queries_BQ, self.weights_BQ, self.text_BN)]
         return Prompt(*moved)
 
 
 def prompt_of(visual_BN: Tensor, real_BN: Tensor, labels_BN: Tensor | None, limit: int | None = None) -> Prompt:
-    """The query tokens and the prompt's text of a batch.
+    """Return the query tokens and the prompt's text of a batch.
 
     With labels a row asks with the tokens before its answers: those without a label whose next token has one (the
     published training of PyramidDrop, arXiv:2410.17247 section 3.2, averages over them too). Without labels, or where
@@ -129,7 +129,7 @@ class Seen:
     keys_BND: Tensor | None = None
 
     def at(self, layout: Layout, origins_BM: Tensor) -> Seen:
-        """The same for the tokens that are left; a token made of several has what its source had."""
+        """Return the same for the tokens that are left; a token made of several has what its source had."""
         if layout is self.layout:
             return self
         rows, columns = self.origins_BN.shape
@@ -163,7 +163,7 @@ class Records:
     cls: Seen | None = None
 
     def told(self, point: Point, layout: Layout, origins_BN: Tensor, group: ImageGroup) -> dict[str, Any]:
-        """The fields of `Context` that a point needs, for one group of images."""
+        """Return the fields of `Context` that a point needs, for one group of images."""
         needs, device = set(point.spec.needs), origins_BN.device
         if not needs & {"queries", "keys", "cls", "text"}:
             return {}
@@ -186,12 +186,12 @@ class Records:
 
 
 def needs_of(points: Sequence[Point]) -> set[str]:
-    """What any of the points needs."""
+    """Return what any of the points needs."""
     return {need for point in points for need in point.spec.needs}
 
 
 def check_point(layer: int | str, needs: Sequence[str], kind: str, cls_attention: Any) -> None:
-    """Refuses a point whose needs nothing can answer at its place.
+    """Refuse a point whose needs nothing can answer at its place.
 
     Args:
         layer: Its decoder layer, or `projector`.

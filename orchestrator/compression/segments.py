@@ -33,7 +33,7 @@ class Segment:
 
 
 def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
-    """Cuts the depth at every point; points at one layer act in their order, then new tokens enter at layer 0."""
+    """Cut the depth at every point; points at one layer act in their order, then new tokens enter at layer 0."""
     acting = [point for point in points if not point.at_projector]
     entering = [replace(point, layer=0, enters=True) for point in acting if hasattr(point.compressor, "enter")]
     starts = sorted({0, *(point.layer for point in acting)})
@@ -101,7 +101,8 @@ class Draw:
 
 
 def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> tuple[Flow, bool]:
-    """One point: every group of images of one grid goes through the method as a batch, then rows are put together.
+    """Return one point: every group of images of one grid goes through the method as a batch, then rows are put
+    together.
 
     Returns:
         The flow after it, and whether position ids are to be numbered again.
@@ -117,7 +118,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
 
 
 def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
-    """Visual tokens of a group, I x N x D, and what is known of them, C x I x N."""
+    """Return the visual tokens of a group, I x N x D, and what is known of them, C x I x N."""
     assert flow.layout is not None
     places = group.places(flow.layout.length).to(flow.hidden_BND.device, non_blocking=True)
     shape = group.columns_IN.shape
@@ -128,7 +129,7 @@ def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
 
 
 def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
-    """The rows with what is left of each group in the place of its visual tokens (`metas`: C x I x N of each)."""
+    """Return rows with what is left of each group in the place of its visual tokens (`metas`: C x I x N of each)."""
     assert flow.layout is not None
     device, width = flow.hidden_BND.device, flow.hidden_BND.shape[-1]
     flat_hidden, flat_meta = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1)
@@ -176,7 +177,7 @@ def _context(flow: Flow, point: Point, draw: Draw, group: ImageGroup, meta_CIN: 
 
 
 def _meta_of(kept: Kept, meta_CIN: Tensor) -> Tensor:
-    """Positions, blocks, sizes and original columns of the kept tokens, flat: C x (I * M)."""
+    """Return the positions, blocks, sizes and original columns of the kept tokens, flat: C x (I * M)."""
     images, tokens = meta_CIN.shape[1:]
     count = kept.hidden_BMD.shape[1]
     sources_IM = kept.sources_BM
@@ -192,7 +193,7 @@ def _meta_of(kept: Kept, meta_CIN: Tensor) -> Tensor:
 
 
 def renumber(flow: Flow) -> None:
-    """Position ids of every row without gaps, counted from the row's first."""
+    """Return the position ids of every row without gaps, counted from the row's first."""
     assert flow.layout is not None
     real_BN = flow.layout.real_BN.to(flow.hidden_BND.device)
     rank_BN = real_BN.long().cumsum(1) - 1
@@ -209,7 +210,7 @@ def run_layers(
     cache: Any,
     options: dict[str, Any],
 ) -> Any:
-    """The language model's own forward over the layers of one segment.
+    """Return the language model's own forward over the layers of one segment.
 
     It runs on a shallow view of the model (same parameters and submodules, other lists of them), so the model itself
     is never changed, not even when something fails.
@@ -251,7 +252,7 @@ def run_layers(
 
 
 def _shifted_config(config: Any, segment: Segment) -> Any:
-    """The config with per-layer lists that begin at the segment's first layer."""
+    """Return the config with per-layer lists that begin at the segment's first layer."""
     layer_types = getattr(config, "layer_types", None)
     if segment.first == 0 or not layer_types:
         return config
@@ -261,14 +262,16 @@ def _shifted_config(config: Any, segment: Segment) -> Any:
 
 
 def _one_sequence(hidden_BND: Tensor, mask_BN: Tensor) -> dict[str, Any]:
-    """Says to flash attention that a single row is one sequence; else it reads gaps in position ids as boundaries."""
+    """Say to flash attention that a single row is one sequence; else it reads gaps in position ids as boundaries."""
     queries, keys = hidden_BND.shape[1], mask_BN.shape[1]
     bounds = torch.tensor([[0, queries], [0, keys]], dtype=torch.int32).to(hidden_BND.device, non_blocking=True)
     return {"cu_seq_lens_q": bounds[0], "cu_seq_lens_k": bounds[1], "max_length_q": queries, "max_length_k": keys}
 
 
 def trim(flow: Flow, projected: Sequence[Kept]) -> Flow:
-    """The rows without the padding after each unit's features: positions, sizes and sources as the points left them."""
+    """Return the rows without the padding after each unit's features: positions, sizes and sources as the points left
+    them.
+    """
     assert flow.layout is not None
     kept, metas = [], []
     for group, one in zip(flow.layout.groups, projected, strict=True):

@@ -48,7 +48,7 @@ class Head:
     cut: bool = False
 
     def __call__(self, hidden_BMD: Tensor) -> Tensor:
-        """Logits: L x vocabulary where labels ask for L of them, else B x tokens x vocabulary."""
+        """Return the logits: L x vocabulary where labels ask for L of them, else B x tokens x vocabulary."""
         if self.current.labels_BN is not None or self.shift_labels_BN is not None:
             self._find_targets(hidden_BMD.device)
             assert self.rows_L is not None
@@ -84,7 +84,7 @@ class Head:
         self.targets_L = flat[rows_L].to(device, non_blocking=True)
 
     def loss(self, logits: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Sum over label tokens of the cross-entropy (float32), divided by their number or the number given.
+        """Return the sum over label tokens of the cross-entropy (float32), divided by their number or the number given.
 
         A batch without labels gives 0 with a graph.
         """
@@ -99,7 +99,7 @@ class Head:
         return total / num_items_in_batch
 
     def at_original_length(self, logits_BMV: Tensor) -> Tensor:
-        """All logits at the length of the input, NaN where a token was dropped."""
+        """Return all logits at the length of the input, NaN where a token was dropped."""
         flow = self.current.flow
         if self.cut or flow is None or flow.layout is None:
             return logits_BMV
@@ -112,7 +112,7 @@ class Head:
 
 
 def _inverse(origins_BM: Tensor, columns: int) -> Tensor:
-    """Place of each original column among the kept tokens, -1 where it was dropped."""
+    """Return the place of each original column among the kept tokens, -1 where it was dropped."""
     rows, count = origins_BM.shape
     places_BN = origins_BM.new_full((rows, columns + 1), -1)
     targets_BM = torch.where(origins_BM < 0, columns, origins_BM)
@@ -121,7 +121,7 @@ def _inverse(origins_BM: Tensor, columns: int) -> Tensor:
 
 
 def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    """The top model's forward under the decoder's points.
+    """Return the top model's forward under the decoder's points.
 
     Args:
         decoder: Runs the language model.
@@ -157,7 +157,7 @@ def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[in
 
 
 def _with_head(family: Family, current: Pass, return_logits: bool, label_logits: bool) -> Any:
-    """The top model's own forward with our head in the place of its own.
+    """Return the top model's own forward with our head in the place of its own.
 
     With `label_logits` and labels the output's logits are those of the L tokens that predict a label, row by row:
     L x vocabulary, L and its order the same under all points.
@@ -194,7 +194,7 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
 
 
 def _lacks_images(family: Family, inputs: dict[str, Any]) -> bool:
-    """A training rank whose batch has no image must still call the tower: others do, and wait for it."""
+    """Return a training rank whose batch has no image must still call the tower: others do, and wait for it."""
     # One rank alone does it too: parameters without a gradient would move differently than among several, and
     # ZeRO-3 would take their gradient of the step before.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -204,7 +204,7 @@ def _lacks_images(family: Family, inputs: dict[str, Any]) -> bool:
 
 
 def _idle_images(family: Family) -> RemovableHandle:
-    """Runs the vision tower on an empty image, without effect on the numbers.
+    """Run the vision tower on an empty image, without effect on the numbers.
 
     A hook in front of all others of the language model, so that modules are called in the order of a batch with
     images (token embedding, tower, projector, decoder): ZeRO-3 gathers parameters in that order on every rank.

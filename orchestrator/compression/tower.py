@@ -37,7 +37,7 @@ _WHAT = "compression: a method that needs the vision tower's CLS token"
 
 
 def cls_of_images(recording: Recording | None, tokens: int, numbers_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the CLS token paid to each visual token of some images, and the visual tokens' keys.
+    """Return what the CLS token paid to each visual token of some images, and the visual tokens' keys.
 
     For methods that act before the decoder: image `i` of the batch is row `i` of what the tower ran.
 
@@ -72,7 +72,7 @@ def cls_of_images(recording: Recording | None, tokens: int, numbers_I: Tensor | 
 
 
 def cls_seen(recording: Recording | None, layout: Layout, origins_BN: Tensor) -> Seen:
-    """The same for the rows of a batch, by column, so that points at any layer find their tokens.
+    """Return the same for the rows of a batch, by column, so that points at any layer find their tokens.
 
     Args:
         recording: What `watched_tower` gave.
@@ -104,7 +104,7 @@ def cls_seen(recording: Recording | None, layout: Layout, origins_BN: Tensor) ->
 
 
 def image_numbers(groups: Sequence[ImageGroup], length: int) -> list[Tensor]:
-    """Number of each image in the order of the batch, group by group: images stand in the rows in that order."""
+    """Return number of each image in the order of the batch, group by group: images stand in the rows in that order."""
     if not groups:
         return []
     first = torch.cat([group.rows_I * length + group.columns_IN[:, 0] for group in groups])
@@ -119,7 +119,7 @@ def records_for(
     limit: int | None,
     recording: Recording | None,
 ) -> Records | None:
-    """What is kept beside the hidden states of one forward; None where no point needs any.
+    """Return what is kept beside the hidden states of one forward; None where no point needs any.
 
     Args:
         points: All points of the forward.

@@ -13,7 +13,7 @@ from orchestrator.spec.components import Grid
 
 
 def window_bounds(tokens: int, windows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First and end (half open) of each window along one axis: floor(i n / m) and ceil((i + 1) n / m).
+    """Return the first and end (half open) of each window along one axis: floor(i n / m) and ceil((i + 1) n / m).
 
     Where `windows` does not divide `tokens`, neighbours overlap by one token.
     """
@@ -41,18 +41,18 @@ class Windows:
         return self.tokens_MW[:, 0]
 
     def mean_positions(self, positions_ABN: Tensor) -> Tensor:
-        """Mean position id of each window, rounded down; whole-number arithmetic."""
+        """Return the mean position id of each window, rounded down; whole-number arithmetic."""
         sums_ABM = (positions_ABN[:, :, self.tokens_MW] * self.inside_MW).sum(3)
         return sums_ABM // self.inside_MW.sum(1)
 
     def sizes(self, sizes_BN: Tensor) -> Tensor:
-        """Sizes of the windows; each token counts once, so that their sum stays."""
+        """Return the sizes of the windows; each token counts once, so that their sum stays."""
         sizes_BM = sizes_BN.new_zeros(len(sizes_BN), len(self.tokens_MW))
         return sizes_BM.scatter_add_(1, self.owners_N.expand_as(sizes_BN), sizes_BN)
 
 
 def windows_over(grid: Grid, kept: Grid, device: torch.device) -> Windows:
-    """The windows of `kept.height` x `kept.width` over `grid`."""
+    """Return the windows of `kept.height` x `kept.width` over `grid`."""
     rows_hR, inside_hR = _members(grid.height, kept.height, device)
     columns_wC, inside_wC = _members(grid.width, kept.width, device)
     tokens_MW = (rows_hR[:, None, :, None] * grid.width + columns_wC[None, :, None, :]).flatten(2).flatten(0, 1)
@@ -63,7 +63,7 @@ def windows_over(grid: Grid, kept: Grid, device: torch.device) -> Windows:
 
 
 def along_both_axes(visual_BND: Tensor, grid: Grid, kept: Grid, matrix: Callable[[int, int], Tensor]) -> Tensor:
-    """Maps rows and columns of a grid linearly to fewer, in float32 at least; an axis that keeps its length is left.
+    """Map rows and columns of a grid linearly to fewer, in float32 at least; an axis that keeps its length is left.
 
     Args:
         visual_BND: Tokens in raster order.

@@ -23,7 +23,7 @@ class BoundedCache(Generic[Value]):
         self._lock = Lock()
 
     def get(self, key: Hashable) -> Value | None:
-        """The value, or None."""
+        """Return the value, or None."""
         with self._lock:
             entry = self._values.get(key)
             if entry is None:
@@ -32,7 +32,7 @@ class BoundedCache(Generic[Value]):
             return entry[0]
 
     def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
-        """Keeps a value that takes `num_bytes`."""
+        """Keep a value that takes `num_bytes`."""
         if num_bytes > self._max_bytes:
             return
         with self._lock:

@@ -55,7 +55,7 @@ class Findings:
 
 
 def uses_of_jobs(work: Iterable[Job]) -> Iterator[Use]:
-    """What some work uses."""
+    """Return what some work uses."""
     for job in work:
         if isinstance(job, StageJob):
             recipe = job.recipe
@@ -66,7 +66,7 @@ def uses_of_jobs(work: Iterable[Job]) -> Iterator[Use]:
 
 
 def uses_of_cells(cells: Iterable[Cell]) -> Iterator[Use]:
-    """What some cells use, done or not."""
+    """Return what some cells use, done or not."""
     for cell in cells:
         for plan in cell.phases:
             length, train = plan.recipe.model_max_length, tuple(plan.recipe.train)
@@ -80,7 +80,7 @@ def _of_test(job: EvaluationJob) -> Use:
 
 
 def check_uses(uses: Iterable[Use]) -> Findings:
-    """Reads every row and image, and tries each with the model's processor, as far as that was not done before.
+    """Read every row and image, and try each with the model's processor, as far as that was not done before.
 
     Raises:
         DataError: rows cannot be used, or a part that trains is reached by no row.

@@ -20,7 +20,7 @@ def collate(
     padding_side: PaddingSide = "right",
     with_labels: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Pads samples to the longest and adds the image inputs, ready for `model(**batch)`.
+    """Pad samples to the longest and add the image inputs, ready for `model(**batch)`.
 
     Returns:
         `input_ids`, `attention_mask`, `labels`: (B, T) int64; `token_type_ids` or `mm_token_type_ids` (B, T), 0 at

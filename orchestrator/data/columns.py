@@ -57,7 +57,7 @@ class Columns:
         return {key.decode(): value.decode() for key, value in (self.schema.metadata or {}).items()}
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A whole column.
+        """Return a whole column.
 
         Raises:
             DamagedColumns: it is not what was written.
@@ -66,11 +66,11 @@ class Columns:
         return pa.chunked_array(arrays, type=self.schema.field(name).type)
 
     def numpy(self, name: str) -> np.ndarray:
-        """A whole column of numbers without nulls."""
+        """Return a whole column of numbers without nulls."""
         return np.asarray(self.column(name).to_numpy())
 
     def values(self, position: int, *names: str) -> list[object]:
-        """The values of one row, unchecked: who needs them checked keeps a checksum beside them."""
+        """Return the values of one row, unchecked: who needs them checked keeps a checksum beside them."""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         inside = position - int(self._starts[number])
         return [self._batches[number].column(name)[inside].as_py() for name in names]
@@ -93,7 +93,7 @@ def _checksum(array: pa.Array) -> int:
 
 
 def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Writes a file aside, then renames it.
+    """Write a file aside, then rename it.
 
     Raises:
         OSError: the folder cannot be written.
@@ -113,7 +113,7 @@ def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
 
 
 def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -> Columns | None:
-    """The file of this name in the caches; None where none has it whole.
+    """Return the file of this name in the caches; None where none has it whole.
 
     Args:
         use: What is tried on it: a DamagedColumns from here counts as not there.
@@ -129,7 +129,7 @@ def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -
 
 
 def keep_columns(name: str, batches: Callable[[], Iterable[pa.RecordBatch]], schema: pa.Schema) -> Columns:
-    """Writes a file into the first cache that can be written, and opens it.
+    """Write a file into the first cache that can be written, and open it.
 
     Raises:
         StorageError: no folder can be written, not even a temporary one.
@@ -159,28 +159,28 @@ class Chunks:
         self._name, self._schema = name, schema
 
     def get(self, number: int) -> Columns | None:
-        """A chunk that was finished before."""
+        """Return a chunk that was finished before."""
         return open_columns(f"{self._name}.part/{number:06}")
 
     def put(self, number: int, batch: pa.RecordBatch) -> Columns:
-        """Keeps a chunk."""
+        """Keep a chunk."""
         return keep_columns(f"{self._name}.part/{number:06}", lambda: [batch], self._schema)
 
     def forget(self) -> None:
-        """Takes the chunks away: the whole is finished. A temporary folder goes with its process."""
+        """Take the chunks away: the whole is finished. A temporary folder goes with its process."""
         for folder in _folders()[:-1]:
             shutil.rmtree(folder / f"{self._name}.part", ignore_errors=True)
 
 
 def batches_of(found: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
-    """The chunks of some files, columns checked."""
+    """Return the chunks of some files, columns checked."""
     for columns in found:
         table = pa.table({name: columns.column(name) for name in columns.schema.names}, schema=columns.schema)
         yield from table.to_batches()
 
 
 def _folders() -> list[Path]:
-    """Where files are looked for and kept: what all nodes share, this machine's cache, this process's own."""
+    """Return where files are looked for and kept: what all nodes share, this machine's cache, this process's own."""
     shared, own = shared_cache_folder() / "rows", cache_folder() / "rows"
     return [*dict.fromkeys((shared, own)), _temporary()]
 

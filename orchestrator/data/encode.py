@@ -88,7 +88,7 @@ class Encoder:
         self._seen: BoundedCache[_Encoded] = BoundedCache(SAMPLE_CACHE_BYTES)
 
     def encode(self, row: Row) -> Sample:
-        """A row for training.
+        """Return a row for training.
 
         Raises:
             DataError: it does not fit the template, or an image alone is as long as `model_max_length`.
@@ -96,7 +96,7 @@ class Encoder:
         return self._encode(row, prompt_only=False)[0]
 
     def encode_prompt(self, row: Row) -> Sample:
-        """A row up to where the assistant's last answer begins; no labels.
+        """Return a row up to where the assistant's last answer begins; no labels.
 
         Raises:
             DataError: it does not fit the template, or is longer than `model_max_length`: an answer to half a
@@ -105,7 +105,7 @@ class Encoder:
         return self._encode(row, prompt_only=True)[0]
 
     def lengths(self, row: Row, prompt_only: bool) -> RowLengths:
-        """What `encode` or `encode_prompt` makes of a row, and what it cuts off.
+        """Return what `encode` or `encode_prompt` makes of a row, and what it cuts off.
 
         Raises:
             DataError: as they do.
@@ -115,7 +115,7 @@ class Encoder:
         return RowLengths(tokens, labels, len(sample), kept, sample.num_visual_tokens, len(sample.images))
 
     def _encode(self, row: Row, prompt_only: bool) -> tuple[Sample, int, int]:
-        """The sample, and tokens and labels of the whole row."""
+        """Return the sample, and tokens and labels of the whole row."""
         images, whole = row.images, None
         while True:
             texts = self._processor.images.texts(images)
@@ -133,7 +133,7 @@ class Encoder:
             images = kept
 
     def _tokenize(self, row: Row, texts: tuple[ImageText, ...], prompt_only: bool) -> _Encoded:
-        """The row as long as it fits; images beyond `texts` end it."""
+        """Return the row as long as it fits; images beyond `texts` end it."""
         chat, visual_id = self._processor.chat, self._processor.image_token_id
         rendered = render(self._template, row, chat, prompt_only)
         whole = expand(rendered, chat.image_token, [text.text for text in texts])
@@ -167,7 +167,7 @@ class Encoder:
     def _fit(
         self, row: Row, total: int, spans: list[tuple[int, int]], known: int, prompt_only: bool
     ) -> tuple[int, int]:
-        """Tokens and images that are kept.
+        """Return the tokens and images that are kept.
 
         Args:
             total: Tokens of the row.
@@ -192,6 +192,6 @@ class Encoder:
 
 
 def _within(tokens: TokenizedText, first: int, last: int) -> np.ndarray:
-    """(T,) bool: tokens with a character of `[first, last)`."""
+    """Return (T,) bool: tokens with a character of `[first, last)`."""
     inside = (tokens.offsets[:, 1] > first) & (tokens.offsets[:, 0] < last)
     return np.asarray(inside & (tokens.offsets[:, 1] > tokens.offsets[:, 0]))

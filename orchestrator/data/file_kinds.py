@@ -32,7 +32,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
 
 
 def looks_like(head: bytes) -> str | None:
-    """What the first bytes say a file is, e.g. `a parquet file`; None where they say nothing."""
+    """Return what the first bytes say a file is, e.g. `a parquet file`; None where they say nothing."""
     if head and not head.strip(b"\0"):
         return "nothing but zeros: the download went wrong"
     for magic, kind in _KINDS:

@@ -27,7 +27,7 @@ CHECK_THREADS = 8
 
 
 def image_faults(paths: Iterable[str], reading: ImageReading = AS_IT_IS) -> dict[str, str]:
-    """What is wrong with each image that cannot be used: path to reason.
+    """Return what is wrong with each image that cannot be used: path to reason.
 
     Every file is read and decoded to its end, as training will.
 
@@ -113,12 +113,12 @@ class ImageTable:
 
 
 def path_of(folder: str, name: bytes) -> str:
-    """Path of an image by its name in the table."""
+    """Return the path of an image by its name in the table."""
     return os.path.join(folder, os.fsdecode(name))
 
 
 def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
-    """The images of a data set as they are now; those that changed since they were last read are read again.
+    """Return the images of a data set as they are now; those that changed since they were last read are read again.
 
     Args:
         key: Of the rows that name them.
@@ -150,7 +150,7 @@ def _check(columns: Columns) -> None:
 
 
 def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
-    """(N, 2) size and time of each file, (-1, -1) for one that is not there.
+    """Return (N, 2) size and time of each file, (-1, -1) for one that is not there.
 
     Raises:
         OSError: the storage fails.
@@ -183,7 +183,7 @@ _Entry = tuple[int, int, str | None, int, int, str | None]
 def _refresh(
     file: str, folder: str, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
 ) -> Columns:
-    """Reads what is new or changed, in chunks that outlive an interruption, and writes the table."""
+    """Read what is new or changed, in chunks that outlive an interruption, and writes the table."""
     chunks = Chunks(file, _SCHEMA)
     entries: dict[bytes, _Entry] = {}
     first_free = 0

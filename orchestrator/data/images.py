@@ -76,7 +76,7 @@ class RowImages:
         self._texts: BoundedCache[tuple[ImageText, ...]] = BoundedCache(TEXT_CACHE_BYTES)
 
     def know_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Takes height and width of images by path, so that their files are not opened for it."""
+        """Take height and width of images by path, so that their files are not opened for it."""
         self._sizes = sizes
 
     @cached_property
@@ -116,7 +116,7 @@ class RowImages:
         return "token_type_ids" if says else None
 
     def texts(self, images: Sequence[ImageRef]) -> tuple[ImageText, ...]:
-        """What stands for each image of a row: known by their sizes, since no processor looks further.
+        """Return what stands for each image of a row: known by their sizes, since no processor looks further.
 
         Raises:
             DataError: an image cannot be read.
@@ -130,7 +130,7 @@ class RowImages:
         return self._read(tuple(images))[1] if found is None else found
 
     def tensors(self, rows: Sequence[Sequence[ImageRef]]) -> Tensors:
-        """The model's image inputs of a batch; empty where no row has an image.
+        """Return the model's image inputs of a batch; empty where no row has an image.
 
         Args:
             rows: Images of each row.
@@ -199,7 +199,7 @@ class RowImages:
         return tuple(int(value * 255) for value in mean)
 
     def _apply(self, images: list[Image.Image]) -> tuple[Tensors, tuple[ImageText, ...]]:
-        """Tensors and texts of a row's images."""
+        """Return the tensors and texts of a row's images."""
         given = self._given(images)
         written = [entry["replacement"] for entry in given["text_replacement_offsets"][0]]
         texts = tuple(self._image_text(text) for text in written)
@@ -207,7 +207,7 @@ class RowImages:
         return tensors, texts
 
     def _given(self, images: list[Image.Image]) -> Any:
-        """The processor's own answer to a row that has nothing but images.
+        """Return the processor's own answer to a row that has nothing but images.
 
         Raises:
             UsageError: it does not tell what it writes for an image.
@@ -247,7 +247,7 @@ def _tensors_of(given: Any) -> Tensors:
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One after the other along the first axis, padded with zeros to the largest of every other axis."""
+    """Return one after the other along the first axis, padded with zeros to the largest of every other axis."""
     if len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(list(parts))
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
@@ -271,7 +271,7 @@ def _grey(size_hw: tuple[int, int]) -> Image.Image:
 
 @contextmanager
 def _told(image: ImageRef) -> Iterator[None]:
-    """Faults of an image as what the user reads."""
+    """Return the faults of an image as what the user reads."""
     try:
         yield
     except BadImage as error:

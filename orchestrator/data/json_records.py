@@ -30,7 +30,8 @@ class RepeatedKeys(dict[str, Any]):
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Records of a `.json` file (one list) or a `.jsonl` file (`.ndjson`); a broken line comes out as a BadRow.
+    """Return the records of a `.json` file (one list) or a `.jsonl` file (`.ndjson`); a broken line comes out as a
+    BadRow.
 
     Bytes that are not UTF-8 come out as lone surrogates, so that they spoil their own row only.
 
@@ -91,7 +92,7 @@ def _of_lines(path: Path, file: IO[str]) -> Iterator[Any]:
 
 
 def _not_a_list(path: Path, file: IO[str]) -> str:
-    """What to say of a `.json` file that begins with a mapping."""
+    """Return what to say of a `.json` file that begins with a mapping."""
     line = next((line for line in file if line.strip(_BLANKS)), "")
     rest = next((line for line in file if line.strip(_BLANKS)), "")
     if rest and isinstance(_parse(line), dict):
@@ -103,7 +104,7 @@ def _not_a_list(path: Path, file: IO[str]) -> str:
 
 
 def _keys_of_mapping(path: Path) -> str | None:
-    """Keys of a file that is one mapping; None where it is something else."""
+    """Return the keys of a file that is one mapping; None where it is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError):
@@ -125,7 +126,7 @@ class _ListReader:
         self._decoder = json.JSONDecoder(object_pairs_hook=_mapping)
 
     def records(self) -> Iterator[Any]:
-        """The records, one after the other.
+        """Return the records, one after the other.
 
         Raises:
             DataError: it is no JSON list, perhaps after some records.
@@ -165,14 +166,14 @@ class _ListReader:
                 return record
 
     def _more(self) -> bool:
-        """Reads on; False at the end of the file, where nothing is moved."""
+        """Read on; False at the end of the file, where nothing is moved."""
         piece = self._file.read(max(CHUNK_CHARACTERS, len(self._text) - self._place))
         if piece:
             self._text, self._place = self._text[self._place :] + piece, 0
         return bool(piece)
 
     def _next_character(self) -> str:
-        """The next that is no blank, still to be read; empty at the end of the file."""
+        """Return the next that is no blank, still to be read; empty at the end of the file."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in _BLANKS:
                 self._place += 1

@@ -63,7 +63,7 @@ _NO_OPTIONS = RecordOptions()
 def parse_record(
     index: int, record: Any, image_folder: Path, template: str, options: RecordOptions = _NO_OPTIONS
 ) -> Row:
-    """The row of a record.
+    """Return the row of a record.
 
     Args:
         index: The record's place in its file.
@@ -107,7 +107,7 @@ def parse_record(
 
 
 def fault_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
-    """Faults by row; what at least half of all rows have in common is told once, with the first of them.
+    """Return the faults by row; what at least half of all rows have in common is told once, with the first of them.
 
     Args:
         bad: Row index to what is wrong with it.
@@ -129,12 +129,12 @@ def fault_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
 
 
 def _kind(fault: str) -> str:
-    """A fault without the words that differ from row to row: paths, numbers, quoted values."""
+    """Return a fault without the words that differ from row to row: paths, numbers, quoted values."""
     return " ".join(word for word in fault.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
 
 
 def _one_of(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Which of the keys the record has; a key of null or nothing counts only where no other is there."""
+    """Return which of the keys the record has; a key of null or nothing counts only where no other is there."""
     given = [key for key in keys if key in record and record[key] is not None]
     full = [key for key in given if not is_nothing(record[key])] or given[:1]
     if len(full) > 1:
@@ -168,7 +168,7 @@ def _image_names(record: dict[str, Any], in_turns: list[Any]) -> list[str]:
 
 
 def _path(name: str, folder: Path, options: RecordOptions) -> str:
-    """Where an image is.
+    """Return where an image is.
 
     Links in the image folder are followed: they are the user's; a path is the data file's.
     """

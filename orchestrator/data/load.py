@@ -13,7 +13,7 @@ _VIDEO = "video_processor"
 
 
 def load_processor(model: ModelSpec) -> VisionTextProcessor:
-    """Tokenizer and image processor of a model.
+    """Return the tokenizer and image processor of a model.
 
     Raises:
         UsageError: the folder or hub entry has none, the tokenizer is too old, or a package is missing.
@@ -52,7 +52,7 @@ def _load(where: str | Path, config: Any, options: dict[str, Any]) -> Any:
 
 
 def _without_videos(known: Any, where: str | Path, options: dict[str, Any]) -> Any:
-    """A processor of this class that has no video processor: in transformers that one needs torchvision."""
+    """Return a processor of this class that has no video processor: in transformers that one needs torchvision."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     class ImagesOnly(known):

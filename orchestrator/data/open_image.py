@@ -58,7 +58,7 @@ class BadImage(ValueError):
 
 
 def open_image(path: str, reading: ImageReading = AS_IT_IS) -> Image.Image:
-    """The picture as RGB, 8 bits a channel, upright; not padded, since the colour is the processor's.
+    """Return the picture as RGB, 8 bits a channel, upright; not padded, since the colour is the processor's.
 
     Raises:
         BadImage: the file is missing, damaged, too large, of a format that is not read, or ambiguous.
@@ -69,7 +69,7 @@ def open_image(path: str, reading: ImageReading = AS_IT_IS) -> Image.Image:
 
 
 def image_size(path: str, reading: ImageReading = AS_IT_IS) -> tuple[int, int]:
-    """Height and width of what `open_image` gives, after padding; from the header alone.
+    """Return the height and width of what `open_image` gives, after padding; from the header alone.
 
     Raises:
         BadImage: as `open_image`, as far as the header tells.
@@ -84,7 +84,7 @@ def image_size(path: str, reading: ImageReading = AS_IT_IS) -> tuple[int, int]:
 
 
 def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
-    """Decodes the whole file as training will, and looks for damage that a decoder passes over.
+    """Decode the whole file as training will, and look for damage that a decoder passes over.
 
     That is checksums (PNG), and a file that ends in zeros as broken downloads do (WebP; the decoders of JPEG and others
     tell). A flipped bit in a format without checksums cannot be told from a picture.
@@ -105,7 +105,7 @@ def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square of this colour: LLaVA's `expand2square`."""
+    """Return the picture in the middle of a square of this colour: LLaVA's `expand2square`."""
     width, height = image.size
     if width == height:
         return image
@@ -117,7 +117,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 @contextmanager
 def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
-    """The image with its header read; what goes wrong in the block is told as a BadImage too."""
+    """Return the image with its header read; what goes wrong in the block is told as a BadImage too."""
     # Some libraries set this for the whole process; half a picture is no picture.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -205,7 +205,8 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
 
 
 def _range_of_grey(image: Image.Image) -> tuple[int | None, bool]:
-    """The value that is white in a grey image of more than 8 bits, None where nothing says it; whether 0 is white.
+    """Return the value that is white in a grey image of more than 8 bits, None where nothing says it; whether 0 is
+    white.
 
     A TIFF says its bits; PNG has 16; Pillow scales the values of PGM to 16.
     """

@@ -40,7 +40,7 @@ class TrainData:
         self._processor = processor
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
+        """Return the samples of one epoch."""
         return sum(size.per_epoch for size in self._sizes)
 
     @cached_property
@@ -65,7 +65,7 @@ class TrainData:
     def batch_indices(
         self, seed: int, step: int, global_batch_size: int, group_by_modality_length: bool = False
     ) -> list[int]:
-        """Samples of one optimizer step over all ranks: a pure function of the arguments.
+        """Return the samples of one optimizer step over all ranks: a pure function of the arguments.
 
         Grouped as in LLaVA: a batch holds only rows with an image or only rows without, longest first, so that
         neighbours have like lengths. Deal neighbours to ranks in turn.
@@ -73,7 +73,7 @@ class TrainData:
         return self._order.batch(seed, step, global_batch_size, group_by_modality_length)
 
     def sample(self, index: int) -> Sample:
-        """One sample, tokenised.
+        """Return one sample, tokenised.
 
         Raises:
             DataError: the row cannot be encoded.
@@ -81,7 +81,7 @@ class TrainData:
         return self._encoders[self._set_of[index]].encode(self.rows[index])
 
     def collate(self, indices: Sequence[int], padding_side: PaddingSide = "right") -> dict[str, torch.Tensor]:
-        """Tensors of some samples, ready for `model(**batch)`; see `orchestrator.data.collate.collate`.
+        """Return the tensors of some samples, ready for `model(**batch)`; see `orchestrator.data.collate.collate`.
 
         Raises:
             DataError: an image cannot be read or a row cannot be encoded.
@@ -102,7 +102,7 @@ def build_train_data(
     model: ModelSpec | VisionTextProcessor,
     model_max_length: int,
 ) -> TrainData:
-    """The data of a phase.
+    """Return the data of a phase.
 
     Args:
         datasets: `{"name", "share", "spec", "content"}` each, as in `StageJob.data`.
@@ -127,7 +127,7 @@ def build_train_data(
 
 
 def _answers_fit(name: str, rows: Sequence[Row], encoder: Encoder, model_max_length: int) -> None:
-    """Encodes the first rows, so that a template or a limit that fits none is told before training."""
+    """Encode the first rows, so that a template or a limit that fits none is told before training."""
     first = rows[:ROWS_TRIED]
     if not any((encoder.encode(row).labels != IGNORED_LABEL).any() for row in first):
         raise DataError(
@@ -137,7 +137,7 @@ def _answers_fit(name: str, rows: Sequence[Row], encoder: Encoder, model_max_len
 
 
 def data_spec(value: Any) -> DataSpec:
-    """A data set's spec from its mapping."""
+    """Return a data set's spec from its mapping."""
     if isinstance(value, DataSpec):
         return value
     spec: DataSpec = registry.spec_class(registry.DATA, value["kind"]).model_validate(dict(value))
@@ -145,7 +145,7 @@ def data_spec(value: Any) -> DataSpec:
 
 
 def template_of(spec: DataSpec) -> str:
-    """How a set's conversations become text; the tokenizer's own template where the kind has no say."""
+    """Return how a set's conversations become text; the tokenizer's own template where the kind has no say."""
     return str(getattr(spec, "conversation_template", "chat_template"))
 
 

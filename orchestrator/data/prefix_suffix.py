@@ -15,7 +15,7 @@ from orchestrator.errors import DataError
 
 
 def takes_suffix(processor: Any) -> bool:
-    """Whether a processor's call has a `suffix`."""
+    """Return whether a processor's call has a `suffix`."""
     return "suffix" in inspect.signature(type(processor).__call__).parameters
 
 
@@ -34,11 +34,11 @@ class PrefixSuffix:
     eos_token: str
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The text, up to where the suffix begins if there is no answer."""
+        """Return the text, up to where the suffix begins if there is no answer."""
         return self.render_marked(messages)[0]
 
     def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text and where the answer is.
+        """Return the text and where the answer is.
 
         Raises:
             DataError: it is more than one question and one answer.

@@ -130,7 +130,7 @@ class VisionTextProcessor:
         return ChatFormat(self.image_token, self.tokenizer.eos_token, render, render_marked if marked else None)
 
     def tokenize(self, text: str) -> TokenizedText:
-        """Ids of a text, with the tokenizer's own first token unless the text brings it."""
+        """Return the ids of a text, with the tokenizer's own first token unless the text brings it."""
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             text,
@@ -154,7 +154,7 @@ class VisionTextProcessor:
         return None if text is None else text.num_visual_tokens
 
     def pixels(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """The model's image inputs of one row; empty without images.
+        """Return the model's image inputs of one row; empty without images.
 
         Raises:
             DataError: an image cannot be read; it is never replaced by another.
@@ -162,7 +162,7 @@ class VisionTextProcessor:
         return self.images.tensors([images])
 
     def token_types(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[str, np.ndarray] | None:
-        """The token types a model wants beside the ids, by the name of its argument; None where it wants none.
+        """Return the token types a model wants beside the ids, by the name of its argument; None where it wants none.
 
         Args:
             input_ids: (T,) ids of a row.
@@ -182,7 +182,7 @@ class VisionTextProcessor:
 
 
 def _token_id(config: Any, kind: str) -> int | None:
-    """The model's placeholder of an image or a video, which configs name in two ways."""
+    """Return the model's placeholder of an image or a video, which configs name in two ways."""
     for name in (f"{kind}_token_id", f"{kind}_token_index"):
         found = getattr(config, name, None)
         if found is not None:

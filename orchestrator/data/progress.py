@@ -13,7 +13,7 @@ _TELL_SECONDS = 5.0
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Shows how far some work is and how fast it goes.
+    """Show how far some work is and how fast it goes.
 
     Args:
         what: For instance `rows read`.

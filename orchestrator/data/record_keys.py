@@ -31,13 +31,13 @@ _WHY = {key: why for why, keys in _FOREIGN.items() for key in keys.split()}
 
 
 def why_not(key: str) -> str:
-    """Why a key is not read, or which it may be meant for; empty where nothing is known of it."""
+    """Return why a key is not read, or which it may be meant for; empty where nothing is known of it."""
     near = nearest(key, list(_READ))
     return _WHY.get(key) or (f"did you mean {near}?" if near else "")
 
 
 def no_foreign_keys(record: dict[str, Any]) -> None:
-    """Raises a BadRow for keys with content that are not read.
+    """Raise a BadRow for keys with content that are not read.
 
     Raises:
         BadRow: it names them and says what the record looks like.
@@ -58,24 +58,24 @@ def no_foreign_keys(record: dict[str, Any]) -> None:
 
 
 def says_something(key: str, value: Any) -> bool:
-    """Whether a key that is not read carries something."""
+    """Return whether a key that is not read carries something."""
     return key not in HARMLESS and not key.startswith("meta") and not is_nothing(value)
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value stands for none: null, false, or an empty text, list or mapping."""
+    """Return whether a value stands for none: null, false, or an empty text, list or mapping."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def listed(record: dict[str, Any]) -> str:
-    """The keys of a record, for a message."""
+    """Return the keys of a record, for a message."""
     names = [cut(str(key)) for key in record if key not in ("id", "_id")] or [cut(str(key)) for key in record]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) + more) or "no keys"
 
 
 def readable(text: str, what: str) -> None:
-    """Raises a BadRow for a text that no tokenizer or file system takes.
+    """Raise a BadRow for a text that no tokenizer or file system takes.
 
     Raises:
         BadRow: it holds half of an escaped character, a byte that was not UTF-8, or a NUL.
@@ -92,7 +92,7 @@ def readable(text: str, what: str) -> None:
 
 
 def no_repeats(value: dict[str, Any], what: str) -> None:
-    """Raises a BadRow for a mapping with a key twice, of which JSON would keep the last.
+    """Raise a BadRow for a mapping with a key twice, of which JSON would keep the last.
 
     Raises:
         BadRow: it names the key.
@@ -102,11 +102,11 @@ def no_repeats(value: dict[str, Any], what: str) -> None:
 
 
 def short(value: Any) -> str:
-    """A value, for a message."""
+    """Return a value, for a message."""
     return cut(repr(value))
 
 
 def cut(text: str) -> str:
-    """A text, for a message: 60 characters that can be printed."""
+    """Return a text, for a message: 60 characters that can be printed."""
     text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,7 +19,7 @@ _ROLES = {
 
 
 def list_of_turns(key: str, value: Any) -> list[Any]:
-    """The turns as they stand.
+    """Return the turns as they stand.
 
     Raises:
         BadRow: they are no list, or none.
@@ -32,7 +32,7 @@ def list_of_turns(key: str, value: Any) -> list[Any]:
 
 
 def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, list[str]]:
-    """A turn and the images named in it.
+    """Return a turn and the images named in it.
 
     Raises:
         BadRow: it cannot be used.
@@ -66,7 +66,7 @@ def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, lis
 
 
 def _part(number: int, part: Any, names: list[str]) -> str:
-    """The text of a part of OpenAI's `content`; the path of an image goes to `names`."""
+    """Return the text of a part of OpenAI's `content`; the path of an image goes to `names`."""
     where = f"a part of turn {number}"
     if not isinstance(part, dict):
         raise BadRow(f"{where} is a mapping with `type`, this is {short(part)}")
@@ -88,7 +88,7 @@ def _part(number: int, part: Any, names: list[str]) -> str:
 
 
 def _only(part: dict[str, Any], where: str, keys: tuple[str, ...]) -> Any:
-    """The value of the one key that is given."""
+    """Return the value of the one key that is given."""
     given = {key: value for key, value in part.items() if key != "type" and not is_nothing(value)}
     foreign = [key for key in given if key not in keys]
     if foreign or len(given) > 1:
@@ -97,7 +97,7 @@ def _only(part: dict[str, Any], where: str, keys: tuple[str, ...]) -> Any:
 
 
 def in_order(turns: list[Turn]) -> tuple[Turn, ...]:
-    """The turns, where user and assistant speak in turns after at most one system text; a blank one falls away.
+    """Return the turns, where user and assistant speak in turns after at most one system text; a blank one falls away.
 
     Raises:
         BadRow: they do not.

@@ -126,7 +126,7 @@ class RowIndex:
         return self._columns.numpy("index")
 
     def row(self, position: int) -> Row:
-        """A row.
+        """Return a row.
 
         Raises:
             DataError: the index is damaged; it is taken away, so that it is made again.
@@ -140,7 +140,7 @@ class RowIndex:
         return Row(index, images, tuple(map(Turn, roles, texts)), answer_type)
 
     def digest(self, source: str, with_bad_rows: bool) -> str:
-        """What the data set is: its source's content, its images' contents, and which rows are left out.
+        """Return what the data set is: its source's content, its images' contents, and which rows are left out.
 
         Args:
             source: Digest of what the rows were read from.
@@ -189,14 +189,14 @@ class IndexedRows(Sequence[Row]):
         return self.origin.numbers[self.positions]
 
     def without(self, numbers: Iterable[int]) -> IndexedRows:
-        """These rows but those of some indices in the file."""
+        """Return these rows but those of some indices in the file."""
         left_out = list(numbers)
         if not left_out:
             return self
         return IndexedRows(self.origin, self.positions[~np.isin(self.numbers, left_out)])
 
     def spread(self, wanted: int | None) -> IndexedRows:
-        """`wanted` of these at equal distances."""
+        """Return `wanted` of these at equal distances."""
         if wanted is None or wanted >= len(self):
             return self
         return IndexedRows(self.origin, self.positions[np.asarray(evenly_spread(len(self), wanted), dtype=np.int64)])
@@ -225,7 +225,7 @@ class JoinedRows(Sequence[Row]):
 
 
 def num_words(rows: Sequence[Row]) -> np.ndarray:
-    """(N,) words of each row."""
+    """Return (N,) words of each row."""
     if isinstance(rows, JoinedRows):
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_words, rows.sets)])
     if isinstance(rows, IndexedRows):
@@ -234,7 +234,7 @@ def num_words(rows: Sequence[Row]) -> np.ndarray:
 
 
 def num_images(rows: Sequence[Row]) -> np.ndarray:
-    """(N,) images of each row."""
+    """Return (N,) images of each row."""
     if isinstance(rows, JoinedRows):
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_images, rows.sets)])
     if isinstance(rows, IndexedRows):
@@ -243,7 +243,7 @@ def num_images(rows: Sequence[Row]) -> np.ndarray:
 
 
 def open_rows(spec: DataSpec, content: str | None = None, left_out: Iterable[int] = ()) -> IndexedRows:
-    """The rows of a data set, of any kind.
+    """Return the rows of a data set, of any kind.
 
     Args:
         spec: The data set.
@@ -275,7 +275,8 @@ def _content_here(spec: DataSpec) -> str | None:
 
 
 def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
-    """An index of what any kind's `rows` give, kept by the rows themselves: only the kind knows what they depend on.
+    """Return an index of what any kind's `rows` give, kept by the rows themselves: only the kind knows what they
+    depend on.
 
     Its own digest of the content does not do: equal content may lie elsewhere, its images with it.
     """
@@ -300,7 +301,7 @@ def row_index(
     folder: str = "",
     reading: ImageReading = AS_IT_IS,
 ) -> RowIndex:
-    """The index of some rows: from the cache where it is there whole, made where not; images as they are now.
+    """Return the index of some rows: from the cache where it is there whole, made where not; images as they are now.
 
     Args:
         source: What rows depend on, the digest of their file among it.
@@ -339,7 +340,7 @@ def _checksum(*values: Any) -> int:
 def _make(
     name: str, entries: Callable[[], Iterable[Callable[[], Entry]]], folder: str, reading: ImageReading
 ) -> Columns:
-    """Reads all rows, in chunks that outlive an interruption."""
+    """Read all rows, in chunks that outlive an interruption."""
     chunks, done, number = Chunks(name, _SCHEMA), [], 0
     with progress("rows read", None) as advance:
         stream = iter(entries())

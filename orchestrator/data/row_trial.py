@@ -74,7 +74,7 @@ class Tried:
         return len(self._columns)
 
     def count(self, name: str) -> np.ndarray:
-        """(N,) of each row: `tokens`, `labels`, `kept_tokens`, `kept_labels`, `kept_visual`, `kept_images`."""
+        """Return (N,) of each row: `tokens`, `labels`, `kept_tokens`, `kept_labels`, `kept_visual`, `kept_images`."""
         return self._columns.numpy(name)
 
     @cached_property
@@ -95,7 +95,7 @@ class Tried:
         return int(np.count_nonzero(self.count("kept_images")))
 
     def remarks(self) -> list[str]:
-        """What users should know of rows that are used."""
+        """Return what users should know of rows that are used."""
         labels, kept = self.count("labels"), self.count("kept_labels")
         cut = (kept > 0) & (kept < labels)
         if self.of.prompts or not cut.any():
@@ -108,19 +108,19 @@ class Tried:
 
 
 def tried(of: TrialOf) -> Tried | None:
-    """What an earlier trial found; None where there was none."""
+    """Return what an earlier trial found; None where there was none."""
     columns = open_columns(of.file, _check)
     return None if columns is None else Tried(columns, of)
 
 
 def left_out(data: DataSpec, model: ModelSpec, model_max_length: int, prompts: bool) -> list[int]:
-    """Indices of rows that a trial found unusable where the data set drops such rows; needs no torch."""
+    """Return the indices of rows that a trial found unusable where the data set drops such rows; needs no torch."""
     found = tried(TrialOf(data, model, model_max_length, prompts))
     return [] if found is None or found_faults(found) else list(found.bad)
 
 
 def found_faults(found: Tried) -> list[str]:
-    """What forbids a run: bad rows, unless they are dropped and few enough. First how many they are."""
+    """Return what forbids a run: bad rows, unless they are dropped and few enough. First how many they are."""
     if not found.bad:
         return []
     share, data = len(found.bad) / len(found), found.of.data
@@ -135,7 +135,7 @@ def found_faults(found: Tried) -> list[str]:
 
 
 def try_rows(of: TrialOf) -> Tried:
-    """Tries every row that was not tried before.
+    """Try every row that was not tried before.
 
     Raises:
         DataError: the rows cannot be read.
@@ -182,7 +182,7 @@ class _Trial:
         self._faults_by_size: dict[tuple[int, int] | None, str | None] = {}
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
-        """What some rows come to."""
+        """Return what some rows come to."""
         values = zip(*self._entries(rows), strict=True)
         arrays = [pa.array(column, type=field.type) for column, field in zip(values, _SCHEMA, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
@@ -206,7 +206,7 @@ class _Trial:
             yield (row.index, *[0] * (len(_COUNTS) - 1), fault)
 
     def _image_fault(self, row: Row) -> str | None:
-        """What the processor says to images of these sizes: no processor looks further."""
+        """Return what the processor says to images of these sizes: no processor looks further."""
         for image in row.images:
             size = self._sizes.get(image.path)
             if size not in self._faults_by_size:

@@ -81,7 +81,7 @@ class DataSet(Protocol):
     def __init__(self, spec: DataSpec) -> None: ...
 
     def rows(self) -> Sequence[Row]:
-        """Usable rows in their order.
+        """Return the usable rows in their order.
 
         Raises:
             DataError: the file cannot be read or has faults that the spec does not allow.
@@ -89,7 +89,7 @@ class DataSet(Protocol):
         ...
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Faults that forbid a training run, told by row index; empty where there is none.
+        """Return the faults that forbid a training run, told by row index; empty where there is none.
 
         Args:
             every_row: Also open every image's header; False looks at the rows alone.
@@ -98,13 +98,13 @@ class DataSet(Protocol):
 
 
 def open_data_set(spec: DataSpec) -> DataSet:
-    """The implementation of a data set's spec."""
+    """Return the implementation of a data set's spec."""
     found: DataSet = registry.load_object(spec.implementation)(spec)
     return found
 
 
 def raise_for_faults(where: str, faults: Sequence[str]) -> None:
-    """Tells all faults at once: the first 20 and how many there are.
+    """Tell all faults at once: the first 20 and how many there are.
 
     Raises:
         DataError: there is at least one fault.
@@ -118,21 +118,21 @@ def raise_for_faults(where: str, faults: Sequence[str]) -> None:
 
 
 def dropped_text(bad: Mapping[int, str], num_rows: int) -> str:
-    """How many rows are left out, which, and why: the first few."""
+    """Return how many rows are left out, which, and why: the first few."""
     told = "; ".join(f"row {index}: {reason}" for index, reason in islice(bad.items(), DROPPED_SHOWN))
     more = f"; ... and {len(bad) - DROPPED_SHOWN:,} more" if len(bad) > DROPPED_SHOWN else ""
     return f"{len(bad):,} of {num_rows:,} rows dropped; {told}{more}"
 
 
 def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:
-    """`wanted` of `count` indices at equal distances, all of them where `wanted` is None or not fewer."""
+    """Return `wanted` of `count` indices at equal distances, all of them where `wanted` is None or not fewer."""
     if wanted is None or wanted >= count:
         return range(count)
     return [position * count // wanted for position in range(wanted)]
 
 
 def file_exists(path: str | Path) -> bool:
-    """True for a readable regular file; a name the file system cannot hold counts as absent."""
+    """Return True for a readable regular file; a name the file system cannot hold counts as absent."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):

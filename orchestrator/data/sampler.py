@@ -17,14 +17,14 @@ from orchestrator.spec.steps import rows_per_epoch as planned_rows
 
 
 def permutation(count: int, *purpose: object) -> np.ndarray:
-    """A permutation of `range(count)`, drawn from what it is for, e.g. `(seed, "epoch", 3)`."""
+    """Return a permutation of `range(count)`, drawn from what it is for, e.g. `(seed, "epoch", 3)`."""
     key = hashlib.sha256(repr(purpose).encode()).digest()
     draws = np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 def rows_per_epoch(count: int, share: float) -> int:
-    """Rows of a set of `count` in one epoch of a mixture, as the planner counts them."""
+    """Return the rows of a set of `count` in one epoch of a mixture, as the planner counts them."""
     return planned_rows([(count, share)]) if count else 0
 
 
@@ -54,7 +54,7 @@ class DataOrder:
         self._arranged = lru_cache(maxsize=4)(self._arrange)
 
     def batch(self, seed: int, step: int, global_batch_size: int, group_by_modality_length: bool) -> list[int]:
-        """Row indices of one optimizer step, longest first where batches are grouped."""
+        """Return the row indices of one optimizer step, longest first where batches are grouped."""
         first, last = step * global_batch_size, (step + 1) * global_batch_size
         found: list[int] = []
         while first < last:
@@ -68,7 +68,7 @@ class DataOrder:
         return found
 
     def _arrange(self, seed: int, epoch: int, group: int) -> np.ndarray:
-        """Rows of an epoch in order; with `group` (the global batch size) batches are of one modality."""
+        """Return the rows of an epoch in order; with `group` (the global batch size) batches are of one modality."""
         rows = self._rows(seed, epoch)
         rows = rows[permutation(len(rows), seed, "order", epoch)]
         if not group:
@@ -86,7 +86,9 @@ class DataOrder:
         return np.concatenate([rows[:head], *shuffled, *rest])
 
     def _rows(self, seed: int, epoch: int) -> np.ndarray:
-        """Rows an epoch takes: of each set the next of its own endless stream, so that a share visits all in turn."""
+        """Return the rows an epoch takes: of each set the next of its own endless stream, so that a share visits all
+        in turn.
+        """
         parts: list[np.ndarray] = []
         offset = 0
         for number, part in enumerate(self._sets):

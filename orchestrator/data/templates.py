@@ -59,7 +59,7 @@ class ChatFormat:
 
 
 def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False) -> Rendered:
-    """The text of a row.
+    """Return the text of a row.
 
     Args:
         template: `plain`, `vicuna_v1` or `chat_template`.
@@ -84,7 +84,7 @@ def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False)
 
 
 def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Rendered:
-    """Writes what a processor writes for each image in place of its placeholder; answers move along.
+    """Write what a processor writes for each image in place of its placeholder; answers move along.
 
     Args:
         rendered: A row's text.
@@ -112,7 +112,7 @@ def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Render
 
 
 def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    """The image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
+    """Return the image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
     if not row.images or [turn.role for turn in row.turns] != ["user", "assistant"]:
         raise DataError(
             f"row {row.index}: plain takes one question with an image and one answer (the caption), no system text"
@@ -144,7 +144,7 @@ def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: b
 
 
 def _image_first(text: str, image_token: str) -> str:
-    """A single image moves to the front of its turn, as `preprocess_multimodal` does; several stay in place.
+    """Return a single image moves to the front of its turn, as `preprocess_multimodal` does; several stay in place.
 
     LLaVA's own code would melt several images of a turn into one.
     """
@@ -189,7 +189,8 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
 
 @lru_cache(maxsize=256)
 def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
-    """The system text in the shape that the template reads: a list of parts, or a string; else why there is none.
+    """Return the system text in the shape that the template reads: a list of parts, or a string; else why there is
+    none.
 
     A template may leave the text out, refuse it, or write what it writes for a user.
     """
@@ -213,7 +214,7 @@ def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """A turn's text and images in order; templates put their own line ends around an image."""
+    """Return a turn's text and images in order; templates put their own line ends around an image."""
     parts: list[dict[str, str]] = []
     for piece in re.split(f"({re.escape(IMAGE_MARK)})", text):
         if piece == IMAGE_MARK:
@@ -226,7 +227,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 def _answers_by_prefix(
     row: Row, messages: Sequence[dict[str, Any]], chat: ChatFormat
 ) -> tuple[str, list[tuple[int, int]]]:
-    """An answer is what the text has after the generation prompt that stands before it."""
+    """Return an answer is what the text has after the generation prompt that stands before it."""
     text, answers = chat.render(messages, False), []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -30,7 +30,7 @@ class Account:
         self.seen = 0
 
     def take(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Hears what is new since `seen`."""
+        """Hear what is new since `seen`."""
         for event in events:
             self.seen += 1
             if self._is_new(event):
@@ -55,11 +55,11 @@ class Account:
         return True
 
     def known(self) -> dict[str, Any]:
-        """What a conductor that was started again has to be told: `endings` and `tries` by job."""
+        """Return what a conductor that was started again has to be told: `endings` and `tries` by job."""
         return {"endings": dict(self._endings), "tries": dict(self._tries)}
 
     def outcome(self, planned: Sequence[Mapping[str, Any]], interrupted: bool) -> Outcome:
-        """What became of the work.
+        """Return what became of the work.
 
         Args:
             planned: The newest plan's jobs.

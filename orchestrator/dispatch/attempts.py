@@ -30,7 +30,9 @@ class Item:
         return [report for report in self.reports.values() if isinstance(report, Failure)]
 
     def cause(self) -> Failure:
-        """The failure to tell: one that stays before one that may pass, else the first: later ones often follow it."""
+        """Return the failure to tell: one that stays before one that may pass, else the first: later ones often
+        follow it.
+        """
         plain = [failure for failure in self.failures if not failure.retry]
         if plain:
             return plain[0]
@@ -80,11 +82,11 @@ class Attempt:
         return None if item is None or item.closed else item
 
     def give(self, number: int, item: Item) -> None:
-        """Notes what all ranks get as their item of this number."""
+        """Note what all ranks get as their item of this number."""
         self.items[number], self.last = item, number
 
     def heard(self, who: Mapping[str, Any], now: float, progress: int = 0, has_dumped: bool = False) -> None:
-        """Notes a sign of life of a rank, and how far it is."""
+        """Note a sign of life of a rank, and how far it is."""
         rank = self.ranks.setdefault(who["rank"], _Rank(who, now))
         rank.heard, rank.has_dumped = now, rank.has_dumped or has_dumped
         if progress > rank.progress:
@@ -97,7 +99,7 @@ class Attempt:
             rank.heard = now
 
     def look(self, now: float, patience_seconds: float) -> None:
-        """Notes whether it hangs: no rank got on for so long, or a rank is silent for so long."""
+        """Note whether it hangs: no rank got on for so long, or a rank is silent for so long."""
         if self.ended or self.hung is not None:
             return
         silent = [str(number) for number in self._silent(now, patience_seconds)]
@@ -108,7 +110,7 @@ class Attempt:
             self.hung = now, f"no rank got on for {minutes}"
 
     def to_end(self, now: float, patience_seconds: float) -> list[dict[str, Any]]:
-        """Processes of a hung group that are to be killed, once live ranks have written their stacks."""
+        """Process of a hung group that are to be killed, once live ranks have written their stacks."""
         if self.hung is None or (self.told is not None and now - self.told < _TELL_AGAIN_SECONDS):
             return []
         silent = self._silent(now, patience_seconds)

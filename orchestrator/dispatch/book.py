@@ -54,7 +54,7 @@ class Book:
         self.events: list[dict[str, Any]] = []
 
     def plan(self, jobs: Sequence[Mapping[str, Any]], known: Mapping[str, Any] | None = None) -> None:
-        """Takes the newest complete plan.
+        """Take the newest complete plan.
 
         Args:
             known: What the driver knows that an earlier life of the conductor told it (`Account.known`).
@@ -70,7 +70,7 @@ class Book:
         self._tell_skipped(skipped, "")
 
     def reserved(self) -> dict[str, list[str]]:
-        """Lane to jobs it has in hand from before this conductor; they count as under way."""
+        """Return the lane to jobs it has in hand from before this conductor; they count as under way."""
         found: dict[str, list[str]] = {}
         for name, lane in self._leases.held().items():
             if self.work.standing.get(name) == "pending":
@@ -82,13 +82,13 @@ class Book:
         return found
 
     def token(self, name: str, lane: str) -> int | None:
-        """The token of a job this driver has in hand; None where another driver took it over."""
+        """Return the token of a job this driver has in hand; None where another driver took it over."""
         with contextlib.suppress(StorageError):
             return self._leases.acquire(name, lane)
         return None
 
     def hand_out(self, lane: str, mine: str | None, others: Collection[str]) -> tuple[str, int] | None:
-        """The next job for a lane and the token to write it under; None where there is none for it now."""
+        """Return the next job for a lane and the token to write it under; None where there is none for it now."""
         others = {*others, *self.work.that_are("elsewhere")}
         for name in self.work.candidates(mine, others):
             if self.work.standing[name] != "pending":
@@ -113,7 +113,7 @@ class Book:
         return None
 
     def look_again(self) -> None:
-        """Every few seconds: what other drivers had in hand may be done, failed, or free."""
+        """Return every few seconds: what other drivers had in hand may be done, failed, or free."""
         if self._clock() - self._asked < ASK_AGAIN_SECONDS:
             return
         self._asked = self._clock()
@@ -127,7 +127,7 @@ class Book:
                     self.work.set(name, "pending")
 
     def finish(self, name: str, lane: str, elsewhere: bool = False) -> None:
-        """A job is done."""
+        """Return a job is done."""
         self.work.set(name, "finished")
         with contextlib.suppress(StorageError):
             self._ledger.clear_failure(name)
@@ -135,12 +135,12 @@ class Book:
         self._tell("finished", name, lane, **({"elsewhere": True} if elsewhere else {}))
 
     def interrupt(self, name: str, lane: str) -> None:
-        """A job was left at a checkpoint because a stop was asked for."""
+        """Return a job was left at a checkpoint because a stop was asked for."""
         self._give_back(name)
         self._tell("interrupted", name, lane)
 
     def charge(self, name: str, failure: Failure, lane: str, stopping: bool) -> None:
-        """A job failed: it is tried again, waits for a new plan, or has failed for good."""
+        """Return a job failed: it is tried again, waits for a new plan, or has failed for good."""
         if stopping and failure.kind == LOST_WORKER:
             self.interrupt(name, lane)
         elif failure.kind == TAKEN_OVER:
@@ -157,14 +157,14 @@ class Book:
             self._fail(name, failure, lane)
 
     def close(self) -> None:
-        """Lets go of all leases."""
+        """Let go of all leases."""
         with contextlib.suppress(StorageError):
             self._leases.close()
 
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _is_stored(self, job: Mapping[str, Any]) -> bool:
-        """Whether the ledger has a job's result with all that is to stay of it."""
+        """Return whether the ledger has a job's result with all that is to stay of it."""
         name = str(job["id"])
         if job["type"] == "evaluation":
             return self._ledger.evaluation(name) is not None
@@ -174,7 +174,7 @@ class Book:
         return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
 
     def _is_recovered(self, job: Mapping[str, Any]) -> bool:
-        """Whether a state is stored again that a gc, killed amid it, had taken aside."""
+        """Return whether a state is stored again that a gc, killed amid it, had taken aside."""
         return job["type"] != "evaluation" and self._ledger.recover(str(job["id"])) and self._is_stored(job)
 
     def _set_elsewhere(self, name: str) -> None:
@@ -183,7 +183,7 @@ class Book:
             self._failures_seen.setdefault(name, self._ledger.failure(name))
 
     def _has_failed_elsewhere(self, name: str) -> bool:
-        """Whether another driver, who had a job in hand, has written that it failed."""
+        """Return whether another driver, who had a job in hand, has written that it failed."""
         if name not in self._failures_seen:
             return False
         failure = self._ledger.failure(name)
@@ -207,7 +207,7 @@ class Book:
         self._tell("damaged", name, lane, error=failure.message, kind=failure.kind, state=state)
 
     def _is_lost(self, state: str) -> bool:
-        """Looks at a state that a worker found damaged; one that is, is taken out of the ledger."""
+        """Look at a state that a worker found damaged; one that is, is taken out of the ledger."""
         try:
             ledger = Ledger(self._ledger.url)  # one that has not seen it whole before: files may have gone since
             if ledger.is_done(state):

@@ -62,7 +62,8 @@ class Conductor:
     # What lanes call -------------------------------------------------------------------------------------------
 
     def begin(self, who: Mapping[str, Any]) -> None:
-        """A worker group has started; what the lane's group before had in hand is given back: its workers are gone.
+        """Return a worker group has started; what the lane's group before had in hand is given back: its workers are
+        gone.
 
         Args:
             who: A rank: `lane`, `attempt` (unique), `world_size`, `rank`, `placement_group`.
@@ -106,7 +107,7 @@ class Conductor:
     def pulse(
         self, who: Mapping[str, Any], progress: int, has_dumped: bool, at: Sequence[Any] | None = None
     ) -> dict[str, bool]:
-        """A sign of life of a rank; answers whether to `stop` at the next checkpoint and to `dump` the stacks.
+        """Return a sign of life of a rank; answers whether to `stop` at the next checkpoint and to `dump` the stacks.
 
         Args:
             progress: Grows whenever the rank gets on.
@@ -123,7 +124,7 @@ class Conductor:
     # What the driver calls -------------------------------------------------------------------------------------
 
     def set_work(self, jobs: Sequence[Mapping[str, Any]], closed: bool, known: Mapping[str, Any] | None = None) -> None:
-        """Takes the newest complete plan, jobs as `job_to_json` writes them, parents before children.
+        """Take the newest complete plan, jobs as `job_to_json` writes them, parents before children.
 
         Args:
             closed: Whether no further plan will come.
@@ -139,20 +140,20 @@ class Conductor:
             self._give_back_reserved(lane)  # a new group began before the plan came
 
     def interrupt(self) -> None:
-        """No further item is handed out; what runs writes a checkpoint and leaves."""
+        """Return no further item is handed out; what runs writes a checkpoint and leaves."""
         self._is_interrupted = True
 
     def is_stopping(self) -> bool:
-        """Whether a stop was asked for, or the first failure ended the run."""
+        """Return whether a stop was asked for, or the first failure ended the run."""
         return self._is_interrupted or (self._rules.fail_fast and "failed" in self._book.work.standing.values())
 
     def lane_ended(self, lane: str) -> bool:
-        """A lane's Train run is over: what it had in hand is given back. True where its workers had started."""
+        """Return a lane's Train run is over: what it had in hand is given back. True where its workers had started."""
         self._end_lane(lane)
         return lane in self._barren
 
     def poll(self, epoch: str, seen: int) -> dict[str, Any]:
-        """What is new for the driver.
+        """Return what is new for the driver.
 
         Args:
             epoch: Which life of the conductor the driver heard last.
@@ -173,17 +174,17 @@ class Conductor:
         return {"epoch": self._epoch, "events": events, "hung": hung, "given_up": dict(self._given_up)}
 
     def placement_groups(self, lane: str) -> list[str]:
-        """Ids of the placement groups that worker groups of a lane have held."""
+        """Return the ids of the placement groups that worker groups of a lane have held."""
         return list(self._groups.get(lane, ()))
 
     def leave(self) -> None:
-        """The run is over: leases go."""
+        """Return the run is over: leases go."""
         self._book.close()
 
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, who: Mapping[str, Any], k: int, last: str | None) -> Attempt | None:
-        """Goes on with an attempt that began under a conductor before this one."""
+        """Go on with an attempt that began under a conductor before this one."""
         lane = who["lane"]
         if not self._is_planned or any(a.lane == lane and not a.ended for a in self._attempts.values()):
             return None
@@ -213,7 +214,7 @@ class Conductor:
         return self.is_stopping() or (self._is_closed and self._book.work.is_done)
 
     def _others(self, mine: Attempt) -> set[str]:
-        """Where the other lanes are."""
+        """Return where the other lanes are."""
         others = [a for a in self._attempts.values() if a is not mine and not a.ended and a.lane != mine.lane]
         found = {item.job for a in others if (item := a.open_item) is not None}
         found |= {name for names in self._reserved.values() for name in names}

@@ -21,7 +21,7 @@ class DeferredInterrupt:
         self.pending = False
 
     def check(self) -> None:
-        """Raises what was held back.
+        """Raise what was held back.
 
         Raises:
             KeyboardInterrupt: SIGINT's handler asked for it.

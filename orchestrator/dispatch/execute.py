@@ -16,7 +16,7 @@ from orchestrator.plan.ledger.storage import dump_json, parse_json, write_json
 
 
 def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
-    """Tries what has not passed yet on this kind of device and notes how it went; every rank calls it.
+    """Try what has not passed yet on this kind of device and notes how it went; every rank calls it.
 
     What does not work is no failure of the rehearsal: the stage runs that need it fail (`check_rehearsed`), others
     go on.
@@ -58,7 +58,7 @@ def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
 
 
 def check_rehearsed(job: StageJob, ledger: Ledger) -> None:
-    """Refuses a stage run that no cell needs any more; rank 0's word counts.
+    """Refuse a stage run that no cell needs any more; rank 0's word counts.
 
     Raises:
         StageRunError: its rehearsals found for each of its cells something that cannot be done.
@@ -83,7 +83,7 @@ def _note(ledger: Ledger, name: str) -> dict[str, Any] | None:
 
 
 def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: Any) -> str | None:
-    """Why an evaluation cannot be done; None where it can."""
+    """Return why an evaluation cannot be done; None where it can."""
     from orchestrator.dispatch.execute import usable_model
     from orchestrator.evaluation.rehearsal import answer_one
 
@@ -110,11 +110,11 @@ class Executor(Protocol):
     """What a lane runs its jobs with. Every rank calls it, inside an initialised process group."""
 
     def __call__(self, job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-        """Does one job, or leaves it at a checkpoint when `should_stop` turns true."""
+        """Do one job, or leave it at a checkpoint when `should_stop` turns true."""
 
 
 def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-    """Does one job on this rank.
+    """Do one job on this rank.
 
     Args:
         memory: What this worker keeps from job to job; emptied when a job fails.
@@ -164,7 +164,7 @@ def _write_start(job: StartJob, ledger: Ledger) -> None:
 
 
 def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Path], None]) -> None:
-    """One rank writes a state that is weights alone."""
+    """Return one rank writes a state that is weights alone."""
     from orchestrator.training.group import decide
 
     def commit() -> None:
@@ -198,7 +198,7 @@ def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any], should
 
 
 def usable_model(model: Any | None, training: Any, points: tuple[dict[str, Any], ...]) -> Any | None:
-    """The model in memory where an evaluation under these points can use it; None where it has to be loaded."""
+    """Return the model in memory where an evaluation under these points can use it; None where it has to be loaded."""
     from orchestrator.evaluation.evaluate import lacks_modules
 
     if model is None or _is_partitioned(training) or hasattr(model, "peft_config"):

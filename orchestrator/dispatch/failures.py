@@ -52,12 +52,12 @@ class Failure:
     damaged: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON mapping."""
+        """Return a JSON mapping."""
         return asdict(self)
 
 
 def describe(error: BaseException) -> Failure:
-    """The failure an exception stands for.
+    """Return the failure an exception stands for.
 
     A worker that was killed or lost can be tried again, and so can what the operating system or the network may have
     caused. What the spec, the data, the code or a plug-in caused, and memory that did not suffice, comes back the same.

@@ -12,14 +12,14 @@ class Feed(Protocol):
     """Gives the newest work; asked ten times a second in the thread that runs it, so it answers at once."""
 
     def work(self) -> Sequence[Job] | None:
-        """The newest complete plan, parents before children; None where it is as before.
+        """Return the newest complete plan, parents before children; None where it is as before.
 
         Complete: a job that has not begun and is not in it is not done.
         """
         ...
 
     def closed(self) -> bool:
-        """Whether nothing more will come: the run ends when the work is done."""
+        """Return whether nothing more will come: the run ends when the work is done."""
         ...
 
 
@@ -35,18 +35,18 @@ class Replanning:
         self._is_due = False
 
     def plan_again(self) -> None:
-        """A state left the ledger: what needs it is to be planned with it."""
+        """Return a state left the ledger: what needs it is to be planned with it."""
         self._is_due = True
 
     def work(self) -> Sequence[Job] | None:
-        """The plan made anew, where it is due."""
+        """Return the plan made anew, where it is due."""
         if not self._is_due:
             return None
         self._is_due = False
         return self._plan()
 
     def closed(self) -> bool:
-        """Nothing else comes."""
+        """Return nothing else comes."""
         return not self._is_due
 
 
@@ -64,7 +64,7 @@ class Planned:
         self.closed = feed is None or feed.closed()
 
     def look(self) -> bool:
-        """Asks the feed; True where something is new."""
+        """Ask the feed; True where something is new."""
         if self._feed is None:
             return False
         # In this order: what came with the end is in the plan asked for after it.

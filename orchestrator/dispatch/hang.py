@@ -17,7 +17,7 @@ KILL_SECONDS = 20.0
 
 
 def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
-    """Kills ranks as `Conductor.poll` names them under `hung`; a node that is gone took its ranks along.
+    """Kill ranks as `Conductor.poll` names them under `hung`; a node that is gone took its ranks along.
 
     Args:
         url: The storage, for the logs.
@@ -34,7 +34,7 @@ def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
 
 
 def end_process(rank: Mapping[str, Any], url: str) -> None:
-    """Kills one rank's process on this node; what could not write its stacks itself gets what the system knows.
+    """Kill one rank's process on this node; what could not write its stacks itself gets what the system knows.
 
     Args:
         rank: `pid` and `started` (ticks) of the process, its `rank` and `job`, whether it is `silent`, and `why`.
@@ -56,7 +56,7 @@ def _note(log: Path, rank: Mapping[str, Any]) -> None:
 
 
 def _state_of(pid: int) -> list[str]:
-    """What /proc knows of a process that says nothing: its state and where in the kernel it waits."""
+    """Return what /proc knows of a process that says nothing: its state and where in the kernel it waits."""
     found = []
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text().splitlines()

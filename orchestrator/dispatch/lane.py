@@ -49,12 +49,12 @@ class Pulse:
         self._thread.start()
 
     def __call__(self) -> bool:
-        """Whether this rank should leave at the next checkpoint."""
+        """Return whether this rank should leave at the next checkpoint."""
         self._progress += 1
         return self._stop.is_set()
 
     def close(self) -> None:
-        """Ends the beating."""
+        """End the beating."""
         self._leave.set()
 
     def _beat(self) -> None:
@@ -111,7 +111,7 @@ def run_lane(config: dict[str, Any]) -> None:
 
 
 def forget(memory: dict[str, Any]) -> None:
-    """Lets go of all a worker kept: after a failure none of it can be trusted."""
+    """Let go of all a worker kept: after a failure none of it can be trusted."""
     for value in memory.values():
         with contextlib.suppress(Exception):
             value.release()
@@ -158,7 +158,7 @@ class _Worker:
             k, last, pulse.at = k + 1, job.id, None
 
     def _do(self, job: Job, pulse: Pulse) -> str | dict[str, Any]:
-        """Does a job; returns what to tell the conductor of it."""
+        """Do a job; returns what to tell the conductor of it."""
         folder, rank = self._ledger.work_folder(job.id), self._who["rank"]
         pulse.log = log_path(folder, rank)
         try:

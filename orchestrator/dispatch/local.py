@@ -41,7 +41,7 @@ def run_local(
     fail_fast: bool = False,
     feed: Feed | None = None,
 ) -> Outcome:
-    """Does the work as one worker in this thread; arguments, events and outcome are those of `run_on_ray`.
+    """Do the work as one worker in this thread; arguments, events and outcome are those of `run_on_ray`.
 
     What jobs print goes to the terminal; a failed job's traceback goes to its log as well.
 
@@ -81,12 +81,12 @@ class _Lane:
         conductor.set_work(planned.jobs, planned.closed)
 
     def work(self, run: Callable[..., str]) -> None:
-        """Does items until there are no more."""
+        """Do items until there are no more."""
         while not self._attempt(run):
             pass
 
     def _attempt(self, run: Callable[..., str]) -> bool:
-        """Works until the conductor says stop (True) or wants a fresh start (False)."""
+        """Work until the conductor says stop (True) or wants a fresh start (False)."""
         who = {"lane": LANE, "attempt": uuid.uuid4().hex, "world_size": 1, "rank": 0}
         self._conductor.begin(who)
         k, last, report = 0, None, None
@@ -130,7 +130,7 @@ class _Lane:
 
 @contextlib.contextmanager
 def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
-    """A process group of one, as a worker of a lane would find it; one that exists already is used."""
+    """Return a process group of one, as a worker of a lane would find it; one that exists already is used."""
     import torch
     import torch.distributed as dist
 

@@ -38,7 +38,7 @@ def room_for(
     most: int | None = None,
     patience_seconds: float = FREE_SECONDS,
 ) -> Room:
-    """How many lanes to start.
+    """Return how many lanes to start.
 
     Args:
         nodes: Resources of each living node.
@@ -65,7 +65,7 @@ def room_for(
 
 
 def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]:
-    """What one worker holds, and whether that is a GPU."""
+    """Return what one worker holds, and whether that is a GPU."""
     wanted = {name: float(amount) for name, amount in cluster.resources_per_worker.items() if amount > 0}
     has_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
     use_gpu = has_gpu if cluster.use_gpu == "auto" else cluster.use_gpu
@@ -76,7 +76,7 @@ def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]
 
 
 def _count(nodes: Nodes, wanted: Mapping[str, float]) -> int:
-    """How many workers fit: each stands on one node whole."""
+    """Return how many workers fit: each stands on one node whole."""
     return sum(_on_node(node, wanted) for node in nodes)
 
 

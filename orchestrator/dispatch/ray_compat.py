@@ -36,7 +36,7 @@ class LaneTrainer(TorchTrainer):
 
 
 def current_placement_group() -> str | None:
-    """Hexadecimal id of the placement group this worker runs in, or None."""
+    """Return the hexadecimal id of the placement group this worker runs in, or None."""
     from ray.util.placement_group import get_current_placement_group
 
     group = get_current_placement_group()
@@ -44,7 +44,7 @@ def current_placement_group() -> str | None:
 
 
 def release_placement_group(group_id: str) -> None:
-    """Frees a placement group by its hexadecimal id; one that is gone already is no error."""
+    """Free a placement group by its hexadecimal id; one that is gone already is no error."""
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -52,7 +52,7 @@ def release_placement_group(group_id: str) -> None:
 
 
 def free_resources() -> list[dict[str, float]]:
-    """What of each living node's resources nobody holds."""
+    """Return what of each living node's resources nobody holds."""
     from ray._private.state import available_resources_per_node
 
     if ray.util.client.ray.is_connected():  # only sums are told over Ray's client
@@ -61,12 +61,12 @@ def free_resources() -> list[dict[str, float]]:
 
 
 def session_folder() -> str:
-    """Folder of the Ray session this process is connected to, e.g. `/tmp/ray/session_2026-01-01_...`."""
+    """Return the folder of the Ray session this process is connected to, e.g. `/tmp/ray/session_2026-01-01_...`."""
     return str(ray._private.worker.global_worker.node.get_session_dir_path())
 
 
 def kill_controllers() -> None:
-    """Ends the Train controllers of this driver at once; each runs on the driver's own machine.
+    """End the Train controllers of this driver at once; each runs on the driver's own machine.
 
     A thread that waits for one in `fit` gets its error and ends. Shutting Ray down under such a thread crashes the
     process (SIGSEGV, seen in one of four runs).
@@ -82,14 +82,14 @@ def kill_controllers() -> None:
 
 
 def current_cluster() -> str | None:
-    """`host:port` that `ray start` noted on this machine, whether or not that Ray still lives."""
+    """Return `host:port` that `ray start` noted on this machine, whether or not that Ray still lives."""
     from ray._private.utils import read_ray_address
 
     return read_ray_address() or None
 
 
 def silence_driver() -> None:
-    """Keeps Ray from printing what befell a worker ("A worker died ...") on the driver's terminal.
+    """Keep Ray from printing what befell a worker ("A worker died ...") on the driver's terminal.
 
     `log_to_driver=False` does not cover it. What happened reaches the user as an event, in one sentence.
     """
@@ -100,7 +100,7 @@ def silence_driver() -> None:
 
 @contextlib.contextmanager
 def own_sigterm_handler() -> Iterator[None]:
-    """This process's SIGTERM handler stays, although Ray starts in the block; without one, Ray's stays.
+    """Return this process's SIGTERM handler stays, although Ray starts in the block; without one, Ray's stays.
 
     Ray replaces it by one that ends the process, and its C++ side puts one of its own before it, which calls it and
     three seconds later, by SIGALRM, aborts (exit code -6, seen with Ray 2.60).
@@ -129,7 +129,7 @@ def own_sigterm_handler() -> Iterator[None]:
 
 
 def keep_credentials_from_trials() -> None:
-    """Keeps Ray Tune from handing credentials to its trials, which need none: they wait for what the lanes do.
+    """Keep Ray Tune from handing credentials to its trials, which need none: they wait for what the lanes do.
 
     It puts AWS_SECRET_ACCESS_KEY and others into the trials' `runtime_env`, which Ray writes into
     `runtime_env_agent.log` and shows in its dashboard.
@@ -141,7 +141,7 @@ def keep_credentials_from_trials() -> None:
 
 
 def own_token() -> None:
-    """Makes the token by which this user's Ray knows him, or finds it, for this user's eyes only.
+    """Make the token by which this user's Ray knows him, or find it, for this user's eyes only.
 
     Ray 2.60 makes it with the first Ray of this user and leaves `~/.ray/auth_token` to the umask, 0644 mostly; who
     can read it runs code as this user.
@@ -172,14 +172,14 @@ def own_token() -> None:
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
-    """Where a cluster's address leads; None where there is nothing to try."""
+    """Return where a cluster's address leads; None where there is nothing to try."""
     wanted = (os.environ.get("RAY_ADDRESS") or current_cluster()) if address == "auto" else address
     host, separator, port = (wanted or "").rpartition("://")[2].rpartition(":")
     return (host.strip("[]"), int(port)) if separator and port.isdigit() else None
 
 
 def greet(address: str) -> None:
-    """Asks a cluster for something small.
+    """Ask a cluster for something small.
 
     Raises:
         OSError: nobody listens there; left to itself Ray would try for most of a minute.

@@ -66,7 +66,7 @@ class RayLane:
         return self.error is not None and self._starts <= _STARTS_AGAIN
 
     def start(self) -> None:
-        """Starts its Train run."""
+        """Start its Train run."""
         self._starts += 1
         self.error = None
         self._run_name = f"{self.name}-{uuid.uuid4().hex[:8]}"
@@ -74,7 +74,7 @@ class RayLane:
         self._thread.start()
 
     def has_ended(self) -> bool:
-        """True once for each Train run that is over; what it held is free then."""
+        """Return True once for each Train run that is over; what it held is free then."""
         if self._thread is None or self._thread.is_alive():
             return False
         self._thread = None
@@ -84,11 +84,11 @@ class RayLane:
         return True
 
     def clean(self) -> None:
-        """Takes away what Ray Train wrote for the last run."""
+        """Take away what Ray Train wrote for the last run."""
         shutil.rmtree(self._setup.folder / self._run_name, ignore_errors=True)
 
     def _free_groups(self) -> None:
-        """A controller that died cannot free the resources it held."""
+        """Return a controller that died cannot free the resources it held."""
         import ray
 
         from orchestrator.dispatch.ray_compat import release_placement_group
@@ -142,7 +142,7 @@ class RayLane:
 
 
 def _worker_environment(threads: int, use_gpu: bool) -> dict[str, str]:
-    """Variables of a worker process: they must stand before torch and DeepSpeed are imported."""
+    """Return the variables of a worker process: they must stand before torch and DeepSpeed are imported."""
     variables = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -53,7 +53,7 @@ class RaySession:
     _processes: list[psutil.Process] = field(default_factory=list)
 
     def remember_processes(self) -> None:
-        """Notes the processes of this session, so that those Ray forgets can be ended with it."""
+        """Note the processes of this session, so that those Ray forgets can be ended with it."""
         if self.owned:
             with contextlib.suppress(psutil.Error):
                 known = {process.pid for process in self._processes}
@@ -63,7 +63,7 @@ class RaySession:
 
 @contextlib.contextmanager
 def ray_session(address: str | None) -> Iterator[RaySession]:
-    """Connects to Ray for the length of a `with` block.
+    """Connect to Ray for the length of a `with` block.
 
     Args:
         address: None starts a Ray of our own, whatever else runs here; `auto`, `host:port` or `ray://...` joins one.
@@ -97,7 +97,8 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
 
 
 def _token_mode(address: str) -> dict[str, str]:
-    """Whether to send this user's token: to a cluster that asks for none it does harm, without it the other refuses.
+    """Return whether to send this user's token: to a cluster that asks for none it does harm, without it the other
+    refuses.
 
     Asked by a process of its own, which takes half a second: Ray reads the mode once, when it is imported.
     """
@@ -143,7 +144,7 @@ def _connect(address: str | None) -> None:
 
 
 def _check_port(address: str) -> None:
-    """Refuses an address nobody listens at; left to itself Ray tries for minutes and prints a line every few seconds.
+    """Refuse an address nobody listens at; left to itself Ray tries for minutes and print a line every few seconds.
 
     Raises:
         UsageError: there is no Ray at the address.
@@ -169,7 +170,7 @@ def _no_ray(address: str, reason: str) -> UsageError:
 
 
 def _leave(session: RaySession) -> None:
-    """Disconnects; of a session of our own, no process is left."""
+    """Return the disconnects; of a session of our own, no process is left."""
     import ray
 
     ray.shutdown()
@@ -184,7 +185,7 @@ def _leave(session: RaySession) -> None:
 
 
 def _wait_for_end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Waits a little and returns those still alive; a zombie, which only its parent can clear, is not."""
+    """Wait a little and return those still alive; a zombie, which only its parent can clear, is not."""
     deadline = time.monotonic() + EXIT_SECONDS
     alive = [process for process in processes if _is_alive(process)]
     while alive and time.monotonic() < deadline:
@@ -200,7 +201,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _of(process: psutil.Process, session_folder: Path) -> bool:
-    """Whether a descendant of ours belongs to the session: a Ray process, or the child of one."""
+    """Return whether a descendant of ours belongs to the session: a Ray process, or the child of one."""
     with contextlib.suppress(psutil.Error):
         for one in (process, *process.parents()):
             if one.pid == os.getpid():
@@ -220,7 +221,7 @@ def _folder() -> Path:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables the user has not set, for the length of a `with` block."""
+    """Set variables the user has not set, for the length of a `with` block."""
     added = [name for name in values if name not in os.environ]
     os.environ.update({name: values[name] for name in added})
     try:

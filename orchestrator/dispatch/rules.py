@@ -29,11 +29,11 @@ class Rules:
 
     @classmethod
     def of(cls, cluster: ClusterSpec, fail_fast: bool, plans_again: bool) -> Rules:
-        """The rules of a run."""
+        """Return the rules of a run."""
         stall = None if cluster.stall_minutes is None else 60 * float(cluster.stall_minutes)
         return cls(cluster.max_failures, fail_fast, plans_again, stall)
 
 
 def new_driver() -> str:
-    """An id for a driver: the owner of its leases."""
+    """Return an id for a driver: the owner of its leases."""
     return f"driver-{uuid.uuid4().hex[:12]}"

@@ -44,7 +44,7 @@ def run_on_ray(
     fail_fast: bool = False,
     feed: Feed | None = None,
 ) -> Outcome:
-    """Does the work in as many lanes as `cluster` says and returns what became of it.
+    """Do the work in as many lanes as `cluster` says and return what became of it.
 
     Args:
         work: Jobs, parents before children; a parent that is not in the list is finished already.
@@ -117,7 +117,7 @@ class _Run:
             self._leave()
 
     def _turn(self, account: Account, should_stop: Callable[[], int]) -> bool:
-        """Hears and passes on what is new; False once no lane is left."""
+        """Hear and pass on what is new; False once no lane is left."""
         news = self._get(self._conductor.poll.remote(account.epoch, account.seen), should_stop)
         if news["epoch"] != account.epoch:
             # It has just been started, for the first time or again, and knows nothing yet.
@@ -152,7 +152,7 @@ class _Run:
         self._get(self._conductor.set_work.remote(jobs, closed, account.known()), should_stop)
 
     def _get(self, reference: Any, should_stop: Callable[[], int]) -> Any:
-        """The answer of the conductor, however long it takes it to come back from the dead."""
+        """Return the answer of the conductor, however long it takes it to come back from the dead."""
         while True:
             done, _ = self._ray.wait([reference], timeout=POLL_SECONDS)
             if should_stop() > 1:
@@ -172,7 +172,7 @@ class _Run:
         return outcome
 
     def _leave(self) -> None:
-        """No lane, no lease and no actor stays."""
+        """Return no lane, no lease and no actor stays."""
         alive = [lane for lane in self._lanes if lane.thread is not None and lane.thread.is_alive()]
         _abort(alive)
         with contextlib.suppress(Exception):
@@ -184,7 +184,7 @@ class _Run:
 
 
 def _conductor(url: str, rules: Rules) -> Any:
-    """The actor; it stays near its driver, whose storage is at hand there, and is started again when it dies."""
+    """Return the actor; it stays near its driver, whose storage is at hand there, and is started again when it dies."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -206,7 +206,7 @@ def _free() -> Nodes:
 
 
 def _abort(lanes: Sequence[RayLane]) -> None:
-    """Ends Train runs whose controllers may be at any point, and the threads that wait for them."""
+    """End Train runs whose controllers may be at any point, and the threads that wait for them."""
     from orchestrator.dispatch.ray_compat import kill_controllers
 
     deadline = time.monotonic() + ABORT_SECONDS

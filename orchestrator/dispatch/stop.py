@@ -38,7 +38,7 @@ class StopRequest:
         self.signal_name: str | None = None
 
     def __call__(self) -> bool:
-        """True once a stop was asked for."""
+        """Return True once a stop was asked for."""
         if self.signal_name is None and self._end is not None and time.monotonic() >= self._end:
             self._ask(MAX_HOURS)
         return self.signal_name is not None

@@ -37,7 +37,7 @@ class WorkList:
         return self._num_open == 0
 
     def replace(self, jobs: Sequence[Mapping[str, Any]], is_stored: Callable[[Mapping[str, Any]], bool]) -> list[str]:
-        """Takes a new complete plan: what is not begun is replaced, what runs, finished or failed stays as it is.
+        """Take a new complete plan: what is not begun is replaced, what runs, finished or failed stays as it is.
 
         Args:
             is_stored: Whether the ledger has a job's result: a finished one that it lost is done again.
@@ -70,7 +70,7 @@ class WorkList:
         return [name for name in skipped if name not in skipped_before]
 
     def set(self, name: str, standing: Standing) -> None:
-        """Notes how a job stands."""
+        """Note how a job stands."""
         before, self.standing[name] = self.standing[name], standing
         self._num_open += (standing in OPEN) - (before in OPEN)
         entry = (self._place[name], name)
@@ -86,18 +86,18 @@ class WorkList:
                     bisect.insort(self._ready, (self._place[child], child))
 
     def fail(self, name: str) -> list[str]:
-        """Notes that a job failed; returns those below it, which are skipped."""
+        """Note that a job failed; returns those below it, which are skipped."""
         self.set(name, "failed")
         skipped = self._skip_below(name)
         self._num_open -= len(skipped)
         return skipped
 
     def that_are(self, standing: Standing) -> list[str]:
-        """Ids of the jobs that stand so, in order."""
+        """Return the ids of the jobs that stand so, in order."""
         return sorted((n for n, s in self.standing.items() if s == standing), key=self._place.__getitem__)
 
     def candidates(self, mine: str | None, others: Collection[str]) -> list[str]:
-        """Jobs that can be begun, the best for a lane first.
+        """Return the jobs that can be begun, the best for a lane first.
 
         What goes on from the state in the lane's memory comes first. Then the plan's order, which is depth first,
         but away from where others work, so that each keeps its subtree and what it has in memory.
@@ -115,7 +115,7 @@ class WorkList:
         return first + names[_WINDOW:]
 
     def _depths(self, names: Iterable[str]) -> dict[str, int]:
-        """Ancestors of some jobs, themselves included, to how deep in the tree they are."""
+        """Return the ancestors of some jobs, themselves included, to how deep in the tree they are."""
         depths: dict[str, int] = {}
         for name in names:
             path = self._path(name)
@@ -123,7 +123,7 @@ class WorkList:
         return depths
 
     def _closeness(self, name: str, depths: Mapping[str, int]) -> int:
-        """Depth of the deepest state that a job shares with others."""
+        """Return the depth of the deepest state that a job shares with others."""
         return next((depths[one] for one in self._path(name) if one in depths), 0)
 
     def _path(self, name: str) -> list[str]:
@@ -151,6 +151,6 @@ class WorkList:
 
 
 def parallel_width(jobs: Sequence[Mapping[str, Any]]) -> int:
-    """How many of these jobs can be under way at once, at most."""
+    """Return how many of these jobs can be under way at once, at most."""
     needed = {need for job in jobs for need in needs_of(job)}
     return sum(job["id"] not in needed for job in jobs)

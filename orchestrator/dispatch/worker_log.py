@@ -18,13 +18,13 @@ LOG_FILE = "log.txt"
 
 
 def log_path(work_folder: Path, rank: int) -> Path:
-    """The log of one rank; rank 0's is the one people are shown."""
+    """Return the log of one rank; rank 0's is the one people are shown."""
     return work_folder / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")
 
 
 @contextmanager
 def printed_to(path: Path) -> Iterator[None]:
-    """Redirects file descriptors 1 and 2 to the end of a file."""
+    """Redirect file descriptors 1 and 2 to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()
     saved = os.dup(1), os.dup(2)
@@ -43,7 +43,7 @@ def printed_to(path: Path) -> Iterator[None]:
 
 
 def _blot_out(path: Path) -> None:
-    """Takes secrets out of what libraries and plug-ins printed; most logs hold none and stay as they are."""
+    """Take secrets out of what libraries and plug-ins printed; most logs hold none and stay as they are."""
     with suppress(OSError):  # the job's result does not hang on its log
         with path.open(encoding="utf-8", errors="surrogateescape") as log:
             if all(redacted(line) == line for line in log):
@@ -54,7 +54,7 @@ def _blot_out(path: Path) -> None:
 
 
 def append_traceback(path: Path, error: BaseException, rank: int) -> None:
-    """Writes an exception with its traceback to the end of a log; a log that cannot be written is no second error."""
+    """Write an exception with its traceback to the end of a log; a log that cannot be written is no second error."""
     text = redacted("".join(traceback.format_exception(error)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def append_traceback(path: Path, error: BaseException, rank: int) -> None:
 
 
 def now() -> str:
-    """The time for a log line, UTC."""
+    """Return the time for a log line, UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 

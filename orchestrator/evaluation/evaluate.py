@@ -31,15 +31,15 @@ class ResultStore(Protocol):
     """What an evaluation needs of the ledger."""
 
     def state_folder(self, id: str) -> Path:
-        """Folder of a finished state."""
+        """Return the folder of a finished state."""
         ...
 
     def fetch(self, state: str, part: Literal["weights"]) -> Path:
-        """Folder of a finished state's part on this machine, checked."""
+        """Return the folder of a finished state's part on this machine, checked."""
         ...
 
     def write_evaluation(self, id: str, result: dict[str, Any]) -> None:
-        """Keeps a result."""
+        """Keep a result."""
         ...
 
 
@@ -49,7 +49,7 @@ def evaluate_state(
     model: PreTrainedModel | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Tests a state's weights under the job's points. Every rank calls it; rank 0 writes the result.
+    """Test a state's weights under the job's points. Every rank calls it; rank 0 writes the result.
 
     Args:
         job: What to test, on what, under which points.
@@ -102,14 +102,14 @@ class _Stop:
         return self._told
 
     def met(self, workers: Workers, device: Any) -> bool:
-        """Whether any rank was told to stop; every rank asks."""
+        """Return whether any rank was told to stop; every rank asks."""
         import torch
 
         return bool(workers.sum(torch.tensor([int(self._told)], device=device)).item())
 
 
 def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:
-    """The evaluation itself: attaches the job's points, tests, and takes them off again.
+    """Return the evaluation itself: attaches the job's points, tests, and takes them off again.
 
     Args:
         weights: The state's weights file, which holds what its compressors learned.
@@ -122,7 +122,9 @@ def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Wor
 
 
 def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
-    """Whether a model at hand has no module for a point that learns: an earlier phase used it, the last one did not."""
+    """Return whether a model at hand has no module for a point that learns: an earlier phase used it, the last one
+    did not.
+    """
     from orchestrator.compression import attachment_of
     from orchestrator.models.learned import learned_modules
 
@@ -136,7 +138,7 @@ def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
 
 @contextmanager
 def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> Iterator[None]:
-    """The model under these points; afterwards under those it had, so that a training session can go on."""
+    """Return the model under these points; afterwards under those it had, so that a training session can go on."""
     from orchestrator.compression import attach, attachment_of
     from orchestrator.models.build import cast_parameters
     from orchestrator.models.learned import learned_modules, load_learned
@@ -163,7 +165,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
 
 
 def evaluation_data(job: EvaluationJob) -> EvaluationData:
-    """The job's rows and what turns them into prompts.
+    """Return the job's rows and what turns them into prompts.
 
     Raises:
         DataError: there are no rows, or they cannot be read.
@@ -177,7 +179,7 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
 
 
 def _fetch(job: EvaluationJob, ledger: ResultStore, workers: Workers) -> None:
-    """Brings the state's weights to each node, where its first rank checks them; all ranks raise what one found."""
+    """Bring the state's weights to each node, where its first rank checks them; all ranks raise what one found."""
     fault: Exception | None = None
     if workers.leads_node:
         try:
@@ -190,7 +192,7 @@ def _fetch(job: EvaluationJob, ledger: ResultStore, workers: Workers) -> None:
 
 
 def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTrainedModel:
-    """The model of an evaluation with weights of a file, in the type it is trained to compute in.
+    """Return the model of an evaluation with weights of a file, in the type it is trained to compute in.
 
     Its bits are those of the model that training has in memory, so that the answers do not depend on which is tested.
     """

@@ -17,7 +17,7 @@ from orchestrator.evaluation.protocol import EvaluationData
 def greedy_answers(
     model: Any, rows: Sequence[Row], data: EvaluationData, batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """The model's answer to each row, in the order of `rows`, special tokens left out.
+    """Return the model's answer to each row, in the order of `rows`, special tokens left out.
 
     Prompts are padded on the left, so that all answers of a batch begin at one place, and batched by length, so that
     little is padded; generation keeps a KV cache and stops when every answer of the batch has ended. Where a stop is
@@ -62,7 +62,7 @@ def greedy_answers(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and the model's own (Gemma 3 ends a turn with another token)."""
+    """Return ids that end an answer: the tokenizer's, and the model's own (Gemma 3 ends a turn with another token)."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(int(id) for id in ids if id is not None))
@@ -70,7 +70,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """The model neither drops out nor records gradients; afterwards every module is as it was."""
+    """Return the model neither drops out nor records gradients; afterwards every module is as it was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -25,7 +25,7 @@ class Workers:
 
     @classmethod
     def here(cls) -> Workers:
-        """This process's rank in the default process group, if there is one."""
+        """Return this process's rank in the default process group, if there is one."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -45,13 +45,13 @@ class Workers:
         return int(os.environ.get("LOCAL_RANK", self.rank)) == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over the ranks, on each of them."""
+        """Return the sum of a tensor over the ranks, on each of them."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """All ranks' lists, joined, on each of them."""
+        """Return all ranks' lists, joined, on each of them."""
         if self.count == 1:
             return values
         lists: list[list[Any]] = [[] for _ in range(self.count)]
@@ -95,5 +95,5 @@ class Evaluation(Protocol):
     def __init__(self, spec: EvaluationSpec) -> None: ...
 
     def run(self, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
-        """Tests a model in evaluation mode, its compressor attached, on this rank's share of the rows."""
+        """Test a model in evaluation mode, its compressor attached, on this rank's share of the rows."""
         ...

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def answer_one(job: EvaluationJob, ledger: ResultStore, state: str, model: PreTrainedModel | None = None) -> None:
-    """Runs an evaluation on one row; every rank calls it.
+    """Run an evaluation on one row; every rank calls it.
 
     Args:
         job: The evaluation; the state it names need not exist.

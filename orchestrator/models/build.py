@@ -25,7 +25,7 @@ WEIGHTS_FILE = "weights/model.safetensors"
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keeps transformers' progress bars and reports off the terminal; faults are raised by us instead."""
+    """Keep transformers' progress bars and report off the terminal; faults are raised by us instead."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -38,7 +38,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def check_source(source: str, key: str) -> None:
-    """Refuses a local path that is not there before transformers takes it for a hub id.
+    """Refuse a local path that is not there before transformers takes it for a hub id.
 
     Raises:
         UsageError: it looks like a path and does not exist.
@@ -49,7 +49,7 @@ def check_source(source: str, key: str) -> None:
 
 
 def load_config(model: ModelSpec) -> Any:
-    """The model's transformers config.
+    """Return the model's transformers config.
 
     Raises:
         UsageError: no such folder, no config in it, or the hub cannot be reached.
@@ -66,7 +66,7 @@ def load_config(model: ModelSpec) -> Any:
 
 
 def compute_dtype(model: ModelSpec) -> str:
-    """`float32`, `bfloat16` or `float16`; `auto` is the config's own, float32 where it names none."""
+    """Return `float32`, `bfloat16` or `float16`; `auto` is the config's own, float32 where it names none."""
     if model.dtype != "auto":
         return model.dtype
     named = str(getattr(load_config(model), "dtype", None)).removeprefix("torch.")
@@ -74,7 +74,7 @@ def compute_dtype(model: ModelSpec) -> str:
 
 
 def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
-    """The model on the CPU in float32 (master weights), with the weights of a file that `save_weights` wrote.
+    """Return the model on the CPU in float32 (master weights), with the weights of a file that `save_weights` wrote.
 
     Args:
         model: Which model, which attention.
@@ -97,7 +97,7 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
 
 
 def model_from_config(model: ModelSpec) -> PreTrainedModel:
-    """The model with transformers' own random init, drawn from torch's global generator."""
+    """Return the model with transformers' own random init, drawn from torch's global generator."""
     config = load_config(model)
     try:
         with quiet_loading():
@@ -115,7 +115,7 @@ def model_from_config(model: ModelSpec) -> PreTrainedModel:
 
 
 def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones once, under their first name) and persistent buffers, by name."""
+    """Return the parameters (tied ones once, under their first name) and persistent buffers, by name."""
     parameters = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -123,7 +123,7 @@ def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds the parameters and leaves buffers alone, as DeepSpeed does (`_cast_module_mixed_precision`, 0.19.8).
+    """Round the parameters and leave buffers alone, as DeepSpeed does (`_cast_module_mixed_precision`, 0.19.8).
 
     A rotary embedding's frequencies rounded to bfloat16 are those of another model.
     """
@@ -133,7 +133,7 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes float32 tensors as safetensors.
+    """Write float32 tensors as safetensors.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -151,7 +151,7 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Copies a file's tensors into the model; names and shapes must be exactly the model's.
+    """Copy a file's tensors into the model; names and shapes must be exactly the model's.
 
     Learned compressors in the file (`models/learned.py`) are no part of a plain model and are passed over.
 
@@ -177,7 +177,7 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
 def check_names_and_shapes(
     given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: str
 ) -> None:
-    """Compares names and shapes of weights.
+    """Compare names and shapes of weights.
 
     Raises:
         StageRunError: one block that lists missing names, unknown names and other shapes.
@@ -199,7 +199,7 @@ def check_names_and_shapes(
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Numbers that training can start from.
+    """Return the numbers that training can start from.
 
     Raises:
         StageRunError: tensors hold NaN or infinity, or are no floating-point weights (quantised ones); named.

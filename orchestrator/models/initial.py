@@ -34,7 +34,7 @@ _LLAVA_NAMES = {"0": "linear_1", "2": "linear_2"}
 
 
 def write_initial_weights(job: RootJob, folder: Path) -> None:
-    """Writes `weights/model.safetensors` below `folder`: float32, the same bytes for the same (model, seed).
+    """Write `weights/model.safetensors` below `folder`: float32, the same bytes for the same (model, seed).
 
     Args:
         job: Model and seed.
@@ -65,7 +65,7 @@ def _pretrained(spec: ModelSpec) -> PreTrainedModel:
 
 
 def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
-    """Weights of a Hugging Face vision-language model in float32, under transformers' present names.
+    """Return the weights of a Hugging Face vision-language model in float32, under transformers' present names.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -75,7 +75,7 @@ def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
 
 
 def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreTrainedModel:
-    """A model whose every weight came from `source`."""
+    """Return a model whose every weight came from `source`."""
     check_source(source, key)
     try:
         with quiet_loading():
@@ -93,7 +93,7 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
 
 
 def _told(error: Exception, files: Sequence[Path]) -> str:
-    """Why weights were refused; of a folder's files the first one that is none of plain tensors is named."""
+    """Return why weights were refused; of a folder's files the first one that is none of plain tensors is named."""
     if "Unrecognized configuration class" in str(error):
         return "its `model_type` is not of the kind that is wanted here"
     if not isinstance(error, ImportError | NotImplementedError):
@@ -115,14 +115,14 @@ def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
 
 
 def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
-    """The tower's class picks its own weights, out of a whole CLIP too."""
+    """Return the tower's class picks its own weights, out of a whole CLIP too."""
     _, tower = part_module(model, VISION_TOWER)
     loaded = _from_pretrained(type(tower), source, key)
     _copy(weight_tensors(loaded), tower, f"{key}: {source}")
 
 
 def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
-    """A causal language model's decoder and head; new tokens' rows are the mean of the known rows."""
+    """Return a causal language model's decoder and head; new tokens' rows are the mean of the known rows."""
     loaded = _from_pretrained(AutoModelForCausalLM, source, key)
     _, target = part_module(model, LANGUAGE_MODEL)
     name = f"{key}: {source}"
@@ -152,7 +152,8 @@ def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
 
 
 def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
-    """A projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the two.
+    """Return a projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the
+    two.
 
     Names are those inside the projector, or those of the file where they tell no projector.
 

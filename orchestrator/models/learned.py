@@ -17,13 +17,13 @@ _PREFIX = f"{LEARNED_MODULES}."
 
 
 def learned_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The learned modules a model carries, by name; empty where nothing learned is attached."""
+    """Return the learned modules a model carries, by name; empty where nothing learned is attached."""
     found = model._modules.get(LEARNED_MODULES)
     return {} if found is None else dict(found.named_children())
 
 
 def learned_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of all learned modules of a weights file, by module and by name in it.
+    """Return the tensors of all learned modules of a weights file, by module and by name in it.
 
     Raises:
         StorageError: the file cannot be read.
@@ -41,12 +41,12 @@ def learned_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def named_in_file(weights: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The names that `learned_weights` reads."""
+    """Return the names that `learned_weights` reads."""
     return {f"{_PREFIX}{module}.{name}": tensor for module, named in weights.items() for name, tensor in named.items()}
 
 
 def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
-    """Copies weights into a learned module.
+    """Copy weights into a learned module.
 
     Raises:
         StageRunError: names or shapes are not the module's.
@@ -59,7 +59,7 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> N
 
 
 def load_learned(model: nn.Module, path: Path) -> None:
-    """Fills the learned modules a model carries from a weights file; others in the file are passed over.
+    """Fill the learned modules a model carries from a weights file; others in the file are passed over.
 
     Raises:
         StageRunError: the file lacks a module, or holds it in other shapes.

@@ -16,7 +16,7 @@ from orchestrator.spec.phase import LoraSpec
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSpec, seed: int) -> None:
-    """Adds adapters in place to the named linear layers inside the language model; the model's class stays.
+    """Add adapters in place to the named linear layers inside the language model; the model's class stays.
 
     Args:
         model: Plain model in float32.
@@ -45,17 +45,17 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, seed: int) -> None:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether the model carries adapters."""
+    """Return whether the model carries adapters."""
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
 def plain_name(name: str) -> str:
-    """The name in the plain model of a weight that an adapter sits beside."""
+    """Return the name in the plain model of a weight that an adapter sits beside."""
     return name.replace(".base_layer.", ".")
 
 
 def merged_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The plain model's weights from those of a model with adapters, as peft's own merge computes them.
+    """Return the plain model's weights from those of a model with adapters, as peft's own merge computes them.
 
     Args:
         model: Names and scalings of the adapters are read from it, no values.

@@ -27,7 +27,8 @@ _PATTERNS = tuple(
 
 
 def part_of(parameter_name: str) -> str:
-    """The part a parameter belongs to: `vision_tower`, `projector`, `language_model` (with its head) or `compressor`.
+    """Return the part a parameter belongs to: `vision_tower`, `projector`, `language_model` (with its head) or
+    `compressor`.
 
     Raises:
         UsageError: the name matches no part; the model is of a family that is not known here.
@@ -42,7 +43,7 @@ def part_of(parameter_name: str) -> str:
 
 
 def part_module(model: nn.Module, part: str) -> tuple[str, nn.Module]:
-    """Name and module of a part, e.g. `("model.vision_tower", CLIPVisionModel)`.
+    """Return the name and module of a part, e.g. `("model.vision_tower", CLIPVisionModel)`.
 
     Raises:
         UsageError: the model has no such part.
@@ -54,12 +55,12 @@ def part_module(model: nn.Module, part: str) -> tuple[str, nn.Module]:
 
 
 def part_of_or_none(name: str) -> str | None:
-    """`part_of`, or None where the name matches no part."""
+    """Return `part_of`, or None where the name matches no part."""
     return next((part for part, pattern in _PATTERNS if pattern.search(name)), None)
 
 
 def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
-    """Freezes every parameter outside the parts in `train`.
+    """Freeze every parameter outside the parts in `train`.
 
     With LoRA only the adapters of the language model train, never its own weights. Compressors may be the only part
     that trains, and need not be there yet.
@@ -82,7 +83,8 @@ def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
 def parameter_groups(
     model: nn.Module, learning_rate: float | Mapping[Any, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: one per part and decay, in a fixed order; biases and norms do not decay (as HF's Trainer).
+    """Return the optimizer groups: one per part and decay, in a fixed order; biases and norms do not decay (as HF's
+    Trainer).
 
     Args:
         model: Its parameters that require a gradient are grouped.
@@ -129,7 +131,7 @@ def rate_of(learning_rate: float | Mapping[Any, float], part: str) -> float:
 
 
 def names_without_decay(model: nn.Module) -> Iterator[str]:
-    """Names of parameters that AdamW's decay leaves alone: biases and norms, as in HF's Trainer."""
+    """Return the names of parameters that AdamW's decay leaves alone: biases and norms, as in HF's Trainer."""
     for prefix, module in model.named_modules():
         is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
         for name, _ in module.named_parameters(recurse=False):

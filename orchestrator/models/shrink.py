@@ -18,7 +18,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
 def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
-    """Writes the config of a small model of the same type, and the processor's files, to a folder.
+    """Write the config of a small model of the same type, and the processor's files, to a folder.
 
     Image and patch sizes stay, so that an image becomes as many visual tokens as before; so does the vocabulary.
 
@@ -41,7 +41,7 @@ def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
 
 
 def shrunk_config(config: Any, layers: int) -> Any:
-    """A config of the same type with `layers` narrow decoder layers and a small vision tower."""
+    """Return a config of the same type with `layers` narrow decoder layers and a small vision tower."""
     values = config.to_dict()
     values.pop("quantization_config", None)
     parts = {name: values[name] for name in ("text_config", "vision_config") if isinstance(values.get(name), dict)}
@@ -76,7 +76,7 @@ def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _pattern(kinds: list[str], layers: int) -> list[str]:
-    """The first layers' kinds, the last one such that each kind that occurs is there."""
+    """Return the first layers' kinds, the last one such that each kind that occurs is there."""
     found = (kinds * layers)[:layers]
     missing = [kind for kind in dict.fromkeys(kinds) if kind not in found]
     return [*found[: layers - len(missing)], *missing]
@@ -118,7 +118,7 @@ def _small_tower(vision: dict[str, Any], feature_layers: Any) -> dict[str, Any]:
 
 
 def _files_of(model: ModelSpec) -> Path:
-    """Folder with the config's and processor's files: the model's own, or a download of them alone."""
+    """Return the folder with the config's and processor's files: the model's own, or a download of them alone."""
     name = model.model_name_or_path
     folder = Path(name)
     if not folder.is_dir():

@@ -45,7 +45,7 @@ class _File(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def shapes(self) -> Shapes:
-        """Name to shape, without reading a tensor."""
+        """Return the name to shape, without reading a tensor."""
         return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._names}
 
 
@@ -63,7 +63,7 @@ def _opened(path: Path) -> Iterator[_File]:
 
 
 def write_start_weights(job: StartJob, base: Path | None, source: Path | None, folder: Path) -> None:
-    """Writes `weights/model.safetensors` below `folder`.
+    """Write `weights/model.safetensors` below `folder`.
 
     Args:
         job: What comes from where.
@@ -124,7 +124,7 @@ def _check(given: Mapping[str, torch.Tensor], expected: Shapes, source: str) -> 
 
 
 def _folder_weights(folder: Path, expected: Shapes) -> Mapping[str, torch.Tensor]:
-    """A Hugging Face model's weights, those of a file as the ledger keeps it, or LLaVA's `mm_projector.bin`."""
+    """Return a Hugging Face model's weights, those of a file as the ledger keeps it, or LLaVA's `mm_projector.bin`."""
     if (folder / "config.json").is_file():
         return pretrained_weights(str(folder), "start_from")
     for file in (folder / "model.safetensors", folder / WEIGHTS_FILE):

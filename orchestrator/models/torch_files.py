@@ -41,7 +41,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(path: Path) -> None:
-    """Opens a file as `load_tensors` does, without reading its tensors.
+    """Open a file as `load_tensors` does, without reading its tensors.
 
     Raises:
         ValueError: it holds anything else.
@@ -59,7 +59,7 @@ def check_tensors(path: Path) -> None:
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """Why a file of weights was not loaded, and what to do."""
+    """Return why a file of weights was not loaded, and what to do."""
     try:
         size, head = path.stat().st_size, path.open("rb").read(_HEAD_BYTES)
     except OSError as unreadable:
@@ -83,7 +83,7 @@ def refusal(path: Path, error: Exception) -> str:
 
 
 def _of_pickle(path: Path, head: bytes, error: Exception) -> str | None:
-    """What is wrong with a pickle; None where its bytes are damaged."""
+    """Return what is wrong with a pickle; None where its bytes are damaged."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
     if asked := re.findall(r"GLOBAL ([\w.]+)", str(error)) or _asked_of(path):

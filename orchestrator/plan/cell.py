@@ -68,7 +68,7 @@ class PhasePlan:
     policy: str
 
     def state_at(self, step: int) -> str:
-        """Identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
+        """Return the identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
         at = bisect.bisect_left(self.table, step, key=lambda action: action.last_step)
         before = self.before[at] if at < CHAINED else self.tails[at - CHAINED]
         state = next_state(before, self.table[at].first_step, step, self.points_ids[at])
@@ -78,7 +78,7 @@ class PhasePlan:
 
 
 def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:
-    """Identity of the state after some steps under one variant, from that of the state before them.
+    """Return the identity of the state after some steps under one variant, from that of the state before them.
 
     Equal neighbours are one action, so that there is one chain for one table.
     """
@@ -114,18 +114,18 @@ class Cell:
     sources: tuple[Cell, ...] = ()
 
     def origins(self) -> Iterator[Cell]:
-        """The cells it starts from, what these start from before them."""
+        """Return the cells it starts from, what these start from before them."""
         for source in self.sources:
             yield from source.origins()
             yield source
 
 
 def cell_id(phases: Sequence[PhasePlan], root: RootJob) -> str:
-    """Identity of the cell that runs these phases; the root's where there is none."""
+    """Return the identity of the cell that runs these phases; the root's where there is none."""
     return digest({"cell": [[phase.lineage, phase.end] for phase in phases] or root.id})
 
 
 def find_cells(cells: Sequence[Cell], wanted: str) -> list[Cell]:
-    """The cells that a name, an id's beginning (four characters or more) or `axis=value` fits."""
+    """Return the cells that a name, an id's beginning (four characters or more) or `axis=value` fits."""
     by_id = [cell for cell in cells if len(wanted) >= 4 and cell.id.startswith(wanted)]
     return by_name(cells, wanted) or by_id or by_axis(cells, wanted)

@@ -49,7 +49,7 @@ class ActionTable:
 
 
 def resolve_table(table: StageTable, variant_of: Callable[[str], Variant]) -> ActionTable:
-    """Puts points in the place of names.
+    """Put points in the place of names.
 
     Args:
         table: A compiled schedule.
@@ -107,7 +107,7 @@ _NOT_HASHED = set(reached.RESOLVED)
 
 
 def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
-    """The cells of an experiment, in the grid's order.
+    """Return the cells of an experiment, in the grid's order.
 
     Raises:
         UsageError: a phase's number of steps cannot be told, or a key needs machinery that is not built yet.
@@ -246,7 +246,7 @@ class _Resolver:
         return steps_by_cost(name, recipe, None if sample is None else price, stated)
 
     def _left_out(self, spec: ExperimentSpec, data: Any, model_max_length: int, prompts: bool) -> list[int]:
-        """Rows that the check before training found this model unable to use, where bad rows are dropped."""
+        """Return the rows that the check before training found this model unable to use, where bad rows are dropped."""
         if getattr(data, "on_bad_row", "fail") != "drop" or self._once(_data, data)[1]["content"] is None:
             return []
         model = self._once(_dump, spec.model)
@@ -281,7 +281,7 @@ class _Resolver:
         return identity, entry, told
 
     def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> tuple[StageTable, str]:
-        """The compiled schedule, one object for equal ones, and the schedule's kind."""
+        """Return the compiled schedule, one object for equal ones, and the schedule's kind."""
         schedule = recipe.schedule
         if isinstance(schedule, str) and schedule not in spec.schedules:
             key = ("constant", total_steps, schedule)
@@ -295,7 +295,7 @@ class _Resolver:
             raise UsageError(f"phases.{name}.schedule: {error}") from error
 
     def _resolved(self, spec: ExperimentSpec, phase: str, table: StageTable, facts: ModelFacts | None) -> ActionTable:
-        """The table with points in the place of names, made once for equal variants."""
+        """Return the table with points in the place of names, made once for equal variants."""
 
         def variant_of(name: str) -> Variant:
             base, changes = table.derived.get(name, (name, None))
@@ -357,7 +357,7 @@ class _Resolver:
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
-    """Seed of drawn weights: the first phase's, so that a phase of fixed seed is shared along a seed axis."""
+    """Return seed of drawn weights: the first phase's, so that a phase of fixed seed is shared along a seed axis."""
     if not reached.draws_weights(spec.model):
         return 0
     first = spec.phases.pretrain or spec.phases.finetune
@@ -401,7 +401,7 @@ def _recipe_digest(recipe: PhaseSpec) -> str:
 
 
 def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
-    """Identity; the spec as a mapping and its content's digest; what users should know."""
+    """Return the identity; the spec as a mapping and its content's digest; what users should know."""
     identity, notice = reached.data_identity(data)
     told = [notice] if notice else data.remarks()
     return digest(identity), {"spec": _dump(data), "content": identity["content"]}, told

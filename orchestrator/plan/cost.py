@@ -71,7 +71,7 @@ class Sample:
 
 
 def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> list[int]:
-    """Visual tokens of one image in each decoder layer; each point acts on what the one before left.
+    """Return the visual tokens of one image in each decoder layer; each point acts on what the one before left.
 
     A method that adds tokens (registers) has them counted from layer 0 on.
 
@@ -91,24 +91,24 @@ def _specs(points: Sequence[Mapping[str, Any]]) -> list[CompressorSpec]:
 
 
 def visual_layer_tokens(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> int:
-    """Visual tokens of one image summed over decoder layers (`sum_l n_l`; LLaVolta section 4.1)."""
+    """Return the visual tokens of one image summed over decoder layers (`sum_l n_l`; LLaVolta section 4.1)."""
     return sum(visual_tokens_by_layer(grid, points, num_layers))
 
 
 def compression_ratio(grid: Grid, layer_tokens: float, num_layers: int) -> float:
-    """`num_layers * visual tokens / visual layer-tokens`; 1.0 on full tokens (LLaVolta section 4.1)."""
+    """Return `num_layers * visual tokens / visual layer-tokens`; 1.0 on full tokens (LLaVolta section 4.1)."""
     return num_layers * grid.tokens / layer_tokens
 
 
 def linear_weights_per_layer(facts: ModelFacts) -> int:
-    """Weights of one decoder layer's linear maps: q, k, v, o and the MLP."""
+    """Return the weights of one decoder layer's linear maps: q, k, v, o and the MLP."""
     d, heads = facts.hidden_size, facts.num_attention_heads * facts.head_dim
     keys = facts.num_key_value_heads * facts.head_dim
     return 2 * d * heads + 2 * d * keys + (3 if facts.gated_mlp else 2) * d * facts.intermediate_size
 
 
 def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_tokens: float) -> float:
-    """The paper's figure: linear layers of the decoder over visual and text tokens, one sample, forward."""
+    """Return the paper's figure: linear layers of the decoder over visual and text tokens, one sample, forward."""
     return (layer_tokens + text_tokens * facts.num_layers) * 2 * linear_weights_per_layer(facts) / _TERA
 
 
@@ -133,7 +133,9 @@ def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sampl
 
 
 def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec]) -> tuple[int, int, int]:
-    """Tokens of an image that the tower makes and that the projector takes, and operations of all learned modules."""
+    """Return the tokens of an image that the tower makes and that the projector takes, and operations of all learned
+    modules.
+    """
     left, pixels, features, learned = facts.image_grid, facts.image_grid.tokens, facts.image_grid.tokens, 0
     for spec in sorted(specs, key=lambda spec: (spec.layer != "projector", spec.layer_index(facts.num_layers))):
         before = spec.layer == "projector" and facts.tokenwise_projector
@@ -165,7 +167,9 @@ def train_tflops_per_sample(
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:
-    """One sample of an action's steps: training under its points, and a teacher's forward pass where there is one."""
+    """Return one sample of an action's steps: training under its points, and a teacher's forward pass where there is
+    one.
+    """
     total = train_tflops_per_sample(facts, action.points, sample, recipe)
     if action.distill is None:
         return total
@@ -197,7 +201,7 @@ def _passes(recipe: Mapping[str, Any]) -> dict[str, int]:
 
 
 def lora_weights_per_layer(facts: ModelFacts, lora: Mapping[str, Any]) -> int:
-    """Weights of one layer's LoRA adapters, `r (in + out)` a matrix (Hu et al. 2021, section 4.1)."""
+    """Return the weights of one layer's LoRA adapters, `r (in + out)` a matrix (Hu et al. 2021, section 4.1)."""
     d, f = facts.hidden_size, facts.intermediate_size
     heads, keys = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
     ends = {
@@ -210,7 +214,7 @@ def lora_weights_per_layer(facts: ModelFacts, lora: Mapping[str, Any]) -> int:
 def stage_train_tflops(
     facts: ModelFacts, actions: Sequence[Action], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
-    """A whole stretch of training: steps x global batch x one sample, action by action."""
+    """Return a whole stretch of training: steps x global batch x one sample, action by action."""
     steps: dict[tuple[int, int], int] = {}
     first: dict[tuple[int, int], Action] = {}
     for action in actions:
@@ -223,7 +227,7 @@ def stage_train_tflops(
 
 
 def mean_visual_layer_tokens(facts: ModelFacts, actions: Sequence[Action]) -> float:
-    """Visual layer-tokens of one image, mean over the samples of some actions (all batches are of one size)."""
+    """Return visual layer-tokens of one image, mean over the samples of some actions (all batches are of one size)."""
     steps = sum(a.last_step - a.first_step for a in actions)
     total = sum(
         (a.last_step - a.first_step) * visual_layer_tokens(facts.image_grid, a.points, facts.num_layers)
@@ -233,7 +237,9 @@ def mean_visual_layer_tokens(facts: ModelFacts, actions: Sequence[Action]) -> fl
 
 
 def parameter_count(facts: ModelFacts) -> dict[str, int]:
-    """Weights by part; norms and biases left out, input and output embeddings counted apart (LLaVA-1.5-7B: 7.05e9)."""
+    """Return the weights by part; norms and biases left out, input and output embeddings counted apart (LLaVA-1.5-7B:
+    7.05e9).
+    """
     vision = facts.vision_layers * (4 * facts.vision_hidden_size**2)
     vision += facts.vision_layers * 2 * facts.vision_hidden_size * facts.vision_intermediate_size
     embeddings = 2 * facts.vocab_size * facts.hidden_size

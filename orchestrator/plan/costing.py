@@ -42,7 +42,7 @@ class Costs:
         self._by_lineage: dict[str, Sample] = {}
 
     def stage_run(self, cell: Cell, plan: PhasePlan, first: int, last: int) -> dict[str, float | None]:
-        """Cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
+        """Return the cost of the steps `first` to `last` of a phase; None where the model's facts are not known."""
         if cell.facts is None or not cell.facts.priced:
             return dict(_NO_COST)
         # Cells of one schedule and recipe hold the very same objects, whatever their seeds.
@@ -69,7 +69,7 @@ class Costs:
         }
 
     def cell(self, cell: Cell) -> dict[str, float | None]:
-        """Cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
+        """Return the cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
         if cell.facts is None or not cell.facts.priced:
             return {name: None for name in _NO_COST if name != "forward_decoder_linear_tflops"}
         if not cell.phases:
@@ -83,7 +83,9 @@ class Costs:
         }
 
     def _steps(self, plan: PhasePlan, first: int, last: int) -> dict[str, tuple[int, Action]]:
-        """Number of steps from `first` to `last` that do the same, by what they do, and one action that does it."""
+        """Return number of steps from `first` to `last` that do the same, by what they do, and one action that does
+        it.
+        """
         key = (id(plan.table), first, last)
         if key not in self._counts:
             found: dict[str, tuple[int, Action]] = {}
@@ -119,7 +121,7 @@ class Costs:
         return self._recipes[key]
 
     def sample(self, cell: Cell, plan: PhasePlan) -> Sample:
-        """What one sample of a phase holds on average; mixtures weigh by the rows of an epoch."""
+        """Return what one sample of a phase holds on average; mixtures weigh by the rows of an epoch."""
         if self.text_tokens is not None:
             return Sample(self.text_tokens, self.text_tokens)
         # A lineage fixes model, data and recipe.
@@ -135,6 +137,6 @@ class Costs:
 
 
 def share_of_tree(costs: Sequence[float], cells: Sequence[int]) -> float:
-    """A cell's share of its own cost when each stage run is split evenly over the cells that use it."""
+    """Return a cell's share of its own cost when each stage run is split evenly over the cells that use it."""
     alone = sum(costs)
     return sum(each / many for each, many in zip(costs, cells, strict=True)) / alone if alone else 1.0

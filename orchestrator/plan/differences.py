@@ -26,7 +26,9 @@ _NAMED = ("compressors.", "data.")
 
 
 def cell_values(cell: Cell) -> Values:
-    """What decides what a cell is, as dotted key to text; beside names for people, these are what its id hashes."""
+    """Return what decides what a cell is, as dotted key to text; beside names for people, these are what its id
+    hashes.
+    """
     model = cell.spec.model
     values: dict[str, Any] = {}
     _flatten("model", _fields(model), values)
@@ -77,7 +79,7 @@ def _flatten(place: str, value: Any, into: dict[str, Any]) -> None:
 
 
 def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
-    """`key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
+    """Return `key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
 
     What only follows from another difference is not listed: a variant beside the schedule that uses it, a phase's
     seed beside the experiment's, the exact steps of a schedule beside a difference that shows.
@@ -99,14 +101,14 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
 
 
 def _brief(value: str | None) -> str:
-    """A value as a reason shows it: of an absolute path the last part, of a long text its beginning."""
+    """Return a value as a reason shows it: of an absolute path the last part, of a long text its beginning."""
     if not value:
         return "none"
     return shorten(value.rstrip("/").rpartition("/")[2] if value.startswith("/") else value, _VALUE_SHOWN)
 
 
 def _entry(key: str) -> str:
-    """The named variant or data set that a key belongs to."""
+    """Return the named variant or data set that a key belongs to."""
     return ".".join(key.split(".")[:2])
 
 
@@ -129,7 +131,7 @@ class Nearest:
         self._left = _COMPARED
 
     def reason(self, cell: Cell) -> str | None:
-        """`differs from finished cell X: …`; None where there is none, or enough cells were compared."""
+        """Return `differs from finished cell X: …`; None where there is none, or enough cells were compared."""
         if self._left == 0:
             return None
         self._left -= 1
@@ -150,7 +152,7 @@ class Nearest:
         return f"differs from finished cell {name}: {', '.join(found[:_SHOWN])}{more}"
 
     def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values, bool]]:
-        """Name, values, and whether it is of this experiment."""
+        """Return the name, values, and whether it is of this experiment."""
         if self._known is None:
             own = {}
             for cell in self._finished:
@@ -167,7 +169,7 @@ def _distance(found: Sequence[str]) -> int:
 
 
 def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values, bool]]:
-    """Names and values of finished cells that were recorded, the newest, those of `experiment` first."""
+    """Return the names and values of finished cells that were recorded, the newest, those of `experiment` first."""
     known = set(leave_out)
     files = heapq.nlargest(
         _RECORDED, folder.glob("*/*/record.json"), key=lambda file: (file.parts[-3] == experiment, _changed(file))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One entry for each distinct variant the cells use.
+    """Return one entry for each distinct variant the cells use.
 
     Returns:
         `name`, `control` (the method of a control arm, or None), `points` (`kind`, `layer`, `kept_tokens`),
@@ -86,7 +86,7 @@ def plan_document(
     ledger: Ledger,
     text_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """What `plan --json` prints.
+    """Return what `plan --json` prints.
 
     Args:
         loaded: The experiment.
@@ -149,7 +149,9 @@ def _totals(
 
 
 def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, Cell, PhasePlan]]:
-    """Stage runs in order of execution, each with a cell and phase that go through it; any will do for the cost."""
+    """Return the stage runs in order of execution, each with a cell and phase that go through it; any will do for the
+    cost.
+    """
     plans: dict[str, tuple[Cell, PhasePlan]] = {}
     for cell in cells:
         for owner in (*cell.origins(), cell):
@@ -166,7 +168,7 @@ def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, C
 
 
 def stage_run_document(job: StageJob, plan: PhasePlan, standing: Standing) -> dict[str, Any]:
-    """A stage run as `plan` and `status` list it, but for its cost."""
+    """Return a stage run as `plan` and `status` list it, but for its cost."""
     actions = _within(job.table, job.first_step)
     variants = list(dict.fromkeys(action[2] for action in actions))
     return {
@@ -188,7 +190,7 @@ def _within(table: Sequence[Action], first: int) -> list[list[Any]]:
 
 
 def step_table(plan: PhasePlan) -> list[list[Any]]:
-    """`[first_step, last_step, variant]` of a phase, 0-based and half open."""
+    """Return `[first_step, last_step, variant]` of a phase, 0-based and half open."""
     return [[action.first_step, action.last_step, action.variant] for action in plan.table]
 
 
@@ -226,7 +228,8 @@ def _sum(values: Any) -> float | None:
 
 
 def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
-    """Upper bound of what an experiment's ledger holds, from parameter counts; None where these are not known.
+    """Return the upper bound of what an experiment's ledger holds, from parameter counts; None where these are not
+    known.
 
     Weights are float32. A full checkpoint adds master weights and two Adam states of what trains, 12 bytes each.
     Counted: all roots, all finished stage runs by what is kept of them, and two checkpoints inside one stage run.

@@ -85,7 +85,7 @@ class Collector:
             )
 
     def steps(self) -> list[GcStep]:
-        """All that can go, in the order in which it should; what a killed gc took aside is back before that."""
+        """Return all that can go, in the order in which it should; what a killed gc took aside is back before that."""
         experiments = self._experiments()
         wanted = wanted_states(experiments)
         for state in self._inventory.aside() if self._sure else ():
@@ -179,7 +179,7 @@ class Collector:
                 yield GcStep("owner", owner, "its process is gone", 0, self._delete(owner_key(owner)))
 
     def _copies(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
-        """What lies on this machine of buckets; the bucket itself loses nothing.
+        """Return what lies on this machine of buckets; the bucket itself loses nothing.
 
         Of this storage goes, once it was not used for a day, what the bucket has no more or no recorded experiment
         reaches; of any bucket what was not used for thirty days. Nothing goes that a living driver works on.
@@ -205,7 +205,9 @@ class Collector:
                 yield GcStep("copy", name, f"a copy on this machine: {why}", copy.size, _always(remover(copy.path)))
 
     def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
-        """When the first of the living drivers began: what was finished since may be its work under an older plan."""
+        """Return when the first of the living drivers began: what was finished since may be its work under an older
+        plan.
+        """
         begun = []
         for owner in {holder.owner for holder in holders.values()}:
             about = parse_json(self._ledger.store.read(owner_key(owner))) or {}
@@ -266,7 +268,7 @@ class Wanted:
     evaluations: frozenset[str]
 
     def reaches(self, job: str) -> bool:
-        """Whether any of them needs a job's result."""
+        """Return whether any of them needs a job's result."""
         return job in self.states or job in self.evaluations
 
     @classmethod
@@ -276,7 +278,7 @@ class Wanted:
 
 
 def recorded(ledger: Ledger) -> list[Recorded]:
-    """The experiments recorded in a storage.
+    """Return the experiments recorded in a storage.
 
     Raises:
         StorageError: a record cannot be read.
@@ -288,7 +290,9 @@ def recorded(ledger: Ledger) -> list[Recorded]:
 
 
 def is_dead(ledger: Ledger, owner: str) -> bool:
-    """True where an owner's process is known to be gone from this machine; of other machines' nothing is known."""
+    """Return True where an owner's process is known to be gone from this machine; of other machines' nothing is
+    known.
+    """
     process = Observer(ledger.store, 0.0, lambda: 0.0).process(owner)
     return process is not None and process.is_gone() is True
 
@@ -302,7 +306,7 @@ def _always(remove: Callable[[], Any]) -> Callable[[], bool]:
 
 
 def open_inventory(ledger: Ledger) -> Inventory:
-    """The inventory of a ledger's storage."""
+    """Return the inventory of a ledger's storage."""
     if ledger.url.startswith("s3://"):
         from orchestrator.plan.ledger.inventory_s3 import S3Inventory
 

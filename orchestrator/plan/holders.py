@@ -10,7 +10,7 @@ from orchestrator.plan.tree import StageTree
 
 
 def living_holders(ledger: Ledger) -> dict[str, Holder]:
-    """Jobs under way to who works on them; what a driver left behind that was killed does not count."""
+    """Return the jobs under way to who works on them; what a driver left behind that was killed does not count."""
     return _onlooker(ledger).holders()
 
 
@@ -21,6 +21,6 @@ def _onlooker(ledger: Ledger) -> Leases:
 
 
 def is_worked_on(tree: StageTree, ledger: Ledger) -> bool:
-    """True while a living driver holds any job of a tree."""
+    """Return True while a living driver holds any job of a tree."""
     held = living_holders(ledger)
     return any(job in held for job in (*tree.order, *tree.evaluations)) if held else False

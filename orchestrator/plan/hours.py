@@ -20,7 +20,7 @@ _CPU = re.compile(r"x86_64|amd64|i[3-6]86|aarch64|arm\w*|ppc64\w*|s390x|riscv\w*
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics file, or None."""
+    """Return the last whole line of a metrics file, or None."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -35,13 +35,13 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def steps_done(job: StageJob, metrics: Mapping[str, Any] | None) -> int:
-    """Steps of a stage run under way, from the last line of its metrics."""
+    """Return the steps of a stage run under way, from the last line of its metrics."""
     step = job.first_step if metrics is None else int(metrics.get("step", job.first_step - 1)) + 1
     return min(max(step, job.first_step), job.last_step) - job.first_step
 
 
 def is_gpu(device: str) -> bool:
-    """Whether a fingerprint's `device` is a GPU."""
+    """Return whether a fingerprint's `device` is a GPU."""
     return bool(device) and _CPU.fullmatch(device) is None
 
 
@@ -64,7 +64,7 @@ class Hours:
     device_tflops: float | None = None
 
     def document(self) -> dict[str, float]:
-        """Keys for `totals`; what is not known is not there."""
+        """Return the keys for `totals`; what is not known is not there."""
         found = {f"{self.unit}_hours_done": self.done}
         if self.left is not None and self.seconds_left is not None:
             found |= {f"{self.unit}_hours_left": self.left, "seconds_left": self.seconds_left}
@@ -90,7 +90,7 @@ def measured_hours(
     device_tflops: float | None = None,
     on_gpu: bool = False,
 ) -> Hours | None:
-    """Hours of a tree; None where nothing was measured yet and no device's speed is given.
+    """Return the hours of a tree; None where nothing was measured yet and no device's speed is given.
 
     Args:
         standing: What is done, and of which tree.
@@ -131,7 +131,7 @@ def measured_hours(
 
 
 def _measured(job: StageJob, standing: Standing, workers: int, devices: set[str]) -> tuple[float, float, int]:
-    """Seconds trained, the share of the stage run that they are for, and the workers they were spent on."""
+    """Return the seconds trained, the share of the stage run that they are for, and the workers they were spent on."""
     result = standing.ledger.result(job.id) if job.id in standing.trained else None
     if result is not None:
         mark = result.get("fingerprint") or {}
@@ -144,7 +144,9 @@ def _measured(job: StageJob, standing: Standing, workers: int, devices: set[str]
 
 
 def _seconds(job: StageJob, amount: float, speeds: Mapping[tuple[str, str], _Speed]) -> tuple[float, int] | None:
-    """Seconds and workers for some work: at the speed of its own phase and model, else of the model's other phase."""
+    """Return the seconds and workers for some work: at the speed of its own phase and model, else of the model's
+    other phase.
+    """
     model = _model(job)
     same = [speeds[job.phase, model]] if (job.phase, model) in speeds else []
     for speed in same or [speed for (_, other), speed in speeds.items() if other == model]:
@@ -179,7 +181,7 @@ def _is_open(standing: Standing, evaluation: str) -> bool:
 
 
 def hours_document(standing: Standing, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
-    """Hours done and left as keys for `totals`; empty where neither measured nor given speeds tell them."""
+    """Return the hours done and left as keys for `totals`; empty where neither measured nor given speeds tell them."""
     # Lanes that hold something tell more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in standing.holders.values()}
     lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)

@@ -64,7 +64,7 @@ def _plain_rare(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, ASCII, Fractions as `1/4`, floats by `repr`.
+    """Return one text for one value: sorted keys, no spaces, ASCII, Fractions as `1/4`, floats by `repr`.
 
     A float that is a whole number is written as an integer, so that 1 and 1.0 are the same value; True is not 1.
 
@@ -76,12 +76,12 @@ def canonical_json(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON, as 64 hex digits."""
+    """Return the SHA-256 of the canonical JSON, as 64 hex digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, never cached.
+    """Return the SHA-256 of a file's bytes, never cached.
 
     Raises:
         OSError: it cannot be read.
@@ -99,7 +99,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 @cache
 def source_code(*modules: str) -> str:
-    """SHA-256 of loaded modules' source: what is kept of their work is made anew when they change."""
+    """Return the SHA-256 of loaded modules' source: what is kept of their work is made anew when they change."""
     files = [str(sys.modules[name].__file__) for name in modules]
     return digest([file_sha256(file) for file in files])
 
@@ -117,7 +117,7 @@ class DigestCache:
         self._new: dict[str, list[Any]] = {}
 
     def of_file(self, path: str) -> str:
-        """Digest of one file, read only if its size or times changed since it was last read."""
+        """Return the digest of one file, read only if its size or times changed since it was last read."""
         if self._entries is None:
             self._entries = self._load()
         about = steady(lambda: os.stat(path))
@@ -133,7 +133,7 @@ class DigestCache:
         return sha
 
     def save(self) -> None:
-        """Writes what is new, atomically, over what other processes wrote meanwhile."""
+        """Write what is new, atomically, over what other processes wrote meanwhile."""
         if not self._new:
             return
         entries = {**self._load(), **self._new}
@@ -168,7 +168,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`."""
+    """Return where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
 
@@ -177,13 +177,13 @@ _shared_folder: Path | None = None
 
 
 def share_caches(folder: Path | None) -> None:
-    """Says where this process finds what all nodes share: a folder of the storage; None: `cache_folder()` again."""
+    """Say where this process finds what all nodes share: a folder of the storage; None: `cache_folder()` again."""
     global _shared_folder
     _shared_folder = folder
 
 
 def shared_cache_folder() -> Path:
-    """Where what can be computed again is kept for all nodes that work on one storage."""
+    """Return where what can be computed again is kept for all nodes that work on one storage."""
     return _shared_folder or cache_folder()
 
 
@@ -191,7 +191,7 @@ _caches: dict[Path, DigestCache] = {}
 
 
 def content_digest(path: str | os.PathLike[str], cache: DigestCache | None = None) -> str:
-    """SHA-256 of what a file or folder holds, not of where it lies.
+    """Return the SHA-256 of what a file or folder holds, not of where it lies.
 
     A folder's digest covers the relative names and contents of all files in it, links to files followed.
 
@@ -216,7 +216,7 @@ def _raise(error: OSError) -> None:
 
 
 def files_digest(folder: str | os.PathLike[str], names: list[str], cache: DigestCache | None = None) -> str:
-    """SHA-256 of the named files of a folder: relative names (with `/`) and contents.
+    """Return the SHA-256 of the named files of a folder: relative names (with `/`) and contents.
 
     Raises:
         OSError: a file cannot be read.

@@ -140,7 +140,7 @@ class StageJob:
     rehearsed: Rehearsed | None = None
 
     def action_at(self, step: int) -> Action:
-        """The action of one optimizer step."""
+        """Return the action of one optimizer step."""
         at = bisect.bisect_right(self.table, step, key=lambda action: action.last_step)
         if at < len(self.table) and self.table[at].first_step <= step:
             return self.table[at]
@@ -207,18 +207,18 @@ _KINDS: dict[str, type[Any]] = {
 
 
 def needs_of(job: Mapping[str, Any]) -> tuple[str, ...]:
-    """States that a job, as `job_to_json` writes it, starts from, then the rehearsals it waits for."""
+    """Return the states that a job, as `job_to_json` writes it, starts from, then the rehearsals it waits for."""
     states = tuple(job[name] for name in ("parent", "state", "base", "source") if job.get(name) is not None)
     return states + tuple((job.get("rehearsed") or {}).get("jobs", ()))
 
 
 def action_digest(action: Action) -> str:
-    """What decides the memory of an action and the code it runs: its points and its teacher's."""
+    """Return what decides the memory of an action and the code it runs: its points and its teacher's."""
     return digest([list(action.points), None if action.distill is None else list(action.distill.points)])
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
-    """A JSON mapping with the job's `type`."""
+    """Return a JSON mapping with the job's `type`."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(job, cls))
     return {"type": kind, **_shortened(asdict(job))}
 
@@ -235,7 +235,7 @@ def _shortened(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def job_from_json(value: dict[str, Any]) -> Job:
-    """The job written by `job_to_json`."""
+    """Return the job written by `job_to_json`."""
     fields = dict(value)
     cls = _KINDS[fields.pop("type")]
     if cls is StageJob:

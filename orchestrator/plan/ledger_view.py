@@ -14,7 +14,7 @@ from orchestrator.plan.recorded import Recorded, searches_of
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
-    """What `ledger ls --json` prints: sizes in bytes, times in seconds since the epoch.
+    """Return what `ledger ls --json` prints: sizes in bytes, times in seconds since the epoch.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -49,7 +49,8 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
 
 
 def damage(ledger: Ledger) -> list[dict[str, Any]]:
-    """Damaged states and in-stage checkpoints, every byte read: `kind`, `id`, `step` of a checkpoint, `files`.
+    """Return the damaged states and in-stage checkpoints, every byte read: `kind`, `id`, `step` of a checkpoint,
+    `files`.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -67,7 +68,7 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def discard_damage(ledger: Ledger, found: Sequence[dict[str, Any]]) -> None:
-    """Takes damaged states and in-stage checkpoints out, so that `run` trains them again.
+    """Take damaged states and in-stage checkpoints out, so that `run` trains them again.
 
     Raises:
         StorageError: the storage cannot be written.

@@ -57,7 +57,7 @@ class Longest:
 
 
 def tokens_in_layers(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longest: Longest) -> list[float]:
-    """Visual and text tokens of the longest sample in each decoder layer.
+    """Return the visual and text tokens of the longest sample in each decoder layer.
 
     Where images vary in size a square image of the mean size stands for each; where a method cannot take that, its
     compression is left out.
@@ -84,7 +84,7 @@ def activation_bytes(
     number_bytes: int,
     attn_implementation: str = "sdpa",
 ) -> float:
-    """Bytes of one sample of a micro-batch while it goes forward and backward; they grow with its samples.
+    """Return the bytes of one sample of a micro-batch while it goes forward and backward; they grow with its samples.
 
     Args:
         facts: The model.
@@ -116,7 +116,7 @@ def activation_bytes(
 
 
 def to_come_bytes(facts: ModelFacts, recipe: Mapping[str, Any], number_bytes: int, zero: int, world_size: int) -> float:
-    """Bytes of one worker's gradients and optimizer states, which an engine makes when it first steps."""
+    """Return the bytes of one worker's gradients and optimizer states, which an engine makes when it first steps."""
     counts = parameter_count(facts)
     if recipe.get("lora"):
         counts["language_model"] = facts.num_layers * lora_weights_per_layer(facts, recipe["lora"])

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No search for cycles until the end; of 10,000 cells it takes a fifth of the time (`tests/bench_plan.py`)."""
+    """Return no search for cycles until the end; of 10,000 cells it takes a fifth of the time
+    (`tests/bench_plan.py`).
+    """
     was = gc.isenabled()
     gc.disable()
     try:

@@ -34,7 +34,7 @@ RESOLVED = frozenset(
 
 
 def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
-    """A spec as a mapping of the values that decide what it does.
+    """Return a spec as a mapping of the values that decide what it does.
 
     Fields named by `not_identity` or `leave` are left out; a component carries its version, and one that came from a
     plug-in file the digest of that file.
@@ -60,7 +60,7 @@ def _plugin_file(cls: type[Component]) -> str | None:
 
 
 def hub_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit a hub revision stands for in the local cache; None where it was never downloaded."""
+    """Return the commit a hub revision stands for in the local cache; None where it was never downloaded."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     home = os.environ.get("HF_HOME") or os.path.join(
@@ -76,7 +76,7 @@ def hub_commit(repo_id: str, revision: str | None) -> str | None:
 
 
 def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> Any:
-    """A folder or file by content, a hub id by commit (by revision until it is downloaded)."""
+    """Return a folder or file by content, a hub id by commit (by revision until it is downloaded)."""
     about = found_at(name)
     if about is not None and stat.S_ISDIR(about.st_mode):
         found = steady(lambda: sorted(entry.name for entry in os.scandir(name) if entry.is_file()))
@@ -99,7 +99,7 @@ def _weight_patterns(name: str) -> tuple[str, ...]:
 
 
 def model_identity(model: ModelSpec) -> dict[str, Any]:
-    """Config, tokenizer and processor by content, weights by content or `random`; not the folder's name.
+    """Return the config, tokenizer and processor by content, weights by content or `random`; not the folder's name.
 
     Weights by part: a part that is not listed comes from the model's own weights, so these count too.
     """
@@ -117,19 +117,19 @@ def model_identity(model: ModelSpec) -> dict[str, Any]:
 
 
 def settings_identity(model: ModelSpec) -> dict[str, Any]:
-    """What of a model is not its weights: config, tokenizer and processor by content, and the compute type."""
+    """Return what of a model is not its weights: config, tokenizer and processor by content, and the compute type."""
     fields = reached(model, leave=frozenset({"model_name_or_path", "revision", "weights"}))
     return {**fields, "source": _source(model.model_name_or_path, model.revision, [_SETTINGS])}
 
 
 def folder_identity(folder: str) -> dict[str, Any]:
-    """A folder of weights by content."""
+    """Return a folder of weights by content."""
     identity: dict[str, Any] = _source(folder, None, [_SETTINGS, _weight_patterns(folder)])
     return identity
 
 
 def draws_weights(model: ModelSpec) -> bool:
-    """True where a part of the initial weights is drawn from the seed."""
+    """Return True where a part of the initial weights is drawn from the seed."""
     return model.weights == "random" or (isinstance(model.weights, dict) and "random" in model.weights.values())
 
 
@@ -152,7 +152,8 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
 
 
 def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None) -> tuple[Any, ...]:
-    """Points with `layer` as a number and `layer_average_tokens` solved for `keep_tokens`, as mappings for `attach`.
+    """Return the points with `layer` as a number and `layer_average_tokens` solved for `keep_tokens`, as mappings for
+    `attach`.
 
     Without model facts both stay as written.
 
@@ -176,13 +177,13 @@ def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, gri
 
 
 def points_identity(points: Sequence[CompressorSpec], resolved: Sequence[Mapping[str, Any]]) -> str:
-    """Digest of a variant: resolved fields that count, component versions, plug-in sources; not its name."""
+    """Return the digest of a variant: resolved fields that count, component versions, plug-in sources; not its name."""
     solved = ("layer", "keep_tokens", "layer_average_tokens")
     return digest([{**reached(p), **{name: r[name] for name in solved}} for p, r in zip(points, resolved, strict=True)])
 
 
 def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
-    """The phase's own fields that decide what a step does, given its table, data, seed and number of steps."""
+    """Return the phase's own fields that decide what a step does, given its table, data, seed and number of steps."""
     fields: dict[str, Any] = reached(recipe, leave=RESOLVED)
     fields["train"] = sorted(set(recipe.train))
     if recipe.lora is not None:
@@ -193,6 +194,6 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
 
 
 def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
-    """The evaluation's own fields; its data, points and length are hashed beside it."""
+    """Return the evaluation's own fields; its data, points and length are hashed beside it."""
     fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under", "model_max_length"}))
     return fields

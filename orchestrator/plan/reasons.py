@@ -36,7 +36,7 @@ class Standing:
 
     @classmethod
     def of(cls, tree: StageTree, ledger: Ledger) -> Standing:
-        """The standing now."""
+        """Return the standing now."""
         needed = tree.needed(ledger)
         blocked = tree.blocked(ledger, needed)
         return cls(tree, ledger, frozenset(needed), frozenset(blocked), living_holders(ledger))
@@ -72,12 +72,14 @@ class Standing:
         return {run for run in self.tree.stage_runs if run in self.needed and self.ledger.is_begun(run)}
 
     def needed_of(self, cell: Cell) -> tuple[str, ...]:
-        """Stage runs that a cell waits for, in order: what lies before a state that is there is others' business."""
+        """Return the stage runs that a cell waits for, in order: what lies before a state that is there is others'
+        business.
+        """
         path = self.tree.path_of[cell.id]
         return tuple(itertools.takewhile(self.needed.__contains__, reversed(path)))[::-1]
 
     def jobs(self, cell: Cell) -> tuple[str, ...]:
-        """All that a cell waits for, in order; other experiments' states that it starts from included."""
+        """Return all that a cell waits for, in order; other experiments' states that it starts from included."""
         key = (cell.id, cell.name)
         if key not in self._jobs:
             self._jobs[key] = self._jobs_of(cell)
@@ -112,7 +114,7 @@ class Standing:
         return "failed" if "failed" in parts else "running" if "running" in parts else "new"
 
     def failure(self, cell: Cell) -> tuple[str, str] | None:
-        """The job of a cell that failed, and why."""
+        """Return the job of a cell that failed, and why."""
         for identity in self.jobs(cell):
             if identity in self.blocked and (failure := self.ledger.failure(identity)) is not None:
                 return identity, str(failure.get("error", "")).strip() or "no reason recorded"
@@ -144,7 +146,7 @@ class Reasons:
         self._nearest = Nearest(done, records, experiment) if experiment is not None else None
 
     def of(self, cell: Cell) -> list[str]:
-        """`["done"]`, or all that is to be told of a cell, the weightiest first."""
+        """Return `["done"]`, or all that is to be told of a cell, the weightiest first."""
         standing = self._standing
         if standing.cell(cell) == "done":
             return ["done"]
@@ -179,7 +181,7 @@ class Reasons:
                 yield f"continues at step {steps[0]:,}"
 
     def _again(self, needed: Sequence[str]) -> Iterable[str]:
-        """Steps that were trained before and are trained once more, since the state they led to was not kept."""
+        """Return steps that were trained before and are trained once more, since the state they led to was not kept."""
         runs = self._standing.tree.stage_runs
         dropped = [runs[run] for run in needed if run in self._standing.trained]
         if dropped:

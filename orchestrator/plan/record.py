@@ -76,7 +76,7 @@ def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
 def cell_record(
     cell: Cell, tree: StageTree, ledger: Ledger, costs: Costs | None = None, spec_sha: str | None = None
 ) -> CellRecord:
-    """A cell as it stands in the ledger.
+    """Return a cell as it stands in the ledger.
 
     Args:
         cell: The cell.
@@ -125,7 +125,7 @@ class _Run:
 
 
 def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run] | None:
-    """The stage runs that led to the cell's furthest finished state, first to last.
+    """Return the stage runs that led to the cell's furthest finished state, first to last.
 
     Followed by the recorded parents, not by the tree: a state may have been trained before another cell cut its way.
     What another experiment trained for it to start from is that one's. None where one before it is missing (damaged
@@ -192,7 +192,7 @@ def _params(cell: Cell) -> dict[str, str]:
 
 
 def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
-    """Hardware and versions; several where stage runs differ."""
+    """Return the hardware and versions; several where stage runs differ."""
     marks = [run.result.get("fingerprint") or {} for run in runs]
 
     def all_of(name: str) -> str:
@@ -220,7 +220,7 @@ def _tree_share(cell: Cell, tree: StageTree, costs: Costs) -> float:
 
 
 def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | None) -> dict[str, float]:
-    """Scores that are there; costs once the cell is trained (`costs` given)."""
+    """Return the scores that are there; costs once the cell is trained (`costs` given)."""
     summary: dict[str, float] = {}
     for job in cell.evaluations:
         place = f"eval/{job.name}" if job.under == "final" else f"eval/{job.name}/under_{job.under}"
@@ -247,7 +247,7 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | No
 
 
 def _step_tables(cell: Cell) -> dict[str, str]:
-    """What every step of every phase does, for people (CSV) and programs (JSON)."""
+    """Return what every step of every phase does, for people (CSV) and programs (JSON)."""
     tables = {plan.name: [_step_row(action) for action in plan.table] for plan in cell.phases}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -43,7 +43,7 @@ class Recorded:
 
 
 def reach_of(walk: Walk) -> Recorded:
-    """What an experiment reaches as it is planned now."""
+    """Return what an experiment reaches as it is planned now."""
     name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
     key = f"{_FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
     states = dict.fromkeys((*tree.roots, *tree.starts), "weights")
@@ -54,7 +54,7 @@ def reach_of(walk: Walk) -> Recorded:
 
 
 def record_experiment(walk: Walk) -> None:
-    """Notes what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
+    """Note what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
 
     Raises:
         StorageError: the storage cannot be written.
@@ -65,7 +65,8 @@ def record_experiment(walk: Walk) -> None:
 
 
 def recorded_experiments(store: Store) -> list[Recorded]:
-    """All recorded experiments, by key; a damaged record is an error: without it `gc` would take its states away.
+    """Return all recorded experiments, by key; a damaged record is an error: without it `gc` would take its states
+    away.
 
     Raises:
         ValueError: a record cannot be read.
@@ -82,7 +83,7 @@ def recorded_experiments(store: Store) -> list[Recorded]:
 
 @lru_cache(maxsize=64)
 def _parsed(url: str, key: str, data: bytes) -> Recorded:
-    """Parsed once for as long as it does not change: `gc` asks again before each step."""
+    """Return a parsed file, kept for as long as it does not change: `gc` asks again before each step."""
     note = parse_json(data)
     try:
         assert note is not None
@@ -93,7 +94,7 @@ def _parsed(url: str, key: str, data: bytes) -> Recorded:
 
 
 def wanted_states(experiments: Iterable[Recorded]) -> dict[str, str]:
-    """State to the most that any experiment keeps of it."""
+    """Return the state to the most that any experiment keeps of it."""
     wanted: dict[str, str] = {}
     for experiment in experiments:
         for state, keep in experiment.states.items():
@@ -102,7 +103,7 @@ def wanted_states(experiments: Iterable[Recorded]) -> dict[str, str]:
 
 
 def searches_of(store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Search to the notes of its trials."""
+    """Return the search to the notes of its trials."""
     found: dict[str, list[dict[str, Any]]] = {}
     for search in store.names("searches"):
         names = [name for name in store.names(f"searches/{search}") if name.startswith("trial_")]

@@ -41,7 +41,7 @@ class Lengths:
 def measure_lengths(
     data: DataSpec, data_id: str, model_folder: str, model_max_length: int, tokens_per_image: int
 ) -> Lengths | None:
-    """Mean lengths over up to 2,000 rows at equal distances; cached by content.
+    """Return the mean lengths over up to 2,000 rows at equal distances; cached by content.
 
     Args:
         data: The data set.
@@ -108,7 +108,7 @@ def _measure(data: DataSpec, folder: Path, model_max_length: int, tokens_per_ima
 
 
 def _special(folder: Path) -> tuple[str, str, str]:
-    """First token, end token and image placeholder as texts."""
+    """Return the first token, end token and image placeholder as texts."""
     config = read_json(folder / "tokenizer_config.json") or {}
 
     def text(name: str, otherwise: str) -> str:
@@ -138,7 +138,7 @@ def _chat_format(folder: Path) -> Any:
 
 
 def _renderer(template: str | None, bos: str, eos: str) -> Callable[[Sequence[dict[str, Any]], bool], str]:
-    """Chat templates as transformers renders them: a sandbox, no blank lines of blocks."""
+    """Return the chat templates as transformers renders them: a sandbox, no blank lines of blocks."""
     if template is None:
         return lambda messages, add_generation_prompt: "".join(json.dumps(m) for m in messages)
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -170,7 +170,8 @@ class Samples:
     def mean(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float], facts: ModelFacts
     ) -> Sample | None:
-        """The mean sample of a phase; sets weigh by the rows of an epoch. None where a set's lengths are not at hand.
+        """Return the mean sample of a phase; sets weigh by the rows of an epoch. None where a set's lengths are not
+        at hand.
 
         Args:
             spec: Holds the data sets and the model.

@@ -61,7 +61,9 @@ class SmallModel:
 
 
 def map_layers(depth: int, used: Iterable[int]) -> LayerMap:
-    """Four layers, or so many that those in use stay apart, at most 16; layer 0 stays 0, and no other becomes 0."""
+    """Return the four layers, or so many that those in use stay apart, at most 16; layer 0 stays 0, and no other
+    becomes 0.
+    """
     wanted = sorted({layer for layer in used if 0 <= layer < depth})
     small = min(depth, max(4, min(len(wanted) + 1, MOST_LAYERS)))
     places = {layer: layer * small // depth for layer in wanted}
@@ -74,7 +76,7 @@ def map_layers(depth: int, used: Iterable[int]) -> LayerMap:
 
 
 def layers_in_use(spec: ExperimentSpec, depth: int) -> set[int]:
-    """Decoder layers at which a cell's variants act, those a ramp moves between included."""
+    """Return the decoder layers at which a cell's variants act, those a ramp moves between included."""
     points = [point for variant in spec.compressors.values() for point in variant]
     found = {point.layer_index(depth) for point in points if point.layer != "projector"}
     schedules = [*spec.schedules.values(), *(p.schedule for p in (spec.phases.pretrain, spec.phases.finetune) if p)]
@@ -86,7 +88,7 @@ def layers_in_use(spec: ExperimentSpec, depth: int) -> set[int]:
 
 
 def smoke_spec(cell: Cell, small: SmallModel, machine: Machine, storage: str, local: Path) -> ExperimentSpec:
-    """A cell's experiment made small.
+    """Return a cell's experiment made small.
 
     Args:
         cell: The cell at its full size.
@@ -118,7 +120,7 @@ def smoke_spec(cell: Cell, small: SmallModel, machine: Machine, storage: str, lo
 
 
 def changed_for(spec: ExperimentSpec, small: ExperimentSpec) -> list[str]:
-    """What a trial run on this machine does not try, for people."""
+    """Return what a trial run on this machine does not try, for people."""
     told = [
         f"{name}: {before} is not possible here, {after} is tried instead"
         for name, before, after in (
@@ -163,7 +165,7 @@ def _model(model: dict[str, Any], small: SmallModel, machine: Machine) -> dict[s
 
 
 def _points(cell: Cell, name: str, layers: LayerMap) -> list[dict[str, Any]]:
-    """A variant's points at their new layers; the amounts are those of the full-size model."""
+    """Return a variant's points at their new layers; the amounts are those of the full-size model."""
     points = cell.spec.compressors[name]
     grid = cell.facts.visual_grid if cell.facts is not None else None
     found = []
@@ -192,7 +194,7 @@ def _phase(spec: ExperimentSpec, plan: PhasePlan, layers: LayerMap, workers: int
 
 
 def _schedule(schedule: ScheduleSpec, plan: PhasePlan, layers: LayerMap) -> ScheduleSpec:
-    """A schedule whose lengths are shares of the phase and whose layers are the small model's."""
+    """Return a schedule whose lengths are shares of the phase and whose layers are the small model's."""
     values = schedule.model_dump(mode="json")
     if values["kind"] == "stages":
         for stage in values["stages"]:

@@ -39,7 +39,7 @@ class Start:
 
 
 def start_text(recipe: PhaseSpec) -> str | None:
-    """What a phase starts from by `start_from`, in words."""
+    """Return what a phase starts from by `start_from`, in words."""
     start = recipe.start
     if start is None:
         return None
@@ -54,7 +54,7 @@ def resolve_start(
     settings_of: Callable[[ExperimentSpec], str],
     other_cell: Callable[[StartFromSpec], Cell],
 ) -> Start:
-    """Where the phase `name` of a cell starts.
+    """Return where the phase `name` of a cell starts.
 
     Args:
         spec: The cell's.
@@ -96,7 +96,7 @@ def _put_together(
 
 
 def _cut(cell: Cell, name: str, start: StartFromSpec) -> Cell:
-    """The cell as far as the phase."""
+    """Return the cell as far as the phase."""
     names = [plan.name for plan in cell.phases]
     if start.phase not in names:
         raise UsageError(
@@ -108,7 +108,7 @@ def _cut(cell: Cell, name: str, start: StartFromSpec) -> Cell:
 
 
 def pick(experiment: LoadedExperiment, start: StartFromSpec, plan: Callable[[ResolvedCell], Cell]) -> ResolvedCell:
-    """The cell that `start_from` names; all are planned only where an id's beginning asks for it.
+    """Return the cell that `start_from` names; all are planned only where an id's beginning asks for it.
 
     Raises:
         UsageError: none or several fit.

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def steady(look: Callable[[], _T]) -> _T:
-    """Does a look again, a few times, where it met what may pass.
+    """Do a look again, a few times, where it met what may pass.
 
     Raises:
         OSError: it did not pass, or it is no such error.
@@ -33,7 +33,7 @@ def steady(look: Callable[[], _T]) -> _T:
 
 
 def found_at(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What a path leads to; None where nothing is there.
+    """Return what a path leads to; None where nothing is there.
 
     Raises:
         OSError: it cannot be asked.

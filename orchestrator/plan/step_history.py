@@ -58,7 +58,8 @@ class StepHistory:
     __hash__ = None  # type: ignore[assignment]
 
     def since(self, step: int) -> Iterator[Point]:
-        """Points of a step and of those after it, up to the first gap: a file may have been taken away as damaged.
+        """Return the points of a step and of those after it, up to the first gap: a file may have been taken away as
+        damaged.
 
         What lies beyond a gap would hide it from who looks for what follows the last point sent.
 
@@ -82,7 +83,7 @@ class StepHistory:
 
 
 def points_since(history: StepHistory | Sequence[Point], step: int) -> Iterable[Point]:
-    """Points of a step and of those after it, in the order of steps."""
+    """Return the points of a step and of those after it, in the order of steps."""
     if isinstance(history, StepHistory):
         return history.since(step)
     return sorted((point for point in history if point[2] >= step), key=lambda point: point[2])
@@ -97,7 +98,7 @@ def _points(line: dict[str, Any], offset: int) -> Iterable[Point]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a line cut short by a crash ends it.
+    """Return the lines of a metrics file; a line cut short by a crash ends it.
 
     Raises:
         StorageError: it is there and cannot be read: a part of a curve must not pass for all of it.
@@ -106,7 +107,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
-    """Lines of a metrics file from a step on, up to one that a crash cut short; their steps rise.
+    """Return the lines of a metrics file from a step on, up to one that a crash cut short; their steps rise.
 
     Raises:
         StorageError: the file is there and cannot be read.
@@ -132,7 +133,7 @@ def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """One line; None where it is none of ours."""
+    """Return one line; None where it is none of ours."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -11,14 +11,14 @@ from orchestrator.spec.steps import epoch_steps, rows_per_epoch
 
 
 def num_rows(data: DataSpec) -> int | None:
-    """Usable rows of a data set; None where it is not here and the spec does not say."""
+    """Return the usable rows of a data set; None where it is not here and the spec does not say."""
     return data.num_rows()
 
 
 def total_steps_of(
     name: str, recipe: PhaseSpec, sets: dict[str, float], count_rows: Callable[[str], int | None]
 ) -> int:
-    """Optimizer steps of a phase: `max_steps`, or the whole batches of its epochs.
+    """Return the optimizer steps of a phase: `max_steps`, or the whole batches of its epochs.
 
     Raises:
         UsageError: it has no length, or its data's rows cannot be counted.
@@ -40,7 +40,7 @@ def total_steps_of(
 
 
 def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: bool) -> int:
-    """Optimizer steps whose cost is nearest to a target, or the most that stay within it.
+    """Return the optimizer steps whose cost is nearest to a target, or the most that stay within it.
 
     Args:
         target: TFLOPs.
@@ -75,7 +75,7 @@ def steps_by_cost(
     price: Callable[[str | ScheduleSpec, int], float | None] | None,
     stated: Callable[[PhaseSpec], int],
 ) -> int:
-    """Optimizer steps of a phase whose length is a cost.
+    """Return the optimizer steps of a phase whose length is a cost.
 
     `max_train_tflops`: the most steps that cost no more. `match_train_tflops`: as many as cost what the schedule it
     names costs over the phase's `max_steps` or `num_train_epochs` (one epoch where neither is given).

@@ -47,12 +47,12 @@ class Branch:
         return self.plan.stage_ends[self.stage]
 
     def does(self, end: int) -> str:
-        """What it does up to a step; equal for branches of one state that do the same."""
+        """Return what it does up to a step; equal for branches of one state that do the same."""
         # An action goes up to its end unchanged, so one digest says it all.
         return self.plan.points_ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
 
     def move_to(self, step: int) -> None:
-        """Goes on to a step before the phase's end."""
+        """Go on to a step before the phase's end."""
         self.stage += self.stage_end <= step
         while self._action_end() <= step:
             self.index += 1
@@ -62,7 +62,8 @@ class Branch:
 
 
 def split(group: Sequence[Branch]) -> list[list[Branch]]:
-    """Branches of one state that do the same up to the first stage end among them; last part first, for the stack.
+    """Return the branches of one state that do the same up to the first stage end among them; last part first, for
+    the stack.
 
     Two parts differ before the end of either, so no state is ever reached on two ways.
     """
@@ -92,7 +93,7 @@ _NOT_TRIED = frozenset(
 
 
 def with_rehearsals(tree: StageTree, work: list[Job], ledger: Ledger) -> list[Job]:
-    """The work list with its rehearsals right after the weights they open; as it is where none are wanted."""
+    """Return the work list with its rehearsals right after the weights they open; as it is where none are wanted."""
     runs = [job for job in work if isinstance(job, StageJob)]
     if not runs or tree.cluster is None or not _is_wanted(tree.cluster):
         return work
@@ -116,7 +117,7 @@ def with_rehearsals(tree: StageTree, work: list[Job], ledger: Ledger) -> list[Jo
 
 
 def _is_wanted(cluster: ClusterSpec) -> bool:
-    """`auto`: where there may be GPUs; the workers of another machine find that out themselves."""
+    """Return `auto`: where there may be GPUs; the workers of another machine find that out themselves."""
     if cluster.rehearse != "auto":
         return cluster.rehearse
     if cluster.use_gpu != "auto":
@@ -145,7 +146,7 @@ class _Rehearsals:
         self._job_of_key: dict[str, str] = {}
 
     def take(self, job: StageJob) -> None:
-        """Adds what a stage run does."""
+        """Add what a stage run does."""
         about = self._way_of(job)
         one = self._found.setdefault(about, _One(job, self._origin(job)))
         keys = []
@@ -158,7 +159,7 @@ class _Rehearsals:
         self._keys_of[job.id], self._about_of[job.id] = tuple(dict.fromkeys(keys)), about
 
     def keys_of_cells(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
-        """What each cell needs to have been tried, in its order; adds the evaluations that are to be done."""
+        """Return what each cell needs to have been tried, in its order; adds the evaluations that are to be done."""
         tests: dict[str, list[EvaluationJob]] = {}
         for job in work:
             if isinstance(job, EvaluationJob):
@@ -177,7 +178,7 @@ class _Rehearsals:
         return found
 
     def jobs(self) -> list[RehearsalJob]:
-        """The rehearsals."""
+        """Return the rehearsals."""
         made = []
         for about, one in self._found.items():
             identity = digest(["rehearsal", about, list(one.actions), list(one.evaluations)])
@@ -198,13 +199,13 @@ class _Rehearsals:
         return made
 
     def waiting(self, job: StageJob, keys: dict[str, tuple[str, ...]]) -> StageJob:
-        """A stage run that waits for what all of its cells need; after `jobs`."""
+        """Return a stage run that waits for what all of its cells need; after `jobs`."""
         cells = {keys[cell] for cell in self._tree.cells_of[job.id]}
         wanted = sorted({self._job_of_key[key] for one in cells for key in one})
         return replace(job, rehearsed=Rehearsed(tuple(wanted), tuple(sorted(cells))))
 
     def _way_of(self, job: StageJob) -> str:
-        """Digest of what a trial depends on beside the action."""
+        """Return the digest of what a trial depends on beside the action."""
         near = (id(job.recipe), id(job.model), id(job.data))
         if near not in self._about:
             cluster = self._cluster
@@ -221,7 +222,7 @@ class _Rehearsals:
         return self._about[near]
 
     def _origin(self, job: StageJob) -> str:
-        """A state whose weights are there before the stage run's own parent is."""
+        """Return a state whose weights are there before the stage run's own parent is."""
         state = job.parent
         while state in self._tree.stage_runs and not self._ledger.has(state, "weights"):
             state = self._tree.stage_runs[state].parent
@@ -265,7 +266,7 @@ class StageTree:
     cluster: ClusterSpec | None = None
 
     def work(self, ledger: Ledger, retry_failed: bool = False) -> list[Job]:
-        """What is missing, in order of execution: an evaluation comes right after its state.
+        """Return what is missing, in order of execution: an evaluation comes right after its state.
 
         What failed, and what stands on it, is left out unless `retry_failed`.
         """
@@ -283,18 +284,18 @@ class StageTree:
         return with_rehearsals(self, work, ledger)
 
     def job_of(self, state: str) -> RootJob | StartJob | StageJob:
-        """The job that leads to a state."""
+        """Return the job that leads to a state."""
         return self.roots.get(state) or self.starts.get(state) or self.stage_runs[state]
 
     def needs_of(self, state: str) -> tuple[str, ...]:
-        """States that a state is made from."""
+        """Return the states that a state is made from."""
         if (run := self.stage_runs.get(state)) is not None:
             return (run.parent,)
         start = self.starts.get(state)
         return tuple(need for need in (start.base, start.source) if need is not None) if start is not None else ()
 
     def needed(self, ledger: Ledger) -> set[str]:
-        """States to be written: results that are missing, and what must be stored to get to them."""
+        """Return the states to be written: results that are missing, and what must be stored to get to them."""
         wanted: dict[str, int] = {}
         for state in set(self.state_of.values()):
             missing = any(ledger.evaluation(job.id) is None for job in self.evaluations_of.get(state, ()))
@@ -313,7 +314,7 @@ class StageTree:
         return needed
 
     def blocked(self, ledger: Ledger, needed: set[str]) -> set[str]:
-        """States and evaluations that failed, and those that stand on them."""
+        """Return the states and evaluations that failed, and those that stand on them."""
         blocked: set[str] = set()
         for state in self.order:
             stands_on = not blocked.isdisjoint(self.needs_of(state))
@@ -332,7 +333,7 @@ def _stored(ledger: Ledger, state: str, level: Level) -> bool:
 
 
 def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> StageTree:
-    """Merges the cells' equal beginnings; cuts at every stage's end and wherever another cell leaves.
+    """Merge the cells' equal beginnings; cuts at every stage's end and wherever another cell leaves.
 
     A policy that mixes variants step by step is one stage run; its beginning is shared up to the end of a stage of
     another cell that does the same until there.
@@ -381,7 +382,7 @@ class _Builder:
         return tree
 
     def _take_in(self, owner: Cell, cell: Cell) -> None:
-        """Roots, starts and phases of a cell, or of one that it starts from."""
+        """Return the roots, starts and phases of a cell, or of one that it starts from."""
         self.tree.roots.setdefault(owner.root.id, owner.root)
         for start in owner.starts:
             self.tree.starts.setdefault(start.id, start)
@@ -395,7 +396,7 @@ class _Builder:
                 through.append(cell)
 
     def _grow_from_starts(self) -> None:
-        """What is put together comes once all it is made from is there."""
+        """Return what is put together comes once all it is made from is there."""
         waiting = dict(self.tree.starts)
         while waiting:
             placed = set(self.tree.order)
@@ -463,7 +464,7 @@ class _Builder:
         )  # fmt: skip
 
     def _table(self, plan: PhasePlan, last: int) -> tuple[Action, ...]:
-        """What a phase does up to a step; cells of one schedule share it."""
+        """Return what a phase does up to a step; cells of one schedule share it."""
         if last == plan.total_steps:
             return plan.table
         key = (id(plan.table), last)

@@ -27,7 +27,8 @@ Direction = Literal["max", "min"]
 
 
 def pareto_front(points: Mapping[Key, Sequence[float]], directions: Sequence[Direction]) -> set[Key]:
-    """Keys of the points that no other point beats; equal points stay together. One objective: the best point.
+    """Return the keys of the points that no other point beats; equal points stay together. One objective: the best
+    point.
 
     Args:
         points: Key to one value for each objective, all finite.
@@ -72,11 +73,11 @@ class Trial:
     error: str | None = None
 
     def failed(self, error: str) -> Trial:
-        """The trial once it failed."""
+        """Return the trial once it failed."""
         return replace(self, state="failed", objectives={}, error=error)
 
     def ended(self, records: Sequence[CellRecord], search: SearchSpec) -> Trial:
-        """The trial once all its cells are finished."""
+        """Return the trial once all its cells are finished."""
         found: dict[str, float] = {}
         for name in search.objectives:
             numbers = [record.summary.get(name, math.nan) for record in records]
@@ -94,7 +95,7 @@ class TrialNotes:
         self._store, self._folder = store, f"searches/{search_id}"
 
     def read(self) -> list[Trial]:
-        """All trials, by number."""
+        """Return all trials, by number."""
         found = []
         for name in self._store.names(self._folder):
             data = self._store.read(f"{self._folder}/{name}") if name.startswith("trial_") else None
@@ -104,7 +105,7 @@ class TrialNotes:
         return sorted(found, key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:
-        """Notes a trial as it stands.
+        """Note a trial as it stands.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -114,7 +115,7 @@ class TrialNotes:
 
 
 def search_id(loaded: LoadedExperiment) -> str:
-    """What makes a search the same one: its base, space, objectives and algorithm; not the number of trials."""
+    """Return what makes a search the same one: its base, space, objectives and algorithm; not the number of trials."""
     search = loaded.spec.search
     assert search is not None
     told = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
@@ -123,7 +124,7 @@ def search_id(loaded: LoadedExperiment) -> str:
 
 
 def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:
-    """Each trial with its cells; one whose recipe cannot be a cell comes back failed and has none."""
+    """Return each trial with its cells; one whose recipe cannot be a cell comes back failed and has none."""
     for trial in trials:
         try:
             resolved = trial_cells(loaded, trial.number, trial.values)
@@ -135,7 +136,7 @@ def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterat
 
 
 def front_of(trials: Sequence[Trial], search: SearchSpec) -> set[str]:
-    """Ids of the cells of the trials that no other finished one beats."""
+    """Return the ids of the cells of the trials that no other finished one beats."""
     finished = {trial.number: trial for trial in trials if trial.state == "finished"}
     points = {number: [trial.objectives[name] for name in search.objectives] for number, trial in finished.items()}
     best = pareto_front(points, list(search.objectives.values()))

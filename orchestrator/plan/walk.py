@@ -55,34 +55,34 @@ class Walk:
         return self.loaded.spec.tracking.experiment_name or self.loaded.spec.name
 
     def with_trial(self, trial: Trial) -> Walk:
-        """The search once one of its trials has moved on."""
+        """Return the search once one of its trials has moved on."""
         assert self.loaded.spec.search is not None
         trials = tuple(trial if each.number == trial.number else each for each in self.trials)
         return replace(self, trials=trials, front=frozenset(front_of(trials, self.loaded.spec.search)))
 
     def folder(self, cell: Cell) -> Path:
-        """Where a cell's weights, log and resolved YAML are found by name."""
+        """Return where a cell's weights, log and resolved YAML are found by name."""
         return self.ledger.cell_folder(self.loaded.spec.name, cell.name)
 
     def record(self, cell: Cell) -> CellRecord:
-        """A cell as it stands in the ledger; a trial's says whether it is on the front."""
+        """Return a cell as it stands in the ledger; a trial's says whether it is on the front."""
         record = cell_record(cell, self.tree, self.ledger)
         if self.loaded.spec.search is None or record.status != "finished":
             return record
         return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
 
     def status(self, cell: Cell) -> Status:
-        """A cell's state; quick, no metrics are read."""
+        """Return a cell's state; quick, no metrics are read."""
         return cell_status(cell, self.tree, self.ledger)
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
-        """Ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
+        """Return ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
         tests = dict.fromkeys(job.id for job in cell.evaluations)
         origins = self.tree.origins_of.get(cell.id, ())
         return tuple(dict.fromkeys((cell.root.id, *origins, *self.tree.path_of[cell.id], *tests)))
 
     def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
-        """Job id to the names of the cells that need it."""
+        """Return the job id to the names of the cells that need it."""
         names: dict[str, list[str]] = {job.id: [] for job in work}
         for cell in self.cells:
             for identity in self.jobs_of(cell):
@@ -91,7 +91,7 @@ class Walk:
         return {identity: tuple(found) for identity, found in names.items()}
 
     def failures(self) -> dict[str, str]:
-        """Cell name to the reason why it failed."""
+        """Return the cell name to the reason why it failed."""
         found = {}
         for cell in self.cells:
             for identity in self.jobs_of(cell):
@@ -102,7 +102,7 @@ class Walk:
         return found
 
     def find(self, wanted: str) -> Cell:
-        """The cell of a name, an id's unique beginning, or `axis=value`.
+        """Return the cell of a name, an id's unique beginning, or `axis=value`.
 
         Raises:
             UsageError: none or several fit.
@@ -114,7 +114,7 @@ class Walk:
 
 
 def storage_path(loaded: LoadedExperiment) -> str | Path:
-    """The storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or `s3://bucket/prefix`.
+    """Return the storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or `s3://bucket/prefix`.
 
     Raises:
         UsageError: it is another URL, or holds a password.
@@ -129,7 +129,7 @@ def storage_path(loaded: LoadedExperiment) -> str | Path:
 
 
 def refuse_secret(storage: str) -> None:
-    """Ends where a storage's address holds a password: it is printed, and written into records.
+    """End where a storage's address holds a password: it is printed, and written into records.
 
     Raises:
         UsageError: it does.
@@ -143,7 +143,7 @@ def refuse_secret(storage: str) -> None:
 
 @collector_paused()
 def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
-    """Loads, expands and plans an experiment.
+    """Load, expands and plans an experiment.
 
     Raises:
         SpecError: the file has faults.
@@ -159,7 +159,7 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
 
 
 def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> Walk:
-    """A search with the trials there are; one that cannot be planned comes back failed.
+    """Return a search with the trials there are; one that cannot be planned comes back failed.
 
     A trial that is the same as an earlier one shares its cells, under the earlier one's names.
     """

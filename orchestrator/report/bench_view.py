@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 
 def print_bench(document: dict[str, Any], console: Console) -> None:
-    """Prints a bench document."""
+    """Print a bench document."""
     console.print(
         f"[bold]{document['experiment']}[/bold]: forward and backward of {document['rows']} samples, "
         f"{document['visual_tokens']} visual + {document['text_tokens']} text tokens each; {document['device']}, "
@@ -44,7 +44,7 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
 
 
 def bench_figure(document: dict[str, Any], path: Path) -> None:
-    """Draws measured and predicted speed-up of every variant as PNG."""
+    """Draw measured and predicted speed-up of every variant as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from orchestrator.plan.walk import Walk
 
 
 def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
-    """Points a cell's folder to its weights and log, and writes its resolved YAML and record."""
+    """Point a cell's folder to its weights and log, and writes its resolved YAML and record."""
     return steady(lambda: _written_folder(walk, cell, record))  # writing it twice gives the same
 
 
@@ -38,7 +38,8 @@ def _written_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
 
 
 def weights_folder(walk: Walk, cell: Cell) -> Path:
-    """Where a cell's weights are found by name, brought to this machine if they lie in a bucket; it need not exist.
+    """Return where a cell's weights are found by name, brought to this machine if they lie in a bucket; it need not
+    exist.
 
     Raises:
         DamagedStateError: they are damaged there.
@@ -51,7 +52,7 @@ def weights_folder(walk: Walk, cell: Cell) -> Path:
 
 
 def log_files(walk: Walk, cell: Cell) -> list[Path]:
-    """What a cell's stage runs and evaluations printed, in order."""
+    """Return what a cell's stage runs and evaluations printed, in order."""
     return [path for identity in walk.jobs_of(cell) if found_at(path := walk.ledger.log_file(identity)) is not None]
 
 

@@ -14,7 +14,7 @@ _COMMON = ("kind", "layer", *AMOUNTS)
 
 
 def compressor_documents() -> list[dict[str, Any]]:
-    """One mapping a compressor: name, what it does, where it acts, its own parameters, its version."""
+    """Return one mapping a compressor: name, what it does, where it acts, its own parameters, its version."""
     found = []
     for kind in registry.kinds(registry.COMPRESSORS):
         cls = registry.spec_class(registry.COMPRESSORS, kind)
@@ -39,7 +39,7 @@ def compressor_documents() -> list[dict[str, Any]]:
 
 
 def print_compressors(console: Console) -> None:
-    """The compressors, a block each."""
+    """Return the compressors, a block each."""
     for document in compressor_documents():
         console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(_places(document))})")
         console.print(f"    {document['does']}", highlight=False, markup=False)
@@ -57,7 +57,7 @@ def _places(document: dict[str, Any]) -> list[str]:
 
 
 def _allowed(value: dict[str, Any]) -> str:
-    """What a JSON schema allows, in few words."""
+    """Return what a JSON schema allows, in few words."""
     if "anyOf" in value:
         return " | ".join(dict.fromkeys(_allowed(one) for one in value["anyOf"]))
     return " | ".join(map(str, value["enum"])) if "enum" in value else str(value.get("type", "any"))

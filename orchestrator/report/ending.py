@@ -17,7 +17,7 @@ from orchestrator.report.units import counted_noun, legend
 
 
 def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
-    """Why a run did nothing."""
+    """Return why a run did nothing."""
     if failed:
         return f"nothing was run: {counted_noun(len(failed), 'cell')} failed before; --retry-failed takes them up again"
     if waiting:
@@ -26,7 +26,7 @@ def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """The ablation table on the screen."""
+    """Return the ablation table on the screen."""
     head, body = text_cells(table)
     grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for number, name in enumerate(head):
@@ -43,7 +43,7 @@ def print_table(table: Table, console: Console) -> None:
 def print_ending(
     walk: Walk, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
 ) -> None:
-    """The table, every failure with its reason, the figure and the MLflow line."""
+    """Return the table, every failure with its reason, the figure and the MLflow line."""
     console.print()
     print_table(table, console)
     console.print()

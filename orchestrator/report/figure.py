@@ -12,7 +12,8 @@ from orchestrator.report.units import Operations
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points no other point beats: less cost at no less accuracy, or more accuracy at no more cost.
+    """Return the indices of the points no other point beats: less cost at no less accuracy, or more accuracy at no
+    more cost.
 
     Args:
         points: `(cost, accuracy)`; cost is better small, accuracy is better large.
@@ -27,7 +28,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def grid_figure(table: Table, title: str, path: Path) -> bool:
-    """Draws accuracy over training TFLOPs, one panel an evaluation setting, and writes it as PNG.
+    """Draw accuracy over training TFLOPs, one panel an evaluation setting, and writes it as PNG.
 
     Returns:
         False, with nothing written, where no finished cell has both figures.
@@ -77,7 +78,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
 
 
 def training_figure(record: CellRecord, path: Path) -> bool:
-    """Draws a cell's loss and its schedule (visual tokens as the mean over decoder layers) over optimizer steps.
+    """Draw a cell's loss and its schedule (visual tokens as the mean over decoder layers) over optimizer steps.
 
     Returns:
         False, with nothing written, where the cell has no history.

@@ -14,7 +14,7 @@ _SHOWN_CELLS = 3
 
 
 def size_text(size: float) -> str:
-    """Bytes in the unit that fits."""
+    """Return the bytes in the unit that fits."""
     unit = 0
     while size >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1
@@ -22,7 +22,7 @@ def size_text(size: float) -> str:
 
 
 def print_ledger(document: dict[str, Any], console: Console) -> None:
-    """Prints what `ledger_document` found."""
+    """Print what `ledger_document` found."""
     console.print(f"{document['storage']}: {size_text(document['bytes'])}", highlight=False)
     states = (
         (_short(e["id"]), e["phase"] or e["type"] or "damaged", _steps(e), ", ".join(e["kept"]) or "result",

@@ -69,16 +69,16 @@ class LiveView:
     def set_work(
         self, work: Sequence[Job], costs: Mapping[str, float], cells_of: Mapping[str, tuple[str, ...]]
     ) -> None:
-        """Takes a new complete plan, as when a search adds cells or a damaged state is trained again."""
+        """Take a new complete plan, as when a search adds cells or a damaged state is trained again."""
         self._cells_of = {**self._cells_of, **cells_of}
         self._progress.set_work(work, costs)
 
     def say(self, text: str) -> None:
-        """One line that stays on the screen."""
+        """Return one line that stays on the screen."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Takes an event of the dispatch.
+        """Take an event of the dispatch.
 
         `event` is one of `started`, `finished` (`elsewhere` where another driver did it), `failed`, `retried`,
         `interrupted`, `skipped`, `damaged` (`state`: what was damaged); `id` is the job's, `lane` where it is known.
@@ -125,7 +125,7 @@ class LiveView:
             self.tell_plainly()
 
     def tell_plainly(self) -> None:
-        """A line for each busy lane, where there is no terminal."""
+        """Return a line for each busy lane, where there is no terminal."""
         now = self._progress.snapshot()
         left = f"  about {clock(now.seconds_left)} left" if now.seconds_left is not None else ""
         for line in now.lanes:
@@ -135,7 +135,7 @@ class LiveView:
                 self.say(f"{clock(now.elapsed_seconds):>7}  {now.share:4.0%}     {text}{left}")
 
     def render(self) -> Group:
-        """What a terminal shows now: the sums, then a line for each lane."""
+        """Return what a terminal shows now: the sums, then a line for each lane."""
         now = self._progress.snapshot()
         wide = self._console.width >= _WIDE
         rows = []
@@ -167,7 +167,7 @@ class LiveView:
 
 
 def _widths(rows: Sequence[tuple[LaneLine, str, str, str]], width: int, bar: int) -> tuple[int, ...]:
-    """Widths of lane, what, bar, figures and cells: the figures stay whole, names give way."""
+    """Return the widths of lane, what, bar, figures and cells: the figures stay whole, names give way."""
     texts = [(line.lane, what, figures, cells) for line, what, figures, cells in rows]
     lane, what, figures, cells = (max((len(row[i]) for row in texts), default=0) for i in range(4))
     lane = min(lane, width // 6)

@@ -26,7 +26,7 @@ _SEEN = ("new", "done")
 
 
 def print_plan(document: dict[str, Any], console: Console) -> None:
-    """Prints a plan document (DESIGN section 4)."""
+    """Print a plan document (DESIGN section 4)."""
     cells = document["cells"]
     console.print(Text(document["experiment"], style="bold"))
     unit = Operations.of(cell["cost"].get("train_tflops") for cell in cells)
@@ -59,7 +59,9 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
 
 
 def _why(cell: Mapping[str, Any]) -> str:
-    """Why a cell runs, but for what its state says; equal for cells that differ alike from their finished namesakes."""
+    """Return why a cell runs, but for what its state says; equal for cells that differ alike from their finished
+    namesakes.
+    """
     namesake = f"differs from finished cell {cell['name']}: "
     told = [reason for reason in cell.get("reasons", ()) if reason not in _SEEN]
     return "; ".join(reason.replace(namesake, "differs from the finished cell of its name: ", 1) for reason in told)
@@ -81,7 +83,7 @@ def _label(run: Mapping[str, Any], names: Mapping[str, str], unit: Operations, a
 
 
 def _totals(totals: Mapping[str, Any]) -> list[str]:
-    """What sharing saves, what is done, and what it takes."""
+    """Return what sharing saves, what is done, and what it takes."""
     alone, shared, ratio = (totals.get(f"train_{name}") for name in ("tflops_alone", "tflops_shared", "ratio"))
     unit = Operations.of([alone, shared])
     saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {1 - ratio:.0%})"
@@ -99,7 +101,7 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
 
 
 def _variants(variants: list[dict[str, Any]]) -> RichTable:
-    """What each variant keeps of an image."""
+    """Return what each variant keeps of an image."""
     grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("variant", "methods and layers", "kept tokens", "layer average", "CR"):
         grid.add_column(name, justify="left" if name in ("variant", "methods and layers") else "right", overflow="fold")

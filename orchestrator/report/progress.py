@@ -89,14 +89,14 @@ class Progress:
         self._lock = threading.Lock()
 
     def set_work(self, work: Iterable[Job], costs: Mapping[str, float]) -> None:
-        """Takes the newest complete plan: what was to be done is replaced, what is done or under way stays."""
+        """Take the newest complete plan: what was to be done is replaced, what is done or under way stays."""
         with self._lock:
             stays = {i: job for i, job in self._jobs.items() if i in self._done | self._lost or i in self._running}
             self._jobs = {**stays, **{job.id: job for job in work}}
             self._costs = {**self._costs, **costs}
 
     def job(self, identity: str) -> Job | None:
-        """A job of this run."""
+        """Return a job of this run."""
         return self._jobs.get(identity)
 
     def elapsed_seconds(self) -> float:
@@ -104,7 +104,7 @@ class Progress:
         return self._clock() - self._begin
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Takes an event of the dispatch."""
+        """Take an event of the dispatch."""
         identity, kind, now = str(event.get("id", "")), event["event"], self._clock()
         job = self._jobs.get(identity)
         if job is None:
@@ -139,7 +139,7 @@ class Progress:
             self._unit = "GPU-hours" if is_gpu(str(mark.get("device", ""))) else "worker-hours"
 
     def snapshot(self) -> Snapshot:
-        """The run now; reads the spools of what runs."""
+        """Return the run now; reads the spools of what runs."""
         with self._lock:
             running, jobs, now = dict(self._running), dict(self._jobs), self._clock()
             done, lost, costs = set(self._done), set(self._lost), dict(self._costs)
@@ -169,7 +169,7 @@ class Progress:
         )  # fmt: skip
 
     def line(self, lane: str, job: Job) -> LaneLine:
-        """What a lane does, with the latest figures of a stage run."""
+        """Return what a lane does, with the latest figures of a stage run."""
         if not isinstance(job, StageJob):
             return LaneLine(lane, job)
         metrics = last_metrics(self._metrics_file(job.id))
@@ -177,7 +177,9 @@ class Progress:
 
 
 def _rates(spent: Mapping[type, float], worked: Mapping[type, float]) -> dict[type, float]:
-    """Seconds for each unit of cost, of stage runs and evaluations; of both together where a kind has none yet."""
+    """Return the seconds for each unit of cost, of stage runs and evaluations; of both together where a kind has none
+    yet.
+    """
     overall = sum(spent.values()) / (sum(worked.values()) or 1.0)
     return {kind: spent[kind] / worked[kind] if worked[kind] else overall for kind in spent}
 

@@ -35,7 +35,7 @@ _SEEN = ("new", "done", "runs elsewhere")
 
 
 def status_document(walk: Walk) -> dict[str, Any]:
-    """Cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
+    """Return the cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
 
     A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
     where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
@@ -115,7 +115,7 @@ def _evaluation(walk: Walk, standing: Standing, job: EvaluationJob, cells: list[
 
 
 def _about(walk: Walk, standing: Standing, identity: str, state: str) -> dict[str, Any]:
-    """Who works on a job; why it failed; where its log is."""
+    """Return who works on a job; why it failed; where its log is."""
     holder = standing.holders.get(identity) if state == "running" else None
     failure = walk.ledger.failure(identity) if state == "failed" else None
     log = walk.ledger.log_file(identity) if state != "new" else None
@@ -144,7 +144,7 @@ def _totals(walk: Walk, standing: Standing, runs: list[dict[str, Any]], tests: l
 
 
 def print_status(document: dict[str, Any], console: Console) -> None:
-    """The sums, what runs, a line a cell, the tree, and what failed."""
+    """Return the sums, what runs, a line a cell, the tree, and what failed."""
     cells, totals = document["cells"], document["totals"]
     names = {cell["id"]: cell["name"] for cell in cells}
     console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
@@ -192,7 +192,7 @@ def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, str]) -> Text
 
 
 def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) -> Text:
-    """What it is, its state, who works on it, for whom."""
+    """Return what it is, its state, who works on it, for whom."""
     parts = [what, state_text(job["state"])]
     if holder := job["holder"]:
         parts.append(Text(f"{holder['lane']} pid {holder['pid']} on {holder['host']}".strip(), style="cyan"))

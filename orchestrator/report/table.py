@@ -72,7 +72,7 @@ def ablation_table(
     all_metrics: bool = False,
     shown_axes: Sequence[str] = (),
 ) -> Table:
-    """The table of an experiment, from its records alone.
+    """Return the table of an experiment, from its records alone.
 
     Args:
         records: One record a cell.
@@ -128,7 +128,9 @@ def _row(
 
 
 def _against(row: Row, rows: Sequence[Row], baseline: Mapping[str, Any]) -> Row:
-    """The row with its differences from the baseline: from the one that is equal in all other axes, or the only one."""
+    """Return the row with its differences from the baseline: from the one that is equal in all other axes, or the
+    only one.
+    """
     bases = [other for other in rows if "baseline" in other.marks]
     if not bases or row in bases:
         return row
@@ -156,7 +158,7 @@ def _columns(records: Sequence[CellRecord], all_metrics: bool) -> tuple[str, ...
 
 
 def _unequal(records: Sequence[CellRecord]) -> list[str]:
-    """One sentence for each part of the fingerprint in which finished cells differ."""
+    """Return one sentence for each part of the fingerprint in which finished cells differ."""
     seen: dict[str, dict[str, list[str]]] = {}
     for record in records:
         if record.status == "finished":
@@ -173,7 +175,7 @@ def _unequal(records: Sequence[CellRecord]) -> list[str]:
 
 
 def header(column: str) -> str:
-    """A metric's name as a column head: `eval/vqa/under_full/accuracy` becomes `vqa accuracy (full)`."""
+    """Return a metric's name as a column head: `eval/vqa/under_full/accuracy` becomes `vqa accuracy (full)`."""
     if column in _HEADERS:
         return _HEADERS[column]
     parts = column.split("/")
@@ -188,7 +190,9 @@ def _unit(table: Table) -> Operations:
 
 
 def _text(row: Row, column: str, unit: Operations) -> str:
-    """A value, its deviation, and how it differs from the baseline: in points of a score, in per cent of a cost."""
+    """Return a value, its deviation, and how it differs from the baseline: in points of a score, in per cent of a
+    cost.
+    """
     value = row.values.get(column)
     text = unit.text(value) if column == _OPERATIONS else number(column, value)
     if value is None:
@@ -207,7 +211,7 @@ def _text(row: Row, column: str, unit: Operations) -> str:
 
 
 def number(column: str, value: float | None) -> str:
-    """A value with the digits that mean something for its column."""
+    """Return a value with the digits that mean something for its column."""
     if value is None:
         return "–"
     if column.startswith("eval/"):
@@ -222,7 +226,7 @@ def number(column: str, value: float | None) -> str:
 
 
 def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table as text."""
+    """Return the head and body of the table as text."""
     unit = _unit(table)
     heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in table.columns]
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
@@ -237,7 +241,7 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def render(table: Table, form: str) -> str:
-    """The table as Markdown, CSV, LaTeX or JSON; CSV and JSON hold unrounded values."""
+    """Return the table as Markdown, CSV, LaTeX or JSON; CSV and JSON hold unrounded values."""
     if form == "json":
         rows = [
             {

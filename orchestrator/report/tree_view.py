@@ -34,12 +34,12 @@ _FIRST = ("failed", "running", "interrupted", "waiting", "trained")
 
 
 def state_text(state: str) -> Text:
-    """A state in its colour."""
+    """Return a state in its colour."""
     return Text(state, style=_STYLES.get(state, ""))
 
 
 def whose(names: Sequence[str]) -> str:
-    """A few names, or how many there are."""
+    """Return a few names, or how many there are."""
     if not names:
         return ""
     text = ", ".join(names)
@@ -53,7 +53,7 @@ def stage_tree(
     limit: int = TREE_LINES,
     crop: bool = False,
 ) -> Tree:
-    """The tree of stage runs as a plan or a status document lists them (parents first).
+    """Return the tree of stage runs as a plan or a status document lists them (parents first).
 
     Args:
         runs: Each with `id`, `parent` and `state`.
@@ -100,7 +100,7 @@ def _chosen(runs: Sequence[Mapping[str, Any]], limit: int) -> set[str]:
 
 
 def counted(states: Iterable[str]) -> str:
-    """`3 done, 2 new`."""
+    """Return `3 done, 2 new`."""
     return ", ".join(f"{number:,} {state}" for state, number in Counter(states).items())
 
 
@@ -110,7 +110,7 @@ def print_cells(
     console: Console,
     right: Sequence[str] = (),
 ) -> None:
-    """A table of cells: name, state and further columns; on a terminal a long one shows the interesting rows.
+    """Return a table of cells: name, state and further columns; on a terminal a long one shows the interesting rows.
 
     Args:
         cells: Each with `name` and `state`.
@@ -138,7 +138,9 @@ def print_cells(
 def print_reasons(
     cells: Sequence[Mapping[str, Any]], reasons: Callable[[Mapping[str, Any]], str], console: Console
 ) -> None:
-    """Why cells have work to do, each reason once with the cells it is true of; nothing where the state says it all."""
+    """Return why cells have work to do, each reason once with the cells it is true of; nothing where the state says
+    it all.
+    """
     groups: dict[str, list[str]] = {}
     for cell in cells:
         if text := reasons(cell):
@@ -151,7 +153,7 @@ def print_reasons(
 
 
 def reason_lines(error: str) -> list[str]:
-    """Why a job failed: what happened, and the first of the rows or images that a line each below names."""
+    """Return why a job failed: what happened, and the first of the rows or images that a line each below names."""
     first, *rest = error.strip().splitlines() or ["no reason given"]
     rows = itertools.takewhile(lambda line: line.startswith("    "), rest)
     lines = [shorten(line.rstrip(), _REASON_WIDTH) for line in (first, *rows)]
@@ -160,7 +162,7 @@ def reason_lines(error: str) -> list[str]:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number for a table; `–` where there is none."""
+    """Return a number for a table; `–` where there is none."""
     if value is None:
         return "–"
     # What would round to nothing shows its first digits instead.
@@ -168,7 +170,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def hours_text(totals: Mapping[str, Any]) -> str | None:
-    """`0.50 GPU-hours of training done, 1.20 left; about 1:12:00 to the end`; None where no speed is known."""
+    """Return `0.50 GPU-hours of training done, 1.20 left; about 1:12:00 to the end`; None where no speed is known."""
     for unit, name in (("gpu", "GPU"), ("worker", "worker")):
         done, left = totals.get(f"{unit}_hours_done"), totals.get(f"{unit}_hours_left")
         if done is not None:

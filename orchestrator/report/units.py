@@ -28,7 +28,7 @@ class Operations:
 
     @classmethod
     def of(cls, tflops: Iterable[float | None]) -> Operations:
-        """The unit in which the largest number is at least one."""
+        """Return the unit in which the largest number is at least one."""
         largest = max((abs(value) for value in tflops if value is not None), default=0.0)
         for scale, prefix in _PREFIXES:
             if largest >= scale:
@@ -36,7 +36,7 @@ class Operations:
         return cls("GFLOPs", 1e-3) if largest else cls()
 
     def text(self, tflops: float | None) -> str:
-        """A number of TFLOPs in this unit, four digits; `–` where there is none."""
+        """Return a number of TFLOPs in this unit, four digits; `–` where there is none."""
         if tflops is None:
             return "–"
         value = tflops / self.scale
@@ -48,18 +48,18 @@ class Operations:
 
 
 def _digits(value: float) -> int:
-    """Digits before the decimal point, at least one."""
+    """Return the digits before the decimal point, at least one."""
     return len(str(int(abs(value))))
 
 
 def operations(tflops: float | None) -> str:
-    """A number of TFLOPs with the unit that fits it alone."""
+    """Return a number of TFLOPs with the unit that fits it alone."""
     unit = Operations.of([tflops])
     return f"{unit.text(tflops)} {unit.name}"
 
 
 def clock(seconds: float) -> str:
-    """`2:03`, `1:02:03`, or from two days on `9 days 4 h`."""
+    """Return `2:03`, `1:02:03`, or from two days on `9 days 4 h`."""
     hours, rest = divmod(int(seconds), 3600)
     if seconds >= _DAYS_FROM:
         days, hours = divmod(hours, 24)
@@ -69,11 +69,11 @@ def clock(seconds: float) -> str:
 
 
 def counted_noun(number: int, noun: str) -> str:
-    """`1 cell`, `1,200 cells`."""
+    """Return `1 cell`, `1,200 cells`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def legend(names: Iterable[str]) -> str | None:
-    """One line that says what short heads of a table mean; None where there are none to explain."""
+    """Return one line that says what short heads of a table mean; None where there are none to explain."""
     told = [f"{name}: {LEGEND[name]}" for name in names if name in LEGEND]
     return "; ".join(told) or None

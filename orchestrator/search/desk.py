@@ -22,7 +22,7 @@ class Desk:
         self._closed = False
 
     async def ask(self, proposal: dict[str, Any]) -> dict[str, Any]:
-        """A trial's side: lays down its `number`, `params` and `values` and waits for the answer."""
+        """Return a trial's side: lays down its `number`, `params` and `values` and waits for the answer."""
         if self._closed:
             return dict(_STOPPED)
         self._waiting[proposal["number"]] = asyncio.get_running_loop().create_future()
@@ -30,16 +30,16 @@ class Desk:
         return await self._waiting[proposal["number"]]
 
     async def take(self) -> list[dict[str, Any]]:
-        """The driver's side: what was laid down since it last asked."""
+        """Return the driver's side: what was laid down since it last asked."""
         new, self._new = self._new, []
         return new
 
     async def answer(self, number: int, answer: dict[str, Any]) -> None:
-        """Ends a trial: with its objectives by name, or with `failed` and the reason."""
+        """End a trial: with its objectives by name, or with `failed` and the reason."""
         self._waiting.pop(number).set_result(answer)
 
     async def close(self) -> None:
-        """Answers whoever waits, or comes later, that the search stopped."""
+        """Answer whoever waits, or comes later, that the search stopped."""
         self._closed = True
         for waiting in self._waiting.values():
             waiting.set_result(dict(_STOPPED))
@@ -47,7 +47,7 @@ class Desk:
 
 
 def wait_for_answer(config: dict[str, Any]) -> None:
-    """The trainable of a trial."""
+    """Return the trainable of a trial."""
     import ray
     from ray import tune
 

@@ -22,10 +22,10 @@ class Proposals(Protocol):
         """Whether nothing more will be proposed."""
 
     def take(self) -> list[dict[str, Any]]:
-        """Trials proposed since the last call: `number`, `params`, `values`."""
+        """Return the trials proposed since the last call: `number`, `params`, `values`."""
 
     def answer(self, number: int, answer: dict[str, Any]) -> None:
-        """Ends a trial: with its objectives, or with `failed` and the reason."""
+        """End a trial: with its objectives, or with `failed` and the reason."""
 
 
 class SearchFeed:
@@ -59,11 +59,11 @@ class SearchFeed:
         self._look = self._again = False
 
     def begin(self, proposals: Proposals) -> None:
-        """Where trials come from, from now on."""
+        """Return where trials come from, from now on."""
         self._proposals = proposals
 
     def heard(self, event: Mapping[str, Any]) -> None:
-        """Hears what became of a job: trials may have ended with it, and around damage it is planned anew."""
+        """Hear what became of a job: trials may have ended with it, and around damage it is planned anew."""
         self._look = True
         if event["event"] == "damaged":
             self._again = True
@@ -73,7 +73,7 @@ class SearchFeed:
             self._not_done[event["id"]] = event["error"]
 
     def work(self) -> Sequence[Job] | None:
-        """The newest plan where something was proposed; answers what has ended."""
+        """Return the newest plan where something was proposed; answers what has ended."""
         assert self._proposals is not None
         new = self._proposals.take()
         for proposal in new:
@@ -90,7 +90,7 @@ class SearchFeed:
         return self.walk.tree.work(self.walk.ledger) if planned else None
 
     def closed(self) -> bool:
-        """Whether every trial is answered and none will come."""
+        """Return whether every trial is answered and none will come."""
         assert self._proposals is not None
         return self._proposals.ended
 
@@ -118,13 +118,15 @@ class SearchFeed:
             self._on_end(now)
 
     def _why_not(self, trial: Trial) -> str | None:
-        """Why a trial will never end: a job it needs stands on one, such as a rehearsal, that no cell is known by."""
+        """Return why a trial will never end: a job it needs stands on one, such as a rehearsal, that no cell is known
+        by.
+        """
         jobs = (job for cell in self.walk.cells if cell.id in trial.cells for job in self.walk.jobs_of(cell))
         return next((self._not_done[job] for job in jobs if job in self._not_done), None)
 
 
 def standing(walk: Walk, trial: Trial) -> Trial:
-    """A trial as the ledger has it: finished with all its cells, failed with one of them."""
+    """Return a trial as the ledger has it: finished with all its cells, failed with one of them."""
     if not trial.cells:
         return trial  # it could not be planned
     known = {cell.id: cell for cell in walk.cells}

@@ -38,7 +38,7 @@ def search_experiment(
     max_hours: float | None = None,
     console: Console | None = None,
 ) -> RunOutcome:
-    """Proposes and runs trials until there are `num_trials`, marks the front, and returns the table.
+    """Propose and runs trials until there are `num_trials`, mark the front, and return the table.
 
     Args:
         path: The experiment file, with a `search`.
@@ -82,7 +82,7 @@ def search_experiment(
 
 @contextmanager
 def _alone(walk: Walk, identity: str) -> Iterator[None]:
-    """One driver numbers a search's trials; several would propose the same ones."""
+    """Return one driver numbers a search's trials; several would propose the same ones."""
     name = f"search-{identity}"
     leases = Leases(walk.ledger.store, f"{name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -96,7 +96,7 @@ def _alone(walk: Walk, identity: str) -> Iterator[None]:
 
 
 def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> Walk:
-    """Trials brought up to what their cells are: a driver that was killed may have noted less."""
+    """Return the trials brought up to what their cells are: a driver that was killed may have noted less."""
     if retry_failed:
         for cell in walk.cells:
             for job in walk.jobs_of(cell):
@@ -121,7 +121,7 @@ def _ended(walk: Walk) -> int:
 
 
 def front_trials(walk: Walk) -> list[str]:
-    """Names of the trials on the Pareto front, by number."""
+    """Return the names of the trials on the Pareto front, by number."""
     return [trial_name(trial.number) for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells)]
 
 
@@ -136,7 +136,7 @@ def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
 
 
 def _concurrency(walk: Walk) -> int:
-    """Trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
+    """Return the trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
     import ray
 
     from orchestrator.dispatch.placement import room_for
@@ -160,11 +160,11 @@ class _SearchRun:
         self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
 
     def say_stop(self, name: str) -> None:
-        """What a signal does."""
+        """Return what a signal does."""
         self._view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")
 
     def execute(self, recorder: Recorder, num_trials: int, stop: StopRequest, fail_fast: bool) -> None:
-        """Runs `num_trials` trials, those first that were proposed before.
+        """Run `num_trials` trials, those first that were proposed before.
 
         Raises:
             Interrupted: a signal stopped it.

@@ -58,7 +58,7 @@ class Proposer(OptunaSearch):
         self._rebuild(trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next recipe, or Tune's word for an ended search."""
+        """Return the next recipe, or Tune's word for an ended search."""
         if self.closed:
             return str(Searcher.FINISHED)
         waiting = self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -69,12 +69,12 @@ class Proposer(OptunaSearch):
         return super().suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the study; a trial that failed has no values there."""
+        """Tell the study; a trial that failed has no values there."""
         failed = error or not result or FAILED in result
         super().on_trial_complete(trial_id, None if failed else result, error=failed)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger's notes are what a search goes on from."""
+        """Return nothing: the ledger's notes are what a search goes on from."""
 
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
@@ -82,7 +82,7 @@ class Proposer(OptunaSearch):
         return {"number": trial.number, "params": dict(trial.params), "values": values, "desk": self._desk}
 
     def _drawn(self) -> dict[str, Any]:
-        """Parameters of the next trial."""
+        """Return the parameters of the next trial."""
         trials = self._ot_study.get_trials(deepcopy=False)
         for attempt in range(DRAWS):
             # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
@@ -104,7 +104,7 @@ class Proposer(OptunaSearch):
             return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
 
     def _rebuild(self, trials: Sequence[Trial]) -> None:
-        """The study's numbers are the notes'; a number without a note (a driver died in between) is drawn anew."""
+        """Return study's numbers are the notes'; a number without a note (a driver died in between) is drawn anew."""
         noted = {trial.number: trial for trial in trials}
         for number in range(max(noted, default=-1) + 1):
             trial = noted.get(number)
@@ -169,14 +169,14 @@ class Tuning:
         return not self._thread.is_alive()
 
     def take(self) -> list[dict[str, Any]]:
-        """Trials proposed since the last call: `number`, `params`, `values`."""
+        """Return the trials proposed since the last call: `number`, `params`, `values`."""
         import ray
 
         found: list[dict[str, Any]] = ray.get(self._desk.take.remote())
         return found
 
     def answer(self, number: int, answer: Mapping[str, Any]) -> None:
-        """Ends a trial: with its objectives, or with `failed` and the reason."""
+        """End a trial: with its objectives, or with `failed` and the reason."""
         import ray
 
         ray.get(self._desk.answer.remote(number, dict(answer)))
@@ -195,7 +195,7 @@ class Tuning:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Lets the trials that wait go, so that Tune ends by itself while Ray is still there."""
+        """Let the trials that wait go, so that Tune ends by itself while Ray is still there."""
         import ray
 
         self._proposer.closed = True

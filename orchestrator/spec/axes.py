@@ -73,7 +73,7 @@ class AxisReader:
         self.owner: dict[str, Path] = {}
 
     def read(self) -> Axes:
-        """All axes; those with faults are left out."""
+        """Return all axes; those with faults are left out."""
         axes = Axes()
         for name, node in _entries(self.root.get("matrix")):
             settings = self._settings(name, node, ("matrix", name))
@@ -188,12 +188,12 @@ class AxisReader:
 
 
 def value_key(node: Node) -> str:
-    """A value as canonical JSON."""
+    """Return a value as canonical JSON."""
     return json.dumps(node.plain(), sort_keys=True, default=str)
 
 
 def assignments(axes: Axes, faults: list[Fault], notices: list[str], root: Node) -> Iterator[Assignment]:
-    """The grid's cells: matrix x each zip group - exclude + include, parents before children.
+    """Return the grid's cells: matrix x each zip group - exclude + include, parents before children.
 
     A file that only includes has just those cells: with no factor there is no product to add them to.
     """

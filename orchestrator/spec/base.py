@@ -18,7 +18,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def parse_share(value: Any) -> Fraction:
-    """An exact share from `1/4`, `25%`, `0.25` or a whole number; decimals are read as written, not as binary.
+    """Return an exact share from `1/4`, `25%`, `0.25` or a whole number; decimals are read as written, not as binary.
 
     Raises:
         ValueError: it is none of these.
@@ -86,5 +86,5 @@ class Component(Spec):
 
     @classmethod
     def kind_name(cls) -> str:
-        """The `kind` this class answers to."""
+        """Return the `kind` this class answers to."""
         return str(cls.model_fields["kind"].default)

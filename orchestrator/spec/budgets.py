@@ -11,7 +11,7 @@ TOLERANCE = Fraction(1, 50)
 
 
 def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> list[int]:
-    """Visual tokens of one image in each decoder layer; each point acts on what the one before left.
+    """Return the visual tokens of one image in each decoder layer; each point acts on what the one before left.
 
     Args:
         points: A variant's points; those at the projector act before layer 0.
@@ -35,12 +35,12 @@ def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Gri
 
 
 def layer_average(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> Fraction:
-    """Visual tokens of one image, mean over decoder layers."""
+    """Return the visual tokens of one image, mean over decoder layers."""
     return Fraction(sum(tokens_by_layer(points, num_layers, grid)), num_layers)
 
 
 def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> CompressorSpec:
-    """The point with `keep_tokens` in place of `layer_average_tokens`, as near to it as the method can come.
+    """Return the point with `keep_tokens` in place of `layer_average_tokens`, as near to it as the method can come.
 
     `(layer * tokens before + (num_layers - layer) * keep) / num_layers = average`, exactly or to the nearest amount.
 

@@ -29,7 +29,7 @@ _ID_BEGINNING = re.compile(r"[0-9a-f]{4,64}")
 
 
 def by_name(cells: Sequence[Found], wanted: str) -> list[Found]:
-    """The cell of a name."""
+    """Return the cell of a name."""
     return [cell for cell in cells if cell.name == wanted]
 
 
@@ -45,12 +45,12 @@ def by_axis(cells: Sequence[Found], wanted: str) -> list[Found]:
 
 
 def may_be_id(wanted: str) -> bool:
-    """True for a text that an identity may begin with."""
+    """Return True for a text that an identity may begin with."""
     return _ID_BEGINNING.fullmatch(wanted) is not None
 
 
 def misfit(cells: Sequence[Named], fits: Sequence[Named], wanted: str) -> str:
-    """Why none or several cells fit, with names to choose from."""
+    """Return why none or several cells fit, with names to choose from."""
     short = shorten(wanted)
     if fits:
         return f"{short} fits several cells: {_listed(fits)}"
@@ -64,7 +64,9 @@ def misfit(cells: Sequence[Named], fits: Sequence[Named], wanted: str) -> str:
 
 
 def near_cells(cells: Sequence[Named], wanted: str) -> list[str]:
-    """Names of the few cells that may be meant: those that hold the text, else those with a part spelt like it."""
+    """Return the names of the few cells that may be meant: those that hold the text, else those with a part spelt
+    like it.
+    """
     low = wanted.strip().lower()
     found = [cell.name for cell in cells if low and low in cell.name.lower()]
     if not found:

@@ -44,7 +44,7 @@ class Checks:
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
 
     def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
-        """Faults of a cell; `parts` holds None where a part has faults of its own."""
+        """Return the faults of a cell; `parts` holds None where a part has faults of its own."""
         sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
         if sound in self._sound:
             return []
@@ -201,14 +201,14 @@ def _check_dropout(model: ModelSpec) -> Iterator[Finding]:
 
 
 def _as_written(root: Node, path: Path) -> Path:
-    """A variant's only point may be written without a list around it: then its path has no index."""
+    """Return a variant's only point may be written without a list around it: then its path has no index."""
     if path[0] == "compressors" and len(path) > 2 and (node := root.at(path[:2])) is not None and node.is_mapping:
         return (*path[:2], *path[3:])
     return path
 
 
 def _is_here(model: ModelSpec) -> bool:
-    """Its config can be read, so that sizes which are not known now will not be known later."""
+    """Return its config can be read, so that sizes which are not known now will not be known later."""
     path = find_config(model.model_name_or_path, model.revision)
     try:
         return path is not None and bool(json.loads(path.read_bytes()).get("model_type"))
@@ -217,7 +217,7 @@ def _is_here(model: ModelSpec) -> bool:
 
 
 def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Its modules are linear layers of the language model; every family whose sizes are known has the same."""
+    """Return its modules are linear layers of the language model; every family whose sizes are known has the same."""
     if phase.lora is None:
         return
     where, known = (*path, "lora", "target_modules"), LoraSpec().target_modules
@@ -229,7 +229,7 @@ def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterat
 
 
 def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
-    """A phase has exactly one length; beside `match_train_tflops` stands the length of the schedule it names."""
+    """Return a phase has exactly one length; beside `match_train_tflops` stands the length of the schedule it names."""
     given = [name for name in LENGTHS if getattr(phase, name) is not None]
     if "match_train_tflops" in given and len(given) == 2 and "max_train_tflops" not in given:
         return
@@ -242,7 +242,7 @@ def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
 
 
 def check_parts(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
-    """What trains, once each; a rate for every part that trains and for no other."""
+    """Return what trains, once each; a rate for every part that trains and for no other."""
     if not phase.train:
         yield Finding((*path, "train"), "nothing trains", "at least one part")
     for index, part in enumerate(phase.train):

@@ -23,7 +23,7 @@ from orchestrator.spec.tables import StageTable as StageTable
 
 @lru_cache(maxsize=4096)
 def nearest_block(height: int, width: int, wanted: int) -> tuple[int, int]:
-    """The rows and columns, at most `height` and `width`, whose product is nearest to `wanted`.
+    """Return the rows and columns, at most `height` and `width`, whose product is nearest to `wanted`.
 
     Of equally near products the smaller is taken; of a product's blocks the one whose shape is nearest to the grid's,
     of two equally near shapes the flatter one.
@@ -49,7 +49,7 @@ def nearest_block(height: int, width: int, wanted: int) -> tuple[int, int]:
 
 
 def amounts_around(height: int, width: int, wanted: int) -> tuple[int, ...]:
-    """The nearest products of a block below and above `wanted` (one of them at the ends of the range), rising."""
+    """Return nearest products of a block below and above `wanted` (one of them at the ends of the range), rising."""
     amounts = {rows * columns for rows in range(1, height + 1) for columns in range(1, width + 1)}
     below = [amount for amount in amounts if amount <= wanted]
     above = [amount for amount in amounts if amount >= wanted]
@@ -123,7 +123,8 @@ class CompressorSpec(Component):
         return self
 
     def kept_tokens(self, grid: Grid) -> int:
-        """Visual tokens left of one image of this grid: ceil(tokens / stride), or the number or share asked for.
+        """Return the visual tokens left of one image of this grid: ceil(tokens / stride), or the number or share
+        asked for.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
@@ -131,7 +132,7 @@ class CompressorSpec(Component):
         return amount_to_keep(self, grid.tokens)
 
     def kept_grid(self, grid: Grid) -> Grid:
-        """The grid that what is left forms: one row, unless the method keeps rows and columns.
+        """Return the grid that what is left forms: one row, unless the method keeps rows and columns.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
@@ -140,15 +141,18 @@ class CompressorSpec(Component):
         return grid if kept == grid.tokens else Grid(1, kept)
 
     def tokens_before(self, grid: Grid) -> int:
-        """Visual tokens of one image of this grid in the layers before the point: more where a method adds some."""
+        """Return the visual tokens of one image of this grid in the layers before the point: more where a method adds
+        some.
+        """
         return grid.tokens
 
     def nearest_amount(self, keep: int, grid: Grid) -> int:
-        """The `keep_tokens` nearest to `keep` that the method can take on this grid."""
+        """Return the `keep_tokens` nearest to `keep` that the method can take on this grid."""
         return min(max(keep, 1), grid.tokens)
 
     def module_operations(self, grid: Grid, width: int) -> int:
-        """Operations (two a multiply-add) of its learned module for one image of this grid, forward; 0 without one.
+        """Return the operations (two a multiply-add) of its learned module for one image of this grid, forward; 0
+        without one.
 
         Args:
             grid: The image's tokens before the point.
@@ -157,7 +161,7 @@ class CompressorSpec(Component):
         return 0
 
     def layer_index(self, num_layers: int) -> int:
-        """The first 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
+        """Return first 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
         if isinstance(self.layer, int):
             return self.layer
         if self.layer == "projector":
@@ -165,11 +169,12 @@ class CompressorSpec(Component):
         return int(parse_share(self.layer) * num_layers)
 
     def module_shape(self) -> dict[str, Any]:
-        """What shapes the learned module; by default the method's own parameters, not its layer and amount."""
+        """Return what shapes the learned module; by default the method's own parameters, not its layer and amount."""
         return self.model_dump(mode="json", include=set(type(self).model_fields) - set(CompressorSpec.model_fields))
 
     def module_name(self, num_layers: int) -> str | None:
-        """Name of its learned module in a model of `num_layers` decoder layers; None where it does not learn.
+        """Return the name of its learned module in a model of `num_layers` decoder layers; None where it does not
+        learn.
 
         Variants whose points are of one method at one place share a module if nothing that shapes it differs.
         """
@@ -184,15 +189,15 @@ class BlockCompressorSpec(CompressorSpec):
     """A method that leaves h' x w' tokens of a grid of h x w: `block_to_keep` says which block an amount stands for."""
 
     def kept_tokens(self, grid: Grid) -> int:
-        """Tokens of the block."""
+        """Return the tokens of the block."""
         return self.kept_grid(grid).tokens
 
     def kept_grid(self, grid: Grid) -> Grid:
-        """The block."""
+        """Return the block."""
         return Grid(*block_to_keep(self, grid))
 
     def nearest_amount(self, keep: int, grid: Grid) -> int:
-        """The product of a block that is nearest to `keep`."""
+        """Return the product of a block that is nearest to `keep`."""
         rows, columns = nearest_block(grid.height, grid.width, keep)
         return rows * columns
 
@@ -208,7 +213,7 @@ class ScheduleSpec(Component):
 
     @abstractmethod
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
-        """The table for a phase of `total_steps` optimizer steps.
+        """Return the table for a phase of `total_steps` optimizer steps.
 
         Raises:
             ValueError: a stage would be empty, or the stages leave a gap or exceed the phase.
@@ -225,15 +230,15 @@ class DataSpec(Component):
 
     @abstractmethod
     def num_rows(self) -> int | None:
-        """Number of usable rows, or None where the file is not here and no `num_samples` is given."""
+        """Return number of usable rows, or None where the file is not here and no `num_samples` is given."""
 
     def first_rows(self, count: int, folder: Path) -> DataSpec:
-        """The set cut to `count` rows for a trial run; what files that takes go to `folder`."""
+        """Return the set cut to `count` rows for a trial run; what files that takes go to `folder`."""
         return self.model_copy(update={"max_samples": min(count, self.max_samples or count)})
 
     @abstractmethod
     def content_digest(self) -> str:
-        """SHA-256 of the data's content, images included, not of its path.
+        """Return the SHA-256 of the data's content, images included, not of its path.
 
         Raises:
             FileNotFoundError: the data is not here.
@@ -241,7 +246,7 @@ class DataSpec(Component):
         """
 
     def remarks(self) -> list[str]:
-        """What a reader of results should know of the rows, such as how many were left out, and why."""
+        """Return what a reader of results should know of the rows, such as how many were left out, and why."""
         return []
 
 
@@ -304,7 +309,8 @@ Points = tuple[Compressor, ...]
 
 
 def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
-    """Tokens kept of `tokens`: one for each window of `stride`, `keep_tokens`, or `keep_ratio` rounded to nearest.
+    """Return the tokens kept of `tokens`: one for each window of `stride`, `keep_tokens`, or `keep_ratio` rounded to
+    nearest.
 
     Raises:
         ValueError: more tokens are asked for than there are.
@@ -321,7 +327,8 @@ def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
 
 
 def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
-    """Rows and columns that a two-dimensional method leaves: h' <= h and w' <= w, in shape nearest to the grid.
+    """Return the rows and columns that a two-dimensional method leaves: h' <= h and w' <= w, in shape nearest to the
+    grid.
 
     `keep_tokens` is met exactly; `stride` (ceil(tokens / stride)) and `keep_ratio` by the nearest product there is.
 
@@ -340,7 +347,7 @@ def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
 
 
 def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tuple[CompressorSpec, ...]:
-    """A variant of one point with some of its fields changed; a new amount takes the place of the old one.
+    """Return a variant of one point with some of its fields changed; a new amount takes the place of the old one.
 
     Raises:
         ValueError: the variant has several points, the method refuses a value, or its module would be another

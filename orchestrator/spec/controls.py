@@ -31,7 +31,7 @@ Points = tuple[CompressorSpec, ...]
 
 
 def with_controls(cells: Sequence[ResolvedCell], root: Node, faults: list[Fault]) -> tuple[ResolvedCell, ...]:
-    """The cells, each followed by its control arms; a cell on full tokens, or that is its own control, has none.
+    """Return the cells, each followed by its control arms; a cell on full tokens, or that is its own control, has none.
 
     Args:
         cells: The grid.
@@ -85,7 +85,7 @@ def _arm(
 
 
 def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
-    """Names of the variants that the phases' schedules use, without `full`."""
+    """Return the names of the variants that the phases' schedules use, without `full`."""
     names: dict[str, None] = {}
     for schedule in _schedules(spec):
         names.update(dict.fromkeys(schedule.variants() if isinstance(schedule, ScheduleSpec) else [schedule]))
@@ -94,7 +94,7 @@ def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
 
 
 def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
-    """What each phase follows: a schedule, or a variant's name."""
+    """Return what each phase follows: a schedule, or a variant's name."""
     for name in PHASES:
         phase = getattr(spec.phases, name)
         schedule = phase.schedule if phase is not None else None
@@ -105,7 +105,7 @@ def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
 
 
 def _moved_variants(spec: ExperimentSpec) -> set[str]:
-    """Variants of which a schedule derives others; where it cannot be divided so is told elsewhere."""
+    """Return the variants of which a schedule derives others; where it cannot be divided so is told elsewhere."""
     moved: set[str] = set()
     for schedule in _schedules(spec):
         if isinstance(schedule, ScheduleSpec):
@@ -115,7 +115,9 @@ def _moved_variants(spec: ExperimentSpec) -> set[str]:
 
 
 def _stands_elsewhere(control: Points, points: Points) -> bool:
-    """Whether an amount means another budget in the control: it acts before the decoder, or adds tokens on the way."""
+    """Return whether an amount means another budget in the control: it acts before the decoder, or adds tokens on the
+    way.
+    """
     return len(control) != len(points) or any(
         (mine.layer == "projector") > (theirs.layer == "projector")
         or (mine.layer != "projector" and bool(mine.layer_average_tokens) > bool(theirs.layer_average_tokens))
@@ -142,7 +144,8 @@ def _control(
 
 
 def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Points:
-    """A method at the budget of a variant: point by point where it can stand there, else once before the decoder.
+    """Return a method at the budget of a variant: point by point where it can stand there, else once before the
+    decoder.
 
     Raises:
         ValueError: the variant's budget is not known, or the method cannot meet it.

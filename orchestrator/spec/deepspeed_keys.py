@@ -79,7 +79,7 @@ _ELSEWHERE = {
 
 
 def config_findings(config: Any, phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iterator[Finding]:
-    """What a DeepSpeed configuration may not hold, or what in it contradicts the recipe; paths are inside it.
+    """Return what a DeepSpeed configuration may not hold, or what in it contradicts the recipe; paths are inside it.
 
     `deepspeed` is no part of a cell's identity: a key that can change what is learned would give two experiments one
     name.
@@ -162,7 +162,7 @@ def _written(value: Any) -> str:
 
 
 def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iterator[Finding]:
-    """`config_findings` of a phase's `deepspeed`, inline or in a file; paths are relative to the phase.
+    """Return `config_findings` of a phase's `deepspeed`, inline or in a file; paths are relative to the phase.
 
     In a file, the message names its line.
     """
@@ -189,7 +189,7 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
 
 
 def _line(text: str, path: Path) -> int | None:
-    """Line of the key at `path`: each name is looked for behind the one before it."""
+    """Return the line of the key at `path`: each name is looked for behind the one before it."""
     at = 0
     for key in path:
         at = text.find(json.dumps(key), at)

@@ -27,7 +27,7 @@ _FALSE = ("no", "n", "off", "false", "f", "0", "disable", "disabled")
 
 
 def rewriting(node: Node, allowed: str, path: str) -> str | None:
-    """How to write a value so that it is of the type that belongs there; None where that is not plain.
+    """Return how to write a value so that it is of the type that belongs there; None where that is not plain.
 
     Args:
         node: The value as it stands in the file.
@@ -74,7 +74,9 @@ def _of_text(text: str, quotes: str, allowed: str) -> str | None:
 
 
 def _number(text: str) -> tuple[float | int, str] | None:
-    """The number a text means, and what has to change in how it is written (nothing but the quotes: an empty text)."""
+    """Return the number a text means, and what has to change in how it is written (nothing but the quotes: an empty
+    text).
+    """
     text = text.replace("\N{MINUS SIGN}", "-")
     node, faults = read_value(text, None) if text and len(text) < 60 else (None, [None])
     value: Any = node.value if node is not None and not faults else None
@@ -150,7 +152,7 @@ class _Error:
 
 
 def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]:
-    """Faults of a failed validation.
+    """Return the faults of a failed validation.
 
     Args:
         errors: `ValidationError.errors()`; those inside components are unfolded.
@@ -183,7 +185,7 @@ def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]
 
 
 def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Mark, str | None]:
-    """Position and written value of a path; of the deepest part that was written where it has a default.
+    """Return the position and written value of a path; of the deepest part that was written where it has a default.
 
     Args:
         root: The tree.
@@ -204,30 +206,32 @@ def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Ma
 
 
 def fault_at(root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None) -> Fault:
-    """A fault at the value of a path, or at what holds it where the value is a default."""
+    """Return a fault at the value of a path, or at what holds it where the value is a default."""
     mark, value = locate(root, path)
     return Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
 def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | None]:
-    """What is allowed instead of an unknown name, and the nearest as a hint."""
+    """Return what is allowed instead of an unknown name, and the nearest as a hint."""
     near = registry.nearest(name, tuple(known)) if known else None
     allowed = ", ".join(known) if known else "nothing is defined yet"
     return allowed, f"did you mean {near}?" if near else None
 
 
 def unknown_key(name: str, known: Sequence[str], place: Path) -> tuple[str | None, str | None]:
-    """What is allowed instead of an unknown key of the block at `place`, and what it may mean as a hint."""
+    """Return what is allowed instead of an unknown key of the block at `place`, and what it may mean as a hint."""
     return unknown_name(name, known)[0], hint_for_key(name, known, dotted(place))
 
 
 def is_unknown_kind(fault: Fault) -> bool:
-    """Whether a fault says that no component of a kind is known, as when its plug-in could not be imported."""
+    """Return whether a fault says that no component of a kind is known, as when its plug-in could not be imported."""
     return fault.message.startswith(_UNKNOWN_KIND)
 
 
 def stray_keys(root: Node, section: str) -> tuple[str, ...]:
-    """Keys of entries that stand where the entries' names belong: `evaluate: {kind: exact_match, data: test}`."""
+    """Return the keys of entries that stand where the entries' names belong: `evaluate: {kind: exact_match, data:
+    test}`.
+    """
     node = root.get(section)
     if node is None or not node.is_mapping or not node.value:
         return ()
@@ -273,7 +277,7 @@ def _nameless(section: str, keys: Sequence[str], root: Node) -> Fault:
 
 
 def _misspelt(path: Path, root: Node) -> str | None:
-    """The unknown key beside a missing one that is likely to be it."""
+    """Return the unknown key beside a missing one that is likely to be it."""
     parent = root.at(path[:-1])
     known = names_at(root, path[:-1])
     written = tuple(parent.value) if parent is not None and parent.is_mapping else ()

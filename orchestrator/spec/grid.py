@@ -52,7 +52,7 @@ class Part:
 
 
 def apply(root: Node, cell: Assignment) -> Node:
-    """The tree of a cell: its axes' values in their places, a null taken out."""
+    """Return the tree of a cell: its axes' values in their places, a null taken out."""
     for setting in cell:
         root = root.set_at(setting.path, setting.node if setting.node.value is not None else None)
     return root
@@ -68,7 +68,7 @@ class Parts:
     _adapters: dict[str, TypeAdapter[Any]] = field(default_factory=dict)
 
     def of(self, cell: Assignment) -> dict[str, Part]:
-        """The parts of a cell that axes can change."""
+        """Return the parts of a cell that axes can change."""
         own: dict[str, list[Setting]] = {}
         for setting in cell:
             own.setdefault(str(setting.path[0]), []).append(setting)
@@ -77,7 +77,7 @@ class Parts:
         return {**self._base, **{name: self.get(name, settings) for name, settings in own.items()}}
 
     def get(self, name: str, settings: Sequence[Setting]) -> Part:
-        """The part `name` of a cell with the settings below it, shared by all cells where these agree."""
+        """Return the part `name` of a cell with the settings below it, shared by all cells where these agree."""
         key = (name, *map(id, settings))
         part = self._known.get(key)
         if part is None:
@@ -130,7 +130,7 @@ class GridBuilder:
         self.notices: list[str] = []
 
     def cells(self) -> list[Assignment]:
-        """The assignments; when one has faults, the later ones are only looked at for new values."""
+        """Return the assignments; when one has faults, the later ones are only looked at for new values."""
         found = list(assignments(self.axes, self.faults, self.notices, self.root))
         seen: set[int] = set()
         representatives = []
@@ -152,7 +152,7 @@ class GridBuilder:
         return found
 
     def resolve(self, base: ExperimentSpec, found: Sequence[Assignment]) -> tuple[ResolvedCell, ...]:
-        """The cells in order; cells of equal values are merged with a notice."""
+        """Return the cells in order; cells of equal values are merged with a notice."""
         names = CellNames(self.root, base.name, tuple(self.axes.values), self.faults)
         cells: list[ResolvedCell] = []
         by_value: dict[tuple[str, ...], str] = {}
@@ -173,7 +173,7 @@ class GridBuilder:
         return tuple(cells)
 
     def examine(self, cell: Assignment) -> bool:
-        """Collects the faults of a cell; True where it has some."""
+        """Collect the faults of a cell; True where it has some."""
         parts = self.parts.of(cell)
         found = [fault for part in parts.values() for fault in part.faults]
         values = {name: part.value if not part.faults else None for name, part in parts.items()}

@@ -23,7 +23,7 @@ class Renaming:
 
 
 def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
-    """A tree with canonical names.
+    """Return a tree with canonical names.
 
     Args:
         root: One file's tree, not merged yet.
@@ -45,7 +45,7 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
 
 
 def _merged_names(root: Node, below: Node | None) -> Node:
-    """A tree good enough to look paths up in: this file's entries over what it extends."""
+    """Return a tree good enough to look paths up in: this file's entries over what it extends."""
     if below is None or not (root.is_mapping and below.is_mapping):
         return root
     entries: dict[str, Any] = {**below.value, **root.value}
@@ -135,16 +135,16 @@ class Inheritance:
     _held: dict[str, Node | None] = field(default_factory=dict)
 
     def read(self, path: FilePath) -> Node | None:
-        """The raw trees of a file and of all it extends; None where the file itself cannot be read."""
+        """Return the raw trees of a file and of all it extends; None where the file itself cannot be read."""
         self._read(str(path), None, ())
         return self._files[str(path)]
 
     def plugins(self, path: FilePath) -> Node | None:
-        """The `plugins:` list that holds: the file's own, else that of the last file it extends."""
+        """Return the `plugins:` list that holds: the file's own, else that of the last file it extends."""
         return self._plugins(str(path))
 
     def merge(self, path: FilePath) -> Node:
-        """The merged tree, names canonical, nulls still in it."""
+        """Return the merged tree, names canonical, nulls still in it."""
         merged = self._merge(str(path))
         assert merged is not None
         return merged
@@ -230,12 +230,12 @@ class Inheritance:
 
 
 def _beside(file: str, reference: str) -> str:
-    """A reference relative to the folder of the file that writes it."""
+    """Return a reference relative to the folder of the file that writes it."""
     return os.path.normpath(os.path.join(os.path.dirname(file), os.path.expanduser(reference)))
 
 
 def load_plugins(node: Node | None) -> list[Fault]:
-    """Imports the plug-ins of a `plugins:` list; faults where one cannot be."""
+    """Import the plug-ins of a `plugins:` list; faults where one cannot be."""
     if node is None or not node.is_list:
         return []  # a value that is no list is told by the models
     faults = []
@@ -266,7 +266,7 @@ def merge_nodes(below: Node, above: Node) -> Node:
 
 
 def drop_nulls(node: Node, path: Path = ()) -> Node:
-    """Takes out entries that are null, which puts a key back to its default; an axis' null is a value and stays."""
+    """Take out entries that are null, which puts a key back to its default; an axis' null is a value and stays."""
     if node.is_list:
         return Node([drop_nulls(c, (*path, i)) for i, c in enumerate(node.value)], node.mark, size=node.size)
     if not node.is_mapping or (path and path[-1] in _KEEPS_NULL):

@@ -40,7 +40,7 @@ class LoadedExperiment:
 
 
 def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
-    """The whole experiment with defaults filled in, as YAML that loads again.
+    """Return the whole experiment with defaults filled in, as YAML that loads again.
 
     Args:
         loaded: The experiment.
@@ -55,7 +55,7 @@ def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
 
 
 def _written_points(values: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """A variant with one point is shown without a list where it was written so."""
+    """Return a variant with one point is shown without a list where it was written so."""
     written = tree.get("compressors", {})
     for name, points in values["compressors"].items():
         if isinstance(written.get(name), dict):

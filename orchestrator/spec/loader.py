@@ -38,7 +38,7 @@ _TRACKING_SECRETS = (
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
-    """Reads, merges and validates an experiment file and expands its grid.
+    """Read, merges and validate an experiment file and expand its grid.
 
     Args:
         path: The YAML file.
@@ -101,7 +101,9 @@ def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault],
 
 
 def _secrets(root: Node) -> list[Fault]:
-    """Passwords and tokens among the values and names, which would be copied into the storage, MLflow and logs."""
+    """Return the passwords and tokens among the values and names, which would be copied into the storage, MLflow and
+    logs.
+    """
     faults, known = [], environment_secrets()
     for path, node in root.leaves():
         names = [key for key in path if isinstance(key, str)]
@@ -120,7 +122,7 @@ def _absolute(root: Node, key: str) -> list[Fault]:
 
 
 def _absolute_tree(root: Node) -> Node:
-    """Every path absolute; an axis' values become absolute where they are read."""
+    """Return every path absolute; an axis' values become absolute where they are read."""
     for key, child in root.value.items():
         if key not in ("matrix", "zip", "include", "exclude"):
             root = root.with_entry(key, absolute_paths(root, child, (key,), []), root.keys[key])
@@ -135,12 +137,12 @@ def _base(root: Node) -> tuple[ExperimentSpec | None, list[Fault]]:
 
 
 def _is_given(path: str, axes: set[str]) -> bool:
-    """True where every cell replaces what is wrong or missing in the base."""
+    """Return True where every cell replaces what is wrong or missing in the base."""
     return any(path == axis or path.startswith(axis + ".") for axis in axes)
 
 
 def _unique(faults: Sequence[Fault]) -> list[Fault]:
-    """Each fault once, in the order of the file; what only follows from another is left out."""
+    """Return each fault once, in the order of the file; what only follows from another is left out."""
     once = list(dict.fromkeys(faults))
     if any(fault.path.startswith("plugins.") for fault in once):
         once = [fault for fault in once if not is_unknown_kind(fault)]  # the plug-in would have brought it

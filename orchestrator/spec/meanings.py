@@ -260,7 +260,7 @@ def _meanings() -> dict[str, str]:
 
 
 def meaning_of(name: str, place: str = "") -> str | None:
-    """What another program's name means here, as a hint; None where the table does not know it.
+    """Return what another program's name means here, as a hint; None where the table does not know it.
 
     Args:
         name: The name as written.
@@ -278,7 +278,7 @@ def meaning_of(name: str, place: str = "") -> str | None:
 
 
 def hint_for_key(name: str, known: Sequence[str], place: str = "") -> str | None:
-    """What an unknown key is likely to be: by meaning, by the block it belongs to, then by spelling in its own block.
+    """Return what an unknown key is likely to be: by meaning, by the block it belongs to, then by spelling in its own block.
 
     Args:
         name: The key as written.
@@ -295,7 +295,7 @@ def hint_for_key(name: str, known: Sequence[str], place: str = "") -> str | None
 
 
 def _elsewhere(name: str, place: str) -> str | None:
-    """Where a key or an alias of it belongs that stands in the wrong block."""
+    """Return where a key or an alias of it belongs that stands in the wrong block."""
     places = {where: key for where, key in _places().get(name, {}).items() if where != place}
     if not places:
         return None
@@ -307,7 +307,7 @@ def _elsewhere(name: str, place: str) -> str | None:
 
 @cache
 def _places() -> dict[str, dict[str, str]]:
-    """Key or alias to the blocks that have it, each with the canonical name there."""
+    """Return the key or alias to the blocks that have it, each with the canonical name there."""
     found: dict[str, dict[str, str]] = {}
     for place, cls in _blocks():
         for key in cls.model_fields.keys() - {"kind"}:
@@ -334,7 +334,7 @@ def _blocks() -> Iterator[tuple[str, type[Spec]]]:
 
 
 def _spec_of(annotation: Any) -> type[Spec] | None:
-    """The one model an annotation names, components aside."""
+    """Return the one model an annotation names, components aside."""
     cls = shape_of(annotation).spec_class()
     return None if cls is None or issubclass(cls, Component) else cls
 
@@ -387,5 +387,5 @@ _VALUES["weights"] = _VALUES["learning_rate"] = _VALUES["train"]
 
 
 def value_meaning(key: str, value: str) -> str | None:
-    """What a value of another program is called here under a key, or None."""
+    """Return what a value of another program is called here under a key, or None."""
     return _VALUES.get(key, {}).get(value.strip().lower())

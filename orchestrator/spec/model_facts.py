@@ -92,7 +92,7 @@ class ModelFacts:
 
 
 def model_facts(model_name_or_path: str, revision: str | None = None) -> ModelFacts | None:
-    """Facts of a model; None where its type is not in the table or its config is not at hand.
+    """Return the facts of a model; None where its type is not in the table or its config is not at hand.
 
     Args:
         model_name_or_path: A folder, or a hub id, which is looked up in the hub's cache without network.
@@ -109,7 +109,7 @@ def model_facts(model_name_or_path: str, revision: str | None = None) -> ModelFa
 
 
 def find_config(model_name_or_path: str, revision: str | None = None) -> Path | None:
-    """The model's `config.json`: in its folder, or in the hub's cache; None where there is none."""
+    """Return the model's `config.json`: in its folder, or in the hub's cache; None where there is none."""
     folder = Path(model_name_or_path)
     if folder.is_dir():
         path = folder / "config.json"
@@ -129,7 +129,7 @@ def find_config(model_name_or_path: str, revision: str | None = None) -> Path | 
 
 
 def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
-    """The first part of a model's config that drops attention weights, and its probability; None for none known."""
+    """Return first part of a model's config that drops attention weights, and its probability; None for none known."""
     path = find_config(model_name_or_path, revision)
     try:
         config = json.loads(path.read_bytes()) if path is not None else None
@@ -227,7 +227,7 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
 
 
 def _unit(top: dict[str, Any], family: FamilyDefaults, side: int, clip: bool) -> Grid | None:
-    """The tokens of one image, tile or frame."""
+    """Return the tokens of one image, tile or frame."""
     if family.units == "varies":
         return None
     if family.units == "shuffled":

@@ -19,7 +19,7 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 def short_axes(axes: Sequence[str]) -> dict[str, str]:
-    """The shortest end of each dotted path that no other axis shares: `phases.finetune.schedule` -> `schedule`."""
+    """Return shortest end of each dotted path that no other axis shares: `phases.finetune.schedule` -> `schedule`."""
     parts = {axis: axis.split(".") for axis in axes}
     short = {}
     for axis, own in parts.items():
@@ -31,7 +31,7 @@ def short_axes(axes: Sequence[str]) -> dict[str, str]:
 
 
 def safe(text: str, limit: int = MAX_VALUE) -> str:
-    """Text as part of a folder's name; what is too long ends in six characters of its SHA-256."""
+    """Return the text as part of a folder's name; what is too long ends in six characters of its SHA-256."""
     clean = _UNSAFE.sub("-", text).strip("-").lstrip(".") or "none"
     if len(clean) <= limit:
         return clean
@@ -39,7 +39,7 @@ def safe(text: str, limit: int = MAX_VALUE) -> str:
 
 
 def value_name(setting: Setting) -> str:
-    """A short name of an axis' value."""
+    """Return a short name of an axis' value."""
     value = setting.node.plain()
     if isinstance(value, str) and "/" in value:
         value = value.rstrip("/").rpartition("/")[2]
@@ -68,7 +68,7 @@ class CellNames:
             self._check_template(self.template)
 
     def name(self, cell: Assignment) -> str:
-        """The name of a cell; a single cell without axes is named after the experiment."""
+        """Return the name of a cell; a single cell without axes is named after the experiment."""
         if self.template is not None:
             values = {setting.axis: self._value(setting) for setting in cell}
             return safe(_FIELD.sub(lambda match: self._field(match.group(1), values), self.template), MAX_NAME)

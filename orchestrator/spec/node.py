@@ -50,7 +50,7 @@ class Node:
         return isinstance(self.value, list)
 
     def get(self, key: str | int) -> Node | None:
-        """The entry under a key or an index, None where there is none."""
+        """Return the entry under a key or an index, None where there is none."""
         if isinstance(self.value, dict):
             return self.value.get(key)
         if isinstance(self.value, list) and isinstance(key, int) and 0 <= key < len(self.value):
@@ -58,14 +58,14 @@ class Node:
         return None
 
     def at(self, path: Sequence[str | int]) -> Node | None:
-        """The node at a path, None where there is none."""
+        """Return the node at a path, None where there is none."""
         node: Node | None = self
         for key in path:
             node = node.get(key) if node is not None else None
         return node
 
     def with_entry(self, key: str | int, child: Node | None, key_mark: Mark | None = None) -> Node:
-        """A copy with one entry set, or taken out where `child` is None."""
+        """Return a copy with one entry set, or taken out where `child` is None."""
         if isinstance(self.value, list):
             assert isinstance(key, int) and child is not None
             return Node([*self.value[:key], child, *self.value[key + 1 :]], self.mark, size=self.size)
@@ -80,7 +80,9 @@ class Node:
         return Node(entries, self.mark, keys=keys, size=self.size)
 
     def set_at(self, path: Sequence[str | int], child: Node | None) -> Node:
-        """A copy with the node at a path set or taken out; mappings on the way are made where they are missing."""
+        """Return a copy with the node at a path set or taken out; mappings on the way are made where they are
+        missing.
+        """
         key, rest = path[0], path[1:]
         node = self
         if not rest:
@@ -93,7 +95,7 @@ class Node:
         return node.with_entry(key, inner.set_at(rest, child))
 
     def plain(self) -> Any:
-        """The value as plain dicts, lists and scalars."""
+        """Return the value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -101,7 +103,7 @@ class Node:
         return self.value
 
     def leaves(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-        """Every scalar, empty mapping and empty list with its path."""
+        """Return every scalar, empty mapping and empty list with its path."""
         if self.value and isinstance(self.value, dict):
             for key, child in self.value.items():
                 yield from child.leaves((*path, key))
@@ -112,21 +114,21 @@ class Node:
             yield path, self
 
     def written(self) -> str:
-        """The value as the user wrote it, shortened to one line, without the secrets in it."""
+        """Return the value as the user wrote it, shortened to one line, without the secrets in it."""
         return shorten(redacted(self.text if self.text is not None else as_yaml(without_secrets(self.plain()))))
 
     def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
-        """A fault at this node."""
+        """Return a fault at this node."""
         return Fault(message, *self.mark, dotted(path), self.written(), allowed, hint)
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """`("stages", 0, "share")` as `stages.0.share`."""
+    """Return `("stages", 0, "share")` as `stages.0.share`."""
     return ".".join(str(key) for key in path)
 
 
 def as_yaml(value: Any) -> str:
-    """A plain value in YAML's flow style, on one line."""
+    """Return a plain value in YAML's flow style, on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {as_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -139,7 +141,7 @@ def as_yaml(value: Any) -> str:
 
 
 def node_of(value: Any, mark: Mark) -> Node:
-    """A node from a plain value, every part at the same mark."""
+    """Return a node from a plain value, every part at the same mark."""
     if isinstance(value, dict):
         entries = {str(key): node_of(item, mark) for key, item in value.items()}
         return Node(entries, mark, keys=dict.fromkeys(entries, mark))

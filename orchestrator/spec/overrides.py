@@ -21,7 +21,7 @@ class Override:
 
 
 def read_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Splits and parses `a.b=c` settings.
+    """Split and parse `a.b=c` settings.
 
     Raises:
         SpecError: one is not of the form `path=value`, or its value is not YAML.
@@ -41,7 +41,7 @@ def read_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def _without_lines(node: Node) -> Node:
-    """The same value with `--set` as its place: a line of the command line helps nobody."""
+    """Return the same value with `--set` as its place: a line of the command line helps nobody."""
     mark = Mark(None)
     if node.is_mapping:
         entries = {key: _without_lines(child) for key, child in node.value.items()}
@@ -52,7 +52,7 @@ def _without_lines(node: Node) -> Node:
 
 
 def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Fault], notices: list[str]) -> Node:
-    """The tree with the overrides in place, in their order; unknown paths and grid axes are faults."""
+    """Return the tree with the overrides in place, in their order; unknown paths and grid axes are faults."""
     for override in overrides:
         if override.text == "extends":
             faults.append(Fault("extends is read before --set; edit the file", path=override.text))

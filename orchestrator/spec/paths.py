@@ -20,7 +20,8 @@ Rule = Callable[[Node, Path], tuple[str, Fault | None]]
 
 
 def absolute_paths(root: Node, node: Node, path: Path, faults: list[Fault]) -> Node:
-    """A copy of the node at `path` with its paths absolute; adds a fault for every folder or file that is missing.
+    """Return a copy of the node at `path` with its paths absolute; adds a fault for every folder or file that is
+    missing.
 
     Args:
         root: The merged tree, which tells the `kind` of a named entry.
@@ -125,7 +126,9 @@ def _weights(node: Node, path: Path) -> tuple[str, Fault | None]:
 
 
 def _is_hub_id(node: Node) -> bool:
-    """`org/name` is the hub's unless `org` is a folder beside the file: then it is a path whose end is mistyped."""
+    """Return `org/name` is the hub's unless `org` is a folder beside the file: then it is a path whose end is
+    mistyped.
+    """
     first = node.value.partition("/")[0]
     if not _HUB_ID.fullmatch(node.value):
         return False

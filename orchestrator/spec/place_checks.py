@@ -79,7 +79,9 @@ def check_tracking(root: Node) -> list[Fault]:
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:
-    """Files that rows are read from: on this machine, of a format that is read; one that is not here yet is noted."""
+    """Return the files that rows are read from: on this machine, of a format that is read; one that is not here yet
+    is noted.
+    """
     for name, data in sets.items():
         for field in data.path_fields:
             value = getattr(data, field, None)
@@ -101,7 +103,9 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
 
 
 def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
-    """Folders that look like a model's and are not (an adapter, GGUF, a model of text), and weights not all there."""
+    """Return the folders that look like a model's and are not (an adapter, GGUF, a model of text), and weights not
+    all there.
+    """
     name = model.model_name_or_path
     path: tuple[str, ...] = ("model", "model_name_or_path")
     if os.path.isdir(name):
@@ -154,7 +158,7 @@ def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
 
 
 def _config(folder: FilePath) -> dict[str, Any] | None:
-    """A folder's config; None where it cannot be read, which is told elsewhere."""
+    """Return a folder's config; None where it cannot be read, which is told elsewhere."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -196,7 +200,7 @@ def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]
 
 
 def _weight_files(path: tuple[str, ...], folder: FilePath, notices: list[str]) -> Iterator[Finding]:
-    """All files of the weights that the folder's index lists, and none that stands in for one."""
+    """Return all files of the weights that the folder's index lists, and none that stands in for one."""
     index = next(
         (folder / f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()), None
     )
@@ -223,7 +227,7 @@ def _starts(file: FilePath, beginning: bytes) -> bool:
 
 
 def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[Finding]:
-    """Each component's `module:Class` can be found: by the module's source, so that no framework is imported."""
+    """Return each component's `module:Class` can be found: by the module's source, so that no framework is imported."""
     for name, entry in entries.items():
         for spec in entry if isinstance(entry, tuple) else (entry,):
             if isinstance(spec, Component) and (wrong := implementation_fault(type(spec), _METHODS.get(section, ()))):
@@ -233,7 +237,7 @@ def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[
 
 
 def implementation_fault(component: type[Any], methods: tuple[str, ...]) -> str | None:
-    """Why what a spec class names as its implementation cannot be used; None where nothing speaks against it."""
+    """Return why what a spec class names as its implementation cannot be used; None where nothing speaks against it."""
     reference = getattr(component, "implementation", "")
     module, colon, name = reference.partition(":")
     if not (module and colon and name):
@@ -254,7 +258,7 @@ def implementation_fault(component: type[Any], methods: tuple[str, ...]) -> str 
 
 
 def _source(module: str) -> str | None:
-    """Source of a module; empty where it has none, None where there is no such module."""
+    """Return the source of a module; empty where it has none, None where there is no such module."""
     loaded = sys.modules.get(module)
     file = getattr(loaded, "__file__", None)
     if loaded is None:
@@ -269,7 +273,7 @@ def _source(module: str) -> str | None:
 
 
 def _names(node: ast.AST) -> Iterator[str]:
-    """Names that a statement may bind: assigned, imported, defined."""
+    """Return the names that a statement may bind: assigned, imported, defined."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id
     elif isinstance(node, ast.alias):

@@ -24,7 +24,7 @@ class References:
         self._checked: dict[tuple[int, ...], tuple[Node | None, ...]] = {}
 
     def check(self, root: Node) -> list[Fault]:
-        """All names of a tree that do not exist, are reserved, or mean two things."""
+        """Return all names of a tree that do not exist, are reserved, or mean two things."""
         shared = (root.get("compressors"), root.get("schedules"))
         key = tuple(map(id, shared))
         new = self._checked.setdefault(key, shared) is shared  # kept, so that an id stays theirs
@@ -44,7 +44,7 @@ class _TreeCheck:
         self.schedules = self._names("schedules")
 
     def check(self, definitions: bool) -> list[Fault]:
-        """All faults; those of variants and schedules themselves only with `definitions`."""
+        """Return all faults; those of variants and schedules themselves only with `definitions`."""
         if definitions:
             self._check_definitions()
             for name, node in _entries(self.root.get("schedules")):
@@ -132,7 +132,7 @@ class _TreeCheck:
 
 
 def _variants_of(node: Node) -> tuple[str, ...]:
-    """Variants a schedule uses; where it has other faults, what stands under `compressor` in it."""
+    """Return the variants a schedule uses; where it has other faults, what stands under `compressor` in it."""
     value: Any = node.plain()
     try:
         schedule = registry.spec_class(registry.SCHEDULES, value["kind"]).model_validate(value)
@@ -147,7 +147,7 @@ def _entries(node: Node | None) -> list[tuple[str, Node]]:
 
 
 def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[Path, str]]:
-    """Texts at a path: one, a list's, or with `keys` a mapping's keys."""
+    """Return the texts at a path: one, a list's, or with `keys` a mapping's keys."""
     if node is None:
         return
     if isinstance(node.value, str):

@@ -12,7 +12,7 @@ from orchestrator.spec.shape import UnknownPathError, find_path
 
 
 def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Fault]:
-    """The baseline and `mean_over` name axes of the grid, and some cell is the baseline."""
+    """Return the baseline and `mean_over` name axes of the grid, and some cell is the baseline."""
     faults: list[Fault] = []
     report = root.get("report")
     baseline = report.get("baseline") if report is not None else None
@@ -48,7 +48,7 @@ def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
 
 
 def check_path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path | None:
-    """The path a dotted name stands for; a fault at `where` and None where there is no such path."""
+    """Return the path a dotted name stands for; a fault at `where` and None where there is no such path."""
     try:
         return find_path(root, name)
     except UnknownPathError as error:

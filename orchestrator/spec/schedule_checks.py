@@ -23,7 +23,7 @@ def check_schedule(
     variants: Mapping[str, Any] | None,
     facts: ModelFacts | None,
 ) -> Iterator[Finding]:
-    """Every stage of the phase's schedule starts, the stages fill the phase, and what it derives fits the model.
+    """Return every stage of the phase's schedule starts, the stages fill the phase, and what it derives fits the model.
 
     Where the number of steps is not known yet, only what the schedule derives is checked.
     """
@@ -47,7 +47,7 @@ def check_schedule(
 def _check_derived(
     table: StageTable, where: Path, variants: Mapping[str, Any], facts: ModelFacts | None
 ) -> Iterator[Finding]:
-    """The first value that does not fit; those after it would say the same."""
+    """Return the first value that does not fit; those after it would say the same."""
     for name, (base, changes) in table.derived.items():
         if base not in variants:
             return  # told where names are checked
@@ -65,7 +65,9 @@ def _check_derived(
 def check_learning(
     phase: PhaseSpec, path: Path, schedules: Mapping[str, Any], variants: Mapping[str, Any], notices: list[str]
 ) -> Iterator[Finding]:
-    """A phase that trains compressors alone uses one that learns; one that learns and does not train is noted."""
+    """Return a phase that trains compressors alone uses one that learns; one that learns and does not train is
+    noted.
+    """
     learns = [name for name in _used(phase, schedules) if any(point.learns for point in variants.get(name, ()))]
     if set(phase.train) == {"compressor"} and not learns:
         hint = "use a variant that learns, or train another part"
@@ -78,7 +80,7 @@ def check_learning(
 
 
 def _used(phase: PhaseSpec, schedules: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the variants a phase uses."""
+    """Return the names of the variants a phase uses."""
     schedule: Any = phase.schedule
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, schedule)
@@ -92,7 +94,7 @@ def check_tested_variants(
     variants: Mapping[str, Any],
     num_layers: int | None,
 ) -> Iterator[Finding]:
-    """A learned method can be tested only where some phase uses it: else there are no weights to test."""
+    """Return a learned method can be tested only where some phase uses it: else there are no weights to test."""
     used = [phase for phase in (phases.pretrain, phases.finetune) if phase is not None]
     if num_layers is None or any(phase.start_from is not None for phase in used):
         return

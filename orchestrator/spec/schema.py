@@ -23,7 +23,7 @@ _EXTENDS = {
 
 
 def experiment_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of an experiment file that stands alone.
+    """Return the JSON Schema (draft 2020-12) of an experiment file that stands alone.
 
     A file that extends another may leave out what that one gives; `validate` looks at the merged result.
     """
@@ -57,7 +57,7 @@ def _any(choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _accept_short_forms(schema: dict[str, Any]) -> None:
-    """A variant's only point without a list, an `under` of one name."""
+    """Return a variant's only point without a list, an `under` of one name."""
     point = {"$ref": "#/$defs/CompressorSpec"}
     variants = schema["properties"]["compressors"]["patternProperties"]
     for name in variants:
@@ -72,7 +72,7 @@ def _accept_short_forms(schema: dict[str, Any]) -> None:
 
 
 def _name_aliases(schema: dict[str, Any], root: type[Any], seen: set[str]) -> None:
-    """Adds every alias as a key of its own that points to the canonical one."""
+    """Add every alias as a key of its own that points to the canonical one."""
     for cls in _models(root, seen):
         part = schema["$defs"].get(cls.__name__)
         for alias, name in cls.aliases.items() if part is not None else ():

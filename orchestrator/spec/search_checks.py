@@ -23,7 +23,9 @@ COSTS = (
 
 
 def check_search(root: Node) -> list[Fault]:
-    """A search proposes values of known paths and optimises what is measured; beside it the grid has only seeds."""
+    """Return a search proposes values of known paths and optimises what is measured; beside it the grid has only
+    seeds.
+    """
     faults: list[Fault] = []
     search = root.get("search")
     if search is None or not search.is_mapping:
@@ -82,7 +84,7 @@ def _under(entry: Node) -> list[Any]:
 
 
 def space_corners(root: Node, spec: ExperimentSpec, faults: list[Fault]) -> list[Assignment]:
-    """Recipes at the ends of every range and with each choice, to be checked like cells of a grid.
+    """Return the recipes at the ends of every range and with each choice, to be checked like cells of a grid.
 
     Args:
         root: The tree.

@@ -23,7 +23,7 @@ class Shape:
     choices: tuple[Any, ...]
 
     def spec_class(self, kind: Any = None) -> type[Spec] | None:
-        """The model of a mapping here; a component's by its kind, its family's base where the kind is unknown."""
+        """Return model of a mapping here; a component's by its kind, its family's base where the kind is unknown."""
         for choice in self.choices:
             if not (isinstance(choice, type) and issubclass(choice, Spec)):
                 continue
@@ -35,28 +35,28 @@ class Shape:
         return None
 
     def class_of(self, node: Node | None) -> type[Spec] | None:
-        """The model of a node here; one point of a variant may stand without its list."""
+        """Return the model of a node here; one point of a variant may stand without its list."""
         cls = self.spec_class(kind_at(node))
         if cls is None and node is not None and node.is_mapping and (item := self.item_shape()) is not None:
             return item.spec_class(kind_at(node))
         return cls
 
     def value_shape(self) -> Shape | None:
-        """Shape of the values of a mapping with free keys, None where no such mapping belongs here."""
+        """Return the shape of the values of a mapping with free keys, None where no such mapping belongs here."""
         for choice in self.choices:
             if get_origin(choice) is dict:
                 return shape_of(get_args(choice)[1])
         return None
 
     def item_shape(self) -> Shape | None:
-        """Shape of a list's items, None where no list belongs here."""
+        """Return the shape of a list's items, None where no list belongs here."""
         for choice in self.choices:
             if get_origin(choice) in (tuple, list):
                 return shape_of(get_args(choice)[0])
         return None
 
     def child(self, key: str | int, node: Node | None) -> Shape | None:
-        """Shape under a key; `node` is the value here, whose `kind` decides among components."""
+        """Return the shape under a key; `node` is the value here, whose `kind` decides among components."""
         if isinstance(key, int):
             return self.item_shape()
         cls = self.spec_class(kind_at(node))
@@ -69,18 +69,18 @@ class Shape:
         return values
 
     def literals(self) -> tuple[Any, ...]:
-        """Fixed values that are allowed here."""
+        """Return the fixed values that are allowed here."""
         return tuple(value for choice in self.choices if get_origin(choice) is Literal for value in get_args(choice))
 
 
 def kind_at(node: Node | None) -> str | None:
-    """The `kind` a mapping writes."""
+    """Return the `kind` a mapping writes."""
     kind = node.get("kind") if node is not None and node.is_mapping else None
     return kind.value if kind is not None and isinstance(kind.value, str) else None
 
 
 def shape_of(annotation: Any) -> Shape:
-    """The shape of an annotation."""
+    """Return the shape of an annotation."""
     if get_origin(annotation) is Annotated:
         return shape_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -99,7 +99,7 @@ def _component_class(family: type[Component], kind: Any) -> type[Component]:
 
 
 def shape_at(root: Node, path: Sequence[str | int]) -> Shape | None:
-    """The shape at a path of a tree, None where the path leaves what is known."""
+    """Return the shape at a path of a tree, None where the path leaves what is known."""
     shape: Shape | None = ROOT
     node: Node | None = root
     for key in path:
@@ -111,7 +111,7 @@ def shape_at(root: Node, path: Sequence[str | int]) -> Shape | None:
 
 
 def names_at(root: Node, path: Sequence[str | int]) -> tuple[str, ...]:
-    """Keys that are known at a path: a model's fields, or the names a mapping has."""
+    """Return the keys that are known at a path: a model's fields, or the names a mapping has."""
     shape, node = shape_at(root, path), root.at(path)
     cls = shape.class_of(node) if shape is not None else None
     if cls is not None:
@@ -134,7 +134,7 @@ class UnknownPathError(Exception):
 
 
 def find_path(root: Node, text: str) -> Path:
-    """The path a dotted text means; names that hold dots are recognised, aliases become canonical names.
+    """Return the path a dotted text means; names that hold dots are recognised, aliases become canonical names.
 
     Args:
         root: The tree whose names count.

@@ -18,17 +18,17 @@ class Draws(Protocol):
     """What draws: an Optuna trial, or a corner of the space for validation."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """One of some values."""
+        """Return one of some values."""
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        """A whole number, both ends included."""
+        """Return a whole number, both ends included."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """A number between two bounds."""
+        """Return a number between two bounds."""
 
 
 def draw(trial: Draws, search: SearchSpec, layer_tokens: Mapping[str, Fraction]) -> dict[str, Any]:
-    """One recipe: dotted path to a value as a file would write it.
+    """Return one recipe: dotted path to a value as a file would write it.
 
     Args:
         trial: Draws single values.
@@ -47,7 +47,7 @@ def draw(trial: Draws, search: SearchSpec, layer_tokens: Mapping[str, Fraction])
 
 
 def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
-    """Visual tokens as the mean over layers, of each variant the staged spaces name.
+    """Return the visual tokens as the mean over layers, of each variant the staged spaces name.
 
     Raises:
         ValueError: an order from heavy to light is asked for, and the model's sizes are not known here.
@@ -71,7 +71,7 @@ def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
 
 
 def before_last(entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) -> tuple[str, ...]:
-    """Variants a stage before the last one may have, heaviest first where the order matters."""
+    """Return the variants a stage before the last one may have, heaviest first where the order matters."""
     if not entry.heavy_to_light:
         return entry.variants
     found = sorted(entry.variants, key=layer_tokens.__getitem__)
@@ -79,12 +79,12 @@ def before_last(entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) ->
 
 
 def inner_boundaries(entry: StagedSpaceSpec) -> int:
-    """Number of places between a phase's ends where a stage may end."""
+    """Return number of places between a phase's ends where a stage may end."""
     return -int(-1 // entry.boundaries) - 1
 
 
 def _schedule(trial: Draws, path: str, entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) -> dict[str, Any]:
-    """A schedule of `stages`.
+    """Return a schedule of `stages`.
 
     What is drawn is sorted into an order instead of being drawn again until it has one, so that every parameter has
     one fixed range, which multivariate TPE needs.
@@ -105,7 +105,7 @@ def _schedule(trial: Draws, path: str, entry: StagedSpaceSpec, layer_tokens: Map
 
 
 def stages(variants: Sequence[str], ends: Sequence[Fraction]) -> dict[str, Any]:
-    """A schedule of `stages` as a file would write it; equal neighbours are one stage.
+    """Return a schedule of `stages` as a file would write it; equal neighbours are one stage.
 
     Args:
         variants: One a stage.
@@ -120,7 +120,7 @@ def stages(variants: Sequence[str], ends: Sequence[Fraction]) -> dict[str, Any]:
 
 
 def summary(value: Any) -> Any:
-    """A drawn value for people: a schedule as `heavy 1/4, wide 1/4, full`."""
+    """Return a drawn value for people: a schedule as `heavy 1/4, wide 1/4, full`."""
     if not isinstance(value, dict) or "stages" not in value:
         return value
     *before, last = value["stages"]

@@ -56,7 +56,7 @@ class Starts:
         return {file: found for file, found in self.known.items() if not isinstance(found, tuple)}
 
     def check(self, phases: PhasesSpec, name: str, facts: ModelFacts | None) -> Iterator[Finding]:
-        """What keeps a phase from starting where it says.
+        """Return what keeps a phase from starting where it says.
 
         Args:
             phases: The cell's phases.
@@ -107,7 +107,7 @@ class Starts:
 
 
 def _pick(cells: Sequence[ResolvedCell], wanted: str, path: Path) -> ResolvedCell | Finding | None:
-    """The cell, or why there is none; None where the text may begin an id, which only planning knows."""
+    """Return the cell, or why there is none; None where the text may begin an id, which only planning knows."""
     fits = by_name(cells, wanted) or by_axis(cells, wanted)
     if len(fits) == 1:
         return fits[0]

@@ -14,12 +14,13 @@ from orchestrator.spec.phase import PhaseSpec
 
 
 def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
-    """Rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
+    """Return rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
     return sum(max(1, int(rows * parse_share(share))) for rows, share in sets)
 
 
 def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
-    """Optimizer steps of `epochs` passes, rounded up as Hugging Face's Trainer does, so that every row is seen.
+    """Return the optimizer steps of `epochs` passes, rounded up as Hugging Face's Trainer does, so that every row is
+    seen.
 
     Epochs follow each other without a gap; the last batch is filled from the next pass: 665,298 rows in batches of
     128 give 5,198 steps, the number LLaVolta's authors ran.
@@ -28,7 +29,7 @@ def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
 
 
 def known_steps(phase: PhaseSpec, data: dict[str, Any] | None) -> int | None:
-    """Steps of a phase; None where they depend on a file that would have to be read, or on a cost."""
+    """Return the steps of a phase; None where they depend on a file that would have to be read, or on a cost."""
     if phase.match_train_tflops is not None:
         return None
     if phase.max_steps is not None:

@@ -65,7 +65,7 @@ class StageTable:
 
 
 def merged(steps: list[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...]:
-    """Actions with equal neighbours made one."""
+    """Return the actions with equal neighbours made one."""
     actions: list[tuple[int, int, str]] = []
     for first, last, name in steps:
         if actions and actions[-1][2] == name:
@@ -76,7 +76,7 @@ def merged(steps: list[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...
 
 
 def teachers_of(distill: DistillSpec | None, variants: tuple[str, ...] | list[str], fuller: str) -> dict[str, Teaching]:
-    """What each variant learns from: the fuller one teaches all but itself."""
+    """Return what each variant learns from: the fuller one teaches all but itself."""
     if distill is None:
         return {}
     teacher = distill.teacher or fuller

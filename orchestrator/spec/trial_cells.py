@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def trial_name(number: int) -> str:
-    """Name of a trial, and of its cell where it has one seed."""
+    """Return the name of a trial, and of its cell where it has one seed."""
     return f"trial-{number:03d}"
 
 
 def trial_cells(loaded: LoadedExperiment, number: int, values: Mapping[str, Any]) -> tuple[ResolvedCell, ...]:
-    """One cell a seed of the matrix, or one.
+    """Return one cell a seed of the matrix, or one.
 
     Args:
         loaded: The experiment; its own cells are the base with each seed.

@@ -11,7 +11,7 @@ from orchestrator.spec.search import SearchSpec
 
 
 def unsupported_keys(spec: Any, searching: bool = False) -> list[Fault]:
-    """What `run`, or `search`, cannot do yet, one fault a key.
+    """Return what `run`, or `search`, cannot do yet, one fault a key.
 
     Args:
         spec: An `ExperimentSpec`, or a `LoadedExperiment`, whose cells are looked at as well.

@@ -31,7 +31,7 @@ class Finding:
 
 
 def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Points in order of depth, at layers the model has, with what they need and amounts they can take."""
+    """Return the points in order of depth, at layers the model has, with what they need and amounts they can take."""
     grid: Grid | None = facts.visual_grid if facts is not None else None
     last = _PROJECTOR
     for index, point in enumerate(points):

@@ -47,7 +47,7 @@ class _Open:
 
 
 def read_tree(data: bytes | str, file: str | None) -> Node:
-    """Reads one YAML document whose root is a mapping.
+    """Read one YAML document whose root is a mapping.
 
     Args:
         data: The file's content.
@@ -92,7 +92,7 @@ def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[Fault]]:
 
 
 def kind_of(value: Any) -> str:
-    """A word for the kind of a value: mapping, list, text, ..."""
+    """Return a word for the kind of a value: mapping, list, text, ..."""
     if isinstance(value, dict):
         return "mapping"
     if isinstance(value, list | tuple):
@@ -133,7 +133,7 @@ class _Reader:
         self.documents = 0
 
     def read(self, text: str) -> Node:
-        """The root's node."""
+        """Return the root's node."""
         loader = _LOADER(text)
         while True:
             event = loader.get_event()

@@ -54,7 +54,7 @@ from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun, client_
 
 
 def make_database(path: Path) -> None:
-    """Makes an sqlite file with MLflow's tables where there is none yet.
+    """Make an sqlite file with MLflow's tables where there is none yet.
 
     MLflow makes its tables one after the other: killed in between, or met by a second process that does the same, it
     leaves a file that neither it nor `mlflow server` opens again. So they are made aside, and linked into place.
@@ -87,7 +87,7 @@ _POLL_SECONDS = 0.2
 
 @contextlib.contextmanager
 def one_at_a_time(store: Store, experiment_name: str) -> Iterator[None]:
-    """Holds a short lease on an experiment: two drivers that find no run of a cell would both make one.
+    """Hold a short lease on an experiment: two drivers that find no run of a cell would both make one.
 
     Args:
         store: Where the lease lies.
@@ -164,7 +164,7 @@ class CellTracker:
         self.notes: list[str] = []
 
     def log(self, record: CellRecord) -> str:
-        """Brings the run of a cell up to date and returns its id.
+        """Bring the run of a cell up to date and return its id.
 
         Points of the history are sent in the order of their steps, and only those beyond what the run has: the
         record may be sent again at any time, in parts or whole, by this process or another.
@@ -179,7 +179,7 @@ class CellTracker:
         return self._known().runs[record.cell_id].run_id
 
     def open_runs(self, records: Sequence[CellRecord]) -> None:
-        """Makes the runs of cells that have none, all at once.
+        """Make the runs of cells that have none, all at once.
 
         Raises:
             TrackingError: the server is down, refuses, or its database stays locked.
@@ -189,7 +189,7 @@ class CellTracker:
             self._make_runs(records)
 
     def log_some(self, record: CellRecord, points: int) -> bool:
-        """Brings the run of a cell up to date, with at most about so many points of its history.
+        """Bring the run of a cell up to date, with at most about so many points of its history.
 
         Returns:
             True where MLflow has the whole record now; else the record is to be sent again.
@@ -207,7 +207,7 @@ class CellTracker:
                 raise
 
     def close(self) -> None:
-        """Ends the session: a run that still says RUNNING is marked KILLED, since nobody works on it any more.
+        """End the session: a run that still says RUNNING is marked KILLED, since nobody works on it any more.
 
         Raises:
             TrackingError: the server is down.
@@ -240,7 +240,7 @@ class CellTracker:
         return self._connection
 
     def _look(self, *, now: bool = False) -> None:
-        """Asks MLflow what it has, if the last answer is old."""
+        """Ask MLflow what it has, if the last answer is old."""
         if self._seen is not None and not now and time.monotonic() - self._looked < LOOK_SECONDS:
             return
         before, self._seen = self._seen, None
@@ -273,7 +273,7 @@ class CellTracker:
         return self._known().experiment_id
 
     def _end_abandoned(self) -> None:
-        """Marks runs KILLED whose driver is dead; who works on such a cell now says so with its next record."""
+        """Mark runs KILLED whose driver is dead; who works on such a cell now says so with its next record."""
         for run in abandoned(self._known(), self._lives):
             if run.run_id not in self._running:
                 self._end(run, "KILLED")
@@ -322,7 +322,7 @@ class CellTracker:
         return True
 
     def _send(self, run: SeenRun, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None) -> None:
-        """One request; what it brought is noted as what MLflow has."""
+        """Return one request; what it brought is noted as what MLflow has."""
         from mlflow.entities import Metric, Param, RunTag
 
         tags = tags or {}
@@ -363,7 +363,7 @@ class CellTracker:
             self._send(run, tags=dict(some_tags))
 
     def _log_history(self, run: SeenRun, record: CellRecord, most: int) -> bool:
-        """Sends points of the steps that the run lacks; True where it has all of them then."""
+        """Send points of the steps that the run lacks; True where it has all of them then."""
         if was_cut(run):
             fresh, most = self._holes(run, record), sys.maxsize
         else:
@@ -376,7 +376,7 @@ class CellTracker:
         return sent < most or next(fresh, None) is None
 
     def _holes(self, run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
-        """Points that are gone from a run's history; whole histories are asked for, which only this needs."""
+        """Return points that are gone from a run's history; whole histories are asked for, which only this needs."""
         known: dict[str, set[int]] = {}
         missing = []
         for name, value, timestamp_ms, step in sent_points(record.history):
@@ -427,7 +427,7 @@ class CellTracker:
 
     @contextmanager
     def _told_plainly(self) -> Iterator[None]:
-        """Turns whatever MLflow, its database or the network raise into one sentence."""
+        """Turn whatever MLflow, its database or the network raise into one sentence."""
         try:
             yield
         except TrackingError:

@@ -36,7 +36,7 @@ SentPoint = tuple[str, float, int, int]
 
 
 def has_record(run: SeenRun | None, record: CellRecord) -> bool:
-    """Whether MLflow has a cell's record as it stands: everything but the history's middle is compared."""
+    """Return whether MLflow has a cell's record as it stands: everything but the history's middle is compared."""
     return (
         run is not None
         and run.name == record.cell_name
@@ -51,7 +51,7 @@ def has_record(run: SeenRun | None, record: CellRecord) -> bool:
 
 
 def has_artifacts(run: SeenRun, record: CellRecord) -> bool:
-    """Whether MLflow has a record's files."""
+    """Return whether MLflow has a record's files."""
     contents = file_contents(record.artifacts)
     return not contents or (
         run.tags.get(ARTIFACTS_DIGEST) == files_digest(contents) and not run.lacks_artifacts(contents)
@@ -59,13 +59,13 @@ def has_artifacts(run: SeenRun, record: CellRecord) -> bool:
 
 
 def was_cut(run: SeenRun) -> bool:
-    """Whether a run has fewer points than when its record was whole."""
+    """Return whether a run has fewer points than when its record was whole."""
     noted = run.tags.get(POINTS, "")
     return run.points is not None and noted.isdecimal() and run.points < int(noted)
 
 
 def abandoned(seen: SeenExperiment, lives: Lives) -> list[SeenRun]:
-    """Runs that say they are being worked on while their driver is dead."""
+    """Return the runs that say they are being worked on while their driver is dead."""
     found = []
     for run in seen.runs.values():
         if run.status not in OPEN:
@@ -82,7 +82,7 @@ def abandoned(seen: SeenExperiment, lives: Lives) -> list[SeenRun]:
 
 
 def mark(storage: str) -> str:
-    """This process and the storage it works on, as a tag of the cells it works on."""
+    """Return this process and the storage it works on, as a tag of the cells it works on."""
     return _mark_of(os.getpid(), storage)
 
 
@@ -92,12 +92,12 @@ def _mark_of(_pid: int, storage: str) -> str:
 
 
 def sent_params(record: CellRecord) -> dict[str, str]:
-    """A record's params as MLflow takes them."""
+    """Return a record's params as MLflow takes them."""
     return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
 
 
 def sent_tags(run: SeenRun, record: CellRecord) -> dict[str, str]:
-    """A record's tags as MLflow takes them."""
+    """Return a record's tags as MLflow takes them."""
     tags = {**record.tags, CELL_ID: record.cell_id}
     # A param can be written once; a value that changed since (a default, a label) is noted beside it.
     changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
@@ -106,13 +106,13 @@ def sent_tags(run: SeenRun, record: CellRecord) -> dict[str, str]:
 
 
 def changed_summary(run: SeenRun, record: CellRecord) -> dict[str, float]:
-    """Figures of a record's end that a run has otherwise or not at all."""
+    """Return the figures of a record's end that a run has otherwise or not at all."""
     numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
     return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
 
 
 def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
-    """Points as MLflow's `Metric` takes them: name, value, timestamp, step."""
+    """Return the points as MLflow's `Metric` takes them: name, value, timestamp, step."""
     names: dict[str, str] = {}
     for key, value, step, timestamp_ms in points:
         name = names.get(key) or names.setdefault(key, accepted_name(key))
@@ -122,7 +122,7 @@ def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
 
 
 def fresh_points(run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
-    """Points beyond what a run has, in the order of their steps.
+    """Point beyond what a run has, in the order of their steps.
 
     They are looked for from the highest step that it has of any metric of the history. Where a metric falls behind
     there, it begins where that one ends: a batch may have ended within a step.
@@ -139,7 +139,7 @@ def fresh_points(run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
 
 
 def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
-    """Artifacts as bytes, by the names that MLflow takes."""
+    """Return the artifacts as bytes, by the names that MLflow takes."""
     return {
         accepted_name(name): content.encode()
         if isinstance(content, str)
@@ -151,7 +151,7 @@ def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, byte
 
 
 def files_digest(contents: Mapping[str, bytes]) -> str:
-    """Digest of artifacts, names and contents."""
+    """Return the digest of artifacts, names and contents."""
     digest = hashlib.sha256()
     for name in sorted(contents):
         digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])

@@ -28,13 +28,13 @@ class Tracker(Protocol):
     notes: list[str]
 
     def open_runs(self, records: Sequence[CellRecord]) -> None:
-        """Makes the records of cells that the back end does not know, all at once."""
+        """Make the records of cells that the back end does not know, all at once."""
 
     def log_some(self, record: CellRecord, points: int) -> bool:
-        """Brings the back end's record of a cell up to date, by so many points; True where it is whole then."""
+        """Bring the back end's record of a cell up to date, by so many points; True where it is whole then."""
 
     def close(self) -> None:
-        """Lets go of the back end."""
+        """Let go of the back end."""
 
 
 class Recorder:
@@ -70,7 +70,7 @@ class Recorder:
         return self
 
     def put(self, cell_id: str, make: MakeRecord) -> None:
-        """Takes a cell whose record is to be brought up to date; returns at once.
+        """Take a cell whose record is to be brought up to date; returns at once.
 
         Args:
             cell_id: Its id.
@@ -79,13 +79,13 @@ class Recorder:
         self._queue.put((cell_id, make))
 
     def look(self) -> None:
-        """Opens the tracker before the end, which ends the runs that dead drivers left behind."""
+        """Open the tracker before the end, which ends the runs that dead drivers left behind."""
         self._queue.put(("", None))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for what is still to be sent for as long as some of it is; who was interrupted waits two minutes."""
+        """Wait for what is still to be sent for as long as some of it is; who was interrupted waits two minutes."""
         self._queue.put(None)
         began = moved = time.monotonic()
         turns, told = self._turns, False
@@ -117,7 +117,7 @@ class Recorder:
                 self._tracker.close()
 
     def _take(self, *, wait: bool) -> bool:
-        """Takes what has come; True where nothing more will."""
+        """Take what has come; True where nothing more will."""
         with contextlib.suppress(queue.Empty):
             while True:
                 came = self._queue.get(block=wait)
@@ -131,7 +131,7 @@ class Recorder:
         return False
 
     def _round(self, turn: Sequence[str]) -> set[str]:
-        """One turn for each of these cells; those that failed."""
+        """Return one turn for each of these cells; those that failed."""
         failed: set[str] = set()
         records: dict[str, CellRecord] = {}
         for cell_id in turn:

@@ -49,7 +49,7 @@ class SeenRun:
     points: int | None = None
 
     def lacks_artifacts(self, names: Iterable[str]) -> bool:
-        """Whether files that were sent are gone; only of a folder on this machine can that be told."""
+        """Return whether files that were sent are gone; only of a folder on this machine can that be told."""
         place = urlsplit(self.artifacts)
         if place.scheme not in ("", "file"):
             return False
@@ -72,19 +72,19 @@ class SeenExperiment:
     runs: dict[str, SeenRun] = field(default_factory=dict)
 
     def add(self, run: SeenRun) -> None:
-        """Takes a run that is a cell's."""
+        """Take a run that is a cell's."""
         cell = run.tags.get(CELL_ID)
         if cell is not None and (cell not in self.runs or run.start_ms < self.runs[cell].start_ms):
             self.runs[cell] = run
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of an `sqlite:///` address."""
+    """Return the file of an `sqlite:///` address."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def quick_look(uri: str, experiment: str, *, count: bool = True) -> SeenExperiment | None:
-    """What MLflow has of an experiment, without MLflow; None where only its client can tell.
+    """Return what MLflow has of an experiment, without MLflow; None where only its client can tell.
 
     Args:
         uri: Where MLflow is.
@@ -99,7 +99,7 @@ def quick_look(uri: str, experiment: str, *, count: bool = True) -> SeenExperime
 
 
 def client_look(client: Any, experiment: str) -> SeenExperiment:
-    """The same by MLflow's client.
+    """Return the same by MLflow's client.
 
     Args:
         client: An `MlflowClient`.

@@ -32,7 +32,7 @@ class MicroBatch:
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches of one rank in one optimizer step.
+    """Return the micro-batches of one rank in one optimizer step.
 
     Raises:
         UsageError: there are more workers than samples in a global batch.
@@ -47,7 +47,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 
 
 def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """A rank's micro-batches of a global batch: neighbours stay together and ranks take turns.
+    """Return a rank's micro-batches of a global batch: neighbours stay together and ranks take turns.
 
     The batch is cut into chunks whose sizes differ by at most one; rank r takes chunks r, r + world_size, ...
     Neighbours have like lengths where batches are grouped by length, so ranks wait little for one another. Which
@@ -85,14 +85,14 @@ class BatchFeed:
         self._ready: dict[int, Future[list[MicroBatch]]] = {}
 
     def get(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; errors of the data are raised here."""
+        """Return this rank's micro-batches of a step; errors of the data are raised here."""
         future = self._ready.pop(step, None) or self._thread.submit(self._prepare, step)
         if step + 1 < self._last_step and step + 1 not in self._ready:
             self._ready[step + 1] = self._thread.submit(self._prepare, step + 1)
         return future.result()
 
     def close(self) -> None:
-        """Ends the thread; what it prepared is dropped."""
+        """End the thread; what it prepared is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int) -> list[MicroBatch]:

@@ -59,7 +59,9 @@ class Timing:
 def synthetic_batch(
     facts: ModelFacts, config: Any, rows: int, text_tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """Rows of one image and then `text_tokens` labelled text tokens; a step's time does not depend on what they say."""
+    """Return the rows of one image and then `text_tokens` labelled text tokens; a step's time does not depend on what
+    they say.
+    """
     vision = config.vision_config
     size = vision.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -90,7 +92,7 @@ def measure(
     repeats: int,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Timing]:
-    """Times every arm `repeats` times, one after the other in each round (A B A B, in another order each
+    """Time every arm `repeats` times, one after the other in each round (A B A B, in another order each
     round), after a round that is not counted.
 
     A step is the forward and backward pass of one micro-batch of a randomly initialised model under the phase's
@@ -128,7 +130,7 @@ def measure(
 
 
 def _model(model_spec: ModelSpec, recipe: PhaseSpec, device: torch.device) -> Any:
-    """The model with random weights as the phase trains it."""
+    """Return the model with random weights as the phase trains it."""
     torch.manual_seed(0)
     model: Any = model_from_config(model_spec).to(device, getattr(torch, compute_dtype(model_spec))).train()
     parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points

@@ -33,7 +33,7 @@ from orchestrator.training.memory import Session
 
 
 def convert(folder: Path, tag: str, target: Path) -> None:
-    """Writes a ZeRO checkpoint as a universal one, which an engine opened with `load_universal` takes at any size.
+    """Write a ZeRO checkpoint as a universal one, which an engine opened with `load_universal` takes at any size.
 
     Args:
         folder: The checkpoint; what it asks to unpickle was looked at before.
@@ -78,7 +78,7 @@ def mended_load(engine: Any) -> Iterator[None]:
 
 
 def whole_weights(session: Session) -> dict[str, torch.Tensor]:
-    """All parameters (float32) and persistent buffers by name, on the CPU; empty on ranks other than 0.
+    """Return all parameters (float32) and persistent buffers by name, on the CPU; empty on ranks other than 0.
 
     Every rank calls it: parameters are gathered one by one, so that no more than one is whole on a worker.
 
@@ -105,7 +105,7 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
 
 
 def _master(name: str, parameter: nn.Parameter, partitioned: bool) -> torch.Tensor:
-    """The float32 value that trains, of which the parameter is the rounded copy; every rank calls it.
+    """Return the float32 value that trains, of which the parameter is the rounded copy; every rank calls it.
 
     Raises:
         StageRunError: the engine has none, or another one; the rounded copy is never taken for it.
@@ -200,7 +200,7 @@ _KNOWN_CLASSES = {
 
 
 def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) -> None:
-    """Writes the state after `step` optimizer steps of the phase; every rank calls it. No manifest is written.
+    """Write the state after `step` optimizer steps of the phase; every rank calls it. No manifest is written.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -231,7 +231,7 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
 
 
 def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, scratch: Path) -> int:
-    """Loads a checkpoint into a fresh engine; every rank calls it.
+    """Load a checkpoint into a fresh engine; every rank calls it.
 
     Args:
         session: Its engine has not trained yet, and is `universal` where the checkpoint is of other workers.
@@ -276,7 +276,7 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
 
 
 def read_cursor(folder: Path) -> dict[str, Any]:
-    """The cursor of a checkpoint.
+    """Return the cursor of a checkpoint.
 
     Raises:
         StorageError: it is missing or no JSON.
@@ -289,12 +289,12 @@ def read_cursor(folder: Path) -> dict[str, Any]:
 
 
 def other_workers(cursor: dict[str, Any]) -> bool:
-    """Whether a checkpoint's parts are those of another number of workers; without ZeRO there is one part."""
+    """Return whether a checkpoint's parts are those of another number of workers; without ZeRO there is one part."""
     return bool(cursor.get("world_size") != group.world_size() and cursor.get("zero_stage"))
 
 
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
-    """The table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names.
+    """Return the table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names.
 
     Where a teacher runs, a fourth value holds its points, weight and temperature.
     """

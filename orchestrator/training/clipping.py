@@ -46,7 +46,7 @@ class SharedNorm:
             self._clip_all(engine)
 
     def factor(self) -> torch.Tensor | None:
-        """What the gradients beside the engine are multiplied with, once it has stepped; None for nothing."""
+        """Return what the gradients beside the engine are multiplied with, once it has stepped; None for nothing."""
         total = self.beside if self._alone and self._max_norm > 0 else self._total
         self._total = self.beside = None
         return None if total is None else self._factor(total)
@@ -121,7 +121,7 @@ class SharedNorm:
 
 
 def loss_scale(engine: Any) -> float:
-    """What the engine multiplies the loss with against underflow; 1 but for float16.
+    """Return what the engine multiplies the loss with against underflow; 1 but for float16.
 
     Raises:
         StageRunError: the engine computes in float16, and its optimizer does not say the scale it uses.

@@ -11,7 +11,7 @@ from orchestrator.training.memory import TrainingMemory
 
 
 def training_data(job: StageJob, memory: TrainingMemory) -> TrainData:
-    """The data sets of the job, tokenised for its model.
+    """Return the data sets of the job, tokenised for its model.
 
     Raises:
         DataError: rows or images cannot be used.

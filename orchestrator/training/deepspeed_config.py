@@ -17,7 +17,7 @@ PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 def deepspeed_config(
     recipe: PhaseSpec, dtype: str, micro_batch_size: int, accumulation_steps: int, world_size: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """The whole configuration, without a single `auto` left.
+    """Return the whole configuration, without a single `auto` left.
 
     The learning rate in it is a placeholder: the loop sets each group's rate from the step alone.
 
@@ -101,7 +101,7 @@ def _preset(name: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """Drops Hugging Face's `auto`: we fill those keys, or DeepSpeed's default holds."""
+    """Drop Hugging Face's `auto`: we fill those keys, or DeepSpeed's default holds."""
     if isinstance(value, dict):
         return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
     return value

@@ -32,7 +32,7 @@ class Losses:
 
 
 def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float) -> Tensor:
-    """Sum over label tokens of `T^2 KL(teacher || student)` of softmaxes at temperature T, in float32.
+    """Return the sum over label tokens of `T^2 KL(teacher || student)` of softmaxes at temperature T, in float32.
 
     Hinton et al. (arXiv 1503.02531), section 2: soft targets' gradients scale with 1/T^2, so they are multiplied back.
 
@@ -49,7 +49,7 @@ def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float)
 def taught_losses(
     session: Session, action: Action, distill: Distillation, tensors: dict[str, Tensor], num_items: float, seed: int
 ) -> Losses:
-    """The teacher's pass, then the student's; every rank takes both in this order.
+    """Return the teacher's pass, then the student's; every rank takes both in this order.
 
     Both draw dropout from the same seed: the student's pass draws what it would without a teacher.
 

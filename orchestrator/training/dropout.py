@@ -32,7 +32,7 @@ class Draws:
         self._keys: dict[tuple[str, torch.device], Tensor] = {}
 
     def enter(self, seed: int, step: int, samples: Sequence[int]) -> None:
-        """Names the samples of the next forward pass, row by row."""
+        """Name the samples of the next forward pass, row by row."""
         self._samples = [f"{seed}:{step}:{sample}" for sample in samples]
         self._keys = {}
 
@@ -58,7 +58,7 @@ class SampleDropout(nn.Module):
         self.p, self._name, self._draws = p, name, draws
 
     def forward(self, hidden_BTX: Tensor) -> Tensor:
-        """Zeros with probability p, the rest divided by 1 - p.
+        """Return the zeros with probability p, the rest divided by 1 - p.
 
         Raises:
             StageRunError: its rows are not the micro-batch's samples.
@@ -76,7 +76,7 @@ class SampleDropout(nn.Module):
 
 
 def dropped_mask(keys_B2: Tensor, shape_BTX: Sequence[int], p: float) -> Tensor:
-    """True with probability p, by sample, position and feature; a longer row begins with a shorter one's values.
+    """Return True with probability p, by sample, position and feature; a longer row begins with a shorter one's values.
 
     The mixing of 32 bits is Wellons' `lowbias32` (nullprogram.com/blog/2018/07/31), once a position and once a number.
     """
@@ -95,7 +95,7 @@ def dropped_mask(keys_B2: Tensor, shape_BTX: Sequence[int], p: float) -> Tensor:
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """The same mixing of 32-bit numbers in int64, where products wrap at 64 bits."""
+    """Return the same mixing of 32-bit numbers in int64, where products wrap at 64 bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         numbers = ((numbers ^ (numbers >> shift)) * factor) & _LOW_32
     return numbers
@@ -106,7 +106,7 @@ def _signed(numbers: Tensor) -> Tensor:
 
 
 def draw_by_sample(model: nn.Module, draws: Draws) -> None:
-    """Lets the dropout of a language model, its adapters' too, draw by sample.
+    """Let the dropout of a language model, its adapters' too, draw by sample.
 
     Raises:
         UsageError: the model has dropout that cannot: inside attention, or where a row is no sample's.
@@ -120,7 +120,7 @@ def draw_by_sample(model: nn.Module, draws: Draws) -> None:
 
 
 def refuse_dropout(module: nn.Module, what: str) -> None:
-    """Refuses dropout whose draws would depend on the micro-batch.
+    """Refuse dropout whose draws would depend on the micro-batch.
 
     Raises:
         UsageError: there is some; the first is named.
@@ -138,7 +138,7 @@ def refuse_dropout(module: nn.Module, what: str) -> None:
 
 
 def _probability(module: nn.Module) -> tuple[str, float] | None:
-    """A module's own positive probability of dropping something, and the attribute it stands in."""
+    """Return a module's own positive probability of dropping something, and the attribute it stands in."""
     if isinstance(module, _DropoutNd):
         return ("p", module.p) if module.p > 0 else None
     attributes: dict[str, Any] = vars(module)

@@ -21,7 +21,7 @@ _GIB = 2**30
 
 
 def reset_peak_memory() -> None:
-    """Starts the peak anew, so that a stage run is not charged for the one before it in the same process."""
+    """Start the peak anew, so that a stage run is not charged for the one before it in the same process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -30,7 +30,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Largest memory of any worker since `reset_peak_memory`: GPU memory, or resident memory on the CPU."""
+    """Return the largest memory of any worker since `reset_peak_memory`: GPU memory, or resident memory on the CPU."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / _GIB
     else:
@@ -39,7 +39,7 @@ def peak_memory_gib() -> float:
 
 
 def resident_peak_bytes() -> int:
-    """Largest resident memory of this process since `reset_peak_memory`."""
+    """Return the largest resident memory of this process since `reset_peak_memory`."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -51,7 +51,9 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """The processor's model, which decides what its kernels round; its architecture where the system does not say."""
+    """Return the processor's model, which decides what its kernels round; its architecture where the system does not
+    say.
+    """
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -62,7 +64,7 @@ def _processor() -> str:
 
 
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
-    """How it was computed: what may move the last bits, and is flagged where two cells in one table differ."""
+    """Return how it was computed: what may move the last bits, and is flagged where two cells in one table differ."""
     on_gpu = group.device().type == "cuda"
     return {
         "world_size": group.world_size(),

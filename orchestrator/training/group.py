@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This worker's rank."""
+    """Return this worker's rank."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """Number of workers."""
+    """Return number of workers."""
     return dist.get_world_size()
 
 
 def device() -> torch.device:
-    """Where tensors of collectives live: the current GPU, or the CPU."""
+    """Return where tensors of collectives live: the current GPU, or the CPU."""
     if torch.cuda.is_available() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -55,7 +55,7 @@ def decide(action: Callable[[], T]) -> T:
 
 
 def on_each_node(action: Callable[[], object]) -> None:
-    """The first rank of every node runs `action`: what must be done once for each disk. Also a barrier.
+    """Return the first rank of every node runs `action`: what must be done once for each disk. Also a barrier.
 
     Raises:
         LlavoltaError: it failed on a node; every rank raises the first one's error.
@@ -79,17 +79,17 @@ def on_each_node(action: Callable[[], object]) -> None:
 
 
 def node_rank() -> int:
-    """The first rank on this rank's node."""
+    """Return the first rank on this rank's node."""
     return rank() - int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def all_agree(flag: bool) -> bool:
-    """True where it is true on every rank."""
+    """Return True where it is true on every rank."""
     return bool(reduce_values([0.0 if flag else 1.0])[0] == 0.0)
 
 
 def reduce_values(values: list[float], largest: bool = False) -> list[float]:
-    """Sums (or maxima) over ranks, in float64."""
+    """Sum (or maxima) over ranks, in float64."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device())

@@ -52,7 +52,7 @@ class Parked:
 
 
 def write_parked(parked: Mapping[str, Parked], path: Path) -> None:
-    """Writes weights, moments and step counts as one safetensors file.
+    """Write weights, moments and step counts as one safetensors file.
 
     Raises:
         StorageError: the disk is full.
@@ -71,7 +71,7 @@ def write_parked(parked: Mapping[str, Parked], path: Path) -> None:
 
 
 def read_parked(path: Path) -> dict[str, Parked]:
-    """What `write_parked` wrote.
+    """Return what `write_parked` wrote.
 
     Raises:
         StorageError: the file is missing or cannot be read.
@@ -109,7 +109,7 @@ class _Live:
     steps: int
 
     def advance(self, base_rate: float, rate_factor: float, clipping: torch.Tensor | None) -> None:
-        """One step of AdamW on the masters, and the new values into the module."""
+        """Return one step of AdamW on the masters, and the new values into the module."""
         assert self.optimizer is not None
         for master in self.masters.values():
             if master.grad is not None and clipping is not None:
@@ -166,7 +166,7 @@ class LearnedPart:
         return COMPRESSOR in self._recipe.train
 
     def enter(self, attachment: Attachment, points: Iterable[Mapping[str, Any]]) -> Attachment:
-        """Makes the compressors of these points live, and parks the others.
+        """Make the compressors of these points live, and park the others.
 
         Args:
             attachment: The model's attachment.
@@ -189,18 +189,18 @@ class LearnedPart:
         return attachment
 
     def hide(self) -> None:
-        """Takes the modules out of the model's tree: an engine that walks over it finds only what it knows."""
+        """Take the modules out of the model's tree: an engine that walks over it finds only what it knows."""
         self._modules = self._model._modules.pop(LEARNED_MODULES, None) or self._modules
         for live in self._live.values():
             live.module.train()
 
     def show(self) -> None:
-        """Puts them back into the tree, for whoever uses the model next."""
+        """Put them back into the tree, for whoever uses the model next."""
         if self._modules is not None and self._live:
             self._model.add_module(LEARNED_MODULES, self._modules)
 
     def collect(self) -> None:
-        """Adds the gradients of a micro-batch to those of the masters, in float32."""
+        """Add the gradients of a micro-batch to those of the masters, in float32."""
         if self._dtype == torch.float32:
             return  # they are the masters' own
         for live in self._live.values():
@@ -212,7 +212,7 @@ class LearnedPart:
                 parameter.grad = None
 
     def reduce(self, used: Iterable[str | None]) -> None:
-        """Sums over ranks the gradients of the compressors used in this optimizer step; right before the engine steps.
+        """Sum over ranks the gradients of the compressors used in this optimizer step; right before the engine steps.
 
         Args:
             used: Names of the modules; None for points without one.
@@ -237,7 +237,8 @@ class LearnedPart:
             master.grad = gradient.view_as(master)
 
     def step(self, rate_factor: float) -> None:
-        """One step of AdamW on what was reduced, right after the engine's; the other compressors stay as they are.
+        """Return one step of AdamW on what was reduced, right after the engine's; the other compressors stay as they
+        are.
 
         Args:
             rate_factor: The schedule's factor on the learning rate.
@@ -251,11 +252,11 @@ class LearnedPart:
                 parameter.grad = None
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Weights of all compressors, by module and name; float32 on the CPU."""
+        """Return the weights of all compressors, by module and name; float32 on the CPU."""
         return {name: parked.weights for name, parked in self._all().items()}
 
     def save(self, folder: Path) -> None:
-        """Writes weights, moments and step counts beside a checkpoint; nothing where there are no compressors.
+        """Write weights, moments and step counts beside a checkpoint; nothing where there are no compressors.
 
         Raises:
             StorageError: the disk is full.
@@ -264,7 +265,7 @@ class LearnedPart:
             write_parked(parked, folder / LEARNED_FILE)
 
     def load(self, folder: Path, names: Sequence[str]) -> None:
-        """Takes over what `save` wrote; before anything is live.
+        """Take over what `save` wrote; before anything is live.
 
         Args:
             folder: The checkpoint.
@@ -281,7 +282,7 @@ class LearnedPart:
             )
 
     def names(self) -> list[str]:
-        """Names of all compressors, sorted."""
+        """Return the names of all compressors, sorted."""
         return sorted({*self._parked, *self._live})
 
     def _all(self) -> dict[str, Parked]:
@@ -326,7 +327,7 @@ def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: Phase
 
 
 def _parked(live: _Live) -> Parked:
-    """What a live compressor is now, on the CPU; it shares memory with it where it can."""
+    """Return what a live compressor is now, on the CPU; it shares memory with it where it can."""
     weights = {**weight_tensors(live.module), **{name: master.detach() for name, master in live.masters.items()}}
     moments = {}
     if live.optimizer is not None:

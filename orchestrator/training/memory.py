@@ -59,21 +59,21 @@ class TrainingMemory:
     _data: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, state: str, key: str) -> bool:
-        """Whether the session is exactly this state under these settings."""
+        """Return whether the session is exactly this state under these settings."""
         return self.session is not None and self.state == state and self.session.key == key
 
     def model_of(self, state: str) -> Any | None:
-        """The model of a state (for an evaluation), or None when it is not in memory."""
+        """Return the model of a state (for an evaluation), or None when it is not in memory."""
         return self.session.engine.module if self.session is not None and self.state == state else None
 
     def data(self, key: str, build: Any) -> Any:
-        """Training data built once per key; only the last key's stays."""
+        """Return the training data built once per key; only the last key's stays."""
         if key not in self._data:
             self._data = {key: build()}
         return self._data[key]
 
     def release(self) -> None:
-        """Gives the engine's memory back."""
+        """Give the engine's memory back."""
         session, self.session, self.state = self.session, None, None
         if session is None:
             return

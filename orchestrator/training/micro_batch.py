@@ -57,7 +57,7 @@ class MicroBatches:
     chosen: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, action: Action) -> int:
-        """The size under an action."""
+        """Return the size under an action."""
         return self.chosen[action_key(action)] if self.fixed is None else self.fixed
 
     def shown(self) -> int | str:
@@ -67,12 +67,12 @@ class MicroBatches:
 
 
 def action_key(action: Action) -> str:
-    """What decides the memory of an action: its points and its teacher's."""
+    """Return what decides the memory of an action: its points and its teacher's."""
     return action_digest(action)[:16]
 
 
 def even_size(global_batch_size: int, world_size: int, most: float) -> int:
-    """The smallest size with the fewest accumulation steps that sizes up to `most` allow.
+    """Return the smallest size with the fewest accumulation steps that sizes up to `most` allow.
 
     At least what one worker needs so that each has a sample in every accumulation step.
     """
@@ -89,7 +89,7 @@ def choose(
     allowed_bytes: int | None = None,
     trial: Callable[[Action, int], float] | None = None,
 ) -> MicroBatches:
-    """The sizes of a stage run's actions; every rank calls it and gets the same.
+    """Return the sizes of a stage run's actions; every rank calls it and gets the same.
 
     Args:
         job: The stage run.
@@ -123,7 +123,7 @@ def choose(
 
 
 def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
-    """Notes half of a size under which memory ran out; any rank may call it, and several at once.
+    """Note half of a size under which memory ran out; any rank may call it, and several at once.
 
     Returns:
         What to tell; None where the size was not chosen here, or is the least there is.
@@ -144,7 +144,7 @@ def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
 
 
 def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, size: int) -> int | None:
-    """A size below one that did not fit: the formula's, at most half; None where there is none.
+    """Return a size below one that did not fit: the formula's, at most half; None where there is none.
 
     Args:
         session: Its engine holds its weights still.
@@ -160,7 +160,7 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
 
 
 def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
-    """Tells an engine, between two optimizer steps, how many micro-batches its next ones have."""
+    """Tell an engine, between two optimizer steps, how many micro-batches its next ones have."""
     steps, world_size = accumulation_steps(global_batch_size, size, group.world_size()), group.world_size()
     if (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (size, steps):
         return
@@ -172,7 +172,7 @@ def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
 
 
 def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial: Callable[[int], float]) -> int:
-    """The largest size whose trial stays below the limit; it grows by what the last trial left free.
+    """Return the largest size whose trial stays below the limit; it grows by what the last trial left free.
 
     Every rank tries the same samples, so that all run out of memory together.
     """
@@ -204,7 +204,7 @@ def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial:
 def _first_notes(
     job: StageJob, session: Any, data: TrainData, work: Path, actions: Mapping[str, Action], allowed: int | None
 ) -> dict[str, Any]:
-    """Sizes an earlier attempt noted, then remembered ones, then the formula's; on rank 0."""
+    """Return the sizes an earlier attempt noted, then remembered ones, then the formula's; on rank 0."""
     workers = group.world_size()
     known = {k: note for k, note in (read_json(work / NOTES_FILE) or {}).items() if note["world_size"] == workers}
     missing = {key: action for key, action in actions.items() if key not in known}
@@ -232,7 +232,7 @@ def _first_notes(
 
 
 def longest_of(data: TrainData) -> Longest:
-    """The largest of each over the samples that may be the longest."""
+    """Return the largest of each over the samples that may be the longest."""
     sizes = []
     for index in data.longest:
         try:
@@ -245,7 +245,7 @@ def longest_of(data: TrainData) -> Longest:
 
 
 def _allowed_bytes(facts: ModelFacts, job: StageJob, number_bytes: int, zero: int) -> int:
-    """Bytes that activations of one worker may take; the engine's weights are in memory already."""
+    """Return the bytes that activations of one worker may take; the engine's weights are in memory already."""
     to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, group.world_size())
     if group.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()

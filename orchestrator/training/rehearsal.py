@@ -34,7 +34,7 @@ from orchestrator.training.trial import longest_samples, measure_trial
 def rehearse_training(
     job: RehearsalJob, ledger: Ledger, memory: TrainingMemory, keys: set[str]
 ) -> dict[str, str | None]:
-    """Tries the actions of a rehearsal; every rank calls it. The session stays in memory for its evaluations.
+    """Try the actions of a rehearsal; every rank calls it. The session stays in memory for its evaluations.
 
     Args:
         job: The rehearsal.
@@ -76,7 +76,7 @@ class _Rehearsal:
         self._data: TrainData | None = None
 
     def met(self, what: str, do: Callable[[], object], action: Action | None = None) -> str | None:
-        """What went wrong with something on any rank, for people; None where nothing did.
+        """Return what went wrong with something on any rank, for people; None where nothing did.
 
         The ranks try the same samples, so that what does not fit fails on all of them.
         """
@@ -102,7 +102,7 @@ class _Rehearsal:
         return next((one for one in errors if one), None)
 
     def act(self, action: Action) -> None:
-        """One optimizer step on the longest samples at the micro-batch of an action."""
+        """Return one optimizer step on the longest samples at the micro-batch of an action."""
         data = self._data = self._data or training_data(self._stage, self._memory)
         one = replace(self._stage, table=(replace(action, first_step=0, last_step=1),), total_steps=1, last_step=1)
         while True:
@@ -123,7 +123,7 @@ class _Rehearsal:
             raise StageRunError(f"the loss of the first weights is {figures.loss}")
 
     def save_and_load(self) -> None:
-        """A checkpoint, written by the session that trained and opened by a fresh one."""
+        """Return a checkpoint, written by the session that trained and opened by a fresh one."""
         session = self._memory.session or self._open()
         folder = self._ledger.writing_folder(self._stage.id)
         save_checkpoint(session, folder / "checkpoint", self._stage, self._stage.last_step)
@@ -147,7 +147,7 @@ class _Rehearsal:
         return session
 
     def _sizes(self, action: Action | None) -> str:
-        """The micro-batch that did not fit, and one that should."""
+        """Return the micro-batch that did not fit, and one that should."""
         session = self._memory.session
         if session is None or session.micro_batches is None or action is None or self._data is None:
             return ""
@@ -168,7 +168,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def note_key(key: str) -> str:
-    """Where the ledger keeps how a trial went on this kind of device."""
+    """Return where the ledger keeps how a trial went on this kind of device."""
     device = group.device()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return f"rehearsals/{key}/{''.join(letter if letter.isalnum() else '-' for letter in kind)}.json"

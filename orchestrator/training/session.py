@@ -27,7 +27,7 @@ from orchestrator.training.micro_batch import even_size
 
 
 def session_key(job: StageJob) -> str:
-    """Settings that are not part of a state but fixed in an engine: a child with others cannot take it over."""
+    """Return settings that are not part of a state but fixed in an engine: a child with others cannot take it over."""
     recipe = PhaseSpec.model_validate(job.recipe)
     model = ModelSpec.model_validate(job.model)
     fixed = {name: getattr(recipe, name) for name in sorted(recipe.not_identity)}
@@ -36,7 +36,7 @@ def session_key(job: StageJob) -> str:
 
 
 def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> Session:
-    """A fresh engine with the weights of a file, on every rank alike; learned compressors are at rest.
+    """Return a fresh engine with the weights of a file, on every rank alike; learned compressors are at rest.
 
     Args:
         job: What it is to train.
@@ -101,14 +101,16 @@ def _config(recipe: PhaseSpec, dtype: str, micro_batch_size: int, universal: boo
 
 
 def _resting_group(model: Any) -> dict[str, Any]:
-    """Where learned compressors alone train: an engine wants a parameter, so it gets the last norm's at rate 0."""
+    """Return where learned compressors alone train: an engine wants a parameter, so it gets the last norm's at rate
+    0.
+    """
     of_decoder = [(name, p) for name, p in model.named_parameters() if part_of(name) == LANGUAGE_MODEL and p.ndim == 1]
     parameter = of_decoder[-1][1].requires_grad_(True)
     return {"params": [parameter], "lr": 0.0, "weight_decay": 0.0, "name": "rest"}
 
 
 def _set_determinism(wanted: bool) -> None:
-    """Kernels that give the same bits every time, at the price of speed; on CPU they are used anyway."""
+    """Return the kernels that give the same bits every time, at the price of speed; on CPU they are used anyway."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)

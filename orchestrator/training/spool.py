@@ -33,7 +33,7 @@ class MetricsSpool:
             os.replace(part, path)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes one step.
+        """Write one step.
 
         Raises:
             StorageError: the disk is full.
@@ -42,7 +42,7 @@ class MetricsSpool:
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
-        """Makes the lines outlive a power cut; called before a checkpoint counts on them.
+        """Make the lines outlive a power cut; called before a checkpoint counts on them.
 
         Raises:
             StorageError: the disk is full.
@@ -52,12 +52,12 @@ class MetricsSpool:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file up to the first torn one; empty where there is no file."""
+    """Return the lines of a metrics file up to the first torn one; empty where there is no file."""
     try:
         found = steady(path.read_bytes)
     except ABSENT:

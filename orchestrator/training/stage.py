@@ -35,7 +35,7 @@ StageOutcome = Literal["done", "stopped"]
 
 
 def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]) -> StageOutcome:
-    """Trains one stage run; every rank of an initialised process group calls it.
+    """Train one stage run; every rank of an initialised process group calls it.
 
     It continues from, in this order: the newest whole checkpoint of an earlier attempt, the parent's state in memory,
     the parent's checkpoint (the parent's weights where a phase starts). It ends with the state in the ledger.
@@ -73,7 +73,9 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
 
 
 def _is_stored(job: StageJob, ledger: Ledger) -> bool:
-    """True where the ledger has all of the state that is wanted; a leaf that gets a child now wants a checkpoint."""
+    """Return True where the ledger has all of the state that is wanted; a leaf that gets a child now wants a
+    checkpoint.
+    """
     if not ledger.is_done(job.id):
         return False
     return job.keep == "none" or ledger.has(job.id, "checkpoint" if job.keep == "full" else "weights")
@@ -123,7 +125,7 @@ def _train(
 def _start_with_micro_batches(
     job: StageJob, ledger: Ledger, memory: TrainingMemory, data: TrainData, work: Path
 ) -> tuple[Session, int]:
-    """The session, ready for its steps, and the step it is after."""
+    """Return the session, ready for its steps, and the step it is after."""
     on_gpu = group.device().type == "cuda"
     while True:
         session, step = _start(job, ledger, memory)
@@ -145,7 +147,7 @@ def _start_with_micro_batches(
 
 @contextmanager
 def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
-    """Where memory runs out under a size that was chosen here, the next attempt takes half of it."""
+    """Return where memory runs out under a size that was chosen here, the next attempt takes half of it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -156,7 +158,7 @@ def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -
 
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
-    """The session and the step it is after."""
+    """Return the session and the step it is after."""
     newest = group.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
     if newest is None and not job.starts_phase and group.all_agree(memory.holds(job.parent, session_key(job))):
         assert memory.session is not None
@@ -179,7 +181,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
 
 
 def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"]) -> Path:
-    """A part of a finished state on this node, whole; every rank calls it."""
+    """Return a part of a finished state on this node, whole; every rank calls it."""
     group.on_each_node(lambda: ledger.fetch(state, part))
     return ledger.state_folder(state) / part
 
@@ -199,7 +201,7 @@ def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
 
 
 def _enter(session: Session, job: StageJob, step: int) -> None:
-    """Switches compressor and micro-batch where the step's action differs from the one in force."""
+    """Switch compressor and micro-batch where the step's action differs from the one in force."""
     action = job.action_at(step)
     set_accumulation(session.engine, job.recipe["global_batch_size"], session.micro_batches.at(action))
     points = action.points
@@ -226,7 +228,7 @@ def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigur
 
 
 def _log(job: StageJob, step: int, figures: StepFigures) -> None:
-    """A line in the stage run's log at its first, its last and about forty steps between."""
+    """Return a line in the stage run's log at its first, its last and about forty steps between."""
     every = max(1, (job.last_step - job.first_step) // 40)
     if (step - job.first_step) % every == 0 or step == job.last_step - 1:
         logs.LOGGER.info(
@@ -237,7 +239,7 @@ def _log(job: StageJob, step: int, figures: StepFigures) -> None:
 
 
 def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsSpool | None) -> None:
-    """Writes an in-stage checkpoint aside and seals it."""
+    """Write an in-stage checkpoint aside and seal it."""
     folder = ledger.writing_folder(job.id) / f"step_{step:06d}"
     save_checkpoint(session, folder, job, step)
     group.on_each_node(lambda: ledger.share(folder))
@@ -251,7 +253,7 @@ def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spoo
 
 
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
-    """Weights, checkpoint and result, then the commit; no rank goes on before it."""
+    """Return the weights, checkpoint and result, then the commit; no rank goes on before it."""
     folder = ledger.writing_folder(job.id)
     write_weights(session, folder / WEIGHTS_FILE, _exact_weights(session, job, ledger))
     if job.keep == "full":

@@ -70,7 +70,7 @@ class StepFigures:
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
-    """Seed of torch's generator in one micro-batch, for what a method of its own may draw from it.
+    """Return the seed of torch's generator in one micro-batch, for what a method of its own may draw from it.
 
     Dropout does not: it draws by sample (`training/dropout.py`). It depends on no rank's state, so that a resumed run
     draws the same.
@@ -80,7 +80,7 @@ def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
 
 
 def set_rates(session: Session, job: StageJob, step: int) -> float:
-    """Gives each optimizer group its rate of this step; returns the first group's (or the compressors')."""
+    """Give each optimizer group its rate of this step; returns the first group's (or the compressors')."""
     factor = _rate_factor(job, step)
     groups = session.engine.optimizer.param_groups
     for optimizer_group, base in zip(groups, session.base_rates, strict=True):
@@ -96,7 +96,7 @@ def _rate_factor(job: StageJob, step: int) -> float:
 def run_step(
     session: Session, job: StageJob, step: int, micro_batches: Sequence[MicroBatch], should_stop: bool
 ) -> StepFigures:
-    """Runs one optimizer step; every rank calls it with its own micro-batches.
+    """Run one optimizer step; every rank calls it with its own micro-batches.
 
     The loss is the sum over all label tokens of the global batch divided by their number, counted across ranks and
     micro-batches (DESIGN section 5). DeepSpeed averages gradients over ranks, so each rank's share is multiplied by
@@ -145,7 +145,7 @@ def run_step(
 
 
 def forward_losses(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
-    """Losses of one micro-batch: its label tokens' sums over the number of the whole global batch.
+    """Return the losses of one micro-batch: its label tokens' sums over the number of the whole global batch.
 
     Without an image it still runs the vision tower (`attach` sees to it): all ranks take the same path.
     """
@@ -164,6 +164,6 @@ def forward_losses(session: Session, action: Action, batch: MicroBatch, label_to
 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:
-    """Tokens that are neither padding nor an image's."""
+    """Return the tokens that are neither padding nor an image's."""
     visual = session.attachment.visual_BN(batch.tensors["input_ids"]).sum()
     return int(batch.tensors["attention_mask"].sum() - visual)

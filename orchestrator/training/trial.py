@@ -21,7 +21,7 @@ def longest_samples(data: TrainData, size: int) -> list[int]:
 
 
 def measure_trial(session: Session, job: StageJob, data: TrainData, action: Action, size: int) -> float:
-    """Share of the device's memory at the peak of one micro-batch; every rank calls it.
+    """Return the share of the device's memory at the peak of one micro-batch; every rank calls it.
 
     The loss is multiplied by zero, so that the gradients which the first real micro-batch adds to are zeros. They are
     computed and reduced as in a step; Adam's states are in memory already from ZeRO 1 on.

@@ -31,7 +31,7 @@ Storage = Annotated[
 
 @app.command("ls")
 def ls(spec: MaybeSpec = None, storage: Storage = None, set_: Set = None, as_json: Json = False) -> None:
-    """States, evaluations, failures and work under way: how large, how old, and which experiments reach them."""
+    """List states, evaluations, failures and running work: size, age, and the experiments that reach them."""
     from orchestrator.plan.ledger_view import ledger_document
 
     document = ledger_document(_ledger(spec, storage, set_))
@@ -54,7 +54,7 @@ def verify(
         bool, typer.Option("--discard", help="Takes out what is damaged: `run` trains it again.")
     ] = False,
 ) -> None:
-    """Reads every byte of every state and in-stage checkpoint; exit code 1 where something is damaged."""
+    """Read every byte of every state and in-stage checkpoint; exit code 1 if anything is damaged."""
     from orchestrator.plan.ledger_view import damage, discard_damage
 
     ledger = _ledger(spec, storage, set_)
@@ -87,7 +87,7 @@ def gc(
         list[str] | None, typer.Option("--forget", metavar="EXPERIMENT", help="This recorded experiment may go.")
     ] = None,
 ) -> None:
-    """What no recorded experiment reaches, and what dead processes left; SPEC counts as recorded."""
+    """Delete what no recorded experiment reaches and what dead processes left behind; SPEC counts as recorded."""
     from orchestrator.plan.gc import Collector
     from orchestrator.plan.recorded import reach_of
     from orchestrator.plan.walk import prepare

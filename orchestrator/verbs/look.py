@@ -19,7 +19,7 @@ def plan(
         int | None, typer.Option("--text-tokens", min=0, metavar="N", help="Text tokens a sample (default: measured).")
     ] = None,
 ) -> None:
-    """Cells, stage tree, what is done already, and what it costs, alone and shared."""
+    """Show the cells, the stage tree, what is done already, and the cost, alone and shared."""
     from orchestrator.plan.document import plan_document
     from orchestrator.plan.walk import prepare
 
@@ -35,7 +35,7 @@ def plan(
 
 
 def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
-    """What runs where, what is done, waits or failed and why, and the time left; also beside a run going on."""
+    """Show what runs where, what is done, waiting or failed and why, and the time left; works beside a live run."""
     from orchestrator.plan.walk import prepare
     from orchestrator.report.status_view import print_status, status_document
 
@@ -59,7 +59,7 @@ def table(
     ] = None,
     all_metrics: Annotated[bool, typer.Option("--all", help="Every metric, not the headline ones.")] = False,
 ) -> None:
-    """The ablation table of one or several experiments."""
+    """Print the ablation table of one or several experiments."""
     from orchestrator.plan.walk import prepare
     from orchestrator.report.ending import print_table
     from orchestrator.report.table import render
@@ -77,7 +77,7 @@ def table(
 
 
 def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
-    """What a cell's stage runs and evaluations printed, in order."""
+    """Print the logs of a cell's stage runs and evaluations, in order."""
     from orchestrator.plan.walk import prepare
     from orchestrator.report.cell_folders import log_files
 
@@ -93,7 +93,7 @@ def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 
 
 def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
-    """The folder of a cell's weights; those in a bucket are brought to this machine."""
+    """Print the folder of a cell's weights; those in a bucket are downloaded first."""
     from orchestrator.plan.walk import prepare
     from orchestrator.report.cell_folders import weights_folder
 

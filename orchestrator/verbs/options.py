@@ -30,7 +30,7 @@ _document_stream: TextIO | None = None
 
 
 def keep_output_for_json() -> None:
-    """From now on standard output is for the JSON document alone: whatever else is printed goes to standard error.
+    """Keep standard output for the JSON document alone: whatever else is printed goes to standard error.
 
     Frameworks print from C++, child processes and at exit, so the file descriptor is moved, for good.
     """
@@ -43,7 +43,7 @@ def keep_output_for_json() -> None:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on standard output, on one line; what JSON has no number for (NaN, infinity) is null.
+    """Print one JSON document to standard output, on one line; what JSON has no number for (NaN, infinity) is null.
 
     Indented, 10,000 cells take Python's own encoder, and with it twice as long to plan.
     """
@@ -55,7 +55,7 @@ def print_json(document: Any) -> None:
 
 
 def print_document(text: str) -> None:
-    """A document on standard output, past whatever prints there."""
+    """Write a document to standard output, past whatever prints there."""
     print(text, file=_document_stream or sys.stdout, flush=True)
 
 
@@ -68,7 +68,7 @@ def _finite(value: Any) -> Any:
 
 
 def terminal() -> Any:
-    """Standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200."""
+    """Return standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200."""
     from rich.console import Console
 
     has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
@@ -76,7 +76,7 @@ def terminal() -> Any:
 
 
 def tell_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] = ()) -> None:
-    """Says on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
+    """Say on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if problem:

@@ -18,7 +18,7 @@ def search(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")] = False,
     max_hours: MaxHours = None,
 ) -> None:
-    """Searches what SPEC's `search` says, with live progress; ends with the table and the Pareto front."""
+    """Run the search that SPEC's `search` describes, with live progress; ends with the table and the Pareto front."""
     from rich.console import Console
 
     from orchestrator.report.ending import print_ending

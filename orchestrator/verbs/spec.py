@@ -18,7 +18,7 @@ def validate(
         bool, typer.Option("--data", help="Also reads every row and image and tries it with the model's processor.")
     ] = False,
 ) -> None:
-    """Tells every fault of SPEC, or `valid: N cells`."""
+    """Validate SPEC and report all errors, or `valid: N cells`."""
     from orchestrator.spec.loader import load_experiment
 
     loaded = load_experiment(spec, set_ or ())
@@ -44,7 +44,7 @@ def show(
     as_json: Json = False,
     resolved: Annotated[bool, typer.Option("--resolved", help="Defaults filled in, and where each came from.")] = False,
 ) -> None:
-    """The experiment as the program understands it."""
+    """Show the experiment as it is understood: defaults filled in, names resolved."""
     from orchestrator.spec.loaded import resolved_yaml
     from orchestrator.spec.loader import load_experiment
 
@@ -56,14 +56,14 @@ def show(
 
 
 def schema(as_json: Json = True) -> None:
-    """JSON Schema of an experiment file, for an editor's completion; a JSON document with and without --json."""
+    """Print the JSON Schema of an experiment file, for an editor's completion; a JSON document with and without --json."""
     from orchestrator.spec.schema import experiment_schema
 
     print_json(experiment_schema())
 
 
 def compressors(as_json: Json = False) -> None:
-    """The compressors there are, what they take and where they can act."""
+    """List the compressors, their parameters and where they can act."""
     from orchestrator.report.component_view import compressor_documents, print_compressors
 
     if as_json:

@@ -24,7 +24,7 @@ def run(
     ] = False,
     max_hours: MaxHours = None,
 ) -> None:
-    """Runs what is missing of SPEC, with live progress; ends with the table."""
+    """Run what is missing of SPEC, with live progress; ends with the table."""
     from rich.console import Console
 
     from orchestrator.report.ending import nothing_done, print_ending
@@ -61,7 +61,7 @@ def bench(
         Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="The chart (default: in the storage).")
     ] = None,
 ) -> None:
-    """Step time of each variant on this machine, beside the limit of the cost formula."""
+    """Measure the step time of each variant on this machine, beside the limit of the cost formula."""
     from orchestrator.bench import bench_experiment
     from orchestrator.plan.walk import prepare
     from orchestrator.report.bench_view import bench_figure, print_bench

@@ -87,14 +87,16 @@ class AveragePool:
 
 
 def _bounds(tokens: int, windows: int, stride: int | None) -> list[int]:
-    """Where windows begin and the last one ends: every `stride` tokens, or of lengths that differ by at most one."""
+    """Return where windows begin and the last one ends: every `stride` tokens, or of lengths that differ by at most
+    one.
+    """
     if stride is not None:
         return [min(number * stride, tokens) for number in range(windows + 1)]
     return [number * tokens // windows for number in range(windows + 1)]
 
 
 def _sums(values_XBN: Tensor, windows: int, index_MW: Tensor | None, inside_MW: Tensor | None) -> Tensor:
-    """Sums of whole numbers over each window; without an index all windows are of one length."""
+    """Sum of whole numbers over each window; without an index all windows are of one length."""
     if index_MW is None or inside_MW is None:
         return values_XBN.unflatten(-1, (windows, -1)).sum(-1)
     return (values_XBN[..., index_MW] * inside_MW).sum(-1)

@@ -64,7 +64,7 @@ class AveragePool2d:
 
 
 def window_means(tokens: int, windows: int) -> Tensor:
-    """The matrix, windows x tokens, that averages adaptive windows along one axis.
+    """Return the matrix, windows x tokens, that averages adaptive windows along one axis.
 
     Written out because torch's own adaptive pooling wants channels first and adds gradients on a GPU in any order.
     """

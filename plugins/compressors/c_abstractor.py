@@ -39,7 +39,7 @@ class CAbstractorSpec(BlockCompressorSpec):
     group_width: Count = 16
 
     def inner_shape(self, width: int) -> tuple[int, int]:
-        """Channels inside a block, and groups of its convolution, for tokens of `width`."""
+        """Return the channels inside a block, and groups of its convolution, for tokens of `width`."""
         hidden = self.hidden_size or max(1, width // 4)
         return hidden, hidden // math.gcd(hidden, self.group_width)
 
@@ -57,7 +57,7 @@ class CAbstractor:
         self.spec = spec
 
     def create_module(self, width: int) -> nn.Module:
-        """The blocks, for tokens of `width`."""
+        """Return the blocks, for tokens of `width`."""
         return build_blocks(self.spec, width)
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
@@ -82,7 +82,7 @@ class CAbstractor:
 
 
 def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
-    """A module that maps (visual_BND, grid, kept grid) to B x M x width."""
+    """Return a module that maps (visual_BND, grid, kept grid) to B x M x width."""
     from torch import nn
     from torch.nn import functional
 

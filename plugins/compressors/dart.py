@@ -71,7 +71,9 @@ class Dart:
         return take(visual_BND, index_BM, context)
 
     def _pivots(self, visual_BND: Tensor, context: Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices and hidden states of the visual pivots; hidden states of the text pivots and how many are real."""
+        """Return the indices and hidden states of the visual pivots; hidden states of the text pivots and how many
+        are real.
+        """
         from orchestrator.compression.choices import ranked
         from orchestrator.compression.merging import tokens_at
 
@@ -89,7 +91,7 @@ class Dart:
 
 
 def _quotas(budget: int, own: int, num_text_B: Tensor, most_text: int) -> Tensor:
-    """How many tokens each pivot takes, B x (own + text): even shares, 0 where there is no pivot."""
+    """Return how many tokens each pivot takes, B x (own + text): even shares, 0 where there is no pivot."""
     import torch
 
     number_P = torch.arange(own + most_text, device=num_text_B.device)

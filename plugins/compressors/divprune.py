@@ -43,7 +43,7 @@ class DivPrune:
 
 
 def farthest(visual_BND: Tensor, kept: int) -> Tensor:
-    """The places of `kept` tokens of each image, rising, B x M (Algorithm 1; distance = 1 - cosine).
+    """Return the places of `kept` tokens of each image, rising, B x M (Algorithm 1; distance = 1 - cosine).
 
     The first is the token whose nearest neighbour is farthest; each next one the token whose nearest chosen one is
     farthest. Of equals (`choices.TOLERANCE` of cosine) the first in order is taken.

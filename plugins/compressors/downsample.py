@@ -34,7 +34,7 @@ class Downsample:
         self.spec = spec
 
     def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
-        """The images at the size whose patches form the grid to keep; as they are where all tokens are kept.
+        """Return the images at the size whose patches form the grid to keep; as they are where all tokens are kept.
 
         Args:
             pixels_BCHW: Images of which the tower makes tokens of `grid`, a token a patch.
@@ -54,7 +54,9 @@ class Downsample:
         return smaller_BCHW.to(pixels_BCHW.dtype)
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """Features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M windows."""
+        """Return the features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M
+        windows.
+        """
         from orchestrator.compression.protocol import Kept
         from orchestrator.compression.windows import windows_over
 

@@ -53,7 +53,8 @@ class Fourier:
 
 
 def low_pass(tokens: int, kept: int) -> Tensor:
-    """The matrix, kept x tokens, that leaves the lowest `kept` frequencies of an axis: sqrt(m / n) C_m^T C_n[:m].
+    """Return the matrix, kept x tokens, that leaves the lowest `kept` frequencies of an axis: sqrt(m / n) C_m^T
+    C_n[:m].
 
     C_n is the orthonormal DCT-II, C_n[k, i] = sqrt((1 or 2) / n) cos(pi k (2 i + 1) / (2 n)) with 1 at k = 0; the
     factor makes up for the shorter axis, so that a constant stays what it is.
@@ -62,7 +63,7 @@ def low_pass(tokens: int, kept: int) -> Tensor:
 
 
 def _dct(tokens: int, frequencies: int) -> Tensor:
-    """The first rows of the orthonormal DCT-II."""
+    """Return the first rows of the orthonormal DCT-II."""
     import torch
 
     number_K = torch.arange(frequencies, dtype=torch.float64)

@@ -62,7 +62,7 @@ class KMeans:
 
 
 def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
-    """The cluster of each token, B x N; every cluster of 0 to `kept` - 1 has a member.
+    """Return the cluster of each token, B x N; every cluster of 0 to `kept` - 1 has a member.
 
     A token goes to the nearest centre (of several within `choices.TOLERANCE` the first); a centre
     without tokens stays where it is.
@@ -96,7 +96,7 @@ def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
 
 
 def _fill_empty(slots_BN: Tensor, own_BN: Tensor, scale_B1: Tensor, kept: int) -> Tensor:
-    """Gives each empty cluster, in order, the token farthest from its centre among clusters of several members."""
+    """Give each empty cluster, in order, the token farthest from its centre among clusters of several members."""
     from orchestrator.compression.choices import argmax
     from orchestrator.compression.merging import sum_members
 
@@ -114,7 +114,8 @@ def _fill_empty(slots_BN: Tensor, own_BN: Tensor, scale_B1: Tensor, kept: int) -
 
 
 def in_order(slots_BN: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """The clusters numbered anew by the mean place of their members (then by the first), and each one's first member.
+    """Return the clusters numbered anew by the mean place of their members (then by the first), and each one's first
+    member.
 
     Returns:
         The new numbers, B x N, and the places of the first members, B x M.

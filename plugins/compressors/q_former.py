@@ -59,7 +59,7 @@ class QFormerSpec(CompressorSpec):
         return self
 
     def kept_tokens(self, grid: Grid) -> int:
-        """The number of queries used.
+        """Return the number of queries used.
 
         Raises:
             ValueError: it is more than the image's tokens, or than there are queries.
@@ -70,11 +70,11 @@ class QFormerSpec(CompressorSpec):
         return kept
 
     def nearest_amount(self, keep: int, grid: Grid) -> int:
-        """No more than the image's tokens and the queries."""
+        """Return no more than the image's tokens and the queries."""
         return super().nearest_amount(min(keep, self.max_queries or keep), grid)
 
     def inner_width(self, width: int) -> int:
-        """Width of the queries inside, for tokens of `width`."""
+        """Return the width of the queries inside, for tokens of `width`."""
         return self.hidden_size or self.heads * max(1, round(width / 4 / self.heads))
 
     def module_operations(self, grid: Grid, width: int) -> int:
@@ -96,7 +96,7 @@ class QFormer:
         self.spec = spec
 
     def create_module(self, width: int) -> nn.Module:
-        """The queries and their layers, for tokens of `width`."""
+        """Return the queries and their layers, for tokens of `width`."""
         return build_resampler(self.spec, width)
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
@@ -125,7 +125,8 @@ class QFormer:
 
 
 def sinusoids(grid: Grid, width: int) -> Tensor:
-    """Positions of a grid's tokens, N x width: half of the channels for the row, half for the column (float32).
+    """Return the positions of a grid's tokens, N x width: half of the channels for the row, half for the column
+    (float32).
 
     sin and cos of place / 10000^(k / frequencies), as in arXiv:1706.03762 section 3.5, along each axis.
     """
@@ -145,7 +146,7 @@ def sinusoids(grid: Grid, width: int) -> Tensor:
 
 
 def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
-    """A module that maps (visual_BND, grid, number of queries) to B x M x width."""
+    """Return a module that maps (visual_BND, grid, number of queries) to B x M x width."""
     import torch
     from torch import nn
 
@@ -176,7 +177,7 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
 
 
 def build_layer(spec: QFormerSpec, hidden: int) -> nn.Module:
-    """A module that maps (query_BMH, key_BNH, value_BNH) to new queries."""
+    """Return a module that maps (query_BMH, key_BNH, value_BNH) to new queries."""
     from torch import nn
 
     class Layer(nn.Module):

@@ -41,11 +41,11 @@ class RegistersSpec(CompressorSpec):
         return self
 
     def tokens_before(self, grid: Grid) -> int:
-        """The image's tokens and its registers."""
+        """Return the image's tokens and its registers."""
         return grid.tokens + self.kept_tokens(grid)
 
     def module_shape(self) -> dict[str, Any]:
-        """The number of registers."""
+        """Return the number of registers."""
         return {"registers": self.keep_tokens}
 
 
@@ -56,7 +56,7 @@ class Registers:
         self.spec = spec
 
     def create_module(self, width: int) -> nn.Module:
-        """The registers, `keep_tokens` x width, drawn like token embeddings (deviation 0.02)."""
+        """Return the registers, `keep_tokens` x width, drawn like token embeddings (deviation 0.02)."""
         import torch
         from torch import nn
 
@@ -75,7 +75,7 @@ class Registers:
         return Table()
 
     def enter(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """The visual tokens, then the registers; see `orchestrator.compression.protocol.Compressor`.
+        """Return the visual tokens, then the registers; see `orchestrator.compression.protocol.Compressor`.
 
         Raises:
             ValueError: there are more registers than visual tokens.
@@ -100,7 +100,7 @@ class Registers:
         )
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """The registers alone.
+        """Return the registers alone.
 
         Raises:
             ValueError: there are fewer tokens than registers.

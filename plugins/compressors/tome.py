@@ -70,7 +70,7 @@ class ToMe:
 
 
 def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Which of the `kept` tokens each token ends in, B x N, and the places of their destinations, rising, B x M.
+    """Return which of the `kept` tokens each token ends in, B x N, and the places of their destinations, rising, B x M.
 
     Each round: every second token present (the 1st, 3rd, ...) finds the most alike among the others; the pairs most
     alike are merged, at most half of the tokens present. Of equals (`choices.TOLERANCE` of cosine) the first
@@ -97,7 +97,7 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
 
 
 def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
-    """One round: where each of n tokens goes among those left, and which stay."""
+    """Return one round: where each of n tokens goes among those left, and which stay."""
     import torch
 
     from orchestrator.compression.choices import argmax, top_tokens

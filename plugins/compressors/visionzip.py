@@ -78,7 +78,7 @@ class VisionZip:
         return take(merged_BND, index_BM, replace(context, sizes_BN=sizes_BN))
 
     def _merge(self, visual_BND: Tensor, targets_BC: Tensor, members_BE: Tensor, nearest_BE: Tensor) -> Tensor:
-        """Visual tokens with every target replaced by its contextual token."""
+        """Return the visual tokens with every target replaced by its contextual token."""
         import torch
 
         from orchestrator.compression.merging import at_least_float32, full_precision, tokens_at
@@ -98,7 +98,7 @@ class VisionZip:
 
 
 def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
-    """The target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
+    """Return the target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
     from orchestrator.compression.choices import argmax
     from orchestrator.compression.merging import cosines, tokens_at
 

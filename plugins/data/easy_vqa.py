@@ -33,11 +33,11 @@ class EasyVqaSpec(DataSpec):
     conversation_template: Literal["chat_template", "vicuna_v1", "plain"] = "chat_template"
 
     def num_rows(self) -> int:
-        """Questions in use."""
+        """Return the questions in use."""
         return len(evenly_spread(len(_questions(self.split)), self.max_samples))
 
     def content_digest(self) -> str:
-        """SHA-256 over the split's questions and image files."""
+        """Return the SHA-256 over the split's questions and image files."""
         return _split_digest(self.split)
 
 
@@ -48,7 +48,7 @@ class EasyVqa:
         self._spec = spec
 
     def rows(self) -> Sequence[Row]:
-        """One row a question: the image, a line end, the question; the answer is one word."""
+        """Return one row a question: the image, a line end, the question; the answer is one word."""
         questions = _questions(self._spec.split)
         images = _split_folder(self._spec.split) / "images"
         rows = []
@@ -59,13 +59,13 @@ class EasyVqa:
         return rows
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Images that the package should have and has not."""
+        """Return the images that the package should have and has not."""
         paths = sorted({image.path for row in self.rows() for image in row.images}) if every_row else []
         return [f"{path} is missing; install the package easy-vqa again" for path in paths if not file_exists(path)]
 
 
 def answer_type(answer: str) -> str:
-    """`yes_no`, `shape` or `color`."""
+    """Return `yes_no`, `shape` or `color`."""
     if answer in ("yes", "no"):
         return "yes_no"
     return "shape" if answer in SHAPES else "color"

@@ -70,7 +70,7 @@ class LlavaJsonSpec(DataSpec):
     num_samples: Count | None = None
 
     def num_rows(self) -> int | None:
-        """`num_samples` where it is given; else usable rows of the file, None where there is no file."""
+        """Return `num_samples` where it is given; else usable rows of the file, None where there is no file."""
         if self.num_samples is not None:
             return len(evenly_spread(self.num_samples, self.max_samples))
         if not Path(self.data_path).is_file():
@@ -80,7 +80,7 @@ class LlavaJsonSpec(DataSpec):
         return len(evenly_spread(usable, self.max_samples))
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
-        """The first rows in a file of their own, so that no other image is looked at.
+        """Return the first rows in a file of their own, so that no other image is looked at.
 
         Raises:
             DataError: the file cannot be read.
@@ -94,11 +94,13 @@ class LlavaJsonSpec(DataSpec):
         return self.model_copy(update={**changes, "max_samples": None, "max_bad_share": 1.0})
 
     def content_digest(self) -> str:
-        """SHA-256 over the file's content, each image's relative path and content, and which rows are dropped."""
+        """Return the SHA-256 over the file's content, each image's relative path and content, and which rows are
+        dropped.
+        """
         return LlavaJson(self).index().digest(content_digest(self.data_path), self.on_bad_row == "drop")
 
     def remarks(self) -> list[str]:
-        """How many rows are dropped, which, and why."""
+        """Return how many rows are dropped, which, and why."""
         if self.on_bad_row == "fail" or not Path(self.data_path).is_file():
             return []
         found = LlavaJson(self).index()
@@ -112,7 +114,7 @@ class LlavaJson:
         self._spec = spec
 
     def index(self) -> RowIndex:
-        """The file's rows, good and bad, as they are now.
+        """Return the file's rows, good and bad, as they are now.
 
         Raises:
             DataError: the file cannot be read as what it should be.
@@ -142,7 +144,7 @@ class LlavaJson:
         return found
 
     def rows(self) -> IndexedRows:
-        """Usable rows, `max_samples` of them; bad ones dropped where the spec says so.
+        """Return the usable rows, `max_samples` of them; bad ones dropped where the spec says so.
 
         Raises:
             DataError: the file cannot be read, or has more bad rows than the spec allows.
@@ -158,7 +160,7 @@ class LlavaJson:
         return IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Faults that forbid a training run, by row index; with `every_row` those of images too."""
+        """Return the faults that forbid a training run, by row index; with `every_row` those of images too."""
         try:
             found = self.index()
         except DataError as error:
@@ -197,6 +199,6 @@ def _image_folder(spec: LlavaJsonSpec) -> Path:
 
 
 def record_options(spec: LlavaJsonSpec) -> RecordOptions:
-    """What a spec says of its records and images."""
+    """Return what a spec says of its records and images."""
     reading = ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
     return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)

@@ -38,7 +38,7 @@ class ExactMatchSpec(EvaluationSpec):
 
 
 def normalised(text: str, spec: ExactMatchSpec) -> str:
-    """An answer as it is compared: blanks joined, case and outer punctuation left out where the spec says so."""
+    """Return an answer as it is compared: blanks joined, case and outer punctuation left out where the spec says so."""
     text = re.sub(r"\s+", " ", text).strip()
     if spec.ignore_punctuation:
         text = text.strip(string.punctuation + " ")
@@ -52,7 +52,7 @@ class ExactMatch:
         self._spec = spec
 
     def run(self, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
-        """Metrics `accuracy` and, where rows have types, `accuracy_<type>`, all between 0 and 1.
+        """Return the metrics `accuracy` and, where rows have types, `accuracy_<type>`, all between 0 and 1.
 
         Raises:
             DataError: a row has no answer to compare with, or cannot be read.

@@ -14,9 +14,9 @@ class ConstantSpec(ScheduleSpec):
     compressor: str = "full"
 
     def variants(self) -> tuple[str, ...]:
-        """The one variant."""
+        """Return the one variant."""
         return (self.compressor,)
 
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
-        """One action over all steps."""
+        """Return one action over all steps."""
         return StageTable(((0, total_steps, self.compressor),), self.compressor)

@@ -47,7 +47,7 @@ class InterleavedSpec(ScheduleSpec):
         return self
 
     def variants(self) -> tuple[str, ...]:
-        """The two variants, then `final` and the teacher where they are others."""
+        """Return the two variants, then `final` and the teacher where they are others."""
         further = [self.final, self.distill.teacher if self.distill else None]
         return tuple(dict.fromkeys([self.compressor, self.other, *(name for name in further if name)]))
 

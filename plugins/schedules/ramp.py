@@ -72,7 +72,7 @@ class RampSpec(ScheduleSpec):
             raise PydanticCustomError("ramp_depth", "a share of the depth is less than 100%")
 
     def variants(self) -> tuple[str, ...]:
-        """The variant that moves, and the teacher."""
+        """Return the variant that moves, and the teacher."""
         return (self.compressor, self.distill.teacher or "full") if self.distill else (self.compressor,)
 
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
@@ -99,7 +99,7 @@ class RampSpec(ScheduleSpec):
         return StageTable(merged(steps), final, (total_steps,), derived, teachers_of(self.distill, [*derived], "full"))
 
     def _percent(self, value: float | str) -> bool:
-        """Whether it is a share of the depth."""
+        """Return whether it is a share of the depth."""
         return self.key == "layer" and isinstance(value, str) and value.endswith("%")
 
     @staticmethod
@@ -107,7 +107,7 @@ class RampSpec(ScheduleSpec):
         return parse_share(value)
 
     def _written(self, value: Fraction) -> int | str:
-        """A value as the variant's field takes it; whole numbers are rounded, halves up."""
+        """Return a value as the variant's field takes it; whole numbers are rounded, halves up."""
         if self.key == "keep_ratio":
             return str(value)
         if self._percent(self.start):

@@ -54,12 +54,12 @@ class RandomScaleSpec(ScheduleSpec):
         return "full" if "full" in self.compressors else self.compressors[-1]
 
     def variants(self) -> tuple[str, ...]:
-        """The variants as listed, then `final` and the teacher where they are others."""
+        """Return the variants as listed, then `final` and the teacher where they are others."""
         further = [self.final, self.distill.teacher if self.distill else None]
         return tuple(dict.fromkeys([*self.compressors, *(name for name in further if name)]))
 
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
-        """One draw a step; runs of one variant are merged."""
+        """Return one draw a step; runs of one variant are merged."""
         weights = [Fraction(repr(weight)) for weight in self.weights or (1,) * len(self.compressors)]
         # Whole numbers out of 2^64, so that a draw does not depend on how a machine rounds.
         bounds = [int(bound * 2**64 / sum(weights)) for bound in accumulate(weights)]

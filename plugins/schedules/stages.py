@@ -66,7 +66,7 @@ class StagesSpec(ScheduleSpec):
         return self
 
     def variants(self) -> tuple[str, ...]:
-        """Variants in order of first use."""
+        """Return the variants in order of first use."""
         return tuple(dict.fromkeys(stage.compressor for stage in self.stages))
 
     def compile(self, total_steps: int, global_batch_size: int) -> StageTable:

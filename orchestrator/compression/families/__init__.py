@@ -54,7 +54,7 @@ def _load(place: str) -> type[Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The adapter of a model; a model of no known family gets the generic one.
+    """Return the adapter of a model; a model of no known family gets the generic one.
 
     Args:
         model: A Hugging Face image-text-to-text model, unwrapped.

@@ -38,7 +38,7 @@ class Family(ABC):
         self.head_name = self._find_head()
 
     def cannot_serve(self, reason: str) -> UsageError:
-        """The error for a model without a needed part."""
+        """Return the error for a model without a needed part."""
         return UsageError(f"attach: {type(self.model).__name__} cannot be served: {reason}")
 
     def _find_head(self) -> str:
@@ -60,15 +60,15 @@ class Family(ABC):
 
     @abstractmethod
     def find_language_model(self) -> nn.Module:
-        """The decoder stack."""
+        """Return the decoder stack."""
 
     @abstractmethod
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at the placeholders of visual tokens."""
+        """Return True at the placeholders of visual tokens."""
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """The grid of each image (frame, tile) in the order of the batch, from shapes and host values only.
+        """Return the grid of each image (frame, tile) in the order of the batch, from shapes and host values only.
 
         Args:
             inputs: Keyword arguments of the top model's forward, `input_ids` on the host.
@@ -77,7 +77,7 @@ class Family(ABC):
 
     @abstractmethod
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
+        """Return the visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
 
     @property
     def first_layer(self) -> int:
@@ -99,7 +99,7 @@ class Family(ABC):
         return True
 
     def attention_mask(self, keys: Keys) -> Any:
-        """What a segment's layers get as `attention_mask`.
+        """Return what a segment's layers get as `attention_mask`.
 
         The plain 2-D mask, from which the model builds its own; ready-made ones where tokens form blocks or keys are
         weighed by size.
@@ -109,15 +109,15 @@ class Family(ABC):
         return ready_masks(keys, self.window_cuts_blocks)
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
-        """Further arguments of the language model for the segment that begins at layer `first`."""
+        """Return the further arguments of the language model for the segment that begins at layer `first`."""
         return options
 
     def enter(self) -> None:
-        """Called when the model is attached; most families have nothing to put in."""
+        """Prepare the model when it is attached; most families have nothing to do."""
         return
 
     def leave(self) -> None:
-        """Called when the model is detached: takes out what `enter` put in."""
+        """Undo what `enter` did, when the model is detached."""
         return
 
     @property
@@ -139,9 +139,9 @@ class Family(ABC):
         return None
 
     def cls_attention(self) -> Any:
-        """The attention module of the vision tower's last used layer if the tower has a CLS token; else None."""
+        """Return the attention module of the vision tower's last used layer if the tower has a CLS token; else None."""
         return None
 
     @abstractmethod
     def idle_features(self) -> Tensor:
-        """Visual features of an empty image, to run the tower and the projector for a batch without images."""
+        """Return visual features of an empty image, to run the tower and the projector for a batch without images."""

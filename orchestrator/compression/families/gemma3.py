@@ -21,7 +21,7 @@ class Gemma3Family(PaliGemmaFamily):
     """
 
     def find_language_model(self) -> nn.Module:
-        """`model.language_model`."""
+        """Return `model.language_model`."""
         if getattr(self.model.config.get_text_config(), "use_bidirectional_attention", False):
             raise self.cannot_serve("its text sees itself both ways (use_bidirectional_attention)")
         return super().find_language_model()
@@ -31,7 +31,7 @@ class Gemma3Family(PaliGemmaFamily):
         return Grid(side, side)
 
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Runs of `token_type_ids` 1, numbered from 0 in each row; without these the model is causal."""
+        """Return the runs of `token_type_ids` 1, numbered from 0 in each row; without these the model is causal."""
         types_BN = inputs.get("token_type_ids")
         if types_BN is None:
             return None

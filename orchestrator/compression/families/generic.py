@@ -27,7 +27,7 @@ class GenericFamily(Family):
     """
 
     def find_language_model(self) -> nn.Module:
-        """What `get_decoder` gives, or an attribute of the usual names."""
+        """Return what `get_decoder` gives, or an attribute of the usual names."""
         config: Any = self.model.config
         if getattr(config, "is_encoder_decoder", False):
             raise self.cannot_serve("it is an encoder-decoder model; visual tokens do not run through its decoder")
@@ -55,14 +55,14 @@ class GenericFamily(Family):
         return next((int(i) for i in (getattr(config, name, None) for name in names) if i is not None), None)
 
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at placeholders of images, and of videos where the config names them."""
+        """Return True at placeholders of images, and of videos where the config names them."""
         image, video = self._token_id(_IMAGE_NAMES), self._token_id(_VIDEO_NAMES)
         assert image is not None  # or it would not have been attached
         visual_BN = torch.eq(input_ids_BN, image)
         return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Runs or equal shares of the placeholders."""
+        """Return the runs or equal shares of the placeholders."""
         runs = _runs(inputs["input_ids"], self.visual_BN(inputs["input_ids"]))
         # `generate` gives ready features in the place of pixels; both count the images.
         images = ready_features(inputs, "image") if inputs.get("pixel_values") is None else inputs["pixel_values"]
@@ -80,21 +80,21 @@ class GenericFamily(Family):
         return Grid(side, side) if square and side * side == tokens else Grid(1, tokens)
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Placeholders, counted: nothing else tells for every model."""
+        """Return the placeholders, counted: nothing else tells for every model."""
         images = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
         if inputs.get("input_ids") is None or not (images or any((inputs.get("mm_encoder_outputs") or {}).values())):
             return 0
         return int(self.visual_BN(inputs["input_ids"]).sum())
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
-        """The same, unless something among them belongs to single tokens: nobody could shorten it."""
+        """Return the same, unless something among them belongs to single tokens: nobody could shorten it."""
         for name, value in options.items():
             if isinstance(value, Tensor | list | tuple | dict) and len(value):
                 raise self.cannot_serve(f"its decoder takes {name}, which compression does not know how to shorten")
         return options
 
     def idle_features(self) -> Tensor:
-        """Features of a blank image of the size in the config.
+        """Return the features of a blank image of the size in the config.
 
         Raises:
             UsageError: the model takes images in another form.
@@ -113,7 +113,7 @@ class GenericFamily(Family):
 
 
 def _runs(ids_BN: Tensor, visual_BN: Tensor) -> list[int]:
-    """Lengths of runs of one placeholder in the rows, in order."""
+    """Return the lengths of runs of one placeholder in the rows, in order."""
     lengths = []
     for ids, visual in zip(ids_BN, visual_BN, strict=True):
         values, counts = torch.unique_consecutive(torch.where(visual, ids, -1), return_counts=True)

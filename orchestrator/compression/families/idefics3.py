@@ -31,12 +31,12 @@ class Idefics3Family(ImagesFamily):
         return [(tile,)] * (int(self.visual_BN(inputs["input_ids"]).sum()) // tile.tokens)
 
     def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Tiles of the usual size."""
+        """Return the tiles of the usual size."""
         tile = self._tile(inputs)
         return [tile] * (num_placeholders // tile.tokens)
 
     def empty_image(self) -> dict[str, Any]:
-        """One tile of one row."""
+        """Return one tile of one row."""
         return {"pixel_values": self.blank(1, 1, self.model.config.vision_config.num_channels, *self.image_size)}
 
     @property

@@ -35,7 +35,7 @@ class ImagesFamily(Family):
     sized = False
 
     def find_language_model(self) -> nn.Module:
-        """`model.<language_name>`."""
+        """Return `model.<language_name>`."""
         inner = getattr(self.model, "model", None)
         language_model = getattr(inner, self.language_name, None)
         if not isinstance(language_model, nn.Module):
@@ -51,7 +51,7 @@ class ImagesFamily(Family):
         return getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)
 
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """True at placeholders of images and videos."""
+        """Return True at placeholders of images and videos."""
         image, video = self.token_ids
         assert image is not None  # or it would not have been attached
         visual_BN = torch.eq(input_ids_BN, image)
@@ -59,21 +59,21 @@ class ImagesFamily(Family):
 
     @abstractmethod
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """The units of each image the batch brings, in order."""
+        """Return the units of each image the batch brings, in order."""
 
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """The units of each video the batch brings, in order."""
+        """Return the units of each video the batch brings, in order."""
         return []
 
     def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """The units of placeholders where the batch brings neither pixels nor features."""
+        """Return the units of placeholders where the batch brings neither pixels nor features."""
         raise UsageError(
             f"compression: input_ids hold {num_placeholders} image placeholders but the batch has no images; pass "
             "pixel_values (and image_sizes where the processor gives them)"
         )
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Units of images and videos as they stand in the rows."""
+        """Return the units of images and videos as they stand in the rows."""
         images, videos = self.image_units(inputs), self.video_units(inputs)
         if not images and not videos:
             return self.units_unseen(inputs, num_placeholders)
@@ -84,11 +84,11 @@ class ImagesFamily(Family):
         return list(interleaved(images, videos, is_video))
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Tokens of all units."""
+        """Return the tokens of all units."""
         return sum(grid.tokens for units in self.image_units(inputs) + self.video_units(inputs) for grid in units)
 
     def empty_image(self) -> dict[str, Any]:
-        """Arguments of `get_image_features` for one small image."""
+        """Return the arguments of `get_image_features` for one small image."""
         return {"pixel_values": self.blank(1, self.model.config.vision_config.num_channels, *self.image_size)}
 
     @property
@@ -97,12 +97,12 @@ class ImagesFamily(Family):
         return pair(self.model.config.vision_config.image_size)
 
     def blank(self, *shape: int) -> Tensor:
-        """Pixels of a blank image (ones: some models take an image of zeros for padding)."""
+        """Return the pixels of a blank image (ones: some models take an image of zeros for padding)."""
         parameter = next(self.model.parameters())
         return torch.ones(*shape, device=parameter.device, dtype=parameter.dtype)
 
     def idle_features(self) -> Tensor:
-        """Features of a blank image."""
+        """Return the features of a blank image."""
         return flat_features(self.model.model.get_image_features(**self.empty_image()))
 
     def enter(self) -> None:
@@ -111,25 +111,29 @@ class ImagesFamily(Family):
             _remember_sizes(self.model.model)
 
     def leave(self) -> None:
-        """Takes that out again."""
+        """Take that out again."""
         self.model.model.__dict__.pop("get_image_features", None)
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Height and width of what a config gives as one number or two."""
+    """Return the height and width of what a config gives as one number or two."""
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return int(height), int(width)
 
 
 def ready_features(inputs: Mapping[str, Any], kind: str) -> Any:
-    """Features of `image` or `video` that the caller (or `generate`) computed before; None where there are none."""
+    """Return the features of `image` or `video` that the caller (or `generate`) computed before; None where there are
+    none.
+    """
     ready = inputs.get("mm_encoder_outputs")
     output = ready.get(kind) if isinstance(ready, Mapping) else None
     return None if output is None else getattr(output, "pooler_output", output)
 
 
 def flat_features(output: Any) -> Tensor:
-    """What `get_image_features` gave (by version and model a tensor, several, or an output that holds them), L x D."""
+    """Return what `get_image_features` gave (by version and model a tensor, several, or an output that holds them), L
+    x D.
+    """
     features = getattr(output, "pooler_output", output)
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
@@ -137,7 +141,9 @@ def flat_features(output: Any) -> Tensor:
 
 
 def size_of(features: Tensor) -> tuple[int, int] | None:
-    """Size in pixels (height, width) of the image that features were computed from while the model was attached."""
+    """Return the size in pixels (height, width) of the image that features were computed from while the model was
+    attached.
+    """
     remembered = getattr(features, _SIZE_NAME, None)
     if remembered is None:
         return None
@@ -146,7 +152,7 @@ def size_of(features: Tensor) -> tuple[int, int] | None:
 
 
 def sizes_of_images(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Sizes in pixels of the batch's images, from `image_sizes` or the features that carry them.
+    """Return the sizes in pixels of the batch's images, from `image_sizes` or the features that carry them.
 
     Raises:
         UsageError: neither tells.
@@ -168,7 +174,7 @@ def sizes_of_images(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def interleaved(images: Sequence[Units], videos: Sequence[Units], is_video_P: Tensor) -> Iterator[Grid]:
-    """Units in the order of the placeholders.
+    """Return the units in the order of the placeholders.
 
     Args:
         images: Units of each image.

@@ -28,7 +28,7 @@ class InternVLFamily(ImagesFamily):
         return [(self._tile(*self.image_size),)] * (len(features) if features is not None else 0)
 
     def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Tiles of the usual size."""
+        """Return the tiles of the usual size."""
         tile = self._tile(*self.image_size)
         return [tile] * (num_placeholders // tile.tokens)
 

@@ -19,7 +19,7 @@ class LlavaFamily(ImagesFamily):
     sized = True
 
     def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
-        """The grid of an image, from its size in pixels."""
+        """Return the grid of an image, from its size in pixels."""
         height, width = pair(self.model.config.vision_config.patch_size)
         grid = Grid(height_pixels // height, width_pixels // width)
         if self.keeps_cls():
@@ -27,7 +27,7 @@ class LlavaFamily(ImagesFamily):
         return grid
 
     def keeps_cls(self) -> bool:
-        """The CLS token of the vision tower is a visual token too."""
+        """Return the CLS token of the vision tower is a visual token too."""
         config: Any = self.model.config
         return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
 
@@ -41,7 +41,7 @@ class LlavaFamily(ImagesFamily):
         return list(layers) if isinstance(layers, (list, tuple)) else [int(layers)]
 
     def cls_attention(self) -> Any:
-        """That of the last tower layer whose output is used, where one tower serves all and is a CLIP."""
+        """Return that of the last tower layer whose output is used, where one tower serves all and is a CLIP."""
         config, tower = self.model.config, getattr(self.model.model, "vision_tower", None)
         if tower is None or config.vision_config.model_type != "clip_vision_model":
             return None
@@ -81,12 +81,12 @@ class LlavaFamily(ImagesFamily):
         return [(self.grid_of(*size),) for size in sizes_of_images(inputs)]
 
     def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Images of the usual size."""
+        """Return the images of the usual size."""
         usual = self.grid_of(*self.image_size)
         return [usual] * (num_placeholders // usual.tokens)
 
     def empty_image(self) -> dict[str, Any]:
-        """One image; of a single patch where the vision tower takes any size."""
+        """Return one image; of a single patch where the vision tower takes any size."""
         vision = self.model.config.vision_config
         size = pair(vision.patch_size) if vision.model_type == "pixtral" else self.image_size
         return {"pixel_values": self.blank(1, vision.num_channels, *size)}

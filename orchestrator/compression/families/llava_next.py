@@ -32,12 +32,12 @@ class LlavaNextFamily(ImagesFamily):
         return Grid(*(size // vision.patch_size for size in self.image_size))
 
     def tiled_units(self, size: tuple[int, int]) -> Units:
-        """The units of an image of `size` (height, width) pixels."""
+        """Return the units of an image of `size` (height, width) pixels."""
         height, width = self.packed(size)
         return self.tile, Grid(height, width + 1)
 
     def packed(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the packed tiles without newlines, by the model's own functions."""
+        """Return the rows and columns of the packed tiles without newlines, by the model's own functions."""
         config = self.model.config
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, self.image_size[0])
         # Tokens of no width: only the shape is asked for.
@@ -45,7 +45,7 @@ class LlavaNextFamily(ImagesFamily):
         return pair(unpad_image(tokens, size).shape[1:])
 
     def empty_image(self) -> dict[str, Any]:
-        """A blank image of one tile's size and as many tiles as the model expects of it."""
+        """Return a blank image of one tile's size and as many tiles as the model expects of it."""
         config = self.model.config
         tiles = image_size_to_num_patches(self.image_size, config.image_grid_pinpoints, self.image_size[0])
         pixels = self.blank(1, tiles, config.vision_config.num_channels, *self.image_size)

@@ -41,7 +41,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return height, width
 
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """Frames, each pooled by two, then one newline."""
+        """Return the frames, each pooled by two, then one newline."""
         pixels, features = inputs.get("pixel_values_videos"), ready_features(inputs, "video")
         frame = Grid(math.ceil(self.tile.height / 2), math.ceil(self.tile.width / 2))
         if pixels is not None:

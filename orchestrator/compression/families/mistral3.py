@@ -26,7 +26,7 @@ class Mistral3Family(ImagesFamily):
         return [(Grid(height // side, width // side),) for height, width in sizes_of_images(inputs)]
 
     def empty_image(self) -> dict[str, Any]:
-        """An image of two tokens: the model takes the only token of an image for something else."""
+        """Return an image of two tokens: the model takes the only token of an image for something else."""
         side = self._token_pixels
         pixels = self.blank(1, self.model.config.vision_config.num_channels, side, 2 * side)
         return {"pixel_values": pixels, "image_sizes": [(side, 2 * side)]}

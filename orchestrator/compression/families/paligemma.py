@@ -21,7 +21,7 @@ class PaliGemmaFamily(ImagesFamily):
         return Grid(side, side)
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """One grid for each entry of `pixel_values`, or of ready features."""
+        """Return one grid for each entry of `pixel_values`, or of ready features."""
         pixels, features = inputs.get("pixel_values"), ready_features(inputs, "image")
         images = pixels if pixels is not None else features
         return [(self._grid(),)] * (len(images) if images is not None else 0)
@@ -32,7 +32,9 @@ class PaliGemmaFamily(ImagesFamily):
         return [grid] * (num_placeholders // grid.tokens)
 
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """One block, the prefix; only where the model itself makes one (given `token_type_ids`, in the first pass)."""
+        """Return one block, the prefix; only where the model itself makes one (given `token_type_ids`, in the first
+        pass).
+        """
         types_BN, cache = inputs.get("token_type_ids"), inputs.get("past_key_values")
         is_later = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
         if types_BN is None or is_later:

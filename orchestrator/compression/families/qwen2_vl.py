@@ -22,7 +22,7 @@ class Qwen2VLFamily(ImagesFamily):
         return int(self.model.config.vision_config.spatial_merge_size)
 
     def _frames(self, grid_thw: Any) -> list[Units]:
-        """Grids of the temporal patches of each image or video."""
+        """Return the grids of the temporal patches of each image or video."""
         sizes = [] if grid_thw is None else torch.as_tensor(grid_thw).tolist()
         return [(Grid(height // self._merge, width // self._merge),) * frames for frames, height, width in sizes]
 
@@ -59,7 +59,7 @@ class Qwen2VLFamily(ImagesFamily):
         return _raster_grids(row_V.tolist(), height_V.tolist(), width_V.tolist())
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Patches over patches merged into a token: the shapes tell, without a look at what is on the device."""
+        """Patch over patches merged into a token: the shapes tell, without a look at what is on the device."""
         pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
         ready = [ready_features(inputs, kind) for kind in ("image", "video")]
         patches = sum(len(one) for one in pixels if one is not None)
@@ -67,7 +67,7 @@ class Qwen2VLFamily(ImagesFamily):
         return patches // self._merge**2 + features
 
     def empty_image(self) -> dict[str, Any]:
-        """A blank image of one token."""
+        """Return a blank image of one token."""
         vision = self.model.config.vision_config
         frames, _ = pair(vision.temporal_patch_size)
         height, width = pair(vision.patch_size)

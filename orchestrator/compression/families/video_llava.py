@@ -51,5 +51,5 @@ class VideoLlavaFamily(LlavaFamily):
         return None
 
     def idle_features(self) -> Tensor:
-        """Features of a blank image; the tower of videos is another one."""
+        """Return the features of a blank image; the tower of videos is another one."""
         return flat_features(self.model.model.get_image_features(self.empty_image()["pixel_values"]))

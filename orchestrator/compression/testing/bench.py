@@ -47,7 +47,7 @@ class Bench:
     models: dict[str, nn.Module] = field(default_factory=dict)
 
     def model(self, attention: str) -> nn.Module:
-        """The model of an attention implementation, in training mode; `plain` is an eager one."""
+        """Return the model of an attention implementation, in training mode; `plain` is an eager one."""
         if attention not in self.models:
             with torch.random.fork_rng(devices=[]):
                 built = self.tiny.build("eager" if attention == "plain" else attention, 0)
@@ -67,7 +67,9 @@ class Bench:
         return tuple(grid for grid in found if grid.tokens > 1)
 
     def rows(self, other: bool) -> list[Row]:
-        """Rows of two mixed batches: none, one, two and three images of unequal size, a video where there is one."""
+        """Return the rows of two mixed batches: none, one, two and three images of unequal size, a video where there
+        is one.
+        """
         kinds = [kind for kind in self.tiny.units if kind != "video"]
         first, last = kinds[0], kinds[-1]
         video: list[Row] = [[1, "video", 4]] if "video" in self.tiny.units else []
@@ -76,7 +78,7 @@ class Bench:
         return [[3, first, 7], [9], [2, first, 2, last, first, 5], *video]
 
     def batch(self, rows: Sequence[Row], padding: str, seed: int = 0, answer: int = _ANSWER) -> Batch:
-        """A batch of rows."""
+        """Return a batch of rows."""
         inputs = dict(self.tiny.batch(rows, padding, seed, answer))
         if not answer:
             inputs.pop("labels", None)
@@ -89,7 +91,7 @@ class Bench:
     def attached(
         self, attention: str, points: Sequence[PointLike], modules: Sequence[PointLike] | None = None
     ) -> Iterator[tuple[nn.Module, Attachment]]:
-        """A model with points for the block; learned modules have parameters that do something."""
+        """Return a model with points for the block; learned modules have parameters that do something."""
         model = self.model(attention)
         attachment = attach(model, points) if modules is None else attach(model, points, modules)
         try:
@@ -101,7 +103,7 @@ class Bench:
             attachment.detach()
 
     def reference(self, attachment: Attachment | None = None) -> Reference:
-        """The plain computation, with copies of an attachment's learned modules."""
+        """Return the plain computation, with copies of an attachment's learned modules."""
         modules: dict[str, nn.Module] = {}
         created = attachment.model._modules.get(_MODULES) if attachment is not None else None
         if created is not None:
@@ -110,14 +112,14 @@ class Bench:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A module with parameters of its own and the same values."""
+    """Return a module with parameters of its own and the same values."""
     import copy
 
     return copy.deepcopy(module)
 
 
 def move_parameters(model: nn.Module) -> None:
-    """Moves learned modules from their first values: some begin as an identity, which would prove little."""
+    """Move learned modules from their first values: some begin as an identity, which would prove little."""
     created = model._modules.get(_MODULES)
     if created is None:
         return
@@ -128,21 +130,21 @@ def move_parameters(model: nn.Module) -> None:
 
 
 def run(model: nn.Module, attachment: Attachment | None, batch: Batch, **options: Any) -> Any:
-    """A forward of a batch, drawing what the reference draws."""
+    """Return a forward of a batch, drawing what the reference draws."""
     if attachment is not None:
         attachment.set_step(**draws(batch.rows))
     return model(**batch.inputs, **options)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of all parameters by name."""
+    """Return the gradients of all parameters by name."""
     model.zero_grad()
     loss.backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
 def reference_gradients(reference: Reference, loss: Tensor) -> dict[str, Tensor]:
-    """The same for a plain computation, learned modules under the names they have in an attached model."""
+    """Return the same for a plain computation, learned modules under the names they have in an attached model."""
     for module in reference.modules.values():
         module.zero_grad()
     found = gradients(reference.family.model, loss)

@@ -47,7 +47,7 @@ class Cell:
     keep_all: Sequence[Sequence[CompressorSpec]] = ()
 
     def faults(self) -> Iterator[str]:
-        """What does not hold, in words and numbers.
+        """Return what does not hold, in words and numbers.
 
         Raises:
             UsageError: the family refuses the points.
@@ -65,7 +65,7 @@ class Cell:
         yield from self._life(self.places[0], self.places[-1])
 
     def _settings(self) -> list[Setting]:
-        """Every padding, batch and place, and in both kinds of attention with and without checkpointing."""
+        """Return every padding, batch and place, and in both kinds of attention with and without checkpointing."""
         found = []
         for place in range(len(self.places)):
             other = place % 2 == 1
@@ -77,7 +77,7 @@ class Cell:
         return found
 
     def _method_alone(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
-        """The first call that is not what a method must be, in the plain computation of the first batch."""
+        """Return the first call that is not what a method must be, in the plain computation of the first batch."""
         batch = self.bench.batch(self.bench.rows(False), "right")
         with self.bench.attached(self.bench.tiny.attentions[0], points) as (_, attachment):
             reference = self.bench.reference(attachment)
@@ -124,7 +124,7 @@ class Cell:
             yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
 
     def _generation(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
-        """Cached steps against recomputing everything, and the first against the plain computation."""
+        """Compare cached steps with recomputing everything, and the first with the plain computation."""
         how = f"generate, {place_of(points)}"
         attention = self.bench.tiny.attentions[-1]
         rows = self.bench.rows(False)[:3]
@@ -204,7 +204,7 @@ _NEVER_STEADY = (
 def steady_batch(
     bench: Bench, reference: Reference, points: Sequence[Any], rows: Any, padding: str, answer: int = 3
 ) -> tuple[Batch, Tensor] | None:
-    """The first batch on which no method's choice is a near-tie, with the plain computation's loss.
+    """Return the first batch on which no method's choice is a near-tie, with the plain computation's loss.
 
     Without labels (`answer` 0) the last token's logits of each row take the loss's place. None where every batch is
     a near-tie.
@@ -222,7 +222,7 @@ def steady_batch(
 
 
 def place_of(points: Sequence[CompressorSpec]) -> str:
-    """Where points act, in words."""
+    """Return where points act, in words."""
     layers = [str(point.layer) for point in points]
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
@@ -245,7 +245,7 @@ def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, us
 
 
 def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
-    """All token ids that a config names."""
+    """Return all token ids that a config names."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _special_tokens(value)

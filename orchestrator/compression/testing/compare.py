@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def differs(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Iterator[str]:
-    """The message of a difference beyond `tolerance`, relative where values are larger than 1."""
+    """Return the message of a difference beyond `tolerance`, relative where values are larger than 1."""
     one, other = got.detach().float(), expected.detach().float()
     if one.shape != other.shape:
         yield f"{what}: the shape {tuple(one.shape)} instead of {tuple(other.shape)}"
@@ -25,7 +25,7 @@ def differs(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Itera
 
 
 def gradient_faults(how: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
-    """The gradient that differs most, where it differs by more than `tolerance` of the largest one."""
+    """Return the gradient that differs most, where it differs by more than `tolerance` of the largest one."""
     scale = max((float(one.abs().max()) for one in wanted.values()), default=0.0)
     gaps = {}
     for name in {*got, *wanted}:

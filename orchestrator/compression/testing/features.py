@@ -18,7 +18,8 @@ Apply = Callable[[Point, Tensor, Grid, Context], Kept]
 
 
 def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """What the tower of a plain model hands to the projector for a batch: features of all images, one after the other.
+    """Return what the tower of a plain model hands to the projector for a batch: features of all images, one after
+    the other.
 
     Args:
         family: Adapter of the plain model.
@@ -57,7 +58,7 @@ def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[T
 def before_projector(
     family: Family, batch: Mapping[str, Any], states: Sequence[RowState], points: Sequence[Point], apply: Apply
 ) -> list[RowState]:
-    """The rows at the decoder's input after the points at the projector.
+    """Return the rows at the decoder's input after the points at the projector.
 
     Args:
         family: Adapter of the plain model.
@@ -99,7 +100,7 @@ def _offset_of(state: RowState, unit: Unit, offset: int) -> int:
 
 
 def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
-    """What the plain model multiplies the projector's output with before the decoder (1 in most)."""
+    """Return what the plain model multiplies the projector's output with before the decoder (1 in most)."""
     embeds_LD = torch.cat([state.hidden_ND[list(unit.columns)] for state in states for unit in state.units])
     if embeds_LD.shape != projected_LD.shape:
         raise AssertionError(
@@ -114,7 +115,7 @@ def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
 def _kept(
     state: RowState, members: Sequence[Unit], visual_BND: Tensor, points: Sequence[Point], apply: Apply
 ) -> list[tuple[Unit, Kept]]:
-    """What is left of a row's units of one grid, unit by unit; positions and sources count in the unit."""
+    """Return what is left of a row's units of one grid, unit by unit; positions and sources count in the unit."""
     images, tokens = len(members), len(members[0].columns)
     place_BN = torch.arange(tokens).expand(images, -1)
     kept = Kept(visual_BND, place_BN.unsqueeze(0), torch.ones_like(place_BN), place_BN, members[0].grid)
@@ -149,7 +150,7 @@ def _kept(
 
 
 def _mapped(state: RowState, unit: Unit, kept: Kept, projector: Any, factor: float) -> Kept:
-    """What the decoder gets of one unit."""
+    """Return what the decoder gets of one unit."""
     positions_AN = state.positions_AN[:, list(unit.columns)]
     return replace(
         kept,
@@ -159,7 +160,7 @@ def _mapped(state: RowState, unit: Unit, kept: Kept, projector: Any, factor: flo
 
 
 def one_of(kept: Kept, number: int) -> Kept:
-    """What a method kept of one image."""
+    """Return what a method kept of one image."""
     one = slice(number, number + 1)
     return replace(
         kept,

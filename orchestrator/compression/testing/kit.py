@@ -48,7 +48,7 @@ class Report:
 
 
 def check_compressor(points: PointLike | Sequence[PointLike], families: Iterable[str] | None = None) -> Report:
-    """Proves a compressor on tiny random models: one line in a plug-in's tests.
+    """Prove a compressor on tiny random models: one line in a plug-in's tests.
 
     On each family: with all tokens kept the loss is the plain model's to 1e-6 and so are the gradients; loss and
     gradients equal a plain computation, row by row without padding, in mixed batches (text only, one, two and three
@@ -102,7 +102,7 @@ class Stopped(Exception):
 
 
 def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str]:
-    """What does not hold for points on one family, in words.
+    """Return what does not hold for points on one family, in words.
 
     Raises:
         Refused: the family cannot run them.
@@ -123,7 +123,7 @@ def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str
 
 
 def first_place(points: PointLike | Sequence[PointLike], family: str) -> list[CompressorSpec]:
-    """The points with layer and amount as the kit tries them first on a family.
+    """Return the points with layer and amount as the kit tries them first on a family.
 
     Raises:
         Refused: the family cannot run them.
@@ -134,7 +134,7 @@ def first_place(points: PointLike | Sequence[PointLike], family: str) -> list[Co
 
 @functools.cache
 def bench_of(family: str) -> Bench:
-    """The models of a family; built once in a process."""
+    """Return the models of a family; built once in a process."""
     return Bench(TINY[family])
 
 
@@ -159,7 +159,7 @@ class Candidate:
         return any(name in self.given for name in _AMOUNT_NAMES)
 
     def spec(self, **more: Any) -> CompressorSpec:
-        """The spec with these parameters, too.
+        """Return the spec with these parameters, too.
 
         Raises:
             UsageError: it does not validate.
@@ -174,7 +174,7 @@ class Candidate:
             raise UsageError(f"check_compressor: {value!r} is no compressor: {faults}") from error
 
     def all_kept(self) -> Candidate:
-        """The same with every token kept."""
+        """Return the same with every token kept."""
         rest = {name: value for name, value in self.given.items() if name not in _AMOUNT_NAMES}
         return Candidate(self.cls, {**rest, "keep_ratio": 1})
 
@@ -191,7 +191,7 @@ def _candidate(point: PointLike) -> Candidate:
 
 
 def _places(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSpec]]:
-    """The points at every place worth trying that the family allows.
+    """Return the points at every place worth trying that the family allows.
 
     Raises:
         Refused: there is none.
@@ -210,7 +210,7 @@ def _places(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSp
 
 
 def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
-    """Layers to try for the points that name none; several points go down the depth."""
+    """Return the layers to try for the points that name none; several points go down the depth."""
     if all("layer" in point.given for point in points):
         return [[None] * len(points)]
     cls = points[0].cls
@@ -223,7 +223,7 @@ def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
 
 
 def _complete(points: Sequence[Candidate], layers: Sequence[Any], grids: Sequence[Grid]) -> list[CompressorSpec]:
-    """Specs with a layer and an amount.
+    """Return the specs with a layer and an amount.
 
     Raises:
         ValueError: no amount fits the family's images.
@@ -253,7 +253,7 @@ def _with_amount(point: Candidate, more: Mapping[str, Any], grids: Sequence[Grid
 
 
 def _all_kept(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSpec]]:
-    """The points where they keep every token, if the method then keeps them as they are."""
+    """Return the points where they keep every token, if the method then keeps them as they are."""
     if not all(point.cls.keeps_all for point in points):
         return []
     return _places([point.all_kept() for point in points], bench)

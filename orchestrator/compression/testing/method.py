@@ -38,7 +38,7 @@ class Call:
 
 
 def method_faults(call: Call) -> Iterator[str]:
-    """What is wrong with a call, in words."""
+    """Return what is wrong with a call, in words."""
     yield from _shape_faults(call)
     yield from _size_faults(call)
     yield from _position_faults(call)
@@ -138,7 +138,7 @@ def _position_faults(call: Call) -> Iterator[str]:
 
 
 def _neighbour_faults(call: Call) -> Iterator[str]:
-    """Every image among others is what it is alone; the images here are of different rows and samples."""
+    """Return every image among others is what it is alone; the images here are of different rows and samples."""
     images = len(call.visual_BND)
     if images < 2:
         return
@@ -193,7 +193,7 @@ def _tie_faults(call: Call) -> Iterator[str]:
 
 
 def _row_of_each(context: Context) -> dict[str, Any]:
-    """What the context says of rows, a row for each image."""
+    """Return what the context says of rows, a row for each image."""
     fields = ("hidden_RND", "text_RN", "row_keys_RND")
     found = {name: getattr(context, name) for name in fields}
     return {name: values[context.rows_B] for name, values in found.items() if values is not None}
@@ -215,10 +215,10 @@ def _image_of(context: Context, image: int) -> Context:
 
 
 def global_random_state() -> tuple[Any, ...]:
-    """The states of torch's, numpy's and Python's global generators."""
+    """Return the states of torch's, numpy's and Python's global generators."""
     return torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate()
 
 
 def same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether nothing was drawn between two states."""
+    """Return whether nothing was drawn between two states."""
     return torch.equal(one[0], other[0]) and one[1:] == other[1:]

@@ -51,7 +51,7 @@ class Reference:
     def rows(
         self, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]], points: Sequence[Point]
     ) -> list[tuple[RowState, Tensor]]:
-        """Each row after its last layer with its logits (tokens x vocabulary).
+        """Return each row after its last layer with its logits (tokens x vocabulary).
 
         Args:
             batch: Keyword arguments of the model's forward.
@@ -70,7 +70,7 @@ class Reference:
         return [(state, self._logits(state.hidden_ND)) for state in done]
 
     def loss(self, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]], points: Sequence[Point]) -> Tensor:
-        """Sum over label tokens of the cross-entropy, divided by their number."""
+        """Return the sum over label tokens of the cross-entropy, divided by their number."""
         losses = []
         for state, logits_NV in self.rows(batch, units, points):
             for place in range(len(state.labels) - 1):
@@ -79,7 +79,7 @@ class Reference:
         return torch.stack(losses).sum() / len(losses)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
-        """What the top model makes of final hidden states."""
+        """Return what the top model makes of final hidden states."""
         logits_NV: Tensor = self.family.model.get_output_embeddings()(hidden_ND)
         cap = getattr(self.family.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
@@ -103,7 +103,7 @@ class Reference:
         return state
 
     def _act(self, state: RowState, point: Point, enters: bool = False) -> RowState:
-        """One point on one row: all its units of one grid at a time."""
+        """Return one point on one row: all its units of one grid at a time."""
         module = self.modules.get(point.module_name) if point.module_name else None
         parts: list[tuple[Unit, Kept]] = []
         for grid in dict.fromkeys(unit.grid for unit in state.units if len(unit.columns) > 1):
@@ -157,17 +157,17 @@ class Reference:
 
 
 def sample_of(row: int) -> int:
-    """The sample number the kit gives to a row of its batches."""
+    """Return the sample number the kit gives to a row of its batches."""
     return 40 + 7 * row
 
 
 def draws(rows: int) -> dict[str, Any]:
-    """Arguments of `Attachment.set_step` under which an attached model draws what the reference draws."""
+    """Return the arguments of `Attachment.set_step` under which an attached model draws what the reference draws."""
     return {"step": _STEP, "seed": _SEED, "sample_index": [sample_of(row) for row in range(rows)]}
 
 
 def _asking(state: RowState) -> list[int]:
-    """Places of the query tokens: the last before each answer; without labels the row's last."""
+    """Return the places of the query tokens: the last before each answer; without labels the row's last."""
     places = [
         place
         for place in range(len(state.labels) - 1)
@@ -177,7 +177,7 @@ def _asking(state: RowState) -> list[int]:
 
 
 def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, kept: Kept) -> bool:
-    """Whether a method chooses otherwise when all it looks at is moved by `NUDGE`: a near-tie.
+    """Return whether a method chooses otherwise when all it looks at is moved by `NUDGE`: a near-tie.
 
     Two exact computations differ in their last bits, so a selection on a near-tie may go either way in them. Tokens
     that are equal (the newlines of LLaVA-NeXT) stay equal: among them a method takes the first.
@@ -208,7 +208,7 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
 def run_layers(
     language_model: Any, state: RowState, first: int, last: int, needs: set[str]
 ) -> tuple[RowState, dict[str, Tensor]]:
-    """One row through layers `first` to `last` (half open) of a plain language model.
+    """Return one row through layers `first` to `last` (half open) of a plain language model.
 
     Returns:
         The row after them, and what the last of them saw, as far as it is needed: `attention` (tokens x tokens, mean
@@ -262,7 +262,9 @@ def only_layers(language_model: Any, first: int, last: int) -> Iterator[list[nn.
 
 
 def _mask(config: Any, state: RowState) -> Any:
-    """Who sees whom among the tokens that are left, as additive masks; by kind of layer where there are several."""
+    """Return who sees whom among the tokens that are left, as additive masks; by kind of layer where there are
+    several.
+    """
     count = len(state.sizes)
     causal_NN = torch.ones(count, count, dtype=torch.bool).tril()
     origin_N = torch.tensor(state.origins).clamp(min=0)

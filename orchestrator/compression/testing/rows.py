@@ -71,7 +71,7 @@ class Reached(Exception):
 
 
 def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments with which a plain model calls its language model for a batch."""
+    """Return the keyword arguments with which a plain model calls its language model for a batch."""
     seen: dict[str, Any] = {}
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[s
 
 
 def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]]) -> list[RowState]:
-    """The rows of a batch at the decoder's input.
+    """Return the rows of a batch at the decoder's input.
 
     Args:
         family: Adapter of a plain model; only its language model and its placeholders are asked for.
@@ -145,7 +145,7 @@ def _units(visual: Sequence[bool], grids: Sequence[Grid], row: int) -> tuple[Uni
 
 
 def _plain_mask(mask: Any, row: int, real_N: Tensor) -> tuple[Tensor, bool]:
-    """Who sees whom in a row, and whether a sliding window cuts what tokens of one block see."""
+    """Return who sees whom in a row, and whether a sliding window cuts what tokens of one block see."""
     count = int(real_N.sum())
     causal_NN = torch.ones(count, count, dtype=torch.bool).tril()
     full = mask.get("full_attention") if isinstance(mask, dict) else mask
@@ -164,7 +164,9 @@ def _row_of(mask_B1NN: Tensor, row: int, real_N: Tensor) -> Tensor:
 
 
 def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any]:
-    """What else the decoder is given: a row's part of what counts tokens, or visual tokens (lists beside a mask)."""
+    """Return what else the decoder is given: a row's part of what counts tokens, or visual tokens (lists beside a
+    mask).
+    """
     shape = given["inputs_embeds"].shape[:2]
     masks = [
         one for one in given.values() if isinstance(one, Tensor) and one.dtype == torch.bool and one.shape == shape
@@ -192,7 +194,7 @@ class _Token(NamedTuple):
 
 
 def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
-    """The row with what is left of each unit in its place.
+    """Return the row with what is left of each unit in its place.
 
     Args:
         state: The row before.
@@ -237,7 +239,7 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
 
 
 def _kept_at(state: RowState, unit: Unit, kept: Any, column: int, moved: int) -> list[_Token]:
-    """The kept tokens that stand where a unit's token was; added ones stand where its last was."""
+    """Return the kept tokens that stand where a unit's token was; added ones stand where its last was."""
     before, tokens, count = unit.columns.index(column), len(unit.columns), kept.hidden_BMD.shape[1]
     chosen = [m for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == before]
     if before == tokens - 1:
@@ -252,7 +254,7 @@ def _kept_at(state: RowState, unit: Unit, kept: Any, column: int, moved: int) ->
 
 
 def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
-    """The token of an image that its kept token `m` stands in place of; -1 for a new one."""
+    """Return the token of an image that its kept token `m` stands in place of; -1 for a new one."""
     count = kept.hidden_BMD.shape[1]
     if kept.sources_BM is not None:
         return int(kept.sources_BM[image, m])
@@ -262,6 +264,6 @@ def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
 
 
 def grid_left(kept: Any, grid: Grid) -> Grid:
-    """The grid that is left of an image's; where a method names none, one row, unless it kept all."""
+    """Return the grid that is left of an image's; where a method names none, one row, unless it kept all."""
     count = kept.hidden_BMD.shape[1]
     return kept.grid or (grid if count == grid.tokens else Grid(1, count))

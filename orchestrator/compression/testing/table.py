@@ -17,7 +17,7 @@ Cells = Mapping[str, Mapping[str, str]]
 
 
 def built_in_methods() -> tuple[str, ...]:
-    """The compressors that come with this package."""
+    """Return the compressors that come with this package."""
     kinds = registry.kinds(registry.COMPRESSORS)
     return tuple(kind for kind in kinds if registry.spec_class(registry.COMPRESSORS, kind).__module__.startswith(_OURS))
 
@@ -25,7 +25,7 @@ def built_in_methods() -> tuple[str, ...]:
 def run_cells(
     methods: Iterable[str], families: Iterable[str], tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, str]]:
-    """The result of each method on each family: `proven`, `refused: REASON`, or `failed: CHECKS`.
+    """Return the result of each method on each family: `proven`, `refused: REASON`, or `failed: CHECKS`.
 
     Args:
         methods: Kinds of compressors.
@@ -43,7 +43,7 @@ def run_cells(
 
 
 def run_cell(method: str, family: str) -> str:
-    """One cell: `proven`, `refused: REASON`, or `failed: CHECKS`."""
+    """Return one cell: `proven`, `refused: REASON`, or `failed: CHECKS`."""
     try:
         faults = check_cell({"kind": method}, family)
     except Refused as error:
@@ -54,7 +54,7 @@ def run_cell(method: str, family: str) -> str:
 
 
 def markdown(cells: Cells) -> str:
-    """The table, a row a method and a column a family, with the reasons of refusals below."""
+    """Return the table, a row a method and a column a family, with the reasons of refusals below."""
     families = list(next(iter(cells.values())))
     reasons: dict[str, int] = {}
     lines = [f"| | {' | '.join(families)} |", f"|---|{'---|' * len(families)}"]
@@ -76,7 +76,7 @@ def _mark(result: str, reasons: dict[str, int]) -> str:
 
 
 def read_marks(text: str) -> dict[str, dict[str, bool]]:
-    """What a Markdown table says: method, family, whether it is proven.
+    """Return what a Markdown table says: method, family, whether it is proven.
 
     Raises:
         ValueError: the text holds no such table.
@@ -93,7 +93,7 @@ def read_marks(text: str) -> dict[str, dict[str, bool]]:
 
 
 def between(text: str) -> str:
-    """What stands between the markers.
+    """Return what stands between the markers.
 
     Raises:
         ValueError: the markers are missing.
@@ -105,7 +105,7 @@ def between(text: str) -> str:
 
 
 def write(path: Path, cells: Cells) -> None:
-    """Puts the table between the markers of a Markdown file.
+    """Put the table between the markers of a Markdown file.
 
     Raises:
         ValueError: the markers are missing.
@@ -115,5 +115,5 @@ def write(path: Path, cells: Cells) -> None:
 
 
 def all_cells(tell: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, str]]:
-    """All built-in methods on all families; minutes."""
+    """Return all built-in methods on all families; minutes."""
     return run_cells(built_in_methods(), TINY, tell)

@@ -42,7 +42,7 @@ class TinyFamily:
 def pad_rows(
     sequences: Sequence[Sequence[int]], visual: Sequence[Sequence[bool]], padding: str, pad_token: int, answer: int
 ) -> dict[str, Any]:
-    """`input_ids`, `attention_mask` and `labels` of rows of token ids.
+    """Return `input_ids`, `attention_mask` and `labels` of rows of token ids.
 
     Args:
         sequences: Token ids of each row, placeholders expanded.

@@ -92,7 +92,7 @@ def _build_gemma3(attention: str, seed: int) -> nn.Module:
 
 
 def _batch_paligemma(rows: Sequence[Row], padding: str, seed: int, answer: int) -> dict[str, Tensor]:
-    """The answer is the suffix, of type 1; all before it, padding too, of type 0."""
+    """Return the answer is the suffix, of type 1; all before it, padding too, of type 0."""
     generator = generator_of(seed)
     batch, kinds = text_batch(rows, {"image": [IMAGE] * 9}, padding, generator, answer)
     after_BN = batch["attention_mask"].flip(1).cumsum(1).flip(1)
@@ -101,7 +101,7 @@ def _batch_paligemma(rows: Sequence[Row], padding: str, seed: int, answer: int) 
 
 
 def _batch_gemma3(rows: Sequence[Row], padding: str, seed: int, answer: int) -> dict[str, Tensor]:
-    """Placeholders between a token that begins and one that ends an image; type 1 at placeholders."""
+    """Return the placeholders between a token that begins and one that ends an image; type 1 at placeholders."""
     generator = generator_of(seed)
     batch, kinds = text_batch(rows, {"image": [SEPARATOR, *[IMAGE] * 9, SEPARATOR]}, padding, generator, answer)
     batch["token_type_ids"] = (batch["input_ids"] == IMAGE).long()

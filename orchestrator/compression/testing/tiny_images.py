@@ -24,7 +24,7 @@ TEXT_SIZES = SIZES | {
 
 
 def enlarge(model: nn.Module, factor: float = 4.0) -> nn.Module:
-    """Makes weights larger than their initial values, so that what layers do shows in the loss."""
+    """Make weights larger than their initial values, so that what layers do shows in the loss."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -35,7 +35,7 @@ def enlarge(model: nn.Module, factor: float = 4.0) -> nn.Module:
 def text_batch(
     rows: Sequence[Row], tokens: Mapping[str, Sequence[int]], padding: str, generator: torch.Generator, answer: int
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """The text side of a batch, and the kinds of visual input in each row.
+    """Return the text side of a batch, and the kinds of visual input in each row.
 
     Args:
         rows: Rows as `TinyFamily.batch` takes them.
@@ -59,10 +59,10 @@ def text_batch(
 
 
 def pixels(*shape: int, generator: torch.Generator) -> Tensor:
-    """Random pixels."""
+    """Return the random pixels."""
     return torch.randn(*shape, generator=generator)
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """A generator of its own, so that the global state stays as it is."""
+    """Return a generator of its own, so that the global state stays as it is."""
     return torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ _PIXTRAL = {"image": (24, 32), "small": (16, 16)}  # pixels; patches of 8
 def tiny_llava(
     attention: str = "eager", text: str = "llama", layers: int = 4, seed: int = 0, **text_options: Any
 ) -> nn.Module:
-    """A random LLaVA of 3 x 3 visual tokens per image.
+    """Return a random LLaVA of 3 x 3 visual tokens per image.
 
     Args:
         attention: Attention implementation.

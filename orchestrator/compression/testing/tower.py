@@ -29,7 +29,7 @@ class TowerMaps:
 
 @contextmanager
 def watched(family: Family, needed: bool) -> Iterator[TowerMaps]:
-    """Collects what the tower's CLS token sees within the block, if it is needed."""
+    """Collect what the tower's CLS token sees within the block, if it is needed."""
     found = TowerMaps()
     handles: list[Any] = []
     if needed:
@@ -46,7 +46,9 @@ def watched(family: Family, needed: bool) -> Iterator[TowerMaps]:
 
 
 def with_cls(states: Sequence[RowState], seen: TowerMaps) -> list[RowState]:
-    """The rows with what the CLS token paid to each visual token and its key, mean over heads, by original column."""
+    """Return the rows with what the CLS token paid to each visual token and its key, mean over heads, by original
+    column.
+    """
     if not seen.maps:
         return list(states)
     maps_IHTT, keys_ITD = torch.cat(seen.maps).detach(), torch.cat(seen.keys).detach()

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
-    """What a model is: its modules' attributes, hooks, modes, parameters' values, and its configs."""
+    """Return what a model is: its modules' attributes, hooks, modes, parameters' values, and its configs."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[f"{name}: attributes"] = {key: _value(value) for key, value in module.__dict__.items()}
@@ -32,7 +32,7 @@ def _value(value: Any) -> Any:
 
 
 def left_behind(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """Differences between two traces, in words."""
+    """Return the differences between two traces, in words."""
     for name in sorted({*before, *after} - {"values"}):
         one, other = before.get(name), after.get(name)
         if one == other:

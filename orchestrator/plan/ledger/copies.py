@@ -31,18 +31,18 @@ class Copy:
 
 
 def copies_folder() -> Path:
-    """Where all copies are."""
+    """Return where all copies are."""
     return cache_folder() / "ledger"
 
 
 def mark_used(folder: Path) -> None:
-    """Notes that a copy was asked for; where that cannot be noted it may be brought again some day."""
+    """Note that a copy was asked for; where that cannot be noted it may be brought again some day."""
     with contextlib.suppress(OSError):
         os.utime(folder)
 
 
 def copies() -> Iterator[Copy]:
-    """All copies on this machine, of whatever bucket.
+    """Return all copies on this machine, of whatever bucket.
 
     Raises:
         StorageError: a folder cannot be read.

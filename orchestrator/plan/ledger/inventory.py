@@ -54,51 +54,51 @@ class Inventory(Protocol):
     """The states and the work under way of one storage."""
 
     def states(self) -> list[str]:
-        """All states, whole or not, sorted."""
+        """Return all states, whole or not, sorted."""
         ...
 
     def files(self, state: str) -> Files | None:
-        """Name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
+        """Return the name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
         ...
 
     def when(self, state: str) -> float | None:
-        """Seconds since the epoch when a state was finished, where that is known."""
+        """Return the seconds since the epoch when a state was finished, where that is known."""
         ...
 
     def damaged(self, state: str) -> list[str]:
-        """Files of a state that are missing, cut short or changed: every byte is read."""
+        """Return the files of a state that are missing, cut short or changed: every byte is read."""
         ...
 
     def work(self) -> dict[str, int]:
-        """Stage runs under way to the bytes they take."""
+        """Return the stage runs under way to the bytes they take."""
         ...
 
     def steps(self, job: str) -> dict[int, Callable[[], list[str]]]:
-        """Sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
+        """Return the sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
         ...
 
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
-        """Takes a state away, unless it is wanted once nobody can find it any more: then it comes back."""
+        """Take a state away, unless it is wanted once nobody can find it any more: then it comes back."""
         ...
 
     def aside(self) -> list[str]:
-        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
+        """Return the states that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
         ...
 
     def drop(self, state: str, part: str) -> None:
-        """Takes `weights` or `checkpoint` out of a finished state."""
+        """Take `weights` or `checkpoint` out of a finished state."""
         ...
 
     def end_work(self, job: str) -> None:
-        """Takes a stage run's sealed and unsealed files away."""
+        """Take a stage run's sealed and unsealed files away."""
         ...
 
     def drop_step(self, job: str, step: int) -> None:
-        """Takes one in-stage checkpoint away."""
+        """Take one in-stage checkpoint away."""
         ...
 
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
-        """What dead writers left unsealed.
+        """Return what dead writers left unsealed.
 
         Args:
             is_held: Whether a living driver works on a job.
@@ -115,33 +115,33 @@ class FolderInventory:
         self._runs, self._work = self._base / "stage_runs", self._base / "work"
 
     def states(self) -> list[str]:
-        """All states, whole or not, sorted."""
+        """Return all states, whole or not, sorted."""
         return [name for name in _names(self._runs) if _ID.fullmatch(name)]
 
     def files(self, state: str) -> Files | None:
-        """Name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
+        """Return the name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
         return read_manifest(self._runs / state)
 
     def when(self, state: str) -> float | None:
-        """When the manifest was written."""
+        """Return when the manifest was written."""
         about = stat_of(self._runs / state / MANIFEST)
         return about.st_mtime if about is not None else None
 
     def damaged(self, state: str) -> list[str]:
-        """Files of a state that are missing, cut short or changed: every byte is read."""
+        """Return the files of a state that are missing, cut short or changed: every byte is read."""
         return damaged_files(self._runs / state)
 
     def work(self) -> dict[str, int]:
-        """Stage runs under way to the bytes they take."""
+        """Return the stage runs under way to the bytes they take."""
         return {name: _size(self._work / name) for name in _names(self._work) if _ID.fullmatch(name)}
 
     def steps(self, job: str) -> dict[int, Callable[[], list[str]]]:
-        """Sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
+        """Return the sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
         fits = (_STEP.fullmatch(name) for name in _names(self._work / job))
         return {int(fit[1]): _checker(self._work / job / fit[0]) for fit in fits if fit}
 
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
-        """Renames a state aside, asks once more, and puts it back or removes it."""
+        """Rename a state aside, ask once more, and put it back or remove it."""
         target = self._runs / state
         aside = target.with_name(aside_name(state))
         with storage_errors(self._runs):
@@ -160,11 +160,11 @@ class FolderInventory:
         return True
 
     def aside(self) -> list[str]:
-        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
+        """Return the states that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
         return sorted({state for name in names_in(self._runs) if (state := fit_aside(name)) is not None})
 
     def drop(self, state: str, part: str) -> None:
-        """The manifest forgets the part before its files go, so that the state is whole at every moment."""
+        """Return the manifest forgets the part before its files go, so that the state is whole at every moment."""
         target = self._runs / state
         if (files := read_manifest(target)) is None:
             return
@@ -176,11 +176,11 @@ class FolderInventory:
         shutil.rmtree(aside, ignore_errors=True)
 
     def end_work(self, job: str) -> None:
-        """Takes a stage run's folder away; the logs of a finished one go where its others are."""
+        """Take a stage run's folder away; the logs of a finished one go where its others are."""
         self._ledger.end_work(job)
 
     def drop_step(self, job: str, step: int) -> None:
-        """Takes one in-stage checkpoint away."""
+        """Take one in-stage checkpoint away."""
         shutil.rmtree(self._work / job / f"step_{step:06d}", ignore_errors=True)
 
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
@@ -201,7 +201,7 @@ def _checker(folder: Path) -> Callable[[], list[str]]:
 
 
 def remover(path: Path) -> Callable[[], None]:
-    """Takes a file or a folder away, once it is called."""
+    """Take a file or a folder away, once it is called."""
 
     def remove() -> None:
         about = stat_of(path)
@@ -218,15 +218,15 @@ def _names(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """A folder and all below it."""
+    """Return a folder and all below it."""
     return [path for path, about in files_below(folder) if stat.S_ISDIR(about.st_mode)]
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     return sum(about.st_size for _, about in files_below(path) if not stat.S_ISDIR(about.st_mode))
 
 
 def _changed(path: Path) -> float:
-    """When anything of a file or folder was last touched, renamed included."""
+    """Return when anything of a file or folder was last touched, renamed included."""
     return max((about.st_ctime for _, about in files_below(path)), default=0.0)

@@ -30,11 +30,11 @@ class S3Inventory:
         self._store = ledger.store
 
     def states(self) -> list[str]:
-        """All states, whole or not, sorted."""
+        """Return all states, whole or not, sorted."""
         return [name.removesuffix(".json") for name in self._store.names("manifests")]
 
     def files(self, state: str) -> Files | None:
-        """Name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
+        """Return the name to size in bytes and SHA-256; None where the manifest is missing or damaged."""
         return self._named(f"manifests/{state}.json")
 
     def when(self, state: str) -> float | None:
@@ -42,11 +42,11 @@ class S3Inventory:
         return None
 
     def damaged(self, state: str) -> list[str]:
-        """Files of a state that are missing, cut short or changed: every object is downloaded and read."""
+        """Return the files of a state that are missing, cut short or changed: every object is downloaded and read."""
         return self._damaged(state, f"manifests/{state}.json")
 
     def work(self) -> dict[str, int]:
-        """Stage runs under way to the bytes of their in-stage checkpoints and of what they told."""
+        """Return the stage runs under way to the bytes of their in-stage checkpoints and of what they told."""
         found = {}
         for job in self._store.names("work"):
             sizes = self._store.sizes(f"objects/{job}")
@@ -57,11 +57,11 @@ class S3Inventory:
         return found
 
     def steps(self, job: str) -> dict[int, Callable[[], list[str]]]:
-        """Sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
+        """Return the sealed in-stage checkpoints, each with what reads every byte of it and tells the damaged files."""
         return {_step_of(key): partial(self._damaged, job, key) for key in self._steps(job)}
 
     def take_out(self, state: str, is_wanted: Callable[[], bool]) -> bool:
-        """Deletes the manifest, asks once more, and writes it back or deletes the objects."""
+        """Delete the manifest, ask once more, and writes it back or delete the objects."""
         key, aside = f"manifests/{state}.json", f"aside/{state}.json"
         data, newest = self._store.read(key), token_of(self._store, state)
         if data is None:
@@ -77,11 +77,11 @@ class S3Inventory:
         return True
 
     def aside(self) -> list[str]:
-        """States that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
+        """Return the states that a gc had taken aside when it was killed: `Ledger.recover` puts one back."""
         return [name.removesuffix(".json") for name in self._store.names("aside")]
 
     def drop(self, state: str, part: str) -> None:
-        """The manifest forgets the part before its objects go."""
+        """Return the manifest forgets the part before its objects go."""
         key = f"manifests/{state}.json"
         found = whole_manifest(self._store.read(key))
         if found is None:
@@ -92,7 +92,7 @@ class S3Inventory:
         self._sweep(state, newest)
 
     def end_work(self, job: str) -> None:
-        """Takes a stage run's sealed and unsealed files away; of a finished one the log that it told stays."""
+        """Take a stage run's sealed and unsealed files away; of a finished one the log that it told stays."""
         told, kept, newest = f"work/{job}/log.txt", f"logs/{job}/log.txt", token_of(self._store, job)
         if self.files(job) is not None and not self._store.names(f"logs/{job}") and (log := self._store.read(told)):
             self._store.write(kept, log)
@@ -100,13 +100,13 @@ class S3Inventory:
         self._sweep(job, newest)
 
     def drop_step(self, job: str, step: int) -> None:
-        """Takes one in-stage checkpoint away."""
+        """Take one in-stage checkpoint away."""
         newest = token_of(self._store, job)
         self._store.delete(f"work/{job}/step_{step:06d}.json")
         self._sweep(job, newest)
 
     def leftovers(self, is_held: Callable[[str], bool], older_seconds: float) -> Iterator[Leftover]:
-        """Objects that neither a state nor an in-stage checkpoint names; who writes them holds a lease."""
+        """Return the objects that neither a state nor an in-stage checkpoint names; who writes them holds a lease."""
         for state in self.aside():  # of a gc that was killed; who wants one has had it put back
             if not is_held(state):
                 yield Leftover(f"aside/{state}.json", 0, partial(self._settle, state, token_of(self._store, state)))
@@ -132,7 +132,7 @@ class S3Inventory:
         self._sweep(state, newest)
 
     def _sweep(self, job: str, newest: int) -> None:
-        """Takes away what nothing names, unless a driver was given a token since the `newest` was seen."""
+        """Take away what nothing names, unless a driver was given a token since the `newest` was seen."""
         unnamed = self._unnamed(job)
         if token_of(self._store, job) == newest:
             self._store.delete_keys(unnamed)

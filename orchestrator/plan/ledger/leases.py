@@ -76,7 +76,7 @@ class Leases:
         self._tokens: dict[str, int] | None = None
 
     def acquire(self, name: str, lane: str = "") -> int | None:
-        """Takes a lease that is free, released or a dead owner's; look into the ledger only after it is yours.
+        """Take a lease that is free, released or a dead owner's; look into the ledger only after it is yours.
 
         Args:
             name: What it is for: a job's id.
@@ -131,7 +131,7 @@ class Leases:
         return token
 
     def note(self, name: str, tries: int) -> None:
-        """Writes how often an own lease's job was tried into it; one that was lost stays as it is.
+        """Write how often an own lease's job was tried into it; one that was lost stays as it is.
 
         Raises:
             StorageError: the store cannot be written.
@@ -139,12 +139,12 @@ class Leases:
         self._change(name, lambda lease: replace(lease, tries=tries))
 
     def tries(self, name: str) -> int:
-        """How often the job of an own lease was tried, by this owner and by those that died over it."""
+        """Return how often the job of an own lease was tried, by this owner and by those that died over it."""
         lease = self._own(name)
         return lease.tries if lease is not None else 0
 
     def release(self, name: str) -> None:
-        """Lets go of an own lease; one that was lost or never held stays as it is.
+        """Let go of an own lease; one that was lost or never held stays as it is.
 
         Raises:
             StorageError: the store cannot be written.
@@ -153,7 +153,7 @@ class Leases:
         self._mine().pop(name, None)
 
     def forget(self, name: str) -> None:
-        """Takes an own lease away with its number: only for a job that is stored, where a late writer finds it done.
+        """Take an own lease away with its number: only for a job that is stored, where a late writer finds it done.
 
         Raises:
             StorageError: the store cannot be written.
@@ -164,22 +164,24 @@ class Leases:
         self._mine().pop(name, None)
 
     def holds(self, name: str) -> bool:
-        """True while the lease is this owner's; false once another took it, as after a long suspension."""
+        """Return True while the lease is this owner's; false once another took it, as after a long suspension."""
         return self._own(name) is not None
 
     def held(self) -> dict[str, str]:
-        """Name to lane of all that this owner holds, also what an earlier process of it took: its beat goes on here."""
+        """Return the name to lane of all that this owner holds, also what an earlier process of it took: its beat
+        goes on here.
+        """
         if self._mine():
             self._beat.start()  # its work may take hours before the next `acquire`
         found = {name: self._own(name) for name in sorted(self._mine())}
         return {name: lease.lane for name, lease in found.items() if lease is not None}
 
     def holder(self, name: str) -> Holder | None:
-        """The living owner of a lease, for people; None where it is free."""
+        """Return the living owner of a lease, for people; None where it is free."""
         return self.holders([name]).get(name)
 
     def holders(self, names: Iterable[str] | None = None, sure: bool = False) -> dict[str, Holder]:
-        """Leases that living owners hold: all there are, by one listing, or those named.
+        """Return the leases that living owners hold: all there are, by one listing, or those named.
 
         Args:
             sure: For who takes things away (`Observer.living`): owners of other machines are watched until they beat.
@@ -197,7 +199,7 @@ class Leases:
         }
 
     def close(self) -> None:
-        """Releases all leases and ends the beat.
+        """Release all leases and ends the beat.
 
         Raises:
             StorageError: the store cannot be written.
@@ -209,7 +211,7 @@ class Leases:
             self._beat.stop()
 
     def _mine(self) -> dict[str, int]:
-        """Tokens this owner was given; an earlier process's are looked for once."""
+        """Return the tokens this owner was given; an earlier process's are looked for once."""
         if self._tokens is None:
             self._tokens = {}
             later = self._store.read(owner_key(self._owner)) is not None  # most owners have one process only
@@ -242,7 +244,7 @@ class Leases:
 
 
 def token_of(store: Store, name: str) -> int:
-    """The highest token given out for a name; 0 if none: a writer under a lower one has lost its lease."""
+    """Return the highest token given out for a name; 0 if none: a writer under a lower one has lost its lease."""
     return _highest(store, name)
 
 

@@ -55,11 +55,11 @@ class UnsealedWork:
         self.fences: dict[str, int] = {}
 
     def work_folder(self, job_id: str) -> Path:
-        """Folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
+        """Return the folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
         return self._states.work_folder(checked(job_id))
 
     def writing_folder(self, job_id: str) -> Path:
-        """Folder for what this writer has not sealed yet; it is made here.
+        """Return the folder for what this writer has not sealed yet; it is made here.
 
         Raises:
             StorageError: it cannot be made.
@@ -76,7 +76,7 @@ class UnsealedWork:
         return self.fences.get(job_id, 0)
 
     def begin(self, job_id: str) -> None:
-        """Clears away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
+        """Clear away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
 
         Raises:
             StaleWriterError: another driver has taken the job over.
@@ -89,11 +89,11 @@ class UnsealedWork:
         self._states.begin(job_id, token)
 
     def is_begun(self, job_id: str) -> bool:
-        """True where a stage run is under way."""
+        """Return True where a stage run is under way."""
         return self._states.is_begun(checked(job_id))
 
     def tell(self, job_id: str) -> None:
-        """Shows others what an attempt told so far (metrics, logs); its last checkpoint or its commit did so before.
+        """Show others what an attempt told so far (metrics, logs); its last checkpoint or its commit did so before.
 
         Raises:
             StaleWriterError: another driver has taken the job over.
@@ -103,7 +103,7 @@ class UnsealedWork:
         self._states.tell(checked(job_id))
 
     def end_work(self, job_id: str) -> None:
-        """Takes the work folder of a job that leaves no state away.
+        """Take the work folder of a job that leaves no state away.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -119,7 +119,7 @@ class UnsealedWork:
         return self._states.snapshot()
 
     def check_fence(self, job_id: str) -> None:
-        """Asks whether this process may still write for a job.
+        """Ask whether this process may still write for a job.
 
         Raises:
             StaleWriterError: a higher token was given out: another driver has taken the job over.
@@ -132,7 +132,7 @@ class UnsealedWork:
             )
 
     def share(self, folder: Path) -> None:
-        """Hands over what this machine wrote into an unsealed folder; one rank of each machine calls it before a seal.
+        """Hand over what this machine wrote into an unsealed folder; one rank of each machine calls it before a seal.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -140,7 +140,7 @@ class UnsealedWork:
         self._states.share(folder)
 
     def seal_checkpoint(self, job_id: str, step: int, folder: Path) -> Path:
-        """Seals an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
+        """Seal an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
 
         Args:
             step: Steps of the phase it is after.
@@ -162,19 +162,19 @@ class UnsealedWork:
         return sealed
 
     def checkpoints(self, job_id: str) -> list[Path]:
-        """Checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
+        """Return checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
         return list(self._states.checkpoints(checked(job_id)))
 
     def checkpoint_steps(self, job_id: str) -> list[int]:
-        """Steps of the checkpoints inside a stage run under way, newest first, whole or not."""
+        """Return the steps of the checkpoints inside a stage run under way, newest first, whole or not."""
         return self._states.steps(checked(job_id))
 
     def last_checkpoint(self, job_id: str) -> Path | None:
-        """The newest whole checkpoint inside a stage run under way; a damaged one falls back to the one before."""
+        """Return newest whole checkpoint inside a stage run under way; a damaged one falls back to the one before."""
         return next(self._states.checkpoints(checked(job_id)), None)
 
     def bring_checkpoint(self, job_id: str, name: str) -> Path:
-        """An in-stage checkpoint, found whole on another machine, on this one.
+        """Return an in-stage checkpoint, found whole on another machine, on this one.
 
         Raises:
             StorageError: the storage cannot be read.
@@ -200,19 +200,19 @@ class Ledger(UnsealedWork):
     """
 
     def state_folder(self, state: str) -> Path:
-        """Folder of a finished state, a stage run or a root, on this machine; `fetch` brings its parts there."""
+        """Return folder of a finished state, a stage run or a root, on this machine; `fetch` brings its parts there."""
         return self._states.state_folder(checked(state))
 
     def is_done(self, state: str) -> bool:
-        """True where the state is committed and no file is missing or cut short (contents: `fetch`)."""
+        """Return True where the state is committed and no file is missing or cut short (contents: `fetch`)."""
         return self._states.is_whole(checked(state))
 
     def has(self, state: str, part: Part) -> bool:
-        """True where a finished state still has its weights, or its full checkpoint."""
+        """Return True where a finished state still has its weights, or its full checkpoint."""
         return self._states.has(checked(state), part)
 
     def fetch(self, state: str, part: Part) -> Path:
-        """Folder of a finished state's part on this machine, every byte of it checked.
+        """Return the folder of a finished state's part on this machine, every byte of it checked.
 
         Raises:
             DamagedStateError: files are missing, cut short or changed.
@@ -227,11 +227,11 @@ class Ledger(UnsealedWork):
         return self.state_folder(state) / part
 
     def verify(self, folder: Path) -> list[str]:
-        """Damaged files of a folder with a manifest, every byte read; empty when it is whole."""
+        """Return the damaged files of a folder with a manifest, every byte read; empty when it is whole."""
         return damaged_files(folder)
 
     def discard(self, state: str) -> None:
-        """Takes a damaged state out of the ledger, so that it is trained again.
+        """Take a damaged state out of the ledger, so that it is trained again.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -239,7 +239,7 @@ class Ledger(UnsealedWork):
         self._states.discard(checked(state))
 
     def recover(self, state: str) -> bool:
-        """Puts a finished state back that a gc had taken aside when it was killed; call it while holding its lease.
+        """Put a finished state back that a gc had taken aside when it was killed; call it while holding its lease.
 
         Raises:
             StorageError: the storage cannot be read or written.
@@ -247,15 +247,15 @@ class Ledger(UnsealedWork):
         return self._states.recover(checked(state))
 
     def result(self, state: str) -> dict[str, Any] | None:
-        """`result.json` of a finished stage run."""
+        """Return `result.json` of a finished stage run."""
         return read_json(self._states.small_file(state, "result.json")) if self.is_done(state) else None
 
     def job(self, state: str) -> dict[str, Any] | None:
-        """The job that led to a finished state, as `job_to_json` wrote it."""
+        """Return the job that led to a finished state, as `job_to_json` wrote it."""
         return read_json(self._states.small_file(state, "job.json")) if self.is_done(state) else None
 
     def stored_checkpoints(self, leave_out: Set[str] = frozenset()) -> dict[str, int]:
-        """States with a full checkpoint and the step of the phase they stand at."""
+        """Return the states with a full checkpoint and the step of the phase they stand at."""
         found = {}
         for state in self._states.names():
             if state in leave_out or not self.has(state, "checkpoint"):
@@ -265,11 +265,11 @@ class Ledger(UnsealedWork):
         return found
 
     def metrics_file(self, state: str) -> Path:
-        """Metrics of a finished stage run, or the spool of one under way; it need not exist."""
+        """Return the metrics of a finished stage run, or the spool of one under way; it need not exist."""
         return self._current(state, "metrics.jsonl")
 
     def log_file(self, job_id: str) -> Path:
-        """What a finished job printed, or one under way; it need not exist."""
+        """Return what a finished job printed, or one under way; it need not exist."""
         return self._current(job_id, "log.txt")
 
     def _current(self, state: str, name: str) -> Path:
@@ -277,7 +277,7 @@ class Ledger(UnsealedWork):
         return finished if is_there(finished) else self._states.work_file(state, name)
 
     def commit(self, state: str) -> Path:
-        """Makes a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
+        """Make a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
         `checkpoint/`) and of the work folder's `metrics.jsonl` and `log.txt`; the work folder goes.
 
         Until the one rename that makes the state appear, readers see no change, and sealed checkpoints stay.
@@ -312,11 +312,11 @@ class Ledger(UnsealedWork):
         return self.state_folder(state)
 
     def evaluation(self, evaluation: str) -> dict[str, Any] | None:
-        """A finished evaluation."""
+        """Return a finished evaluation."""
         return self._note("evaluations", evaluation)
 
     def write_evaluation(self, evaluation: str, result: dict[str, Any]) -> None:
-        """Records a finished evaluation.
+        """Record a finished evaluation.
 
         Raises:
             StorageError: the disk is full or the storage cannot be written.
@@ -325,11 +325,11 @@ class Ledger(UnsealedWork):
         self._write_note("evaluations", evaluation, result)
 
     def failure(self, job: str) -> dict[str, Any] | None:
-        """Why a stage run or an evaluation failed; None where it did not."""
+        """Return why a stage run or an evaluation failed; None where it did not."""
         return self._note("failures", job)
 
     def write_failure(self, job: str, failure: dict[str, Any]) -> None:
-        """Records a failure.
+        """Record a failure.
 
         Raises:
             StorageError: the disk is full or the storage cannot be written.
@@ -337,7 +337,7 @@ class Ledger(UnsealedWork):
         self._write_note("failures", job, failure)
 
     def clear_failure(self, job: str) -> None:
-        """Forgets a failure, if there is one."""
+        """Forget a failure, if there is one."""
         self.store.delete(f"failures/{checked(job)}.json")
 
     def _note(self, kind: str, name: str) -> dict[str, Any] | None:
@@ -347,11 +347,11 @@ class Ledger(UnsealedWork):
         self.store.write(f"{kind}/{checked(name)}.json", dump_json(note))
 
     def cell_folder(self, experiment: str, cell_name: str) -> Path:
-        """Folder that points to a cell's weights, log and resolved YAML."""
+        """Return the folder that points to a cell's weights, log and resolved YAML."""
         return self.storage / "cells" / as_name(experiment) / as_name(cell_name)
 
     def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
-        """Shows a cell by name to who looks into the storage itself, where that is a bucket: record and addresses.
+        """Show a cell by name to who looks into the storage itself, where that is a bucket: record and addresses.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -360,13 +360,13 @@ class Ledger(UnsealedWork):
 
 
 def as_name(text: str) -> str:
-    """A folder's name; what cannot stand in one is replaced, and a short hash keeps two such names apart."""
+    """Return a folder's name; what cannot stand in one is replaced, and a short hash keeps two such names apart."""
     safe = re.sub(r"[^A-Za-z0-9._=,+%-]", "-", text)[:150].lstrip(".") or "_"
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def open_states(store: Store) -> FolderStates:
-    """The states of a storage.
+    """Return the states of a storage.
 
     Raises:
         StorageError: a file stands where the folder should be.

@@ -51,7 +51,9 @@ class Process:
     began: float = 0.0
 
     def is_gone(self) -> bool | None:
-        """True or False for a process of this machine; None for one of another, or where the system does not tell."""
+        """Return True or False for a process of this machine; None for one of another, or where the system does not
+        tell.
+        """
         if self.machine != machine_id():
             return None
         try:
@@ -69,7 +71,7 @@ class Process:
 
 @functools.cache
 def machine_id() -> str:
-    """One text for all processes that see the same process numbers and start ticks until the next boot."""
+    """Return one text for all processes that see the same process numbers and start ticks until the next boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         spaces = [os.readlink("/proc/self/ns/pid")]
@@ -81,13 +83,17 @@ def machine_id() -> str:
 
 
 def start_ticks(pid: int | None = None) -> int:
-    """Clock ticks from boot to the start of a process (None: the calling one); -1 where the system does not tell."""
+    """Return the clock ticks from boot to the start of a process (None: the calling one); -1 where the system does
+    not tell.
+    """
     found = _stat("self" if pid is None else str(pid))
     return found[1] if found is not None else -1
 
 
 def _stat(name: str) -> tuple[str, int] | None:
-    """State and start ticks of a process (`man 5 proc`, fields 3 and 22 of `stat`); None where they cannot be read."""
+    """Return the state and start ticks of a process (`man 5 proc`, fields 3 and 22 of `stat`); None where they cannot
+    be read.
+    """
     try:
         # Another namespace's /proc, as in a container that mounts its host's, has other processes under these numbers.
         if os.readlink("/proc/self") != str(os.getpid()):
@@ -99,13 +105,13 @@ def _stat(name: str) -> tuple[str, int] | None:
 
 
 def this_process() -> Process:
-    """The calling process."""
+    """Return the calling process."""
     began = psutil.Process().create_time()
     return Process(machine_id(), socket.gethostname(), os.getpid(), start_ticks(), began)
 
 
 def owner_key(owner: str) -> str:
-    """Where an owner's beat lies in the store."""
+    """Return where an owner's beat lies in the store."""
     return f"owners/{owner}.json"
 
 
@@ -125,7 +131,7 @@ class Beat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Writes the first beat, so that a lease is never seen before its owner; once.
+        """Write the first beat, so that a lease is never seen before its owner; once.
 
         Raises:
             StorageError: the store cannot be written.
@@ -136,7 +142,7 @@ class Beat:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and takes the owner's file away."""
+        """End the thread and take the owner's file away."""
         if self._thread is not None:
             self._end.set()
             self._thread.join()
@@ -177,15 +183,15 @@ class Observer:
         self._moved: set[str] = set()
 
     def process(self, owner: str) -> Process | None:
-        """The owner's process as its last beat tells it."""
+        """Return the owner's process as its last beat tells it."""
         return _process(self._read(owner))
 
     def lives(self, owner: str) -> bool:
-        """False once an owner is known to be dead; one that was never looked at before gets all the patience."""
+        """Return False once an owner is known to be dead; one that was never looked at before gets all the patience."""
         return self._judge(owner, self._read(owner))
 
     def living(self, owners: Iterable[str], sure: bool) -> set[str]:
-        """Those of the owners that live, decided now: it waits where an owner has to be seen beating first.
+        """Return those of the owners that live, decided now: it waits where an owner has to be seen beating first.
 
         Args:
             sure: No wall clock counts, and each gets all the patience: for who takes things away. False is for

@@ -58,27 +58,27 @@ class FolderStates:
         self._seen: dict[str, tuple[tuple[int, ...], frozenset[str], bool]] = {}
 
     def state_folder(self, state: str) -> Path:
-        """Folder of a finished state on this machine."""
+        """Return the folder of a finished state on this machine."""
         return self.folder / "stage_runs" / state
 
     def work_folder(self, job_id: str) -> Path:
-        """Folder of a stage run under way on this machine."""
+        """Return the folder of a stage run under way on this machine."""
         return self.folder / "work" / job_id
 
     def names(self) -> list[str]:
-        """All states, whole or not, sorted."""
+        """Return all states, whole or not, sorted."""
         return [name for name in names_in(f"{self._base}/stage_runs") if _ID.fullmatch(name)]
 
     def is_whole(self, state: str) -> bool:
-        """True where no file of a state is missing or cut short; contents are not read."""
+        """Return True where no file of a state is missing or cut short; contents are not read."""
         return self._look(state)[1]
 
     def has(self, state: str, part: Part) -> bool:
-        """True where a finished state has its weights, or its full checkpoint."""
+        """Return True where a finished state has its weights, or its full checkpoint."""
         return part in self._look(state)[0]
 
     def _look(self, state: str) -> tuple[frozenset[str], bool]:
-        """What the manifest lists, by first names, and whether all of it is there."""
+        """Return what the manifest lists, by first names, and whether all of it is there."""
         folder = f"{self._base}/stage_runs/{state}"
         if self.listings.lacks(f"{self._base}/stage_runs", state):
             return frozenset(), False
@@ -99,33 +99,33 @@ class FolderStates:
         return parts, whole
 
     def small_file(self, state: str, name: str) -> Path:
-        """`result.json`, `job.json`, `metrics.jsonl` or `log.txt` of a finished state, on this machine."""
+        """Return `result.json`, `job.json`, `metrics.jsonl` or `log.txt` of a finished state, on this machine."""
         return self.state_folder(state) / name
 
     def work_file(self, job_id: str, name: str) -> Path:
-        """Metrics or log of a stage run under way, on this machine; it need not exist."""
+        """Return the metrics or log of a stage run under way, on this machine; it need not exist."""
         return self.work_folder(job_id) / name
 
     def is_begun(self, job_id: str) -> bool:
-        """True where a stage run is under way."""
+        """Return True where a stage run is under way."""
         folder = f"{self._base}/work"
         return not self.listings.lacks(folder, job_id) and is_there(f"{folder}/{job_id}")
 
     def begin(self, job_id: str, token: int) -> None:
-        """Hears that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
+        """Hear that a writer of a stage run begins; in a common folder nothing is left of earlier ones."""
 
     def tell(self, job_id: str) -> None:
-        """Shows others the metrics and the log of a stage run under way; in a common folder they see them."""
+        """Show others the metrics and the log of a stage run under way; in a common folder they see them."""
 
     def snapshot(self) -> contextlib.AbstractContextManager[None]:
         """Within it, questions about many states may be answered as things were at its begin."""
         return self.listings.snapshot()
 
     def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
-        """Shows a cell under its name to who looks into the storage; in a common folder its own folder does."""
+        """Show a cell under its name to who looks into the storage; in a common folder its own folder does."""
 
     def fetch(self, state: str, part: Part) -> list[str]:
-        """Brings a part of a finished state to this machine and reads every byte of it.
+        """Bring a part of a finished state to this machine and reads every byte of it.
 
         Returns:
             Damaged files; the part's name where all of it is missing; empty when it is whole.
@@ -141,10 +141,10 @@ class FolderStates:
         return damaged
 
     def share(self, folder: Path) -> None:
-        """Hands over what this machine wrote into an unsealed folder; in a common folder it is there already."""
+        """Hand over what this machine wrote into an unsealed folder; in a common folder it is there already."""
 
     def write_manifest(self, folder: Path) -> None:
-        """Lists all files of an unsealed folder, also other machines', made to last first.
+        """List all files of an unsealed folder, also other machines', made to last first.
 
         Raises:
             StorageError: the disk is full or a file cannot be read.
@@ -152,7 +152,7 @@ class FolderStates:
         storage.write_manifest(folder)
 
     def commit(self, state: str, sealed: Path) -> None:
-        """Makes a folder with a manifest a finished state; one that is there and whole gets the parts that it lacks.
+        """Make a folder with a manifest a finished state; one that is there and whole gets the parts that it lacks.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -170,7 +170,7 @@ class FolderStates:
         raise StorageError(f"{target}: other processes keep writing it; stop all but one and run again")
 
     def end_work(self, job_id: str, token: int) -> None:
-        """Moves the ranks' logs to the finished state, stacks of a hung attempt among them; the work folder goes."""
+        """Move the ranks' logs to the finished state, stacks of a hung attempt among them; the work folder goes."""
         work, state = self.work_folder(job_id), self.state_folder(job_id)
         for name in names_in(work) if is_there(state) else ():
             if _LOG.fullmatch(name):
@@ -179,7 +179,7 @@ class FolderStates:
         shutil.rmtree(work, ignore_errors=True)
 
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
-        """Makes a folder with a manifest the in-stage checkpoint after a step.
+        """Make a folder with a manifest the in-stage checkpoint after a step.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -197,7 +197,7 @@ class FolderStates:
             shutil.rmtree(self.work_folder(job_id) / f"step_{other:06d}", ignore_errors=True)
 
     def steps(self, job_id: str) -> list[int]:
-        """Steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
+        """Return the steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
         found = (_STEP.fullmatch(name) for name in names_in(self.work_folder(job_id)))
         return sorted((int(fit.group(1)) for fit in found if fit), reverse=True)
 
@@ -209,10 +209,10 @@ class FolderStates:
                 yield folder
 
     def bring_checkpoint(self, folder: Path) -> None:
-        """Brings an in-stage checkpoint that another machine found whole to this one."""
+        """Bring an in-stage checkpoint that another machine found whole to this one."""
 
     def discard(self, state: str) -> None:
-        """Takes a state away.
+        """Take a state away.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -225,7 +225,7 @@ class FolderStates:
         shutil.rmtree(old, ignore_errors=True)
 
     def recover(self, state: str) -> bool:
-        """Puts a finished state back that a gc took aside, and was killed before it had asked who wants it."""
+        """Put a finished state back that a gc took aside, and was killed before it had asked who wants it."""
         target = self.state_folder(state)
         for name in names_in(target.parent):
             aside = target.parent / name
@@ -237,7 +237,7 @@ class FolderStates:
 
 
 def checked(name: str) -> str:
-    """An identity as it is.
+    """Return an identity as it is.
 
     Raises:
         StorageError: it is none, and could leave the storage.
@@ -248,7 +248,7 @@ def checked(name: str) -> str:
 
 
 def token_in(folder: Path) -> int:
-    """The token under which an unsealed folder is written: it stands in its name `.writing-TOKEN`, or a parent's."""
+    """Return token under which an unsealed folder is written: it stands in its name `.writing-TOKEN`, or a parent's."""
     fits = (_WRITING.fullmatch(part) for part in reversed(folder.parts))
     return next((int(fit.group(1)) for fit in fits if fit), 0)
 
@@ -260,12 +260,12 @@ def superseded(steps: Sequence[int], step: int, keep: int) -> list[int]:
 
 
 def aside_name(state: str) -> str:
-    """Name of a state's folder while a gc asks who wants it; `.old` is what nobody does."""
+    """Return the name of a state's folder while a gc asks who wants it; `.old` is what nobody does."""
     return f".{state}.{secrets.token_hex(6)}.aside"
 
 
 def fit_aside(name: str) -> str | None:
-    """The state whose folder was given this name by a gc."""
+    """Return the state whose folder was given this name by a gc."""
     fit = _ASIDE.fullmatch(name)
     return fit.group(1) if fit else None
 
@@ -275,7 +275,7 @@ def _old(target: Path) -> Path:
 
 
 def _add_parts(sealed: Path, target: Path, known: Files) -> None:
-    """Moves the parts that a whole state lacks into it, and lists them last: it is whole at every moment."""
+    """Move the parts that a whole state lacks into it, and lists them last: it is whole at every moment."""
     new = read_manifest(sealed) or {}
     lacks = [part for part in PARTS if _lists(new, part) and not _lists(known, part)]
     for part in lacks:
@@ -295,7 +295,7 @@ def _lists(files: Files, part: str) -> bool:
 
 
 def take_place(sealed: Path, target: Path) -> bool:
-    """Renames a folder to its place, over a damaged one that was there; False where another writer was quicker."""
+    """Rename a folder to its place, over a damaged one that was there; False where another writer was quicker."""
     old, whole = _old(target), read_manifest(sealed)
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)

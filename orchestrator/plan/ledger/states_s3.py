@@ -62,33 +62,33 @@ class S3Objects:
         self._shared: tuple[Path, Files] | None = None
 
     def are_stored(self, state: str, files: Files) -> bool:
-        """True where all files are there with their sizes."""
+        """Return True where all files are there with their sizes."""
         sizes = self._store.sizes(f"objects/{state}")
         return all(sizes.get(object_key(state, entry)) == entry["size"] for entry in files.values())
 
     def send(self, job_id: str, folder: Path, files: Files) -> None:
-        """Uploads those of the files that lie here, but for those just shared."""
+        """Upload those of the files that lie here, but for those just shared."""
         shared = self._just_shared(folder)
         here = {name: entry for name, entry in files.items() if shared.get(name) != entry and is_there(folder / name)}
         self._store.upload({object_key(job_id, entry): folder / name for name, entry in here.items()})
         self._shared = None
 
     def share(self, job_id: str, folder: Path, token: int) -> Files:
-        """Uploads all files of a folder that is soon sealed; `files_of` and `send` need not read them again."""
+        """Upload all files of a folder that is soon sealed; `files_of` and `send` need not read them again."""
         files = _files_of(folder, {}, token)
         self.send(job_id, folder, files)
         self._shared = (folder, files)
         return files
 
     def files_of(self, folder: Path, token: int) -> Files:
-        """Size, SHA-256 and token of each file of a folder, but for its manifest."""
+        """Return the size, SHA-256 and token of each file of a folder, but for its manifest."""
         return _files_of(folder, self._just_shared(folder), token)
 
     def _just_shared(self, folder: Path) -> Files:
         return self._shared[1] if self._shared is not None and self._shared[0] == folder else {}
 
     def bring(self, state: str, folder: Path, files: Files) -> list[str]:
-        """Downloads what is missing or changed here; returns what is damaged in the bucket."""
+        """Download what is missing or changed here; returns what is damaged in the bucket."""
         damaged = sorted(files)
         for _ in range(2):  # a damaged copy is downloaded again
             lacking = [name for name, entry in files.items() if _size(folder / name) != entry["size"]]
@@ -102,7 +102,7 @@ class S3Objects:
         return damaged
 
     def download(self, files: Mapping[Path, str]) -> None:
-        """Reads keys into files; a key that is not there leaves no file."""
+        """Read keys into files; a key that is not there leaves no file."""
         for folder in {file.parent for file in files}:
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +110,12 @@ class S3Objects:
 
 
 def object_key(state: str, entry: Mapping[str, Any]) -> str:
-    """Key of a file by its manifest's entry."""
+    """Return the key of a file by its manifest's entry."""
     return f"objects/{state}/{entry.get('token', 0):06d}/{entry['sha256']}"
 
 
 def token_of_key(key: str) -> int:
-    """The token of the writer that uploaded an object; -1 where its key tells none."""
+    """Return the token of the writer that uploaded an object; -1 where its key tells none."""
     *_, token, _ = key.split("/")
     return int(token) if token.isdecimal() and len(token) < 64 else -1
 
@@ -131,7 +131,7 @@ def _files_of(folder: Path, known: Files, token: int) -> Files:
 
 
 def whole_manifest(data: bytes | None) -> dict[str, Any] | None:
-    """A manifest as it was written; None where there is none or it is damaged."""
+    """Return a manifest as it was written; None where there is none or it is damaged."""
     found = parse_json(data)
     files = found.get("files") if found else None
     return found if found and isinstance(files, dict) and digest(files) == found.get("sha256") else None
@@ -172,20 +172,20 @@ class S3States(FolderStates):
         return self._store.snapshot(_LISTED, self.folder / "etags")
 
     def names(self) -> list[str]:
-        """All states, sorted."""
+        """Return all states, sorted."""
         return [name.removesuffix(".json") for name in self._store.names("manifests")]
 
     def is_whole(self, state: str) -> bool:
-        """True where a state's manifest is there; an object is whole or not there at all."""
+        """Return True where a state's manifest is there; an object is whole or not there at all."""
         return self._manifest(state) is not None
 
     def has(self, state: str, part: Part) -> bool:
-        """True where a finished state has its weights, or its full checkpoint."""
+        """Return True where a finished state has its weights, or its full checkpoint."""
         manifest = self._manifest(state)
         return manifest is not None and any(name.startswith(f"{part}/") for name in manifest["files"])
 
     def small_file(self, state: str, name: str) -> Path:
-        """A small file of a finished state, brought here if it is not; it need not exist."""
+        """Return a small file of a finished state, brought here if it is not; it need not exist."""
         file = self.state_folder(state) / name
         if state not in self._known and is_there(self.work_folder(state) / name):
             return file  # under way on this machine; the live view asks several times a second
@@ -202,7 +202,7 @@ class S3States(FolderStates):
         return file
 
     def work_file(self, job_id: str, name: str) -> Path:
-        """Metrics or log of a stage run under way: this machine's, else as its last checkpoint left them."""
+        """Return the metrics or log of a stage run under way: this machine's, else as its last checkpoint left them."""
         file = self.work_folder(job_id) / name
         if is_there(file):
             return file
@@ -215,17 +215,17 @@ class S3States(FolderStates):
         return copy if is_there(copy) else file
 
     def is_begun(self, job_id: str) -> bool:
-        """True where a stage run is under way."""
+        """Return True where a stage run is under way."""
         return is_there(self.work_folder(job_id)) or bool(self._store.names(f"work/{job_id}"))
 
     def begin(self, job_id: str, token: int) -> None:
-        """Forgets what machines of earlier attempts shared."""
+        """Forget what machines of earlier attempts shared."""
         for place in self._store.names(f"work/{job_id}/shared"):
             if token_in(Path(place)) <= token:
                 self._store.delete_all(f"work/{job_id}/shared/{place}")
 
     def fetch(self, state: str, part: Part) -> list[str]:
-        """Downloads what is missing of a part, and reads every byte of it."""
+        """Download what is missing of a part, and reads every byte of it."""
         damaged: list[str] = []
         for _ in range(2):  # another commit may take its place meanwhile
             manifest = self._manifest(state)
@@ -242,14 +242,14 @@ class S3States(FolderStates):
         return damaged
 
     def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
-        """Writes `cells/EXPERIMENT/CELL.json`: the cell's record, and the address of each file of its state."""
+        """Write `cells/EXPERIMENT/CELL.json`: the cell's record, and the address of each file of its state."""
         manifest = self._manifest(state) or {"files": {}}
         files = {name: f"{self._store.url}/{object_key(state, entry)}" for name, entry in manifest["files"].items()}
         place = cell_folder.relative_to(self.folder).as_posix()
         self._store.write(f"{place}.json", dump_json({**record, "state": state, "files": files}))
 
     def share(self, folder: Path) -> None:
-        """Uploads what this machine wrote into an unsealed folder, and lists it for the machine that seals it."""
+        """Upload what this machine wrote into an unsealed folder, and lists it for the machine that seals it."""
         job_id, place = self._place(folder)
         for done in (*folder.parent.glob("step_*"), *folder.glob("step_*")):  # sealed by another machine, or given up
             if done != folder:
@@ -259,11 +259,11 @@ class S3States(FolderStates):
         self._store.write(f"work/{job_id}/shared/{place}/{self._node}.json", json.dumps(files).encode())
 
     def tell(self, job_id: str) -> None:
-        """Uploads what a stage run under way told on this machine, so that curves and logs outlive it."""
+        """Upload what a stage run under way told on this machine, so that curves and logs outlive it."""
         self._tell(job_id, "*.jsonl", "*.txt")
 
     def write_manifest(self, folder: Path) -> None:
-        """Lists all files of an unsealed folder, also other machines'."""
+        """List all files of an unsealed folder, also other machines'."""
         job_id, place = self._place(folder)
         files: Files = {}
         for name in self._store.names(f"work/{job_id}/shared/{place}"):
@@ -273,7 +273,7 @@ class S3States(FolderStates):
         write_json(folder / storage.MANIFEST, {"files": files, "sha256": digest(files)})
 
     def commit(self, state: str, sealed: Path) -> None:
-        """Uploads a folder with a manifest; of a state that is there and whole only the parts that it lacks."""
+        """Upload a folder with a manifest; of a state that is there and whole only the parts that it lacks."""
         files = read_manifest(sealed) or {}
         self._known.pop(state, None)
         before = self._manifest(state)
@@ -299,21 +299,21 @@ class S3States(FolderStates):
         super().commit(state, sealed)
 
     def end_work(self, job_id: str, token: int) -> None:
-        """Uploads the log, and takes away what the finished state does not name."""
+        """Upload the log, and take away what the finished state does not name."""
         self._send_log(job_id)
         self._store.delete_all(f"work/{job_id}")
         self._sweep(job_id, token)
         super().end_work(job_id, token)
 
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
-        """Uploads an in-stage checkpoint."""
+        """Upload an in-stage checkpoint."""
         self._objects.send(job_id, sealed, read_manifest(sealed) or {})
         self.tell(job_id)
         self._store.write(f"work/{job_id}/step_{step:06d}.json", (sealed / storage.MANIFEST).read_bytes())
         return super().seal_checkpoint(job_id, step, sealed)
 
     def prune(self, job_id: str, step: int, keep: int, token: int) -> None:
-        """Takes in-stage checkpoints away that are superseded, but for those of a later holder."""
+        """Take in-stage checkpoints away that are superseded, but for those of a later holder."""
         for other in superseded(self.steps(job_id), step, keep):
             key = f"work/{job_id}/step_{other:06d}.json"
             found = whole_manifest(self._store.read(key)) or {"files": {}}
@@ -323,7 +323,7 @@ class S3States(FolderStates):
         self._sweep(job_id, token)
 
     def steps(self, job_id: str) -> list[int]:
-        """Steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
+        """Return the steps of the sealed in-stage checkpoints, newest first; they may be damaged."""
         found = (_STEP.fullmatch(name) for name in self._store.names(f"work/{job_id}"))
         return sorted((int(fit.group(1)) for fit in found if fit), reverse=True)
 
@@ -335,14 +335,14 @@ class S3States(FolderStates):
                 yield folder
 
     def bring_checkpoint(self, folder: Path) -> None:
-        """Downloads a checkpoint that is trained on from, and the metrics until it."""
+        """Download a checkpoint that is trained on from, and the metrics until it."""
         if damaged := self._bring_checkpoint(folder):
             raise StorageError(f"{self._store.url}: {folder.name} of {folder.parent.name} is damaged: {damaged[:3]}")
         job_id, name = folder.parent.name, "metrics.jsonl"
         self._objects.download({folder.parent / name: f"work/{job_id}/{name}"})
 
     def discard(self, state: str) -> None:
-        """Takes a state away, with the objects that it alone names: others may be those of a writer at work."""
+        """Take a state away, with the objects that it alone names: others may be those of a writer at work."""
         self._known.pop(state, None)
         manifest = self._manifest(state) or {"files": {}}
         self._store.delete(f"manifests/{state}.json")
@@ -352,7 +352,7 @@ class S3States(FolderStates):
         super().discard(state)
 
     def recover(self, state: str) -> bool:
-        """Puts a manifest back that a gc took aside, and was killed before it had asked who wants the state."""
+        """Put a manifest back that a gc took aside, and was killed before it had asked who wants the state."""
         data = self._store.read(f"aside/{state}.json")
         manifest = whole_manifest(data)
         is_back = False
@@ -382,7 +382,7 @@ class S3States(FolderStates):
         return []
 
     def _sweep(self, job_id: str, token: int) -> None:
-        """Takes objects away that nothing names, but for those of a later holder, which are not named yet."""
+        """Take objects away that nothing names, but for those of a later holder, which are not named yet."""
         self._known.pop(job_id, None)
         # Listed first: what is uploaded after that cannot be taken for what nobody names.
         stored = [key for key in self._store.sizes(f"objects/{job_id}") if token_of_key(key) <= token]
@@ -416,7 +416,7 @@ def _keep_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """A copy of what the bucket holds: quicker than a file that must outlive a power cut."""
+    """Return a copy of what the bucket holds: quicker than a file that must outlive a power cut."""
     part = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
     with storage_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)

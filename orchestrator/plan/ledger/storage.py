@@ -24,7 +24,7 @@ _CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_S
 
 
 def stat_of(path: str | Path) -> os.stat_result | None:
-    """What a path leads to; None where nothing is there. What cannot be asked is an error, never a no.
+    """Return what a path leads to; None where nothing is there. What cannot be asked is an error, never a no.
 
     Raises:
         StorageError: it cannot be asked.
@@ -36,7 +36,7 @@ def stat_of(path: str | Path) -> os.stat_result | None:
 
 
 def is_there(path: str | Path) -> bool:
-    """True where a path leads to something, false where to nothing.
+    """Return True where a path leads to something, false where to nothing.
 
     Raises:
         StorageError: it cannot be asked.
@@ -45,7 +45,7 @@ def is_there(path: str | Path) -> bool:
 
 
 def names_in(folder: str | Path) -> list[str]:
-    """Names in a folder, hidden ones too, sorted; empty where there is no folder.
+    """Return the names in a folder, hidden ones too, sorted; empty where there is no folder.
 
     Raises:
         StorageError: it cannot be read.
@@ -73,7 +73,7 @@ class Listings:
             self._names = before
 
     def lacks(self, folder: str, name: str) -> bool:
-        """True where a snapshot knows that a folder has no such name.
+        """Return True where a snapshot knows that a folder has no such name.
 
         Raises:
             StorageError: the folder cannot be read.
@@ -86,7 +86,7 @@ class Listings:
 
 
 def files_below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """A file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out.
+    """Return a file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out.
 
     Raises:
         StorageError: something is there and cannot be read.
@@ -101,7 +101,7 @@ def files_below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 @contextlib.contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError met while working in `folder` into a StorageError that says what to do.
+    """Turn an OSError met while working in `folder` into a StorageError that says what to do.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be read or written.
@@ -113,7 +113,9 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def storage_error(folder: Path, error: Exception) -> StorageError:
-    """What went wrong in a folder and what to do; a full disk is told as one, whatever the writing library calls it."""
+    """Return what went wrong in a folder and what to do; a full disk is told as one, whatever the writing library
+    calls it.
+    """
     number = getattr(error, "errno", None)
     if number in _FULL or os.strerror(errno.ENOSPC) in str(error) or (number is None and _is_full(folder)):
         return StorageError(
@@ -136,7 +138,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
+    """Make the names in a folder last."""
     descriptor = steady(lambda: os.open(folder, os.O_RDONLY))
     try:
         os.fsync(descriptor)
@@ -148,7 +150,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, whose names last."""
+    """Make a folder and those above it, whose names last."""
     if is_there(folder):
         return
     make_folder(folder.parent)
@@ -158,13 +160,13 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Makes a file's content last."""
+    """Make a file's content last."""
     with steady(lambda: open(path, "rb")) as file:
         os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file aside, then renames it: readers see the old one or the new one, never a part.
+    """Write a file aside, then rename it: readers see the old one or the new one, never a part.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -188,7 +190,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_aside(part: Path, data: bytes) -> None:
-    """Writes a file that nobody reads yet, in a folder made for it, and makes its content last."""
+    """Write a file that nobody reads yet, in a folder made for it, and make its content last."""
     with _open_new(part) as file:
         file.write(data)
         file.flush()
@@ -206,7 +208,7 @@ def _open_new(path: Path) -> BinaryIO:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; NaN is refused.
+    """Write JSON atomically; NaN is refused.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -215,7 +217,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON for a file.
+    """Return the JSON for a file.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -224,7 +226,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes | None) -> dict[str, Any] | None:
-    """A JSON mapping; None where there is none or it is damaged."""
+    """Return a JSON mapping; None where there is none or it is damaged."""
     try:
         found = json.loads(data) if data is not None else None
     except (ValueError, RecursionError):
@@ -233,7 +235,7 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON mapping; None where there is none or it is damaged.
+    """Return a JSON mapping; None where there is none or it is damaged.
 
     Raises:
         StorageError: the file is there but cannot be read.
@@ -246,7 +248,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out.
+    """Return the names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out.
 
     Raises:
         StorageError: a folder cannot be read: a listing that lacks files would pass for a whole one.
@@ -265,7 +267,7 @@ def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
 
 
 def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Lists size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
+    """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
 
     Raises:
         StorageError: the disk is full or a file cannot be read.
@@ -283,7 +285,7 @@ def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Name to size and SHA-256; None where the manifest is missing or damaged."""
+    """Return the name to size and SHA-256; None where the manifest is missing or damaged."""
     found = read_json(folder / MANIFEST)
     files = found.get("files") if found else None
     try:
@@ -294,19 +296,19 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
+    """Return files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
     files = read_manifest(folder)
     return [MANIFEST] if files is None else cut_files(folder, files)
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Files that are missing, cut short or changed; empty when the folder is whole. Reads every byte."""
+    """Return the files that are missing, cut short or changed; empty when the folder is whole. Reads every byte."""
     files = read_manifest(folder)
     return [MANIFEST] if files is None else changed_files(folder, files)
 
 
 def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Those of a manifest's files that are missing, cut short or changed. Reads every byte.
+    """Return those of a manifest's files that are missing, cut short or changed. Reads every byte.
 
     Raises:
         StorageError: a file is there and cannot be read; nothing is known of it then.
@@ -326,7 +328,7 @@ def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def cut_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Those of a manifest's files that are missing or cut short; contents are not read.
+    """Return those of a manifest's files that are missing or cut short; contents are not read.
 
     Raises:
         StorageError: it cannot be asked.

@@ -36,23 +36,23 @@ class Store(Protocol):
     url: str
 
     def read(self, key: str) -> bytes | None:
-        """A value; None where there is none."""
+        """Return a value; None where there is none."""
         ...
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes a value; readers see the old one or the new one, and the last writer wins."""
+        """Write a value; readers see the old one or the new one, and the last writer wins."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a value if there is none; of several at once one is told True."""
+        """Write a value if there is none; of several at once one is told True."""
         ...
 
     def delete(self, key: str) -> None:
-        """Takes a value away; it need not be there."""
+        """Take a value away; it need not be there."""
         ...
 
     def names(self, prefix: str) -> list[str]:
-        """Names directly below a prefix, sorted; empty where there are none."""
+        """Return the names directly below a prefix, sorted; empty where there are none."""
         ...
 
 
@@ -72,7 +72,7 @@ class FolderStore:
         self.listings = Listings()
 
     def read(self, key: str) -> bytes | None:
-        """A value; None where there is none.
+        """Return a value; None where there is none.
 
         Raises:
             StorageError: it is there and cannot be read.
@@ -89,7 +89,7 @@ class FolderStore:
                 return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes a value through a rename.
+        """Write a value through a rename.
 
         Raises:
             StorageError: the disk is full or the folder cannot be written.
@@ -97,7 +97,7 @@ class FolderStore:
         write_atomic(self._folder / _checked(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a value if there is none; of several at once one is told True.
+        """Write a value if there is none; of several at once one is told True.
 
         Raises:
             StorageError: the disk is full or the folder cannot be written.
@@ -116,7 +116,7 @@ class FolderStore:
             return made
 
     def delete(self, key: str) -> None:
-        """Takes a value away; it need not be there.
+        """Take a value away; it need not be there.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -128,7 +128,7 @@ class FolderStore:
                 path.parent.rmdir()
 
     def names(self, prefix: str) -> list[str]:
-        """Names directly below a prefix, sorted; empty where there are none.
+        """Return the names directly below a prefix, sorted; empty where there are none.
 
         Raises:
             StorageError: the folder cannot be read.
@@ -137,7 +137,7 @@ class FolderStore:
 
 
 def open_store(url_or_path: str | Path) -> Store:
-    """The store that a folder or an `s3://bucket/prefix` names.
+    """Return the store that a folder or an `s3://bucket/prefix` names.
 
     Raises:
         StorageError: it is neither.
@@ -159,7 +159,7 @@ def _checked(key: str) -> str:
 
 
 def _link(part: Path, path: Path) -> bool:
-    """Gives a whole file a name that nobody has; False where somebody has it."""
+    """Give a whole file a name that nobody has; False where somebody has it."""
     try:
         os.link(part, path)
     except FileExistsError:

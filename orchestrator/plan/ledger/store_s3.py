@@ -29,7 +29,7 @@ _SAYS = {
 
 
 def s3_client() -> Any:
-    """A client for S3 or the server that AWS_ENDPOINT_URL names; safe to share between threads."""
+    """Return a client for S3 or the server that AWS_ENDPOINT_URL names; safe to share between threads."""
     import boto3
     from botocore.config import Config
 
@@ -48,7 +48,7 @@ def s3_client() -> Any:
 
 @contextlib.contextmanager
 def s3_errors(where: str) -> Iterator[None]:
-    """Turns what boto3 raises while working at an address into a StorageError that says what to do.
+    """Turn what boto3 raises while working at an address into a StorageError that says what to do.
 
     Raises:
         StorageError: no credentials, no such bucket, access denied, no server, …
@@ -74,7 +74,7 @@ def s3_errors(where: str) -> Iterator[None]:
 
 
 def error_code(error: Any) -> str:
-    """The server's word for what went wrong, such as `NoSuchKey`."""
+    """Return the server's word for what went wrong, such as `NoSuchKey`."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -118,11 +118,11 @@ class Snapshot:
                 pass
 
     def covers(self, key: str) -> bool:
-        """True where the listing tells whether a key is there."""
+        """Return True where the listing tells whether a key is there."""
         return key.startswith(self._prefixes)
 
     def read(self, key: str) -> bytes | None:
-        """A covered value; None where there was none."""
+        """Return a covered value; None where there was none."""
         if key not in self._listed:
             return None
         if key not in self._values:
@@ -130,7 +130,7 @@ class Snapshot:
         return self._values[key]
 
     def names(self, prefix: str) -> list[str]:
-        """Names directly below a covered prefix, sorted."""
+        """Return the names directly below a covered prefix, sorted."""
         return sorted(self._children.get(prefix, ()))
 
     def _load(self, key: str, file: Path) -> bytes | None:
@@ -184,7 +184,7 @@ class S3Store:
             self._client = s3_client()
 
     def read(self, key: str) -> bytes | None:
-        """A value; None where there is none.
+        """Return a value; None where there is none.
 
         Raises:
             StorageError: the bucket cannot be read.
@@ -216,7 +216,7 @@ class S3Store:
         raise AssertionError("unreachable")
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes a value; readers see the old one or the new one.
+        """Write a value; readers see the old one or the new one.
 
         Raises:
             StorageError: the bucket cannot be written.
@@ -226,7 +226,7 @@ class S3Store:
         self._changed(key)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a value if there is none, by a conditional put; of several at once one is told True.
+        """Write a value if there is none, by a conditional put; of several at once one is told True.
 
         Raises:
             StorageError: the bucket cannot be written, or its server does not know conditional puts.
@@ -273,7 +273,7 @@ class S3Store:
             return None
 
     def delete(self, key: str) -> None:
-        """Takes a value away; it need not be there.
+        """Take a value away; it need not be there.
 
         Raises:
             StorageError: the bucket cannot be written.
@@ -283,7 +283,7 @@ class S3Store:
         self._changed(key)
 
     def names(self, prefix: str) -> list[str]:
-        """Names directly below a prefix, sorted; empty where there are none.
+        """Return the names directly below a prefix, sorted; empty where there are none.
 
         Raises:
             StorageError: the bucket cannot be listed.
@@ -330,7 +330,7 @@ class S3Store:
             self._view = None
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Keys at any depth below a prefix, to their sizes in bytes, by one listing.
+        """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing.
 
         Raises:
             StorageError: the bucket cannot be listed.
@@ -340,7 +340,7 @@ class S3Store:
         return {entry["Key"][cut:]: int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Writes files under keys, several at once, large ones in parts.
+        """Write files under keys, several at once, large ones in parts.
 
         Raises:
             StorageError: a file cannot be read or the bucket cannot be written.
@@ -353,7 +353,7 @@ class S3Store:
         _all_of(one, files)
 
     def download(self, files: Mapping[Path, str]) -> None:
-        """Reads keys into files whose folders exist, several at once; a key that is not there leaves no file.
+        """Read keys into files whose folders exist, several at once; a key that is not there leaves no file.
 
         Raises:
             StorageError: the bucket cannot be read or a file cannot be written.
@@ -371,7 +371,7 @@ class S3Store:
         _all_of(one, files)
 
     def delete_all(self, prefix: str) -> None:
-        """Takes everything below a prefix away.
+        """Take everything below a prefix away.
 
         Raises:
             StorageError: the bucket cannot be written.
@@ -379,7 +379,7 @@ class S3Store:
         self.delete_keys(self.sizes(prefix))
 
     def delete_keys(self, keys: Iterable[str]) -> None:
-        """Takes values away, many with one request.
+        """Take values away, many with one request.
 
         Raises:
             StorageError: the bucket cannot be written.
