@@ -56,7 +56,7 @@ def show(
 
 
 def schema(as_json: Json = True) -> None:
-    """Print the JSON Schema of an experiment file, for an editor's completion; a JSON document with and without --json."""
+    """Print the JSON Schema of an experiment file, for an editor's completion; JSON with and without --json."""
     from orchestrator.spec.schema import experiment_schema
 
     print_json(experiment_schema())
