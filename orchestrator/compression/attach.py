@@ -12,13 +12,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.decoder import Decoder
 from orchestrator.compression.families import Family, family_of
+from orchestrator.compression.forward.decoder import Decoder
+from orchestrator.compression.forward.model import forward_top
+from orchestrator.compression.forward.projector import expand_images
+from orchestrator.compression.forward.segments import Draw
 from orchestrator.compression.points import check_together, resolve_points
-from orchestrator.compression.projector import expand_images
 from orchestrator.compression.protocol import Learns, Point
-from orchestrator.compression.segments import Draw
-from orchestrator.compression.top import forward_top
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import CompressorSpec
 
@@ -52,7 +52,7 @@ def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.Mod
             assert isinstance(point.compressor, Learns) and width is not None
             module: Any = point.compressor.create_module(width)
         module.to(next(beside.parameters()).device, family.language_model.dtype).train(family.model.training)
-        # ZeRO-3 gathers it as a whole, in the one call that `acting.call_once` makes of it.
+        # ZeRO-3 gathers it as a whole, in the one call that `apply_point.call_once` makes of it.
         module._z3_leaf = True
         created[point.module_name] = module
     return created
@@ -294,7 +294,7 @@ class Attachment:
         """Other points from the next forward on; an empty list runs full tokens.
 
         Raises:
-            UsageError: a point does not fit, or needs a learned module that `attach` was not told of.
+            UsageError: a point does not fit, or needs a learned module that `attach` did not create.
         """
         self._require_attached()
         resolved = resolve_points(points, self._decoder.family)

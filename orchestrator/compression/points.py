@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator import registry
+from orchestrator.compression.attention.stats import check_point
 from orchestrator.compression.families import Family
 from orchestrator.compression.protocol import Point
-from orchestrator.compression.seen import check_point
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Compressor as CompressorField
 from orchestrator.spec.components import CompressorSpec

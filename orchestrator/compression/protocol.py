@@ -8,8 +8,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.choices import top_tokens as top_tokens
-from orchestrator.compression.merging import tokens_at
+from orchestrator.compression.ops import tokens_at
+from orchestrator.compression.ops import top_tokens as top_tokens
 from orchestrator.spec.components import CompressorSpec, Grid
 
 IGNORED: Final = -100

@@ -49,7 +49,7 @@ class AveragePool:
         """
         import torch
 
-        from orchestrator.compression.merging import merge_members
+        from orchestrator.compression.ops import merge_members
         from orchestrator.compression.protocol import Kept
 
         images, tokens = visual_BND.shape[:2]

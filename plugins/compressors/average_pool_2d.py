@@ -44,8 +44,8 @@ class AveragePool2d:
         Raises:
             ValueError: the amount is no block of this grid.
         """
+        from orchestrator.compression.ops import along_both_axes, windows_over
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import along_both_axes, windows_over
 
         kept = self.spec.kept_grid(grid)
         windows = windows_over(grid, kept, visual_BND.device)
@@ -70,7 +70,7 @@ def window_means(tokens: int, windows: int) -> Tensor:
     """
     import torch
 
-    from orchestrator.compression.windows import window_bounds
+    from orchestrator.compression.ops import window_bounds
 
     first_M, end_M = window_bounds(tokens, windows, torch.device("cpu"))
     place_N = torch.arange(tokens)

@@ -66,8 +66,8 @@ class CAbstractor:
         Raises:
             ValueError: the amount is no block of this grid.
         """
+        from orchestrator.compression.ops import windows_over
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import windows_over
 
         assert context.module is not None
         kept = self.spec.kept_grid(grid)
@@ -86,7 +86,7 @@ def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
     from torch import nn
     from torch.nn import functional
 
-    from orchestrator.compression.windows import along_both_axes
+    from orchestrator.compression.ops import along_both_axes
 
     hidden, groups = spec.inner_shape(width)
 

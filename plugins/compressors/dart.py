@@ -48,8 +48,7 @@ class Dart:
         """
         import torch
 
-        from orchestrator.compression.choices import is_top, places_of
-        from orchestrator.compression.merging import cosines
+        from orchestrator.compression.ops import cosines, is_top, places_of
         from orchestrator.compression.protocol import take
 
         kept, (images, tokens) = self.spec.kept_tokens(grid), visual_BND.shape[:2]
@@ -74,8 +73,7 @@ class Dart:
         """Return the indices and hidden states of the visual pivots; hidden states of the text pivots and how many
         are real.
         """
-        from orchestrator.compression.choices import ranked
-        from orchestrator.compression.merging import tokens_at
+        from orchestrator.compression.ops import ranked, tokens_at
 
         if context.row_keys_RND is None or context.text_RN is None or context.columns_BN is None:
             raise ValueError("the keys of the layer before it are not known here")

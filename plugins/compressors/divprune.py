@@ -46,12 +46,11 @@ def farthest(visual_BND: Tensor, kept: int) -> Tensor:
     """Return the places of `kept` tokens of each image, rising, B x M (Algorithm 1; distance = 1 - cosine).
 
     The first is the token whose nearest neighbour is farthest; each next one the token whose nearest chosen one is
-    farthest. Of equals (`choices.TOLERANCE` of cosine) the first in order is taken.
+    farthest. Of equals (`ops.TOLERANCE` of cosine) the first in order is taken.
     """
     import torch
 
-    from orchestrator.compression.choices import argmin
-    from orchestrator.compression.merging import cosines
+    from orchestrator.compression.ops import argmin, cosines
 
     images, tokens = visual_BND.shape[:2]
     if kept == tokens:

@@ -57,8 +57,8 @@ class Downsample:
         """Return the features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M
         windows.
         """
+        from orchestrator.compression.ops import windows_over
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import windows_over
 
         kept = self.spec.kept_grid(grid)
         windows = windows_over(grid, kept, visual_BND.device)

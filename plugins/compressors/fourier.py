@@ -38,8 +38,8 @@ class Fourier:
         Raises:
             ValueError: the amount is no block of this grid.
         """
+        from orchestrator.compression.ops import along_both_axes, windows_over
         from orchestrator.compression.protocol import Kept
-        from orchestrator.compression.windows import along_both_axes, windows_over
 
         kept = self.spec.kept_grid(grid)
         windows = windows_over(grid, kept, visual_BND.device)

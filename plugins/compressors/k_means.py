@@ -43,7 +43,7 @@ class KMeans:
         Raises:
             ValueError: more clusters are asked for than there are tokens.
         """
-        from orchestrator.compression.merging import merge_members, sum_members
+        from orchestrator.compression.ops import merge_members, sum_members
         from orchestrator.compression.protocol import Kept, evenly_spaced, take
 
         images, tokens = visual_BND.shape[:2]
@@ -64,13 +64,12 @@ class KMeans:
 def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
     """Return the cluster of each token, B x N; every cluster of 0 to `kept` - 1 has a member.
 
-    A token goes to the nearest centre (of several within `choices.TOLERANCE` the first); a centre
+    A token goes to the nearest centre (of several within `ops.TOLERANCE` the first); a centre
     without tokens stays where it is.
     """
     import torch
 
-    from orchestrator.compression.choices import argmin
-    from orchestrator.compression.merging import distances, full_precision
+    from orchestrator.compression.ops import argmin, distances, full_precision
     from orchestrator.compression.protocol import evenly_spaced
 
     tokens_BND = visual_BND.double()
@@ -97,8 +96,7 @@ def cluster(visual_BND: Tensor, kept: int, iterations: int) -> Tensor:
 
 def _fill_empty(slots_BN: Tensor, own_BN: Tensor, scale_B1: Tensor, kept: int) -> Tensor:
     """Give each empty cluster, in order, the token farthest from its centre among clusters of several members."""
-    from orchestrator.compression.choices import argmax
-    from orchestrator.compression.merging import sum_members
+    from orchestrator.compression.ops import argmax, sum_members
 
     ones_BN = slots_BN.new_ones(slots_BN.shape)
     while True:
@@ -122,7 +120,7 @@ def in_order(slots_BN: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    from orchestrator.compression.merging import sum_members
+    from orchestrator.compression.ops import sum_members
 
     places_BN = torch.arange(slots_BN.shape[1], device=slots_BN.device).expand_as(slots_BN)
     counts_BM = sum_members(torch.ones_like(slots_BN), slots_BN, kept)

@@ -49,7 +49,7 @@ class ToMe:
         """
         from dataclasses import replace
 
-        from orchestrator.compression.merging import merge_members, sum_members
+        from orchestrator.compression.ops import merge_members, sum_members
         from orchestrator.compression.protocol import take
 
         tokens, kept = grid.tokens, self.spec.kept_tokens(grid)
@@ -73,13 +73,12 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
     """Return which of the `kept` tokens each token ends in, B x N, and the places of their destinations, rising, B x M.
 
     Each round: every second token present (the 1st, 3rd, ...) finds the most alike among the others; the pairs most
-    alike are merged, at most half of the tokens present. Of equals (`choices.TOLERANCE` of cosine) the first
+    alike are merged, at most half of the tokens present. Of equals (`ops.TOLERANCE` of cosine) the first
     in order is taken.
     """
     import torch
 
-    from orchestrator.compression.choices import places_of
-    from orchestrator.compression.merging import at_least_float32, merge_members
+    from orchestrator.compression.ops import at_least_float32, merge_members, places_of
 
     images, tokens = visual_BND.shape[:2]
     slots_BN = sources_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
@@ -100,8 +99,7 @@ def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
     """Return one round: where each of n tokens goes among those left, and which stay."""
     import torch
 
-    from orchestrator.compression.choices import argmax, top_tokens
-    from orchestrator.compression.merging import cosines
+    from orchestrator.compression.ops import argmax, cosines, top_tokens
 
     images, present = present_BnD.shape[:2]
     alike_BAC = cosines(present_BnD[:, ::2], present_BnD[:, 1::2])

@@ -53,7 +53,7 @@ class VisionZip:
         """
         import torch
 
-        from orchestrator.compression.choices import is_top, places_of
+        from orchestrator.compression.ops import is_top, places_of
         from orchestrator.compression.protocol import take
 
         if context.cls_attention_BN is None or context.cls_keys_BND is None:
@@ -81,7 +81,7 @@ class VisionZip:
         """Return the visual tokens with every target replaced by its contextual token."""
         import torch
 
-        from orchestrator.compression.merging import at_least_float32, full_precision, tokens_at
+        from orchestrator.compression.ops import at_least_float32, full_precision, tokens_at
 
         wide_BND = at_least_float32(visual_BND)
         joins_BCE = torch.nn.functional.one_hot(nearest_BE, targets_BC.shape[1]).transpose(1, 2).to(wide_BND.dtype)
@@ -99,7 +99,6 @@ class VisionZip:
 
 def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
     """Return the target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
-    from orchestrator.compression.choices import argmax
-    from orchestrator.compression.merging import cosines, tokens_at
+    from orchestrator.compression.ops import argmax, cosines, tokens_at
 
     return argmax(cosines(tokens_at(keys_BND, members_BE), tokens_at(keys_BND, targets_BC)), scale=1)

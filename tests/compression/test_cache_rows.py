@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from orchestrator.compression import attach
-from orchestrator.compression.caches import record_of
+from orchestrator.compression.forward.cache import record_of
 from orchestrator.compression.testing.tiny_gemma import GEMMA_3
 from orchestrator.compression.testing.tiny_qwen import QWEN2_VL
 from orchestrator.errors import UsageError

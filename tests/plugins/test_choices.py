@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from method_checks import first_largest, ranked_of, top_of
 
 from orchestrator import registry
-from orchestrator.compression.choices import TOLERANCE, argmax, argmin, is_top, ranked, top_tokens
+from orchestrator.compression.ops import TOLERANCE, argmax, argmin, is_top, ranked, top_tokens
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = [

@@ -187,7 +187,7 @@ def _tie_faults(call: Call) -> Iterator[str]:
         ):
             yield (
                 "among equal tokens its choice hangs on the last bits, which differ from machine to machine; choose "
-                "with top_tokens, argmax or argmin of orchestrator.compression.choices: of equal ones the first"
+                "with top_tokens, argmax or argmin of orchestrator.compression.ops: of equal ones the first"
             )
             return
 

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from orchestrator.compression.acting import call_idle
-from orchestrator.compression.caches import CacheRecord, SegmentCache, record_of, remember
-from orchestrator.compression.entry import Pass, check_positions, entering, locate, padding_mask
+from orchestrator.compression.attention.recorder import Recording, attention_module, not_recorded, recording_of
+from orchestrator.compression.attention.stats import Seen, counted_from_zero, needs_of
+from orchestrator.compression.attention.tower import records_for
 from orchestrator.compression.families.base import Family
-from orchestrator.compression.layout import Layout
-from orchestrator.compression.masks import Keys
-from orchestrator.compression.protocol import Point
-from orchestrator.compression.recorder import Recording, attention_module, not_recorded, recording_of
-from orchestrator.compression.seen import Seen, counted_from_zero, needs_of
-from orchestrator.compression.segments import (
+from orchestrator.compression.forward.apply_point import call_idle
+from orchestrator.compression.forward.cache import CacheRecord, SegmentCache, record_of, remember
+from orchestrator.compression.forward.entry import Pass, check_positions, entering, locate, padding_mask
+from orchestrator.compression.forward.segments import (
     OTHER_META,
     Draw,
     Flow,
@@ -31,7 +29,9 @@ from orchestrator.compression.segments import (
     segments_of,
     trim,
 )
-from orchestrator.compression.tower import records_for
+from orchestrator.compression.layout import Layout
+from orchestrator.compression.masks import Keys
+from orchestrator.compression.protocol import Point
 from orchestrator.errors import UsageError
 
 

@@ -1,4 +1,4 @@
-"""From what attention modules saw to what a method is told: query tokens, tables by column, and who is asked."""
+"""Attention statistics: query tokens, what was recorded by column, and the fields of `Context` made of them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.layout import ImageGroup, Layout
-from orchestrator.compression.merging import tokens_at
+from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
 from orchestrator.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def counted_from_zero(
@@ -162,27 +159,27 @@ class Records:
     layer: Seen | None = None
     cls: Seen | None = None
 
-    def told(self, point: Point, layout: Layout, origins_BN: Tensor, group: ImageGroup) -> dict[str, Any]:
+    def context_fields(self, point: Point, layout: Layout, origins_BN: Tensor, group: ImageGroup) -> dict[str, Any]:
         """Return the fields of `Context` that a point needs, for one group of images."""
         needs, device = set(point.spec.needs), origins_BN.device
         if not needs & {"queries", "keys", "cls", "text"}:
             return {}
         places, shape = group.places(layout.length).to(device), group.columns_IN.shape
-        told: dict[str, Any] = {"columns_BN": group.columns_IN.to(device, non_blocking=True)}
+        fields: dict[str, Any] = {"columns_BN": group.columns_IN.to(device, non_blocking=True)}
         prompt_text_BN = self.prompt.text_BN.gather(1, origins_BN.clamp(min=0))
-        told["text_RN"] = prompt_text_BN & (origins_BN >= 0)
+        fields["text_RN"] = prompt_text_BN & (origins_BN >= 0)
         if self.layer is not None and needs & {"queries", "keys"}:
             seen = self.layer.at(layout, origins_BN)
             if "queries" in needs and seen.attention_BN is not None:
-                told["attention_BN"] = seen.attention_BN.flatten()[places].unflatten(0, shape)
+                fields["attention_BN"] = seen.attention_BN.flatten()[places].unflatten(0, shape)
             if "keys" in needs:
-                told["row_keys_RND"] = seen.keys_BND
+                fields["row_keys_RND"] = seen.keys_BND
         if self.cls is not None and "cls" in needs:
             seen = self.cls.at(layout, origins_BN)
             assert seen.attention_BN is not None and seen.keys_BND is not None
-            told["cls_attention_BN"] = seen.attention_BN.flatten()[places].unflatten(0, shape)
-            told["cls_keys_BND"] = seen.keys_BND.flatten(0, 1)[places].unflatten(0, shape)
-        return told
+            fields["cls_attention_BN"] = seen.attention_BN.flatten()[places].unflatten(0, shape)
+            fields["cls_keys_BND"] = seen.keys_BND.flatten(0, 1)[places].unflatten(0, shape)
+        return fields
 
 
 def needs_of(points: Sequence[Point]) -> set[str]:

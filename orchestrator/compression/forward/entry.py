@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.compression.caches import CacheRecord
+from orchestrator.compression.attention.recorder import Recording
 from orchestrator.compression.families.base import Family
+from orchestrator.compression.forward.cache import CacheRecord
+from orchestrator.compression.forward.segments import Flow
 from orchestrator.compression.layout import Layout, build_layout
 from orchestrator.compression.protocol import IGNORED, Kept
-from orchestrator.compression.recorder import Recording
-from orchestrator.compression.segments import Flow
 from orchestrator.errors import UsageError
 
 

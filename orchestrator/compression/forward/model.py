@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from orchestrator.compression.caches import record_of
-from orchestrator.compression.decoder import Decoder
-from orchestrator.compression.entry import Pass
+from orchestrator.compression.attention.tower import watched_tower
 from orchestrator.compression.families import Family
-from orchestrator.compression.merging import tokens_at
-from orchestrator.compression.projector import AtProjector
+from orchestrator.compression.forward.cache import record_of
+from orchestrator.compression.forward.decoder import Decoder
+from orchestrator.compression.forward.entry import Pass
+from orchestrator.compression.forward.projector import AtProjector
+from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
-from orchestrator.compression.tower import watched_tower
 
 
 @dataclass

@@ -16,7 +16,7 @@ from orchestrator.spec.components import Grid
 Visuals = tuple[Tensor, Grid, Context]
 
 
-def act(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> list[Kept]:
+def apply_point(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> list[Kept]:
     """Return what a method leaves of each group of units; units of one token stay as they are.
 
     Args:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from orchestrator.compression.acting import act
-from orchestrator.compression.caches import SegmentCache
+from orchestrator.compression.attention.stats import Records
+from orchestrator.compression.forward.apply_point import apply_point
+from orchestrator.compression.forward.cache import SegmentCache
 from orchestrator.compression.layout import ImageGroup, Layout, rearrange
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
-from orchestrator.compression.seen import Records
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         visual_BND, meta_CIN = visuals_of(flow, group)
         groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
-    kept = act(point, groups, module)
+    kept = apply_point(point, groups, module)
     return rejoin(flow, kept, metas), any(one.renumber for one in kept)
 
 
@@ -172,7 +172,11 @@ def _context(flow: Flow, point: Point, draw: Draw, group: ImageGroup, meta_CIN: 
         step=draw.step,
         sample_indices=samples,
         hidden_RND=flow.hidden_BND,
-        **(flow.records.told(point, flow.layout, flow.origins_BN, group) if flow.records and flow.layout else {}),
+        **(
+            flow.records.context_fields(point, flow.layout, flow.origins_BN, group)
+            if flow.records and flow.layout
+            else {}
+        ),
     )
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from orchestrator.compression.attention.recorder import Recording, recording_of
+from orchestrator.compression.attention.stats import Records, Seen, needs_of, prompt_of
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.protocol import Point
-from orchestrator.compression.recorder import Recording, recording_of
-from orchestrator.compression.seen import Records, Seen, needs_of, prompt_of
 from orchestrator.errors import UsageError
 
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from orchestrator.compression.acting import act, call_idle
+from orchestrator.compression.attention.tower import cls_of_images
 from orchestrator.compression.families import Family
+from orchestrator.compression.forward.apply_point import apply_point, call_idle
 from orchestrator.compression.layout import Layout, build_layout
 from orchestrator.compression.protocol import Context, Kept, Point, Resizes, evenly_spaced
-from orchestrator.compression.tower import cls_of_images
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 if TYPE_CHECKING:
-    from orchestrator.compression.decoder import Decoder
-    from orchestrator.compression.entry import Pass
+    from orchestrator.compression.forward.decoder import Decoder
+    from orchestrator.compression.forward.entry import Pass
 
 
 @dataclass
@@ -98,8 +98,8 @@ class AtProjector:
         units = self._units(layout, features)
         renumber = size_bias = False
         for point in self.points:
-            told = [(unit.visual_BND, unit.grid, self._context(point, unit)) for unit in units]
-            for unit, one in zip(units, act(point, told, self.decoder.module_of(point)), strict=True):
+            inputs = [(unit.visual_BND, unit.grid, self._context(point, unit)) for unit in units]
+            for unit, one in zip(units, apply_point(point, inputs, self.decoder.module_of(point)), strict=True):
                 unit.keep(one)
                 renumber, size_bias = renumber or one.renumber, size_bias or one.size_bias
         self.current.projected = [
