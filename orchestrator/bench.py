@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan import cost
-from orchestrator.plan.cell import Cell
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cost import Sample
-from orchestrator.plan.reached import resolve_points
-from orchestrator.plan.walk import Walk, prepare
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.spec.controls import control_points
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
@@ -170,7 +170,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _write(walk: Walk, cell: Cell, document: dict[str, Any]) -> None:
+def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any]) -> None:
     folder = walk.ledger.storage / "bench"
     try:
         folder.mkdir(parents=True, exist_ok=True)

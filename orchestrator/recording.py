@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.holders import living_holders
-from orchestrator.plan.ledger.owners import Process
-from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import found_at
-from orchestrator.plan.walk import Walk
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.io_retry import stat_or_none
+from orchestrator.plan.ledger.heartbeat import Process
+from orchestrator.plan.status import living_holders
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
 from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
@@ -22,7 +22,7 @@ from orchestrator.tracking.recorder import Recorder
 from orchestrator.tracking.seen import quick_look
 
 
-def open_recorder(walk: Walk, console: Console) -> Recorder:
+def open_recorder(walk: ExperimentPlan, console: Console) -> Recorder:
     """Record cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
 
     def open_tracker() -> CellTracker:
@@ -34,7 +34,7 @@ def open_recorder(walk: Walk, console: Console) -> Recorder:
     return Recorder(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
 
 
-def _lives(walk: Walk) -> Callable[[Process, str], bool]:
+def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
     """Return whether a driver lives: told of one of this machine by its process, of others by the leases they hold
     here.
     """
@@ -49,7 +49,7 @@ def _lives(walk: Walk) -> Callable[[Process, str], bool]:
     return lives
 
 
-def record_cells(walk: Walk, recorder: Recorder) -> None:
+def record_cells(walk: ExperimentPlan, recorder: Recorder) -> None:
     """Write the cells' folders and queues every record that MLflow does not have as it stands."""
     seen = quick_look(walk.tracking_uri, walk.experiment_name)
     lacking = []
@@ -68,7 +68,7 @@ def record_cells(walk: Walk, recorder: Recorder) -> None:
         recorder.look()
 
 
-def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
+def put_record(walk: ExperimentPlan, cell: Cell, recorder: Recorder) -> None:
     """Queue a cell, whose record is read when its turn comes."""
 
     def make() -> CellRecord:
@@ -79,12 +79,12 @@ def put_record(walk: Walk, cell: Cell, recorder: Recorder) -> None:
     recorder.put(cell.id, make)
 
 
-def _with_figure(walk: Walk, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
+def _with_figure(walk: ExperimentPlan, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
     """Return a finished cell's record gets its training figure; None where it has to be drawn first."""
     if record.status != "finished" or next(iter(record.history), None) is None:
         return record
     path = walk.folder(cell) / "training.png"
-    is_drawn = found_at(path) is not None
+    is_drawn = stat_or_none(path) is not None
     if not is_drawn and not draw:
         return None
     if not is_drawn and not training_figure(record, path):

@@ -14,10 +14,9 @@ from rich.console import Console
 from orchestrator.dispatch.feed import Replanning
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import Interrupted, SpecError, StorageError
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
-from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.plan.walk import Walk, prepare
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
@@ -41,7 +40,7 @@ class RunOutcome:
         tracking_notes: What else the user should know of MLflow's experiment.
     """
 
-    walk: Walk
+    walk: ExperimentPlan
     table: Table
     executed: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -57,7 +56,7 @@ class RunOutcome:
         return 1 if self.failed or self.waiting else 0
 
 
-def table_of(walks: Sequence[Walk], *, all_metrics: bool = False) -> Table:
+def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
     """Return one table over one or several experiments; a cell found in two of them is shown once."""
     cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
     report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
@@ -130,7 +129,7 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem, notes, tried)
 
 
-def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> Walk:
+def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> ExperimentPlan:
     from orchestrator.smoke import prepare_smoke
 
     walk, notes = prepare_smoke(path, overrides)
@@ -171,7 +170,7 @@ class _Run:
         problems: Job to the reason why it failed.
     """
 
-    def __init__(self, walk: Walk, work: Sequence[Job], console: Console, retry_failed: bool) -> None:
+    def __init__(self, walk: ExperimentPlan, work: Sequence[Job], console: Console, retry_failed: bool) -> None:
         self.walk = walk
         self.done: set[str] = set()
         self.problems: dict[str, str] = {}

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.experiment_plan import ExperimentPlan, storage_path
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.smoke import Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
+from orchestrator.plan.smoke_spec import Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.plan.walk import Walk, storage_path
 from orchestrator.spec.loaded import resolved_yaml
 from orchestrator.spec.loader import load_experiment
 
 MARK = "smoke.yaml"
 
 
-def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Walk, list[str]]:
+def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ExperimentPlan, list[str]]:
     """Load an experiment, make it small and plans it.
 
     Returns:
@@ -47,7 +47,7 @@ def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Walk
     loaded = replace(loaded, spec=specs[0], cells=small)
     (local / MARK).write_text(resolved_yaml(loaded, with_sources=False), encoding="utf-8")
     cells, ledger = expand_cells(loaded), Ledger(storage)
-    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger), notes
+    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger), notes
 
 
 def _fresh(storage: str | Path) -> tuple[str, Path]:

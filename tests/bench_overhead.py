@@ -26,9 +26,9 @@ from typing import Any
 
 import psutil
 
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.walk import prepare
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "experiments" / "quickstart.yaml"
 ARMS = ("plain", "run", "local")

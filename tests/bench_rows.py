@@ -132,8 +132,8 @@ def interrupted(command: list[str], seconds: float) -> None:
 
 def finish(spec: Path) -> None:
     """Writes the one stage run of the experiment into its ledger, as if it had been trained."""
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.plan.jobs import job_to_json
-    from orchestrator.plan.walk import prepare
 
     walk = prepare(spec)
     for job in walk.tree.work(walk.ledger):
@@ -171,7 +171,7 @@ def main() -> None:
         interrupted(plan, options.interrupt_after)
     measured("first plan (reads rows and images)", plan)
     measured("second plan", plan)
-    from orchestrator.plan.cells import expand_cells
+    from orchestrator.plan.cells.expand import expand_cells
     from orchestrator.plan.identity import share_caches
     from orchestrator.spec.loader import load_experiment
 

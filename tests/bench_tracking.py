@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
 from orchestrator.tracking.cell_tracker import CellTracker
 from orchestrator.tracking.lacking import has_record

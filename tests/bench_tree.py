@@ -22,12 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree, build_stage_tree
-from orchestrator.plan.walk import Walk, prepare
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "experiments" / "quickstart.yaml"
@@ -96,7 +96,7 @@ def renamed(job: Job, rename: Callable[[str], str]) -> Job:
     return replace(job, **{key: rename(getattr(job, key)) for key in ("id", "parent", "state") if hasattr(job, key)})
 
 
-def make_grid(folder: Path, steps: int, test_samples: int) -> Walk:
+def make_grid(folder: Path, steps: int, test_samples: int) -> ExperimentPlan:
     """The 27 cells with a storage of their own."""
     text = GRID.format(
         quickstart=QUICKSTART, max_steps=3 * steps, test_samples=max(1, test_samples), storage=folder / "runs"
@@ -106,7 +106,7 @@ def make_grid(folder: Path, steps: int, test_samples: int) -> Walk:
     return prepare(folder / "grid.yaml")
 
 
-def groves_of(walk: Walk, shared: bool) -> list[Grove]:
+def groves_of(walk: ExperimentPlan, shared: bool) -> list[Grove]:
     """One tree of all cells, or one of each."""
     if shared:
         return [Grove("", walk.tree, walk.ledger)]
@@ -116,7 +116,7 @@ def groves_of(walk: Walk, shared: bool) -> list[Grove]:
     ]
 
 
-def dispatch(walk: Walk, groves: Sequence[Grove], evaluations: bool, local: bool = False) -> dict[str, float]:
+def dispatch(walk: ExperimentPlan, groves: Sequence[Grove], evaluations: bool, local: bool = False) -> dict[str, float]:
     """Does what is missing, either trainings or evaluations, in one lane; returns when each job was begun."""
     from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
     from orchestrator.dispatch.local import run_local
@@ -140,7 +140,7 @@ def dispatch(walk: Walk, groves: Sequence[Grove], evaluations: bool, local: bool
     return begun
 
 
-def run_arm(walk: Walk, groves: Sequence[Grove], evaluate: bool) -> dict[str, Any]:
+def run_arm(walk: ExperimentPlan, groves: Sequence[Grove], evaluate: bool) -> dict[str, Any]:
     """Trains an arm and measures it, then evaluates it."""
     start = time.time()
     begun = dispatch(walk, groves, evaluations=False)
@@ -211,7 +211,7 @@ def compare(cells: Sequence[Cell], shared: Grove, separate: Sequence[Grove]) -> 
     return counts
 
 
-def plan_totals(walk: Walk) -> dict[str, Any]:
+def plan_totals(walk: ExperimentPlan) -> dict[str, Any]:
     """What `plan` says of the grid before anything runs."""
     totals = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger)["totals"]
     share = totals["train_tflops_shared"] / totals["train_tflops_alone"]

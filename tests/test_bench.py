@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Sample
-from orchestrator.plan.walk import prepare
+from orchestrator.plan.experiment_plan import prepare
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from orchestrator.plan.gc import Collector
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.gc import Collector
 
 Llavolta = Callable[..., CompletedProcess[str]]
 WEIGHTS = "weights/model.safetensors"

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.recorded import recorded_experiments
-from orchestrator.plan.walk import prepare
+from orchestrator.plan.experiment_plan import prepare
+from orchestrator.plan.ledger.experiments import recorded_experiments
 from orchestrator.run import _Run
 from orchestrator.tracking.recorder import Recorder
 

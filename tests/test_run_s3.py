@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.store_s3 import S3Store
-from orchestrator.plan.walk import Walk, prepare
 
 Llavolta = Callable[..., subprocess.CompletedProcess[str]]
 CELL = "schedule=two_stage"
@@ -34,7 +34,7 @@ def spec(tmp_path: Path, tiny_text: str, bucket: str, monkeypatch: pytest.Monkey
     return path
 
 
-def what_came_of(walk: Walk) -> dict[str, Any]:
+def what_came_of(walk: ExperimentPlan) -> dict[str, Any]:
     """Everything a run's numbers stand in: weights bit for bit, curves, scores."""
     (cell,) = walk.cells
     ledger, found = walk.ledger, dict[str, Any]()

@@ -10,7 +10,7 @@ from orchestrator.data.row_index import open_rows
 from orchestrator.data.row_trial import TrialOf, Tried, found_faults, try_rows
 from orchestrator.data.rows import FAULTS_SHOWN, open_data_set, raise_for_faults
 from orchestrator.errors import DataError
-from orchestrator.plan.cell import Cell
+from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
 from orchestrator.spec.components import DataSpec

@@ -32,8 +32,8 @@ from orchestrator.data.rows import (
     raise_for_faults,
 )
 from orchestrator.errors import DataError
+from orchestrator.plan.cells.identity_fields import data_identity
 from orchestrator.plan.identity import digest, source_code
-from orchestrator.plan.reached import data_identity
 from orchestrator.spec.components import DataSpec
 
 CHUNK_ROWS = 32_768

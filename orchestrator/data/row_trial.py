@@ -20,8 +20,8 @@ from orchestrator.data.progress import progress
 from orchestrator.data.row_index import IndexedRows, open_rows
 from orchestrator.data.rows import Row
 from orchestrator.errors import DataError, UsageError
+from orchestrator.plan.cells.identity_fields import data_identity, settings_identity
 from orchestrator.plan.identity import digest
-from orchestrator.plan.reached import data_identity, settings_identity
 from orchestrator.spec.components import DataSpec
 from orchestrator.spec.model import ModelSpec
 

@@ -12,7 +12,7 @@ from orchestrator.errors import StageRunError, StorageError
 from orchestrator.plan.identity import share_caches
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.storage import dump_json, parse_json, write_json
+from orchestrator.plan.ledger.files import dump_json, parse_json, write_json
 
 
 def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:

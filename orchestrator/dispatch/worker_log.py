@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.storage import write_atomic
+from orchestrator.plan.ledger.files import write_atomic
 from orchestrator.redaction import redacted
 
 LOG_FILE = "log.txt"

@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models.parts import COMPRESSOR, part_of_or_none
-from orchestrator.plan.ledger.storage import storage_error
+from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.model import ModelSpec
 
 WEIGHTS_FILE = "weights/model.safetensors"

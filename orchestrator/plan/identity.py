@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.steady import steady
+from orchestrator.plan.io_retry import retry_io
 
 SEMANTICS_VERSION = 2
 """Version of the training semantics; raised when a change of this code moves the numbers of a training run."""
@@ -94,7 +94,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
                 sha.update(block)
         return sha.hexdigest()
 
-    return steady(read)
+    return retry_io(read)
 
 
 @cache
@@ -120,7 +120,7 @@ class DigestCache:
         """Return the digest of one file, read only if its size or times changed since it was last read."""
         if self._entries is None:
             self._entries = self._load()
-        about = steady(lambda: os.stat(path))
+        about = retry_io(lambda: os.stat(path))
         # The time of the last change of its entry, which no copying tool can set, tells a file put in another's place.
         mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
         known = self._new.get(path) or self._entries.get(path)
@@ -199,7 +199,7 @@ def content_digest(path: str | os.PathLike[str], cache: DigestCache | None = Non
         OSError: it does not exist or cannot be read.
     """
     path = os.path.abspath(path)
-    if stat.S_ISDIR(steady(lambda: os.stat(path)).st_mode):
+    if stat.S_ISDIR(retry_io(lambda: os.stat(path)).st_mode):
         # A part of a folder that cannot be listed would pass for one that is not there.
         walk = os.walk(path, onerror=_raise)
         names = [os.path.relpath(os.path.join(folder, name), path) for folder, _, found in walk for name in found]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.ledger.storage import is_there, storage_errors
-from orchestrator.plan.steady import steady
+from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.ledger.files import is_there, storage_errors
 
 Point = tuple[str, float, int, int]
 _TRACKED = {
@@ -113,7 +113,7 @@ def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:
         StorageError: the file is there and cannot be read.
     """
     path = file if is_there(file) else os.devnull
-    with storage_errors(file.parent), steady(lambda: open(path, "rb")) as opened:
+    with storage_errors(file.parent), retry_io(lambda: open(path, "rb")) as opened:
         low, high = 0, opened.seek(0, os.SEEK_END)
         while high - low > _READ_THROUGH_BYTES:  # every line that begins before `low` is of an earlier step
             opened.seek((low + high) // 2)

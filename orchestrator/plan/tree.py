@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.plan.cell import Cell, PhasePlan
+from orchestrator.plan.cells.cell import Cell, PhasePlan
 from orchestrator.plan.identity import content_digest, digest
 from orchestrator.plan.jobs import (
     Action,

@@ -10,11 +10,11 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestrator.errors import LlavoltaError
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.store import Store
-from orchestrator.plan.record import CellRecord
 from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.trial_cells import trial_cells
 

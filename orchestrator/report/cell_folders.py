@@ -7,19 +7,19 @@ import os
 import secrets
 from pathlib import Path
 
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.differences import cell_values
-from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import found_at, steady
-from orchestrator.plan.walk import Walk
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.documents.differences import cell_values
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.io_retry import retry_io, stat_or_none
 
 
-def write_cell_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
+def write_cell_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
     """Point a cell's folder to its weights and log, and writes its resolved YAML and record."""
-    return steady(lambda: _written_folder(walk, cell, record))  # writing it twice gives the same
+    return retry_io(lambda: _written_folder(walk, cell, record))  # writing it twice gives the same
 
 
-def _written_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
+def _written_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
     folder = walk.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
     _link(folder / "weights", walk.ledger.state_folder(cell.state) / "weights")
@@ -31,13 +31,13 @@ def _written_folder(walk: Walk, cell: Cell, record: CellRecord) -> Path:
         "values": cell_values(cell),
     }  # fmt: skip
     text, file = json.dumps(summary, indent=2) + "\n", folder / "record.json"
-    if found_at(file) is None or file.read_text() != text:
+    if stat_or_none(file) is None or file.read_text() != text:
         walk.ledger.point_to(cell.state, folder, summary)
         file.write_text(text)
     return folder
 
 
-def weights_folder(walk: Walk, cell: Cell) -> Path:
+def weights_folder(walk: ExperimentPlan, cell: Cell) -> Path:
     """Return where a cell's weights are found by name, brought to this machine if they lie in a bucket; it need not
     exist.
 
@@ -45,19 +45,19 @@ def weights_folder(walk: Walk, cell: Cell) -> Path:
         DamagedStateError: they are damaged there.
     """
     link = walk.folder(cell) / "weights"
-    if found_at(link) is None and walk.ledger.has(cell.state, "weights"):
-        steady(lambda: link.parent.mkdir(parents=True, exist_ok=True))
+    if stat_or_none(link) is None and walk.ledger.has(cell.state, "weights"):
+        retry_io(lambda: link.parent.mkdir(parents=True, exist_ok=True))
         _link(link, walk.ledger.fetch(cell.state, "weights"))
     return link
 
 
-def log_files(walk: Walk, cell: Cell) -> list[Path]:
+def log_files(walk: ExperimentPlan, cell: Cell) -> list[Path]:
     """Return what a cell's stage runs and evaluations printed, in order."""
-    return [path for identity in walk.jobs_of(cell) if found_at(path := walk.ledger.log_file(identity)) is not None]
+    return [path for identity in walk.jobs_of(cell) if stat_or_none(path := walk.ledger.log_file(identity)) is not None]
 
 
 def _link(link: Path, target: Path) -> None:
-    if found_at(target) is None:
+    if stat_or_none(target) is None:
         return
     # Two runs on one storage may do this at once.
     fresh = link.with_name(f".{link.name}.{secrets.token_hex(6)}")

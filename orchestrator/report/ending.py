@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from orchestrator.plan.walk import Walk
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
 from orchestrator.report.figure import grid_figure
 from orchestrator.report.table import Table, text_cells
@@ -41,7 +41,7 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def print_ending(
-    walk: Walk, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
+    walk: ExperimentPlan, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
 ) -> None:
     """Return the table, every failure with its reason, the figure and the MLflow line."""
     console.print()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import steady
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.io_retry import retry_io
 from orchestrator.report.table import Table, header
 from orchestrator.report.units import Operations
 
@@ -71,7 +71,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
-    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
@@ -103,7 +103,7 @@ def training_figure(record: CellRecord, path: Path) -> bool:
         panel.grid(alpha=0.25)
     panels[-1][0].set_xlabel("optimizer step")
     figure.suptitle(record.cell_name, fontsize=11)
-    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.hours import is_gpu, last_metrics, steps_done
+from orchestrator.plan.documents.time_left import is_gpu, last_metrics, steps_done
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
 
 _FORECAST_SHARE = 0.02

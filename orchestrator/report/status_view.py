@@ -8,14 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.costing import Costs
-from orchestrator.plan.document import stage_run_document, with_plans
-from orchestrator.plan.hours import hours_document, last_metrics, steps_done
+from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.documents.plan_document import stage_run_document, with_plans
+from orchestrator.plan.documents.reasons import Reasons
+from orchestrator.plan.documents.time_left import hours_document, last_metrics, steps_done
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, StageJob
-from orchestrator.plan.reasons import Reasons, Standing
-from orchestrator.plan.steady import found_at
-from orchestrator.plan.walk import Walk
+from orchestrator.plan.status import TreeStatus
 from orchestrator.report.tree_view import (
     counted,
     hours_text,
@@ -34,14 +35,14 @@ _TEXT_TOKENS = 64.0
 _SEEN = ("new", "done", "runs elsewhere")
 
 
-def status_document(walk: Walk) -> dict[str, Any]:
+def status_document(walk: ExperimentPlan) -> dict[str, Any]:
     """Return the cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
 
     A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
     where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
     are missing.
     """
-    standing = Standing.of(walk.tree, walk.ledger)
+    standing = TreeStatus.of(walk.tree, walk.ledger)
     jobs = {*walk.tree.order, *walk.tree.evaluations}
     busy = not jobs.isdisjoint(standing.holders)
     runs = [_stage_run(walk, standing, job, stage_run_document(job, plan, standing), busy)
@@ -69,7 +70,7 @@ def status_document(walk: Walk) -> dict[str, Any]:
 
 
 def _cell(
-    walk: Walk, standing: Standing, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
+    walk: ExperimentPlan, standing: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
 ) -> dict[str, Any]:
     path = walk.tree.path_of[cell.id]
     done, state = sum(steps[run] for run in path), str(standing.cell(cell))
@@ -92,7 +93,9 @@ def _cell(
     }
 
 
-def _stage_run(walk: Walk, standing: Standing, job: StageJob, about: dict[str, Any], busy: bool) -> dict[str, Any]:
+def _stage_run(
+    walk: ExperimentPlan, standing: TreeStatus, job: StageJob, about: dict[str, Any], busy: bool
+) -> dict[str, Any]:
     state = about["state"]
     metrics = last_metrics(walk.ledger.metrics_file(job.id)) if job.id in standing.begun else None
     done = job.last_step - job.first_step if state == "done" else steps_done(job, metrics)
@@ -108,13 +111,13 @@ def _stage_run(walk: Walk, standing: Standing, job: StageJob, about: dict[str, A
     }
 
 
-def _evaluation(walk: Walk, standing: Standing, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
+def _evaluation(walk: ExperimentPlan, standing: TreeStatus, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
     state = standing.evaluation(job.id)
     about = {"id": job.id, "name": job.name, "under": job.under, "of": job.state, "state": state, "cells": cells}
     return {**about, **_about(walk, standing, job.id, state)}
 
 
-def _about(walk: Walk, standing: Standing, identity: str, state: str) -> dict[str, Any]:
+def _about(walk: ExperimentPlan, standing: TreeStatus, identity: str, state: str) -> dict[str, Any]:
     """Return who works on a job; why it failed; where its log is."""
     holder = standing.holders.get(identity) if state == "running" else None
     failure = walk.ledger.failure(identity) if state == "failed" else None
@@ -122,11 +125,13 @@ def _about(walk: Walk, standing: Standing, identity: str, state: str) -> dict[st
     return {
         "holder": holder and {"lane": holder.lane, "host": holder.host, "pid": holder.pid, "owner": holder.owner},
         "error": str(failure.get("error", "")).strip() or "no reason recorded" if failure else None,
-        "log": str(log) if log is not None and found_at(log) is not None else None,
+        "log": str(log) if log is not None and stat_or_none(log) is not None else None,
     }
 
 
-def _totals(walk: Walk, standing: Standing, runs: list[dict[str, Any]], tests: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(
+    walk: ExperimentPlan, standing: TreeStatus, runs: list[dict[str, Any]], tests: list[dict[str, Any]]
+) -> dict[str, Any]:
     costs = Costs(_TEXT_TOKENS)
     work = {
         job.id: costs.stage_run(cell, plan, job.first_step, job.last_step)["train_tflops"]

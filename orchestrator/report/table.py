@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from orchestrator.errors import shorten
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.report.units import Operations
 from orchestrator.spec.node import as_yaml
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.cell import Cell
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.trials import Trial, TrialNotes
-from orchestrator.plan.walk import Walk, plan_trials
 from orchestrator.search.desk import FAILED
 
 
@@ -44,10 +44,10 @@ class SearchFeed:
 
     def __init__(
         self,
-        walk: Walk,
+        walk: ExperimentPlan,
         notes: TrialNotes,
         on_proposed: Callable[[Trial], None],
-        on_plan: Callable[[Walk], None],
+        on_plan: Callable[[ExperimentPlan], None],
         on_end: Callable[[Trial], None],
     ) -> None:
         self.walk, self._notes = walk, notes
@@ -125,7 +125,7 @@ class SearchFeed:
         return next((self._not_done[job] for job in jobs if job in self._not_done), None)
 
 
-def standing(walk: Walk, trial: Trial) -> Trial:
+def standing(walk: ExperimentPlan, trial: Trial) -> Trial:
     """Return a trial as the ledger has it: finished with all its cells, failed with one of them."""
     if not trial.cells:
         return trial  # it could not be planned

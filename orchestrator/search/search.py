@@ -15,10 +15,9 @@ from rich.console import Console
 from orchestrator.dispatch.deferred import DeferredInterrupt
 from orchestrator.dispatch.stop import StopRequest
 from orchestrator.errors import DataError, Interrupted, SpecError, StorageError, UsageError
+from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.recorded import record_experiment
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
-from orchestrator.plan.walk import Walk, plan_trials, prepare
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
@@ -81,7 +80,7 @@ def search_experiment(
 
 
 @contextmanager
-def _alone(walk: Walk, identity: str) -> Iterator[None]:
+def _alone(walk: ExperimentPlan, identity: str) -> Iterator[None]:
     """Return one driver numbers a search's trials; several would propose the same ones."""
     name = f"search-{identity}"
     leases = Leases(walk.ledger.store, f"{name}-{uuid.uuid4().hex[:8]}")
@@ -95,7 +94,7 @@ def _alone(walk: Walk, identity: str) -> Iterator[None]:
         leases.close()
 
 
-def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> Walk:
+def _as_the_ledger_has_it(walk: ExperimentPlan, notes: TrialNotes, retry_failed: bool) -> ExperimentPlan:
     """Return the trials brought up to what their cells are: a driver that was killed may have noted less."""
     if retry_failed:
         for cell in walk.cells:
@@ -110,22 +109,22 @@ def _as_the_ledger_has_it(walk: Walk, notes: TrialNotes, retry_failed: bool) -> 
     return walk
 
 
-def _all_ended(walk: Walk) -> str:
+def _all_ended(walk: ExperimentPlan) -> str:
     failed = sum(trial.state == "failed" for trial in walk.trials)
     more = f", {failed} of them failed; --retry-failed takes them up again" if failed else ""
     return f"nothing to do: every trial has ended{more}"
 
 
-def _ended(walk: Walk) -> int:
+def _ended(walk: ExperimentPlan) -> int:
     return sum(trial.state != "proposed" for trial in walk.trials)
 
 
-def front_trials(walk: Walk) -> list[str]:
+def front_trials(walk: ExperimentPlan) -> list[str]:
     """Return the names of the trials on the Pareto front, by number."""
     return [trial_name(trial.number) for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells)]
 
 
-def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
+def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: Recorder) -> RunOutcome:
     names = {cell.id: cell.name for cell in walk.cells}
     failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
@@ -135,7 +134,7 @@ def _outcome(walk: Walk, run: _SearchRun, recorder: Recorder) -> RunOutcome:
     return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))
 
 
-def _concurrency(walk: Walk) -> int:
+def _concurrency(walk: ExperimentPlan) -> int:
     """Return the trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
     import ray
 
@@ -149,7 +148,7 @@ def _concurrency(walk: Walk) -> int:
 class _SearchRun:
     """One session of a search: Tune proposes, the lanes train, events come by here."""
 
-    def __init__(self, walk: Walk, notes: TrialNotes, folder: Path, console: Console) -> None:
+    def __init__(self, walk: ExperimentPlan, notes: TrialNotes, folder: Path, console: Console) -> None:
         self.feed = SearchFeed(walk, notes, self._proposed, self._planned, self._ended)
         self.done: set[str] = set()
         self._folder = folder
@@ -200,7 +199,7 @@ class _SearchRun:
         equal = f" (the same as {trial_name(same.number)})" if trial.cells and same is not None else ""
         self._view.say(f"proposed {trial_name(trial.number)}: {told}{equal}")
 
-    def _planned(self, walk: Walk) -> None:
+    def _planned(self, walk: ExperimentPlan) -> None:
         record_experiment(walk)
         work = walk.tree.work(walk.ledger)
         if check_data([job for job in work if job.id not in self._checked], self._say_once):

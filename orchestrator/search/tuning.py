@@ -18,9 +18,9 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.errors import StageRunError
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.plan.walk import Walk
 from orchestrator.search.desk import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.space import draw, variant_layer_tokens
@@ -145,7 +145,7 @@ class Tuning:
         folder: Tune's own folder; removed at the end, and what a killed driver left there before.
     """
 
-    def __init__(self, walk: Walk, num_trials: int, concurrency: int, folder: Path) -> None:
+    def __init__(self, walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> None:
         import ray
 
         from orchestrator.search.tuning import Proposer

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError, TrackingError
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.identity import digest
+from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.store import Store
-from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import found_at, steady
 from orchestrator.redaction import redacted
 from orchestrator.tracking.lacking import (
     ARTIFACTS_DIGEST,
@@ -65,8 +65,8 @@ def make_database(path: Path) -> None:
     Raises:
         Exception: of many kinds, MLflow's too: the disk is full, or the folder cannot be written.
     """
-    steady(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    if found_at(path) is not None:
+    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    if stat_or_none(path) is not None:
         return
     from mlflow import MlflowClient
 

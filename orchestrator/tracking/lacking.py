@@ -11,9 +11,9 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from orchestrator.plan.ledger.owners import Process, this_process
-from orchestrator.plan.record import CellRecord
-from orchestrator.plan.steady import steady
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.ledger.heartbeat import Process, this_process
 from orchestrator.plan.step_history import Point, points_since
 from orchestrator.tracking.limits import PARAM_CHARACTERS, TAG_CHARACTERS, accepted_name, accepted_value, shortened
 from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun
@@ -145,7 +145,7 @@ def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, byte
         if isinstance(content, str)
         else content
         if isinstance(content, bytes)
-        else steady(content.read_bytes)
+        else retry_io(content.read_bytes)
         for name, content in artifacts.items()
     }
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from orchestrator.errors import LlavoltaError, TrackingError
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.redaction import redacted
 
 POINTS_PER_TURN = 20_000

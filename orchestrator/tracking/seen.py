@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.plan.steady import found_at
+from orchestrator.plan.io_retry import stat_or_none
 
 CELL_ID = "cell_id"
 _RUNS_PER_PAGE = 1000
@@ -54,7 +54,7 @@ class SeenRun:
         if place.scheme not in ("", "file"):
             return False
         folder = Path(unquote(place.path))
-        return not all(found_at(folder / name) is not None for name in names)
+        return not all(stat_or_none(folder / name) is not None for name in names)
 
 
 @dataclass
@@ -132,7 +132,7 @@ def client_look(client: Any, experiment: str) -> SeenExperiment:
 
 
 def _look_into_file(file: Path, experiment: str, count: bool) -> SeenExperiment | None:
-    if found_at(file) is None:
+    if stat_or_none(file) is None:
         return SeenExperiment()
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_LOCK_SECONDS)) as opened:

@@ -26,7 +26,7 @@ from orchestrator.models.learned import named_in_file
 from orchestrator.models.lora import has_lora, merged_weights, plain_name
 from orchestrator.models.torch_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.plan.ledger.storage import storage_error, storage_errors
+from orchestrator.plan.ledger.files import storage_error, storage_errors
 from orchestrator.training import group
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.memory import Session

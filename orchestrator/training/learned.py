@@ -26,7 +26,7 @@ from orchestrator.errors import StorageError
 from orchestrator.models.build import cast_parameters, weight_tensors
 from orchestrator.models.learned import LEARNED_MODULES, fill, learned_modules, learned_weights
 from orchestrator.models.parts import COMPRESSOR, names_without_decay, rate_of
-from orchestrator.plan.ledger.storage import storage_error
+from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import group
 from orchestrator.training.clipping import SharedNorm, loss_scale

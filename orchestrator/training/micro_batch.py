@@ -23,7 +23,7 @@ from orchestrator.data.pipeline import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.jobs import Action, StageJob, action_digest
-from orchestrator.plan.ledger.storage import read_json, write_json
+from orchestrator.plan.ledger.files import read_json, write_json
 from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.training import group, logs

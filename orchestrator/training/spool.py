@@ -8,8 +8,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.ledger.storage import storage_errors
-from orchestrator.plan.steady import ABSENT, steady
+from orchestrator.plan.io_retry import ABSENT, retry_io
+from orchestrator.plan.ledger.files import storage_errors
 
 
 class MetricsSpool:
@@ -59,7 +59,7 @@ class MetricsSpool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file up to the first torn one; empty where there is no file."""
     try:
-        found = steady(path.read_bytes)
+        found = retry_io(path.read_bytes)
     except ABSENT:
         return []
     lines = []

@@ -18,7 +18,7 @@ from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.storage import write_json
+from orchestrator.plan.ledger.files import write_json
 from orchestrator.training import group, logs
 from orchestrator.training.batches import BatchFeed
 from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint, write_weights

@@ -32,7 +32,7 @@ Storage = Annotated[
 @app.command("ls")
 def ls(spec: MaybeSpec = None, storage: Storage = None, set_: Set = None, as_json: Json = False) -> None:
     """List states, evaluations, failures and running work: size, age, and the experiments that reach them."""
-    from orchestrator.plan.ledger_view import ledger_document
+    from orchestrator.plan.documents.ledger_document import ledger_document
 
     document = ledger_document(_ledger(spec, storage, set_))
     if as_json:
@@ -55,7 +55,7 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of every state and in-stage checkpoint; exit code 1 if anything is damaged."""
-    from orchestrator.plan.ledger_view import damage, discard_damage
+    from orchestrator.plan.documents.ledger_document import damage, discard_damage
 
     ledger = _ledger(spec, storage, set_)
     found = damage(ledger)
@@ -88,9 +88,8 @@ def gc(
     ] = None,
 ) -> None:
     """Delete what no recorded experiment reaches and what dead processes left behind; SPEC counts as recorded."""
-    from orchestrator.plan.gc import Collector
-    from orchestrator.plan.recorded import reach_of
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare, reach_of
+    from orchestrator.plan.ledger.gc import Collector
 
     walk = prepare(spec, set_ or ()) if spec is not None and storage is None else None
     ledger = walk.ledger if walk is not None else _ledger(spec, storage, set_)
@@ -120,8 +119,8 @@ def gc(
 
 
 def _ledger(spec: Path | None, storage: str | None, overrides: list[str] | None) -> Ledger:
+    from orchestrator.plan.experiment_plan import refuse_secret, storage_path
     from orchestrator.plan.ledger import Ledger
-    from orchestrator.plan.walk import refuse_secret, storage_path
     from orchestrator.spec.loader import load_experiment
 
     if spec is not None and storage is not None:

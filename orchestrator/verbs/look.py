@@ -20,8 +20,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show the cells, the stage tree, what is done already, and the cost, alone and shared."""
-    from orchestrator.plan.document import plan_document
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.documents.plan_document import plan_document
+    from orchestrator.plan.experiment_plan import prepare
 
     walk = prepare(spec, set_ or ())
     with walk.ledger.snapshot():
@@ -36,7 +36,7 @@ def plan(
 
 def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
     """Show what runs where, what is done, waiting or failed and why, and the time left; works beside a live run."""
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.status_view import print_status, status_document
 
     documents = []
@@ -60,7 +60,7 @@ def table(
     all_metrics: Annotated[bool, typer.Option("--all", help="Every metric, not the headline ones.")] = False,
 ) -> None:
     """Print the ablation table of one or several experiments."""
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.ending import print_table
     from orchestrator.report.table import render
     from orchestrator.run import table_of
@@ -78,7 +78,7 @@ def table(
 
 def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
     """Print the logs of a cell's stage runs and evaluations, in order."""
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.cell_folders import log_files
 
     walk = prepare(spec, set_ or ())
@@ -94,7 +94,7 @@ def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 
 def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
     """Print the folder of a cell's weights; those in a bucket are downloaded first."""
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.cell_folders import weights_folder
 
     walk = prepare(spec, set_ or ())

@@ -25,7 +25,7 @@ def validate(
     notices = list(loaded.notices)
     if data:
         from orchestrator.data.check import check_uses, uses_of_cells
-        from orchestrator.plan.cells import expand_cells
+        from orchestrator.plan.cells.expand import expand_cells
 
         notices += check_uses(uses_of_cells(expand_cells(loaded))).remarks
     if as_json:

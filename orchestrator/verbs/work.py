@@ -63,7 +63,7 @@ def bench(
 ) -> None:
     """Measure the step time of each variant on this machine, beside the limit of the cost formula."""
     from orchestrator.bench import bench_experiment
-    from orchestrator.plan.walk import prepare
+    from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.bench_view import bench_figure, print_bench
 
     def tell(number: int) -> None:

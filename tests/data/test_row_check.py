@@ -18,10 +18,10 @@ from orchestrator.data.check import check_uses, uses_of_cells
 from orchestrator.data.pipeline import build_train_data
 from orchestrator.data.row_trial import TrialOf, left_out, try_rows
 from orchestrator.errors import DataError
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cell_record import cell_record
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import share_caches
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.record import cell_record
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model import ModelSpec

@@ -18,8 +18,8 @@ from orchestrator.data import columns, image_table, row_index
 from orchestrator.data.pipeline import build_train_data
 from orchestrator.data.row_index import open_rows
 from orchestrator.errors import DataError
+from orchestrator.plan.cells.identity_fields import data_identity
 from orchestrator.plan.identity import share_caches, shared_cache_folder
-from orchestrator.plan.reached import data_identity
 
 ROWS = 12
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.loader import load_experiment
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from orchestrator import registry
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.spec.experiment import ExperimentSpec
 
 MODEL = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"

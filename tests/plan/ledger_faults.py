@@ -28,11 +28,11 @@ import botocore.httpsession  # noqa: F401 - imports belong before the forks
 import s3transfer.manager  # noqa: F401
 
 from orchestrator.errors import LlavoltaError
-from orchestrator.plan.gc import Collector
+from orchestrator.plan.documents.ledger_document import damage
 from orchestrator.plan.ledger import Ledger, store_s3
+from orchestrator.plan.ledger.files import storage_errors
+from orchestrator.plan.ledger.gc import Collector
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.storage import storage_errors
-from orchestrator.plan.ledger_view import damage
 
 FREES = {"os.remove", "os.rmdir"}
 CHANGES = {"os.rename", "os.link", "os.mkdir", *FREES}

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.gc import Collector, GcStep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.recorded import Recorded, recorded_experiments
+from orchestrator.plan.ledger.experiments import Recorded, recorded_experiments
+from orchestrator.plan.ledger.gc import Collector, GcStep
 
 
 def finish(ledger: Ledger, state: str, keep: str = "weights", **job: Any) -> None:

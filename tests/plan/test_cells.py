@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator import registry
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec, KeepSpec, ReportSpec, TrackingSpec
 from orchestrator.spec.model import ModelSpec

@@ -12,16 +12,16 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cell_record import cell_record, cell_status
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, train_tflops_per_sample
-from orchestrator.plan.costing import Costs
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.record import cell_record, cell_status
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.plan.walk import prepare
 
 COST = ["train_tflops", "visual_layer_tokens", "compression_ratio"]
 STATE = {"enum": ["new", "done", "failed", "running"]}

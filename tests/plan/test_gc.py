@@ -14,12 +14,12 @@ import pytest
 from stored import collect, finish, kinds, note, seal
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.plan.gc import Collector, open_inventory
+from orchestrator.plan.documents.ledger_document import damage
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.experiments import recorded_experiments
+from orchestrator.plan.ledger.gc import Collector, open_inventory
+from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.owners import Process
-from orchestrator.plan.ledger_view import damage
-from orchestrator.plan.recorded import recorded_experiments
 
 HOLD = """
 import sys, time

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from orchestrator.errors import StorageError
+from orchestrator.plan.ledger.heartbeat import Process, machine_id, this_process
 from orchestrator.plan.ledger.leases import Leases, token_of
-from orchestrator.plan.ledger.owners import Process, machine_id, this_process
 from orchestrator.plan.ledger.store import Store, open_store
 
 ELSEWHERE = Process("another machine", "far", 4711, 1)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger import Ledger, storage
-from orchestrator.plan.ledger.storage import storage_errors, write_json
+from orchestrator.plan.ledger import Ledger, files, states
+from orchestrator.plan.ledger.files import storage_errors, write_json
 
 STATE = "a" * 64
 
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
         folder = work / f"step_{step:06d}"
         folder.mkdir(parents=True)
         (folder / "model.pt").write_bytes(bytes(1000))
-        storage.write_manifest(folder)
+        files.write_manifest(folder)
     (work / "step_000600").mkdir()
     (work / "step_000600" / "model.pt").write_bytes(bytes(1000))  # killed before its manifest
     assert [path.name for path in ledger.checkpoints(STATE)] == ["step_1000000", "step_000400", "step_000200"]
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
 def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(ledger, checkpoint=True)
     writing = ledger.writing_folder(STATE)
-    monkeypatch.setattr(storage, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(states, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ledger.commit(STATE)
     monkeypatch.undo()

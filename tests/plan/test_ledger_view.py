@@ -6,10 +6,10 @@ from pathlib import Path
 
 from stored import collect, finish, kinds, seal
 
+from orchestrator.plan.documents.ledger_document import damage, discard_damage, ledger_document
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger_view import damage, discard_damage, ledger_document
-from orchestrator.plan.recorded import record_experiment, recorded_experiments
-from orchestrator.plan.walk import Walk, prepare
+from orchestrator.plan.ledger.experiments import recorded_experiments
 
 
 def test_damage_is_found_and_taken_out(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ matrix: {{phases.finetune.schedule: [full, heavy]}}
 """
 
 
-def planned(tmp_path: Path, *overrides: str) -> Walk:
+def planned(tmp_path: Path, *overrides: str) -> ExperimentPlan:
     model = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
     file = tmp_path / "small.yaml"
     file.write_text(EXPERIMENT.format(model=model))

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.dispatch.failures import describe
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan.ledger import Ledger, storage
+from orchestrator.plan.ledger import Ledger, files, states
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.states import FolderStates
 
@@ -109,7 +109,7 @@ def test_what_a_file_server_leaves_of_deleted_files_is_no_file_of_a_state(ledger
 
 def test_what_is_unsealed_is_no_checkpoint_and_goes_with_the_next_attempt(ledger: Ledger) -> None:
     half = write_checkpoint(ledger, 2)
-    storage.write_manifest(half)  # killed between the manifest and the rename
+    files.write_manifest(half)  # killed between the manifest and the rename
     assert ledger.checkpoints(JOB) == []
     write_parts(ledger)
     assert not ledger.is_done(JOB)
@@ -160,13 +160,13 @@ def test_only_the_newest_token_writes(ledger: Ledger) -> None:
 
 def test_a_lease_taken_over_while_a_manifest_is_made(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.fences[JOB] = 1
-    real = storage.write_manifest
+    real = states.write_manifest
 
     def slow(folder: Path) -> None:
         real(folder)
         ledger.store.create(f"leases/{JOB}/000002.json", b"{}")
 
-    monkeypatch.setattr(storage, "write_manifest", slow)
+    monkeypatch.setattr(states, "write_manifest", slow)
     folder = write_checkpoint(ledger, 2)
     with pytest.raises(StaleWriterError):
         ledger.seal_checkpoint(JOB, 2, folder)

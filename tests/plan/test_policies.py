@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cell import CHAINED, next_state
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cells.cell import CHAINED, next_state
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, forward_tflops, train_tflops_per_sample
-from orchestrator.plan.costing import Costs
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.documents.plan_document import plan_document
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import StageJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger

@@ -10,32 +10,32 @@ from typing import Any
 import pytest
 from ledger_work import finish, spool
 
-from orchestrator.plan.cells import expand_cells
-from orchestrator.plan.differences import cell_values, differences
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.documents.differences import cell_values, differences
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.plan.walk import Walk
 from orchestrator.report.cell_folders import write_cell_folder
 
 
-def walk_of(lab: Any, *trees: dict[str, Any]) -> Walk:
+def walk_of(lab: Any, *trees: dict[str, Any]) -> ExperimentPlan:
     """A planned experiment of one cell per tree, on the lab's one storage."""
     loaded = lab.loaded(*trees)
     cells, ledger = expand_cells(loaded), Ledger(lab.folder / "runs")
-    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)
+    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger)
 
 
-def document(walk: Walk) -> dict[str, Any]:
+def document(walk: ExperimentPlan) -> dict[str, Any]:
     return plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, 10)
 
 
-def reasons(walk: Walk) -> list[list[str]]:
+def reasons(walk: ExperimentPlan) -> list[list[str]]:
     return [cell["reasons"] for cell in document(walk)["cells"]]
 
 
-def finish_all(walk: Walk) -> None:
+def finish_all(walk: ExperimentPlan) -> None:
     for job in walk.tree.work(walk.ledger):
         finish(walk.ledger, job)
 
@@ -46,12 +46,12 @@ def stages(*variants: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def two(lab: Any) -> Walk:
+def two(lab: Any) -> ExperimentPlan:
     """Two cells that train ten steps under `heavy` before they part."""
     return walk_of(lab, *(lab.tree(phases__finetune__schedule=stages("heavy", last)) for last in ("full", "wide")))
 
 
-def test_a_dropped_checkpoint_says_how_many_steps_are_trained_again(two: Walk) -> None:
+def test_a_dropped_checkpoint_says_how_many_steps_are_trained_again(two: ExperimentPlan) -> None:
     root, pretrain, heavy, *_ = two.tree.work(two.ledger)
     for job in (root, pretrain):
         finish(two.ledger, job)
@@ -71,7 +71,7 @@ def test_a_cell_that_leaves_finished_work_where_nothing_was_stored(lab: Any) -> 
     ]
 
 
-def test_a_cell_that_was_stopped_continues(two: Walk) -> None:
+def test_a_cell_that_was_stopped_continues(two: ExperimentPlan) -> None:
     pretrain = two.tree.work(two.ledger)[1]
     spool(two.ledger, pretrain, 7)
     for step in (3, 6):
@@ -79,7 +79,7 @@ def test_a_cell_that_was_stopped_continues(two: Walk) -> None:
     assert reasons(two) == [["continues at step 6"]] * 2
 
 
-def test_a_job_that_a_living_driver_holds_runs_elsewhere(two: Walk) -> None:
+def test_a_job_that_a_living_driver_holds_runs_elsewhere(two: ExperimentPlan) -> None:
     root, pretrain, heavy, *_ = two.tree.work(two.ledger)
     finish(two.ledger, root)
     finish(two.ledger, pretrain)
@@ -94,7 +94,7 @@ def test_a_job_that_a_living_driver_holds_runs_elsewhere(two: Walk) -> None:
     assert {cell["state"] for cell in document(two)["cells"]} == {"new"}
 
 
-def test_a_failure_says_its_first_line_to_every_cell_that_stands_on_it(two: Walk) -> None:
+def test_a_failure_says_its_first_line_to_every_cell_that_stands_on_it(two: ExperimentPlan) -> None:
     heavy = two.tree.work(two.ledger)[2]
     two.ledger.write_failure(heavy.id, {"error": "diverged at step 3\nlong story"})
     assert [told[0] for told in reasons(two)] == ["failed: diverged at step 3 (--retry-failed takes it up again)"] * 2
@@ -195,7 +195,7 @@ def test_only_the_first_new_cells_are_compared(lab: Any) -> None:
     assert told == [False] + [True] * 100 + [False] * 20
 
 
-def test_totals_count_what_is_shared_and_hours_once_measured(two: Walk, tmp_path: Path) -> None:
+def test_totals_count_what_is_shared_and_hours_once_measured(two: ExperimentPlan, tmp_path: Path) -> None:
     totals = document(two)["totals"]
     assert (totals["stage_runs"], totals["stage_runs_alone"], totals["stage_runs_done"]) == (4, 6, 0)
     # full, heavy and wide of one cell each; `final` of one is `full`, of the other `wide`.

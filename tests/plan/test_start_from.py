@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from orchestrator.errors import SpecError
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.cells import expand_cells
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import StageJob, StartJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree, build_stage_tree
-from orchestrator.plan.walk import prepare
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.unsupported import unsupported_keys
 

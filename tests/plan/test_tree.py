@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan.cell import next_state
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.cell import next_state
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree, build_stage_tree

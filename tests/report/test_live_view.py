@@ -11,14 +11,14 @@ import pytest
 from ledger_work import finish, spool
 from rich.console import Console
 
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
-from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.live import LiveView
 from orchestrator.report.progress import Progress
 
 
 @pytest.fixture
-def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentPlan:
     """Three cells, two of which begin alike; nothing is done."""
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
     return prepare(tiny_experiment)
@@ -37,12 +37,14 @@ def costs(work: Sequence[Job]) -> dict[str, float]:
     return {job.id: 10.0 if isinstance(job, StageJob) else 1.0 for job in work}
 
 
-def stage_runs(walk: Walk) -> list[StageJob]:
+def stage_runs(walk: ExperimentPlan) -> list[StageJob]:
     """`full`, then `heavy` for two cells, then the ends of these."""
     return list(walk.tree.stage_runs.values())
 
 
-def view_of(walk: Walk, work: Sequence[Job], width: int = 120, terminal: bool = True) -> tuple[LiveView, io.StringIO]:
+def view_of(
+    walk: ExperimentPlan, work: Sequence[Job], width: int = 120, terminal: bool = True
+) -> tuple[LiveView, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
     ledger = walk.ledger
@@ -62,7 +64,7 @@ def tell(target: LiveView | Progress, kind: str, job: Job, lane: str = "lane-0",
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_a_line_for_each_lane_fits_the_terminal(walk: Walk, width: int) -> None:
+def test_a_line_for_each_lane_fits_the_terminal(walk: ExperimentPlan, width: int) -> None:
     view, out = view_of(walk, walk.tree.work(walk.ledger), width)
     full, heavy, *_ = stage_runs(walk)
     spool(walk.ledger, full, 4)
@@ -81,7 +83,7 @@ def test_a_line_for_each_lane_fits_the_terminal(walk: Walk, width: int) -> None:
         assert "schedule=heavy, schedule=two_sta" in second
 
 
-def test_what_happens_stays_on_the_screen(walk: Walk) -> None:
+def test_what_happens_stays_on_the_screen(walk: ExperimentPlan) -> None:
     work = walk.tree.work(walk.ledger)
     view, out = view_of(walk, work, terminal=False)
     full, heavy, third, last = stage_runs(walk)
@@ -106,7 +108,7 @@ def test_what_happens_stays_on_the_screen(walk: Walk) -> None:
     assert header.startswith("1/9 jobs") and "2 failed" in header and "worker-hours" in header
 
 
-def test_without_a_terminal_a_line_for_each_busy_lane(walk: Walk) -> None:
+def test_without_a_terminal_a_line_for_each_busy_lane(walk: ExperimentPlan) -> None:
     view, out = view_of(walk, walk.tree.work(walk.ledger), terminal=False)
     full, heavy, *_ = stage_runs(walk)
     spool(walk.ledger, full, 3)
@@ -118,7 +120,7 @@ def test_without_a_terminal_a_line_for_each_busy_lane(walk: Walk) -> None:
     assert "lane-1  train schedule=heavy, schedule=two_stage: finetune steps 0-3 under heavy  loading" in second
 
 
-def test_work_is_added_and_a_damaged_state_is_counted_again(walk: Walk) -> None:
+def test_work_is_added_and_a_damaged_state_is_counted_again(walk: ExperimentPlan) -> None:
     progress = Progress(walk.ledger.metrics_file)
     full, heavy, third, last = stage_runs(walk)
     progress.set_work([full, heavy], {full.id: 10.0, heavy.id: 10.0})
@@ -140,7 +142,7 @@ def test_work_is_added_and_a_damaged_state_is_counted_again(walk: Walk) -> None:
     assert progress.snapshot().done == 2
 
 
-def test_time_left_is_shared_by_the_lanes_but_never_less_than_the_longest_way(walk: Walk) -> None:
+def test_time_left_is_shared_by_the_lanes_but_never_less_than_the_longest_way(walk: ExperimentPlan) -> None:
     clock, work = Clock(), stage_runs(walk)
     full, third = work[0], work[2]
     price = dict(zip([job.id for job in work], [60.0, 30.0, 30.0, 30.0], strict=True))
@@ -160,7 +162,7 @@ def test_time_left_is_shared_by_the_lanes_but_never_less_than_the_longest_way(wa
     assert [left(1), left(2), left(3)] == [180.0, 120.0, 120.0]
 
 
-def test_time_left_knows_loading_from_training_and_evaluations_from_initial_weights(walk: Walk) -> None:
+def test_time_left_knows_loading_from_training_and_evaluations_from_initial_weights(walk: ExperimentPlan) -> None:
     clock, (root, full, *_) = Clock(), walk.tree.work(walk.ledger)
     test = next(iter(walk.tree.evaluations.values()))
     progress = Progress(walk.ledger.metrics_file, clock=clock)
@@ -178,7 +180,7 @@ def test_time_left_knows_loading_from_training_and_evaluations_from_initial_weig
     assert progress.snapshot().seconds_left == pytest.approx(1.0 + 51.2)
 
 
-def test_what_another_driver_did_tells_nothing_about_speed(walk: Walk) -> None:
+def test_what_another_driver_did_tells_nothing_about_speed(walk: ExperimentPlan) -> None:
     clock, (full, heavy, *_) = Clock(), stage_runs(walk)
     progress = Progress(walk.ledger.metrics_file, clock=clock)
     progress.set_work([full, heavy], {full.id: 1.0, heavy.id: 1.0})
@@ -188,7 +190,7 @@ def test_what_another_driver_did_tells_nothing_about_speed(walk: Walk) -> None:
     assert (now.done, now.share, now.seconds_left) == (1, 0.5, None)
 
 
-def test_hours_count_every_worker_of_a_lane_once_their_number_is_known(walk: Walk) -> None:
+def test_hours_count_every_worker_of_a_lane_once_their_number_is_known(walk: ExperimentPlan) -> None:
     clock, (full, heavy, *_) = Clock(), stage_runs(walk)
     progress = Progress(walk.ledger.metrics_file, walk.ledger.result, clock)
     progress.set_work([full, heavy], {full.id: 1.0, heavy.id: 1.0})
@@ -203,7 +205,7 @@ def test_hours_count_every_worker_of_a_lane_once_their_number_is_known(walk: Wal
     assert now.worker_hours == pytest.approx(8.0) and now.unit == "GPU-hours"
 
 
-def test_it_shows_itself_while_it_is_entered_and_ends_with_its_block(walk: Walk) -> None:
+def test_it_shows_itself_while_it_is_entered_and_ends_with_its_block(walk: ExperimentPlan) -> None:
     view, out = view_of(walk, walk.tree.work(walk.ledger))
     with view:
         tell(view, "started", stage_runs(walk)[0])

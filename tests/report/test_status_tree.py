@@ -17,9 +17,9 @@ import pytest
 from ledger_work import finish, spool
 from rich.console import Console
 
-from orchestrator.plan.document import plan_document
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.walk import Walk, prepare
 from orchestrator.report.plan_view import print_plan
 from orchestrator.report.status_view import print_status, status_document
 
@@ -27,13 +27,13 @@ HEAVY = {"torch", "transformers", "deepspeed", "ray", "mlflow", "matplotlib", "n
 
 
 @pytest.fixture
-def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentPlan:
     """Three cells, two of which begin alike; nothing is done."""
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
     return prepare(tiny_experiment)
 
 
-def again(walk: Walk) -> Walk:
+def again(walk: ExperimentPlan) -> ExperimentPlan:
     return prepare(walk.loaded.path)
 
 
@@ -48,7 +48,7 @@ def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_begun(walk: Walk, terminal: bool) -> None:
+def test_nothing_begun(walk: ExperimentPlan, terminal: bool) -> None:
     document = status_document(walk)
     assert {cell["state"] for cell in document["cells"]} == {"new"}
     assert {run["state"] for run in document["stage_runs"]} == {"new"} and document["totals"]["stage_runs_done"] == 0
@@ -57,7 +57,7 @@ def test_nothing_begun(walk: Walk, terminal: bool) -> None:
     assert "└── finetune 0-3  heavy  new  schedule=heavy, schedule=two_stage" in text
 
 
-def test_what_runs_where_what_is_shared_and_what_waits(walk: Walk) -> None:
+def test_what_runs_where_what_is_shared_and_what_waits(walk: ExperimentPlan) -> None:
     root, full, *_, heavy = walk.tree.work(walk.ledger)[:5]
     heavy = walk.tree.stage_runs[walk.tree.path_of[walk.cells[1].id][0]]
     finish(walk.ledger, root)
@@ -85,7 +85,7 @@ def test_what_runs_where_what_is_shared_and_what_waits(walk: Walk) -> None:
     )
 
 
-def test_what_failed_and_why_with_its_log(walk: Walk) -> None:
+def test_what_failed_and_why_with_its_log(walk: ExperimentPlan) -> None:
     root, full, test, *_ = walk.tree.work(walk.ledger)
     finish(walk.ledger, root)
     finish(walk.ledger, full)
@@ -106,7 +106,7 @@ def test_what_failed_and_why_with_its_log(walk: Walk) -> None:
     assert "evaluate vqa under final  failed  schedule=full" in text
 
 
-def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: Walk) -> None:
+def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: ExperimentPlan) -> None:
     from orchestrator.report.table import ablation_table, render
 
     cell = walk.cells[1]
@@ -122,7 +122,7 @@ def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: Walk) -> None
     assert row.startswith("schedule=heavy,failed,0.5,")
 
 
-def test_a_long_grid_shows_the_interesting_and_counts_the_rest(walk: Walk, tmp_path: Path) -> None:
+def test_a_long_grid_shows_the_interesting_and_counts_the_rest(walk: ExperimentPlan, tmp_path: Path) -> None:
     text = walk.loaded.path.read_text().replace("matrix:\n", f"matrix:\n  seed: {list(range(70))}\n")
     grid = prepare_text(tmp_path / "grid.yaml", text)
     failed = grid.tree.stage_runs[grid.tree.path_of[grid.cells[-1].id][-1]]
@@ -139,12 +139,12 @@ def test_a_long_grid_shows_the_interesting_and_counts_the_rest(walk: Walk, tmp_p
     assert len(re.findall("^seed=[0-9]+,schedule=two_stage +new", plain, re.M)) == 69  # a script sees every cell
 
 
-def prepare_text(path: Path, text: str) -> Walk:
+def prepare_text(path: Path, text: str) -> ExperimentPlan:
     path.write_text(text)
     return prepare(path)
 
 
-def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: Walk) -> None:
+def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: ExperimentPlan) -> None:
     name = 'cell_name: "a-rather-long-name-of-a-cell-with-{schedule}-in-its-middle-of-all"\n'
     named = prepare_text(walk.loaded.path.with_name("named.yaml"), walk.loaded.path.read_text() + name)
     for show, document in (
@@ -158,7 +158,7 @@ def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: Walk) -> None:
         assert lines[begin + 1].endswith("…")
 
 
-def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: Walk) -> None:
+def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: ExperimentPlan) -> None:
     finish(walk.ledger, walk.tree.work(walk.ledger)[0])
     finish(walk.ledger, walk.tree.work(walk.ledger)[0], train_seconds=3600.0)
     now = again(walk)
@@ -170,7 +170,7 @@ def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: Walk) -
     assert re.search("1.00 worker-hours of training done, [0-9.]+ left; about 1:[0-9:]+ to the end", text)
 
 
-def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: Walk) -> None:
+def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: ExperimentPlan) -> None:
     for job in walk.tree.work(walk.ledger):
         finish(walk.ledger, job)
     path = walk.loaded.path
@@ -188,7 +188,7 @@ def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: W
 
 @pytest.mark.parametrize("width", [60, 100])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_plan_fits_its_width_and_tells_each_reason_once(walk: Walk, width: int, terminal: bool) -> None:
+def test_a_plan_fits_its_width_and_tells_each_reason_once(walk: ExperimentPlan, width: int, terminal: bool) -> None:
     heavy = next(job for job in walk.tree.work(walk.ledger) if getattr(job, "last_step", 0) == 3)
     error = "diverged at step 3, a reason with many words " * 3
     walk.ledger.write_failure(heavy.id, {"error": error})
@@ -199,7 +199,7 @@ def test_a_plan_fits_its_width_and_tells_each_reason_once(walk: Walk, width: int
     assert told.count("failed: diverged at step 3") == 1 and "schedule=heavy, schedule=two_stage: failed" in told
 
 
-def test_rows_that_failed_are_told_with_the_failure(walk: Walk) -> None:
+def test_rows_that_failed_are_told_with_the_failure(walk: ExperimentPlan) -> None:
     job = walk.tree.work(walk.ledger)[1]
     rows = "\n".join(f"    row {n}: two images, one placeholder" for n in range(30))
     walk.ledger.write_failure(job.id, {"error": f"data.train: 30 faults\n{rows}"})
@@ -208,7 +208,7 @@ def test_rows_that_failed_are_told_with_the_failure(walk: Walk) -> None:
     assert "row 8" not in text and "23 more lines in the log" in text
 
 
-def test_hours_by_a_given_speed_until_they_are_measured(walk: Walk) -> None:
+def test_hours_by_a_given_speed_until_they_are_measured(walk: ExperimentPlan) -> None:
     path = walk.loaded.path
     path.write_text(path.read_text() + "cluster: {device_tflops: 0.001}\n")
     now = again(walk)

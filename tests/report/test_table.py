@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.report.ending import nothing_done, print_table
 from orchestrator.report.figure import grid_figure, pareto_front
 from orchestrator.report.table import ablation_table, render

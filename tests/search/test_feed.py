@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.trials import Trial, TrialNotes
-from orchestrator.plan.walk import Walk, prepare
 from orchestrator.search.feed import SearchFeed
 from orchestrator.search.tuning import Proposer
 
@@ -17,7 +17,7 @@ class Desk:
 
     ended = False
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: ExperimentPlan) -> None:
         drawn = Proposer(walk.loaded.spec, (), None).suggest("first")
         self.new = [{key: drawn[key] for key in ("number", "params", "values")}]
         self.answers: dict[int, dict] = {}

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.dispatch.ray_session import ray_session
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.trials import Trial
-from orchestrator.plan.walk import prepare
 from orchestrator.search.tuning import Tuning
 
 SCORES = {"eval/vqa/accuracy": 0.5, "cost/train_tflops": 1.0}

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.plan.cells import expand_cells
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import Grid
 from orchestrator.spec.loader import load_experiment

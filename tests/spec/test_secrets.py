@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import Fault, SpecError, TrackingError, UsageError
-from orchestrator.plan.walk import prepare
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.redaction import redacted, secret_in
 from orchestrator.spec.loader import load_experiment
 

@@ -16,8 +16,8 @@ from orchestrator.compression.testing.families import TINY
 from orchestrator.data.rows import open_data_set
 from orchestrator.errors import DataError, UsageError
 from orchestrator.models.shrink import shrunk_config
-from orchestrator.plan.cells import expand_cells
-from orchestrator.plan.smoke import ROWS, Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.smoke_spec import ROWS, Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
 from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model_facts import model_facts

@@ -13,7 +13,7 @@ import pytest
 from mlflow_servers import free_port, mlflow_server
 
 from orchestrator.errors import TrackingError
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.tracking import cell_tracker
 from orchestrator.tracking.cell_tracker import CellTracker
 
@@ -216,7 +216,7 @@ def test_a_locked_database_is_told_in_bounded_time(
 def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
     code = (
         "from orchestrator.tracking.cell_tracker import CellTracker\n"
-        "from orchestrator.plan.record import CellRecord\n"
+        "from orchestrator.plan.cell_record import CellRecord\n"
         f"CellTracker('sqlite:///{tmp_path}/storage/mlflow.db', 'x').log(CellRecord('a', 'b', 'finished'))\n"
     )
     folder = tmp_path / "cwd"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from orchestrator.errors import TrackingError
-from orchestrator.plan.record import CellRecord
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.tracking import recorder as recorder_module
 from orchestrator.tracking.recorder import Recorder
 

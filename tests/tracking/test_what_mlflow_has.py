@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from mlflow_servers import Gate, free_port, mlflow_server
 
-from orchestrator.plan.ledger.owners import Process
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.store import FolderStore
-from orchestrator.plan.record import CellRecord
 from orchestrator.tracking import cell_tracker
 from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.lacking import abandoned, file_contents, has_record
@@ -215,7 +215,7 @@ def test_a_run_follows_its_cell_through_every_state(tracker: CellTracker) -> Non
 
 # Says who it is, and lives until its input ends.
 DRIVER = (
-    "import dataclasses, json; from orchestrator.plan.ledger.owners import this_process; "
+    "import dataclasses, json; from orchestrator.plan.ledger.heartbeat import this_process; "
     "print(json.dumps({**dataclasses.asdict(this_process()), 'storage': '/s'}), flush=True); input()"
 )
 

@@ -9,7 +9,7 @@ import pytest
 from bench_tree import Grove, compare, dispatch, groves_of, outcome_of
 from training_workers import launch
 
-from orchestrator.plan.walk import Walk, prepare
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 
 CELLS = 8
 STAGE_RUNS = 2 + 4 + 8
@@ -50,7 +50,7 @@ def finish_here(path: Path, shared: bool) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Walk:
+def tree(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> ExperimentPlan:
     """Eight cells, trained and tested as one tree."""
     path = write_grid(tmp_path_factory.mktemp("tree"), tiny_text)
     begun = finish(path)
@@ -59,7 +59,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Walk:
     return walk
 
 
-def copied(walk: Walk, folder: Path, old: str, new: str) -> Walk:
+def copied(walk: ExperimentPlan, folder: Path, old: str, new: str) -> ExperimentPlan:
     """The same experiment and storage in another folder, with one text replaced in the file."""
     source = Path(walk.loaded.path).parent
     shutil.copytree(source, folder, dirs_exist_ok=True, symlinks=True)
@@ -69,13 +69,15 @@ def copied(walk: Walk, folder: Path, old: str, new: str) -> Walk:
     return prepare(folder / "grid.yaml")
 
 
-def written(walk: Walk) -> dict[str, tuple[int, int]]:
+def written(walk: ExperimentPlan) -> dict[str, tuple[int, int]]:
     """Each sealed state's manifest: its inode and when it was written."""
     found = walk.ledger.storage.glob("stage_runs/*/manifest.json")
     return {path.parent.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
-def test_every_cell_of_a_tree_is_the_cell_trained_alone_bit_by_bit(tree: Walk, tmp_path: Path, tiny_text: str) -> None:
+def test_every_cell_of_a_tree_is_the_cell_trained_alone_bit_by_bit(
+    tree: ExperimentPlan, tmp_path: Path, tiny_text: str
+) -> None:
     path = write_grid(tmp_path, tiny_text)
     begun = finish(path, shared=False)
     groves = groves_of(prepare(path), shared=False)
@@ -86,7 +88,7 @@ def test_every_cell_of_a_tree_is_the_cell_trained_alone_bit_by_bit(tree: Walk, t
     assert len({outcome_of(cell, shared)["weights"] for cell in tree.cells}) == CELLS  # none is equal by accident
 
 
-def test_one_changed_axis_value_runs_only_the_new_stage_runs(tree: Walk, tmp_path: Path) -> None:
+def test_one_changed_axis_value_runs_only_the_new_stage_runs(tree: ExperimentPlan, tmp_path: Path) -> None:
     changed = copied(
         tree, tmp_path / "changed", "stages.2.compressor: [full, random]", "stages.2.compressor: [full, light]"
     )
@@ -101,7 +103,7 @@ def test_one_changed_axis_value_runs_only_the_new_stage_runs(tree: Walk, tmp_pat
     assert {state: after[state] for state in before} == before and after.keys() - before.keys() == set(new)
 
 
-def test_an_added_evaluation_runs_alone(tree: Walk, tmp_path: Path) -> None:
+def test_an_added_evaluation_runs_alone(tree: ExperimentPlan, tmp_path: Path) -> None:
     more = copied(tree, tmp_path / "more", "under: [final, full]", "under: [final, full, light]")
     before = written(more)
     begun = finish(more.loaded.path)
@@ -109,5 +111,5 @@ def test_an_added_evaluation_runs_alone(tree: Walk, tmp_path: Path) -> None:
     assert written(more) == before
 
 
-def test_a_finished_grid_leaves_nothing_to_do(tree: Walk) -> None:
+def test_a_finished_grid_leaves_nothing_to_do(tree: ExperimentPlan) -> None:
     assert prepare(tree.loaded.path).tree.work(tree.ledger) == []

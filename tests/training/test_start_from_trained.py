@@ -16,9 +16,9 @@ from orchestrator.errors import StageRunError, UsageError
 from orchestrator.models.build import build_model
 from orchestrator.models.parts import part_of
 from orchestrator.models.start import write_start_weights
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import StartJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.walk import Walk, prepare
 
 WEIGHTS = "weights/model.safetensors"
 PHASE = {
@@ -62,7 +62,7 @@ def trained(specs: list[tuple[Any, ...]]) -> list[list[str]]:
     return ran
 
 
-def weights(walk: Walk, state: str) -> dict[str, torch.Tensor]:
+def weights(walk: ExperimentPlan, state: str) -> dict[str, torch.Tensor]:
     return load_file(walk.ledger.state_folder(state) / WEIGHTS)
 
 

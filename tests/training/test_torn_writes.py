@@ -30,7 +30,7 @@ from training_workers import (
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.plan.ledger import states, storage
+from orchestrator.plan.ledger import states
 
 
 def _jobs(made: tuple[Path, Path], zero: str = "zero2") -> tuple[StageJob, StageJob]:
@@ -104,7 +104,7 @@ def killed_while_writing(folder: Path, jobs: tuple[StageJob, ...], where: str) -
         return step
 
     torch.save = torn
-    storage.write_manifest = before("manifest", storage.write_manifest)
+    states.write_manifest = before("manifest", states.write_manifest)
     states.take_place = before("rename", states.take_place)
     train(ledger, *jobs)
 

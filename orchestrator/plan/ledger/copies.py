@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.plan.identity import cache_folder
-from orchestrator.plan.ledger.storage import files_below, names_in
+from orchestrator.plan.ledger.files import files_below, names_in
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import Protocol
 
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.states import Files, aside_name, fit_aside
-from orchestrator.plan.ledger.storage import (
+from orchestrator.plan.ledger.files import (
     MANIFEST,
     damaged_files,
     files_below,
@@ -27,6 +26,7 @@ from orchestrator.plan.ledger.storage import (
     storage_errors,
     write_json,
 )
+from orchestrator.plan.ledger.states import Files, aside_name, fit_aside
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")

@@ -12,11 +12,11 @@ from typing import Any
 
 from orchestrator.plan.identity import digest, file_sha256
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.files import MANIFEST
 from orchestrator.plan.ledger.inventory import Leftover
 from orchestrator.plan.ledger.leases import token_of
 from orchestrator.plan.ledger.states import Files
 from orchestrator.plan.ledger.states_s3 import object_key, whole_manifest
-from orchestrator.plan.ledger.storage import MANIFEST
 from orchestrator.plan.ledger.store_s3 import S3Store
 
 _STEP = re.compile(r"step_([0-9]+)\.json")

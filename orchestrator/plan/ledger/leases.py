@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.owners import Beat, Observer, Process, owner_key, this_process
-from orchestrator.plan.ledger.storage import parse_json
+from orchestrator.plan.ledger.files import parse_json
+from orchestrator.plan.ledger.heartbeat import Beat, Observer, Process, owner_key, this_process
 
 if TYPE_CHECKING:
     from orchestrator.plan.ledger.store import Store

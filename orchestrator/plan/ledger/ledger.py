@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan.ledger.leases import token_of
-from orchestrator.plan.ledger.states import FolderStates, Part, checked, token_in
-from orchestrator.plan.ledger.storage import (
+from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.ledger.files import (
     damaged_files,
     dump_json,
     is_there,
@@ -25,8 +24,9 @@ from orchestrator.plan.ledger.storage import (
     stat_of,
     storage_errors,
 )
+from orchestrator.plan.ledger.leases import token_of
+from orchestrator.plan.ledger.states import FolderStates, Part, checked, token_in
 from orchestrator.plan.ledger.store import FolderStore, Store, open_store
-from orchestrator.plan.steady import steady
 
 _KEPT_CHECKPOINTS = 2
 
@@ -304,7 +304,7 @@ class Ledger(UnsealedWork):
                 elif entry.name not in _PARTS:
                     entry.unlink()
             if is_there(metrics):
-                steady(lambda: shutil.copyfile(metrics, writing / metrics.name))
+                retry_io(lambda: shutil.copyfile(metrics, writing / metrics.name))
         self._states.write_manifest(writing)
         self.check_fence(state)  # reading all bytes took its time
         self._states.commit(state, writing)

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger import storage
-from orchestrator.plan.ledger.storage import (
+from orchestrator.plan.ledger.files import (
+    MANIFEST,
     Listings,
     changed_files,
     cut_files,
     damaged_files,
+    fsync_folder,
     is_there,
     make_folder,
     missing_files,
@@ -27,6 +28,7 @@ from orchestrator.plan.ledger.storage import (
     stat_of,
     storage_errors,
     write_json,
+    write_manifest,
 )
 
 Part = Literal["weights", "checkpoint"]
@@ -82,7 +84,7 @@ class FolderStates:
         folder = f"{self._base}/stage_runs/{state}"
         if self.listings.lacks(f"{self._base}/stage_runs", state):
             return frozenset(), False
-        manifest = stat_of(f"{folder}/{storage.MANIFEST}")
+        manifest = stat_of(f"{folder}/{MANIFEST}")
         about = stat_of(folder) if manifest is not None else None
         if manifest is None or about is None:
             return frozenset(), False
@@ -130,7 +132,7 @@ class FolderStates:
         Returns:
             Damaged files; the part's name where all of it is missing; empty when it is whole.
         """
-        folder, damaged = self.state_folder(state), [storage.MANIFEST]
+        folder, damaged = self.state_folder(state), [MANIFEST]
         for _ in range(2):  # another commit may take its place meanwhile
             known = read_manifest(folder)
             if known is not None:
@@ -149,7 +151,7 @@ class FolderStates:
         Raises:
             StorageError: the disk is full or a file cannot be read.
         """
-        storage.write_manifest(folder)
+        write_manifest(folder)
 
     def commit(self, state: str, sealed: Path) -> None:
         """Make a folder with a manifest a finished state; one that is there and whole gets the parts that it lacks.
@@ -165,7 +167,7 @@ class FolderStates:
                 if known is not None and not cut_files(target, known):
                     return _add_parts(sealed, target, known)
                 if take_place(sealed, target):
-                    storage.fsync_folder(target.parent)
+                    fsync_folder(target.parent)
                     return None
         raise StorageError(f"{target}: other processes keep writing it; stop all but one and run again")
 
@@ -188,7 +190,7 @@ class FolderStates:
         with storage_errors(self.folder):
             if not take_place(sealed, target):
                 raise StorageError(f"{target}: another process writes it too; stop all but one and run again")
-            storage.fsync_folder(target.parent)
+            fsync_folder(target.parent)
         return target
 
     def prune(self, job_id: str, step: int, keep: int, token: int) -> None:
@@ -285,9 +287,9 @@ def _add_parts(sealed: Path, target: Path, known: Files) -> None:
         shutil.rmtree(old, ignore_errors=True)
         (sealed / part).rename(target / part)
     if lacks:
-        storage.fsync_folder(target)
+        fsync_folder(target)
         files = known | {name: entry for name, entry in new.items() if name.partition("/")[0] in lacks}
-        write_json(target / storage.MANIFEST, {"files": files, "sha256": digest(files)})
+        write_json(target / MANIFEST, {"files": files, "sha256": digest(files)})
 
 
 def _lists(files: Files, part: str) -> bool:

@@ -27,11 +27,10 @@ from typing import Any
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest, file_sha256
-from orchestrator.plan.ledger import storage
+from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.ledger.copies import copies_folder, mark_used
-from orchestrator.plan.ledger.owners import machine_id
-from orchestrator.plan.ledger.states import PARTS, Files, FolderStates, Part, superseded, token_in
-from orchestrator.plan.ledger.storage import (
+from orchestrator.plan.ledger.files import (
+    MANIFEST,
     changed_files,
     dump_json,
     is_there,
@@ -42,9 +41,10 @@ from orchestrator.plan.ledger.storage import (
     storage_errors,
     write_json,
 )
+from orchestrator.plan.ledger.heartbeat import machine_id
+from orchestrator.plan.ledger.states import PARTS, Files, FolderStates, Part, superseded, token_in
 from orchestrator.plan.ledger.store import Store
 from orchestrator.plan.ledger.store_s3 import S3Store
-from orchestrator.plan.steady import steady
 
 
 class S3Objects:
@@ -124,9 +124,9 @@ def _files_of(folder: Path, known: Files, token: int) -> Files:
     found: Files = {}
     with storage_errors(folder):
         for name in list_files(folder):
-            if name != storage.MANIFEST:
+            if name != MANIFEST:
                 sha = known[name]["sha256"] if name in known else file_sha256(folder / name)
-                found[name] = {"sha256": sha, "size": steady((folder / name).stat).st_size, "token": token}
+                found[name] = {"sha256": sha, "size": retry_io((folder / name).stat).st_size, "token": token}
     return found
 
 
@@ -230,7 +230,7 @@ class S3States(FolderStates):
         for _ in range(2):  # another commit may take its place meanwhile
             manifest = self._manifest(state)
             if manifest is None:
-                return [storage.MANIFEST]
+                return [MANIFEST]
             wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
             folder = self.state_folder(state)
             damaged = self._objects.bring(state, folder, wanted) if wanted else [part]
@@ -270,7 +270,7 @@ class S3States(FolderStates):
             if name != f"{self._node}.json":
                 files |= parse_json(self._store.read(f"work/{job_id}/shared/{place}/{name}")) or {}
         files |= self._objects.files_of(folder, token_in(folder))
-        write_json(folder / storage.MANIFEST, {"files": files, "sha256": digest(files)})
+        write_json(folder / MANIFEST, {"files": files, "sha256": digest(files)})
 
     def commit(self, state: str, sealed: Path) -> None:
         """Upload a folder with a manifest; of a state that is there and whole only the parts that it lacks."""
@@ -309,7 +309,7 @@ class S3States(FolderStates):
         """Upload an in-stage checkpoint."""
         self._objects.send(job_id, sealed, read_manifest(sealed) or {})
         self.tell(job_id)
-        self._store.write(f"work/{job_id}/step_{step:06d}.json", (sealed / storage.MANIFEST).read_bytes())
+        self._store.write(f"work/{job_id}/step_{step:06d}.json", (sealed / MANIFEST).read_bytes())
         return super().seal_checkpoint(job_id, step, sealed)
 
     def prune(self, job_id: str, step: int, keep: int, token: int) -> None:
@@ -375,7 +375,7 @@ class S3States(FolderStates):
         job_id = folder.parent.name
         manifest = whole_manifest(self._store.read(f"work/{job_id}/{folder.name}.json"))
         if manifest is None:
-            return [storage.MANIFEST]
+            return [MANIFEST]
         if damaged := self._objects.bring(job_id, folder, manifest["files"]):
             return damaged
         _keep_manifest(folder, manifest)
@@ -412,7 +412,7 @@ class S3States(FolderStates):
 
 def _keep_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     if read_manifest(folder) != manifest["files"]:
-        write_json(folder / storage.MANIFEST, {name: manifest[name] for name in ("files", "sha256")})
+        write_json(folder / MANIFEST, {name: manifest[name] for name in ("files", "sha256")})
 
 
 def _write(file: Path, data: bytes) -> None:

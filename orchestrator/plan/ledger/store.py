@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.storage import (
+from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.ledger.files import (
     Listings,
     fsync_folder,
     is_there,
@@ -20,7 +21,6 @@ from orchestrator.plan.ledger.storage import (
     write_aside,
     write_atomic,
 )
-from orchestrator.plan.steady import steady
 
 _KEY = re.compile(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -84,7 +84,7 @@ class FolderStore:
             return None
         with storage_errors(self._folder):
             try:
-                return steady(Path(path).read_bytes)
+                return retry_io(Path(path).read_bytes)
             except (FileNotFoundError, NotADirectoryError):
                 return None
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger.storage import storage_errors
+from orchestrator.plan.ledger.files import storage_errors
 
 ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
 _CONNECTIONS = 32

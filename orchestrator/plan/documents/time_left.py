@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.jobs import StageJob
-from orchestrator.plan.reasons import Standing
+from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.step_history import read_metrics
 from orchestrator.spec.infrastructure import ClusterSpec
 
@@ -83,7 +83,7 @@ class _Speed:
 
 
 def measured_hours(
-    standing: Standing,
+    standing: TreeStatus,
     work: Mapping[str, float | None],
     lanes: int,
     workers: int,
@@ -130,7 +130,7 @@ def measured_hours(
     return Hours(unit, done / 3600, hours, _until_the_end(standing, seconds_of, lanes), given)
 
 
-def _measured(job: StageJob, standing: Standing, workers: int, devices: set[str]) -> tuple[float, float, int]:
+def _measured(job: StageJob, standing: TreeStatus, workers: int, devices: set[str]) -> tuple[float, float, int]:
     """Return the seconds trained, the share of the stage run that they are for, and the workers they were spent on."""
     result = standing.ledger.result(job.id) if job.id in standing.trained else None
     if result is not None:
@@ -158,7 +158,7 @@ def _model(job: StageJob) -> str:
     return str(job.model.get("model_name_or_path"))
 
 
-def _until_the_end(standing: Standing, seconds_of: Mapping[str, float], lanes: int) -> float:
+def _until_the_end(standing: TreeStatus, seconds_of: Mapping[str, float], lanes: int) -> float:
     """At least the longest way through what is left, and at least all of it divided by the lanes."""
     tree = standing.tree
     done = (job for job in tree.evaluations if standing.evaluation(job) == "done")
@@ -176,11 +176,11 @@ def _until_the_end(standing: Standing, seconds_of: Mapping[str, float], lanes: i
     return max(longest, total / max(1, lanes))
 
 
-def _is_open(standing: Standing, evaluation: str) -> bool:
+def _is_open(standing: TreeStatus, evaluation: str) -> bool:
     return evaluation not in standing.blocked and standing.evaluation(evaluation) != "done"
 
 
-def hours_document(standing: Standing, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
+def hours_document(standing: TreeStatus, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
     """Return the hours done and left as keys for `totals`; empty where neither measured nor given speeds tell them."""
     # Lanes that hold something tell more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in standing.holders.values()}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.plan.gc import open_inventory, recorded
-from orchestrator.plan.holders import living_holders
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.experiments import Recorded, searches_of
+from orchestrator.plan.ledger.gc import open_inventory, recorded
 from orchestrator.plan.ledger.inventory import Inventory
-from orchestrator.plan.recorded import Recorded, searches_of
+from orchestrator.plan.status import living_holders
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.cell import Cell, PhasePlan
-from orchestrator.plan.reached import resolve_points
+from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.spec.components import ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import yaml
 
-from orchestrator.plan.cell import Cell
-from orchestrator.plan.costing import Costs, share_of_tree
-from orchestrator.plan.holders import is_worked_on
+from orchestrator.plan.cell_costs import Costs, share_of_tree
+from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.storage import is_there
+from orchestrator.plan.ledger.files import is_there
+from orchestrator.plan.status import is_worked_on
 from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 

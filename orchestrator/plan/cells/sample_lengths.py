@@ -12,12 +12,12 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import LlavoltaError
+from orchestrator.plan.cells.identity_fields import data_identity
+from orchestrator.plan.cells.steps import num_rows
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.identity import cache_folder, content_digest, digest
-from orchestrator.plan.ledger.storage import read_json, write_json
-from orchestrator.plan.reached import data_identity
-from orchestrator.plan.steady import ABSENT, steady
-from orchestrator.plan.steps import num_rows
+from orchestrator.plan.io_retry import ABSENT, retry_io
+from orchestrator.plan.ledger.files import read_json, write_json
 from orchestrator.spec.components import DataSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model_facts import ModelFacts
@@ -122,7 +122,7 @@ def _special(folder: Path) -> tuple[str, str, str]:
 
 def _chat_template(folder: Path) -> str | None:
     try:
-        return steady((folder / "chat_template.jinja").read_text)
+        return retry_io((folder / "chat_template.jinja").read_text)
     except ABSENT:  # any other error must not have another template measured
         pass
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import content_digest, digest, files_digest
-from orchestrator.plan.steady import ABSENT, found_at, steady
+from orchestrator.plan.io_retry import ABSENT, retry_io, stat_or_none
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.budgets import solve_layer_average
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
@@ -69,7 +69,7 @@ def hub_commit(repo_id: str, revision: str | None) -> str | None:
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
     ref = cache / f"models--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")
     try:
-        commit = steady(ref.read_text).strip()
+        commit = retry_io(ref.read_text).strip()
     except (*ABSENT, ValueError):
         return None
     return commit if _COMMIT.fullmatch(commit) else None
@@ -77,9 +77,9 @@ def hub_commit(repo_id: str, revision: str | None) -> str | None:
 
 def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> Any:
     """Return a folder or file by content, a hub id by commit (by revision until it is downloaded)."""
-    about = found_at(name)
+    about = stat_or_none(name)
     if about is not None and stat.S_ISDIR(about.st_mode):
-        found = steady(lambda: sorted(entry.name for entry in os.scandir(name) if entry.is_file()))
+        found = retry_io(lambda: sorted(entry.name for entry in os.scandir(name) if entry.is_file()))
         chosen: list[str] = []
         for patterns in parts:
             chosen += [n for n in found if any(fnmatch.fnmatchcase(n, p) for p in patterns) and n not in chosen]
@@ -92,10 +92,10 @@ def _source(name: str, revision: str | None, parts: Sequence[Sequence[str]]) -> 
 
 def _weight_patterns(name: str) -> tuple[str, ...]:
     # As transformers chooses: safetensors where there are any.
-    about = found_at(name)
+    about = stat_or_none(name)
     if about is None or not stat.S_ISDIR(about.st_mode):
         return _WEIGHTS[0]
-    return _WEIGHTS[0] if fnmatch.filter(steady(lambda: os.listdir(name)), _WEIGHTS[0][0]) else _WEIGHTS[1]
+    return _WEIGHTS[0] if fnmatch.filter(retry_io(lambda: os.listdir(name)), _WEIGHTS[0][0]) else _WEIGHTS[1]
 
 
 def model_identity(model: ModelSpec) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest, file_sha256
-from orchestrator.plan.steady import ABSENT, found_at, steady
+from orchestrator.plan.io_retry import ABSENT, retry_io, stat_or_none
 
 MANIFEST = "manifest.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -30,7 +30,7 @@ def stat_of(path: str | Path) -> os.stat_result | None:
         StorageError: it cannot be asked.
     """
     try:
-        return found_at(path)
+        return stat_or_none(path)
     except OSError as error:
         raise storage_error(Path(path).parent, error) from error
 
@@ -52,7 +52,7 @@ def names_in(folder: str | Path) -> list[str]:
     """
     with storage_errors(Path(folder)):
         try:
-            return sorted(steady(lambda: os.listdir(folder)))
+            return sorted(retry_io(lambda: os.listdir(folder)))
         except ABSENT:
             return []
 
@@ -139,7 +139,7 @@ def _is_full(folder: Path) -> bool:
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder last."""
-    descriptor = steady(lambda: os.open(folder, os.O_RDONLY))
+    descriptor = retry_io(lambda: os.open(folder, os.O_RDONLY))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -161,7 +161,7 @@ def make_folder(folder: Path) -> None:
 
 def fsync_file(path: Path) -> None:
     """Make a file's content last."""
-    with steady(lambda: open(path, "rb")) as file:
+    with retry_io(lambda: open(path, "rb")) as file:
         os.fsync(file.fileno())
 
 
@@ -242,7 +242,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     with storage_errors(path.parent):
         try:
-            return parse_json(steady(path.read_bytes))
+            return parse_json(retry_io(path.read_bytes))
         except ABSENT:
             return None
 
@@ -258,7 +258,7 @@ def list_files(folder: Path) -> list[str]:
 
 def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
     with storage_errors(folder):
-        found = steady(lambda: [(entry.name, entry.is_dir()) for entry in os.scandir(folder)])
+        found = retry_io(lambda: [(entry.name, entry.is_dir()) for entry in os.scandir(folder)])
     for name, is_folder in found:
         if not name.startswith("."):
             yield prefix + name, is_folder
@@ -277,7 +277,7 @@ def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
         for name in list_files(folder):
             if name != MANIFEST and name not in leave_out:
                 fsync_file(folder / name)
-                files[name] = {"sha256": file_sha256(folder / name), "size": steady((folder / name).stat).st_size}
+                files[name] = {"sha256": file_sha256(folder / name), "size": retry_io((folder / name).stat).st_size}
         for name, is_folder in [*_below(folder, ""), ("", True)]:
             if is_folder:
                 fsync_folder(folder / name)

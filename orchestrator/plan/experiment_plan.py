@@ -1,20 +1,25 @@
-"""Walk: an experiment as far as planning takes it, from the file to the tree and the ledger."""
+"""ExperimentPlan: an experiment as far as planning takes it, from the file to the tree and the ledger."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cell import Cell, find_cells
-from orchestrator.plan.cells import expand_cells
-from orchestrator.plan.identity import share_caches
+from orchestrator.plan.cell_record import CellRecord, Status, cell_record, cell_status
+from orchestrator.plan.cells.cell import Cell, find_cells
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.pause import collector_paused
-from orchestrator.plan.record import CellRecord, Status, cell_record, cell_status
+from orchestrator.plan.ledger.experiments import FOLDER, Recorded
+from orchestrator.plan.ledger.files import dump_json
+from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
@@ -24,7 +29,7 @@ from orchestrator.spec.loader import load_experiment
 
 
 @dataclass(frozen=True)
-class Walk:
+class ExperimentPlan:
     """A loaded and planned experiment beside what its ledger holds.
 
     Attributes:
@@ -54,7 +59,7 @@ class Walk:
         """Name of the MLflow experiment."""
         return self.loaded.spec.tracking.experiment_name or self.loaded.spec.name
 
-    def with_trial(self, trial: Trial) -> Walk:
+    def with_trial(self, trial: Trial) -> ExperimentPlan:
         """Return the search once one of its trials has moved on."""
         assert self.loaded.spec.search is not None
         trials = tuple(trial if each.number == trial.number else each for each in self.trials)
@@ -141,8 +146,22 @@ def refuse_secret(storage: str) -> None:
         )
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Return no search for cycles until the end; of 10,000 cells it takes a fifth of the time
+    (`tests/bench_plan.py`).
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 @collector_paused()
-def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
+def prepare(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentPlan:
     """Load, expands and plans an experiment.
 
     Raises:
@@ -155,10 +174,10 @@ def prepare(path: str | Path, overrides: Sequence[str] = ()) -> Walk:
         return plan_trials(loaded, ledger, TrialNotes(ledger.store, search_id(loaded)).read())
     cells = expand_cells(loaded)
     with ledger.snapshot():
-        return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger)
+        return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger)
 
 
-def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> Walk:
+def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> ExperimentPlan:
     """Return a search with the trials there are; one that cannot be planned comes back failed.
 
     A trial that is the same as an earlier one shares its cells, under the earlier one's names.
@@ -171,4 +190,26 @@ def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial
     cells = tuple(distinct.values())
     planned = tuple(trial for trial, _ in found)
     front = frozenset(front_of(planned, loaded.spec.search))
-    return Walk(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)
+    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)
+
+
+def reach_of(walk: ExperimentPlan) -> Recorded:
+    """Return what an experiment reaches as it is planned now."""
+    name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
+    key = f"{FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
+    states = dict.fromkeys((*tree.roots, *tree.starts), "weights")
+    states |= {state: job.keep for state, job in tree.stage_runs.items()}
+    jobs = {cell.name: walk.jobs_of(cell) for cell in walk.cells}
+    cells = {cell: [job for job in found if job in states] for cell, found in jobs.items()}
+    return Recorded(key, name, file, time.time(), states, frozenset(tree.evaluations), cells)
+
+
+def record_experiment(walk: ExperimentPlan) -> None:
+    """Note what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
+
+    Raises:
+        StorageError: the storage cannot be written.
+    """
+    found = reach_of(walk)
+    fields = {name: getattr(found, name) for name in ("name", "file", "when", "states", "cells")}
+    walk.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.plan import cost
-from orchestrator.plan.cell import Cell, PhasePlan
+from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.identity import canonical_json
 from orchestrator.plan.jobs import Action
-from orchestrator.plan.samples import Samples
 
 _NO_COST: dict[str, float | None] = {
     "train_tflops": None,

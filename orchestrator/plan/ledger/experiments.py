@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger.ledger import as_name
-from orchestrator.plan.ledger.storage import dump_json, parse_json
+from orchestrator.plan.ledger.files import parse_json
 from orchestrator.plan.ledger.store import Store
 
 if TYPE_CHECKING:
-    from orchestrator.plan.walk import Walk
+    pass
 
 KEPT = ("none", "weights", "full")
-_FOLDER = "experiments"
+FOLDER = "experiments"
 
 
 @dataclass(frozen=True)
@@ -42,28 +39,6 @@ class Recorded:
     cells: dict[str, list[str]]
 
 
-def reach_of(walk: Walk) -> Recorded:
-    """Return what an experiment reaches as it is planned now."""
-    name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
-    key = f"{_FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
-    states = dict.fromkeys((*tree.roots, *tree.starts), "weights")
-    states |= {state: job.keep for state, job in tree.stage_runs.items()}
-    jobs = {cell.name: walk.jobs_of(cell) for cell in walk.cells}
-    cells = {cell: [job for job in found if job in states] for cell, found in jobs.items()}
-    return Recorded(key, name, file, time.time(), states, frozenset(tree.evaluations), cells)
-
-
-def record_experiment(walk: Walk) -> None:
-    """Note what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
-
-    Raises:
-        StorageError: the storage cannot be written.
-    """
-    found = reach_of(walk)
-    fields = {name: getattr(found, name) for name in ("name", "file", "when", "states", "cells")}
-    walk.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))
-
-
 def recorded_experiments(store: Store) -> list[Recorded]:
     """Return all recorded experiments, by key; a damaged record is an error: without it `gc` would take its states
     away.
@@ -72,8 +47,8 @@ def recorded_experiments(store: Store) -> list[Recorded]:
         ValueError: a record cannot be read.
     """
     found = []
-    for entry in store.names(_FOLDER):
-        key = f"{_FOLDER}/{entry}"
+    for entry in store.names(FOLDER):
+        key = f"{FOLDER}/{entry}"
         data = store.read(key)
         if data is None:
             continue  # taken away meanwhile

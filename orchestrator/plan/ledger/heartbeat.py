@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.storage import parse_json
+from orchestrator.plan.ledger.files import parse_json
 
 if TYPE_CHECKING:
     from orchestrator.plan.ledger.store import Store

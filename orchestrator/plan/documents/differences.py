@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import shorten
-from orchestrator.plan.cell import Cell, PhasePlan
+from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.identity_fields import RESOLVED, draws_weights
 from orchestrator.plan.identity import canonical_json, digest
-from orchestrator.plan.ledger.storage import read_json
-from orchestrator.plan.reached import RESOLVED, draws_weights
+from orchestrator.plan.ledger.files import read_json
 
 Values = dict[str, str]
 _SHOWN = 3

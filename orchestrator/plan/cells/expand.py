@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
-from orchestrator.plan import reached
-from orchestrator.plan.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, cell_id, next_state
+from orchestrator.plan.cells import identity_fields
+from orchestrator.plan.cells.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, cell_id, next_state
+from orchestrator.plan.cells.sample_lengths import Samples
+from orchestrator.plan.cells.start_from import Start, pick, resolve_start
+from orchestrator.plan.cells.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, Action, Distillation, EvaluationJob, RootJob
-from orchestrator.plan.samples import Samples
-from orchestrator.plan.starting import Start, pick, resolve_start
-from orchestrator.plan.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.spec.base import Spec
 from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable, derive
 from orchestrator.spec.experiment import ExperimentSpec
@@ -24,7 +24,7 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 
 if TYPE_CHECKING:
-    from orchestrator.plan.cell import Variant
+    from orchestrator.plan.cells.cell import Variant
     from orchestrator.spec.grid import ResolvedCell
     from orchestrator.spec.loaded import LoadedExperiment
 
@@ -103,7 +103,7 @@ def _ends(table: StageTable, actions: list[Action]) -> tuple[int, ...]:
 
 Made = TypeVar("Made")
 _ROWS_TOLD = 20
-_NOT_HASHED = set(reached.RESOLVED)
+_NOT_HASHED = set(identity_fields.RESOLVED)
 
 
 def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
@@ -167,7 +167,7 @@ class _Resolver:
         model, seed = self._once(_model, spec.model), _weights_seed(spec)
         key = ("root", id(model), seed, spec.plugins)
         if key not in self._made:
-            self._made[key] = _root(*model, reached.draws_weights(spec.model), seed, spec.plugins)
+            self._made[key] = _root(*model, identity_fields.draws_weights(spec.model), seed, spec.plugins)
         return self._made[key]
 
     def _settings(self, spec: ExperimentSpec) -> str:
@@ -358,14 +358,14 @@ class _Resolver:
 
 def _weights_seed(spec: ExperimentSpec) -> int:
     """Return seed of drawn weights: the first phase's, so that a phase of fixed seed is shared along a seed axis."""
-    if not reached.draws_weights(spec.model):
+    if not identity_fields.draws_weights(spec.model):
         return 0
     first = spec.phases.pretrain or spec.phases.finetune
     return spec.seed if first is None or first.seed is None else first.seed
 
 
 def _settings(model: ModelSpec) -> str:
-    return digest(reached.settings_identity(model))
+    return digest(identity_fields.settings_identity(model))
 
 
 def _facts(model: ModelSpec) -> ModelFacts | None:
@@ -379,16 +379,16 @@ def _dump(spec: Spec) -> dict[str, Any]:
 def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
     try:
         if facts is None:
-            resolved = reached.resolve_points(points, None, None)
+            resolved = identity_fields.resolve_points(points, None, None)
         else:
-            resolved = reached.resolve_points(points, facts.num_layers, facts.visual_grid)
+            resolved = identity_fields.resolve_points(points, facts.num_layers, facts.visual_grid)
     except ValueError as error:
         raise UsageError(f"compressors.{name}: {error}") from error
-    return Variant(resolved, reached.points_identity(points, resolved))
+    return Variant(resolved, identity_fields.points_identity(points, resolved))
 
 
 def _model(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    return reached.model_identity(model), _dump(model)
+    return identity_fields.model_identity(model), _dump(model)
 
 
 def _root(model: dict[str, Any], dump: dict[str, Any], drawn: bool, seed: int, plugins: tuple[str, ...]) -> RootJob:
@@ -397,18 +397,18 @@ def _root(model: dict[str, Any], dump: dict[str, Any], drawn: bool, seed: int, p
 
 
 def _recipe_digest(recipe: PhaseSpec) -> str:
-    return digest(reached.recipe_identity(recipe))
+    return digest(identity_fields.recipe_identity(recipe))
 
 
 def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
     """Return the identity; the spec as a mapping and its content's digest; what users should know."""
-    identity, notice = reached.data_identity(data)
+    identity, notice = identity_fields.data_identity(data)
     told = [notice] if notice else data.remarks()
     return digest(identity), {"spec": _dump(data), "content": identity["content"]}, told
 
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
-    return digest(reached.evaluation_identity(entry)), _dump(entry)
+    return digest(identity_fields.evaluation_identity(entry)), _dump(entry)
 
 
 def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> StageTable:

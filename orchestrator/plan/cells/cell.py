@@ -47,7 +47,7 @@ class PhasePlan:
         end: State the phase ends in.
         final: Variant the model is tested under once this phase is its last.
         stage_ends: Where stage runs end unless others cut them: at every action's end, for a policy at the phase's.
-        tails: Digests of the actions beyond the first `CHAINED` (see `cells.py`).
+        tails: Digests of the actions beyond the first `CHAINED` (see `expand.py`).
         policy: Kind of the schedule, the name of a stage run that mixes variants.
     """
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UsageError
-from orchestrator.plan import reached
-from orchestrator.plan.cell import Cell, cell_id, find_cells
+from orchestrator.plan.cells import identity_fields
+from orchestrator.plan.cells.cell import Cell, cell_id, find_cells
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import StartJob
 from orchestrator.spec.cell_names import by_axis, by_name, misfit
@@ -71,7 +71,7 @@ def resolve_start(
         return Start(before)
     if start.spec is None:
         assert start.path is not None
-        given = {"folder": reached.folder_identity(start.path)}
+        given = {"folder": identity_fields.folder_identity(start.path)}
         return Start(**_put_together(spec, start, before, given, settings_of(spec), folder=start.path))
     source = _cut(other_cell(start), name, start)
     if start.parts is None:

@@ -11,11 +11,11 @@ from typing import Any
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.copies import copies, copies_folder
+from orchestrator.plan.ledger.experiments import Recorded, recorded_experiments, wanted_states
+from orchestrator.plan.ledger.files import parse_json
+from orchestrator.plan.ledger.heartbeat import Observer, owner_key
 from orchestrator.plan.ledger.inventory import FolderInventory, Inventory, Leftover, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
-from orchestrator.plan.ledger.owners import Observer, owner_key
-from orchestrator.plan.ledger.storage import parse_json
-from orchestrator.plan.recorded import Recorded, recorded_experiments, wanted_states
 
 LEFTOVER_SECONDS = 600.0
 PATIENCE_SECONDS = 30.0

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.plan.cell import Cell, PhasePlan
+from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.identity_fields import resolve_points
+from orchestrator.plan.cells.start_from import start_text
 from orchestrator.plan.cost import compression_ratio, parameter_count
-from orchestrator.plan.costing import Costs
-from orchestrator.plan.hours import hours_document
+from orchestrator.plan.documents.reasons import Reasons
+from orchestrator.plan.documents.time_left import hours_document
+from orchestrator.plan.experiment_plan import collector_paused
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.pause import collector_paused
-from orchestrator.plan.reached import resolve_points
-from orchestrator.plan.reasons import Reasons, Standing
-from orchestrator.plan.starting import start_text
+from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
@@ -100,7 +101,7 @@ def plan_document(
         are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
         from and whose stage run it is; None for the cells' own.
     """
-    costs, standing = Costs(text_tokens), Standing.of(tree, ledger)
+    costs, standing = Costs(text_tokens), TreeStatus.of(tree, ledger)
     reasons = Reasons(standing, cells, loaded.spec.name)
     runs = []
     own = {state for path in tree.path_of.values() for state in path}
@@ -126,7 +127,7 @@ def plan_document(
 
 
 def _totals(
-    loaded: LoadedExperiment, cells: Sequence[Cell], standing: Standing, alone: Mapping[str, float | None],
+    loaded: LoadedExperiment, cells: Sequence[Cell], standing: TreeStatus, alone: Mapping[str, float | None],
     runs: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     tree, cluster, distinct = standing.tree, loaded.spec.cluster, {cell.id: cell for cell in cells}.values()
@@ -167,7 +168,7 @@ def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, C
     return [(job, *plans[job.id]) for job in tree.stage_runs.values()]
 
 
-def stage_run_document(job: StageJob, plan: PhasePlan, standing: Standing) -> dict[str, Any]:
+def stage_run_document(job: StageJob, plan: PhasePlan, standing: TreeStatus) -> dict[str, Any]:
     """Return a stage run as `plan` and `status` list it, but for its cost."""
     actions = _within(job.table, job.first_step)
     variants = list(dict.fromkeys(action[2] for action in actions))
@@ -194,7 +195,7 @@ def step_table(plan: PhasePlan) -> list[list[Any]]:
     return [[action.first_step, action.last_step, action.variant] for action in plan.table]
 
 
-def _cell(cell: Cell, price: dict[str, float | None], standing: Standing, reasons: Reasons) -> dict[str, Any]:
+def _cell(cell: Cell, price: dict[str, float | None], standing: TreeStatus, reasons: Reasons) -> dict[str, Any]:
     told = reasons.of(cell)
     return {
         "id": cell.id,

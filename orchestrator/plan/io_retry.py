@@ -16,7 +16,7 @@ _PAUSES_SECONDS = (0.02, 0.2, 1.0)
 _T = TypeVar("_T")
 
 
-def steady(look: Callable[[], _T]) -> _T:
+def retry_io(look: Callable[[], _T]) -> _T:
     """Do a look again, a few times, where it met what may pass.
 
     Raises:
@@ -32,7 +32,7 @@ def steady(look: Callable[[], _T]) -> _T:
     return look()
 
 
-def found_at(path: str | os.PathLike[str]) -> os.stat_result | None:
+def stat_or_none(path: str | os.PathLike[str]) -> os.stat_result | None:
     """Return what a path leads to; None where nothing is there.
 
     Raises:
@@ -45,6 +45,6 @@ def found_at(path: str | os.PathLike[str]) -> os.stat_result | None:
     except OSError:
         pass
     try:
-        return steady(lambda: os.stat(path))
+        return retry_io(lambda: os.stat(path))
     except ABSENT:
         return None

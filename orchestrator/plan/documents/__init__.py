@@ -1,0 +1,1 @@
+"""What the verbs `plan`, `status` and `ledger` say, as JSON documents."""
