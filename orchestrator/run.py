@@ -20,7 +20,7 @@ from orchestrator.plan.tree import build_stage_tree
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, ablation_table
-from orchestrator.spec.unsupported import unsupported_keys
+from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.tracking.recorder import Recorder
 
 _SEND_SECONDS = 20.0

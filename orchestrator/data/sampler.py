@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from orchestrator.spec.steps import rows_per_epoch as planned_rows
+from orchestrator.spec.phase import rows_per_epoch as planned_rows
 
 
 def permutation(count: int, *purpose: object) -> np.ndarray:

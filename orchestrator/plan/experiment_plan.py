@@ -23,7 +23,7 @@ from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
-from orchestrator.spec.cell_names import misfit
+from orchestrator.spec.grid.cell_names import misfit
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.loader import load_experiment
 

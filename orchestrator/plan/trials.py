@@ -16,7 +16,7 @@ from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.store import Store
 from orchestrator.spec.search import SearchSpec
-from orchestrator.spec.trial_cells import trial_cells
+from orchestrator.spec.search_space import trial_cells
 
 if TYPE_CHECKING:
     from orchestrator.spec.loaded import LoadedExperiment

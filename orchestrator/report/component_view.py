@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator import registry
-from orchestrator.spec.tables import AMOUNTS
+from orchestrator.spec.components import AMOUNTS
 
 _COMMON = ("kind", "layer", *AMOUNTS)
 

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.errors import shorten
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.report.units import Operations
-from orchestrator.spec.node import as_yaml
+from orchestrator.spec.yaml.node import as_yaml
 
 FORMATS = ("md", "csv", "latex", "json")
 

@@ -22,9 +22,8 @@ from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
 from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
 from orchestrator.search.feed import SearchFeed, standing
-from orchestrator.spec.space import summary
-from orchestrator.spec.trial_cells import trial_name
-from orchestrator.spec.unsupported import unsupported_keys
+from orchestrator.spec.checks.unsupported import unsupported_keys
+from orchestrator.spec.search_space import summary, trial_name
 from orchestrator.tracking.recorder import Recorder
 
 

@@ -23,7 +23,7 @@ from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
 from orchestrator.search.desk import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.space import draw, variant_layer_tokens
+from orchestrator.spec.search_space import draw, variant_layer_tokens
 
 DRAWS = 64
 """Draws for one trial at most, where each was proposed before."""

@@ -15,16 +15,14 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.errors import Fault
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.components import CompressorSpec, Grid, ScheduleSpec
+from orchestrator.spec.checks.compression import ANY_STEPS, check_variant
+from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.faults import fault_at, unknown_name
-from orchestrator.spec.grid import ResolvedCell
+from orchestrator.spec.grid.cells import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.node import Node
-from orchestrator.spec.references import FULL, PHASES
-from orchestrator.spec.schedule_checks import ANY_STEPS
-from orchestrator.spec.tables import AMOUNTS
-from orchestrator.spec.variant_checks import check_variant
+from orchestrator.spec.phase import PHASES
+from orchestrator.spec.yaml.node import Node
+from orchestrator.spec.yaml.validation_errors import fault_at, unknown_name
 
 AXIS = "control"
 Points = tuple[CompressorSpec, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid import ResolvedCell
+from orchestrator.spec.grid.cells import ResolvedCell
 
 _WIDTH = 60
 

@@ -10,21 +10,27 @@ from pydantic import ValidationError
 
 from orchestrator.errors import Fault, SpecError
 from orchestrator.redaction import environment_secrets, secret_in
-from orchestrator.spec.axes import AxisReader
-from orchestrator.spec.checks import Checks
+from orchestrator.spec.checks.cell import Checks
+from orchestrator.spec.checks.places import check_cluster, check_tracking
+from orchestrator.spec.checks.references import References
+from orchestrator.spec.checks.sections import check_report, check_search, space_corners
+from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.faults import explain, is_unknown_kind
-from orchestrator.spec.grid import GridBuilder, Parts, apply
-from orchestrator.spec.inherit import Inheritance, drop_nulls, load_plugins
+from orchestrator.spec.grid.axes import AxisReader
+from orchestrator.spec.grid.cells import GridBuilder, Parts, apply
 from orchestrator.spec.loaded import LoadedExperiment
-from orchestrator.spec.node import Node, dotted
-from orchestrator.spec.overrides import Override, apply_overrides, read_overrides
-from orchestrator.spec.paths import absolute_paths
-from orchestrator.spec.place_checks import check_cluster, check_tracking
-from orchestrator.spec.report_checks import check_report
-from orchestrator.spec.search_checks import check_search, space_corners
-from orchestrator.spec.starts import Starts
+from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.merge import (
+    Inheritance,
+    Override,
+    apply_overrides,
+    drop_nulls,
+    load_plugins,
+    read_overrides,
+)
+from orchestrator.spec.yaml.node import Node, dotted
+from orchestrator.spec.yaml.validation_errors import explain, is_unknown_kind
 
 MAX_FAULTS = 200
 _SECRETS = (
@@ -62,7 +68,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedEx
     spec, errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
-    builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
+    builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts), References().check)
     found = builder.cells()
     faults += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
     faults += [*check_cluster(root), *check_tracking(root)]

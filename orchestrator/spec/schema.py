@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.shape import shape_of
+from orchestrator.spec.yaml.key_paths import shape_of
 
 _FAMILIES = {
     "CompressorSpec": registry.COMPRESSORS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.deepspeed_keys import BATCH_KEYS, config_findings
+from orchestrator.spec.checks.deepspeed import BATCH_KEYS, config_findings
 from orchestrator.spec.phase import PhaseSpec
 
 PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

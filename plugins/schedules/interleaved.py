@@ -9,8 +9,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.base import Share
-from orchestrator.spec.components import ScheduleSpec, StageTable
-from orchestrator.spec.tables import DistillSpec, merged, teachers_of
+from orchestrator.spec.components import DistillSpec, ScheduleSpec, StageTable, merged, teachers_of
 
 
 class InterleavedSpec(ScheduleSpec):

@@ -12,8 +12,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.base import Integer, Positive
-from orchestrator.spec.components import ScheduleSpec, StageTable
-from orchestrator.spec.tables import DistillSpec, merged, teachers_of
+from orchestrator.spec.components import DistillSpec, ScheduleSpec, StageTable, merged, teachers_of
 
 
 class RandomScaleSpec(ScheduleSpec):

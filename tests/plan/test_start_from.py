@@ -17,8 +17,8 @@ from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import StageJob, StartJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree, build_stage_tree
+from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loader import load_experiment
-from orchestrator.spec.unsupported import unsupported_keys
 
 MODEL = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
 PRETRAIN = {"data": "train", "train": ["projector"], "max_steps": 10, "global_batch_size": 8, "learning_rate": 1e-3}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator_plugins.schedules.interleaved import InterleavedSpec
 from pydantic import ValidationError
 
-from orchestrator.spec.tables import Teaching
+from orchestrator.spec.components import Teaching
 
 
 def spec(**fields: object) -> InterleavedSpec:

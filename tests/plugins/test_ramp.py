@@ -13,8 +13,7 @@ from orchestrator_plugins.compressors.average_pool import AveragePoolSpec
 from orchestrator_plugins.schedules.ramp import RampSpec
 from pydantic import ValidationError
 
-from orchestrator.spec.components import derive
-from orchestrator.spec.tables import StageTable, Teaching
+from orchestrator.spec.components import StageTable, Teaching, derive
 
 
 def spec(**fields: Any) -> RampSpec:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator_plugins.schedules.random_scale import RandomScaleSpec
 from pydantic import ValidationError
 
-from orchestrator.spec.tables import StageTable, Teaching
+from orchestrator.spec.components import StageTable, Teaching
 
 
 def spec(*compressors: str, **fields: Any) -> RandomScaleSpec:

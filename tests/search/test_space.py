@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from orchestrator_plugins.schedules.stages import StagesSpec
 
 from orchestrator.errors import SpecError
+from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
-from orchestrator.spec.space import draw, inner_boundaries, stages, summary, variant_layer_tokens
-from orchestrator.spec.unsupported import unsupported_keys
+from orchestrator.spec.search_space import draw, inner_boundaries, stages, summary, variant_layer_tokens
 
 TOKENS = {
     "heavy": Fraction(22),

@@ -9,9 +9,9 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.spec.budgets import tokens_by_layer
+from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.components import Grid
 from orchestrator.spec.loader import load_experiment
-from orchestrator.spec.unsupported import unsupported_keys
 
 GRID_OF_TINY = Grid(8, 8)
 AXIS = "matrix: {phases.finetune.schedule: [full, heavy, two]}\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.deepspeed_keys import config_findings
+from orchestrator.spec.checks.deepspeed import config_findings
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.phase import PhaseSpec
 

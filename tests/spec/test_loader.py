@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import resolved_yaml
 from orchestrator.spec.loader import load_experiment
-from orchestrator.spec.unsupported import unsupported_keys
 
 Write = Callable[..., Path]
 EXAMPLE = Path(__file__).with_name("design_example.yaml")

@@ -14,8 +14,8 @@ from orchestrator import registry
 from orchestrator.errors import Fault, SpecError
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loader import load_experiment
-from orchestrator.spec.meanings import _VALUES, hint_for_key, meaning_of
 from orchestrator.spec.phase import LoraSpec, PhaseSpec
+from orchestrator.spec.yaml.key_hints import _VALUES, hint_for_key, meaning_of
 
 KNOWN = tuple(PhaseSpec.model_fields)
 # What LLaVA's own train.py takes beside transformers' arguments, and what its scripts and siblings pass most.

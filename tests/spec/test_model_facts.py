@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.spec.components import Grid
-from orchestrator.spec.model_facts import model_facts
-from orchestrator.spec.model_table import FAMILIES
+from orchestrator.spec.model_facts import FAMILIES, model_facts
 
 CONFIGS: list[dict[str, Any]] = [
     {},

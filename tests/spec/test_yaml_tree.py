@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.yaml_tree import MAX_NODES, read_tree, read_value
+from orchestrator.spec.yaml.parser import MAX_NODES, read_tree, read_value
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 
 if TYPE_CHECKING:
     from orchestrator.plan.cells.cell import Variant
-    from orchestrator.spec.grid import ResolvedCell
+    from orchestrator.spec.grid.cells import ResolvedCell
     from orchestrator.spec.loaded import LoadedExperiment
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import DataSpec, ScheduleSpec
-from orchestrator.spec.phase import PhaseSpec
-from orchestrator.spec.steps import epoch_steps, rows_per_epoch
+from orchestrator.spec.phase import PhaseSpec, epoch_steps, rows_per_epoch
 
 
 def num_rows(data: DataSpec) -> int | None:

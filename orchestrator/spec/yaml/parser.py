@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import Fault, SpecError
-from orchestrator.spec.node import Mark, Node, Path, dotted
+from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32

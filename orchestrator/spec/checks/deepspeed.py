@@ -8,9 +8,9 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import registry
-from orchestrator.spec.node import Path, dotted
-from orchestrator.spec.paths import DEEPSPEED_PRESETS
-from orchestrator.spec.variant_checks import Finding
+from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
+from orchestrator.spec.yaml.node import Path, dotted
+from orchestrator.spec.yaml.validation_errors import Finding
 
 if TYPE_CHECKING:
     from orchestrator.spec.phase import PhaseSpec

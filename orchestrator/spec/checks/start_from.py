@@ -9,17 +9,16 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import Fault, SpecError
-from orchestrator.spec.cell_names import by_axis, by_name, may_be_id, misfit
+from orchestrator.spec.grid.cell_names import by_axis, by_name, may_be_id, misfit
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.node import Path
-from orchestrator.spec.phase import PhaseSpec, PhasesSpec, StartFromSpec
-from orchestrator.spec.variant_checks import Finding
+from orchestrator.spec.phase import PHASES, PhaseSpec, PhasesSpec, StartFromSpec
+from orchestrator.spec.yaml.node import Path
+from orchestrator.spec.yaml.validation_errors import Finding
 
 if TYPE_CHECKING:
-    from orchestrator.spec.grid import ResolvedCell
+    from orchestrator.spec.grid.cells import ResolvedCell
     from orchestrator.spec.loaded import LoadedExperiment
 
-PHASES = ("pretrain", "finetune")
 _LANGUAGE = (
     "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "gated_mlp",

@@ -9,12 +9,11 @@ from pydantic import ValidationError
 
 from orchestrator import registry
 from orchestrator.errors import Fault
-from orchestrator.spec.faults import locate, stray_keys, unknown_name
-from orchestrator.spec.node import Node, Path, dotted
-from orchestrator.spec.shape import NAMED, names_at
-
-FULL, FINAL = "full", "final"
-PHASES = ("pretrain", "finetune")
+from orchestrator.spec.components import FINAL, FULL
+from orchestrator.spec.phase import PHASES
+from orchestrator.spec.yaml.key_paths import NAMED, names_at
+from orchestrator.spec.yaml.node import Node, Path, dotted
+from orchestrator.spec.yaml.validation_errors import locate, stray_keys, unknown_name
 
 
 class References:

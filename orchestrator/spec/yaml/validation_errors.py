@@ -9,10 +9,10 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import Fault, shorten
-from orchestrator.spec.meanings import hint_for_key, value_meaning
-from orchestrator.spec.node import Mark, Node, Path, as_yaml, dotted
-from orchestrator.spec.shape import NAMED, kind_at, names_at, shape_at
-from orchestrator.spec.yaml_tree import kind_of, read_value
+from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
+from orchestrator.spec.yaml.key_paths import NAMED, kind_at, names_at, shape_at
+from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
+from orchestrator.spec.yaml.parser import kind_of, read_value
 
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _SPACED = re.compile(r"[-+]?[0-9]{1,3}( [0-9]{3})+")
@@ -149,6 +149,16 @@ class _Error:
     context: dict[str, Any]
     text: str
     key: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault before its position is known."""
+
+    path: Path
+    message: str
+    allowed: str | None = None
+    hint: str | None = None
 
 
 def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]:

@@ -14,11 +14,10 @@ from typing import Any
 
 from orchestrator.errors import Fault
 from orchestrator.spec.base import Component
-from orchestrator.spec.faults import fault_at
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_table import FAMILIES
-from orchestrator.spec.node import Node
-from orchestrator.spec.variant_checks import Finding
+from orchestrator.spec.model_facts import FAMILIES
+from orchestrator.spec.yaml.node import Node
+from orchestrator.spec.yaml.validation_errors import Finding, fault_at
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
 _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}

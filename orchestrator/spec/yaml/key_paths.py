@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from orchestrator import registry
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.node import Node, Path
+from orchestrator.spec.yaml.node import Node, Path
 
 AXIS_KEYS = ("matrix", "zip", "include", "exclude")
 NAMED = ("data", "compressors", "schedules", "evaluate")

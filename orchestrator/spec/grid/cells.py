@@ -10,13 +10,12 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import Fault
-from orchestrator.spec.axes import SECTIONS, Assignment, Axes, Setting, assignments
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.faults import explain, locate
-from orchestrator.spec.inherit import drop_nulls
-from orchestrator.spec.names import CellNames
-from orchestrator.spec.node import Node, Path, dotted
-from orchestrator.spec.references import References
+from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, assignments
+from orchestrator.spec.grid.cell_names import CellNames
+from orchestrator.spec.yaml.merge import drop_nulls
+from orchestrator.spec.yaml.node import Node, Path, dotted
+from orchestrator.spec.yaml.validation_errors import explain, locate
 
 MAX_FAULTY_CELLS = 20
 
@@ -122,10 +121,14 @@ class GridBuilder:
         axes: Its axes.
         parts: Validates parts; shared with the caller.
         check: Finds faults across the parts of a cell.
+        check_names: Finds names in a cell's tree that do not exist.
     """
 
-    def __init__(self, root: Node, axes: Axes, parts: Parts, check: Check) -> None:
-        self.root, self.axes, self.parts, self.check = root, axes, parts, check
+    def __init__(
+        self, root: Node, axes: Axes, parts: Parts, check: Check, check_names: Callable[[Node], Sequence[Fault]]
+    ) -> None:
+        self.root, self.axes, self.parts = root, axes, parts
+        self.check, self.check_names = check, check_names
         self.faults: list[Fault] = []
         self.notices: list[str] = []
 
@@ -139,10 +142,9 @@ class GridBuilder:
             if new or not seen:
                 representatives.append(cell)
                 seen |= new
-        references = References()
         for cell in representatives:
             self.examine(cell)
-            self.faults.extend(references.check(apply(self.root, cell)))
+            self.faults.extend(self.check_names(apply(self.root, cell)))
         if not self.faults:
             faulty = 0
             for cell in found:

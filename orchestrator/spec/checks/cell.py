@@ -9,17 +9,21 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import Fault
-from orchestrator.spec.deepspeed_keys import file_findings
-from orchestrator.spec.faults import fault_at
+from orchestrator.spec.checks.compression import (
+    check_learning,
+    check_schedule,
+    check_tested_variants,
+    check_variant,
+)
+from orchestrator.spec.checks.deepspeed import file_findings
+from orchestrator.spec.checks.places import check_data, check_implementations, check_model
+from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
-from orchestrator.spec.node import Node, Path
 from orchestrator.spec.phase import LoraSpec, PhaseSpec, PhasesSpec
-from orchestrator.spec.place_checks import check_data, check_implementations, check_model
-from orchestrator.spec.schedule_checks import check_learning, check_schedule, check_tested_variants
-from orchestrator.spec.starts import Starts
-from orchestrator.spec.variant_checks import Finding, check_variant
+from orchestrator.spec.yaml.node import Node, Path
+from orchestrator.spec.yaml.validation_errors import Finding, fault_at
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
 

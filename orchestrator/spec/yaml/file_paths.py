@@ -10,9 +10,9 @@ from pathlib import Path as FilePath
 from orchestrator import registry
 from orchestrator.errors import Fault
 from orchestrator.spec.base import Component
-from orchestrator.spec.meanings import value_meaning
-from orchestrator.spec.node import Node, Path
-from orchestrator.spec.shape import NAMED, shape_at
+from orchestrator.spec.yaml.key_hints import value_meaning
+from orchestrator.spec.yaml.key_paths import NAMED, shape_at
+from orchestrator.spec.yaml.node import Node, Path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

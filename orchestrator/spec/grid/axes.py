@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from math import prod
 
 from orchestrator.errors import Fault
-from orchestrator.spec.faults import locate, unknown_key, unknown_name
-from orchestrator.spec.inherit import drop_nulls
-from orchestrator.spec.node import Mark, Node, Path, dotted
-from orchestrator.spec.paths import absolute_paths
-from orchestrator.spec.shape import UnknownPathError, find_path
+from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
+from orchestrator.spec.yaml.merge import drop_nulls
+from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
+from orchestrator.spec.yaml.validation_errors import locate, unknown_key, unknown_name
 
 MAX_CELLS = 100_000
 SECTIONS = ("seed", "model", "data", "compressors", "schedules", "phases", "evaluate")

@@ -1,0 +1,1 @@
+"""Checks across the keys of an experiment, which no single model can make."""

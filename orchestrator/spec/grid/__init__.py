@@ -1,0 +1,1 @@
+"""The grid of an experiment: its axes, its cells and their names."""
