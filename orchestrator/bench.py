@@ -15,6 +15,7 @@ from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.spec.controls import control_points
+from orchestrator.spec.loaded import Source
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
 
@@ -27,7 +28,7 @@ _CONTROL = "stride at the budget of "
 
 
 def bench_experiment(
-    path: Path,
+    source: Source,
     overrides: Sequence[str] = (),
     *,
     text_tokens: int = 64,
@@ -38,7 +39,7 @@ def bench_experiment(
     """Time the variants of an experiment's first cell and compare them with the cost formula.
 
     Args:
-        path: The experiment file.
+        source: The experiment: its file, a mapping, or a loaded one.
         overrides: `--set` settings.
         text_tokens: Text tokens of a sample, all labelled; beside them one image.
         rows: Samples of the micro-batch; None takes the phase's.
@@ -52,9 +53,9 @@ def bench_experiment(
         UsageError: the experiment has no phase, or its model's images are of no fixed size.
         StorageError: the document cannot be written.
     """
-    walk = prepare(path, overrides)
+    walk = prepare(source, overrides)
     cell = walk.cells[0]
-    recipe, facts = _what(path, cell)
+    recipe, facts = _what(walk.loaded.path, cell)
     from orchestrator.training.bench import Arm, measure
 
     arms = _arms(cell, facts)

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +18,9 @@ from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
-from orchestrator.report.table import Table, ablation_table
+from orchestrator.report.table import Table, table_of
 from orchestrator.spec.checks.unsupported import unsupported_keys
+from orchestrator.spec.loaded import Source
 from orchestrator.tracking.recorder import Recorder
 
 _SEND_SECONDS = 20.0
@@ -56,22 +56,8 @@ class RunOutcome:
         return 1 if self.failed or self.waiting else 0
 
 
-def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
-    """Return one table over one or several experiments; a cell found in two of them is shown once."""
-    cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
-    report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
-    return ablation_table(
-        [walk.record(cell) for walk, cell in cells.values()],
-        {identity: cell.axes for identity, (_, cell) in cells.items()},
-        mean_over=report.mean_over if search is None else (*report.mean_over, "seed"),
-        baseline=report.baseline,
-        all_metrics=all_metrics,
-        shown_axes=() if search is None else tuple(search.space),
-    )
-
-
 def run_experiment(
-    path: str | Path,
+    source: Source,
     overrides: Sequence[str] = (),
     *,
     local: bool = False,
@@ -84,7 +70,7 @@ def run_experiment(
     """Run what is missing of an experiment, records it, and return its table.
 
     Args:
-        path: The experiment file.
+        source: The experiment: its file, a mapping, or a loaded one.
         overrides: `a.b=c` settings over the file's.
         local: In this process, without Ray, for a debugger.
         retry_failed: Takes up what failed in an earlier run.
@@ -99,12 +85,12 @@ def run_experiment(
         Interrupted: a signal stopped it; finished work stays.
     """
     console, began = console or Console(), time.monotonic()
-    walk = _smoke_walk(path, overrides, console) if smoke else prepare(path, overrides)
+    walk = _smoke_walk(source, overrides, console) if smoke else prepare(source, overrides)
     if faults := unsupported_keys(walk.loaded):
         raise SpecError(faults)
     work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
     if check_data(work, lambda text: console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)):
-        walk = _smoke_walk(path, overrides, console) if smoke else prepare(path, overrides)
+        walk = _smoke_walk(source, overrides, console) if smoke else prepare(source, overrides)
         work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
     record_experiment(walk)
     run = _Run(walk, work, console, retry_failed)
@@ -129,10 +115,10 @@ def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
     return RunOutcome(walk, table_of([walk]), len(run.done), failed, waiting, unsent, problem, notes, tried)
 
 
-def _smoke_walk(path: str | Path, overrides: Sequence[str], console: Console) -> ExperimentPlan:
+def _smoke_walk(source: Source, overrides: Sequence[str], console: Console) -> ExperimentPlan:
     from orchestrator.smoke import prepare_smoke
 
-    walk, notes = prepare_smoke(path, overrides)
+    walk, notes = prepare_smoke(source, overrides)
     text = "trial run, small model, few steps, 64 rows: it shows whether everything works; its numbers mean nothing"
     console.print("\n".join([text, *(f"    {note}" for note in notes)]), highlight=False, markup=False)
     return walk

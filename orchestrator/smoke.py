@@ -17,14 +17,14 @@ from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.smoke_spec import Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.spec.loaded import resolved_yaml
+from orchestrator.spec.loaded import Source, resolved_yaml
 from orchestrator.spec.loader import load_experiment
 
 MARK = "smoke.yaml"
 
 
-def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ExperimentPlan, list[str]]:
-    """Load an experiment, make it small and plans it.
+def prepare_smoke(source: Source, overrides: Sequence[str] = ()) -> tuple[ExperimentPlan, list[str]]:
+    """Load an experiment, make it small and plan it.
 
     Returns:
         The walk, and what the user should know of it.
@@ -34,7 +34,7 @@ def prepare_smoke(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Expe
         UsageError: it is a search; a model has no config or processor at hand; `smoke` in the storage is not ours.
         DataError: a data file cannot be read.
     """
-    loaded = load_experiment(path, overrides)
+    loaded = load_experiment(source, overrides)
     if loaded.spec.search is not None:
         raise UsageError("--smoke tries the cells of a grid; take `search` out: --set search=null")
     storage, local = _fresh(storage_path(loaded))

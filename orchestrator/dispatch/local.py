@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,7 +163,9 @@ def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        # DeepSpeed keeps groups made within this one; its own call forgets them, else the next run would use them.
+        comm = sys.modules.get("deepspeed.comm")
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
         torch.set_num_threads(threads_before)
         for name, value in before.items():
             if value is None:

@@ -24,7 +24,7 @@ from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
 from orchestrator.spec.grid.cell_names import misfit
-from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.loader import load_experiment
 
 
@@ -161,13 +161,13 @@ def collector_paused() -> Iterator[None]:
 
 
 @collector_paused()
-def prepare(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentPlan:
-    """Load, expands and plans an experiment.
+def prepare(source: Source, overrides: Sequence[str] = ()) -> ExperimentPlan:
+    """Load, expand and plan an experiment.
 
     Raises:
-        SpecError: the file has faults.
+        SpecError: the file has errors.
     """
-    loaded = load_experiment(Path(path), overrides)
+    loaded = load_experiment(source, overrides)
     ledger = Ledger(storage_path(loaded))
     share_caches(ledger.storage / "cache")
     if loaded.spec.search is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.errors import shorten
 from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.report.units import Operations
 from orchestrator.spec.yaml.node import as_yaml
 
@@ -91,6 +92,20 @@ def ablation_table(
     if baseline:
         rows = tuple(_against(row, rows, baseline) for row in rows)
     return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)), tuple(shown_axes))
+
+
+def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
+    """Return one table over one or several experiments; a cell found in two of them is shown once."""
+    cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
+    report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
+    return ablation_table(
+        [walk.record(cell) for walk, cell in cells.values()],
+        {identity: cell.axes for identity, (_, cell) in cells.items()},
+        mean_over=report.mean_over if search is None else (*report.mean_over, "seed"),
+        baseline=report.baseline,
+        all_metrics=all_metrics,
+        shown_axes=() if search is None else tuple(search.space),
+    )
 
 
 def _row(

@@ -20,15 +20,17 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.recording import open_recorder, put_record, record_cells
 from orchestrator.report.live import LiveView
-from orchestrator.run import RunOutcome, check_data, relative_cost, table_of
+from orchestrator.report.table import table_of
+from orchestrator.run import RunOutcome, check_data, relative_cost
 from orchestrator.search.feed import SearchFeed, standing
 from orchestrator.spec.checks.unsupported import unsupported_keys
+from orchestrator.spec.loaded import Source
 from orchestrator.spec.search_space import summary, trial_name
 from orchestrator.tracking.recorder import Recorder
 
 
 def search_experiment(
-    path: str | Path,
+    source: Source,
     overrides: Sequence[str] = (),
     *,
     retry_failed: bool = False,
@@ -39,7 +41,7 @@ def search_experiment(
     """Propose and runs trials until there are `num_trials`, mark the front, and return the table.
 
     Args:
-        path: The experiment file, with a `search`.
+        source: The experiment, with a `search`: its file, a mapping, or a loaded one.
         overrides: `a.b=c` settings over the file's.
         retry_failed: Takes up trials that failed in an earlier run.
         fail_fast: Stops at the first failure.
@@ -53,10 +55,10 @@ def search_experiment(
         Interrupted: a signal stopped it; finished work stays.
     """
     console, began = console or Console(), time.monotonic()
-    walk = prepare(path, overrides)
+    walk = prepare(source, overrides)
     search = walk.loaded.spec.search
     if search is None:
-        raise UsageError(f"{path}: there is no `search` in it; `llavolta run {path}` runs a grid")
+        raise UsageError(f"{walk.loaded.path}: there is no `search` in it; `llavolta run` runs a grid")
     if faults := unsupported_keys(walk.loaded, searching=True):
         raise SpecError(faults)
     identity = search_id(walk.loaded)

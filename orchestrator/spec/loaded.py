@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -19,7 +20,7 @@ class LoadedExperiment:
     """A valid experiment file.
 
     Attributes:
-        path: The file.
+        path: The file; `<mapping>` where it was no file.
         spec: The base, axes not applied (the first cell's where the base is complete only with an axis).
         tree: The resolved tree: `extends` merged, aliases renamed, paths absolute, nulls taken out.
         sources: Dotted path of every value to `file:line`, `--set` or `default`.
@@ -37,6 +38,10 @@ class LoadedExperiment:
     cells: tuple[ResolvedCell, ...]
     starts: dict[str, LoadedExperiment] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+
+
+Source: TypeAlias = "str | Path | Mapping[str, Any] | LoadedExperiment"
+"""What an experiment is loaded from: a file, a mapping of the same form, or one that is loaded already."""
 
 
 def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import AxisReader
 from orchestrator.spec.grid.cells import GridBuilder, Parts, apply
-from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.merge import (
     Inheritance,
@@ -29,9 +29,11 @@ from orchestrator.spec.yaml.merge import (
     load_plugins,
     read_overrides,
 )
-from orchestrator.spec.yaml.node import Node, dotted
+from orchestrator.spec.yaml.node import Mark, Node, dotted
 from orchestrator.spec.yaml.validation_errors import explain, is_unknown_kind
 
+MAPPING = "<mapping>"
+"""Stands for the file's name where a mapping is loaded; its folder is the current one."""
 MAX_FAULTS = 200
 _SECRETS = (
     "everything here is copied into the storage, MLflow and logs; take it out, and give it in the environment "
@@ -43,22 +45,52 @@ _TRACKING_SECRETS = (
 )
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> LoadedExperiment:
-    """Read, merges and validate an experiment file and expand its grid.
+def load_experiment(source: Source, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """Read, merge and validate an experiment and expand its grid.
 
     Args:
-        path: The YAML file.
+        source: The YAML file; or a mapping of the same form, whose relative paths start in the current folder; or an
+            experiment that is loaded already, which is returned as it is.
         overrides: `a.b=c` settings of `--set`, values in YAML.
 
     Raises:
-        SpecError: all faults of the file, of those it extends, of those it starts from, and of the overrides.
+        SpecError: all errors of the file, of those it extends, of those it starts from, and of the overrides.
     """
-    return _load(Path(path), Starts(lambda file, inside: _load(file, inside)), overrides)
+    if isinstance(source, LoadedExperiment):
+        assert not overrides, "overrides are applied when an experiment is loaded"
+        return source
+    starts, given = Starts(lambda file, inside: _load(file, inside)), None
+    if isinstance(source, Mapping):
+        faults: list[Fault] = []
+        given = _given(source, (), faults)
+        _stop_at(faults)
+    return _load(Path(MAPPING if isinstance(source, Mapping) else source), starts, overrides, given)
 
 
-def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedExperiment:
+def _given(value: Any, path: tuple[str | int, ...], faults: list[Fault]) -> Node:
+    """Return a mapping as the tree of nodes that a file would give."""
+    mark = Mark(MAPPING)
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        faults += [Fault(f"the key {key!r} is no text", MAPPING, path=dotted(path)) for key in wrong]
+        entries = {key: _given(item, (*path, key), faults) for key, item in value.items() if isinstance(key, str)}
+        return Node(entries, mark, keys=dict.fromkeys(entries, mark))
+    if isinstance(value, list | tuple):
+        return Node([_given(item, (*path, index), faults) for index, item in enumerate(value)], mark)
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str | int | float | None):
+        allowed = "text, numbers, true, false, None, lists and mappings of these, and paths"
+        faults.append(
+            Fault(f"a value of type {type(value).__name__} cannot stand in an experiment", MAPPING, path=dotted(path),
+                  value=repr(value), allowed=allowed)
+        )  # fmt: skip
+    return Node(value, mark)
+
+
+def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node | None = None) -> LoadedExperiment:
     starts = around.inside(path)
-    root, faults, notices = _read(path, read_overrides(overrides))
+    root, faults, notices = _read(path, read_overrides(overrides), given)
     faults += _secrets(root)
     faults += [fault for key in root.value for fault in _absolute(root, key)]
     root = _absolute_tree(root)
@@ -90,8 +122,8 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = ()) -> LoadedEx
     return LoadedExperiment(path, spec, root.plain(), sources, told, cells, others, tuple(overrides))
 
 
-def _read(path: Path, overrides: Sequence[Override]) -> tuple[Node, list[Fault], list[str]]:
-    files = Inheritance()
+def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[Fault], list[str]]:
+    files = Inheritance({} if given is None else {str(path): given})
     raw = files.read(path)
     if raw is None:
         raise SpecError(_unique(files.faults))
@@ -163,7 +195,8 @@ def _stop_at(faults: Sequence[Fault]) -> None:
 def _sources(root: Node, spec: ExperimentSpec) -> dict[str, str]:
     sources = {}
     for path, node in root.leaves():
-        sources[dotted(path)] = "--set" if node.mark.file is None else f"{node.mark.file}:{node.mark.line}"
+        file, line, _ = node.mark
+        sources[dotted(path)] = "--set" if file is None else file if line is None else f"{file}:{line}"
     for name in _default_paths(spec.model_dump(mode="json"), root, ()):
         sources.setdefault(name, "default")
     return sources

@@ -62,8 +62,7 @@ def table(
     """Print the ablation table of one or several experiments."""
     from orchestrator.plan.experiment_plan import prepare
     from orchestrator.report.ending import print_table
-    from orchestrator.report.table import render
-    from orchestrator.run import table_of
+    from orchestrator.report.table import render, table_of
 
     walks = [prepare(spec, set_ or ()) for spec in specs]
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -203,8 +203,13 @@ _KEEPS_NULL = ("deepspeed",)
 
 @dataclass
 class Inheritance:
-    """Reads an experiment file with all it extends; files are read and merged once however often they are named."""
+    """Reads an experiment file with all it extends; files are read and merged once however often they are named.
 
+    Args:
+        given: Trees that stand for files of these names.
+    """
+
+    given: Mapping[str, Node] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     renaming: Renaming = field(default_factory=Renaming)
     _files: dict[str, Node | None] = field(default_factory=dict)
@@ -239,7 +244,7 @@ class Inheritance:
             assert asked is not None
             self.faults.append(asked.fault(f"extends goes deeper than {MAX_CHAIN} files", ("extends",)))
             return
-        self._files[name] = self._read_file(name, asked)
+        self._files[name] = self.given.get(name) or self._read_file(name, asked)
         self._below[name] = []
         for below, node in self._extends(name):
             self._read(below, node, (*chain, name))
