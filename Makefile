@@ -23,7 +23,7 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 	pytest pytest-timeout hypothesis jsonschema tomli
 LIGHT_TESTS = tests/spec tests/plan tests/search tests/plugins --ignore tests/plugins/test_example_plugin.py
 
-.PHONY: help install quickstart test test-all test-python check format format-check lint types imports lock clean
+.PHONY: help install quickstart test test-all test-python check format format-check lint types imports docs lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -88,6 +88,9 @@ types: $(STAMP)
 imports: $(STAMP)
 	@'$(BIN)/lint-imports'
 
+docs: $(STAMP)  ## the docs site in site/, complete links only
+	@NO_MKDOCS_2_WARNING=1 '$(BIN)/python' -m mkdocs build --strict --quiet
+
 lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known versions stay)
 	@'$(BIN)/python' -m pip install --quiet uv
 	@head -n 1 constraints.txt > constraints.new
@@ -97,5 +100,5 @@ lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environment and caches; finished runs in runs/ stay
-	@rm -rf .venv .venv-3.* build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-3.* build site ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find orchestrator plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

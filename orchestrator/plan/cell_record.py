@@ -36,7 +36,7 @@ class CellRecord:
         params: The axes and the headline recipe.
         tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention, notices (rows left out, and which).
         history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
-        summary: Metrics written once at the end (DESIGN section 7).
+        summary: Metrics written once at the end (docs/reference/metrics.md).
         last_step: Step they are written at: the last of the cell's way, trained or not.
         artifacts: File name to text, bytes or a file to copy.
     """

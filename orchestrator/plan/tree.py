@@ -1,4 +1,4 @@
-"""The stage tree: all cells' stage runs, equal beginnings merged, and what of it is still to do (DESIGN section 6)."""
+"""The stage tree: all cells' stage runs, equal beginnings merged, what is to do (docs/concepts/stage-tree.md)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _SEEN = ("new", "done")
 
 
 def print_plan(document: dict[str, Any], console: Console) -> None:
-    """Print a plan document (DESIGN section 4)."""
+    """Print a plan document (docs/reference/json.md)."""
     cells = document["cells"]
     console.print(Text(document["experiment"], style="bold"))
     unit = Operations.of(cell["cost"].get("train_tflops") for cell in cells)

@@ -56,7 +56,7 @@ class Spec(BaseModel):
     """A part of an experiment file: frozen, unknown keys refused.
 
     `aliases` maps other frameworks' names to the canonical ones; the loader renames them and says so.
-    `not_identity` names fields that never change what a cell is (DESIGN section 3, Identity).
+    `not_identity` names fields that never change what a cell is (docs/concepts/identity.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)

@@ -23,7 +23,7 @@ Axis = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
 class ExperimentSpec(Spec):
-    """One experiment file; DESIGN section 3 explains every key.
+    """One experiment file; the reference in docs/ explains every key.
 
     `compressors` maps a variant's name to its points along the depth (one or several).
     """

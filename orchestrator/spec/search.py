@@ -73,7 +73,7 @@ SpaceEntry = Annotated[
 
 
 class SearchSpec(Spec):
-    """A schedule search (DESIGN section 8)."""
+    """A schedule search (docs/concepts/search.md)."""
 
     aliases: ClassVar[dict[str, str]] = {"num_samples": "num_trials", "n_trials": "num_trials"}
 

@@ -99,8 +99,8 @@ def run_step(
     """Run one optimizer step; every rank calls it with its own micro-batches.
 
     The loss is the sum over all label tokens of the global batch divided by their number, counted across ranks and
-    micro-batches (DESIGN section 5). DeepSpeed averages gradients over ranks, so each rank's share is multiplied by
-    their number; it is not divided by the accumulation.
+    micro-batches (docs/concepts/exact.md). DeepSpeed averages gradients over ranks, so each rank's share is multiplied
+    by their number; it is not divided by the accumulation.
     """
     start = time.perf_counter()
     engine = session.engine

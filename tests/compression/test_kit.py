@@ -1,4 +1,4 @@
-"""Every compressor on every model family, proven by the contract kit; the README's table says the same."""
+"""Every compressor on every model family, proven by the contract kit; docs/reference/models.md says the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.compression.testing.table import (
 )
 from orchestrator.errors import UsageError
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+MODELS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
 METHODS = built_in_methods()
 # In `make test`: every method on these families (one grid; M-RoPE and video; masks of blocks and windows), and every
 # family with a pooling, a choosing and a learned method.
@@ -43,11 +43,11 @@ CELLS = [
 def test_cell(method, family):
     result = run_cell(method, family)
     assert not result.startswith("failed"), result
-    assert (result == "proven") == read_marks(README.read_text())[method][family], result
+    assert (result == "proven") == read_marks(MODELS.read_text())[method][family], result
 
 
-def test_the_readme_lists_the_registered_methods_and_families():
-    marks = read_marks(README.read_text())
+def test_the_docs_list_the_registered_methods_and_families():
+    marks = read_marks(MODELS.read_text())
     assert sorted(marks) == sorted(METHODS)
     assert all(list(row) == list(TINY) for row in marks.values())
 

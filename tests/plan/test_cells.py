@@ -1,4 +1,4 @@
-"""What a cell is: every field of every spec either changes its id or does not, as DESIGN section 3 says."""
+"""What a cell is: every field of every spec either changes its id or does not, as docs/concepts/identity.md says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's document and the cells' records: DESIGN's keys and names, from the tree and the ledger alone."""
+"""The plan's document and the cells' records: the documented keys and names, from the tree and the ledger alone."""
 
 from __future__ import annotations
 

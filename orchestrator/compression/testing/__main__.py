@@ -1,4 +1,4 @@
-"""`python -m orchestrator.compression.testing KIND...` proves compressors; `--table README.md` renews the table."""
+"""`python -m orchestrator.compression.testing KIND...` proves compressors; `--table FILE` renews the table."""
 
 from __future__ import annotations
 

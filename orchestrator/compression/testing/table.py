@@ -1,4 +1,4 @@
-"""The README's table of methods and model families, made by the contract kit and checked against it."""
+"""The documented table of methods and model families, made by the contract kit and checked against it."""
 
 from __future__ import annotations
 

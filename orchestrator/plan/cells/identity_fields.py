@@ -1,4 +1,4 @@
-"""What of a spec a cell reaches, as plain values to hash: model, data, points, recipe (DESIGN section 3, Identity)."""
+"""What of a spec a cell reaches, as plain values to hash: model, data, points, recipe (docs/concepts/identity.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan as one document: cells, stage runs, what each costs, what is done, why the rest runs (DESIGN section 4)."""
+"""The plan as one document: cells, stage runs, costs, what is done, why the rest runs (docs/reference/json.md)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def plan_document(
         text_tokens: Text tokens a sample for the cost figures; None takes the data's measured means.
 
     Returns:
-        `experiment`, `cells`, `stage_runs`, `totals` as DESIGN section 4 fixes them, `variants` and `notices`. Costs
+        `experiment`, `cells`, `stage_runs`, `totals` as in docs/reference/json.md, `variants` and `notices`. Costs
         are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
         from and whose stage run it is; None for the cells' own.
     """

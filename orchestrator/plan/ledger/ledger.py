@@ -1,4 +1,4 @@
-"""The ledger: finished work, addressed by identity; it alone decides what is done (DESIGN section 6)."""
+"""The ledger: finished work, addressed by identity; it alone decides what is done (docs/concepts/ledger.md)."""
 
 from __future__ import annotations
 

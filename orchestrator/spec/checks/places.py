@@ -21,7 +21,7 @@ from orchestrator.spec.yaml.validation_errors import Finding, fault_at
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
 _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
-# What calls an implementation, and by which methods; each family's face is in DESIGN section 9.
+# What calls an implementation, and by which methods; docs/tutorials/ has one of each.
 _METHODS = {"data": ("rows",), "evaluate": ("run",)}
 
 
