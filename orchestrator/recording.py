@@ -16,10 +16,9 @@ from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.status import living_holders
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
-from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
-from orchestrator.tracking.lacking import abandoned, has_record
-from orchestrator.tracking.recorder import Recorder
-from orchestrator.tracking.seen import quick_look
+from orchestrator.tracking.mlflow_state import abandoned, has_record, quick_look
+from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
+from orchestrator.tracking.upload_queue import Recorder
 
 
 def open_recorder(walk: ExperimentPlan, console: Console) -> Recorder:

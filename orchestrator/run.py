@@ -21,7 +21,7 @@ from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
-from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.upload_queue import Recorder
 
 _SEND_SECONDS = 20.0
 

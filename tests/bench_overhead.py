@@ -57,9 +57,8 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     from orchestrator.spec.model import ModelSpec
     from orchestrator.spec.phase import PhaseSpec
     from orchestrator.training.batches import BatchFeed
-    from orchestrator.training.data import training_data
     from orchestrator.training.deepspeed_config import deepspeed_config
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.step import rate_factor
 
     torch.set_num_threads(threads)
@@ -74,7 +73,7 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     model.train()
     config = deepspeed_config(recipe, "float32", size, 1, 1, on_gpu=False)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-    data = training_data(job, TrainingMemory())
+    data = TrainingMemory().data(job)
     feed = BatchFeed(
         lambda step: data.batch_indices(job.seed, step, size, recipe.group_by_modality_length),
         data.collate, lambda _: size, 0, 1, job.last_step,

@@ -39,8 +39,8 @@ RANK = """
 import json, resource, sys, time
 import torch, transformers, pyarrow
 from pathlib import Path
-from orchestrator.data.load import load_processor
-from orchestrator.data.pipeline import build_train_data
+from orchestrator.data.processing.processor import load_processor
+from orchestrator.data.train_data import build_train_data
 from orchestrator.plan.identity import share_caches
 from orchestrator.spec.model import ModelSpec
 job = json.loads(Path(sys.argv[1]).read_text())
@@ -58,7 +58,7 @@ print(json.dumps({"rank_wall_s": round(time.monotonic() - wall, 2), "rank_cpu_s"
 TRY = """
 import json, sys, time
 from pathlib import Path
-from orchestrator.data.row_trial import TrialOf, try_rows
+from orchestrator.data.check import TrialOf, try_rows
 from orchestrator.plan.identity import share_caches
 from orchestrator.spec.model import ModelSpec
 from orchestrator_plugins.data.llava_json import LlavaJsonSpec

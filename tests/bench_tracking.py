@@ -18,10 +18,9 @@ from pathlib import Path
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
-from orchestrator.tracking.cell_tracker import CellTracker
-from orchestrator.tracking.lacking import has_record
-from orchestrator.tracking.recorder import Recorder
-from orchestrator.tracking.seen import quick_look
+from orchestrator.tracking.mlflow_state import has_record, quick_look
+from orchestrator.tracking.mlflow_tracker import CellTracker
+from orchestrator.tracking.upload_queue import Recorder
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")
 

@@ -13,7 +13,7 @@ from orchestrator.errors import StorageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.ledger.experiments import recorded_experiments
 from orchestrator.run import _Run
-from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.upload_queue import Recorder
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:

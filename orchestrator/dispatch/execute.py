@@ -27,17 +27,17 @@ def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
     Raises:
         StorageError: the storage cannot be read or written.
     """
-    from orchestrator.training import group
+    from orchestrator.training import distributed
     from orchestrator.training.rehearsal import note_key, rehearse_training
 
-    if job.only_on_gpu and group.device().type != "cuda":
+    if job.only_on_gpu and distributed.device().type != "cuda":
         return
     keys = (*job.keys, *job.evaluation_keys)
 
     def open_keys() -> set[str]:
         return {key for key in keys if (_note(ledger, note_key(key)) or {"error": ""})["error"] is not None}
 
-    wanted = group.decide(open_keys)
+    wanted = distributed.decide(open_keys)
     if not wanted:
         return
     try:
@@ -54,7 +54,7 @@ def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
         if not any(found.values()):
             ledger.end_work(job.id)  # where something does not work, the log stays
 
-    group.decide(write)
+    distributed.decide(write)
 
 
 def check_rehearsed(job: StageJob, ledger: Ledger) -> None:
@@ -63,7 +63,7 @@ def check_rehearsed(job: StageJob, ledger: Ledger) -> None:
     Raises:
         StageRunError: its rehearsals found for each of its cells something that cannot be done.
     """
-    from orchestrator.training import group
+    from orchestrator.training import distributed
     from orchestrator.training.rehearsal import note_key
 
     def check() -> None:
@@ -75,7 +75,7 @@ def check_rehearsed(job: StageJob, ledger: Ledger) -> None:
             raise StageRunError(str(met[0]))
 
     if job.rehearsed is not None:
-        group.decide(check)
+        distributed.decide(check)
 
 
 def _note(ledger: Ledger, name: str) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def _note(ledger: Ledger, name: str) -> dict[str, Any] | None:
 def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: Any) -> str | None:
     """Return why an evaluation cannot be done; None where it can."""
     from orchestrator.dispatch.execute import usable_model
-    from orchestrator.evaluation.rehearsal import answer_one
+    from orchestrator.evaluation.evaluate import answer_one
 
     model = None if training.session is None else training.session.engine.module
     model = usable_model(model, training, test.points)
@@ -145,13 +145,13 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
 
 
 def _write_root(job: RootJob, ledger: Ledger) -> None:
-    from orchestrator.models.initial import write_initial_weights
+    from orchestrator.models.initial_weights import write_initial_weights
 
     _write_weights(job, ledger, lambda folder: write_initial_weights(job, folder))
 
 
 def _write_start(job: StartJob, ledger: Ledger) -> None:
-    from orchestrator.models.start import write_start_weights
+    from orchestrator.models.initial_weights import write_start_weights
 
     def write(folder: Path) -> None:
         base, source = (
@@ -165,7 +165,7 @@ def _write_start(job: StartJob, ledger: Ledger) -> None:
 
 def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Path], None]) -> None:
     """Return one rank writes a state that is weights alone."""
-    from orchestrator.training.group import decide
+    from orchestrator.training.distributed import decide
 
     def commit() -> None:
         if ledger.is_done(job.id) and ledger.has(job.id, "weights"):
@@ -180,7 +180,7 @@ def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Pat
 
 
 def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.stage_run import train_stage
 
     outcome = train_stage(job, ledger, _training_memory(memory), should_stop)
     return "finished" if outcome == "done" else "interrupted"
@@ -209,7 +209,7 @@ def usable_model(model: Any | None, training: Any, points: tuple[dict[str, Any],
 
 
 def _training_memory(memory: dict[str, Any]) -> Any:
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
 
     return memory.setdefault("training", TrainingMemory())
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from orchestrator import registry
-from orchestrator.data.encode import Encoder
-from orchestrator.data.load import load_processor
-from orchestrator.data.pipeline import data_spec, template_of
-from orchestrator.data.row_index import open_rows
+from orchestrator.data.processing.encode import Encoder
+from orchestrator.data.processing.processor import load_processor
+from orchestrator.data.records.row_index import num_words, open_rows
+from orchestrator.data.train_data import data_spec, template_of
 from orchestrator.errors import DataError
 from orchestrator.evaluation.generate import evaluation_mode
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
@@ -23,6 +23,31 @@ from orchestrator.spec.model import ModelSpec
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+def answer_one(job: EvaluationJob, ledger: ResultStore, state: str, model: PreTrainedModel | None = None) -> None:
+    """Run an evaluation on one row; every rank calls it.
+
+    Args:
+        job: The evaluation; the state it names need not exist.
+        ledger: Holds the weights.
+        state: Whose weights are tested; on this node already.
+        model: The model under training, if it can be used. Without it a point that learns is passed over: nobody has
+            its weights yet.
+
+    Raises:
+        LlavoltaError: the evaluation cannot be run.
+    """
+    learns = any(registry.spec_class(registry.COMPRESSORS, point["kind"]).learns for point in job.points)
+    if model is None and learns:
+        return
+    data = evaluation_data(job)
+    weights = ledger.state_folder(state) / WEIGHTS_FILE
+    longest = data.rows[int(num_words(data.rows).argmax())]
+    workers = Workers.here()
+    model = load_model(job, weights, workers.device) if model is None else model
+    run_under(job, model, replace(data, rows=[longest]), workers, weights)
+
 
 WEIGHTS_FILE = "weights/model.safetensors"
 
@@ -126,7 +151,7 @@ def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
     did not.
     """
     from orchestrator.compression import attachment_of
-    from orchestrator.models.learned import learned_modules
+    from orchestrator.models.compressor_weights import learned_modules
 
     if attachment_of(model) is None:
         return False
@@ -141,7 +166,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
     """Return the model under these points; afterwards under those it had, so that a training session can go on."""
     from orchestrator.compression import attach, attachment_of
     from orchestrator.models.build import cast_parameters
-    from orchestrator.models.learned import learned_modules, load_learned
+    from orchestrator.models.compressor_weights import learned_modules, load_learned
 
     attachment = attachment_of(model)
     if attachment is None:

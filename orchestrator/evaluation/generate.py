@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.compression import attachment_of
-from orchestrator.data.collate import collate
+from orchestrator.data.processing.encode import collate
 from orchestrator.data.rows import Row
 from orchestrator.evaluation.protocol import EvaluationData
 

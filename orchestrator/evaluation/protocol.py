@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from orchestrator.data.encode import Encoder
-from orchestrator.data.processor import VisionTextProcessor
+from orchestrator.data.processing.encode import Encoder
+from orchestrator.data.processing.processor import VisionTextProcessor
 from orchestrator.data.rows import Row
 from orchestrator.spec.components import EvaluationSpec
 

@@ -26,7 +26,7 @@ from orchestrator.search.feed import SearchFeed, standing
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.search_space import summary, trial_name
-from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking.upload_queue import Recorder
 
 
 def search_experiment(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.data.encode import IGNORED_LABEL
+from orchestrator.data.processing.encode import IGNORED_LABEL
 from orchestrator.errors import UsageError
 
 
@@ -44,6 +44,16 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
             f"{steps} micro-batches each; raise it, or use fewer workers"
         )
     return steps
+
+
+def even_size(global_batch_size: int, world_size: int, most: float) -> int:
+    """Return the smallest size with the fewest accumulation steps that sizes up to `most` allow.
+
+    At least what one worker needs so that each has a sample in every accumulation step.
+    """
+    least_steps = -(-global_batch_size // (max(1, int(most)) * world_size))
+    steps = max(1, min(least_steps, global_batch_size // world_size))
+    return -(-global_batch_size // (steps * world_size))
 
 
 def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression import attach
-from orchestrator.data.encode import IGNORED_LABEL
+from orchestrator.data.processing.encode import IGNORED_LABEL
 from orchestrator.errors import UsageError
 from orchestrator.models.build import compute_dtype, model_from_config
 from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
-from orchestrator.training.figures import reset_peak_memory, resident_peak_bytes
+from orchestrator.training.metrics_log import reset_peak_memory, resident_peak_bytes
 
 MIN_REPEATS = 7
 

@@ -22,14 +22,14 @@ from torch import nn
 
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import save_weights, weight_tensors
-from orchestrator.models.learned import named_in_file
+from orchestrator.models.compressor_weights import named_in_file
 from orchestrator.models.lora import has_lora, merged_weights, plain_name
-from orchestrator.models.torch_files import refusal
+from orchestrator.models.weight_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.files import storage_error, storage_errors
-from orchestrator.training import group
+from orchestrator.training import distributed
 from orchestrator.training.deepspeed_config import zero_stage
-from orchestrator.training.memory import Session
+from orchestrator.training.engine import Session
 
 
 def convert(folder: Path, tag: str, target: Path) -> None:
@@ -151,7 +151,7 @@ def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_fi
 
 
 def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
-    if group.rank() == 0:
+    if distributed.rank() == 0:
         # A copy: a gathered parameter's memory is given back, and training goes on in the others.
         found[name] = tensor.detach().to("cpu", dtype, copy=True)
 
@@ -185,7 +185,7 @@ def write_weights(session: Session, path: Path, exact_file: Path | None) -> None
         plain = merged_weights(model, tensors) if has_lora(model) else tensors
         save_weights(plain | learned, path)
 
-    group.decide(write)
+    distributed.decide(write)
 
 
 CURSOR_FILE = "cursor.json"
@@ -205,8 +205,8 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    group.decide(lambda: _empty(folder))
-    group.on_each_node(lambda: _make(folder))
+    distributed.decide(lambda: _empty(folder))
+    distributed.on_each_node(lambda: _make(folder))
     # The key DeepSpeed's universal format looks for, so that another world size can open this checkpoint.
     setattr(session.engine.module, UNIVERSAL_CHECKPOINT_INFO, {"universal_checkpoint_version": 0.2})
     try:
@@ -219,7 +219,7 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
         session.learned.save(folder)
         facts = {
-            "world_size": group.world_size(),
+            "world_size": distributed.world_size(),
             "learned": session.learned.names(),
             "phase_start": session.phase_start,
         }
@@ -227,7 +227,7 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
         with storage_errors(folder):
             (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
 
-    group.decide(finish)
+    distributed.decide(finish)
 
 
 def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, scratch: Path) -> int:
@@ -254,12 +254,12 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
         _check_classes(folder)
         return cursor
 
-    cursor = group.decide(check)
+    cursor = distributed.decide(check)
     source = folder
     if other_workers(cursor):
         # Nodes may share a disk or not: each converts for its own ranks.
-        source = scratch / f"universal_{group.node_rank()}"
-        group.on_each_node(lambda: convert(folder, _TAG, source))
+        source = scratch / f"universal_{distributed.node_rank()}"
+        distributed.on_each_node(lambda: convert(folder, _TAG, source))
     session.learned.load(folder, cursor.get("learned", []))
     mending = mended_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
@@ -270,7 +270,7 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     if path is None:
         raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
     if source != folder:
-        group.on_each_node(lambda: shutil.rmtree(source, ignore_errors=True))
+        distributed.on_each_node(lambda: shutil.rmtree(source, ignore_errors=True))
     session.phase_start = cursor.get("phase_start")
     return int(cursor["step"])
 
@@ -290,7 +290,7 @@ def read_cursor(folder: Path) -> dict[str, Any]:
 
 def other_workers(cursor: dict[str, Any]) -> bool:
     """Return whether a checkpoint's parts are those of another number of workers; without ZeRO there is one part."""
-    return bool(cursor.get("world_size") != group.world_size() and cursor.get("zero_stage"))
+    return bool(cursor.get("world_size") != distributed.world_size() and cursor.get("zero_stage"))
 
 
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:

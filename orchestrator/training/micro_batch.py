@@ -19,16 +19,58 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.data.pipeline import TrainData
+from orchestrator.data.train_data import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.jobs import Action, StageJob, action_digest
 from orchestrator.plan.ledger.files import read_json, write_json
 from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.training import group, logs
-from orchestrator.training.batches import accumulation_steps
+from orchestrator.training import distributed
+from orchestrator.training.batches import MicroBatch, accumulation_steps, even_size
 from orchestrator.training.deepspeed_config import zero_stage
+from orchestrator.training.engine import Session
+from orchestrator.training.metrics_log import LOGGER, peak_memory_gib, reset_peak_memory
+from orchestrator.training.step import forward_losses
+
+
+def longest_samples(data: TrainData, size: int) -> list[int]:
+    """As many of the longest samples as a micro-batch has, again and again where there are too few."""
+    by_length = sorted(data.longest, key=lambda index: -len(data.sample(index)))
+    return [by_length[i % len(by_length)] for i in range(size)]
+
+
+def measure_trial(session: Session, job: StageJob, data: TrainData, action: Action, size: int) -> float:
+    """Return the share of the device's memory at the peak of one micro-batch; every rank calls it.
+
+    The loss is multiplied by zero, so that the gradients which the first real micro-batch adds to are zeros. They are
+    computed and reduced as in a step; Adam's states are in memory already from ZeRO 1 on.
+
+    Args:
+        session: Its engine is between two optimizer steps.
+        data: The longest samples of it are tried, again and again where there are too few.
+        action: What is tried.
+        size: Samples of the micro-batch.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit; the engine must be opened anew.
+    """
+    indices = longest_samples(data, size)
+    # Two micro-batches an optimizer step: this one is not the last, so that nothing is updated.
+    set_accumulation(session.engine, 2 * size * distributed.world_size(), size)
+    session.attachment.switch(list(action.points))
+    session.attachment.set_step(step=job.first_step, seed=job.seed, sample_index=indices)
+    session.draws.enter(job.seed, job.first_step, indices)
+    session.points = None
+    reset_peak_memory()
+    batch = MicroBatch(indices, data.collate(indices))
+    losses = forward_losses(session, action, batch, float(batch.label_tokens), seed=0)
+    session.engine.backward(losses.total * 0.0, scale_wrt_gas=False)
+    session.learned.collect()
+    if not torch.cuda.is_available():
+        return 0.0
+    return peak_memory_gib() * 2**30 / torch.cuda.get_device_properties(distributed.device()).total_memory
+
 
 NOTES_FILE = "micro_batches.json"
 GPU_SHARE = 0.9
@@ -71,16 +113,6 @@ def action_key(action: Action) -> str:
     return action_digest(action)[:16]
 
 
-def even_size(global_batch_size: int, world_size: int, most: float) -> int:
-    """Return the smallest size with the fewest accumulation steps that sizes up to `most` allow.
-
-    At least what one worker needs so that each has a sample in every accumulation step.
-    """
-    least_steps = -(-global_batch_size // (max(1, int(most)) * world_size))
-    steps = max(1, min(least_steps, global_batch_size // world_size))
-    return -(-global_batch_size // (steps * world_size))
-
-
 def choose(
     job: StageJob,
     session: Any,
@@ -109,14 +141,14 @@ def choose(
     if job.recipe["per_device_train_batch_size"] != "auto":
         return MicroBatches(session.micro_batch_size)
     actions = {action_key(a): a for a in job.table if a.last_step > job.first_step}
-    notes: dict[str, Any] = group.decide(lambda: _first_notes(job, session, data, work, actions, allowed_bytes))
+    notes: dict[str, Any] = distributed.decide(lambda: _first_notes(job, session, data, work, actions, allowed_bytes))
     for key, action in actions.items():
         note = notes[key]
         if trial is not None and not note["measured"]:
             note["size"] = _measured(job, work, notes, key, partial(trial, action))
             note["measured"] = True
-            group.decide(partial(write_json, _remembered(note), note))
-    group.decide(lambda: write_json(work / NOTES_FILE, notes))
+            distributed.decide(partial(write_json, _remembered(note), note))
+    distributed.decide(lambda: write_json(work / NOTES_FILE, notes))
     for key, action in actions.items():
         _tell(job, action, notes[key])
     return MicroBatches(None, {key: notes[key]["size"] for key in actions})
@@ -132,7 +164,7 @@ def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
     note = notes.get(action_key(action))
     if job.recipe["per_device_train_batch_size"] != "auto" or note is None:
         return None
-    half = even_size(job.recipe["global_batch_size"], group.world_size(), size // 2)
+    half = even_size(job.recipe["global_batch_size"], distributed.world_size(), size // 2)
     if half >= size:
         return None
     told = f"{action.variant}: out of memory in micro-batches of {size} samples; the next attempt takes {half}"
@@ -155,13 +187,13 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
         number_bytes, attention = session.compute_dtype.itemsize, job.model.get("attn_implementation", "sdpa")
         each = activation_bytes(facts, action, longest_of(data), job.recipe, number_bytes, attention)
         most = min(most, int(_allowed_bytes(facts, job, number_bytes, zero_stage(session.config)) / each))
-    smaller = even_size(job.recipe["global_batch_size"], group.world_size(), most)
+    smaller = even_size(job.recipe["global_batch_size"], distributed.world_size(), most)
     return smaller if smaller < size else None
 
 
 def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
     """Tell an engine, between two optimizer steps, how many micro-batches its next ones have."""
-    steps, world_size = accumulation_steps(global_batch_size, size, group.world_size()), group.world_size()
+    steps, world_size = accumulation_steps(global_batch_size, size, distributed.world_size()), distributed.world_size()
     if (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (size, steps):
         return
     engine.set_train_micro_batch_size(size)
@@ -176,14 +208,14 @@ def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial:
 
     Every rank tries the same samples, so that all run out of memory together.
     """
-    batch, workers = job.recipe["global_batch_size"], group.world_size()
+    batch, workers = job.recipe["global_batch_size"], distributed.world_size()
     size = fits = notes[key]["size"]
     while True:
         try:
             share = trial(size)
         except torch.OutOfMemoryError:
             share = float("inf")
-        share = group.reduce_values([share], largest=True)[0]
+        share = distributed.reduce_values([share], largest=True)[0]
         if share > 1:
             smaller = even_size(batch, workers, size // 2)
             if smaller >= size:
@@ -192,7 +224,7 @@ def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial:
                     "gradient_checkpointing, or a lower model_max_length"
                 )
             notes[key] |= {"size": max(smaller, fits) if fits < size else smaller, "below": size}
-            group.decide(lambda: write_json(work / NOTES_FILE, notes))
+            distributed.decide(lambda: write_json(work / NOTES_FILE, notes))
             raise MicroBatchTooLarge(f"micro-batches of {size} samples do not fit; {notes[key]['size']} are next")
         fits = size
         # A part of the peak is there at any size, so that in proportion it stays below the limit.
@@ -205,7 +237,7 @@ def _first_notes(
     job: StageJob, session: Any, data: TrainData, work: Path, actions: Mapping[str, Action], allowed: int | None
 ) -> dict[str, Any]:
     """Return the sizes an earlier attempt noted, then remembered ones, then the formula's; on rank 0."""
-    workers = group.world_size()
+    workers = distributed.world_size()
     known = {k: note for k, note in (read_json(work / NOTES_FILE) or {}).items() if note["world_size"] == workers}
     missing = {key: action for key, action in actions.items() if key not in known}
     if not missing:
@@ -227,7 +259,7 @@ def _first_notes(
         what = [_device_kind(), workers, asdict(facts), job.recipe, asdict(longest), attention, key]
         note: dict[str, Any] = {"size": size, "measured": False, "sample_bytes": each, "allowed_bytes": allowed}
         note |= {"world_size": workers, "about": digest(what)}
-        known[key] = (read_json(_remembered(note)) if group.device().type == "cuda" else None) or note
+        known[key] = (read_json(_remembered(note)) if distributed.device().type == "cuda" else None) or note
     return known
 
 
@@ -246,18 +278,18 @@ def longest_of(data: TrainData) -> Longest:
 
 def _allowed_bytes(facts: ModelFacts, job: StageJob, number_bytes: int, zero: int) -> int:
     """Return the bytes that activations of one worker may take; the engine's weights are in memory already."""
-    to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, group.world_size())
-    if group.device().type == "cuda":
+    to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, distributed.world_size())
+    if distributed.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return max(0, int(free * GPU_SHARE - to_come))
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size()))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     return max(0, min(CPU_CAP_BYTES, int(psutil.virtual_memory().available * CPU_SHARE / beside - to_come)))
 
 
 def _device_kind() -> str:
-    if group.device().type != "cuda":
+    if distributed.device().type != "cuda":
         return "cpu"
-    properties = torch.cuda.get_device_properties(group.device())
+    properties = torch.cuda.get_device_properties(distributed.device())
     return f"{properties.name} {properties.total_memory}"
 
 
@@ -266,8 +298,8 @@ def _remembered(note: Mapping[str, Any]) -> Path:
 
 
 def _tell(job: StageJob, action: Action, note: Mapping[str, Any]) -> None:
-    steps = accumulation_steps(job.recipe["global_batch_size"], note["size"], group.world_size())
-    logs.LOGGER.info(
+    steps = accumulation_steps(job.recipe["global_batch_size"], note["size"], distributed.world_size())
+    LOGGER.info(
         "%s under %s: micro-batches of %d samples, %d accumulation step%s (%s; by the formula %.1f MiB a "
         "sample, %.0f MiB allowed)",
         job.phase, action.variant, note["size"], steps, "" if steps == 1 else "s",

@@ -15,20 +15,25 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from orchestrator.data.pipeline import TrainData
+from orchestrator.data.train_data import TrainData
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import Action, RehearsalJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.training import group, logs
+from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
-from orchestrator.training.data import training_data
-from orchestrator.training.memory import Session, TrainingMemory
-from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, set_accumulation, smaller_size
-from orchestrator.training.session import open_session
+from orchestrator.training.engine import Session, TrainingMemory, open_session
+from orchestrator.training.metrics_log import LOGGER, stage_log
+from orchestrator.training.micro_batch import (
+    MicroBatchTooLarge,
+    choose,
+    longest_samples,
+    measure_trial,
+    set_accumulation,
+    smaller_size,
+)
 from orchestrator.training.step import run_step
-from orchestrator.training.trial import longest_samples, measure_trial
 
 
 def rehearse_training(
@@ -50,10 +55,10 @@ def rehearse_training(
         OSError: what the system may have caused, and may pass.
     """
     memory.release()
-    group.on_each_node(lambda: ledger.fetch(job.parent, "weights"))
-    group.decide(lambda: ledger.begin(job.id))
+    distributed.on_each_node(lambda: ledger.fetch(job.parent, "weights"))
+    distributed.decide(lambda: ledger.begin(job.id))
     work = ledger.work_folder(job.id)
-    with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
+    with stage_log(work / ("log.txt" if distributed.rank() == 0 else f"log_rank{distributed.rank()}.txt")):
         try:
             rehearsal = _Rehearsal(job, ledger, memory)
             found = {
@@ -86,7 +91,7 @@ class _Rehearsal:
         except (StorageError, OSError):
             raise
         except Exception as raised:
-            logs.LOGGER.exception("rehearsal: %s", what)
+            LOGGER.exception("rehearsal: %s", what)
             no_memory = _is_out_of_memory(raised)
             lines = str(raised).strip().splitlines()
             error = f"{type(raised).__name__}: {lines[0]}" if lines else type(raised).__name__
@@ -96,18 +101,18 @@ class _Rehearsal:
             error = f"the rehearsal of {what} {told}; nothing was trained"
             self._memory.release()  # an engine that stopped halfway is not whole
         errors: list[str | None] = [error]
-        if group.world_size() > 1:
-            errors = [None] * group.world_size()
+        if distributed.world_size() > 1:
+            errors = [None] * distributed.world_size()
             dist.all_gather_object(errors, error)
         return next((one for one in errors if one), None)
 
     def act(self, action: Action) -> None:
         """Return one optimizer step on the longest samples at the micro-batch of an action."""
-        data = self._data = self._data or training_data(self._stage, self._memory)
+        data = self._data = self._data or self._memory.data(self._stage)
         one = replace(self._stage, table=(replace(action, first_step=0, last_step=1),), total_steps=1, last_step=1)
         while True:
             session = self._memory.session or self._open()
-            trial = partial(measure_trial, session, one, data) if group.device().type == "cuda" else None
+            trial = partial(measure_trial, session, one, data) if distributed.device().type == "cuda" else None
             try:
                 session.micro_batches = choose(one, session, data, self._work, self._memory.allowed_bytes, trial)
                 break
@@ -115,7 +120,7 @@ class _Rehearsal:
                 self._memory.release()
         size = session.micro_batches.at(action)
         indices = longest_samples(data, size)
-        set_accumulation(session.engine, size * group.world_size(), size)
+        set_accumulation(session.engine, size * distributed.world_size(), size)
         session.attachment.switch(list(action.points))
         session.points = action.points
         figures = run_step(session, one, 0, [MicroBatch(indices, data.collate(indices))], should_stop=False)
@@ -127,7 +132,7 @@ class _Rehearsal:
         session = self._memory.session or self._open()
         folder = self._ledger.writing_folder(self._stage.id)
         save_checkpoint(session, folder / "checkpoint", self._stage, self._stage.last_step)
-        group.on_each_node(lambda: self._ledger.share(folder / "checkpoint"))
+        distributed.on_each_node(lambda: self._ledger.share(folder / "checkpoint"))
         self._memory.release()
         session = self._open(lambda fresh: load_checkpoint(
             fresh, folder / "checkpoint", self._stage, self._stage.id, folder
@@ -169,6 +174,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def note_key(key: str) -> str:
     """Return where the ledger keeps how a trial went on this kind of device."""
-    device = group.device()
+    device = distributed.device()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return f"rehearsals/{key}/{''.join(letter if letter.isalnum() else '-' for letter in kind)}.json"

@@ -7,14 +7,85 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.training import group
+from orchestrator.errors import StageRunError
+from orchestrator.plan.jobs import Action, Distillation, StageJob
+from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
-from orchestrator.training.distill import Losses, taught_losses
-from orchestrator.training.memory import Session
+from orchestrator.training.engine import Session
+
+if TYPE_CHECKING:
+    from orchestrator.training.engine import Session
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one micro-batch, each its label tokens' sum over the number of the whole global batch.
+
+    Attributes:
+        total: What is minimised.
+        labels: Cross-entropy.
+        distill: `T^2 KL(teacher || student)`; None where no teacher runs.
+    """
+
+    total: Tensor
+    labels: Tensor
+    distill: Tensor | None = None
+
+
+def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float) -> Tensor:
+    """Return the sum over label tokens of `T^2 KL(teacher || student)` of softmaxes at temperature T, in float32.
+
+    Hinton et al. (arXiv 1503.02531), section 2: soft targets' gradients scale with 1/T^2, so they are multiplied back.
+
+    Args:
+        student_LV: Logits of L label tokens.
+        teacher_LV: The teacher's of the same tokens, without gradient.
+        temperature: T.
+    """
+    student = F.log_softmax(student_LV.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_LV.float() / temperature, dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def taught_losses(
+    session: Session, action: Action, distill: Distillation, tensors: dict[str, Tensor], num_items: float, seed: int
+) -> Losses:
+    """Return the teacher's pass, then the student's; every rank takes both in this order.
+
+    Both draw dropout from the same seed: the student's pass draws what it would without a teacher.
+
+    Args:
+        session: Engine and attachment; the attachment is left at the action's points.
+        action: What the step does.
+        distill: Its teacher.
+        tensors: The micro-batch on the device, labels included.
+        num_items: Label tokens of the global batch.
+        seed: Of the micro-batch.
+
+    Raises:
+        StageRunError: the two passes do not see the same label tokens.
+    """
+    engine, attachment = session.engine, session.attachment
+    attachment.switch(list(distill.points))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        teacher_LV = engine(**tensors, use_cache=False, label_logits=True).logits
+    attachment.switch(list(action.points))
+    torch.manual_seed(seed)
+    output = engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
+    if output.logits.shape != teacher_LV.shape:
+        raise StageRunError(
+            f"distillation: {action.variant} predicts {len(output.logits)} label tokens, its teacher "
+            f"{distill.teacher} {len(teacher_LV)}; labels belong to text, which no compressor may drop"
+        )
+    soft = distillation_sum(output.logits, teacher_LV, distill.temperature) / num_items
+    return Losses((1 - distill.weight) * output.loss + distill.weight * soft, output.loss, soft)
 
 
 def rate_factor(kind: str, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -105,7 +176,7 @@ def run_step(
     start = time.perf_counter()
     engine = session.engine
     counts = [float(sum(batch.label_tokens for batch in micro_batches))]
-    label_tokens = group.reduce_values(counts)[0]
+    label_tokens = distributed.reduce_values(counts)[0]
     rate = set_rates(session, job, step)
     action = job.action_at(step)
     loss_sum = distill_sum = torch.zeros((), dtype=torch.float64)
@@ -115,7 +186,7 @@ def run_step(
         session.draws.enter(job.seed, step, batch.indices)
         seed = micro_batch_seed(job.seed, step, batch.indices[0])
         losses = forward_losses(session, action, batch, label_tokens, seed)
-        engine.backward(losses.total * group.world_size(), scale_wrt_gas=False)
+        engine.backward(losses.total * distributed.world_size(), scale_wrt_gas=False)
         session.learned.collect()
         if engine.is_gradient_accumulation_boundary():
             session.learned.reduce(point.module_name for point in session.attachment.points)
@@ -127,7 +198,7 @@ def run_step(
         text_tokens += _text_tokens(session, batch)
     session.learned.step(_rate_factor(job, step))
     samples = sum(len(batch.indices) for batch in micro_batches)
-    sums = group.reduce_values(
+    sums = distributed.reduce_values(
         [loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop), distill_sum.item()]
     )
     return StepFigures(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.data.json_records import BadRow
-from orchestrator.data.llava_rows import RecordOptions, fault_lines, parse_record, read_records
+from orchestrator.data.records.conversations import RecordOptions, fault_lines, parse_record, read_records
+from orchestrator.data.records.json_records import BadRow
 from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, raise_for_faults
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import content_digest, source_code
@@ -24,11 +24,11 @@ from orchestrator.spec.components import DataSpec
 
 _READERS = tuple(
     f"orchestrator.data.{name}"
-    for name in ("rows", "file_kinds", "json_records", "record_keys", "record_turns", "llava_rows")
+    for name in ("rows", "records.file_kinds", "records.json_records", "records.conversations")
 )
 
 if TYPE_CHECKING:
-    from orchestrator.data.row_index import Entry, IndexedRows, RowIndex
+    from orchestrator.data.records.row_index import Entry, IndexedRows, RowIndex
 
 
 class LlavaJsonSpec(DataSpec):
@@ -120,7 +120,7 @@ class LlavaJson:
             DataError: the file cannot be read as what it should be.
             OSError: the storage fails.
         """
-        from orchestrator.data.row_index import row_index
+        from orchestrator.data.records.row_index import row_index
 
         spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
         path = Path(spec.data_path)
@@ -153,7 +153,7 @@ class LlavaJson:
             found = self.index()
         except FileNotFoundError as error:
             raise DataError(_not_there(self._spec)) from error
-        from orchestrator.data.row_index import IndexedRows
+        from orchestrator.data.records.row_index import IndexedRows
 
         drop = self._spec.on_bad_row == "drop"
         raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))

@@ -59,7 +59,7 @@ class ExactMatch:
         """
         import torch
 
-        from orchestrator.data.row_index import num_words
+        from orchestrator.data.records.row_index import num_words
         from orchestrator.evaluation.generate import greedy_answers
         from orchestrator.evaluation.protocol import Outcome
 

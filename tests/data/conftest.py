@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orchestrator.data.load import load_processor
+from orchestrator.data.processing.processor import load_processor
 from orchestrator.spec.model import ModelSpec
 
 TINY_LLAVA = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"

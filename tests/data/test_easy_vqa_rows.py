@@ -10,7 +10,7 @@ import easy_vqa
 import pytest
 from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
 
-from orchestrator.data.row_index import open_rows
+from orchestrator.data.records.row_index import open_rows
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])

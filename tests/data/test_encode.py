@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from orchestrator.data.encode import Encoder
-from orchestrator.data.processor import VisionTextProcessor
+from orchestrator.data.processing.encode import Encoder
+from orchestrator.data.processing.processor import VisionTextProcessor
 from orchestrator.errors import DataError
 
 

@@ -11,10 +11,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from orchestrator.compression import attach
-from orchestrator.data.collate import collate
-from orchestrator.data.encode import Encoder
-from orchestrator.data.load import load_processor
-from orchestrator.data.templates import render
+from orchestrator.data.processing.encode import Encoder, collate
+from orchestrator.data.processing.processor import load_processor
+from orchestrator.data.processing.templates import render
 from orchestrator.errors import DataError, UsageError
 from orchestrator.evaluation.generate import evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData

@@ -10,9 +10,9 @@ import pytest
 from image_files import pixels, png, saved, written
 from PIL import Image, ImageFile
 
-from orchestrator.data import open_image as module
-from orchestrator.data.image_table import image_faults
-from orchestrator.data.open_image import BadImage, image_size, open_image
+from orchestrator.data.records import image_files as module
+from orchestrator.data.records.image_files import BadImage, image_size, open_image
+from orchestrator.data.records.image_table import image_faults
 from orchestrator.data.rows import ImageReading
 from orchestrator.errors import DataError
 

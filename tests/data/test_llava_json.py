@@ -7,7 +7,6 @@ from conversations import say
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data import open_image
 from orchestrator.errors import DataError
 
 GOOD = [
@@ -77,7 +76,7 @@ def broken_pictures(pictures, monkeypatch):
     whole = (pictures / "5.png").read_bytes()
     (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.new("L", (2000, 1000)).save(pictures / "bomb.png")
-    monkeypatch.setattr(open_image, "MAX_PIXELS", 1_500_000)
+    monkeypatch.setattr("orchestrator.data.records.image_files.MAX_PIXELS", 1_500_000)
     return pictures
 
 

@@ -8,8 +8,8 @@ from image_files import pixels, png, saved, tiff, written
 from PIL import Image
 from transformers.image_utils import load_image
 
-from orchestrator.data.image_table import image_faults
-from orchestrator.data.open_image import BadImage, image_size, open_image, pad_to_square, verify_image
+from orchestrator.data.records.image_files import BadImage, image_size, open_image, pad_to_square, verify_image
+from orchestrator.data.records.image_table import image_faults
 from orchestrator.data.rows import ImageReading
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.sampler import DataOrder, SetSize, permutation, rows_per_epoch
+from orchestrator.data.train_data import DataOrder, SetSize, permutation, rows_per_epoch
 
 
 def make(count: int, share_of_text: float = 0.4, per_epoch: int | None = None) -> DataOrder:

@@ -8,10 +8,9 @@ from family_folders import write_folder
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from orchestrator.data.load import load_processor
-from orchestrator.data.pipeline import build_train_data
-from orchestrator.data.processor import VisionTextProcessor
+from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.rows import ImageReading, ImageRef
+from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import UsageError
 from orchestrator.spec.model import ModelSpec
 

@@ -10,9 +10,9 @@ from conversations import say
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from orchestrator.data.bounded_cache import BoundedCache
-from orchestrator.data.load import load_processor
-from orchestrator.data.pipeline import build_train_data
+from orchestrator.data.processing.bounded_cache import BoundedCache
+from orchestrator.data.processing.processor import load_processor
+from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError, UsageError
 from orchestrator.spec.model import ModelSpec
 

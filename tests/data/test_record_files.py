@@ -9,8 +9,8 @@ import pytest
 from conversations import say
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 
-from orchestrator.data import json_records
-from orchestrator.data.llava_rows import read_records
+from orchestrator.data.records import json_records
+from orchestrator.data.records.conversations import read_records
 from orchestrator.errors import DataError
 
 ASK = say("<image>\nWhat?", "A square.")

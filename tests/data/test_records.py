@@ -7,7 +7,7 @@ from conversations import say
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.llava_rows import BadRow, RecordOptions, parse_record
+from orchestrator.data.records.conversations import BadRow, RecordOptions, parse_record
 from orchestrator.data.rows import ImageReading, Turn
 
 FOLDER = Path("pictures")

@@ -13,10 +13,8 @@ from family_folders import write_folder
 from orchestrator_plugins.data.llava_json import LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data import row_trial
-from orchestrator.data.check import check_uses, uses_of_cells
-from orchestrator.data.pipeline import build_train_data
-from orchestrator.data.row_trial import TrialOf, left_out, try_rows
+from orchestrator.data.check import TrialOf, _Trial, check_uses, left_out, try_rows, uses_of_cells
+from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError
 from orchestrator.plan.cell_record import cell_record
 from orchestrator.plan.cells.expand import expand_cells
@@ -90,7 +88,7 @@ def test_good_rows_are_tried_once(experiment, monkeypatch):
     def refuse(*_):
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(row_trial, "_Trial", refuse)
+    monkeypatch.setattr("orchestrator.data.check._Trial", refuse)
     assert not check(loaded).remarks
 
 
@@ -217,7 +215,7 @@ def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):
     assert left_out(spec, model, 512, False) == []
     assert list(try_rows(TrialOf(spec, model, 512, False)).bad) == [1]
     code = (
-        "import sys; from orchestrator.data.row_trial import left_out; from orchestrator.spec.model import ModelSpec;"
+        "import sys; from orchestrator.data.check import left_out; from orchestrator.spec.model import ModelSpec;"
         "from orchestrator_plugins.data.llava_json import LlavaJsonSpec;"
         f"print(left_out(LlavaJsonSpec(**{spec.model_dump()!r}), ModelSpec(model_name_or_path={TINY!r}), 512, False));"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
@@ -227,11 +225,11 @@ def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):
 
 
 def test_an_interrupted_trial_goes_on_where_it_was(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(row_trial, "CHUNK_ROWS", 2)
+    monkeypatch.setattr("orchestrator.data.check.CHUNK_ROWS", 2)
     path = tmp_path / "data.json"
     path.write_text(json.dumps([seen(f"answer {number}") for number in range(10)]))
     spec = LlavaJsonSpec(data_path=str(path), image_folder=str(pictures), conversation_template="vicuna_v1")
-    trial, real, tried = TrialOf(spec, ModelSpec(model_name_or_path=TINY), 512, False), row_trial._Trial.batch, []
+    trial, real, tried = TrialOf(spec, ModelSpec(model_name_or_path=TINY), 512, False), _Trial.batch, []
 
     def batch(self, rows):
         if len(tried) == 3:
@@ -239,7 +237,7 @@ def test_an_interrupted_trial_goes_on_where_it_was(tmp_path, pictures, monkeypat
         tried.append([row.index for row in rows])
         return real(self, rows)
 
-    monkeypatch.setattr(row_trial._Trial, "batch", batch)
+    monkeypatch.setattr(_Trial, "batch", batch)
     with pytest.raises(KeyboardInterrupt):
         try_rows(trial)
     tried.pop(), tried.pop()  # so that two more are allowed

@@ -14,9 +14,9 @@ from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data import columns, image_table, row_index
-from orchestrator.data.pipeline import build_train_data
-from orchestrator.data.row_index import open_rows
+from orchestrator.data.records import columns, image_table, row_index
+from orchestrator.data.records.row_index import open_rows
+from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError
 from orchestrator.plan.cells.identity_fields import data_identity
 from orchestrator.plan.identity import share_caches, shared_cache_folder

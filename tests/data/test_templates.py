@@ -6,9 +6,9 @@ import jinja2
 import pytest
 from conversations import row_of
 
-from orchestrator.data.encode import Encoder
+from orchestrator.data.processing.encode import Encoder
+from orchestrator.data.processing.templates import ChatFormat, render
 from orchestrator.data.rows import Turn
-from orchestrator.data.templates import ChatFormat, render
 from orchestrator.errors import DataError, UsageError
 
 SYSTEM = (

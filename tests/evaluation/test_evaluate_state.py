@@ -13,7 +13,7 @@ from orchestrator.compression import attach
 from orchestrator.errors import DamagedStateError
 from orchestrator.evaluation.evaluate import evaluate_state, load_model
 from orchestrator.models.build import build_model, cast_parameters
-from orchestrator.models.initial import write_initial_weights
+from orchestrator.models.initial_weights import write_initial_weights
 from orchestrator.plan.jobs import EvaluationJob, RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.model import ModelSpec

@@ -9,8 +9,8 @@ from orchestrator_plugins.data.easy_vqa import EasyVqaSpec
 from orchestrator_plugins.evaluations.exact_match import ExactMatch, ExactMatchSpec, normalised
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from orchestrator.data.encode import Encoder
-from orchestrator.data.load import load_processor
+from orchestrator.data.processing.encode import Encoder
+from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.rows import Turn, open_data_set
 from orchestrator.evaluation.generate import evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData, Workers

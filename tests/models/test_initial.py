@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models import build_model, write_initial_weights
 from orchestrator.models.build import WEIGHTS_FILE, compute_dtype, save_weights, weight_tensors
-from orchestrator.models.start import write_start_weights
+from orchestrator.models.initial_weights import write_start_weights
 from orchestrator.plan.jobs import RootJob, StartJob
 from orchestrator.spec.model import ModelSpec
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.models.initial import pretrained_weights, projector_weights
-from orchestrator.models.torch_files import load_tensors, refusal
+from orchestrator.models.initial_weights import pretrained_weights, projector_weights
+from orchestrator.models.weight_files import load_tensors, refusal
 from orchestrator.training.checkpoint import _check_classes
 
 TINY_LLAVA = Path(__file__).resolve().parents[2] / "experiments" / "models" / "tiny-llava"

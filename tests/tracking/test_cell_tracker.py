@@ -14,8 +14,8 @@ from mlflow_servers import free_port, mlflow_server
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import cell_tracker
-from orchestrator.tracking.cell_tracker import CellTracker
+from orchestrator.tracking import mlflow_tracker
+from orchestrator.tracking.mlflow_tracker import CellTracker
 
 KEYS = ("train/loss", "train/learning_rate", "train/visual_tokens", "train/step_seconds")
 SUMMARY = {
@@ -197,7 +197,7 @@ def test_a_locked_database_is_told_in_bounded_time(
     tracker: CellTracker, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker.log(cell("running", steps=5))
-    monkeypatch.setattr(cell_tracker, "SQLITE_LOCK_SECONDS", 1)
+    monkeypatch.setattr(mlflow_tracker, "SQLITE_LOCK_SECONDS", 1)
     other = CellTracker(tracker._uri, tracker._experiment_name)
     lock = sqlite3.connect(database, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
@@ -215,7 +215,7 @@ def test_a_locked_database_is_told_in_bounded_time(
 
 def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
     code = (
-        "from orchestrator.tracking.cell_tracker import CellTracker\n"
+        "from orchestrator.tracking.mlflow_tracker import CellTracker\n"
         "from orchestrator.plan.cell_record import CellRecord\n"
         f"CellTracker('sqlite:///{tmp_path}/storage/mlflow.db', 'x').log(CellRecord('a', 'b', 'finished'))\n"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from orchestrator.tracking.cell_tracker import make_database
+from orchestrator.tracking.mlflow_tracker import make_database
 
-CODE = "import sys; from pathlib import Path; from orchestrator.tracking.cell_tracker import make_database\n"
+CODE = "import sys; from pathlib import Path; from orchestrator.tracking.mlflow_tracker import make_database\n"
 CODE += "make_database(Path(sys.argv[1]))"
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import recorder as recorder_module
-from orchestrator.tracking.recorder import Recorder
+from orchestrator.tracking import upload_queue as recorder_module
+from orchestrator.tracking.upload_queue import Recorder
 
 
 class Server:

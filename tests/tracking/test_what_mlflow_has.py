@@ -23,10 +23,9 @@ from mlflow_servers import Gate, free_port, mlflow_server
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.store import FolderStore
-from orchestrator.tracking import cell_tracker
-from orchestrator.tracking.cell_tracker import CellTracker, one_at_a_time
-from orchestrator.tracking.lacking import abandoned, file_contents, has_record
-from orchestrator.tracking.seen import SeenRun, client_look, quick_look
+from orchestrator.tracking import mlflow_tracker
+from orchestrator.tracking.mlflow_state import SeenRun, abandoned, client_look, file_contents, has_record, quick_look
+from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
 
 KEYS = ("train/loss", "train/learning_rate")
 STEPS = 40
@@ -179,7 +178,7 @@ def test_a_repeat_with_nothing_new_sends_nothing_and_a_tail_only_the_tail(tracke
 
 
 def test_a_turn_sends_a_bounded_part(tracker: CellTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell_tracker, "METRICS_PER_REQUEST", 10)
+    monkeypatch.setattr(mlflow_tracker, "METRICS_PER_REQUEST", 10)
     wanted, turns = record(), 1
     while not tracker.log_some(wanted, points=30):
         turns += 1
@@ -190,7 +189,7 @@ def test_a_turn_sends_a_bounded_part(tracker: CellTracker, monkeypatch: pytest.M
 def test_a_send_that_broke_off_within_a_step_goes_on_there(
     tracker: CellTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cell_tracker, "METRICS_PER_REQUEST", 7)
+    monkeypatch.setattr(mlflow_tracker, "METRICS_PER_REQUEST", 7)
     wanted = record()
     assert not tracker.log_some(wanted, points=21)  # ends between the two points of a step
     later = again(tracker)

@@ -44,18 +44,16 @@ def widen(folder: Path, hidden: int, layers: int) -> Path:
 def measure(folder: Path, job: StageJob, fixed: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Seconds of steps under every action of the job: the fixed number and `auto` in turns; every rank calls it."""
     from orchestrator.models.build import WEIGHTS_FILE
-    from orchestrator.training import group, logs
+    from orchestrator.training import distributed, metrics_log
     from orchestrator.training.batches import MicroBatch, deal
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory, open_session
     from orchestrator.training.micro_batch import choose, longest_of, set_accumulation
-    from orchestrator.training.session import open_session
     from orchestrator.training.step import run_step
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
-    data, facts = training_data(job, memory), model_facts(job.model["model_name_or_path"])
+    data, facts = memory.data(job), model_facts(job.model["model_name_or_path"])
     assert facts is not None
-    with logs.stage_log(folder / "log.txt"):
+    with metrics_log.stage_log(folder / "log.txt"):
         session = open_session(job, ledger.state_folder("root") / WEIGHTS_FILE)
         batch = job.recipe["global_batch_size"]
         allowed = (fixed + 0.5) * activation_bytes(facts, Action(0, 1, "full"), longest_of(data), job.recipe, 4)
@@ -68,13 +66,15 @@ def measure(folder: Path, job: StageJob, fixed: int, rounds: int) -> dict[str, l
                 for name, size in (("fixed", fixed), ("auto", chosen.at(action))):
                     set_accumulation(session.engine, batch, size)
                     step = action.first_step + round_ % (action.last_step - action.first_step)
-                    shares = deal(data.batch_indices(job.seed, step, batch), size, group.rank(), group.world_size())
+                    shares = deal(
+                        data.batch_indices(job.seed, step, batch), size, distributed.rank(), distributed.world_size()
+                    )
                     batches = [MicroBatch(one, data.collate(one)) for one in shares]
                     figures = run_step(session, job, step, batches, should_stop=False)
                     if round_:  # the first warms up
                         seconds[name].append(figures.step_seconds)
             found[action.variant] = [
-                {"name": name, "size": size, "accumulation": len(deal(range(batch), size, 0, group.world_size())),
+                {"name": name, "size": size, "accumulation": len(deal(range(batch), size, 0, distributed.world_size())),
                  "seconds": seconds[name]}
                 for name, size in (("fixed", fixed), ("auto", chosen.at(action)))
             ]  # fmt: skip

@@ -33,8 +33,8 @@ def chain(made: tuple[Path, Path], table: tuple[Action, ...], cuts: tuple[int, .
 
 def trained(folder: Path, jobs: list[StageJob], in_memory: bool = True) -> dict[str, str]:
     """Digest of every state's weights, trained in a ledger of its own."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory = make_ledger(folder, jobs[0].model), TrainingMemory()
     for job in jobs:

@@ -27,7 +27,7 @@ from training_workers import (
 
 from orchestrator.errors import StageRunError
 from orchestrator.plan.jobs import Action, Distillation, StageJob
-from orchestrator.training.distill import distillation_sum
+from orchestrator.training.step import distillation_sum
 
 WEIGHT, TEMPERATURE = 0.6, 2.0
 TAUGHT = Distillation("full", (), WEIGHT, TEMPERATURE)
@@ -85,15 +85,13 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
     from orchestrator.compression import attach
     from orchestrator.models.build import WEIGHTS_FILE
     from orchestrator.training.batches import MicroBatch
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.session import open_session
+    from orchestrator.training.engine import TrainingMemory, open_session
     from orchestrator.training.step import forward_losses
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     memory.session = session = open_session(job, ledger.state_folder("root") / WEIGHTS_FILE)
     indices = [0, 1, 5, 7]
-    batch = MicroBatch(indices, training_data(job, memory).collate(indices))
+    batch = MicroBatch(indices, memory.data(job).collate(indices))
     items, model = batch.label_tokens + 3, session.engine.module
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = forward_losses(session, job.action_at(0), batch, items, seed=11)
@@ -144,8 +142,8 @@ def test_loss_and_gradients_are_those_of_two_plain_passes(made: tuple[Path, Path
 
 def trained(folder: Path, jobs: dict[str, StageJob]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Trains each job in a ledger of its own; returns weight files and step lines."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     found = {}
     for name, job in jobs.items():
@@ -209,8 +207,8 @@ def test_a_learned_compressor_is_taught_and_teaches(made: tuple[Path, Path], tmp
 
 def resumed(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[str, str]:
     """Stops after step 4, tries to go on as another job, then as the same; returns its digest and the refusal."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     job, other = jobs
     ledger = make_ledger(folder, job.model)

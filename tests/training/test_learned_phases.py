@@ -25,8 +25,8 @@ def phases(folder: Path, pretrain: StageJob, finetune: list[StageJob], frozen: S
     """A pretrain that only compressors learn in, what two finetunes make of it, and evaluations of the states."""
     from orchestrator.errors import StageRunError
     from orchestrator.evaluation.evaluate import evaluate_state, lacks_modules
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory, model = make_ledger(folder, pretrain.model), TrainingMemory(), pretrain.model
     train_stage(pretrain, ledger, memory, never)
@@ -51,7 +51,7 @@ def phases(folder: Path, pretrain: StageJob, finetune: list[StageJob], frozen: S
 def test_phases_and_evaluations(made: tuple[Path, Path], tmp_path: Path) -> None:
     from orchestrator.compression import attach
     from orchestrator.models import build_model
-    from orchestrator.models.learned import learned_modules, learned_weights
+    from orchestrator.models.compressor_weights import learned_modules, learned_weights
     from orchestrator.registry import load_plugin
     from orchestrator.spec.model import ModelSpec
 

@@ -83,11 +83,10 @@ def plain_loop(job: StageJob, root: Path, target: Path) -> None:
     from orchestrator.models import build_model
     from orchestrator.models.parts import parameter_groups, set_trainable
     from orchestrator.spec.model import ModelSpec
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.step import rate_factor
 
-    recipe, data = job.recipe, training_data(job, TrainingMemory())
+    recipe, data = job.recipe, TrainingMemory().data(job)
     model = build_model(ModelSpec.model_validate(job.model), root)
     attachment = attach(model, [], modules=[point for action in job.table for point in action.points], seed=job.seed)
     set_trainable(model, recipe["train"], lora=False)
@@ -110,12 +109,12 @@ def plain_loop(job: StageJob, root: Path, target: Path) -> None:
 
 
 def compared(folder: Path, jobs: dict[str, list[StageJob]]) -> dict[str, dict[str, str]]:
-    from orchestrator.training import group
+    from orchestrator.training import distributed
 
     found = {name: trained(folder / name, runs) for name, runs in jobs.items()}
     root = folder / next(iter(jobs)) / "stage_runs" / "root" / WEIGHTS_FILE
     job = next(iter(jobs.values()))[-1]
-    group.decide(lambda: plain_loop(job, root, folder / "plain.safetensors"))
+    distributed.decide(lambda: plain_loop(job, root, folder / "plain.safetensors"))
     return found
 
 

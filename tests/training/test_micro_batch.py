@@ -41,7 +41,7 @@ SLOW = pytest.mark.slow
 
 @given(st.integers(1, 300), st.integers(1, 8), st.floats(0, 400))
 def test_even_size_has_the_fewest_steps_that_fit(batch: int, workers: int, most: float) -> None:
-    from orchestrator.training.micro_batch import even_size
+    from orchestrator.training.batches import even_size
 
     if batch < workers:
         return
@@ -90,15 +90,14 @@ def written_out(jobs: list[StageJob], sizes: dict[str, int]) -> list[StageJob]:
 
 def trained(folder: Path, jobs: list[StageJob], in_memory: bool = True) -> dict[str, Any]:
     """Each state's digest and fingerprinted size; activations may take as much as 4.5 samples of full tokens."""
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.micro_batch import longest_of
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory, found = make_ledger(folder, jobs[0].model), TrainingMemory(), {}
     facts = model_facts(jobs[0].model["model_name_or_path"])
     assert facts is not None
-    longest = longest_of(training_data(jobs[0], memory))
+    longest = longest_of(memory.data(jobs[0]))
     allowed = int(4.5 * activation_bytes(facts, FULL, longest, jobs[0].recipe, 4))
     for job in jobs:
         memory.allowed_bytes = allowed
@@ -180,8 +179,8 @@ def test_a_policy_has_a_size_for_each_of_its_variants(made: tuple[Path, Path], t
 
 def with_limits(folder: Path, jobs: list[StageJob], limits: dict[str, int], in_steps: bool) -> dict[str, Any]:
     """Trains where memory runs out above a number of samples by variant: in trials, or in steps."""
-    from orchestrator.training import micro_batch, stage, step, trial
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training import micro_batch, stage_run, step
+    from orchestrator.training.engine import TrainingMemory
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     tried: list[tuple[str, int]] = []
@@ -194,13 +193,13 @@ def with_limits(folder: Path, jobs: list[StageJob], limits: dict[str, int], in_s
 
     def tells_share(session: Any, job: StageJob, data: Any, action: Action, size: int) -> float:
         tried.append((action.variant, size))
-        trial.measure_trial(session, job, data, action, size)
+        micro_batch.measure_trial(session, job, data, action, size)
         return 0.9 * size / limits[action.variant]
 
-    (step if in_steps else trial).forward_losses = scarce
+    (step if in_steps else micro_batch).forward_losses = scarce
     choose = micro_batch.choose
     if not in_steps:  # as on a GPU
-        stage.choose = lambda job, session, data, work, allowed, _: choose(
+        stage_run.choose = lambda job, session, data, work, allowed, _: choose(
             job, session, data, work, allowed, lambda action, size: tells_share(session, job, data, action, size)
         )
     ledger, memory, found, errors = make_ledger(folder, jobs[0].model), TrainingMemory(), {}, []
@@ -208,7 +207,7 @@ def with_limits(folder: Path, jobs: list[StageJob], limits: dict[str, int], in_s
         for _ in range(8):
             memory.allowed_bytes = 2**40 if limits[job.table[-1].variant] < 12 else 1
             try:
-                assert stage.train_stage(job, ledger, memory, never) == "done"
+                assert stage_run.train_stage(job, ledger, memory, never) == "done"
                 break
             except micro_batch.MicroBatchTooLarge as error:
                 errors.append(str(error))
@@ -247,9 +246,9 @@ def test_memory_that_runs_out_in_a_step_halves_the_size_for_the_next_attempt(
 
 
 def refusals(folder: Path, job: StageJob) -> list[str]:
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.micro_batch import choose
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory(allowed_bytes=1)
     assert train_stage(job, ledger, memory, never) == "done"
@@ -266,9 +265,8 @@ def refusals(folder: Path, job: StageJob) -> list[str]:
 
 
 def _data(job: StageJob, memory: Any) -> Any:
-    from orchestrator.training.data import training_data
 
-    return training_data(job, memory)
+    return memory.data(job)
 
 
 def test_what_cannot_be_chosen_is_told(made: tuple[Path, Path], tmp_path: Path) -> None:

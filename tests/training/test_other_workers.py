@@ -39,8 +39,8 @@ def _jobs(made: tuple[Path, Path], zero: str) -> list[StageJob]:
 
 def trained(folder: Path, jobs: list[StageJob], stop_at: int | None = None) -> list[str]:
     """Outcomes; a stage run that is told to stop is the last one."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, outcomes = make_ledger(folder, jobs[0].model), []
     for job in jobs:

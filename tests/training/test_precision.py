@@ -54,10 +54,9 @@ def jobs_of(made: tuple[Path, Path], kind: str, dtype: str, zero: int, **values:
 def logits_of(job: StageJob, model: Any, file: Path) -> torch.Tensor:
     from orchestrator.evaluation.evaluate import _points
     from orchestrator.evaluation.generate import evaluation_mode
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
 
-    batch = training_data(job, TrainingMemory()).collate(range(4))
+    batch = TrainingMemory().data(job).collate(range(4))
     dtype = next(model.parameters()).dtype
     moved = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
     with _points(model, job.table[-1].points, file), evaluation_mode(model):
@@ -74,8 +73,8 @@ def run_table(folder: Path, table: dict[str, list[StageJob]]) -> dict[str, Ran]:
     """Each combination trained in memory and evaluated, evaluated again from the ledger, and trained with a stop."""
     from orchestrator.dispatch.execute import usable_model
     from orchestrator.evaluation.evaluate import load_model
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     found = {}
     for name, jobs in table.items():

@@ -52,8 +52,8 @@ def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: bool = Fa
 
 
 def left_alone(folder: Path, jobs: tuple[StageJob, StageJob]) -> dict[str, str]:
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory = make_ledger(folder, jobs[0].model), TrainingMemory()
     assert [train_stage(job, ledger, memory, never) for job in jobs] == ["done", "done"]
@@ -63,8 +63,8 @@ def left_alone(folder: Path, jobs: tuple[StageJob, StageJob]) -> dict[str, str]:
 
 def stopped_and_resumed(folder: Path, jobs: tuple[StageJob, StageJob], calls: list[int]) -> list[Any]:
     """For each number of calls to `should_stop`: stop there, go on in a fresh memory; the child loads its parent."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     found = []
     for call in calls:
@@ -119,8 +119,8 @@ def test_stopped_at_every_step_is_left_alone(
 
 def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -> None:
     """Trains `batch` micro-batches, then the process is gone in the middle of a step, with nothing closed."""
-    from orchestrator.training import stage as stage_module
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training import stage_run as stage_module
+    from orchestrator.training.engine import TrainingMemory
 
     ledger, memory, done = make_ledger(folder, jobs[0].model), TrainingMemory(), 0
     run = stage_module.run_step

@@ -44,8 +44,8 @@ def _ten_steps(made: tuple[Path, Path], **recipe: Any) -> StageJob:
 
 def trained(folder: Path, jobs: dict[str, StageJob]) -> dict[str, str]:
     """Trains each job in a ledger of its own; returns the weight files."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     files = {}
     for name, job in jobs.items():
@@ -75,8 +75,8 @@ def test_update_is_the_same_for_micro_batches_and_workers(made: tuple[Path, Path
 
 def refused(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[list[str], list[str]]:
     """A checkpoint written, its cursor or its files changed, and what a second attempt says; then the fallback."""
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     job, steps = jobs[0], []
     ledger = make_ledger(folder, job.model)
@@ -122,8 +122,8 @@ def memory_and_loaded(folder: Path, jobs: tuple[StageJob, ...]) -> list[str]:
     """The child's weights with the parent in memory, from its checkpoint, and after an evaluation pass in between."""
     import torch
 
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     parent, child = jobs
     digests = []
@@ -157,8 +157,8 @@ def test_child_from_memory_is_child_from_checkpoint(made: tuple[Path, Path], tmp
 
 
 def failed(folder: Path, job: StageJob) -> tuple[str, bool, bool]:
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     with pytest.raises(LlavoltaError) as told:

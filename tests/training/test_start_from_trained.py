@@ -14,8 +14,8 @@ from training_workers import launch, never, write_model
 
 from orchestrator.errors import StageRunError, UsageError
 from orchestrator.models.build import build_model
+from orchestrator.models.initial_weights import write_start_weights
 from orchestrator.models.parts import part_of
-from orchestrator.models.start import write_start_weights
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import StartJob
 from orchestrator.plan.ledger import Ledger

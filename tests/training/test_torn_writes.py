@@ -48,8 +48,8 @@ def _jobs(made: tuple[Path, Path], zero: str = "zero2") -> tuple[StageJob, Stage
 
 
 def train(ledger: Any, *jobs: StageJob, should_stop: Callable[[], bool] = never) -> list[str]:
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     memory = TrainingMemory()
     try:
@@ -206,13 +206,13 @@ def test_a_damaged_state_to_start_from_is_named(made: tuple[Path, Path], tmp_pat
 def refused_by_all(folder: Path, job: StageJob) -> list[str]:
     import torch.distributed as dist
 
-    from orchestrator.training import group
+    from orchestrator.training import distributed
 
     ledger = make_ledger(folder, job.model)
-    group.decide(lambda: _damage(ledger.state_folder("root"), "flip", "model.safetensors"))
+    distributed.decide(lambda: _damage(ledger.state_folder("root"), "flip", "model.safetensors"))
     with pytest.raises(DamagedStateError) as told:
         train(ledger, job)
-    named = [""] * group.world_size()
+    named = [""] * distributed.world_size()
     dist.all_gather_object(named, told.value.state)
     return named
 

@@ -23,9 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(folder: Path, job: StageJob) -> tuple[dict[str, float], list[str]]:
     """Names of the live model's trained parameters and the loss of its last state, by the engine itself."""
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     assert train_stage(job, ledger, memory, never) == "done"
@@ -34,7 +33,7 @@ def trained(folder: Path, job: StageJob) -> tuple[dict[str, float], list[str]]:
     live.eval()
     memory.session.attachment.switch([])
     with torch.no_grad():
-        loss = live(**training_data(job, memory).collate(range(8))).loss.item()
+        loss = live(**memory.data(job).collate(range(8))).loss.item()
     return {"loss": loss}, [name for name, parameter in live.named_parameters() if parameter.requires_grad]
 
 
@@ -74,11 +73,10 @@ def test_lora_trains_adapters_and_leaves_merged_weights(model: Path, tmp_path: P
 
 
 def plain_loss(model: Any, job: StageJob) -> float:
-    from orchestrator.training.data import training_data
-    from orchestrator.training.memory import TrainingMemory
+    from orchestrator.training.engine import TrainingMemory
 
     with torch.no_grad():
-        return float(model(**training_data(job, TrainingMemory()).collate(range(8))).loss)
+        return float(model(**TrainingMemory().data(job).collate(range(8))).loss)
 
 
 def test_bfloat16_keeps_a_float32_master(model: Path, tmp_path: Path) -> None:
@@ -93,8 +91,8 @@ def test_bfloat16_keeps_a_float32_master(model: Path, tmp_path: Path) -> None:
 
 
 def trained_in_bfloat16(folder: Path, job: StageJob) -> None:
-    from orchestrator.training.memory import TrainingMemory
-    from orchestrator.training.stage import train_stage
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
 
     memory = TrainingMemory()
     assert train_stage(job, make_ledger(folder, job.model), memory, never) == "done"

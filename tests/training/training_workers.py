@@ -24,7 +24,7 @@ SECONDS = 240
 # Imports cost seconds: one server imports them, and each group is forked from it before any thread has started.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["deepspeed", "orchestrator.training.stage", "transformers.models.llava.modeling_llava", "peft", "easy_vqa"]
+    ["deepspeed", "orchestrator.training.stage_run", "transformers.models.llava.modeling_llava", "peft", "easy_vqa"]
 )
 
 
@@ -163,7 +163,7 @@ def make_ledger(folder: Path, model: dict[str, Any]) -> Any:
     """A ledger with the root in it; every rank calls it."""
     from orchestrator.models import write_initial_weights
     from orchestrator.plan.ledger import Ledger
-    from orchestrator.training import group
+    from orchestrator.training import distributed
 
     ledger = Ledger(folder)
 
@@ -172,7 +172,7 @@ def make_ledger(folder: Path, model: dict[str, Any]) -> Any:
             write_initial_weights(RootJob("root", model, seed=0), ledger.writing_folder("root"))
             ledger.commit("root")
 
-    group.decide(root)
+    distributed.decide(root)
     return ledger
 
 

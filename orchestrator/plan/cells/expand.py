@@ -253,7 +253,7 @@ class _Resolver:
         key = ("left out", digest([self._once(_data, data)[0], model, model_max_length, prompts]))
         if key not in self._made:
             # Found by name: the data layer lies above this one, and needs no torch for this.
-            find = registry.load_object("orchestrator.data.row_trial:left_out")
+            find = registry.load_object("orchestrator.data.check:left_out")
             self._made[key] = find(data, spec.model, model_max_length, prompts)
         return self._made[key]
 

@@ -26,7 +26,7 @@ from orchestrator.spec.phase import PhaseSpec
 ROWS_READ = 2000
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
-_TEMPLATES = "orchestrator.data.templates"
+_TEMPLATES = "orchestrator.data.processing.templates"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from orchestrator.data.bounded_cache import BoundedCache
-from orchestrator.data.open_image import BadImage, image_size, open_image, pad_to_square
-from orchestrator.data.prefix_suffix import takes_suffix
+from orchestrator.data.processing.bounded_cache import BoundedCache
+from orchestrator.data.processing.templates import takes_suffix
+from orchestrator.data.records.image_files import BadImage, image_size, open_image, pad_to_square
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, UsageError
 

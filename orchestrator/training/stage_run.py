@@ -13,23 +13,27 @@ from typing import Any, Literal
 
 import torch
 
-from orchestrator.data.pipeline import TrainData
+from orchestrator.data.train_data import TrainData
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import write_json
-from orchestrator.training import group, logs
+from orchestrator.training import distributed
 from orchestrator.training.batches import BatchFeed
 from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint, write_weights
-from orchestrator.training.data import training_data
-from orchestrator.training.figures import fingerprint, peak_memory_gib, reset_peak_memory, stage_result
-from orchestrator.training.memory import Session, TrainingMemory
-from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, halve, set_accumulation
-from orchestrator.training.session import open_session, session_key
-from orchestrator.training.spool import MetricsSpool
+from orchestrator.training.engine import Session, TrainingMemory, open_session, session_key
+from orchestrator.training.metrics_log import (
+    LOGGER,
+    MetricsSpool,
+    fingerprint,
+    peak_memory_gib,
+    reset_peak_memory,
+    stage_log,
+    stage_result,
+)
+from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, halve, measure_trial, set_accumulation
 from orchestrator.training.step import StepFigures, run_step
-from orchestrator.training.trial import measure_trial
 
 StageOutcome = Literal["done", "stopped"]
 
@@ -57,11 +61,11 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
         UsageError: the job does not fit the model or the workers.
         DataError: rows or images cannot be used.
     """
-    if group.decide(lambda: _is_stored(job, ledger)):
+    if distributed.decide(lambda: _is_stored(job, ledger)):
         return "done"
-    group.decide(lambda: ledger.begin(job.id))
+    distributed.decide(lambda: ledger.begin(job.id))
     work = ledger.work_folder(job.id)
-    with logs.stage_log(work / ("log.txt" if group.rank() == 0 else f"log_rank{group.rank()}.txt")):
+    with stage_log(work / ("log.txt" if distributed.rank() == 0 else f"log_rank{distributed.rank()}.txt")):
         try:
             return _train(job, ledger, memory, should_stop, work)
         except BaseException as error:
@@ -85,9 +89,9 @@ def _train(
     job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool], work: Path
 ) -> StageOutcome:
     reset_peak_memory()
-    data = training_data(job, memory)
+    data = memory.data(job)
     session, step = _start_with_micro_batches(job, ledger, memory, data, work)
-    spool = MetricsSpool(work / "metrics.jsonl", step) if group.rank() == 0 else None
+    spool = MetricsSpool(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
         while step < job.last_step:
@@ -103,7 +107,7 @@ def _train(
                 spool.append(_metrics_line(job, session, step, figures))
                 _log(job, step, figures)
                 if figures.passed_over:
-                    logs.LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
+                    LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
             step += 1
             due = step % job.checkpoint_every == 0
             if step < job.last_step and (due or figures.stop):
@@ -126,7 +130,7 @@ def _start_with_micro_batches(
     job: StageJob, ledger: Ledger, memory: TrainingMemory, data: TrainData, work: Path
 ) -> tuple[Session, int]:
     """Return the session, ready for its steps, and the step it is after."""
-    on_gpu = group.device().type == "cuda"
+    on_gpu = distributed.device().type == "cuda"
     while True:
         session, step = _start(job, ledger, memory)
         memory.state = None
@@ -141,7 +145,7 @@ def _start_with_micro_batches(
             session.micro_batches = choose(job, session, data, work, memory.allowed_bytes, trial)
             return session, step
         except MicroBatchTooLarge as error:
-            logs.LOGGER.info("%s", error)
+            LOGGER.info("%s", error)
             memory.release()  # an engine that ran out of memory halfway is not whole
 
 
@@ -159,8 +163,8 @@ def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
     """Return the session and the step it is after."""
-    newest = group.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
-    if newest is None and not job.starts_phase and group.all_agree(memory.holds(job.parent, session_key(job))):
+    newest = distributed.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
+    if newest is None and not job.starts_phase and distributed.all_agree(memory.holds(job.parent, session_key(job))):
         assert memory.session is not None
         return memory.session, job.first_step
     memory.release()
@@ -172,9 +176,9 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
     if newest is None:
         source = _fetched(ledger, job.parent, "checkpoint")
     else:
-        group.on_each_node(lambda: ledger.bring_checkpoint(job.id, newest))
+        distributed.on_each_node(lambda: ledger.bring_checkpoint(job.id, newest))
         source = ledger.work_folder(job.id) / newest
-    universal = group.decide(lambda: other_workers(read_cursor(source)))
+    universal = distributed.decide(lambda: other_workers(read_cursor(source)))
     memory.session = open_session(job, weights, universal)
     state = job.parent if newest is None else job.id
     return memory.session, load_checkpoint(memory.session, source, job, state, ledger.writing_folder(job.id))
@@ -182,7 +186,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
 
 def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"]) -> Path:
     """Return a part of a finished state on this node, whole; every rank calls it."""
-    group.on_each_node(lambda: ledger.fetch(state, part))
+    distributed.on_each_node(lambda: ledger.fetch(state, part))
     return ledger.state_folder(state) / part
 
 
@@ -194,8 +198,8 @@ def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
         ),
         data.collate,
         lambda step: sizes.at(job.action_at(step)),
-        group.rank(),
-        group.world_size(),
+        distributed.rank(),
+        distributed.world_size(),
         job.last_step,
     )
 
@@ -231,7 +235,7 @@ def _log(job: StageJob, step: int, figures: StepFigures) -> None:
     """Return a line in the stage run's log at its first, its last and about forty steps between."""
     every = max(1, (job.last_step - job.first_step) // 40)
     if (step - job.first_step) % every == 0 or step == job.last_step - 1:
-        logs.LOGGER.info(
+        LOGGER.info(
             "%s step %d/%d under %s: loss %.4f, learning rate %.3g, %.3f s",
             job.phase, step + 1, job.total_steps, job.action_at(step).variant, figures.loss, figures.learning_rate,
             figures.step_seconds,
@@ -242,14 +246,14 @@ def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spoo
     """Write an in-stage checkpoint aside and seal it."""
     folder = ledger.writing_folder(job.id) / f"step_{step:06d}"
     save_checkpoint(session, folder, job, step)
-    group.on_each_node(lambda: ledger.share(folder))
+    distributed.on_each_node(lambda: ledger.share(folder))
 
     def seal() -> None:
         if spool is not None:
             spool.sync()
         ledger.seal_checkpoint(job.id, step, folder)
 
-    group.decide(seal)
+    distributed.decide(seal)
 
 
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
@@ -259,8 +263,8 @@ def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None
     if job.keep == "full":
         save_checkpoint(session, folder / "checkpoint", job, job.last_step)
     if job.keep == "none":  # written all the same: it was seen that they are finite
-        group.decide(lambda: shutil.rmtree(folder / Path(WEIGHTS_FILE).parent))
-    group.on_each_node(lambda: ledger.share(folder))
+        distributed.decide(lambda: shutil.rmtree(folder / Path(WEIGHTS_FILE).parent))
+    distributed.on_each_node(lambda: ledger.share(folder))
     peak_gib = peak_memory_gib()
     marks = fingerprint(job, session)
 
@@ -269,7 +273,7 @@ def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None
         write_json(folder / "job.json", job_to_json(job))
         ledger.commit(job.id)
 
-    group.decide(commit)
+    distributed.decide(commit)
 
 
 def _exact_weights(session: Session, job: StageJob, ledger: Ledger) -> Path | None:
@@ -285,5 +289,5 @@ def _exact_weights(session: Session, job: StageJob, ledger: Ledger) -> Path | No
         state = next((one for one in states if one is not None and ledger.has(one, "weights")), None)
         return None if state is None else ledger.fetch(state, "weights")
 
-    folder = group.decide(fetch)
+    folder = distributed.decide(fetch)
     return folder and folder / Path(WEIGHTS_FILE).name

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator.data.file_kinds import HEAD_BYTES, looks_like
+from orchestrator.data.records.file_kinds import HEAD_BYTES, looks_like
 from orchestrator.errors import DataError
 
 CHUNK_CHARACTERS = 2**22

@@ -15,10 +15,10 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data import open_image
-from orchestrator.data.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
-from orchestrator.data.open_image import BadImage, verify_image
 from orchestrator.data.progress import progress
+from orchestrator.data.records import image_files
+from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
+from orchestrator.data.records.image_files import BadImage, verify_image
 from orchestrator.data.rows import AS_IT_IS, ImageReading
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import digest, file_sha256, source_code
@@ -130,7 +130,7 @@ def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading
         OSError: the storage fails; that says nothing of the images.
         DataError: the same, met while decoding; or an image changes while it is read.
     """
-    code = source_code(__name__, open_image.__name__)
+    code = source_code(__name__, image_files.__name__)
     file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
     known = open_columns(file, _check)
     wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
@@ -249,8 +249,8 @@ def _entry(path: str, before: tuple[int, int], fault: str | None, reading: Image
         sha = file_sha256(path)
         if fault is None:
             try:
-                height, width = open_image.image_size(path, reading)
-            except open_image.BadImage as error:
+                height, width = image_files.image_size(path, reading)
+            except image_files.BadImage as error:
                 fault = str(error)
     if _stat(path) != before:
         raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")

@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
-from orchestrator.data.file_kinds import HEAD_BYTES, looks_like
+from orchestrator.data.records.file_kinds import HEAD_BYTES, looks_like
 from orchestrator.data.rows import AS_IT_IS, ImageReading
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

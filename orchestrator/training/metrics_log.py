@@ -1,21 +1,29 @@
-"""What a stage run reports about itself: time, tokens, memory, and the fingerprint of how it was computed."""
+"""metrics.jsonl: one line per optimizer step, cut back on resume so that no step is told twice."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import os
 import platform
 import resource
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.jobs import StageJob
-from orchestrator.training import group
+from orchestrator.plan.ledger.files import storage_errors
+from orchestrator.training import distributed
 from orchestrator.training.deepspeed_config import zero_stage
-from orchestrator.training.memory import Session
-from orchestrator.training.spool import read_metrics
+from orchestrator.training.engine import Session
 
 _GIB = 2**30
 
@@ -35,7 +43,7 @@ def peak_memory_gib() -> float:
         peak = torch.cuda.max_memory_allocated() / _GIB
     else:
         peak = resident_peak_bytes() / _GIB
-    return group.reduce_values([peak], largest=True)[0]
+    return distributed.reduce_values([peak], largest=True)[0]
 
 
 def resident_peak_bytes() -> int:
@@ -65,9 +73,9 @@ def _processor() -> str:
 
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
     """Return how it was computed: what may move the last bits, and is flagged where two cells in one table differ."""
-    on_gpu = group.device().type == "cuda"
+    on_gpu = distributed.device().type == "cuda"
     return {
-        "world_size": group.world_size(),
+        "world_size": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         "cpu": _processor(),
@@ -108,3 +116,93 @@ def stage_result(job: StageJob, metrics_file: Path, peak_gib: float, marks: dict
         "label_tokens": mean("label_tokens"),
         "fingerprint": marks,
     }
+
+
+LOGGER = logging.getLogger("llavolta.training")
+LOGGER.setLevel(logging.INFO)
+_LOGGERS = (LOGGER.name, "DeepSpeed", "transformers", "deepspeed", "torch.distributed")
+_KNOWN_NOISE = (
+    # torch 2.13 tells DeepSpeed's collectives on every rank and path.
+    r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatter_base.*|.*reduce_scatter_tensor.*",
+)
+
+
+@contextmanager
+def stage_log(path: Path) -> Iterator[None]:
+    """Everything logged inside goes to `path`, appended; handlers are put back afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    before = []
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        before.append((logger, logger.handlers[:], logger.propagate))
+        logger.handlers, logger.propagate = [handler], False
+    with warnings.catch_warnings():
+        for message in _KNOWN_NOISE:
+            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        try:
+            yield
+        finally:
+            for logger, handlers, propagate in before:
+                logger.handlers, logger.propagate = handlers, propagate
+            handler.close()
+
+
+class MetricsSpool:
+    """Appends lines to a file; each is in the file when `append` returns.
+
+    Args:
+        path: The file; made where it is not there.
+        resume_step: Lines of this step and later ones are cut, and with them a line torn by a crash.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        with storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_metrics(path) if line["step"] < resume_step]
+            # Aside, then renamed: a writer that lost its lease goes on in a file nobody sees.
+            part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+            self._file = part.open("a", buffering=1, encoding="utf-8")
+            self._file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file.flush()
+            os.replace(part, path)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one step.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with storage_errors(self._path.parent):
+            self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Make the lines outlive a power cut; called before a checkpoint counts on them.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with storage_errors(self._path.parent):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file up to the first torn one; empty where there is no file."""
+    try:
+        found = retry_io(path.read_bytes)
+    except ABSENT:
+        return []
+    lines = []
+    for text in found.decode("utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

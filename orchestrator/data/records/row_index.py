@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
-from orchestrator.data.image_table import ImageTable, image_table, path_of
 from orchestrator.data.progress import progress
+from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
+from orchestrator.data.records.image_table import ImageTable, image_table, path_of
 from orchestrator.data.rows import (
     AS_IT_IS,
     DataSet,

@@ -23,34 +23,37 @@ from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.store import Store
 from orchestrator.redaction import redacted
-from orchestrator.tracking.lacking import (
+from orchestrator.tracking.mlflow_state import (
     ARTIFACTS_DIGEST,
+    CELL_ID,
     DRIVER,
+    METRICS_PER_REQUEST,
     OPEN,
+    PARAMS_PER_REQUEST,
     POINTS,
     STATUS,
+    TAGS_PER_REQUEST,
     Lives,
+    SeenExperiment,
+    SeenRun,
     SentPoint,
     abandoned,
     changed_summary,
+    chunks,
+    client_look,
     file_contents,
     files_digest,
     fresh_points,
     has_artifacts,
     mark,
+    quick_look,
     sent_params,
     sent_points,
     sent_tags,
+    shortened,
+    sqlite_file,
     was_cut,
 )  # fmt: skip
-from orchestrator.tracking.limits import (
-    METRICS_PER_REQUEST,
-    PARAMS_PER_REQUEST,
-    TAGS_PER_REQUEST,
-    chunks,
-    shortened,
-)
-from orchestrator.tracking.seen import CELL_ID, SeenExperiment, SeenRun, client_look, quick_look, sqlite_file
 
 
 def make_database(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,102 @@ import deepspeed
 import torch
 
 from orchestrator.compression import attach
+from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
-from orchestrator.training import group
-from orchestrator.training.batches import accumulation_steps
+from orchestrator.training import distributed
+from orchestrator.training.batches import accumulation_steps, even_size
 from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.dropout import Draws, draw_by_sample
-from orchestrator.training.learned import LearnedPart
-from orchestrator.training.memory import Session
-from orchestrator.training.micro_batch import even_size
+from orchestrator.training.learned_compressors import LearnedPart
+
+
+@dataclass
+class Session:
+    """A model under training.
+
+    Attributes:
+        engine: DeepSpeed engine; `engine.module` is the Hugging Face model.
+        attachment: Compressor attachment of the model.
+        learned: Its learned compressors, which no engine knows.
+        base_rates: Learning rate of each optimizer group before the schedule's factor.
+        key: Settings an engine cannot change: a child with others needs a new engine.
+        config: DeepSpeed configuration.
+        micro_batch_size: Samples of one forward the engine was opened with.
+        micro_batches: Samples of one forward by what a step does, in the present stage run; None before the first.
+        compute_dtype: Type the model computes in.
+        points: Points in force; None where they are not known.
+        draws: What its dropout draws from.
+        phase_start: State the phase started from: its weights are what does not train, unrounded.
+    """
+
+    engine: Any
+    attachment: Any
+    learned: Any
+    base_rates: list[float]
+    key: str
+    config: dict[str, Any]
+    micro_batch_size: int
+    compute_dtype: torch.dtype
+    points: tuple[dict[str, Any], ...] | None
+    draws: Draws
+    micro_batches: Any = None
+    phase_start: str | None = None
+
+
+@dataclass
+class TrainingMemory:
+    """The last state a worker trained, still in memory, and the data it read.
+
+    Attributes:
+        state: Id of the state the session holds; None while a stage run is under way or after it failed.
+        allowed_bytes: What activations may take where `per_device_train_batch_size` is `auto`; None asks the machine.
+    """
+
+    state: str | None = None
+    session: Session | None = None
+    allowed_bytes: int | None = None
+    _data: dict[str, TrainData] = field(default_factory=dict)
+
+    def holds(self, state: str, key: str) -> bool:
+        """Return whether the session is exactly this state under these settings."""
+        return self.session is not None and self.state == state and self.session.key == key
+
+    def model_of(self, state: str) -> Any | None:
+        """Return the model of a state (for an evaluation), or None when it is not in memory."""
+        return self.session.engine.module if self.session is not None and self.state == state else None
+
+    def data(self, job: StageJob) -> TrainData:
+        """Return the data sets of a job, tokenised for its model; those of the last job stay in memory.
+
+        Raises:
+            DataError: rows or images cannot be used.
+        """
+        model, length = ModelSpec.model_validate(job.model), job.recipe["model_max_length"]
+        facts = [job.data, model.model_name_or_path, model.revision, length]
+        key = json.dumps(facts, sort_keys=True, default=str)
+        if key not in self._data:
+            self._data = {key: build_train_data(job.data, model, length)}
+        return self._data[key]
+
+    def release(self) -> None:
+        """Give the engine's memory back."""
+        session, self.session, self.state = self.session, None, None
+        if session is None:
+            return
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        session.attachment.detach()
+        session.engine.destroy()
+        unset_hf_deepspeed_config()
+        del session
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def session_key(job: StageJob) -> str:
@@ -66,7 +151,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
-    if group.device().type == "cpu":
+    if distributed.device().type == "cpu":
         # A C++ op that sums over the ranks of one machine: it would be compiled for a minute on the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It prints the memory at each step of its opening, whatever is asked for, and collects garbage each time.
@@ -91,9 +176,9 @@ def _config(recipe: PhaseSpec, dtype: str, micro_batch_size: int, universal: boo
         recipe,
         dtype,
         micro_batch_size,
-        accumulation_steps(recipe.global_batch_size, micro_batch_size, group.world_size()),
-        group.world_size(),
-        on_gpu=group.device().type == "cuda",
+        accumulation_steps(recipe.global_batch_size, micro_batch_size, distributed.world_size()),
+        distributed.world_size(),
+        on_gpu=distributed.device().type == "cuda",
     )
     if universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
@@ -118,7 +203,7 @@ def _set_determinism(wanted: bool) -> None:
 
 def _micro_batch_size(recipe: PhaseSpec) -> int:
     if recipe.per_device_train_batch_size == "auto":
-        return even_size(recipe.global_batch_size, group.world_size(), most=1)  # until the stage run chooses
+        return even_size(recipe.global_batch_size, distributed.world_size(), most=1)  # until the stage run chooses
     return min(int(recipe.per_device_train_batch_size), recipe.global_batch_size)
 
 

@@ -1,0 +1,1 @@
+"""Turn rows into what a model takes: text, tokens, image tensors, batches."""

@@ -1,0 +1,1 @@
+"""Read data files into rows: records, images, and an index of both that is kept."""
