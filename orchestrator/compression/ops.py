@@ -207,7 +207,7 @@ def tokens_at(hidden_BND: Tensor, index_BM: Tensor) -> Tensor:
     return hidden_BND.gather(1, index_BM.unsqueeze(2).expand(-1, -1, hidden_BND.shape[2]))
 
 
-def merge_members(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | None = None) -> Tensor:
+def merge(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | None = None) -> Tensor:
     """Return the weighted mean of the tokens of each slot, summed in float32 at least; gradients flow to the tokens.
 
     Args:

@@ -74,8 +74,8 @@ class StageTable:
     teachers: Mapping[str, Teaching] = field(default_factory=dict)
 
 
-def merged(steps: list[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...]:
-    """Return the actions with equal neighbours made one."""
+def merge_actions(steps: list[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...]:
+    """Return a schedule's actions with equal neighbours merged into one."""
     actions: list[tuple[int, int, str]] = []
     for first, last, name in steps:
         if actions and actions[-1][2] == name:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.base import Flag
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class AveragePoolSpec(CompressorSpec):
+class AveragePoolSpec(plugin.CompressorSpec):
     """Windows of `stride` neighbouring visual tokens of one image, in raster order, are averaged.
 
     `stride` leaves ceil(tokens / stride) tokens, the last window being shorter where it does not divide them.
@@ -32,7 +29,7 @@ class AveragePoolSpec(CompressorSpec):
 
     kind: Literal["average_pool"] = "average_pool"
     positions: Literal["mean", "first", "renumber"] = "mean"
-    size_bias: Flag = False
+    size_bias: plugin.Flag = False
 
 
 class AveragePool:
@@ -41,16 +38,13 @@ class AveragePool:
     def __init__(self, spec: AveragePoolSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; sums are taken in float32.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; sums are taken in float32.
 
         Raises:
             ValueError: more windows are asked for than there are tokens.
         """
         import torch
-
-        from orchestrator.compression.ops import merge_members
-        from orchestrator.compression.protocol import Kept
 
         images, tokens = visual_BND.shape[:2]
         windows = self.spec.kept_tokens(grid)
@@ -65,7 +59,7 @@ class AveragePool:
             index_MW = torch.where(inside_MW, first_M.unsqueeze(1) + within_W, 0)
         if self.spec.size_bias:
             window_N = torch.arange(windows, device=visual_BND.device).repeat_interleave(length_M, output_size=tokens)
-            hidden_BMD = merge_members(visual_BND, window_N.expand(images, -1), windows, context.sizes_BN)
+            hidden_BMD = plugin.merge(visual_BND, window_N.expand(images, -1), windows, context.sizes_BN)
         elif index_MW is None or inside_MW is None:
             hidden_BMD = visual_BND.unflatten(1, (windows, lengths[0])).mean(2)
         else:
@@ -76,7 +70,7 @@ class AveragePool:
             positions_ABM = context.positions_ABN[:, :, first_M]
         else:
             positions_ABM = _sums(context.positions_ABN, windows, index_MW, inside_MW) // length_M
-        return Kept(
+        return plugin.Kept(
             hidden_BMD,
             positions_ABM,
             _sums(context.sizes_BN, windows, index_MW, inside_MW),

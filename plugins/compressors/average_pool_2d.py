@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import BlockCompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class AveragePool2dSpec(BlockCompressorSpec):
+class AveragePool2dSpec(plugin.BlockCompressorSpec):
     """h' x w' windows over an image's rows and columns of tokens are averaged.
 
     With `layer: projector` this is DeCo (arXiv:2405.20985, its method: adaptive average pooling of the patches, then
@@ -38,23 +36,20 @@ class AveragePool2d:
     def __init__(self, spec: AveragePool2dSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; sums are taken in float32, every token weighs the same.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; sums are taken in float32, every token weighs the same.
 
         Raises:
             ValueError: the amount is no block of this grid.
         """
-        from orchestrator.compression.ops import along_both_axes, windows_over
-        from orchestrator.compression.protocol import Kept
-
         kept = self.spec.kept_grid(grid)
-        windows = windows_over(grid, kept, visual_BND.device)
+        windows = plugin.windows_over(grid, kept, visual_BND.device)
         if self.spec.positions == "first":
             positions_ABM = context.positions_ABN[:, :, windows.first_M]
         else:
             positions_ABM = windows.mean_positions(context.positions_ABN)
-        return Kept(
-            along_both_axes(visual_BND, grid, kept, window_means),
+        return plugin.Kept(
+            plugin.along_both_axes(visual_BND, grid, kept, window_means),
             positions_ABM,
             windows.sizes(context.sizes_BN),
             sources_BM=windows.first_M.expand(len(visual_BND), -1),
@@ -70,9 +65,7 @@ def window_means(tokens: int, windows: int) -> Tensor:
     """
     import torch
 
-    from orchestrator.compression.ops import window_bounds
-
-    first_M, end_M = window_bounds(tokens, windows, torch.device("cpu"))
+    first_M, end_M = plugin.window_bounds(tokens, windows, torch.device("cpu"))
     place_N = torch.arange(tokens)
     inside_MN = (place_N >= first_M[:, None]) & (place_N < end_M[:, None])
     return inside_MN.double() / (end_M - first_M)[:, None]

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator_plugins.compressors.average_pool_2d import window_means
 
-from orchestrator.spec.base import Count
-from orchestrator.spec.components import BlockCompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class CAbstractorSpec(BlockCompressorSpec):
+class CAbstractorSpec(plugin.BlockCompressorSpec):
     """`depth` residual blocks over an image's map of tokens, adaptive average pooling to h' x w', `depth` blocks more.
 
     Blocks are bottlenecks as in RegNet, normalised token by token (nothing depends on other images). Their last maps
@@ -34,16 +31,16 @@ class CAbstractorSpec(BlockCompressorSpec):
     keeps_all: ClassVar[bool] = False
 
     kind: Literal["c_abstractor"] = "c_abstractor"
-    depth: Count = 3
-    hidden_size: Count | None = None
-    group_width: Count = 16
+    depth: plugin.Count = 3
+    hidden_size: plugin.Count | None = None
+    group_width: plugin.Count = 16
 
     def inner_shape(self, width: int) -> tuple[int, int]:
         """Return the channels inside a block, and groups of its convolution, for tokens of `width`."""
         hidden = self.hidden_size or max(1, width // 4)
         return hidden, hidden // math.gcd(hidden, self.group_width)
 
-    def module_operations(self, grid: Grid, width: int) -> int:
+    def module_operations(self, grid: plugin.Grid, width: int) -> int:
         """Linear maps and convolutions of the blocks before and after the pooling."""
         hidden, groups = self.inner_shape(width)
         a_token = 4 * width * hidden + 2 * 9 * hidden * hidden // groups
@@ -60,19 +57,16 @@ class CAbstractor:
         """Return the blocks, for tokens of `width`."""
         return build_blocks(self.spec, width)
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`.
 
         Raises:
             ValueError: the amount is no block of this grid.
         """
-        from orchestrator.compression.ops import windows_over
-        from orchestrator.compression.protocol import Kept
-
         assert context.module is not None
         kept = self.spec.kept_grid(grid)
-        windows = windows_over(grid, kept, visual_BND.device)
-        return Kept(
+        windows = plugin.windows_over(grid, kept, visual_BND.device)
+        return plugin.Kept(
             context.module(visual_BND, grid, kept),
             windows.mean_positions(context.positions_ABN),
             windows.sizes(context.sizes_BN),
@@ -85,8 +79,6 @@ def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
     """Return a module that maps (visual_BND, grid, kept grid) to B x M x width."""
     from torch import nn
     from torch.nn import functional
-
-    from orchestrator.compression.ops import along_both_axes
 
     hidden, groups = spec.inner_shape(width)
 
@@ -117,9 +109,9 @@ def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:
             self.before = nn.Sequential(*(Block() for _ in range(spec.depth)))
             self.after = nn.Sequential(*(Block() for _ in range(spec.depth)))
 
-        def forward(self, visual_BND: Tensor, grid: Grid, kept: Grid) -> Tensor:
+        def forward(self, visual_BND: Tensor, grid: plugin.Grid, kept: plugin.Grid) -> Tensor:
             mapped_BND = self.before(visual_BND.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
-            pooled_BMD = along_both_axes(mapped_BND, grid, kept, window_means)
+            pooled_BMD = plugin.along_both_axes(mapped_BND, grid, kept, window_means)
             result: Tensor = self.after(pooled_BMD.unflatten(1, (kept.height, kept.width))).flatten(1, 2)
             return result
 

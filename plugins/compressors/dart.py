@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.base import Count, Whole
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class DartSpec(CompressorSpec):
+class DartSpec(plugin.CompressorSpec):
     """Pivots are the tokens with the largest L1 norm of their key in layer K-1; duplicates of pivots go.
 
     Visual pivots are kept. Then each pivot in turn, visual ones first and each kind by falling norm, takes its share of
@@ -30,8 +27,8 @@ class DartSpec(CompressorSpec):
     needs: ClassVar[tuple[str, ...]] = ("keys",)
 
     kind: Literal["dart"] = "dart"
-    visual_pivots: Count = 4
-    text_pivots: Whole = 4
+    visual_pivots: plugin.Count = 4
+    text_pivots: plugin.Whole = 4
 
 
 class Dart:
@@ -40,21 +37,18 @@ class Dart:
     def __init__(self, spec: DartSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; kept tokens keep their order and position ids.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; kept tokens keep their order and position ids.
 
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no keys.
         """
         import torch
 
-        from orchestrator.compression.ops import cosines, is_top, places_of
-        from orchestrator.compression.protocol import take
-
         kept, (images, tokens) = self.spec.kept_tokens(grid), visual_BND.shape[:2]
         if kept == tokens:
             every_N = torch.arange(tokens, device=visual_BND.device)
-            return take(visual_BND, every_N.expand(images, -1), context)
+            return plugin.take(visual_BND, every_N.expand(images, -1), context)
         with torch.no_grad():
             own = min(self.spec.visual_pivots, kept)
             own_BP, own_BPD, text_BPD, num_text_B = self._pivots(visual_BND, context, own)
@@ -62,30 +56,28 @@ class Dart:
             quotas_BP = _quotas(kept - own, own, num_text_B, text_BPD.shape[1])
             chosen_BN = torch.zeros(images, tokens, dtype=torch.bool, device=visual_BND.device)
             chosen_BN.scatter_(1, own_BP, True)
-            cosine_BPN = cosines(pivots_BPD, visual_BND)
+            cosine_BPN = plugin.cosines(pivots_BPD, visual_BND)
             for pivot in range(cosine_BPN.shape[1]):
                 unlike_BN = (-cosine_BPN[:, pivot]).masked_fill(chosen_BN, -torch.inf)
-                chosen_BN |= is_top(unlike_BN, quotas_BP[:, pivot : pivot + 1], scale=1)
-            index_BM = places_of(chosen_BN, kept)  # exactly `kept` are chosen in every row
-        return take(visual_BND, index_BM, context)
+                chosen_BN |= plugin.is_top(unlike_BN, quotas_BP[:, pivot : pivot + 1], scale=1)
+            index_BM = plugin.places_of(chosen_BN, kept)  # exactly `kept` are chosen in every row
+        return plugin.take(visual_BND, index_BM, context)
 
-    def _pivots(self, visual_BND: Tensor, context: Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _pivots(self, visual_BND: Tensor, context: plugin.Context, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the indices and hidden states of the visual pivots; hidden states of the text pivots and how many
         are real.
         """
-        from orchestrator.compression.ops import ranked, tokens_at
-
         if context.row_keys_RND is None or context.text_RN is None or context.columns_BN is None:
             raise ValueError("the keys of the layer before it are not known here")
         assert context.hidden_RND is not None
         norms_RN = context.row_keys_RND.float().abs().sum(2)
         rows_B = context.rows_B.to(norms_RN.device)
         norms_BN = norms_RN[rows_B].gather(1, context.columns_BN)
-        own_BP = ranked(norms_BN, own)
-        text_RP = ranked(norms_RN.masked_fill(~context.text_RN, -1), self.spec.text_pivots)
-        text_RPD = tokens_at(context.hidden_RND, text_RP)
+        own_BP = plugin.ranked(norms_BN, own)
+        text_RP = plugin.ranked(norms_RN.masked_fill(~context.text_RN, -1), self.spec.text_pivots)
+        text_RPD = plugin.tokens_at(context.hidden_RND, text_RP)
         num_text_R = context.text_RN.sum(1).clamp(max=self.spec.text_pivots)
-        return own_BP, tokens_at(visual_BND, own_BP), text_RPD[rows_B], num_text_R[rows_B]
+        return own_BP, plugin.tokens_at(visual_BND, own_BP), text_RPD[rows_B], num_text_R[rows_B]
 
 
 def _quotas(budget: int, own: int, num_text_B: Tensor, most_text: int) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class DivPruneSpec(CompressorSpec):
+class DivPruneSpec(plugin.CompressorSpec):
     """A greedy max-min subset by cosine distance; `stride` S means that ceil(tokens / S) tokens are kept.
 
     The paper selects among the projected tokens, `layer: projector` or `layer: 0`; any deeper layer works as well.
@@ -31,15 +29,13 @@ class DivPrune:
     def __init__(self, spec: DivPruneSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`.
 
         Raises:
             ValueError: more tokens are asked for than there are.
         """
-        from orchestrator.compression.protocol import take
-
-        return take(visual_BND, farthest(visual_BND.detach(), self.spec.kept_tokens(grid)), context)
+        return plugin.take(visual_BND, farthest(visual_BND.detach(), self.spec.kept_tokens(grid)), context)
 
 
 def farthest(visual_BND: Tensor, kept: int) -> Tensor:
@@ -50,19 +46,17 @@ def farthest(visual_BND: Tensor, kept: int) -> Tensor:
     """
     import torch
 
-    from orchestrator.compression.ops import argmin, cosines
-
     images, tokens = visual_BND.shape[:2]
     if kept == tokens:
         return torch.arange(tokens, device=visual_BND.device).expand(images, -1)
     # Nearness (the cosine) instead of distance saves a pass; chosen tokens are infinitely near.
-    nearness_BNN = cosines(visual_BND, visual_BND)
+    nearness_BNN = plugin.cosines(visual_BND, visual_BND)
     nearness_BNN.diagonal(dim1=1, dim2=2).fill_(-float("inf"))
     chosen_BM = torch.empty(images, kept, dtype=torch.long, device=visual_BND.device)
     nearest_BN = nearness_BNN.amax(2)
     rows = torch.arange(images, device=visual_BND.device)
     for number in range(kept):
-        token_B = argmin(nearest_BN, scale=1)
+        token_B = plugin.argmin(nearest_BN, scale=1)
         chosen_BM[:, number] = token_B
         near_BN = nearness_BNN[rows, token_B]
         nearest_BN = near_BN if number == 0 else torch.maximum(nearest_BN, near_BN, out=nearest_BN)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import BlockCompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class DownsampleSpec(BlockCompressorSpec):
+class DownsampleSpec(plugin.BlockCompressorSpec):
     """The image is resized (bilinear, antialiased) so that the vision tower gives h' x w' tokens (section 3.2).
 
     The tower interpolates its position embeddings to the smaller grid; tower, projector and decoder all get cheaper.
@@ -33,7 +31,7 @@ class Downsample:
     def __init__(self, spec: DownsampleSpec) -> None:
         self.spec = spec
 
-    def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
+    def resize(self, pixels_BCHW: Tensor, grid: plugin.Grid) -> Tensor:
         """Return the images at the size whose patches form the grid to keep; as they are where all tokens are kept.
 
         Args:
@@ -53,16 +51,13 @@ class Downsample:
         smaller_BCHW = functional.interpolate(pixels_BCHW.float(), size, mode="bilinear", antialias=True)
         return smaller_BCHW.to(pixels_BCHW.dtype)
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
         """Return the features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M
         windows.
         """
-        from orchestrator.compression.ops import windows_over
-        from orchestrator.compression.protocol import Kept
-
         kept = self.spec.kept_grid(grid)
-        windows = windows_over(grid, kept, visual_BND.device)
-        return Kept(
+        windows = plugin.windows_over(grid, kept, visual_BND.device)
+        return plugin.Kept(
             visual_BND,
             windows.mean_positions(context.positions_ABN),
             windows.sizes(context.sizes_BN),

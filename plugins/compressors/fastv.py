@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class FastVSpec(CompressorSpec):
+class FastVSpec(plugin.CompressorSpec):
     """Ranks visual tokens by the attention they get in layer K-1, mean over heads, and keeps the first.
 
     As published the score comes from layer K-1 and the last token of the prompt; that one row is computed anew beside
@@ -33,14 +31,12 @@ class FastV:
     def __init__(self, spec: FastVSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; kept tokens keep their order and position ids.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; kept tokens keep their order and position ids.
 
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.
         """
-        from orchestrator.compression.protocol import take, top_tokens
-
         if context.attention_BN is None:
             raise ValueError("the attention of the layer before it is not known here")
-        return take(visual_BND, top_tokens(context.attention_BN, self.spec.kept_tokens(grid)), context)
+        return plugin.take(visual_BND, plugin.top_tokens(context.attention_BN, self.spec.kept_tokens(grid)), context)

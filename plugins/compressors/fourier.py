@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import BlockCompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class FourierSpec(BlockCompressorSpec):
+class FourierSpec(plugin.BlockCompressorSpec):
     """A 2-D DCT over the token grid, channel by channel; the lowest h' x w' frequencies; inverted at that size.
 
     An ideal low-pass resize without parameters. `stride` S asks for ceil(tokens / S) tokens and keeps the product of
@@ -32,19 +30,16 @@ class Fourier:
     def __init__(self, spec: FourierSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; computed in float32 at least.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; computed in float32 at least.
 
         Raises:
             ValueError: the amount is no block of this grid.
         """
-        from orchestrator.compression.ops import along_both_axes, windows_over
-        from orchestrator.compression.protocol import Kept
-
         kept = self.spec.kept_grid(grid)
-        windows = windows_over(grid, kept, visual_BND.device)
-        return Kept(
-            along_both_axes(visual_BND, grid, kept, low_pass),
+        windows = plugin.windows_over(grid, kept, visual_BND.device)
+        return plugin.Kept(
+            plugin.along_both_axes(visual_BND, grid, kept, low_pass),
             windows.mean_positions(context.positions_ABN),
             windows.sizes(context.sizes_BN),
             sources_BM=windows.first_M.expand(len(visual_BND), -1),

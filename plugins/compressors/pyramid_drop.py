@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator_plugins.compressors.fastv import FastV
 
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class PyramidDropSpec(CompressorSpec):
+class PyramidDropSpec(plugin.CompressorSpec):
     """Ranks visual tokens by what the last prompt token pays them, keeps the first, numbers positions again.
 
     The paper (section 3.2, CVPR 2025) drops at the ends of stages of the decoder and keeps lambda = 1/2 each time:
@@ -33,8 +31,8 @@ class PyramidDropSpec(CompressorSpec):
 class PyramidDrop(FastV):
     """FastV's choice, then positions without gaps."""
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; position ids of the whole row are numbered again.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; position ids of the whole row are numbered again.
 
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no attention.

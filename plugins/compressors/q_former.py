@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import Count, Flag
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class QFormerSpec(CompressorSpec):
+class QFormerSpec(plugin.CompressorSpec):
     """`keep_tokens` learned queries take the place of an image's visual tokens.
 
     Each of `depth` layers is attention among the queries, attention of the queries to the image's tokens (BLIP-2,
@@ -40,11 +37,11 @@ class QFormerSpec(CompressorSpec):
     keeps_all: ClassVar[bool] = False
 
     kind: Literal["q_former"] = "q_former"
-    max_queries: Count | None = None
-    depth: Count = 2
-    hidden_size: Count | None = None
-    heads: Count = 8
-    self_attention: Flag = True
+    max_queries: plugin.Count | None = None
+    depth: plugin.Count = 2
+    hidden_size: plugin.Count | None = None
+    heads: plugin.Count = 8
+    self_attention: plugin.Flag = True
 
     @model_validator(mode="after")
     def _has_queries(self) -> QFormerSpec:
@@ -58,18 +55,18 @@ class QFormerSpec(CompressorSpec):
             raise PydanticCustomError("heads", "hidden_size is no multiple of heads")
         return self
 
-    def kept_tokens(self, grid: Grid) -> int:
+    def kept_tokens(self, grid: plugin.Grid) -> int:
         """Return the number of queries used.
 
         Raises:
             ValueError: it is more than the image's tokens, or than there are queries.
         """
-        kept = amount_to_keep(self, grid.tokens)
+        kept = plugin.amount_to_keep(self, grid.tokens)
         if self.max_queries is not None and kept > self.max_queries:
             raise ValueError(f"{kept} tokens are to be kept, but there are max_queries {self.max_queries} queries")
         return kept
 
-    def nearest_amount(self, keep: int, grid: Grid) -> int:
+    def nearest_amount(self, keep: int, grid: plugin.Grid) -> int:
         """Return no more than the image's tokens and the queries."""
         return super().nearest_amount(min(keep, self.max_queries or keep), grid)
 
@@ -77,7 +74,7 @@ class QFormerSpec(CompressorSpec):
         """Return the width of the queries inside, for tokens of `width`."""
         return self.hidden_size or self.heads * max(1, round(width / 4 / self.heads))
 
-    def module_operations(self, grid: Grid, width: int) -> int:
+    def module_operations(self, grid: plugin.Grid, width: int) -> int:
         """Linear maps and attention of all layers, and the maps from and to the tokens' width."""
         tokens, kept, inner = grid.tokens, self.kept_tokens(grid), self.inner_width(width)
         across = 4 * inner**2 * (kept + tokens) + 4 * kept * tokens * inner
@@ -99,24 +96,22 @@ class QFormer:
         """Return the queries and their layers, for tokens of `width`."""
         return build_resampler(self.spec, width)
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`.
 
         Raises:
             ValueError: there are more queries than tokens.
         """
         import torch
 
-        from orchestrator.compression.protocol import Kept, evenly_spaced
-
         assert context.module is not None
         images, tokens = visual_BND.shape[:2]
         kept = self.spec.kept_tokens(grid)
-        first_M = evenly_spaced(tokens, kept, visual_BND.device)
+        first_M = plugin.evenly_spaced(tokens, kept, visual_BND.device)
         window_N = torch.zeros(tokens, dtype=torch.long, device=visual_BND.device)
         window_N = window_N.index_fill(0, first_M[1:], 1).cumsum(0)
         sizes_BM = context.sizes_BN.new_zeros(images, kept).index_add(1, window_N, context.sizes_BN)
-        return Kept(
+        return plugin.Kept(
             context.module(visual_BND, grid, kept),
             context.positions_ABN[:, :, first_M],
             sizes_BM,
@@ -124,7 +119,7 @@ class QFormer:
         )
 
 
-def sinusoids(grid: Grid, width: int) -> Tensor:
+def sinusoids(grid: plugin.Grid, width: int) -> Tensor:
     """Return the positions of a grid's tokens, N x width: half of the channels for the row, half for the column
     (float32).
 
@@ -164,7 +159,7 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
             self.layers = nn.ModuleList(build_layer(spec, hidden) for _ in range(spec.depth))
             self.norm, self.leave = nn.LayerNorm(hidden), nn.Linear(hidden, width)
 
-        def forward(self, visual_BND: Tensor, grid: Grid, count: int) -> Tensor:
+        def forward(self, visual_BND: Tensor, grid: plugin.Grid, count: int) -> Tensor:
             value_BNH = self.enter_norm(self.enter(visual_BND))
             key_BNH = value_BNH + sinusoids(grid, hidden).to(value_BNH)
             query_BMH = self.queries[:count].expand(len(visual_BND), -1, -1)

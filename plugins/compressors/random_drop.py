@@ -6,15 +6,13 @@ import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class RandomDropSpec(CompressorSpec):
+class RandomDropSpec(plugin.CompressorSpec):
     """Keeps a random subset of an image's visual tokens, drawn anew at each step; the control to beat."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.random_drop:RandomDrop"
@@ -29,15 +27,13 @@ class RandomDrop:
     def __init__(self, spec: RandomDropSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; kept tokens keep their order and position ids.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; kept tokens keep their order and position ids.
 
         Raises:
             ValueError: more tokens are asked for than there are.
         """
         import torch
-
-        from orchestrator.compression.protocol import take
 
         tokens, kept = visual_BND.shape[1], self.spec.kept_tokens(grid)
         rows = context.rows_B.tolist()
@@ -48,9 +44,9 @@ class RandomDrop:
             generator = torch.Generator().manual_seed(_seed(context, sample, seen[row]))
             seen[row] += 1
             drawn.append(torch.randperm(tokens, generator=generator)[:kept].sort().values)
-        return take(visual_BND, torch.stack(drawn).to(visual_BND.device), context)
+        return plugin.take(visual_BND, torch.stack(drawn).to(visual_BND.device), context)
 
 
-def _seed(context: Context, sample: int, image: int) -> int:
+def _seed(context: plugin.Context, sample: int, image: int) -> int:
     key = f"random_drop:{context.layer}:{context.seed}:{context.step}:{sample}:{image}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import parse_share
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class RegistersSpec(CompressorSpec):
+class RegistersSpec(plugin.CompressorSpec):
     """`keep_tokens` learned registers stand after each image's visual tokens; before `layer` the visual tokens go.
 
     As in Victor (arXiv:2410.14072 section 3): layers below `layer` summarise the image into the registers. A register
@@ -35,12 +32,12 @@ class RegistersSpec(CompressorSpec):
         if self.stride or self.keep_ratio:
             raise PydanticCustomError("amount", "the number of registers is a shape of the module: give keep_tokens")
         if self.layer == 0 or (
-            isinstance(self.layer, str) and self.layer.endswith("%") and not parse_share(self.layer)
+            isinstance(self.layer, str) and self.layer.endswith("%") and not plugin.parse_share(self.layer)
         ):
             raise PydanticCustomError("layer", "registers enter at layer 0; visual tokens go before layer 1 or later")
         return self
 
-    def tokens_before(self, grid: Grid) -> int:
+    def tokens_before(self, grid: plugin.Grid) -> int:
         """Return the image's tokens and its registers."""
         return grid.tokens + self.kept_tokens(grid)
 
@@ -74,15 +71,13 @@ class Registers:
 
         return Table()
 
-    def enter(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """Return the visual tokens, then the registers; see `orchestrator.compression.protocol.Compressor`.
+    def enter(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """Return the visual tokens, then the registers; see `plugin.Compressor`.
 
         Raises:
             ValueError: there are more registers than visual tokens.
         """
         import torch
-
-        from orchestrator.compression.protocol import Kept
 
         assert context.module is not None
         images, tokens = visual_BND.shape[:2]
@@ -92,14 +87,14 @@ class Registers:
             last_AB1 = torch.cat([last_AB1[:-3], last_AB1[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
         new_M = torch.arange(1, count + 1, device=visual_BND.device)
         token_N = torch.arange(tokens, device=visual_BND.device)
-        return Kept(
+        return plugin.Kept(
             torch.cat([visual_BND, context.module(images).to(visual_BND.dtype)], dim=1),
             torch.cat([context.positions_ABN, last_AB1 + new_M], dim=2),
             torch.cat([context.sizes_BN, context.sizes_BN.new_ones(images, count)], dim=1),
             sources_BM=torch.cat([token_N, torch.full_like(new_M, -1)]).expand(images, -1),
         )
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
         """Return the registers alone.
 
         Raises:
@@ -107,8 +102,6 @@ class Registers:
         """
         import torch
 
-        from orchestrator.compression.protocol import take
-
         images, tokens = visual_BND.shape[:2]
         index_M = torch.arange(tokens - self.spec.kept_tokens(grid), tokens, device=visual_BND.device)
-        return take(visual_BND, index_M.expand(images, -1), context)
+        return plugin.take(visual_BND, index_M.expand(images, -1), context)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class StrideSpec(CompressorSpec):
+class StrideSpec(plugin.CompressorSpec):
     """Keeps every `stride`-th visual token of an image, in raster order; or as many, evenly spaced."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.stride:Stride"
@@ -27,19 +25,17 @@ class Stride:
     def __init__(self, spec: StrideSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`.
 
         Raises:
             ValueError: more tokens are asked for than there are.
         """
         import torch
 
-        from orchestrator.compression.protocol import evenly_spaced, take
-
         images, tokens = visual_BND.shape[:2]
         if self.spec.stride is not None:
             index_M = torch.arange(0, tokens, self.spec.stride, device=visual_BND.device)
         else:
-            index_M = evenly_spaced(tokens, self.spec.kept_tokens(grid), visual_BND.device)
-        return take(visual_BND, index_M.expand(images, -1), context)
+            index_M = plugin.evenly_spaced(tokens, self.spec.kept_tokens(grid), visual_BND.device)
+        return plugin.take(visual_BND, index_M.expand(images, -1), context)

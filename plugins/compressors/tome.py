@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.base import Flag
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class ToMeSpec(CompressorSpec):
+class ToMeSpec(plugin.CompressorSpec):
     """Bipartite soft matching, repeated until ceil(tokens / `stride`) tokens, or the number asked for, are left.
 
     The paper merges a few tokens in each block of the vision tower and measures likeness by the keys; this merges at
@@ -31,7 +28,7 @@ class ToMeSpec(CompressorSpec):
     points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
 
     kind: Literal["tome"] = "tome"
-    size_bias: Flag = True
+    size_bias: plugin.Flag = True
     positions: Literal["destination", "mean", "renumber"] = "destination"
 
 
@@ -41,31 +38,28 @@ class ToMe:
     def __init__(self, spec: ToMeSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; tokens stand in the order of their destinations.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; tokens stand in the order of their destinations.
 
         Raises:
             ValueError: more tokens are asked for than there are.
         """
         from dataclasses import replace
 
-        from orchestrator.compression.ops import merge_members, sum_members
-        from orchestrator.compression.protocol import take
-
         tokens, kept = grid.tokens, self.spec.kept_tokens(grid)
         slots_BN, sources_BM = match(visual_BND.detach(), context.sizes_BN, kept)
         result = replace(
-            take(visual_BND, sources_BM, context),
+            plugin.take(visual_BND, sources_BM, context),
             renumber=self.spec.positions == "renumber",
             size_bias=self.spec.size_bias,
         )
         if kept == tokens:
             return result
-        sizes_BM = sum_members(context.sizes_BN, slots_BN, kept)
+        sizes_BM = plugin.sum_members(context.sizes_BN, slots_BN, kept)
         if self.spec.positions == "mean":
-            sums_ABM = sum_members(context.positions_ABN * context.sizes_BN, slots_BN, kept)
+            sums_ABM = plugin.sum_members(context.positions_ABN * context.sizes_BN, slots_BN, kept)
             result = replace(result, positions_ABM=sums_ABM // sizes_BM)
-        merged_BMD = merge_members(visual_BND, slots_BN, kept, context.sizes_BN)
+        merged_BMD = plugin.merge(visual_BND, slots_BN, kept, context.sizes_BN)
         return replace(result, hidden_BMD=merged_BMD, sizes_BM=sizes_BM)
 
 
@@ -78,20 +72,18 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
     """
     import torch
 
-    from orchestrator.compression.ops import at_least_float32, merge_members, places_of
-
     images, tokens = visual_BND.shape[:2]
     slots_BN = sources_BN = torch.arange(tokens, device=visual_BND.device).expand(images, -1)
-    tokens_BND = present_BnD = at_least_float32(visual_BND)
+    tokens_BND = present_BnD = plugin.at_least_float32(visual_BND)
     left = tokens
     while left > kept:
         merges = min(left - kept, left // 2)
         next_Bn, stays_Bn = _round(present_BnD, merges)
         left -= merges
         slots_BN = next_Bn.gather(1, slots_BN)
-        sources_BN = sources_BN.gather(1, places_of(stays_Bn, left))
+        sources_BN = sources_BN.gather(1, plugin.places_of(stays_Bn, left))
         if left > kept:
-            present_BnD = merge_members(tokens_BND, slots_BN, left, sizes_BN)
+            present_BnD = plugin.merge(tokens_BND, slots_BN, left, sizes_BN)
     return slots_BN, sources_BN
 
 
@@ -99,12 +91,10 @@ def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
     """Return one round: where each of n tokens goes among those left, and which stay."""
     import torch
 
-    from orchestrator.compression.ops import argmax, cosines, top_tokens
-
     images, present = present_BnD.shape[:2]
-    alike_BAC = cosines(present_BnD[:, ::2], present_BnD[:, 1::2])
-    partner_BA = argmax(alike_BAC, scale=1)
-    merged_Br = top_tokens(alike_BAC.amax(2), merges, scale=1)
+    alike_BAC = plugin.cosines(present_BnD[:, ::2], present_BnD[:, 1::2])
+    partner_BA = plugin.argmax(alike_BAC, scale=1)
+    merged_Br = plugin.top_tokens(alike_BAC.amax(2), merges, scale=1)
     goes_Bn = torch.arange(present, device=present_BnD.device).repeat(images, 1)
     goes_Bn.scatter_(1, 2 * merged_Br, 2 * partner_BA.gather(1, merged_Br) + 1)
     stays_Bn = torch.ones_like(goes_Bn, dtype=torch.bool).scatter_(1, 2 * merged_Br, False)

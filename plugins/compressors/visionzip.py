@@ -6,16 +6,13 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.base import Share
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression.protocol import Context, Kept
 
-
-class VisionZipSpec(CompressorSpec):
+class VisionZipSpec(plugin.CompressorSpec):
     """Dominant tokens by CLS attention in the last tower layer that is used, and contextual ones merged of the others.
 
     Of a budget M, round(contextual_ratio * M) tokens are contextual. Dominant ones are those with the highest CLS
@@ -35,7 +32,7 @@ class VisionZipSpec(CompressorSpec):
     needs: ClassVar[tuple[str, ...]] = ("cls",)
 
     kind: Literal["visionzip"] = "visionzip"
-    contextual_ratio: Share = Fraction(10, 64)
+    contextual_ratio: plugin.Share = Fraction(10, 64)
     merge: Literal["published", "mean"] = "published"
 
 
@@ -45,16 +42,13 @@ class VisionZip:
     def __init__(self, spec: VisionZipSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.protocol.Compressor`; sums are taken in float32.
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`; sums are taken in float32.
 
         Raises:
             ValueError: more tokens are asked for than there are, or the context brings no CLS attention.
         """
         import torch
-
-        from orchestrator.compression.ops import is_top, places_of
-        from orchestrator.compression.protocol import take
 
         if context.cls_attention_BN is None or context.cls_keys_BND is None:
             raise ValueError("the vision tower's CLS attention is not known here")
@@ -62,33 +56,31 @@ class VisionZip:
         contextual = round(self.spec.contextual_ratio * kept)
         with torch.no_grad():
             dominant = kept - contextual
-            is_dominant_BN = is_top(context.cls_attention_BN, dominant)
-            others_BR = places_of(~is_dominant_BN, visual_BND.shape[1] - dominant)
+            is_dominant_BN = plugin.is_top(context.cls_attention_BN, dominant)
+            others_BR = plugin.places_of(~is_dominant_BN, visual_BND.shape[1] - dominant)
             step = max(1, others_BR.shape[1] // max(1, contextual))
             is_target_R = torch.zeros(others_BR.shape[1], dtype=torch.bool, device=visual_BND.device)
             is_target_R[: step * contextual : step] = True
             targets_BC, members_BE = others_BR[:, is_target_R], others_BR[:, ~is_target_R]
-            index_BM = places_of(is_dominant_BN.scatter(1, targets_BC, True), kept)
+            index_BM = plugin.places_of(is_dominant_BN.scatter(1, targets_BC, True), kept)
         if not contextual or not members_BE.shape[1]:
-            return take(visual_BND, index_BM, context)
+            return plugin.take(visual_BND, index_BM, context)
         nearest_BE = _nearest(context.cls_keys_BND, targets_BC, members_BE)
         merged_BND = self._merge(visual_BND, targets_BC, members_BE, nearest_BE)
         gained_BE = context.sizes_BN.gather(1, members_BE)
         sizes_BN = context.sizes_BN.scatter_add(1, targets_BC.gather(1, nearest_BE), gained_BE)
-        return take(merged_BND, index_BM, replace(context, sizes_BN=sizes_BN))
+        return plugin.take(merged_BND, index_BM, replace(context, sizes_BN=sizes_BN))
 
     def _merge(self, visual_BND: Tensor, targets_BC: Tensor, members_BE: Tensor, nearest_BE: Tensor) -> Tensor:
         """Return the visual tokens with every target replaced by its contextual token."""
         import torch
 
-        from orchestrator.compression.ops import at_least_float32, full_precision, tokens_at
-
-        wide_BND = at_least_float32(visual_BND)
+        wide_BND = plugin.at_least_float32(visual_BND)
         joins_BCE = torch.nn.functional.one_hot(nearest_BE, targets_BC.shape[1]).transpose(1, 2).to(wide_BND.dtype)
         counts_BC1 = joins_BCE.sum(2, keepdim=True)
-        with full_precision(visual_BND.device):
-            sums_BCD = joins_BCE @ tokens_at(wide_BND, members_BE)
-        targets_BCD = tokens_at(wide_BND, targets_BC)
+        with plugin.full_precision(visual_BND.device):
+            sums_BCD = joins_BCE @ plugin.tokens_at(wide_BND, members_BE)
+        targets_BCD = plugin.tokens_at(wide_BND, targets_BC)
         if self.spec.merge == "published":
             contextual_BCD = targets_BCD + sums_BCD / counts_BC1.clamp(min=1)
         else:
@@ -99,6 +91,6 @@ class VisionZip:
 
 def _nearest(keys_BND: Tensor, targets_BC: Tensor, members_BE: Tensor) -> Tensor:
     """Return the target each member goes to, by number (B x E): the highest cosine of keys; of equal ones the first."""
-    from orchestrator.compression.ops import argmax, cosines, tokens_at
-
-    return argmax(cosines(tokens_at(keys_BND, members_BE), tokens_at(keys_BND, targets_BC)), scale=1)
+    return plugin.argmax(
+        plugin.cosines(plugin.tokens_at(keys_BND, members_BE), plugin.tokens_at(keys_BND, targets_BC)), scale=1
+    )

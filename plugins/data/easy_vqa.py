@@ -10,14 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from orchestrator.data.rows import IMAGE_MARK, ImageRef, Row, Turn, evenly_spread, file_exists
-from orchestrator.errors import DataError
-from orchestrator.spec.components import DataSpec
+from orchestrator import plugin
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 
-class EasyVqaSpec(DataSpec):
+class EasyVqaSpec(plugin.DataSpec):
     """Questions about one coloured shape in a 64x64 image, answered by one word.
 
     Attributes:
@@ -34,7 +32,7 @@ class EasyVqaSpec(DataSpec):
 
     def num_rows(self) -> int:
         """Return the questions in use."""
-        return len(evenly_spread(len(_questions(self.split)), self.max_samples))
+        return len(plugin.evenly_spread(len(_questions(self.split)), self.max_samples))
 
     def content_digest(self) -> str:
         """Return the SHA-256 over the split's questions and image files."""
@@ -47,21 +45,23 @@ class EasyVqa:
     def __init__(self, spec: EasyVqaSpec) -> None:
         self._spec = spec
 
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> Sequence[plugin.Row]:
         """Return one row a question: the image, a line end, the question; the answer is one word."""
         questions = _questions(self._spec.split)
         images = _split_folder(self._spec.split) / "images"
         rows = []
-        for index in evenly_spread(len(questions), self._spec.max_samples):
+        for index in plugin.evenly_spread(len(questions), self._spec.max_samples):
             question, answer, image = questions[index]
-            turns = (Turn("user", f"{IMAGE_MARK}\n{question}"), Turn("assistant", answer))
-            rows.append(Row(index, (ImageRef(f"{images}/{image}.png"),), turns, answer_type(answer)))
+            turns = (plugin.Turn("user", f"{plugin.IMAGE_MARK}\n{question}"), plugin.Turn("assistant", answer))
+            rows.append(plugin.Row(index, (plugin.ImageRef(f"{images}/{image}.png"),), turns, answer_type(answer)))
         return rows
 
     def check(self, every_row: bool = True) -> list[str]:
         """Return the images that the package should have and has not."""
         paths = sorted({image.path for row in self.rows() for image in row.images}) if every_row else []
-        return [f"{path} is missing; install the package easy-vqa again" for path in paths if not file_exists(path)]
+        return [
+            f"{path} is missing; install the package easy-vqa again" for path in paths if not plugin.file_exists(path)
+        ]
 
 
 def answer_type(answer: str) -> str:
@@ -74,7 +74,7 @@ def answer_type(answer: str) -> str:
 def _split_folder(split: str) -> Path:
     package = importlib.util.find_spec("easy_vqa")
     if package is None or not package.submodule_search_locations:
-        raise DataError("easy_vqa: the package easy-vqa is not installed; pip install easy-vqa")
+        raise plugin.DataError("easy_vqa: the package easy-vqa is not installed; pip install easy-vqa")
     return Path(next(iter(package.submodule_search_locations))) / "data" / split
 
 
@@ -84,7 +84,9 @@ def _questions(split: str) -> list[tuple[str, str, int]]:
     try:
         return [(question, answer, image) for question, answer, image in json.loads(path.read_bytes())]
     except (OSError, ValueError) as error:
-        raise DataError(f"easy_vqa: {path} cannot be read: {error}; install the package easy-vqa again") from error
+        raise plugin.DataError(
+            f"easy_vqa: {path} cannot be read: {error}; install the package easy-vqa again"
+        ) from error
 
 
 @cache

@@ -10,28 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator import plugin
 from orchestrator.data.records.conversations import RecordOptions, fault_lines, parse_record, read_records
 from orchestrator.data.records.json_records import BadRow
-from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, raise_for_faults
-from orchestrator.errors import DataError
-from orchestrator.plan.identity import content_digest, source_code
-from orchestrator.spec.base import Count
-from orchestrator.spec.components import DataSpec
+from orchestrator.data.rows import dropped_text
+from orchestrator.plan.identity import source_code
 
 _READERS = tuple(
     f"orchestrator.data.{name}"
     for name in ("rows", "records.file_kinds", "records.json_records", "records.conversations")
 )
 
-if TYPE_CHECKING:
-    from orchestrator.data.records.row_index import Entry, IndexedRows, RowIndex
 
-
-class LlavaJsonSpec(DataSpec):
+class LlavaJsonSpec(plugin.DataSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
     `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
@@ -67,17 +62,17 @@ class LlavaJsonSpec(DataSpec):
     conversation_template: Literal["plain", "vicuna_v1", "chat_template"] = "chat_template"
     on_bad_row: Literal["fail", "drop"] = "fail"
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.02
-    num_samples: Count | None = None
+    num_samples: plugin.Count | None = None
 
     def num_rows(self) -> int | None:
         """Return `num_samples` where it is given; else usable rows of the file, None where there is no file."""
         if self.num_samples is not None:
-            return len(evenly_spread(self.num_samples, self.max_samples))
+            return len(plugin.evenly_spread(self.num_samples, self.max_samples))
         if not Path(self.data_path).is_file():
             return None
         found = LlavaJson(self).index()
         usable = len(found.good) if self.on_bad_row == "drop" else len(found)
-        return len(evenly_spread(usable, self.max_samples))
+        return len(plugin.evenly_spread(usable, self.max_samples))
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
         """Return the first rows in a file of their own, so that no other image is looked at.
@@ -97,7 +92,7 @@ class LlavaJsonSpec(DataSpec):
         """Return the SHA-256 over the file's content, each image's relative path and content, and which rows are
         dropped.
         """
-        return LlavaJson(self).index().digest(content_digest(self.data_path), self.on_bad_row == "drop")
+        return LlavaJson(self).index().digest(plugin.content_digest(self.data_path), self.on_bad_row == "drop")
 
     def remarks(self) -> list[str]:
         """Return how many rows are dropped, which, and why."""
@@ -113,37 +108,35 @@ class LlavaJson:
     def __init__(self, spec: LlavaJsonSpec) -> None:
         self._spec = spec
 
-    def index(self) -> RowIndex:
+    def index(self) -> plugin.RowIndex:
         """Return the file's rows, good and bad, as they are now.
 
         Raises:
             DataError: the file cannot be read as what it should be.
             OSError: the storage fails.
         """
-        from orchestrator.data.records.row_index import row_index
-
         spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
         path = Path(spec.data_path)
         before = os.stat(path)
         if not stat.S_ISREG(before.st_mode):
-            raise DataError(f"{path} is no regular file")
+            raise plugin.DataError(f"{path} is no regular file")
 
-        def entries() -> Iterator[Callable[[], Entry]]:
+        def entries() -> Iterator[Callable[[], plugin.Row | tuple[int, str]]]:
             for index, record in enumerate(read_records(path)):
                 yield partial(_entry, index, record, folder, spec.conversation_template, options)
             now = os.stat(path)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
+                raise plugin.DataError(f"{path} changes while it is read; wait until it is whole, then try again")
 
         plain = spec.conversation_template == "plain"
         about = {"kind": spec.kind, "plain": plain, "options": repr(options)}
-        source = {**about, "file": content_digest(path), "code": source_code(__name__, *_READERS)}
-        found = row_index(source, entries, str(folder), options.reading)
+        source = {**about, "file": plugin.content_digest(path), "code": source_code(__name__, *_READERS)}
+        found = plugin.row_index(source, entries, str(folder), options.reading)
         if not len(found):
-            raise DataError(f"{spec.data_path} has no rows")
+            raise plugin.DataError(f"{spec.data_path} has no rows")
         return found
 
-    def rows(self) -> IndexedRows:
+    def rows(self) -> plugin.IndexedRows:
         """Return the usable rows, `max_samples` of them; bad ones dropped where the spec says so.
 
         Raises:
@@ -152,18 +145,16 @@ class LlavaJson:
         try:
             found = self.index()
         except FileNotFoundError as error:
-            raise DataError(_not_there(self._spec)) from error
-        from orchestrator.data.records.row_index import IndexedRows
-
+            raise plugin.DataError(_not_there(self._spec)) from error
         drop = self._spec.on_bad_row == "drop"
-        raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))
-        return IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
+        plugin.raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))
+        return plugin.IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
 
     def check(self, every_row: bool = True) -> list[str]:
         """Return the faults that forbid a training run, by row index; with `every_row` those of images too."""
         try:
             found = self.index()
-        except DataError as error:
+        except plugin.DataError as error:
             return [str(error)]
         except FileNotFoundError:
             return [_not_there(self._spec)]
@@ -173,7 +164,7 @@ class LlavaJson:
             faults.insert(0, f"num_samples is {wanted}, the file has {len(found)} rows; correct it or leave it out")
         return faults
 
-    def _faults(self, found: RowIndex, bad: Mapping[int, str]) -> list[str]:
+    def _faults(self, found: plugin.RowIndex, bad: Mapping[int, str]) -> list[str]:
         faults = fault_lines(bad, len(found))
         if self._spec.on_bad_row == "fail" or not faults:
             return faults
@@ -187,7 +178,9 @@ def _not_there(spec: LlavaJsonSpec) -> str:
     return f"{spec.data_path} cannot be read: there is no such file"
 
 
-def _entry(index: int, record: Any, folder: Path, template: str, options: RecordOptions) -> Entry:
+def _entry(
+    index: int, record: Any, folder: Path, template: str, options: RecordOptions
+) -> plugin.Row | tuple[int, str]:
     try:
         return parse_record(index, record, folder, template, options)
     except BadRow as error:
@@ -200,5 +193,5 @@ def _image_folder(spec: LlavaJsonSpec) -> Path:
 
 def record_options(spec: LlavaJsonSpec) -> RecordOptions:
     """Return what a spec says of its records and images."""
-    reading = ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
+    reading = plugin.ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
     return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)

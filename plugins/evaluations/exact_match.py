@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import re
 import string
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from orchestrator.errors import DataError
-from orchestrator.spec.base import Count, Flag
-from orchestrator.spec.components import EvaluationSpec
-
-if TYPE_CHECKING:
-    from orchestrator.data.rows import Row
-    from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
+from orchestrator import plugin
 
 EXAMPLES = 20
 
 
-class ExactMatchSpec(EvaluationSpec):
+class ExactMatchSpec(plugin.EvaluationSpec):
     """Greedy answers compared with the last answer of each row.
 
     Attributes:
@@ -31,10 +25,10 @@ class ExactMatchSpec(EvaluationSpec):
     not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     kind: Literal["exact_match"] = "exact_match"
-    batch_size: Count = 256
-    max_new_tokens: Count = 16
-    ignore_case: Flag = True
-    ignore_punctuation: Flag = True
+    batch_size: plugin.Count = 256
+    max_new_tokens: plugin.Count = 16
+    ignore_case: plugin.Flag = True
+    ignore_punctuation: plugin.Flag = True
 
 
 def normalised(text: str, spec: ExactMatchSpec) -> str:
@@ -51,7 +45,7 @@ class ExactMatch:
     def __init__(self, spec: ExactMatchSpec) -> None:
         self._spec = spec
 
-    def run(self, model: Any, data: EvaluationData, workers: Workers) -> Outcome:
+    def run(self, model: Any, data: plugin.EvaluationData, workers: plugin.Workers) -> plugin.Outcome:
         """Return the metrics `accuracy` and, where rows have types, `accuracy_<type>`, all between 0 and 1.
 
         Raises:
@@ -59,15 +53,11 @@ class ExactMatch:
         """
         import torch
 
-        from orchestrator.data.records.row_index import num_words
-        from orchestrator.evaluation.generate import greedy_answers
-        from orchestrator.evaluation.protocol import Outcome
-
-        by_length = num_words(data.rows).argsort(kind="stable").tolist()
+        by_length = plugin.num_words(data.rows).argsort(kind="stable").tolist()
         mine = by_length[workers.rank :: workers.count]
         rows = [data.rows[i] for i in mine]
         wanted = [_answer(row) for row in rows]
-        answers = greedy_answers(model, rows, data, self._spec.batch_size, self._spec.max_new_tokens)
+        answers = plugin.greedy_answers(model, rows, data, self._spec.batch_size, self._spec.max_new_tokens)
         types = sorted({row.answer_type for row in data.rows if row.answer_type is not None})
         device = next(model.parameters()).device
         counts_T2 = torch.zeros(1 + len(types), 2, dtype=torch.int64, device=device)
@@ -83,16 +73,16 @@ class ExactMatch:
         names = ["accuracy", *(f"accuracy_{name}" for name in types)]
         metrics = {name: right / total for name, (right, total) in zip(names, found, strict=True) if total}
         told = [example for _, example in sorted(workers.gather(examples), key=lambda pair: pair[0])]
-        return Outcome(metrics, int(found[0][1]), told)
+        return plugin.Outcome(metrics, int(found[0][1]), told)
 
 
-def _answer(row: Row) -> str:
+def _answer(row: plugin.Row) -> str:
     for turn in reversed(row.turns):
         if turn.role == "assistant":
             return turn.text
-    raise DataError(f"row {row.index}: no answer to compare with")
+    raise plugin.DataError(f"row {row.index}: no answer to compare with")
 
 
-def _example(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
+def _example(row: plugin.Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
     question = next((turn.text for turn in reversed(row.turns) if turn.role == "user"), "")
     return {"row": row.index, "question": question, "expected": expected, "answer": answer, "right": right}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.spec.components import ScheduleSpec, StageTable
+from orchestrator import plugin
 
 
-class ConstantSpec(ScheduleSpec):
+class ConstantSpec(plugin.ScheduleSpec):
     """One variant, or `full`, throughout (LLaVolta, Table 5)."""
 
     kind: Literal["constant"] = "constant"
@@ -17,6 +17,6 @@ class ConstantSpec(ScheduleSpec):
         """Return the one variant."""
         return (self.compressor,)
 
-    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+    def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
         """Return one action over all steps."""
-        return StageTable(((0, total_steps, self.compressor),), self.compressor)
+        return plugin.StageTable(((0, total_steps, self.compressor),), self.compressor)

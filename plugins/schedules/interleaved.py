@@ -8,11 +8,10 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import Share
-from orchestrator.spec.components import DistillSpec, ScheduleSpec, StageTable, merged, teachers_of
+from orchestrator import plugin
 
 
-class InterleavedSpec(ScheduleSpec):
+class InterleavedSpec(plugin.ScheduleSpec):
     """A fixed share of the steps under a fuller variant, spread evenly over the phase.
 
     DualSpeed (arXiv 2602.03815) runs about a tenth of its batches on full tokens. Its code draws them at random in
@@ -30,10 +29,10 @@ class InterleavedSpec(ScheduleSpec):
 
     kind: Literal["interleaved"] = "interleaved"
     compressor: str
-    full_share: Share
+    full_share: plugin.Share
     other: str = "full"
     final: str | None = None
-    distill: DistillSpec | None = None
+    distill: plugin.DistillSpec | None = None
 
     @model_validator(mode="after")
     def _mixes(self) -> InterleavedSpec:
@@ -50,7 +49,7 @@ class InterleavedSpec(ScheduleSpec):
         further = [self.final, self.distill.teacher if self.distill else None]
         return tuple(dict.fromkeys([self.compressor, self.other, *(name for name in further if name)]))
 
-    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+    def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
         """Full steps in the middle of equal stretches.
 
         Raises:
@@ -70,5 +69,7 @@ class InterleavedSpec(ScheduleSpec):
             done = full + 1
         if done < total_steps:
             steps.append((done, total_steps, self.compressor))
-        teachers = teachers_of(self.distill, (self.compressor, self.other), self.other)
-        return StageTable(merged(steps), self.final or self.other, (total_steps,), teachers=teachers)
+        teachers = plugin.teachers_of(self.distill, (self.compressor, self.other), self.other)
+        return plugin.StageTable(
+            plugin.merge_actions(steps), self.final or self.other, (total_steps,), teachers=teachers
+        )

@@ -8,19 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import Count, parse_share
-from orchestrator.spec.components import DistillSpec, ScheduleSpec, StageTable, merged, teachers_of
+from orchestrator import plugin
 
 
 def _number(value: Any) -> Any:
-    parse_share(value)
+    plugin.parse_share(value)
     return value
 
 
 Value = Annotated[int | float | str, BeforeValidator(_number)]
 
 
-class RampSpec(ScheduleSpec):
+class RampSpec(plugin.ScheduleSpec):
     """One field of a variant goes from `start` to `end` in equal moves over equal stretches of the phase.
 
     EPIC (arXiv 2510.00515) trains from light to heavy: its token consistency distillation raises the share of tokens
@@ -42,8 +41,8 @@ class RampSpec(ScheduleSpec):
     key: Literal["keep_ratio", "keep_tokens", "stride", "layer"]
     start: Value
     end: Value
-    moves: Count = 10
-    distill: DistillSpec | None = None
+    moves: plugin.Count = 10
+    distill: plugin.DistillSpec | None = None
 
     @model_validator(mode="after")
     def _moves_somewhere(self) -> RampSpec:
@@ -74,7 +73,7 @@ class RampSpec(ScheduleSpec):
         """Return the variant that moves, and the teacher."""
         return (self.compressor, self.distill.teacher or "full") if self.distill else (self.compressor,)
 
-    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+    def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
         """Stretches end at rounded multiples of the phase; a phase shorter than the moves takes as many as it has.
 
         Raises:
@@ -95,7 +94,8 @@ class RampSpec(ScheduleSpec):
             steps.append((done, last, name))
             done = last
         final = steps[-1][2]
-        return StageTable(merged(steps), final, (total_steps,), derived, teachers_of(self.distill, [*derived], "full"))
+        teachers = plugin.teachers_of(self.distill, [*derived], "full")
+        return plugin.StageTable(plugin.merge_actions(steps), final, (total_steps,), derived, teachers)
 
     def _percent(self, value: float | str) -> bool:
         """Return whether it is a share of the depth."""
@@ -103,7 +103,7 @@ class RampSpec(ScheduleSpec):
 
     @staticmethod
     def _number(value: float | str) -> Fraction:
-        return parse_share(value)
+        return plugin.parse_share(value)
 
     def _written(self, value: Fraction) -> int | str:
         """Return a value as the variant's field takes it; whole numbers are rounded, halves up."""

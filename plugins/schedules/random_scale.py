@@ -11,11 +11,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import Integer, Positive
-from orchestrator.spec.components import DistillSpec, ScheduleSpec, StageTable, merged, teachers_of
+from orchestrator import plugin
 
 
-class RandomScaleSpec(ScheduleSpec):
+class RandomScaleSpec(plugin.ScheduleSpec):
     """Every step's variant is drawn from (seed, step) alone, so it is the same on every rank and after a restart.
 
     MQT-LLaVA (arXiv 2405.19315) draws the number of tokens of each step; M3 (arXiv 2405.17430) trains every scale in
@@ -32,10 +31,10 @@ class RandomScaleSpec(ScheduleSpec):
 
     kind: Literal["random_scale"] = "random_scale"
     compressors: Annotated[tuple[str, ...], Field(min_length=2)]
-    weights: tuple[Positive, ...] | None = None
-    seed: Integer = 0
+    weights: tuple[plugin.Positive, ...] | None = None
+    seed: plugin.Integer = 0
     final: str | None = None
-    distill: DistillSpec | None = None
+    distill: plugin.DistillSpec | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> RandomScaleSpec:
@@ -57,7 +56,7 @@ class RandomScaleSpec(ScheduleSpec):
         further = [self.final, self.distill.teacher if self.distill else None]
         return tuple(dict.fromkeys([*self.compressors, *(name for name in further if name)]))
 
-    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+    def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
         """Return one draw a step; runs of one variant are merged."""
         weights = [Fraction(repr(weight)) for weight in self.weights or (1,) * len(self.compressors)]
         # Whole numbers out of 2^64, so that a draw does not depend on how a machine rounds.
@@ -67,5 +66,7 @@ class RandomScaleSpec(ScheduleSpec):
             digest = hashlib.sha256(f"random_scale:{self.seed}:{step}".encode()).digest()
             drawn = bisect_right(bounds, int.from_bytes(digest[:8], "big"))
             steps.append((step, step + 1, self.compressors[drawn]))
-        teachers = teachers_of(self.distill, self.compressors, self.fuller)
-        return StageTable(merged(steps), self.final or self.fuller, (total_steps,), teachers=teachers)
+        teachers = plugin.teachers_of(self.distill, self.compressors, self.fuller)
+        return plugin.StageTable(
+            plugin.merge_actions(steps), self.final or self.fuller, (total_steps,), teachers=teachers
+        )

@@ -8,16 +8,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.spec.base import Count, Share, Spec
-from orchestrator.spec.components import ScheduleSpec, StageTable
+from orchestrator import plugin
 
 
-class StageSpec(Spec):
+class StageSpec(plugin.Spec):
     """One stage: its length and its variant. A stage without a length takes what the others leave."""
 
-    share: Share | None = None
-    steps: Count | None = None
-    samples: Count | None = None
+    share: plugin.Share | None = None
+    steps: plugin.Count | None = None
+    samples: plugin.Count | None = None
     compressor: str = "full"
 
     @model_validator(mode="after")
@@ -32,7 +31,7 @@ class StageSpec(Spec):
         return self.share is None and self.steps is None and self.samples is None
 
 
-class StagesSpec(ScheduleSpec):
+class StagesSpec(plugin.ScheduleSpec):
     """Stages in order; boundaries are exact sums of shares, rounded once, so that no step is lost or doubled."""
 
     kind: Literal["stages"] = "stages"
@@ -69,7 +68,7 @@ class StagesSpec(ScheduleSpec):
         """Return the variants in order of first use."""
         return tuple(dict.fromkeys(stage.compressor for stage in self.stages))
 
-    def compile(self, total_steps: int, global_batch_size: int) -> StageTable:
+    def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
         """Boundaries are the rounded cumulative sums of exact lengths.
 
         Raises:
@@ -92,11 +91,8 @@ class StagesSpec(ScheduleSpec):
                 raise ValueError(
                     f"stage {number} ({stage.compressor}) never starts: it would run from {first} to {last}"
                 )
-            if actions and actions[-1][2] == stage.compressor:
-                actions[-1] = (actions[-1][0], last, stage.compressor)
-            else:
-                actions.append((first, last, stage.compressor))
-        return StageTable(tuple(actions), self.stages[-1].compressor)
+            actions.append((first, last, stage.compressor))
+        return plugin.StageTable(plugin.merge_actions(actions), self.stages[-1].compressor)
 
     @staticmethod
     def _length(stage: StageSpec, total_steps: int, global_batch_size: int) -> Fraction | None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.spec.components import CompressorSpec, Grid, amount_to_keep
+from orchestrator import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orchestrator.compression import Context, Kept
 
-
-class MaxNormSpec(CompressorSpec):
+class MaxNormSpec(plugin.CompressorSpec):
     """Keeps the tokens of an image whose hidden states have the largest L2 norm, in raster order."""
 
     implementation: ClassVar[str] = "llavolta_max_norm:MaxNorm"
@@ -20,9 +18,9 @@ class MaxNormSpec(CompressorSpec):
 
     kind: Literal["max_norm"] = "max_norm"
 
-    def kept_tokens(self, grid: Grid) -> int:
+    def kept_tokens(self, grid: plugin.Grid) -> int:
         """ceil(tokens / stride), or the number or share asked for."""
-        return amount_to_keep(self, grid.tokens)
+        return plugin.amount_to_keep(self, grid.tokens)
 
 
 class MaxNorm:
@@ -31,9 +29,8 @@ class MaxNorm:
     def __init__(self, spec: MaxNormSpec) -> None:
         self.spec = spec
 
-    def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """See `orchestrator.compression.Compressor`."""
-        from orchestrator.compression.protocol import take, top_tokens
+    def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
+        """See `plugin.Compressor`."""
 
         norms_BN = visual_BND.detach().float().norm(dim=2)
-        return take(visual_BND, top_tokens(norms_BN, self.spec.kept_tokens(grid)), context)
+        return plugin.take(visual_BND, plugin.top_tokens(norms_BN, self.spec.kept_tokens(grid)), context)
