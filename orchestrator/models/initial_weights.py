@@ -174,13 +174,18 @@ def write_initial_weights(job: RootJob, folder: Path) -> None:
 
 
 def _pretrained(spec: ModelSpec) -> PreTrainedModel:
-    return _from_pretrained(
-        AutoModelForImageTextToText,
-        spec.model_name_or_path,
-        "model.model_name_or_path",
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    return load_pretrained(spec.model_name_or_path, "model.model_name_or_path", **options)
+
+
+def load_pretrained(source: str, key: str, **options: Any) -> PreTrainedModel:
+    """Return a Hugging Face vision-language model in float32, every weight of it from `source`.
+
+    Raises:
+        UsageError: it cannot be loaded.
+        StageRunError: it lacks weights.
+    """
+    return _from_pretrained(AutoModelForImageTextToText, source, key, **options)
 
 
 def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
@@ -190,7 +195,7 @@ def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
         UsageError: it cannot be loaded.
         StageRunError: it lacks weights.
     """
-    return weight_tensors(_from_pretrained(AutoModelForImageTextToText, folder, key))
+    return weight_tensors(load_pretrained(folder, key))
 
 
 def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreTrainedModel:

@@ -26,6 +26,18 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, seed: int) -> None:
     Raises:
         UsageError: a name in `target_modules` matches no linear layer of the language model.
     """
+    config = lora_config(model, lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+
+
+def lora_config(model: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
+    """Return peft's settings of adapters inside the language model.
+
+    Raises:
+        UsageError: a name in `target_modules` matches no linear layer of the language model.
+    """
     prefix, language_model = part_module(model, LANGUAGE_MODEL)
     linear = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.target_modules:
@@ -33,15 +45,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, seed: int) -> None:
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise UsageError(f"lora.target_modules: {target!r} is no linear layer there; known are {', '.join(known)}")
     names = "|".join(re.escape(target) for target in lora.target_modules)
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=rf"{re.escape(prefix)}\.(?:.*\.)?(?:{names})",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
 
 
 def has_lora(model: nn.Module) -> bool:

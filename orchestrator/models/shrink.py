@@ -30,14 +30,23 @@ def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
     Raises:
         UsageError: the model has no config or no processor at hand.
     """
-    source = _files_of(model)
     config = shrunk_config(load_config(model), layers)
     folder.mkdir(parents=True, exist_ok=True)
+    copy_processor_files(model, folder)
+    config.save_pretrained(folder)
+
+
+def copy_processor_files(model: ModelSpec, folder: Path) -> None:
+    """Copy a model's tokenizer, image processor and generation settings to a folder; its config and weights not.
+
+    Raises:
+        UsageError: the model has no processor at hand.
+    """
+    source = _files_of(model)
     patterns = (*_PROCESSOR_FILES, "*.py") if model.trust_remote_code else _PROCESSOR_FILES
     for file in (file for pattern in patterns for file in source.glob(pattern)):
         if file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
-    config.save_pretrained(folder)
 
 
 def shrunk_config(config: Any, layers: int) -> Any:
@@ -132,7 +141,7 @@ def _files_of(model: ModelSpec) -> Path:
             raise UsageError(f"model: the processor of {name} cannot be fetched: {reason}") from error
     if not any((folder / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         raise UsageError(
-            f"model: no processor in {name}: {' and '.join(_TOKENIZERS)} are missing; a trial run shrinks the model "
-            "and takes its tokenizer and image processor as they are, as the real run will"
+            f"model: no processor in {name}: {' and '.join(_TOKENIZERS)} are missing; the tokenizer and image "
+            "processor are taken as they are"
         )
     return folder

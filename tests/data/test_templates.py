@@ -1,5 +1,6 @@
 """Templates against LLaVA-1.5's own strings, written out by hand, and the tokens that carry the loss."""
 
+import re
 from dataclasses import replace
 
 import jinja2
@@ -7,8 +8,8 @@ import pytest
 from conversations import row_of
 
 from orchestrator.data.processing.encode import Encoder
-from orchestrator.data.processing.templates import ChatFormat, render
-from orchestrator.data.rows import Turn
+from orchestrator.data.processing.templates import ChatFormat, jinja_of, render
+from orchestrator.data.rows import Row, Turn
 from orchestrator.errors import DataError, UsageError
 
 SYSTEM = (
@@ -241,3 +242,33 @@ def test_plain_labels_the_caption_and_begins_once(processor):
 def test_an_unknown_template_is_refused(processor):
     with pytest.raises(UsageError, match="vicuna_v1"):
         Encoder(processor, "v0", 2048)
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1"])
+def test_the_chat_template_of_an_export_writes_what_training_rendered(processor, template):
+    rows = [row_of("What is it?\n<image>", "A cat", images=("a.png",))]
+    if template == "vicuna_v1":
+        rows += [
+            row_of("<image>\nWho's there?", "Ada", "And here: <image> or <image>?", 'No "one"', images=("a", "b", "c")),
+            row_of("Hello {{ x }}", "Hi"),
+            Row(0, (), (Turn("system", " Be brief. "), Turn("user", "Why?"), Turn("assistant", "So."))),
+        ]
+    for row in rows:
+        messages = [{"role": turn.role, "content": _content(turn.text)} for turn in row.turns]
+        for prompt_only in (False, True):
+            text = processor.tokenizer.apply_chat_template(
+                messages[: -1 if prompt_only else None],
+                chat_template=jinja_of(template, processor.image_token),
+                tokenize=False,
+                add_generation_prompt=prompt_only,
+            )
+            assert text == render(template, row, processor.chat, prompt_only).text
+
+
+def _content(text):
+    pieces = [piece for piece in re.split("(<image>)", text) if piece]
+    return [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
+
+
+def test_the_tokenizer_s_own_template_is_not_written_anew():
+    assert jinja_of("chat_template", "<image>") is None

@@ -293,3 +293,28 @@ def _answers_by_prefix(
 
 _TEMPLATES = {"plain": _plain, "vicuna_v1": _vicuna_v1, "chat_template": _chat_template}
 TEMPLATES = tuple(_TEMPLATES)
+
+
+_JINJA_TEXT = """{%- macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}\
+{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"""
+_JINJA = {
+    "plain": _JINJA_TEXT
+    + """{% for message in messages %}{% if message['role'] == 'assistant' %}{{ text(message['content']) + '\\n' }}\
+{% elif message['content'] is not string %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}IMAGE_TOKEN{% endif %}{% endfor %}{% endif %}{% endfor %}""",
+    "vicuna_v1": _JINJA_TEXT
+    + """{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) | trim }}{% else %}SYSTEM{% endif %} \
+{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}{% if message['content'] is string %}\
+{{ message['content'] }}{% else %}{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}\
+{% if images | length == 1 %}{{ ('IMAGE_TOKEN\\n' + text(message['content']) | trim) | trim }}{% else %}\
+{% for part in message['content'] %}{{ 'IMAGE_TOKEN' if part['type'] == 'image' else part['text'] }}{% endfor %}\
+{% endif %}{% endif %}{{ ' ' }}{% elif message['role'] == 'assistant' %}\
+{{ 'ASSISTANT: ' + text(message['content']) + eos_token }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
+}
+
+
+def jinja_of(template: str, image_token: str) -> str | None:
+    """Return a chat template for transformers that writes what `render` does; None for the tokenizer's own."""
+    source = _JINJA.get(template)
+    return source and source.replace("SYSTEM", VICUNA_SYSTEM).replace("IMAGE_TOKEN", image_token)
