@@ -53,13 +53,13 @@ Share = Annotated[
 
 
 class Spec(BaseModel):
-    """A part of an experiment file: frozen, unknown keys refused.
+    """A part of an experiment file: frozen, unknown keys refused, every field described by the docstring below it.
 
     `aliases` maps other frameworks' names to the canonical ones; the loader renames them and says so.
     `not_identity` names fields that never change what a cell is (docs/concepts/identity.md).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     aliases: ClassVar[dict[str, str]] = {}
     not_identity: ClassVar[frozenset[str]] = frozenset()
@@ -78,6 +78,7 @@ class Component(Spec):
     """
 
     kind: str
+    """Name of the component: a built-in one, or one of a plug-in. `llavolta components` lists them."""
 
     registry_group: ClassVar[str] = ""
     implementation: ClassVar[str] = ""

@@ -10,17 +10,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
 from orchestrator.spec.base import Component, Count, Positive, Share, Spec, parse_share
-
-if TYPE_CHECKING:
-    pass
-
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
@@ -34,15 +30,14 @@ class DistillSpec(Spec):
     the size of the gradient (Hinton et al., arXiv 1503.02531, section 2); the default weight is EPIC's (0.3 SFT +
     0.7 KL, arXiv 2510.00515).
 
-    Attributes:
-        weight: Share of the distillation in the loss.
-        temperature: Divides the logits of teacher and student.
-        teacher: Variant of the teacher's pass; None takes the schedule's own fuller one.
     """
 
     weight: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.7
+    """Share of the distillation in the loss."""
     temperature: Positive = 1.0
-    teacher: str | None = None
+    """Temperature that divides the logits of teacher and student."""
+    teacher: str | None = Field(default=None, examples=["full"])
+    """Variant of the teacher's pass; null takes the schedule's own fuller one."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +162,6 @@ class CompressorSpec(Component):
     A subclass declares where it can act (`points`: decoder, projector), what it looks at beside the visual tokens
     (`needs`: queries, keys, cls, pixels), whether it has a module that trains (`learns`), and whether it leaves the
     tokens as they are where it keeps them all (`keeps_all`; one that makes new tokens does not).
-
-    Attributes:
-        layer: 0-based decoder layer before which it acts (0 = the decoder's input), a share of the depth (`50%`,
-            rounded down), or `projector`.
-        stride: The amount as one of four: windows of this many tokens become one.
-        keep_tokens: Visual tokens kept per image, frame or tile.
-        keep_ratio: Share of the visual tokens kept, e.g. `1/4`.
-        layer_average_tokens: Visual tokens kept, as the mean over decoder layers; the planner solves it.
     """
 
     registry_group: ClassVar[str] = registry.COMPRESSORS
@@ -183,11 +170,20 @@ class CompressorSpec(Component):
     learns: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = True
 
-    layer: Layer
-    stride: Count | None = None
-    keep_tokens: Count | None = None
-    keep_ratio: Share | None = None
-    layer_average_tokens: Count | None = None
+    layer: Layer = Field(examples=[2, "50%", "projector"])
+    """Decoder layer before which it acts: 0-based (0 is the decoder's input), a share of the depth (`50%`, rounded
+    down), or `projector`, before the decoder.
+    """
+    stride: Count | None = Field(default=None, examples=[8])
+    """Amount as windows: every `stride` visual tokens become one, the number rounded up. The amount is exactly one of
+    `stride`, `keep_tokens`, `keep_ratio` and `layer_average_tokens`.
+    """
+    keep_tokens: Count | None = Field(default=None, examples=[72])
+    """Amount as visual tokens kept of each image, frame or tile."""
+    keep_ratio: Share | None = Field(default=None, examples=["1/4"])
+    """Amount as the share of visual tokens kept: 1/4, 25% or 0.25."""
+    layer_average_tokens: Count | None = Field(default=None, examples=[128])
+    """Amount as the mean number of visual tokens over all decoder layers; the planner solves it for `keep_tokens`."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:
@@ -299,7 +295,8 @@ class DataSpec(Component):
     registry_group: ClassVar[str] = registry.DATA
     path_fields: ClassVar[tuple[str, ...]] = ()
 
-    max_samples: Count | None = None
+    max_samples: Count | None = Field(default=None, examples=[2000])
+    """Most rows used, spread evenly over the set; null uses all."""
 
     @abstractmethod
     def num_rows(self) -> int | None:
@@ -330,19 +327,18 @@ def _as_names(value: Any) -> Any:
 
 
 class EvaluationSpec(Component):
-    """A named evaluation on a finished cell.
-
-    Attributes:
-        data: Name of a data set.
-        under: What the model is tested under: `final`, `full`, or names of variants.
-        model_max_length: Most tokens of a test prompt, counted before compression; None: the last phase's.
-    """
+    """A named evaluation of finished cells."""
 
     registry_group: ClassVar[str] = registry.EVALUATIONS
 
-    data: str
-    under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("final",)
+    data: str = Field(examples=["test"])
+    """Data set to test on, by its name under `data`."""
+    under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = Field(
+        default=("final",), examples=[["final", "full"]]
+    )
+    """What the model is tested under: `final` (the last stage's variant), `full` (no compression), or variants."""
     model_max_length: Count | None = None
+    """Longest test prompt in tokens, counted before compression; null takes the last phase's."""
 
 
 def _component(group: str) -> Callable[[Any], Any]:

@@ -13,62 +13,76 @@ class WorkerRange(Spec):
     """An elastic number of workers per lane."""
 
     min: Count
+    """Fewest workers that a lane runs with."""
     max: Count
+    """Most workers that a lane takes."""
 
 
 class KeepSpec(Spec):
     """What stays of a finished leaf of the stage tree."""
 
     leaf: Literal["full", "weights", "none"] = "weights"
+    """What is kept of a cell's last state: `full` (weights and optimizer), `weights`, or `none` (scores only)."""
 
 
 class ClusterSpec(Spec):
-    """The machine or cluster.
-
-    Attributes:
-        address: None starts a local Ray; `auto` or `ray://...` joins a cluster.
-        lanes: Worker groups that take stage runs side by side; `auto`: as many as the cluster holds now, and no more
-            than there is work for.
-        num_workers: DeepSpeed workers per lane.
-        resources_per_worker: Ray resources of one worker; `CPU: 2` gives it two threads.
-        max_failures: Retries per stage run.
-        checkpoint_every: Optimizer steps between checkpoints inside a stage run.
-        storage_path: None takes $LLAVOLTA_STORAGE or ./runs.
-        stall_minutes: A lane that makes no step for so long, or a rank that gives no sign of life, is killed and
-            goes on from its checkpoint, its stacks in its logs. Longer than the longest load and step; None: never.
-        device_tflops: Floating-point operations that one worker's device sustains in training, in 10^12 a second; not
-            its vendor's peak, of which 30 to 50 % is usual. `plan` tells hours by it until stage runs are measured.
-        rehearse: Try every variant's longest samples, a save and a load, and an answer of each evaluation before
-            anything is trained; `auto`: on GPUs.
-    """
+    """The machine or cluster that runs the experiment."""
 
     aliases: ClassVar[dict[str, str]] = {"save_steps": "checkpoint_every"}
 
-    address: str | None = None
+    address: str | None = Field(default=None, examples=["auto"])
+    """Ray cluster to join: `auto` (the one of this machine) or HOST:PORT. null starts a local Ray."""
     lanes: Count | Literal["auto"] = 1
+    """Groups of workers that execute stage runs side by side. `auto`: as many as the cluster has room for now, and no
+    more than there is work for.
+    """
     num_workers: Count | WorkerRange = 1
+    """DeepSpeed workers of a lane, usually its GPUs."""
     placement: Literal["pack", "spread"] = "pack"
+    """Where a lane's workers are placed: `pack` on as few nodes as possible, `spread` over as many."""
     use_gpu: Flag | Literal["auto"] = "auto"
-    resources_per_worker: dict[str, NonNegative] = Field(default_factory=lambda: {"CPU": 1.0})
+    """Whether workers use GPUs. `auto`: where the cluster has some."""
+    resources_per_worker: dict[str, NonNegative] = Field(
+        default_factory=lambda: {"CPU": 1.0}, examples=[{"CPU": 8, "GPU": 1}]
+    )
+    """Ray resources of one worker, by Ray's names; `CPU: 2` gives it two threads."""
     max_failures: Whole = 3
+    """Retries of one stage run or evaluation after failures, before its cells count as failed."""
     checkpoint_every: Count = 200
+    """Optimizer steps between two checkpoints inside a stage run."""
     keep: KeepSpec = KeepSpec()
-    storage_path: str | None = None
+    """What is kept of finished work."""
+    storage_path: str | None = Field(default=None, examples=["s3://bucket/llavolta"])
+    """Where the ledger lies: a folder (local or NFS) or s3://BUCKET/PREFIX. null takes $LLAVOLTA_STORAGE or ./runs."""
     deterministic: Flag = False
-    stall_minutes: Positive | None = None
-    device_tflops: Positive | None = None
+    """Whether torch uses deterministic algorithms only: repeated runs agree bit by bit, and are slower."""
+    stall_minutes: Positive | None = Field(default=None, examples=[30])
+    """Minutes without a step (or without a heartbeat of some rank) after which a lane counts as hung: it is killed, its
+    stack traces are logged, and it resumes from its checkpoint. Longer than the longest load and step; null: never.
+    """
+    device_tflops: Positive | None = Field(default=None, examples=[150])
+    """Speed that one worker's device sustains in training, in 10^12 floating-point operations a second; usually 30 to
+    50 % of its vendor's peak. `plan` estimates hours with it until stage runs have been measured; null: no estimate.
+    """
     rehearse: Flag | Literal["auto"] = "auto"
+    """Whether `run` begins with a rehearsal: each variant's longest samples, a save and a load, one answer of each
+    evaluation. `auto`: on GPUs.
+    """
 
 
 class TrackingSpec(Spec):
-    """Where MLflow is; None takes MLFLOW_TRACKING_URI or a sqlite file in the storage."""
+    """Where results are recorded."""
 
-    tracking_uri: str | None = None
+    tracking_uri: str | None = Field(default=None, examples=["http://mlflow.example.org:5000"])
+    """Address of the MLflow server or database. null takes MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
     experiment_name: str | None = None
+    """Name of the MLflow experiment; null takes the experiment's own name."""
 
 
 class ReportSpec(Spec):
-    """How the table is laid out."""
+    """What the table of results compares."""
 
-    baseline: dict[str, Any] | None = None
-    mean_over: tuple[str, ...] = ()
+    baseline: dict[str, Any] | None = Field(default=None, examples=[{"phases.finetune.schedule": "full"}])
+    """Axes and values of the cells that others are compared with; null makes no comparison."""
+    mean_over: tuple[str, ...] = Field(default=(), examples=[["seed"]])
+    """Axes over which the table gives a mean and a standard deviation instead of one row a value."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from inspect import getdoc
 from typing import Any
 
 from orchestrator import registry
+from orchestrator.spec.base import Spec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.yaml.key_paths import shape_of
 
@@ -15,6 +17,7 @@ _FAMILIES = {
     "DataSpec": registry.DATA,
     "EvaluationSpec": registry.EVALUATIONS,
 }
+_ANNOTATIONS = ("title", "description", "default", "examples", "deprecated")
 # Keys that the loader reads itself, before the models see the tree.
 _EXTENDS = {
     "description": "Files this one is laid over: deep merge, a list replaces, null puts a key back to its default.",
@@ -35,7 +38,7 @@ def experiment_schema() -> dict[str, Any]:
             cls = registry.spec_class(group, kind)
             inner = cls.model_json_schema(ref_template="#/$defs/{model}")
             definitions.update({name: part for name, part in inner.pop("$defs", {}).items() if name not in _FAMILIES})
-            inner["properties"]["kind"] = {"const": kind}
+            inner["properties"]["kind"] = {"const": kind, "description": (getdoc(cls) or "").partition("\n")[0]}
             inner["required"] = sorted({*inner.get("required", []), "kind"})
             definitions[cls.__name__] = inner
             kinds.append({"$ref": f"#/$defs/{cls.__name__}"})
@@ -45,7 +48,7 @@ def experiment_schema() -> dict[str, Any]:
         }
     schema["properties"]["extends"] = _EXTENDS
     _accept_short_forms(schema)
-    _name_aliases(schema, ExperimentSpec, set())
+    _name_aliases(schema)
     _nullable(schema)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "LLaVolta experiment"
@@ -57,7 +60,7 @@ def _any(choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _accept_short_forms(schema: dict[str, Any]) -> None:
-    """Return a variant's only point without a list, an `under` of one name."""
+    """Accept a variant's only point without a list, an `under` of one name, and a null stage."""
     point = {"$ref": "#/$defs/CompressorSpec"}
     variants = schema["properties"]["compressors"]["patternProperties"]
     for name in variants:
@@ -65,15 +68,16 @@ def _accept_short_forms(schema: dict[str, Any]) -> None:
     for part in schema["$defs"].values():
         under = part.get("properties", {}).get("under")
         if under is not None and under.get("type") == "array":
-            part["properties"]["under"] = {"anyOf": [{"type": "string"}, under]}
+            notes = {key: under.pop(key) for key in _ANNOTATIONS if key in under}
+            part["properties"]["under"] = {"anyOf": [{"type": "string"}, under], **notes}
         stages = part.get("properties", {}).get("stages")
         if stages is not None:
             stages["items"] = {"anyOf": [stages["items"], {"type": "null"}]}
 
 
-def _name_aliases(schema: dict[str, Any], root: type[Any], seen: set[str]) -> None:
+def _name_aliases(schema: dict[str, Any]) -> None:
     """Add every alias as a key of its own that points to the canonical one."""
-    for cls in _models(root, seen):
+    for cls in spec_classes().values():
         part = schema["$defs"].get(cls.__name__)
         for alias, name in cls.aliases.items() if part is not None else ():
             properties = part["properties"]
@@ -89,33 +93,33 @@ def _names(cls: type[Any], name: str) -> list[str]:
     return [name, *(alias for alias, canonical in cls.aliases.items() if canonical == name)]
 
 
-def _models(cls: type[Any], seen: set[str]) -> list[type[Any]]:
-    if cls.__name__ in seen:
-        return []
-    seen.add(cls.__name__)
-    found = [cls]
-    for field in cls.model_fields.values():
-        shapes = [shape_of(field.annotation)]
+def spec_classes(root: type[Spec] = ExperimentSpec) -> dict[str, type[Spec]]:
+    """Return every model that an experiment file is made of, components of all kinds included, by its name."""
+    found: dict[str, type[Spec]] = {}
+    waiting = [root]
+    while waiting:
+        cls = waiting.pop(0)
+        if cls.__name__ in found:
+            continue
+        found[cls.__name__] = cls
+        shapes = [shape_of(field.annotation) for field in cls.model_fields.values()]
         while shapes:
-            shape = shapes.pop()
+            shape = shapes.pop(0)
             shapes += [inner for inner in (shape.value_shape(), shape.item_shape()) if inner is not None]
-            for choice in shape.choices:
-                if isinstance(choice, type) and hasattr(choice, "model_fields"):
-                    found += _models(choice, seen)
-    for family, group in _FAMILIES.items():
-        if cls.__name__ == family:
-            for kind in registry.kinds(group):
-                found += _models(registry.spec_class(group, kind), seen)
+            waiting += [choice for choice in shape.choices if isinstance(choice, type) and issubclass(choice, Spec)]
+        group = _FAMILIES.get(cls.__name__)
+        waiting += [registry.spec_class(group, kind) for kind in registry.kinds(group)] if group else []
     return found
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """Null puts any key back to its default and takes a named entry out, so it is allowed everywhere."""
+    """Accept null everywhere: it puts a key back to its default and takes a named entry out."""
     for part in (schema, *schema["$defs"].values()):
         required = part.get("required", [])
         for name, inner in part.get("properties", {}).items():
             if name not in required and name != "kind" and {"type": "null"} not in inner.get("anyOf", []):
-                part["properties"][name] = {"anyOf": [inner, {"type": "null"}]}
+                notes = {key: inner.pop(key) for key in _ANNOTATIONS if key in inner}
+                part["properties"][name] = {"anyOf": [inner, {"type": "null"}], **notes}
             for pattern, named in inner.get("patternProperties", {}).items():
                 inner["patternProperties"][pattern] = {"anyOf": [named, {"type": "null"}]}
                 inner["additionalProperties"] = False

@@ -1,4 +1,4 @@
-"""`search:`, what a schedule search may propose and what it optimises (validated now; run by the search verb)."""
+"""`search:`, what a schedule search may propose, and what it optimises."""
 
 from __future__ import annotations
 
@@ -10,53 +10,73 @@ from orchestrator.spec.base import Count, Flag, Positive, Share, Spec
 
 
 class AlgorithmSpec(Spec):
-    """Search algorithm."""
+    """How trials are proposed."""
 
     kind: Literal["optuna", "random", "grid"] = "optuna"
+    """Proposer: Optuna's samplers, or independent random draws."""
     sampler: Literal["tpe", "nsga2", "random"] | None = None
+    """Optuna's sampler; null takes `tpe`, the tree-structured Parzen estimator."""
     population_size: Count | None = None
+    """Trials of one generation of `nsga2`; null takes Optuna's default."""
 
 
 class SchedulerSpec(Spec):
-    """Early stopping of trials; one objective only."""
+    """Early stopping of trials; for a single objective."""
 
     kind: Literal["asha"] = "asha"
-    rungs: tuple[Share, ...]
+    """Method: asynchronous successive halving."""
+    rungs: tuple[Share, ...] = Field(examples=[["1/4", "1/2"]])
+    """Shares of the phase after which the worse trials stop."""
     under: str = "full"
+    """Variant under which trials are compared at a rung."""
 
 
 class BudgetSpec(Spec):
-    """The search stops before the trial that would exceed it."""
+    """Limits of a search: it stops before the trial that would exceed one of them."""
 
     train_tflops: Positive | None = None
+    """Most training cost of all trials together, in 10^12 operations; null sets no limit."""
     trials: Count | None = None
+    """Most trials; null sets no limit."""
     gpu_hours: Positive | None = None
+    """Most hours of all workers' devices together; null sets no limit."""
 
 
 class StagedSpaceSpec(Spec):
-    """Proposes staged schedules."""
+    """Proposes schedules of stages."""
 
     kind: Literal["staged_space"]
-    num_stages: tuple[Count, ...]
-    variants: tuple[str, ...]
+    """A schedule of stages."""
+    num_stages: tuple[Count, ...] = Field(examples=[[2, 3, 4]])
+    """Numbers of stages to choose from."""
+    variants: tuple[str, ...] = Field(examples=[["heavy", "wide", "light", "full"]])
+    """Variants that a stage may have, by their names under `compressors`; `full` is no compression."""
     heavy_to_light: Flag = True
-    last: str | None = None
+    """Whether each stage is at most as compressed as the one before it."""
+    last: str | None = Field(default=None, examples=["full"])
+    """Variant of the last stage; null leaves it to the search."""
     boundaries: Share = Field(default="1/8", validate_default=True)
+    """Share of the phase at whose multiples stages end. A coarse grid lets trials share their beginnings."""
 
 
 class UniformSpec(Spec):
     """A number between two bounds, drawn uniformly or log-uniformly."""
 
     kind: Literal["uniform", "log_uniform"]
+    """Distribution: uniform in the number, or in its logarithm."""
     low: Positive
+    """Lower bound, inclusive."""
     high: Positive
+    """Upper bound, inclusive."""
 
 
 class ChoiceSpec(Spec):
     """One of a list of values."""
 
     kind: Literal["choice"]
-    values: tuple[str | int | float | bool, ...] = Field(min_length=1)
+    """One of a list of values."""
+    values: tuple[str | int | float | bool, ...] = Field(min_length=1, examples=[[1e-5, 2e-5, 5e-5]])
+    """Values to choose from."""
 
 
 def _space_tag(value: object) -> str | None:
@@ -73,14 +93,26 @@ SpaceEntry = Annotated[
 
 
 class SearchSpec(Spec):
-    """A schedule search (docs/concepts/search.md)."""
+    """A search of schedules and hyperparameters with one or several objectives (docs/concepts/search.md)."""
 
     aliases: ClassVar[dict[str, str]] = {"num_samples": "num_trials", "n_trials": "num_trials"}
 
-    objectives: dict[str, Literal["max", "min"]] = Field(min_length=1)
+    objectives: dict[str, Literal["max", "min"]] = Field(
+        min_length=1, examples=[{"eval/vqa/accuracy": "max", "cost/train_tflops": "min"}]
+    )
+    """Metrics to optimise, each `max` or `min`. Several give a Pareto front."""
     algorithm: AlgorithmSpec = AlgorithmSpec()
+    """Method that proposes trials."""
     scheduler: SchedulerSpec | None = None
+    """Early stopping of trials; null trains every trial to its end."""
     num_trials: Count = 24
+    """Trials in all; equal trials are trained once."""
     budget: BudgetSpec | None = None
-    constraints: dict[str, str] = Field(default_factory=dict)
-    space: dict[str, SpaceEntry] = Field(min_length=1)
+    """Limits beside the number of trials; null sets none."""
+    constraints: dict[str, str] = Field(default_factory=dict, examples=[{"eval/vqa/accuracy": ">= full - 0.005"}])
+    """Conditions that a trial must meet, by metric."""
+    space: dict[str, SpaceEntry] = Field(
+        min_length=1,
+        examples=[{"phases.finetune.learning_rate": {"kind": "log_uniform", "low": 1e-5, "high": 1e-4}}],
+    )
+    """What is searched: a dotted path of the file to a distribution."""

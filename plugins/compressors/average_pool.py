@@ -15,13 +15,6 @@ class AveragePoolSpec(plugin.CompressorSpec):
     """Windows of `stride` neighbouring visual tokens of one image, in raster order, are averaged.
 
     `stride` leaves ceil(tokens / stride) tokens, the last window being shorter where it does not divide them.
-
-    Attributes:
-        positions: Position id of a pooled token: the mean of its window rounded down, the window's first, or
-            ids renumbered without gaps (text after the image moves up).
-        size_bias: A token counts for as many as it stands for: after an earlier merging it weighs by its size in the
-            mean (the paper's mean is plain), and from here on attention adds the logarithm of a token's size to the
-            logits of its key (ToMe, arXiv:2210.09461 section 3, "proportional attention").
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool:AveragePool"
@@ -29,7 +22,14 @@ class AveragePoolSpec(plugin.CompressorSpec):
 
     kind: Literal["average_pool"] = "average_pool"
     positions: Literal["mean", "first", "renumber"] = "mean"
+    """Position id of a pooled token: the mean of its window rounded down, the window's first, or
+    `renumber`: ids without gaps, so that text after the image moves up.
+    """
     size_bias: plugin.Flag = False
+    """Whether a token counts for as many as it stands for: after an earlier merging it weighs by its size in the mean
+    (the paper's mean is plain), and from here on attention adds the logarithm of a token's size to the logits of its
+    key (ToMe, arXiv:2210.09461 section 3, "proportional attention").
+    """
 
 
 class AveragePool:

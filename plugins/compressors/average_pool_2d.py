@@ -17,10 +17,6 @@ class AveragePool2dSpec(plugin.BlockCompressorSpec):
     the projector). Its output grid is square for a square input; here it takes the shape nearest to the grid's.
     `stride` S asks for ceil(tokens / S) tokens and keeps the product of an h' and a w' that is nearest to it:
     on 24 x 24 a stride of 4 gives 12 x 12, of 8 gives 8 x 9.
-
-    Attributes:
-        positions: Position id of a pooled token: the mean of its window rounded down, the window's first (its upper
-            left), or ids renumbered without gaps (text after the image moves up).
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool_2d:AveragePool2d"
@@ -28,6 +24,9 @@ class AveragePool2dSpec(plugin.BlockCompressorSpec):
 
     kind: Literal["average_pool_2d"] = "average_pool_2d"
     positions: Literal["mean", "first", "renumber"] = "mean"
+    """Position id of a pooled token: the mean of its window rounded down, the window's first (upper left), or
+    `renumber`: ids without gaps, so that text after the image moves up.
+    """
 
 
 class AveragePool2d:

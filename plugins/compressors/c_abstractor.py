@@ -18,11 +18,6 @@ class CAbstractorSpec(plugin.BlockCompressorSpec):
 
     Blocks are bottlenecks as in RegNet, normalised token by token (nothing depends on other images). Their last maps
     begin at zero, so that training starts from `average_pool_2d`. A position id is the mean of its window rounded down.
-
-    Attributes:
-        depth: Blocks before the pooling, and after it.
-        hidden_size: Channels inside a block; by default a quarter of the width.
-        group_width: Channels of a group of the 3 x 3 convolution.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.c_abstractor:CAbstractor"
@@ -32,8 +27,11 @@ class CAbstractorSpec(plugin.BlockCompressorSpec):
 
     kind: Literal["c_abstractor"] = "c_abstractor"
     depth: plugin.Count = 3
+    """Residual blocks before the pooling, and as many after it."""
     hidden_size: plugin.Count | None = None
+    """Channels inside a block; null takes a quarter of the tokens' width."""
     group_width: plugin.Count = 16
+    """Channels of one group of the 3 x 3 convolution."""
 
     def inner_shape(self, width: int) -> tuple[int, int]:
         """Return the channels inside a block, and groups of its convolution, for tokens of `width`."""

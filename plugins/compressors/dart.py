@@ -17,10 +17,6 @@ class DartSpec(plugin.CompressorSpec):
     the rest of the budget: the visual tokens left over whose hidden states have the lowest cosine to its own. Shares
     differ by at most one, the first pivots having the larger. Kept tokens keep order and position ids. No attention
     weight is needed. Paper: layer 2.
-
-    Attributes:
-        visual_pivots: Pivots among an image's own tokens; fewer where fewer are kept.
-        text_pivots: Pivots among the text of the row's prompt (answers choose nothing); fewer where there is less text.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.dart:Dart"
@@ -28,7 +24,9 @@ class DartSpec(plugin.CompressorSpec):
 
     kind: Literal["dart"] = "dart"
     visual_pivots: plugin.Count = 4
+    """Pivots among an image's own tokens; fewer where fewer are kept."""
     text_pivots: plugin.Whole = 4
+    """Pivots among the text of the prompt (answers choose nothing); fewer where there is less text."""
 
 
 class Dart:

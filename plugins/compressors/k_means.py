@@ -16,9 +16,6 @@ class KMeansSpec(plugin.CompressorSpec):
     The paper says k-means with L/S centroids and no more. Its code measures by the L1 distance and runs one round by
     default; this is plain k-means (L2), which `iterations: 1` brings near to it. A cluster's position id is the
     mean of its members' rounded down; clusters stand in the order of their members' mean place in the image.
-
-    Attributes:
-        iterations: Most rounds of assignment and new centres; it ends when no assignment changes.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.k_means:KMeans"
@@ -26,6 +23,7 @@ class KMeansSpec(plugin.CompressorSpec):
 
     kind: Literal["k_means"] = "k_means"
     iterations: plugin.Count = 10
+    """Most rounds of assignment and new centres; it ends sooner where no assignment changes."""
 
 
 class KMeans:

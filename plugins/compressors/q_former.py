@@ -22,13 +22,6 @@ class QFormerSpec(plugin.CompressorSpec):
     of queries is a shape of the module, so the amount is `keep_tokens`; with `max_queries` the first queries of that
     many are used (Matryoshka queries, arXiv:2405.19315 section 3.2), any amount fits, and stages share one module.
     Position ids of the queries are spread evenly over the image's.
-
-    Attributes:
-        max_queries: Queries that exist; null for as many as `keep_tokens`.
-        depth: Layers.
-        hidden_size: Width of the queries inside; by default about a quarter of the tokens' width.
-        heads: Attention heads.
-        self_attention: Queries look at one another.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.q_former:QFormer"
@@ -38,10 +31,15 @@ class QFormerSpec(plugin.CompressorSpec):
 
     kind: Literal["q_former"] = "q_former"
     max_queries: plugin.Count | None = None
+    """Queries that exist; null has as many as `keep_tokens`. With it, stages of different amounts share one module."""
     depth: plugin.Count = 2
+    """Layers of the module."""
     hidden_size: plugin.Count | None = None
+    """Width of the queries inside; null takes about a quarter of the tokens' width."""
     heads: plugin.Count = 8
+    """Attention heads."""
     self_attention: plugin.Flag = True
+    """Whether queries attend to one another."""
 
     @model_validator(mode="after")
     def _has_queries(self) -> QFormerSpec:

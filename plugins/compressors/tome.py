@@ -16,12 +16,6 @@ class ToMeSpec(plugin.CompressorSpec):
     The paper merges a few tokens in each block of the vision tower and measures likeness by the keys; this merges at
     one point, in rounds of at most half of the tokens present, and measures by the hidden states, which every layer and
     the projector have (Table 1a compares both; the keys did best there).
-
-    Attributes:
-        size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (section 3,
-            "proportional attention").
-        positions: Position id of a merged token: that of the token that others were merged into (`destination`), the
-            mean of all it stands for, weighted by size and rounded down, or ids renumbered without gaps.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.tome:ToMe"
@@ -29,7 +23,13 @@ class ToMeSpec(plugin.CompressorSpec):
 
     kind: Literal["tome"] = "tome"
     size_bias: plugin.Flag = True
+    """Whether from here on attention adds the logarithm of a token's size to the logits of its key (section 3,
+    "proportional attention").
+    """
     positions: Literal["destination", "mean", "renumber"] = "destination"
+    """Position id of a merged token: that of the token that others were merged into (`destination`), the mean of all it
+    stands for, weighted by size and rounded down, or `renumber`: ids without gaps.
+    """
 
 
 class ToMe:

@@ -20,11 +20,6 @@ class VisionZipSpec(plugin.CompressorSpec):
     the target whose key (mean over heads) has the highest cosine to its own. A contextual token is, as published
     (section 3.2), its target plus the mean of those that went to it; a target without any stays as it is, so keeping
     all changes nothing. All stay in raster order with their position ids, contextual ones at their target's place.
-
-    Attributes:
-        contextual_ratio: Share of the budget that is contextual (paper: 10 of 64).
-        merge: `published` is target + mean of its members; `mean` is the mean over target and members, which keeps the
-            length of hidden states that follow no norm.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.visionzip:VisionZip"
@@ -33,7 +28,11 @@ class VisionZipSpec(plugin.CompressorSpec):
 
     kind: Literal["visionzip"] = "visionzip"
     contextual_ratio: plugin.Share = Fraction(10, 64)
+    """Share of the budget that is contextual (paper: 10 of 64)."""
     merge: Literal["published", "mean"] = "published"
+    """How a contextual token is made: `published` adds the mean of its members to the target; `mean` is the mean over
+    target and members, which keeps the length of hidden states that follow no norm.
+    """
 
 
 class VisionZip:

@@ -16,19 +16,15 @@ SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 
 class EasyVqaSpec(plugin.DataSpec):
-    """Questions about one coloured shape in a 64x64 image, answered by one word.
-
-    Attributes:
-        split: The package's own split: 38,575 training and 9,673 test questions, on different images.
-        max_samples: Questions used, spread evenly over the split.
-        conversation_template: How a question becomes a prompt; `chat_template` is the tokenizer's own.
-    """
+    """Questions about one coloured shape in a 64x64 image, answered by one word."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.easy_vqa:EasyVqa"
 
     kind: Literal["easy_vqa"] = "easy_vqa"
     split: Literal["train", "test"] = "train"
+    """The package's own split: 38,575 training and 9,673 test questions, on different images."""
     conversation_template: Literal["chat_template", "vicuna_v1", "plain"] = "chat_template"
+    """How a question becomes a prompt: the tokenizer's own `chat_template`, `vicuna_v1` (LLaVA-1.5), or `plain`."""
 
     def num_rows(self) -> int:
         """Return the questions in use."""

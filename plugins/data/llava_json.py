@@ -30,22 +30,6 @@ class LlavaJsonSpec(plugin.DataSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
     `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
-
-    Attributes:
-        data_path: The `.json` or `.jsonl` file.
-        image_folder: What image paths are relative to; None: the folder of `data_path`. Links in it are followed.
-        allow_outside_image_folder: Image paths may be absolute or hold `..`; for files you trust.
-        image_aspect_ratio: `pad`: images are padded to a square with the processor's mean colour first, as LLaVA-1.5
-            does in finetuning and tests; None: the processor's own way, which may cut an image's sides off.
-        ambiguous_images: What to do with images that transformers' `load_image` and a viewer show differently, by
-            transparency or by several frames: `fail` (a bad row), `load_image` (colours beneath transparency, first
-            frame), `viewer` (on white, first frame).
-        ignore_keys: Keys of rows and turns that may be left out.
-        conversation_template: `plain` (LLaVA's pretraining), `vicuna_v1` (LLaVA-1.5), or the tokenizer's own.
-        on_bad_row: `fail`, or `drop` rows that cannot be used.
-        max_bad_share: With `drop`: the largest share of rows that may be dropped before it is a fault after all.
-        max_samples: Rows used, spread evenly over the usable ones.
-        num_samples: Rows of the file, so that `plan` works without it; checked where the file is here.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.llava_json:LlavaJson"
@@ -54,15 +38,30 @@ class LlavaJsonSpec(plugin.DataSpec):
 
     kind: Literal["llava_json"] = "llava_json"
     data_path: str
+    """Records file, `.json` or `.jsonl`."""
     image_folder: str | None = None
+    """Folder that image paths are relative to; null takes the folder of `data_path`. Links in it are followed."""
     allow_outside_image_folder: bool = False
+    """Whether image paths may be absolute or hold `..`; for files you trust."""
     image_aspect_ratio: Literal["pad"] | None = None
+    """How an image becomes square. `pad`: padded with the processor's mean colour, as LLaVA-1.5 does in finetuning and
+    tests; null: the processor's own way, which may cut an image's sides off.
+    """
     ambiguous_images: Literal["fail", "load_image", "viewer"] = "fail"
+    """What to do with images that transformers' `load_image` and a viewer show differently, by transparency or by
+    several frames: `fail` (a bad row), `load_image` (colours beneath transparency, first frame), `viewer` (on white,
+    first frame).
+    """
     ignore_keys: tuple[str, ...] = ()
+    """Keys of rows and turns that may be left out; any other unknown key with content is an error."""
     conversation_template: Literal["plain", "vicuna_v1", "chat_template"] = "chat_template"
+    """How turns become text: `plain` (LLaVA's pretraining), `vicuna_v1` (LLaVA-1.5), or the tokenizer's own."""
     on_bad_row: Literal["fail", "drop"] = "fail"
+    """What to do with rows that cannot be used: `fail`, or `drop` them and report how many."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """With `on_bad_row: drop`, the largest share of rows that may be dropped; more is an error."""
     num_samples: plugin.Count | None = None
+    """Rows of the file, so that `plan` works without it; checked where the file is present. null counts them."""
 
     def num_rows(self) -> int | None:
         """Return `num_samples` where it is given; else usable rows of the file, None where there is no file."""

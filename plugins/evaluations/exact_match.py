@@ -12,23 +12,20 @@ EXAMPLES = 20
 
 
 class ExactMatchSpec(plugin.EvaluationSpec):
-    """Greedy answers compared with the last answer of each row.
-
-    Attributes:
-        batch_size: Prompts generated for at once, on each worker; no part of what is measured.
-        max_new_tokens: Longest answer; generation ends earlier where every answer has ended.
-        ignore_case: Compare in lower case.
-        ignore_punctuation: Compare without punctuation at the ends.
-    """
+    """Greedy answers compared with the last answer of each row."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.evaluations.exact_match:ExactMatch"
     not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     kind: Literal["exact_match"] = "exact_match"
     batch_size: plugin.Count = 256
+    """Prompts generated for at once on each worker; it changes no score."""
     max_new_tokens: plugin.Count = 16
+    """Longest answer in tokens; generation ends earlier where every answer has ended."""
     ignore_case: plugin.Flag = True
+    """Whether answers are compared in lower case."""
     ignore_punctuation: plugin.Flag = True
+    """Whether answers are compared without punctuation at their ends."""
 
 
 def normalised(text: str, spec: ExactMatchSpec) -> str:

@@ -12,6 +12,7 @@ class ConstantSpec(plugin.ScheduleSpec):
 
     kind: Literal["constant"] = "constant"
     compressor: str = "full"
+    """Variant of the whole phase; `full` is no compression."""
 
     def variants(self) -> tuple[str, ...]:
         """Return the one variant."""

@@ -18,21 +18,19 @@ class InterleavedSpec(plugin.ScheduleSpec):
     every process; here they are a function of the step, the same on every rank: step `floor((2k + 1) T / (2n))` for
     k < n, in the middle of n equal stretches of T steps. With `distill` the fuller pass teaches the compressed steps;
     in DualSpeed the pruned pass, without gradient, is what the full steps are held to.
-
-    Attributes:
-        compressor: Variant of most steps.
-        full_share: Share of the steps under `other`; their number is rounded once.
-        other: The fuller variant.
-        final: Variant the finished model is tested under; None is `other`.
-        distill: Lets `other` (or `distill.teacher`) teach the steps under `compressor`.
     """
 
     kind: Literal["interleaved"] = "interleaved"
     compressor: str
+    """Variant of most steps."""
     full_share: plugin.Share
+    """Share of the steps under `other`; their number is rounded once."""
     other: str = "full"
+    """The fuller variant."""
     final: str | None = None
+    """Variant the finished model is tested under; null takes `other`."""
     distill: plugin.DistillSpec | None = None
+    """Self-distillation: `other` (or `distill.teacher`) teaches the steps under `compressor`; null: labels alone."""
 
     @model_validator(mode="after")
     def _mixes(self) -> InterleavedSpec:

@@ -25,24 +25,23 @@ class RampSpec(plugin.ScheduleSpec):
     EPIC (arXiv 2510.00515) trains from light to heavy: its token consistency distillation raises the share of tokens
     dropped, its layer consistency distillation moves the point from deep to shallow, both as the steps go on; a less
     compressed pass of the same model teaches. The model is tested under the last value.
-
-    Attributes:
-        compressor: Variant of one point whose field moves.
-        key: The field: `keep_ratio` (a share), `keep_tokens`, `stride` (whole numbers), or `layer` (whole numbers, or
-            shares of the depth such as 50%).
-        start: Value of the first stretch.
-        end: Value of the last stretch.
-        moves: Number of values; values that round to one whole number are one.
-        distill: Lets `full` (or `distill.teacher`) teach every step.
     """
 
     kind: Literal["ramp"] = "ramp"
     compressor: str
+    """Variant of one point whose field moves."""
     key: Literal["keep_ratio", "keep_tokens", "stride", "layer"]
+    """Field that moves: `keep_ratio` (a share), `keep_tokens` or `stride` (whole numbers), or `layer` (whole numbers,
+    or shares of the depth such as 50%).
+    """
     start: Value
+    """Value of the first stretch."""
     end: Value
+    """Value of the last stretch, under which the model is tested."""
     moves: plugin.Count = 10
+    """Number of values; values that round to the same whole number count once."""
     distill: plugin.DistillSpec | None = None
+    """Self-distillation: `full` (or `distill.teacher`) teaches every step; null trains on labels alone."""
 
     @model_validator(mode="after")
     def _moves_somewhere(self) -> RampSpec:

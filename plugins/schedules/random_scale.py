@@ -19,22 +19,21 @@ class RandomScaleSpec(plugin.ScheduleSpec):
 
     MQT-LLaVA (arXiv 2405.19315) draws the number of tokens of each step; M3 (arXiv 2405.17430) trains every scale in
     every step, of which one drawn scale a step is the unbiased estimate at a fraction of the cost.
-
-    Attributes:
-        compressors: Variants to draw from.
-        weights: Their relative frequencies; None draws evenly.
-        seed: Seed of the draws.
-        final: Variant the finished model is tested under; None is the fuller one.
-        distill: Lets the fuller one teach the others: `full` where it is drawn from, else the last of `compressors`,
-            or `distill.teacher`.
     """
 
     kind: Literal["random_scale"] = "random_scale"
     compressors: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Variants to draw from."""
     weights: tuple[plugin.Positive, ...] | None = None
+    """Relative frequencies of the variants; null draws them equally often."""
     seed: plugin.Integer = 0
+    """Seed of the draws."""
     final: str | None = None
+    """Variant the finished model is tested under; null takes the fuller one."""
     distill: plugin.DistillSpec | None = None
+    """Self-distillation: the fuller variant teaches the others: `full` where it is drawn from, else the last of
+    `compressors`, or `distill.teacher`. null trains on labels alone.
+    """
 
     @model_validator(mode="after")
     def _fits(self) -> RandomScaleSpec:

@@ -14,10 +14,14 @@ from orchestrator import plugin
 class StageSpec(plugin.Spec):
     """One stage: its length and its variant. A stage without a length takes what the others leave."""
 
-    share: plugin.Share | None = None
+    share: plugin.Share | None = Field(default=None, examples=["1/4"])
+    """Length of the stage as a share of the phase. A stage has at most one length."""
     steps: plugin.Count | None = None
+    """Length of the stage in optimizer steps."""
     samples: plugin.Count | None = None
-    compressor: str = "full"
+    """Length of the stage in samples."""
+    compressor: str = Field(default="full", examples=["heavy"])
+    """Variant of the stage; `full` is no compression."""
 
     @model_validator(mode="after")
     def _one_length(self) -> StageSpec:
@@ -35,7 +39,10 @@ class StagesSpec(plugin.ScheduleSpec):
     """Stages in order; boundaries are exact sums of shares, rounded once, so that no step is lost or doubled."""
 
     kind: Literal["stages"] = "stages"
-    stages: tuple[StageSpec, ...] = Field(min_length=1)
+    stages: tuple[StageSpec, ...] = Field(
+        min_length=1, examples=[[{"share": "1/4", "compressor": "heavy"}, {"share": "1/4", "compressor": "wide"}, {}]]
+    )
+    """Stages in order; one of them may omit its length and takes what the others leave."""
 
     @model_validator(mode="before")
     @classmethod

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jsonschema
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
-from orchestrator.spec.schema import experiment_schema
+from orchestrator.spec.base import Spec
+from orchestrator.spec.schema import experiment_schema, spec_classes
 
 EXAMPLE = yaml.safe_load(Path(__file__).with_name("design_example.yaml").read_text())
 
@@ -72,3 +75,31 @@ def test_refuses_what_is_wrong(path: str, value: Any, validator: jsonschema.Draf
 )
 def test_accepts_other_ways_to_write_it(path: str, value: Any, validator: jsonschema.Draft202012Validator) -> None:
     validator.validate(change(path, value))
+
+
+def properties(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Every property of a schema, however deeply it is nested."""
+    if isinstance(schema, dict):
+        for name, inner in schema["properties"].items() if isinstance(schema.get("properties"), dict) else ():
+            yield name, inner
+        for key, inner in schema.items():
+            yield from properties(list(inner.values()) if key in ("properties", "$defs") else inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            yield from properties(inner)
+
+
+def test_nearly_every_property_is_described(validator: jsonschema.Draft202012Validator) -> None:
+    found = list(properties(validator.schema))
+    without = [name for name, inner in found if not inner.get("description")]
+    assert len(found) > 250
+    assert len(without) <= 0.05 * len(found), without
+
+
+@pytest.mark.parametrize("cls", spec_classes().values())
+def test_every_field_has_a_docstring_and_valid_examples(cls: type[Spec]) -> None:
+    for name, field in cls.model_fields.items():
+        assert field.description or name == "kind", name
+        for example in field.examples or ():
+            adapter = TypeAdapter(Annotated[(field.annotation, field)])  # type: ignore[misc]
+            adapter.validate_python(example)
