@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 for verb in (
     spec.validate, look.plan, work.run, search.search, look.status, look.table, look.logs, look.path, results.export,
-    work.bench, spec.compressors, spec.schema, spec.show,
+    results.predictions, work.bench, spec.compressors, spec.schema, spec.show,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(ledger.app, name="ledger")

@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from orchestrator.compression.testing import check_compressor
     from orchestrator.data.records.row_index import num_words
     from orchestrator.evaluation.generate import greedy_answers
-    from orchestrator.evaluation.protocol import Evaluation, EvaluationData, Outcome, Workers
+    from orchestrator.evaluation.protocol import Evaluation, EvaluationData, Outcome, Workers, prediction
 
 _LOADED_WHEN_USED = {
     "orchestrator.compression.ops": (
@@ -98,7 +98,7 @@ _LOADED_WHEN_USED = {
     "orchestrator.compression.testing": "check_compressor",
     "orchestrator.data.records.row_index": "IndexedRows RowIndex num_words row_index",
     "orchestrator.evaluation.generate": "greedy_answers",
-    "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers",
+    "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers prediction",
 }
 _MODULE_OF = {name: module for module, names in _LOADED_WHEN_USED.items() for name in names.split()}
 
@@ -161,6 +161,7 @@ __all__ = [
     "num_words",
     "parse_share",
     "places_of",
+    "prediction",
     "raise_for_faults",
     "ranked",
     "sum_members",

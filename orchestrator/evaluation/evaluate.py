@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +63,8 @@ class ResultStore(Protocol):
         """Return the folder of a finished state's part on this machine, checked."""
         ...
 
-    def write_evaluation(self, id: str, result: dict[str, Any]) -> None:
-        """Keep a result."""
+    def write_evaluation(self, id: str, result: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> None:
+        """Keep a result, and every answer beside it."""
         ...
 
 
@@ -111,7 +111,7 @@ def evaluate_state(
         "examples": outcome.examples,
     }
     if workers.rank == 0:
-        ledger.write_evaluation(job.id, result)
+        ledger.write_evaluation(job.id, result, outcome.predictions)
     return result
 
 

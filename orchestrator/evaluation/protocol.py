@@ -81,12 +81,22 @@ class Outcome:
     Attributes:
         metrics: Name to value; tracked as `eval/<name>/<metric>`.
         num_samples: Rows tested.
-        examples: A few predictions, for people.
+        examples: A few predictions, kept beside the metrics.
+        predictions: All of them, in the order of the rows: `prediction` makes one, further keys are kept as well.
     """
 
     metrics: dict[str, float]
     num_samples: int
     examples: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prediction(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
+    """Return an answer beside its row's last question, the right answer and the paths of the row's images."""
+    question = next((turn.text for turn in reversed(row.turns) if turn.role == "user"), "")
+    images = [image.path for image in row.images]
+    said = {"row": row.index, "question": question, "expected": expected, "answer": answer, "right": right}
+    return {**said, "images": images}
 
 
 class Evaluation(Protocol):

@@ -17,6 +17,9 @@ Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Overrides a value of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
+]
 
 MaxHours = Annotated[
     float | None,
@@ -57,6 +60,14 @@ def print_json(document: Any) -> None:
 def print_document(text: str) -> None:
     """Write a document to standard output, past whatever prints there."""
     print(text, file=_document_stream or sys.stdout, flush=True)
+
+
+def write_document(text: str, file: Path | None) -> None:
+    """Write a document, which ends in a line end, to a file or to standard output."""
+    if file is None:
+        print(text, end="", flush=True)
+    else:
+        file.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -1,13 +1,14 @@
-"""Verbs on what a cell came to: export."""
+"""Verbs on what a cell came to: export, predictions."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.verbs.options import CellName, Json, Set, Spec, print_json
+from orchestrator.verbs.options import CellName, Json, Output, Set, Spec, print_json, write_document
 
 
 def export(
@@ -31,3 +32,38 @@ def export(
         print_json({"cell": found.name, "id": found.id, "folder": str(written), "adapter": adapter})
     else:
         print(written)
+
+
+def predictions(
+    spec: Spec,
+    cell: CellName,
+    set_: Set = None,
+    as_json: Json = False,
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", metavar="NAME", help="Entry under `evaluate` (default: the only one).")
+    ] = None,
+    under: Annotated[
+        str | None, typer.Option("--under", metavar="VARIANT", help="What it was tested under (default: final).")
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only what was answered wrong.")] = False,
+    form: Annotated[
+        Literal["jsonl", "html"], typer.Option("--format", help="A line for each answer, or a page of pictures.")
+    ] = "jsonl",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="The first N (default: all; in HTML 200).")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Print every answer of an evaluation beside the question, the paths of the pictures and the right answer."""
+    from orchestrator.plan.experiment_plan import prepare
+    from orchestrator.report.pages.predictions import SHOWN, predictions_document, predictions_page
+
+    walk = prepare(spec, set_ or ())
+    document = predictions_document(walk, walk.find(cell), evaluation, under, wrong=wrong)
+    if as_json:
+        print_json({**document, "predictions": document["predictions"][:limit]})
+    elif form == "html":
+        write_document(predictions_page(document, limit or SHOWN), output)
+    else:
+        lines = (json.dumps(each, ensure_ascii=False) for each in document["predictions"][:limit])
+        write_document("".join(f"{line}\n" for line in lines), output)

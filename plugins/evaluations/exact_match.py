@@ -58,19 +58,19 @@ class ExactMatch:
         types = sorted({row.answer_type for row in data.rows if row.answer_type is not None})
         device = next(model.parameters()).device
         counts_T2 = torch.zeros(1 + len(types), 2, dtype=torch.int64, device=device)
-        examples = []
+        predictions = []
         for i, row, answer, expected in zip(mine, rows, answers, wanted, strict=True):
             right = normalised(answer, self._spec) == normalised(expected, self._spec)
             counts_T2[0] += torch.tensor([right, 1], device=device)
             if row.answer_type is not None:
                 counts_T2[1 + types.index(row.answer_type)] += torch.tensor([right, 1], device=device)
-            if i < EXAMPLES:
-                examples.append((i, _example(row, answer, expected, right)))
+            predictions.append((i, plugin.prediction(row, answer, expected, right)))
         found = workers.sum(counts_T2).tolist()
         names = ["accuracy", *(f"accuracy_{name}" for name in types)]
         metrics = {name: right / total for name, (right, total) in zip(names, found, strict=True) if total}
-        told = [example for _, example in sorted(workers.gather(examples), key=lambda pair: pair[0])]
-        return plugin.Outcome(metrics, int(found[0][1]), told)
+        all_ranks = [each for _, each in sorted(workers.gather(predictions), key=lambda pair: pair[0])]
+        examples = [{key: each[key] for key in each if key != "images"} for each in all_ranks[:EXAMPLES]]
+        return plugin.Outcome(metrics, int(found[0][1]), examples, all_ranks)
 
 
 def _answer(row: plugin.Row) -> str:
@@ -78,8 +78,3 @@ def _answer(row: plugin.Row) -> str:
         if turn.role == "assistant":
             return turn.text
     raise plugin.DataError(f"row {row.index}: no answer to compare with")
-
-
-def _example(row: plugin.Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
-    question = next((turn.text for turn in reversed(row.turns) if turn.role == "user"), "")
-    return {"row": row.index, "question": question, "expected": expected, "answer": answer, "right": right}

@@ -30,7 +30,7 @@ from orchestrator.plan.ledger.states import Files, aside_name, fit_aside
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")
-_NOTES = ("evaluations", "experiments", "failures", "leases", "owners", "searches")
+_NOTES = ("evaluations", "experiments", "failures", "leases", "owners", "predictions", "searches")
 
 
 @dataclass(frozen=True)

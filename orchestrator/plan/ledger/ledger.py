@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import re
 import shutil
 import stat
-from collections.abc import Set
+import zlib
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -315,14 +318,32 @@ class Ledger(UnsealedWork):
         """Return a finished evaluation."""
         return self._note("evaluations", evaluation)
 
-    def write_evaluation(self, evaluation: str, result: dict[str, Any]) -> None:
-        """Record a finished evaluation.
+    def write_evaluation(
+        self, evaluation: str, result: dict[str, Any], predictions: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Record a finished evaluation, its answers before its result: where there is a result, they are there.
 
         Raises:
             StorageError: the disk is full or the storage cannot be written.
         """
         self._states.tell(checked(evaluation))
+        if predictions:
+            lines = "".join(json.dumps(each) + "\n" for each in predictions)
+            self.store.write(_predictions_key(evaluation), gzip.compress(lines.encode(), mtime=0))
         self._write_note("evaluations", evaluation, result)
+
+    def predictions(self, evaluation: str) -> list[dict[str, Any]] | None:
+        """Return every answer of a finished evaluation; None where it kept none.
+
+        Raises:
+            StorageError: they are damaged.
+        """
+        key = _predictions_key(evaluation)
+        data = self.store.read(key)
+        try:
+            return None if data is None else [json.loads(line) for line in gzip.decompress(data).splitlines()]
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise StorageError(f"{self.url}/{key} is damaged ({error}); take it away and evaluate again") from error
 
     def failure(self, job: str) -> dict[str, Any] | None:
         """Return why a stage run or an evaluation failed; None where it did not."""
@@ -381,3 +402,7 @@ def open_states(store: Store) -> FolderStates:
         raise StorageError(f"{folder}: is a file; cluster.storage_path names a folder")
     assert isinstance(store, FolderStore)
     return FolderStates(folder, store.listings)
+
+
+def _predictions_key(evaluation: str) -> str:
+    return f"predictions/{checked(evaluation)}.jsonl.gz"

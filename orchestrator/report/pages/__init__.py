@@ -1,0 +1,1 @@
+"""Self-contained HTML pages with pictures in them, and the documents they show."""
