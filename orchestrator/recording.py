@@ -18,10 +18,10 @@ from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
 from orchestrator.tracking.mlflow_state import abandoned, has_record, quick_look
 from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
-def open_recorder(walk: ExperimentPlan, console: Console) -> Recorder:
+def open_recorder(walk: ExperimentPlan, console: Console) -> UploadQueue:
     """Record cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
 
     def open_tracker() -> CellTracker:
@@ -30,7 +30,7 @@ def open_recorder(walk: ExperimentPlan, console: Console) -> Recorder:
 
         return CellTracker(walk.tracking_uri, walk.experiment_name, alone, _lives(walk), walk.ledger.url)
 
-    return Recorder(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
+    return UploadQueue(open_tracker, lambda text: console.print(text, highlight=False, markup=False))
 
 
 def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
@@ -48,7 +48,7 @@ def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
     return lives
 
 
-def record_cells(walk: ExperimentPlan, recorder: Recorder) -> None:
+def record_cells(walk: ExperimentPlan, recorder: UploadQueue) -> None:
     """Write the cells' folders and queues every record that MLflow does not have as it stands."""
     seen = quick_look(walk.tracking_uri, walk.experiment_name)
     lacking = []
@@ -67,7 +67,7 @@ def record_cells(walk: ExperimentPlan, recorder: Recorder) -> None:
         recorder.look()
 
 
-def put_record(walk: ExperimentPlan, cell: Cell, recorder: Recorder) -> None:
+def put_record(walk: ExperimentPlan, cell: Cell, recorder: UploadQueue) -> None:
     """Queue a cell, whose record is read when its turn comes."""
 
     def make() -> CellRecord:

@@ -21,7 +21,7 @@ from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking.upload_queue import UploadQueue
 
 _SEND_SECONDS = 20.0
 
@@ -103,7 +103,7 @@ def run_experiment(
     return _outcome(run, recorder)
 
 
-def _outcome(run: _Run, recorder: Recorder) -> RunOutcome:
+def _outcome(run: _Run, recorder: UploadQueue) -> RunOutcome:
     walk = run.walk
     names = {cell.id: cell.name for cell in walk.cells}
     failed = walk.failures()
@@ -168,7 +168,9 @@ class _Run:
             work, _costs(work), walk.names_of(work), walk.ledger.metrics_file, console, walk.ledger.result
         )
 
-    def execute(self, recorder: Recorder, limit: tuple[float | None, float], *, local: bool, fail_fast: bool) -> None:
+    def execute(
+        self, recorder: UploadQueue, limit: tuple[float | None, float], *, local: bool, fail_fast: bool
+    ) -> None:
         """Do the work.
 
         Args:
@@ -209,7 +211,7 @@ class _Run:
         self._view.set_work(work, _costs(work), self.walk.names_of(work))
         return work
 
-    def _on_event(self, event: Mapping[str, Any], recorder: Recorder) -> None:
+    def _on_event(self, event: Mapping[str, Any], recorder: UploadQueue) -> None:
         self._view.on_event(event)
         identity, kind = event["id"], event["event"]
         if kind == "started":
@@ -224,12 +226,12 @@ class _Run:
             self.done.add(identity)
             self._put({identity}, recorder, only_finished=True)
 
-    def _send_now_and_then(self, recorder: Recorder) -> None:
+    def _send_now_and_then(self, recorder: UploadQueue) -> None:
         if time.monotonic() - self._sent > _SEND_SECONDS:
             self._sent = time.monotonic()
             self._put(self._running, recorder)
 
-    def _put(self, jobs: set[str], recorder: Recorder, *, only_finished: bool = False) -> None:
+    def _put(self, jobs: set[str], recorder: UploadQueue, *, only_finished: bool = False) -> None:
         walk = self.walk
         cells = [cell for cell in walk.cells if not jobs.isdisjoint(walk.jobs_of(cell))]
         with contextlib.suppress(OSError, StorageError):  # training goes on; `record_cells` tries again at the end

@@ -20,7 +20,7 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
 from orchestrator.tracking.mlflow_state import has_record, quick_look
 from orchestrator.tracking.mlflow_tracker import CellTracker
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking.upload_queue import UploadQueue
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")
 
@@ -91,7 +91,7 @@ def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
     longest = 0.0
     with (
         timed(f"{cells} running cells, first round of live curves", seconds),
-        Recorder(lambda: CellTracker(uri, "grid")) as recorder,
+        UploadQueue(lambda: CellTracker(uri, "grid")) as recorder,
     ):
         for number, spool in enumerate(spools):
             begun = time.perf_counter()
@@ -101,7 +101,7 @@ def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
         write_steps(spool, 200 + number, 220 + number)
     with (
         timed(f"{cells} running cells, 20 new steps each", seconds),
-        Recorder(lambda: CellTracker(uri, "grid")) as recorder,
+        UploadQueue(lambda: CellTracker(uri, "grid")) as recorder,
     ):
         for number, spool in enumerate(spools):
             recorder.put(f"cell-{number}", lambda number=number, spool=spool: record(spool, f"cell-{number}"))

@@ -13,7 +13,7 @@ from orchestrator.errors import StorageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.ledger.experiments import recorded_experiments
 from orchestrator.run import _Run
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -108,7 +108,7 @@ def test_a_record_that_cannot_be_read_stops_no_training(tiny_experiment, monkeyp
         (walk.ledger.storage / "failures" / f"{job.id}.json").mkdir(parents=True)
     with pytest.raises(StorageError):
         walk.record(walk.cells[0])
-    with Recorder(lambda: pytest.fail("nothing can be sent"), lambda record, _: None) as recorder:
+    with UploadQueue(lambda: pytest.fail("nothing can be sent"), lambda record, _: None) as recorder:
         run._on_event({"event": "finished", "id": work[0].id, "type": "root", "attempt": 1}, recorder)
     assert run.done == {work[0].id} and recorder.problem is None
 

@@ -26,7 +26,7 @@ from orchestrator.search.feed import SearchFeed, standing
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.search_space import summary, trial_name
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def search_experiment(
@@ -125,7 +125,7 @@ def front_trials(walk: ExperimentPlan) -> list[str]:
     return [trial_name(trial.number) for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells)]
 
 
-def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: Recorder) -> RunOutcome:
+def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: UploadQueue) -> RunOutcome:
     names = {cell.id: cell.name for cell in walk.cells}
     failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
@@ -156,14 +156,14 @@ class _SearchRun:
         self._checked: set[str] = set()
         self._said: set[str] = set()
         self._said = set[str]()
-        self._recorder: Recorder | None = None
+        self._recorder: UploadQueue | None = None
         self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
 
     def say_stop(self, name: str) -> None:
         """Return what a signal does."""
         self._view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")
 
-    def execute(self, recorder: Recorder, num_trials: int, stop: StopRequest, fail_fast: bool) -> None:
+    def execute(self, recorder: UploadQueue, num_trials: int, stop: StopRequest, fail_fast: bool) -> None:
         """Run `num_trials` trials, those first that were proposed before.
 
         Raises:

@@ -37,7 +37,7 @@ class Tracker(Protocol):
         """Let go of the back end."""
 
 
-class Recorder:
+class UploadQueue:
     """The cells that wait to be recorded, in front of a tracker.
 
     Of a cell only its newest record waits, which is read from the ledger when its turn comes; and each cell's turn is
@@ -65,7 +65,7 @@ class Recorder:
         """What the tracker has to say to the user."""
         return self._tracker.notes if self._tracker is not None else []
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> UploadQueue:
         self._thread.start()
         return self
 

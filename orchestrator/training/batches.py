@@ -1,4 +1,4 @@
-"""Which samples a rank sees in an optimizer step, and a thread that has the next step's tensors ready."""
+"""Which samples a rank gets in an optimizer step, and a thread that prepares the next step's tensors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class MicroBatch:
 
     @property
     def label_tokens(self) -> int:
-        """Tokens that are predicted: a first token never is."""
+        """Number of predicted tokens: a first token never is one."""
         return int((self.tensors["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Return the micro-batches of one rank in one optimizer step.
+    """Return how many micro-batches one rank computes in one optimizer step.
 
     Raises:
         UsageError: there are more workers than samples in a global batch.
@@ -47,9 +47,9 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 
 
 def even_size(global_batch_size: int, world_size: int, most: float) -> int:
-    """Return the smallest size with the fewest accumulation steps that sizes up to `most` allow.
+    """Return the smallest micro-batch with the fewest accumulation steps that sizes up to `most` allow.
 
-    At least what one worker needs so that each has a sample in every accumulation step.
+    It is at least so large that every worker has a sample in every accumulation step.
     """
     least_steps = -(-global_batch_size // (max(1, int(most)) * world_size))
     steps = max(1, min(least_steps, global_batch_size // world_size))
@@ -57,11 +57,11 @@ def even_size(global_batch_size: int, world_size: int, most: float) -> int:
 
 
 def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Return a rank's micro-batches of a global batch: neighbours stay together and ranks take turns.
+    """Return the micro-batches of a rank: the global batch is cut into chunks, and ranks take them in turn.
 
-    The batch is cut into chunks whose sizes differ by at most one; rank r takes chunks r, r + world_size, ...
-    Neighbours have like lengths where batches are grouped by length, so ranks wait little for one another. Which
-    samples the step has depends on neither micro-batch nor world size.
+    Sizes of chunks differ by at most one; rank r takes chunks r, r + world_size, ... Neighbouring samples have similar
+    lengths where batches are grouped by length, so that ranks wait little for one another. The samples of a step depend
+    on neither the micro-batch size nor the world size.
     """
     steps = accumulation_steps(len(indices), micro_batch_size, world_size)
     chunks = steps * world_size
@@ -70,12 +70,14 @@ def deal(indices: Sequence[int], micro_batch_size: int, rank: int, world_size: i
 
 
 class BatchFeed:
-    """Micro-batches by optimizer step; the next step is prepared in a thread while this one is computed.
+    """Micro-batches by optimizer step; a thread prepares the next step while this one is computed.
 
     Args:
-        indices_of: Indices of the global batch of a step, a pure function of the step.
-        collate: Tensors of some samples; must not draw from torch's global generator, which belongs to the model.
-        micro_batch_size_of: Samples of one rank in one forward, by step.
+        indices_of: Returns the indices of a step's global batch, a pure function of the step.
+        collate: Returns the tensors of samples; must not draw from torch's global generator, which the model uses.
+        micro_batch_size_of: Returns how many samples a rank computes at a time in a step.
+        rank: This worker's rank.
+        world_size: Number of workers.
         last_step: End of the stage run; nothing beyond it is prepared.
     """
 
@@ -95,14 +97,14 @@ class BatchFeed:
         self._ready: dict[int, Future[list[MicroBatch]]] = {}
 
     def get(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a step; errors of the data are raised here."""
+        """Return this rank's micro-batches of a step; errors in the data are raised here."""
         future = self._ready.pop(step, None) or self._thread.submit(self._prepare, step)
         if step + 1 < self._last_step and step + 1 not in self._ready:
             self._ready[step + 1] = self._thread.submit(self._prepare, step + 1)
         return future.result()
 
     def close(self) -> None:
-        """End the thread; what it prepared is dropped."""
+        """Stop the thread and discard what it prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int) -> list[MicroBatch]:

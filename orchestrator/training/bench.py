@@ -1,4 +1,4 @@
-"""How long a step of each variant takes on this machine: forward and backward of one micro-batch, arms interleaved."""
+"""Time the forward and backward pass of one micro-batch under each variant on this machine, arms interleaved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIN_REPEATS = 7
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is timed.
+    """One arm of the comparison.
 
     Attributes:
         name: The variant's name.
@@ -40,7 +40,7 @@ class Arm:
 
 @dataclass
 class Timing:
-    """What an arm took.
+    """Time and memory of an arm.
 
     Attributes:
         seconds: Wall-clock time of each forward and backward.
@@ -59,9 +59,7 @@ class Timing:
 def synthetic_batch(
     facts: ModelFacts, config: Any, rows: int, text_tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return the rows of one image and then `text_tokens` labelled text tokens; a step's time does not depend on what
-    they say.
-    """
+    """Return rows of one image and then `text_tokens` labelled text tokens, drawn at random."""
     vision = config.vision_config
     size = vision.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -92,27 +90,29 @@ def measure(
     repeats: int,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Timing]:
-    """Time every arm `repeats` times, one after the other in each round (A B A B, in another order each
-    round), after a round that is not counted.
+    """Time every arm once in each of `repeats` rounds, in another order each round, after a warm-up round.
 
     A step is the forward and backward pass of one micro-batch of a randomly initialised model under the phase's
-    recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are not in it.
+    recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are excluded.
 
     Args:
         model_spec: The model.
         recipe: The phase.
         facts: The model's facts.
-        arms: What is timed.
+        arms: The arms to time.
         rows: Samples of the micro-batch, one image each.
         text_tokens: Text tokens of a sample, all labelled.
         repeats: Rounds, at least 7.
-        on_round: Called before each round with its number, 0 for the one that is not counted.
+        on_round: Called before each round with its number, 0 for the warm-up.
+
+    Returns:
+        Timings by the arms' names.
 
     Raises:
-        UsageError: too few repeats, or the model does not fit.
+        UsageError: too few repeats, or the model cannot be built.
     """
     if repeats < MIN_REPEATS:
-        raise UsageError(f"bench: {repeats} repeats say little; give at least {MIN_REPEATS}")
+        raise UsageError(f"bench: {repeats} repeats are too few for a median; give at least {MIN_REPEATS}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(model_spec, recipe, device)
     batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
@@ -120,7 +120,7 @@ def measure(
     timings = {arm.name: Timing() for arm in arms}
     for number in range(repeats + 1):
         on_round(number)
-        # Another order each round: what an arm leaves in the allocator is paid by the next one.
+        # Another order each round: the state an arm leaves the allocator in costs the next one time.
         for arm in random.Random(number).sample(list(arms), len(arms)):
             seconds, peak_gib = _step(model, arm, batch, device)
             if number:
@@ -130,7 +130,7 @@ def measure(
 
 
 def _model(model_spec: ModelSpec, recipe: PhaseSpec, device: torch.device) -> Any:
-    """Return the model with random weights as the phase trains it."""
+    """Return the model with random weights, set up as the phase trains it."""
     torch.manual_seed(0)
     model: Any = model_from_config(model_spec).to(device, getattr(torch, compute_dtype(model_spec))).train()
     parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints with a cursor beside them that says, in plain JSON, what they are."""
+"""DeepSpeed checkpoints, each with a `cursor.json` that says which state it holds, and a state's weights file."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from orchestrator.training.engine import Session
 
 
 def convert(folder: Path, tag: str, target: Path) -> None:
-    """Write a ZeRO checkpoint as a universal one, which an engine opened with `load_universal` takes at any size.
+    """Convert a ZeRO checkpoint to DeepSpeed's universal format, which loads at any number of workers.
 
     Args:
-        folder: The checkpoint; what it asks to unpickle was looked at before.
+        folder: The checkpoint; the caller has checked which classes it unpickles.
         tag: Its one tag.
         target: Folder to write; an older one is removed.
 
     Raises:
-        StorageError: a file is missing or torn, or the disk is full.
+        StorageError: a file is missing or incomplete, or the disk is full.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -50,10 +50,10 @@ def convert(folder: Path, tag: str, target: Path) -> None:
         input_folder=str(folder / tag), output_folder=str(target / tag), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
-    said = io.StringIO()
+    output = io.StringIO()
     try:
         target.mkdir(parents=True)
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ds_to_universal.main(arguments)
     except Exception as error:  # DeepSpeed asserts, torch and the file system raise their own kinds
         shutil.rmtree(target, ignore_errors=True)
@@ -61,11 +61,11 @@ def convert(folder: Path, tag: str, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def mended_load(engine: Any) -> Iterator[None]:
-    """Around an engine's load of a universal checkpoint: puts right what DeepSpeed 0.19.8 gets wrong under ZeRO-3.
+def corrected_load(engine: Any) -> Iterator[None]:
+    """Correct what DeepSpeed 0.19.8 gets wrong under ZeRO-3 where an engine loads a universal checkpoint inside.
 
-    It gives all groups the first group's settings (weight decay among them), and one step count, a tensor that each
-    group's step then raises anew, so that Adam's bias correction runs ahead.
+    It gives all groups the first group's settings (weight decay among them), and one shared step count, a tensor that
+    each group's step then increments, so that Adam's bias correction runs ahead.
     """
     optimizer = engine.optimizer.optimizer
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -80,7 +80,7 @@ def mended_load(engine: Any) -> Iterator[None]:
 def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     """Return all parameters (float32) and persistent buffers by name, on the CPU; empty on ranks other than 0.
 
-    Every rank calls it: parameters are gathered one by one, so that no more than one is whole on a worker.
+    Every rank calls it: parameters are gathered one at a time, so that a worker never holds more than one in full.
 
     Raises:
         StageRunError: the engine does not hold the float32 value of a parameter that trains.
@@ -93,7 +93,7 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
     for name, tensor in weight_tensors(model).items():
         parameter = parameters.get(name)
         if parameter is None:
-            _keep(found, name, tensor, tensor.dtype)  # no engine rounds a buffer
+            _keep(found, name, tensor, tensor.dtype)  # an engine rounds no buffer
         elif parameter.requires_grad and separate_master:
             _keep(found, name, _master(name, parameter, partitioned))
         elif partitioned:
@@ -105,15 +105,15 @@ def whole_weights(session: Session) -> dict[str, torch.Tensor]:
 
 
 def _master(name: str, parameter: nn.Parameter, partitioned: bool) -> torch.Tensor:
-    """Return the float32 value that trains, of which the parameter is the rounded copy; every rank calls it.
+    """Return the float32 master weights of which the parameter is the rounded copy; every rank calls it.
 
     Raises:
-        StageRunError: the engine has none, or another one; the rounded copy is never taken for it.
+        StageRunError: the engine has none, or others; the rounded copy never stands in for them.
     """
     whole: torch.Tensor | None = safe_get_full_fp32_param(parameter)
     if whole is None or whole.dtype != torch.float32 or whole.numel() == 0 < parameter.numel():
         raise StageRunError(f"no float32 weights of {name}, which trains, are in the engine; nothing was stored")
-    # Under ZeRO-3 the rounded copy lies in pieces, cut from the pieces of the float32 weights.
+    # Under ZeRO-3 the rounded copy is partitioned as the float32 weights are.
     if not partitioned and not torch.equal(_without_nan(whole.to(parameter)), _without_nan(parameter.detach())):
         raise StageRunError(
             f"the engine's float32 weights of {name} are not those it computed with; nothing was stored"
@@ -122,16 +122,16 @@ def _master(name: str, parameter: nn.Parameter, partitioned: bool) -> torch.Tens
 
 
 def _without_nan(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.nan_to_num(nan=0.0)  # a diverged run is told as one
+    return tensor.nan_to_num(nan=0.0)  # a diverged run is reported as such elsewhere
 
 
 def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_file: Path | None, rests: bool) -> None:
-    """Frozen weights have no master in the engine, only their rounded values: those it was opened with are exact.
+    """Take frozen weights from the file the engine was opened with: the engine holds only their rounded values.
 
-    Where nothing in the engine trains (`rests`), all are.
+    Where nothing in the engine trains (`rests`), all weights are frozen.
 
     Raises:
-        StageRunError: there is no such file, or it lacks one.
+        StageRunError: there is no such file, or it lacks a weight.
     """
     frozen = [name for name, parameter in model.named_parameters() if rests or not parameter.requires_grad]
     if not frozen:
@@ -152,18 +152,18 @@ def _restore_frozen(model: nn.Module, tensors: dict[str, torch.Tensor], exact_fi
 
 def _keep(found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     if distributed.rank() == 0:
-        # A copy: a gathered parameter's memory is given back, and training goes on in the others.
+        # A copy: a gathered parameter is freed again, and the others will be trained further.
         found[name] = tensor.detach().to("cpu", dtype, copy=True)
 
 
 def write_weights(session: Session, path: Path, exact_file: Path | None) -> None:
-    """Rank 0 writes the model's weights as a plain model's, adapters merged, and beside them what compressors learned.
+    """Write the model's weights on rank 0 as a plain model's, adapters merged, and the learned compressors' with them.
 
     Args:
         session: The model under training.
         path: File to write.
         exact_file: Weights the phase started from: frozen ones are taken from it where the engine rounded them. Not
-            read in float32; None where they are gone.
+            read in float32; None if it is gone.
 
     Raises:
         StageRunError: a weight is not finite, or the engine does not hold what was trained.
@@ -190,7 +190,7 @@ def write_weights(session: Session, path: Path, exact_file: Path | None) -> None
 
 CURSOR_FILE = "cursor.json"
 _TAG = "state"
-# DeepSpeed loads with weights_only=False, which runs what a file asks for: nothing but these may be asked for.
+# DeepSpeed loads with weights_only=False, which can run any code: a file may refer to these classes only.
 _KNOWN_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -200,7 +200,7 @@ _KNOWN_CLASSES = {
 
 
 def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) -> None:
-    """Write the state after `step` optimizer steps of the phase; every rank calls it. No manifest is written.
+    """Write the state after `step` optimizer steps of the phase, without a manifest; every rank calls it.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -215,7 +215,7 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
         raise storage_error(folder, error) from error
 
     def finish() -> None:
-        # A script DeepSpeed copies into each checkpoint; nobody should run code out of one.
+        # A script that DeepSpeed copies into each checkpoint; nobody should run code from there.
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)
         session.learned.save(folder)
         facts = {
@@ -234,18 +234,19 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     """Load a checkpoint into a fresh engine; every rank calls it.
 
     Args:
-        session: Its engine has not trained yet, and is `universal` where the checkpoint is of other workers.
-        folder: What `save_checkpoint` wrote; its manifest is verified by the caller.
-        job: The stage run that goes on from it.
+        session: Its engine has not trained yet; opened with `universal` where the checkpoint is of another number of
+            workers.
+        folder: What `save_checkpoint` wrote; the caller has verified its manifest.
+        job: The stage run that continues from it.
         state: State the checkpoint must belong to.
-        scratch: Folder of unsealed files, where one of another number of workers is converted.
+        scratch: Folder for unsealed files, where a checkpoint of another number of workers is converted.
 
     Returns:
-        The phase's step the state is after.
+        The number of steps of the phase that its state has trained.
 
     Raises:
-        StageRunError: it belongs to another state, table, seed or ZeRO stage; the sentence says which.
-        StorageError: it cannot be read, or holds classes it should not.
+        StageRunError: it belongs to another state, table, seed or ZeRO stage; the message says which.
+        StorageError: it cannot be read, or refers to classes that are not allowed.
     """
 
     def check() -> dict[str, Any]:
@@ -257,18 +258,18 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     cursor = distributed.decide(check)
     source = folder
     if other_workers(cursor):
-        # Nodes may share a disk or not: each converts for its own ranks.
+        # Nodes need not share a disk: each converts for its own ranks.
         source = scratch / f"universal_{distributed.node_rank()}"
         distributed.on_each_node(lambda: convert(folder, _TAG, source))
     session.learned.load(folder, cursor.get("learned", []))
-    mending = mended_load(session.engine) if source != folder else contextlib.nullcontext()
+    correction = corrected_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
-        with mending:
+        with correction:
             path, _ = session.engine.load_checkpoint(str(source), tag=_TAG)
     except (OSError, RuntimeError, EOFError) as error:
         raise StorageError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
-        raise StorageError(f"the checkpoint {folder} is not there; DeepSpeed found nothing to load")
+        raise StorageError(f"the checkpoint {folder} is missing: DeepSpeed found nothing to load")
     if source != folder:
         distributed.on_each_node(lambda: shutil.rmtree(source, ignore_errors=True))
     session.phase_start = cursor.get("phase_start")
@@ -279,7 +280,7 @@ def read_cursor(folder: Path) -> dict[str, Any]:
     """Return the cursor of a checkpoint.
 
     Raises:
-        StorageError: it is missing or no JSON.
+        StorageError: it is missing or not valid JSON.
     """
     try:
         cursor: dict[str, Any] = json.loads((folder / CURSOR_FILE).read_text(encoding="utf-8"))
@@ -289,14 +290,14 @@ def read_cursor(folder: Path) -> dict[str, Any]:
 
 
 def other_workers(cursor: dict[str, Any]) -> bool:
-    """Return whether a checkpoint's parts are those of another number of workers; without ZeRO there is one part."""
+    """Return whether a checkpoint is partitioned for another number of workers; without ZeRO it is not partitioned."""
     return bool(cursor.get("world_size") != distributed.world_size() and cursor.get("zero_stage"))
 
 
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
     """Return the table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names.
 
-    Where a teacher runs, a fourth value holds its points, weight and temperature.
+    With a teacher, a fourth value holds its points, weight and temperature.
     """
     table: list[list[Any]] = []
     for action in actions:
@@ -359,6 +360,6 @@ def _check_classes(folder: Path) -> None:
             raise StorageError(f"the checkpoint file {file} was not loaded: {refusal(file, error)}") from error
         if unknown:
             raise StorageError(
-                f"the checkpoint file {file} asks for {', '.join(sorted(unknown))}, which no checkpoint of ours does; "
-                "it was not loaded"
+                f"the checkpoint file {file} refers to {', '.join(sorted(unknown))}, which is not allowed in a "
+                "checkpoint; it was not loaded"
             )

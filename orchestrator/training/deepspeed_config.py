@@ -17,15 +17,15 @@ PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 def deepspeed_config(
     recipe: PhaseSpec, dtype: str, micro_batch_size: int, accumulation_steps: int, world_size: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """Return the whole configuration, without a single `auto` left.
+    """Return the complete configuration, in which no `auto` is left.
 
-    The learning rate in it is a placeholder: the loop sets each group's rate from the step alone.
+    The learning rate in it is a placeholder: the training loop sets each group's rate from the step alone.
 
     Args:
         recipe: The phase; its `deepspeed` is a preset, a path or a mapping.
         dtype: Compute type, `float32`, `bfloat16` or `float16`; master weights and Adam states are float32.
-        micro_batch_size: Samples of one worker in one forward.
-        accumulation_steps: Micro-batches of one worker in one optimizer step.
+        micro_batch_size: Samples that a worker computes at a time.
+        accumulation_steps: Micro-batches of a worker in one optimizer step.
         world_size: Number of workers.
         on_gpu: Communication overlaps with computation only there.
 
@@ -57,7 +57,7 @@ def deepspeed_config(
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         if zero_stage(config) == 0:
             # Without ZeRO, DeepSpeed accumulates in the compute type, and keeps the float32 weights of float16 where
-            # nothing can ask for them. Stage 1 is the same arithmetic, its optimizer's states cut by rank.
+            # they cannot be read. Stage 1 is the same arithmetic with optimizer states partitioned over ranks.
             config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": 1}
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**31)
@@ -65,7 +65,7 @@ def deepspeed_config(
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """ZeRO stage of a configuration, 0 where it names none."""
+    """Return the ZeRO stage of a configuration, 0 where it names none."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -82,7 +82,7 @@ def _given(deepspeed: str | dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"deepspeed: {path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UsageError(f"deepspeed: {path} holds no mapping")
+        raise UsageError(f"deepspeed: {path} does not hold a mapping")
     return config
 
 
@@ -101,7 +101,7 @@ def _preset(name: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """Drop Hugging Face's `auto`: we fill those keys, or DeepSpeed's default holds."""
+    """Drop Hugging Face's `auto` values: those keys are filled from the recipe, or keep DeepSpeed's default."""
     if isinstance(value, dict):
         return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
     return value

@@ -1,4 +1,4 @@
-"""What the ranks of one worker group do together: one decides, all agree; sums and maxima."""
+"""Collectives of a worker group: run on one rank and share the outcome, agree, sum, take the maximum."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return number of workers."""
+    """Return the number of workers."""
     return dist.get_world_size()
 
 
 def device() -> torch.device:
-    """Return where tensors of collectives live: the current GPU, or the CPU."""
+    """Return the device that collectives take tensors from: the current GPU under NCCL, else the CPU."""
     if torch.cuda.is_available() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def decide(action: Callable[[], T]) -> T:
-    """Rank 0 runs `action`; every rank gets its value, or raises its error. Also a barrier.
+    """Run `action` on rank 0; every rank returns its value, or raises its error. Also a barrier.
 
-    Without it one rank would fail alone and leave the others waiting in a collective.
+    An error on rank 0 alone would leave the others waiting in their next collective.
     """
     answer: list[Any] = [None, None]
     if rank() == 0:
@@ -55,10 +55,10 @@ def decide(action: Callable[[], T]) -> T:
 
 
 def on_each_node(action: Callable[[], object]) -> None:
-    """Return the first rank of every node runs `action`: what must be done once for each disk. Also a barrier.
+    """Run `action` on the first rank of every node, for work needed once per disk. Also a barrier.
 
     Raises:
-        LlavoltaError: it failed on a node; every rank raises the first one's error.
+        LlavoltaError: it failed on a node; every rank raises the same error.
     """
     failed: LlavoltaError | None = None
     if node_rank() == rank():
@@ -84,12 +84,12 @@ def node_rank() -> int:
 
 
 def all_agree(flag: bool) -> bool:
-    """Return True where it is true on every rank."""
+    """Return whether `flag` is true on every rank."""
     return bool(reduce_values([0.0 if flag else 1.0])[0] == 0.0)
 
 
 def reduce_values(values: list[float], largest: bool = False) -> list[float]:
-    """Sum (or maxima) over ranks, in float64."""
+    """Return the sums (or the maxima) over ranks, in float64."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device())

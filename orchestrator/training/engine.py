@@ -1,4 +1,4 @@
-"""Opens a model for training: weights, LoRA, compressor, what trains, then DeepSpeed around it."""
+"""A model under training in a DeepSpeed engine, opened for a stage run and kept in memory for the next one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from orchestrator.compression import attach
+from orchestrator.compression import Attachment, attach
 from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
@@ -24,7 +24,7 @@ from orchestrator.training import distributed
 from orchestrator.training.batches import accumulation_steps, even_size
 from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.dropout import Draws, draw_by_sample
-from orchestrator.training.learned_compressors import LearnedPart
+from orchestrator.training.learned_compressors import LearnedCompressors
 
 
 @dataclass
@@ -34,21 +34,21 @@ class Session:
     Attributes:
         engine: DeepSpeed engine; `engine.module` is the Hugging Face model.
         attachment: Compressor attachment of the model.
-        learned: Its learned compressors, which no engine knows.
+        learned: Its learned compressors, which the engine does not know.
         base_rates: Learning rate of each optimizer group before the schedule's factor.
-        key: Settings an engine cannot change: a child with others needs a new engine.
+        key: Settings an engine cannot change: a child with other settings needs a new engine (`session_key`).
         config: DeepSpeed configuration.
-        micro_batch_size: Samples of one forward the engine was opened with.
-        micro_batches: Samples of one forward by what a step does, in the present stage run; None before the first.
+        micro_batch_size: Micro-batch size the engine was opened with.
+        micro_batches: Micro-batch sizes of the current stage run (`MicroBatches`); None before the first.
         compute_dtype: Type the model computes in.
         points: Points in force; None where they are not known.
-        draws: What its dropout draws from.
-        phase_start: State the phase started from: its weights are what does not train, unrounded.
+        draws: Random source of its dropout.
+        phase_start: State the phase started from: it holds the frozen weights unrounded.
     """
 
     engine: Any
-    attachment: Any
-    learned: Any
+    attachment: Attachment
+    learned: LearnedCompressors
     base_rates: list[float]
     key: str
     config: dict[str, Any]
@@ -62,11 +62,12 @@ class Session:
 
 @dataclass
 class TrainingMemory:
-    """The last state a worker trained, still in memory, and the data it read.
+    """What a worker keeps between stage runs: the engine of the last one, so that a child need not load, and its data.
 
     Attributes:
-        state: Id of the state the session holds; None while a stage run is under way or after it failed.
-        allowed_bytes: What activations may take where `per_device_train_batch_size` is `auto`; None asks the machine.
+        state: Id of the state the session holds; None while a stage run is running or after it failed.
+        session: The model under training; None where nothing is held.
+        allowed_bytes: Memory for activations where `per_device_train_batch_size` is `auto`; None asks the machine.
     """
 
     state: str | None = None
@@ -75,11 +76,11 @@ class TrainingMemory:
     _data: dict[str, TrainData] = field(default_factory=dict)
 
     def holds(self, state: str, key: str) -> bool:
-        """Return whether the session is exactly this state under these settings."""
+        """Return whether the session holds exactly this state under these settings."""
         return self.session is not None and self.state == state and self.session.key == key
 
     def model_of(self, state: str) -> Any | None:
-        """Return the model of a state (for an evaluation), or None when it is not in memory."""
+        """Return the model of a state (for an evaluation), or None if it is not in memory."""
         return self.session.engine.module if self.session is not None and self.state == state else None
 
     def data(self, job: StageJob) -> TrainData:
@@ -96,7 +97,7 @@ class TrainingMemory:
         return self._data[key]
 
     def release(self) -> None:
-        """Give the engine's memory back."""
+        """Destroy the engine and free its memory."""
         session, self.session, self.state = self.session, None, None
         if session is None:
             return
@@ -112,7 +113,7 @@ class TrainingMemory:
 
 
 def session_key(job: StageJob) -> str:
-    """Return settings that are not part of a state but fixed in an engine: a child with others cannot take it over."""
+    """Return the settings that are not part of a state but fixed in an engine: a child with others cannot reuse it."""
     recipe = PhaseSpec.model_validate(job.recipe)
     model = ModelSpec.model_validate(job.model)
     fixed = {name: getattr(recipe, name) for name in sorted(recipe.not_identity)}
@@ -121,12 +122,12 @@ def session_key(job: StageJob) -> str:
 
 
 def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> Session:
-    """Return a fresh engine with the weights of a file, on every rank alike; learned compressors are at rest.
+    """Return a new engine with the weights of a file; every rank calls it. Learned compressors are inactive.
 
     Args:
-        job: What it is to train.
+        job: The stage run to train.
         weights_file: Weights of the parent state.
-        universal: The engine is to load a converted checkpoint (`training/checkpoint.py`).
+        universal: The engine will load a converted checkpoint (`training/checkpoint.py`).
 
     Raises:
         UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit, or the model has
@@ -146,21 +147,23 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     draw_by_sample(model, draws)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
-    attachment = attach(model, [])  # what learns is brought in by LearnedPart, behind the engine's back
+    attachment = attach(model, [])  # learned compressors come through LearnedCompressors, unknown to the engine
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
     if distributed.device().type == "cpu":
-        # A C++ op that sums over the ranks of one machine: it would be compiled for a minute on the first start.
+        # A C++ op that sums over the ranks of one machine: compiling it takes a minute on the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It prints the memory at each step of its opening, whatever is asked for, and collects garbage each time.
+    # It prints the memory at each step of its initialisation, whatever the configuration, and collects garbage there.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return Session(
         engine=engine,
         attachment=attachment,
-        learned=LearnedPart(engine, recipe, job.seed, getattr(torch, dtype), weights_file, alone=not any(base_rates)),
+        learned=LearnedCompressors(
+            engine, recipe, job.seed, getattr(torch, dtype), weights_file, alone=not any(base_rates)
+        ),
         base_rates=base_rates,
         key=session_key(job),
         config=config,
@@ -186,8 +189,8 @@ def _config(recipe: PhaseSpec, dtype: str, micro_batch_size: int, universal: boo
 
 
 def _resting_group(model: Any) -> dict[str, Any]:
-    """Return where learned compressors alone train: an engine wants a parameter, so it gets the last norm's at rate
-    0.
+    """Return the optimizer group where only learned compressors train: an engine needs a parameter, so it gets the last
+    norm's at rate 0.
     """
     of_decoder = [(name, p) for name, p in model.named_parameters() if part_of(name) == LANGUAGE_MODEL and p.ndim == 1]
     parameter = of_decoder[-1][1].requires_grad_(True)
@@ -195,7 +198,7 @@ def _resting_group(model: Any) -> dict[str, Any]:
 
 
 def _set_determinism(wanted: bool) -> None:
-    """Return the kernels that give the same bits every time, at the price of speed; on CPU they are used anyway."""
+    """Use kernels that give the same bits every time, at the price of speed; on CPU they are used anyway."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)

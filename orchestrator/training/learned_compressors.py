@@ -1,9 +1,9 @@
-"""Learned compressors in training: an optimizer of their own beside DeepSpeed's, so that they come and go freely.
+"""Learned compressors in training: an optimizer of their own beside DeepSpeed's, so that stages can add and drop them.
 
 DeepSpeed fixes the set of parameters of an engine. A learned compressor enters, pauses and returns with the stages, so
-its parameters never enter an engine: every rank holds them whole in float32, sums their gradients over the ranks and
-steps AdamW on them. What happens to them touches nothing of anyone else's optimizer; a checkpoint of them fits any
-number of workers and any ZeRO stage.
+its parameters never enter an engine: every rank holds all of them in float32, sums their gradients over the ranks and
+takes AdamW's step on them. The engine's optimizer is not affected; their checkpoint fits any number of workers and any
+ZeRO stage.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ from orchestrator.training.dropout import refuse_dropout
 
 
 class SharedNorm:
-    """Makes an engine clip by the norm of its gradients and of some it does not know.
+    """One gradient norm over all that trains: an engine clips by its own gradients and external ones together.
 
-    It steps in where DeepSpeed's optimizers use their norm; with nothing beside, every bit is DeepSpeed's.
+    It patches the places where DeepSpeed's optimizers use their norm; without external gradients, every bit is
+    DeepSpeed's.
 
     Args:
         engine: A DeepSpeed engine.
-        max_norm: The recipe's `max_grad_norm`; 0 clips nothing.
+        max_norm: The recipe's `max_grad_norm`; 0 = no clipping.
         alone: Nothing in the engine trains, so its gradients do not count.
 
     Attributes:
-        beside: Norm of this step's gradients beside the engine, on its device; None where there are none.
-        scale: What the engine multiplied this step's loss with.
-        overflowed: Under float16, the gradients beside the engine are not finite: nothing takes this step.
+        external: Norm of this step's external gradients, on the engine's device; None where there are none.
+        scale: The engine's loss scale in this step.
+        overflowed: Under float16, external gradients are not finite: the step is skipped everywhere.
     """
 
     def __init__(self, engine: Any, max_norm: float, alone: bool = False) -> None:
         self._engine, self._max_norm, self._alone = engine, max_norm, alone
         self._total: torch.Tensor | None = None
-        self.beside: torch.Tensor | None = None
+        self.external: torch.Tensor | None = None
         self.scale, self.overflowed = 1.0, False
         optimizer = engine.optimizer
         if engine.fp16_enabled():
@@ -69,17 +70,17 @@ class SharedNorm:
             self._clip_all(engine)
 
     def factor(self) -> torch.Tensor | None:
-        """Return what the gradients beside the engine are multiplied with, once it has stepped; None for nothing."""
-        total = self.beside if self._alone and self._max_norm > 0 else self._total
-        self._total = self.beside = None
+        """Return the clipping factor of the external gradients, after the engine's step; None = no clipping."""
+        total = self.external if self._alone and self._max_norm > 0 else self._total
+        self._total = self.external = None
         return None if total is None else self._factor(total)
 
     def _factor(self, total: torch.Tensor) -> torch.Tensor:
         return (self._max_norm / (total + 1e-6)).clamp(max=1.0)
 
     def _widened(self, norm: torch.Tensor) -> torch.Tensor:
-        assert self.beside is not None
-        self._total = torch.hypot(norm.to(self.beside), self.beside)
+        assert self.external is not None
+        self._total = torch.hypot(norm.to(self.external), self.external)
         return self._total
 
     def _share_overflow(self, optimizer: Any) -> None:
@@ -87,9 +88,9 @@ class SharedNorm:
         optimizer.has_overflow = lambda *args, **kwargs: bool(original(*args, **kwargs)) or self.overflowed
 
     def _keep_scale(self, optimizer: Any) -> None:
-        """DeepSpeed 0.19.8 may double its scale between the backward pass and the division by it: a step of half size.
+        """Divide gradients by the scale they were multiplied with.
 
-        Gradients are divided by the scale they were multiplied with.
+        DeepSpeed 0.19.8 may double its scale between the backward pass and the division, which halves the step.
         """
         original = optimizer.unscale_and_clip_grads
 
@@ -106,7 +107,7 @@ class SharedNorm:
         original = optimizer.unscale_and_clip_grads
 
         def clip(*args: Any, **kwargs: Any) -> Any:
-            if self.beside is None:
+            if self.external is None:
                 return original(*args, **kwargs)
             # The last positional argument is the norm, of gradients still multiplied by the loss scale.
             norm = torch.as_tensor(args[-1])
@@ -119,11 +120,11 @@ class SharedNorm:
 
         def gradients(for_clipping: bool = False) -> Any:
             found = original(for_clipping=for_clipping)
-            if self.beside is None or for_clipping:
+            if self.external is None or for_clipping:
                 return found
             dense, experts = found
             self._widened(torch.nn.utils.get_total_norm(dense))
-            return [*dense, self.beside.reshape(1)], experts
+            return [*dense, self.external.reshape(1)], experts
 
         optimizer.get_grads_for_norm = gradients
 
@@ -131,11 +132,11 @@ class SharedNorm:
         original = engine.clip_fp32_gradients
 
         def clip() -> None:
-            if self.beside is None:
+            if self.external is None:
                 original()
                 return
             trained = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-            # Without a limit it only measures, in its own order of additions.
+            # Without a limit it only computes the norm, in its own order of additions.
             total = self._widened(clip_grad_norm_(trained, math.inf, mpu=engine.mpu))
             for parameter in trained:
                 parameter.grad.mul_(self._factor(total))
@@ -144,19 +145,19 @@ class SharedNorm:
 
 
 def loss_scale(engine: Any) -> float:
-    """Return what the engine multiplies the loss with against underflow; 1 but for float16.
+    """Return the engine's loss scale; 1 except under float16.
 
     Raises:
-        StageRunError: the engine computes in float16, and its optimizer does not say the scale it uses.
+        StageRunError: the engine's optimizer reports another scale than it uses.
     """
     optimizer = engine.optimizer
     scaled = getattr(optimizer, "scale_if_loss", None)
-    # DeepSpeed scales nothing but what a gradient flows back from.
+    # DeepSpeed scales only tensors that require a gradient.
     used = 1.0 if scaled is None else float(scaled(torch.ones((), requires_grad=True) * 1.0).detach())
     if used != (float(getattr(optimizer, "loss_scale", math.nan)) if engine.fp16_enabled() else 1.0):
         raise StageRunError(
-            f"{type(optimizer).__name__} multiplies the loss by {used}, and says it is "
-            f"{getattr(optimizer, 'loss_scale', 'none')}; gradients beside it cannot be brought to their size"
+            f"{type(optimizer).__name__} multiplies the loss by {used}, but reports a loss scale of "
+            f"{getattr(optimizer, 'loss_scale', 'none')}; gradients of learned compressors cannot be unscaled"
         )
     return used
 
@@ -166,13 +167,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Parked:
-    """A learned compressor at rest: it waits for a stage that uses it, and nothing of it changes.
+class CompressorState:
+    """The state of a learned compressor, on the CPU: kept while no stage uses it, and what a checkpoint holds.
 
     Attributes:
         weights: Parameters (float32) and persistent buffers by name.
         moments: Adam's `exp_avg` and `exp_avg_sq` by parameter; empty before the first step.
-        steps: Adam's step count: optimizer steps in which the compressor was used, in this phase.
+        steps: Adam's step count: optimizer steps of this phase in which the compressor was used.
     """
 
     weights: dict[str, torch.Tensor]
@@ -180,18 +181,18 @@ class Parked:
     steps: int = 0
 
 
-def write_parked(parked: Mapping[str, Parked], path: Path) -> None:
+def write_states(states: Mapping[str, CompressorState], path: Path) -> None:
     """Write weights, moments and step counts as one safetensors file.
 
     Raises:
         StorageError: the disk is full.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, one in parked.items():
+    for name, one in states.items():
         tensors |= {f"weights.{name}.{key}": tensor for key, tensor in one.weights.items()}
         for key, moments in one.moments.items():
             tensors |= {f"{kind}.{name}.{key}": moments[kind] for kind in MOMENTS}
-    steps = {name: one.steps for name, one in parked.items()}
+    steps = {name: one.steps for name, one in states.items()}
     try:
         clean = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(clean, path, metadata={"steps": json.dumps(steps)})
@@ -199,8 +200,8 @@ def write_parked(parked: Mapping[str, Parked], path: Path) -> None:
         raise storage_error(path.parent, error) from error
 
 
-def read_parked(path: Path) -> dict[str, Parked]:
-    """Return what `write_parked` wrote.
+def read_states(path: Path) -> dict[str, CompressorState]:
+    """Return what `write_states` wrote.
 
     Raises:
         StorageError: the file is missing or cannot be read.
@@ -208,7 +209,7 @@ def read_parked(path: Path) -> dict[str, Parked]:
     try:
         with safe_open(path, framework="pt") as file:
             steps: dict[str, int] = json.loads(file.metadata()["steps"])
-            found = {name: Parked({}, steps=count) for name, count in steps.items()}
+            found = {name: CompressorState({}, steps=count) for name, count in steps.items()}
             for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
                 kind, _, rest = key.partition(".")
                 name, _, parameter = rest.partition(".")
@@ -223,13 +224,14 @@ def read_parked(path: Path) -> dict[str, Parked]:
 
 
 @dataclass
-class _Live:
+class _ActiveCompressor:
     """A learned compressor in the model.
 
     Attributes:
-        module: What computes, in the compute type.
+        module: The module, in the compute type.
         masters: Its parameters in float32; the module's own where it computes in float32.
         optimizer: AdamW over the masters; None where learned compressors do not train.
+        steps: Adam's step count.
     """
 
     module: nn.Module
@@ -238,7 +240,7 @@ class _Live:
     steps: int
 
     def advance(self, base_rate: float, rate_factor: float, clipping: torch.Tensor | None) -> None:
-        """Return one step of AdamW on the masters, and the new values into the module."""
+        """Take one step of AdamW on the masters and copy the new values into the module."""
         assert self.optimizer is not None
         for master in self.masters.values():
             if master.grad is not None and clipping is not None:
@@ -252,18 +254,17 @@ class _Live:
                 parameter.data.copy_(self.masters[name].data)
 
 
-class LearnedPart:
-    """All learned compressors of a state: those of the phase's table so far, and those an earlier phase left.
+class LearnedCompressors:
+    """All learned compressors of a state: those of the phase's table so far, and those of an earlier phase.
 
-    What an earlier phase left is carried along: a point that uses it again starts from its weights, with a new
-    optimizer.
+    Those of an earlier phase are kept: a point that uses one again starts from its weights, with a new optimizer.
 
     Args:
         engine: The engine of the rest of the model.
-        recipe: Whether they train, their rate, decay and clipping.
-        seed: Of the phase; a compressor that no earlier state knows starts from (seed, its name).
-        dtype: What it computes in.
-        weights_file: Weights of the parent state; the compressors in it are known from the start.
+        recipe: Whether they train, their learning rate, weight decay and clipping.
+        seed: The phase's seed; a compressor that no earlier state knows starts from (seed, its name).
+        dtype: The type they compute in.
+        weights_file: Weights of the parent state, with the compressors it knows.
         alone: Nothing in the engine trains.
 
     Attributes:
@@ -282,119 +283,118 @@ class LearnedPart:
         self._engine, self._model, self._recipe, self._seed = engine, engine.module, recipe, seed
         self._device, self._dtype = engine.device, dtype
         self._norm = SharedNorm(engine, recipe.max_grad_norm, alone)
-        self._stepping: list[_Live] = []
-        self._parked = {name: Parked(weights) for name, weights in learned_weights(weights_file).items()}
-        self._live: dict[str, _Live] = {}
+        self._stepping: list[_ActiveCompressor] = []
+        self._inactive = {name: CompressorState(weights) for name, weights in learned_weights(weights_file).items()}
+        self._active: dict[str, _ActiveCompressor] = {}
         self._points: list[dict[str, Any]] = []
         self._modules: nn.Module | None = None
         self.base_rate = rate_of(recipe.learning_rate, COMPRESSOR) if self.trains else 0.0
 
     @property
     def trains(self) -> bool:
-        """Whether learned compressors train in this phase; else they run with the weights they have."""
+        """Whether learned compressors train in this phase; otherwise they run with fixed weights."""
         return COMPRESSOR in self._recipe.train
 
     def enter(self, attachment: Attachment, points: Iterable[Mapping[str, Any]]) -> Attachment:
-        """Make the compressors of these points live, and park the others.
+        """Activate the compressors of these points, and deactivate the others.
 
         Args:
             attachment: The model's attachment.
             points: All points of the phase's table up to the end of the stage run.
 
         Returns:
-            The model's attachment: the same one, or a new one that holds other modules.
+            The model's attachment: the same one, or a new one with other modules.
         """
         learned = _distinct(dict(point) for point in points if _learns(point))
         if learned == self._points:
             return attachment
-        for name in list(self._live):
-            self._parked[name] = _parked(self._live.pop(name))
+        for name in list(self._active):
+            self._inactive[name] = _state_of(self._active.pop(name))
         attachment.detach()
         attachment = attach(self._model, [], modules=learned, seed=self._seed)
         self._points = learned
         for name, module in learned_modules(self._model).items():
-            self._live[name] = self._woken(name, module)
+            self._active[name] = self._activated(name, module)
         self.hide()
         return attachment
 
     def hide(self) -> None:
-        """Take the modules out of the model's tree: an engine that walks over it finds only what it knows."""
+        """Take the modules out of the model's tree, so that the engine finds only the parameters it knows."""
         self._modules = self._model._modules.pop(LEARNED_MODULES, None) or self._modules
-        for live in self._live.values():
-            live.module.train()
+        for active in self._active.values():
+            active.module.train()
 
     def show(self) -> None:
-        """Put them back into the tree, for whoever uses the model next."""
-        if self._modules is not None and self._live:
+        """Put the modules back into the model's tree, for whatever uses the model next."""
+        if self._modules is not None and self._active:
             self._model.add_module(LEARNED_MODULES, self._modules)
 
     def collect(self) -> None:
         """Add the gradients of a micro-batch to those of the masters, in float32."""
         if self._dtype == torch.float32:
             return  # they are the masters' own
-        for live in self._live.values():
-            for name, parameter in live.module.named_parameters():
+        for active in self._active.values():
+            for name, parameter in active.module.named_parameters():
                 if parameter.grad is None:
                     continue
-                master, gradient = live.masters[name], parameter.grad.float()
+                master, gradient = active.masters[name], parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
     def reduce(self, used: Iterable[str | None]) -> None:
-        """Sum over ranks the gradients of the compressors used in this optimizer step; right before the engine steps.
+        """Sum over ranks the gradients of the compressors used in this optimizer step; right before the engine's step.
 
         Args:
             used: Names of the modules; None for points without one.
         """
         self._norm.scale, self._norm.overflowed = loss_scale(self._engine), False
         names = sorted({name for name in used if name is not None}) if self.trains else []
-        self._stepping = [self._live[name] for name in names]
-        masters = [master for live in self._stepping for master in live.masters.values()]
+        self._stepping = [self._active[name] for name in names]
+        masters = [master for active in self._stepping for master in active.masters.values()]
         if not masters:
             return
         flat = torch.cat([(m.grad if m.grad is not None else torch.zeros_like(m)).flatten() for m in masters])
         if distributed.world_size() > 1:
             dist.all_reduce(flat)
-        # The loss was multiplied by the number of ranks, since an engine takes the mean over them.
+        # The loss was multiplied by the number of ranks, since DeepSpeed averages over them.
         flat.div_(distributed.world_size() * self._norm.scale)
         if self._engine.fp16_enabled() and not bool(torch.isfinite(flat).all()):
-            # The engine is told, and passes this step over as it does where it overflows itself.
+            # The engine skips this step as it does where its own gradients overflow.
             self._norm.overflowed, self._stepping = True, []
             return
-        self._norm.beside = flat.norm()
+        self._norm.external = flat.norm()
         for master, gradient in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
             master.grad = gradient.view_as(master)
 
     def step(self, rate_factor: float) -> None:
-        """Return one step of AdamW on what was reduced, right after the engine's; the other compressors stay as they
-        are.
+        """Take one step of AdamW on the reduced gradients, right after the engine's; other compressors do not change.
 
         Args:
             rate_factor: The schedule's factor on the learning rate.
         """
         factor = self._norm.factor()
-        for live in self._stepping if self._engine.was_step_applied() else []:
-            live.advance(self.base_rate, rate_factor, factor)
+        for active in self._stepping if self._engine.was_step_applied() else []:
+            active.advance(self.base_rate, rate_factor, factor)
         self._stepping = []
-        for live in self._live.values():
-            for parameter in (*live.masters.values(), *live.module.parameters()):
+        for active in self._active.values():
+            for parameter in (*active.masters.values(), *active.module.parameters()):
                 parameter.grad = None
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the weights of all compressors, by module and name; float32 on the CPU."""
-        return {name: parked.weights for name, parked in self._all().items()}
+        """Return the weights of all compressors by module and name, in float32 on the CPU."""
+        return {name: state.weights for name, state in self._all().items()}
 
     def save(self, folder: Path) -> None:
-        """Write weights, moments and step counts beside a checkpoint; nothing where there are no compressors.
+        """Write weights, moments and step counts into a checkpoint's folder; nothing if there are no compressors.
 
         Raises:
             StorageError: the disk is full.
         """
-        if parked := self._all():
-            write_parked(parked, folder / LEARNED_FILE)
+        if states := self._all():
+            write_states(states, folder / LEARNED_FILE)
 
     def load(self, folder: Path, names: Sequence[str]) -> None:
-        """Take over what `save` wrote; before anything is live.
+        """Load what `save` wrote; before any compressor is active.
 
         Args:
             folder: The checkpoint.
@@ -403,47 +403,47 @@ class LearnedPart:
         Raises:
             StorageError: the file is missing or cannot be read, or lacks one.
         """
-        self._parked = read_parked(folder / LEARNED_FILE) if names else {}
-        if sorted(self._parked) != sorted(names):
+        self._inactive = read_states(folder / LEARNED_FILE) if names else {}
+        if sorted(self._inactive) != sorted(names):
             raise StorageError(
-                f"{folder / LEARNED_FILE} holds {', '.join(sorted(self._parked)) or 'nothing'}; the checkpoint is of a "
-                f"state with {', '.join(sorted(names))}"
+                f"{folder / LEARNED_FILE} holds {', '.join(sorted(self._inactive)) or 'nothing'}, but the checkpoint's "
+                f"state has {', '.join(sorted(names))}"
             )
 
     def names(self) -> list[str]:
         """Return the names of all compressors, sorted."""
-        return sorted({*self._parked, *self._live})
+        return sorted({*self._inactive, *self._active})
 
-    def _all(self) -> dict[str, Parked]:
-        live = {name: _parked(one) for name, one in self._live.items()}
-        return dict(sorted({**self._parked, **live}.items()))
+    def _all(self) -> dict[str, CompressorState]:
+        active = {name: _state_of(one) for name, one in self._active.items()}
+        return dict(sorted({**self._inactive, **active}.items()))
 
-    def _woken(self, name: str, module: nn.Module) -> _Live:
-        parked = self._parked.pop(name, None) or Parked(
+    def _activated(self, name: str, module: nn.Module) -> _ActiveCompressor:
+        state = self._inactive.pop(name, None) or CompressorState(
             {key: tensor.clone() for key, tensor in weight_tensors(module).items()}
         )
         refuse_dropout(module, name)
         cast_parameters(module.to(self._device), self._dtype)
-        fill(module, parked.weights, name)
+        fill(module, state.weights, name)
         module.requires_grad_(self.trains)
         masters = dict(module.named_parameters())
         if self._dtype != torch.float32:
             masters = {
-                key: nn.Parameter(parked.weights[key].to(self._device, torch.float32, copy=True)) for key in masters
+                key: nn.Parameter(state.weights[key].to(self._device, torch.float32, copy=True)) for key in masters
             }
         optimizer = None
         if self.trains:
             optimizer = _adamw(module, masters, self._recipe)
-            for key, moments in parked.moments.items():
+            for key, moments in state.moments.items():
                 optimizer.state[masters[key]] = {
-                    "step": torch.tensor(float(parked.steps)),
+                    "step": torch.tensor(float(state.steps)),
                     **{kind: moments[kind].to(self._device, copy=True) for kind in MOMENTS},
                 }
-        return _Live(module, masters, optimizer, parked.steps)
+        return _ActiveCompressor(module, masters, optimizer, state.steps)
 
 
 def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: PhaseSpec) -> torch.optim.AdamW:
-    """AdamW as the engine's (`deepspeed_config`)."""
+    """Return AdamW with the engine's settings (`deepspeed_config`)."""
     without_decay = set(names_without_decay(module))
     groups = [
         {
@@ -455,14 +455,14 @@ def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: Phase
     return torch.optim.AdamW([one for one in groups if one["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
 
 
-def _parked(live: _Live) -> Parked:
-    """Return what a live compressor is now, on the CPU; it shares memory with it where it can."""
-    weights = {**weight_tensors(live.module), **{name: master.detach() for name, master in live.masters.items()}}
+def _state_of(active: _ActiveCompressor) -> CompressorState:
+    """Return the current state of an active compressor, on the CPU; it shares its memory where possible."""
+    weights = {**weight_tensors(active.module), **{name: master.detach() for name, master in active.masters.items()}}
     moments = {}
-    if live.optimizer is not None:
-        states = ((name, live.optimizer.state.get(master)) for name, master in live.masters.items())
+    if active.optimizer is not None:
+        states = ((name, active.optimizer.state.get(master)) for name, master in active.masters.items())
         moments = {name: {kind: state[kind].cpu() for kind in MOMENTS} for name, state in states if state}
-    return Parked({name: tensor.cpu() for name, tensor in weights.items()}, moments, live.steps)
+    return CompressorState({name: tensor.cpu() for name, tensor in weights.items()}, moments, active.steps)
 
 
 def _learns(point: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per optimizer step, cut back on resume so that no step is told twice."""
+"""What a stage run records: a line of metrics per optimizer step, its result with a fingerprint, and its log file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger.files import storage_errors
+from orchestrator.plan.step_history import read_metrics
 from orchestrator.training import distributed
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
@@ -29,7 +29,7 @@ _GIB = 2**30
 
 
 def reset_peak_memory() -> None:
-    """Start the peak anew, so that a stage run is not charged for the one before it in the same process."""
+    """Reset the peak, so that a stage run is not charged for the one before it in the same process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -59,9 +59,7 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """Return the processor's model, which decides what its kernels round; its architecture where the system does not
-    say.
-    """
+    """Return the CPU model, which decides how kernels round; the architecture where the system does not report it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -72,7 +70,7 @@ def _processor() -> str:
 
 
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
-    """Return how it was computed: what may move the last bits, and is flagged where two cells in one table differ."""
+    """Return what may change the last bits of a result; it is flagged where two cells of a table differ in it."""
     on_gpu = distributed.device().type == "cuda"
     return {
         "world_size": distributed.world_size(),
@@ -92,10 +90,10 @@ def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
 
 
 def stage_result(job: StageJob, metrics_file: Path, peak_gib: float, marks: dict[str, Any]) -> dict[str, Any]:
-    """result.json, computed from the step lines, so that an interrupted stage run reports like one left alone.
+    """Return `result.json`, computed from the metrics of all steps, so that an interruption does not change it.
 
-    `train_seconds` is the sum of the steps' seconds (no evaluation, no checkpoint); token figures are means per
-    sample; `loss` is the last step's.
+    `train_seconds` is the sum over steps (without evaluations and checkpoints); token counts are means per sample;
+    `loss` is the last step's.
     """
     lines = [line for line in read_metrics(metrics_file) if job.first_step <= line["step"] < job.last_step]
     seconds = sum(line["step_seconds"] for line in lines)
@@ -122,14 +120,14 @@ LOGGER = logging.getLogger("llavolta.training")
 LOGGER.setLevel(logging.INFO)
 _LOGGERS = (LOGGER.name, "DeepSpeed", "transformers", "deepspeed", "torch.distributed")
 _KNOWN_NOISE = (
-    # torch 2.13 tells DeepSpeed's collectives on every rank and path.
+    # torch 2.13 warns of DeepSpeed's collectives on every rank and code path.
     r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatter_base.*|.*reduce_scatter_tensor.*",
 )
 
 
 @contextmanager
 def stage_log(path: Path) -> Iterator[None]:
-    """Everything logged inside goes to `path`, appended; handlers are put back afterwards."""
+    """Append to `path` what DeepSpeed, transformers and torch log inside, instead of showing it on the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -149,12 +147,13 @@ def stage_log(path: Path) -> Iterator[None]:
             handler.close()
 
 
-class MetricsSpool:
-    """Appends lines to a file; each is in the file when `append` returns.
+class MetricsLog:
+    """`metrics.jsonl`: one line of JSON per optimizer step; it is in the file when `append` returns.
 
     Args:
-        path: The file; made where it is not there.
-        resume_step: Lines of this step and later ones are cut, and with them a line torn by a crash.
+        path: The file; created if missing.
+        resume_step: Lines of this step and later ones are removed, as is a line cut short by a crash, so that no step
+            is recorded twice.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -162,7 +161,7 @@ class MetricsSpool:
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
-            # Aside, then renamed: a writer that lost its lease goes on in a file nobody sees.
+            # Written under another name, then renamed: a writer that lost its lease keeps writing where nobody reads.
             part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
             self._file = part.open("a", buffering=1, encoding="utf-8")
             self._file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -179,7 +178,7 @@ class MetricsSpool:
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
-        """Make the lines outlive a power cut; called before a checkpoint counts on them.
+        """Flush the lines to the disk; called before a checkpoint relies on them.
 
         Raises:
             StorageError: the disk is full.
@@ -191,18 +190,3 @@ class MetricsSpool:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file up to the first torn one; empty where there is no file."""
-    try:
-        found = retry_io(path.read_bytes)
-    except ABSENT:
-        return []
-    lines = []
-    for text in found.decode("utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

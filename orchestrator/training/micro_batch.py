@@ -1,10 +1,10 @@
-"""`per_device_train_batch_size: auto`: the largest micro-batch that fits, by what a step does.
+"""`per_device_train_batch_size: auto`: the largest micro-batch that fits, for each action of a stage run.
 
-Each action of a stage run (variant and teacher; in a policy each of those it mixes) has a size of its own, so that
-compressed steps take fewer accumulation steps: under ZeRO-3 each of them gathers all weights anew. A size is the
-smallest with its number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula
-(`plan/memory.py`) decides; on a GPU it proposes, forward and backward of the longest samples are measured, and the
-answer is remembered by kind of device. A size is part of the fingerprint, never of an identity: the update is the same.
+Each action (variant and teacher; in a policy each of those it mixes) has a size of its own, so that compressed steps
+take fewer accumulation steps: under ZeRO-3 each of them gathers all weights again. A size is the smallest with its
+number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula (`plan/memory.py`)
+decides; on a GPU it proposes a size, forward and backward of the longest samples are measured, and the result is cached
+by kind of device. A size is part of the fingerprint, never of an identity: the update is the same.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ from orchestrator.training.step import forward_losses
 
 
 def longest_samples(data: TrainData, size: int) -> list[int]:
-    """As many of the longest samples as a micro-batch has, again and again where there are too few."""
+    """Return the longest samples, as many as a micro-batch has; they repeat where there are too few."""
     by_length = sorted(data.longest, key=lambda index: -len(data.sample(index)))
     return [by_length[i % len(by_length)] for i in range(size)]
 
 
 def measure_trial(session: Session, job: StageJob, data: TrainData, action: Action, size: int) -> float:
-    """Return the share of the device's memory at the peak of one micro-batch; every rank calls it.
+    """Return the share of a GPU's memory at the peak of one micro-batch; every rank calls it. It changes no state.
 
-    The loss is multiplied by zero, so that the gradients which the first real micro-batch adds to are zeros. They are
-    computed and reduced as in a step; Adam's states are in memory already from ZeRO 1 on.
+    The loss is multiplied by zero, so that the first real micro-batch adds its gradients to zeros. Gradients are
+    computed and reduced as in a step; from ZeRO 1 on Adam's states are in memory already.
 
     Args:
-        session: Its engine is between two optimizer steps.
-        data: The longest samples of it are tried, again and again where there are too few.
-        action: What is tried.
+        session: Its engine, between two optimizer steps.
+        job: The stage run.
+        data: Its data, of which the longest samples are tried.
+        action: The action to try.
         size: Samples of the micro-batch.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit; the engine must be opened anew.
+        torch.OutOfMemoryError: it does not fit; the engine must be opened again.
     """
     indices = longest_samples(data, size)
-    # Two micro-batches an optimizer step: this one is not the last, so that nothing is updated.
+    # Two micro-batches per optimizer step: this one is not the last, so no weight is updated.
     set_accumulation(session.engine, 2 * size * distributed.world_size(), size)
     session.attachment.switch(list(action.points))
     session.attachment.set_step(step=job.first_step, seed=job.seed, sample_index=indices)
@@ -74,24 +75,23 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
 
 NOTES_FILE = "micro_batches.json"
 GPU_SHARE = 0.9
-"""Of a GPU's memory; the rest is for fragmentation and libraries."""
+"""Usable share of a GPU's memory; the rest is for fragmentation and libraries."""
 CPU_SHARE = 0.5
-"""Of the memory that is free: data, images and the system need the rest."""
+"""Usable share of the free memory of a machine; data, images and the system need the rest."""
 CPU_CAP_BYTES = 2 * 2**30
-"""A larger micro-batch gains nothing on a CPU: its fixed cost is spread by then. So choices rarely depend on what else
-the machine does."""
+"""Cap for activations: a larger micro-batch gains nothing on a CPU, and sizes rarely depend on what else runs there."""
 
 
 class MicroBatchTooLarge(RuntimeError):
-    """Memory did not suffice for a size that `auto` chose; a smaller one is noted for the next attempt."""
+    """Out of memory at a size that `auto` chose; a smaller one is noted for the next attempt."""
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Samples of one forward on one worker.
+    """Micro-batch sizes of a stage run.
 
     Attributes:
-        fixed: What the recipe says; None under `auto`.
+        fixed: The recipe's number; None under `auto`.
         chosen: Under `auto`, the size by `action_key`.
     """
 
@@ -103,13 +103,13 @@ class MicroBatches:
         return self.chosen[action_key(action)] if self.fixed is None else self.fixed
 
     def shown(self) -> int | str:
-        """For the fingerprint: the size, or the sizes from small to large where actions have several."""
+        """Return the size for the fingerprint, or the sizes in ascending order where actions have several."""
         sizes = sorted({self.fixed} if self.fixed is not None else set(self.chosen.values()))
         return sizes[0] if len(sizes) == 1 else ", ".join(map(str, sizes))
 
 
 def action_key(action: Action) -> str:
-    """Return what decides the memory of an action: its points and its teacher's."""
+    """Return a key of what determines the memory of an action: its points and its teacher's."""
     return action_digest(action)[:16]
 
 
@@ -125,18 +125,18 @@ def choose(
 
     Args:
         job: The stage run.
-        session: Its engine, about to begin.
+        session: Its engine, before the first step.
         data: Its data.
-        work: Its work folder: sizes are noted there, so that a resumed attempt takes the same, and smaller ones after
+        work: Its work folder: sizes are noted there, so that a resumed attempt takes the same, or smaller ones after
             memory ran out.
-        allowed_bytes: What activations may take; None asks the machine.
-        trial: Measures an action at a size: share of the device's memory at the peak, or OutOfMemoryError. None
-            trusts the formula.
+        allowed_bytes: Memory for activations; None asks the machine.
+        trial: Returns the share of the device's memory that an action takes at a size, or raises OutOfMemoryError. None
+            relies on the formula.
 
     Raises:
         UsageError: the model's sizes are not known, so there is no formula.
         MicroBatchTooLarge: a trial ran out of memory; the engine must be opened again.
-        StageRunError: the least size does not fit.
+        StageRunError: the smallest size does not fit.
     """
     if job.recipe["per_device_train_batch_size"] != "auto":
         return MicroBatches(session.micro_batch_size)
@@ -150,15 +150,15 @@ def choose(
             distributed.decide(partial(write_json, _remembered(note), note))
     distributed.decide(lambda: write_json(work / NOTES_FILE, notes))
     for key, action in actions.items():
-        _tell(job, action, notes[key])
+        _log(job, action, notes[key])
     return MicroBatches(None, {key: notes[key]["size"] for key in actions})
 
 
 def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
-    """Note half of a size under which memory ran out; any rank may call it, and several at once.
+    """Note half of a size at which memory ran out; any rank may call it, and several at once.
 
     Returns:
-        What to tell; None where the size was not chosen here, or is the least there is.
+        The message for the user; None where the size was not chosen here, or cannot be halved.
     """
     notes = read_json(work / NOTES_FILE) or {}
     note = notes.get(action_key(action))
@@ -167,19 +167,23 @@ def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:
     half = even_size(job.recipe["global_batch_size"], distributed.world_size(), size // 2)
     if half >= size:
         return None
-    told = f"{action.variant}: out of memory in micro-batches of {size} samples; the next attempt takes {half}"
+    message = f"{action.variant}: out of memory in micro-batches of {size} samples; the next attempt takes {half}"
     note["size"] = half
     write_json(work / NOTES_FILE, notes)
     if note["measured"]:
         write_json(_remembered(note), note)
-    return told
+    return message
 
 
 def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, size: int) -> int | None:
-    """Return a size below one that did not fit: the formula's, at most half; None where there is none.
+    """Return a size to try below one that did not fit: the formula's, at most half; None where there is none.
 
     Args:
-        session: Its engine holds its weights still.
+        job: The stage run.
+        session: Its engine, which still holds its weights.
+        data: Its data.
+        action: The action that ran out of memory.
+        size: Its micro-batch size.
     """
     most = size // 2
     facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
@@ -192,19 +196,19 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
 
 
 def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
-    """Tell an engine, between two optimizer steps, how many micro-batches its next ones have."""
+    """Set, between two optimizer steps, the micro-batch size of an engine and the number of micro-batches in a step."""
     steps, world_size = accumulation_steps(global_batch_size, size, distributed.world_size()), distributed.world_size()
     if (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (size, steps):
         return
     engine.set_train_micro_batch_size(size)
     engine.set_train_batch_size(size * steps * world_size)
-    engine.micro_steps = 0  # its multiples of the number of steps are where it updates
+    engine.micro_steps = 0  # it updates at multiples of the number of accumulation steps
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):
         engine.optimizer.gradient_accumulation_steps = steps  # ZeRO 1 and 2 read it where the optimizer is offloaded
 
 
 def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial: Callable[[int], float]) -> int:
-    """Return the largest size whose trial stays below the limit; it grows by what the last trial left free.
+    """Return the largest size whose trial stays below the limit; each next size follows from the last trial's share.
 
     Every rank tries the same samples, so that all run out of memory together.
     """
@@ -220,14 +224,14 @@ def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial:
             smaller = even_size(batch, workers, size // 2)
             if smaller >= size:
                 raise StageRunError(
-                    f"out of memory in micro-batches of {size}, the least there is; use more workers, zero3, "
+                    f"out of memory in micro-batches of {size}, the minimum; use more workers, zero3, "
                     "gradient_checkpointing, or a lower model_max_length"
                 )
             notes[key] |= {"size": max(smaller, fits) if fits < size else smaller, "below": size}
             distributed.decide(lambda: write_json(work / NOTES_FILE, notes))
             raise MicroBatchTooLarge(f"micro-batches of {size} samples do not fit; {notes[key]['size']} are next")
         fits = size
-        # A part of the peak is there at any size, so that in proportion it stays below the limit.
+        # A part of the peak does not grow with the size, so a proportional step stays below the limit.
         size = even_size(batch, workers, min(fits * GPU_SHARE / max(share, 1e-3), notes[key].get("below", 2**31) - 1))
         if size <= fits:
             return fits
@@ -236,7 +240,7 @@ def _measured(job: StageJob, work: Path, notes: dict[str, Any], key: str, trial:
 def _first_notes(
     job: StageJob, session: Any, data: TrainData, work: Path, actions: Mapping[str, Action], allowed: int | None
 ) -> dict[str, Any]:
-    """Return the sizes an earlier attempt noted, then remembered ones, then the formula's; on rank 0."""
+    """Return the sizes that an earlier attempt noted, else cached ones, else the formula's; on rank 0."""
     workers = distributed.world_size()
     known = {k: note for k, note in (read_json(work / NOTES_FILE) or {}).items() if note["world_size"] == workers}
     missing = {key: action for key, action in actions.items() if key not in known}
@@ -245,8 +249,8 @@ def _first_notes(
     facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
     if facts is None:
         raise UsageError(
-            f"per_device_train_batch_size: auto: the sizes of {job.model['model_name_or_path']} are not known, so "
-            "nothing says what its micro-batches take; give a number"
+            f"per_device_train_batch_size: auto: the sizes of {job.model['model_name_or_path']} are not known, so the "
+            "memory of its micro-batches cannot be estimated; give a number"
         )
     longest, number_bytes = longest_of(data), session.compute_dtype.itemsize
     zero = zero_stage(session.config)
@@ -264,20 +268,20 @@ def _first_notes(
 
 
 def longest_of(data: TrainData) -> Longest:
-    """Return the largest of each over the samples that may be the longest."""
+    """Return the maxima of token, label and image counts over the samples that may be the longest."""
     sizes = []
     for index in data.longest:
         try:
             sample = data.sample(index)
         except DataError:
-            continue  # told when a step needs it
+            continue  # raised when a step needs the sample
         labels = int((sample.labels >= 0).sum())
         sizes.append((len(sample) - sample.num_visual_tokens, labels, sample.num_visual_tokens, len(sample.images)))
     return Longest(*(max(column) for column in zip(*sizes, strict=True)))
 
 
 def _allowed_bytes(facts: ModelFacts, job: StageJob, number_bytes: int, zero: int) -> int:
-    """Return the bytes that activations of one worker may take; the engine's weights are in memory already."""
+    """Return the memory in bytes for activations of one worker; the engine's weights are allocated already."""
     to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, distributed.world_size())
     if distributed.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
@@ -297,7 +301,7 @@ def _remembered(note: Mapping[str, Any]) -> Path:
     return cache_folder() / "micro_batches" / f"{note['about']}.json"
 
 
-def _tell(job: StageJob, action: Action, note: Mapping[str, Any]) -> None:
+def _log(job: StageJob, action: Action, note: Mapping[str, Any]) -> None:
     steps = accumulation_steps(job.recipe["global_batch_size"], note["size"], distributed.world_size())
     LOGGER.info(
         "%s under %s: micro-batches of %d samples, %d accumulation step%s (%s; by the formula %.1f MiB a "

@@ -1,7 +1,7 @@
-"""The rehearsal of a phase on one worker: each action's longest samples in one optimizer step, a save and a load.
+"""The rehearsal of a phase on one worker: one optimizer step on each action's longest samples, then a save and a load.
 
-What trains in it is thrown away. Learning rates are zero, so that the steps change no weight and each action is tried
-from the same state; gradients, optimizer states and learned compressors are computed and held as in training.
+Its training is discarded. Learning rates are zero, so that no step changes a weight and each action is tried from the
+same state; gradients, optimizer states and learned compressors take the same memory as in training.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def rehearse_training(
 
     Args:
         job: The rehearsal.
-        ledger: Holds the weights; a checkpoint is written to the job's writing folder and taken away again.
+        ledger: Holds the weights; a checkpoint is written to the job's writing folder and removed again.
         memory: Keeps the data for the stage runs that follow.
-        keys: Which actions to try.
+        keys: The actions to try.
 
     Returns:
-        Key to why the action cannot be trained; None where it can.
+        By key, why the action cannot be trained; None where it can.
 
     Raises:
         StorageError: weights or a checkpoint cannot be read or written.
-        OSError: what the system may have caused, and may pass.
+        OSError: a failure of the system that may be temporary.
     """
     memory.release()
     distributed.on_each_node(lambda: ledger.fetch(job.parent, "weights"))
@@ -61,15 +61,18 @@ def rehearse_training(
     with stage_log(work / ("log.txt" if distributed.rank() == 0 else f"log_rank{distributed.rank()}.txt")):
         try:
             rehearsal = _Rehearsal(job, ledger, memory)
-            found = {
-                key: rehearsal.met(f"{job.stage.phase} under {action.variant}", partial(rehearsal.act, action), action)
+            errors = {
+                key: rehearsal.error_in(
+                    f"{job.stage.phase} under {action.variant}", partial(rehearsal.act, action), action
+                )
                 for key, action in zip(job.keys, job.stage.table, strict=True)
                 if key in keys
             }
-            if None in found.values():
-                lost = rehearsal.met(f"{job.stage.phase}: saving and loading a checkpoint", rehearsal.save_and_load)
-                found = {key: error or lost for key, error in found.items()}
-            return found
+            if None in errors.values():
+                what = f"{job.stage.phase}: saving and loading a checkpoint"
+                saving = rehearsal.error_in(what, rehearsal.save_and_load)
+                errors = {key: error or saving for key, error in errors.items()}
+            return errors
         finally:
             shutil.rmtree(ledger.writing_folder(job.id), ignore_errors=True)
 
@@ -80,14 +83,14 @@ class _Rehearsal:
         self._work = ledger.work_folder(job.id)
         self._data: TrainData | None = None
 
-    def met(self, what: str, do: Callable[[], object], action: Action | None = None) -> str | None:
-        """Return what went wrong with something on any rank, for people; None where nothing did.
+    def error_in(self, what: str, attempt: Callable[[], object], action: Action | None = None) -> str | None:
+        """Return the error of an attempt on any rank, as a message; None where it succeeds.
 
-        The ranks try the same samples, so that what does not fit fails on all of them.
+        The ranks try the same samples, so that all of them fail where one does not fit.
         """
         error, no_memory = None, False
         try:
-            do()
+            attempt()
         except (StorageError, OSError):
             raise
         except Exception as raised:
@@ -95,11 +98,11 @@ class _Rehearsal:
             no_memory = _is_out_of_memory(raised)
             lines = str(raised).strip().splitlines()
             error = f"{type(raised).__name__}: {lines[0]}" if lines else type(raised).__name__
-        # Out of the `except`, so that no traceback keeps tensors alive.
+        # Outside the `except`, so that no traceback keeps tensors alive.
         if error is not None:
-            told = f"out of memory{self._sizes(action)} ({error})" if no_memory else f"failed with {error}"
-            error = f"the rehearsal of {what} {told}; nothing was trained"
-            self._memory.release()  # an engine that stopped halfway is not whole
+            failure = f"out of memory{self._sizes(action)} ({error})" if no_memory else f"failed with {error}"
+            error = f"the rehearsal of {what} {failure}; nothing was trained"
+            self._memory.release()  # an engine that failed within a step is in an undefined state
         errors: list[str | None] = [error]
         if distributed.world_size() > 1:
             errors = [None] * distributed.world_size()
@@ -107,7 +110,7 @@ class _Rehearsal:
         return next((one for one in errors if one), None)
 
     def act(self, action: Action) -> None:
-        """Return one optimizer step on the longest samples at the micro-batch of an action."""
+        """Run one optimizer step on the longest samples at the micro-batch size of an action."""
         data = self._data = self._data or self._memory.data(self._stage)
         one = replace(self._stage, table=(replace(action, first_step=0, last_step=1),), total_steps=1, last_step=1)
         while True:
@@ -128,7 +131,7 @@ class _Rehearsal:
             raise StageRunError(f"the loss of the first weights is {figures.loss}")
 
     def save_and_load(self) -> None:
-        """Return a checkpoint, written by the session that trained and opened by a fresh one."""
+        """Write a checkpoint from the session that trained, and load it into a new one."""
         session = self._memory.session or self._open()
         folder = self._ledger.writing_folder(self._stage.id)
         save_checkpoint(session, folder / "checkpoint", self._stage, self._stage.last_step)
@@ -152,7 +155,7 @@ class _Rehearsal:
         return session
 
     def _sizes(self, action: Action | None) -> str:
-        """Return the micro-batch that did not fit, and one that should."""
+        """Return, for a message, the micro-batch size that did not fit, and one that should."""
         session = self._memory.session
         if session is None or session.micro_batches is None or action is None or self._data is None:
             return ""
@@ -161,7 +164,7 @@ class _Rehearsal:
         advice = (
             f"by the estimate per_device_train_batch_size: {smaller} fits"
             if smaller is not None
-            else "it is the least there is: use more workers, zero3, gradient_checkpointing or LoRA"
+            else "it is the minimum: use more workers, zero3, gradient_checkpointing or LoRA"
         )
         return f" in micro-batches of {size}; {advice}"
 
@@ -173,7 +176,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def note_key(key: str) -> str:
-    """Return where the ledger keeps how a trial went on this kind of device."""
+    """Return the ledger's name for the outcome of a trial on this kind of device."""
     device = distributed.device()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return f"rehearsals/{key}/{''.join(letter if letter.isalnum() else '-' for letter in kind)}.json"

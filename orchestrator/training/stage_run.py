@@ -1,4 +1,4 @@
-"""train_stage: one stage run on one worker, from the parent's state to its own, stopped and resumed at any step."""
+"""`train_stage`: train one stage run on one worker, from the parent's state to its own; it can stop at any step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint import load_checkpoint, other_workers, rea
 from orchestrator.training.engine import Session, TrainingMemory, open_session, session_key
 from orchestrator.training.metrics_log import (
     LOGGER,
-    MetricsSpool,
+    MetricsLog,
     fingerprint,
     peak_memory_gib,
     reset_peak_memory,
@@ -41,17 +41,18 @@ StageOutcome = Literal["done", "stopped"]
 def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_stop: Callable[[], bool]) -> StageOutcome:
     """Train one stage run; every rank of an initialised process group calls it.
 
-    It continues from, in this order: the newest whole checkpoint of an earlier attempt, the parent's state in memory,
-    the parent's checkpoint (the parent's weights where a phase starts). It ends with the state in the ledger.
+    It starts from the first of these that exists: the newest complete checkpoint of an earlier attempt, the parent's
+    state in memory, the parent's checkpoint (where a phase starts, the parent's weights). It ends with the state in the
+    ledger.
 
     Args:
-        job: What to train.
-        ledger: Where parents are found and the state goes.
+        job: The stage run.
+        ledger: Holds the parents and takes the state.
         memory: Keeps the engine for the next stage run.
-        should_stop: Asked at every step boundary; when true on any rank, a checkpoint is written.
+        should_stop: Asked after every step; when true on any rank, a checkpoint is written and training stops.
 
     Returns:
-        `done` when the state is committed, `stopped` when `should_stop` said so and the work can be resumed.
+        `done` when the state is committed, `stopped` when `should_stop` was true and the work can be resumed.
 
     Raises:
         StageRunError: the loss diverged, or a checkpoint belongs to another run.
@@ -69,17 +70,14 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
         try:
             return _train(job, ledger, memory, should_stop, work)
         except BaseException as error:
-            # The engine has moved on from whatever state it held.
-            memory.release()
+            memory.release()  # the engine no longer holds a state of the ledger
             if isinstance(error, StorageError):
-                ledger.check_fence(job.id)  # who took the job over clears away what this process was writing
+                ledger.check_fence(job.id)  # a driver that took the job over removes what this process was writing
             raise
 
 
 def _is_stored(job: StageJob, ledger: Ledger) -> bool:
-    """Return True where the ledger has all of the state that is wanted; a leaf that gets a child now wants a
-    checkpoint.
-    """
+    """Return whether the ledger holds all that is wanted of the state: a leaf that got a child needs a checkpoint."""
     if not ledger.is_done(job.id):
         return False
     return job.keep == "none" or ledger.has(job.id, "checkpoint" if job.keep == "full" else "weights")
@@ -91,12 +89,12 @@ def _train(
     reset_peak_memory()
     data = memory.data(job)
     session, step = _start_with_micro_batches(job, ledger, memory, data, work)
-    spool = MetricsSpool(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
+    spool = MetricsLog(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
         while step < job.last_step:
             _enter(session, job, step)
-            with _told_if_too_large(session, job, step, work):
+            with _halved_if_out_of_memory(session, job, step, work):
                 figures = run_step(session, job, step, feed.get(step), should_stop())
             if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
                 raise StageRunError(
@@ -106,7 +104,7 @@ def _train(
             if spool is not None:
                 spool.append(_metrics_line(job, session, step, figures))
                 _log(job, step, figures)
-                if figures.passed_over:
+                if figures.skipped:
                     LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
             step += 1
             due = step % job.checkpoint_every == 0
@@ -129,13 +127,12 @@ def _train(
 def _start_with_micro_batches(
     job: StageJob, ledger: Ledger, memory: TrainingMemory, data: TrainData, work: Path
 ) -> tuple[Session, int]:
-    """Return the session, ready for its steps, and the step it is after."""
+    """Return the session with micro-batch sizes chosen, and the number of steps its state has trained."""
     on_gpu = distributed.device().type == "cuda"
     while True:
         session, step = _start(job, ledger, memory)
         memory.state = None
-        # An evaluation may have used the model since.
-        session.engine.train()
+        session.engine.train()  # an evaluation may have used the model since
         session.points = None
         points = (point for action in job.table for point in action.all_points)
         session.attachment = session.learned.enter(session.attachment, points)
@@ -146,23 +143,23 @@ def _start_with_micro_batches(
             return session, step
         except MicroBatchTooLarge as error:
             LOGGER.info("%s", error)
-            memory.release()  # an engine that ran out of memory halfway is not whole
+            memory.release()  # an engine that ran out of memory is in an undefined state
 
 
 @contextmanager
-def _told_if_too_large(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
-    """Return where memory runs out under a size that was chosen here, the next attempt takes half of it."""
+def _halved_if_out_of_memory(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
+    """Note half the micro-batch for the next attempt where memory runs out under a size that was chosen here."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         action = job.action_at(step)
-        if told := halve(job, work, action, session.micro_batches.at(action)):
-            raise MicroBatchTooLarge(told) from error
+        if message := halve(job, work, action, session.micro_batches.at(action)):
+            raise MicroBatchTooLarge(message) from error
         raise
 
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
-    """Return the session and the step it is after."""
+    """Return the session and the number of steps its state has trained."""
     newest = distributed.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
     if newest is None and not job.starts_phase and distributed.all_agree(memory.holds(job.parent, session_key(job))):
         assert memory.session is not None
@@ -185,7 +182,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
 
 
 def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"]) -> Path:
-    """Return a part of a finished state on this node, whole; every rank calls it."""
+    """Return the folder of a complete part of a finished state, downloaded to this node; every rank calls it."""
     distributed.on_each_node(lambda: ledger.fetch(state, part))
     return ledger.state_folder(state) / part
 
@@ -205,7 +202,7 @@ def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
 
 
 def _enter(session: Session, job: StageJob, step: int) -> None:
-    """Switch compressor and micro-batch where the step's action differs from the one in force."""
+    """Switch compressor and micro-batch size where the step's action differs from the current one."""
     action = job.action_at(step)
     set_accumulation(session.engine, job.recipe["global_batch_size"], session.micro_batches.at(action))
     points = action.points
@@ -232,7 +229,7 @@ def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigur
 
 
 def _log(job: StageJob, step: int, figures: StepFigures) -> None:
-    """Return a line in the stage run's log at its first, its last and about forty steps between."""
+    """Log the first step, the last one and about forty between."""
     every = max(1, (job.last_step - job.first_step) // 40)
     if (step - job.first_step) % every == 0 or step == job.last_step - 1:
         LOGGER.info(
@@ -242,8 +239,8 @@ def _log(job: StageJob, step: int, figures: StepFigures) -> None:
         )  # fmt: skip
 
 
-def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsSpool | None) -> None:
-    """Write an in-stage checkpoint aside and seal it."""
+def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsLog | None) -> None:
+    """Write a checkpoint within the stage run and seal it."""
     folder = ledger.writing_folder(job.id) / f"step_{step:06d}"
     save_checkpoint(session, folder, job, step)
     distributed.on_each_node(lambda: ledger.share(folder))
@@ -257,12 +254,12 @@ def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spoo
 
 
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
-    """Return the weights, checkpoint and result, then the commit; no rank goes on before it."""
+    """Write weights, checkpoint and result and commit them; no rank returns before."""
     folder = ledger.writing_folder(job.id)
     write_weights(session, folder / WEIGHTS_FILE, _exact_weights(session, job, ledger))
     if job.keep == "full":
         save_checkpoint(session, folder / "checkpoint", job, job.last_step)
-    if job.keep == "none":  # written all the same: it was seen that they are finite
+    if job.keep == "none":  # writing them checked that they are finite
         distributed.decide(lambda: shutil.rmtree(folder / Path(WEIGHTS_FILE).parent))
     distributed.on_each_node(lambda: ledger.share(folder))
     peak_gib = peak_memory_gib()
@@ -277,9 +274,9 @@ def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None
 
 
 def _exact_weights(session: Session, job: StageJob, ledger: Ledger) -> Path | None:
-    """For rank 0, weights in which what does not train is unrounded, where the engine rounds; None where they are gone.
+    """Return the file that holds the frozen weights unrounded, where the engine rounds them; None where it is gone.
 
-    The parent's are merged with its adapters where LoRA trains, so that only those the phase started from are exact.
+    Where LoRA trains, the parent's weights are merged with its adapters: only those the phase started from are exact.
     """
     if session.compute_dtype == torch.float32:
         return None

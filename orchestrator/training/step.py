@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one micro-batch, each its label tokens' sum over the number of the whole global batch.
+    """Losses of one micro-batch: sums over its label tokens, divided by the label tokens of the global batch.
 
     Attributes:
-        total: What is minimised.
+        total: The loss that is minimised.
         labels: Cross-entropy.
-        distill: `T^2 KL(teacher || student)`; None where no teacher runs.
+        distill: `T^2 KL(teacher || student)`; None without a teacher.
     """
 
     total: Tensor
@@ -41,11 +41,11 @@ class Losses:
 def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float) -> Tensor:
     """Return the sum over label tokens of `T^2 KL(teacher || student)` of softmaxes at temperature T, in float32.
 
-    Hinton et al. (arXiv 1503.02531), section 2: soft targets' gradients scale with 1/T^2, so they are multiplied back.
+    Hinton et al. (arXiv 1503.02531), section 2: gradients of soft targets scale with 1/T^2, hence the factor.
 
     Args:
-        student_LV: Logits of L label tokens.
-        teacher_LV: The teacher's of the same tokens, without gradient.
+        student_LV: The student's logits of L label tokens.
+        teacher_LV: The teacher's logits of the same tokens, without gradient.
         temperature: T.
     """
     student = F.log_softmax(student_LV.float() / temperature, dim=-1)
@@ -56,17 +56,18 @@ def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float)
 def taught_losses(
     session: Session, action: Action, distill: Distillation, tensors: dict[str, Tensor], num_items: float, seed: int
 ) -> Losses:
-    """Return the teacher's pass, then the student's; every rank takes both in this order.
+    """Return the losses under self-distillation: a pass without gradient under fuller points teaches the second pass.
 
-    Both draw dropout from the same seed: the student's pass draws what it would without a teacher.
+    Every rank runs both passes in this order. Both draw from the same seed, so that the student's pass draws what it
+    would draw without a teacher.
 
     Args:
-        session: Engine and attachment; the attachment is left at the action's points.
-        action: What the step does.
+        session: Engine and attachment; the attachment ends at the action's points.
+        action: The step's action.
         distill: Its teacher.
         tensors: The micro-batch on the device, labels included.
         num_items: Label tokens of the global batch.
-        seed: Of the micro-batch.
+        seed: Seed of the micro-batch.
 
     Raises:
         StageRunError: the two passes do not see the same label tokens.
@@ -89,7 +90,7 @@ def taught_losses(
 
 
 def rate_factor(kind: str, step: int, total_steps: int, warmup_ratio: float) -> float:
-    """Factor on a group's learning rate in one optimizer step.
+    """Return the factor on the learning rate in one optimizer step.
 
     Linear warm-up over `ceil(warmup_ratio * total_steps)` steps (the first has factor 0, as in transformers), then
     cosine or linear decay to 0 at `total_steps`, or constant.
@@ -113,7 +114,7 @@ def rate_factor(kind: str, step: int, total_steps: int, warmup_ratio: float) -> 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one optimizer step was, over all ranks.
+    """Measurements of one optimizer step, over all ranks.
 
     Attributes:
         loss: Mean over the label tokens of the global batch.
@@ -122,10 +123,11 @@ class StepFigures:
         visual_layer_tokens: Visual tokens summed over samples and decoder layers.
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
         label_tokens: Tokens that are predicted.
+        step_seconds: Wall-clock time of the step on this rank.
         stop: Whether a rank asks to stop after this step.
-        passed_over: Gradients overflowed in float16, and no weight was changed.
-        distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None where no teacher runs. `loss`
-            stays the labels' cross-entropy, so that steps of all variants compare.
+        distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None without a teacher. `loss` stays
+            the labels' cross-entropy, so that steps of all variants compare.
+        skipped: Gradients overflowed in float16, and no weight was changed.
     """
 
     loss: float
@@ -137,21 +139,21 @@ class StepFigures:
     step_seconds: float
     stop: bool
     distill_loss: float | None = None
-    passed_over: bool = False
+    skipped: bool = False
 
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
-    """Return the seed of torch's generator in one micro-batch, for what a method of its own may draw from it.
+    """Return the seed of torch's generator in one micro-batch, for a compressor that draws from it.
 
-    Dropout does not: it draws by sample (`training/dropout.py`). It depends on no rank's state, so that a resumed run
-    draws the same.
+    Dropout does not: it draws by sample (`training/dropout.py`). The seed depends on no rank's state, so that a resumed
+    run draws the same.
     """
     digest = hashlib.sha256(f"{seed}:{step}:{first_sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def set_rates(session: Session, job: StageJob, step: int) -> float:
-    """Give each optimizer group its rate of this step; returns the first group's (or the compressors')."""
+    """Set each optimizer group's learning rate for this step; return the first group's (or the compressors')."""
     factor = _rate_factor(job, step)
     groups = session.engine.optimizer.param_groups
     for optimizer_group, base in zip(groups, session.base_rates, strict=True):
@@ -171,7 +173,7 @@ def run_step(
 
     The loss is the sum over all label tokens of the global batch divided by their number, counted across ranks and
     micro-batches (docs/concepts/exact.md). DeepSpeed averages gradients over ranks, so each rank's share is multiplied
-    by their number; it is not divided by the accumulation.
+    by their number; it is not divided by the accumulation steps.
     """
     start = time.perf_counter()
     engine = session.engine
@@ -211,14 +213,14 @@ def run_step(
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
         distill_loss=sums[5] if action.distill is not None else None,
-        passed_over=not engine.was_step_applied(),
+        skipped=not engine.was_step_applied(),
     )
 
 
 def forward_losses(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
-    """Return the losses of one micro-batch: its label tokens' sums over the number of the whole global batch.
+    """Return the losses of one micro-batch: sums over its label tokens, divided by those of the global batch.
 
-    Without an image it still runs the vision tower (`attach` sees to it): all ranks take the same path.
+    Without an image the vision tower runs all the same (see `attach`): all ranks must take the same path.
     """
     device, dtype = session.engine.device, session.compute_dtype
     tensors = {
@@ -235,6 +237,6 @@ def forward_losses(session: Session, action: Action, batch: MicroBatch, label_to
 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:
-    """Return the tokens that are neither padding nor an image's."""
+    """Return the number of tokens that are neither padding nor visual."""
     visual = session.attachment.visual_BN(batch.tensors["input_ids"]).sum()
     return int(batch.tensors["attention_mask"].sum() - visual)

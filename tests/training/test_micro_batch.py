@@ -271,5 +271,5 @@ def _data(job: StageJob, memory: Any) -> Any:
 
 def test_what_cannot_be_chosen_is_told(made: tuple[Path, Path], tmp_path: Path) -> None:
     least, unknown = launch(1, refusals, tmp_path, run_of(made, (Action(0, 1, "full"),)))
-    assert "micro-batches of 1, the least there is" in least and "zero3" in least
+    assert "micro-batches of 1, the minimum" in least and "zero3" in least
     assert "nobody/nothing are not known" in unknown and "give a number" in unknown

@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import upload_queue as recorder_module
-from orchestrator.tracking.upload_queue import Recorder
+from orchestrator.tracking import upload_queue
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 class Server:
@@ -45,8 +45,8 @@ class Server:
         """Nothing is open."""
 
 
-def send(server: Server, names: str, **options: object) -> Recorder:
-    recorder = Recorder(lambda: server, **options)
+def send(server: Server, names: str, **options: object) -> UploadQueue:
+    recorder = UploadQueue(lambda: server, **options)
     for name in names:  # before the thread begins: all are there at its first look
         recorder.put(name, lambda name=name: CellRecord(name, name, "finished"))
     with recorder:
@@ -69,7 +69,7 @@ def test_a_server_that_is_away_is_not_asked_for_every_record() -> None:
 
 def test_a_record_that_cannot_be_read_counts_as_unsent_and_ends_nothing() -> None:
     server = Server()
-    recorder = Recorder(lambda: server)
+    recorder = UploadQueue(lambda: server)
 
     def unreadable() -> CellRecord:
         raise OSError("input/output error")
@@ -97,7 +97,7 @@ def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_t
         threads.add(threading.current_thread().name)
         return CellRecord(name, name, "running")
 
-    with Recorder(lambda: server) as recorder:
+    with UploadQueue(lambda: server) as recorder:
         for _ in range(3):
             for name in names:
                 recorder.put(name, lambda name=name: make(name))
@@ -107,8 +107,8 @@ def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_t
 
 
 def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "PATIENCE_SECONDS", 0.4)
-    monkeypatch.setattr(recorder_module, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(upload_queue, "_QUIET_SECONDS", 0.1)
     server, said = Server(parts={"a": 20}), []
     server.pause = 0.05  # a second in all
     recorder = send(server, "a", say=said.append)
@@ -117,7 +117,7 @@ def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyP
 
 
 def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 0.3)
     server, gone = Server(), threading.Event()
     server.log_some = lambda record, points: gone.wait(30)  # type: ignore[method-assign]
     recorder = send(server, "a")
