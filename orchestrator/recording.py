@@ -16,7 +16,7 @@ from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.status import living_holders
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
-from orchestrator.tracking.mlflow_state import abandoned, has_record, quick_look
+from orchestrator.tracking.mlflow_state import abandoned, has_record, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.upload_queue import UploadQueue
 
@@ -50,7 +50,7 @@ def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
 
 def record_cells(walk: ExperimentPlan, recorder: UploadQueue) -> None:
     """Write the cells' folders and queues every record that MLflow does not have as it stands."""
-    seen = quick_look(walk.tracking_uri, walk.experiment_name)
+    seen = read_state(walk.tracking_uri, walk.experiment_name)
     lacking = []
     for cell in walk.cells:
         record = walk.record(cell)
@@ -64,7 +64,7 @@ def record_cells(walk: ExperimentPlan, recorder: UploadQueue) -> None:
     for cell in lacking:
         put_record(walk, cell, recorder)
     if seen is not None and not lacking and abandoned(seen, _lives(walk)):
-        recorder.look()
+        recorder.end_abandoned()
 
 
 def put_record(walk: ExperimentPlan, cell: Cell, recorder: UploadQueue) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
-from orchestrator.tracking.mlflow_state import has_record, quick_look
+from orchestrator.tracking.mlflow_state import has_record, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker
 from orchestrator.tracking.upload_queue import UploadQueue
 
@@ -68,7 +68,7 @@ def long_run(folder: Path, steps: int, seconds: dict[str, float]) -> None:
     with timed("repeat with nothing new, by the tracker", seconds):
         CellTracker(uri, "bench").log(finished)
     with timed("repeat with nothing new, as `run` asks (no MLflow)", seconds):
-        seen = quick_look(uri, "bench")
+        seen = read_state(uri, "bench")
         assert seen is not None and has_record(seen.runs["long"], finished)
     write_steps(spool, steps, steps + 100)
     with timed("100 new steps", seconds):
@@ -105,7 +105,7 @@ def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
     ):
         for number, spool in enumerate(spools):
             recorder.put(f"cell-{number}", lambda number=number, spool=spool: record(spool, f"cell-{number}"))
-    seen = quick_look(uri, "grid")
+    seen = read_state(uri, "grid")
     assert seen is not None
     shown = [seen.runs[f"cell-{number}"].metrics["train/loss"][1] == 219 + number for number in range(cells)]
     print(f"live curves that are complete: {sum(shown)} of {cells}; the driver's longest wait: {1000 * longest:.2f} ms")

@@ -1,7 +1,7 @@
-"""What MLflow has of an experiment: one question for all of its cells, asked without importing MLflow where that works.
+"""The state of an experiment in MLflow, read for all cells at once, and what its runs lack of the cells' records.
 
-The import takes longer than a `run` that finds nothing to do. An sqlite file is read as it lies, a server is asked by
-two requests; a database, settings or an answer that this file does not know are left to MLflow's own client.
+It is read without importing MLflow where possible: the import takes longer than a `run` that finds nothing to do. An
+sqlite file is read directly, a server with two requests; anything unknown here is left to MLflow's own client.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ TAG_CHARACTERS = 8000
 
 
 def accepted_name(name: str) -> str:
-    """Return name with every character MLflow refuses replaced by `_`, and no part that reads as a parent folder."""
+    """Return a name with every character that MLflow refuses replaced by `_`, and no part that is a parent folder."""
     clean = re.sub(r"[^A-Za-z0-9_.:/ -]", "_", name)[:NAME_CHARACTERS]
     parts = [part if part.strip(".") else part.replace(".", "_") for part in clean.split("/") if part]
     return "/".join(parts) or "_"
 
 
 def accepted_value(value: float) -> float | None:
-    """Return a plain finite float, or None: MLflow stores infinity as 1.8e308, and NaN breaks its charts."""
+    """Return a finite float, or None: MLflow stores infinity as 1.8e308, and NaN breaks its charts."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 def shortened(text: str, most_characters: int) -> str:
-    """Return the text, its end replaced by an ellipsis where it is too long."""
+    """Return the text, cut and ended by an ellipsis if it is too long."""
     return text if len(text) <= most_characters else text[: most_characters - 1] + "…"
 
 
 def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Return the stretches of at most `size` values."""
+    """Return chunks of at most `size` values."""
     for start in range(0, len(values), size):
         yield values[start : start + size]
 
@@ -73,12 +73,13 @@ STATUS = {
     "trained": "FINISHED",
 }
 OPEN = ("RUNNING", "SCHEDULED")
-Lives = Callable[[Process, str], bool]  # a driver and the storage it works on
+Lives = Callable[[Process, str], bool]
+"""Returns whether a driver, which works on a storage, is alive."""
 SentPoint = tuple[str, float, int, int]
 
 
-def has_record(run: SeenRun | None, record: CellRecord) -> bool:
-    """Return whether MLflow has a cell's record as it stands: everything but the history's middle is compared."""
+def has_record(run: RunState | None, record: CellRecord) -> bool:
+    """Return whether MLflow has the current record of a cell: all but the middle of its history is compared."""
     return (
         run is not None
         and run.name == record.cell_name
@@ -86,13 +87,13 @@ def has_record(run: SeenRun | None, record: CellRecord) -> bool:
         and sent_params(record).keys() <= run.params.keys()
         and all(run.tags.get(key) == text for key, text in sent_tags(run, record).items())
         and not changed_summary(run, record)
-        and not was_cut(run)
+        and not lost_points(run)
         and has_artifacts(run, record)
         and next(fresh_points(run, record), None) is None
     )
 
 
-def has_artifacts(run: SeenRun, record: CellRecord) -> bool:
+def has_artifacts(run: RunState, record: CellRecord) -> bool:
     """Return whether MLflow has a record's files."""
     contents = file_contents(record.artifacts)
     return not contents or (
@@ -100,31 +101,31 @@ def has_artifacts(run: SeenRun, record: CellRecord) -> bool:
     )
 
 
-def was_cut(run: SeenRun) -> bool:
-    """Return whether a run has fewer points than when its record was whole."""
+def lost_points(run: RunState) -> bool:
+    """Return whether a run has fewer points than when its record was complete."""
     noted = run.tags.get(POINTS, "")
     return run.points is not None and noted.isdecimal() and run.points < int(noted)
 
 
-def abandoned(seen: SeenExperiment, lives: Lives) -> list[SeenRun]:
-    """Return the runs that say they are being worked on while their driver is dead."""
+def abandoned(seen: ExperimentState, lives: Lives) -> list[RunState]:
+    """Return the runs that are marked as running while their driver is dead."""
     found = []
     for run in seen.runs.values():
         if run.status not in OPEN:
             continue
         try:
-            told = json.loads(run.tags.get(DRIVER, ""))
-            storage = told.pop("storage")
-            driver = Process(**told)
+            fields = json.loads(run.tags.get(DRIVER, ""))
+            storage = fields.pop("storage")
+            driver = Process(**fields)
         except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # no driver of ours began it
+            continue  # not started by one of our drivers
         if not lives(driver, storage):
             found.append(run)
     return found
 
 
 def mark(storage: str) -> str:
-    """Return this process and the storage it works on, as a tag of the cells it works on."""
+    """Return this process and its storage, as a tag for the runs of cells it works on."""
     return _mark_of(os.getpid(), storage)
 
 
@@ -134,27 +135,27 @@ def _mark_of(_pid: int, storage: str) -> str:
 
 
 def sent_params(record: CellRecord) -> dict[str, str]:
-    """Return a record's params as MLflow takes them."""
+    """Return a record's params in the form that MLflow accepts."""
     return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
 
 
-def sent_tags(run: SeenRun, record: CellRecord) -> dict[str, str]:
-    """Return a record's tags as MLflow takes them."""
+def sent_tags(run: RunState, record: CellRecord) -> dict[str, str]:
+    """Return a record's tags in the form that MLflow accepts."""
     tags = {**record.tags, CELL_ID: record.cell_id}
-    # A param can be written once; a value that changed since (a default, a label) is noted beside it.
+    # A param can be written once; a value that changed since (a default, a label) becomes a tag.
     changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
     tags |= {CHANGED_PARAM + key: text for key, text in changed.items()}
     return {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
 
 
-def changed_summary(run: SeenRun, record: CellRecord) -> dict[str, float]:
-    """Return the figures of a record's end that a run has otherwise or not at all."""
+def changed_summary(run: RunState, record: CellRecord) -> dict[str, float]:
+    """Return the final metrics of a record that a run lacks or has with another value."""
     numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
     return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
 
 
 def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
-    """Return the points as MLflow's `Metric` takes them: name, value, timestamp, step."""
+    """Return the points in the form of MLflow's `Metric`: name, value, timestamp, step."""
     names: dict[str, str] = {}
     for key, value, step, timestamp_ms in points:
         name = names.get(key) or names.setdefault(key, accepted_name(key))
@@ -163,11 +164,11 @@ def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
             yield name, number, int(timestamp_ms), int(step)
 
 
-def fresh_points(run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
-    """Point beyond what a run has, in the order of their steps.
+def fresh_points(run: RunState, record: CellRecord) -> Iterator[SentPoint]:
+    """Return the points beyond what a run has, in the order of steps.
 
-    They are looked for from the highest step that it has of any metric of the history. Where a metric falls behind
-    there, it begins where that one ends: a batch may have ended within a step.
+    They begin at the highest step that it has of any metric of the history, or where a metric that falls behind there
+    ends: a batch may have ended within a step.
     """
     known = {name: step for name, (_, step, _) in run.metrics.items()}
 
@@ -181,7 +182,7 @@ def fresh_points(run: SeenRun, record: CellRecord) -> Iterator[SentPoint]:
 
 
 def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
-    """Return the artifacts as bytes, by the names that MLflow takes."""
+    """Return the artifacts as bytes, by the names that MLflow accepts."""
     return {
         accepted_name(name): content.encode()
         if isinstance(content, str)
@@ -204,7 +205,7 @@ CELL_ID = "cell_id"
 _RUNS_PER_PAGE = 1000
 _LOCK_SECONDS = 2.0
 _SERVER_SECONDS = 10.0
-# With one of these set a request is made in a way that MLflow's client knows best.
+# With one of these set, requests are left to MLflow's client.
 _CLIENT_ONLY = (
     "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH", "MLFLOW_WORKSPACE",
     "MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_TRACKING_SERVER_CERT_PATH",
@@ -212,12 +213,12 @@ _CLIENT_ONLY = (
 
 
 @dataclass
-class SeenRun:
-    """A cell's run as MLflow has it; the tracker keeps it up to date with what it sends.
+class RunState:
+    """A cell's run in MLflow; the tracker updates it with what it sends.
 
     Attributes:
-        metrics: Name to the value, step and timestamp (ms) of its highest step.
-        points: How many points of all metrics there are; None where it cannot be asked in one question.
+        metrics: By name, the value, step and timestamp (ms) of the highest step.
+        points: Number of points of all metrics; None where one query cannot tell it.
     """
 
     run_id: str
@@ -231,7 +232,7 @@ class SeenRun:
     points: int | None = None
 
     def lacks_artifacts(self, names: Iterable[str]) -> bool:
-        """Return whether files that were sent are gone; only of a folder on this machine can that be told."""
+        """Return whether uploaded files are gone; known only for a folder on this machine."""
         place = urlsplit(self.artifacts)
         if place.scheme not in ("", "file"):
             return False
@@ -240,38 +241,38 @@ class SeenRun:
 
 
 @dataclass
-class SeenExperiment:
-    """An experiment as MLflow has it.
+class ExperimentState:
+    """An experiment in MLflow.
 
     Attributes:
-        experiment_id: None where there is none of that name.
-        is_deleted: Whether it was deleted there; its runs are then deleted too.
-        runs: Cell id to its run, the oldest where there are two; deleted ones do not count.
+        experiment_id: None if there is no experiment of that name.
+        is_deleted: Whether it was deleted; its runs are then deleted too.
+        runs: Runs by cell id, the oldest where there are two; without deleted ones.
     """
 
     experiment_id: str | None = None
     is_deleted: bool = False
-    runs: dict[str, SeenRun] = field(default_factory=dict)
+    runs: dict[str, RunState] = field(default_factory=dict)
 
-    def add(self, run: SeenRun) -> None:
-        """Take a run that is a cell's."""
+    def add(self, run: RunState) -> None:
+        """Add a run if it is a cell's."""
         cell = run.tags.get(CELL_ID)
         if cell is not None and (cell not in self.runs or run.start_ms < self.runs[cell].start_ms):
             self.runs[cell] = run
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the file of an `sqlite:///` address."""
+    """Return the file of an `sqlite:///` address, None for other addresses."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def quick_look(uri: str, experiment: str, *, count: bool = True) -> SeenExperiment | None:
-    """Return what MLflow has of an experiment, without MLflow; None where only its client can tell.
+def read_state(uri: str, experiment: str, *, count: bool = True) -> ExperimentState | None:
+    """Return the state of an experiment without importing MLflow; None where only its client can read it.
 
     Args:
-        uri: Where MLflow is.
-        experiment: Its name.
-        count: Whether to count the points of each run, where that can be done.
+        uri: MLflow's tracking URI.
+        experiment: The experiment's name.
+        count: Whether to count the points of each run, where that is possible.
     """
     if (file := sqlite_file(uri)) is not None:
         return _look_into_file(file, experiment, count)
@@ -280,29 +281,29 @@ def quick_look(uri: str, experiment: str, *, count: bool = True) -> SeenExperime
     return None
 
 
-def client_look(client: Any, experiment: str) -> SeenExperiment:
-    """Return the same by MLflow's client.
+def read_state_with_client(client: Any, experiment: str) -> ExperimentState:
+    """Return the state of an experiment, read with MLflow's client.
 
     Args:
         client: An `MlflowClient`.
-        experiment: Its name.
+        experiment: The experiment's name.
 
     Raises:
         Exception: of many kinds; MLflow's own, the database's, the network's.
     """
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        return SeenExperiment()
-    seen = SeenExperiment(found.experiment_id, found.lifecycle_stage == "deleted")
+        return ExperimentState()
+    seen = ExperimentState(found.experiment_id, found.lifecycle_stage == "deleted")
     token = None
     while not seen.is_deleted:
         page = client.search_runs([found.experiment_id], max_results=_RUNS_PER_PAGE, page_token=token)
         for run in page:
             info, data = run.info, run.data
-            # Part of every answer, though MLflow's own mapping shows values only.
+            # Steps and timestamps are in every response, though MLflow's public mapping has values only.
             metrics = {metric.key: (metric.value, metric.step, metric.timestamp) for metric in data._metric_objs}
             seen.add(
-                SeenRun(
+                RunState(
                     info.run_id, info.run_name, info.status, info.start_time or 0, info.artifact_uri,
                     dict(data.params), dict(data.tags), metrics,
                 )
@@ -313,26 +314,26 @@ def client_look(client: Any, experiment: str) -> SeenExperiment:
     return seen
 
 
-def _look_into_file(file: Path, experiment: str, count: bool) -> SeenExperiment | None:
+def _look_into_file(file: Path, experiment: str, count: bool) -> ExperimentState | None:
     if stat_or_none(file) is None:
-        return SeenExperiment()
+        return ExperimentState()
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=_LOCK_SECONDS)) as opened:
-            opened.execute("BEGIN")  # all of it as it stood at one moment
+            opened.execute("BEGIN")  # a consistent snapshot
             return _read_tables(opened, experiment, count)
     except sqlite3.Error:
-        return None  # locked, torn, or other tables than these: MLflow knows, or says what is wrong
+        return None  # locked, damaged, or of another schema: left to MLflow's client
 
 
-def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> SeenExperiment:
+def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> ExperimentState:
     found = opened.execute(
         "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?", (experiment,)
     ).fetchone()
     if found is None:
-        return SeenExperiment()
-    seen = SeenExperiment(str(found[0]), found[1] == "deleted")
+        return ExperimentState()
+    seen = ExperimentState(str(found[0]), found[1] == "deleted")
     runs = {
-        row[0]: SeenRun(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
+        row[0]: RunState(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
         for row in opened.execute(
             "SELECT run_uuid, name, status, start_time, artifact_uri FROM runs "
             "WHERE experiment_id = ? AND lifecycle_stage = 'active'",
@@ -362,7 +363,7 @@ def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> Se
     return seen
 
 
-def _ask_server(uri: str, experiment: str) -> SeenExperiment | None:
+def _ask_server(uri: str, experiment: str) -> ExperimentState | None:
     import requests
 
     user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("USERNAME", "PASSWORD", "TOKEN"))
@@ -379,10 +380,10 @@ def _ask_server(uri: str, experiment: str) -> SeenExperiment | None:
                 f"{api}/experiments/get-by-name", params={"experiment_name": experiment}, timeout=_SERVER_SECONDS
             )
             if found.status_code == 404 and found.json().get("error_code") == "RESOURCE_DOES_NOT_EXIST":
-                return SeenExperiment()
+                return ExperimentState()
             found.raise_for_status()
             about = found.json()["experiment"]
-            seen = SeenExperiment(str(about["experiment_id"]), about.get("lifecycle_stage") == "deleted")
+            seen = ExperimentState(str(about["experiment_id"]), about.get("lifecycle_stage") == "deleted")
             question: dict[str, Any] = {"experiment_ids": [seen.experiment_id], "max_results": _RUNS_PER_PAGE}
             while not seen.is_deleted:
                 page = session.post(f"{api}/runs/search", json=question, timeout=_SERVER_SECONDS)
@@ -398,9 +399,9 @@ def _ask_server(uri: str, experiment: str) -> SeenExperiment | None:
         return None
 
 
-def _run_of(run: Mapping[str, Any]) -> SeenRun:
+def _run_of(run: Mapping[str, Any]) -> RunState:
     info, data = run["info"], run.get("data", {})
-    return SeenRun(
+    return RunState(
         info["run_id"],
         info.get("run_name", ""),
         info.get("status", ""),

@@ -1,4 +1,4 @@
-"""Sends cell records to the tracker from a thread of its own, so that a slow or dead server never holds training up."""
+"""The queue of cell records, uploaded in a thread of its own, so that a slow or dead server never delays training."""
 
 from __future__ import annotations
 
@@ -23,37 +23,45 @@ MakeRecord = Callable[[], CellRecord]
 
 
 class Tracker(Protocol):
-    """What a tracking back end offers."""
+    """A tracking back end.
+
+    Attributes:
+        notes: Messages for the user.
+    """
 
     notes: list[str]
 
     def open_runs(self, records: Sequence[CellRecord]) -> None:
-        """Make the records of cells that the back end does not know, all at once."""
+        """Create the runs of cells that the back end does not know, in one go."""
 
     def log_some(self, record: CellRecord, points: int) -> bool:
-        """Bring the back end's record of a cell up to date, by so many points; True where it is whole then."""
+        """Upload at most about `points` points of a cell's record; return whether it is complete now."""
 
     def close(self) -> None:
-        """Let go of the back end."""
+        """Close the connection."""
 
 
 class UploadQueue:
-    """The cells that wait to be recorded, in front of a tracker.
+    """Cells whose records wait to be uploaded.
 
-    Of a cell only its newest record waits, which is read from the ledger when its turn comes; and each cell's turn is
-    bounded, so that no long history keeps other curves back. A record that cannot be sent is tried again when the next
-    ones come and at the end; what still cannot be sent then stands in `unsent`, and the next submission sends it.
+    A cell waits once: its record is read from the ledger when its turn comes. A turn is bounded, so that a long history
+    does not delay other curves. A record that fails is retried when the next ones arrive and at the end; what fails
+    then stays in `unsent`, and the next submission uploads it.
 
     Args:
-        open_tracker: Makes the tracker; called in the thread, since importing MLflow takes seconds.
-        say: Takes a line for the user where the end takes long.
+        open_tracker: Opens the tracker; called in the thread, since importing MLflow takes seconds.
+        say: Prints a line for the user where closing takes long.
+
+    Attributes:
+        unsent: By cell id, what reads the record of a cell that waits.
+        problem: The last error; None where there was none.
     """
 
     def __init__(self, open_tracker: Callable[[], Tracker], say: Callable[[str], None] = lambda text: None) -> None:
         self._open_tracker = open_tracker
         self._say = say
         self._queue: queue.Queue[tuple[str, MakeRecord | None] | None] = queue.Queue()
-        self._asked_to_look = False
+        self._must_open = False
         self._tracker: Tracker | None = None
         self._turns = 0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -62,7 +70,7 @@ class UploadQueue:
 
     @property
     def notes(self) -> list[str]:
-        """What the tracker has to say to the user."""
+        """The tracker's messages for the user."""
         return self._tracker.notes if self._tracker is not None else []
 
     def __enter__(self) -> UploadQueue:
@@ -70,7 +78,7 @@ class UploadQueue:
         return self
 
     def put(self, cell_id: str, make: MakeRecord) -> None:
-        """Take a cell whose record is to be brought up to date; returns at once.
+        """Queue a cell whose record is to be updated; return at once.
 
         Args:
             cell_id: Its id.
@@ -78,14 +86,14 @@ class UploadQueue:
         """
         self._queue.put((cell_id, make))
 
-    def look(self) -> None:
-        """Open the tracker before the end, which ends the runs that dead drivers left behind."""
+    def end_abandoned(self) -> None:
+        """End the runs that dead drivers left behind: open the tracker even if no record is queued."""
         self._queue.put(("", None))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for what is still to be sent for as long as some of it is; who was interrupted waits two minutes."""
+        """Wait until the queue is empty or stalls for two minutes; after an interrupt, for two minutes in all."""
         self._queue.put(None)
         began = moved = time.monotonic()
         turns, told = self._turns, False
@@ -95,12 +103,12 @@ class UploadQueue:
             if self._turns != turns and kind is None:
                 turns, moved = self._turns, now
             if now - moved > PATIENCE_SECONDS:
-                self.problem = self.problem or f"nothing was taken for {PATIENCE_SECONDS:g} seconds"
+                self.problem = self.problem or f"no upload succeeded for {PATIENCE_SECONDS:g} seconds"
                 break
             if now - began > _QUIET_SECONDS and self.unsent and not told:
                 told = True
                 cells = f"{len(self.unsent)} cell{'s' if len(self.unsent) != 1 else ''}"
-                self._say(f"sending MLflow what it lacks of {cells}; Ctrl-C leaves it to the next run")
+                self._say(f"uploading the records of {cells} to MLflow; Ctrl-C leaves them to the next run")
 
     def _work(self) -> None:
         last = False
@@ -110,14 +118,14 @@ class UploadQueue:
                 failed |= self._round(turn)
                 if not last and not self._queue.empty() and self._take(wait=False):
                     last, failed = True, set()  # the end: what failed is tried once more
-        if self._asked_to_look and self._tracker is None:
+        if self._must_open and self._tracker is None:
             self._open_runs([])
         if self._tracker is not None:
-            with contextlib.suppress(TrackingError):  # told already of the record that could not be sent
+            with contextlib.suppress(TrackingError):  # reported with the record that could not be sent
                 self._tracker.close()
 
     def _take(self, *, wait: bool) -> bool:
-        """Take what has come; True where nothing more will."""
+        """Take what has arrived; return True if nothing more will."""
         with contextlib.suppress(queue.Empty):
             while True:
                 came = self._queue.get(block=wait)
@@ -125,23 +133,23 @@ class UploadQueue:
                     return True
                 wait = False
                 if came[1] is None:
-                    self._asked_to_look = True
-                else:  # a cell that waits keeps its place: those that come often must not keep others back
+                    self._must_open = True
+                else:  # a waiting cell keeps its place: those that come often must not delay others
                     self.unsent[came[0]] = came[1]
         return False
 
     def _round(self, turn: Sequence[str]) -> set[str]:
-        """Return one turn for each of these cells; those that failed."""
+        """Give each of these cells one turn; return those that failed."""
         failed: set[str] = set()
         records: dict[str, CellRecord] = {}
         for cell_id in turn:
-            with self._told(cell_id, failed):
+            with self._noted(cell_id, failed):
                 records[cell_id] = self.unsent[cell_id]()
         self._open_runs(list(records.values()))
         for cell_id, record in records.items():
             make = self.unsent.pop(cell_id)
             self.unsent[cell_id] = make  # to the end; kept until it is sent
-            with self._told(cell_id, failed):
+            with self._noted(cell_id, failed):
                 if self._opened().log_some(record, POINTS_PER_TURN):
                     del self.unsent[cell_id]
                 self._turns += 1
@@ -150,7 +158,7 @@ class UploadQueue:
         return failed
 
     def _open_runs(self, records: Sequence[CellRecord]) -> None:
-        with contextlib.suppress(Exception):  # each cell of them tells it
+        with contextlib.suppress(Exception):  # reported by each of these cells
             self._opened().open_runs(records)
 
     def _opened(self) -> Tracker:
@@ -158,12 +166,12 @@ class UploadQueue:
         return self._tracker
 
     @contextlib.contextmanager
-    def _told(self, cell_id: str, failed: set[str]) -> Iterator[None]:
-        """Tracking never fails training: whatever MLflow or the disk raises is told at the end."""
+    def _noted(self, cell_id: str, failed: set[str]) -> Iterator[None]:
+        """Note whatever MLflow or the disk raises, for the end of the run: tracking never fails training."""
         try:
             yield
         except Exception as error:
             plain = isinstance(error, LlavoltaError)
             self.problem = redacted(str(error) if plain else f"{type(error).__name__}: {error}")
-            # One that is never taken must not keep the others back; a second says that the server is away.
+            # A record that always fails must not block the others; a second failure means that the server is down.
             failed.add(cell_id)

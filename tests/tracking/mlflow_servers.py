@@ -54,7 +54,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
 class Gate:
     """Passes requests on to a server, counts them, and refuses those without the user and password it wants."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, port: int = 0) -> None:
         self.target = target
         self.wants: tuple[str, str] | None = None
         self.asked: list[str] = []
@@ -76,7 +76,7 @@ class Gate:
             def log_message(self, *arguments: object) -> None:
                 """Says nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.place = f"127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

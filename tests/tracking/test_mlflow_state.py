@@ -12,19 +12,26 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_servers import Gate, free_port, mlflow_server
+from mlflow_servers import Gate
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.store import FolderStore
 from orchestrator.tracking import mlflow_tracker
-from orchestrator.tracking.mlflow_state import SeenRun, abandoned, client_look, file_contents, has_record, quick_look
+from orchestrator.tracking.mlflow_state import (
+    RunState,
+    abandoned,
+    file_contents,
+    has_record,
+    read_state,
+    read_state_with_client,
+)
 from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
 
 KEYS = ("train/loss", "train/learning_rate")
@@ -45,24 +52,13 @@ def record(name: str = "a", status: str = "finished", steps: int = STEPS, **chan
     return dataclasses.replace(made, **changes)
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One migrated database for the module: each test has an experiment of its own in it."""
-    return tmp_path_factory.mktemp("storage") / "mlflow.db"
-
-
-@pytest.fixture
-def tracker(database: Path, request: pytest.FixtureRequest) -> CellTracker:
-    return CellTracker(f"sqlite:///{database}", request.node.name)
-
-
 def again(tracker: CellTracker) -> CellTracker:
     """As the next `run` has it."""
     return CellTracker(tracker._uri, tracker._experiment_name)
 
 
 def is_there(tracker: CellTracker, wanted: CellRecord) -> bool:
-    seen = quick_look(tracker._uri, tracker._experiment_name)
+    seen = read_state(tracker._uri, tracker._experiment_name)
     return seen is not None and has_record(seen.runs.get(wanted.cell_id), wanted)
 
 
@@ -125,17 +121,17 @@ def test_what_is_gone_is_noticed_and_filled_again(tracker: CellTracker, damage: 
 
 def test_another_file_and_a_file_that_is_no_database_are_told_apart(tmp_path: Path, tracker: CellTracker) -> None:
     tracker.log(record())
-    other = quick_look(f"sqlite:///{tmp_path}/other.db", tracker._experiment_name)
+    other = read_state(f"sqlite:///{tmp_path}/other.db", tracker._experiment_name)
     assert other is not None and other.experiment_id is None and not other.runs
     (tmp_path / "text.db").write_text("no database" * 100)
-    assert quick_look(f"sqlite:///{tmp_path}/text.db", tracker._experiment_name) is None
+    assert read_state(f"sqlite:///{tmp_path}/text.db", tracker._experiment_name) is None
 
 
 def test_both_ways_to_look_see_the_same(tracker: CellTracker) -> None:
     for name in "ab":
         tracker.log(record(name))
-    quick = quick_look(tracker._uri, tracker._experiment_name, count=False)
-    assert quick == client_look(tracker._client(), tracker._experiment_name)
+    quick = read_state(tracker._uri, tracker._experiment_name, count=False)
+    assert quick == read_state_with_client(tracker._client(), tracker._experiment_name)
 
 
 class Counted:
@@ -237,11 +233,11 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
             run_id = tracker.log(record(name, "running"))
             tracker._client().set_tag(run_id, "storage_driver", json.dumps(driver))
         tracker._client().create_run(tracker._experiment(), tags={"cell_id": "x" * 8})  # no driver of ours made it
-        seen = quick_look(tracker._uri, tracker._experiment_name)
+        seen = read_state(tracker._uri, tracker._experiment_name)
         assert [run.name for run in abandoned(seen, lives)] == ["schedule=b"]
         CellTracker(tracker._uri, tracker._experiment_name, lives=lives).open_runs([])
         living.stdin.close()
-    found = client_look(tracker._client(), tracker._experiment_name)
+    found = read_state_with_client(tracker._client(), tracker._experiment_name)
     ended = {cell[0]: run.status for cell, run in found.runs.items()}
     assert ended == {"a": "RUNNING", "b": "KILLED", "c": "RUNNING", "x": "RUNNING"}
     run_id = found.runs["b" * 8].run_id
@@ -280,16 +276,7 @@ def test_two_drivers_on_one_storage_make_no_twins(tracker: CellTracker, tmp_path
     assert store.names("leases") == [] or not any(store.names(f"leases/{name}") for name in store.names("leases"))
 
 
-@pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as address:
-        gate = Gate(address)
-        yield gate
-        gate.close()
-
-
 def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -> None:
-    gate.wants = None
     tracker = CellTracker(f"http://{gate.place}", "twenty")
     records = [record(chr(ord("a") + number)) for number in range(20)]
     tracker.open_runs(records)
@@ -297,7 +284,7 @@ def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -
     gate.asked.clear()
     assert all(is_there(tracker, each) for each in records[:1])
     assert gate.asked == ["GET experiments/get-by-name", "POST runs/search"]
-    seen = quick_look(tracker._uri, "twenty")
+    seen = read_state(tracker._uri, "twenty")
     assert all(has_record(seen.runs.get(each.cell_id), each) for each in records)
     client = tracker._client()
     client.delete_run(seen.runs[records[0].cell_id].run_id)
@@ -309,7 +296,7 @@ def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -
     assert asked["POST runs/create"] == 1 and asked["POST runs/search"] == 2
     assert all(is_there(later, each) for each in records[:1])
     client.delete_experiment(later._experiment())
-    assert quick_look(later._uri, "twenty").is_deleted
+    assert read_state(later._uri, "twenty").is_deleted
     again(later).log(records[0])
     assert is_there(later, records[1]), "its runs come back with it"
 
@@ -335,7 +322,7 @@ def test_a_password_opens_a_server_whichever_way_it_comes(
     tracker.log(record())
     assert is_there(tracker, record())
     gate.wants = ("me", "another")
-    assert quick_look(address, f"password-{way}") is None
+    assert read_state(address, f"password-{way}") is None
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
@@ -357,7 +344,7 @@ def test_artifacts_whose_look_fails_once_are_neither_gone_nor_an_end(
 
     monkeypatch.setattr(os, "stat", failing_once("stat", os.stat))
     monkeypatch.setattr(Path, "read_bytes", failing_once("read", Path.read_bytes))
-    run = SeenRun("id", "name", "FINISHED", 0, tmp_path.as_uri())
+    run = RunState("id", "name", "FINISHED", 0, tmp_path.as_uri())
     assert not run.lacks_artifacts([file.name]) and run.lacks_artifacts(["another.png"])
     assert file_contents({file.name: file}) == {file.name: b"drawn"}
     assert failed == ["stat", "read"]

@@ -7,10 +7,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mlflow_servers import free_port, mlflow_server
+from mlflow_servers import Gate, free_port
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
@@ -47,17 +48,6 @@ def cell(status: str = "finished", steps: int = 30, **changes: object) -> CellRe
         artifacts={"cell.yaml": "seed: 0\n", "schedule.json": b"[]"},
     )
     return dataclasses.replace(record, **changes)
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One migrated database for the module: each test has an experiment of its own in it."""
-    return tmp_path_factory.mktemp("storage") / "deep" / "mlflow.db"
-
-
-@pytest.fixture
-def tracker(database: Path, request: pytest.FixtureRequest) -> CellTracker:
-    return CellTracker(f"sqlite:///{database}", request.node.name)
 
 
 def runs_of(tracker: CellTracker) -> list:
@@ -226,18 +216,18 @@ def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_server_that_is_down_costs_seconds_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_server_that_is_down_costs_seconds_and_loses_nothing(server: str) -> None:
     port = free_port()
     tracker = CellTracker(f"http://127.0.0.1:{port}", "down-and-up")
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=f"127.0.0.1:{port}"):
         tracker.log(cell())
     assert time.monotonic() - begun < 20
-    with mlflow_server(tmp_path, port):
+    with closing(Gate(server, port)):
         run_id = tracker.log(cell("running", steps=10))
     with pytest.raises(TrackingError):
         tracker.log(cell("finished", steps=30))
-    with mlflow_server(tmp_path, port):
+    with closing(Gate(server, port)):
         assert tracker.log(cell("finished", steps=30)) == run_id
         (run,) = runs_of(tracker)
         assert points_of(tracker, run_id) == sorted(history(30))

@@ -122,4 +122,4 @@ def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest
     server.log_some = lambda record, points: gone.wait(30)  # type: ignore[method-assign]
     recorder = send(server, "a")
     gone.set()
-    assert set(recorder.unsent) == {"a"} and "nothing was taken" in str(recorder.problem)
+    assert set(recorder.unsent) == {"a"} and "no upload succeeded" in str(recorder.problem)
