@@ -58,7 +58,7 @@ print(json.dumps({"rank_wall_s": round(time.monotonic() - wall, 2), "rank_cpu_s"
 TRY = """
 import json, sys, time
 from pathlib import Path
-from orchestrator.data.check import TrialOf, try_rows
+from orchestrator.data.check import RowCheck, check_rows
 from orchestrator.plan.identity import share_caches
 from orchestrator.spec.model import ModelSpec
 from orchestrator_plugins.data.llava_json import LlavaJsonSpec
@@ -66,7 +66,7 @@ job = json.loads(Path(sys.argv[1]).read_text())
 share_caches(Path(job["cache"]))
 spec = LlavaJsonSpec.model_validate({**job["data"][0]["spec"], "max_samples": int(sys.argv[2])})
 wall, cpu = time.monotonic(), time.process_time()
-found = try_rows(TrialOf(spec, ModelSpec.model_validate(job["model"]), 2048, False))
+found = check_rows(RowCheck(spec, ModelSpec.model_validate(job["model"]), 2048, False))
 print(json.dumps({"tried_rows": len(found), "wall_s": round(time.monotonic() - wall, 1),
     "rows_per_cpu_s": round(len(found) / (time.process_time() - cpu))}))
 """

@@ -1,4 +1,7 @@
-"""The check before anything starts: every row of the data, and what the model's processor makes of it."""
+"""The data check before a run: every row through template, tokenizer and image processor; the outcome is cached.
+
+Reading a cached outcome needs no torch; checking rows does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,15 @@ from orchestrator.data.progress import progress
 from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
 from orchestrator.data.records.conversations import fault_lines
 from orchestrator.data.records.row_index import IndexedRows, open_rows
-from orchestrator.data.rows import FAULTS_SHOWN, Row, open_data_set, raise_for_faults
+from orchestrator.data.rows import (
+    FAULTS_SHOWN,
+    Row,
+    data_spec,
+    described,
+    open_data_set,
+    raise_for_faults,
+    template_of,
+)
 from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.identity_fields import data_identity, settings_identity
@@ -36,11 +47,14 @@ _SCHEMA = pa.schema([*((name, pa.int64()) for name in _COUNTS), ("fault", pa.str
 
 
 @dataclass(frozen=True)
-class TrialOf:
-    """What is tried: rows of a data set with a model's processor.
+class RowCheck:
+    """A data set to check with a model's processor.
 
     Attributes:
-        prompts: Whether rows are test prompts; else they are trained on.
+        data: The data set.
+        model: The model.
+        model_max_length: Maximum number of tokens of a row.
+        prompts: Whether rows are test prompts; otherwise they are trained on.
     """
 
     data: DataSpec
@@ -50,11 +64,11 @@ class TrialOf:
 
     @property
     def file(self) -> str:
-        """Name of the file that keeps what was found.
+        """Name of the file that caches the outcome.
 
         Raises:
             OSError: the storage fails.
-            DataError: the data is not here.
+            DataError: the data is not on this machine.
         """
         identity, absent = data_identity(self.data)
         if absent is not None:
@@ -64,22 +78,27 @@ class TrialOf:
         return f"tried-{digest(facts)}.arrow"
 
 
-class Tried:
-    """What came out, one entry a row."""
+class CheckedRows:
+    """The outcome of a check, one entry per row.
 
-    def __init__(self, columns: Columns, of: TrialOf) -> None:
+    Args:
+        columns: The entries.
+        of: What was checked.
+    """
+
+    def __init__(self, columns: Columns, of: RowCheck) -> None:
         self._columns, self.of = columns, of
 
     def __len__(self) -> int:
         return len(self._columns)
 
     def count(self, name: str) -> np.ndarray:
-        """Return (N,) of each row: `tokens`, `labels`, `kept_tokens`, `kept_labels`, `kept_visual`, `kept_images`."""
+        """Return a count of each row (N,): `number` or a field of `RowLengths`."""
         return self._columns.numpy(name)
 
     @cached_property
     def bad(self) -> dict[int, str]:
-        """Index of each row that cannot be used, or whose answers are all cut off, to the reason."""
+        """By index, why a row cannot be used; rows whose answers are all cut off are among them."""
         numbers, faults = self.count("number"), self._columns.column("fault")
         found = {int(n): str(f) for n, f in zip(numbers, faults.to_pylist(), strict=True) if f is not None}
         if not self.of.prompts:
@@ -91,11 +110,11 @@ class Tried:
 
     @property
     def with_images(self) -> int:
-        """Rows with an image that the model sees."""
+        """Number of rows with an image that the model sees."""
         return int(np.count_nonzero(self.count("kept_images")))
 
     def remarks(self) -> list[str]:
-        """Return what users should know of rows that are used."""
+        """Return warnings for the user about rows that are used."""
         labels, kept = self.count("labels"), self.count("kept_labels")
         cut = (kept > 0) & (kept < labels)
         if self.of.prompts or not cut.any():
@@ -103,39 +122,39 @@ class Tried:
         share = 1 - kept[cut].sum() / labels.sum()
         return [
             f"{int(cut.sum()):,} of {len(self):,} rows lose a part of their answers beyond model_max_length "
-            f"{self.of.model_max_length} ({share:.1%} of all tokens that are learned)"
+            f"{self.of.model_max_length} ({share:.1%} of all label tokens)"
         ]
 
 
-def tried(of: TrialOf) -> Tried | None:
-    """Return what an earlier trial found; None where there was none."""
+def cached_check(of: RowCheck) -> CheckedRows | None:
+    """Return the cached outcome of an earlier check; None if there is none."""
     columns = open_columns(of.file, _check)
-    return None if columns is None else Tried(columns, of)
+    return None if columns is None else CheckedRows(columns, of)
 
 
 def left_out(data: DataSpec, model: ModelSpec, model_max_length: int, prompts: bool) -> list[int]:
-    """Return the indices of rows that a trial found unusable where the data set drops such rows; needs no torch."""
-    found = tried(TrialOf(data, model, model_max_length, prompts))
-    return [] if found is None or found_faults(found) else list(found.bad)
+    """Return the indices of rows that an earlier check found unusable and the data set drops; needs no torch."""
+    found = cached_check(RowCheck(data, model, model_max_length, prompts))
+    return [] if found is None or errors_of(found) else list(found.bad)
 
 
-def found_faults(found: Tried) -> list[str]:
-    """Return what forbids a run: bad rows, unless they are dropped and few enough. First how many they are."""
+def errors_of(found: CheckedRows) -> list[str]:
+    """Return the errors that prevent a run, after a summary: bad rows, unless they are dropped and few enough."""
     if not found.bad:
         return []
     share, data = len(found.bad) / len(found), found.of.data
     lines = fault_lines(found.bad, len(found))
     if getattr(data, "on_bad_row", "fail") != "drop":
-        drop = ", or on_bad_row: drop leaves them out" if hasattr(data, "on_bad_row") else ""
-        return [f"this model cannot use {len(found.bad):,} of {len(found):,} rows; mend them{drop}", *lines]
+        drop = ", or set on_bad_row: drop" if hasattr(data, "on_bad_row") else ""
+        return [f"this model cannot use {len(found.bad):,} of {len(found):,} rows; correct them{drop}", *lines]
     allowed = getattr(data, "max_bad_share", 0.0)
     if share <= allowed and share < 1:
         return []
     return [f"this model cannot use {share:.2%} of the rows, max_bad_share allows {allowed:.2%}", *lines]
 
 
-def try_rows(of: TrialOf) -> Tried:
-    """Try every row that was not tried before.
+def check_rows(of: RowCheck) -> CheckedRows:
+    """Check every row, or return the cached outcome.
 
     Raises:
         DataError: the rows cannot be read.
@@ -143,17 +162,17 @@ def try_rows(of: TrialOf) -> Tried:
         OSError: the storage fails.
     """
     file = of.file
-    known = tried(of)
+    known = cached_check(of)
     if known is not None:
         return known
+    # Late: they import torch, which a run without new data does not need.
     from orchestrator.data.processing.encode import Encoder
     from orchestrator.data.processing.processor import load_processor
-    from orchestrator.data.train_data import template_of
 
     rows, processor = open_rows(of.data), load_processor(of.model)
-    trial = _Trial(rows, Encoder(processor, template_of(of.data), of.model_max_length), processor, of.prompts)
+    trial = _RowChecker(rows, Encoder(processor, template_of(of.data), of.model_max_length), processor, of.prompts)
     chunks, done = Chunks(file, _SCHEMA), list[Columns]()
-    what = "test prompts tried" if of.prompts else "rows tried"
+    what = "test prompts checked" if of.prompts else "rows checked"
     with progress(what, len(rows)) as advance:
         for number, first in enumerate(range(0, len(rows), CHUNK_ROWS)):
             some = rows[first : first + CHUNK_ROWS]
@@ -161,7 +180,7 @@ def try_rows(of: TrialOf) -> Tried:
             advance(len(some))
     kept = keep_columns(file, lambda: batches_of(done), _SCHEMA)
     chunks.forget()
-    return Tried(kept, of)
+    return CheckedRows(kept, of)
 
 
 def _check(columns: Columns) -> None:
@@ -171,8 +190,8 @@ def _check(columns: Columns) -> None:
         columns.column(name)
 
 
-class _Trial:
-    """One model's processor and the rows that go through it."""
+class _RowChecker:
+    """Checks rows with one model's processor."""
 
     def __init__(self, rows: IndexedRows, encoder: Encoder, processor: VisionTextProcessor, prompts: bool) -> None:
         self._encoder, self._processor, self._prompts = encoder, processor, prompts
@@ -182,7 +201,7 @@ class _Trial:
         self._faults_by_size: dict[tuple[int, int] | None, str | None] = {}
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
-        """Return what some rows come to."""
+        """Return the entries of some rows."""
         values = zip(*self._entries(rows), strict=True)
         arrays = [pa.array(column, type=field.type) for column, field in zip(values, _SCHEMA, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
@@ -200,13 +219,13 @@ class _Trial:
                 fault = str(error).removeprefix(f"row {row.index}: ")
             except (OSError, MemoryError, UsageError):
                 raise
-            # A template or a processor raises whatever it stumbles over.
+            # Templates and processors raise exceptions of any kind.
             except Exception as error:
                 fault = f"{type(error).__name__}: {error}"
             yield (row.index, *[0] * (len(_COUNTS) - 1), fault)
 
     def _image_fault(self, row: Row) -> str | None:
-        """Return what the processor says to images of these sizes: no processor looks further."""
+        """Return the processor's error for an image of a row; it depends on sizes only, in all processors."""
         for image in row.images:
             size = self._sizes.get(image.path)
             if size not in self._faults_by_size:
@@ -229,7 +248,9 @@ class Use:
 
     Attributes:
         where: The phase's or evaluation's key path.
-        entries: `{"name", "spec"}` and, where rows are left out, `left_out`, of each set.
+        entries: Of each set `{"name", "spec"}` and, if the plan drops rows, `left_out`.
+        model: The model's spec.
+        model_max_length: Maximum number of tokens of a row.
         train: Parts that train; empty for a test.
     """
 
@@ -247,11 +268,11 @@ class Use:
 
 @dataclass
 class Findings:
-    """What a check found.
+    """The findings of a check.
 
     Attributes:
-        remarks: What users should know.
-        replan: Whether rows are left out that the plan did not leave out.
+        remarks: Warnings for the user.
+        replan: Whether other rows are dropped than the plan assumed.
     """
 
     remarks: dict[str, None] = field(default_factory=dict)
@@ -259,7 +280,7 @@ class Findings:
 
 
 def uses_of_jobs(work: Iterable[Job]) -> Iterator[Use]:
-    """Return what some work uses."""
+    """Return the data that some jobs use."""
     for job in work:
         if isinstance(job, StageJob):
             recipe = job.recipe
@@ -270,7 +291,7 @@ def uses_of_jobs(work: Iterable[Job]) -> Iterator[Use]:
 
 
 def uses_of_cells(cells: Iterable[Cell]) -> Iterator[Use]:
-    """Return what some cells use, done or not."""
+    """Return the data that some cells use, complete or not."""
     for cell in cells:
         for plan in cell.phases:
             length, train = plan.recipe.model_max_length, tuple(plan.recipe.train)
@@ -284,33 +305,33 @@ def _of_test(job: EvaluationJob) -> Use:
 
 
 def check_uses(uses: Iterable[Use]) -> Findings:
-    """Read every row and image, and try each with the model's processor, as far as that was not done before.
+    """Read every row and image and check each with the model's processor, unless an earlier check is cached.
 
     Raises:
-        DataError: rows cannot be used, or a part that trains is reached by no row.
+        DataError: rows cannot be used, or no row reaches a part that trains.
     """
     distinct = {digest([use.entries, use.model, use.model_max_length, sorted(use.train)]): use for use in uses}
     specs: dict[str, DataSpec] = {}
     for use in distinct.values():
         for entry in use.entries:
-            specs.setdefault(digest(entry["spec"]), _spec_of(entry))
+            specs.setdefault(digest(entry["spec"]), data_spec(entry["spec"]))
     findings = Findings()
     for spec in specs.values():
-        raise_for_faults(_called(spec), open_data_set(spec).check())
+        raise_for_faults(described(spec), open_data_set(spec).check())
         open_rows(spec)
-        findings.remarks |= dict.fromkeys(f"{_called(spec)}: {text}" for text in spec.remarks())
+        findings.remarks |= dict.fromkeys(f"{described(spec)}: {text}" for text in spec.remarks())
     for use in distinct.values():
-        _try(use, findings)
+        _check_use(use, findings)
     return findings
 
 
-def _try(use: Use, findings: Findings) -> None:
+def _check_use(use: Use, findings: Findings) -> None:
     model = ModelSpec.model_validate(use.model)
-    found: list[Tried] = []
+    found: list[CheckedRows] = []
     for entry in use.entries:
-        one = try_rows(TrialOf(_spec_of(entry), model, use.model_max_length, use.prompts))
+        one = check_rows(RowCheck(data_spec(entry["spec"]), model, use.model_max_length, use.prompts))
         name = f".data.{entry['name']}" if entry["name"] else ""
-        if faults := found_faults(one):
+        if faults := errors_of(one):
             more = [f"... and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
             raise DataError("\n    ".join([f"{use.where}{name}: {faults[0]}", *faults[1:FAULTS_SHOWN], *more]))
         findings.replan |= list(one.bad) != list(entry.get("left_out", ()))
@@ -326,7 +347,7 @@ def _try(use: Use, findings: Findings) -> None:
         raise DataError(_no_image_seen(use, unreached, found))
 
 
-def _no_image_seen(use: Use, unreached: Sequence[str], found: Sequence[Tried]) -> str:
+def _no_image_seen(use: Use, unreached: Sequence[str], found: Sequence[CheckedRows]) -> str:
     rows = sum(map(len, found))
     rest = ", ".join(part for part in use.train if part not in unreached)
     advice = f"train: [{rest}]" if rest else "data with images"
@@ -334,14 +355,3 @@ def _no_image_seen(use: Use, unreached: Sequence[str], found: Sequence[Tried]) -
         f"{use.where}.train: {', '.join(unreached)} would be trained, but none of the {rows:,} rows has an image that "
         f"the model sees within model_max_length {use.model_max_length}; give {advice}"
     )
-
-
-def _spec_of(entry: dict[str, Any]) -> DataSpec:
-    from orchestrator import registry
-
-    spec: DataSpec = registry.spec_class(registry.DATA, entry["spec"]["kind"]).model_validate(entry["spec"])
-    return spec
-
-
-def _called(spec: DataSpec) -> str:
-    return " ".join([f"data of kind {spec.kind}", *(str(getattr(spec, name)) for name in spec.path_fields[:1])])

@@ -16,11 +16,11 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show how far some work is and how fast it goes.
 
     Args:
-        what: For instance `rows read`.
-        total: How many; None where nobody knows yet.
+        what: The unit of work, for instance `rows read`.
+        total: The total; None if it is not known.
 
     Yields:
-        A function that is told how many more are done.
+        A function that takes how many more are done.
     """
     began, done = time.monotonic(), 0
     bar = _bar(what, total) if sys.stderr.isatty() and total != 0 else None

@@ -1,4 +1,4 @@
-"""What a data set yields: conversations with images, as plain values. Imports no torch."""
+"""Rows: conversations with images, as plain values; what a data set yields. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from orchestrator import registry
 from orchestrator.errors import DataError
-
-if TYPE_CHECKING:
-    from orchestrator.spec.components import DataSpec
+from orchestrator.spec.components import DataSpec
 
 IMAGE_MARK = "<image>"
-"""Stands in a turn's text where an image belongs, whatever the model's own placeholder is."""
+"""Marks the place of an image in a turn's text, whatever the model's own placeholder is."""
 FAULTS_SHOWN = 20
 DROPPED_SHOWN = 5
 
@@ -25,8 +23,8 @@ class ImageReading:
     """How a data set's image files become the pictures that the model's processor gets.
 
     Attributes:
-        pad: Padded to a square with the processor's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`).
-        ambiguous: What to do where transformers' `load_image` and a viewer show different things: `fail`, or follow
+        pad: Whether to pad to a square with the processor's mean colour, as LLaVA-1.5 (`image_aspect_ratio: pad`).
+        ambiguous: What to do where transformers' `load_image` and a viewer show different pictures: `fail`, or follow
             one of them.
     """
 
@@ -39,7 +37,7 @@ AS_IT_IS = ImageReading()
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image by its file and how to read it; opened when its pixels are needed."""
+    """An image file and how to read it; opened when its pixels are needed."""
 
     path: str
     reading: ImageReading = AS_IT_IS
@@ -47,7 +45,7 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says; `text` holds an `IMAGE_MARK` where an image belongs."""
+    """One turn of a conversation; `text` has an `IMAGE_MARK` at the place of an image."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -58,10 +56,10 @@ class Row:
     """One conversation.
 
     Attributes:
-        index: The row's index in its file, before rows are dropped or sampled; what faults are told by.
+        index: The row's index in its file, before rows are dropped or sampled; error messages name it.
         images: In the order of the marks in the turns.
-        turns: User and assistant in turns, the user first; before them the system's, where the row has one.
-        answer_type: Group for accuracies, e.g. `color`; None where the set has none.
+        turns: User and assistant alternating, the user first; before them the system text, if there is one.
+        answer_type: Group for accuracies, e.g. `color`; None where the set has no groups.
     """
 
     index: int
@@ -71,7 +69,7 @@ class Row:
 
     @property
     def num_words(self) -> int:
-        """Words of all turns: LLaVA's measure of length, which needs no tokenizer."""
+        """Number of words of all turns: LLaVA's measure of length, which needs no tokenizer."""
         return sum(len(turn.text.split()) for turn in self.turns)
 
 
@@ -84,17 +82,35 @@ class DataSet(Protocol):
         """Return the usable rows in their order.
 
         Raises:
-            DataError: the file cannot be read or has faults that the spec does not allow.
+            DataError: the file cannot be read or has errors that the spec does not allow.
         """
         ...
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Return the faults that forbid a training run, told by row index; empty where there is none.
+        """Return the errors that prevent a training run, by row index; empty if there are none.
 
         Args:
-            every_row: Also open every image's header; False looks at the rows alone.
+            every_row: Also check every image; False checks the rows alone.
         """
         ...
+
+
+def data_spec(value: DataSpec | Mapping[str, Any]) -> DataSpec:
+    """Return a data set's spec from its mapping."""
+    if isinstance(value, DataSpec):
+        return value
+    spec: DataSpec = registry.spec_class(registry.DATA, value["kind"]).model_validate(dict(value))
+    return spec
+
+
+def described(spec: DataSpec) -> str:
+    """Return a data set's kind and first path, for messages."""
+    return " ".join([f"data of kind {spec.kind}", *(str(getattr(spec, name)) for name in spec.path_fields[:1])])
+
+
+def template_of(spec: DataSpec) -> str:
+    """Return a data set's conversation template; the tokenizer's own where the kind has no such setting."""
+    return str(getattr(spec, "conversation_template", "chat_template"))
 
 
 def open_data_set(spec: DataSpec) -> DataSet:
@@ -104,35 +120,35 @@ def open_data_set(spec: DataSpec) -> DataSet:
 
 
 def raise_for_faults(where: str, faults: Sequence[str]) -> None:
-    """Tell all faults at once: the first 20 and how many there are.
+    """Report all errors at once: the first 20 and how many there are.
 
     Raises:
-        DataError: there is at least one fault.
+        DataError: there is at least one.
     """
     if not faults:
         return
-    lines = [f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}", *faults[:FAULTS_SHOWN]]
+    lines = [f"{where}: {len(faults)} error{'s' if len(faults) > 1 else ''}", *faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
         lines.append(f"... and {len(faults) - FAULTS_SHOWN} more")
     raise DataError("\n    ".join(lines))
 
 
 def dropped_text(bad: Mapping[int, str], num_rows: int) -> str:
-    """Return how many rows are left out, which, and why: the first few."""
-    told = "; ".join(f"row {index}: {reason}" for index, reason in islice(bad.items(), DROPPED_SHOWN))
+    """Return a message of how many rows are dropped, which, and why: the first few."""
+    first = "; ".join(f"row {index}: {reason}" for index, reason in islice(bad.items(), DROPPED_SHOWN))
     more = f"; ... and {len(bad) - DROPPED_SHOWN:,} more" if len(bad) > DROPPED_SHOWN else ""
-    return f"{len(bad):,} of {num_rows:,} rows dropped; {told}{more}"
+    return f"{len(bad):,} of {num_rows:,} rows dropped; {first}{more}"
 
 
 def evenly_spread(count: int, wanted: int | None) -> Sequence[int]:
-    """Return `wanted` of `count` indices at equal distances, all of them where `wanted` is None or not fewer."""
+    """Return `wanted` of `count` indices at equal distances; all of them if `wanted` is None or not smaller."""
     if wanted is None or wanted >= count:
         return range(count)
     return [position * count // wanted for position in range(wanted)]
 
 
 def file_exists(path: str | Path) -> bool:
-    """Return True for a readable regular file; a name the file system cannot hold counts as absent."""
+    """Return whether a path is a regular file; a name that the file system cannot hold counts as absent."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):

@@ -1,4 +1,9 @@
-"""TrainData: the data sets of a phase as one numbered sequence, its order, and its batches as tensors."""
+"""`TrainData`: the data sets of a phase as one numbered sequence, its order, and its batches as tensors.
+
+The order is a pure function of (seed, step), the same for every variant, micro-batch and world size. Random numbers are
+the raw 64-bit output of the counter-based Philox generator, whose stream numpy guarantees, keyed by a hash of their
+purpose; sorting them gives a permutation. So no library version, rank or restart moves a sample.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator import registry
 from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder, PaddingSide, Sample, collate
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.records.row_index import IndexedRows, JoinedRows, num_images, num_words, open_rows
-from orchestrator.data.rows import Row, raise_for_faults
+from orchestrator.data.rows import Row, data_spec, raise_for_faults, template_of
 from orchestrator.errors import DataError
-from orchestrator.spec.components import DataSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import rows_per_epoch as planned_rows
 
 
 def permutation(count: int, *purpose: object) -> np.ndarray:
-    """Return a permutation of `range(count)`, drawn from what it is for, e.g. `(seed, "epoch", 3)`."""
+    """Return a permutation of `range(count)`, drawn from its purpose, e.g. `(seed, "epoch", 3)`."""
     key = hashlib.sha256(repr(purpose).encode()).digest()
     draws = np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 def rows_per_epoch(count: int, share: float) -> int:
-    """Return the rows of a set of `count` in one epoch of a mixture, as the planner counts them."""
+    """Return how many rows of a set of `count` are in one epoch of a mixture, as the planner counts them."""
     return planned_rows([(count, share)]) if count else 0
 
 
 @dataclass(frozen=True)
 class SetSize:
-    """Rows of one set of a mixture, and how many of them an epoch takes."""
+    """Number of rows of one set of a mixture, and how many of them an epoch takes."""
 
     count: int
     per_epoch: int
@@ -45,13 +48,13 @@ class SetSize:
 class DataOrder:
     """Batches of row indices by step. Rows of a mixture are numbered through its sets in order.
 
-    The stream of samples is one epoch after the other, cut into global batches; a batch may reach over the end of an
-    epoch, so every row of an epoch is visited once and every batch is whole.
+    The stream of samples is one epoch after the other, cut into global batches; a batch may span two epochs, so every
+    row of an epoch is visited once and every batch is complete.
 
     Args:
         sets: Sizes of the mixture's sets.
         lengths: Length of each row, any unit.
-        has_image: Whether each row has one.
+        has_image: Whether each row has an image.
     """
 
     def __init__(self, sets: Sequence[SetSize], lengths: np.ndarray, has_image: np.ndarray) -> None:
@@ -79,7 +82,7 @@ class DataOrder:
         rows = rows[permutation(len(rows), seed, "order", epoch)]
         if not group:
             return rows
-        # The epoch's first rows complete the batch that the epoch before began.
+        # The epoch's first rows complete the last batch of the epoch before.
         head = min(-(epoch * self.epoch_length) % group, len(rows))
         batches: list[np.ndarray] = []
         rest: list[np.ndarray] = []
@@ -92,8 +95,8 @@ class DataOrder:
         return np.concatenate([rows[:head], *shuffled, *rest])
 
     def _rows(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the rows an epoch takes: of each set the next of its own endless stream, so that a share visits all
-        in turn.
+        """Return the rows of an epoch: of each set the next of its own endless stream, so that a share visits all rows
+        in the course of epochs.
         """
         parts: list[np.ndarray] = []
         offset = 0
@@ -127,7 +130,7 @@ class TrainData:
         self._processor = processor
 
     def __len__(self) -> int:
-        """Return the samples of one epoch."""
+        """Return the number of samples of one epoch."""
         return sum(size.per_epoch for size in self._sizes)
 
     @cached_property
@@ -136,9 +139,9 @@ class TrainData:
 
     @cached_property
     def longest(self) -> list[int]:
-        """Samples that may need the most memory: of each set the longest in words and in images, and some between.
+        """Samples that may need the most memory: of each set the longest in words and in images, and some in between.
 
-        Words stand for tokens, which only encoding tells; the samples between them catch images of odd sizes.
+        Words approximate tokens, which would need encoding; the samples in between catch images of unusual sizes.
         """
         found: dict[int, None] = {}
         for number in range(len(self._sizes)):
@@ -155,7 +158,7 @@ class TrainData:
         """Return the samples of one optimizer step over all ranks: a pure function of the arguments.
 
         Grouped as in LLaVA: a batch holds only rows with an image or only rows without, longest first, so that
-        neighbours have like lengths. Deal neighbours to ranks in turn.
+        neighbours have similar lengths; ranks take neighbours in turn.
         """
         return self._order.batch(seed, step, global_batch_size, group_by_modality_length)
 
@@ -197,7 +200,7 @@ def build_train_data(
         model_max_length: Most tokens of a row, counted before compression.
 
     Raises:
-        DataError: a set has no rows, faults, or rows whose images alone are longer than `model_max_length`.
+        DataError: a set has no rows, errors, or rows whose images alone are longer than `model_max_length`.
     """
     processor = load_processor(model) if isinstance(model, ModelSpec) else model
     sets = []
@@ -214,26 +217,13 @@ def build_train_data(
 
 
 def _answers_fit(name: str, rows: Sequence[Row], encoder: Encoder, model_max_length: int) -> None:
-    """Encode the first rows, so that a template or a limit that fits none is told before training."""
+    """Encode the first rows, so that a template or a limit that fits none is reported before training."""
     first = rows[:ROWS_TRIED]
     if not any((encoder.encode(row).labels != IGNORED_LABEL).any() for row in first):
         raise DataError(
             f"data.{name}: model_max_length {model_max_length} cuts off every answer of the first {len(first)} rows; "
             "raise it"
         )
-
-
-def data_spec(value: Any) -> DataSpec:
-    """Return a data set's spec from its mapping."""
-    if isinstance(value, DataSpec):
-        return value
-    spec: DataSpec = registry.spec_class(registry.DATA, value["kind"]).model_validate(dict(value))
-    return spec
-
-
-def template_of(spec: DataSpec) -> str:
-    """Return how a set's conversations become text; the tokenizer's own template where the kind has no say."""
-    return str(getattr(spec, "conversation_template", "chat_template"))
 
 
 def _images_fit(name: str, rows: IndexedRows, processor: VisionTextProcessor, model_max_length: int) -> None:

@@ -13,7 +13,7 @@ from orchestrator import registry
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
-from orchestrator.data.train_data import data_spec, template_of
+from orchestrator.data.rows import data_spec, template_of
 from orchestrator.errors import DataError
 from orchestrator.evaluation.generate import evaluation_mode
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers

@@ -125,7 +125,7 @@ class LlavaJson:
                 yield partial(_entry, index, record, folder, spec.conversation_template, options)
             now = os.stat(path)
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise plugin.DataError(f"{path} changes while it is read; wait until it is whole, then try again")
+                raise plugin.DataError(f"{path} changes while it is read; wait until it is complete, then try again")
 
         plain = spec.conversation_template == "plain"
         about = {"kind": spec.kind, "plain": plain, "options": repr(options)}

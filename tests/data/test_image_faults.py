@@ -120,7 +120,7 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 200)
     square, wide = written(tmp_path, saved(Image.new("L", (15, 14)), "PNG")), str(tmp_path / "wide")
     Image.new("L", (100, 2)).save(wide, "PNG")
-    assert image_faults([square, wide]) == {square: "has 15x14 pixels, more than 200: taken for a bomb"}
+    assert image_faults([square, wide]) == {square: "has 15x14 pixels, more than 200: refused as a decompression bomb"}
     assert "100x100 pixels when padded to a square" in image_faults([wide], ImageReading(pad=True))[wide]
     with pytest.raises(BadImage, match="bomb"):
         image_size(square)

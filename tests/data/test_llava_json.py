@@ -99,7 +99,7 @@ def test_all_faults_are_told_at_once_and_named_by_their_own_row(conversation_fil
     with pytest.raises(DataError) as told:
         LlavaJson(spec).rows()
     text = str(told.value)
-    assert spec.data_path in text and "13 faults" in text and "row 18:" in text
+    assert spec.data_path in text and "13 errors" in text and "row 18:" in text
 
 
 def test_more_than_twenty_faults_are_counted(conversation_file, pictures):
@@ -108,7 +108,7 @@ def test_more_than_twenty_faults_are_counted(conversation_file, pictures):
     with pytest.raises(DataError) as told:
         LlavaJson(spec).rows()
     text = str(told.value)
-    assert "50 faults" in text and "row 19:" in text and "row 20:" not in text and "and 30 more" in text
+    assert "50 errors" in text and "row 19:" in text and "row 20:" not in text and "and 30 more" in text
 
 
 def test_drop_leaves_bad_rows_out_up_to_the_allowed_share(conversation_file, broken_pictures):

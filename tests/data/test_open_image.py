@@ -105,7 +105,7 @@ def test_colour_of_16_bits_and_grey_of_few_bits(tmp_path):
 )
 @pytest.mark.parametrize("reading", [ImageReading(), LIKE_LOAD_IMAGE, LIKE_A_VIEWER])
 def test_grey_without_a_known_range_is_refused(data, reading, tmp_path):
-    with pytest.raises(BadImage, match="whose range nothing tells; convert it to 8 bits"):
+    with pytest.raises(BadImage, match="of unknown range; convert it to 8 bits"):
         open_image(written(tmp_path, data), reading)
 
 

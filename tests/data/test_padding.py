@@ -99,5 +99,5 @@ def test_a_processor_without_a_mean_colour_cannot_pad(processor, tmp_path, monke
     written(tmp_path)
     monkeypatch.setattr(processor.processor.image_processor, "image_mean", None)
     images = VisionTextProcessor(processor.processor).images
-    with pytest.raises(UsageError, match="image_aspect_ratio: pad takes the processor's mean colour"):
+    with pytest.raises(UsageError, match="image_aspect_ratio: pad needs the processor's mean colour"):
         images.tensors([[ImageRef(str(tmp_path / "edge.png"), ImageReading(pad=True))]])

@@ -13,7 +13,7 @@ from family_folders import write_folder
 from orchestrator_plugins.data.llava_json import LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data.check import TrialOf, _Trial, check_uses, left_out, try_rows, uses_of_cells
+from orchestrator.data.check import RowCheck, _RowChecker, check_rows, check_uses, left_out, uses_of_cells
 from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError
 from orchestrator.plan.cell_record import cell_record
@@ -88,7 +88,7 @@ def test_good_rows_are_tried_once(experiment, monkeypatch):
     def refuse(*_):
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("orchestrator.data.check._Trial", refuse)
+    monkeypatch.setattr("orchestrator.data.check._RowChecker", refuse)
     assert not check(loaded).remarks
 
 
@@ -213,7 +213,7 @@ def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):
     )  # fmt: skip
     model = ModelSpec(model_name_or_path=TINY)
     assert left_out(spec, model, 512, False) == []
-    assert list(try_rows(TrialOf(spec, model, 512, False)).bad) == [1]
+    assert list(check_rows(RowCheck(spec, model, 512, False)).bad) == [1]
     code = (
         "import sys; from orchestrator.data.check import left_out; from orchestrator.spec.model import ModelSpec;"
         "from orchestrator_plugins.data.llava_json import LlavaJsonSpec;"
@@ -229,7 +229,7 @@ def test_an_interrupted_trial_goes_on_where_it_was(tmp_path, pictures, monkeypat
     path = tmp_path / "data.json"
     path.write_text(json.dumps([seen(f"answer {number}") for number in range(10)]))
     spec = LlavaJsonSpec(data_path=str(path), image_folder=str(pictures), conversation_template="vicuna_v1")
-    trial, real, tried = TrialOf(spec, ModelSpec(model_name_or_path=TINY), 512, False), _Trial.batch, []
+    trial, real, tried = RowCheck(spec, ModelSpec(model_name_or_path=TINY), 512, False), _RowChecker.batch, []
 
     def batch(self, rows):
         if len(tried) == 3:
@@ -237,9 +237,9 @@ def test_an_interrupted_trial_goes_on_where_it_was(tmp_path, pictures, monkeypat
         tried.append([row.index for row in rows])
         return real(self, rows)
 
-    monkeypatch.setattr(_Trial, "batch", batch)
+    monkeypatch.setattr(_RowChecker, "batch", batch)
     with pytest.raises(KeyboardInterrupt):
-        try_rows(trial)
+        check_rows(trial)
     tried.pop(), tried.pop()  # so that two more are allowed
-    assert len(try_rows(trial)) == 10
+    assert len(check_rows(trial)) == 10
     assert tried == [[0, 1], [6, 7], [8, 9]]

@@ -1,4 +1,4 @@
-"""A dictionary that forgets what was not used for longest once it holds too many bytes."""
+"""A least-recently-used cache bounded by bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """Least recently used goes first. Threads may share it.
+    """A least-recently-used cache; threads may share it.
 
     Args:
-        max_bytes: Most that is kept; a value larger than this is not kept at all.
+        max_bytes: Maximum size of all values; a larger value is not kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -32,7 +32,7 @@ class BoundedCache(Generic[Value]):
             return entry[0]
 
     def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
-        """Keep a value that takes `num_bytes`."""
+        """Keep a value of `num_bytes`."""
         if num_bytes > self._max_bytes:
             return
         with self._lock:

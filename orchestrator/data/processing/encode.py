@@ -1,4 +1,4 @@
-"""Rows to token ids and labels: placeholders expanded, length limited, loss on the assistant's turns only."""
+"""Encode rows as token ids and labels (the loss is on the assistant's turns only), and collate them into batches."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ SAMPLE_CACHE_BYTES = 256 * 2**20
 
 
 class RowLengths(NamedTuple):
-    """What a row holds and what of it fits.
+    """Lengths of a row, and how much of it fits into `model_max_length`.
 
     Attributes:
-        tokens: Of the whole row, visual tokens included.
-        labels: Tokens of the whole row's answers.
-        kept_tokens: Tokens that fit into `model_max_length`.
+        tokens: Tokens of the complete row, visual ones included.
+        labels: Tokens of its answers.
+        kept_tokens: Tokens that fit.
         kept_labels: Tokens of answers that fit.
         kept_visual: Visual tokens that fit.
         kept_images: Images that fit.
@@ -79,7 +79,7 @@ class RowLengths(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A row's (T,) ids and labels as far as it fits, how many of its images do, and tokens and labels of all of it."""
+    """Ids and labels (T,) of the part of a row that fits, its number of images, and the totals of the complete row."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -93,7 +93,7 @@ class Sample:
     """A tokenised row of length T.
 
     Attributes:
-        input_ids: (T,) int32, the image placeholder once for every visual token, between the family's markers.
+        input_ids: (T,) int32, the image placeholder once per visual token, between the family's markers.
         labels: (T,) int32, the ids where the assistant speaks, -100 elsewhere.
         images: Images whose tokens are in `input_ids`, in order.
         num_visual_tokens: Visual tokens of all images, before compression.
@@ -111,13 +111,13 @@ class Sample:
 class Encoder:
     """Encodes the rows of one data set.
 
-    A row longer than `model_max_length`, counted before compression, loses its end. An image is never cut: where the
-    limit falls inside one or its markers, the row ends before it. A row whose answers are all cut off teaches nothing.
+    A row longer than `model_max_length`, counted before compression, is truncated. An image is never cut: where the
+    limit falls inside one or its markers, the row ends before it.
 
     Args:
         processor: The model's tokenizer and image processor.
         template: `plain`, `vicuna_v1` or `chat_template`.
-        model_max_length: Most tokens of a row.
+        model_max_length: Maximum number of tokens of a row.
     """
 
     def __init__(self, processor: VisionTextProcessor, template: str, model_max_length: int) -> None:
@@ -128,7 +128,7 @@ class Encoder:
         self._seen: BoundedCache[_Encoded] = BoundedCache(SAMPLE_CACHE_BYTES)
 
     def encode(self, row: Row) -> Sample:
-        """Return a row for training.
+        """Return a row as a training sample.
 
         Raises:
             DataError: it does not fit the template, or an image alone is as long as `model_max_length`.
@@ -136,16 +136,16 @@ class Encoder:
         return self._encode(row, prompt_only=False)[0]
 
     def encode_prompt(self, row: Row) -> Sample:
-        """Return a row up to where the assistant's last answer begins; no labels.
+        """Return a row up to where the assistant's last answer begins, without labels.
 
         Raises:
-            DataError: it does not fit the template, or is longer than `model_max_length`: an answer to half a
+            DataError: it does not fit the template, or is longer than `model_max_length`: an answer to a truncated
                 question would count as the model's.
         """
         return self._encode(row, prompt_only=True)[0]
 
     def lengths(self, row: Row, prompt_only: bool) -> RowLengths:
-        """Return what `encode` or `encode_prompt` makes of a row, and what it cuts off.
+        """Return the lengths of what `encode` or `encode_prompt` keeps of a row, and of the complete row.
 
         Raises:
             DataError: as they do.
@@ -155,8 +155,8 @@ class Encoder:
         return RowLengths(tokens, labels, len(sample), kept, sample.num_visual_tokens, len(sample.images))
 
     def _encode(self, row: Row, prompt_only: bool) -> tuple[Sample, int, int]:
-        """Return the sample, and tokens and labels of the whole row."""
-        images, whole = row.images, None
+        """Return the sample, and the numbers of tokens and labels of the complete row."""
+        images, totals = row.images, None
         while True:
             texts = self._processor.images.texts(images)
             key = (row.turns, texts, prompt_only)
@@ -164,28 +164,28 @@ class Encoder:
             if found is None:
                 found = self._tokenize(row, texts, prompt_only)
                 self._seen.put(key, found, found.input_ids.nbytes + found.labels.nbytes)
-            whole = whole or (found.all_tokens, found.all_labels)
+            totals = totals or (found.all_tokens, found.all_labels)
             kept = row.images[: found.num_images]
-            # Some processors treat an image otherwise where others of its row fell away (LLaVA-OneVision: tiles).
+            # Some processors treat an image differently once others of its row are dropped (LLaVA-OneVision: tiles).
             if len(kept) == len(images) or self._processor.images.texts(kept) == texts[: len(kept)]:
                 visual = sum(text.num_visual_tokens for text in texts[: len(kept)])
-                return Sample(found.input_ids, found.labels, kept, visual), *whole
+                return Sample(found.input_ids, found.labels, kept, visual), *totals
             images = kept
 
     def _tokenize(self, row: Row, texts: tuple[ImageText, ...], prompt_only: bool) -> _Encoded:
-        """Return the row as long as it fits; images beyond `texts` end it."""
+        """Return the part of a row that fits; an image beyond `texts` ends it."""
         chat, visual_id = self._processor.chat, self._processor.image_token_id
         rendered = render(self._template, row, chat, prompt_only)
-        whole = expand(rendered, chat.image_token, [text.text for text in texts])
-        tokens = self._processor.tokenize(whole.text)
+        expanded = expand(rendered, chat.image_token, [text.text for text in texts])
+        tokens = self._processor.tokenize(expanded.text)
         spoken, of_image = np.zeros(len(tokens.ids), dtype=bool), np.zeros(len(tokens.ids), dtype=bool)
-        for first, last in whole.answers:
-            # A token that reaches into an answer belongs to it: tokenizers join the blank before a word to the word.
+        for first, last in expanded.answers:
+            # A token that reaches into an answer belongs to it: tokenizers join the space before a word to the word.
             spoken |= _within(tokens, first, last)
-        blocks = [np.flatnonzero(_within(tokens, first, last)) for first, last in whole.images]
+        blocks = [np.flatnonzero(_within(tokens, first, last)) for first, last in expanded.images]
         for block in blocks:
             of_image[block] = True
-        # An image beyond `texts` stays a mere placeholder, and the row ends before it.
+        # An image beyond `texts` is not expanded, and the row ends before it.
         known = len(tokens.ids) if len(blocks) == len(texts) else int(blocks[len(texts)][0])
         visual, runs = np.flatnonzero(tokens.ids[:known] == visual_id), [run for text in texts for run in text.runs]
         if len(visual) != len(runs):
@@ -207,12 +207,14 @@ class Encoder:
     def _fit(
         self, row: Row, total: int, spans: list[tuple[int, int]], known: int, prompt_only: bool
     ) -> tuple[int, int]:
-        """Return the tokens and images that are kept.
+        """Return how many tokens and images are kept.
 
         Args:
+            row: The row, named in errors.
             total: Tokens of the row.
             spans: Tokens `[first, last)` of each image, its markers included.
-            known: Images that may stay.
+            known: Number of images that may be kept.
+            prompt_only: Whether the row is a prompt, which must not be cut.
         """
         limit = self._max_length
         if total <= limit and known == len(spans):
@@ -232,6 +234,6 @@ class Encoder:
 
 
 def _within(tokens: TokenizedText, first: int, last: int) -> np.ndarray:
-    """Return (T,) bool: tokens with a character of `[first, last)`."""
+    """Return a mask (T,) of the tokens with a character of `[first, last)`."""
     inside = (tokens.offsets[:, 1] > first) & (tokens.offsets[:, 0] < last)
     return np.asarray(inside & (tokens.offsets[:, 1] > tokens.offsets[:, 0]))

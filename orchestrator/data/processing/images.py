@@ -1,4 +1,4 @@
-"""What a model's own processor makes of a row's images: the text that stands for each, and the tensors."""
+"""A row's images through the model's own processor: the text that stands for each, and the tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from orchestrator.errors import DataError, UsageError
 PIXEL_CACHE_BYTES = 512 * 2**20
 TEXT_CACHE_BYTES = 64 * 2**20
 IMAGE_THREADS = 4
-# Any two differ in every way an image processor may care about.
+# Any two differ in every respect that may matter to an image processor.
 _PROBE_SIZES = ((336, 336), (100, 700), (1500, 1000))
-# What a processor gives beside image inputs.
+# Outputs of a processor that are not image inputs.
 _OF_THE_TEXT = {
     "input_ids",
     "attention_mask",
@@ -40,11 +40,11 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ImageText:
-    """What stands in a text for one image, each run of visual placeholders written as one of them.
+    """The text that stands for one image, each run of visual placeholders written as a single one.
 
     Attributes:
-        text: Placeholders between whatever markers the family has: separators of tiles or rows, begin and end.
-        runs: Visual tokens that each placeholder of `text` stands for.
+        text: Placeholders and the family's markers: separators of tiles or rows, begin and end.
+        runs: Number of visual tokens that each placeholder of `text` stands for.
     """
 
     text: str
@@ -52,20 +52,20 @@ class ImageText:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens of the image."""
+        """Number of visual tokens of the image."""
         return sum(self.runs)
 
 
 class RowImages:
-    """Runs the processor on the images of a row at a time, since some treat a lone image otherwise.
+    """Runs the processor on the images of one row at a time, since some processors treat a single image differently.
 
-    What it gives for rows one by one is joined to what it would give for all of them: families differ in which axis
-    they pad (tiles, pixels), and all pad at the end and with zeros.
+    Outputs of rows are joined to what the processor would give for all of them: families differ in the axis that they
+    pad (tiles, pixels), and all pad at the end and with zeros.
 
     Args:
-        processor: What `AutoProcessor` gives.
-        image_token: Stands for one image in a text the processor reads.
-        visual_token: Stands for one visual token in the text it writes.
+        processor: The processor from `AutoProcessor`.
+        image_token: Stands for one image in a text that the processor reads.
+        visual_token: Stands for one visual token in the text that it writes.
     """
 
     def __init__(self, processor: Any, image_token: str, visual_token: str) -> None:
@@ -76,19 +76,19 @@ class RowImages:
         self._texts: BoundedCache[tuple[ImageText, ...]] = BoundedCache(TEXT_CACHE_BYTES)
 
     def know_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Take height and width of images by path, so that their files are not opened for it."""
+        """Set height and width of images by path, so that their files need not be opened for it."""
         self._sizes = sizes
 
     @cached_property
     def fixed_text(self) -> ImageText | None:
-        """What stands for any image, where that is the same for all images; else None."""
+        """The text that stands for an image, if it is the same for all images; else None."""
         rows: list[Sizes] = [*((size,) for size in _PROBE_SIZES), _PROBE_SIZES[:2]]
         found = {text for row in rows for text in self._apply([_grey(size) for size in row])[1]}
         return found.pop() if len(found) == 1 else None
 
     @cached_property
     def _reads_images_alone(self) -> bool:
-        """Whether a text that is known anyway may be left out: it takes as long as a small image."""
+        """Whether the processor takes images without a text: a text takes as long as a small image."""
         if self.fixed_text is None:
             return False
         try:
@@ -101,13 +101,13 @@ class RowImages:
 
     @cached_property
     def _one_entry_per_row(self) -> bool:
-        """Whether the first axis counts rows, not images; a row without images then has an entry of zeros."""
+        """Whether the first axis is rows, not images; a row without images then has an entry of zeros."""
         tensors, _ = self._apply([_grey((64, 64))] * 2)
         return len(next(iter(tensors.values()))) == 1
 
     @cached_property
     def token_type_name(self) -> str | None:
-        """Name of the token types that the processor gives and that say something of images; else None."""
+        """Name of the processor's token types, if they tell visual tokens or a suffix from others; else None."""
         given = self._given([_grey((64, 64))])
         if "mm_token_type_ids" in given:
             return "mm_token_type_ids"
@@ -116,7 +116,7 @@ class RowImages:
         return "token_type_ids" if says else None
 
     def texts(self, images: Sequence[ImageRef]) -> tuple[ImageText, ...]:
-        """Return what stands for each image of a row: known by their sizes, since no processor looks further.
+        """Return the text for each image of a row; it depends on their sizes only, in all processors.
 
         Raises:
             DataError: an image cannot be read.
@@ -126,17 +126,17 @@ class RowImages:
         if self.fixed_text is not None:
             return (self.fixed_text,) * len(images)
         found = self._texts.get(tuple(self._sizes.get(image.path) or _size_of(image) for image in images))
-        # The pixels are wanted soon after, so the row itself is processed rather than blank images of its sizes.
+        # The pixels are needed soon after, so the row itself is processed rather than blank images of its sizes.
         return self._read(tuple(images))[1] if found is None else found
 
     def tensors(self, rows: Sequence[Sequence[ImageRef]]) -> Tensors:
-        """Return the model's image inputs of a batch; empty where no row has an image.
+        """Return the model's image inputs of a batch; empty if no row has an image.
 
         Args:
             rows: Images of each row.
 
         Raises:
-            DataError: an image cannot be read; it is never replaced by another.
+            DataError: an image cannot be read; nothing replaces it.
         """
         wanted = [tuple(row) for row in rows]
         known = {row: self._tensors.get(row) for row in wanted if row}
@@ -159,7 +159,7 @@ class RowImages:
     def _read_all(self, rows: Sequence[tuple[ImageRef, ...]]) -> list[Tensors]:
         if len(rows) < 2:
             return [self._read(row)[0] for row in rows]
-        # PIL and numpy let go of the interpreter's lock while they decode and scale.
+        # PIL and numpy release the interpreter lock while they decode and scale.
         with ThreadPoolExecutor(max_workers=IMAGE_THREADS) as pool:
             return [tensors for tensors, _ in pool.map(self._read, rows)]
 
@@ -179,21 +179,21 @@ class RowImages:
         return tensors, texts
 
     def _open(self, image: ImageRef) -> Image.Image:
-        with _told(image):
+        with _as_data_error(image):
             opened = open_image(image.path, image.reading)
         return pad_to_square(opened, self._mean_colour) if image.reading.pad else opened
 
     @cached_property
     def _mean_colour(self) -> tuple[int, ...]:
-        """The image processor's mean as a colour, as LLaVA takes it for padding.
+        """The image processor's mean as a colour, with which LLaVA pads.
 
         Raises:
-            UsageError: it has none.
+            UsageError: it has no mean of three channels.
         """
         mean = getattr(self._processor.image_processor, "image_mean", None)
         if mean is None or len(mean) != 3:
             raise UsageError(
-                f"image_aspect_ratio: pad takes the processor's mean colour, and "
+                f"image_aspect_ratio: pad needs the processor's mean colour, but "
                 f"{type(self._processor.image_processor).__name__} has image_mean {mean}; leave the key out"
             )
         return tuple(int(value * 255) for value in mean)
@@ -207,10 +207,10 @@ class RowImages:
         return tensors, texts
 
     def _given(self, images: list[Image.Image]) -> Any:
-        """Return the processor's own answer to a row that has nothing but images.
+        """Return the processor's output for a row of images alone.
 
         Raises:
-            UsageError: it does not tell what it writes for an image.
+            UsageError: it does not report what it writes for an image.
         """
         try:
             given = self._processor(
@@ -222,12 +222,12 @@ class RowImages:
             if len(given["text_replacement_offsets"][0]) == len(images):
                 return given
             reason = "its text has no replacements"
-        # What processors raise that know no replacements: no such argument, key or method, or none written for them.
+        # Raised by processors without replacements: an unknown argument, key or method, or one not implemented.
         except (KeyError, TypeError, NotImplementedError, AttributeError) as error:
             reason = repr(error)
         raise UsageError(
-            f"model: {type(self._processor).__name__} does not tell what it writes for an image: {reason}; rows with "
-            "images need a processor that gives `text_replacement_offsets` (transformers 5.20 and later)"
+            f"model: {type(self._processor).__name__} does not report what it writes for an image: {reason}; rows with "
+            "images need a processor that returns `text_replacement_offsets` (transformers 5.20 and later)"
         )
 
     def _image_text(self, text: str) -> ImageText:
@@ -235,7 +235,7 @@ class RowImages:
         if not runs:
             raise UsageError(
                 f"model: {type(self._processor).__name__} writes {text[:80]!r} for an image, without the model's "
-                f"placeholder {self._visual_token!r}; processor and config do not belong together"
+                f"placeholder {self._visual_token!r}; processor and config do not match"
             )
         return ImageText(self._run.sub(lambda _: self._visual_token, text), runs)
 
@@ -247,7 +247,7 @@ def _tensors_of(given: Any) -> Tensors:
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return one after the other along the first axis, padded with zeros to the largest of every other axis."""
+    """Concatenate along the first axis, padded with zeros to the largest size of every other axis."""
     if len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(list(parts))
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
@@ -261,7 +261,7 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _size_of(image: ImageRef) -> tuple[int, int]:
-    with _told(image):
+    with _as_data_error(image):
         return image_size(image.path, image.reading)
 
 
@@ -270,8 +270,8 @@ def _grey(size_hw: tuple[int, int]) -> Image.Image:
 
 
 @contextmanager
-def _told(image: ImageRef) -> Iterator[None]:
-    """Return the faults of an image as what the user reads."""
+def _as_data_error(image: ImageRef) -> Iterator[None]:
+    """Raise the errors of an image file as DataErrors."""
     try:
         yield
     except BadImage as error:

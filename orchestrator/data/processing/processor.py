@@ -1,4 +1,4 @@
-"""The model's own tokenizer and image processor behind one small face: text to ids, images to pixels and counts."""
+"""A model's own tokenizer and image processor behind one interface: text to ids, images to pixels and token counts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _load(where: str | Path, config: Any, options: dict[str, Any]) -> Any:
 
 
 def _without_videos(known: Any, where: str | Path, options: dict[str, Any]) -> Any:
-    """Return a processor of this class that has no video processor: in transformers that one needs torchvision."""
+    """Return a processor of this class without its video processor, which in transformers needs torchvision."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     class ImagesOnly(known):
@@ -86,7 +86,7 @@ _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Ids of a text and the characters `[first, last)` each came from; (0, 0) for a token that was added."""
+    """Ids of a text and the characters `[first, last)` of each; (0, 0) for a token that the tokenizer added."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -96,15 +96,15 @@ class VisionTextProcessor:
     """A Hugging Face processor of an image-text-to-text model.
 
     Args:
-        processor: What `AutoProcessor` gives.
-        config: The model's config; fills in what older processor folders leave out.
+        processor: The processor from `AutoProcessor`.
+        config: The model's config; fills in what older processor folders lack.
     """
 
     def __init__(self, processor: Any, config: Any = None) -> None:
         self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
         if not getattr(self.tokenizer, "is_fast", False):
             raise UsageError(
-                f"model: the tokenizer {type(self.tokenizer).__name__} tells no character positions, which the loss on "
+                f"model: the tokenizer {type(self.tokenizer).__name__} gives no character offsets, which the loss on "
                 "answers needs; use a folder with a tokenizer.json"
             )
         if self.tokenizer.eos_token is None:
@@ -116,7 +116,7 @@ class VisionTextProcessor:
         self._fill_in(config)
 
     def _fill_in(self, config: Any) -> None:
-        """Processor folders from before transformers 4.45 do not say the patch size."""
+        """Set the patch size, which processor folders from before transformers 4.45 lack."""
         if getattr(self.processor, "patch_size", 0) is None and config is not None:
             self.processor.patch_size = config.vision_config.patch_size
             self.processor.vision_feature_select_strategy = config.vision_feature_select_strategy
@@ -124,7 +124,7 @@ class VisionTextProcessor:
 
     @property
     def pad_token_id(self) -> int:
-        """Padding's id; the end token's where the tokenizer has no padding (masked either way)."""
+        """Id of the padding token, or of the end token if the tokenizer has none (masked either way)."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -135,21 +135,21 @@ class VisionTextProcessor:
 
     @cached_property
     def image_token_id(self) -> int:
-        """Id that stands once for every visual token: the model's own, which Gemma 3's processor calls otherwise."""
+        """Id of a visual token's placeholder: the model's own, for which Gemma 3's processor has another name."""
         found = _token_id(self._config, "image")
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token)) if found is None else found
 
     @property
     def placeholder_ids(self) -> list[int]:
-        """Ids that the model takes for visual tokens, a video's too; no answer may hold one."""
+        """Ids that the model takes for visual tokens, videos included; no answer may contain one."""
         return [self.image_token_id, *(id for id in [_token_id(self._config, "video")] if id is not None)]
 
     @cached_property
     def images(self) -> RowImages:
-        """The image side.
+        """The image processor.
 
         Raises:
-            UsageError: the processor reads no images, or the tokenizer has no such id as the model's placeholder.
+            UsageError: the processor reads no images, or the tokenizer does not know the model's placeholder id.
         """
         visual_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         if visual_token is None or not hasattr(self.processor, "image_processor"):
@@ -161,7 +161,7 @@ class VisionTextProcessor:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """What templates need."""
+        """The chat format for templates."""
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
         if template is None and takes_suffix(self.processor):
             own = PrefixSuffix(self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token)
@@ -194,7 +194,7 @@ class VisionTextProcessor:
         return ChatFormat(self.image_token, self.tokenizer.eos_token, render, render_marked if marked else None)
 
     def tokenize(self, text: str) -> TokenizedText:
-        """Return the ids of a text, with the tokenizer's own first token unless the text brings it."""
+        """Return the ids of a text, with the tokenizer's first token unless the text begins with it."""
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             text,
@@ -206,14 +206,14 @@ class VisionTextProcessor:
         )
         offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        # Some tokenizers add an end token too; an answer ends where its template says so.
+        # Some tokenizers also add an end token; the template decides where an answer ends.
         if ids.size and ids[-1] == self.tokenizer.eos_token_id and not offsets[-1].any():
             ids, offsets = ids[:-1], offsets[:-1]
         return TokenizedText(ids, offsets)
 
     @property
     def fixed_image_tokens(self) -> int | None:
-        """Visual tokens of any image, where all images give the same number; else None."""
+        """Number of visual tokens of an image, if it is the same for all images; else None."""
         text = self.images.fixed_text
         return None if text is None else text.num_visual_tokens
 
@@ -226,15 +226,15 @@ class VisionTextProcessor:
         return self.images.tensors([images])
 
     def token_types(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[str, np.ndarray] | None:
-        """Return the token types a model wants beside the ids, by the name of its argument; None where it wants none.
+        """Return the token types that a model takes beside the ids, with the argument's name; None if it takes none.
 
         Args:
             input_ids: (T,) ids of a row.
             labels: (T,) ids where the assistant speaks, -100 elsewhere.
 
         Returns:
-            Name and (T,) types: 1 at visual tokens (Qwen, Gemma 3); for a model of prefix and suffix (PaliGemma) 1
-            from the first answer on.
+            Name and (T,) types: 1 at visual tokens (Qwen, Gemma 3), or 1 from the first answer on for a model with
+            prefix and suffix (PaliGemma).
         """
         name = self.images.token_type_name
         if name is None:
@@ -246,7 +246,7 @@ class VisionTextProcessor:
 
 
 def _token_id(config: Any, kind: str) -> int | None:
-    """Return the model's placeholder of an image or a video, which configs name in two ways."""
+    """Return the id of a model's image or video placeholder; configs have two names for it."""
     for name in (f"{kind}_token_id", f"{kind}_token_index"):
         found = getattr(config, name, None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""How a conversation becomes one text, and which characters of it the assistant says.
+"""Render a conversation as one text, with the character ranges that the assistant speaks.
 
 Sources: LLaVA, `llava/conversation.py` (`conv_llava_plain`, `conv_vicuna_v1`) and `llava/train/train.py`
 (`preprocess_multimodal`, `preprocess_plain`, `preprocess_v1`).
@@ -70,7 +70,7 @@ VICUNA_SYSTEM = (
 
 
 _A_LIST = "{'type': 'text'"
-"""What a template writes of a message's parts that reads strings only: Python's own form of a list."""
+"""In the output of a template that reads strings only: Python's representation of a message's parts."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: With the model's own placeholder where an image belongs, one each until it is expanded.
+        text: With the model's own placeholder for an image, one each until it is expanded.
         answers: Character ranges `[first, last)` that carry the loss, in order.
-        images: Character ranges of what stands for each image; `expand` tells them.
+        images: Character ranges of the text of each image; set by `expand`.
     """
 
     text: str
@@ -90,13 +90,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a template needs to know of a tokenizer.
+    """What a template needs of a tokenizer.
 
     Attributes:
-        image_token: Placeholder of one image in the text the model's processor reads.
+        image_token: Placeholder of one image in the text that the model's processor reads.
         eos_token: Ends an answer.
         render: `(messages, add_generation_prompt) -> text` by the tokenizer's own chat template.
-        render_marked: `messages -> (text, answer ranges)` where the template marks generation itself, else None.
+        render_marked: `messages -> (text, answer ranges)` if the template itself marks generation, else None.
     """
 
     image_token: str
@@ -111,8 +111,8 @@ def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False)
     Args:
         template: `plain`, `vicuna_v1` or `chat_template`.
         row: The conversation.
-        chat: The tokenizer's facts.
-        prompt_only: End where the assistant's last answer would begin.
+        chat: The tokenizer's chat format.
+        prompt_only: Whether to end where the assistant's last answer would begin.
 
     Raises:
         DataError: the row does not fit the template.
@@ -131,12 +131,12 @@ def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False)
 
 
 def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Rendered:
-    """Write what a processor writes for each image in place of its placeholder; answers move along.
+    """Replace each image's placeholder by the processor's text for it, and shift the ranges of answers accordingly.
 
     Args:
         rendered: A row's text.
         image_token: Placeholder of one image.
-        texts: For each image; placeholders of further images stay as they are.
+        texts: The text of each image; placeholders of further images stay.
     """
     pieces = rendered.text.split(image_token)
     found = [*texts, *[image_token] * (len(pieces) - 1 - len(texts))]
@@ -159,7 +159,7 @@ def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Render
 
 
 def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    """Return the image, then the caption and a line end: the user's words are left out, as in LLaVA's pretraining."""
+    """Render the image, the caption and a newline, without the user's words, as in LLaVA's pretraining."""
     if not row.images or [turn.role for turn in row.turns] != ["user", "assistant"]:
         raise DataError(
             f"row {row.index}: plain takes one question with an image and one answer (the caption), no system text"
@@ -172,9 +172,9 @@ def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool)
 
 
 def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    """LLaVA-1.5's prompt; the blank before an answer belongs to it, since tokenizers join it to the first word.
+    """Render LLaVA-1.5's prompt; the space before an answer belongs to it, since tokenizers join it to the first word.
 
-    A row's system text stands in the place of LLaVA's own.
+    A row's system text replaces LLaVA's own.
     """
     text, answers = f"{_system_of(turns) or VICUNA_SYSTEM} ", []
     for turn in turns:
@@ -191,9 +191,9 @@ def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: b
 
 
 def _image_first(text: str, image_token: str) -> str:
-    """Return a single image moves to the front of its turn, as `preprocess_multimodal` does; several stay in place.
+    """Move a single image to the front of its turn, as `preprocess_multimodal` does; several stay in place.
 
-    LLaVA's own code would melt several images of a turn into one.
+    LLaVA's own code would merge several images of a turn into one.
     """
     if text.count(IMAGE_MARK) == 1:
         text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
@@ -227,7 +227,7 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
             "use conversation_template vicuna_v1 or a template for images"
         )
     if answers and chat.eos_token not in text[answers[-1][0] : answers[-1][1]]:
-        # A template that never ends an answer would teach the model never to stop.
+        # With a template that never ends an answer, the model would learn never to stop.
         first, last = answers[-1]
         text = text[:last] + chat.eos_token + text[last:]
         answers[-1] = (first, last + len(chat.eos_token))
@@ -236,17 +236,16 @@ def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_onl
 
 @lru_cache(maxsize=256)
 def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
-    """Return the system text in the shape that the template reads: a list of parts, or a string; else why there is
-    none.
+    """Return the system text in the form that the template reads, a list of parts or a string; else None and why not.
 
-    A template may leave the text out, refuse it, or write what it writes for a user.
+    A template may omit the text, refuse it, or write it as the user's.
     """
     question, refusal = {"role": "user", "content": _parts("Hello")}, "leaves it out"
     for content in ([{"type": "text", "text": system}], system):
         try:
             text = chat.render([{"role": "system", "content": content}, question], True)
             as_user = chat.render([{"role": "user", "content": content}, question], True)
-        # Templates refuse by jinja's own error, and fail with any other on a shape they do not know.
+        # Templates refuse with jinja's own error, and fail with any other on a form that they do not know.
         except Exception as error:
             if isinstance(error, DataError):
                 raise
@@ -261,7 +260,7 @@ def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """Return a turn's text and images in order; templates put their own line ends around an image."""
+    """Return a turn's text and images in order; templates put their own newlines around an image."""
     parts: list[dict[str, str]] = []
     for piece in re.split(f"({re.escape(IMAGE_MARK)})", text):
         if piece == IMAGE_MARK:
@@ -274,7 +273,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 def _answers_by_prefix(
     row: Row, messages: Sequence[dict[str, Any]], chat: ChatFormat
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return an answer is what the text has after the generation prompt that stands before it."""
+    """Return the text and its answers: an answer is what follows the generation prompt before it."""
     text, answers = chat.render(messages, False), []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -283,8 +282,8 @@ def _answers_by_prefix(
         after = chat.render(messages[: number + 1], False)
         if not text.startswith(before) or not after.startswith(before):
             raise DataError(
-                f"row {row.index}: the tokenizer's chat template changes earlier turns, so where an answer begins "
-                "cannot be told; use conversation_template vicuna_v1 or a template with {% generation %}"
+                f"row {row.index}: the tokenizer's chat template changes earlier turns, so the start of an answer "
+                "is unknown; use conversation_template vicuna_v1 or a template with {% generation %}"
             )
         same = next((i for i, (a, b) in enumerate(zip(text, after, strict=False)) if a != b), len(after))
         answers.append((len(before), same))

@@ -1,4 +1,4 @@
-"""Columns in files (Apache Arrow): written in chunks that outlive an interruption, read through a memory map."""
+"""Columns in cached Apache Arrow files: written in chunks that survive an interruption, read through a memory map."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ class DamagedColumns(ValueError):
 
 
 class Columns:
-    """A file of columns, mapped into memory: what is not looked at is not read.
+    """A file of columns, mapped into memory: only columns that are used are read.
 
-    A column of a chunk is checked against its checksum when it is first used.
+    A column of a chunk is verified by its checksum when it is first used.
+
+    Args:
+        file: The Arrow file.
+
+    Raises:
+        DamagedColumns: it is missing, or not what was written.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,11 +59,11 @@ class Columns:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
+        """The file's metadata."""
         return {key.decode(): value.decode() for key, value in (self.schema.metadata or {}).items()}
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return a whole column.
+        """Return a column.
 
         Raises:
             DamagedColumns: it is not what was written.
@@ -66,11 +72,11 @@ class Columns:
         return pa.chunked_array(arrays, type=self.schema.field(name).type)
 
     def numpy(self, name: str) -> np.ndarray:
-        """Return a whole column of numbers without nulls."""
+        """Return a column of numbers without nulls."""
         return np.asarray(self.column(name).to_numpy())
 
     def values(self, position: int, *names: str) -> list[object]:
-        """Return the values of one row, unchecked: who needs them checked keeps a checksum beside them."""
+        """Return the values of one row, unverified: callers store a checksum with the row if they need one."""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         inside = position - int(self._starts[number])
         return [self._batches[number].column(name)[inside].as_py() for name in names]
@@ -93,7 +99,7 @@ def _checksum(array: pa.Array) -> int:
 
 
 def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write a file aside, then rename it.
+    """Write a temporary file, then rename it.
 
     Raises:
         OSError: the folder cannot be written.
@@ -102,7 +108,7 @@ def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
     try:
         with aside.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in batches:
-                # Through a buffer and back, so that the checksum is over what stands in the file.
+                # Serialised and read back, so that the checksum is over the bytes of the file.
                 plain = pa.ipc.read_record_batch(pa.ipc.read_message(batch.serialize()), batch.schema)
                 sums = {name: _checksum(plain.column(name)) for name in schema.names}
                 writer.write_batch(plain, custom_metadata={_CHECKSUMS: json.dumps(sums).encode()})
@@ -113,10 +119,11 @@ def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
 
 
 def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -> Columns | None:
-    """Return the file of this name in the caches; None where none has it whole.
+    """Return the cached file of this name; None if no cache has it intact.
 
     Args:
-        use: What is tried on it: a DamagedColumns from here counts as not there.
+        name: Name in the caches.
+        use: Called with the file; a DamagedColumns raised by it means that the file is not usable.
     """
     for folder in _folders():
         try:
@@ -129,37 +136,37 @@ def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -
 
 
 def keep_columns(name: str, batches: Callable[[], Iterable[pa.RecordBatch]], schema: pa.Schema) -> Columns:
-    """Write a file into the first cache that can be written, and open it.
+    """Write a file to the first cache that is writable, and open it.
 
     Raises:
-        StorageError: no folder can be written, not even a temporary one.
+        StorageError: no folder is writable, not even a temporary one.
     """
-    fault: Exception | None = None
+    failure: Exception | None = None
     for folder in _folders():
         try:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_columns(folder / name, batches(), schema)
             return Columns(folder / name)
-        except (OSError, DamagedColumns) as error:  # damaged: another process has just taken its chunks away
-            fault = error
-    raise StorageError(f"the index of the rows cannot be written anywhere: {fault}")
+        except (OSError, DamagedColumns) as error:  # damaged: another process has just removed its chunks
+            failure = error
+    raise StorageError(f"the index of the rows cannot be written to any cache: {failure}")
 
 
 class Chunks:
-    """Finished chunks of work whose whole is not finished yet: kept when it is interrupted, taken up by the next.
+    """Finished chunks of a file in the making: kept when the work is interrupted, and reused when it resumes.
 
-    Two processes that do the same work write the same chunks, each whole.
+    Two processes that do the same work write the same chunks.
 
     Args:
-        name: Of the file that the chunks will become.
-        schema: Of the chunks.
+        name: Name of the file that the chunks will become.
+        schema: Schema of the chunks.
     """
 
     def __init__(self, name: str, schema: pa.Schema) -> None:
         self._name, self._schema = name, schema
 
     def get(self, number: int) -> Columns | None:
-        """Return a chunk that was finished before."""
+        """Return a chunk finished earlier; None if there is none."""
         return open_columns(f"{self._name}.part/{number:06}")
 
     def put(self, number: int, batch: pa.RecordBatch) -> Columns:
@@ -167,20 +174,20 @@ class Chunks:
         return keep_columns(f"{self._name}.part/{number:06}", lambda: [batch], self._schema)
 
     def forget(self) -> None:
-        """Take the chunks away: the whole is finished. A temporary folder goes with its process."""
+        """Remove the chunks once the file is complete. A temporary folder is removed with its process."""
         for folder in _folders()[:-1]:
             shutil.rmtree(folder / f"{self._name}.part", ignore_errors=True)
 
 
 def batches_of(found: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
-    """Return the chunks of some files, columns checked."""
+    """Return the chunks of some files, their columns verified."""
     for columns in found:
         table = pa.table({name: columns.column(name) for name in columns.schema.names}, schema=columns.schema)
         yield from table.to_batches()
 
 
 def _folders() -> list[Path]:
-    """Return where files are looked for and kept: what all nodes share, this machine's cache, this process's own."""
+    """Return the caches in order: the one all nodes share, this machine's, and a temporary one of this process."""
     shared, own = shared_cache_folder() / "rows", cache_folder() / "rows"
     return [*dict.fromkeys((shared, own)), _temporary()]
 

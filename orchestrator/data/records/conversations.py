@@ -1,14 +1,13 @@
-"""A record of a conversation file to a Row, or the reason why it is none. Imports no torch.
+"""Parse a record of a conversation file into a Row, or say why it is invalid. Imports no torch.
 
-What users bring is read where it has one meaning only:
+Formats are read where they are unambiguous:
 
 - LLaVA: `image` (a path, or several), `conversations` of `from: human|gpt` and `value`;
 - LLaMA-Factory and ms-swift: `images`, `messages` of `role: user|assistant` and `content`, `system`;
 - OpenAI: `content` as a list of `{type: text}` and `{type: image|image_url}`.
 
-Every other key that carries something is a fault, unless it is known to say nothing of what is learned
-(`record_keys.HARMLESS`) or the user says so (`ignore_keys`): a key that is left out without a word would train another
-row than the file holds.
+Every other key with content is an error, unless it is known not to matter (`HARMLESS`) or the user says so
+(`ignore_keys`): silently dropping a key would train on another row than the file holds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ HARMLESS = {
     *("source", "dataset", "dataset_name", "data_source", "split", "model", "license", "language", "lang"),
     *("type", "task", "category", "width", "height"),
 }
-"""Keys of records and turns that say where they come from, not what is learned; keys that begin with `meta` too."""
+"""Keys of records and turns that do not change what is learned; keys that begin with `meta` count too."""
 IMAGE_KEYS, TURN_KEYS, SYSTEM_KEYS = ("image", "images"), ("conversations", "messages"), ("system", "system_prompt")
 _READ = (*IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS)
 _FOREIGN = {
@@ -50,23 +49,23 @@ _WHY = {key: why for why, keys in _FOREIGN.items() for key in keys.split()}
 
 
 def why_not(key: str) -> str:
-    """Return why a key is not read, or which it may be meant for; empty where nothing is known of it."""
+    """Return why a key is not read, or which key may be meant; empty if neither is known."""
     near = nearest(key, list(_READ))
     return _WHY.get(key) or (f"did you mean {near}?" if near else "")
 
 
 def no_foreign_keys(record: dict[str, Any]) -> None:
-    """Raise a BadRow for keys with content that are not read.
+    """Refuse keys with content that are not read.
 
     Raises:
-        BadRow: it names them and says what the record looks like.
+        BadRow: there is one; the message says what the record looks like.
     """
     foreign = [key for key in record if key not in _READ and says_something(key, record[key])]
     if not foreign:
         return
     hint = why_not(foreign[0])
     if not any(record.get(key) for key in TURN_KEYS):
-        # Not LLaVA's format at all: what the file looks like says more than one of its keys.
+        # Not LLaVA's format at all: what the file looks like helps more than the name of a key.
         why = f" ({hint})" if hint else ""
         raise BadRow(f"it has {listed(record)}{why}; LLaVA's format has conversations, image")
     named = ", ".join(f"`{cut(key)}`" for key in foreign[:5])
@@ -77,12 +76,12 @@ def no_foreign_keys(record: dict[str, Any]) -> None:
 
 
 def says_something(key: str, value: Any) -> bool:
-    """Return whether a key that is not read carries something."""
+    """Return whether a key that is not read has content that may matter."""
     return key not in HARMLESS and not key.startswith("meta") and not is_nothing(value)
 
 
 def is_nothing(value: Any) -> bool:
-    """Return whether a value stands for none: null, false, or an empty text, list or mapping."""
+    """Return whether a value is empty: null, false, or an empty text, list or mapping."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
@@ -94,7 +93,7 @@ def listed(record: dict[str, Any]) -> str:
 
 
 def readable(text: str, what: str) -> None:
-    """Raise a BadRow for a text that no tokenizer or file system takes.
+    """Refuse a text that no tokenizer or file system accepts.
 
     Raises:
         BadRow: it holds half of an escaped character, a byte that was not UTF-8, or a NUL.
@@ -111,10 +110,10 @@ def readable(text: str, what: str) -> None:
 
 
 def no_repeats(value: dict[str, Any], what: str) -> None:
-    """Raise a BadRow for a mapping with a key twice, of which JSON would keep the last.
+    """Refuse a mapping that repeats a key, of which JSON would keep the last.
 
     Raises:
-        BadRow: it names the key.
+        BadRow: a key is repeated.
     """
     if isinstance(value, RepeatedKeys):
         raise BadRow(f"{what} has the key `{cut(value.repeated)}` twice")
@@ -126,7 +125,7 @@ def short(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """Return a text, for a message: 60 characters that can be printed."""
+    """Return a text for a message: printable, at most 60 characters."""
     text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -142,10 +141,10 @@ _ROLES = {
 
 
 def list_of_turns(key: str, value: Any) -> list[Any]:
-    """Return the turns as they stand.
+    """Return the list of turns.
 
     Raises:
-        BadRow: they are no list, or none.
+        BadRow: it is not a list, or empty.
     """
     if not isinstance(value, list):
         raise BadRow(f"`{key}` is a list of turns, this is {short(value)}")
@@ -158,7 +157,7 @@ def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, lis
     """Return a turn and the images named in it.
 
     Raises:
-        BadRow: it cannot be used.
+        BadRow: it is invalid.
     """
     if not isinstance(turn, dict):
         raise BadRow(f"turn {number} is a mapping with `from` and `value`, this is {short(turn)}")
@@ -189,7 +188,7 @@ def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, lis
 
 
 def _part(number: int, part: Any, names: list[str]) -> str:
-    """Return the text of a part of OpenAI's `content`; the path of an image goes to `names`."""
+    """Return the text of a part of OpenAI's `content`; append the path of an image to `names`."""
     where = f"a part of turn {number}"
     if not isinstance(part, dict):
         raise BadRow(f"{where} is a mapping with `type`, this is {short(part)}")
@@ -211,7 +210,7 @@ def _part(number: int, part: Any, names: list[str]) -> str:
 
 
 def _only(part: dict[str, Any], where: str, keys: tuple[str, ...]) -> Any:
-    """Return the value of the one key that is given."""
+    """Return the value of the single key that is given."""
     given = {key: value for key, value in part.items() if key != "type" and not is_nothing(value)}
     foreign = [key for key in given if key not in keys]
     if foreign or len(given) > 1:
@@ -220,10 +219,10 @@ def _only(part: dict[str, Any], where: str, keys: tuple[str, ...]) -> Any:
 
 
 def in_order(turns: list[Turn]) -> tuple[Turn, ...]:
-    """Return the turns, where user and assistant speak in turns after at most one system text; a blank one falls away.
+    """Return the turns if user and assistant alternate, after at most one system text; drop an empty system text.
 
     Raises:
-        BadRow: they do not.
+        BadRow: they do not alternate, or there is no answer.
     """
     first = 1 if turns[0].role == "system" else 0
     for number, turn in enumerate(turns[first:]):
@@ -245,10 +244,10 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|.*\\", re.ASCII | re.DOTALL)
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """What a data set says of its records.
+    """A data set's settings for its records.
 
     Attributes:
-        ignore_keys: Keys of records and turns that are left out.
+        ignore_keys: Keys of records and turns to ignore.
         allow_outside_image_folder: Whether paths may be absolute or hold `..`.
         reading: How images are read.
     """
@@ -269,12 +268,12 @@ def parse_record(
     Args:
         index: The record's place in its file.
         record: A mapping as described above.
-        image_folder: What image paths are relative to.
-        template: `plain` asks for one image question and one caption.
-        options: What the data set says.
+        image_folder: Folder that image paths are relative to.
+        template: `plain` requires one question with an image and one caption.
+        options: The data set's settings.
 
     Raises:
-        BadRow: it cannot be used.
+        BadRow: the record is invalid.
     """
     if isinstance(record, BadRow):
         raise record
@@ -308,11 +307,11 @@ def parse_record(
 
 
 def fault_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
-    """Return the faults by row; what at least half of all rows have in common is told once, with the first of them.
+    """Return one line per bad row; an error that at least half of all rows share gets a single line.
 
     Args:
-        bad: Row index to what is wrong with it.
-        num_records: Rows of the file, good and bad.
+        bad: By row index, the error.
+        num_records: Number of rows of the file, good and bad.
     """
     kinds = {index: _kind(fault) for index, fault in bad.items()}
     counts = Counter(kinds.values())
@@ -330,16 +329,16 @@ def fault_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
 
 
 def _kind(fault: str) -> str:
-    """Return a fault without the words that differ from row to row: paths, numbers, quoted values."""
+    """Return an error without the words that differ from row to row: paths, numbers, quoted values."""
     return " ".join(word for word in fault.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
 
 
 def _one_of(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    """Return which of the keys the record has; a key of null or nothing counts only where no other is there."""
+    """Return the one of the keys that the record has; an empty value counts only if no other key is there."""
     given = [key for key in keys if key in record and record[key] is not None]
     full = [key for key in given if not is_nothing(record[key])] or given[:1]
     if len(full) > 1:
-        raise BadRow(f"it has both `{full[0]}` and `{full[1]}`; one of them would be left out")
+        raise BadRow(f"it has both `{full[0]}` and `{full[1]}`; give one of them")
     return full[0] if full else None
 
 
@@ -352,7 +351,7 @@ def _with_system(record: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn,
     if not text.strip():
         return turns
     if turns[0].role == "system":
-        raise BadRow(f"it has both `{key}` and a turn from system; one of them would be left out")
+        raise BadRow(f"it has both `{key}` and a turn from system; give one of them")
     return (Turn("system", text), *turns)
 
 
@@ -361,7 +360,7 @@ def _image_names(record: dict[str, Any], in_turns: list[Any]) -> list[str]:
     value = record[key] if key is not None else None
     names = [] if value is None else value if isinstance(value, list) else [value]
     if names and in_turns:
-        raise BadRow(f"images are named both in `{key}` and in the turns; their order cannot be told")
+        raise BadRow(f"images are named both in `{key}` and in the turns; their order is ambiguous")
     for name in names or in_turns:
         if not isinstance(name, str) or not name:
             raise BadRow(f"`{key or 'image_url'}` is a path or a list of paths, this is {short(name)}")
@@ -369,15 +368,15 @@ def _image_names(record: dict[str, Any], in_turns: list[Any]) -> list[str]:
 
 
 def _path(name: str, folder: Path, options: RecordOptions) -> str:
-    """Return where an image is.
+    """Return the path of an image.
 
-    Links in the image folder are followed: they are the user's; a path is the data file's.
+    Links in the image folder are followed: the user put them there, while paths come from the data file.
     """
     readable(name, "the image's path")
     if _URL.match(name):
-        raise BadRow(f"the image {cut(name)} is no path; download it into image_folder")
+        raise BadRow(f"the image {cut(name)} is not a path; download it into image_folder")
     if _WINDOWS.match(name):
-        raise BadRow(f"the image {cut(name)} is a path of Windows; write it with / and relative to image_folder")
+        raise BadRow(f"the image {cut(name)} is a Windows path; write it with / and relative to image_folder")
     within = name.startswith(os.path.join(folder, "")) if name.startswith("/") else True
     if not options.allow_outside_image_folder and (not within or ".." in name.split("/")):
         raise BadRow(

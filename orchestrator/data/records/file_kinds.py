@@ -1,4 +1,4 @@
-"""What a file looks like by its first bytes, for messages about a file that is not what its name says."""
+"""Guess a file's kind from its first bytes, for messages about a file that is not what its name says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
 
 
 def looks_like(head: bytes) -> str | None:
-    """Return what the first bytes say a file is, e.g. `a parquet file`; None where they say nothing."""
+    """Return the kind of a file by its first bytes, e.g. `a parquet file`; None if they do not tell."""
     if head and not head.strip(b"\0"):
         return "nothing but zeros: the download went wrong"
     for magic, kind in _KINDS:

@@ -1,14 +1,14 @@
-"""Opens image files, in one way everywhere: for training, evaluation, sizes and the check. Imports no torch.
+"""Open image files, for training, evaluation, sizes and the check alike. Imports no torch.
 
-What comes out is what `transformers.image_utils.load_image` gives and an image viewer shows. Where the two differ, the
-file is refused with the reason, unless the data set says which of them to follow (`ImageReading.ambiguous`):
+The result is what `transformers.image_utils.load_image` returns and an image viewer shows. Where the two differ, the
+file is refused with the reason, unless the data set chooses one of them (`ImageReading.ambiguous`):
 
-- 16-bit grey: `load_image` cuts off at 255; a viewer scales, and so does this, always. 32-bit grey and floats have no
-  range that a viewer would know: refused, always.
-- Transparency: `load_image` leaves it out, so that colours nobody sees come to light; a viewer shows what is beneath,
-  here white, as transformers' own `convert_to_rgb` does. Refused where that makes a difference.
+- 16-bit grey: `load_image` clips at 255; a viewer scales, and so does this module, always. 32-bit grey and floats have
+  no defined range: refused, always.
+- Transparency: `load_image` drops it, so that hidden colours become visible; a viewer shows what is beneath, here
+  white, as transformers' own `convert_to_rgb`. Refused where that makes a difference.
 - Several frames or pages: `load_image` takes the first, a viewer plays them. The second picture of a phone's JPEG (MPO:
-  depth, gain map) is no frame.
+  depth, gain map) does not count as a frame.
 
 EXIF orientation is applied, colour profiles are not, as in `load_image`.
 """
@@ -28,9 +28,9 @@ from orchestrator.data.records.file_kinds import HEAD_BYTES, looks_like
 from orchestrator.data.rows import AS_IT_IS, ImageReading
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are read; MPO (phones) counts as JPEG. Others reach rare decoders, or Ghostscript (EPS)."""
+"""Formats that are read; MPO (phones) counts as JPEG. Others would run rare decoders, or Ghostscript (EPS)."""
 MAX_PIXELS = 89_478_485
-"""Largest picture, after padding: where Pillow begins to suspect a decompression bomb."""
+"""Largest picture, after padding: Pillow warns of a decompression bomb from here on."""
 _MAGIC = (
     b"\xff\xd8\xff",
     b"\x89PNG",
@@ -49,16 +49,16 @@ _MAGIC = (
 _ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
 _ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)
-# What a PNG's value is in 8 bits, where Pillow scales the pixels and leaves the transparent value as it was.
+# Scale of a PNG's transparent value to 8 bits: Pillow scales the pixels, but not this value.
 _STEPS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 class BadImage(ValueError):
-    """A file that cannot be used; the message goes after its path: `is missing`."""
+    """A file that cannot be used; the message follows its path: `is missing`."""
 
 
 def open_image(path: str, reading: ImageReading = AS_IT_IS) -> Image.Image:
-    """Return the picture as RGB, 8 bits a channel, upright; not padded, since the colour is the processor's.
+    """Return the picture as RGB, 8 bits per channel, upright; not padded, since the processor has the colour.
 
     Raises:
         BadImage: the file is missing, damaged, too large, of a format that is not read, or ambiguous.
@@ -69,7 +69,7 @@ def open_image(path: str, reading: ImageReading = AS_IT_IS) -> Image.Image:
 
 
 def image_size(path: str, reading: ImageReading = AS_IT_IS) -> tuple[int, int]:
-    """Return the height and width of what `open_image` gives, after padding; from the header alone.
+    """Return height and width of what `open_image` returns, after padding, from the header alone.
 
     Raises:
         BadImage: as `open_image`, as far as the header tells.
@@ -77,17 +77,17 @@ def image_size(path: str, reading: ImageReading = AS_IT_IS) -> tuple[int, int]:
     """
     with _opened(path, reading) as image:
         width, height = image.size
-        # Pillow turns TIFF by itself, its size too.
+        # Pillow rotates TIFF by itself, its size too.
         if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
             width, height = height, width
     return (max(width, height),) * 2 if reading.pad else (height, width)
 
 
 def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
-    """Decode the whole file as training will, and look for damage that a decoder passes over.
+    """Decode the complete file as training will, and look for damage that decoders overlook.
 
-    That is checksums (PNG), and a file that ends in zeros as broken downloads do (WebP; the decoders of JPEG and others
-    tell). A flipped bit in a format without checksums cannot be told from a picture.
+    That is checksums (PNG), and a file that ends in zeros as incomplete downloads do (WebP; the decoders of JPEG and
+    others notice). A flipped bit in a format without checksums cannot be detected.
 
     Raises:
         BadImage: as `open_image`.
@@ -105,7 +105,7 @@ def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Return the picture in the middle of a square of this colour: LLaVA's `expand2square`."""
+    """Return the picture centred in a square of this colour: LLaVA's `expand2square`."""
     width, height = image.size
     if width == height:
         return image
@@ -117,8 +117,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 @contextmanager
 def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
-    """Return the image with its header read; what goes wrong in the block is told as a BadImage too."""
-    # Some libraries set this for the whole process; half a picture is no picture.
+    """Open an image and read its header; errors inside the block become BadImage too."""
+    # Some libraries set this for the whole process; half a picture is an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         kind = os.stat(path).st_mode
@@ -135,7 +135,9 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
                 width = height = max(width, height)
             if width * height > MAX_PIXELS:
                 padded = " when padded to a square" if reading.pad else ""
-                raise BadImage(f"has {width}x{height} pixels{padded}, more than {MAX_PIXELS:,}: taken for a bomb")
+                raise BadImage(
+                    f"has {width}x{height} pixels{padded}, more than {MAX_PIXELS:,}: refused as a decompression bomb"
+                )
             yield image
     except (BadImage, MemoryError):
         raise
@@ -144,13 +146,13 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadImage(f"is too large: {error}") from error
     except OSError as error:
-        # Pillow's own complaints carry no number; those of the system do.
+        # Pillow's own errors have no errno; those of the system do.
         if error.errno in _ABSENT:
             raise BadImage(_ABSENT[error.errno]) from error
         if error.errno is not None:
             raise
         raise BadImage(f"is damaged: {error}") from error
-    # Pillow's decoders raise whatever they stumble over in a damaged file.
+    # Pillow's decoders raise exceptions of any kind on a damaged file.
     except Exception as error:
         raise BadImage(f"is damaged: {error or type(error).__name__}") from error
 
@@ -161,7 +163,7 @@ def _unknown(path: str) -> str:
     if not head:
         return "is empty"
     if head.startswith(_MAGIC):
-        return "is damaged, or of a kind that Pillow cannot read"
+        return "is damaged, or of a variant that Pillow cannot read"
     return f"is {looks_like(head) or 'not an image, or is damaged'}; formats read are {', '.join(FORMATS)}"
 
 
@@ -205,10 +207,9 @@ def _as_rgb(image: Image.Image, reading: ImageReading) -> Image.Image:
 
 
 def _range_of_grey(image: Image.Image) -> tuple[int | None, bool]:
-    """Return the value that is white in a grey image of more than 8 bits, None where nothing says it; whether 0 is
-    white.
+    """Return the white value of a grey image of more than 8 bits (None if unknown), and whether 0 is white.
 
-    A TIFF says its bits; PNG has 16; Pillow scales the values of PGM to 16.
+    A TIFF tells its bits; PNG has 16; Pillow scales the values of PGM to 16.
     """
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
@@ -220,10 +221,10 @@ def _range_of_grey(image: Image.Image) -> tuple[int | None, bool]:
 
 
 def _scaled(image: Image.Image, full: int | None, inverted: bool, see_through: Any) -> Image.Image:
-    """8-bit grey of 16-bit grey, rounded to nearest; with an alpha channel where one value is transparent."""
+    """Scale 16-bit grey to 8 bits, rounded to nearest, with an alpha channel if a value is transparent."""
     if full is None:
-        raise BadImage(f"has grey values (Pillow's mode {image.mode}) whose range nothing tells; convert it to 8 bits")
-    import numpy as np  # the command line does without it until a 16-bit picture comes
+        raise BadImage(f"has grey values (Pillow's mode {image.mode}) of unknown range; convert it to 8 bits")
+    import numpy as np  # late: the command line needs it for 16-bit pictures only
 
     values = np.asarray(image).astype(np.uint32)
     grey = (np.minimum(values, full) * 255 + full // 2) // full

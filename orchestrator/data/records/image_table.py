@@ -1,4 +1,4 @@
-"""The images of a data set as a table kept by path, size and time: content digest, size in pixels, what is wrong."""
+"""A cached table of a data set's images: file size and time, content digest, size in pixels, error."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ CHECK_THREADS = 8
 
 
 def image_faults(paths: Iterable[str], reading: ImageReading = AS_IT_IS) -> dict[str, str]:
-    """Return what is wrong with each image that cannot be used: path to reason.
+    """Return, by path, the error of each image that cannot be used.
 
-    Every file is read and decoded to its end, as training will.
+    Every file is read and decoded completely, as training will.
 
     Args:
-        paths: Image files; one given twice is looked at once.
+        paths: Image files; one given twice is checked once.
         reading: How the data set reads them.
 
     Raises:
-        DataError: the storage fails or refuses; that says nothing of the images, and another attempt may succeed.
+        DataError: the storage fails, which says nothing about the images; another attempt may succeed.
     """
     wanted = list(dict.fromkeys(paths))
     with warnings.catch_warnings():
@@ -59,7 +59,7 @@ def _fault(path: str, reading: ImageReading) -> str | None:
 _CHUNK_IMAGES = 1024
 _THREADS = 8
 _RACY_NS = 2 * 10**9
-# What says that no file of this name is there, however often one asks. Anything else may be another tomorrow.
+# Errors that mean that there is no such file. Others may be temporary.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _MISSING = (-1, -1)
 _SCHEMA = pa.schema(
@@ -76,11 +76,11 @@ _SCHEMA = pa.schema(
 
 
 class ImageTable:
-    """What is known of a data set's images.
+    """The images of a data set.
 
     Args:
         columns: The table, sorted by name.
-        folder: What names are relative to.
+        folder: Folder that names are relative to.
     """
 
     def __init__(self, columns: Columns, folder: str) -> None:
@@ -93,7 +93,7 @@ class ImageTable:
 
     @cached_property
     def faults(self) -> dict[bytes, str]:
-        """Name to what is wrong with an image that cannot be used."""
+        """By name, the error of each image that cannot be used."""
         faults = self._columns.column("fault")
         if faults.null_count == len(faults):
             return {}
@@ -102,7 +102,7 @@ class ImageTable:
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Path to height and width of each image that can be used."""
+        """By path, height and width of each image that can be used."""
         names, faults = self._columns.column("name").to_pylist(), self._columns.column("fault").to_pylist()
         heights, widths = self._columns.numpy("height").tolist(), self._columns.numpy("width").tolist()
         return {
@@ -118,17 +118,17 @@ def path_of(folder: str, name: bytes) -> str:
 
 
 def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
-    """Return the images of a data set as they are now; those that changed since they were last read are read again.
+    """Return the current table of a data set's images; files that changed since they were last read are read again.
 
     Args:
-        key: Of the rows that name them.
-        folder: What names are relative to.
-        names: Their names, sorted; asked where no table is there.
+        key: Key of the rows that name them.
+        folder: Folder that names are relative to.
+        names: Returns their sorted names; called if there is no table yet.
         reading: How they are read.
 
     Raises:
-        OSError: the storage fails; that says nothing of the images.
-        DataError: the same, met while decoding; or an image changes while it is read.
+        OSError: the storage fails, which says nothing about the images.
+        DataError: the storage fails while an image is decoded, or an image changes while it is read.
     """
     code = source_code(__name__, image_files.__name__)
     file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
@@ -150,7 +150,7 @@ def _check(columns: Columns) -> None:
 
 
 def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
-    """Return (N, 2) size and time of each file, (-1, -1) for one that is not there.
+    """Return size and time of each file (N, 2), (-1, -1) for a missing one.
 
     Raises:
         OSError: the storage fails.
@@ -183,7 +183,7 @@ _Entry = tuple[int, int, str | None, int, int, str | None]
 def _refresh(
     file: str, folder: str, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
 ) -> Columns:
-    """Read what is new or changed, in chunks that outlive an interruption, and writes the table."""
+    """Read new and changed images, in chunks that survive an interruption, and write the table."""
     chunks = Chunks(file, _SCHEMA)
     entries: dict[bytes, _Entry] = {}
     first_free = 0
@@ -253,8 +253,8 @@ def _entry(path: str, before: tuple[int, int], fault: str | None, reading: Image
             except image_files.BadImage as error:
                 fault = str(error)
     if _stat(path) != before:
-        raise DataError(f"{path} changes while it is read; wait until it is whole, then try again")
+        raise DataError(f"{path} changes while it is read; wait until it is complete, then try again")
     size, mtime_ns = before
-    # A file written a moment ago may be written again within the clock's grain: do not trust its time yet.
+    # A file written just now may be written again within the clock's resolution: do not trust its time yet.
     trusted = mtime_ns if before == _MISSING or time.time_ns() - mtime_ns > _RACY_NS else -2
     return size, trusted, sha, height, width, fault or ("is missing" if before == _MISSING else None)

@@ -1,4 +1,4 @@
-"""Records of a JSON or JSONL file, one after the other, so that a large file never stands in memory as a whole."""
+"""Stream the records of a JSON or JSONL file, so that a large file is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BadRow(ValueError):
 
 
 class RepeatedKeys(dict[str, Any]):
-    """A mapping that its file gives one key twice.
+    """A mapping with a key that its file repeats.
 
     Attributes:
         repeated: The key.
@@ -30,10 +30,9 @@ class RepeatedKeys(dict[str, Any]):
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Return the records of a `.json` file (one list) or a `.jsonl` file (`.ndjson`); a broken line comes out as a
-    BadRow.
+    """Return the records of a `.json` file (one list) or a `.jsonl` (`.ndjson`) file; an invalid line gives a BadRow.
 
-    Bytes that are not UTF-8 come out as lone surrogates, so that they spoil their own row only.
+    Bytes that are not UTF-8 become lone surrogates, so that they invalidate their own row only.
 
     Raises:
         DataError: the file cannot be read, or is not what its name says; for a list perhaps after some records.
@@ -79,20 +78,20 @@ def _first_character(file: IO[str]) -> str:
 
 
 def _of_lines(path: Path, file: IO[str]) -> Iterator[Any]:
-    whole = None
+    first = True
     for line in file:
         if not line.strip(_BLANKS):
             continue
         record = _parse(line)
-        if whole is None:
-            whole = record
+        if first:
+            first = False
             if isinstance(record, BadRow) and (keys := _keys_of_mapping(path)) is not None:
                 raise DataError(f"{path} holds one mapping of {keys}, not one record a line")
         yield record
 
 
 def _not_a_list(path: Path, file: IO[str]) -> str:
-    """Return what to say of a `.json` file that begins with a mapping."""
+    """Return the error message for a `.json` file that begins with a mapping."""
     line = next((line for line in file if line.strip(_BLANKS)), "")
     rest = next((line for line in file if line.strip(_BLANKS)), "")
     if rest and isinstance(_parse(line), dict):
@@ -104,7 +103,7 @@ def _not_a_list(path: Path, file: IO[str]) -> str:
 
 
 def _keys_of_mapping(path: Path) -> str | None:
-    """Return the keys of a file that is one mapping; None where it is something else."""
+    """Return the keys of a file that is one mapping; None if it is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError):
@@ -113,10 +112,10 @@ def _keys_of_mapping(path: Path) -> str | None:
 
 
 class _ListReader:
-    """A JSON list, read piece by piece.
+    """A JSON list, read in chunks.
 
     Args:
-        path: Named in errors.
+        path: The file's path, for errors.
         file: The text, at its beginning.
     """
 
@@ -129,7 +128,7 @@ class _ListReader:
         """Return the records, one after the other.
 
         Raises:
-            DataError: it is no JSON list, perhaps after some records.
+            DataError: it is not a JSON list, perhaps after some records.
         """
         self._next_character()
         self._place += 1  # the bracket
@@ -156,7 +155,7 @@ class _ListReader:
             except RecursionError as error:
                 raise self._broken("too deeply nested") from error
             except ValueError as error:
-                # What is cut off by the end of the piece fails at its end, or as a string that does not end.
+                # A record cut off by the end of the chunk fails at its end, or as a string that does not end.
                 cut = getattr(error, "pos", -1) >= len(self._text) - 16 or "Unterminated" in str(error)
                 if cut and self._more():
                     continue
@@ -166,14 +165,14 @@ class _ListReader:
                 return record
 
     def _more(self) -> bool:
-        """Read on; False at the end of the file, where nothing is moved."""
+        """Read another chunk; return False at the end of the file, where nothing changes."""
         piece = self._file.read(max(CHUNK_CHARACTERS, len(self._text) - self._place))
         if piece:
             self._text, self._place = self._text[self._place :] + piece, 0
         return bool(piece)
 
     def _next_character(self) -> str:
-        """Return the next that is no blank, still to be read; empty at the end of the file."""
+        """Return the next character that is not whitespace, without consuming it; empty at the end of the file."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in _BLANKS:
                 self._place += 1

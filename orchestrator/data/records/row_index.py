@@ -1,6 +1,6 @@
-"""The index of a data set's rows: made once, kept by content, mapped into memory by all who read rows.
+"""The index of a data set's rows: built once, cached by content, mapped into memory by all readers.
 
-What is planned, checked, trained and tested reads it, so that all see the same rows, and none parses the data again.
+Planning, checks, training and evaluation read it, so that all see the same rows, and none parses the data again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from orchestrator.data.rows import (
     ImageRef,
     Row,
     Turn,
+    described,
     evenly_spread,
     open_data_set,
     raise_for_faults,
@@ -50,20 +51,20 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROW = ("index", "images", "roles", "texts", "answer_type", "checksum")
-# Few bytes a row, looked at by all who open an index. The rest is checked row by row, when a row is made.
+# Few bytes per row, verified whenever an index is opened. The rest is verified row by row, when a row is read.
 _ALWAYS_CHECKED = ("index", "reason", "words", "images", "checksum")
 
 Entry = Row | tuple[int, str]
-"""A row, or the index of one that cannot be used and why."""
+"""A row, or the index of a bad one and the reason."""
 
 
 class RowIndex:
     """The rows of a data set, good and bad, and its images.
 
     Args:
-        columns: One entry a row, in the order of the file.
+        columns: One entry per row, in the order of the file.
         images: Their images.
-        folder: What image names are relative to.
+        folder: Folder that image names are relative to.
         reading: How images are read.
     """
 
@@ -75,14 +76,14 @@ class RowIndex:
 
     @cached_property
     def unreadable(self) -> dict[int, str]:
-        """Index of each row that cannot be used whatever its images are, to the reason."""
+        """By index, why a row cannot be used, whatever its images are."""
         reasons = self._columns.column("reason")
         positions = np.flatnonzero(np.asarray(pc.is_valid(reasons))).tolist()
         return {int(self.numbers[position]): str(reasons[position]) for position in positions}
 
     @cached_property
     def bad(self) -> dict[int, str]:
-        """Index of each row that cannot be used, to the reason."""
+        """By index, why a row cannot be used."""
         found = dict(self.unreadable)
         for position in self._with_broken_images() if self.images.faults else ():
             found.setdefault(int(self.numbers[position]), self._image_fault(position))
@@ -107,17 +108,17 @@ class RowIndex:
 
     @cached_property
     def parsed(self) -> np.ndarray:
-        """Positions of the rows that can be used as far as the rows alone tell, whatever their images."""
+        """Positions of the rows that can be used if their images can."""
         return np.flatnonzero(np.asarray(pc.is_null(self._columns.column("reason"))))
 
     @cached_property
     def words(self) -> np.ndarray:
-        """Words of each row, by position."""
+        """Number of words of each row, by position."""
         return self._columns.numpy("words")
 
     @cached_property
     def num_images(self) -> np.ndarray:
-        """Images of each row, by position."""
+        """Number of images of each row, by position."""
         return np.asarray(pc.list_value_length(self._columns.column("images")).to_numpy())
 
     @cached_property
@@ -129,33 +130,33 @@ class RowIndex:
         """Return a row.
 
         Raises:
-            DataError: the index is damaged; it is taken away, so that it is made again.
+            DataError: the index is damaged; it is deleted, so that it is built again.
         """
         values: list[Any] = self._columns.values(position, *_ROW)
         index, names, roles, texts, answer_type, checksum = values
         if _checksum(index, names, roles, texts, answer_type) != checksum:
             self._columns.file.unlink(missing_ok=True)
-            raise DataError(f"{self._columns.file}: the index of the rows is damaged; try again, it is made anew")
+            raise DataError(f"{self._columns.file}: the index of the rows is damaged; run again to rebuild it")
         images = tuple(ImageRef(path_of(self._folder, name), self._reading) for name in names)
         return Row(index, images, tuple(map(Turn, roles, texts)), answer_type)
 
     def digest(self, source: str, with_bad_rows: bool) -> str:
-        """Return what the data set is: its source's content, its images' contents, and which rows are left out.
+        """Return a digest of the data set: of its source, its images, and which rows are dropped.
 
         Args:
-            source: Digest of what the rows were read from.
-            with_bad_rows: Whether bad rows are left out; else none may be.
+            source: Digest of the file that the rows were read from.
+            with_bad_rows: Whether bad rows are dropped; otherwise none may be bad.
         """
         left_out = list(self.bad) if with_bad_rows else []
         return digest([source, self.images.digest, left_out])
 
 
 class IndexedRows(Sequence[Row]):
-    """Some rows of an index, each made when it is asked for.
+    """Some rows of an index, each read when it is used.
 
     Attributes:
         origin: The index.
-        positions: (N,) the rows' positions in it.
+        positions: The rows' positions in it (N,).
     """
 
     def __init__(self, origin: RowIndex, positions: np.ndarray) -> None:
@@ -175,28 +176,28 @@ class IndexedRows(Sequence[Row]):
 
     @property
     def num_words(self) -> np.ndarray:
-        """(N,) words of each row."""
+        """Number of words of each row (N,)."""
         return self.origin.words[self.positions]
 
     @property
     def num_images(self) -> np.ndarray:
-        """(N,) images of each row."""
+        """Number of images of each row (N,)."""
         return self.origin.num_images[self.positions]
 
     @property
     def numbers(self) -> np.ndarray:
-        """(N,) index of each row in its file."""
+        """Index of each row in its file (N,)."""
         return self.origin.numbers[self.positions]
 
     def without(self, numbers: Iterable[int]) -> IndexedRows:
-        """Return these rows but those of some indices in the file."""
+        """Return these rows without those of some indices in the file."""
         left_out = list(numbers)
         if not left_out:
             return self
         return IndexedRows(self.origin, self.positions[~np.isin(self.numbers, left_out)])
 
     def spread(self, wanted: int | None) -> IndexedRows:
-        """Return `wanted` of these at equal distances."""
+        """Return `wanted` of these rows at equal distances."""
         if wanted is None or wanted >= len(self):
             return self
         return IndexedRows(self.origin, self.positions[np.asarray(evenly_spread(len(self), wanted), dtype=np.int64)])
@@ -225,7 +226,7 @@ class JoinedRows(Sequence[Row]):
 
 
 def num_words(rows: Sequence[Row]) -> np.ndarray:
-    """Return (N,) words of each row."""
+    """Return the number of words of each row (N,)."""
     if isinstance(rows, JoinedRows):
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_words, rows.sets)])
     if isinstance(rows, IndexedRows):
@@ -234,7 +235,7 @@ def num_words(rows: Sequence[Row]) -> np.ndarray:
 
 
 def num_images(rows: Sequence[Row]) -> np.ndarray:
-    """Return (N,) images of each row."""
+    """Return the number of images of each row (N,)."""
     if isinstance(rows, JoinedRows):
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_images, rows.sets)])
     if isinstance(rows, IndexedRows):
@@ -247,18 +248,17 @@ def open_rows(spec: DataSpec, content: str | None = None, left_out: Iterable[int
 
     Args:
         spec: The data set.
-        content: Its content as it was planned; None compares nothing.
-        left_out: Indices of rows that are left out.
+        content: Its planned content digest; None compares nothing.
+        left_out: Indices of rows to drop.
 
     Raises:
-        DataError: they cannot be used, or are not what was planned.
+        DataError: the rows cannot be used, or are not what was planned.
         OSError: the storage fails.
     """
     if content is not None and (now := _content_here(spec)) != content:
-        where = " ".join([f"data of kind {spec.kind}", *(str(getattr(spec, name)) for name in spec.path_fields[:1])])
         raise DataError(
-            f"{where} has changed since it was planned (content {content[:12]}, now {now and now[:12]}): rows or "
-            "images are others, or missing on this machine; put them back, or run again to plan with what is there"
+            f"{described(spec)} has changed since it was planned (content {content[:12]}, now {now and now[:12]}): "
+            "rows or images are others, or missing on this machine; restore them, or run again to plan with these"
         )
     implementation = open_data_set(spec)
     found = implementation.rows() if hasattr(implementation, "index") else _index_of(spec, implementation)
@@ -275,10 +275,9 @@ def _content_here(spec: DataSpec) -> str | None:
 
 
 def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
-    """Return an index of what any kind's `rows` give, kept by the rows themselves: only the kind knows what they
-    depend on.
+    """Return an index of the `rows` of a data kind without an index of its own, cached by the rows themselves.
 
-    Its own digest of the content does not do: equal content may lie elsewhere, its images with it.
+    The kind's content digest is not enough: equal content may be in another folder, and its images with it.
     """
     _, absent = data_identity(spec)
     if absent is not None:
@@ -301,12 +300,12 @@ def row_index(
     folder: str = "",
     reading: ImageReading = AS_IT_IS,
 ) -> RowIndex:
-    """Return the index of some rows: from the cache where it is there whole, made where not; images as they are now.
+    """Return the index of some rows, cached or newly built, with the current state of their images.
 
     Args:
-        source: What rows depend on, the digest of their file among it.
-        entries: Reads the rows: for each a function that makes its entry, not called for rows that are known.
-        folder: What image paths below it are kept relative to, so that rows may move.
+        source: All that the rows depend on, such as the digest of their file.
+        entries: Reads the rows: returns for each a function that makes its entry, not called for rows that are cached.
+        folder: Image paths below it are stored relative to it, so that the data may move.
         reading: How images are read.
 
     Raises:
@@ -340,7 +339,7 @@ def _checksum(*values: Any) -> int:
 def _make(
     name: str, entries: Callable[[], Iterable[Callable[[], Entry]]], folder: str, reading: ImageReading
 ) -> Columns:
-    """Read all rows, in chunks that outlive an interruption."""
+    """Read all rows, in chunks that survive an interruption."""
     chunks, done, number = Chunks(name, _SCHEMA), [], 0
     with progress("rows read", None) as advance:
         stream = iter(entries())
@@ -370,7 +369,7 @@ def _batch(entries: Iterator[Entry], folder: str, reading: ImageReading) -> pa.R
             put(index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, 0)
             continue
         if any(image.reading != reading for image in entry.images):
-            raise DataError(f"row {entry.index}: its images are to be read in another way than the data set's")
+            raise DataError(f"row {entry.index}: its images have another `ImageReading` than the data set")
         try:
             paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
             names = [os.fsencode(path) for path in paths]
