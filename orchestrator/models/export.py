@@ -20,7 +20,7 @@ from orchestrator.compression import attach
 from orchestrator.compression.attach import unwrap
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.processing.templates import jinja_of
-from orchestrator.data.train_data import data_spec, template_of
+from orchestrator.data.rows import data_spec, template_of
 from orchestrator.errors import StageRunError, UsageError
 from orchestrator.models.build import (
     build_model,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.data.records.row_index import open_rows
-from orchestrator.data.train_data import data_spec
+from orchestrator.data.rows import data_spec
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.evaluation.evaluate import evaluate_state
 from orchestrator.models.initial_weights import write_initial_weights
