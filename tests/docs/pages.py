@@ -82,5 +82,5 @@ def _pattern(shown: str) -> re.Pattern[str]:
     lines = []
     for line in shown.splitlines():
         text = re.escape(" ".join(line.split())).replace(r"\.\.\.", ".*").replace(r"\ ", r"\s+")
-        lines.append(r"(?:.*\n)*?" if line.strip() == "..." else text + r"\s*?\n")
+        lines.append(r"(?:.*\n)*?" if line.strip() == "..." else r"\s*" + text + r"\s*?\n")
     return re.compile("".join(lines))
