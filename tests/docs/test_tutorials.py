@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-
 from pages import ROOT, blocks, run_page
 
 DOCS = ROOT / "docs"
