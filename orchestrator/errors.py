@@ -56,6 +56,7 @@ class Fault:
         value: The value as written, shortened; None where a key is missing.
         allowed: What would be accepted.
         hint: What to do; the nearest known name where there is one.
+        about: The key and what it is, e.g. `max_steps: Length of the phase in optimizer steps.`
     """
 
     message: str
@@ -66,6 +67,7 @@ class Fault:
     value: str | None = None
     allowed: str | None = None
     hint: str | None = None
+    about: str | None = None
 
     def __post_init__(self) -> None:
         said = {name: getattr(self, name) for name in ("message", "path", "value", "allowed", "hint")}
@@ -87,7 +89,8 @@ class Fault:
             where += f":{self.line}:{self.column}"
         head = f"{where}: {self.path}: {self.message}" if self.path else f"{where}: {self.message}"
         rest = (("value", self.value), ("allowed", self.allowed), ("hint", self.hint))
-        return "\n".join([head, *(f"    {name}: {text}" for name, text in rest if text)])
+        lines = [f"    {name}: {text}" for name, text in rest if text]
+        return "\n".join([head, *lines, *([f"    {self.about}"] if self.about else [])])
 
 
 class LlavoltaError(Exception):

@@ -171,8 +171,8 @@ class CompressorSpec(Component):
     keeps_all: ClassVar[bool] = True
 
     layer: Layer = Field(examples=[2, "50%", "projector"])
-    """Decoder layer before which it acts: 0-based (0 is the decoder's input), a share of the depth (`50%`, rounded
-    down), or `projector`, before the decoder.
+    """Decoder layer before which it acts, or `projector`. Layers count from 0, the decoder's input; a share of the
+    depth such as `50%` is rounded down.
     """
     stride: Count | None = Field(default=None, examples=[8])
     """Amount as windows: every `stride` visual tokens become one, the number rounded up. The amount is exactly one of

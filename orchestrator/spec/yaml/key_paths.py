@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,23 @@ def names_at(root: Node, path: Sequence[str | int]) -> tuple[str, ...]:
     if cls is not None:
         return tuple(cls.model_fields)
     return tuple(node.value) if node is not None and node.is_mapping else ()
+
+
+def description_at(root: Node, path: Sequence[str | int]) -> str | None:
+    """Return `key: its description`, one sentence, for the deepest key on a path that is a field of a model."""
+    for depth in range(len(path) - 1, -1, -1):
+        key, shape = path[depth], shape_at(root, path[:depth])
+        cls = shape.class_of(root.at(path[:depth])) if shape is not None else None
+        if cls is not None and isinstance(key, str):
+            text = cls.model_fields[key].description if key in cls.model_fields else None
+            return f"{key}: {first_sentence(text)}" if text else None
+    return None
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a description, on one line."""
+    line = " ".join(text.split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", line, maxsplit=1)[0]
 
 
 class UnknownPathError(Exception):

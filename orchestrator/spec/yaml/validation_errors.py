@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator import registry
 from orchestrator.errors import Fault, shorten
 from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
-from orchestrator.spec.yaml.key_paths import NAMED, kind_at, names_at, shape_at
+from orchestrator.spec.yaml.key_paths import NAMED, description_at, kind_at, names_at, shape_at
 from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
 from orchestrator.spec.yaml.parser import kind_of, read_value
 
@@ -330,7 +330,8 @@ def _fault(group: list[_Error], root: Node) -> Fault:
     message, allowed, hint = _words(group, node)
     if error.key:
         value = str(error.path[-1])
-    return Fault(message, *mark, path=dotted(error.path), value=value, allowed=allowed, hint=hint)
+    about = None if error.key or error.type.startswith("component") else description_at(root, error.path)
+    return Fault(message, *mark, path=dotted(error.path), value=value, allowed=allowed, hint=hint, about=about)
 
 
 def _missing(error: _Error, root: Node) -> Fault:
@@ -340,7 +341,8 @@ def _missing(error: _Error, root: Node) -> Fault:
     near = _misspelt(path, root)
     hint = f"is `{near}` meant to be `{key}`?" if near else None
     allowed = ", ".join(error.context["known"]) if "known" in error.context else None
-    return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint)
+    about = description_at(root, path)
+    return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint, about=about)
 
 
 def _unknown_key(path: Path, root: Node) -> Fault:
