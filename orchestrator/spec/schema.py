@@ -46,7 +46,7 @@ def experiment_schema() -> dict[str, Any]:
             "description": f"One of the known kinds: {', '.join(registry.kinds(group))}.",
             **_any(kinds),
         }
-    schema["properties"]["extends"] = _EXTENDS
+    schema["properties"]["extends"] = copy.deepcopy(_EXTENDS)
     _accept_short_forms(schema)
     _name_aliases(schema)
     _nullable(schema)

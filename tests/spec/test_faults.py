@@ -205,3 +205,28 @@ def test_a_plugin_that_cannot_be_imported_says_why(small: str, write: Callable[.
     write("import nothing_of_that_name\n", "broken.py")
     fault = faults_of(write(small + "plugins: [broken.py]\n"))[0]
     assert "nothing_of_that_name" in fault.message
+
+
+ABOUT = [
+    ("stride: 8", "stride: 2.5", "stride: Amount as windows: every `stride` visual tokens become one"),  # wrong type
+    ("weights: random", "dtype: float23", "dtype: Compute type of forward and backward passes;"),  # wrong value
+    ("max_steps: 100", "max_steps: 0", "max_steps: Length of the phase in optimizer steps."),  # out of range
+    ("learning_rate: 1e-3", "learning_rate: {projector: -1}", "learning_rate: Peak learning rate of AdamW"),
+    ("model: {model_name_or_path: tiny, weights: random}", "model: {}", "model_name_or_path: Folder or hub id"),
+    ("split: train", "split: training", "split: The package's own split"),  # a component's key
+]
+
+
+@pytest.mark.parametrize(("old", "new", "about"), ABOUT)
+def test_an_error_of_a_value_says_what_its_key_is(
+    old: str, new: str, about: str, small: str, write: Callable[..., Path]
+) -> None:
+    assert old in small
+    fault = faults_of(write(small.replace(old, new, 1)))[0]
+    assert fault.about is not None and fault.about.startswith(about)
+    assert f"\n    {about}" in str(fault)
+    assert "\n" not in fault.about
+
+
+def test_an_unknown_key_is_not_described(small: str, write: Callable[..., Path]) -> None:
+    assert faults_of(write(small.replace("stride: 8", "strid: 8")))[0].about is None
