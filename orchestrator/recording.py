@@ -13,7 +13,6 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.ledger.heartbeat import Process
-from orchestrator.plan.status import living_holders
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
 from orchestrator.tracking.mlflow_state import abandoned, has_record, read_state
@@ -42,7 +41,7 @@ def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
         gone = driver.is_gone()
         if gone is not None:
             return not gone
-        holders = living_holders(walk.ledger).values() if storage == walk.ledger.url else None
+        holders = walk.ledger.living_holders().values() if storage == walk.ledger.url else None
         return holders is None or any((holder.host, holder.pid) == (driver.host, driver.pid) for holder in holders)
 
     return lives

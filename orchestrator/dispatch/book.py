@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.dispatch.failures import LOST_WORKER, TAKEN_OVER, Failure
 from orchestrator.dispatch.work_list import WorkList
@@ -168,10 +168,7 @@ class Book:
         name = str(job["id"])
         if job["type"] == "evaluation":
             return self._ledger.evaluation(name) is not None
-        if job["type"] not in ("root", "start", "stage") or not self._ledger.is_done(name):
-            return False
-        keep: Literal["full", "weights", "none"] = job.get("keep", "weights")
-        return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
+        return job["type"] in ("root", "start", "stage") and self._ledger.is_stored(name, job.get("keep", "weights"))
 
     def _is_recovered(self, job: Mapping[str, Any]) -> bool:
         """Return whether a state is stored again that a gc, killed amid it, had taken aside."""

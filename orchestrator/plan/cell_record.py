@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -18,11 +18,10 @@ from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
-from orchestrator.plan.status import is_worked_on
+from orchestrator.plan.status import CellStatus, cell_status
 from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 
-Status = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
 _MEASURED = Costs()
 _NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
@@ -43,34 +42,13 @@ class CellRecord:
 
     cell_id: str
     cell_name: str
-    status: Status
+    status: CellStatus
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     history: StepHistory | Sequence[Point] = ()
     summary: dict[str, float] = field(default_factory=dict)
     last_step: int = 0
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
-
-
-def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> Status:
-    """`finished` only when the cell's state and all its evaluations are there; quick, no metrics are read.
-
-    `running` where it was begun and a living driver works on the tree; where none does, `trained` if only evaluations
-    are missing, else `interrupted`.
-    """
-    state, path = cell.state, tree.path_of[cell.id]
-    tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
-    if all(tests) and (ledger.is_done(state) or not path):
-        return "finished"
-    jobs = (cell.root.id, *tree.origins_of.get(cell.id, ()), *path, *(job.id for job in cell.evaluations))
-    if any(ledger.failure(job) is not None for job in jobs):
-        return "failed"
-    begun = any(tests) or any(ledger.is_done(run) or ledger.is_begun(run) for run in path)
-    if not begun:
-        return "new"
-    if is_worked_on(tree, ledger):
-        return "running"
-    return "trained" if not path or ledger.is_done(state) else "interrupted"
 
 
 def cell_record(

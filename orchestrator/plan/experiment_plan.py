@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cell_record import CellRecord, Status, cell_record, cell_status
+from orchestrator.plan.cell_record import CellRecord, cell_record
 from orchestrator.plan.cells.cell import Cell, find_cells
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest, share_caches
-from orchestrator.plan.jobs import Job
+from orchestrator.plan.jobs import Job, Keep
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.experiments import FOLDER, Recorded
 from orchestrator.plan.ledger.files import dump_json
 from orchestrator.plan.ledger.ledger import as_name
+from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
@@ -76,15 +77,13 @@ class ExperimentPlan:
             return record
         return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
 
-    def status(self, cell: Cell) -> Status:
+    def status(self, cell: Cell) -> CellStatus:
         """Return a cell's state; quick, no metrics are read."""
         return cell_status(cell, self.tree, self.ledger)
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Return ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
-        tests = dict.fromkeys(job.id for job in cell.evaluations)
-        origins = self.tree.origins_of.get(cell.id, ())
-        return tuple(dict.fromkeys((cell.root.id, *origins, *self.tree.path_of[cell.id], *tests)))
+        return self.tree.jobs_of(cell)
 
     def names_of(self, work: Sequence[Job]) -> dict[str, tuple[str, ...]]:
         """Return the job id to the names of the cells that need it."""
@@ -97,14 +96,8 @@ class ExperimentPlan:
 
     def failures(self) -> dict[str, str]:
         """Return the cell name to the reason why it failed."""
-        found = {}
-        for cell in self.cells:
-            for identity in self.jobs_of(cell):
-                failure = self.ledger.failure(identity)
-                if failure is not None:
-                    found[cell.name] = str(failure.get("error", "failed"))
-                    break
-        return found
+        failed = ((cell.name, failure_of(cell, self.tree, self.ledger)) for cell in self.cells)
+        return {name: failure[1] for name, failure in failed if failure is not None}
 
     def find(self, wanted: str) -> Cell:
         """Return the cell of a name, an id's unique beginning, or `axis=value`.
@@ -197,7 +190,7 @@ def reach_of(walk: ExperimentPlan) -> Recorded:
     """Return what an experiment reaches as it is planned now."""
     name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
     key = f"{FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
-    states = dict.fromkeys((*tree.roots, *tree.starts), "weights")
+    states: dict[str, Keep] = dict.fromkeys((*tree.roots, *tree.starts), "weights")
     states |= {state: job.keep for state, job in tree.stage_runs.items()}
     jobs = {cell.name: walk.jobs_of(cell) for cell in walk.cells}
     cells = {cell: [job for job in found if job in states] for cell, found in jobs.items()}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.plan.identity import digest
 
 FULL = "full"
+Keep = Literal["none", "weights", "full"]
+"""What stays of a finished state beside its result."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class StageJob:
     recipe: dict[str, Any]
     seed: int
     checkpoint_every: int = 200
-    keep: str = "full"
+    keep: Keep = "full"
     deterministic: bool = False
     plugins: tuple[str, ...] = ()
     rehearsed: Rehearsed | None = None

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.leases import Holder, Leases
 from orchestrator.plan.tree import StageTree
 
 State = Literal["new", "running", "failed", "done"]
+CellStatus = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
 
 
-@dataclass(frozen=True)
+def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> CellStatus:
+    """Return the status of one cell, quickly: its own jobs are looked up, no metrics are read.
+
+    `finished` only when the cell's state and all its evaluations are there. `running` where it was begun and a living
+    driver works on the tree; where none does, `trained` if only evaluations are missing, else `interrupted`.
+    """
+    path = tree.path_of[cell.id]
+    tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
+    trained = not path or ledger.is_done(cell.state)
+    if all(tests) and trained:
+        return "finished"
+    if failure_of(cell, tree, ledger) is not None:
+        return "failed"
+    if not any(tests) and not any(ledger.is_done(run) or ledger.is_begun(run) for run in path):
+        return "new"
+    if not ledger.living_holders().keys().isdisjoint((*tree.order, *tree.evaluations)):
+        return "running"
+    return "trained" if trained else "interrupted"
+
+
+def failure_of(cell: Cell, tree: StageTree, ledger: Ledger) -> tuple[str, str] | None:
+    """Return the first job of a cell that failed, and why; None where none did."""
+    for job in tree.jobs_of(cell):
+        if (failure := ledger.failure(job)) is not None:
+            return job, _reason(failure)
+    return None
+
+
+def _reason(failure: Mapping[str, object]) -> str:
+    return str(failure.get("error", "")).strip() or "no reason recorded"
+
+
 class TreeStatus:
-    """What the ledger says of a tree's jobs, read once.
+    """The state of all jobs and cells of a tree; each question is put to the ledger once.
 
     Attributes:
         needed: States to be written.
@@ -27,38 +56,28 @@ class TreeStatus:
         holders: Jobs under way to who works on them.
     """
 
-    tree: StageTree
-    ledger: Ledger
-    needed: frozenset[str]
-    blocked: frozenset[str]
-    holders: Mapping[str, Holder]
-
-    @classmethod
-    def of(cls, tree: StageTree, ledger: Ledger) -> TreeStatus:
-        """Return the standing now."""
-        needed = tree.needed(ledger)
-        blocked = tree.blocked(ledger, needed)
-        return cls(tree, ledger, frozenset(needed), frozenset(blocked), living_holders(ledger))
+    def __init__(self, tree: StageTree, ledger: Ledger) -> None:
+        self.tree, self.ledger = tree, ledger
+        self.needed = frozenset(tree.needed(ledger))
+        self.blocked = frozenset(tree.blocked(ledger, self.needed))
+        self.holders = ledger.living_holders()
+        self._cells: dict[tuple[str, str], tuple[tuple[str, ...], State]] = {}
 
     def state(self, identity: str) -> State:
-        """Of a state: a root or a stage run."""
-        if identity in self.needed:
-            return "running" if identity in self.holders else "failed" if identity in self.blocked else "new"
-        return "done"
+        """Return the state of a root, a start or a stage run."""
+        return self._open(identity) if identity in self.needed else "done"
 
     def evaluation(self, identity: str) -> State:
-        """Of an evaluation."""
+        """Return the state of an evaluation."""
         return self._evaluations[identity]
 
     @cached_property
     def _evaluations(self) -> dict[str, State]:
-        found: dict[str, State] = {}
-        for job in self.tree.evaluations:
-            if self.ledger.evaluation(job) is not None:
-                found[job] = "done"
-            else:
-                found[job] = "running" if job in self.holders else "failed" if job in self.blocked else "new"
-        return found
+        found = self.ledger.evaluation
+        return {job: "done" if found(job) is not None else self._open(job) for job in self.tree.evaluations}
+
+    def _open(self, job: str) -> State:
+        return "running" if job in self.holders else "failed" if job in self.blocked else "new"
 
     @cached_property
     def trained(self) -> set[str]:
@@ -71,52 +90,35 @@ class TreeStatus:
         return {run for run in self.tree.stage_runs if run in self.needed and self.ledger.is_begun(run)}
 
     def needed_of(self, cell: Cell) -> tuple[str, ...]:
-        """Return the stage runs that a cell waits for, in order: what lies before a state that is there is others'
-        business.
-        """
+        """Return the stage runs a cell waits for, in order; what lies before a stored state is not its business."""
         path = self.tree.path_of[cell.id]
         return tuple(itertools.takewhile(self.needed.__contains__, reversed(path)))[::-1]
 
     def jobs(self, cell: Cell) -> tuple[str, ...]:
         """Return all that a cell waits for, in order; other experiments' states that it starts from included."""
-        key = (cell.id, cell.name)
-        if key not in self._jobs:
-            self._jobs[key] = self._jobs_of(cell)
-        return self._jobs[key]
-
-    @cached_property
-    def _jobs(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        return {}
-
-    def _jobs_of(self, cell: Cell) -> tuple[str, ...]:
-        path, needed = self.tree.path_of[cell.id], self.needed_of(cell)
-        before = (cell.root.id, *self.tree.origins_of.get(cell.id, ())) if len(needed) == len(path) else ()
-        tests = (job.id for job in cell.evaluations if self._evaluations[job.id] != "done")
-        return (*(state for state in before if state in self.needed), *needed, *tests)
+        return self._of_cell(cell)[0]
 
     def cell(self, cell: Cell) -> State:
-        """Of a cell: failed or running where anything it waits for is, done where it waits for nothing."""
+        """Return a cell's state: failed or running where anything it waits for is, done where it waits for nothing."""
+        return self._of_cell(cell)[1]
+
+    def _of_cell(self, cell: Cell) -> tuple[tuple[str, ...], State]:
         key = (cell.id, cell.name)
         if key not in self._cells:
-            self._cells[key] = self._cell(cell)
+            path, needed, tests = self.tree.path_of[cell.id], self.needed_of(cell), self._evaluations
+            before = self.tree.before(cell) if len(needed) == len(path) else ()
+            open_tests = (job.id for job in cell.evaluations if tests[job.id] != "done")
+            jobs = (*(state for state in before if state in self.needed), *needed, *open_tests)
+            states = {tests[job] if job in tests else self.state(job) for job in jobs}
+            order: tuple[State, ...] = ("failed", "running", "new")
+            self._cells[key] = jobs, next((state for state in order if state in states), "done")
         return self._cells[key]
 
-    @cached_property
-    def _cells(self) -> dict[tuple[str, str], State]:
-        return {}
-
-    def _cell(self, cell: Cell) -> State:
-        jobs = self.jobs(cell)
-        if not jobs:
-            return "done"
-        parts = {self.evaluation(job) if job in self._evaluations else self.state(job) for job in jobs}
-        return "failed" if "failed" in parts else "running" if "running" in parts else "new"
-
     def failure(self, cell: Cell) -> tuple[str, str] | None:
-        """Return the job of a cell that failed, and why."""
-        for identity in self.jobs(cell):
-            if identity in self.blocked and (failure := self.ledger.failure(identity)) is not None:
-                return identity, str(failure.get("error", "")).strip() or "no reason recorded"
+        """Return the job that a cell waits for and that failed, and why."""
+        for job in self.jobs(cell):
+            if job in self.blocked and (failure := self.ledger.failure(job)) is not None:
+                return job, _reason(failure)
         return None
 
     @cached_property
@@ -128,20 +130,3 @@ class TreeStatus:
             if job is not None and not job.starts_phase and (state in found or state in self.trained):
                 found |= {job.parent} & self.needed
         return found - self.trained
-
-
-def living_holders(ledger: Ledger) -> dict[str, Holder]:
-    """Return the jobs under way to who works on them; what a driver left behind that was killed does not count."""
-    return _onlooker(ledger).holders()
-
-
-@functools.lru_cache(maxsize=4)
-def _onlooker(ledger: Ledger) -> Leases:
-    """Kept, so that of an owner on another machine that was waited for once the answer is known."""
-    return Leases(ledger.store, "onlooker")
-
-
-def is_worked_on(tree: StageTree, ledger: Ledger) -> bool:
-    """Return True while a living driver holds any job of a tree."""
-    held = living_holders(ledger)
-    return any(job in held for job in (*tree.order, *tree.evaluations)) if held else False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.plan.cells.cell import Cell, PhasePlan
 from orchestrator.plan.identity import content_digest, digest
@@ -13,6 +13,7 @@ from orchestrator.plan.jobs import (
     Action,
     EvaluationJob,
     Job,
+    Keep,
     RehearsalJob,
     Rehearsed,
     RootJob,
@@ -21,6 +22,7 @@ from orchestrator.plan.jobs import (
     action_digest,
 )  # fmt: skip
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.states import most
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.phase import PhaseSpec
 
@@ -229,10 +231,6 @@ class _Rehearsals:
         return state
 
 
-Level = Literal["result", "weights", "checkpoint"]
-_LEVELS: tuple[Level, ...] = ("result", "weights", "checkpoint")
-
-
 @dataclass
 class StageTree:
     """Roots, stage runs and evaluations of an experiment; ids are those of the ledger.
@@ -283,6 +281,15 @@ class StageTree:
                     work.append(job)
         return with_rehearsals(self, work, ledger)
 
+    def before(self, cell: Cell) -> tuple[str, ...]:
+        """Return what a cell's first phase stands on: its root, then other experiments' states and starts."""
+        return tuple(dict.fromkeys((cell.root.id, *self.origins_of.get(cell.id, ()))))
+
+    def jobs_of(self, cell: Cell) -> tuple[str, ...]:
+        """Return ids of all that a cell needs, in order: what it stands on, its stage runs, its evaluations."""
+        tests = (job.id for job in cell.evaluations)
+        return tuple(dict.fromkeys((*self.before(cell), *self.path_of[cell.id], *tests)))
+
     def job_of(self, state: str) -> RootJob | StartJob | StageJob:
         """Return the job that leads to a state."""
         return self.roots.get(state) or self.starts.get(state) or self.stage_runs[state]
@@ -296,24 +303,23 @@ class StageTree:
 
     def needed(self, ledger: Ledger) -> set[str]:
         """Return the states to be written: results that are missing, and what must be stored to get to them."""
-        wanted: dict[str, int] = {}
+        wanted: dict[str, Keep] = {}
         for state in set(self.state_of.values()):
             missing = any(ledger.evaluation(job.id) is None for job in self.evaluations_of.get(state, ()))
             if missing or state not in self.roots:
-                wanted[state] = _LEVELS.index("weights" if missing else "result")
+                wanted[state] = "weights" if missing else "none"
         needed: set[str] = set()
         # Children first: a state's level is known once all of its children have asked for it.
         for state in reversed(self.order):
-            if state not in wanted or _stored(ledger, state, _LEVELS[wanted[state]]):
+            if state not in wanted or ledger.is_stored(state, wanted[state]):
                 continue
             needed.add(state)
             goes_on = state in self.stage_runs and not self.stage_runs[state].starts_phase
-            level: Level = "checkpoint" if goes_on else "weights"
             for need in self.needs_of(state):
-                wanted[need] = max(wanted.get(need, 0), _LEVELS.index(level))
+                wanted[need] = most(wanted.get(need, "none"), "full" if goes_on else "weights")
         return needed
 
-    def blocked(self, ledger: Ledger, needed: set[str]) -> set[str]:
+    def blocked(self, ledger: Ledger, needed: Set[str]) -> set[str]:
         """Return the states and evaluations that failed, and those that stand on them."""
         blocked: set[str] = set()
         for state in self.order:
@@ -324,12 +330,6 @@ class StageTree:
                 if state in blocked or ledger.failure(job.id) is not None:
                     blocked.add(job.id)
         return blocked
-
-
-def _stored(ledger: Ledger, state: str, level: Level) -> bool:
-    if not ledger.is_done(state):
-        return False
-    return level == "result" or ledger.has(state, level)
 
 
 def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> StageTree:
@@ -473,7 +473,7 @@ class _Builder:
             self.cut_tables[key] = (*table[:-1], replace(table[-1], last_step=last))
         return self.cut_tables[key]
 
-    def _keep(self, plan: PhasePlan, last: int, state: str, leaf: str) -> str:
+    def _keep(self, plan: PhasePlan, last: int, state: str, leaf: Keep) -> Keep:
         if last < plan.total_steps:
             return "full"
         # A next phase and an evaluation need the weights, whatever the user wants left of a leaf.

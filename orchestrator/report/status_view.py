@@ -42,7 +42,7 @@ def status_document(walk: ExperimentPlan) -> dict[str, Any]:
     where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
     are missing.
     """
-    standing = TreeStatus.of(walk.tree, walk.ledger)
+    standing = TreeStatus(walk.tree, walk.ledger)
     jobs = {*walk.tree.order, *walk.tree.evaluations}
     busy = not jobs.isdisjoint(standing.holders)
     runs = [_stage_run(walk, standing, job, stage_run_document(job, plan, standing), busy)

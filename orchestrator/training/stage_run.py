@@ -62,7 +62,7 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
         UsageError: the job does not fit the model or the workers.
         DataError: rows or images cannot be used.
     """
-    if distributed.decide(lambda: _is_stored(job, ledger)):
+    if distributed.decide(lambda: ledger.is_stored(job.id, job.keep)):
         return "done"
     distributed.decide(lambda: ledger.begin(job.id))
     work = ledger.work_folder(job.id)
@@ -74,13 +74,6 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
             if isinstance(error, StorageError):
                 ledger.check_fence(job.id)  # a driver that took the job over removes what this process was writing
             raise
-
-
-def _is_stored(job: StageJob, ledger: Ledger) -> bool:
-    """Return whether the ledger holds all that is wanted of the state: a leaf that got a child needs a checkpoint."""
-    if not ledger.is_done(job.id):
-        return False
-    return job.keep == "none" or ledger.has(job.id, "checkpoint" if job.keep == "full" else "weights")
 
 
 def _train(

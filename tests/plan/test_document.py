@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from orchestrator.plan.cell_costs import Costs
-from orchestrator.plan.cell_record import cell_record, cell_status
+from orchestrator.plan.cell_record import cell_record
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, train_tflops_per_sample
 from orchestrator.plan.documents.plan_document import plan_document
@@ -21,6 +21,7 @@ from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.status import cell_status
 from orchestrator.plan.tree import build_stage_tree
 
 COST = ["train_tflops", "visual_layer_tokens", "compression_ratio"]

@@ -10,7 +10,6 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.experiments import Recorded, searches_of
 from orchestrator.plan.ledger.gc import open_inventory, recorded
 from orchestrator.plan.ledger.inventory import Inventory
-from orchestrator.plan.status import living_holders
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    inventory, experiments, holders = open_inventory(ledger), recorded(ledger), living_holders(ledger)
+    inventory, experiments, holders = open_inventory(ledger), recorded(ledger), ledger.living_holders()
     reached: dict[str, list[tuple[str, str]]] = {}
     for each in experiments:
         for cell, known in each.cells.items():

@@ -101,7 +101,7 @@ def plan_document(
         are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
         from and whose stage run it is; None for the cells' own.
     """
-    costs, standing = Costs(text_tokens), TreeStatus.of(tree, ledger)
+    costs, standing = Costs(text_tokens), TreeStatus(tree, ledger)
     reasons = Reasons(standing, cells, loaded.spec.name)
     runs = []
     own = {state for path in tree.path_of.values() for state in path}

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger.files import parse_json
+from orchestrator.plan.ledger.states import most
 from orchestrator.plan.ledger.store import Store
 
 if TYPE_CHECKING:
     pass
 
-KEPT = ("none", "weights", "full")
 FOLDER = "experiments"
 
 
@@ -34,7 +35,7 @@ class Recorded:
     name: str
     file: str
     when: float
-    states: dict[str, str]
+    states: dict[str, Keep]
     evaluations: frozenset[str]
     cells: dict[str, list[str]]
 
@@ -68,12 +69,12 @@ def _parsed(url: str, key: str, data: bytes) -> Recorded:
         raise ValueError(f"{url}/{key} is damaged; run its experiment again, or take the file away") from error
 
 
-def wanted_states(experiments: Iterable[Recorded]) -> dict[str, str]:
+def wanted_states(experiments: Iterable[Recorded]) -> dict[str, Keep]:
     """Return the state to the most that any experiment keeps of it."""
-    wanted: dict[str, str] = {}
+    wanted: dict[str, Keep] = {}
     for experiment in experiments:
         for state, keep in experiment.states.items():
-            wanted[state] = max(keep, wanted.get(state, "none"), key=KEPT.index)
+            wanted[state] = most(keep, wanted.get(state, "none"))
     return wanted
 
 

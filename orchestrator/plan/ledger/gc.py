@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.copies import copies, copies_folder
 from orchestrator.plan.ledger.experiments import Recorded, recorded_experiments, wanted_states
@@ -16,13 +17,13 @@ from orchestrator.plan.ledger.files import parse_json
 from orchestrator.plan.ledger.heartbeat import Observer, owner_key
 from orchestrator.plan.ledger.inventory import FolderInventory, Inventory, Leftover, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
+from orchestrator.plan.ledger.states import PARTS, PARTS_OF, Part
 
 LEFTOVER_SECONDS = 600.0
 PATIENCE_SECONDS = 30.0
 CLOCK_SECONDS = 86400.0
 """No two clocks differ by more: a file's time and the start of a driver come from different ones."""
 COPY_SECONDS = 30 * CLOCK_SECONDS
-PARTS_OF: dict[str, tuple[str, ...]] = {"full": ("weights", "checkpoint"), "weights": ("weights",), "none": ()}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Collector:
                     size = sum(int(entry["size"]) for entry in files.values())
                     yield GcStep("state", state, "no recorded experiment reaches it", size, self._take_out(state))
                 continue
-            for part in ("checkpoint", "weights"):
+            for part in reversed(PARTS):
                 sizes = [int(entry["size"]) for name, entry in files.items() if name.startswith(f"{part}/")]
                 if sizes and part not in PARTS_OF[keep]:
                     why = f"its {part} is more than is to be kept: {keep}"
@@ -220,7 +221,7 @@ class Collector:
     def _is_wanted(self, state: str) -> bool:
         return state in wanted_states(self._experiments()) or self._is_held(state)
 
-    def _drop(self, state: str, part: str) -> Callable[[], bool]:
+    def _drop(self, state: str, part: Part) -> Callable[[], bool]:
         def drop() -> bool:
             if part in PARTS_OF[wanted_states(self._experiments()).get(state, "none")]:
                 return False
@@ -264,7 +265,7 @@ class Collector:
 class Wanted:
     """What experiments reach: states with what is to be kept of them, and evaluations."""
 
-    states: dict[str, str]
+    states: dict[str, Keep]
     evaluations: frozenset[str]
 
     def reaches(self, job: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger.files import (
     damaged_files,
     dump_json,
@@ -27,8 +28,8 @@ from orchestrator.plan.ledger.files import (
     stat_of,
     storage_errors,
 )
-from orchestrator.plan.ledger.leases import token_of
-from orchestrator.plan.ledger.states import FolderStates, Part, checked, token_in
+from orchestrator.plan.ledger.leases import Holder, Leases, token_of
+from orchestrator.plan.ledger.states import PARTS_OF, FolderStates, Part, checked, token_in
 from orchestrator.plan.ledger.store import FolderStore, Store, open_store
 
 _KEPT_CHECKPOINTS = 2
@@ -56,6 +57,7 @@ class UnsealedWork:
         self._states: FolderStates = open_states(self.store)
         self.storage = self._states.folder
         self.fences: dict[str, int] = {}
+        self._onlooker = Leases(self.store, "onlooker")  # kept: whom it once watched it need not wait for again
 
     def work_folder(self, job_id: str) -> Path:
         """Return the folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
@@ -134,6 +136,10 @@ class UnsealedWork:
                 "because this process showed no sign of life for long; the other driver's work counts"
             )
 
+    def living_holders(self) -> dict[str, Holder]:
+        """Return the jobs under way to who works on them; what a killed driver left behind does not count."""
+        return self._onlooker.holders()
+
     def share(self, folder: Path) -> None:
         """Hand over what this machine wrote into an unsealed folder; one rank of each machine calls it before a seal.
 
@@ -209,6 +215,10 @@ class Ledger(UnsealedWork):
     def is_done(self, state: str) -> bool:
         """Return True where the state is committed and no file is missing or cut short (contents: `fetch`)."""
         return self._states.is_whole(checked(state))
+
+    def is_stored(self, state: str, keep: Keep) -> bool:
+        """Return True where a state is committed with all that `keep` wants of it: `none` wants its result alone."""
+        return self.is_done(state) and all(self.has(state, part) for part in PARTS_OF[keep][-1:])
 
     def has(self, state: str, part: Part) -> bool:
         """Return True where a finished state still has its weights, or its full checkpoint."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import digest
+from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger.files import (
     MANIFEST,
     Listings,
@@ -33,6 +34,8 @@ from orchestrator.plan.ledger.files import (
 
 Part = Literal["weights", "checkpoint"]
 PARTS: tuple[Part, ...] = ("weights", "checkpoint")
+PARTS_OF: dict[Keep, tuple[Part, ...]] = {"none": (), "weights": ("weights",), "full": ("weights", "checkpoint")}
+"""Parts of a state that stay, from least to most."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _STEP = re.compile(r"step_([0-9]+)")
 _WRITING = re.compile(r"\.?writing-([0-9]+)")
@@ -236,6 +239,11 @@ class FolderStates:
                     aside.rename(target)
                     return True
         return False
+
+
+def most(*keeps: Keep) -> Keep:
+    """Return the one that keeps most."""
+    return max(keeps, key=list(PARTS_OF).index)
 
 
 def checked(name: str) -> str:
