@@ -12,7 +12,7 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import stat_or_none
-from orchestrator.plan.ledger.heartbeat import Process
+from orchestrator.plan.ledger.process import Process
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.figure import training_figure
 from orchestrator.tracking.mlflow_state import abandoned, has_record, read_state

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.store_s3 import S3Store
+from orchestrator.plan.ledger.backends.s3 import S3Backend
 
 Llavolta = Callable[..., subprocess.CompletedProcess[str]]
 CELL = "schedule=two_stage"
@@ -57,7 +57,7 @@ def in_a_folder(spec: Path, llavolta: Llavolta, *options: str) -> dict[str, Any]
     return what_came_of(prepare(spec, [setting]))
 
 
-def killed_after_a_checkpoint(spec: Path, store: S3Store, *options: str) -> None:
+def killed_after_a_checkpoint(spec: Path, store: S3Backend, *options: str) -> None:
     """Runs until the bucket holds an in-stage checkpoint, then kills the driver."""
     with open(spec.parent / "killed.txt", "w") as log:
         process = subprocess.Popen(
@@ -73,7 +73,7 @@ def killed_after_a_checkpoint(spec: Path, store: S3Store, *options: str) -> None
     process.wait()
 
 
-def goes_on(spec: Path, tmp_path: Path, store: S3Store, llavolta: Llavolta, *options: str) -> dict[str, Any]:
+def goes_on(spec: Path, tmp_path: Path, store: S3Backend, llavolta: Llavolta, *options: str) -> dict[str, Any]:
     """A killed run, gone on with on a machine that knows nothing of it."""
     killed_after_a_checkpoint(spec, store, *options)
     shutil.rmtree(tmp_path / "cache")
@@ -90,7 +90,7 @@ def goes_on(spec: Path, tmp_path: Path, store: S3Store, llavolta: Llavolta, *opt
 
 
 def test_a_killed_run_goes_on_from_the_bucket(spec: Path, tmp_path: Path, bucket: str, llavolta: Llavolta) -> None:
-    store = S3Store(f"{bucket}/runs")
+    store = S3Backend(f"{bucket}/runs")
     found = goes_on(spec, tmp_path, store, llavolta, "--local")
     assert len(found) == 2 + 3 + 1  # curves, the root's and the stage runs' weights, scores
     assert found == in_a_folder(spec, llavolta, "--local")
@@ -115,14 +115,14 @@ def test_a_killed_run_goes_on_from_the_bucket(spec: Path, tmp_path: Path, bucket
 def test_a_killed_run_in_lanes_goes_on_from_the_bucket(
     spec: Path, tmp_path: Path, bucket: str, llavolta: Llavolta
 ) -> None:
-    found = goes_on(spec, tmp_path, S3Store(f"{bucket}/runs"), llavolta)
+    found = goes_on(spec, tmp_path, S3Backend(f"{bucket}/runs"), llavolta)
     assert found == in_a_folder(spec, llavolta)
 
 
 def test_a_storage_that_cannot_be_reached_is_said(spec: Path, llavolta: Llavolta) -> None:
     for environment, said in (
         ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "see that the server can be reached"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "boto3 finds no whole credentials"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "boto3 found no complete AWS credentials"),
         ({"LLAVOLTA_STORAGE": "gs://bucket/runs"}, "name a folder (local or NFS) or s3://bucket/prefix"),
     ):
         settings = ("--set", "cluster.storage_path=null") if "LLAVOLTA_STORAGE" in environment else ()

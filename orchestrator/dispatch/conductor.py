@@ -12,8 +12,8 @@ from orchestrator.dispatch.book import Book
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
 from orchestrator.dispatch.rules import Rules
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.process import Process
 
 WAIT = "wait"
 STOP = "stop"

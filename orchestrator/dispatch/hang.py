@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.dispatch.worker_log import log_path, now
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import start_ticks
+from orchestrator.plan.ledger.process import start_ticks
 
 KILL_SECONDS = 20.0
 

@@ -18,7 +18,7 @@ from orchestrator.dispatch.worker_log import append_traceback, log_path, now, pr
 from orchestrator.errors import StorageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import start_ticks
+from orchestrator.plan.ledger.process import start_ticks
 from orchestrator.registry import load_object
 
 PULSE_SECONDS = 0.3

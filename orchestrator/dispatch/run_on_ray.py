@@ -22,7 +22,7 @@ from orchestrator.dispatch.rules import Rules, new_driver
 from orchestrator.dispatch.work_list import parallel_width
 from orchestrator.errors import Interrupted, StageRunError
 from orchestrator.plan.jobs import Job
-from orchestrator.plan.ledger.heartbeat import this_process
+from orchestrator.plan.ledger.process import this_process
 from orchestrator.spec.infrastructure import ClusterSpec
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from orchestrator.plan.jobs import (
     action_digest,
 )  # fmt: skip
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.states import most
+from orchestrator.plan.ledger.backends.base import most
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.phase import PhaseSpec
 

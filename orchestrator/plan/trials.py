@@ -14,7 +14,7 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger.store import Store
+from orchestrator.plan.ledger.backends import Backend
 from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.search_space import trial_cells
 
@@ -91,7 +91,7 @@ class Trial:
 class TrialNotes:
     """Notes of one search below `searches/SEARCH_ID/` of a ledger's store."""
 
-    def __init__(self, store: Store, search_id: str) -> None:
+    def __init__(self, store: Backend, search_id: str) -> None:
         self._store, self._folder = store, f"searches/{search_id}"
 
     def read(self) -> list[Trial]:

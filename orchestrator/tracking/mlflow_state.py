@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io, stat_or_none
-from orchestrator.plan.ledger.heartbeat import Process, this_process
+from orchestrator.plan.ledger.process import Process, this_process
 from orchestrator.plan.step_history import Point, points_since
 
 T = TypeVar("T")

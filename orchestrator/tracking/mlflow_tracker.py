@@ -20,8 +20,8 @@ from orchestrator.errors import StorageError, TrackingError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.identity import digest
 from orchestrator.plan.io_retry import retry_io, stat_or_none
+from orchestrator.plan.ledger.backends import Backend
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.store import Store
 from orchestrator.redaction import redacted
 from orchestrator.tracking.mlflow_state import (
     ARTIFACTS_DIGEST,
@@ -90,7 +90,7 @@ _POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def one_at_a_time(store: Store, experiment_name: str) -> Iterator[None]:
+def one_at_a_time(store: Backend, experiment_name: str) -> Iterator[None]:
     """Hold a short lease on an experiment: two drivers that find no run of a cell would both create one.
 
     Args:

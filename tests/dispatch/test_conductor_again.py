@@ -12,7 +12,7 @@ from orchestrator.dispatch.account import Account
 from orchestrator.dispatch.failures import Failure
 from orchestrator.errors import StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.store import FolderStore
+from orchestrator.plan.ledger.backends.folder import FolderBackend
 
 JOBS = (job("a"), job("b", "a"), job("c", "b"))
 
@@ -249,11 +249,11 @@ def test_a_lease_that_could_not_be_let_go_is_not_given_on(tmp_path: Path, monkey
     group = Group(made)
     group.ask()
 
-    def away(store: FolderStore, key: str, data: bytes) -> None:
+    def away(store: FolderBackend, key: str, data: bytes) -> None:
         raise StorageError("the file server is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderStore, "write", away)
+        patch.setattr(FolderBackend, "write", away)
         assert group.say(WILL_PASS) == "restart"
     later = Group(made)
     assert later.ask() == "a" and later.tokens["a"] > group.tokens["a"]

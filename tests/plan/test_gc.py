@@ -17,15 +17,15 @@ from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.documents.ledger_document import damage
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.experiments import recorded_experiments
-from orchestrator.plan.ledger.gc import Collector, open_inventory
-from orchestrator.plan.ledger.heartbeat import Process
+from orchestrator.plan.ledger.gc import Collector
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.process import Process
 
 HOLD = """
 import sys, time
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.store import open_store
-leases = Leases(open_store(sys.argv[1]), "driver")
+from orchestrator.plan.ledger.backends import open_backend
+leases = Leases(open_backend(sys.argv[1]), "driver")
 leases.acquire(sys.argv[2], "lane0")
 print("held", flush=True)
 sys.stdin.read()
@@ -98,7 +98,7 @@ def test_in_stage_checkpoints_go_with_their_stage_run(ledger: Ledger) -> None:
     finish(Ledger(ledger.url), "done")
     seal(ledger, "done", 6)  # a stale writer's
     assert kinds(collect(ledger)) >= {("work", "gone"), ("work", "done")}
-    left = open_inventory(ledger)
+    left = ledger.store
     assert {job: list(left.steps(job)) for job in left.work()} == {"open": [5]}
     assert ledger.last_checkpoint("open") is not None
 
@@ -130,7 +130,7 @@ def test_work_that_was_taken_up_since_the_look_stays(
     hold(ledger, "again"), hold(ledger, "held")
     note(ledger, "late", wanted="weights")
     assert not any(step.remove() for step in steps)
-    assert set(open_inventory(ledger).work()) == {"again", "held", "wanted"}
+    assert set(ledger.store.work()) == {"again", "held", "wanted"}
     assert Leases(ledger.store, "onlooker").holder("again") is not None
 
 
@@ -145,7 +145,7 @@ def test_nothing_of_a_living_driver_goes(ledger: Ledger, hold: Callable[..., sub
     driver.wait()
     found = kinds(collect(ledger))
     assert {("work", "held"), ("state", "made_since"), ("owner", "driver")} <= found
-    assert not open_inventory(ledger).work()
+    assert not ledger.store.work()
 
 
 @pytest.mark.parametrize("lives", [True, False])
@@ -167,7 +167,7 @@ def test_a_driver_elsewhere_whose_clock_is_off_is_watched(ledger: Ledger, lives:
     steps = Collector(ledger, leftover_seconds=0.0, clock=lambda: passed[0], pause=pause).steps()
     assert kinds(steps) == set() if lives else kinds(steps) >= {("work", "held")}
     assert all(step.remove() for step in steps)
-    assert bool(open_inventory(ledger).work()) == lives
+    assert bool(ledger.store.work()) == lives
 
 
 def test_a_leftover_that_changes_while_it_is_watched_stays(tmp_path: Path) -> None:
@@ -195,13 +195,13 @@ def test_what_a_killed_gc_took_aside_is_back(ledger: Ledger) -> None:
 
     for state in ("wanted", "unwanted"):
         with pytest.raises(Killed):
-            open_inventory(ledger).take_out(state, die)
+            ledger.store.take_out(state, die)
     assert not any(Ledger(ledger.url).is_done(state) for state in ("wanted", "unwanted"))
     note(ledger, "late", wanted="weights")
     collect(ledger, leftover_seconds=-7200.0)
     fresh = Ledger(ledger.url)
     assert fresh.is_done("wanted") and fresh.fetch("wanted", "weights") and not fresh.is_done("unwanted")
-    assert open_inventory(fresh).aside() == [] and damage(fresh) == []
+    assert fresh.store.aside() == [] and damage(fresh) == []
     assert collect(fresh, leftover_seconds=-7200.0) == []
 
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.heartbeat import Process, machine_id, this_process
-from orchestrator.plan.ledger.leases import Leases, token_of
-from orchestrator.plan.ledger.store import Store, open_store
+from orchestrator.plan.ledger.backends import Backend, open_backend
+from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.process import Process, machine_id, this_process
 
 ELSEWHERE = Process("another machine", "far", 4711, 1)
 
@@ -35,12 +35,12 @@ class Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "runs")
+def store(tmp_path: Path) -> Backend:
+    return open_backend(tmp_path / "runs")
 
 
 @pytest.fixture
-def leases(store: Store) -> Iterator[Callable[..., Leases]]:
+def leases(store: Backend) -> Iterator[Callable[..., Leases]]:
     """Makes leases whose beats end with the test."""
     made: list[Leases] = []
 
@@ -56,7 +56,7 @@ def leases(store: Store) -> Iterator[Callable[..., Leases]]:
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """A process that runs `code` and is waited for until it printed a line."""
     head = "import sys, os, json\nfrom orchestrator.plan.ledger.leases import Leases\n"
-    head += "from orchestrator.plan.ledger.store import open_store\n"
+    head += "from orchestrator.plan.ledger.backends import open_backend\n"
     process = subprocess.Popen(
         [sys.executable, "-c", head + code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -64,15 +64,17 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-HOLD = "leases = Leases(open_store(sys.argv[1]), sys.argv[2]); leases.acquire('job', 'lane3'); leases.note('job', 2)\n"
+HOLD = (
+    "leases = Leases(open_backend(sys.argv[1]), sys.argv[2]); leases.acquire('job', 'lane3'); leases.note('job', 2)\n"
+)
 HOLD += (
     "print('ready', flush=True); sys.stdin.readline(); print(leases.holds('job'), leases.acquire('job'), flush=True)"
 )
 
 
-def test_a_lease_is_held_once_and_given_on(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_lease_is_held_once_and_given_on(store: Backend, leases: Callable[..., Leases]) -> None:
     one, two = leases("one"), leases("two")
-    assert token_of(store, "job") == 0 and one.holder("job") is None and one.holders() == {}
+    assert store.token_of("job") == 0 and one.holder("job") is None and one.holders() == {}
     assert one.acquire("job", "lane0") == 1 and two.acquire("job") is None
     assert one.acquire("job", "lane1") == 1 and one.held() == {"job": "lane1"} and two.held() == {}
     seen = two.holder("job")
@@ -82,10 +84,10 @@ def test_a_lease_is_held_once_and_given_on(store: Store, leases: Callable[..., L
     assert one.holds("job")
     one.release("job")
     assert not one.holds("job") and one.held() == {} and two.holder("job") is None
-    assert two.acquire("job") == 2 and one.acquire("job") is None and token_of(store, "job") == 2
+    assert two.acquire("job") == 2 and one.acquire("job") is None and store.token_of("job") == 2
 
 
-def test_old_files_go_and_tokens_never_go_down(store: Store, leases: Callable[..., Leases]) -> None:
+def test_old_files_go_and_tokens_never_go_down(store: Backend, leases: Callable[..., Leases]) -> None:
     one, two = leases("one"), leases("two")
     for token in range(1, 12, 2):
         assert one.acquire("job") == token
@@ -94,20 +96,20 @@ def test_old_files_go_and_tokens_never_go_down(store: Store, leases: Callable[..
         two.release("job")
     assert store.names("leases/job") == ["000012.json"]
     two.forget("job")  # it holds it no longer
-    assert token_of(store, "job") == 12
+    assert store.token_of("job") == 12
     assert two.acquire("job") == 13
     two.forget("job")
-    assert token_of(store, "job") == 0 and two.held() == {}
+    assert store.token_of("job") == 0 and two.held() == {}
 
 
-def test_close_releases_all_and_takes_the_owner_away(store: Store, leases: Callable[..., Leases]) -> None:
+def test_close_releases_all_and_takes_the_owner_away(store: Backend, leases: Callable[..., Leases]) -> None:
     one, two = leases("one"), leases("two")
     assert [one.acquire(name) for name in "abc"] == [1, 1, 1]
     one.close()
     assert store.names("owners") == [] and [two.acquire(name) for name in "abc"] == [2, 2, 2]
 
 
-def test_a_killed_holder_of_this_machine_is_followed_at_once(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_killed_holder_of_this_machine_is_followed_at_once(store: Backend, leases: Callable[..., Leases]) -> None:
     holder = start(HOLD, store.url, "one")
     two = leases("two", patience_seconds=1e9)
     assert two.acquire("job") is None
@@ -122,7 +124,7 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(store: Store, lease
     assert two.acquire("job") == 3 and two.tries("job") == 0  # who let go did not fail
 
 
-def test_a_killed_holder_not_yet_waited_for_is_dead_too(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_killed_holder_not_yet_waited_for_is_dead_too(store: Backend, leases: Callable[..., Leases]) -> None:
     holder = start(HOLD, store.url, "one")
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
@@ -179,7 +181,7 @@ def test_without_proc_only_a_free_number_is_a_dead_process(monkeypatch: pytest.M
     machine_id.cache_clear()
 
 
-def watched(store: Store, moves: bool) -> tuple[Leases, Clock]:
+def watched(store: Backend, moves: bool) -> tuple[Leases, Clock]:
     """An onlooker whose pauses take no time, while the owner elsewhere beats or not."""
     clock = Clock()
 
@@ -195,7 +197,7 @@ def watched(store: Store, moves: bool) -> tuple[Leases, Clock]:
 @pytest.mark.parametrize("lives", [True, False])
 @pytest.mark.parametrize("skew", [0.0, 300.0, -300.0, 3600.0, -3600.0, 1e8])
 def test_who_takes_things_away_watches_for_a_beat(
-    store: Store, leases: Callable[..., Leases], skew: float, lives: bool
+    store: Backend, leases: Callable[..., Leases], skew: float, lives: bool
 ) -> None:
     assert leases("far", beat_seconds=1e9, process=ELSEWHERE).acquire("job") == 1
     about = json.loads(store.read("owners/far.json") or b"")
@@ -209,7 +211,7 @@ def test_who_takes_things_away_watches_for_a_beat(
 
 @pytest.mark.parametrize(("age", "waits"), [(10.0, 0.0), (-200.0, 0.0), (3600.0, 12.0), (-3600.0, 12.0), (1e5, 0.0)])
 def test_who_only_looks_waits_where_the_clock_tells_nothing(
-    store: Store, leases: Callable[..., Leases], age: float, waits: float
+    store: Backend, leases: Callable[..., Leases], age: float, waits: float
 ) -> None:
     assert leases("far", beat_seconds=1e9, process=ELSEWHERE).acquire("job") == 1
     about = json.loads(store.read("owners/far.json") or b"")
@@ -218,7 +220,7 @@ def test_who_only_looks_waits_where_the_clock_tells_nothing(
     assert ("job" in onlooker.holders()) == (abs(age) < 300.0) and waits <= clock.seconds <= waits + 0.5
 
 
-def test_an_owner_elsewhere_gets_patience_by_the_own_clock(store: Store, leases: Callable[..., Leases]) -> None:
+def test_an_owner_elsewhere_gets_patience_by_the_own_clock(store: Backend, leases: Callable[..., Leases]) -> None:
     clock = Clock()
     far = leases("far", beat_seconds=1e9, process=ELSEWHERE)
     near = leases("near", clock=clock, patience_seconds=30.0)
@@ -236,7 +238,7 @@ def test_an_owner_elsewhere_gets_patience_by_the_own_clock(store: Store, leases:
     assert not far.holds("job") and far.held() == {} and far.acquire("job") is None
 
 
-def test_a_beat_that_goes_on_is_seen(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_beat_that_goes_on_is_seen(store: Backend, leases: Callable[..., Leases]) -> None:
     clock = Clock()
     far = leases("far", beat_seconds=0.01, process=ELSEWHERE)
     near = leases("near", clock=clock)
@@ -249,7 +251,7 @@ def test_a_beat_that_goes_on_is_seen(store: Store, leases: Callable[..., Leases]
         assert near.acquire("job") is None
 
 
-def test_a_suspended_owner_finds_out_that_it_lost(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_suspended_owner_finds_out_that_it_lost(store: Backend, leases: Callable[..., Leases]) -> None:
     holder = start(HOLD, store.url, "one")
     clock = Clock()
     two = leases("two", clock=clock)
@@ -264,7 +266,7 @@ def test_a_suspended_owner_finds_out_that_it_lost(store: Store, leases: Callable
     assert two.holds("job")
 
 
-def test_a_new_process_of_an_owner_finds_its_leases(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_new_process_of_an_owner_finds_its_leases(store: Backend, leases: Callable[..., Leases]) -> None:
     process = start(HOLD, store.url, "one")
     process.kill()
     process.wait()
@@ -276,7 +278,7 @@ def test_a_new_process_of_an_owner_finds_its_leases(store: Store, leases: Callab
 
 
 def race(url: str, owner: str, gate: Any, results: Any) -> None:
-    leases = Leases(open_store(url), owner)
+    leases = Leases(open_backend(url), owner)
     gate.wait()
     names = [f"job{number}" for number in range(200)]
     results.put((owner, {name: token for name in names if (token := leases.acquire(name)) is not None}))
@@ -284,7 +286,7 @@ def race(url: str, owner: str, gate: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize("before", [0, 6])
-def test_processes_racing_for_leases_hold_each_exactly_once(store: Store, before: int) -> None:
+def test_processes_racing_for_leases_hold_each_exactly_once(store: Backend, before: int) -> None:
     for number in range(200 if before else 0):
         released = {"owner": "gone", "lane": "", "tries": 0, "released": True}
         store.write(f"leases/job{number}/{before:06d}.json", json.dumps(released).encode())
@@ -304,7 +306,7 @@ def test_processes_racing_for_leases_hold_each_exactly_once(store: Store, before
 class Late:
     """A store whose `create` is late, and its `read`: others act between a look and it."""
 
-    def __init__(self, store: Store, meanwhile: Callable[[], Any], before_read: Any = None) -> None:
+    def __init__(self, store: Backend, meanwhile: Callable[[], Any], before_read: Any = None) -> None:
         self._store, self._meanwhile, self._before_read = store, meanwhile, before_read
 
     def __getattr__(self, name: str) -> Any:
@@ -320,22 +322,24 @@ class Late:
         return self._store.read(key)
 
 
-def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(store: Store, leases: Callable[..., Leases]) -> None:
+def test_a_number_used_and_cleaned_up_since_the_look_is_not_taken(
+    store: Backend, leases: Callable[..., Leases]
+) -> None:
     one, two = leases("one"), leases("two")
 
     def meanwhile() -> None:
-        if token_of(store, "job") < 3:
+        if store.token_of("job") < 3:
             for _ in range(3):
                 two.release("job")
                 two.acquire("job")
 
     slow = Leases(Late(store, meanwhile), "slow")
-    assert slow.acquire("job") is None and token_of(store, "job") == 3 and two.holds("job")
+    assert slow.acquire("job") is None and store.token_of("job") == 3 and two.holds("job")
     assert store.names("leases/job") == ["000003.json"] and one.acquire("job") is None
     slow.close()
 
 
-def test_numbers_that_begin_anew_are_not_gone_past(store: Store, leases: Callable[..., Leases]) -> None:
+def test_numbers_that_begin_anew_are_not_gone_past(store: Backend, leases: Callable[..., Leases]) -> None:
     one, two = leases("one"), leases("two")
     one.acquire("job")
     slow = Leases(Late(store, lambda: two.acquire("job"), lambda: one.forget("job")), "slow")
@@ -345,7 +349,7 @@ def test_numbers_that_begin_anew_are_not_gone_past(store: Store, leases: Callabl
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"owner": 1, "what": 2}'])
 def test_a_damaged_lease_is_followed_under_a_higher_token(
-    store: Store, leases: Callable[..., Leases], damage: bytes
+    store: Backend, leases: Callable[..., Leases], damage: bytes
 ) -> None:
     store.write("leases/job/000041.json", damage)
     assert leases("one").acquire("job") == 42
@@ -354,15 +358,15 @@ def test_a_damaged_lease_is_followed_under_a_higher_token(
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
-        Leases(open_store(tmp_path / "file" / "runs"), "one").acquire("job")
+        Leases(open_backend(tmp_path / "file" / "runs"), "one").acquire("job")
     with pytest.raises(StorageError, match="can name no lease"):
-        Leases(open_store(tmp_path / "runs"), "../one")
+        Leases(open_backend(tmp_path / "runs"), "../one")
 
 
 def test_a_full_disk_says_so(tmp_path: Path) -> None:
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8)); print('ready', flush=True)\n"
     code += "from orchestrator.errors import StorageError\n"
-    code += "try:\n    Leases(open_store(sys.argv[1]), 'one').acquire('job')\n"
+    code += "try:\n    Leases(open_backend(sys.argv[1]), 'one').acquire('job')\n"
     code += "except StorageError as error:\n    print(error)\n"
     process = start(code, str(tmp_path / "runs"))
     assert process.stdout is not None and "no space left" in process.stdout.read()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger import Ledger, files, states
+from orchestrator.plan.ledger import Ledger, files
+from orchestrator.plan.ledger.backends import folder as folder_backend
 from orchestrator.plan.ledger.files import storage_errors, write_json
 
 STATE = "a" * 64
@@ -126,7 +127,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
 def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(ledger, checkpoint=True)
     writing = ledger.writing_folder(STATE)
-    monkeypatch.setattr(states, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(folder_backend, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ledger.commit(STATE)
     monkeypatch.undo()

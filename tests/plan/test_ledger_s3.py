@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.backends.s3 import S3Backend
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.store_s3 import S3Store
 
 STATE = "a" * 64
 MODEL = b"weights" * 1000
@@ -63,7 +63,7 @@ def test_what_one_machine_commits_another_finds(machine: Callable[[str], Ledger]
         assert (weights / "model.safetensors").read_bytes() == MODEL
         assert (ledger.fetch(STATE, "checkpoint") / "rank0" / "optimizer.pt").read_bytes() == b"\1" * 5000
         assert ledger.verify(ledger.state_folder(STATE)) == [] or ledger is not one
-    assert len({one.storage, two.storage}) == 2 and S3Store(f"{bucket}/runs").names("work") == []
+    assert len({one.storage, two.storage}) == 2 and S3Backend(f"{bucket}/runs").names("work") == []
 
 
 def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(machine: Callable[[str], Ledger], bucket: str) -> None:
@@ -82,14 +82,14 @@ def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(machine: Callab
         assert again.has(STATE, "checkpoint")
         assert (again.fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL  # evaluations were of it
         assert (again.fetch(STATE, "checkpoint") / "rank0" / "optimizer.pt").read_bytes() == b"\1" * 5000
-    assert len(S3Store(f"{bucket}/runs").sizes("objects")) == 5  # nothing that no manifest names
+    assert len(S3Backend(f"{bucket}/runs").sizes("objects")) == 5  # nothing that no manifest names
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone", "manifest"])
 def test_damage_in_the_bucket_is_found_and_mended_by_training_again(
     machine: Callable[[str], Ledger], bucket: str, damage: str
 ) -> None:
-    store, one = S3Store(f"{bucket}/runs"), machine("one")
+    store, one = S3Backend(f"{bucket}/runs"), machine("one")
     fill(one)
     one.commit(STATE)
     key = next(key for key, size in store.sizes("objects").items() if size == len(MODEL))
@@ -124,7 +124,7 @@ def test_a_damaged_copy_is_downloaded_again(machine: Callable[[str], Ledger]) ->
 
 
 def test_another_machine_goes_on_from_a_sealed_checkpoint(machine: Callable[[str], Ledger], bucket: str) -> None:
-    store, one = S3Store(f"{bucket}/runs"), machine("one")
+    store, one = S3Backend(f"{bucket}/runs"), machine("one")
     one.begin(STATE)
     for step in (2, 4, 6):
         one.writing_folder(STATE)
@@ -229,15 +229,15 @@ def test_a_stale_writer_that_goes_on_anywhere_takes_nothing_of_the_new_holder(ma
     before = two.store.sizes("objects")
     assert len([key for key in before if f"{STATE}/000002/" in key]) == 5
     for act in (
-        lambda: one._states.begin(STATE, 1),
-        lambda: one._states.prune(STATE, 4, 2, 1),
-        lambda: one._states._sweep(STATE, 1),
+        lambda: one.store.begin(STATE, 1),
+        lambda: one.store.prune(STATE, 4, 2, 1),
+        lambda: one.store._sweep(STATE, 1),
     ):
         act()
         assert {key for key in before if "/000002/" in key} <= set(two.store.sizes("objects"))
         assert two.checkpoint_steps(STATE) == [8, 6] and two.store.names(f"work/{STATE}/shared") == ["writing-2"]
     two.commit(STATE)
-    one._states.end_work(STATE, 1)
+    one.store.end_work(STATE, 1)
     assert (machine("three").fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from orchestrator.dispatch.failures import describe
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
-from orchestrator.plan.ledger import Ledger, files, states
+from orchestrator.plan.ledger import Ledger, files
+from orchestrator.plan.ledger.backends import folder as folder_backend
+from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.ledger.states import FolderStates
 
 JOB = "a" * 64
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_takes_the_place_of_damaged_ones(ledger: Ledger) -> None:
 def test_a_seal_that_fails_leaves_what_was_there(ledger: Ledger) -> None:
     sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
     with pytest.raises(StorageError, match="No such file"):
-        FolderStates(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away")
+        FolderBackend(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away")
     assert ledger.checkpoints(JOB) == [sealed] and sorted(os.listdir(sealed.parent)) == [".writing-0", sealed.name]
 
 
@@ -160,13 +161,13 @@ def test_only_the_newest_token_writes(ledger: Ledger) -> None:
 
 def test_a_lease_taken_over_while_a_manifest_is_made(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.fences[JOB] = 1
-    real = states.write_manifest
+    real = folder_backend.write_manifest
 
     def slow(folder: Path) -> None:
         real(folder)
         ledger.store.create(f"leases/{JOB}/000002.json", b"{}")
 
-    monkeypatch.setattr(states, "write_manifest", slow)
+    monkeypatch.setattr(folder_backend, "write_manifest", slow)
     folder = write_checkpoint(ledger, 2)
     with pytest.raises(StaleWriterError):
         ledger.seal_checkpoint(JOB, 2, folder)

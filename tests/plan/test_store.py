@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger import store as store_module
-from orchestrator.plan.ledger.store import FolderStore, open_store
+from orchestrator.plan.ledger.backends import open_backend
+from orchestrator.plan.ledger.backends.folder import FolderBackend
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FolderStore:
-    return FolderStore(tmp_path / "runs")
+def store(tmp_path: Path) -> FolderBackend:
+    return FolderBackend(tmp_path / "runs")
 
 
-def test_values_come_back_and_go(store: FolderStore, tmp_path: Path) -> None:
+def test_values_come_back_and_go(store: FolderBackend, tmp_path: Path) -> None:
     assert store.read("notes/a.json") is None and store.names("notes") == []
     store.delete("notes/a.json")
     assert not (tmp_path / "runs").exists(), "looking makes nothing"
@@ -33,10 +33,10 @@ def test_values_come_back_and_go(store: FolderStore, tmp_path: Path) -> None:
     store.delete("notes/b.json")
     store.delete("notes/b.json")
     assert store.names("notes") == ["deep"]
-    assert open_store(tmp_path / "runs").read("notes/deep/c.json") == b""
+    assert open_backend(tmp_path / "runs").read("notes/deep/c.json") == b""
 
 
-def test_the_first_to_create_a_key_has_it(store: FolderStore) -> None:
+def test_the_first_to_create_a_key_has_it(store: FolderBackend) -> None:
     assert store.create("leases/a/000001.json", b"mine")
     assert not store.create("leases/a/000001.json", b"theirs")
     assert store.read("leases/a/000001.json") == b"mine"
@@ -45,8 +45,8 @@ def test_the_first_to_create_a_key_has_it(store: FolderStore) -> None:
 
 RACE = """
 import sys
-from orchestrator.plan.ledger.store import FolderStore
-store = FolderStore(sys.argv[1])
+from orchestrator.plan.ledger.backends.folder import FolderBackend
+store = FolderBackend(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 won = [n for n in range(200) if store.create(f"leases/{n}.json", sys.argv[2].encode())]
@@ -54,7 +54,7 @@ print(*won, flush=True)
 """
 
 
-def test_of_processes_that_create_the_same_keys_one_succeeds_each_time(store: FolderStore) -> None:
+def test_of_processes_that_create_the_same_keys_one_succeeds_each_time(store: FolderBackend) -> None:
     command = [sys.executable, "-c", RACE, store.url]
     racers = [
         subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in "abc"
@@ -72,7 +72,7 @@ def test_of_processes_that_create_the_same_keys_one_succeeds_each_time(store: Fo
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_file_system_that_answers_oddly(store: FolderStore, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+def test_a_file_system_that_answers_oddly(store: FolderBackend, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     """No hard links at all; or an NFS server whose answer was lost, so that the system asks it a second time."""
     real = os.link
 
@@ -82,13 +82,13 @@ def test_a_file_system_that_answers_oddly(store: FolderStore, monkeypatch: pytes
         real(source, target)
         real(source, target)
 
-    monkeypatch.setattr(store_module.os, "link", link)
+    monkeypatch.setattr(os, "link", link)
     assert store.create("leases/1.json", b"mine") and not store.create("leases/1.json", b"theirs")
     assert store.read("leases/1.json") == b"mine"
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/../b", ".hidden", "a/.b", "", "a\\b"])
-def test_a_key_cannot_leave_the_store(store: FolderStore, key: str) -> None:
+def test_a_key_cannot_leave_the_store(store: FolderBackend, key: str) -> None:
     for use in (store.read, store.names, store.delete, lambda k: store.write(k, b""), lambda k: store.create(k, b"")):
         with pytest.raises(StorageError, match="no key"):
             use(key)
@@ -96,8 +96,8 @@ def test_a_key_cannot_leave_the_store(store: FolderStore, key: str) -> None:
 
 def test_what_is_no_storage_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="s3://bucket/prefix"):
-        open_store("gs://bucket/runs")
+        open_backend("gs://bucket/runs")
     (tmp_path / "file").write_text("")
-    for write in (FolderStore(tmp_path / "file").write, FolderStore(tmp_path / "file").create):
+    for write in (FolderBackend(tmp_path / "file").write, FolderBackend(tmp_path / "file").create):
         with pytest.raises(StorageError, match="storage_path"):
             write("notes/a.json", b"")

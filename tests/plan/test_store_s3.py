@@ -13,17 +13,17 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.ledger.leases import Leases, token_of
-from orchestrator.plan.ledger.store import Store, open_store
-from orchestrator.plan.ledger.store_s3 import S3Store
+from orchestrator.plan.ledger.backends import Backend, open_backend
+from orchestrator.plan.ledger.backends.s3 import S3Backend
+from orchestrator.plan.ledger.leases import Leases
 
 
 @pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(tmp_path / "runs" if request.param == "folder" else request.getfixturevalue("bucket") + "/runs")
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    return open_backend(tmp_path / "runs" if request.param == "folder" else request.getfixturevalue("bucket") + "/runs")
 
 
-def test_values(store: Store) -> None:
+def test_values(store: Backend) -> None:
     assert store.read("notes/a.json") is None and store.names("notes") == [] and store.names("notes/") == []
     store.write("notes/b.json", b"1")
     store.write("notes/a.json", b"2")
@@ -38,7 +38,7 @@ def test_values(store: Store) -> None:
     assert store.read("notes/a.json") is None and store.names("notes") == ["b.json", "deep"]
 
 
-def test_create_decides(store: Store) -> None:
+def test_create_decides(store: Backend) -> None:
     assert store.create("leases/a", b"1") and not store.create("leases/a", b"2")
     assert store.read("leases/a") == b"1"
     store.delete("leases/a")
@@ -46,7 +46,7 @@ def test_create_decides(store: Store) -> None:
 
 
 def test_more_names_than_a_page_holds(bucket: str) -> None:
-    store = S3Store(bucket)
+    store = S3Backend(bucket)
     events = store._client.meta.events
     events.register("before-parameter-build.s3.ListObjectsV2", lambda params, **_: params.update(MaxKeys=3))
     for number in range(10):
@@ -58,7 +58,7 @@ def test_more_names_than_a_page_holds(bucket: str) -> None:
 
 
 def create(url: str, gate: Any, results: Any) -> None:
-    store = S3Store(url)
+    store = S3Backend(url)
     gate.wait()
     results.put([number for number in range(40) if store.create(f"race/{number}", os.urandom(8))])
 
@@ -76,11 +76,11 @@ def test_processes_racing_to_create_win_each_once(bucket: str) -> None:
 
 
 def test_leases_in_a_bucket(bucket: str) -> None:
-    store = open_store(bucket)
-    one, two = Leases(store, "one"), Leases(S3Store(bucket), "two")
+    store = open_backend(bucket)
+    one, two = Leases(store, "one"), Leases(S3Backend(bucket), "two")
     assert one.acquire("job", "lane0") == 1 and two.acquire("job") is None and two.holders()["job"].owner == "one"
     one.release("job")
-    assert two.acquire("job") == 2 and not one.holds("job") and token_of(store, "job") == 2
+    assert two.acquire("job") == 2 and not one.holds("job") and store.token_of("job") == 2
     two.forget("job")
     one.close()
     two.close()
@@ -88,7 +88,7 @@ def test_leases_in_a_bucket(bucket: str) -> None:
 
 
 def test_files_go_up_and_come_down(bucket: str, tmp_path: Path) -> None:
-    store = S3Store(bucket)
+    store = S3Backend(bucket)
     large = os.urandom(20_000_000)  # sent in parts
     (tmp_path / "large").write_bytes(large)
     (tmp_path / "empty").write_bytes(b"")
@@ -102,7 +102,7 @@ def test_files_go_up_and_come_down(bucket: str, tmp_path: Path) -> None:
 
 
 def test_a_repeated_create_knows_its_own_first_attempt(bucket: str) -> None:
-    store = S3Store(bucket)
+    store = S3Backend(bucket)
     assert store.create("ready", b"")
     attempts = []
 
@@ -121,7 +121,7 @@ def test_a_server_that_comes_back_is_waited_for(s3_credentials: None, monkeypatc
     host, port = first.get_host_and_port()
     first.stop()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-    store = S3Store("s3://late/runs")
+    store = S3Backend("s3://late/runs")
     second = ThreadedMotoServer(host, port, verbose=False)
     sent: list[str] = []
 
@@ -138,7 +138,7 @@ def test_a_server_that_comes_back_is_waited_for(s3_credentials: None, monkeypatc
 
 
 def test_a_server_that_ignores_conditions_is_refused(bucket: str) -> None:
-    store = S3Store(bucket)
+    store = S3Backend(bucket)
 
     def ignore(params: dict[str, Any], **_: Any) -> None:
         params["headers"].pop("If-None-Match", None)
@@ -150,29 +150,29 @@ def test_a_server_that_ignores_conditions_is_refused(bucket: str) -> None:
 
 
 def test_what_is_wrong_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    nowhere = S3Store("s3://no-such-bucket/runs")
+    nowhere = S3Backend("s3://no-such-bucket/runs")
     for act in (lambda: nowhere.read("a"), lambda: nowhere.names("a"), lambda: nowhere.create("a", b"")):
         with pytest.raises(StorageError, match=r"s3://no-such-bucket/runs.*no such bucket"):
             act()
     for url in ("s3://", "s3:///runs", "gs://bucket/runs"):
         with pytest.raises(StorageError, match="bucket"):
-            open_store(url)
+            open_backend(url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"Could not connect.*see that the server can be reached"):
-        S3Store(bucket).read("a")
+        S3Backend(bucket).read("a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(StorageError, match="credentials") as caught:
-        S3Store(bucket).read("a")
+        S3Backend(bucket).read("a")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
     with pytest.raises(StorageError, match="no-such-profile"):
-        S3Store(bucket)
+        S3Backend(bucket)
 
 
 def test_without_boto3_the_extra_is_named() -> None:
     code = "import sys; sys.modules['boto3'] = None\nfrom orchestrator.errors import UsageError\n"
-    code += "from orchestrator.plan.ledger.store import open_store\n"
-    code += "try:\n    open_store('s3://bucket/runs')\nexcept UsageError as error:\n    print(error)\n"
+    code += "from orchestrator.plan.ledger.backends import open_backend\n"
+    code += "try:\n    open_backend('s3://bucket/runs')\nexcept UsageError as error:\n    print(error)\n"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install 'llavolta-orchestrator[s3]'" in said

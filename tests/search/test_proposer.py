@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.plan.ledger.store import open_store
+from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.trials import Trial, TrialNotes, front_of, search_id
 from orchestrator.search.tuning import Proposer
 from orchestrator.spec.loader import load_experiment
@@ -45,15 +45,15 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, sampler, 
     file = tmp_path / "search.yaml"
     file.write_text(search_text + f"  algorithm: {{sampler: {sampler}}}\n")
     loaded = load_experiment(file)
-    whole = search_on(loaded, TrialNotes(open_store(tmp_path / "a"), "s"), 14)
-    notes = TrialNotes(open_store(tmp_path / "b"), "s")
+    whole = search_on(loaded, TrialNotes(open_backend(tmp_path / "a"), "s"), 14)
+    notes = TrialNotes(open_backend(tmp_path / "b"), "s")
     search_on(loaded, notes, 14, die_at)
     assert search_on(loaded, notes, 14) == whole
     assert len({str(trial.values) for trial in whole}) == 14, "a recipe is not proposed twice"
 
 
 def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):
-    notes = TrialNotes(open_store(tmp_path / "a"), "s")
+    notes = TrialNotes(open_backend(tmp_path / "a"), "s")
     whole = search_on(loaded, notes, 4)
     proposer = Proposer(loaded.spec, [whole[0], whole[2]], desk=None)
     assert [proposer.suggest(name)["number"] for name in "abc"] == [1, 3, 4]
@@ -62,7 +62,7 @@ def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):
 def test_a_space_that_is_used_up_proposes_again_what_it_has(search_text, tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(search_text.replace("[1, 2, 3]", "[2]").replace("[full, light, heavy, wide]", "[heavy]"))
-    trials = search_on(load_experiment(file), TrialNotes(open_store(tmp_path / "a"), "s"), 5)
+    trials = search_on(load_experiment(file), TrialNotes(open_backend(tmp_path / "a"), "s"), 5)
     assert len({str(trial.values) for trial in trials[:3]}) == len({str(trial.values) for trial in trials}) == 3
 
 
@@ -71,7 +71,7 @@ def test_seeds_draw_differently(search_text, tmp_path):
     for seed in (0, 1):
         file = tmp_path / f"{seed}.yaml"
         file.write_text(search_text + f"seed: {seed}\n")
-        found.append(search_on(load_experiment(file), TrialNotes(open_store(tmp_path / str(seed)), "s"), 6))
+        found.append(search_on(load_experiment(file), TrialNotes(open_backend(tmp_path / str(seed)), "s"), 6))
     assert [trial.params for trial in found[0]] != [trial.params for trial in found[1]]
 
 

@@ -21,8 +21,8 @@ import pytest
 from mlflow_servers import Gate
 
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.ledger.heartbeat import Process
-from orchestrator.plan.ledger.store import FolderStore
+from orchestrator.plan.ledger.process import Process
+from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.tracking import mlflow_tracker
 from orchestrator.tracking.mlflow_state import (
     RunState,
@@ -210,7 +210,7 @@ def test_a_run_follows_its_cell_through_every_state(tracker: CellTracker) -> Non
 
 # Says who it is, and lives until its input ends.
 DRIVER = (
-    "import dataclasses, json; from orchestrator.plan.ledger.heartbeat import this_process; "
+    "import dataclasses, json; from orchestrator.plan.ledger.process import this_process; "
     "print(json.dumps({**dataclasses.asdict(this_process()), 'storage': '/s'}), flush=True); input()"
 )
 
@@ -255,7 +255,7 @@ def test_a_session_leaves_the_runs_of_another_driver_running(tracker: CellTracke
 
 
 def test_two_drivers_on_one_storage_make_no_twins(tracker: CellTracker, tmp_path: Path) -> None:
-    store, together = FolderStore(tmp_path), threading.Barrier(2)
+    store, together = FolderBackend(tmp_path), threading.Barrier(2)
     records = [record(name) for name in "abcde"]
 
     def drive(_: int) -> None:

@@ -30,7 +30,7 @@ from training_workers import (
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.plan.ledger import states
+from orchestrator.plan.ledger.backends import folder as folder_backend
 
 
 def _jobs(made: tuple[Path, Path], zero: str = "zero2") -> tuple[StageJob, StageJob]:
@@ -104,8 +104,8 @@ def killed_while_writing(folder: Path, jobs: tuple[StageJob, ...], where: str) -
         return step
 
     torch.save = torn
-    states.write_manifest = before("manifest", states.write_manifest)
-    states.take_place = before("rename", states.take_place)
+    folder_backend.write_manifest = before("manifest", folder_backend.write_manifest)
+    folder_backend.take_place = before("rename", folder_backend.take_place)
     train(ledger, *jobs)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.experiments import Recorded, searches_of
-from orchestrator.plan.ledger.gc import open_inventory, recorded
-from orchestrator.plan.ledger.inventory import Inventory
+from orchestrator.plan.ledger.gc import recorded
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
@@ -18,16 +17,16 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    inventory, experiments, holders = open_inventory(ledger), recorded(ledger), ledger.living_holders()
+    store, experiments, holders = ledger.store, recorded(ledger), ledger.living_holders()
     reached: dict[str, list[tuple[str, str]]] = {}
     for each in experiments:
         for cell, known in each.cells.items():
             for state in known:
                 reached.setdefault(state, []).append((each.name, cell))
-    states = [_state(ledger, inventory, state, reached.get(state, [])) for state in inventory.states()]
+    states = [_state(ledger, state, reached.get(state, [])) for state in store.states()]
     work = [
-        {"id": job, "bytes": size, "steps": sorted(inventory.steps(job)), "running": job in holders}
-        for job, size in inventory.work().items()
+        {"id": job, "bytes": size, "steps": sorted(store.steps(job)), "running": job in holders}
+        for job, size in store.work().items()
         if ledger.evaluation(job) is None  # the log of a finished evaluation lies there
     ]
     searches = {
@@ -54,14 +53,14 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    inventory = open_inventory(ledger)
+    store = ledger.store
     found: list[dict[str, Any]] = []
-    for state in inventory.states():
-        if files := inventory.damaged(state):
+    for state in store.states():
+        if files := store.damaged(state):
             found.append({"kind": "state", "id": state, "files": files})
-    for job in inventory.work():
-        for step, check in sorted(inventory.steps(job).items()):
-            if files := check():
+    for job in store.work():
+        for step in sorted(store.steps(job)):
+            if files := store.damaged_step(job, step):
                 found.append({"kind": "checkpoint", "id": job, "step": step, "files": files})
     return found
 
@@ -72,12 +71,11 @@ def discard_damage(ledger: Ledger, found: Sequence[dict[str, Any]]) -> None:
     Raises:
         StorageError: the storage cannot be written.
     """
-    inventory = open_inventory(ledger)
     for entry in found:
         if entry["kind"] == "state":
             ledger.discard(entry["id"])
         else:
-            inventory.drop_step(entry["id"], entry["step"])
+            ledger.store.drop_step(entry["id"], entry["step"])
 
 
 def _experiment(each: Recorded) -> dict[str, Any]:
@@ -85,8 +83,8 @@ def _experiment(each: Recorded) -> dict[str, Any]:
     return {"name": each.name, "file": each.file, "when": each.when, **counts}
 
 
-def _state(ledger: Ledger, inventory: Inventory, state: str, reached: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    files = inventory.files(state)
+def _state(ledger: Ledger, state: str, reached: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    files = ledger.store.files(state)
     job = ledger.job(state) or {} if files is not None else {}
     return {
         "id": state,
@@ -96,7 +94,7 @@ def _state(ledger: Ledger, inventory: Inventory, state: str, reached: Sequence[t
         "last_step": job.get("last_step"),
         "kept": [part for part in ("weights", "checkpoint") if any(n.startswith(f"{part}/") for n in files or {})],
         "bytes": sum(int(entry["size"]) for entry in (files or {}).values()),
-        "when": inventory.when(state),
+        "when": ledger.store.when(state),
         "whole": files is not None and ledger.is_done(state),
         "experiments": list(dict.fromkeys(experiment for experiment, _ in reached)),
         "cells": [cell for _, cell in reached],

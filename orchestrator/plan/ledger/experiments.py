@@ -8,9 +8,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.jobs import Keep
+from orchestrator.plan.ledger.backends.base import Backend, most
 from orchestrator.plan.ledger.files import parse_json
-from orchestrator.plan.ledger.states import most
-from orchestrator.plan.ledger.store import Store
 
 if TYPE_CHECKING:
     pass
@@ -40,7 +39,7 @@ class Recorded:
     cells: dict[str, list[str]]
 
 
-def recorded_experiments(store: Store) -> list[Recorded]:
+def recorded_experiments(store: Backend) -> list[Recorded]:
     """Return all recorded experiments, by key; a damaged record is an error: without it `gc` would take its states
     away.
 
@@ -78,7 +77,7 @@ def wanted_states(experiments: Iterable[Recorded]) -> dict[str, Keep]:
     return wanted
 
 
-def searches_of(store: Store) -> dict[str, list[dict[str, Any]]]:
+def searches_of(store: Backend) -> dict[str, list[dict[str, Any]]]:
     """Return the search to the notes of its trials."""
     found: dict[str, list[dict[str, Any]]] = {}
     for search in store.names("searches"):

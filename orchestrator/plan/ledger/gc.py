@@ -11,13 +11,13 @@ from typing import Any
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.copies import copies, copies_folder
+from orchestrator.plan.ledger.backends.base import PARTS, PARTS_OF, Leftover, Part
+from orchestrator.plan.ledger.backends.folder import remove
+from orchestrator.plan.ledger.backends.s3 import copies, copies_folder
 from orchestrator.plan.ledger.experiments import Recorded, recorded_experiments, wanted_states
 from orchestrator.plan.ledger.files import parse_json
 from orchestrator.plan.ledger.heartbeat import Observer, owner_key
-from orchestrator.plan.ledger.inventory import FolderInventory, Inventory, Leftover, remover
 from orchestrator.plan.ledger.leases import Holder, Leases
-from orchestrator.plan.ledger.states import PARTS, PARTS_OF, Part
 
 LEFTOVER_SECONDS = 600.0
 PATIENCE_SECONDS = 30.0
@@ -74,7 +74,7 @@ class Collector:
         pause: Callable[[float], Any] = time.sleep,
     ) -> None:
         self._ledger, self._also, self._forget = ledger, tuple(also), frozenset(forget)
-        self._inventory: Inventory = open_inventory(ledger)
+        self._store = ledger.store
         self._leftover_seconds, self._sure = leftover_seconds, sure
         self._pause = pause
         self._onlooker = Leases(ledger.store, "onlooker", PATIENCE_SECONDS, clock=clock, pause=pause)
@@ -89,10 +89,10 @@ class Collector:
         """Return all that can go, in the order in which it should; what a killed gc took aside is back before that."""
         experiments = self._experiments()
         wanted = wanted_states(experiments)
-        for state in self._inventory.aside() if self._sure else ():
+        for state in self._store.aside() if self._sure else ():
             if not experiments or state in wanted:
                 self._ledger.recover(state)
-        if not experiments and self._inventory.states():
+        if not experiments and self._store.states():
             return [*self._unused(Wanted.of([]), states_too=False)]
         return [*self._records(), *self._unused(Wanted.of(experiments), states_too=True)]
 
@@ -124,13 +124,13 @@ class Collector:
         yield from self._copies(wanted, holders, states_too)
 
     def _states(self, wanted: Wanted, holders: Collection[str], since: float | None) -> Iterator[GcStep]:
-        for state in self._inventory.states():
+        for state in self._store.states():
             if state in holders:
                 continue
-            files = self._inventory.files(state) or {}
+            files = self._store.files(state) or {}
             keep = wanted.states.get(state)
             if keep is None:
-                when = self._inventory.when(state)
+                when = self._store.when(state)
                 if since is None or (when is not None and when < since - CLOCK_SECONDS):
                     size = sum(int(entry["size"]) for entry in files.values())
                     yield GcStep("state", state, "no recorded experiment reaches it", size, self._take_out(state))
@@ -142,7 +142,7 @@ class Collector:
                     yield GcStep("part", state, why, sum(sizes), self._drop(state, part))
 
     def _work(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
-        for job, size in self._inventory.work().items():
+        for job, size in self._store.work().items():
             if job in holders:
                 continue
             done = self._ledger.is_done(job)
@@ -152,7 +152,7 @@ class Collector:
 
     def _leftovers(self, holders: Collection[str]) -> list[Leftover]:
         """Under `sure`, what a clock that was set forward might take for old must not change while it is watched."""
-        found = list(self._inventory.leftovers(holders.__contains__, self._leftover_seconds))
+        found = list(self._store.leftovers(holders.__contains__, self._leftover_seconds))
         watched = {left.what: left.changed() for left in found if time.time() - left.changed() < CLOCK_SECONDS}
         if self._sure and watched:
             self._pause(PATIENCE_SECONDS)
@@ -161,14 +161,14 @@ class Collector:
 
     def _failures(self, wanted: Wanted, holders: Collection[str]) -> Iterator[GcStep]:
         """Results of evaluations stay: they are small, and numbers that once were shown."""
-        for entry in self._ledger.store.names("failures"):
+        for entry in self._store.names("failures"):
             job = entry.removesuffix(".json")
             if not wanted.reaches(job) and job not in holders:
                 yield GcStep("failure", job, "no recorded experiment reaches it", 0, self._delete(f"failures/{entry}"))
 
     def _leases(self, holders: Collection[str]) -> Iterator[GcStep]:
         """Leases of finished jobs and files of owners whose process is gone; other numbers must never go down."""
-        store, held = self._ledger.store, set(holders)
+        store, held = self._store, set(holders)
         for job in store.names("leases"):
             if job not in held and self._is_finished(job):
                 keys = [f"leases/{job}/{number}" for number in store.names(f"leases/{job}")]
@@ -203,7 +203,9 @@ class Collector:
                     why = "no recorded experiment reaches it"
             if why is not None:
                 name = copy.path.relative_to(copies_folder()).as_posix()
-                yield GcStep("copy", name, f"a copy on this machine: {why}", copy.size, _always(remover(copy.path)))
+                yield GcStep(
+                    "copy", name, f"a copy on this machine: {why}", copy.size, _always(partial(remove, copy.path))
+                )
 
     def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
         """Return when the first of the living drivers began: what was finished since may be its work under an older
@@ -211,12 +213,12 @@ class Collector:
         """
         begun = []
         for owner in {holder.owner for holder in holders.values()}:
-            about = parse_json(self._ledger.store.read(owner_key(owner))) or {}
+            about = parse_json(self._store.read(owner_key(owner))) or {}
             begun.append(float(about.get("began", 0.0)))
         return min(begun, default=None)
 
     def _take_out(self, state: str) -> Callable[[], bool]:
-        return lambda: self._inventory.take_out(state, lambda: self._is_wanted(state))
+        return lambda: self._store.take_out(state, lambda: self._is_wanted(state))
 
     def _is_wanted(self, state: str) -> bool:
         return state in wanted_states(self._experiments()) or self._is_held(state)
@@ -225,7 +227,7 @@ class Collector:
         def drop() -> bool:
             if part in PARTS_OF[wanted_states(self._experiments()).get(state, "none")]:
                 return False
-            self._inventory.drop(state, part)
+            self._store.drop(state, part)
             return True
 
         return drop
@@ -237,7 +239,7 @@ class Collector:
                 return False
             if self._is_held(job):
                 return False
-            self._inventory.end_work(job)
+            self._store.end_work(job)
             return True
 
         return end
@@ -246,7 +248,7 @@ class Collector:
         def delete() -> bool:
             if self._is_held(job) or not self._is_finished(job):  # it is done again, as after damage
                 return False
-            self._ledger.store.delete(key)
+            self._store.delete(key)
             return True
 
         return delete
@@ -258,7 +260,7 @@ class Collector:
         return self._ledger.is_done(job) or self._ledger.evaluation(job) is not None
 
     def _delete(self, key: str) -> Callable[[], bool]:
-        return _always(partial(self._ledger.store.delete, key))
+        return _always(partial(self._store.delete, key))
 
 
 @dataclass(frozen=True)
@@ -304,12 +306,3 @@ def _always(remove: Callable[[], Any]) -> Callable[[], bool]:
         return True
 
     return run
-
-
-def open_inventory(ledger: Ledger) -> Inventory:
-    """Return the inventory of a ledger's storage."""
-    if ledger.url.startswith("s3://"):
-        from orchestrator.plan.ledger.inventory_s3 import S3Inventory
-
-        return S3Inventory(ledger)
-    return FolderInventory(ledger)

@@ -8,21 +8,16 @@ highest always stays until `forget`, so tokens never go down while someone may s
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.errors import StorageError
+from orchestrator.plan.ledger.backends.base import ID, Backend, checked
 from orchestrator.plan.ledger.files import parse_json
-from orchestrator.plan.ledger.heartbeat import Beat, Observer, Process, owner_key, this_process
+from orchestrator.plan.ledger.heartbeat import Beat, Observer, owner_key
+from orchestrator.plan.ledger.process import Process, this_process
 
-if TYPE_CHECKING:
-    from orchestrator.plan.ledger.store import Store
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_NUMBER = re.compile(r"([0-9]{6,})\.json")
 _LOOKS = 100  # each is lost to another owner who was quicker
 
 
@@ -62,7 +57,7 @@ class Leases:
 
     def __init__(
         self,
-        store: Store,
+        store: Backend,
         owner: str,
         patience_seconds: float = 30.0,
         beat_seconds: float = 5.0,
@@ -70,7 +65,7 @@ class Leases:
         process: Process | None = None,
         pause: Callable[[float], Any] = time.sleep,
     ) -> None:
-        self._store, self._owner = store, _checked(owner)
+        self._store, self._owner = store, checked(owner)
         self._beat = Beat(store, owner, process or this_process(), beat_seconds)
         self._observer = Observer(store, patience_seconds, clock, pause)
         self._tokens: dict[str, int] | None = None
@@ -90,10 +85,10 @@ class Leases:
         """
         mine = self._mine()
         self._beat.start()
-        number = _highest(self._store, name)
+        number = self._store.token_of(name)
         for _ in range(_LOOKS):
             lease = self._read(name, number)
-            if lease is None and number and number != (newest := _highest(self._store, name)):
+            if lease is None and number and number != (newest := self._store.token_of(name)):
                 number = newest  # it was cleaned up since the listing, and its numbers may begin anew
                 continue
             # None still: there is none, or it is damaged; the next number settles that.
@@ -108,13 +103,13 @@ class Leases:
             if self._create(name, number + 1, _Lease(self._owner, lane, tries)):
                 mine[name] = number + 1
                 return number + 1
-            number = max(number + 1, _highest(self._store, name))
+            number = max(number + 1, self._store.token_of(name))
         return None
 
     def _create(self, name: str, number: int, lease: _Lease) -> bool:
         if not self._store.create(_key(name, number), _dump(lease)):
             return False
-        numbers = _numbers(self._store, name)
+        numbers = self._store.lease_numbers(name)
         # The number may have been used and cleaned up since the look: then a higher one is there and holds.
         if numbers and numbers[-1] > number:
             self._store.delete(_key(name, number))
@@ -159,7 +154,7 @@ class Leases:
             StorageError: the store cannot be written.
         """
         if self._own(name) is not None:
-            for number in _numbers(self._store, name):
+            for number in self._store.lease_numbers(name):
                 self._store.delete(_key(name, number))
         self._mine().pop(name, None)
 
@@ -187,8 +182,8 @@ class Leases:
             sure: For who takes things away (`Observer.living`): owners of other machines are watched until they beat.
         """
         if names is None:
-            names = [name for name in self._store.names("leases") if _NAME.fullmatch(name)]
-        leases = {name: self._read(name, _highest(self._store, name)) for name in names}
+            names = [name for name in self._store.names("leases") if ID.fullmatch(name)]
+        leases = {name: self._read(name, self._store.token_of(name)) for name in names}
         held = {name: lease for name, lease in leases.items() if lease is not None and not lease.released}
         living = self._observer.living({lease.owner for lease in held.values()}, sure)
         processes = {owner: self._observer.process(owner) for owner in living}
@@ -216,7 +211,7 @@ class Leases:
             self._tokens = {}
             later = self._store.read(owner_key(self._owner)) is not None  # most owners have one process only
             for name in self._store.names("leases") if later else ():
-                number = _highest(self._store, name) if _NAME.fullmatch(name) else 0
+                number = self._store.token_of(name) if ID.fullmatch(name) else 0
                 lease = self._read(name, number)
                 if lease is not None and lease.owner == self._owner and not lease.released:
                     self._tokens[name] = number
@@ -224,7 +219,7 @@ class Leases:
 
     def _own(self, name: str) -> _Lease | None:
         token = self._mine().get(name)
-        if token is None or token_of(self._store, name) != token:
+        if token is None or self._store.token_of(name) != token:
             return None
         lease = self._read(name, token)
         return lease if lease is not None and lease.owner == self._owner and not lease.released else None
@@ -243,30 +238,9 @@ class Leases:
             return None
 
 
-def token_of(store: Store, name: str) -> int:
-    """Return the highest token given out for a name; 0 if none: a writer under a lower one has lost its lease."""
-    return _highest(store, name)
-
-
-def _highest(store: Store, name: str) -> int:
-    numbers = _numbers(store, name)
-    return numbers[-1] if numbers else 0
-
-
-def _numbers(store: Store, name: str) -> list[int]:
-    fits = (_NUMBER.fullmatch(found) for found in store.names(f"leases/{_checked(name)}"))
-    return sorted(int(fit.group(1)) for fit in fits if fit)
-
-
 def _key(name: str, number: int) -> str:
-    return f"leases/{_checked(name)}/{number:06d}.json"
+    return f"leases/{checked(name)}/{number:06d}.json"
 
 
 def _dump(lease: _Lease) -> bytes:
     return json.dumps(asdict(lease)).encode()
-
-
-def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise StorageError(f"{name!r} can name no lease: letters, digits, _ and - only, at most 128")
-    return name

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import stat
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
@@ -17,6 +16,8 @@ from typing import Any
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.jobs import Keep
+from orchestrator.plan.ledger.backends import open_backend
+from orchestrator.plan.ledger.backends.base import PARTS_OF, Part, checked, token_in
 from orchestrator.plan.ledger.files import (
     damaged_files,
     dump_json,
@@ -25,18 +26,20 @@ from orchestrator.plan.ledger.files import (
     names_in,
     parse_json,
     read_json,
-    stat_of,
     storage_errors,
 )
-from orchestrator.plan.ledger.leases import Holder, Leases, token_of
-from orchestrator.plan.ledger.states import PARTS_OF, FolderStates, Part, checked, token_in
-from orchestrator.plan.ledger.store import FolderStore, Store, open_store
+from orchestrator.plan.ledger.leases import Holder, Leases
 
 _KEPT_CHECKPOINTS = 2
+_PARTS = ("job.json", "result.json", "weights", "checkpoint")
 
 
-class UnsealedWork:
-    """Stage runs under way below one storage. A writer that lost its lease changes nothing that readers see.
+class Ledger:
+    """Finished states, evaluations, failures and stage runs under way of one storage.
+
+    Nothing is created before something is written. A state is done when its manifest is there and complete. A writer
+    that lost its lease changes nothing that readers see. Every method raises StorageError where the storage cannot be
+    read or written, or its disk is full.
 
     Args:
         storage: Storage folder (local or NFS), or `s3://bucket/prefix`.
@@ -44,194 +47,49 @@ class UnsealedWork:
     Attributes:
         url: What was named, made absolute: other processes open the same storage with it.
         storage: The folder itself; for s3 this machine's copy of what it needed.
-        store: Notes, leases and signs of life.
+        store: The backend: notes, leases, heartbeats, and where states lie.
         fences: Job to the token this process writes under; a job without one is not fenced.
-
-    Raises:
-        StorageError: it can be no storage.
     """
 
     def __init__(self, storage: str | Path) -> None:
-        self.store: Store = open_store(storage)
-        self.url = self.store.url
-        self._states: FolderStates = open_states(self.store)
-        self.storage = self._states.folder
+        self.store = open_backend(storage)
+        self.url, self.storage = self.store.url, self.store.folder
         self.fences: dict[str, int] = {}
         self._onlooker = Leases(self.store, "onlooker")  # kept: whom it once watched it need not wait for again
 
-    def work_folder(self, job_id: str) -> Path:
-        """Return the folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
-        return self._states.work_folder(checked(job_id))
-
-    def writing_folder(self, job_id: str) -> Path:
-        """Return the folder for what this writer has not sealed yet; it is made here.
-
-        Raises:
-            StorageError: it cannot be made.
-        """
-        folder = self._writing(job_id)
-        with storage_errors(folder):
-            make_folder(folder)
-        return folder
-
-    def _writing(self, job_id: str) -> Path:
-        return self.work_folder(job_id) / f".writing-{self._token(job_id)}"
-
-    def _token(self, job_id: str) -> int:
-        return self.fences.get(job_id, 0)
-
-    def begin(self, job_id: str) -> None:
-        """Clear away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
-
-        Raises:
-            StaleWriterError: another driver has taken the job over.
-        """
-        self.check_fence(job_id)
-        token = self._token(job_id)
-        for name in names_in(self.work_folder(job_id)):
-            if name.startswith(".writing-") and token_in(Path(name)) <= token:
-                shutil.rmtree(self.work_folder(job_id) / name, ignore_errors=True)
-        self._states.begin(job_id, token)
-
-    def is_begun(self, job_id: str) -> bool:
-        """Return True where a stage run is under way."""
-        return self._states.is_begun(checked(job_id))
-
-    def tell(self, job_id: str) -> None:
-        """Show others what an attempt told so far (metrics, logs); its last checkpoint or its commit did so before.
-
-        Raises:
-            StaleWriterError: another driver has taken the job over.
-            StorageError: the storage cannot be written.
-        """
-        self.check_fence(job_id)
-        self._states.tell(checked(job_id))
-
-    def end_work(self, job_id: str) -> None:
-        """Take the work folder of a job that leaves no state away.
-
-        Raises:
-            StorageError: the storage cannot be written.
-        """
-        self._states.end_work(checked(job_id), self._token(job_id))
-
     def snapshot(self) -> AbstractContextManager[None]:
-        """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables.
-
-        Raises:
-            StorageError: the storage cannot be read.
-        """
-        return self._states.snapshot()
-
-    def check_fence(self, job_id: str) -> None:
-        """Ask whether this process may still write for a job.
-
-        Raises:
-            StaleWriterError: a higher token was given out: another driver has taken the job over.
-        """
-        token = self.fences.get(job_id)
-        if token is not None and (newest := token_of(self.store, job_id)) > token:
-            raise StaleWriterError(
-                f"{self.url}: job {job_id} was taken over by another driver (token {newest}, this one has {token}) "
-                "because this process showed no sign of life for long; the other driver's work counts"
-            )
+        """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables."""
+        return self.store.snapshot()
 
     def living_holders(self) -> dict[str, Holder]:
         """Return the jobs under way to who works on them; what a killed driver left behind does not count."""
         return self._onlooker.holders()
 
-    def share(self, folder: Path) -> None:
-        """Hand over what this machine wrote into an unsealed folder; one rank of each machine calls it before a seal.
-
-        Raises:
-            StorageError: the storage cannot be written.
-        """
-        self._states.share(folder)
-
-    def seal_checkpoint(self, job_id: str, step: int, folder: Path) -> Path:
-        """Seal an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
-
-        Args:
-            step: Steps of the phase it is after.
-            folder: Where it was written, below `writing_folder`.
-
-        Returns:
-            Where it is now.
-
-        Raises:
-            StaleWriterError: another driver has taken the job over; readers see no change.
-            StorageError: the disk is full.
-        """
-        self.check_fence(job_id)
-        self._states.write_manifest(folder)
-        self.check_fence(job_id)  # reading all bytes took its time
-        sealed = self._states.seal_checkpoint(checked(job_id), step, folder)
-        self.check_fence(job_id)  # who lost its lease takes nothing of the new holder's away
-        self._states.prune(job_id, step, _KEPT_CHECKPOINTS, self._token(job_id))
-        return sealed
-
-    def checkpoints(self, job_id: str) -> list[Path]:
-        """Return checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
-        return list(self._states.checkpoints(checked(job_id)))
-
-    def checkpoint_steps(self, job_id: str) -> list[int]:
-        """Return the steps of the checkpoints inside a stage run under way, newest first, whole or not."""
-        return self._states.steps(checked(job_id))
-
-    def last_checkpoint(self, job_id: str) -> Path | None:
-        """Return newest whole checkpoint inside a stage run under way; a damaged one falls back to the one before."""
-        return next(self._states.checkpoints(checked(job_id)), None)
-
-    def bring_checkpoint(self, job_id: str, name: str) -> Path:
-        """Return an in-stage checkpoint, found whole on another machine, on this one.
-
-        Raises:
-            StorageError: the storage cannot be read.
-        """
-        folder = self.work_folder(job_id) / name
-        self._states.bring_checkpoint(folder)
-        return folder
-
-
-_PARTS = ("job.json", "result.json", "weights", "checkpoint")
-
-
-class Ledger(UnsealedWork):
-    """Finished states, evaluations and failures below one storage, and stage runs under way (`UnsealedWork`).
-
-    Nothing is created before something is written. A state is done when its manifest is there and whole.
-
-    Args:
-        storage: Storage folder (local or NFS), or `s3://bucket/prefix`.
-
-    Raises:
-        StorageError: it can be no storage.
-    """
+    # Finished states -----------------------------------------------------------------------------------------------
 
     def state_folder(self, state: str) -> Path:
-        """Return folder of a finished state, a stage run or a root, on this machine; `fetch` brings its parts there."""
-        return self._states.state_folder(checked(state))
+        """Return the folder of a finished state on this machine; `fetch` brings its parts there."""
+        return self.store.state_folder(checked(state))
 
     def is_done(self, state: str) -> bool:
         """Return True where the state is committed and no file is missing or cut short (contents: `fetch`)."""
-        return self._states.is_whole(checked(state))
+        return self.store.is_whole(checked(state))
+
+    def has(self, state: str, part: Part) -> bool:
+        """Return True where a finished state still has its weights, or its full checkpoint."""
+        return self.store.has(checked(state), part)
 
     def is_stored(self, state: str, keep: Keep) -> bool:
         """Return True where a state is committed with all that `keep` wants of it: `none` wants its result alone."""
         return self.is_done(state) and all(self.has(state, part) for part in PARTS_OF[keep][-1:])
-
-    def has(self, state: str, part: Part) -> bool:
-        """Return True where a finished state still has its weights, or its full checkpoint."""
-        return self._states.has(checked(state), part)
 
     def fetch(self, state: str, part: Part) -> Path:
         """Return the folder of a finished state's part on this machine, every byte of it checked.
 
         Raises:
             DamagedStateError: files are missing, cut short or changed.
-            StorageError: the storage cannot be read.
         """
-        if damaged := self._states.fetch(checked(state), part):
+        if damaged := self.store.fetch(checked(state), part):
             raise DamagedStateError(
                 f"{self.url}: the {part} of the state {state} cannot be used (missing or damaged: "
                 f"{', '.join(damaged[:3])}); it must be trained again, and the next run does that",
@@ -240,37 +98,29 @@ class Ledger(UnsealedWork):
         return self.state_folder(state) / part
 
     def verify(self, folder: Path) -> list[str]:
-        """Return the damaged files of a folder with a manifest, every byte read; empty when it is whole."""
+        """Return the damaged files of a folder with a manifest, every byte read; empty when it is complete."""
         return damaged_files(folder)
 
     def discard(self, state: str) -> None:
-        """Take a damaged state out of the ledger, so that it is trained again.
-
-        Raises:
-            StorageError: the folder cannot be written.
-        """
-        self._states.discard(checked(state))
+        """Delete a damaged state from the ledger, so that it is trained again."""
+        self.store.discard(checked(state))
 
     def recover(self, state: str) -> bool:
-        """Put a finished state back that a gc had taken aside when it was killed; call it while holding its lease.
-
-        Raises:
-            StorageError: the storage cannot be read or written.
-        """
-        return self._states.recover(checked(state))
+        """Put a finished state back that a gc had taken aside when it was killed; call it while holding its lease."""
+        return self.store.recover(checked(state))
 
     def result(self, state: str) -> dict[str, Any] | None:
         """Return `result.json` of a finished stage run."""
-        return read_json(self._states.small_file(state, "result.json")) if self.is_done(state) else None
+        return read_json(self.store.small_file(state, "result.json")) if self.is_done(state) else None
 
     def job(self, state: str) -> dict[str, Any] | None:
         """Return the job that led to a finished state, as `job_to_json` wrote it."""
-        return read_json(self._states.small_file(state, "job.json")) if self.is_done(state) else None
+        return read_json(self.store.small_file(state, "job.json")) if self.is_done(state) else None
 
     def stored_checkpoints(self, leave_out: Set[str] = frozenset()) -> dict[str, int]:
         """Return the states with a full checkpoint and the step of the phase they stand at."""
         found = {}
-        for state in self._states.names():
+        for state in self.store.states():
             if state in leave_out or not self.has(state, "checkpoint"):
                 continue
             if (job := self.job(state)) is not None:
@@ -286,15 +136,15 @@ class Ledger(UnsealedWork):
         return self._current(job_id, "log.txt")
 
     def _current(self, state: str, name: str) -> Path:
-        finished = self._states.small_file(checked(state), name)
-        return finished if is_there(finished) else self._states.work_file(state, name)
+        finished = self.store.small_file(checked(state), name)
+        return finished if is_there(finished) else self.store.work_file(state, name)
 
     def commit(self, state: str) -> Path:
         """Make a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
         `checkpoint/`) and of the work folder's `metrics.jsonl` and `log.txt`; the work folder goes.
 
         Until the one rename that makes the state appear, readers see no change, and sealed checkpoints stay.
-        A second commit of a state adds the parts that the first one lacks, or replaces a damaged one; what is whole
+        A second commit of a state adds the parts that the first one lacks, or replaces a damaged one; what is complete
         stays as it is, since evaluations were made of it.
 
         Returns:
@@ -318,11 +168,118 @@ class Ledger(UnsealedWork):
                     entry.unlink()
             if is_there(metrics):
                 retry_io(lambda: shutil.copyfile(metrics, writing / metrics.name))
-        self._states.write_manifest(writing)
+        self.store.write_manifest(writing)
         self.check_fence(state)  # reading all bytes took its time
-        self._states.commit(state, writing)
-        self._states.end_work(state, self._token(state))
+        self.store.commit(state, writing)
+        self.store.end_work(state, self._token(state))
         return self.state_folder(state)
+
+    # Stage runs under way ------------------------------------------------------------------------------------------
+
+    def work_folder(self, job_id: str) -> Path:
+        """Return the folder of a stage run under way: spool, log and sealed in-stage checkpoints."""
+        return self.store.work_folder(checked(job_id))
+
+    def writing_folder(self, job_id: str) -> Path:
+        """Return the folder for what this writer has not sealed yet; it is made here."""
+        folder = self._writing(job_id)
+        with storage_errors(folder):
+            make_folder(folder)
+        return folder
+
+    def _writing(self, job_id: str) -> Path:
+        return self.work_folder(job_id) / f".writing-{self._token(job_id)}"
+
+    def _token(self, job_id: str) -> int:
+        return self.fences.get(job_id, 0)
+
+    def check_fence(self, job_id: str) -> None:
+        """Ask whether this process may still write for a job.
+
+        Raises:
+            StaleWriterError: a higher token was given out: another driver has taken the job over.
+        """
+        token = self.fences.get(job_id)
+        if token is not None and (newest := self.store.token_of(job_id)) > token:
+            raise StaleWriterError(
+                f"{self.url}: job {job_id} was taken over by another driver (token {newest}, this one has {token}) "
+                "because this process sent no heartbeat for long; the other driver's work counts"
+            )
+
+    def begin(self, job_id: str) -> None:
+        """Clear away what earlier writers of a stage run left unsealed; one rank calls it before any writes.
+
+        Raises:
+            StaleWriterError: another driver has taken the job over.
+        """
+        self.check_fence(job_id)
+        token = self._token(job_id)
+        for name in names_in(self.work_folder(job_id)):
+            if name.startswith(".writing-") and token_in(Path(name)) <= token:
+                shutil.rmtree(self.work_folder(job_id) / name, ignore_errors=True)
+        self.store.begin(job_id, token)
+
+    def is_begun(self, job_id: str) -> bool:
+        """Return True where a stage run is under way."""
+        return self.store.is_begun(checked(job_id))
+
+    def tell(self, job_id: str) -> None:
+        """Show others the metrics and logs of an attempt so far; its last checkpoint or its commit did so before.
+
+        Raises:
+            StaleWriterError: another driver has taken the job over.
+        """
+        self.check_fence(job_id)
+        self.store.tell(checked(job_id))
+
+    def end_work(self, job_id: str) -> None:
+        """Delete the work folder of a job that leaves no state."""
+        self.store.end_work(checked(job_id), self._token(job_id))
+
+    def share(self, folder: Path) -> None:
+        """Hand over what this machine wrote into an unsealed folder; one rank a machine calls it before a seal."""
+        self.store.share(folder)
+
+    def seal_checkpoint(self, job_id: str, step: int, folder: Path) -> Path:
+        """Seal an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
+
+        Args:
+            step: Steps of the phase it is after.
+            folder: Where it was written, below `writing_folder`.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            StaleWriterError: another driver has taken the job over; readers see no change.
+        """
+        self.check_fence(job_id)
+        self.store.write_manifest(folder)
+        self.check_fence(job_id)  # reading all bytes took its time
+        sealed = self.store.seal_checkpoint(checked(job_id), step, folder)
+        self.check_fence(job_id)  # who lost its lease takes nothing of the new holder's away
+        self.store.prune(job_id, step, _KEPT_CHECKPOINTS, self._token(job_id))
+        return sealed
+
+    def checkpoints(self, job_id: str) -> list[Path]:
+        """Return checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
+        return list(self.store.checkpoints(checked(job_id)))
+
+    def checkpoint_steps(self, job_id: str) -> list[int]:
+        """Return the steps of the checkpoints inside a stage run under way, newest first, complete or not."""
+        return self.store.steps(checked(job_id))
+
+    def last_checkpoint(self, job_id: str) -> Path | None:
+        """Return the newest complete checkpoint inside a stage run under way; damaged ones are skipped."""
+        return next(self.store.checkpoints(checked(job_id)), None)
+
+    def bring_checkpoint(self, job_id: str, name: str) -> Path:
+        """Return an in-stage checkpoint, found complete on another machine, on this one."""
+        folder = self.work_folder(job_id) / name
+        self.store.bring_checkpoint(folder)
+        return folder
+
+    # Notes ---------------------------------------------------------------------------------------------------------
 
     def evaluation(self, evaluation: str) -> dict[str, Any] | None:
         """Return a finished evaluation."""
@@ -331,12 +288,8 @@ class Ledger(UnsealedWork):
     def write_evaluation(
         self, evaluation: str, result: dict[str, Any], predictions: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Record a finished evaluation, its answers before its result: where there is a result, they are there.
-
-        Raises:
-            StorageError: the disk is full or the storage cannot be written.
-        """
-        self._states.tell(checked(evaluation))
+        """Record a finished evaluation, its answers before its result: where there is a result, they are there."""
+        self.store.tell(checked(evaluation))
         if predictions:
             lines = "".join(json.dumps(each) + "\n" for each in predictions)
             self.store.write(_predictions_key(evaluation), gzip.compress(lines.encode(), mtime=0))
@@ -360,11 +313,7 @@ class Ledger(UnsealedWork):
         return self._note("failures", job)
 
     def write_failure(self, job: str, failure: dict[str, Any]) -> None:
-        """Record a failure.
-
-        Raises:
-            StorageError: the disk is full or the storage cannot be written.
-        """
+        """Record a failure."""
         self._write_note("failures", job, failure)
 
     def clear_failure(self, job: str) -> None:
@@ -382,36 +331,14 @@ class Ledger(UnsealedWork):
         return self.storage / "cells" / as_name(experiment) / as_name(cell_name)
 
     def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:
-        """Show a cell by name to who looks into the storage itself, where that is a bucket: record and addresses.
-
-        Raises:
-            StorageError: the storage cannot be written.
-        """
-        self._states.point_to(checked(state), cell_folder, record)
+        """Show a cell by name to who looks into the storage itself, where that is a bucket: record and addresses."""
+        self.store.point_to(checked(state), cell_folder, record)
 
 
 def as_name(text: str) -> str:
     """Return a folder's name; what cannot stand in one is replaced, and a short hash keeps two such names apart."""
     safe = re.sub(r"[^A-Za-z0-9._=,+%-]", "-", text)[:150].lstrip(".") or "_"
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def open_states(store: Store) -> FolderStates:
-    """Return the states of a storage.
-
-    Raises:
-        StorageError: a file stands where the folder should be.
-    """
-    if store.url.startswith("s3://"):
-        from orchestrator.plan.ledger.states_s3 import S3States
-
-        return S3States(store)
-    folder = Path(store.url)
-    about = stat_of(folder)
-    if about is not None and not stat.S_ISDIR(about.st_mode):
-        raise StorageError(f"{folder}: is a file; cluster.storage_path names a folder")
-    assert isinstance(store, FolderStore)
-    return FolderStates(folder, store.listings)
 
 
 def _predictions_key(evaluation: str) -> str:

@@ -1,4 +1,4 @@
-"""S3Store: the store in a bucket of S3 or of a server that speaks its language, through boto3."""
+"""Bucket: small values and files by key in a bucket of S3, or of a server that speaks its language, through boto3."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from typing_extensions import override
+
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.identity import digest
-from orchestrator.plan.ledger.files import storage_errors
+from orchestrator.plan.ledger.backends.base import Backend
+from orchestrator.plan.ledger.files import storage_errors, write_copy
 
+_AT_ONCE = 8
+_DELETE_AT_ONCE = 1000  # the most that one request may name
+_ABSENT = {"NoSuchKey", "404"}
 ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
 _CONNECTIONS = 32
 _SAYS = {
@@ -60,7 +66,7 @@ def s3_errors(where: str) -> Iterator[None]:
         yield
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise StorageError(
-            f"{where}: boto3 finds no whole credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            f"{where}: boto3 found no complete AWS credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
             "AWS_PROFILE, or use a machine with a role"
         ) from error
     except ClientError as error:
@@ -76,9 +82,6 @@ def s3_errors(where: str) -> Iterator[None]:
 def error_code(error: Any) -> str:
     """Return the server's word for what went wrong, such as `NoSuchKey`."""
     return str(error.response.get("Error", {}).get("Code", ""))
-
-
-_AT_ONCE = 8
 
 
 class Snapshot:
@@ -139,10 +142,7 @@ class Snapshot:
         except OSError:  # a copy only: the bucket has it
             value = self._read(key)
         if value is not None:
-            part = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-            with storage_errors(file.parent):
-                part.write_bytes(value)
-                part.replace(file)
+            write_copy(file, value)
         return value
 
 
@@ -150,12 +150,8 @@ def _file_name(etag: str) -> str:
     return digest(etag)[:40]
 
 
-_DELETE_AT_ONCE = 1000  # the most that one request may name
-_ABSENT = {"NoSuchKey", "404"}
-
-
-class S3Store:
-    """A store below a bucket's prefix.
+class Bucket(Backend):
+    """Keys below a bucket's prefix; `S3Backend` says what they hold.
 
     Credentials, region and endpoint are found in boto3's own ways (environment, `~/.aws`, instance role;
     `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for another server); none is kept or shown here. Requests that meet a
@@ -183,25 +179,25 @@ class S3Store:
         with self._errors():
             self._client = s3_client()
 
+    @override
     def read(self, key: str) -> bytes | None:
-        """Return a value; None where there is none.
-
-        Raises:
-            StorageError: the bucket cannot be read.
-        """
         view = self._view
         if view is not None and view.covers(key):
             return view.read(key)
         return self._read(key)
 
     def _read(self, key: str) -> bytes | None:
-        with self._errors(key):
-            try:
-                return self._get(key)
-            except self._client.exceptions.ClientError as error:
-                if error_code(error) not in _ABSENT:
-                    raise
+        with self._errors(key), self._absent_is_none():
+            return self._get(key)
         return None
+
+    @contextlib.contextmanager
+    def _absent_is_none(self) -> Iterator[None]:
+        try:
+            yield
+        except self._client.exceptions.ClientError as error:
+            if error_code(error) not in _ABSENT:
+                raise
 
     def _get(self, key: str) -> bytes:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
@@ -215,30 +211,22 @@ class S3Store:
                     raise
         raise AssertionError("unreachable")
 
+    @override
     def write(self, key: str, data: bytes) -> None:
-        """Write a value; readers see the old one or the new one.
-
-        Raises:
-            StorageError: the bucket cannot be written.
-        """
         with self._errors(key):
             self._client.put_object(**self._at(key), Body=data)
         self._changed(key)
 
+    @override
     def create(self, key: str, data: bytes) -> bool:
-        """Write a value if there is none, by a conditional put; of several at once one is told True.
-
-        Raises:
-            StorageError: the bucket cannot be written, or its server does not know conditional puts.
-        """
         if not self._conditional:
             probe = f"conditional-put/{secrets.token_hex(8)}"
             both = self._create(probe, b""), self._create(probe, b"")
             self.delete(probe)
             if both != (True, False):
                 raise StorageError(
-                    f"{self.url}: its server ignores conditional puts (If-None-Match), by which drivers keep out of "
-                    "each other's way. Use a newer server, or a folder (local or NFS)"
+                    f"{self.url}: its server ignores conditional puts (If-None-Match), needed for locking "
+                    "between drivers. Use a newer server, or a folder (local or NFS)"
                 )
             self._conditional = True
         created = self._create(key, data)
@@ -264,30 +252,19 @@ class S3Store:
                     return bool(again) and self._writer(key) == writer
 
     def _writer(self, key: str) -> str | None:
-        try:
-            found: str | None = self._client.head_object(**self._at(key))["Metadata"].get("llavolta-writer")
-            return found
-        except self._client.exceptions.ClientError as error:
-            if error_code(error) not in _ABSENT:
-                raise
-            return None
+        found: str | None = None
+        with self._absent_is_none():
+            found = self._client.head_object(**self._at(key))["Metadata"].get("llavolta-writer")
+        return found
 
+    @override
     def delete(self, key: str) -> None:
-        """Take a value away; it need not be there.
-
-        Raises:
-            StorageError: the bucket cannot be written.
-        """
         with self._errors(key):
             self._client.delete_object(**self._at(key))
         self._changed(key)
 
+    @override
     def names(self, prefix: str) -> list[str]:
-        """Return the names directly below a prefix, sorted; empty where there are none.
-
-        Raises:
-            StorageError: the bucket cannot be listed.
-        """
         view, prefix = self._view, prefix.strip("/")
         if view is not None and view.covers(f"{prefix}/"):
             return view.names(prefix)
@@ -299,15 +276,11 @@ class S3Store:
         return sorted(found - {""})
 
     @contextlib.contextmanager
-    def snapshot(self, prefixes: Sequence[str], folder: Path) -> Iterator[None]:
+    def view_of(self, prefixes: Sequence[str], folder: Path) -> Iterator[None]:
         """Within it, values below `prefixes` are read as they were at its begin; a write of this store ends it early.
 
         Args:
-            prefixes: Folders of small values.
-            folder: Where values are kept for later snapshots.
-
-        Raises:
-            StorageError: the bucket cannot be read or the folder cannot be written.
+            folder: Where values are kept for later views.
         """
         if self._view is not None:
             yield
@@ -330,21 +303,13 @@ class S3Store:
             self._view = None
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing.
-
-        Raises:
-            StorageError: the bucket cannot be listed.
-        """
+        """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing."""
         cut = len(self._prefix)
         pages = self._pages(f"{self._prefix}{prefix.strip('/')}/")
         return {entry["Key"][cut:]: int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Write files under keys, several at once, large ones in parts.
-
-        Raises:
-            StorageError: a file cannot be read or the bucket cannot be written.
-        """
+        """Write files under keys, several at once, large ones in parts."""
 
         def one(item: tuple[str, Path]) -> None:
             with self._errors(item[0]), storage_errors(item[1].parent):
@@ -353,37 +318,21 @@ class S3Store:
         _all_of(one, files)
 
     def download(self, files: Mapping[Path, str]) -> None:
-        """Read keys into files whose folders exist, several at once; a key that is not there leaves no file.
-
-        Raises:
-            StorageError: the bucket cannot be read or a file cannot be written.
-        """
+        """Read keys into files whose folders exist, several at once; a key that is not there leaves no file."""
 
         def one(item: tuple[Path, str]) -> None:
             file, key = item
-            with self._errors(key), storage_errors(file.parent):
-                try:
-                    self._client.download_file(self._bucket, self._prefix + key, str(file))
-                except self._client.exceptions.ClientError as error:
-                    if error_code(error) not in _ABSENT:
-                        raise
+            with self._errors(key), storage_errors(file.parent), self._absent_is_none():
+                self._client.download_file(self._bucket, self._prefix + key, str(file))
 
         _all_of(one, files)
 
     def delete_all(self, prefix: str) -> None:
-        """Take everything below a prefix away.
-
-        Raises:
-            StorageError: the bucket cannot be written.
-        """
+        """Delete everything below a prefix."""
         self.delete_keys(self.sizes(prefix))
 
     def delete_keys(self, keys: Iterable[str]) -> None:
-        """Take values away, many with one request.
-
-        Raises:
-            StorageError: the bucket cannot be written.
-        """
+        """Delete values, many with one request."""
         named = [{"Key": self._prefix + key} for key in keys]
         with self._errors():
             for first in range(0, len(named), _DELETE_AT_ONCE):
