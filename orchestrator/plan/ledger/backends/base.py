@@ -245,9 +245,7 @@ def checked(name: str) -> str:
         StorageError: it is none, and could leave the storage.
     """
     if not ID.fullmatch(name):
-        raise StorageError(
-            f"{name!r} can name no lease or job of the ledger: letters, digits, _ and - only, at most 128"
-        )
+        raise StorageError(f"{name!r} is no identity and can name no lease: letters, digits, _ and - only, at most 128")
     return name
 
 
