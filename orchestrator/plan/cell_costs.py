@@ -89,7 +89,7 @@ class Costs:
         key = (id(plan.table), first, last)
         if key not in self._counts:
             found: dict[str, tuple[int, Action]] = {}
-            for action, points_id in zip(plan.table, plan.points_ids, strict=True):
+            for action, points_id in zip(plan.table, plan.schedule.ids, strict=True):
                 steps = min(action.last_step, last) - max(action.first_step, first)
                 if steps > 0:
                     found[points_id] = (found.get(points_id, (0, action))[0] + steps, action)

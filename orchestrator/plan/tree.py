@@ -46,12 +46,12 @@ class Branch:
     @property
     def stage_end(self) -> int:
         """Where the stage run under way ends."""
-        return self.plan.stage_ends[self.stage]
+        return self.plan.schedule.stage_ends[self.stage]
 
     def does(self, end: int) -> str:
         """Return what it does up to a step; equal for branches of one state that do the same."""
         # An action goes up to its end unchanged, so one digest says it all.
-        return self.plan.points_ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
+        return self.plan.schedule.ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
 
     def move_to(self, step: int) -> None:
         """Go on to a step before the phase's end."""

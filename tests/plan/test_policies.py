@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_costs import Costs
-from orchestrator.plan.cells.cell import CHAINED, next_state
+from orchestrator.plan.cells.compiled_schedule import CHAINED, next_state
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, forward_tflops, train_tflops_per_sample
 from orchestrator.plan.documents.plan_document import plan_document
@@ -88,7 +88,7 @@ def test_tables_hold_teachers_and_derived_points(lab: Any) -> None:
     assert ratios == ["1", "13/16", "5/8", "7/16", "1/4"]
     assert {action.points[0]["stride"] for action in ramp.phases[0].table} == {None}
     final = next(job for job in ramp.evaluations if job.under == "final")
-    assert final.points[0]["keep_ratio"] == "1/4" and final.points == ramp.phases[0].final.points
+    assert final.points[0]["keep_ratio"] == "1/4" and final.points == ramp.phases[0].schedule.final.points
     assert [job.points for job in taught.evaluations if job.under == "final"] == [()]
 
 
@@ -96,14 +96,14 @@ def test_ids_of_plain_stages_are_the_chain_they_always_were(lab: Any) -> None:
     (cell,) = lab.schedules(["heavy", "wide", "full"], phases__finetune__max_steps=30)
     plan, expected = cell.phases[1], []
     state = plan.lineage
-    for action, points in zip(plan.table, plan.points_ids, strict=True):
+    for action, points in zip(plan.table, plan.schedule.ids, strict=True):
         state = next_state(state, action.first_step, action.last_step, points)
         expected.append(state)
     assert [plan.state_at(step) for step in (10, 20, 30)] == expected and plan.end == cell.state == expected[-1]
-    assert plan.points_ids[-1] == digest([])
+    assert plan.schedule.ids[-1] == digest([])
     job = build_stage_tree((cell,)).stage_runs[cell.state]
     assert {tuple(action) for action in job_to_json(job)["table"]} == {("first_step", "last_step", "variant", "points")}
-    assert plan.stage_ends == (10, 20, 30)
+    assert plan.schedule.stage_ends == (10, 20, 30)
 
 
 def test_a_state_depends_on_the_steps_before_it_alone(lab: Any) -> None:

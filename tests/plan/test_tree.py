@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan.cells.cell import next_state
+from orchestrator.plan.cells.compiled_schedule import next_state
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger

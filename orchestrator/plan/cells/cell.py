@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.plan.cells.compiled_schedule import CHAINED, CompiledSchedule, next_state
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import Action, EvaluationJob, RootJob, StartJob
 from orchestrator.spec.experiment import ExperimentSpec
@@ -17,26 +17,12 @@ from orchestrator.spec.phase import PhaseSpec
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A resolved variant: its points for `attach` and the digest of what they do."""
-
-    points: tuple[dict[str, Any], ...]
-    id: str
-
-
-FULL_TOKENS = Variant((), digest([]))
-CHAINED = 32
-"""Actions whose states are chained one by one; those beyond are hashed once for all lineages of a schedule."""
-
-
-@dataclass(frozen=True)
 class PhasePlan:
     """One phase of a cell, resolved.
 
     Attributes:
         total_steps: Optimizer steps of the phase (see `spec/steps.py: epoch_steps` for the rule of epochs).
-        table: What every step does; neighbours that do the same are one action.
-        points_ids: Digest of what each action does: its points, and what it learns from.
+        schedule: What every step does.
         data: `{"name", "share", "spec"}` of each set, in an order that names do not change.
         seed: The phase's own, or the top-level seed.
         start: State the phase starts from: the root or the state before, or what `start_from` names.
@@ -45,16 +31,11 @@ class PhasePlan:
         before: Identity of the state before each of the first `CHAINED` actions and after the last of these; the
             lineage before the first one.
         end: State the phase ends in.
-        final: Variant the model is tested under once this phase is its last.
-        stage_ends: Where stage runs end unless others cut them: at every action's end, for a policy at the phase's.
-        tails: Digests of the actions beyond the first `CHAINED` (see `expand.py`).
-        policy: Kind of the schedule, the name of a stage run that mixes variants.
     """
 
     name: str
     total_steps: int
-    table: tuple[Action, ...]
-    points_ids: tuple[str, ...]
+    schedule: CompiledSchedule
     recipe: PhaseSpec
     data: tuple[dict[str, Any], ...]
     seed: int
@@ -62,27 +43,20 @@ class PhasePlan:
     lineage: str
     before: tuple[str, ...]
     end: str
-    final: Variant
-    stage_ends: tuple[int, ...]
-    tails: tuple[str, ...]
-    policy: str
+
+    @property
+    def table(self) -> tuple[Action, ...]:
+        """What every step does; neighbours that do the same are one action."""
+        return self.schedule.actions
 
     def state_at(self, step: int) -> str:
         """Return the identity of the state after `step` steps (1 to `total_steps`); what comes later does not count."""
         at = bisect.bisect_left(self.table, step, key=lambda action: action.last_step)
-        before = self.before[at] if at < CHAINED else self.tails[at - CHAINED]
-        state = next_state(before, self.table[at].first_step, step, self.points_ids[at])
+        before = self.before[at] if at < CHAINED else self.schedule.tails[at - CHAINED]
+        state = next_state(before, self.table[at].first_step, step, self.schedule.ids[at])
         if at < CHAINED:
             return state
         return next_state(self.before[CHAINED], self.table[CHAINED].first_step, step, state)
-
-
-def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:
-    """Return the identity of the state after some steps under one variant, from that of the state before them.
-
-    Equal neighbours are one action, so that there is one chain for one table.
-    """
-    return hashlib.sha256(f"{before} {first_step} {last_step} {points_id}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

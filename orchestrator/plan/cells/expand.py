@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
 from orchestrator.plan.cells import identity_fields
-from orchestrator.plan.cells.cell import CHAINED, FULL_TOKENS, Cell, PhasePlan, Variant, cell_id, next_state
+from orchestrator.plan.cells.cell import Cell, PhasePlan, cell_id
+from orchestrator.plan.cells.compiled_schedule import (
+    CHAINED,
+    FULL_TOKENS,
+    CompiledSchedule,
+    Variant,
+    next_state,
+    resolve_schedule,
+)
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
 from orchestrator.plan.cells.steps import num_rows, steps_by_cost, total_steps_of
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
-from orchestrator.plan.jobs import FULL, Action, Distillation, EvaluationJob, RootJob
+from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.spec.base import Spec
 from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable, derive
 from orchestrator.spec.experiment import ExperimentSpec
@@ -24,81 +31,8 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 
 if TYPE_CHECKING:
-    from orchestrator.plan.cells.cell import Variant
     from orchestrator.spec.grid.cells import ResolvedCell
     from orchestrator.spec.loaded import LoadedExperiment
-
-
-@dataclass(frozen=True)
-class ActionTable:
-    """A phase's actions; made once for all phases of one schedule, length and variants.
-
-    Attributes:
-        actions: Neighbours that do the same are one action.
-        ids: Digest of what each action does: its points, and what it learns from.
-        tails: Digests of the actions beyond the first `CHAINED`, the same for every lineage.
-        ends: Where stage runs end.
-        final: Variant the finished model is tested under.
-    """
-
-    actions: tuple[Action, ...]
-    ids: tuple[str, ...]
-    tails: tuple[str, ...]
-    ends: tuple[int, ...]
-    final: Variant
-
-
-def resolve_table(table: StageTable, variant_of: Callable[[str], Variant]) -> ActionTable:
-    """Put points in the place of names.
-
-    Args:
-        table: A compiled schedule.
-        variant_of: The resolved variant of a name, derived ones included.
-
-    Raises:
-        ValueError: the table's stage ends are not steps of the phase in order.
-    """
-    resolved: dict[str, tuple[Variant, Distillation | None, str]] = {}
-    actions: list[Action] = []
-    ids: list[str] = []
-    for first, last, name in table.actions:
-        if name not in resolved:
-            resolved[name] = _resolve(table, name, variant_of)
-        variant, distill, identity = resolved[name]
-        # Two names may stand for the same points: then nothing changes between them.
-        if ids and ids[-1] == identity:
-            actions[-1] = replace(actions[-1], last_step=last)
-        else:
-            actions.append(Action(first, last, name, variant.points, distill))
-            ids.append(identity)
-    tails = [""] if len(actions) > CHAINED else []
-    for action, identity in zip(actions[CHAINED:], ids[CHAINED:], strict=True):
-        tails.append(next_state(tails[-1], action.first_step, action.last_step, identity))
-    return ActionTable(tuple(actions), tuple(ids), tuple(tails), _ends(table, actions), variant_of(table.final))
-
-
-def _resolve(
-    table: StageTable, name: str, variant_of: Callable[[str], Variant]
-) -> tuple[Variant, Distillation | None, str]:
-    variant, teaching = variant_of(name), table.teachers.get(name)
-    if teaching is None:
-        return variant, None, variant.id
-    teacher = variant_of(teaching.teacher)
-    if teacher.id == variant.id:  # the fuller variant under another name learns from nobody
-        return variant, None, variant.id
-    taught = {"weight": teaching.weight, "temperature": teaching.temperature}
-    identity = digest({"points": variant.id, "teacher": teacher.id, **taught})
-    return variant, Distillation(teaching.teacher, teacher.points, **taught), identity
-
-
-def _ends(table: StageTable, actions: list[Action]) -> tuple[int, ...]:
-    total = actions[-1].last_step
-    ends = table.stage_ends
-    if not ends:
-        return tuple(action.last_step for action in actions)
-    if ends[-1] != total or list(ends) != sorted({end for end in ends if 0 < end <= total}):
-        raise ValueError(f"the schedule's stage ends {list(ends)} do not ascend to its last step {total}")
-    return tuple(ends)
 
 
 Made = TypeVar("Made")
@@ -150,7 +84,7 @@ class _Resolver:
                 starts.append(resolve_start(spec, name, state, self._settings, self._other_cell))
                 phases.append(self._phase(spec, name, recipe, starts[-1], facts, notices))
                 state = phases[-1].end
-        final = phases[-1].final if phases else FULL_TOKENS
+        final = phases[-1].schedule.final if phases else FULL_TOKENS
         evaluations = [
             self._evaluation(spec, name, under, state, final, facts, notices)
             for name, entry in spec.evaluate.items()
@@ -194,8 +128,7 @@ class _Resolver:
             found.append((identity, share, {"name": set_name, "share": share, **entry}))
         found.sort(key=lambda entry: entry[:2])
         total_steps = self._total_steps(spec, name, recipe, sets, facts)
-        table, policy = self._table(spec, name, recipe, total_steps)
-        steps = self._resolved(spec, name, table, facts)
+        schedule = self._compiled(spec, name, recipe, total_steps, facts)
         seed = spec.seed if recipe.seed is None else recipe.seed
         lineage = digest(
             {
@@ -209,15 +142,12 @@ class _Resolver:
         )
         data = tuple(entry[2] for entry in found)
         before = [lineage]
-        for action, does in zip(steps.actions[:CHAINED], steps.ids, strict=False):
+        for action, does in zip(schedule.actions[:CHAINED], schedule.ids, strict=False):
             before.append(next_state(before[-1], action.first_step, action.last_step, does))
         end = before[-1]
-        if steps.tails:
-            end = next_state(end, steps.actions[CHAINED].first_step, total_steps, steps.tails[-1])
-        return PhasePlan(
-            name, total_steps, steps.actions, steps.ids, recipe, data, seed, start.state, lineage, tuple(before), end,
-            steps.final, steps.ends, steps.tails, policy,
-        )  # fmt: skip
+        if schedule.tails:
+            end = next_state(end, schedule.actions[CHAINED].first_step, total_steps, schedule.tails[-1])
+        return PhasePlan(name, total_steps, schedule, recipe, data, seed, start.state, lineage, tuple(before), end)
 
     def _total_steps(
         self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float], facts: ModelFacts | None
@@ -237,11 +167,10 @@ class _Resolver:
         def price(schedule: str | ScheduleSpec, steps: int) -> float | None:
             assert known is not None and sample is not None
             try:
-                table, _ = self._table(spec, name, recipe.model_copy(update={"schedule": schedule}), steps)
-                actions = self._resolved(spec, name, table, known).actions
+                compiled = self._compiled(spec, name, recipe.model_copy(update={"schedule": schedule}), steps, known)
             except UsageError:
                 return None  # so few steps cannot be divided into its stages
-            return stage_train_tflops(known, actions, sample, recipe.model_dump())
+            return stage_train_tflops(known, compiled.actions, sample, recipe.model_dump())
 
         return steps_by_cost(name, recipe, None if sample is None else price, stated)
 
@@ -280,23 +209,26 @@ class _Resolver:
             identity, entry = digest([identity, left_out]), {**entry, "left_out": left_out}
         return identity, entry, told
 
-    def _table(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, total_steps: int) -> tuple[StageTable, str]:
-        """Return the compiled schedule, one object for equal ones, and the schedule's kind."""
-        schedule = recipe.schedule
-        if isinstance(schedule, str) and schedule not in spec.schedules:
-            key = ("constant", total_steps, schedule)
-            if key not in self._made:
-                self._made[key] = StageTable(((0, total_steps, schedule),), schedule)
-            return self._made[key], "constant"
-        chosen = spec.schedules[schedule] if isinstance(schedule, str) else schedule
+    def _compiled(
+        self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, total_steps: int, facts: ModelFacts | None
+    ) -> CompiledSchedule:
+        """Return what a phase's schedule does at every step; one object for equal schedules, lengths and variants."""
+        chosen: Any = recipe.schedule
+        if isinstance(chosen, str):
+            chosen = spec.schedules.get(chosen, chosen)
         try:
-            return self._once(_compile, chosen, total_steps, recipe.global_batch_size), chosen.kind
+            if isinstance(chosen, str):  # a variant's name: constant
+                kind, key = "constant", ("constant", total_steps, chosen)
+                table = self._made.setdefault(key, StageTable(((0, total_steps, chosen),), chosen))
+            else:
+                kind, table = chosen.kind, self._once(_compile, chosen, total_steps, recipe.global_batch_size)
+            return self._resolved(spec, kind, table, facts)
         except ValueError as error:
-            raise UsageError(f"phases.{name}.schedule: {error}") from error
+            raise UsageError(f"phases.{phase}.schedule: {error}") from error
 
-    def _resolved(self, spec: ExperimentSpec, phase: str, table: StageTable, facts: ModelFacts | None) -> ActionTable:
-        """Return the table with points in the place of names, made once for equal variants."""
-
+    def _resolved(
+        self, spec: ExperimentSpec, kind: str, table: StageTable, facts: ModelFacts | None
+    ) -> CompiledSchedule:
         def variant_of(name: str) -> Variant:
             base, changes = table.derived.get(name, (name, None))
             return self._variant(spec, base, facts, changes)
@@ -305,12 +237,9 @@ class _Resolver:
         if near not in self._made:
             names = dict.fromkeys([table.final, *(name for _, _, name in table.actions)])
             names |= dict.fromkeys(teaching.teacher for teaching in table.teachers.values())
-            try:
-                far = (id(table), *((name, variant_of(name).id) for name in names))
-                if far not in self._made:
-                    self._made[far] = resolve_table(table, variant_of)
-            except ValueError as error:
-                raise UsageError(f"phases.{phase}.schedule: {error}") from error
+            far = (id(table), *((name, variant_of(name).id) for name in names))
+            if far not in self._made:
+                self._made[far] = resolve_schedule(kind, table, variant_of)
             self._made[near] = self._made[far]
             self._alive += [table, spec.compressors]
         return self._made[near]

@@ -55,8 +55,8 @@ def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
     few = len(plan.table) <= _ACTIONS_SHOWN
     shares = [(action.variant, (action.last_step - action.first_step) / plan.total_steps) for action in plan.table]
     stages = ", ".join(name if share == 1 else f"{name} {share:.3g}" for name, share in shares)
-    values[f"{place}.schedule"] = stages if few else f"{plan.policy} of {len(plan.table)} actions"
-    values[f"{place}.{_BOUNDARIES}"] = digest([plan.total_steps, plan.points_ids, [a.last_step for a in plan.table]])[
+    values[f"{place}.schedule"] = stages if few else f"{plan.schedule.kind} of {len(plan.table)} actions"
+    values[f"{place}.{_BOUNDARIES}"] = digest([plan.total_steps, plan.schedule.ids, [a.last_step for a in plan.table]])[
         :8
     ]
     for action in plan.table if few else ():

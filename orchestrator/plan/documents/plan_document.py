@@ -176,7 +176,7 @@ def stage_run_document(job: StageJob, plan: PhasePlan, standing: TreeStatus) -> 
         "id": job.id,
         "parent": job.parent if job.parent in standing.tree.stage_runs else None,
         "phase": job.phase,
-        "variant": variants[0] if len(variants) == 1 else plan.policy,
+        "variant": variants[0] if len(variants) == 1 else plan.schedule.kind,
         "first_step": job.first_step,
         "last_step": job.last_step,
         "actions": actions,

@@ -1,0 +1,97 @@
+"""CompiledSchedule: what every step of a phase does, with resolved points; one for all phases that do the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.plan.identity import digest
+from orchestrator.plan.jobs import Action, Distillation
+from orchestrator.spec.components import StageTable
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A resolved variant: its points for `attach` and the digest of what they do."""
+
+    points: tuple[dict[str, Any], ...]
+    id: str
+
+
+FULL_TOKENS = Variant((), digest([]))
+CHAINED = 32
+"""Actions whose states are chained one by one; those beyond are hashed once for all lineages of a schedule."""
+
+
+def next_state(before: str, first_step: int, last_step: int, points_id: str) -> str:
+    """Return the identity of the state after some steps under one variant, from that of the state before them.
+
+    Equal neighbours are one action, so that there is one chain for one table.
+    """
+    return hashlib.sha256(f"{before} {first_step} {last_step} {points_id}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CompiledSchedule:
+    """A schedule over the steps of a phase; one object for all phases of one schedule, length and variants.
+
+    Attributes:
+        kind: Kind of the schedule, the name of a stage run that mixes variants.
+        actions: What every step does; neighbours that do the same are one action.
+        ids: Digest of what each action does: its points, and what it learns from.
+        tails: Digests of the actions beyond the first `CHAINED`, the same for every lineage.
+        stage_ends: Where stage runs end unless others cut them: at every action's end, for a policy at the phase's.
+        final: Variant the model is tested under once the phase is its last.
+    """
+
+    kind: str
+    actions: tuple[Action, ...]
+    ids: tuple[str, ...]
+    tails: tuple[str, ...]
+    stage_ends: tuple[int, ...]
+    final: Variant
+
+
+def resolve_schedule(kind: str, table: StageTable, variant_of: Callable[[str], Variant]) -> CompiledSchedule:
+    """Return a compiled schedule with points in the place of names.
+
+    Args:
+        kind: The schedule's.
+        table: What it compiled to.
+        variant_of: The resolved variant of a name, those included that the schedule derives itself.
+
+    Raises:
+        ValueError: the table's stage ends are not steps of the phase in order.
+    """
+    resolved = {name: _resolve(table, name, variant_of) for name in dict.fromkeys(name for *_, name in table.actions)}
+    actions: list[Action] = []
+    ids: list[str] = []
+    for first, last, name in table.actions:
+        variant, distill, identity = resolved[name]
+        # Two names may stand for the same points: then nothing changes between them.
+        if ids and ids[-1] == identity:
+            actions[-1] = replace(actions[-1], last_step=last)
+        else:
+            actions.append(Action(first, last, name, variant.points, distill))
+            ids.append(identity)
+    tails = [""] if len(actions) > CHAINED else []
+    for action, identity in zip(actions[CHAINED:], ids[CHAINED:], strict=True):
+        tails.append(next_state(tails[-1], action.first_step, action.last_step, identity))
+    ends, total = table.stage_ends or tuple(action.last_step for action in actions), actions[-1].last_step
+    if ends[-1] != total or list(ends) != sorted({end for end in ends if 0 < end <= total}):
+        raise ValueError(f"the schedule's stage ends {list(ends)} do not ascend to its last step {total}")
+    return CompiledSchedule(kind, tuple(actions), tuple(ids), tuple(tails), tuple(ends), variant_of(table.final))
+
+
+def _resolve(
+    table: StageTable, name: str, variant_of: Callable[[str], Variant]
+) -> tuple[Variant, Distillation | None, str]:
+    variant, teaching = variant_of(name), table.teachers.get(name)
+    teacher = variant_of(teaching.teacher) if teaching is not None else variant
+    if teaching is None or teacher.id == variant.id:  # the fuller variant under another name learns from nobody
+        return variant, None, variant.id
+    taught = {"weight": teaching.weight, "temperature": teaching.temperature}
+    identity = digest({"points": variant.id, "teacher": teacher.id, **taught})
+    return variant, Distillation(teaching.teacher, teacher.points, **taught), identity
