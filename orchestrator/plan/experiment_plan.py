@@ -112,18 +112,14 @@ class ExperimentPlan:
 
 
 def storage_path(loaded: LoadedExperiment) -> str | Path:
-    """Return the storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or `s3://bucket/prefix`.
+    """Return the storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or a URL.
 
     Raises:
-        UsageError: it is another URL, or holds a password.
+        UsageError: it holds a password.
     """
     text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
     refuse_secret(text)
-    if text.startswith("s3://"):
-        return text
-    if "://" in text:
-        raise UsageError(f"cluster.storage_path: {text}: name a folder (local or NFS) or s3://bucket/prefix")
-    return Path(text).expanduser().absolute()
+    return text if "://" in text else Path(text).expanduser().absolute()
 
 
 def refuse_secret(storage: str) -> None:

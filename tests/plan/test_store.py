@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.ledger.backends.folder import FolderBackend
 
@@ -95,7 +95,7 @@ def test_a_key_cannot_leave_the_store(store: FolderBackend, key: str) -> None:
 
 
 def test_what_is_no_storage_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="s3://bucket/prefix"):
+    with pytest.raises(UsageError, match="s3://bucket/prefix"):
         open_backend("gs://bucket/runs")
     (tmp_path / "file").write_text("")
     for write in (FolderBackend(tmp_path / "file").write, FolderBackend(tmp_path / "file").create):
