@@ -170,7 +170,7 @@ class _Worker:
             append_traceback(log_path(folder, 0), error, rank)
             if rank == 0:
                 with contextlib.suppress(StorageError):
-                    self._ledger.tell(job.id)
+                    self._ledger.share_progress(job.id)
             return describe(error).to_json()
         finally:
             pulse.log = None

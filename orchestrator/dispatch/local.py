@@ -112,7 +112,7 @@ class _Lane:
             forget(self.memory)
             append_traceback(log_path(self._ledger.work_folder(job.id), 0), error, 0)
             with contextlib.suppress(StorageError):
-                self._ledger.tell(job.id)
+                self._ledger.share_progress(job.id)
             return describe(error).to_json()
 
     def _hear(self) -> None:

@@ -130,7 +130,7 @@ class Costs:
             sets = {entry["name"]: entry["share"] for entry in plan.data}
             found = self._samples.mean(cell.spec, plan.name, plan.recipe, sets, cell.facts)
             for name, phase in self._samples.missing:
-                text = f"data.{name}: its text lengths are not at hand; costs of {phase} count one image and no text"
+                text = f"data.{name}: its text lengths are not known; costs of {phase} count one image and no text"
                 self.notices[f"{text} a sample (give --text-tokens N)"] = None
             self._by_lineage[plan.lineage] = found or Sample(0.0, 0.0)
         return self._by_lineage[plan.lineage]

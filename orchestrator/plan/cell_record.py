@@ -107,7 +107,7 @@ def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run] | N
 
     Followed by the recorded parents, not by the tree: a state may have been trained before another cell cut its way.
     What another experiment trained for it to start from is that one's. None where one before it is missing (damaged
-    and made again, or forgotten): a curve that begins amid the way, or a part's seconds, would pass for the whole.
+    and made again, or forgotten): a curve that begins midway, or a part of the seconds, would pass for all of it.
     """
     if not cell.phases:
         return []

@@ -214,7 +214,7 @@ def lora_weights_per_layer(facts: ModelFacts, lora: Mapping[str, Any]) -> int:
 def stage_train_tflops(
     facts: ModelFacts, actions: Sequence[Action], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
-    """Return a whole stretch of training: steps x global batch x one sample, action by action."""
+    """Return the cost of a stretch of training: steps x global batch x one sample, action by action."""
     steps: dict[tuple[int, int], int] = {}
     first: dict[tuple[int, int], Action] = {}
     for action in actions:

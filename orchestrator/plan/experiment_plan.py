@@ -137,7 +137,7 @@ def refuse_secret(storage: str) -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Return no search for cycles until the end; of 10,000 cells it takes a fifth of the time
+    """Switch the cycle collector off: all that a plan makes stays in use; of 10,000 cells it takes a fifth of the time
     (`tests/bench_plan.py`).
     """
     was = gc.isenabled()

@@ -1,4 +1,4 @@
-"""What a worker is asked to do: plain values, so that a job travels, is recorded and can be compared."""
+"""Jobs: what a worker is asked to do, as plain values, so that a job can be sent, recorded and compared."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class EvaluationJob:
         points: Points the model is tested under; empty for full tokens.
         spec: `EvaluationSpec` as a mapping.
         data: `DataSpec` as a mapping, paths absolute.
-        content: Digest of its content when it was planned; None: it was not at hand.
+        content: Digest of its content when it was planned; None: it could not be read.
         left_out: Indices of rows that are left out, since the model cannot use them.
     """
 

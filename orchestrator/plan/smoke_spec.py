@@ -121,7 +121,7 @@ def smoke_spec(cell: Cell, small: SmallModel, machine: Machine, storage: str, lo
 
 def changed_for(spec: ExperimentSpec, small: ExperimentSpec) -> list[str]:
     """Return what a trial run on this machine does not try, for people."""
-    told = [
+    notes = [
         f"{name}: {before} is not possible here, {after} is tried instead"
         for name, before, after in (
             ("model.attn_implementation", spec.model.attn_implementation, small.model.attn_implementation),
@@ -134,8 +134,8 @@ def changed_for(spec: ExperimentSpec, small: ExperimentSpec) -> list[str]:
     for name in ("pretrain", "finetune"):
         phase = getattr(spec.phases, name)
         if phase is not None and phase.start_from is not None:
-            told.append(f"phases.{name}.start_from: full-size weights do not fit; random ones are taken")
-    return told
+            notes.append(f"phases.{name}.start_from: full-size weights do not fit; random ones are taken")
+    return notes
 
 
 def _most_workers(cluster: ClusterSpec) -> int:

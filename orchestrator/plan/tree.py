@@ -78,7 +78,7 @@ def split(group: Sequence[Branch]) -> list[list[Branch]]:
         for branch in some:
             alike.setdefault(branch.does(end), []).append(branch)
         for part in alike.values():
-            # A part without the branch that ends first goes on to a later end, up to which it may differ in itself.
+            # A part without the branch that ends first continues to a later end; its branches may differ before it.
             ends_here = len(part) == 1 or min(branch.stage_end for branch in part) == end
             (parts if ends_here else undecided).append(part)
     order = {id(branch): number for number, branch in enumerate(group)}

@@ -118,9 +118,9 @@ def search_id(loaded: LoadedExperiment) -> str:
     """Return what makes a search the same one: its base, space, objectives and algorithm; not the number of trials."""
     search = loaded.spec.search
     assert search is not None
-    told = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
+    asked = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
     base = [cell.id for cell in expand_cells(loaded)]
-    return digest({"search": told, "base": base, "space_version": SPACE_VERSION})[:16]
+    return digest({"search": asked, "base": base, "space_version": SPACE_VERSION})[:16]
 
 
 def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:

@@ -166,7 +166,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
     if newest is None:
         source = _fetched(ledger, job.parent, "checkpoint")
     else:
-        distributed.on_each_node(lambda: ledger.bring_checkpoint(job.id, newest))
+        distributed.on_each_node(lambda: ledger.download_checkpoint(job.id, newest))
         source = ledger.work_folder(job.id) / newest
     universal = distributed.decide(lambda: other_workers(read_cursor(source)))
     memory.session = open_session(job, weights, universal)

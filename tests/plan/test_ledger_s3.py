@@ -137,7 +137,7 @@ def test_another_machine_goes_on_from_a_sealed_checkpoint(machine: Callable[[str
     assert not two.work_folder(STATE).exists()
     newest = two.last_checkpoint(STATE)
     assert newest is not None and newest.name == "step_000006" and (newest / "model.pt").read_bytes() == b"6" * 100
-    assert two.bring_checkpoint(STATE, newest.name) == newest
+    assert two.download_checkpoint(STATE, newest.name) == newest
     assert (two.work_folder(STATE) / "metrics.jsonl").read_text() == "xxxxxx"
     key = next(key for key in store.sizes("objects") if store.read(key) == b"6" * 100)
     store.write(key, b"7" * 100)
@@ -154,7 +154,7 @@ def test_what_a_failed_attempt_told_is_seen_elsewhere(machine: Callable[[str], L
     one.begin(STATE)
     one.writing_folder(STATE)
     (one.work_folder(STATE) / "log.txt").write_text("the loss diverged\n")
-    one.tell(STATE)
+    one.share_progress(STATE)
     assert machine("two").log_file(STATE).read_text() == "the loss diverged\n"
 
 

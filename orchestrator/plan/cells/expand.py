@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 Made = TypeVar("Made")
-_ROWS_TOLD = 20
+_ROWS_SHOWN = 20
 _NOT_HASHED = set(identity_fields.RESOLVED)
 
 
@@ -44,7 +44,7 @@ def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
     """Return the cells of an experiment, in the grid's order.
 
     Raises:
-        UsageError: a phase's number of steps cannot be told, or a key needs machinery that is not built yet.
+        UsageError: a phase's number of steps is not known, or a name is not defined.
     """
     resolver = _Resolver(loaded.starts)
     return tuple(resolver.cell(cell) for cell in loaded.cells)
@@ -121,10 +121,10 @@ class _Resolver:
         sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
         found = []
         for set_name, share in sets.items():
-            identity, entry, told = self._data(
+            identity, entry, notes = self._data(
                 spec, set_name, f"phases.{name}.data", recipe.model_max_length, prompts=False
             )
-            notices += told
+            notices += notes
             found.append((identity, share, {"name": set_name, "share": share, **entry}))
         found.sort(key=lambda entry: entry[:2])
         total_steps = self._total_steps(spec, name, recipe, sets, facts)
@@ -200,14 +200,16 @@ class _Resolver:
     ) -> tuple[str, dict[str, Any], list[str]]:
         if name not in spec.data:
             raise UsageError(f"{where}: no data set is called {name!r}; there are: {', '.join(spec.data) or 'none'}")
-        identity, entry, told = self._once(_data, spec.data[name])
-        told = [f"data.{name}: {text}" for text in told]
+        identity, entry, notes = self._once(_data, spec.data[name])
+        notes = [f"data.{name}: {text}" for text in notes]
         if left_out := self._left_out(spec, spec.data[name], model_max_length, prompts):
-            some = ", ".join(map(str, left_out[:_ROWS_TOLD])) + (", ..." if len(left_out) > _ROWS_TOLD else "")
+            some = ", ".join(map(str, left_out[:_ROWS_SHOWN])) + (", ..." if len(left_out) > _ROWS_SHOWN else "")
             limit = f"at model_max_length {model_max_length}"
-            told.append(f"data.{name}: rows dropped that this model cannot use {limit}: {len(left_out):,} (row {some})")
+            notes.append(
+                f"data.{name}: rows dropped that this model cannot use {limit}: {len(left_out):,} (row {some})"
+            )
             identity, entry = digest([identity, left_out]), {**entry, "left_out": left_out}
-        return identity, entry, told
+        return identity, entry, notes
 
     def _compiled(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, total_steps: int, facts: ModelFacts | None
@@ -272,8 +274,8 @@ class _Resolver:
         variant = final if under == "final" else self._variant(spec, under, facts)
         recipe = spec.phases.finetune or spec.phases.pretrain
         length = entry.model_max_length or (2048 if recipe is None else recipe.model_max_length)
-        data_id, data, told = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
-        notices += told
+        data_id, data, notes = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
+        notices += notes
         entry_id, dump = self._once(_evaluation, entry)
         identity = digest(
             {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
@@ -332,8 +334,8 @@ def _recipe_digest(recipe: PhaseSpec) -> str:
 def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
     """Return the identity; the spec as a mapping and its content's digest; what users should know."""
     identity, notice = identity_fields.data_identity(data)
-    told = [notice] if notice else data.remarks()
-    return digest(identity), {"spec": _dump(data), "content": identity["content"]}, told
+    notes = [notice] if notice else data.remarks()
+    return digest(identity), {"spec": _dump(data), "content": identity["content"]}, notes
 
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:

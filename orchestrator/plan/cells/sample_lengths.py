@@ -51,7 +51,7 @@ def measure_lengths(
         tokens_per_image: Visual tokens of one image before compression.
 
     Returns:
-        None where the tokenizer or the rows are not at hand.
+        None where the tokenizer or the rows are missing.
     """
     tokenizer = Path(model_folder) / "tokenizer.json"
     if not data.implementation:
@@ -66,7 +66,7 @@ def measure_lengths(
     try:
         lengths = _measure(data, Path(model_folder), model_max_length, tokens_per_image)
     except (ImportError, AttributeError, LlavoltaError, OSError, ValueError, KeyError):
-        return None  # An estimate must not stop a plan; `run` reads every row and tells what is wrong.
+        return None  # An estimate must not stop a plan; `run` reads every row and reports what is wrong.
     with contextlib.suppress(LlavoltaError):  # A cache that cannot be written costs only time.
         write_json(file, asdict(lengths))
     return lengths
@@ -160,7 +160,7 @@ class Samples:
     """Measures each data set once.
 
     Attributes:
-        missing: Data sets whose lengths are not at hand, by the phase that uses them.
+        missing: Data sets whose lengths are not known, by the phase that uses them.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class Samples:
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float], facts: ModelFacts
     ) -> Sample | None:
         """Return the mean sample of a phase; sets weigh by the rows of an epoch. None where a set's lengths are not
-        at hand.
+        known.
 
         Args:
             spec: Holds the data sets and the model.

@@ -29,7 +29,7 @@ class Start:
         job: Puts that state together; None where it is another's.
         source: The other experiment's cell, up to the phase after which its weights are taken.
         settings: Digest of the model's settings where the state was trained under others: they are part of what the
-            phase does, and the state does not tell them.
+            phase does, and the state does not say so.
     """
 
     state: str

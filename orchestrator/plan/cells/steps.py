@@ -17,7 +17,7 @@ def num_rows(data: DataSpec) -> int | None:
 def total_steps_of(
     name: str, recipe: PhaseSpec, sets: dict[str, float], count_rows: Callable[[str], int | None]
 ) -> int:
-    """Return the optimizer steps of a phase: `max_steps`, or the whole batches of its epochs.
+    """Return the optimizer steps of a phase: `max_steps`, or the full batches of its epochs.
 
     Raises:
         UsageError: it has no length, or its data's rows cannot be counted.

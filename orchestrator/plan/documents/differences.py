@@ -93,7 +93,7 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
         change = f"{_brief(old)} -> {_brief(new)}"
         if old != new and _brief(old) == _brief(new):
             change = f"{shorten(old or 'none', _LONGEST)} -> {shorten(new or 'none', _LONGEST)}"
-        follows = key.endswith("seed") and any(told == change for at, told in found.items() if at.endswith("seed"))
+        follows = key.endswith("seed") and any(other == change for at, other in found.items() if at.endswith("seed"))
         if old != new and not unused and not follows:
             found[key] = change
     shown = {key: change for key, change in found.items() if not key.endswith(_BOUNDARIES)} or found
@@ -115,7 +115,7 @@ def _entry(key: str) -> str:
 class Nearest:
     """Finds the finished cell nearest to a new one, in an experiment and among those its storage has a record of.
 
-    A cell that another experiment recorded is told only where at most three values differ: further away there is
+    A cell that another experiment recorded is named only where at most three values differ: further away there is
     nothing to learn from the comparison. Only the first new cells are compared, with a bounded number of finished ones:
     a plan of 10,000 cells stays quick.
 

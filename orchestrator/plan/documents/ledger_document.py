@@ -1,4 +1,4 @@
-"""What `ledger ls` and `ledger verify` tell of a storage: states and who reaches them, work under way, damage."""
+"""What `ledger ls` and `ledger verify` report of a storage: states and who reaches them, work under way, damage."""
 
 from __future__ import annotations
 

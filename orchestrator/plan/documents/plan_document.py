@@ -196,7 +196,7 @@ def step_table(plan: PhasePlan) -> list[list[Any]]:
 
 
 def _cell(cell: Cell, price: dict[str, float | None], standing: TreeStatus, reasons: Reasons) -> dict[str, Any]:
-    told = reasons.of(cell)
+    why = reasons.of(cell)
     return {
         "id": cell.id,
         "name": cell.name,
@@ -218,8 +218,8 @@ def _cell(cell: Cell, price: dict[str, float | None], standing: TreeStatus, reas
             {"name": job.name, "under": job.under, "id": job.id, "state": standing.evaluation(job.id)}
             for job in cell.evaluations
         ],
-        "reasons": told,
-        "reason": "; ".join(told),
+        "reasons": why,
+        "reason": "; ".join(why),
     }
 
 

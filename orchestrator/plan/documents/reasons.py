@@ -25,7 +25,7 @@ class Reasons:
         self._nearest = Nearest(done, records, experiment) if experiment is not None else None
 
     def of(self, cell: Cell) -> list[str]:
-        """Return `["done"]`, or all that is to be told of a cell, the weightiest first."""
+        """Return `["done"]`, or all reasons why a cell has work to do, the most important first."""
         standing = self._standing
         if standing.cell(cell) == "done":
             return ["done"]

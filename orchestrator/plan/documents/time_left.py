@@ -20,7 +20,7 @@ _CPU = re.compile(r"x86_64|amd64|i[3-6]86|aarch64|arm\w*|ppc64\w*|s390x|riscv\w*
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a metrics file, or None."""
+    """Return the last complete line of a metrics file, or None."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -52,9 +52,9 @@ class Hours:
     Attributes:
         unit: `gpu` or `worker`: what an hour is an hour of.
         done: Hours of all workers, summed over what is stored and what is under way.
-        left: Hours of all workers still to come; None where nothing tells the speed.
+        left: Hours of all workers still to come; None where no speed is known.
         seconds_left: Until the last job is done, evaluations included, on `lanes` lanes; None as `left`.
-        device_tflops: The given speed, where any of what is left is told by it; None where all was measured.
+        device_tflops: The given speed, where any of what is left is estimated by it; None where all was measured.
     """
 
     unit: str
@@ -181,8 +181,8 @@ def _is_open(standing: TreeStatus, evaluation: str) -> bool:
 
 
 def hours_document(standing: TreeStatus, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
-    """Return the hours done and left as keys for `totals`; empty where neither measured nor given speeds tell them."""
-    # Lanes that hold something tell more than the spec, which may say `auto`.
+    """Return the hours done and left as keys for `totals`; empty where no speed is measured or given."""
+    # Lanes that hold something say more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in standing.holders.values()}
     lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)
     workers = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers.min

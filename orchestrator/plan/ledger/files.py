@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, checksummed folders, storage errors a user can act on."""
+"""File helpers of the ledger: atomic writes, checksummed folders, storage errors a user can act on."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def storage_error(folder: Path, error: Exception) -> StorageError:
-    """Return what went wrong in a folder and what to do; a full disk is told as one, whatever the writing library
+    """Return what went wrong in a folder and what to do; a full disk is named as such, whatever the writing library
     calls it.
     """
     number = getattr(error, "errno", None)
@@ -262,7 +262,7 @@ def list_files(folder: Path) -> list[str]:
     """Return the names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out.
 
     Raises:
-        StorageError: a folder cannot be read: a listing that lacks files would pass for a whole one.
+        StorageError: a folder cannot be read: a listing that lacks files would pass for a complete one.
     """
     return sorted(name for name, is_folder in _below(folder, "") if not is_folder)
 
@@ -313,7 +313,7 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Return the files that are missing, cut short or changed; empty when the folder is whole. Reads every byte."""
+    """Return the files that are missing, cut short or changed; empty when the folder is complete. Reads every byte."""
     files = read_manifest(folder)
     return [MANIFEST] if files is None else changed_files(folder, files)
 

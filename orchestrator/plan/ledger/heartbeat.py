@@ -20,7 +20,7 @@ from orchestrator.plan.ledger.process import Process
 _SKEW_SECONDS = 300.0
 _DAY_SECONDS = 86400.0
 _WATCH_SECONDS = 12.0
-"""Two beats and some: who looks without deciding anything waits no longer for an owner whose clock tells nothing."""
+"""Two beats and some: a look that decides nothing waits no longer for an owner whose clock says nothing."""
 _LOOK_SECONDS = 0.25
 
 
@@ -64,7 +64,7 @@ class Beat:
 
     def _run(self) -> None:
         while not self._end.wait(self._every):
-            # A store that is away for a moment: the next beat may reach it; if none does, the token tells.
+            # A store that is away for a moment: the next beat may reach it; if none does, the token decides.
             with contextlib.suppress(StorageError):
                 self._write()
 
@@ -97,7 +97,7 @@ class Observer:
         self._moved: set[str] = set()
 
     def process(self, owner: str) -> Process | None:
-        """Return the owner's process as its last beat tells it."""
+        """Return the owner's process by its last beat."""
         return _process(self._read(owner))
 
     def lives(self, owner: str) -> bool:
@@ -119,8 +119,8 @@ class Observer:
             process = _process(about)
             if not self._judge(owner, about):
                 continue
-            told = (about or {}).get("wall_seconds")
-            age = time.time() - told if isinstance(told, int | float) else _DAY_SECONDS
+            written = (about or {}).get("wall_seconds")
+            age = time.time() - written if isinstance(written, int | float) else _DAY_SECONDS
             if owner in self._moved or (process is not None and process.is_gone() is False):
                 living.add(owner)
             elif sure or not (age >= _DAY_SECONDS or abs(age) < _SKEW_SECONDS):

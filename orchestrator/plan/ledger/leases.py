@@ -163,8 +163,8 @@ class Leases:
         return self._own(name) is not None
 
     def held(self) -> dict[str, str]:
-        """Return the name to lane of all that this owner holds, also what an earlier process of it took: its beat
-        goes on here.
+        """Return the name to lane of all that this owner holds, also what an earlier process of it took: its
+        heartbeat continues here.
         """
         if self._mine():
             self._beat.start()  # its work may take hours before the next `acquire`

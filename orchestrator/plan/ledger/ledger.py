@@ -68,12 +68,12 @@ class Ledger:
     # Finished states -----------------------------------------------------------------------------------------------
 
     def state_folder(self, state: str) -> Path:
-        """Return the folder of a finished state on this machine; `fetch` brings its parts there."""
+        """Return the folder of a finished state on this machine; `fetch` downloads its parts there."""
         return self.store.state_folder(checked(state))
 
     def is_done(self, state: str) -> bool:
         """Return True where the state is committed and no file is missing or cut short (contents: `fetch`)."""
-        return self.store.is_whole(checked(state))
+        return self.store.is_complete(checked(state))
 
     def has(self, state: str, part: Part) -> bool:
         """Return True where a finished state still has its weights, or its full checkpoint."""
@@ -223,14 +223,14 @@ class Ledger:
         """Return True where a stage run is under way."""
         return self.store.is_begun(checked(job_id))
 
-    def tell(self, job_id: str) -> None:
+    def share_progress(self, job_id: str) -> None:
         """Show others the metrics and logs of an attempt so far; its last checkpoint or its commit did so before.
 
         Raises:
             StaleWriterError: another driver has taken the job over.
         """
         self.check_fence(job_id)
-        self.store.tell(checked(job_id))
+        self.store.share_progress(checked(job_id))
 
     def end_work(self, job_id: str) -> None:
         """Delete the work folder of a job that leaves no state."""
@@ -273,10 +273,10 @@ class Ledger:
         """Return the newest complete checkpoint inside a stage run under way; damaged ones are skipped."""
         return next(self.store.checkpoints(checked(job_id)), None)
 
-    def bring_checkpoint(self, job_id: str, name: str) -> Path:
+    def download_checkpoint(self, job_id: str, name: str) -> Path:
         """Return an in-stage checkpoint, found complete on another machine, on this one."""
         folder = self.work_folder(job_id) / name
-        self.store.bring_checkpoint(folder)
+        self.store.download_checkpoint(folder)
         return folder
 
     # Notes ---------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class Ledger:
         self, evaluation: str, result: dict[str, Any], predictions: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Record a finished evaluation, its answers before its result: where there is a result, they are there."""
-        self.store.tell(checked(evaluation))
+        self.store.share_progress(checked(evaluation))
         if predictions:
             lines = "".join(json.dumps(each) + "\n" for each in predictions)
             self.store.write(_predictions_key(evaluation), gzip.compress(lines.encode(), mtime=0))

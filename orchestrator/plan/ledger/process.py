@@ -1,4 +1,4 @@
-"""A process as it is told from all others, on this machine and on others, and whether it still runs."""
+"""Processes: their identity across machines, and whether one still runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import psutil
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it is told from all others: where it runs, its number there and when it began.
+    """The identity of a process: where it runs, its number there and when it began.
 
     Attributes:
         machine: Boot and namespaces; equal only where process numbers and starts mean the same.
         host: Name of the machine, for people.
         started: Clock ticks from the machine's boot to its start, which no setting of the clock moves; -1 where the
-            system does not tell them.
-        began: When it began by its machine's clock, in seconds since the epoch: never to tell processes apart.
+            system does not say.
+        began: When it began by its machine's clock, in seconds since the epoch: never used to identify processes.
     """
 
     machine: str

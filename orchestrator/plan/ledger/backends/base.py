@@ -54,7 +54,7 @@ class Backend(ABC):
     url: str
     folder: Path
 
-    # Small values under keys such as `failures/ID.json`, each whole or not there ------------------------------------
+    # Small values under keys such as `failures/ID.json`, each complete or absent ------------------------------------
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
@@ -100,7 +100,7 @@ class Backend(ABC):
         """Return all states, complete or not, sorted."""
 
     @abstractmethod
-    def is_whole(self, state: str) -> bool:
+    def is_complete(self, state: str) -> bool:
         """Return True where no file of a state is missing or cut short; contents are not read."""
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Backend(ABC):
     def begin(self, job_id: str, token: int) -> None:  # noqa: B027
         """Forget what machines of earlier attempts shared; in a shared folder nothing is left of them."""
 
-    def tell(self, job_id: str) -> None:  # noqa: B027
+    def share_progress(self, job_id: str) -> None:  # noqa: B027
         """Show others the metrics and the log of a stage run under way; in a shared folder they see them."""
 
     def share(self, folder: Path) -> None:  # noqa: B027
@@ -179,7 +179,7 @@ class Backend(ABC):
     def checkpoints(self, job_id: str) -> Iterator[Path]:
         """Yield the in-stage checkpoints on this machine, newest first, every byte read; damaged ones are skipped."""
 
-    def bring_checkpoint(self, folder: Path) -> None:  # noqa: B027
+    def download_checkpoint(self, folder: Path) -> None:  # noqa: B027
         """Download an in-stage checkpoint that another machine found complete to this one."""
 
     @abstractmethod

@@ -121,7 +121,7 @@ class Snapshot:
                 pass
 
     def covers(self, key: str) -> bool:
-        """Return True where the listing tells whether a key is there."""
+        """Return True where the listing says whether a key is there."""
         return key.startswith(self._prefixes)
 
     def read(self, key: str) -> bytes | None:

@@ -138,7 +138,7 @@ class FolderBackend(Backend):
         return [name for name in names_in(self._runs) if ID.fullmatch(name)]
 
     @override
-    def is_whole(self, state: str) -> bool:
+    def is_complete(self, state: str) -> bool:
         return self._look(state)[1]
 
     @override

@@ -13,7 +13,7 @@ logs/JOB/log.txt              what a finished job printed
 Objects are there before the manifest that names them, so a reader never sees a part of a state.
 
 This machine's copies (`~/.cache/llavolta/ledger`) may be deleted whenever nothing runs; `ledger gc` clears what was not
-used for long. Names of files are told apart by content, never by time.
+used for long. Files are compared by content, never by time.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class S3Backend(Bucket):
         return self._ids("manifests")
 
     @override
-    def is_whole(self, state: str) -> bool:
+    def is_complete(self, state: str) -> bool:
         return self._manifest(state) is not None  # an object is complete or not there at all
 
     @override
@@ -109,7 +109,7 @@ class S3Backend(Bucket):
                 return [MANIFEST]
             wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
             folder = self.state_folder(state)
-            damaged = self._bring(state, folder, wanted) if wanted else [part]
+            damaged = self._fetch_files(state, folder, wanted) if wanted else [part]
             if not damaged:
                 _keep_manifest(folder, manifest)
                 with contextlib.suppress(OSError):  # not noted as used: it may be downloaded again some day
@@ -130,7 +130,7 @@ class S3Backend(Bucket):
             wanted = {name: manifest["files"][name]}
             if name in manifest["small"] and changed_files(file.parent, wanted):
                 write_copy(file, manifest["small"][name].encode())
-            self._bring(state, file.parent, wanted)
+            self._fetch_files(state, file.parent, wanted)
         elif not is_there(file):
             self._download({file: f"logs/{state}/{name}"})
         return file
@@ -227,8 +227,8 @@ class S3Backend(Bucket):
                 self.delete_all(f"work/{job_id}/shared/{place}")
 
     @override
-    def tell(self, job_id: str) -> None:
-        self._tell(job_id, "*.jsonl", "*.txt")
+    def share_progress(self, job_id: str) -> None:
+        self._share_files(job_id, "*.jsonl", "*.txt")
 
     @override
     def share(self, folder: Path) -> None:
@@ -239,13 +239,13 @@ class S3Backend(Bucket):
         files = _files_of(folder, {}, token_in(folder))
         self._send(job_id, folder, files)
         self._shared = (folder, files)  # sealed soon: they need not be read and sent again
-        self._tell(job_id, "log_rank*.txt")
+        self._share_files(job_id, "log_rank*.txt")
         self.write(f"work/{job_id}/shared/{place}/{self._node}.json", json.dumps(files).encode())
 
     @override
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
         self._send(job_id, sealed, read_manifest(sealed) or {})
-        self.tell(job_id)
+        self.share_progress(job_id)
         self.write(_step_key(job_id, step), (sealed / MANIFEST).read_bytes())
         return self._copy.seal_checkpoint(job_id, step, sealed)
 
@@ -266,13 +266,13 @@ class S3Backend(Bucket):
     def checkpoints(self, job_id: str) -> Iterator[Path]:
         for step in self.steps(job_id):
             folder = self.work_folder(job_id) / step_name(step)
-            if not self._bring_checkpoint(folder):
+            if not self._fetch_checkpoint(folder):
                 yield folder
 
     @override
-    def bring_checkpoint(self, folder: Path) -> None:
+    def download_checkpoint(self, folder: Path) -> None:
         """Download a checkpoint that is trained on from, and the metrics until it."""
-        if damaged := self._bring_checkpoint(folder):
+        if damaged := self._fetch_checkpoint(folder):
             raise StorageError(f"{self.url}: {folder.name} of {folder.parent.name} is damaged: {damaged[:3]}")
         job_id, name = folder.parent.name, "metrics.jsonl"
         self._download({folder.parent / name: f"work/{job_id}/{name}"})
@@ -297,7 +297,7 @@ class S3Backend(Bucket):
 
     @override
     def when(self, state: str) -> float | None:
-        return None  # a listing of the bucket does not tell it here
+        return None  # a listing of the bucket does not say it here
 
     @override
     def damaged(self, state: str) -> list[str]:
@@ -439,7 +439,7 @@ class S3Backend(Bucket):
     def _just_shared(self, folder: Path) -> Files:
         return self._shared[1] if self._shared is not None and self._shared[0] == folder else {}
 
-    def _bring(self, state: str, folder: Path, files: Files) -> list[str]:
+    def _fetch_files(self, state: str, folder: Path, files: Files) -> list[str]:
         """Download what is missing or changed here; return what is damaged in the bucket."""
         damaged = sorted(files)
         for _ in range(2):  # a damaged copy is downloaded again
@@ -453,12 +453,12 @@ class S3Backend(Bucket):
                     (folder / name).unlink(missing_ok=True)
         return damaged
 
-    def _bring_checkpoint(self, folder: Path) -> list[str]:
+    def _fetch_checkpoint(self, folder: Path) -> list[str]:
         job_id = folder.parent.name
         manifest = _parse_manifest(self.read(f"work/{job_id}/{folder.name}.json"))
         if manifest is None:
             return [MANIFEST]
-        if damaged := self._bring(job_id, folder, manifest["files"]):
+        if damaged := self._fetch_files(job_id, folder, manifest["files"]):
             return damaged
         _keep_manifest(folder, manifest)
         return []
@@ -474,7 +474,7 @@ class S3Backend(Bucket):
         if is_there(log):
             self.upload({f"logs/{job_id}/log.txt": log})
 
-    def _tell(self, job_id: str, *patterns: str) -> None:
+    def _share_files(self, job_id: str, *patterns: str) -> None:
         told = [file for pattern in patterns for file in self.work_folder(job_id).glob(pattern)]
         self.upload({f"work/{job_id}/{file.name}": file for file in told if not file.name.startswith(".")})
 
@@ -532,7 +532,7 @@ def _step_key(job: str, step: int) -> str:
 
 
 def _token_of_key(key: str) -> int:
-    """Return the token of the writer that uploaded an object; -1 where its key tells none."""
+    """Return the token of the writer that uploaded an object; -1 where its key has none."""
     *_, token, _ = key.split("/")
     return int(token) if token.isdecimal() and len(token) < 64 else -1
 
