@@ -114,7 +114,7 @@ def _weights_of(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
 
 def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec) -> dict[str, Any]:
     """Return what `llavolta.json` says."""
-    final = cell.phases[-1].final.points if cell.phases else ()
+    final = cell.phases[-1].schedule.final.points if cell.phases else ()
     summary = {name: dict[str, float]() for name in ("eval", "cost")}
     for name, value in record.summary.items():
         summary[name.partition("/")[0]][name] = value

@@ -21,8 +21,8 @@ import pytest
 from mlflow_servers import Gate
 
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.ledger.process import Process
 from orchestrator.plan.ledger.backends.folder import FolderBackend
+from orchestrator.plan.ledger.process import Process
 from orchestrator.tracking import mlflow_tracker
 from orchestrator.tracking.mlflow_state import (
     RunState,
