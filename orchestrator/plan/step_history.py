@@ -21,6 +21,7 @@ _TRACKED = {
     "visual_tokens": "train/visual_tokens",
     "step_seconds": "train/step_seconds",
 }
+_TAIL_BYTES = 8192
 _READ_THROUGH_BYTES = 1 << 16  # of a metrics file this much is read in order; what is before is skipped by halving
 
 
@@ -104,6 +105,17 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         StorageError: it is there and cannot be read: a part of a curve must not pass for all of it.
     """
     return list(_lines_from(file, 0))
+
+
+def last_metrics(file: Path) -> dict[str, Any] | None:
+    """Return the last complete line of a metrics file; None where there is none, or it cannot be read now."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, opened.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = opened.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    return _line(lines[-1]) if lines else None
 
 
 def _lines_from(file: Path, step: int) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.documents.time_left import is_gpu, last_metrics, steps_done
+from orchestrator.plan.documents.time_left import is_gpu, steps_done
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
+from orchestrator.plan.step_history import last_metrics
 
 _FORECAST_SHARE = 0.02
 _FINAL = ("failed", "skipped")

@@ -12,11 +12,12 @@ from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.documents.plan_document import stage_run_document, with_plans
 from orchestrator.plan.documents.reasons import Reasons
-from orchestrator.plan.documents.time_left import hours_document, last_metrics, steps_done
+from orchestrator.plan.documents.time_left import hours_document, steps_done
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, StageJob
 from orchestrator.plan.status import TreeStatus
+from orchestrator.plan.step_history import last_metrics
 from orchestrator.report.tree_view import (
     counted,
     hours_text,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.jobs import StageJob
@@ -14,24 +12,8 @@ from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.step_history import read_metrics
 from orchestrator.spec.infrastructure import ClusterSpec
 
-_TAIL_BYTES = 8192
 # What platform.processor() or platform.machine() call a CPU; a GPU's name is its product's.
 _CPU = re.compile(r"x86_64|amd64|i[3-6]86|aarch64|arm\w*|ppc64\w*|s390x|riscv\w*|.*\b(intel|cpu|processor)\b.*", re.I)
-
-
-def last_metrics(path: Path) -> dict[str, Any] | None:
-    """Return the last complete line of a metrics file, or None."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return None
-    try:
-        return dict(json.loads(lines[-1])) if lines else None
-    except ValueError:
-        return None
 
 
 def steps_done(job: StageJob, metrics: Mapping[str, Any] | None) -> int:
