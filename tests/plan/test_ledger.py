@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger, files
 from orchestrator.plan.ledger.backends import folder as folder_backend
 from orchestrator.plan.ledger.files import storage_errors, write_json
@@ -189,7 +189,7 @@ def test_a_storage_that_is_no_folder(tmp_path: Path) -> None:
         Ledger(tmp_path / "file")
     with pytest.raises(StorageError, match="storage_path"):
         Ledger(tmp_path / "file" / "below").write_evaluation("e1", {})
-    with pytest.raises(StorageError, match="a folder or s3://bucket/prefix"):
+    with pytest.raises(UsageError, match="name a folder"):
         Ledger("gs://bucket/runs")
 
 

@@ -17,8 +17,16 @@ from orchestrator.data.rows import open_data_set
 from orchestrator.errors import DataError, UsageError
 from orchestrator.models.shrink import shrunk_config
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.smoke_spec import ROWS, Machine, SmallModel, changed_for, layers_in_use, map_layers, smoke_spec
-from orchestrator.smoke import prepare_smoke
+from orchestrator.smoke import (
+    ROWS,
+    Machine,
+    SmallModel,
+    changed_for,
+    layers_in_use,
+    map_layers,
+    prepare_smoke,
+    smoke_spec,
+)
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model_facts import model_facts
 
