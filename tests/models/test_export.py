@@ -24,7 +24,6 @@ from orchestrator.models.initial_weights import write_initial_weights
 from orchestrator.models.shrink import copy_processor_files
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.gc import open_inventory
 from orchestrator.spec.model import ModelSpec
 
 TINY_LLAVA = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
@@ -199,7 +198,7 @@ def test_weights_that_are_not_there_are_told_apart(home, tmp_path):
     shutil.copytree(home, copy, symlinks=True)
     walk = prepare(copy / "mine.yaml")
     up, learned = walk.find("schedule=up"), walk.find("schedule=learned")
-    open_inventory(walk.ledger).drop(up.state, "weights")  # what `cluster.keep: {leaf: none}` and gc do
+    walk.ledger.store.drop(up.state, "weights")  # what `cluster.keep: {leaf: none}` and gc do
     with pytest.raises(UsageError, match=r"were not kept .*leaf: weights"):
         export_cell(prepare(copy / "mine.yaml"), up, tmp_path / "out")
     file = walk.ledger.state_folder(learned.state) / "weights" / "model.safetensors"
