@@ -140,8 +140,8 @@ def test_no_state_is_reached_on_two_ways(lab: Any, tables: list[tuple[list[str],
     for number, (_, is_policy) in enumerate(tables):
         if is_policy:
             plan = cells[number].phases[0]
-        mixed = replace(plan.schedule, stage_ends=tuple(sorted({*ends, 12})), kind="mixed")
-        plan = replace(plan, schedule=mixed)
+            mixed = replace(plan.schedule, stage_ends=tuple(sorted({*ends, 12})), kind="mixed")
+            plan = replace(plan, schedule=mixed)
             cells[number] = replace(cells[number], phases=(plan,))
     tree = build_stage_tree(cells)
     assert len(tree.order) == len(set(tree.order)) == 1 + len(tree.stage_runs)
