@@ -11,7 +11,7 @@ import typer
 from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError, shorten
 from orchestrator.redaction import redacted
-from orchestrator.verbs import ledger, look, results, search, spec, work
+from orchestrator.verbs import data, ledger, look, results, search, spec, work
 from orchestrator.verbs.options import keep_output_for_json, print_json
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for verb in (
     results.predictions, work.bench, spec.compressors, spec.schema, spec.show,
 ):  # fmt: skip
     app.command()(verb)
+app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -138,11 +138,16 @@ def left_out(data: DataSpec, model: ModelSpec, model_max_length: int, prompts: b
     return [] if found is None or errors_of(found) else list(found.bad)
 
 
-def errors_of(found: CheckedRows) -> list[str]:
-    """Return the errors that prevent a run, after a summary: bad rows, unless they are dropped and few enough."""
+def errors_of(found: CheckedRows, data: DataSpec | None = None) -> list[str]:
+    """Return the errors that prevent a run, after a summary: bad rows, unless they are dropped and few enough.
+
+    Args:
+        found: The rows, checked.
+        data: The set that says how many may be dropped, where it is not the one that was checked.
+    """
     if not found.bad:
         return []
-    share, data = len(found.bad) / len(found), found.of.data
+    share, data = len(found.bad) / len(found), data or found.of.data
     lines = fault_lines(found.bad, len(found))
     if getattr(data, "on_bad_row", "fail") != "drop":
         drop = ", or set on_bad_row: drop" if hasattr(data, "on_bad_row") else ""
@@ -342,12 +347,15 @@ def _check_use(use: Use, findings: Findings) -> None:
             findings.remarks[f"{use.where}{name}: {text}{'; '.join(some + more)}"] = None
         findings.remarks |= dict.fromkeys(f"{use.where}{name}: {text}" for text in one.remarks())
         found.append(one)
+    if error := no_image_seen(use, found):
+        raise DataError(error)
+
+
+def no_image_seen(use: Use, found: Sequence[CheckedRows]) -> str | None:
+    """Return why parts that train would get no gradient: none of the rows has an image that the model sees."""
     unreached = [part for part in use.train if part in _OF_IMAGES]
-    if unreached and not any(one.with_images for one in found):
-        raise DataError(_no_image_seen(use, unreached, found))
-
-
-def _no_image_seen(use: Use, unreached: Sequence[str], found: Sequence[CheckedRows]) -> str:
+    if not unreached or any(one.with_images for one in found):
+        return None
     rows = sum(map(len, found))
     rest = ", ".join(part for part in use.train if part not in unreached)
     advice = f"train: [{rest}]" if rest else "data with images"
