@@ -106,3 +106,25 @@ def test_the_architecture_names_every_folder_of_the_package():
     text = (ROOT / "docs" / "architecture.md").read_text()
     folders = {path.name for path in (ROOT / "orchestrator").iterdir() if (path / "__init__.py").exists()}
     assert folders <= set(re.findall(r"^  (\w+)/", text, re.MULTILINE))
+
+
+def test_the_architecture_is_the_import_contract():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    contract = (ROOT / "pyproject.toml").read_text().partition('type = "layers"')[2].partition("]")[0]
+    layers = [re.findall(r"orchestrator\.(\w+)", line) for line in contract.splitlines() if "orchestrator." in line]
+    order = {name: place for place, names in enumerate(layers) for name in names}
+    listed = re.findall(r"^  (\w+)(?:/|\.py) ", text, re.MULTILINE)
+    assert sorted(listed) == sorted(order)
+    assert [order[name] for name in listed] == sorted(order.values())
+
+
+def test_the_walk_is_in_the_code():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    hops = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (`\w+`|the package itself) \|", text, re.MULTILINE)
+    assert len(hops) > 10
+    for names, folder in hops:
+        where = ROOT / "orchestrator" / ("" if "package" in folder else folder.strip("`"))
+        files = where.glob("*.py") if "package" in folder else where.rglob("*.py")
+        code = "\n".join(file.read_text() for file in files)
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{name} is not in {where}"
