@@ -17,11 +17,11 @@ from orchestrator.evaluation.protocol import EvaluationData
 def greedy_answers(
     model: Any, rows: Sequence[Row], data: EvaluationData, batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """Return the model's answer to each row, in the order of `rows`, special tokens left out.
+    """Return the model's answer to each row, in the order of `rows`, without special tokens.
 
-    Prompts are padded on the left, so that all answers of a batch begin at one place, and batched by length, so that
-    little is padded; generation keeps a KV cache and stops when every answer of the batch has ended. Where a stop is
-    asked for, the answers not yet made are empty.
+    Prompts are padded on the left, so that all answers of a batch begin at the same position, and batched by length, so
+    that there is little padding; generation uses a KV cache and stops when every answer of the batch has ended. When
+    `data.should_stop` is true, the remaining answers are empty.
 
     Raises:
         DataError: a prompt is longer than the model may take, or an image cannot be read.
@@ -42,7 +42,7 @@ def greedy_answers(
             for name, value in batch.items()
         }
         if attachment is not None:
-            # Random methods draw by row, so that the batch size changes no answer.
+            # Random methods draw by row, so that answers do not depend on the batch size.
             attachment.set_step(sample_index=[rows[i].index for i in part])
         generated = model.generate(
             **moved,
@@ -52,7 +52,7 @@ def greedy_answers(
             use_cache=True,
             eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=data.processor.pad_token_id,
-            # An untrained model may say the placeholder, which would be taken for an image without pixels.
+            # An untrained model may generate the placeholder, which would count as an image without pixels.
             suppress_tokens=data.processor.placeholder_ids,
         )
         new_tokens = generated[:, moved["input_ids"].shape[1] :]
@@ -62,7 +62,7 @@ def greedy_answers(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return ids that end an answer: the tokenizer's, and the model's own (Gemma 3 ends a turn with another token)."""
+    """Return the ids that end an answer: the tokenizer's and the model's (Gemma 3 ends a turn with another token)."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(int(id) for id in ids if id is not None))
@@ -70,7 +70,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Return the model neither drops out nor records gradients; afterwards every module is as it was."""
+    """Disable dropout and gradients; afterwards restore the mode of every module."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What an evaluation's implementation gets and gives back."""
+"""The interface of evaluations: what an implementation gets and returns."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Workers:
 
     @classmethod
     def here(cls) -> Workers:
-        """Return this process's rank in the default process group, if there is one."""
+        """Return this process's rank and world size in the default process group, or a single worker."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes: `cluster.use_gpu: false` gives a group without NCCL, or `DS_ACCELERATOR=cpu`."""
+        """This rank's device; `cluster.use_gpu: false` means a group without NCCL, or `DS_ACCELERATOR=cpu`."""
         in_group = dist.is_available() and dist.is_initialized()
         without = os.environ.get("DS_ACCELERATOR") == "cpu" or (in_group and "nccl" not in dist.get_backend())
         if without or not torch.cuda.is_available():
@@ -45,13 +45,13 @@ class Workers:
         return int(os.environ.get("LOCAL_RANK", self.rank)) == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over the ranks, on each of them."""
+        """Return the sum of a tensor over the ranks, on every rank."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Return all ranks' lists, joined, on each of them."""
+        """Return the joined lists of all ranks, on every rank."""
         if self.count == 1:
             return values
         lists: list[list[Any]] = [[] for _ in range(self.count)]
@@ -61,11 +61,14 @@ class Workers:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Held-out rows and what turns them into prompts.
+    """Held-out rows, and the encoder and processor for their prompts.
 
     Attributes:
-        should_stop: Asked between batches; once true, an evaluation may leave rows out and come to its end: its
-            outcome is thrown away and the whole of it is done again by the next run.
+        rows: The rows.
+        encoder: Encodes rows as prompts.
+        processor: The model's processor.
+        should_stop: Asked between batches; once true, an evaluation may skip the remaining rows and return: its outcome
+            is discarded, and the next run evaluates again.
     """
 
     rows: Sequence[Row]

@@ -1,4 +1,4 @@
-"""Builds the model an experiment names: from its config, with weights from a safetensors file, kept in float32."""
+"""Build an experiment's model from its config, with float32 weights from a safetensors file; write such files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "weights/model.safetensors"
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers' progress bars and report off the terminal; faults are raised by us instead."""
+    """Suppress transformers' progress bars and loading report; errors are raised by the caller instead."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -38,7 +38,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def check_source(source: str, key: str) -> None:
-    """Refuse a local path that is not there before transformers takes it for a hub id.
+    """Refuse a missing local path, which transformers would take for a hub id.
 
     Raises:
         UsageError: it looks like a path and does not exist.
@@ -66,7 +66,7 @@ def load_config(model: ModelSpec) -> Any:
 
 
 def compute_dtype(model: ModelSpec) -> str:
-    """Return `float32`, `bfloat16` or `float16`; `auto` is the config's own, float32 where it names none."""
+    """Return `float32`, `bfloat16` or `float16`; `auto` is the config's type, or float32 if it names none."""
     if model.dtype != "auto":
         return model.dtype
     named = str(getattr(load_config(model), "dtype", None)).removeprefix("torch.")
@@ -78,7 +78,7 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
 
     Args:
         model: Which model, which attention.
-        weights_file: safetensors with exactly the model's parameters; None leaves transformers' random init.
+        weights_file: safetensors with exactly the model's parameters; None keeps transformers' random init.
 
     Raises:
         UsageError: the model's folder or config is missing or of no vision-language type.
@@ -88,10 +88,10 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
     if weights_file is None:
         return model_from_config(model)
     if not weights_file.is_file():
-        raise StorageError(f"the weights {weights_file} are missing; `ledger verify` says what else is damaged")
+        raise StorageError(f"the weights {weights_file} are missing; run `ledger verify` to find all damaged files")
     with no_init_weights():
         built = model_from_config(model)
-    built.tie_weights()  # part of the init that was left out
+    built.tie_weights()  # part of the skipped init
     load_weights(built, weights_file)
     return built
 
@@ -110,7 +110,7 @@ def model_from_config(model: ModelSpec) -> PreTrainedModel:
     except (ValueError, ImportError) as error:
         reason = _first_line(error)
         if "Unrecognized configuration class" in reason:
-            reason = f"`{config.model_type}` is no image-text-to-text model of transformers"
+            reason = f"`{config.model_type}` is not an image-text-to-text model of transformers"
         raise UsageError(f"model: {model.model_name_or_path} cannot be built: {reason}") from error
 
 
@@ -123,9 +123,9 @@ def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters and leave buffers alone, as DeepSpeed does (`_cast_module_mixed_precision`, 0.19.8).
+    """Cast the parameters but not the buffers, as DeepSpeed does (`_cast_module_mixed_precision`, 0.19.8).
 
-    A rotary embedding's frequencies rounded to bfloat16 are those of another model.
+    With its rotary frequencies rounded to bfloat16 the model would be another one.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -153,7 +153,7 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def load_weights(model: PreTrainedModel, path: Path) -> None:
     """Copy a file's tensors into the model; names and shapes must be exactly the model's.
 
-    Learned compressors in the file (`models/learned.py`) are no part of a plain model and are passed over.
+    Learned compressors in the file (`models/compressor_weights.py`) are not part of a plain model and are skipped.
 
     Raises:
         StorageError: the file cannot be read.
@@ -180,37 +180,37 @@ def check_names_and_shapes(
     """Compare names and shapes of weights.
 
     Raises:
-        StageRunError: one block that lists missing names, unknown names and other shapes.
+        StageRunError: they differ; the message lists missing names, unknown names and other shapes.
     """
-    faults = []
+    differences = []
     if missing := sorted(expected.keys() - given.keys()):
-        faults.append(f"missing: {_shortened(missing)}")
+        differences.append(f"missing: {_shortened(missing)}")
     if unknown := sorted(given.keys() - expected.keys()):
-        faults.append(f"not in the model: {_shortened(unknown)}")
+        differences.append(f"not in the model: {_shortened(unknown)}")
     other = [
         f"{name} {list(given[name])} instead of {list(expected[name])}"
         for name in sorted(given.keys() & expected.keys())
         if given[name] != expected[name]
     ]
     if other:
-        faults.append(f"other shapes: {_shortened(other)}")
-    if faults:
-        raise StageRunError(f"the weights of {source} do not fit the model\n    " + "\n    ".join(faults))
+        differences.append(f"other shapes: {_shortened(other)}")
+    if differences:
+        raise StageRunError(f"the weights of {source} do not fit the model\n    " + "\n    ".join(differences))
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Return the numbers that training can start from.
+    """Check that weights are finite floating-point numbers.
 
     Raises:
-        StageRunError: tensors hold NaN or infinity, or are no floating-point weights (quantised ones); named.
+        StageRunError: a tensor holds NaN or infinity, or quantised weights; the message names it.
     """
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise StageRunError(f"{source} holds NaN or infinity in {_shortened(bad)}; take another file")
-    whole = [f"{n} ({t.dtype})" for n, t in tensors.items() if n.endswith(".weight") and not t.is_floating_point()]
-    if whole:
+    quantised = [f"{n} ({t.dtype})" for n, t in tensors.items() if n.endswith(".weight") and not t.is_floating_point()]
+    if quantised:
         raise StageRunError(
-            f"{source} holds quantised weights: {_shortened(whole)}; use the model before it was quantised"
+            f"{source} holds quantised weights: {_shortened(quantised)}; use the model before it was quantised"
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights of learned compressors: in a weights file they lie beside the model's, under `llavolta_compressors.NAME`."""
+"""Weights of learned compressors; a weights file holds them with the model's, under `llavolta_compressors.NAME`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PREFIX = f"{LEARNED_MODULES}."
 
 
 def learned_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the learned modules a model carries, by name; empty where nothing learned is attached."""
+    """Return the learned modules attached to a model, by name."""
     found = model._modules.get(LEARNED_MODULES)
     return {} if found is None else dict(found.named_children())
 
 
 def learned_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the tensors of all learned modules of a weights file, by module and by name in it.
+    """Return the tensors of all learned modules in a weights file, by module and name.
 
     Raises:
         StorageError: the file cannot be read.
@@ -41,7 +41,7 @@ def learned_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def named_in_file(weights: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the names that `learned_weights` reads."""
+    """Return tensors under the names that `learned_weights` reads."""
     return {f"{_PREFIX}{module}.{name}": tensor for module, named in weights.items() for name, tensor in named.items()}
 
 
@@ -59,7 +59,7 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> N
 
 
 def load_learned(model: nn.Module, path: Path) -> None:
-    """Fill the learned modules a model carries from a weights file; others in the file are passed over.
+    """Load the learned modules attached to a model from a weights file; others in the file are skipped.
 
     Raises:
         StageRunError: the file lacks a module, or holds it in other shapes.
@@ -71,8 +71,8 @@ def load_learned(model: nn.Module, path: Path) -> None:
     known = learned_weights(path)
     if missing := sorted(modules.keys() - known.keys()):
         raise StageRunError(
-            f"the weights {path} hold no learned compressor {', '.join(missing)} (there are: "
-            f"{', '.join(sorted(known)) or 'none'}): nothing of the cell's schedule used it; test under another variant"
+            f"the weights {path} hold no learned compressor {', '.join(missing)} (they hold "
+            f"{', '.join(sorted(known)) or 'none'}): the cell's schedule never used it; test under another variant"
         )
     for name, module in modules.items():
         fill(module, known[name], f"{name} in {path}")

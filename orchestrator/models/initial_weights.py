@@ -1,4 +1,4 @@
-"""Initial weights of (model, seed), written once: pretrained, random, or put together by part."""
+"""Weights that a run or a phase starts from: pretrained, random, or combined from the parts of several sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class _File(Mapping[str, torch.Tensor]):
-    """Tensors of an open safetensors file, each read when it is asked for: two models need not fit into memory."""
+    """Tensors of an open safetensors file, each read when it is used: two models need not fit into memory."""
 
     def __init__(self, handle: Any) -> None:
         self._handle, self._names = handle, tuple(handle.keys())
@@ -49,7 +49,7 @@ class _File(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def shapes(self) -> Shapes:
-        """Return the name to shape, without reading a tensor."""
+        """Return the shapes by name, without reading a tensor."""
         return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._names}
 
 
@@ -67,17 +67,19 @@ def _opened(path: Path) -> Iterator[_File]:
 
 
 def write_start_weights(job: StartJob, base: Path | None, source: Path | None, folder: Path) -> None:
-    """Write `weights/model.safetensors` below `folder`.
+    """Write the weights that a phase starts from to `weights/model.safetensors` below `folder`.
+
+    They are a folder's, or those of one state with some parts from another state or a folder.
 
     Args:
-        job: What comes from where.
-        base: Weights file of the base state; None where all comes from the job's folder.
-        source: Weights file of the source state; None where a folder gives the parts.
+        job: The parts and their sources.
+        base: Weights file of the base state; None if all weights come from the job's folder.
+        source: Weights file of the source state; None if the parts come from the job's folder.
         folder: The job's own folder; the caller commits it.
 
     Raises:
         UsageError: the job's folder holds no weights.
-        StageRunError: names or shapes are not those wanted, or a wanted part has no weights.
+        StageRunError: names or shapes do not match, or a part has no weights.
         StorageError: a file cannot be read or written.
     """
     if base is None:
@@ -116,8 +118,8 @@ def _merged(
         check_values(found, source)
         theirs = {name: tensor.float() for name, tensor in found.items()}
         if not theirs:
-            raise StageRunError(f"{source}: there are no weights of {part}; take it out of `parts`")
-        if part != COMPRESSOR:  # what learns may be another set in each phase: all of it is taken as it is
+            raise StageRunError(f"{source}: there are no weights of {part}; remove it from `parts`")
+        if part != COMPRESSOR:  # each phase may have other learned compressors: all of them are taken
             _check(theirs, {name: shapes[name] for name in shapes if part_of_or_none(name) == part}, source)
         merged |= theirs
     return merged
@@ -128,7 +130,7 @@ def _check(given: Mapping[str, torch.Tensor], expected: Shapes, source: str) -> 
 
 
 def _folder_weights(folder: Path, expected: Shapes) -> Mapping[str, torch.Tensor]:
-    """Return a Hugging Face model's weights, those of a file as the ledger keeps it, or LLaVA's `mm_projector.bin`."""
+    """Return the weights of a Hugging Face model, of a ledger's weights file, or of LLaVA's `mm_projector.bin`."""
     if (folder / "config.json").is_file():
         return pretrained_weights(str(folder), "start_from")
     for file in (folder / "model.safetensors", folder / WEIGHTS_FILE):
@@ -157,10 +159,10 @@ def write_initial_weights(job: RootJob, folder: Path) -> None:
 
     Args:
         job: Model and seed.
-        folder: Where unsealed files of the root go; the caller commits it.
+        folder: Folder for unsealed files of the root; the caller commits it.
 
     Raises:
-        UsageError: a folder or file named in `model` is missing, or `weights` leaves a part out.
+        UsageError: a folder or file named in `model` is missing, or `weights` lacks a part.
         StageRunError: weights do not fit the model; names and shapes are listed.
         StorageError: the disk is full.
     """
@@ -189,7 +191,7 @@ def load_pretrained(source: str, key: str, **options: Any) -> PreTrainedModel:
 
 
 def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a Hugging Face vision-language model in float32, under transformers' present names.
+    """Return the weights of a Hugging Face vision-language model in float32, under transformers' current names.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -204,9 +206,9 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
     try:
         with quiet_loading():
             model, report = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    except Exception as error:  # of broken or hostile weights torch, safetensors and transformers raise a dozen kinds
+    except Exception as error:  # for damaged or malicious files torch, safetensors and transformers raise many kinds
         files = sorted(Path(source).glob("*.bin")) + sorted(Path(source).glob("*.safetensors"))
-        raise UsageError(f"{key}: {source} cannot be loaded: {_told(error, files)}") from error
+        raise UsageError(f"{key}: {source} cannot be loaded: {_reason(error, files)}") from error
     if missing := sorted(report["missing_keys"]):
         raise StageRunError(
             f"{key}: {source} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}; "
@@ -216,10 +218,10 @@ def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreT
     return model
 
 
-def _told(error: Exception, files: Sequence[Path]) -> str:
-    """Return why weights were refused; of a folder's files the first one that is none of plain tensors is named."""
+def _reason(error: Exception, files: Sequence[Path]) -> str:
+    """Return why weights were refused; of a folder's files, name the first that does not hold plain tensors."""
     if "Unrecognized configuration class" in str(error):
-        return "its `model_type` is not of the kind that is wanted here"
+        return "its `model_type` is not of the kind that is needed here"
     if not isinstance(error, ImportError | NotImplementedError):
         for file in files:
             try:
@@ -239,14 +241,14 @@ def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
 
 
 def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
-    """Return the tower's class picks its own weights, out of a whole CLIP too."""
+    """Load the vision tower; its class picks its own weights, from a complete CLIP too."""
     _, tower = part_module(model, VISION_TOWER)
     loaded = _from_pretrained(type(tower), source, key)
     _copy(weight_tensors(loaded), tower, f"{key}: {source}")
 
 
 def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
-    """Return a causal language model's decoder and head; new tokens' rows are the mean of the known rows."""
+    """Load a causal language model's decoder and head; rows of new tokens are the mean of the known rows."""
     loaded = _from_pretrained(AutoModelForCausalLM, source, key)
     _, target = part_module(model, LANGUAGE_MODEL)
     name = f"{key}: {source}"
@@ -276,13 +278,12 @@ def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
 
 
 def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
-    """Return a projector's weights out of LLaVA's `mm_projector.bin`, a safetensors file, or a folder with one of the
-    two.
+    """Return a projector's weights from LLaVA's `mm_projector.bin`, a safetensors file, or a folder with either.
 
-    Names are those inside the projector, or those of the file where they tell no projector.
+    Names are those inside the projector, or the file's own if none of them belongs to a projector.
 
     Raises:
-        UsageError: there is no such file, or it holds no plain weights; the sentence says what it is.
+        UsageError: there is no such file, or it does not hold plain weights; the message says what it is.
     """
     if path.is_dir():
         known = [path / PROJECTOR_FILE, path / "model.safetensors", path / WEIGHTS_FILE]

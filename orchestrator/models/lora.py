@@ -59,7 +59,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return the name in the plain model of a weight that an adapter sits beside."""
+    """Return the name in the plain model of a weight with an adapter."""
     return name.replace(".base_layer.", ".")
 
 
@@ -67,8 +67,8 @@ def merged_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[s
     """Return the plain model's weights from those of a model with adapters, as peft's own merge computes them.
 
     Args:
-        model: Names and scalings of the adapters are read from it, no values.
-        tensors: All weights by name, whole and in float32 (under ZeRO-3 gathered by the caller).
+        model: The model with adapters, of which only names and scalings are read.
+        tensors: All weights by name, in float32 (under ZeRO-3 gathered by the caller).
     """
     merged = {plain_name(name): tensor for name, tensor in tensors.items() if "lora_" not in name}
     for name, module in model.named_modules():

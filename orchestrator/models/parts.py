@@ -1,4 +1,4 @@
-"""Parts of a vision-language model: which parameter belongs where, what trains, at which learning rate."""
+"""Parts of a vision-language model: the part of a parameter, what trains, at which learning rate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def part_of(parameter_name: str) -> str:
     `compressor`.
 
     Raises:
-        UsageError: the name matches no part; the model is of a family that is not known here.
+        UsageError: the name matches no part; the model's family is unknown.
     """
     for part, pattern in _PATTERNS:
         if pattern.search(parameter_name):
@@ -63,7 +63,7 @@ def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
     """Freeze every parameter outside the parts in `train`.
 
     With LoRA only the adapters of the language model train, never its own weights. Compressors may be the only part
-    that trains, and need not be there yet.
+    that trains, and need not be attached yet.
 
     Raises:
         UsageError: a part in `train` has no parameters, or nothing would train.
@@ -83,13 +83,13 @@ def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
 def parameter_groups(
     model: nn.Module, learning_rate: float | Mapping[Any, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the optimizer groups: one per part and decay, in a fixed order; biases and norms do not decay (as HF's
-    Trainer).
+    """Return the optimizer groups, one per part and decay, in a fixed order; biases and norms do not decay, as in HF's
+    Trainer.
 
     Args:
         model: Its parameters that require a gradient are grouped.
-        learning_rate: One for all, or by part.
-        weight_decay: AdamW's decay of all other parameters.
+        learning_rate: One rate for all parts, or rates by part.
+        weight_decay: AdamW's weight decay.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and `name`.
@@ -118,10 +118,10 @@ def parameter_groups(
 
 
 def rate_of(learning_rate: float | Mapping[Any, float], part: str) -> float:
-    """Learning rate of a part.
+    """Return the learning rate of a part.
 
     Raises:
-        UsageError: rates are given by part, and this one has none.
+        UsageError: rates are given by part, and this part has none.
     """
     if not isinstance(learning_rate, Mapping):
         return learning_rate
@@ -131,7 +131,7 @@ def rate_of(learning_rate: float | Mapping[Any, float], part: str) -> float:
 
 
 def names_without_decay(model: nn.Module) -> Iterator[str]:
-    """Return the names of parameters that AdamW's decay leaves alone: biases and norms, as in HF's Trainer."""
+    """Return the names of parameters without weight decay: biases and norms, as in HF's Trainer."""
     for prefix, module in model.named_modules():
         is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
         for name, _ in module.named_parameters(recurse=False):

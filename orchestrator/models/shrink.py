@@ -1,4 +1,4 @@
-"""A model made small for a trial run: few narrow layers, the same visual tokens for an image, its own tokenizer."""
+"""Shrink a model for a smoke run: few narrow layers, the same number of visual tokens, the same tokenizer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
 
     Args:
         model: The full-size model.
-        layers: Decoder layers.
-        folder: Takes `config.json` and the rest; weights it has none.
+        layers: Number of decoder layers.
+        folder: Folder for `config.json` and the processor's files; it gets no weights.
 
     Raises:
-        UsageError: the model has no config or no processor at hand.
+        UsageError: the model's config or processor cannot be read.
     """
     config = shrunk_config(load_config(model), layers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def shrunk_config(config: Any, layers: int) -> Any:
         values["text_config"] = _small_text(parts["text_config"], layers)
     if "vision_config" in parts:
         values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"))
-    for name in ("hidden_size", "projection_dim"):  # PaliGemma says the widths of its parts once more
+    for name in ("hidden_size", "projection_dim"):  # PaliGemma repeats the widths of its parts
         if name in values:
             values[name] = HIDDEN
     return type(config).from_dict(values)
@@ -85,14 +85,14 @@ def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _pattern(kinds: list[str], layers: int) -> list[str]:
-    """Return the first layers' kinds, the last one such that each kind that occurs is there."""
+    """Return the kinds of the first layers, the last ones replaced so that each kind occurs."""
     found = (kinds * layers)[:layers]
     missing = [kind for kind in dict.fromkeys(kinds) if kind not in found]
     return [*found[: layers - len(missing)], *missing]
 
 
 def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Qwen-VL's three axes share half a head's width; the proportions stay as far as whole numbers go."""
+    """Scale the sections of Qwen-VL's three axes, which share half a head's width, to the small heads."""
     sections = rope.get("mrope_section")
     if not sections:
         return rope

@@ -1,4 +1,4 @@
-"""Weights out of files that others made: plain tensors only, and a refusal that says what the file is instead."""
+"""Load weights from files of others safely: plain tensors only; an error says what a file is instead."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ _HEAD_BYTES = 512
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Named tensors of a safetensors file or of one that `torch.save` wrote; nothing in it is run.
+    """Return the named tensors of a safetensors file or of one that `torch.save` wrote; no code in it is run.
 
     Raises:
-        ValueError: it holds anything else; the sentence says what, and what to do.
+        ValueError: it holds anything else; the message says what, and what to do.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a broken or hostile file
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged or malicious file
         raise ValueError(refusal(path, error)) from error
     if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__} where named tensors belong")
+        raise ValueError(f"it holds a {type(found).__name__} instead of named tensors")
     odd = [str(name) for name, value in found.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(
-            f"beside tensors, or in their place, it holds {', '.join(odd[:3])}{more}; save the tensors alone"
-        )
+        raise ValueError(f"it holds entries that are not tensors: {', '.join(odd[:3])}{more}; save the tensors alone")
     return found
 
 
@@ -59,12 +57,12 @@ def check_tensors(path: Path) -> None:
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """Return why a file of weights was not loaded, and what to do."""
+    """Return why a weights file was not loaded, and what to do."""
     try:
         size, head = path.stat().st_size, path.open("rb").read(_HEAD_BYTES)
     except OSError as unreadable:
         return f"it cannot be read: {unreadable.strerror or unreadable}"
-    again = "fetch it again"
+    again = "download it again"
     if not size:
         return f"the file is empty; {again}"
     if head.startswith(b"version https://git-lfs"):
@@ -72,24 +70,24 @@ def refusal(path: Path, error: Exception) -> str:
     if path.suffix == ".safetensors":
         length = int.from_bytes(head[:8], "little")
         if size < 8 or (head[8:9] == b"{" and length + 8 > size) or "incomplete" in str(error).lower():
-            return f"it is cut short ({size} bytes); {again}"
+            return f"it is truncated ({size} bytes); {again}"
     elif tarfile.is_tarfile(path):
         return f"it is of torch's old .tar format, which only its unsafe loader reads; {_convert(path)}"
     elif head.startswith((b"PK\x03\x04", b"\x80")):
-        return _of_pickle(path, head, error) or f"it is cut short or damaged ({_first_line(error)}); {again}"
+        return _of_pickle(path, head, error) or f"it is truncated or damaged ({_first_line(error)}); {again}"
     if _is_text(head):
         return f"it is a text file, which begins with {head[:40].decode(errors='replace')!r}; {again}"
     return _first_line(error)
 
 
 def _of_pickle(path: Path, head: bytes, error: Exception) -> str | None:
-    """Return what is wrong with a pickle; None where its bytes are damaged."""
+    """Return why a pickle is refused; None if its bytes are damaged."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
     if asked := re.findall(r"GLOBAL ([\w.]+)", str(error)) or _asked_of(path):
         return (
-            f"it asks for {', '.join(dict.fromkeys(asked))}, which could run anything, and was not loaded; take the "
-            "weights as safetensors from where you trust them"
+            f"it refers to {', '.join(dict.fromkeys(asked))}, which could run any code, and was not loaded; use "
+            "safetensors weights from a source that you trust"
         )
     start = head if head.startswith(b"\x80") else _start_of_zip(path)
     if len(start) > 1 and start[0] == 0x80 and start[1] not in _SAFE_PROTOCOLS:
@@ -117,7 +115,7 @@ def _start_of_zip(path: Path) -> bytes:
 def _convert(path: Path) -> str:
     target = path.with_suffix(".safetensors").name
     return (
-        "if you trust where it is from (the unsafe loader runs what a file asks for), convert it once: "
+        "if you trust its source (the unsafe loader runs code from the file), convert it once: "
         f'python -c "import torch; from safetensors.torch import save_file; '
         f"save_file(torch.load('{path.name}', 'cpu', weights_only=False), '{target}')\", and name {target}"
     )

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,6 @@ from orchestrator.plan.jobs import Action, Distillation, StageJob
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.engine import Session
-
-if TYPE_CHECKING:
-    from orchestrator.training.engine import Session
 
 
 @dataclass(frozen=True)

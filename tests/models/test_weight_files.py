@@ -53,14 +53,14 @@ WRONG: dict[str, tuple[Write, str]] = {
         "a pickle of protocol 4",
     ),
     "bare4.bin": (lambda p: p.write_bytes(pickle.dumps({"a": [1]}, protocol=4)), "a pickle of protocol 4"),
-    "hostile.bin": (lambda p: torch.save({"a": Hostile(p.parent / "MARK")}, p), "asks for posix.system.*not loaded"),
+    "hostile.bin": (lambda p: torch.save({"a": Hostile(p.parent / "MARK")}, p), "refers to posix.system.*not loaded"),
     "hostile2.bin": (
         lambda p: p.write_bytes(pickle.dumps(Hostile(p.parent / "MARK"), protocol=2)),
-        "asks for posix.system",
+        "refers to posix.system",
     ),
     "hostile4.bin": (
         lambda p: p.write_bytes(pickle.dumps(Hostile(p.parent / "MARK"), protocol=4)),
-        "protocol 4|asks for",
+        "protocol 4|refers to",
     ),
     "tar.bin": (tar, "old .tar format"),
     "page.bin": (lambda p: p.write_text("<html>404 not found</html>"), "a text file, which begins with '<html>404"),
@@ -74,11 +74,11 @@ WRONG: dict[str, tuple[Write, str]] = {
     ),
     "empty.bin": (lambda p: p.touch(), "empty"),
     "empty.safetensors": (lambda p: p.touch(), "empty"),
-    "cut.bin": (lambda p: (torch.save({"a": torch.ones(4096)}, p), cut(p)), "cut short or damaged"),
-    "cut.safetensors": (lambda p: (save_file({"a": torch.ones(4096)}, p), cut(p)), "cut short"),
-    "header.safetensors": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b'{"a"'), "cut short"),
-    "list.bin": (lambda p: torch.save([torch.ones(2)], p), "a list where named tensors belong"),
-    "nested.bin": (lambda p: torch.save({"state_dict": PLAIN, "epoch": 3}, p), "it holds state_dict, epoch"),
+    "cut.bin": (lambda p: (torch.save({"a": torch.ones(4096)}, p), cut(p)), "truncated or damaged"),
+    "cut.safetensors": (lambda p: (save_file({"a": torch.ones(4096)}, p), cut(p)), "truncated"),
+    "header.safetensors": (lambda p: p.write_bytes((10**6).to_bytes(8, "little") + b'{"a"'), "truncated"),
+    "list.bin": (lambda p: torch.save([torch.ones(2)], p), "a list instead of named tensors"),
+    "nested.bin": (lambda p: torch.save({"state_dict": PLAIN, "epoch": 3}, p), "not tensors: state_dict, epoch"),
 }  # fmt: skip
 
 

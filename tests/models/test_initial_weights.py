@@ -137,7 +137,7 @@ def test_random_parts_follow_the_seed(sources: Path, tmp_path: Path) -> None:
         ("projector", "broken.bin", StageRunError, "missing: linear_1.bias, linear_2.bias, linear_2.weight"),
         ("projector", "nothing.bin", UsageError, "model.weights.projector"),
         ("vision_tower", "no_folder", UsageError, "no_folder"),
-        ("language_model", "t5", UsageError, "is not of the kind that is wanted"),
+        ("language_model", "t5", UsageError, "is not of the kind that is needed"),
         ("language_model", "tower", (UsageError, StageRunError), "model.weights.language_model"),
     ],
 )
