@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,12 +14,14 @@ from typing import Any
 import deepspeed
 import torch
 
+from orchestrator import registry
 from orchestrator.compression import Attachment, attach
 from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
+from orchestrator.spec.components import CompressorSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import distributed
@@ -41,7 +45,7 @@ class Session:
         micro_batch_size: Micro-batch size the engine was opened with.
         micro_batches: Micro-batch sizes of the current stage run (`MicroBatches`); None before the first.
         compute_dtype: Type the model computes in.
-        points: Points in force; None where they are not known.
+        points: Current points of the attachment; None where they are not known.
         draws: Random source of its dropout.
         phase_start: State the phase started from: it holds the frozen weights unrounded.
     """
@@ -58,6 +62,18 @@ class Session:
     draws: Draws
     micro_batches: Any = None
     phase_start: str | None = None
+    _specs: dict[str, list[CompressorSpec]] = field(default_factory=dict)
+
+    def switch(self, points: tuple[dict[str, Any], ...]) -> None:
+        """Switch the compressors to these points, unless they are the current ones; each set is validated once."""
+        if points == self.points:
+            return
+        key = json.dumps(points)
+        if key not in self._specs:
+            classes = [registry.spec_class(registry.COMPRESSORS, point["kind"]) for point in points]
+            self._specs[key] = [cls.model_validate(point) for cls, point in zip(classes, points, strict=True)]
+        self.attachment.switch(self._specs[key])
+        self.points = points
 
 
 @dataclass
@@ -155,6 +171,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     if distributed.device().type == "cpu":
         # A C++ op that sums over the ranks of one machine: compiling it takes a minute on the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     # It prints the memory at each step of its initialisation, whatever the configuration, and collects garbage there.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
@@ -195,6 +212,21 @@ def _resting_group(model: Any) -> dict[str, Any]:
     of_decoder = [(name, p) for name, p in model.named_parameters() if part_of(name) == LANGUAGE_MODEL and p.ndim == 1]
     parameter = of_decoder[-1][1].requires_grad_(True)
     return {"params": [parameter], "lr": 0.0, "weight_decay": 0.0, "name": "rest"}
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    DeepSpeed 0.19.8 imports it to check the type of any optimizer, and compiling its functions loads torch's compiler,
+    which takes seconds in every worker; nothing here uses it.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # another version of DeepSpeed
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler
 
 
 def _set_determinism(wanted: bool) -> None:

@@ -59,10 +59,9 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
     indices = longest_samples(data, size)
     # Two micro-batches per optimizer step: this one is not the last, so no weight is updated.
     set_accumulation(session.engine, 2 * size * distributed.world_size(), size)
-    session.attachment.switch(list(action.points))
+    session.switch(action.points)
     session.attachment.set_step(step=job.first_step, seed=job.seed, sample_index=indices)
     session.draws.enter(job.seed, job.first_step, indices)
-    session.points = None
     reset_peak_memory()
     batch = MicroBatch(indices, data.collate(indices))
     losses = forward_losses(session, action, batch, float(batch.label_tokens), seed=0)

@@ -124,8 +124,7 @@ class _Rehearsal:
         size = session.micro_batches.at(action)
         indices = longest_samples(data, size)
         set_accumulation(session.engine, size * distributed.world_size(), size)
-        session.attachment.switch(list(action.points))
-        session.points = action.points
+        session.switch(action.points)
         figures = run_step(session, one, 0, [MicroBatch(indices, data.collate(indices))], should_stop=False)
         if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
             raise StageRunError(f"the loss of the first weights is {figures.loss}")

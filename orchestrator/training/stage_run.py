@@ -198,10 +198,7 @@ def _enter(session: Session, job: StageJob, step: int) -> None:
     """Switch compressor and micro-batch size where the step's action differs from the current one."""
     action = job.action_at(step)
     set_accumulation(session.engine, job.recipe["global_batch_size"], session.micro_batches.at(action))
-    points = action.points
-    if points != session.points:
-        session.attachment.switch(list(points))
-        session.points = points
+    session.switch(action.points)
 
 
 def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigures) -> dict[str, Any]:

@@ -68,12 +68,12 @@ def taught_losses(
     Raises:
         StageRunError: the two passes do not see the same label tokens.
     """
-    engine, attachment = session.engine, session.attachment
-    attachment.switch(list(distill.points))
+    engine = session.engine
+    session.switch(distill.points)
     torch.manual_seed(seed)
     with torch.no_grad():
         teacher_LV = engine(**tensors, use_cache=False, label_logits=True).logits
-    attachment.switch(list(action.points))
+    session.switch(action.points)
     torch.manual_seed(seed)
     output = engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
     if output.logits.shape != teacher_LV.shape:

@@ -60,7 +60,7 @@ def measure(folder: Path, job: StageJob, fixed: int, rounds: int) -> dict[str, l
         chosen = choose(job, session, data, ledger.work_folder(job.id), int(allowed))
         found: dict[str, list[dict[str, Any]]] = {}
         for action in job.table:
-            session.attachment.switch(list(action.points))
+            session.switch(action.points)
             seconds: dict[str, list[float]] = {"fixed": [], "auto": []}
             for round_ in range(rounds + 1):
                 for name, size in (("fixed", fixed), ("auto", chosen.at(action))):

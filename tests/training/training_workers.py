@@ -24,7 +24,10 @@ SECONDS = 240
 # Imports cost seconds: one server imports them, and each group is forked from it before any thread has started.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["deepspeed", "orchestrator.training.stage_run", "transformers.models.llava.modeling_llava", "peft", "easy_vqa"]
+    [
+        *("deepspeed", "orchestrator.training.stage_run", "orchestrator.evaluation.evaluate", "peft", "easy_vqa"),
+        *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
+    ]
 )
 
 
