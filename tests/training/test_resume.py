@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +83,22 @@ def stopped_and_resumed(folder: Path, jobs: tuple[StageJob, StageJob], calls: li
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """What both stage runs end with when nothing disturbs them, by ZeRO stage, workers and learned compressor."""
+    return functools.cache(
+        lambda zero, world_size, learned: launch(
+            world_size, left_alone, tmp_path_factory.mktemp("alone"), _jobs(made, zero, learned=learned)
+        )
+    )
+
+
 def _check(
-    made: tuple[Path, Path], folder: Path, zero: str, world_size: int, calls: list[int], learned: bool = False
+    made: tuple[Path, Path], alone: Any, folder: Path, zero: str, world_size: int, calls: list[int], learned: bool
 ) -> None:
-    jobs = _jobs(made, zero, learned=learned)
-    alone = launch(world_size, left_alone, folder / "alone", jobs)
-    found = launch(world_size, stopped_and_resumed, folder / "stopped", jobs, calls)
+    found = launch(world_size, stopped_and_resumed, folder, _jobs(made, zero, learned=learned), calls)
     for call, (outcomes, digests, steps) in zip(calls, found, strict=True):
-        assert digests == alone
+        assert digests == alone(zero, world_size, learned)
         assert steps == [3, 4, 5]
         # A stop that comes with a stage run's last step finds it finished.
         assert ("stopped" in outcomes) == (call != 5)
@@ -98,13 +108,13 @@ def _check(
     ("zero", "world_size", "calls"), [("zero0", 1, [0, 4]), ("zero2", 2, [1, 3]), ("zero3", 2, [4]), ("zero3", 1, [3])]
 )
 def test_stopped_and_resumed_is_left_alone(
-    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, calls: list[int]
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, calls: list[int]
 ) -> None:
-    _check(made, tmp_path, zero, world_size, calls)
+    _check(made, alone, tmp_path, zero, world_size, calls, learned=False)
 
 
-def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], tmp_path: Path) -> None:
-    _check(made, tmp_path, "zero2", 2, [1, 4], learned=True)
+def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], alone: Any, tmp_path: Path) -> None:
+    _check(made, alone, tmp_path, "zero2", 2, [1, 4], learned=True)
 
 
 @pytest.mark.slow
@@ -112,9 +122,9 @@ def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], tmp_path: Pa
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("learned", [False, True])
 def test_stopped_at_every_step_is_left_alone(
-    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, learned: bool
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, learned: bool
 ) -> None:
-    _check(made, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5], learned)
+    _check(made, alone, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5], learned)
 
 
 def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -> None:
@@ -149,9 +159,8 @@ def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -
 
 @pytest.mark.parametrize(("zero", "world_size", "batch"), [("zero2", 1, 11), ("zero3", 2, 11)])
 def test_killed_in_the_middle_of_a_step(
-    made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int, batch: int
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, batch: int
 ) -> None:
     jobs = _jobs(made, zero)
-    alone = launch(world_size, left_alone, tmp_path / "alone", jobs)
-    launch(world_size, die_in_backward, tmp_path / "killed", jobs, batch, exit_codes=(9,))
-    assert launch(world_size, left_alone, tmp_path / "killed", jobs) == alone
+    launch(world_size, die_in_backward, tmp_path, jobs, batch, exit_codes=(9,))
+    assert launch(world_size, left_alone, tmp_path, jobs) == alone(zero, world_size, False)
