@@ -14,6 +14,7 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.report.figures import bench_figure
 from orchestrator.spec.controls import control_points
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.model_facts import ModelFacts
@@ -34,6 +35,7 @@ def bench_experiment(
     text_tokens: int = 64,
     rows: int | None = None,
     repeats: int = 7,
+    chart: Path | None = None,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
     """Time the variants of an experiment's first cell and compare them with the cost formula.
@@ -44,6 +46,7 @@ def bench_experiment(
         text_tokens: Text tokens of a sample, all labelled; beside them one image.
         rows: Samples of the micro-batch; None takes the phase's.
         repeats: Rounds in which every variant is timed once; at least 7.
+        chart: A PNG to draw it into; None: `STORAGE/bench/NAME.png`.
         on_round: Called before each round, 0 for the one that is not counted.
 
     Returns:
@@ -74,7 +77,7 @@ def bench_experiment(
         "repeats": repeats,
         "variants": _rows(arms, timings, facts, recipe, rows, text_tokens),
     }
-    _write(walk, cell, document)
+    _write(walk, cell, document, chart)
     return document
 
 
@@ -171,10 +174,11 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any]) -> None:
+def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any], chart: Path | None) -> None:
     folder = walk.ledger.storage / "bench"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{cell.spec.name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        bench_figure(document, chart or folder / f"{cell.spec.name}.png")
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error}") from error

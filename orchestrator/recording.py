@@ -14,7 +14,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.ledger.process import Process
 from orchestrator.report.cell_folders import write_cell_folder
-from orchestrator.report.figure import training_figure
+from orchestrator.report.figures import training_figure
 from orchestrator.tracking.mlflow_state import abandoned, has_record, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.upload_queue import UploadQueue

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from orchestrator.errors import shorten
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.report.units import Operations
+from orchestrator.report.units import Operations, legend
 from orchestrator.spec.yaml.node import as_yaml
 
-FORMATS = ("md", "csv", "latex", "json")
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,92 @@ class Table:
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """Return it as what `--json` prints; values are not rounded."""
+        rows = [
+            {
+                "name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values,
+                "std": r.spread, "marks": r.marks, "to_baseline": r.against,
+            }
+            for r in self.rows
+        ]  # fmt: skip
+        return {"rows": rows, "warnings": self.warnings}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return it as a frame with one row a cell (or group of cells), values not rounded.
+
+        The columns are the status, the axes, the metrics; `METRIC/std` where a row stands for several cells, and
+        `METRIC/to_baseline` where there is a baseline.
+        """
+        import pandas
+
+        axes = list(dict.fromkeys([*self.axes, *(axis for row in self.rows for axis in row.axes)]))
+        head, *body = self._unrounded(axes)
+        return pandas.DataFrame(body, columns=head).set_index("cell")
+
+    def to_json(self) -> str:
+        """Return it as JSON, values not rounded."""
+        return json.dumps(self.document(), indent=2, default=str)
+
+    def to_csv(self) -> str:
+        """Return it as CSV, values not rounded; like `to_frame`, but without the axes that the names tell."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows(["" if value is None else value for value in line] for line in self._unrounded(self.axes))
+        return out.getvalue().rstrip("\n")
+
+    def to_markdown(self) -> str:
+        """Return it as a Markdown table, as the screen shows it."""
+        head, body = text_cells(self)
+        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+    def to_latex(self) -> str:
+        """Return it as a LaTeX tabular (package booktabs), as the screen shows it."""
+        return _latex(*text_cells(self))
+
+    def render(self, form: str) -> str:
+        """Return it as `md`, `csv`, `latex` or `json`."""
+        return {"md": self.to_markdown, "csv": self.to_csv, "latex": self.to_latex, "json": self.to_json}[form]()
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it with what its short heads mean and what makes its rows unequal; None takes standard output."""
+        console = console or Console()
+        head, body = text_cells(self)
+        grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for column, name in enumerate(head):
+            grid.add_column(name, justify="left" if column in (0, len(head) - 1) else "right", overflow="fold")
+        for line in body:
+            grid.add_row(*line)
+        console.print(grid)
+        if (legend_line := self.explanations()) is not None:
+            console.print(legend_line, style="dim", highlight=False, markup=False)
+        for warning in self.warnings:
+            console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
+
+    def explanations(self) -> str | None:
+        """Return one line that says what short heads and brackets mean; None where there are none."""
+        heads = text_cells(self)[0]
+        brackets = "in brackets: difference from the baseline" if any(row.against for row in self.rows) else None
+        return "; ".join(filter(None, (legend(heads), brackets))) or None
+
+    def _repr_html_(self) -> str:
+        notes = [*filter(None, [self.explanations()]), *(f"note: {warning}" for warning in self.warnings)]
+        return html_table(*text_cells(self)) + "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+
+    def _unrounded(self, axes: Sequence[str]) -> list[list[Any]]:
+        """Return head and rows of the table with every figure as it is, None where there is none."""
+        spread = [name for name in self.columns if any(name in row.spread for row in self.rows)]
+        against = [name for name in self.columns if any(name in row.against for row in self.rows)]
+        head = ["cell", "status", *axes, *self.columns]
+        lines: list[list[Any]] = [
+            [*head, *(f"{name}/std" for name in spread), *(f"{name}/to_baseline" for name in against)]
+        ]
+        for row in self.rows:
+            figures = [*map(row.values.get, self.columns), *map(row.spread.get, spread), *map(row.against.get, against)]
+            lines.append([row.name, row.status, *map(row.axes.get, axes), *figures])
+        return lines
 
 
 # What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
@@ -255,30 +346,15 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def render(table: Table, form: str) -> str:
-    """Return the table as Markdown, CSV, LaTeX or JSON; CSV and JSON hold unrounded values."""
-    if form == "json":
-        rows = [
-            {
-                "name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values,
-                "std": r.spread, "marks": r.marks, "to_baseline": r.against,
-            }
-            for r in table.rows
-        ]  # fmt: skip
-        return json.dumps({"rows": rows, "warnings": table.warnings}, indent=2, default=str)
-    if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["cell", "status", *table.axes, *table.columns])
-        for row in table.rows:
-            axes, values = map(row.axes.get, table.axes), (row.values.get(column, "") for column in table.columns)
-            writer.writerow([row.name, row.status, *axes, *values])
-        return out.getvalue().rstrip("\n")
-    head, body = text_cells(table)
-    if form == "md":
-        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
-        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-    return _latex(head, body)
+def html_table(head: Sequence[str], body: Iterable[Sequence[str]], caption: str = "") -> str:
+    """Return texts as an HTML table, for notebooks."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    rows = "".join(line(row, "td") for row in body)
+    return f"<table>{title}<thead>{line(head, 'th')}</thead><tbody>{rows}</tbody></table>"
 
 
 def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,21 @@
-"""Numbers for people: operations in a unit that fits, spans of time, counts. Documents keep TFLOPs and seconds."""
+"""Numbers and names as people read them; documents keep TFLOPs, seconds and bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import shorten
 
 _PREFIXES = ((1e9, "Z"), (1e6, "E"), (1e3, "P"), (1.0, "T"), (1e-3, "G"))
 _DAYS_FROM = 48 * 3600
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+_REASON_LINES = 8
+_REASON_WIDTH = 400
+_NAMES_WIDTH = 44
 LEGEND = {
     "CR": "compression ratio, decoder layers x visual tokens / visual layer-tokens",
     "visual layer-tokens": "visual tokens of an image, summed over the decoder's layers",
@@ -77,3 +86,57 @@ def legend(names: Iterable[str]) -> str | None:
     """Return one line that says what short heads of a table mean; None where there are none to explain."""
     told = [f"{name}: {LEGEND[name]}" for name in names if name in LEGEND]
     return "; ".join(told) or None
+
+
+def size_text(size: float) -> str:
+    """Return the bytes in the unit that fits."""
+    unit = 0
+    while size >= 1024 and unit < len(_BYTES) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.0f} {_BYTES[unit]}" if unit == 0 else f"{size:.1f} {_BYTES[unit]}"
+
+
+def whose(names: Sequence[str]) -> str:
+    """Return a few names, or how many there are."""
+    if not names:
+        return ""
+    text = ", ".join(names)
+    return text if len(names) == 1 or (len(names) < 4 and len(text) <= _NAMES_WIDTH) else f"{len(names)} cells"
+
+
+def counted(states: Iterable[str]) -> str:
+    """Return `3 done, 2 new`."""
+    return ", ".join(f"{number:,} {state}" for state, number in Counter(states).items())
+
+
+def reason_lines(error: str) -> list[str]:
+    """Return why a job failed: what happened, and the first of the rows or images that a line each below names."""
+    first, *rest = error.strip().splitlines() or ["no reason given"]
+    rows = itertools.takewhile(lambda line: line.startswith("    "), rest)
+    lines = [shorten(line.rstrip(), _REASON_WIDTH) for line in (first, *rows)]
+    more = len(lines) - _REASON_LINES
+    return lines if more <= 0 else [*lines[:_REASON_LINES], f"… {more:,} more lines in the log"]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number for a table; `–` where there is none."""
+    if value is None:
+        return "–"
+    # What would round to nothing shows its first digits instead.
+    return f"{value:.{digits}g}" if 0 < abs(value) < 0.1 else f"{value:,.{digits}f}"
+
+
+def hours_text(totals: Mapping[str, Any]) -> str | None:
+    """Return `0.50 GPU-hours of training done, 1.20 left; about 1:12:00 to the end`; None where no speed is known."""
+    for unit, name in (("gpu", "GPU"), ("worker", "worker")):
+        done, left = totals.get(f"{unit}_hours_done"), totals.get(f"{unit}_hours_left")
+        if done is not None:
+            text = f"{number(done)} {name}-hours of training done"
+            # Where nothing is left there is nothing to forecast.
+            if not left:
+                return text
+            given = totals.get("device_tflops")
+            how = f" at {given:g} TFLOPs a second a worker (cluster.device_tflops)" if given else ""
+            to_come = f"{text}, {number(left)} left" if done else f"about {number(left)} {name}-hours of training"
+            return f"{to_come}{how}; about {clock(totals['seconds_left'])} to the end"
+    return None

@@ -120,9 +120,10 @@ def _ended(walk: ExperimentPlan) -> int:
     return sum(trial.state != "proposed" for trial in walk.trials)
 
 
-def front_trials(walk: ExperimentPlan) -> list[str]:
+def _front_trials(walk: ExperimentPlan) -> tuple[str, ...]:
     """Return the names of the trials on the Pareto front, by number."""
-    return [trial_name(trial.number) for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells)]
+    on_front = (trial for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells))
+    return tuple(trial_name(trial.number) for trial in on_front)
 
 
 def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: UploadQueue) -> RunOutcome:
@@ -132,7 +133,9 @@ def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: UploadQueue) -> Ru
     unsent = tuple(names[identity] for identity in list(recorder.unsent))
     problem = recorder.problem if unsent else None
     table = table_of([walk])
-    return RunOutcome(walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes))
+    return RunOutcome(
+        walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes), front=_front_trials(walk)
+    )
 
 
 def _concurrency(walk: ExperimentPlan) -> int:

@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
 Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files; several make one table.")]
@@ -20,14 +23,6 @@ CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, a
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
 ]
-
-MaxHours = Annotated[
-    float | None,
-    typer.Option(
-        "--max-hours", min=0, metavar="H", help="After H hours: checkpoint, stop, exit 75; run again goes on."
-    ),
-]
-
 
 _document_stream: TextIO | None = None
 
@@ -78,15 +73,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def terminal() -> Any:
-    """Return standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200."""
+def terminal(*, error: bool = False) -> Console:
+    """Return standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200.
+
+    Args:
+        error: Return standard error instead, where standard output is kept for a JSON document.
+    """
     from rich.console import Console
 
+    if error:
+        return Console(stderr=True)
     has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return Console(soft_wrap=not has_width, width=None if has_width else 200)
 
 
-def tell_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] = ()) -> None:
+def warn_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] = ()) -> None:
     """Say on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

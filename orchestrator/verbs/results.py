@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+import orchestrator as llv
 from orchestrator.verbs.options import CellName, Json, Output, Set, Spec, print_json, write_document
 
 
@@ -22,12 +23,8 @@ def export(
     ] = False,
 ) -> None:
     """Write a cell as a Hugging Face folder that transformers loads, its compressor recorded in llavolta.json."""
-    from orchestrator.models.export import export_cell
-    from orchestrator.plan.experiment_plan import prepare
-
-    walk = prepare(spec, set_ or ())
-    found = walk.find(cell)
-    written = export_cell(walk, found, folder, adapter=adapter)
+    found = llv.load(spec, set_ or ()).cell(cell)
+    written = found.export(folder, adapter=adapter)
     if as_json:
         print_json({"cell": found.name, "id": found.id, "folder": str(written), "adapter": adapter})
     else:
@@ -55,15 +52,11 @@ def predictions(
     output: Output = None,
 ) -> None:
     """Print every answer of an evaluation beside the question, the paths of the pictures and the right answer."""
-    from orchestrator.plan.experiment_plan import prepare
-    from orchestrator.report.pages.predictions import SHOWN, predictions_document, predictions_page
-
-    walk = prepare(spec, set_ or ())
-    document = predictions_document(walk, walk.find(cell), evaluation, under, wrong=wrong)
+    document = llv.load(spec, set_ or ()).cell(cell).predictions(evaluation, under=under, wrong=wrong)
     if as_json:
         print_json({**document, "predictions": document["predictions"][:limit]})
     elif form == "html":
-        write_document(predictions_page(document, limit or SHOWN), output)
+        write_document(document.to_html(**({} if limit is None else {"limit": limit})), output)
     else:
         lines = (json.dumps(each, ensure_ascii=False) for each in document["predictions"][:limit])
         write_document("".join(f"{line}\n" for line in lines), output)

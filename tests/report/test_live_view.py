@@ -13,8 +13,7 @@ from rich.console import Console
 
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
-from orchestrator.report.live import LiveView
-from orchestrator.report.progress import Progress
+from orchestrator.report.live import LiveView, Progress
 
 
 @pytest.fixture

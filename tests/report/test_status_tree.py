@@ -18,10 +18,10 @@ from ledger_work import finish, spool
 from rich.console import Console
 
 from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.documents.status_document import status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.report.plan_view import print_plan
-from orchestrator.report.status_view import print_status, status_document
+from orchestrator.report.console import print_plan, print_status
 
 HEAVY = {"torch", "transformers", "deepspeed", "ray", "mlflow", "matplotlib", "numpy"}
 
@@ -107,7 +107,7 @@ def test_what_failed_and_why_with_its_log(walk: ExperimentPlan) -> None:
 
 
 def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: ExperimentPlan) -> None:
-    from orchestrator.report.table import ablation_table, render
+    from orchestrator.report.table import ablation_table
 
     cell = walk.cells[1]
     for job in walk.tree.work(walk.ledger):
@@ -118,7 +118,7 @@ def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: ExperimentPla
     record = again(walk).record(cell)
     assert record.status == "failed"
     assert record.summary["eval/vqa/accuracy"] == 0.5 and record.summary["cost/train_seconds"] == 4.0
-    row = render(ablation_table([record], {cell.id: cell.axes}), "csv").splitlines()[1]
+    row = ablation_table([record], {cell.id: cell.axes}).to_csv().splitlines()[1]
     assert row.startswith("schedule=heavy,failed,0.5,")
 
 

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.report.ending import nothing_done, print_table
-from orchestrator.report.figure import grid_figure, pareto_front
-from orchestrator.report.table import ablation_table, render
+from orchestrator.report.console import nothing_done
+from orchestrator.report.figures import grid_figure, pareto_front
+from orchestrator.report.table import ablation_table
 from orchestrator.report.units import Operations, clock, operations
 
 AXES = {
@@ -47,7 +47,7 @@ def test_mean_over_seeds_gives_mean_and_deviation_and_marks_the_baseline():
     assert full.values["eval/vqa/accuracy"] == pytest.approx(0.7)
     assert full.spread["eval/vqa/accuracy"] == pytest.approx(0.1414, abs=1e-4)
     assert "baseline" in full.marks and "baseline" not in heavy.marks
-    assert "0.700 ± 0.141" in render(table, "md")
+    assert "0.700 ± 0.141" in table.render("md")
 
 
 def test_a_failed_cell_leaves_its_group_failed_and_out_of_the_mean():
@@ -66,8 +66,8 @@ def test_cells_of_unequal_fingerprint_are_flagged():
 
 def test_csv_and_json_hold_unrounded_values_and_agree():
     table = ablation_table(RECORDS, AXES)
-    lines = list(csv.DictReader(io.StringIO(render(table, "csv"))))
-    document = json.loads(render(table, "json"))
+    lines = list(csv.DictReader(io.StringIO(table.render("csv"))))
+    document = json.loads(table.render("json"))
     assert [float(line["cost/compression_ratio"]) for line in lines] == [5.565] * 4
     assert [row["metrics"]["eval/vqa/accuracy"] for row in document["rows"]] == [0.8, 0.6, 0.7, 0.5]
     assert [float(line["eval/vqa/accuracy"]) for line in lines] == [0.8, 0.6, 0.7, 0.5]
@@ -77,9 +77,9 @@ def test_markdown_and_latex_escape_what_would_break_them():
     table = ablation_table([record("full0", 0.8, 10)], {"full0": {}})
     odd = type(table.rows[0])("a|b_c%", ("x",), {}, table.rows[0].values, {}, "finished")
     table = type(table)(table.columns, (odd,))
-    assert r"a\|b_c%" in render(table, "md")
-    assert r"a|b\_c\%" in render(table, "latex")
-    assert len({line.count("|") - line.count(r"\|") for line in render(table, "md").splitlines()}) == 1
+    assert r"a\|b_c%" in table.render("md")
+    assert r"a|b\_c\%" in table.render("latex")
+    assert len({line.count("|") - line.count(r"\|") for line in table.render("md").splitlines()}) == 1
 
 
 def test_the_front_keeps_only_points_nothing_beats():
@@ -103,10 +103,10 @@ def test_the_other_rows_are_held_against_the_baseline_of_their_seed():
     assert against["cell-full0"] is None
     assert against["cell-heavy0"] == pytest.approx(-0.1)
     assert against["cell-heavy1"] == pytest.approx(-0.1)
-    lines = render(table, "md").splitlines()
+    lines = table.render("md").splitlines()
     assert "| 0.700 (-0.100) |" in lines[4] and "| 4.000 (-60%) |" in lines[4] and "| 5.57 |" in lines[4]
     assert "(" not in lines[2].replace("(baseline)", "")
-    rows = json.loads(render(table, "json"))["rows"]
+    rows = json.loads(table.render("json"))["rows"]
     assert rows[2]["to_baseline"]["cost/train_tflops"] == -6
     assert rows[2]["metrics"]["cost/train_tflops"] == 4  # documents keep their unit
 
@@ -120,16 +120,16 @@ def test_no_difference_is_told_where_no_baseline_fits():
 
 
 def test_what_the_formula_gives_has_no_deviation_of_nothing():
-    text = render(ablation_table(RECORDS, AXES, mean_over=["seed"]), "md")
+    text = ablation_table(RECORDS, AXES, mean_over=["seed"]).render("md")
     assert "± 0.141" in text and "10.00 |" in text and "5.57 |" in text
     assert "± 0.00" not in text and "± 0 " not in text
     moved = [record("full0", 0.8, 10), record("full1", 0.6, 12)]
-    assert "11.00 ± 1.414" in render(ablation_table(moved, AXES, mean_over=["seed"]), "md")
+    assert "11.00 ± 1.414" in ablation_table(moved, AXES, mean_over=["seed"]).render("md")
 
 
 def test_operations_are_told_in_a_unit_that_fits():
     large = [record("full0", 0.8, 33_263_875.49), record("heavy0", 0.7, 6_377_911.66)]
-    text = render(ablation_table(large, AXES), "md")
+    text = ablation_table(large, AXES).render("md")
     assert "train EFLOPs" in text and "| 33.26 |" in text and "| 6.378 |" in text
     assert [operations(value) for value in (0.0087, 2.456, 1234.5, 2e6, 3e9)] == [
         "8.700 GFLOPs", "2.456 TFLOPs", "1.234 PFLOPs", "2.000 EFLOPs", "3.000 ZFLOPs",
@@ -145,7 +145,7 @@ def test_long_spans_are_told_in_days():
 
 def test_the_screen_explains_the_short_heads():
     console = Console(file=io.StringIO(), width=100)
-    print_table(ablation_table(RECORDS, AXES, baseline=BASELINE), console)
+    ablation_table(RECORDS, AXES, baseline=BASELINE).print(console)
     text = " ".join(console.file.getvalue().split())
     assert "CR: compression ratio, decoder layers x visual tokens / visual layer-tokens" in text
     assert "seconds: training time on the clock" in text
@@ -158,6 +158,6 @@ def test_a_group_that_is_partly_done_was_not_interrupted():
 
 
 def test_a_run_that_did_nothing_says_why():
-    assert nothing_done({}, {}) == "nothing to do: everything is done"
+    assert nothing_done({}, {}) == "nothing to do: all runnable jobs are complete"
     assert "2 cells failed before; --retry-failed" in nothing_done({"a": "", "b": ""}, {})
     assert "1 cell could not be finished" in nothing_done({}, {"a": ""})

@@ -1,12 +1,9 @@
-"""`status`: what runs where, what is shared, what waits, what failed and why, and the time left; from files alone."""
+"""`status` as one document: what runs where, what is done, waiting or failed and why, and the time left."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
@@ -18,22 +15,9 @@ from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, StageJob
 from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.step_history import last_metrics
-from orchestrator.report.tree_view import (
-    counted,
-    hours_text,
-    print_cells,
-    print_reasons,
-    reason_lines,
-    stage_tree,
-    state_text,
-    whose,
-)
-from orchestrator.report.units import counted_noun
 
 # Only ratios between variants count here; the data's real lengths need not be read.
 _TEXT_TOKENS = 64.0
-# What the state or the tree says already.
-_SEEN = ("new", "done", "runs elsewhere")
 
 
 def status_document(walk: ExperimentPlan) -> dict[str, Any]:
@@ -147,75 +131,3 @@ def _totals(
         # The work is not exact here, so that only what was measured may tell hours by it.
         **hours_document(standing, work, walk.loaded.spec.cluster.model_copy(update={"device_tflops": None})),
     }
-
-
-def print_status(document: dict[str, Any], console: Console) -> None:
-    """Return the sums, what runs, a line a cell, the tree, and what failed."""
-    cells, totals = document["cells"], document["totals"]
-    names = {cell["id"]: cell["name"] for cell in cells}
-    console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
-    console.print(
-        f"{counted_noun(len(cells), 'cell')}: {counted(cell['state'] for cell in cells)}; "
-        f"{totals['stage_runs_done']:,}/{totals['stage_runs']:,} stage runs, "
-        f"{totals['evaluations_done']:,}/{totals['evaluations']:,} evaluations done",
-        highlight=False,
-    )
-    if hours := hours_text(totals):
-        console.print(hours, highlight=False)
-    columns = {
-        "steps": lambda cell: f"{cell['steps_done']}/{cell['steps']}",
-        "id": lambda cell: cell["id"][:12],
-    }
-    print_cells(cells, columns, console)
-    print_reasons(cells, lambda cell: "; ".join(r for r in cell["reasons"] if not r.startswith(_SEEN)), console)
-    runs = document["stage_runs"]
-    notes: dict[str | None, list[Text]] = {}
-    known = {run["id"] for run in runs}
-    for test in document["evaluations"]:
-        if test["state"] == "running" or test["error"]:
-            notes.setdefault(test["of"] if test["of"] in known else None, []).append(_evaluation_label(test, names))
-    for root in document["roots"]:
-        if root["state"] == "running" or root["error"]:
-            notes.setdefault(None, []).append(_line(Text("initial weights"), root))
-    console.print(stage_tree(runs, lambda run: _label(run, names), notes, crop=console.is_terminal))
-    _print_failures(document, console)
-
-
-def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
-    line = Text(f"{run['phase']} {run['first_step']}-{run['last_step']}  ")
-    line.append(run["variant"], style="bold")
-    parts = [line]
-    if run["state"] != "done" and run["steps_done"]:
-        figures = f"step {run['step'] + 1}/{run['last_step']}"
-        if run["state"] == "running":
-            figures += f"  loss {run['loss']:.3f}  {run['samples_per_second']:.0f} samples/s"
-        parts.append(Text(figures))
-    return _line(Text("  ").join(parts), run, [names[identity] for identity in run["cells"]])
-
-
-def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, str]) -> Text:
-    return _line(Text(f"evaluate {test['name']} under {test['under']}"), test, [names[one] for one in test["cells"]])
-
-
-def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) -> Text:
-    """Return what it is, its state, who works on it, for whom."""
-    parts = [what, state_text(job["state"])]
-    if holder := job["holder"]:
-        parts.append(Text(f"{holder['lane']} pid {holder['pid']} on {holder['host']}".strip(), style="cyan"))
-    if cells:
-        parts.append(Text(whose(cells)))
-    return Text("  ").join(parts)
-
-
-def _print_failures(document: dict[str, Any], console: Console) -> None:
-    for job in (*document["roots"], *document["stage_runs"], *document["evaluations"]):
-        if job["error"]:
-            what = (
-                f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else job.get("name", "root")
-            )
-            first, *more = reason_lines(job["error"])
-            console.print(Text(f"failed: {what}: {first}", style="red"), soft_wrap=True)
-            for line in more:
-                console.print(Text(f"        {line}"), soft_wrap=True)
-            if job["log"]:
-                console.print(Text(f"        log: {job['log']}"), soft_wrap=True)

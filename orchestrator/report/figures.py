@@ -1,9 +1,10 @@
-"""The efficiency-versus-accuracy figure of a grid."""
+"""Figures: accuracy over cost of a grid, the training of a cell, the speed of variants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
@@ -107,3 +108,27 @@ def training_figure(record: CellRecord, path: Path) -> bool:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def bench_figure(document: dict[str, Any], path: Path) -> None:
+    """Draw measured and predicted speed-up of every variant as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = document["variants"]
+    figure, panel = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 1.8), layout="constrained")
+    places = range(len(rows))
+    panel.barh(places, [row["speedup_measured"] for row in rows], height=0.6, color="tab:blue", label="measured")
+    predicted = [row["speedup_predicted"] for row in rows]
+    panel.scatter(predicted, places, marker="|", s=300, color="black", label="by formula", zorder=3)
+    panel.set_yticks(places, [row["name"] for row in rows])
+    panel.invert_yaxis()
+    panel.axvline(1, color="0.7", linewidth=1, zorder=0)
+    panel.set_xlabel("speed-up of forward and backward against full tokens")
+    panel.legend(fontsize=8, frameon=False)
+    panel.set_title(f"{document['experiment']} on {document['device']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

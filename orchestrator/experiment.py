@@ -1,0 +1,359 @@
+"""Experiment and Cell: what the command line does, from Python and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from orchestrator.bench import bench_experiment
+from orchestrator.errors import UsageError
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells import cell as planned
+from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.documents.status_document import status_document
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.report.cell_folders import log_files, weights_folder
+from orchestrator.report.console import Document, print_bench, print_plan, print_predictions, print_status
+from orchestrator.report.table import Table, html_table, table_of
+from orchestrator.run import RunOutcome, run_experiment
+from orchestrator.search.search import search_experiment
+from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.loaded import LoadedExperiment, Source, resolved_yaml
+from orchestrator.spec.loader import load_experiment
+from orchestrator.storage import Storage
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def load(source: Source, overrides: Sequence[str] = ()) -> Experiment:
+    """Load and validate an experiment.
+
+    Args:
+        source: The YAML file, or a mapping of the same form; its relative paths start in the file's folder, a
+            mapping's in the current one.
+        overrides: `a.b=c` settings over it, values in YAML, as after `--set`.
+
+    Raises:
+        SpecError: all errors at once, each with its place; in `faults`.
+    """
+    return Experiment(load_experiment(source, overrides))
+
+
+def table(experiments: Sequence[Experiment], *, all_metrics: bool = False) -> Table:
+    """Return one table over several experiments; a cell found in two of them is shown once.
+
+    Args:
+        all_metrics: Every metric, not the headline ones.
+    """
+    plans = [experiment.planned() for experiment in experiments]
+    with ExitStack() as stack:
+        for plan in plans:
+            stack.enter_context(plan.ledger.snapshot())
+        return table_of(plans, all_metrics=all_metrics)
+
+
+class Experiment:
+    """A valid experiment, as `load` returns it. What is stored of it is read anew by every call.
+
+    Attributes:
+        loaded: The experiment file's content, its grid, and where each value came from.
+    """
+
+    def __init__(self, loaded: LoadedExperiment) -> None:
+        self.loaded = loaded
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return self.loaded.spec.name
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        """The values, defaults filled in; axes not applied (each cell has its own)."""
+        return self.loaded.spec
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What one should know: renamed keys, merged cells, checks that are deferred to the run."""
+        return self.loaded.notices
+
+    @property
+    def storage(self) -> Storage:
+        """Where its work is stored."""
+        return Storage(experiment=self.loaded)
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells of the grid, in order; of a search, those of the trials so far.
+
+        Raises:
+            DataError: a data file cannot be read.
+        """
+        plan = self.planned()
+        return tuple(Cell(plan, cell) for cell in plan.cells)
+
+    def cell(self, wanted: str) -> Cell:
+        """Return one cell, by its name, its id's unique beginning, or `axis=value`.
+
+        Raises:
+            UsageError: none or several fit.
+        """
+        plan = self.planned()
+        return Cell(plan, plan.find(wanted))
+
+    def planned(self) -> ExperimentPlan:
+        """Return the cells, the stage tree and the ledger as they are now; what the other methods work with."""
+        return prepare(self.loaded)
+
+    def plan(self, *, text_tokens: int | None = None) -> Document:
+        """Return the cells, the stage tree, what is done already, why the rest runs, and the cost.
+
+        Args:
+            text_tokens: Text tokens of a sample; None takes the data's measured mean.
+        """
+        plan = self.planned()
+        with plan.ledger.snapshot():
+            document = plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger, text_tokens=text_tokens)
+        return Document(document, print_plan)
+
+    def status(self) -> Document:
+        """Return what runs where, what is done, waiting or failed and why, and the time left; also of a live run."""
+        plan = self.planned()
+        with plan.ledger.snapshot():
+            return Document(status_document(plan), print_status)
+
+    def table(self, *, all_metrics: bool = False) -> Table:
+        """Return the ablation table of what is finished.
+
+        Args:
+            all_metrics: Every metric, not the headline ones.
+        """
+        return table([self], all_metrics=all_metrics)
+
+    def run(
+        self,
+        *,
+        local: bool = False,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
+        max_hours: float | None = None,
+        smoke: bool = False,
+        console: Console | None = None,
+    ) -> RunOutcome:
+        """Run what is missing and return how it ended; a failed cell is in its `failed`, not an exception.
+
+        Args:
+            local: In this process, without Ray, for a debugger.
+            retry_failed: Runs again what failed before.
+            fail_fast: Stops at the first failure.
+            max_hours: Stops at a checkpoint after so many hours.
+            smoke: A trial with model, steps and data made small, in a storage of its own.
+            console: Where progress is shown; None takes standard output.
+
+        Raises:
+            SpecError: it uses a key that this version cannot run.
+            DataError: rows or images cannot be used.
+            Interrupted: Ctrl-C, a signal or the last hour stopped it; finished work stays.
+        """
+        return run_experiment(
+            self.loaded, local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
+            smoke=smoke, console=console,
+        )  # fmt: skip
+
+    def search(
+        self,
+        *,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
+        max_hours: float | None = None,
+        console: Console | None = None,
+    ) -> RunOutcome:
+        """Run the search that its `search` describes; arguments and errors are those of `run`.
+
+        Raises:
+            UsageError: it describes none.
+        """
+        return search_experiment(
+            self.loaded, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, console=console
+        )
+
+    def check_data(self) -> list[str]:
+        """Read every row and image, try each with the model's processor, and return what one should know of them.
+
+        Raises:
+            DataError: rows or images cannot be used.
+        """
+        from orchestrator.data.check import check_uses, uses_of_cells  # loads torch
+
+        return list(check_uses(uses_of_cells(self.planned().cells)).remarks)
+
+    def bench(
+        self,
+        *,
+        text_tokens: int = 64,
+        rows: int | None = None,
+        repeats: int = 7,
+        chart: Path | None = None,
+        on_round: Callable[[int], None] = lambda number: None,
+    ) -> Document:
+        """Measure the step time of each variant on this machine, beside what the cost formula says.
+
+        Args:
+            text_tokens: Text tokens of a sample, all labelled; beside them one image.
+            rows: Samples of the micro-batch; None takes the phase's.
+            repeats: Rounds in which every variant is timed once; at least 7.
+            chart: A PNG to draw it into; None draws it into the storage.
+            on_round: Called before each round, 0 for the one that is not counted.
+
+        Raises:
+            UsageError: there is no phase, or the model's images are of no fixed size.
+        """
+        document = bench_experiment(
+            self.loaded, text_tokens=text_tokens, rows=rows, repeats=repeats, chart=chart, on_round=on_round
+        )
+        return Document(document, print_bench)
+
+    def to_yaml(self, *, sources: bool = False) -> str:
+        """Return the experiment with defaults filled in and names resolved, as YAML that loads again.
+
+        Args:
+            sources: Adds to every value where it came from.
+        """
+        return resolved_yaml(self.loaded, with_sources=sources)
+
+    def __repr__(self) -> str:
+        return f"<Experiment {self.name}: {len(self.loaded.cells)} cells, {self.loaded.path}>"
+
+    def _repr_html_(self) -> str:
+        cells = self.cells
+        axes = list(dict.fromkeys(axis for cell in cells for axis in cell.axes))
+        rows = [[cell.name, cell.id[:12], *(str(cell.axes.get(axis, "")) for axis in axes), cell.status]
+                for cell in cells]  # fmt: skip
+        return html_table(["cell", "id", *axes, "status"], rows, caption=f"{self.name} ({self.loaded.path})")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of an experiment, and what is stored of it.
+
+    Attributes:
+        plan: The plan it is of.
+        cell: Its recipe, resolved.
+    """
+
+    plan: ExperimentPlan
+    cell: planned.Cell
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.cell.name
+
+    @property
+    def id(self) -> str:
+        """Its identity: a hash of all values it reaches."""
+        return self.cell.id
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Its place in the grid: axis to value."""
+        return self.cell.axes
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        """The experiment as this cell sees it, its axis values applied."""
+        return self.cell.spec
+
+    @property
+    def status(self) -> str:
+        """`new`, `running`, `interrupted`, `trained`, `finished` or `failed`."""
+        return self.plan.status(self.cell)
+
+    @property
+    def record(self) -> CellRecord:
+        """All that the table and MLflow show of it: scores, costs, recipe, hardware and versions."""
+        return self.plan.record(self.cell)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its scores and costs, under the names MLflow has them."""
+        return self.record.summary
+
+    def history(self) -> pandas.DataFrame:
+        """Return the training curves: one row an optimizer step, cumulative over phases, one column a metric."""
+        import pandas
+
+        points = pandas.DataFrame(iter(self.record.history), columns=["metric", "value", "step", "time"])
+        frame = points.pivot_table(index="step", columns="metric", values="value", aggfunc="last")
+        return frame.rename_axis(columns=None)
+
+    @property
+    def log_files(self) -> list[Path]:
+        """The logs of its stage runs and evaluations, in order."""
+        return log_files(self.plan, self.cell)
+
+    def logs(self) -> str:
+        """Return what its stage runs and evaluations printed, in order.
+
+        Raises:
+            UsageError: it has not run.
+        """
+        if not (files := self.log_files):
+            raise UsageError(f"cell {self.name} has no log yet: it has not run in {self.plan.ledger.url}")
+        return "\n".join(f"==> {path} <==\n{path.read_text(errors='replace')}" for path in files)
+
+    @property
+    def weights_path(self) -> Path:
+        """The folder of its weights; it does not exist before they are trained. Those in a bucket are downloaded.
+
+        Raises:
+            DamagedStateError: they are damaged there.
+        """
+        return weights_folder(self.plan, self.cell)
+
+    def predictions(self, evaluation: str | None = None, *, under: str | None = None, wrong: bool = False) -> Document:
+        """Return every answer of an evaluation, with question, pictures and right answer; a page in a notebook.
+
+        Args:
+            evaluation: Entry under `evaluate`; None where the cell has one.
+            under: What it was tested under; None for `final`, or the only one there is.
+            wrong: Leaves out what was answered right.
+
+        Returns:
+            A document whose `predictions` are the answers, in the order of the rows.
+
+        Raises:
+            UsageError: there is no such evaluation, or it is not done.
+        """
+        # Loads what opens pictures.
+        from orchestrator.report.pages.predictions import predictions_document, predictions_page
+
+        document = predictions_document(self.plan, self.cell, evaluation, under, wrong=wrong)
+        return Document(document, print_predictions, predictions_page)
+
+    def export(self, folder: str | Path, *, adapter: bool = False) -> Path:
+        """Write it as a Hugging Face folder that transformers loads; `load_exported` attaches its compressor again.
+
+        Args:
+            folder: Folder to make.
+            adapter: Writes LoRA as a peft adapter beside its base's name; else it is merged.
+
+        Returns:
+            The folder, absolute.
+
+        Raises:
+            UsageError: the folder holds something, or the cell has no weights.
+        """
+        from orchestrator.models.export import export_cell  # loads torch and transformers
+
+        return export_cell(self.plan, self.cell, folder, adapter=adapter)
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{value:.6g}"] for name, value in self.metrics.items()]
+        return html_table(["metric", "value"], rows, caption=f"{self.name} ({self.id[:12]}): {self.status}")

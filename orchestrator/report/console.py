@@ -1,0 +1,535 @@
+"""Plans, states, runs and storages as people read them on the screen."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from rich.tree import Tree
+
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.redaction import redacted
+from orchestrator.report.figures import grid_figure
+from orchestrator.report.table import Table
+from orchestrator.report.units import (
+    Operations,
+    counted,
+    counted_noun,
+    hours_text,
+    legend,
+    number,
+    reason_lines,
+    size_text,
+    whose,
+)
+
+TREE_LINES = 40
+TABLE_ROWS = 60
+REASONS = 20
+_STYLES = {
+    "done": "green",
+    "finished": "green",
+    "running": "bold cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "trained": "yellow",
+}
+# What people look for when not all can be shown.
+_FIRST = ("failed", "running", "interrupted", "waiting", "trained")
+
+
+class Document(dict[str, Any]):
+    """A JSON document that also shows itself to people: printed, and in a notebook.
+
+    Args:
+        content: The document.
+        printer: Prints it to a console.
+        page: Makes an HTML page of it, which a notebook shows in the place of what is printed.
+    """
+
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        printer: Callable[[dict[str, Any], Console], None],
+        page: Callable[..., str] | None = None,
+    ) -> None:
+        super().__init__(content)
+        self._printer, self._page = printer, page
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it for people; None prints to standard output."""
+        self._printer(self, console or Console())
+
+    def to_html(self, **options: Any) -> str:
+        """Return it as an HTML page of its own; `options` are those of the page."""
+        assert self._page is not None, "only predictions and rows of data have a page"
+        return self._page(self, **options)
+
+    def _repr_html_(self) -> str:
+        if self._page is not None:  # in a frame, so that its style stays in it
+            return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="600"></iframe>'
+        console = Console(file=io.StringIO(), record=True, width=140)
+        self.print(console)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+
+
+def state_text(state: str) -> Text:
+    """Return a state in its colour."""
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def stage_tree(
+    runs: Sequence[Mapping[str, Any]],
+    label: Callable[[Mapping[str, Any]], Text],
+    notes: Mapping[str | None, Sequence[Text]] | None = None,
+    limit: int = TREE_LINES,
+    crop: bool = False,
+) -> Tree:
+    """Return the tree of stage runs as a plan or a status document lists them (parents first).
+
+    Args:
+        runs: Each with `id`, `parent` and `state`.
+        label: Text of a stage run's line.
+        notes: Further lines below a stage run, by its id; None for those below the root.
+        limit: Lines shown; running and failed stage runs and the way to them come first.
+        crop: One line each, whatever is cut off on the right; for terminals.
+    """
+    notes = notes or {}
+    shown = _chosen(runs, limit)
+    root = Tree("stage tree", highlight=False)
+    branches: dict[str | None, Tree] = {None: root}
+
+    def line(text: Text) -> Text:
+        text.no_wrap, text.overflow = (True, "ellipsis") if crop else (None, None)
+        return text
+
+    for note in notes.get(None, ()):
+        root.add(line(note))
+    for run in runs:
+        if run["id"] in shown:
+            branch = branches.get(run["parent"], root).add(line(label(run)))
+            branches[run["id"]] = branch
+            for note in notes.get(run["id"], ()):
+                branch.add(line(note))
+    hidden = [run["state"] for run in runs if run["id"] not in shown]
+    if hidden:
+        root.add(Text(f"… {len(hidden):,} more stage runs: {counted(hidden)}", style="dim"))
+    return root
+
+
+def _chosen(runs: Sequence[Mapping[str, Any]], limit: int) -> set[str]:
+    parents = {run["id"]: run["parent"] for run in runs}
+    ranked = sorted(runs, key=lambda run: _FIRST.index(run["state"]) if run["state"] in _FIRST else len(_FIRST))
+    chosen: set[str] = set()
+    for run in ranked:
+        way, at = [], run["id"]
+        while at is not None and at not in chosen:
+            way.append(at)
+            at = parents.get(at)
+        if len(chosen) + len(way) <= limit:
+            chosen.update(way)
+    return chosen
+
+
+def print_cells(
+    cells: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]],
+    console: Console,
+    right: Sequence[str] = (),
+) -> None:
+    """Print the cells: name, state and further columns; on a terminal a long list shows the interesting rows.
+
+    Args:
+        cells: Each with `name` and `state`.
+        columns: Head to the text of a cell.
+        right: Columns of numbers.
+    """
+    shown = list(cells)
+    if console.is_terminal and len(cells) > TABLE_ROWS:
+        rank = {id(cell): _FIRST.index(cell["state"]) if cell["state"] in _FIRST else len(_FIRST) for cell in cells}
+        best = {id(cell) for cell in sorted(cells, key=lambda cell: rank[id(cell)])[:TREE_LINES]}
+        shown = [cell for cell in cells if id(cell) in best]
+    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("cell", "state", *columns):
+        grid.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for cell in shown:
+        texts = [Text(text(cell)) for text in columns.values()]
+        grid.add_row(Text(cell["name"]), state_text(cell["state"]), *texts)
+    console.print(grid)
+    if len(shown) < len(cells):
+        chosen = {id(cell) for cell in shown}
+        rest = counted(cell["state"] for cell in cells if id(cell) not in chosen)
+        console.print(Text(f"… {len(cells) - len(shown):,} more cells: {rest} (all of them: --json)", style="dim"))
+
+
+def print_reasons(
+    cells: Sequence[Mapping[str, Any]], reasons: Callable[[Mapping[str, Any]], str], console: Console
+) -> None:
+    """Print why cells have work to do, each reason once with its cells; nothing where the state says it all."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        if text := reasons(cell):
+            groups.setdefault(text, []).append(cell["name"])
+    ranked = sorted(groups.items(), key=lambda entry: not entry[0].startswith("failed"))
+    for text, names in ranked[:REASONS]:
+        console.print(Text(f"{whose(names)}: {text}"))
+    if len(ranked) > REASONS:
+        console.print(Text(f"… {len(ranked) - REASONS:,} more reasons (all of them: --json)", style="dim"))
+
+
+_KEPT = {"full": "", "weights": "keeps weights", "none": "keeps nothing"}
+_SHOWN_BY_PLAN = ("new", "done")
+"""Reasons that only repeat a cell's state in a plan."""
+
+
+def print_plan(document: dict[str, Any], console: Console) -> None:
+    """Print a plan document (docs/reference/json.md)."""
+    cells = document["cells"]
+    console.print(Text(document["experiment"], style="bold"))
+    unit = Operations.of(cell["cost"].get("train_tflops") for cell in cells)
+    columns = {
+        f"train {unit.name}": lambda cell: unit.text(cell["cost"].get("train_tflops")),
+        "visual layer-tokens": lambda cell: number(cell["cost"].get("visual_layer_tokens"), 1),
+        "CR": lambda cell: number(cell["cost"].get("compression_ratio"), 3),
+    }
+    if cells:
+        print_cells(cells, columns, console, right=tuple(columns))
+        console.print(Text(legend(columns) or "", style="dim"))
+        print_reasons(cells, _why, console)
+    else:
+        console.print("no cells yet: `llavolta search` proposes them", markup=False)
+    if document["variants"]:
+        console.print(_variants(document["variants"]))
+    if cells:
+        names = {cell["id"]: cell["name"] for cell in cells}
+        cells_of = {run["id"]: run["cells"] for run in document["stage_runs"]}
+        tree = stage_tree(
+            document["stage_runs"],
+            lambda run: _planned_label(run, names, unit, cells_of.get(run["parent"])),
+            crop=console.is_terminal,
+        )
+        console.print(tree)
+    for line in _totals(document["totals"]) if cells else ():
+        console.print(line, highlight=False, markup=False)
+    for notice in document.get("notices", ()):
+        console.print(f"note: {notice}", highlight=False, markup=False)
+
+
+def _why(cell: Mapping[str, Any]) -> str:
+    """Return why a cell runs, but for what its state says; equal for cells that differ alike from their finished
+    namesakes.
+    """
+    namesake = f"differs from finished cell {cell['name']}: "
+    told = [reason for reason in cell.get("reasons", ()) if reason not in _SHOWN_BY_PLAN]
+    return "; ".join(reason.replace(namesake, "differs from the finished cell of its name: ", 1) for reason in told)
+
+
+def _planned_label(run: Mapping[str, Any], names: Mapping[str, str], unit: Operations, above: list[str] | None) -> Text:
+    # Whose it is need not be said again along a way that is one cell's alone.
+    cells = [] if run["cells"] == above else [names[identity] for identity in run["cells"]]
+    of = f" of {run['of']}" if run["of"] else ""
+    parts = [
+        Text(f"{run['phase']} {run['first_step']}-{run['last_step']}{of}"),
+        Text(run["variant"], style="bold"),
+        state_text(run["state"]),
+        Text(f"{unit.text(run['cost'].get('train_tflops'))} {unit.name}"),
+        Text(whose(cells)),
+        Text(_KEPT[run["keep"]], style="dim"),
+    ]
+    return Text("  ").join(part for part in parts if part)
+
+
+def _totals(totals: Mapping[str, Any]) -> list[str]:
+    """Return what sharing saves, what is done, and what it takes."""
+    alone, shared, ratio = (totals.get(f"train_{name}") for name in ("tflops_alone", "tflops_shared", "ratio"))
+    unit = Operations.of([alone, shared])
+    saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {1 - ratio:.0%})"
+    runs, tests = (
+        counted_noun(totals[key], noun) for key, noun in (("stage_runs", "stage run"), ("evaluations", "evaluation"))
+    )
+    lines = [
+        f"{counted_noun(totals['cells'], 'cell')}: {runs} for {totals['stage_runs_alone']:,} alone, "
+        f"{totals['stage_runs_done']:,} done; {tests} for {totals['evaluations_alone']:,} alone, "
+        f"{totals['evaluations_done']:,} done",
+        f"train {unit.name} {unit.text(shared)} shared, {unit.text(alone)} alone{saved}; "
+        f"disk at most {number(totals.get('disk_peak_gib'))} GiB",
+    ]
+    return [*lines, hours] if (hours := hours_text(totals)) else lines
+
+
+def _variants(variants: list[dict[str, Any]]) -> RichTable:
+    """Return what each variant keeps of an image."""
+    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("variant", "methods and layers", "kept tokens", "layer average", "CR"):
+        grid.add_column(name, justify="left" if name in ("variant", "methods and layers") else "right", overflow="fold")
+    for variant in variants:
+        points = variant["points"]
+        grid.add_row(
+            Text(variant["name"] + (f" (control {variant['control']})" if variant["control"] else "")),
+            ", ".join(f"{point['kind']} at {point['layer']}" for point in points),
+            ", ".join(number(point["kept_tokens"], 0) for point in points),
+            number(variant["layer_average_tokens"], 1),
+            number(variant["compression_ratio"], 3),
+        )
+    return grid
+
+
+_SHOWN_BY_STATUS = ("new", "done", "runs elsewhere")
+"""Beginnings of reasons that only repeat what a status or its tree shows."""
+
+
+def print_status(document: dict[str, Any], console: Console) -> None:
+    """Print the totals, a line a cell, the stage tree with what runs where, and what failed."""
+    cells, totals = document["cells"], document["totals"]
+    names = {cell["id"]: cell["name"] for cell in cells}
+    console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
+    console.print(
+        f"{counted_noun(len(cells), 'cell')}: {counted(cell['state'] for cell in cells)}; "
+        f"{totals['stage_runs_done']:,}/{totals['stage_runs']:,} stage runs, "
+        f"{totals['evaluations_done']:,}/{totals['evaluations']:,} evaluations done",
+        highlight=False,
+    )
+    if hours := hours_text(totals):
+        console.print(hours, highlight=False)
+    columns = {
+        "steps": lambda cell: f"{cell['steps_done']}/{cell['steps']}",
+        "id": lambda cell: cell["id"][:12],
+    }
+    print_cells(cells, columns, console)
+    print_reasons(
+        cells, lambda cell: "; ".join(r for r in cell["reasons"] if not r.startswith(_SHOWN_BY_STATUS)), console
+    )
+    runs = document["stage_runs"]
+    notes: dict[str | None, list[Text]] = {}
+    known = {run["id"] for run in runs}
+    for test in document["evaluations"]:
+        if test["state"] == "running" or test["error"]:
+            notes.setdefault(test["of"] if test["of"] in known else None, []).append(_evaluation_label(test, names))
+    for root in document["roots"]:
+        if root["state"] == "running" or root["error"]:
+            notes.setdefault(None, []).append(_line(Text("initial weights"), root))
+    console.print(stage_tree(runs, lambda run: _label(run, names), notes, crop=console.is_terminal))
+    _print_failures(document, console)
+
+
+def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+    line = Text(f"{run['phase']} {run['first_step']}-{run['last_step']}  ")
+    line.append(run["variant"], style="bold")
+    parts = [line]
+    if run["state"] != "done" and run["steps_done"]:
+        figures = f"step {run['step'] + 1}/{run['last_step']}"
+        if run["state"] == "running":
+            figures += f"  loss {run['loss']:.3f}  {run['samples_per_second']:.0f} samples/s"
+        parts.append(Text(figures))
+    return _line(Text("  ").join(parts), run, [names[identity] for identity in run["cells"]])
+
+
+def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+    return _line(Text(f"evaluate {test['name']} under {test['under']}"), test, [names[one] for one in test["cells"]])
+
+
+def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) -> Text:
+    """Return what it is, its state, who works on it, for whom."""
+    parts = [what, state_text(job["state"])]
+    if holder := job["holder"]:
+        parts.append(Text(f"{holder['lane']} pid {holder['pid']} on {holder['host']}".strip(), style="cyan"))
+    if cells:
+        parts.append(Text(whose(cells)))
+    return Text("  ").join(parts)
+
+
+def _print_failures(document: dict[str, Any], console: Console) -> None:
+    for job in (*document["roots"], *document["stage_runs"], *document["evaluations"]):
+        if job["error"]:
+            what = (
+                f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else job.get("name", "root")
+            )
+            first, *more = reason_lines(job["error"])
+            console.print(Text(f"failed: {what}: {first}", style="red"), soft_wrap=True)
+            for line in more:
+                console.print(Text(f"        {line}"), soft_wrap=True)
+            if job["log"]:
+                console.print(Text(f"        log: {job['log']}"), soft_wrap=True)
+
+
+_SHOWN_CELLS = 3
+
+
+def print_ledger(document: dict[str, Any], console: Console) -> None:
+    """Print what `ledger_document` found."""
+    console.print(f"{document['storage']}: {size_text(document['bytes'])}", highlight=False)
+    states = (
+        (_short(e["id"]), e["phase"] or e["type"] or "damaged", _steps(e), ", ".join(e["kept"]) or "result",
+         size_text(e["bytes"]), _when(e["when"]), _reached(e))
+        for e in document["states"]
+    )  # fmt: skip
+    _print(console, ("state", "phase", "steps", "kept", "size", "finished", "reached by"), states)
+    unfinished = (
+        (_short(e["id"]), ", ".join(map(str, e["steps"])) or "none", size_text(e["bytes"]),
+         "running" if e["running"] else "left")
+        for e in document["work"]
+    )  # fmt: skip
+    _print(console, ("unfinished work", "checkpoints at step", "size", ""), unfinished)
+    scores = (
+        (_short(e["id"]), ", ".join(f"{k} {v:.4g}" for k, v in e["metrics"].items()), ", ".join(e["experiments"]))
+        for e in document["evaluations"]
+    )
+    _print(console, ("evaluation", "metrics", "reached by"), scores)
+    _print(console, ("failure", "why"), ((_short(e["id"]), e["error"]) for e in document["failures"]))
+    leases = ((_short(e["id"]), e["lane"], f"pid {e['pid']} on {e['host']}") for e in document["leases"])
+    _print(console, ("lease", "lane", "held by"), leases)
+    counts = ("proposed", "finished", "failed")
+    searches = ((_short(e["id"]), *(str(e[state]) for state in counts)) for e in document["searches"])
+    _print(console, ("search", *counts), searches)
+    experiments = ((e["name"], e["file"], str(e["cells"]), _when(e["when"])) for e in document["experiments"])
+    _print(console, ("experiment", "file", "cells", "recorded"), experiments)
+
+
+def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = RichTable(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    if table.row_count:
+        console.print()
+        console.print(table, highlight=False)
+
+
+def _short(identity: str) -> str:
+    return identity[:12]
+
+
+def _steps(entry: dict[str, Any]) -> str:
+    return "" if entry["last_step"] is None else f"{entry['first_step']} to {entry['last_step']}"
+
+
+def _when(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _reached(entry: dict[str, Any]) -> str:
+    if not entry["experiments"]:
+        return "no recorded experiment"
+    cells = entry["cells"]
+    more = f" and {len(cells) - _SHOWN_CELLS} more" if len(cells) > _SHOWN_CELLS else ""
+    return f"{', '.join(entry['experiments'])}: {', '.join(cells[:_SHOWN_CELLS])}{more}"
+
+
+def print_garbage(document: dict[str, Any], console: Console, *, has_records: bool = True) -> None:
+    """Print what `gc` found or deleted.
+
+    Args:
+        has_records: Whether any experiment is recorded there; without one every finished state stays.
+    """
+    deleted = document["deleted"]
+    counted_steps = [step for step in document["steps"] if step["removed"] or not deleted]
+    for step in counted_steps:
+        _say(console, f"{step['kind']:<8} {step['name']}  {size_text(step['bytes'])}  {step['why']}")
+    if not has_records:
+        _say(console, "no experiment is recorded here, so every finished state stays: run each experiment once, "
+             "or name SPEC")  # fmt: skip
+    kinds = ", ".join(f"{many} x {kind}" for kind, many in Counter(step["kind"] for step in counted_steps).items())
+    if not counted_steps:
+        _say(console, f"{document['storage']}: nothing can be deleted")
+    elif deleted:
+        _say(console, f"freed {size_text(document['bytes'])}: {kinds}")
+    else:
+        _say(console, f"{size_text(document['bytes'])} can be deleted: {kinds}; nothing was touched, --delete does it")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_bench(document: dict[str, Any], console: Console) -> None:
+    """Print a bench document."""
+    console.print(
+        f"[bold]{document['experiment']}[/bold]: forward and backward of {document['rows']} samples, "
+        f"{document['visual_tokens']} visual + {document['text_tokens']} text tokens each; {document['device']}, "
+        f"{document['threads']} threads, {document['dtype']}, {document['attn_implementation']}; medians of "
+        f"{document['repeats']}",
+        highlight=False,
+    )
+    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    grid.add_column("variant", overflow="fold")
+    names = ("step s", "tokens/s", "peak GiB", "speed-up", "by formula", "ratio", "overhead")
+    for name in names:
+        grid.add_column(name, justify="right")
+    for row in document["variants"]:
+        overhead = row["overhead"]
+        grid.add_row(
+            row["name"],
+            f"{row['step_seconds']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_gib']:.2f}",
+            f"{row['speedup_measured']:.2f}",
+            f"{row['speedup_predicted']:.2f}",
+            f"{row['ratio']:.2f}",
+            "–" if overhead is None else f"{overhead:.1%}",
+        )
+    console.print(grid)
+    console.print(
+        "speed-up: against full tokens; by formula: from operations alone; overhead: beyond dropping "
+        "as many tokens by position, as a share of the full step",
+        highlight=False,
+    )
+
+
+def print_predictions(document: dict[str, Any], console: Console) -> None:
+    """Print the answers of an evaluation, a JSON document a line."""
+    for each in document["predictions"]:
+        _say(console, json.dumps(each, ensure_ascii=False))
+
+
+def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
+    """Return why a run did nothing."""
+    if failed:
+        return f"nothing was run: {counted_noun(len(failed), 'cell')} failed before; --retry-failed takes them up again"
+    if waiting:
+        return f"nothing was run: {counted_noun(len(waiting), 'cell')} could not be finished now"
+    return "nothing to do: all runnable jobs are complete"
+
+
+def print_ending(
+    walk: ExperimentPlan, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
+) -> None:
+    """Print the table, every failure with its reason, where the figure is, and how to open MLflow."""
+    console.print()
+    table.print(console)
+    console.print()
+    spec = walk.loaded.path
+    for name, reason in failed.items():
+        first, *more = reason_lines(reason)
+        console.print(f"failed: {name}: {first}", style="red", highlight=False, markup=False)
+        for line in more:
+            console.print(f"        {line}", highlight=False, markup=False)
+        console.print(
+            f"        llavolta logs {shlex.quote(str(spec))} --cell {shlex.quote(name)}", highlight=False, markup=False
+        )
+    if failed:
+        console.print("again:  add --retry-failed to the same command", highlight=False)
+    for name, reason in waiting.items():
+        line = f"not finished: {name}{': ' if reason else ''}{reason}"
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if waiting:
+        console.print("again:  the same command goes on where this one stopped", highlight=False)
+    figure = walk.ledger.storage / "cells" / walk.loaded.spec.name / "grid.png"
+    if grid_figure(table, walk.loaded.spec.name, figure):
+        console.print(f"figure: {figure}", highlight=False, markup=False, soft_wrap=True)
+    uri = walk.tracking_uri
+    if uri.startswith("http"):
+        line = f"MLflow: {redacted(uri)}, experiment {walk.experiment_name}"
+    else:
+        # A database's password comes in the environment only, so that the variable stands for it.
+        store = shlex.quote(uri) if redacted(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+        line = f"MLflow: mlflow server --backend-store-uri {store} --port 5000   then open http://127.0.0.1:5000"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
