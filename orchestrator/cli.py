@@ -93,10 +93,10 @@ def _say(text: str, *, as_json: bool) -> None:
 
 
 def _tell(error: LlavoltaError, *, as_json: bool) -> None:
-    faults = error.faults if isinstance(error, SpecError) else ()
+    errors = error.errors if isinstance(error, SpecError) else ()
     if as_json:
-        print_json({"error": str(error), "faults": [vars(fault) for fault in faults]})
-    elif faults:
-        print(f"{len(faults)} fault{'s' if len(faults) != 1 else ''}:\n{error}", file=sys.stderr)
+        print_json({"error": str(error), "faults": [vars(each) for each in errors]})
+    elif errors:
+        print(f"{len(errors)} error{'s' if len(errors) != 1 else ''}:\n{error}", file=sys.stderr)
     else:
         print(f"error: {error}", file=sys.stderr)

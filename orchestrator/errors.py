@@ -1,7 +1,7 @@
 """What can go wrong and how it is told.
 
 LlavoltaError                 one readable block for the user, exit code in `exit_code`
-├── SpecError                 faults in an experiment file: all of them at once        (2)
+├── SpecError                 errors in an experiment file: all of them at once        (2)
 ├── UsageError                the call is wrong: verb, option, cell, missing folder    (2)
 ├── DataError                 rows or images that cannot be used                       (1)
 ├── StorageError              the ledger or a checkpoint cannot be read or written     (1)
@@ -44,8 +44,8 @@ def _shorten_list(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One fault in an experiment file; no secret that stands there is told.
+class ErrorDetail:
+    """One error in an experiment file; no secret that stands there is told.
 
     Attributes:
         message: What is wrong, one sentence.
@@ -103,16 +103,21 @@ class LlavoltaError(Exception):
 
 
 class SpecError(LlavoltaError):
-    """An experiment file has faults; `faults` holds all of them."""
+    """An experiment file has errors; `errors` holds all of them."""
 
     exit_code = 2
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n".join(str(fault) for fault in self.faults))
+    def __init__(self, errors: Sequence[ErrorDetail]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(str(error) for error in self.errors))
 
-    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Fault, ...]]]:
-        return (SpecError, (self.faults,))
+    @property
+    def faults(self) -> tuple[ErrorDetail, ...]:
+        """The same errors, by the name of their key in JSON documents."""
+        return self.errors
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[ErrorDetail, ...]]]:
+        return (SpecError, (self.errors,))
 
 
 class UsageError(LlavoltaError):

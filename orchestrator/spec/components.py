@@ -365,7 +365,7 @@ def _component(group: str) -> Callable[[Any], Any]:
             return cls.model_validate(value)
         except ValidationError as error:
             # The loader unfolds these with the outer location in front.
-            raise PydanticCustomError("component", "faults inside", {"errors": error.errors()}) from error
+            raise PydanticCustomError("component", "errors inside", {"errors": error.errors()}) from error
 
     return build
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from orchestrator import registry
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.checks.compression import ANY_STEPS, check_variant
 from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec
@@ -22,19 +22,19 @@ from orchestrator.spec.grid.cells import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.yaml.node import Node
-from orchestrator.spec.yaml.validation_errors import fault_at, unknown_name
+from orchestrator.spec.yaml.validation_errors import error_at, unknown_name
 
 AXIS = "control"
 Points = tuple[CompressorSpec, ...]
 
 
-def with_controls(cells: Sequence[ResolvedCell], root: Node, faults: list[Fault]) -> tuple[ResolvedCell, ...]:
+def with_controls(cells: Sequence[ResolvedCell], root: Node, errors: list[ErrorDetail]) -> tuple[ResolvedCell, ...]:
     """Return the cells, each followed by its control arms; a cell on full tokens, or that is its own control, has none.
 
     Args:
         cells: The grid.
-        root: The tree, for the places of faults.
-        faults: Takes controls that do not exist or cannot meet a variant's budget.
+        root: The tree, for the places of errors.
+        errors: Takes controls that do not exist or cannot meet a variant's budget.
     """
     found: list[ResolvedCell] = []
     made: dict[tuple[int, str], Points | None] = {}
@@ -43,10 +43,10 @@ def with_controls(cells: Sequence[ResolvedCell], root: Node, faults: list[Fault]
         for index, kind in enumerate(cell.spec.controls):
             if kind not in registry.kinds(registry.COMPRESSORS):
                 allowed, hint = unknown_name(kind, registry.kinds(registry.COMPRESSORS))
-                faults.append(fault_at(root, ("controls", index), f"there is no method `{kind}`", allowed, hint))
+                errors.append(error_at(root, ("controls", index), f"there is no method `{kind}`", allowed, hint))
             elif kind in cell.spec.controls[:index]:
-                faults.append(fault_at(root, ("controls", index), f"`{kind}` is named twice", hint="take one out"))
-            elif (arm := _arm(cell, kind, index, root, faults, made)) is not None:
+                errors.append(error_at(root, ("controls", index), f"`{kind}` is named twice", hint="take one out"))
+            elif (arm := _arm(cell, kind, index, root, errors, made)) is not None:
                 found.append(arm)
     return tuple(found)
 
@@ -56,7 +56,7 @@ def _arm(
     kind: str,
     index: int,
     root: Node,
-    faults: list[Fault],
+    errors: list[ErrorDetail],
     made: dict[tuple[int, str], Points | None],
 ) -> ResolvedCell | None:
     variants = dict(cell.spec.compressors)
@@ -67,7 +67,7 @@ def _arm(
     for name in used:
         key = (id(variants[name]), kind)
         if key not in made:
-            made[key] = _control(kind, variants[name], facts, name, index, root, faults)
+            made[key] = _control(kind, variants[name], facts, name, index, root, errors)
         points = made[key]
         if points is None:
             return None
@@ -75,7 +75,7 @@ def _arm(
             message = (
                 f"{kind} cannot be the control of {name}: it meets its budget at another place, and a schedule moves"
             )
-            faults.append(fault_at(root, ("controls", index), f"{message} {name} step by step"))
+            errors.append(error_at(root, ("controls", index), f"{message} {name} step by step"))
             return None
         variants[name] = points
     spec = cell.spec.model_copy(update={"compressors": variants})
@@ -124,18 +124,18 @@ def _stands_elsewhere(control: Points, points: Points) -> bool:
 
 
 def _control(
-    kind: str, points: Points, facts: ModelFacts | None, name: str, index: int, root: Node, faults: list[Fault]
+    kind: str, points: Points, facts: ModelFacts | None, name: str, index: int, root: Node, errors: list[ErrorDetail]
 ) -> Points | None:
     where = ("controls", index)
     try:
         control = control_points(kind, points, facts)
     except (ValidationError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        faults.append(fault_at(root, where, f"{kind} cannot be the control of {name}: {reason}"))
+        errors.append(error_at(root, where, f"{kind} cannot be the control of {name}: {reason}"))
         return None
     findings = list(check_variant(control, ("compressors", name), facts))
-    faults += [
-        fault_at(root, where, f"{kind} cannot be the control of {name}: {each.message}", each.allowed, each.hint)
+    errors += [
+        error_at(root, where, f"{kind} cannot be the control of {name}: {each.message}", each.allowed, each.hint)
         for each in findings
     ]
     return None if findings else control

@@ -1,4 +1,4 @@
-"""`load_experiment`: a YAML file to a validated experiment and its cells, or all its faults at once."""
+"""`load_experiment`: a YAML file to a validated experiment and its cells, or all its errors at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.checks.places import check_cluster, check_tracking
@@ -34,7 +34,7 @@ from orchestrator.spec.yaml.validation_errors import explain, is_unknown_kind
 
 MAPPING = "<mapping>"
 """Stands for the file's name where a mapping is loaded; its folder is the current one."""
-MAX_FAULTS = 200
+MAX_ERRORS = 200
 _SECRETS = (
     "everything here is copied into the storage, MLflow and logs; take it out, and give it in the environment "
     "(HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or in the service's own file (~/.netrc, ~/.aws)"
@@ -61,102 +61,100 @@ def load_experiment(source: Source, overrides: Sequence[str] = ()) -> LoadedExpe
         return source
     starts, given = Starts(lambda file, inside: _load(file, inside)), None
     if isinstance(source, Mapping):
-        faults: list[Fault] = []
-        given = _given(source, (), faults)
-        _stop_at(faults)
+        errors: list[ErrorDetail] = []
+        given = _given(source, (), errors)
+        _stop_at(errors)
     return _load(Path(MAPPING if isinstance(source, Mapping) else source), starts, overrides, given)
 
 
-def _given(value: Any, path: tuple[str | int, ...], faults: list[Fault]) -> Node:
+def _given(value: Any, path: tuple[str | int, ...], errors: list[ErrorDetail]) -> Node:
     """Return a mapping as the tree of nodes that a file would give."""
     mark = Mark(MAPPING)
     if isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
-        faults += [Fault(f"the key {key!r} is no text", MAPPING, path=dotted(path)) for key in wrong]
-        entries = {key: _given(item, (*path, key), faults) for key, item in value.items() if isinstance(key, str)}
+        errors += [ErrorDetail(f"the key {key!r} is no text", MAPPING, path=dotted(path)) for key in wrong]
+        entries = {key: _given(item, (*path, key), errors) for key, item in value.items() if isinstance(key, str)}
         return Node(entries, mark, keys=dict.fromkeys(entries, mark))
     if isinstance(value, list | tuple):
-        return Node([_given(item, (*path, index), faults) for index, item in enumerate(value)], mark)
+        return Node([_given(item, (*path, index), errors) for index, item in enumerate(value)], mark)
     if isinstance(value, Path):
         value = str(value)
     if not isinstance(value, str | int | float | None):
         allowed = "text, numbers, true, false, None, lists and mappings of these, and paths"
-        faults.append(
-            Fault(f"a value of type {type(value).__name__} cannot stand in an experiment", MAPPING, path=dotted(path),
-                  value=repr(value), allowed=allowed)
-        )  # fmt: skip
+        message = f"a value of type {type(value).__name__} cannot stand in an experiment"
+        errors.append(ErrorDetail(message, MAPPING, path=dotted(path), value=repr(value), allowed=allowed))
     return Node(value, mark)
 
 
 def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node | None = None) -> LoadedExperiment:
     starts = around.inside(path)
-    root, faults, notices = _read(path, read_overrides(overrides), given)
-    faults += _secrets(root)
-    faults += [fault for key in root.value for fault in _absolute(root, key)]
+    root, errors, notices = _read(path, read_overrides(overrides), given)
+    errors += _secrets(root)
+    errors += [error for key in root.value for error in _absolute(root, key)]
     root = _absolute_tree(root)
-    before = len(faults)
-    axes = AxisReader(root, faults).read()
-    whole = len(faults) == before  # an axis that is not there has no values to compare with either
-    spec, errors = _base(root)
+    before = len(errors)
+    axes = AxisReader(root, errors).read()
+    whole = len(errors) == before  # an axis that is not there has no values to compare with either
+    spec, base_errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts), References().check)
     found = builder.cells()
-    faults += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
-    faults += [*check_cluster(root), *check_tracking(root)]
+    errors += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
+    errors += [*check_cluster(root), *check_tracking(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
-    faults += [fault for fault in errors if not _is_given(fault.path, everywhere)]
-    faults += builder.faults
-    if spec is None and not faults:
-        spec, errors = _base(apply(root, found[0]))
-        faults += errors
-    _stop_at(faults)
+    errors += [error for error in base_errors if not _is_given(error.path, everywhere)]
+    errors += builder.errors
+    if spec is None and not errors:
+        spec, base_errors = _base(apply(root, found[0]))
+        errors += base_errors
+    _stop_at(errors)
     assert spec is not None
-    builder.faults.clear()
-    cells = with_controls(builder.resolve(spec, found), root, builder.faults)
-    for corner in space_corners(root, spec, builder.faults):
+    builder.errors.clear()
+    cells = with_controls(builder.resolve(spec, found), root, builder.errors)
+    for corner in space_corners(root, spec, builder.errors):
         builder.examine(corner)
-    _stop_at(builder.faults)
+    _stop_at(builder.errors)
     told = tuple(dict.fromkeys([*notices, *builder.notices]))
     sources, others = _sources(root, spec), starts.experiments
     return LoadedExperiment(path, spec, root.plain(), sources, told, cells, others, tuple(overrides))
 
 
-def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[Fault], list[str]]:
+def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[ErrorDetail], list[str]]:
     files = Inheritance({} if given is None else {str(path): given})
     raw = files.read(path)
     if raw is None:
-        raise SpecError(_unique(files.faults))
+        raise SpecError(_unique(files.errors))
     plugins = next((o.node for o in reversed(overrides) if o.text == "plugins"), None) or files.plugins(path)
-    if files.faults:
-        raise SpecError(_unique(files.faults))  # all else would only say that what stands in that file is missing
-    faults = load_plugins(plugins)
+    if files.errors:
+        raise SpecError(_unique(files.errors))  # all else would only say that what stands in that file is missing
+    errors = load_plugins(plugins)
     root = files.merge(path)
-    faults += [*files.faults, *files.renaming.faults]
+    errors += [*files.errors, *files.renaming.errors]
     notices = list(files.renaming.notices)
-    root = apply_overrides(root, overrides, faults, notices)
-    return drop_nulls(root), faults, notices
+    root = apply_overrides(root, overrides, errors, notices)
+    return drop_nulls(root), errors, notices
 
 
-def _secrets(root: Node) -> list[Fault]:
+def _secrets(root: Node) -> list[ErrorDetail]:
     """Return the passwords and tokens among the values and names, which would be copied into the storage, MLflow and
     logs.
     """
-    faults, known = [], environment_secrets()
+    errors, known = [], environment_secrets()
     for path, node in root.leaves():
         names = [key for key in path if isinstance(key, str)]
         found = secret_in(node.value, names[-1] if names else "", known) if isinstance(node.value, str) else None
         if what := found or next(filter(None, (secret_in(name, "", known) for name in names)), None):
             hint = _TRACKING_SECRETS if path[0] == "tracking" else _SECRETS
-            faults.append(node.fault(f"{what} must not stand in an experiment", path, hint=hint))
-    return faults
+            errors.append(node.error(f"{what} must not stand in an experiment", path, hint=hint))
+    return errors
 
 
-def _absolute(root: Node, key: str) -> list[Fault]:
-    faults: list[Fault] = []
+def _absolute(root: Node, key: str) -> list[ErrorDetail]:
+    errors: list[ErrorDetail] = []
     if key not in ("matrix", "zip", "include", "exclude"):
-        absolute_paths(root, root.value[key], (key,), faults)
-    return faults
+        absolute_paths(root, root.value[key], (key,), errors)
+    return errors
 
 
 def _absolute_tree(root: Node) -> Node:
@@ -167,7 +165,7 @@ def _absolute_tree(root: Node) -> Node:
     return root
 
 
-def _base(root: Node) -> tuple[ExperimentSpec | None, list[Fault]]:
+def _base(root: Node) -> tuple[ExperimentSpec | None, list[ErrorDetail]]:
     try:
         return ExperimentSpec.model_validate(root.plain()), []
     except ValidationError as error:
@@ -179,17 +177,17 @@ def _is_given(path: str, axes: set[str]) -> bool:
     return any(path == axis or path.startswith(axis + ".") for axis in axes)
 
 
-def _unique(faults: Sequence[Fault]) -> list[Fault]:
-    """Return each fault once, in the order of the file; what only follows from another is left out."""
-    once = list(dict.fromkeys(faults))
-    if any(fault.path.startswith("plugins.") for fault in once):
-        once = [fault for fault in once if not is_unknown_kind(fault)]  # the plug-in would have brought it
-    return sorted(once, key=lambda fault: (fault.file or "", fault.line or 0, fault.column or 0))[:MAX_FAULTS]
+def _unique(errors: Sequence[ErrorDetail]) -> list[ErrorDetail]:
+    """Return each error once, in the order of the file; what only follows from another is left out."""
+    once = list(dict.fromkeys(errors))
+    if any(error.path.startswith("plugins.") for error in once):
+        once = [error for error in once if not is_unknown_kind(error)]  # the plug-in would have brought it
+    return sorted(once, key=lambda error: (error.file or "", error.line or 0, error.column or 0))[:MAX_ERRORS]
 
 
-def _stop_at(faults: Sequence[Fault]) -> None:
-    if faults:
-        raise SpecError(_unique(faults))
+def _stop_at(errors: Sequence[ErrorDetail]) -> None:
+    if errors:
+        raise SpecError(_unique(errors))
 
 
 def _sources(root: Node, spec: ExperimentSpec) -> dict[str, str]:

@@ -65,7 +65,7 @@ def from_first(**values: Any) -> dict[str, Any]:
 def faults_of(path: Path) -> list[Any]:
     with pytest.raises(SpecError) as caught:
         load_experiment(path)
-    return list(caught.value.faults)
+    return list(caught.value.errors)
 
 
 def kinds(tree: StageTree) -> list[str]:

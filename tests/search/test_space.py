@@ -137,7 +137,7 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
     file.write_text(text)
     with pytest.raises(SpecError) as caught:
         load_experiment(file)
-    told = [fault for fault in caught.value.faults if path in fault.path and message in str(fault)]
+    told = [fault for fault in caught.value.errors if path in fault.path and message in str(fault)]
     assert told, str(caught.value)
     assert all(fault.line is not None for fault in told)
 

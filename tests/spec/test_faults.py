@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.loader import load_experiment
 
 
-def faults_of(path: Path, *overrides: str) -> tuple[Fault, ...]:
+def errors_of(path: Path, *overrides: str) -> tuple[ErrorDetail, ...]:
     with pytest.raises(SpecError) as caught:
         load_experiment(path, overrides)
-    return caught.value.faults
+    return caught.value.errors
 
 
 # (what is replaced in the small experiment, by what, position, path, part of the message, part of the hint or allowed)
@@ -136,7 +136,7 @@ def test_wrong_files(case: tuple, small: str, write: Callable[..., Path]) -> Non
     old, new, place, path, message, more = case
     assert old in small
     file = write(small.replace(old, new, 1))
-    faults = faults_of(file)
+    faults = errors_of(file)
     matching = [fault for fault in faults if fault.path == path and message in f"{fault.message} {fault.allowed}"]
     assert matching, "\n".join(map(str, faults))
     fault = matching[0]
@@ -151,7 +151,7 @@ def test_wrong_files(case: tuple, small: str, write: Callable[..., Path]) -> Non
 
 
 def test_one_mistake_is_told_once(small: str, write: Callable[..., Path]) -> None:
-    faults = faults_of(write(small.replace("max_steps: 100", "max_stepps: 100")))
+    faults = errors_of(write(small.replace("max_steps: 100", "max_stepps: 100")))
     assert [fault.path for fault in faults] == ["phases.finetune.max_stepps"]
 
 
@@ -164,7 +164,7 @@ def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> 
         .replace("data: test}", "data: tset}")
         + "matrix: {seed: [0, x], sed: [1]}\ncluster: {lanes: 0}\n"
     )
-    paths = {fault.path for fault in faults_of(write(text), "modle.dtype=float32")}
+    paths = {fault.path for fault in errors_of(write(text), "modle.dtype=float32")}
     assert paths >= {
         "model.dtype",
         "compressors.heavy.stride",
@@ -180,30 +180,30 @@ def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> 
 
 def test_faults_of_a_lower_file_name_that_file(small: str, write: Callable[..., Path]) -> None:
     base = write(small.replace("stride: 8", "strid: 8"), "base.yaml")
-    faults = faults_of(write("extends: base.yaml\nname: child\n"))
+    faults = errors_of(write("extends: base.yaml\nname: child\n"))
     assert (faults[0].file, faults[0].line, faults[0].column) == (str(base), 7, 41)
 
 
 def test_broken_model_config_is_a_fault(small: str, write: Callable[..., Path]) -> None:
     write("{", "tiny/config.json")
-    fault = faults_of(write(small))[0]
+    fault = errors_of(write(small))[0]
     assert fault.path == "model.model_name_or_path"
     assert "cannot be read as JSON" in fault.message
 
 
 def test_missing_file_is_a_fault(tmp_path: Path) -> None:
-    assert "no such file" in faults_of(tmp_path / "none.yaml")[0].message
-    assert "a folder" in faults_of(tmp_path)[0].message
+    assert "no such file" in errors_of(tmp_path / "none.yaml")[0].message
+    assert "a folder" in errors_of(tmp_path)[0].message
 
 
 def test_a_value_is_shown_as_written(small: str, write: Callable[..., Path]) -> None:
-    fault = faults_of(write(small.replace("1e-3", "-1e-3")))[0]
+    fault = errors_of(write(small.replace("1e-3", "-1e-3")))[0]
     assert fault.value == "-1e-3"
 
 
 def test_a_plugin_that_cannot_be_imported_says_why(small: str, write: Callable[..., Path]) -> None:
     write("import nothing_of_that_name\n", "broken.py")
-    fault = faults_of(write(small + "plugins: [broken.py]\n"))[0]
+    fault = errors_of(write(small + "plugins: [broken.py]\n"))[0]
     assert "nothing_of_that_name" in fault.message
 
 
@@ -222,11 +222,11 @@ def test_an_error_of_a_value_says_what_its_key_is(
     old: str, new: str, about: str, small: str, write: Callable[..., Path]
 ) -> None:
     assert old in small
-    fault = faults_of(write(small.replace(old, new, 1)))[0]
+    fault = errors_of(write(small.replace(old, new, 1)))[0]
     assert fault.about is not None and fault.about.startswith(about)
     assert f"\n    {about}" in str(fault)
     assert "\n" not in fault.about
 
 
 def test_an_unknown_key_is_not_described(small: str, write: Callable[..., Path]) -> None:
-    assert faults_of(write(small.replace("stride: 8", "strid: 8")))[0].about is None
+    assert errors_of(write(small.replace("stride: 8", "strid: 8")))[0].about is None

@@ -144,7 +144,7 @@ def test_a_wrong_axis_value_is_told_once_however_large_the_grid(small: str, writ
     path = write(small + f"matrix: {{seed: [{seeds}], phases.finetune.max_steps: [10, -1]}}\n")
     with pytest.raises(SpecError) as caught:
         load_experiment(path)
-    assert [fault.path for fault in caught.value.faults] == ["phases.finetune.max_steps"]
+    assert [fault.path for fault in caught.value.errors] == ["phases.finetune.max_steps"]
 
 
 def test_equal_cells_are_merged_with_a_notice(grid: Callable[[str], LoadedExperiment]) -> None:

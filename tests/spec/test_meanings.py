@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import registry
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.phase import LoraSpec, PhaseSpec
@@ -225,19 +225,19 @@ MEANT = [
 @pytest.mark.parametrize("case", MEANT, ids=lambda case: case[0].partition(":")[0])
 def test_a_key_of_another_program_is_told_by_meaning(case: tuple, small: str, write: Callable[..., Path]) -> None:
     key, hint = case
-    faults = faults_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
+    faults = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
     assert len(faults) == 1, "\n".join(map(str, faults))
     assert hint in (faults[0].hint or ""), faults[0]
 
 
 @pytest.mark.parametrize("key", ["trainer_style: x", "maximum_temperature: 3", "ful: 1", "k2_s16: 3", "xx: 1"])
 def test_a_key_that_nothing_is_like_gets_no_hint(key: str, small: str, write: Callable[..., Path]) -> None:
-    faults = faults_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
+    faults = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
     assert [fault.hint for fault in faults] == [None]
 
 
 def test_meanings_hold_for_set_and_axes_too(small: str, write: Callable[..., Path]) -> None:
-    found = faults_of(write(small + "matrix: {phases.finetune.warmup_steps: [1, 2]}\n"), "model.bf16=true")
+    found = errors_of(write(small + "matrix: {phases.finetune.warmup_steps: [1, 2]}\n"), "model.bf16=true")
     assert "warmup_ratio" in str(found[1].hint)
     assert "dtype" in str(found[0].hint)
 
@@ -304,7 +304,7 @@ REWRITTEN = [
 @pytest.mark.parametrize("case", REWRITTEN, ids=[case[1] for case in REWRITTEN])
 def test_how_a_value_is_to_be_written(case: tuple, small: str, write: Callable[..., Path]) -> None:
     old, new, hint = case
-    faults = faults_of(write(small.replace(old, new, 1)))
+    faults = errors_of(write(small.replace(old, new, 1)))
     assert len(faults) == 1, "\n".join(map(str, faults))
     assert faults[0].hint == hint or (hint is not None and hint in (faults[0].hint or "")), faults[0]
 
@@ -359,20 +359,20 @@ def test_a_cause_is_told_alone(case: tuple, small: str, write: Callable[..., Pat
     text = small.replace(old, new, 1)
     if "nope.py" in new:
         text = text.replace("kind: average_pool", "kind: my_pool")
-    assert [fault.path for fault in faults_of(write(text))] == [path]
+    assert [fault.path for fault in errors_of(write(text))] == [path]
 
 
 def test_a_file_below_that_cannot_be_read_is_told_alone(write: Callable[..., Path]) -> None:
     write("model: {a: [\n", "base.yaml")
     text = "extends: base.yaml\nname: x\nmatrix: {phases.finetune.schedule: [full, heavy]}\n"
-    faults = faults_of(write(text + "report: {baseline: {phases.finetune.schedule: full}}\n"))
+    faults = errors_of(write(text + "report: {baseline: {phases.finetune.schedule: full}}\n"))
     assert len(faults) == 1
     assert str(faults[0].file).endswith("base.yaml")
 
 
 def test_a_missing_level_names_the_entries_there_are(small: str, write: Callable[..., Path]) -> None:
     write(small, "base.yaml")
-    fault = faults_of(write("extends: base.yaml\nname: x\nevaluate: {under: [final, full]}\n"))[0]
+    fault = errors_of(write("extends: base.yaml\nname: x\nevaluate: {under: [final, full]}\n"))[0]
     assert "the level with the name is missing above `under`" in fault.message
     assert fault.hint == "write evaluate: {vqa: {under: ...}}"
 
@@ -392,13 +392,13 @@ def test_long_values_are_shortened_everywhere(small: str, write: Callable[..., P
         small + f"include: [{{seed: {long}}}]\n",
         small + f'description: 3\nplugins: ["{long}"]\n',
     ):
-        for fault in faults_of(write(text)):
+        for fault in errors_of(write(text)):
             assert len(str(fault)) < 1800, str(fault)
             assert all(len(part) < 700 for part in str(fault).splitlines())
-    assert "..." in faults_of(write(small), f"model.{long}=3")[0].message
+    assert "..." in errors_of(write(small), f"model.{long}=3")[0].message
 
 
-def faults_of(path: Path, *overrides: str) -> tuple[Fault, ...]:
+def errors_of(path: Path, *overrides: str) -> tuple[ErrorDetail, ...]:
     with pytest.raises(SpecError) as caught:
         load_experiment(path, overrides)
-    return caught.value.faults
+    return caught.value.errors

@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_refused(
     assert change[0] in text
     with pytest.raises(SpecError) as caught:
         load_experiment(write(text.replace(*change)))
-    (fault,) = caught.value.faults
+    (fault,) = caught.value.errors
     assert message in f"{fault.message} {fault.hint}"
     assert fault.line is not None and fault.value is not None
 
@@ -194,5 +194,5 @@ def test_an_implementation_is_there(
         return
     with pytest.raises(SpecError) as caught:
         load_experiment(file)
-    (fault,) = caught.value.faults
+    (fault,) = caught.value.errors
     assert message in fault.message and fault.path == "data.train.kind"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import Fault, SpecError, TrackingError, UsageError
+from orchestrator.errors import ErrorDetail, SpecError, TrackingError, UsageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.redaction import redacted, secret_in
 from orchestrator.spec.loader import load_experiment
@@ -67,10 +67,10 @@ def test_secrets_of_the_environment_are_known_by_their_value(monkeypatch: pytest
 
 def test_errors_and_faults_tell_no_secret() -> None:
     for text in SECRETS:
-        fault = Fault(f"at {text}", value=text, allowed=text, hint=text)
+        fault = ErrorDetail(f"at {text}", value=text, allowed=text, hint=text)
         for told in (str(TrackingError(f"MLflow at {text}: no")), str(UsageError(text)), str(SpecError([fault]))):
             assert PASSWORD not in told and HF not in told and AWS not in told
-    assert "opaque" not in str(Fault("unknown key `password`", path="tracking.password", value="opaque"))
+    assert "opaque" not in str(ErrorDetail("unknown key `password`", path="tracking.password", value="opaque"))
 
 
 PLACES = [
@@ -103,7 +103,7 @@ def test_wherever_it_stands_the_file_is_refused_and_it_is_not_told(
     (tmp_path / "x.yaml").write_text(f"extends: base.yaml\n{extra}\n")
     with pytest.raises(SpecError) as caught:
         load_experiment(tmp_path / "x.yaml")
-    told = str(caught.value) + json.dumps([vars(fault) for fault in caught.value.faults])
+    told = str(caught.value) + json.dumps([vars(fault) for fault in caught.value.errors])
     assert "must not stand in an experiment" in told
     assert PASSWORD not in told and HF not in told
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.loader import load_experiment
 
 Write = Callable[..., Path]
@@ -16,10 +16,10 @@ PROJECTED = "{kind: average_pool, layer: projector, stride: 2}"
 POOLED = "{kind: average_pool, layer: 1, stride: 2}"
 
 
-def faults_of(path: Path) -> tuple[Fault, ...]:
+def errors_of(path: Path) -> tuple[ErrorDetail, ...]:
     with pytest.raises(SpecError) as caught:
         load_experiment(path)
-    return tuple(caught.value.faults)
+    return tuple(caught.value.errors)
 
 
 def with_variant(small: str, points: str) -> str:
@@ -42,7 +42,7 @@ def with_variant(small: str, points: str) -> str:
     ],
 )
 def test_points_that_do_not_fit_are_told_once(points: str, key: str, message: str, small: str, write: Write) -> None:
-    (fault,) = faults_of(write(with_variant(small, points)))
+    (fault,) = errors_of(write(with_variant(small, points)))
     assert fault.path == f"compressors.v.{key}"
     assert message in fault.message
 
@@ -63,14 +63,14 @@ def test_deepstack_forbids_a_method_that_adds_tokens(small: str, write: Write) -
     )
     load_experiment(path)
     (path.parent / "tiny" / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
-    (fault,) = faults_of(path)
+    (fault,) = errors_of(path)
     assert fault.path == "compressors.v.kind"
     assert "DeepStack" in fault.message
 
 
 def test_what_a_schedule_refuses_does_not_ask_for_text(small: str, write: Write) -> None:
     same = "schedule: {kind: interleaved, compressor: heavy, other: heavy, full_share: 1/4}"
-    (fault,) = faults_of(write(small.replace("schedule: two", same)))
+    (fault,) = errors_of(write(small.replace("schedule: two", same)))
     assert "name two variants" in fault.message
     assert fault.allowed is None
 
@@ -79,7 +79,7 @@ def test_what_a_schedule_refuses_does_not_ask_for_text(small: str, write: Write)
 def test_a_ramp_does_not_move_what_shapes_a_learned_module(kind: str, small: str, write: Write) -> None:
     ramp = "schedule: {kind: ramp, compressor: v, key: keep_tokens, start: 32, end: 8}"
     small = small.replace("schedule: two", ramp)
-    (fault,) = faults_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
+    (fault,) = errors_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
     assert "would begin a new module at each move" in fault.message
     load_experiment(write(with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16, max_queries: 32}")))
 
@@ -87,7 +87,7 @@ def test_a_ramp_does_not_move_what_shapes_a_learned_module(kind: str, small: str
 def test_a_learned_variant_that_no_phase_uses_cannot_be_tested(small: str, write: Write) -> None:
     small = with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16}")
     tested = small.replace("data: test}", "data: test, under: [final, v]}")
-    (fault,) = faults_of(write(tested))
+    (fault,) = errors_of(write(tested))
     assert fault.path == "evaluate.vqa.under.1"
     assert "no phase uses it" in fault.message
     load_experiment(write(tested.replace("schedule: two", "schedule: v")))
@@ -105,7 +105,7 @@ def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write,
         "        return grid.tokens // 0\n"
     )
     text = with_variant(small, "{kind: failing, layer: 2, keep_tokens: 16}") + f"plugins: [{tmp_path / 'failing.py'}]\n"
-    (fault,) = faults_of(write(text))
+    (fault,) = errors_of(write(text))
     assert fault.path == "compressors.v.kind"
     assert "8 x 8" in fault.message and "ZeroDivisionError" in fault.message
 
@@ -121,7 +121,7 @@ def test_a_phase_that_trains_compressors_alone_has_one_that_learns(small: str, w
     nothing = small.replace("max_steps: 100", "max_steps: 100\n    train: [compressor]")
     with pytest.raises(SpecError, match="nothing trains: no variant of the phase's schedule learns") as error:
         load_experiment(write(nothing))
-    assert [fault.path for fault in error.value.faults] == ["phases.finetune.train"]
+    assert [fault.path for fault in error.value.errors] == ["phases.finetune.train"]
     learned = nothing.replace("kind: average_pool, layer: 2, stride: 8", "kind: registers, layer: 2, keep_tokens: 4")
     assert load_experiment(write(learned)).cells
     drawn = learned.replace("train: [compressor]", "train: [projector]")

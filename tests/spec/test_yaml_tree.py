@@ -142,7 +142,7 @@ def test_hostile_files_are_told(data: bytes, message: str | None, place: tuple[i
     else:
         with pytest.raises(SpecError) as caught:
             read_tree(data, "f.yaml")
-        fault = caught.value.faults[0]
+        fault = caught.value.errors[0]
         assert message in fault.message
         assert fault.file == "f.yaml"
         assert "\n" not in fault.message
@@ -165,6 +165,6 @@ def test_any_bytes_give_a_tree_or_a_fault(data: bytes) -> None:
     try:
         root = read_tree(data, "f.yaml")
     except SpecError as error:
-        assert error.faults
+        assert error.errors
     else:
         assert root.is_mapping

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.checks.compression import (
     check_learning,
     check_schedule,
@@ -23,7 +23,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
 from orchestrator.spec.phase import LoraSpec, PhaseSpec, PhasesSpec
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.validation_errors import Finding, fault_at
+from orchestrator.spec.yaml.validation_errors import Finding, error_at
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
 
@@ -47,8 +47,8 @@ class Checks:
     _known: dict[tuple[str, str | None], ModelFacts | None] = field(default_factory=dict)
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
 
-    def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Fault]:
-        """Return the faults of a cell; `parts` holds None where a part has faults of its own."""
+    def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[ErrorDetail]:
+        """Return the errors of a cell; `parts` holds None where a part has errors of its own."""
         sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
         if sound in self._sound:
             return []
@@ -59,7 +59,7 @@ class Checks:
             self._sound.add(sound)
             return []
         root = tree()
-        return [fault_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]
+        return [error_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]
 
     def _remember(self, key: tuple[Any, ...], find: Callable[[], Iterator[Finding]]) -> list[Finding]:
         names = tuple(part if isinstance(part, str) else id(part) for part in key)
@@ -72,7 +72,7 @@ class Checks:
         variants, model = parts["compressors"], parts["model"]
         if not variants:
             return []
-        if model is None:  # other faults of `model` do not hide those of the layers
+        if model is None:  # other errors of `model` do not hide those of the layers
             name = tree().at(("model", "model_name_or_path"))
             if name is None or not isinstance(name.value, str):
                 return []

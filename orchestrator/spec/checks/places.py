@@ -12,12 +12,12 @@ from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import FAMILIES
 from orchestrator.spec.yaml.node import Node
-from orchestrator.spec.yaml.validation_errors import Finding, fault_at
+from orchestrator.spec.yaml.validation_errors import Finding, error_at
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
 _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
@@ -25,12 +25,12 @@ _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databri
 _METHODS = {"data": ("rows",), "evaluate": ("run",)}
 
 
-def check_cluster(root: Node) -> list[Fault]:
+def check_cluster(root: Node) -> list[ErrorDetail]:
     """Ray Train works from a driver inside the cluster only; a worker's resources go by Ray's names and agree."""
     cluster = root.at(("cluster",))
     if cluster is None or not cluster.is_mapping:
         return []
-    return [fault_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster.plain())]
+    return [error_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster.plain())]
 
 
 def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
@@ -54,7 +54,7 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
 
 
-def check_tracking(root: Node) -> list[Fault]:
+def check_tracking(root: Node) -> list[ErrorDetail]:
     """MLflow knows the address' scheme: else all would be trained, and nothing recorded."""
     path = ("tracking", "tracking_uri")
     node = root.at(path)
@@ -74,7 +74,7 @@ def check_tracking(root: Node) -> list[Fault]:
     else:
         message = f"MLflow keeps nothing at `{scheme}:` addresses"
         hint = f"write http://{node.value}" if "://" not in node.value else None
-    return [fault_at(root, path, message, allowed, hint)]
+    return [error_at(root, path, message, allowed, hint)]
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:
@@ -229,13 +229,13 @@ def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[
     """Return each component's `module:Class` can be found: by the module's source, so that no framework is imported."""
     for name, entry in entries.items():
         for spec in entry if isinstance(entry, tuple) else (entry,):
-            if isinstance(spec, Component) and (wrong := implementation_fault(type(spec), _METHODS.get(section, ()))):
+            if isinstance(spec, Component) and (wrong := implementation_error(type(spec), _METHODS.get(section, ()))):
                 place = f"{type(spec).__module__}.{type(spec).__name__}"
                 hint = f'`implementation: ClassVar[str] = __name__ + ":CLASS"` in {place}'
                 yield Finding((section, name, "kind"), f"`{spec.kind}` cannot run: {wrong}", None, hint)
 
 
-def implementation_fault(component: type[Any], methods: tuple[str, ...]) -> str | None:
+def implementation_error(component: type[Any], methods: tuple[str, ...]) -> str | None:
     """Return why what a spec class names as its implementation cannot be used; None where nothing speaks against it."""
     reference = getattr(component, "implementation", "")
     module, colon, name = reference.partition(":")

@@ -1,4 +1,4 @@
-"""Names an experiment refers to: data sets, schedules, variants. Checked on the tree, so also beside other faults."""
+"""Names an experiment refers to: data sets, schedules, variants. Checked on the tree, so also beside other errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator import registry
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.yaml.key_paths import NAMED, names_at
@@ -22,7 +22,7 @@ class References:
     def __init__(self) -> None:
         self._checked: dict[tuple[int, ...], tuple[Node | None, ...]] = {}
 
-    def check(self, root: Node) -> list[Fault]:
+    def check(self, root: Node) -> list[ErrorDetail]:
         """Return all names of a tree that do not exist, are reserved, or mean two things."""
         shared = (root.get("compressors"), root.get("schedules"))
         key = tuple(map(id, shared))
@@ -35,15 +35,15 @@ class _TreeCheck:
 
     def __init__(self, root: Node) -> None:
         self.root = root
-        self.faults: list[Fault] = []
-        # Where a section's own entries cannot be told, what it holds is not known: that is the fault, and told there.
+        self.errors: list[ErrorDetail] = []
+        # Where a section's own entries cannot be told, what it holds is not known: that is the error, and told there.
         self._unsure = {section for section in NAMED if self._is_unsure(section)}
         self.data = self._names("data")
         self.variants = self._names("compressors")
         self.schedules = self._names("schedules")
 
-    def check(self, definitions: bool) -> list[Fault]:
-        """Return all faults; those of variants and schedules themselves only with `definitions`."""
+    def check(self, definitions: bool) -> list[ErrorDetail]:
+        """Return all errors; those of variants and schedules themselves only with `definitions`."""
         if definitions:
             self._check_definitions()
             for name, node in _entries(self.root.get("schedules")):
@@ -55,7 +55,7 @@ class _TreeCheck:
         for name, node in _entries(self.root.get("evaluate")):
             self._check_evaluation(("evaluate", name), node)
         self._check_search()
-        return self.faults
+        return self.errors
 
     def _check_definitions(self) -> None:
         for section in ("compressors", "schedules"):
@@ -63,12 +63,12 @@ class _TreeCheck:
                 if name in (FULL, FINAL):
                     meaning = "no compressor" if name == FULL else "the last stage's variant"
                     message = f"`{name}` is a reserved name ({meaning}); choose another"
-                    self._fault((section, name), message, key=True)
+                    self._error((section, name), message, key=True)
         for name in self.schedules:
             if name in self.variants:
                 line = locate(self.root, ("compressors", name), key=True)[0].line
                 message = f"`{name}` is both a schedule and a variant (line {line}); a phase could mean either"
-                self._fault(("schedules", name), message, hint="rename one of them", key=True)
+                self._error(("schedules", name), message, hint="rename one of them", key=True)
 
     def _check_schedule(self, path: Path, node: Node) -> None:
         for name in _variants_of(node):
@@ -120,18 +120,18 @@ class _TreeCheck:
 
     def _unknown(self, path: Path, message: str, name: str, known: Sequence[str], key: bool = False) -> None:
         allowed, hint = unknown_name(name, known)
-        self._fault(path, message, allowed, hint, key)
+        self._error(path, message, allowed, hint, key)
 
-    def _fault(
+    def _error(
         self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
     ) -> None:
         mark, value = locate(self.root, path, key=key)
         value = str(path[-1]) if key else value
-        self.faults.append(Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
+        self.errors.append(ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
 
 
 def _variants_of(node: Node) -> tuple[str, ...]:
-    """Return the variants a schedule uses; where it has other faults, what stands under `compressor` in it."""
+    """Return the variants a schedule uses; where it has other errors, what stands under `compressor` in it."""
     value: Any = node.plain()
     try:
         schedule = registry.spec_class(registry.SCHEDULES, value["kind"]).model_validate(value)

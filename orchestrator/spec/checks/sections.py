@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.components import FINAL
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, value_key
@@ -14,32 +14,32 @@ from orchestrator.spec.search import SearchSpec, StagedSpaceSpec
 from orchestrator.spec.search_space import before_last, draw, inner_boundaries, variant_layer_tokens
 from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
 from orchestrator.spec.yaml.node import Node, Path, dotted, node_of
-from orchestrator.spec.yaml.validation_errors import fault_at, locate, unknown_key, unknown_name
+from orchestrator.spec.yaml.validation_errors import error_at, locate, unknown_key, unknown_name
 
 
-def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Fault]:
+def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[ErrorDetail]:
     """Return the baseline and `mean_over` name axes of the grid, and some cell is the baseline."""
-    faults: list[Fault] = []
+    errors: list[ErrorDetail] = []
     report = root.get("report")
     baseline = report.get("baseline") if report is not None else None
     wanted: dict[str, str] = {}
     if baseline is not None and baseline.is_mapping:
         for name, node in baseline.value.items():
-            path = check_path(root, name, ("report", "baseline", name), faults)
+            path = check_path(root, name, ("report", "baseline", name), errors)
             if path is not None:
                 wanted[dotted(path)] = value_key(node)
-        if not faults and cells and not any(_matches(root, cell, wanted) for cell in cells):
+        if not errors and cells and not any(_matches(root, cell, wanted) for cell in cells):
             allowed = "; ".join(
                 f"{axis}: {', '.join(setting.node.written() for setting in settings)}"
                 for axis, settings in axes.values.items()
             )
             message = "no cell of the grid is the baseline"
-            faults.append(_fault_at_key(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
+            errors.append(_error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
     over = report.get("mean_over") if report is not None else None
     for index, node in enumerate(over.value if over is not None and over.is_list else []):
         if isinstance(node.value, str):
-            check_path(root, node.value, ("report", "mean_over", index), faults)
-    return faults
+            check_path(root, node.value, ("report", "mean_over", index), errors)
+    return errors
 
 
 def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
@@ -53,23 +53,23 @@ def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
     return True
 
 
-def check_path(root: Node, name: str, where: Path, faults: list[Fault]) -> Path | None:
-    """Return the path a dotted name stands for; a fault at `where` and None where there is no such path."""
+def check_path(root: Node, name: str, where: Path, errors: list[ErrorDetail]) -> Path | None:
+    """Return the path a dotted name stands for; an error at `where` and None where there is no such path."""
     try:
         return find_path(root, name)
     except UnknownPathError as error:
         allowed, hint = unknown_key(error.key, error.known, error.prefix)
         place = f" under {dotted(error.prefix)}" if error.prefix else ""
         message = f"a key path belongs here: `{error.key}` is not known{place}"
-        faults.append(_fault_at_key(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
+        errors.append(_error_at(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
         return None
 
 
-def _fault_at_key(
+def _error_at(
     root: Node, path: Path, message: str, allowed: str | None, hint: str | None = None, key: bool = False
-) -> Fault:
+) -> ErrorDetail:
     mark, value = locate(root, path, key=key)
-    return Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
+    return ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
 COSTS = (
@@ -78,44 +78,44 @@ COSTS = (
 )  # fmt: skip
 
 
-def check_search(root: Node) -> list[Fault]:
+def check_search(root: Node) -> list[ErrorDetail]:
     """Return a search proposes values of known paths and optimises what is measured; beside it the grid has only
     seeds.
     """
-    faults: list[Fault] = []
+    errors: list[ErrorDetail] = []
     search = root.get("search")
     if search is None or not search.is_mapping:
-        return faults
-    faults += _check_grid(root)
+        return errors
+    errors += _check_grid(root)
     space, objectives = search.get("space"), search.get("objectives")
     for name in space.value if space is not None and space.is_mapping else ():
-        path = check_path(root, name, ("search", "space", name), faults)
+        path = check_path(root, name, ("search", "space", name), errors)
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
-            faults.append(fault_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
+            errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
     names = list(objectives.value) if objectives is not None and objectives.is_mapping else []
     for name in names:
         if (found := _check_objective(root, name)) is not None:
-            faults.append(found)
+            errors.append(found)
     if search.get("scheduler") is not None and len(names) > 1:
-        faults.append(fault_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
-    return faults
+        errors.append(error_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
+    return errors
 
 
-def _check_grid(root: Node) -> Iterator[Fault]:
+def _check_grid(root: Node) -> Iterator[ErrorDetail]:
     matrix = root.get("matrix")
     for name in matrix.value if matrix is not None and matrix.is_mapping else ():
         if name != "seed":
             message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
             mark, _ = locate(root, ("matrix", name), key=True)
-            yield Fault(message, *mark, path=f"matrix.{name}", value=name, allowed="seed")
+            yield ErrorDetail(message, *mark, path=f"matrix.{name}", value=name, allowed="seed")
     for key in ("zip", "include", "exclude", "controls"):
         if (node := root.get(key)) is not None and node.value:
             message = f"beside a search there is no `{key}`: its trials are proposed one by one"
-            yield fault_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
+            yield error_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
 
 
-def _check_objective(root: Node, name: str) -> Fault | None:
+def _check_objective(root: Node, name: str) -> ErrorDetail | None:
     mark, _ = locate(root, ("search", "objectives", name), key=True)
     known = [f"cost/{cost}" for cost in COSTS]
     evaluate = root.get("evaluate")
@@ -129,7 +129,7 @@ def _check_objective(root: Node, name: str) -> Fault | None:
         return None
     allowed, hint = unknown_name(name, known)
     message = "no trial would have this metric"
-    return Fault(message, *mark, path=f"search.objectives.{name}", value=name, allowed=allowed, hint=hint)
+    return ErrorDetail(message, *mark, path=f"search.objectives.{name}", value=name, allowed=allowed, hint=hint)
 
 
 def _under(entry: Node) -> list[Any]:
@@ -139,28 +139,28 @@ def _under(entry: Node) -> list[Any]:
     return [item.value for item in under.value] if under.is_list else [under.value]
 
 
-def space_corners(root: Node, spec: ExperimentSpec, faults: list[Fault]) -> list[Assignment]:
+def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> list[Assignment]:
     """Return the recipes at the ends of every range and with each choice, to be checked like cells of a grid.
 
     Args:
         root: The tree.
-        spec: The base, without faults.
-        faults: Takes what keeps anything from being drawn.
+        spec: The base, without errors.
+        errors: Takes what keeps anything from being drawn.
     """
     if spec.search is None:
         return []
     try:
         layer_tokens = variant_layer_tokens(spec)
     except ValueError as error:
-        faults.append(fault_at(root, ("search", "space"), str(error)))
+        errors.append(error_at(root, ("search", "space"), str(error)))
         return []
-    before = len(faults)
+    before = len(errors)
     for path, entry in spec.search.space.items():
         if isinstance(entry, StagedSpaceSpec):
-            faults += [fault_at(root, ("search", "space", path, key), text) for key, text in _room(entry, layer_tokens)]
+            errors += [error_at(root, ("search", "space", path, key), text) for key, text in _room(entry, layer_tokens)]
         elif getattr(entry, "low", 0) > getattr(entry, "high", 0):
-            faults.append(fault_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
-    if len(faults) > before:
+            errors.append(error_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
+    if len(errors) > before:
         return []
     corners = {}
     for pick in range(_most_choices(spec.search)):

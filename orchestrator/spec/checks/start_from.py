@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.grid.cell_names import by_axis, by_name, may_be_id, misfit
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PHASES, PhaseSpec, PhasesSpec, StartFromSpec
@@ -37,12 +37,12 @@ class Starts:
     Args:
         load: Loads a file; takes the files that wait for it, and what is known already.
         chain: Files that are being loaded, the first one first.
-        known: File to the experiment, or to its faults.
+        known: File to the experiment, or to its errors.
     """
 
     load: Callable[[FilePath, Starts], LoadedExperiment]
     chain: tuple[str, ...] = ()
-    known: dict[str, LoadedExperiment | tuple[Fault, ...]] = field(default_factory=dict)
+    known: dict[str, LoadedExperiment | tuple[ErrorDetail, ...]] = field(default_factory=dict)
     _found: dict[tuple[str, str], ResolvedCell | Finding | None] = field(default_factory=dict)
 
     def inside(self, file: FilePath) -> Starts:
@@ -51,7 +51,7 @@ class Starts:
 
     @property
     def experiments(self) -> dict[str, LoadedExperiment]:
-        """The experiments without faults, by file."""
+        """The experiments without errors, by file."""
         return {file: found for file, found in self.known.items() if not isinstance(found, tuple)}
 
     def check(self, phases: PhasesSpec, name: str, facts: ModelFacts | None) -> Iterator[Finding]:
@@ -83,10 +83,10 @@ class Starts:
             return
         other = self._experiment(file)
         if isinstance(other, tuple):
-            for fault in other:
-                where = f"{fault.file}:{fault.line}" if fault.line is not None else str(fault.file or file)
-                message = f"that file has a fault at {where}: {fault.path}: {fault.message}"
-                yield Finding((*path, "spec"), message, fault.allowed, fault.hint)
+            for error in other:
+                where = f"{error.file}:{error.line}" if error.line is not None else str(error.file or file)
+                message = f"that file has an error at {where}: {error.path}: {error.message}"
+                yield Finding((*path, "spec"), message, error.allowed, error.hint)
             return
         if (file, start.cell) not in self._found:
             self._found[file, start.cell] = _pick(other.cells, start.cell, path)
@@ -96,12 +96,12 @@ class Starts:
         elif cell is not None:
             yield from _check_cell(cell, start, path, facts)
 
-    def _experiment(self, file: str) -> LoadedExperiment | tuple[Fault, ...]:
+    def _experiment(self, file: str) -> LoadedExperiment | tuple[ErrorDetail, ...]:
         if file not in self.known:
             try:
                 self.known[file] = self.load(FilePath(file), self)
             except SpecError as error:
-                self.known[file] = error.faults
+                self.known[file] = error.errors
         return self.known[file]
 
 

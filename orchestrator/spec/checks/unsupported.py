@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.search import SearchSpec
 
 
-def unsupported_keys(spec: Any, searching: bool = False) -> list[Fault]:
-    """Return what `run`, or `search`, cannot do yet, one fault a key.
+def unsupported_keys(spec: Any, searching: bool = False) -> list[ErrorDetail]:
+    """Return what `run`, or `search`, cannot do yet, one error a key.
 
     Args:
         spec: An `ExperimentSpec`, or a `LoadedExperiment`, whose cells are looked at as well.
@@ -26,16 +26,16 @@ def unsupported_keys(spec: Any, searching: bool = False) -> list[Fault]:
         if key not in seen:
             seen.add(key)
             found.update(_keys_of(one, searching))
-    return [_fault(path, why, sources) for path, why in found.items()]
+    return [_error(path, why, sources) for path, why in found.items()]
 
 
-def _fault(path: str, why: str, sources: dict[str, str]) -> Fault:
+def _error(path: str, why: str, sources: dict[str, str]) -> ErrorDetail:
     place = next((place for key, place in sources.items() if key == path or key.startswith(f"{path}.")), "")
     file, _, line = place.rpartition(":")
     message = f"`{path}` is valid but {'not for this verb' if path == 'search' else 'not built yet'}: {why}"
     if line.isdigit():
-        return Fault(message, file, int(line), 1, path=path)
-    return Fault(message, path=path)
+        return ErrorDetail(message, file, int(line), 1, path=path)
+    return ErrorDetail(message, path=path)
 
 
 def _keys_of(spec: ExperimentSpec, searching: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
 from orchestrator.spec.yaml.merge import drop_nulls
@@ -64,16 +64,16 @@ class Axes:
 
 
 class AxisReader:
-    """Reads the axes of a merged tree; collects faults."""
+    """Reads the axes of a merged tree; collects errors."""
 
-    def __init__(self, root: Node, faults: list[Fault]) -> None:
+    def __init__(self, root: Node, errors: list[ErrorDetail]) -> None:
         self.root = root
-        self.faults = faults
+        self.errors = errors
         self.paths: dict[str, Path | None] = {}
         self.owner: dict[str, Path] = {}
 
     def read(self) -> Axes:
-        """Return all axes; those with faults are left out."""
+        """Return all axes; those with errors are left out."""
         axes = Axes()
         for name, node in _entries(self.root.get("matrix")):
             settings = self._settings(name, node, ("matrix", name))
@@ -104,7 +104,7 @@ class AxisReader:
             return []
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            self._fault(where, f"axes that move together need equally many values: {told}")
+            self._error(where, f"axes that move together need equally many values: {told}")
             return []
         return [list(zip(*columns.values(), strict=True))]
 
@@ -116,14 +116,14 @@ class AxisReader:
             return []
         axis = dotted(path)
         if axis in self.owner:
-            self._fault(where, f"the axis {axis} is written twice, also under {dotted(self.owner[axis][:1])}", key=True)
+            self._error(where, f"the axis {axis} is written twice, also under {dotted(self.owner[axis][:1])}", key=True)
             return []
         self.owner[axis] = where
         settings: dict[str, Setting] = {}
         for index, item in enumerate(node.value):
             setting = self._setting(path, item, (*where, index))
             if setting.key in settings:
-                self._fault((*where, index), f"the axis {axis} has this value twice")
+                self._error((*where, index), f"the axis {axis} has this value twice")
             else:
                 settings[setting.key] = setting
         return list(settings.values())
@@ -138,22 +138,22 @@ class AxisReader:
 
     def _exclude(self, group: Node, where: Path, axes: Axes) -> Assignment:
         if group.is_mapping and not group.value:
-            self._fault(where, "an empty exclude would take out every cell")
+            self._error(where, "an empty exclude would take out every cell")
         found = []
         for setting in self._single(group, where):
             values = axes.values.get(setting.axis, []) if setting.axis in axes.grid_axes else []
             if not values:
                 allowed, hint = unknown_name(setting.axis, axes.grid_axes)
-                self._fault(setting.written_at, "exclude names an axis the grid does not have", allowed, hint, key=True)
+                self._error(setting.written_at, "exclude names an axis the grid does not have", allowed, hint, key=True)
             elif all(setting.key != value.key for value in values):
                 allowed = ", ".join(value.node.written() for value in values)
-                self._fault(setting.written_at, f"the axis {setting.axis} never has this value", allowed)
+                self._error(setting.written_at, f"the axis {setting.axis} never has this value", allowed)
             else:
                 found.append(setting)
         return tuple(found)
 
     def _setting(self, path: Path, node: Node, where: Path) -> Setting:
-        node = absolute_paths(self.root, drop_nulls(node, path), path, self.faults)
+        node = absolute_paths(self.root, drop_nulls(node, path), path, self.errors)
         return Setting(dotted(path), path, node, value_key(node), where)
 
     def _path(self, name: str, where: Path) -> Path | None:
@@ -167,24 +167,24 @@ class AxisReader:
         except UnknownPathError as error:
             allowed, hint = unknown_key(error.key, error.known, error.prefix)
             place = f" under {dotted(error.prefix)}" if error.prefix else ""
-            self._fault(where, f"an axis is a key path: `{error.key}` is not known{place}", allowed, hint, key=True)
+            self._error(where, f"an axis is a key path: `{error.key}` is not known{place}", allowed, hint, key=True)
             return None
         if path[:1] and path[0] in SECTIONS:
             return path
-        self._fault(where, f"`{name}` cannot be an axis: it is no part of a cell", "paths under " + ", ".join(SECTIONS))
+        self._error(where, f"`{name}` cannot be an axis: it is no part of a cell", "paths under " + ", ".join(SECTIONS))
         return None
 
     def _check_size(self, axes: Axes) -> None:
         size = prod(len(factor) for factor in axes.factors)
         if size > MAX_CELLS:
-            self._fault(("matrix",), f"the grid has {size} cells, more than {MAX_CELLS}")
+            self._error(("matrix",), f"the grid has {size} cells, more than {MAX_CELLS}")
             axes.factors.clear()
 
-    def _fault(
+    def _error(
         self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
     ) -> None:
         mark, value = locate(self.root, path, key=key)
-        self.faults.append(Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
+        self.errors.append(ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
 
 
 def value_key(node: Node) -> str:
@@ -192,7 +192,7 @@ def value_key(node: Node) -> str:
     return json.dumps(node.plain(), sort_keys=True, default=str)
 
 
-def assignments(axes: Axes, faults: list[Fault], notices: list[str], root: Node) -> Iterator[Assignment]:
+def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root: Node) -> Iterator[Assignment]:
     """Return the grid's cells: matrix x each zip group - exclude + include, parents before children.
 
     A file that only includes has just those cells: with no factor there is no product to add them to.
@@ -213,7 +213,9 @@ def assignments(axes: Axes, faults: list[Fault], notices: list[str], root: Node)
         kept += 1
         yield _ordered(cell)
     if kept == 0:
-        faults.append(Fault("exclude takes out every cell of the grid", *_mark(root, ("exclude",)), path="exclude"))
+        errors.append(
+            ErrorDetail("exclude takes out every cell of the grid", *_mark(root, ("exclude",)), path="exclude")
+        )
     for where, count in hits.items():
         if count == 0:
             notices.append(f"{_where(root, where)}: {dotted(where)} takes out no cell")

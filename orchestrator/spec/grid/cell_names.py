@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from orchestrator import registry
-from orchestrator.errors import Fault, shorten
+from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.spec.grid.axes import Assignment, Setting
 from orchestrator.spec.yaml.node import Node, as_yaml
-from orchestrator.spec.yaml.validation_errors import fault_at, unknown_name
+from orchestrator.spec.yaml.validation_errors import error_at, unknown_name
 
 MAX_VALUE = 40
 MAX_NAME = 120
@@ -58,8 +58,8 @@ def _words(value: Any) -> str:
 class CellNames:
     """Names one experiment's cells, by its template or by the axes."""
 
-    def __init__(self, root: Node, experiment: str, axes: Sequence[str], faults: list[Fault]) -> None:
-        self.root, self.experiment, self.faults = root, experiment, faults
+    def __init__(self, root: Node, experiment: str, axes: Sequence[str], errors: list[ErrorDetail]) -> None:
+        self.root, self.experiment, self.errors = root, experiment, errors
         self.short = short_axes(axes)
         self._values: dict[int, str] = {}
         self._fields: dict[str, str] = {}
@@ -101,10 +101,10 @@ class CellNames:
             else:
                 allowed, hint = unknown_name(name, list(self.short.values()))
                 message = f"cell_name uses {{{name}}}, which is no axis of the grid"
-                self.faults.append(fault_at(self.root, ("cell_name",), message, allowed, hint))
+                self.errors.append(error_at(self.root, ("cell_name",), message, allowed, hint))
         if re.search(r"[{}]", _FIELD.sub("", template)):
-            self.faults.append(fault_at(self.root, ("cell_name",), "a bracket of cell_name is not closed"))
-        if self.faults:
+            self.errors.append(error_at(self.root, ("cell_name",), "a bracket of cell_name is not closed"))
+        if self.errors:
             self.template = None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, assignments
 from orchestrator.spec.grid.cell_names import CellNames
@@ -17,7 +17,7 @@ from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Node, Path, dotted
 from orchestrator.spec.yaml.validation_errors import explain, locate
 
-MAX_FAULTY_CELLS = 20
+MAX_INVALID_CELLS = 20
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Part:
     """One top-level key of a cell, validated.
 
     Attributes:
-        value: The validated value, None where it has faults.
-        faults: What is wrong with it.
+        value: The validated value, None where it has errors.
+        errors: What is wrong with it.
         key: Canonical JSON of its tree; equal keys are equal parts.
     """
 
     value: Any
-    faults: list[Fault]
+    errors: list[ErrorDetail]
     key: str
 
 
@@ -109,8 +109,8 @@ class Parts:
         return self._adapters[name]
 
 
-# Takes a cell's parts (None where a part has faults) and a function that gives the cell's tree.
-Check = Callable[[dict[str, Any], Callable[[], Node]], Sequence[Fault]]
+# Takes a cell's parts (None where a part has errors) and a function that gives the cell's tree.
+Check = Callable[[dict[str, Any], Callable[[], Node]], Sequence[ErrorDetail]]
 
 
 class GridBuilder:
@@ -120,21 +120,21 @@ class GridBuilder:
         root: The resolved tree.
         axes: Its axes.
         parts: Validates parts; shared with the caller.
-        check: Finds faults across the parts of a cell.
+        check: Finds errors across the parts of a cell.
         check_names: Finds names in a cell's tree that do not exist.
     """
 
     def __init__(
-        self, root: Node, axes: Axes, parts: Parts, check: Check, check_names: Callable[[Node], Sequence[Fault]]
+        self, root: Node, axes: Axes, parts: Parts, check: Check, check_names: Callable[[Node], Sequence[ErrorDetail]]
     ) -> None:
         self.root, self.axes, self.parts = root, axes, parts
         self.check, self.check_names = check, check_names
-        self.faults: list[Fault] = []
+        self.errors: list[ErrorDetail] = []
         self.notices: list[str] = []
 
     def cells(self) -> list[Assignment]:
-        """Return the assignments; when one has faults, the later ones are only looked at for new values."""
-        found = list(assignments(self.axes, self.faults, self.notices, self.root))
+        """Return the assignments; when one has errors, the later ones are only looked at for new values."""
+        found = list(assignments(self.axes, self.errors, self.notices, self.root))
         seen: set[int] = set()
         representatives = []
         for cell in found:
@@ -144,18 +144,18 @@ class GridBuilder:
                 seen |= new
         for cell in representatives:
             self.examine(cell)
-            self.faults.extend(self.check_names(apply(self.root, cell)))
-        if not self.faults:
-            faulty = 0
+            self.errors.extend(self.check_names(apply(self.root, cell)))
+        if not self.errors:
+            invalid = 0
             for cell in found:
-                faulty += self.examine(cell)
-                if faulty > MAX_FAULTY_CELLS:
+                invalid += self.examine(cell)
+                if invalid > MAX_INVALID_CELLS:
                     break
         return found
 
     def resolve(self, base: ExperimentSpec, found: Sequence[Assignment]) -> tuple[ResolvedCell, ...]:
         """Return the cells in order; cells of equal values are merged with a notice."""
-        names = CellNames(self.root, base.name, tuple(self.axes.values), self.faults)
+        names = CellNames(self.root, base.name, tuple(self.axes.values), self.errors)
         cells: list[ResolvedCell] = []
         by_value: dict[tuple[str, ...], str] = {}
         by_name: dict[str, Assignment] = {}
@@ -175,12 +175,12 @@ class GridBuilder:
         return tuple(cells)
 
     def examine(self, cell: Assignment) -> bool:
-        """Collect the faults of a cell; True where it has some."""
+        """Collect the errors of a cell; True where it has some."""
         parts = self.parts.of(cell)
-        found = [fault for part in parts.values() for fault in part.faults]
-        values = {name: part.value if not part.faults else None for name, part in parts.items()}
+        found = [error for part in parts.values() for error in part.errors]
+        values = {name: part.value if not part.errors else None for name, part in parts.items()}
         found.extend(self.check(values, lambda: apply(self.root, cell)))
-        self.faults.extend(found)
+        self.errors.extend(found)
         return bool(found)
 
     def _clash(self, name: str, cell: Assignment, other: Assignment, names: CellNames) -> str:
@@ -194,6 +194,6 @@ class GridBuilder:
         differ = [s.axis for s in cell if all(s.key != o.key or s.axis != o.axis for o in other)]
         hint = "let the template use " + ", ".join(f"{{{names.short[axis]}}}" for axis in differ)
         message = f"two cells would be named {name}"
-        if len(self.faults) < MAX_FAULTY_CELLS:
-            self.faults.append(Fault(message, *mark, path=dotted(path), value=value, hint=hint))
+        if len(self.errors) < MAX_INVALID_CELLS:
+            self.errors.append(ErrorDetail(message, *mark, path=dotted(path), value=value, hint=hint))
         return name

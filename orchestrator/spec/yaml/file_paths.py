@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 
 from orchestrator import registry
-from orchestrator.errors import Fault
+from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import value_meaning
 from orchestrator.spec.yaml.key_paths import NAMED, shape_at
@@ -16,31 +16,31 @@ from orchestrator.spec.yaml.node import Node, Path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-Rule = Callable[[Node, Path], tuple[str, Fault | None]]
+Rule = Callable[[Node, Path], tuple[str, ErrorDetail | None]]
 
 
-def absolute_paths(root: Node, node: Node, path: Path, faults: list[Fault]) -> Node:
-    """Return a copy of the node at `path` with its paths absolute; adds a fault for every folder or file that is
+def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]) -> Node:
+    """Return a copy of the node at `path` with its paths absolute; adds an error for every folder or file that is
     missing.
 
     Args:
         root: The merged tree, which tells the `kind` of a named entry.
         node: The value at `path`, or an axis' value for it.
         path: Where the value stands or would stand.
-        faults: Takes the faults.
+        errors: Takes the errors.
     """
     if node.is_mapping:
-        children = {key: absolute_paths(root, child, (*path, key), faults) for key, child in node.value.items()}
+        children = {key: absolute_paths(root, child, (*path, key), errors) for key, child in node.value.items()}
         return Node(children, node.mark, keys=node.keys, size=node.size)
     if node.is_list:
-        items = [absolute_paths(root, child, (*path, index), faults) for index, child in enumerate(node.value)]
+        items = [absolute_paths(root, child, (*path, index), errors) for index, child in enumerate(node.value)]
         return Node(items, node.mark, size=node.size)
     rule = _rule(root, path) if isinstance(node.value, str) and node.value else None
     if rule is None:
         return node
-    value, fault = rule(node, path)
-    if fault is not None:
-        faults.append(fault)
+    value, error = rule(node, path)
+    if error is not None:
+        errors.append(error)
     return Node(value, node.mark, text=node.text or node.value)
 
 
@@ -76,25 +76,25 @@ def _full(node: Node) -> str:
     return os.path.normpath(os.path.join(_base(node), os.path.expanduser(node.value)))
 
 
-def _anywhere(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _anywhere(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     return (node.value if "://" in node.value else _full(node)), None
 
 
-def _plugin(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _plugin(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     return (_full(node) if node.value.endswith(".py") else node.value), None
 
 
-def _folder(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _folder(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     full = _full(node)
     return full, None if os.path.isdir(full) else _missing(node, path, full, "folder")
 
 
-def _file(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _file(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     full = _full(node)
     return full, None if os.path.isfile(full) else _missing(node, path, full, "file")
 
 
-def _deepspeed(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _deepspeed(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     if node.value in DEEPSPEED_PRESETS:
         return node.value, None
     if "/" in node.value or node.value.endswith(".json"):
@@ -102,10 +102,10 @@ def _deepspeed(node: Node, path: Path) -> tuple[str, Fault | None]:
     near = value_meaning("deepspeed", node.value) or registry.nearest(node.value, DEEPSPEED_PRESETS)
     allowed = ", ".join(DEEPSPEED_PRESETS) + ", a path to a .json file, or a mapping"
     hint = f"did you mean {near}?" if near else None
-    return node.value, node.fault("unknown DeepSpeed setting", path, allowed=allowed, hint=hint)
+    return node.value, node.error("unknown DeepSpeed setting", path, allowed=allowed, hint=hint)
 
 
-def _model(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _model(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     full = _full(node)
     if os.path.isdir(full):
         return full, None
@@ -114,7 +114,7 @@ def _model(node: Node, path: Path) -> tuple[str, Fault | None]:
     return full, _missing(node, path, full, "model folder")
 
 
-def _weights(node: Node, path: Path) -> tuple[str, Fault | None]:
+def _weights(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     if node.value == "random":
         return node.value, None
     full = _full(node)
@@ -135,9 +135,9 @@ def _is_hub_id(node: Node) -> bool:
     return not os.path.isdir(os.path.join(_base(node), first))
 
 
-def _missing(node: Node, path: Path, full: str, what: str) -> Fault:
+def _missing(node: Node, path: Path, full: str, what: str) -> ErrorDetail:
     parent = FilePath(full).parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     near = registry.nearest(FilePath(full).name, names) if names else None
     hint = f"did you mean {parent / near}?" if near else "a relative path is relative to the file that writes it"
-    return node.fault(f"there is no {what} at {full}", path, hint=hint)
+    return node.error(f"there is no {what} at {full}", path, hint=hint)

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from orchestrator import registry
-from orchestrator.errors import Fault, SpecError, UsageError
+from orchestrator.errors import ErrorDetail, SpecError, UsageError
 from orchestrator.spec.yaml.key_paths import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 from orchestrator.spec.yaml.node import SET, Mark, Node, Path, dotted
 from orchestrator.spec.yaml.parser import MAX_BYTES, MAX_NODES, read_tree, read_value
@@ -30,17 +30,17 @@ def read_overrides(overrides: Sequence[str]) -> list[Override]:
     Raises:
         SpecError: one is not of the form `path=value`, or its value is not YAML.
     """
-    faults, found = [], []
+    errors, found = [], []
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
-            faults.append(Fault("not of the form path=value", value=text, allowed="e.g. --set seed=1"))
+            errors.append(ErrorDetail("not of the form path=value", value=text, allowed="e.g. --set seed=1"))
             continue
         node, wrong = read_value(value, None)
-        faults += [replace(fault, line=None, column=None, path=path.strip(), value=value) for fault in wrong]
+        errors += [replace(error, line=None, column=None, path=path.strip(), value=value) for error in wrong]
         found.append(Override(path.strip(), _without_lines(node)))
-    if faults:
-        raise SpecError(faults)
+    if errors:
+        raise SpecError(errors)
     return found
 
 
@@ -55,11 +55,11 @@ def _without_lines(node: Node) -> Node:
     return Node(node.value, mark, text=node.text)
 
 
-def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Fault], notices: list[str]) -> Node:
-    """Return the tree with the overrides in place, in their order; unknown paths and grid axes are faults."""
+def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[ErrorDetail], notices: list[str]) -> Node:
+    """Return the tree with the overrides in place, in their order; unknown paths and grid axes are errors."""
     for override in overrides:
         if override.text == "extends":
-            faults.append(Fault("extends is read before --set; edit the file", path=override.text))
+            errors.append(ErrorDetail("extends is read before --set; edit the file", path=override.text))
             continue
         try:
             path = find_path(root, override.text)
@@ -67,7 +67,9 @@ def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Faul
             allowed, hint = unknown_key(error.key, error.known, error.prefix)
             place = f" under {dotted(error.prefix)}" if error.prefix else ""
             message = f"`{error.key}` is not known{place}"
-            faults.append(Fault(message, path=override.text, value=override.node.written(), allowed=allowed, hint=hint))
+            errors.append(
+                ErrorDetail(message, path=override.text, value=override.node.written(), allowed=allowed, hint=hint)
+            )
             continue
         name = dotted(path)
         if name != override.text:
@@ -76,7 +78,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], faults: list[Faul
         if axis is not None and path[0] not in AXIS_KEYS:
             hint = f"narrow the axis instead: --set 'matrix.{axis}=[...]'"
             message = f"{axis} is an axis of the grid, whose values would replace this one"
-            faults.append(Fault(message, path=name, value=override.node.written(), hint=hint))
+            errors.append(ErrorDetail(message, path=name, value=override.node.written(), hint=hint))
         else:
             root = root.set_at(path, override.node)
     return root
@@ -96,7 +98,7 @@ def _axes(root: Node) -> list[str]:
 class Renaming:
     """What a file's renaming brought up."""
 
-    faults: list[Fault] = field(default_factory=list)
+    errors: list[ErrorDetail] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
 
@@ -106,7 +108,7 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
     Args:
         root: One file's tree, not merged yet.
         below: What it extends, already canonical; tells the `kind` where this file does not write it.
-        found: Takes the faults and notices.
+        found: Takes the errors and notices.
     """
     root = _rename(root, ROOT, below, (), found)
     names = _merged_names(root, below)
@@ -161,7 +163,7 @@ def _rename_keys(node: Node, aliases: dict[str, str], path: Path, found: Renamin
         name = aliases.get(key, key)
         if name in entries:
             other = next(k for k in node.value if aliases.get(k, k) == name and k != key)
-            found.faults.append(_both(key, other, name, node.keys[key], (*path, key)))
+            found.errors.append(_both(key, other, name, node.keys[key], (*path, key)))
             continue
         if name != key:
             found.notices.append(_notice(node.keys[key], (*path, key), (*path, name)))
@@ -169,9 +171,9 @@ def _rename_keys(node: Node, aliases: dict[str, str], path: Path, found: Renamin
     return Node(entries, node.mark, keys=keys, size=node.size)
 
 
-def _both(key: str, other: str, name: str, mark: Mark, path: Path) -> Fault:
+def _both(key: str, other: str, name: str, mark: Mark, path: Path) -> ErrorDetail:
     message = f"`{key}` and `{other}` are two names for the same key"
-    return Fault(message, mark.file, mark.line, mark.column, dotted(path), hint=f"write `{name}` alone")
+    return ErrorDetail(message, mark.file, mark.line, mark.column, dotted(path), hint=f"write `{name}` alone")
 
 
 def _notice(mark: Mark, old: Path, new: Path) -> str:
@@ -189,7 +191,7 @@ def _rename_axes(group: Node, names: Node, path: Path, found: Renaming) -> Node:
             name = key  # told once the files are merged, when every name is known
         if name in entries:
             other = next(k for k in group.value if k != key and keys.get(name) == group.keys[k])
-            found.faults.append(_both(key, other, name, group.keys[key], (*path, key)))
+            found.errors.append(_both(key, other, name, group.keys[key], (*path, key)))
             continue
         if name != key:
             found.notices.append(_notice(group.keys[key], (key,), (name,)))
@@ -210,7 +212,7 @@ class Inheritance:
     """
 
     given: Mapping[str, Node] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
+    errors: list[ErrorDetail] = field(default_factory=list)
     renaming: Renaming = field(default_factory=Renaming)
     _files: dict[str, Node | None] = field(default_factory=dict)
     _merged: dict[str, Node | None] = field(default_factory=dict)
@@ -236,13 +238,13 @@ class Inheritance:
         if name in chain:
             ring = " -> ".join([*chain[chain.index(name) :], name])
             assert asked is not None
-            self.faults.append(asked.fault(f"extends goes round in a circle: {ring}", ("extends",)))
+            self.errors.append(asked.error(f"extends goes round in a circle: {ring}", ("extends",)))
             return
         if name in self._files:
             return
         if len(chain) >= MAX_CHAIN:
             assert asked is not None
-            self.faults.append(asked.fault(f"extends goes deeper than {MAX_CHAIN} files", ("extends",)))
+            self.errors.append(asked.error(f"extends goes deeper than {MAX_CHAIN} files", ("extends",)))
             return
         self._files[name] = self.given.get(name) or self._read_file(name, asked)
         self._below[name] = []
@@ -260,15 +262,15 @@ class Inheritance:
             with open(name, "rb") as stream:
                 return read_tree(stream.read(MAX_BYTES + 1), name)
         except SpecError as error:
-            self.faults.extend(error.faults)
+            self.errors.extend(error.errors)
         except OSError as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
             message = f"{name} cannot be read: {reason}"
             if asked is None:
-                self.faults.append(Fault(message, name))
+                self.errors.append(ErrorDetail(message, name))
             else:
                 hint = "the path is relative to the file that writes it"
-                self.faults.append(asked.fault(message, ("extends",), hint=hint))
+                self.errors.append(asked.error(message, ("extends",), hint=hint))
         return None
 
     def _extends(self, name: str) -> list[tuple[str, Node]]:
@@ -283,7 +285,7 @@ class Inheritance:
                 paths.append((_beside(name, item.value), item))
             else:
                 allowed = "one path or a list of paths"
-                self.faults.append(item.fault("extends names files", ("extends",), allowed=allowed))
+                self.errors.append(item.error("extends names files", ("extends",), allowed=allowed))
         return paths
 
     def _plugins(self, name: str) -> Node | None:
@@ -307,7 +309,9 @@ class Inheritance:
                 own = rename_aliases(own.with_entry("extends", None), below, self.renaming)
                 own = own if below is None else merge_nodes(below, own)
                 if own.size > MAX_NODES:
-                    self.faults.append(Fault(f"{name} and what it extends hold more than {MAX_NODES} values", name))
+                    self.errors.append(
+                        ErrorDetail(f"{name} and what it extends hold more than {MAX_NODES} values", name)
+                    )
             self._merged[name] = own
         return self._merged[name]
 
@@ -317,11 +321,11 @@ def _beside(file: str, reference: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(file), os.path.expanduser(reference)))
 
 
-def load_plugins(node: Node | None) -> list[Fault]:
-    """Import the plug-ins of a `plugins:` list; faults where one cannot be."""
+def load_plugins(node: Node | None) -> list[ErrorDetail]:
+    """Import the plug-ins of a `plugins:` list; errors where one cannot be."""
     if node is None or not node.is_list:
         return []  # a value that is no list is told by the models
-    faults = []
+    errors = []
     for index, item in enumerate(node.value):
         if not isinstance(item.value, str):
             continue
@@ -330,8 +334,8 @@ def load_plugins(node: Node | None) -> list[Fault]:
             registry.load_plugin(item.value, base)
         except UsageError as error:
             message = str(error).removeprefix("plugins: ")
-            faults.append(item.fault(message, ("plugins", index)))
-    return faults
+            errors.append(item.error(message, ("plugins", index)))
+    return errors
 
 
 def merge_nodes(below: Node, above: Node) -> Node:

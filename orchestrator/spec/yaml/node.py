@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from orchestrator.errors import Fault, shorten
+from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.redaction import redacted, without_secrets
 
 Path = tuple[str | int, ...]
@@ -117,9 +117,9 @@ class Node:
         """Return the value as the user wrote it, shortened to one line, without the secrets in it."""
         return shorten(redacted(self.text if self.text is not None else as_yaml(without_secrets(self.plain()))))
 
-    def fault(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> Fault:
-        """Return a fault at this node."""
-        return Fault(message, *self.mark, dotted(path), self.written(), allowed, hint)
+    def error(self, message: str, path: Path = (), allowed: str | None = None, hint: str | None = None) -> ErrorDetail:
+        """Return an error at this node."""
+        return ErrorDetail(message, *self.mark, dotted(path), self.written(), allowed, hint)
 
 
 def dotted(path: Sequence[str | int]) -> str:

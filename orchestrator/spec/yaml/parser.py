@@ -1,4 +1,4 @@
-"""YAML text to a tree of nodes with positions; hostile or ambiguous YAML is a fault, found in one bounded pass."""
+"""YAML text to a tree of nodes with positions; hostile or ambiguous YAML is an error, found in one bounded pass."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from orchestrator.errors import Fault, SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_NODES = 50_000
-MAX_FAULTS = 100
+MAX_ERRORS = 100
 _LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
@@ -56,39 +56,39 @@ def read_tree(data: bytes | str, file: str | None) -> Node:
     Raises:
         SpecError: it is not such a document; every duplicate key and tag is told, and the first syntax error.
     """
-    root, faults = read_value(data, file)
-    if not faults and root.value is None:
-        faults.append(Fault("the file is empty; an experiment needs at least name and model", file))
-    elif not faults and not root.is_mapping:
-        faults.append(root.fault("the file holds a " + kind_of(root.value) + " where a mapping of keys belongs"))
-    if faults:
-        raise SpecError(faults)
+    root, errors = read_value(data, file)
+    if not errors and root.value is None:
+        errors.append(ErrorDetail("the file is empty; an experiment needs at least name and model", file))
+    elif not errors and not root.is_mapping:
+        errors.append(root.error("the file holds a " + kind_of(root.value) + " where a mapping of keys belongs"))
+    if errors:
+        raise SpecError(errors)
     return root
 
 
-def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[Fault]]:
-    """Any YAML value and its faults; the value means nothing when there are faults."""
+def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[ErrorDetail]]:
+    """Any YAML value and its errors; the value means nothing when there are errors."""
     nothing = Node(None, Mark(file))
     if len(data) > MAX_BYTES:
-        return nothing, [Fault("the file has more than 1 MB, the most an experiment file may have", file)]
+        return nothing, [ErrorDetail("the file has more than 1 MB, the most an experiment file may have", file)]
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1) + 1
         byte = f"0x{error.object[error.start]:02x}"
-        return nothing, [Fault(f"byte {byte} is not UTF-8; save the file as UTF-8", file, line, column)]
+        return nothing, [ErrorDetail(f"byte {byte} is not UTF-8; save the file as UTF-8", file, line, column)]
     if control := _CONTROL.search(text):
         line, start = text.count("\n", 0, control.start()) + 1, text.rfind("\n", 0, control.start())
         message = f"the control character U+{ord(control.group()):04X} cannot be part of an experiment file"
-        return nothing, [Fault(message, file, line, control.start() - start)]
+        return nothing, [ErrorDetail(message, file, line, control.start() - start)]
     reader = _Reader(file)
     try:
-        return reader.read(text), reader.faults
+        return reader.read(text), reader.errors
     except _TooMuchError as error:
-        return nothing, [*reader.faults, Fault(error.message, *error.mark)]
+        return nothing, [*reader.errors, ErrorDetail(error.message, *error.mark)]
     except yaml.YAMLError as error:
-        return nothing, [*reader.faults, _syntax_fault(error, file)]
+        return nothing, [*reader.errors, _syntax_fault(error, file)]
 
 
 def kind_of(value: Any) -> str:
@@ -104,7 +104,7 @@ def kind_of(value: Any) -> str:
     return "number" if isinstance(value, int | float) else "text"
 
 
-def _syntax_fault(error: yaml.YAMLError, file: str | None) -> Fault:
+def _syntax_fault(error: yaml.YAMLError, file: str | None) -> ErrorDetail:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None)
@@ -117,7 +117,7 @@ def _syntax_fault(error: yaml.YAMLError, file: str | None) -> Fault:
     elif "end of stream" in problem or "',' or" in problem:
         hint = "a bracket or a quote is not closed"
     line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
-    return Fault(message, file, line, column, hint=hint)
+    return ErrorDetail(message, file, line, column, hint=hint)
 
 
 class _Reader:
@@ -125,7 +125,7 @@ class _Reader:
 
     def __init__(self, file: str | None) -> None:
         self.file = file
-        self.faults: list[Fault] = []
+        self.errors: list[ErrorDetail] = []
         self.open: list[_Open] = []
         self.anchors: dict[str, Node | None] = {}
         self.nodes = 0
@@ -170,7 +170,7 @@ class _Reader:
         self._count(1, mark)
         mapping = isinstance(event, yaml.MappingStartEvent)
         if event.tag not in (None, "!", _TAG + ("map" if mapping else "seq")):
-            self._tag_fault(event.tag, mark)
+            self._tag_error(event.tag, mark)
         if event.anchor is not None:
             self.anchors[event.anchor] = None
         self.open.append(_Open(Node({} if mapping else [], mark), event.anchor))
@@ -218,7 +218,7 @@ class _Reader:
         text: str = event.value
         if event.tag is not None and event.tag != _TAG + "str":
             if event.tag not in {_TAG + name for name in ("int", "float", "bool", "null")}:
-                self._tag_fault(event.tag, mark)
+                self._tag_error(event.tag, mark)
                 return text
         elif event.tag is not None:
             return text
@@ -232,10 +232,10 @@ class _Reader:
             return int(text, 0)
         return float(text.replace("_", "")) if _FLOAT.fullmatch(text) else text
 
-    def _tag_fault(self, tag: str, mark: Mark) -> None:
+    def _tag_error(self, tag: str, mark: Mark) -> None:
         short = tag.replace(_TAG, "!!")
         message = f"the tag {short} is not allowed: an experiment file holds plain values only"
-        self._add_fault(Fault(message, *mark, path=self._path()))
+        self._add_error(ErrorDetail(message, *mark, path=self._path()))
 
     def _key(self, node: Node, mark: Mark, merge: bool = False) -> None:
         top = self.open[-1]
@@ -246,19 +246,19 @@ class _Reader:
             if node.is_mapping or node.is_list:
                 raise _TooMuchError("a key must be text, not a mapping or a list", mark)
             message = f"the key {node.written()} is not text; write it in quotes"
-            self._add_fault(Fault(message, *mark, path=self._path(node.written())))
+            self._add_error(ErrorDetail(message, *mark, path=self._path(node.written())))
         key = node.value if isinstance(node.value, str) else node.written()
         if key in top.node.value:
             first = top.node.keys[key]
             message = f"the key `{key}` is written twice, first in line {first.line}; keep one of them"
-            self._add_fault(Fault(message, *mark, path=self._path(key)))
+            self._add_error(ErrorDetail(message, *mark, path=self._path(key)))
         top.key = key
         top.node.keys.setdefault(key, mark)
 
-    def _add_fault(self, fault: Fault) -> None:
-        self.faults.append(fault)
-        if len(self.faults) >= MAX_FAULTS:
-            raise _TooMuchError(f"reading stops after {MAX_FAULTS} faults", Mark(fault.file, fault.line, fault.column))
+    def _add_error(self, error: ErrorDetail) -> None:
+        self.errors.append(error)
+        if len(self.errors) >= MAX_ERRORS:
+            raise _TooMuchError(f"reading stops after {MAX_ERRORS} errors", Mark(error.file, error.line, error.column))
 
     def _add(self, node: Node) -> None:
         if not self.open:

@@ -1,4 +1,4 @@
-"""Pydantic's errors told as faults: plain sentences with file, line, column, what is allowed and the nearest name."""
+"""Pydantic's errors told as errors: plain sentences with file, line, column, what is allowed and the nearest name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import registry
-from orchestrator.errors import Fault, shorten
+from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
 from orchestrator.spec.yaml.key_paths import NAMED, description_at, kind_at, names_at, shape_at
 from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
@@ -78,8 +78,8 @@ def _number(text: str) -> tuple[float | int, str] | None:
     text).
     """
     text = text.replace("\N{MINUS SIGN}", "-")
-    node, faults = read_value(text, None) if text and len(text) < 60 else (None, [None])
-    value: Any = node.value if node is not None and not faults else None
+    node, errors = read_value(text, None) if text and len(text) < 60 else (None, [None])
+    value: Any = node.value if node is not None and not errors else None
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value, ""
     if _THOUSANDS.fullmatch(text) or _SPACED.fullmatch(text):
@@ -153,7 +153,7 @@ class _Error:
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault before its position is known."""
+    """An error before its position is known."""
 
     path: Path
     message: str
@@ -161,17 +161,17 @@ class Finding:
     hint: str | None = None
 
 
-def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]:
-    """Return the faults of a failed validation.
+def explain(found: Sequence[Any], root: Node, prefix: Path = ()) -> list[ErrorDetail]:
+    """Return the errors of a failed validation.
 
     Args:
-        errors: `ValidationError.errors()`; those inside components are unfolded.
+        found: `ValidationError.errors()`; those inside components are unfolded.
         root: The tree that was validated, for positions.
         prefix: Path of the part that was validated.
     """
     strays = {section: keys for section in (*NAMED, "phases") if (keys := stray_keys(root, section))}
-    flat = [error for raw in errors for error in _flatten(raw, root, prefix, ())]
-    faults = [
+    flat = [error for raw in found for error in _flatten(raw, root, prefix, ())]
+    errors = [
         _nameless(section, keys, root)
         for section, keys in strays.items()
         if any(error.path[:1] == (section,) for error in flat)
@@ -183,15 +183,15 @@ def explain(errors: Sequence[Any], root: Node, prefix: Path = ()) -> list[Fault]
         if error.type == "missing" and _misspelt(error.path, root) is not None:
             continue  # told where the key is misspelt
         if error.union is None:
-            faults.append(_fault([error], root))
+            errors.append(_detail([error], root))
         else:
             unions.setdefault(error.union, []).append(error)
     for where, group in unions.items():
         inside = [error for error in group if len(error.path) > len(where) or error.type.startswith("component_kind")]
-        faults.extend(_fault([error], root) for error in inside)
+        errors.extend(_detail([error], root) for error in inside)
         if not inside:
-            faults.append(_fault(group, root))
-    return sorted(dict.fromkeys(faults), key=lambda fault: (fault.file or "", fault.line or 0, fault.column or 0))
+            errors.append(_detail(group, root))
+    return sorted(dict.fromkeys(errors), key=lambda error: (error.file or "", error.line or 0, error.column or 0))
 
 
 def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Mark, str | None]:
@@ -215,10 +215,10 @@ def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Ma
     return mark, node.written()
 
 
-def fault_at(root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None) -> Fault:
-    """Return a fault at the value of a path, or at what holds it where the value is a default."""
+def error_at(root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None) -> ErrorDetail:
+    """Return an error at the value of a path, or at what holds it where the value is a default."""
     mark, value = locate(root, path)
-    return Fault(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
+    return ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
 def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | None]:
@@ -233,9 +233,9 @@ def unknown_key(name: str, known: Sequence[str], place: Path) -> tuple[str | Non
     return unknown_name(name, known)[0], hint_for_key(name, known, dotted(place))
 
 
-def is_unknown_kind(fault: Fault) -> bool:
-    """Return whether a fault says that no component of a kind is known, as when its plug-in could not be imported."""
-    return fault.message.startswith(_UNKNOWN_KIND)
+def is_unknown_kind(error: ErrorDetail) -> bool:
+    """Return whether an error says that no component of a kind is known, as when its plug-in could not be imported."""
+    return error.message.startswith(_UNKNOWN_KIND)
 
 
 def stray_keys(root: Node, section: str) -> tuple[str, ...]:
@@ -270,7 +270,7 @@ def _is_entry(node: Node) -> bool:
     return kind_at(node) is not None
 
 
-def _nameless(section: str, keys: Sequence[str], root: Node) -> Fault:
+def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
     mark, value = locate(root, (section, keys[0]), key=True)
     node = root.get(section)
     names = [key for key in node.value if key not in keys] if node is not None and node.is_mapping else []
@@ -281,7 +281,7 @@ def _nameless(section: str, keys: Sequence[str], root: Node) -> Fault:
     hint = f"write {section}: {{{name}: {{{keys[0]}: ...}}}}" + (
         "" if names or section == "phases" else ", NAME of your choice"
     )
-    return Fault(
+    return ErrorDetail(
         message, *mark, path=dotted((section, keys[0])), value=value, allowed=", ".join(names) or None, hint=hint
     )
 
@@ -319,7 +319,7 @@ def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> l
     return [_Error(tuple(path), union, raw["type"], context, raw["msg"], key)]
 
 
-def _fault(group: list[_Error], root: Node) -> Fault:
+def _detail(group: list[_Error], root: Node) -> ErrorDetail:
     error = group[0]
     if error.type in ("missing", "component_kind_missing"):
         return _missing(error, root)
@@ -331,10 +331,10 @@ def _fault(group: list[_Error], root: Node) -> Fault:
     if error.key:
         value = str(error.path[-1])
     about = None if error.key or error.type.startswith("component") else description_at(root, error.path)
-    return Fault(message, *mark, path=dotted(error.path), value=value, allowed=allowed, hint=hint, about=about)
+    return ErrorDetail(message, *mark, path=dotted(error.path), value=value, allowed=allowed, hint=hint, about=about)
 
 
-def _missing(error: _Error, root: Node) -> Fault:
+def _missing(error: _Error, root: Node) -> ErrorDetail:
     path = error.path
     mark, _ = locate(root, path[:-1], key=True)
     key = str(path[-1])
@@ -342,13 +342,13 @@ def _missing(error: _Error, root: Node) -> Fault:
     hint = f"is `{near}` meant to be `{key}`?" if near else None
     allowed = ", ".join(error.context["known"]) if "known" in error.context else None
     about = description_at(root, path)
-    return Fault(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint, about=about)
+    return ErrorDetail(f"the key `{key}` is missing", *mark, path=dotted(path), allowed=allowed, hint=hint, about=about)
 
 
-def _unknown_key(path: Path, root: Node) -> Fault:
+def _unknown_key(path: Path, root: Node) -> ErrorDetail:
     mark, value = locate(root, path, key=True)
     allowed, hint = unknown_key(str(path[-1]), names_at(root, path[:-1]), path[:-1])
-    return Fault(f"unknown key `{path[-1]}`", *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
+    return ErrorDetail(f"unknown key `{path[-1]}`", *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
 def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str | None]:
