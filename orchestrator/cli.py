@@ -11,7 +11,7 @@ import typer
 from orchestrator.dispatch.stop import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError, shorten
 from orchestrator.redaction import redacted
-from orchestrator.verbs import data, inspect, ledger, results, run, spec
+from orchestrator.verbs import components, data, inspect, ledger, results, run, spec
 from orchestrator.verbs.options import keep_output_for_json, print_json
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 for verb in (
     spec.validate, inspect.plan, run.run, run.search, inspect.status, inspect.table, inspect.logs, inspect.path,
     results.export, results.predictions, run.bench, spec.compressors, spec.schema, spec.show,
+    components.components, components.check,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(data.app, name="data")

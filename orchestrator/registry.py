@@ -23,6 +23,8 @@ COMPRESSORS = "orchestrator.compressors"
 SCHEDULES = "orchestrator.schedules"
 DATA = "orchestrator.data"
 EVALUATIONS = "orchestrator.evaluations"
+SORTS = {"compressors": COMPRESSORS, "schedules": SCHEDULES, "data": DATA, "evaluations": EVALUATIONS}
+"""Every sort of component by its plain name, and its entry-point group."""
 
 _from_plugins: dict[tuple[str, str], type[Any]] = {}
 
@@ -97,8 +99,11 @@ def load_object(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def load_plugin(reference: str, base_folder: Path) -> None:
+def load_plugin(reference: str, base_folder: Path) -> tuple[type[Any], ...]:
     """Import a plug-in, a `.py` file relative to `base_folder` or an installed module, and register its specs.
+
+    Returns:
+        The spec classes it defines, in their order.
 
     Raises:
         UsageError: it does not exist, defines no component, or takes a name that is in use.
@@ -117,6 +122,23 @@ def load_plugin(reference: str, base_folder: Path) -> None:
         if kind in _entry_points(group) or (known is not None and known.__module__ != cls.__module__):
             raise UsageError(f"plugins: {reference} defines {kind!r}, a name already in use in {group}; rename it")
         _from_plugins[group, kind] = cls
+    return tuple(found)
+
+
+def only_component(path: Path, group: str) -> type[Any]:
+    """Import a plug-in file and return the one component of a sort that it defines.
+
+    Raises:
+        UsageError: it defines none of that sort, or several; or it is no plug-in.
+    """
+    classes = [cls for cls in load_plugin(str(path), Path.cwd()) if cls.registry_group == group]
+    if len(classes) != 1:
+        kinds = f" ({', '.join(cls.kind_name() for cls in classes)})" if classes else ""
+        raise UsageError(
+            f"{path} defines {len(classes)} components of {group}{kinds}, not one; name one by a mapping with its "
+            "`kind`, or check all of them: llavolta check FILE"
+        )
+    return classes[0]
 
 
 def _import_plugin(reference: str, base_folder: Path) -> ModuleType:

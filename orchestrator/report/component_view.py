@@ -1,13 +1,17 @@
-"""`compressors`: the methods there are, what they take, and where they can act."""
+"""What components there are, what they take, and where compressors can act: `components` and `compressors`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from inspect import getdoc
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 
 from orchestrator import registry
+from orchestrator.errors import UsageError
 from orchestrator.spec.components import AMOUNTS
 
 _COMMON = ("kind", "layer", *AMOUNTS)
@@ -39,7 +43,7 @@ def compressor_documents() -> list[dict[str, Any]]:
 
 
 def print_compressors(console: Console) -> None:
-    """Return the compressors, a block each."""
+    """Print the compressors, a block each."""
     for document in compressor_documents():
         console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(_places(document))})")
         console.print(f"    {document['does']}", highlight=False, markup=False)
@@ -60,4 +64,73 @@ def _allowed(value: dict[str, Any]) -> str:
     """Return what a JSON schema allows, in few words."""
     if "anyOf" in value:
         return " | ".join(dict.fromkeys(_allowed(one) for one in value["anyOf"]))
-    return " | ".join(map(str, value["enum"])) if "enum" in value else str(value.get("type", "any"))
+    if "const" in value or "enum" in value:
+        return " | ".join(map(str, value.get("enum", [value.get("const")])))
+    if value.get("type") == "array" and "items" in value:
+        return f"list of {_allowed(value['items'])}"
+    return str(value.get("$ref", value.get("type", "any"))).rpartition("/")[2]
+
+
+def component_documents(wanted: str | None = None) -> list[dict[str, Any]]:
+    """Return one mapping a component: sort, kind, what it does, its fields with types, defaults and descriptions.
+
+    Args:
+        wanted: One kind, or one sort (`schedules`); None for all.
+
+    Raises:
+        UsageError: there is no such kind or sort.
+    """
+    found = [
+        (sort, kind)
+        for sort, group in registry.SORTS.items()
+        for kind in registry.kinds(group)
+        if wanted in (None, kind, sort)
+    ]
+    if not found:
+        kinds = [kind for group in registry.SORTS.values() for kind in registry.kinds(group)]
+        near = registry.nearest(str(wanted), [*registry.SORTS, *kinds])
+        raise UsageError(
+            f"components: no kind or sort {wanted!r}"
+            + (f"; did you mean {near}?" if near else f"; sorts are {', '.join(registry.SORTS)}")
+        )
+    return [_component(sort, kind) for sort, kind in found]
+
+
+def _component(sort: str, kind: str) -> dict[str, Any]:
+    cls = registry.spec_class(registry.SORTS[sort], kind)
+    schema = cls.model_json_schema(mode="validation")
+    fields = {}
+    for name, value in schema["properties"].items():
+        if name == "kind":
+            continue
+        required = name in schema.get("required", ())
+        fields[name] = {
+            "type": _allowed(value),
+            "required": required,
+            "default": None if required else value.get("default"),
+            "description": " ".join(value.get("description", "").split()),
+        }
+    names = ("points", "needs", "learns") if sort == "compressors" else ()
+    does = (getdoc(cls) or "").split("\n")[0]
+    about = {"sort": sort, "kind": kind, "does": does, "version": cls.version, "module": cls.__module__}
+    return {**about, **{name: getattr(cls, name) for name in names}, "fields": fields}
+
+
+def print_components(documents: Sequence[dict[str, Any]], console: Console, with_fields: bool) -> None:
+    """Print components by sort: a line each, or with every field and its description."""
+    for sort, members in groupby(documents, key=lambda document: document["sort"]):
+        console.print(f"[bold]{sort}[/bold]")
+        for document in members:
+            console.print(f"  {document['kind']}: {document['does']}", highlight=False, markup=False)
+            if not with_fields:
+                continue
+            for name, value in document["fields"].items():
+                default = "required" if value["required"] else f"default {_shown(value['default'])}"
+                about = f"  {value['description']}" if value["description"] else ""
+                console.print(f"      {name}: {value['type']} ({default}){about}", highlight=False, markup=False)
+    if not with_fields:
+        console.print("`llavolta components KIND` shows its fields.", highlight=False)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)

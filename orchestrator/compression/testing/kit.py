@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from orchestrator.errors import UsageError
 from orchestrator.spec.components import CompressorSpec, Grid
 
 PROVEN = "proven"
-PointLike = CompressorSpec | type[CompressorSpec] | Mapping[str, Any]
+PointLike = CompressorSpec | type[CompressorSpec] | Mapping[str, Any] | Path
 _AMOUNTS: tuple[dict[str, Any], ...] = ({"stride": 2}, {"keep_ratio": "1/2"}, {"keep_tokens": 2}, {"keep_tokens": 1})
 _AMOUNT_NAMES = ("stride", "keep_tokens", "keep_ratio")
 
@@ -43,11 +44,16 @@ class Report:
         """The reason of each family that the points cannot run on."""
         return {name: result.removeprefix("refused: ") for name, result in self.families.items() if result != PROVEN}
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A line a family."""
+        return tuple(f"{name}: {result}" for name, result in self.families.items())
+
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {result}" for name, result in self.families.items())
+        return "\n".join(self.lines)
 
 
-def check_compressor(points: PointLike | Sequence[PointLike], families: Iterable[str] | None = None) -> Report:
+def check_compressor(points: PointLike | str | Sequence[PointLike], families: Iterable[str] | None = None) -> Report:
     """Prove a compressor on tiny random models: one line in a plug-in's tests.
 
     On each family: with all tokens kept the loss is the plain model's to 1e-6 and so are the gradients; loss and
@@ -58,9 +64,9 @@ def check_compressor(points: PointLike | Sequence[PointLike], families: Iterable
     alone, remember nothing, and draw from the context's seed only.
 
     Args:
-        points: A compressor as a mapping, a spec or a class of specs, or several of them. Without `layer` the kit
-            tries those a family allows (and the projector, where the method acts there); without an amount it
-            chooses one.
+        points: A compressor as a mapping with a `kind`, a spec, a spec class or a plug-in file that defines one; or
+            several of them. Without `layer` the kit tries those a family allows (and the projector, where the method
+            acts there); without an amount it chooses one.
         families: Names in `orchestrator.compression.testing.families.TINY`; by default all.
 
     Raises:
@@ -72,6 +78,7 @@ def check_compressor(points: PointLike | Sequence[PointLike], families: Iterable
         >>> check_compressor({"kind": "average_pool", "stride": 2}, ["llava"])
     """
     chosen = _choose(families)
+    points = Path(points) if isinstance(points, str) else points
     results: dict[str, str] = {}
     faults: list[str] = []
     cause: Exception | None = None
@@ -182,6 +189,8 @@ class Candidate:
 def _candidate(point: PointLike) -> Candidate:
     if isinstance(point, CompressorSpec):
         return Candidate(type(point), point.model_dump(exclude_none=True))
+    if isinstance(point, Path):
+        point = registry.only_component(point, registry.COMPRESSORS)
     if isinstance(point, type):
         return Candidate(point, {})
     kind, known = point.get("kind"), registry.kinds(registry.COMPRESSORS)

@@ -22,7 +22,7 @@ from orchestrator.spec.yaml.validation_errors import Finding, error_at
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
 _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
 # What calls an implementation, and by which methods; docs/tutorials/ has one of each.
-_METHODS = {"data": ("rows",), "evaluate": ("run",)}
+_METHODS = {"compressors": ("compress",), "data": ("rows",), "evaluate": ("run",)}
 
 
 def check_cluster(root: Node) -> list[ErrorDetail]:
