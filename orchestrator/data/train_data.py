@@ -178,14 +178,6 @@ class TrainData:
         """
         return collate([self.sample(index) for index in indices], self._processor, padding_side)
 
-    def blank_image(self) -> dict[str, torch.Tensor]:
-        """Image inputs of one grey image.
-
-        For a rank without an image in its micro-batch that must still run the vision tower (ZeRO-3: every rank takes
-        the same path): run the tower and projector on it and add their sum times zero to the loss.
-        """
-        return self._processor.images.blank()
-
 
 def build_train_data(
     datasets: Sequence[Mapping[str, Any]],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_stage import _largest_difference, trained
+from test_stage_run import _largest_difference, trained
 from training_workers import HEAVY, launch, model_of, recipe_of, stage, uneven_data
 
 from orchestrator.errors import StageRunError, UsageError

@@ -152,10 +152,6 @@ class RowImages:
             parts = [known[row] if row else empty for row in wanted]
         return {name: _join([part[name] for part in parts if part is not None]) for name in first}
 
-    def blank(self) -> Tensors:
-        """Image inputs of one grey image."""
-        return self._apply([_grey((64, 64))])[0]
-
     def _read_all(self, rows: Sequence[tuple[ImageRef, ...]]) -> list[Tensors]:
         if len(rows) < 2:
             return [self._read(row)[0] for row in rows]
