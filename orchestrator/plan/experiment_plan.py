@@ -182,23 +182,23 @@ def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial
     return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)
 
 
-def reach_of(walk: ExperimentPlan) -> Recorded:
+def reach_of(plan: ExperimentPlan) -> Recorded:
     """Return what an experiment reaches as it is planned now."""
-    name, file, tree = walk.loaded.spec.name, str(walk.loaded.path.absolute()), walk.tree
-    key = f"{FOLDER}/{as_name(name)}-{digest([file, sorted(walk.loaded.overrides)])[:12]}.json"
+    name, file, tree = plan.loaded.spec.name, str(plan.loaded.path.absolute()), plan.tree
+    key = f"{FOLDER}/{as_name(name)}-{digest([file, sorted(plan.loaded.overrides)])[:12]}.json"
     states: dict[str, Keep] = dict.fromkeys((*tree.roots, *tree.starts), "weights")
     states |= {state: job.keep for state, job in tree.stage_runs.items()}
-    jobs = {cell.name: walk.jobs_of(cell) for cell in walk.cells}
+    jobs = {cell.name: plan.jobs_of(cell) for cell in plan.cells}
     cells = {cell: [job for job in found if job in states] for cell, found in jobs.items()}
     return Recorded(key, name, file, time.time(), states, frozenset(tree.evaluations), cells)
 
 
-def record_experiment(walk: ExperimentPlan) -> None:
+def record_experiment(plan: ExperimentPlan) -> None:
     """Note what an experiment reaches; call it before looking at what is stored, so that `gc` sees it in time.
 
     Raises:
         StorageError: the storage cannot be written.
     """
-    found = reach_of(walk)
+    found = reach_of(plan)
     fields = {name: getattr(found, name) for name in ("name", "file", "when", "states", "cells")}
-    walk.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))
+    plan.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))
