@@ -11,8 +11,8 @@ import pytest
 from ledger_work import finish, spool
 
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.documents.differences import cell_values, differences
 from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.documents.reasons import cell_values, differences
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Leases

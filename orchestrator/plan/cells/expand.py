@@ -19,7 +19,7 @@ from orchestrator.plan.cells.compiled_schedule import (
 )
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
-from orchestrator.plan.cells.steps import num_rows, steps_by_cost, total_steps_of
+from orchestrator.plan.cells.steps import steps_by_cost, total_steps_of
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
@@ -156,7 +156,8 @@ class _Resolver:
             return total_steps_of(name, one, sets, count_rows)
 
         def count_rows(each: str) -> int | None:
-            count, data = self._once(num_rows, spec.data[each]), spec.data[each]
+            data = spec.data[each]
+            count = self._once(type(data).num_rows, data)
             return count and count - len(self._left_out(spec, data, recipe.model_max_length, prompts=False))
 
         if recipe.match_train_tflops is None and recipe.max_train_tflops is None:

@@ -13,7 +13,6 @@ from typing import Any
 from orchestrator import registry
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.cells.identity_fields import data_identity
-from orchestrator.plan.cells.steps import num_rows
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.identity import cache_folder, content_digest, digest
 from orchestrator.plan.io_retry import ABSENT, retry_io
@@ -186,7 +185,7 @@ class Samples:
             if found is None:
                 self.missing[name, phase] = None
                 return None
-            weighed.append(((num_rows(spec.data[name]) or 1) * share, found))
+            weighed.append(((spec.data[name].num_rows() or 1) * share, found))
         total = sum(weight for weight, _ in weighed)
 
         def mean(of: Callable[[Lengths], float]) -> float:

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.components import DataSpec, ScheduleSpec
+from orchestrator.spec.components import ScheduleSpec
 from orchestrator.spec.phase import PhaseSpec, epoch_steps, rows_per_epoch
-
-
-def num_rows(data: DataSpec) -> int | None:
-    """Return the usable rows of a data set; None where it is not here and the spec does not say."""
-    return data.num_rows()
 
 
 def total_steps_of(

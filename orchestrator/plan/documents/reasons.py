@@ -1,13 +1,198 @@
-"""Where each job of a plan stands in the ledger, and why a cell has work to do, in words for people."""
+"""Why a cell has work to do, in words, and what sets a new one apart from the nearest finished cell."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.documents.differences import Nearest
+from orchestrator.errors import shorten
+from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.identity_fields import RESOLVED, draws_weights
+from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.ledger.files import read_json
 from orchestrator.plan.ledger.leases import Holder
 from orchestrator.plan.status import TreeStatus
+
+Values = dict[str, str]
+_SHOWN = 3
+_NEAR = 3
+_VALUE_SHOWN = 40
+_LONGEST = 160
+_COMPARED = 100
+_RECORDED = 500
+_ACTIONS_SHOWN = 6
+_BOUNDARIES = "exact_schedule"
+_NAMED = ("compressors.", "data.")
+
+
+def cell_values(cell: Cell) -> Values:
+    """Return what decides what a cell is, as dotted key to text; beside names for people, these are what its id
+    hashes.
+    """
+    model = cell.spec.model
+    values: dict[str, Any] = {}
+    _flatten("model", _fields(model), values)
+    if not cell.phases or any(plan.recipe.seed is None for plan in cell.phases):
+        values["seed"] = cell.spec.seed
+    for plan in cell.phases:
+        _phase_values(plan, values)
+    if draws_weights(model):
+        values["weights.seed"] = cell.root.seed
+    return {key: value if isinstance(value, str) else canonical_json(value) for key, value in values.items()}
+
+
+def _fields(spec: Any, leave: frozenset[str] = frozenset()) -> dict[str, Any]:
+    return dict(spec.model_dump(mode="json", exclude=set(type(spec).not_identity | leave)))
+
+
+def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
+    place = f"phases.{plan.name}"
+    _flatten(place, _fields(plan.recipe, RESOLVED), values)
+    values[f"{place}.seed"] = plan.seed
+    values[f"{place}.steps"] = plan.total_steps
+    if plan.recipe.start_from is not None:
+        _flatten(f"{place}.start_from", plan.recipe.model_dump(mode="json")["start_from"], values)
+    few = len(plan.table) <= _ACTIONS_SHOWN
+    shares = [(action.variant, (action.last_step - action.first_step) / plan.total_steps) for action in plan.table]
+    stages = ", ".join(name if share == 1 else f"{name} {share:.3g}" for name, share in shares)
+    values[f"{place}.schedule"] = stages if few else f"{plan.schedule.kind} of {len(plan.table)} actions"
+    values[f"{place}.{_BOUNDARIES}"] = digest([plan.total_steps, plan.schedule.ids, [a.last_step for a in plan.table]])[
+        :8
+    ]
+    for action in plan.table if few else ():
+        for number, point in enumerate(action.points):
+            name = f"compressors.{action.variant}" + (f".{number}" if len(action.points) > 1 else "")
+            _flatten(name, point, values)
+    values[f"{place}.data"] = " + ".join(
+        entry["name"] if len(plan.data) == 1 else f"{entry['share']:g} {entry['name']}" for entry in plan.data
+    )
+    for entry in plan.data:
+        _flatten(f"data.{entry['name']}", entry["spec"], values)
+
+
+def _flatten(place: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{place}.{key}", item, into)
+    elif value is not None:
+        into[place] = value
+
+
+def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
+    """Return `key old -> new` for each value in which `to` differs from `of`; what only one of them has is `none`.
+
+    What only follows from another difference is not listed: a variant beside the schedule that uses it, a phase's
+    seed beside the experiment's, the exact steps of a schedule beside a difference that shows.
+    """
+    found: dict[str, str] = {}
+    in_both = {_entry(key) for key in of} & {_entry(key) for key in to}
+    # The experiment's seed first: that of a phase or of the weights often only follows it.
+    for key in sorted(dict.fromkeys((*to, *of)), key=lambda key: key != "seed"):
+        old, new = of.get(key), to.get(key)
+        unused = (key == "seed" and None in (old, new)) or (key.startswith(_NAMED) and _entry(key) not in in_both)
+        change = f"{_brief(old)} -> {_brief(new)}"
+        if old != new and _brief(old) == _brief(new):
+            change = f"{shorten(old or 'none', _LONGEST)} -> {shorten(new or 'none', _LONGEST)}"
+        follows = key.endswith("seed") and any(other == change for at, other in found.items() if at.endswith("seed"))
+        if old != new and not unused and not follows:
+            found[key] = change
+    shown = {key: change for key, change in found.items() if not key.endswith(_BOUNDARIES)} or found
+    return [f"{key.removeprefix('phases.')} {change}" for key, change in shown.items()]
+
+
+def _brief(value: str | None) -> str:
+    """Return a value as a reason shows it: of an absolute path the last part, of a long text its beginning."""
+    if not value:
+        return "none"
+    return shorten(value.rstrip("/").rpartition("/")[2] if value.startswith("/") else value, _VALUE_SHOWN)
+
+
+def _entry(key: str) -> str:
+    """Return the named variant or data set that a key belongs to."""
+    return ".".join(key.split(".")[:2])
+
+
+class Nearest:
+    """Finds the finished cell nearest to a new one, in an experiment and among those its storage has a record of.
+
+    A cell that another experiment recorded is named only where at most three values differ: further away there is
+    nothing to learn from the comparison. Only the first new cells are compared, with a bounded number of finished ones:
+    a plan of 10,000 cells stays quick.
+
+    Args:
+        finished: Finished cells of the experiment.
+        records: Folder of the recorded cells, `STORAGE/cells`.
+        experiment: Its folder's cells come first.
+    """
+
+    def __init__(self, finished: Iterable[Cell], records: Path, experiment: str) -> None:
+        self._finished, self._records, self._experiment = finished, records, experiment
+        self._known: list[tuple[str, Values, bool]] | None = None
+        self._left = _COMPARED
+
+    def reason(self, cell: Cell) -> str | None:
+        """Return `differs from finished cell X: …`; None where there is none, or enough cells were compared."""
+        if self._left == 0:
+            return None
+        self._left -= 1
+        own = cell_values(cell)
+        candidates = self._candidates(cell.id)
+        if not candidates:
+            self._left = 0
+            return None
+        compared = ((name, differences(values, own), related) for name, values, related in candidates)
+        near = ((name, found) for name, found, related in compared if related or len(found) <= _NEAR)
+        nearest = min(near, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name), default=None)
+        if nearest is None:
+            return None
+        name, found = nearest
+        if not found:
+            found = ["the content of its model, data or plug-ins, or the version of the training"]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        return f"differs from finished cell {name}: {', '.join(found[:_SHOWN])}{more}"
+
+    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values, bool]]:
+        """Return the name, values, and whether it is of this experiment."""
+        if self._known is None:
+            own = {}
+            for cell in self._finished:
+                own[cell.id] = (cell.name, cell_values(cell), True)
+                if len(own) == _RECORDED:
+                    break
+            self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
+        return self._known
+
+
+def _distance(found: Sequence[str]) -> int:
+    # Another schedule is further away than another value of one.
+    return len(found) + sum(".schedule " in text for text in found)
+
+
+def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values, bool]]:
+    """Return the names and values of finished cells that were recorded, the newest, those of `experiment` first."""
+    known = set(leave_out)
+    files = heapq.nlargest(
+        _RECORDED, folder.glob("*/*/record.json"), key=lambda file: (file.parts[-3] == experiment, _changed(file))
+    )
+    found = []
+    for file in files:
+        record = read_json(file) or {}
+        values = record.get("values")
+        if record.get("status") == "finished" and isinstance(values, dict) and record.get("cell_id") not in known:
+            known.add(record["cell_id"])
+            related = file.parts[-3] == experiment
+            place = file.parent.name if related else f"{file.parts[-3]}/{file.parent.name}"
+            found.append((place, values, related))
+    return found
+
+
+def _changed(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 class Reasons:
