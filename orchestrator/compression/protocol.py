@@ -85,20 +85,26 @@ class Kept:
 
 @runtime_checkable
 class Compressor(Protocol):
-    """A method; built with its spec.
+    """A method; built with its spec, once for each point that names it.
 
-    One that learns also has `create_module(width) -> nn.Module`; its module comes back as `Context.module`. One that
-    adds tokens at the decoder's input (registers) also has `enter`, with the arguments of `compress`, which is called
-    before layer 0 and may return more tokens than it got; the position ids of what follows the image in its row then
-    move up by the number added. Its module is given to `enter` alone. One that acts on pixels (at the projector) also
-    has `resize(pixels_BCHW, grid)`, which gives the tower smaller images; `compress` then gets the features of those,
-    with the context of the original grid.
+    It remembers nothing between calls, lets no image depend on the others of the batch, and draws only from
+    `Context.seed`, `step` and `sample_indices`: a checkpointed layer calls it again in backward, and a sample must come
+    out alike in any batch, on any rank, after a restart. Gradients flow through what it returns; choices take none.
+    `Learns`, `Enters` and `Resizes` say what some methods have in addition.
     """
 
     def __init__(self, spec: Any) -> None: ...
 
     def compress(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         """Turn the N visual tokens of each of B images of one grid into M <= N.
+
+        Args:
+            visual_BND: Hidden states before the layer, or features before the projector; not to be written into.
+            grid: Rows and columns of each image's tokens, in raster order; N = `grid.tokens`.
+            context: What else is known of the tokens.
+
+        Returns:
+            `spec.kept_tokens(grid)` tokens of each image; `take` makes it of indices.
 
         Raises:
             ValueError: the amount does not fit this grid.
@@ -108,28 +114,46 @@ class Compressor(Protocol):
 
 @runtime_checkable
 class Learns(Protocol):
-    """A method with parameters of its own."""
+    """A method with parameters of its own; its spec says `learns = True`.
+
+    `attach` creates the module once, since an optimizer cannot be given parameters later. It comes back as
+    `Context.module`, is trained as the part `compressor`, and is saved under a name made of kind, place and
+    `spec.module_shape()`, so that stages whose points agree in these share it. The mechanism calls it once a forward,
+    also on ranks without images, because ZeRO-3 gathers its parameters as one; call it freely inside `compress`.
+    """
 
     def create_module(self, width: int) -> nn.Module:
-        """Return its module, for tokens of `width`."""
+        """Return its module, for tokens of `width`.
+
+        Draw initial values from torch's global generator as modules do: it is seeded by (seed, the module's name) for
+        this call and restored after it. Start near a simple method (zero-initialised last layers over an average, for
+        instance), since the model was trained without it. Do not set device or dtype.
+        """
         ...
 
 
 @runtime_checkable
 class Enters(Protocol):
-    """A method that adds tokens at the decoder's input."""
+    """A method that adds tokens at the decoder's input (registers); `spec.tokens_before(grid)` counts them."""
 
     def enter(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        """As `compress`, before layer 0; may return more tokens than it got."""
+        """Return what enters layer 0: as `compress`, but more tokens than it got where it adds some.
+
+        The position ids of what follows the image in its row move up by the number added. `Context.module` is given to
+        this call alone; `compress` follows before the point's own layer.
+        """
         ...
 
 
 @runtime_checkable
 class Resizes(Protocol):
-    """A method that acts on pixels."""
+    """A method that acts on pixels, at the projector; its spec needs `pixels`."""
 
     def resize(self, pixels_BCHW: Tensor, grid: Grid) -> Tensor:
-        """Return the images of which the tower makes fewer tokens than those of `grid`."""
+        """Return the images of which the tower makes fewer tokens than those of `grid`.
+
+        `compress` then gets the features of the smaller images, with grid and context of the original ones.
+        """
         ...
 
 

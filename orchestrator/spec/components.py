@@ -159,16 +159,26 @@ Layer = Annotated[int | str, BeforeValidator(_parse_layer)]
 class CompressorSpec(Component):
     """A point where a compressor acts, and how many tokens it leaves.
 
-    A subclass declares where it can act (`points`: decoder, projector), what it looks at beside the visual tokens
-    (`needs`: queries, keys, cls, pixels), whether it has a module that trains (`learns`), and whether it leaves the
-    tokens as they are where it keeps them all (`keeps_all`; one that makes new tokens does not).
+    A subclass declares in class variables where it can act, what it looks at, and whether it learns.
     """
 
     registry_group: ClassVar[str] = registry.COMPRESSORS
     points: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Where it can act: `decoder` (before any layer), `projector` (features between vision tower and projector)."""
     needs: ClassVar[tuple[str, ...]] = ()
+    """What it looks at beside the visual tokens, recorded for it only: `queries` (attention of the prompt's last token
+    in layer K-1, `Context.attention_BN`), `keys` (keys of layer K-1, `row_keys_RND`), `cls` (the vision tower's CLS
+    token, `cls_attention_BN` and `cls_keys_BND`), `text` (where the prompt's text is, `text_RN`), `pixels` (it resizes
+    images). A model that cannot give it refuses the point with the reason.
+    """
     learns: ClassVar[bool] = False
+    """It has a module that trains: the implementation has `create_module`, and `train: [compressor]` trains it.
+    Override `module_operations`, so that its cost is counted, and `module_shape`, where an amount shapes the module.
+    """
     keeps_all: ClassVar[bool] = True
+    """Where every token is kept, they are left as they are, so that the plain model is computed. False for a method
+    that makes new tokens in any case, as most that learn do.
+    """
 
     layer: Layer = Field(examples=[2, "50%", "projector"])
     """Decoder layer before which it acts, or `projector`. Layers count from 0, the decoder's input; a share of the
@@ -222,6 +232,8 @@ class CompressorSpec(Component):
     def module_operations(self, grid: Grid, width: int) -> int:
         """Return the operations (two a multiply-add) of its learned module for one image of this grid, forward; 0
         without one.
+
+        The cost formula adds backward and recomputation itself; count matrix products, convolutions and attention.
 
         Args:
             grid: The image's tokens before the point.
