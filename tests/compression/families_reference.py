@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from orchestrator.compression.testing.tiny_images import IMAGE, VIDEO
+from orchestrator.compression.testing.tiny import IMAGE, VIDEO
 
 
 class _Captured(Exception):

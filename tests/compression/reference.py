@@ -7,7 +7,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from orchestrator.compression.testing.tiny_llava import tiny_llava
+from orchestrator.compression.testing.families import tiny_llava
 
 __all__ = ["tiny_llava"]
 

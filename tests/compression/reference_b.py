@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from orchestrator.compression.testing.tiny_images import IMAGE, VIDEO
+from orchestrator.compression.testing.tiny import IMAGE, VIDEO
 
 
 @dataclass(frozen=True)

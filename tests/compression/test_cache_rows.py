@@ -10,9 +10,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from orchestrator.compression import attach
 from orchestrator.compression.forward.cache import record_of
-from orchestrator.compression.testing.tiny_gemma import GEMMA_3
-from orchestrator.compression.testing.tiny_qwen import QWEN2_VL
+from orchestrator.compression.testing.families import TINY
 from orchestrator.errors import UsageError
+
+GEMMA_3, QWEN2_VL = (TINY[name] for name in ("gemma3", "qwen2_vl"))
+
 
 TINY = {"qwen2_vl": QWEN2_VL, "gemma3": GEMMA_3}
 ROWS = [[3, "image", 7], [9], [2, "image", 1, "image", 5]]

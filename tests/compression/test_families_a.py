@@ -9,9 +9,8 @@ from reference import assert_same_gradients, gradients
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
-from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.tiny_images import IMAGE, PAD, VIDEO
-from orchestrator.compression.testing.tiny_llava import LLAVA_PIXTRAL
+from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
+from orchestrator.compression.testing.tiny import IMAGE, PAD, VIDEO
 from orchestrator.errors import UsageError
 from orchestrator.models.parts import PROJECTOR, VISION_TOWER, part_of
 from orchestrator.spec.components import Grid

@@ -9,10 +9,13 @@ from reference_b import reference_loss, reference_rows
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
-from orchestrator.compression.testing.tiny_gemma import GEMMA_3, PALIGEMMA, PALIGEMMA_2
-from orchestrator.compression.testing.tiny_images import IMAGE, VIDEO
-from orchestrator.compression.testing.tiny_qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
+from orchestrator.compression.testing.families import PALIGEMMA_2, TINY
+from orchestrator.compression.testing.tiny import IMAGE, VIDEO
 from orchestrator.errors import UsageError
+
+GEMMA_3, PALIGEMMA, QWEN3_VL, QWEN3_VL_MOE = (TINY[n] for n in ("gemma3", "paligemma", "qwen3_vl", "qwen3_vl_moe"))
+QWEN2_5_VL, QWEN2_VL = TINY["qwen2_5_vl"], TINY["qwen2_vl"]
+
 
 QWEN = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_5_VL, "qwen3_vl": QWEN3_VL, "qwen3_vl_moe": QWEN3_VL_MOE}
 GEMMA = {"paligemma": PALIGEMMA, "paligemma2": PALIGEMMA_2, "gemma3": GEMMA_3}

@@ -7,7 +7,6 @@ import torch
 from families_reference import plain_loss
 from reference import assert_same_gradients, gradients
 from transformers import (
-    AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -24,17 +23,7 @@ from orchestrator.compression import attach
 from orchestrator.compression.families import FAMILIES, family_of
 from orchestrator.compression.families.generic import GenericFamily
 from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.tiny_images import (
-    IMAGE,
-    PAD,
-    SIZES,
-    TEXT_SIZES,
-    VISION_SIZES,
-    enlarge,
-    generator_of,
-    pixels,
-    text_batch,
-)
+from orchestrator.compression.testing.tiny import IMAGE, PAD, SIZES, TEXT_SIZES, VISION_SIZES, batcher, builder
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -44,21 +33,17 @@ HALF = [{"kind": "average_pool", "layer": 1, "stride": 2}]
 
 def aya_vision(seed=0):
     """A model without an adapter: a decoder with sliding layers, 2 x 2 tokens per image."""
-    torch.manual_seed(seed)
-    config = AyaVisionConfig(
-        vision_config=SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8).to_dict(),
-        text_config=Cohere2Config(**TEXT_SIZES, sliding_window=8).to_dict(),
-        image_token_id=IMAGE,
-        downsample_factor=2,
-        alignment_intermediate_size=64,
-    )
-    return enlarge(AyaVisionForConditionalGeneration(config))
+    vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8)
+    text = Cohere2Config(**TEXT_SIZES, sliding_window=8)
+    sizes = {"downsample_factor": 2, "alignment_intermediate_size": 64}
+    return builder(AyaVisionForConditionalGeneration, vision, text, image_token_id=IMAGE, **sizes)("sdpa", seed)
 
 
 def aya_batch(padding="right", answer=3):
-    generator = generator_of(1)
-    batch, _ = text_batch(MIXED, {"image": [IMAGE] * 4}, padding, generator, answer)
-    return {**batch, "pixel_values": pixels(4, 3, 32, 32, generator=generator)}
+    def pixels(draw):
+        draw.inputs["pixel_values"] = draw.pixels(4, 3, 32, 32)
+
+    return batcher({"image": [IMAGE] * 4}, pixels)(MIXED, padding, 1, answer)
 
 
 def test_a_model_of_no_known_family_keeps_its_numbers():

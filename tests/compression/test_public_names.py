@@ -49,7 +49,7 @@ FROZEN = {
     "attachment_of": (lambda: parameters(compression.attachment_of), ["model"]),
     "take": (lambda: parameters(compression.take), ["visual_BND", "index_BM", "context"]),
     "check_compressor": (lambda: parameters(testing.check_compressor), ["points", "families"]),
-    "Report": (lambda: names_of(testing.Report) + fields(testing.Report), ["proven", "refused", "families"]),
+    "Report": (lambda: names_of(testing.Report) + fields(testing.Report), ["lines", "proven", "refused", "families"]),
     "Context": (
         lambda: fields(compression.Context),
         [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from orchestrator_plugins.compressors.downsample import Downsample, DownsampleSpec
 
 from orchestrator.compression import attach
-from orchestrator.compression.testing.tiny_llava import tiny_llava
+from orchestrator.compression.testing.families import tiny_llava
 from orchestrator.spec.components import Grid
 
 

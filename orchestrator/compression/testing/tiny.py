@@ -1,4 +1,4 @@
-"""What the contract kit knows of a tiny random model of a family: how it is built, what its batches are."""
+"""What the contract kit knows of a tiny random model: its family, how it is built, what its batches are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from orchestrator.spec.components import Grid
 
 Row = Sequence[int | str]
+Tokens = Mapping[str, Sequence[int]]
+PAD, FIRST_TEXT, SEPARATOR, VIDEO, IMAGE, VOCABULARY = 0, 1, 61, 62, 63, 64
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+VISION_SIZES = SIZES | {"num_hidden_layers": 2}
+TEXT_SIZES = SIZES | {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,100 @@ class TinyFamily:
     attentions: tuple[str, ...] = ("eager", "sdpa")
 
 
+def builder(
+    model_class: Any, vision: Any, text: Any, *, after: Any = None, **options: Any
+) -> Callable[[str, int], nn.Module]:
+    """Return `TinyFamily.build` of a model class.
+
+    Args:
+        model_class: A Hugging Face model; its `config_class` is used.
+        vision: Its vision config, or values of it.
+        text: Its text config, or values of it.
+        after: A function called with the model before its weights are enlarged.
+        **options: Further values of its config.
+    """
+
+    given = {"vision_config": vision, "text_config": text}
+
+    def build(attention: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        parts = {name: one if isinstance(one, dict) else one.to_dict() for name, one in given.items()}
+        config = model_class.config_class(**parts, attn_implementation=attention, **options)
+        config.pad_token_id = PAD
+        model = model_class(config)
+        if after is not None:
+            after(model)
+        return enlarge(model)
+
+    return build
+
+
+def enlarge(model: nn.Module, factor: float = 4.0) -> nn.Module:
+    """Make weights larger than their initial values, so that what layers do shows in the loss."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(factor)
+    return model
+
+
+@dataclass
+class Draw:
+    """A batch while it is made.
+
+    Attributes:
+        inputs: Its keyword arguments; the text side is there.
+        kinds: Kinds of visual input of each row.
+        generator: Draws what is random.
+        answer: How many last tokens of a row carry labels.
+    """
+
+    inputs: dict[str, Any]
+    kinds: list[list[str]]
+    generator: torch.Generator
+    answer: int
+
+    @property
+    def flat(self) -> list[str]:
+        """Kinds of visual input of all rows."""
+        return [kind for row in self.kinds for kind in row]
+
+    def pixels(self, *shape: int) -> Tensor:
+        """Return random pixels."""
+        return torch.randn(*shape, generator=self.generator)
+
+
+def batcher(
+    tokens: Tokens, *add: Callable[[Draw], None]
+) -> Callable[[Sequence[Row], str, int, int], dict[str, Tensor]]:
+    """Return `TinyFamily.batch` of a family.
+
+    Args:
+        tokens: Token ids that each kind of visual input becomes; those that are not `IMAGE` or `VIDEO` are text.
+        *add: Add pixels and whatever else the model's forward takes, in this order.
+    """
+
+    def batch(rows: Sequence[Row], padding: str, seed: int, answer: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)  # the global state stays as it is
+        sequences: list[list[int]] = []
+        for row in rows:
+            ids: list[int] = []
+            for part in row:
+                if isinstance(part, str):
+                    ids += tokens[part]
+                else:
+                    ids += torch.randint(FIRST_TEXT, SEPARATOR, (part,), generator=generator).tolist()
+            sequences.append(ids)
+        visual = [[token in (IMAGE, VIDEO) for token in ids] for ids in sequences]
+        kinds = [[part for part in row if isinstance(part, str)] for row in rows]
+        draw = Draw(pad_rows(sequences, visual, padding, PAD, answer), kinds, generator, answer)
+        for one in add:
+            one(draw)
+        return draw.inputs
+
+    return batch
+
+
 def pad_rows(
     sequences: Sequence[Sequence[int]], visual: Sequence[Sequence[bool]], padding: str, pad_token: int, answer: int
 ) -> dict[str, Any]:
@@ -51,8 +158,6 @@ def pad_rows(
         pad_token: Token id of padding.
         answer: How many last tokens of a row carry labels; 0 for none.
     """
-    import torch
-
     length = max(map(len, sequences))
     ids, mask, labels = [], [], []
     for tokens, is_visual in zip(sequences, visual, strict=True):
