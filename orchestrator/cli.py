@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from orchestrator.dispatch.stop import ended_by_signals
+from orchestrator.dispatch.signals import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError, shorten
 from orchestrator.redaction import redacted
 from orchestrator.verbs import components, data, inspect, ledger, results, run, spec
@@ -50,7 +50,7 @@ def main() -> None:
         _trace(debug)
     except KeyboardInterrupt:
         code = 130
-        _say("stopped now; finished work is kept, run the same command to go on", as_json=as_json)
+        _say("stopped now; finished work is kept, run the same command to resume", as_json=as_json)
     except BrokenPipeError:
         code = 0
     except OSError as error:

@@ -158,6 +158,12 @@ class TrackingError(LlavoltaError):
 
 
 class Interrupted(LlavoltaError):
-    """Work was stopped by Ctrl-C, SIGTERM or SIGUSR1; finished work is in the ledger."""
+    """Work was stopped by Ctrl-C, SIGTERM or SIGUSR1; finished work is in the ledger.
 
-    exit_code = 130
+    Args:
+        exit_code: 130 after Ctrl-C, 75 after another signal or the last hour.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -84,7 +84,7 @@ class StageTimes:
 
 def alone(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> str:
     """Executor of the arm without sharing: a job named `CELL-ID` is done in the cell's own ledger, as `ID`."""
-    from orchestrator.dispatch.execute import execute
+    from orchestrator.dispatch.run_job import execute
 
     cell = job.id.partition("-")[0]
     own = Ledger(ledger.storage / cell)
@@ -118,17 +118,19 @@ def groves_of(walk: ExperimentPlan, shared: bool) -> list[Grove]:
 
 def dispatch(walk: ExperimentPlan, groves: Sequence[Grove], evaluations: bool, local: bool = False) -> dict[str, float]:
     """Does what is missing, either trainings or evaluations, in one lane; returns when each job was begun."""
-    from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
+    from orchestrator.dispatch.driver import Hooks
     from orchestrator.dispatch.local import run_local
-    from orchestrator.dispatch.run_on_ray import run_on_ray
+    from orchestrator.dispatch.ray.run import run_on_ray
+    from orchestrator.dispatch.worker import DEFAULT_EXECUTOR
 
     begun: dict[str, float] = {}
 
-    def on_event(event: Any) -> None:
-        if event["event"] == "started":
-            begun[event["id"]] = time.time()
-        if event["event"] in ("failed", "retried"):
-            raise RuntimeError(f"{event['id']}: {event['error']}")
+    class Begun(Hooks):
+        def on_event(self, event: Any) -> None:
+            if event["event"] == "started":
+                begun[event["id"]] = time.time()
+            if event["event"] in ("failed", "retried"):
+                raise RuntimeError(f"{event['id']}: {event['error']}")
 
     work: list[Job] = []
     for grove in groves:
@@ -136,7 +138,7 @@ def dispatch(walk: ExperimentPlan, groves: Sequence[Grove], evaluations: bool, l
         work += [renamed(job, lambda name, g=grove.name: f"{g}-{name}") if grove.name else job for job in jobs]
     executor = "bench_tree:alone" if groves[0].name else DEFAULT_EXECUTOR
     run = run_local if local else run_on_ray
-    run(work, walk.ledger, walk.loaded.spec.cluster, on_event, lambda: False, executor=executor)
+    run(work, walk.ledger, walk.loaded.spec.cluster, Begun(), executor=executor)
     return begun
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from orchestrator.errors import StorageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.ledger.experiments import recorded_experiments
-from orchestrator.run import _Run
+from orchestrator.run import GridSession
 from orchestrator.tracking.upload_queue import UploadQueue
 
 
@@ -99,7 +99,7 @@ def begun(tiny_experiment, monkeypatch):
     monkeypatch.chdir(tiny_experiment.parent)
     walk = prepare(tiny_experiment)
     work = walk.tree.work(walk.ledger)
-    return walk, work, _Run(walk, work, Console(quiet=True), False)
+    return walk, work, GridSession(walk, Console(quiet=True), False)
 
 
 def test_a_record_that_cannot_be_read_stops_no_training(tiny_experiment, monkeypatch):
@@ -108,15 +108,17 @@ def test_a_record_that_cannot_be_read_stops_no_training(tiny_experiment, monkeyp
         (walk.ledger.storage / "failures" / f"{job.id}.json").mkdir(parents=True)
     with pytest.raises(StorageError):
         walk.record(walk.cells[0])
-    with UploadQueue(lambda: pytest.fail("nothing can be sent"), lambda record, _: None) as recorder:
-        run._on_event({"event": "finished", "id": work[0].id, "type": "root", "attempt": 1}, recorder)
-    assert run.done == {work[0].id} and recorder.problem is None
+    with UploadQueue(lambda: pytest.fail("nothing can be sent"), lambda record, _: None) as run._recorder:
+        run.on_event({"event": "finished", "id": work[0].id, "type": "root", "attempt": 1})
+    assert run.done == {work[0].id} and run._recorder.problem is None
 
 
 def test_a_plan_made_again_is_recorded_for_gc(tiny_experiment, monkeypatch):
     walk, work, run = begun(tiny_experiment, monkeypatch)
     assert recorded_experiments(walk.ledger.store) == []
-    assert [job.id for job in run._plan_again()] == [job.id for job in work]
+    assert run.newer_work() is None
+    run.on_event({"event": "damaged", "id": work[0].id, "type": "root", "attempt": 1, "state": work[0].id})
+    assert [job.id for job in run.newer_work()] == [job.id for job in work]
     assert {job.id for job in work} <= {
         *recorded_experiments(walk.ledger.store)[0].states,
         *recorded_experiments(walk.ledger.store)[0].evaluations,

@@ -9,22 +9,15 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.dispatch.account import Account
-from orchestrator.dispatch.conductor import STOP, WAIT, Conductor
-from orchestrator.dispatch.execute import DEFAULT_EXECUTOR
-from orchestrator.dispatch.failures import describe
-from orchestrator.dispatch.feed import Feed, Planned
-from orchestrator.dispatch.lane import forget
-from orchestrator.dispatch.outcome import Outcome
-from orchestrator.dispatch.rules import Rules, new_driver
-from orchestrator.dispatch.worker_log import append_traceback, log_path
-from orchestrator.errors import Interrupted, StorageError, UsageError
+from orchestrator.dispatch.conductor import STOP, WAIT, Conductor, Rules, new_driver
+from orchestrator.dispatch.driver import Hooks, Outcome, RunState
+from orchestrator.dispatch.worker import DEFAULT_EXECUTOR, do_job, forget
+from orchestrator.errors import Interrupted, UsageError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.registry import load_object
 from orchestrator.spec.infrastructure import ClusterSpec
 
 LANE = "local"
@@ -35,12 +28,10 @@ def run_local(
     work: Sequence[Job],
     ledger: Ledger,
     cluster: ClusterSpec,
-    on_event: Callable[[Mapping[str, Any]], None],
-    should_stop: Callable[[], bool | int] = lambda: False,
+    hooks: Hooks,
     *,
     executor: str = DEFAULT_EXECUTOR,
     fail_fast: bool = False,
-    feed: Feed | None = None,
 ) -> Outcome:
     """Do the work as one worker in this thread; arguments, events and outcome are those of `run_on_ray`.
 
@@ -50,43 +41,35 @@ def run_local(
         UsageError: a GPU is asked for and there is none.
         Interrupted: KeyboardInterrupt.
     """
-    planned, account = Planned(work, feed), Account(on_event)
-    conductor = Conductor(ledger.url, new_driver(), Rules.of(cluster, fail_fast, plans_again=feed is not None))
-    lane = _Lane(conductor, planned, account, Ledger(ledger.url), should_stop)
+    conductor = Conductor(ledger.url, new_driver(), Rules.of(cluster, fail_fast, hooks.replans))
+    lane = _Lane(conductor, RunState(work, hooks), Ledger(ledger.url), hooks)
     try:
         with _single_process_group(cluster):
-            lane.work(load_object(executor))
+            lane.work(executor)
     except KeyboardInterrupt:
-        raise Interrupted("stopped at once; what was under way goes on from its last checkpoint") from None
+        raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None
     finally:
         forget(lane.memory)
         conductor.leave()
-    return account.outcome(planned.jobs, lane.was_asked)
+    return lane.state.outcome(lane.was_asked)
 
 
 class _Lane:
     """The driver and the one worker of its one lane, in one thread."""
 
-    def __init__(
-        self,
-        conductor: Conductor,
-        planned: Planned,
-        account: Account,
-        ledger: Ledger,
-        should_stop: Callable[[], bool | int],
-    ) -> None:
-        self._conductor, self._planned, self._account = conductor, planned, account
-        self._ledger, self._should_stop = ledger, should_stop
+    def __init__(self, conductor: Conductor, state: RunState, ledger: Ledger, hooks: Hooks) -> None:
+        self._conductor, self._ledger, self._hooks = conductor, ledger, hooks
+        self.state = state
         self.memory: dict[str, Any] = {}
         self.was_asked = False
-        conductor.set_work(planned.jobs, planned.closed)
+        conductor.set_work(state.jobs, state.is_closed)
 
-    def work(self, run: Callable[..., str]) -> None:
+    def work(self, executor: str) -> None:
         """Do items until there are no more."""
-        while not self._attempt(run):
+        while not self._attempt(executor):
             pass
 
-    def _attempt(self, run: Callable[..., str]) -> bool:
+    def _attempt(self, executor: str) -> bool:
         """Work until the conductor says stop (True) or wants a fresh start (False)."""
         who = {"lane": LANE, "attempt": uuid.uuid4().hex, "world_size": 1, "rank": 0}
         self._conductor.begin(who)
@@ -94,7 +77,7 @@ class _Lane:
         while True:
             self._is_stop_asked()
             item = self._conductor.next_item(who, k, last, report)
-            self._hear()
+            self._poll()
             if item == WAIT:
                 time.sleep(PAUSE_SECONDS)
             elif isinstance(item, str):
@@ -102,28 +85,19 @@ class _Lane:
             else:
                 job = job_from_json(item["job"])
                 self._ledger.fences = {job.id: item["token"]}
-                report = self._do(job, run)
+                report = do_job(executor, job, self._ledger, self.memory, self._is_stop_asked)
                 k, last = k + 1, job.id
 
-    def _do(self, job: Job, run: Callable[..., str]) -> str | dict[str, Any]:
-        try:
-            return run(job, self._ledger, self.memory, self._is_stop_asked)
-        except Exception as error:
-            forget(self.memory)
-            append_traceback(log_path(self._ledger.work_folder(job.id), 0), error, 0)
-            with contextlib.suppress(StorageError):
-                self._ledger.share_progress(job.id)
-            return describe(error).to_json()
-
-    def _hear(self) -> None:
-        news = self._conductor.poll(self._account.epoch, self._account.seen)
-        self._account.epoch = news["epoch"]
-        self._account.take(news["events"])
-        if self._planned.look():
-            self._conductor.set_work(self._planned.jobs, self._planned.closed)
+    def _poll(self) -> None:
+        news = self._conductor.poll(self.state.epoch, self.state.seen)
+        self.state.epoch = news["epoch"]
+        self.state.take(news["events"])
+        if self.state.refresh():
+            self._conductor.set_work(self.state.jobs, self.state.is_closed)
 
     def _is_stop_asked(self) -> bool:
-        if self._should_stop() and not self.was_asked:
+        self._hooks.on_tick()
+        if self._hooks.stop_asked() and not self.was_asked:
             self.was_asked = True
             self._conductor.interrupt()
         return self._conductor.is_stopping()

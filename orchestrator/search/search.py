@@ -7,26 +7,26 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from orchestrator.dispatch.deferred import DeferredInterrupt
-from orchestrator.dispatch.stop import StopRequest
-from orchestrator.errors import DataError, Interrupted, SpecError, StorageError, UsageError
+from orchestrator.dispatch.driver import Outcome
+from orchestrator.dispatch.ray.placement import room_for
+from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.ray.session import ray_session
+from orchestrator.dispatch.signals import DeferredInterrupt
+from orchestrator.errors import DataError, SpecError, StorageError, UsageError
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
+from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
-from orchestrator.recording import open_recorder, put_record, record_cells
-from orchestrator.report.live import LiveView
-from orchestrator.report.table import table_of
-from orchestrator.run import RunOutcome, check_data, relative_cost
-from orchestrator.search.feed import SearchFeed, standing
+from orchestrator.search.trial_mailbox import FAILED
+from orchestrator.session import RunOutcome, Session, check_data
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.search_space import summary, trial_name
-from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def search_experiment(
@@ -38,7 +38,7 @@ def search_experiment(
     max_hours: float | None = None,
     console: Console | None = None,
 ) -> RunOutcome:
-    """Propose and runs trials until there are `num_trials`, mark the front, and return the table.
+    """Propose and run trials until there are `num_trials`, mark the front, and return the table.
 
     Args:
         source: The experiment, with a `search`: its file, a mapping, or a loaded one.
@@ -49,7 +49,7 @@ def search_experiment(
         console: Where progress is shown.
 
     Raises:
-        SpecError: the file has faults, or uses a key whose machinery this version lacks.
+        SpecError: the file has errors, or uses a key whose machinery this version lacks.
         UsageError: the file has no search.
         DataError: rows or images cannot be used.
         Interrupted: a signal stopped it; finished work stays.
@@ -59,30 +59,26 @@ def search_experiment(
     search = walk.loaded.spec.search
     if search is None:
         raise UsageError(f"{walk.loaded.path}: there is no `search` in it; `llavolta run` runs a grid")
-    if faults := unsupported_keys(walk.loaded, searching=True):
-        raise SpecError(faults)
-    identity = search_id(walk.loaded)
-    with _alone(walk, identity):
-        notes = TrialNotes(walk.ledger.store, identity)
+    if errors := unsupported_keys(walk.loaded, searching=True):
+        raise SpecError(errors)
+    with _alone(walk, search_id(walk.loaded)) as notes:
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
-        walk = _as_the_ledger_has_it(walk, notes, retry_failed)
-        run = _SearchRun(walk, notes, walk.ledger.storage / "ray" / f"search-{identity}", console)
-        with open_recorder(walk, console) as recorder:
-            try:
-                if (left := search.num_trials - _ended(walk)) > 0:
-                    run.execute(recorder, left, StopRequest(run.say_stop, max_hours, began), fail_fast)
-                else:
-                    console.print(_all_ended(walk), highlight=False)
-            finally:
-                walk = run.feed.walk
-                record_cells(walk, recorder)
-    return _outcome(walk, run, recorder)
+        session = SearchSession(_updated(walk, notes, retry_failed), notes, console, max_hours, began)
+        with session.recording():
+            if (left := search.num_trials - session.num_ended) > 0:
+                session.search(left, fail_fast)
+            else:
+                console.print(_all_ended(session.walk), highlight=False)
+    trials = session.walk.trials
+    failed = {trial_name(trial.number): trial.error or "" for trial in trials if trial.state == "failed"}
+    waiting = {trial_name(trial.number): "" for trial in trials if trial.state == "proposed"}
+    return session.outcome(failed, waiting)
 
 
 @contextmanager
-def _alone(walk: ExperimentPlan, identity: str) -> Iterator[None]:
-    """Return one driver numbers a search's trials; several would propose the same ones."""
+def _alone(walk: ExperimentPlan, identity: str) -> Iterator[TrialNotes]:
+    """Hold a search's lease and yield its notes: several drivers would propose the same trials."""
     name = f"search-{identity}"
     leases = Leases(walk.ledger.store, f"{name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -90,12 +86,12 @@ def _alone(walk: ExperimentPlan, identity: str) -> Iterator[None]:
             holder = leases.holder(name)
             who = f"process {holder.pid} on {holder.host}" if holder is not None else "another process"
             raise UsageError(f"{walk.loaded.path}: {who} is doing this search; wait for it, or stop it")
-        yield
+        yield TrialNotes(walk.ledger.store, identity)
     finally:
         leases.close()
 
 
-def _as_the_ledger_has_it(walk: ExperimentPlan, notes: TrialNotes, retry_failed: bool) -> ExperimentPlan:
+def _updated(walk: ExperimentPlan, notes: TrialNotes, retry_failed: bool) -> ExperimentPlan:
     """Return the trials brought up to what their cells are: a driver that was killed may have noted less."""
     if retry_failed:
         for cell in walk.cells:
@@ -103,7 +99,7 @@ def _as_the_ledger_has_it(walk: ExperimentPlan, notes: TrialNotes, retry_failed:
                 if walk.ledger.failure(job) is not None:
                     walk.ledger.clear_failure(job)
     for trial in walk.trials:
-        now = standing(walk, trial)
+        now = as_stored(walk, trial)
         if now != trial:
             walk = walk.with_trial(now)
             notes.write(now)
@@ -116,119 +112,209 @@ def _all_ended(walk: ExperimentPlan) -> str:
     return f"nothing to do: every trial has ended{more}"
 
 
-def _ended(walk: ExperimentPlan) -> int:
-    return sum(trial.state != "proposed" for trial in walk.trials)
-
-
-def _front_trials(walk: ExperimentPlan) -> tuple[str, ...]:
+def front_trials(walk: ExperimentPlan) -> list[str]:
     """Return the names of the trials on the Pareto front, by number."""
     on_front = (trial for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells))
     return tuple(trial_name(trial.number) for trial in on_front)
 
 
-def _outcome(walk: ExperimentPlan, run: _SearchRun, recorder: UploadQueue) -> RunOutcome:
-    names = {cell.id: cell.name for cell in walk.cells}
-    failed = {trial_name(trial.number): trial.error or "" for trial in walk.trials if trial.state == "failed"}
-    waiting = {trial_name(trial.number): "" for trial in walk.trials if trial.state == "proposed"}
-    unsent = tuple(names[identity] for identity in list(recorder.unsent))
-    problem = recorder.problem if unsent else None
-    table = table_of([walk])
-    return RunOutcome(
-        walk, table, len(run.done), failed, waiting, unsent, problem, tuple(recorder.notes), front=_front_trials(walk)
-    )
+class Proposals(Protocol):
+    """Where trials come from, and where their answers go (`Tuning`)."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be proposed."""
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the trials proposed since the last call: `number`, `params`, `values`."""
+
+    def answer(self, number: int, answer: dict[str, Any]) -> None:
+        """End a trial: with its objectives, or with `failed` and the reason."""
 
 
-def _concurrency(walk: ExperimentPlan) -> int:
-    """Return the trials side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
-    import ray
+class SearchSession(Session):
+    """The session of a search: proposals become cells of the one tree; trials that ended are answered.
 
-    from orchestrator.dispatch.placement import room_for
+    Args:
+        notes: Where every trial is noted before it runs and when it ends.
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    lanes = room_for(walk.loaded.spec.cluster, nodes, lambda: nodes).lanes
-    return max(1, math.ceil(lanes / len(walk.loaded.cells)))
+    Attributes:
+        broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
+    """
 
+    replans = True
 
-class _SearchRun:
-    """One session of a search: Tune proposes, the lanes train, events come by here."""
-
-    def __init__(self, walk: ExperimentPlan, notes: TrialNotes, folder: Path, console: Console) -> None:
-        self.feed = SearchFeed(walk, notes, self._proposed, self._planned, self._ended)
-        self.done: set[str] = set()
-        self._folder = folder
+    def __init__(
+        self,
+        walk: ExperimentPlan,
+        notes: TrialNotes,
+        console: Console,
+        max_hours: float | None = None,
+        began: float = 0.0,
+    ) -> None:
+        super().__init__(walk, console, max_hours, began)
+        self.broken: str | None = None
+        self._notes = notes
+        self._proposals: Proposals | None = None
+        self._interrupt = DeferredInterrupt()
+        self._asked: set[int] = set()
+        self._not_done: dict[str, str] = {}
+        self._is_due = self._is_damaged = False
         self._checked: set[str] = set()
         self._said: set[str] = set()
-        self._said = set[str]()
-        self._recorder: UploadQueue | None = None
-        self._view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
 
-    def say_stop(self, name: str) -> None:
-        """Return what a signal does."""
-        self._view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")
+    @property
+    def num_ended(self) -> int:
+        """Trials that finished or failed."""
+        return sum(trial.state != "proposed" for trial in self.walk.trials)
 
-    def execute(self, recorder: UploadQueue, num_trials: int, stop: StopRequest, fail_fast: bool) -> None:
+    def search(self, num_trials: int, fail_fast: bool) -> None:
         """Run `num_trials` trials, those first that were proposed before.
 
         Raises:
             Interrupted: a signal stopped it.
             StorageError: nothing more can be stored.
         """
-        from orchestrator.dispatch.ray_session import ray_session
-        from orchestrator.dispatch.run_on_ray import run_on_ray
-        from orchestrator.search.tuning import Tuning
+        self._num_trials = num_trials
+        self.execute([], fail_fast=fail_fast)
 
-        self._recorder = recorder
-        walk, cluster = self.feed.walk, self.feed.walk.loaded.spec.cluster
-        with stop, self._view, DeferredInterrupt() as interrupt, ray_session(cluster.address):
+    def dispatch(self, work: Sequence[Job], *, local: bool, fail_fast: bool) -> Outcome:
+        """Let Tune propose while the lanes train."""
+        cluster, ledger = self.walk.loaded.spec.cluster, self.walk.ledger
+        with self._interrupt, ray_session(cluster.address):
+            # Ray reads its environment when it is imported, which the session has set by now.
+            from orchestrator.search.tuning import Tuning
 
-            def stop_asked() -> int:
-                return 2 if interrupt.pending else int(stop() or self.feed.broken is not None)
+            folder = ledger.storage / "ray" / f"search-{search_id(self.walk.loaded)}"
+            with Tuning(self.walk, self._num_trials, _concurrency(self.walk), folder) as tuning:
+                self.begin(tuning)
+                outcome = run_on_ray(work, ledger, cluster, self, fail_fast=fail_fast)
+        if self.broken is not None:
+            raise StorageError(self.broken)
+        return outcome
 
-            with Tuning(walk, num_trials, _concurrency(walk), self._folder) as tuning:
-                self.feed.begin(tuning)
-                run_on_ray([], walk.ledger, cluster, self._on_event, stop_asked, fail_fast=fail_fast, feed=self.feed)
-        if self.feed.broken is not None:
-            raise StorageError(self.feed.broken)
-        if stop.signal_name is not None and any(trial.state == "proposed" for trial in self.feed.walk.trials):
-            error = Interrupted(
-                f"stopped by {stop.signal_name}; {_ended(self.feed.walk)} trials have ended, "
-                "run the same command to go on"
-            )
-            error.exit_code = stop.exit_code
-            raise error
+    def begin(self, proposals: Proposals) -> None:
+        """Take trials from here from now on."""
+        self._proposals = proposals
 
-    def _proposed(self, trial: Trial) -> None:
-        told = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
-        same = next((t for t in self.feed.walk.trials if t.cells == trial.cells and t.number < trial.number), None)
+    def is_unfinished(self, outcome: Outcome) -> bool:
+        """Return whether a trial was proposed that has not ended."""
+        return any(trial.state == "proposed" for trial in self.walk.trials)
+
+    def summary(self) -> str:
+        """Return how many trials have ended."""
+        return f"{self.num_ended} trials have ended"
+
+    # Hooks -----------------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Note what became of a job: trials may have ended with it, and after damage it is planned anew."""
+        super().on_event(event)
+        self._is_due = True
+        if event["event"] == "damaged":
+            self._is_damaged = True
+        elif event["event"] == "failed" and event["kind"] == StorageError.__name__:
+            self.broken = event["error"]
+        elif event["event"] in ("failed", "skipped"):
+            self._not_done[event["id"]] = event["error"]
+
+    def stop_asked(self) -> int:
+        """Return 2 after a second Ctrl-C; 1 after a signal, or when nothing more can be stored."""
+        return 2 if self._interrupt.pending else int(self.stop() or self.broken is not None)
+
+    def newer_work(self) -> Sequence[Job] | None:
+        """Return the newest plan where something was proposed; answers the trials that have ended."""
+        assert self._proposals is not None
+        new = self._proposals.take()
+        for proposal in new:
+            self._take(Trial(**proposal))
+        if self._is_damaged:
+            self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
+        is_planned = bool(new) or self._is_damaged
+        self._is_damaged = False
+        if is_planned:
+            self._check_and_show()
+        if is_planned or self._is_due:
+            self._is_due = False
+            self._answer(self._proposals)
+        return self.walk.tree.work(self.walk.ledger) if is_planned else None
+
+    def is_closed(self) -> bool:
+        """Return whether every trial is answered and none will come."""
+        assert self._proposals is not None
+        return self._proposals.ended
+
+    def _take(self, proposed: Trial) -> None:
+        trials = {trial.number: trial for trial in self.walk.trials} | {proposed.number: proposed}
+        self.walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
+        trial = next(trial for trial in self.walk.trials if trial.number == proposed.number)
+        self._notes.write(trial)
+        self._asked.add(trial.number)
+        values = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
+        same = next((t for t in self.walk.trials if t.cells == trial.cells and t.number < trial.number), None)
         equal = f" (the same as {trial_name(same.number)})" if trial.cells and same is not None else ""
-        self._view.say(f"proposed {trial_name(trial.number)}: {told}{equal}")
+        self.view.say(f"proposed {trial_name(trial.number)}: {values}{equal}")
 
-    def _planned(self, walk: ExperimentPlan) -> None:
-        record_experiment(walk)
-        work = walk.tree.work(walk.ledger)
+    def _check_and_show(self) -> None:
+        work = self.walk.tree.work(self.walk.ledger)
         if check_data([job for job in work if job.id not in self._checked], self._say_once):
             raise DataError(
                 "rows that this model cannot use are left out from now on; run the same command again, "
                 "which plans without them"
             )
         self._checked |= {job.id for job in work}
-        self._view.set_work(work, {job.id: relative_cost(job) for job in work}, walk.names_of(work))
+        self.show(work)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._view.say(f"note: {text}")
+            self.view.say(f"note: {text}")
 
-    def _ended(self, trial: Trial) -> None:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())
-        self._view.say(f"{trial.state} {trial_name(trial.number)}: {told or trial.error}")
-        assert self._recorder is not None
-        for cell in self.feed.walk.cells:
-            if cell.id in trial.cells:
-                put_record(self.feed.walk, cell, self._recorder)
+    def _answer(self, proposals: Proposals) -> None:
+        for trial in self.walk.trials:
+            if trial.number not in self._asked:
+                continue
+            now = as_stored(self.walk, trial)
+            if now.state == "proposed" and self.broken is None and (error := self._why_not(trial)) is not None:
+                now = trial.failed(error)
+            if now.state == "proposed":
+                continue
+            self.walk = self.walk.with_trial(now)
+            self._notes.write(now)
+            self._asked.discard(now.number)
+            proposals.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
+            values = ", ".join(f"{name} {value:.4g}" for name, value in now.objectives.items())
+            self.view.say(f"{now.state} {trial_name(now.number)}: {values or now.error}")
+            self.record(cell for cell in self.walk.cells if cell.id in now.cells)
 
-    def _on_event(self, event: Mapping[str, Any]) -> None:
-        self._view.on_event(event)
-        if event["event"] == "finished" and not event.get("elsewhere"):
-            self.done.add(event["id"])
-        self.feed.heard(event)
+    def _why_not(self, trial: Trial) -> str | None:
+        """Return why a trial will never end: a job it needs depends on one, such as a rehearsal, that failed and that
+        no cell names.
+        """
+        jobs = (job for cell in self.walk.cells if cell.id in trial.cells for job in self.walk.jobs_of(cell))
+        return next((self._not_done[job] for job in jobs if job in self._not_done), None)
+
+
+def as_stored(walk: ExperimentPlan, trial: Trial) -> Trial:
+    """Return a trial as the ledger has it: finished with all its cells, failed with one of them."""
+    if not trial.cells:
+        return trial  # it could not be planned
+    known = {cell.id: cell for cell in walk.cells}
+    cells = [known[identity] for identity in trial.cells]
+    states = {walk.status(cell) for cell in cells}
+    if "failed" in states:
+        failures = walk.failures()
+        return trial.failed(next((failures[cell.name] for cell in cells if cell.name in failures), "a cell failed"))
+    if states != {"finished"}:
+        return replace(trial, state="proposed", objectives={}, error=None)
+    assert walk.loaded.spec.search is not None
+    return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search)
+
+
+def _concurrency(walk: ExperimentPlan) -> int:
+    """Return how many trials wait side by side: what keeps the lanes busy, since a trial has a cell for each seed."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    lanes = room_for(walk.loaded.spec.cluster, nodes, lambda: nodes).lanes
+    return max(1, math.ceil(lanes / len(walk.loaded.cells)))

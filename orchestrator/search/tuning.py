@@ -21,7 +21,7 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.search.desk import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
+from orchestrator.search.trial_mailbox import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.search_space import draw, variant_layer_tokens
 
@@ -182,7 +182,7 @@ class Tuning:
         ray.get(self._desk.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
-        from orchestrator.dispatch.ray_compat import keep_credentials_from_trials
+        from orchestrator.dispatch.ray.compat import keep_credentials_from_trials
 
         shutil.rmtree(self._folder, ignore_errors=True)
         self._added = [name for name in _ENVIRONMENT if name not in os.environ]

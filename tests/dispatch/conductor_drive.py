@@ -6,9 +6,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.dispatch.conductor import Conductor
+from orchestrator.dispatch.conductor import Conductor, Rules
 from orchestrator.dispatch.failures import Failure
-from orchestrator.dispatch.rules import Rules
 
 WILL_PASS = Failure("OSError", "the file server went away", True).to_json()
 WILL_NOT = Failure("DataError", "row 7 is broken", False).to_json()

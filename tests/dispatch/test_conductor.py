@@ -97,9 +97,9 @@ def test_a_stop_ends_the_lane_and_leaves_the_work(tmp_path: Path) -> None:
     made = conductor(tmp_path, job("a"), job("b"))
     group = Group(made)
     group.ask()
-    assert not made.pulse(group.who(0), 1, False)["stop"]
+    assert not made.heartbeat(group.who(0), 1, False)["stop"]
     made.interrupt()
-    assert made.pulse(group.who(0), 2, False)["stop"]
+    assert made.heartbeat(group.who(0), 2, False)["stop"]
     assert group.say("interrupted") == "stop"
     assert told(made) == [("started", "a"), ("interrupted", "a")]
 
@@ -138,16 +138,16 @@ def test_a_group_that_makes_no_progress_is_told_of_once_its_stacks_are_written(t
     group = Group(made, world_size=2)
     group.ask(0), group.ask(1)
     for now[0] in (30.0, 60.0, 90.0, 120.0):
-        assert not made.pulse(group.who(0), int(now[0]), False)["dump"]
-        made.pulse(group.who(1), 1, False)
+        assert not made.heartbeat(group.who(0), int(now[0]), False)["dump"]
+        made.heartbeat(group.who(1), 1, False)
         assert made.poll("", 0)["hung"] == []
     for now[0] in (150.0, 181.0):
         for rank in (0, 1):
-            made.pulse(group.who(rank), (120, 1)[rank], False)
+            made.heartbeat(group.who(rank), (120, 1)[rank], False)
     assert made.poll("", 0)["hung"] == []
-    assert [made.pulse(group.who(rank), 120, False)["dump"] for rank in (0, 1)] == [True, True]
+    assert [made.heartbeat(group.who(rank), 120, False)["dump"] for rank in (0, 1)] == [True, True]
     for rank in (0, 1):
-        made.pulse(group.who(rank), 120, True)
+        made.heartbeat(group.who(rank), 120, True)
     hung = made.poll("", 0)["hung"]
     assert [(one["rank"], one["job"], one["silent"]) for one in hung] == [(0, "a", False), (1, "a", False)]
     assert "no rank got on for 1 minutes" in hung[0]["why"]
@@ -162,9 +162,9 @@ def test_a_silent_rank_is_found_although_the_others_speak(tmp_path: Path) -> Non
     group = Group(made, world_size=2)
     group.ask(0), group.ask(1)
     now[0] = 61.0
-    made.pulse(group.who(0), 5, False)
+    made.heartbeat(group.who(0), 5, False)
     made.poll("", 0)
-    made.pulse(group.who(0), 5, True)
+    made.heartbeat(group.who(0), 5, True)
     hung = made.poll("", 0)["hung"]
     assert [one["silent"] for one in hung] == [False, True] and "rank 1 gave no sign of life" in hung[0]["why"]
 

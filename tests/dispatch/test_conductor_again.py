@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conductor_drive import WILL_NOT, WILL_PASS, Group, conductor, error_of, evaluation, job, settled, told, unplanned
 
-from orchestrator.dispatch.account import Account
+from orchestrator.dispatch.driver import Hooks, RunState
 from orchestrator.dispatch.failures import Failure
 from orchestrator.errors import StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
@@ -29,16 +29,16 @@ def store(storage: Path, name: str) -> None:
     ledger.commit(name)
 
 
-def account_of(made) -> Account:
-    account = Account(lambda event: None)
-    account.take(made.poll("", 0)["events"])
-    return account
+def state_of(made) -> RunState:
+    state = RunState([], Hooks())
+    state.take(made.poll("", 0)["events"])
+    return state
 
 
-def again(storage: Path, account: Account, *jobs: dict):
+def again(storage: Path, state: RunState, *jobs: dict):
     """The same driver's conductor after its death: nothing but the ledger, the plan and what the driver heard."""
     made = unplanned(storage)
-    made.set_work(jobs, True, account.known())
+    made.set_work(jobs, True, state.known())
     return made
 
 
@@ -47,8 +47,8 @@ def test_ranks_go_on_in_step_when_it_dies_while_they_work(tmp_path: Path, first_
     before = conductor(tmp_path, *JOBS)
     group = Group(before, world_size=2)
     group.ask(0), group.ask(1)
-    account = account_of(before)
-    group.made = after = again(tmp_path, account, *JOBS)
+    state = state_of(before)
+    group.made = after = again(tmp_path, state, *JOBS)
     other = 1 - first_to_ask
     assert group.say(rank=first_to_ask) == "wait"
     assert [group.say(rank=other), group.ask(first_to_ask)] == ["b", "b"]
@@ -60,11 +60,11 @@ def test_a_rank_that_hangs_since_before_it_died_is_found(tmp_path: Path) -> None
     before = conductor(tmp_path, *JOBS)
     group = Group(before)
     group.ask()
-    account = account_of(before)
+    state = state_of(before)
     made = unplanned(tmp_path, stall_seconds=60.0, clock=lambda: now[0])
-    made.set_work(JOBS, True, account.known())
+    made.set_work(JOBS, True, state.known())
     for now[0] in (0.0, 30.0, 61.0):
-        made.pulse(group.who(0), 7, True, (0, None))
+        made.heartbeat(group.who(0), 7, True, (0, None))
         hung = made.poll("", 0)["hung"]
     assert [(one["job"], one["silent"]) for one in hung] == [("a", False)]
 
@@ -77,7 +77,7 @@ def test_a_rank_that_had_not_asked_yet_gets_what_the_other_was_given(tmp_path: P
     assert group.last == ["a", "b"]  # rank 1 was told of b, rank 0 still waits for its answer
     group.said[0] = "finished"
     store(tmp_path, "a")
-    group.made = after = again(tmp_path, account_of(before), *JOBS)
+    group.made = after = again(tmp_path, state_of(before), *JOBS)
     assert group.ask(0) == "b"
     group.say(rank=0)
     assert [group.say(rank=1), group.ask(0)] == ["c", "c"]
@@ -87,7 +87,7 @@ def test_a_rank_that_had_not_asked_yet_gets_what_the_other_was_given(tmp_path: P
 def test_a_new_group_gets_what_the_old_one_had_in_hand(tmp_path: Path) -> None:
     before = conductor(tmp_path, *JOBS, max_failures=3)
     Group(before).ask()
-    after = again(tmp_path, account_of(before), *JOBS)
+    after = again(tmp_path, state_of(before), *JOBS)
     assert Group(after).ask() == "a"
     assert told(after) == [("retried", "a"), ("started", "a")]
     assert [event["attempt"] for event in after.poll("", 0)["events"]] == [1, 2]
@@ -98,13 +98,14 @@ def test_nobody_is_answered_before_the_plan_is_there_and_failures_are_remembered
     group = Group(before)
     group.ask()
     assert group.say(WILL_NOT) == "x"
-    account = account_of(before)
+    state = state_of(before)
     group.made = after = unplanned(tmp_path)
     assert group.say() == "wait"
-    after.set_work([*JOBS, job("x")], True, account.known())
+    after.set_work([*JOBS, job("x")], True, state.known())
     assert group.ask() == "stop"
-    account.take(after.poll(account.epoch, 0)["events"])
-    outcome = account.outcome([*JOBS, job("x")], False)
+    state.take(after.poll(state.epoch, 0)["events"])
+    state.jobs = [*JOBS, job("x")]
+    outcome = state.outcome(False)
     assert (outcome.finished, outcome.failed, outcome.left) == (("x",), {"a": "row 7 is broken"}, ())
     assert outcome.skipped == ("b", "c")
 
@@ -206,7 +207,7 @@ def test_a_failure_is_in_the_ledger_and_a_success_takes_it_out(tmp_path: Path) -
 def test_what_was_begun_and_never_told_of_can_still_fail(tmp_path: Path) -> None:
     group = Group(conductor(tmp_path, job("a")))
     group.ask()
-    group.made = after = again(tmp_path, Account(lambda event: None), job("a"))
+    group.made = after = again(tmp_path, RunState([], Hooks()), job("a"))
     assert group.say(WILL_PASS) == "restart"
     assert Group(after).ask() == "a" and after.poll("", 0)["events"][-1]["attempt"] == 2
 
@@ -216,7 +217,7 @@ def test_others_see_it_live_while_its_lanes_are_busy_for_long(tmp_path: Path) ->
     Group(before).ask()
     beat = tmp_path / "owners" / "me.json"
     last = beat.read_bytes()
-    after = again(tmp_path, account_of(before), job("a"))
+    after = again(tmp_path, state_of(before), job("a"))
     assert beat.read_bytes() != last, "nobody asks it for work now, and yet it lives"
     before.leave(), after.leave()
 
@@ -226,7 +227,7 @@ def test_a_run_that_ends_with_its_first_failure_still_does(tmp_path: Path) -> No
     group = Group(before)
     group.ask(), group.say(WILL_NOT)
     after = unplanned(tmp_path, fail_fast=True)
-    after.set_work([job("a"), job("x")], True, account_of(before).known())
+    after.set_work([job("a"), job("x")], True, state_of(before).known())
     assert Group(after).ask() == "stop" and after.is_stopping()
 
 
@@ -266,7 +267,7 @@ def test_damage_that_comes_again_and_again_is_a_failure(tmp_path: Path) -> None:
     assert group.ask() == "b"
     for _ in range(2):
         group.say(damaged("a"))
-        made.set_work(plan, True, account_of(made).known())
+        made.set_work(plan, True, state_of(made).known())
         assert group.ask() == "a" and group.say() == "b"
         assert made.poll("", 0)["events"][-1]["attempt"] == 1
     assert group.say(damaged("a")) == "stop"

@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from orchestrator.dispatch.deferred import DeferredInterrupt
-from orchestrator.dispatch.stop import StopRequest
+from orchestrator.dispatch.signals import DeferredInterrupt, StopRequest
 
 
 def press() -> None:

@@ -17,14 +17,15 @@ LANE_JOBS = Path(__file__).parent
 
 DRIVER = """
 import sys
-from orchestrator.dispatch.run_on_ray import run_on_ray
+from orchestrator.dispatch.driver import Hooks
+from orchestrator.dispatch.ray.run import run_on_ray
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
 
 cluster = ClusterSpec(address=sys.argv[1], num_workers=2, use_gpu=False)
 outcome = run_on_ray(
-    [RootJob("job0", {"do": ""}, 0)], Ledger(sys.argv[2]), cluster, lambda event: None, lambda: False,
+    [RootJob("job0", {"do": ""}, 0)], Ledger(sys.argv[2]), cluster, Hooks(),
     executor="lane_jobs:run",
 )
 print(outcome.finished)

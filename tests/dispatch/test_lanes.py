@@ -8,9 +8,10 @@ from typing import Any
 
 import psutil
 import pytest
+from dispatch_hooks import Recorded
 
-from orchestrator.dispatch.ray_session import ray_session
-from orchestrator.dispatch.run_on_ray import run_on_ray
+from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.ray.session import ray_session
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -36,23 +37,19 @@ def ledger(tmp_path: Path, shared_ray: None) -> Ledger:
     return Ledger(tmp_path / "storage")
 
 
-class Run:
+class Run(Recorded):
     """Runs jobs, lets a test act on what happens, and remembers the events."""
 
     def __init__(self, ledger: Ledger, act: Callable[[Run], None] = lambda run: None) -> None:
+        super().__init__()
         self.ledger, self._act = ledger, act
-        self.events: list[dict[str, Any]] = []
         self.marks = ledger.storage / "marks"
 
-    def __call__(self, jobs: Sequence[RootJob], cluster: ClusterSpec = ONE, feed: Any = None) -> Any:
-        def look() -> bool:
-            self._act(self)
-            return False
+    def on_tick(self) -> None:
+        self._act(self)
 
-        return run_on_ray(
-            jobs, self.ledger, cluster, lambda event: self.events.append(dict(event)), look,
-            executor="lane_jobs:run", feed=feed,
-        )  # fmt: skip
+    def __call__(self, jobs: Sequence[RootJob], cluster: ClusterSpec = ONE) -> Any:
+        return run_on_ray(jobs, self.ledger, cluster, self, executor="lane_jobs:run")
 
     def told(self, kind: str) -> list[str]:
         return [event["id"] for event in self.events if event["event"] == kind]
@@ -139,28 +136,25 @@ def test_a_frozen_rank_is_found_its_stacks_kept_and_the_job_done(ledger: Ledger)
     assert "State:\tT (stopped)" in (folder / "log_rank1.txt").read_text()
 
 
-class Growing:
-    """A feed that proposes a job when the one before is done, three in all."""
+class Growing(Run):
+    """Proposes a job when the one before is done, three in all."""
 
-    def __init__(self) -> None:
-        self.run: Run | None = None
-        self.given = 1
+    given = 1
 
-    def work(self) -> list[RootJob] | None:
-        done = len(self.run.told("finished")) if self.run else 0
+    def newer_work(self) -> list[RootJob] | None:
+        done = len(self.told("finished"))
         if done < self.given or self.given == 3:
             return None
         self.given += 1
         return work(*[""] * self.given)[done:]
 
-    def closed(self) -> bool:
+    def is_closed(self) -> bool:
         return self.given == 3
 
 
 def test_work_that_comes_while_it_runs_is_done_by_the_lane_that_waits(ledger: Ledger) -> None:
-    run, feed = Run(ledger), Growing()
-    feed.run = run
-    outcome = run(work(""), feed=feed)
+    run = Growing(ledger)
+    outcome = run(work(""))
     assert outcome.finished == ("job0", "job1", "job2") and run.order() == ["job0", "job1", "job2"]
     assert {event["attempt"] for event in run.events} == {1}
 
@@ -181,6 +175,6 @@ def test_a_stop_reaches_a_conductor_that_was_just_started_again(ledger: Ledger) 
         killed.append((run.marks / "job0.running").exists())
         return killed[-1]
 
-    outcome = run_on_ray(work("until_stopped", ""), ledger, ONE, run.events.append, stop, executor="lane_jobs:run")
+    outcome = run_on_ray(work("until_stopped", ""), ledger, ONE, Recorded(run.events, stop), executor="lane_jobs:run")
     assert outcome.interrupted and outcome.left == ("job0", "job1") and not outcome.failed
     assert (run.marks / "job0.checkpoint").exists()

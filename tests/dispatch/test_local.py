@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from dispatch_hooks import Recorded
 
+from orchestrator.dispatch.driver import Hooks
 from orchestrator.dispatch.local import run_local
 from orchestrator.errors import Interrupted, UsageError
 from orchestrator.plan.jobs import RootJob
@@ -33,7 +35,7 @@ def test_jobs_run_in_order_fail_alone_and_are_tried_again(ledger: Ledger) -> Non
         work("", "raise", "flaky", "always_flaky", ""),
         ledger,
         ClusterSpec(max_failures=1),
-        events.append,
+        Recorded(events),
         executor="lane_jobs:run",
     )
     assert outcome.finished == ("job0", "job2", "job4")
@@ -51,14 +53,14 @@ def test_jobs_run_in_order_fail_alone_and_are_tried_again(ledger: Ledger) -> Non
 @pytest.mark.parametrize("asked", [{"use_gpu": True}, {"resources_per_worker": {"GPU": 1}}])
 def test_a_gpu_that_is_not_there_is_no_cpu(ledger: Ledger, asked: dict) -> None:
     with pytest.raises(UsageError, match="asks for a GPU, and torch sees none"):
-        run_local(work(""), ledger, ClusterSpec(**asked), lambda event: None, executor="lane_jobs:run")
+        run_local(work(""), ledger, ClusterSpec(**asked), Hooks(), executor="lane_jobs:run")
     assert not dist.is_initialized()
 
 
 def test_a_stop_leaves_at_a_checkpoint(ledger: Ledger) -> None:
     running = ledger.storage / "marks" / "job0.running"
     outcome = run_local(
-        work("until_stopped", ""), ledger, ClusterSpec(), lambda event: None, running.exists, executor="lane_jobs:run"
+        work("until_stopped", ""), ledger, ClusterSpec(), Recorded(stop=running.exists), executor="lane_jobs:run"
     )
     assert (outcome.interrupted, outcome.left) == (True, ("job0", "job1"))
     assert (ledger.storage / "marks" / "job0.checkpoint").exists()
@@ -70,5 +72,5 @@ def test_control_c_in_a_job_is_an_interruption(ledger: Ledger, monkeypatch: pyte
 
     monkeypatch.setattr(sys.modules[__name__], "pressed", pressed, raising=False)
     with pytest.raises(Interrupted):
-        run_local(work(""), ledger, ClusterSpec(), lambda event: None, executor=f"{__name__}:pressed")
+        run_local(work(""), ledger, ClusterSpec(), Hooks(), executor=f"{__name__}:pressed")
     assert not dist.is_initialized()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.dispatch.placement import Room, room_for
+from orchestrator.dispatch.ray.placement import Room, room_for
 from orchestrator.errors import UsageError
 from orchestrator.spec.infrastructure import ClusterSpec
 

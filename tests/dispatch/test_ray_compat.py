@@ -11,7 +11,7 @@ import ray._private.worker
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from orchestrator.dispatch.ray_compat import (
+from orchestrator.dispatch.ray.compat import (
     UNWANTED_CALLBACKS,
     LaneTrainer,
     keep_credentials_from_trials,
@@ -55,7 +55,7 @@ def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:
     """Made by us it is so from its first byte; one that Ray left to the umask is closed; Ray takes it as its own."""
     code = (
         "import os; os.umask(0o022)\n"
-        "from orchestrator.dispatch.ray_compat import own_token\n"
+        "from orchestrator.dispatch.ray.compat import own_token\n"
         "from ray._private.authentication import authentication_token_setup as setup\n"
         "{first}\n"
         "own_token(); path = setup._get_default_token_path(); before = path.read_text()\n"

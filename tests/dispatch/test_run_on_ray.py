@@ -13,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dispatch_hooks import Recorded
 
-from orchestrator.dispatch.ray_session import ray_session
-from orchestrator.dispatch.run_on_ray import run_on_ray
+from orchestrator.dispatch.driver import Hooks
+from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.ray.session import ray_session
 from orchestrator.errors import UsageError
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
@@ -55,7 +57,7 @@ def test_a_lane_of_two_workers_from_start_to_end(
     processes = _our_processes()
     events: list[dict] = []
     jobs = work("", "raise", "", "kill", "raise_on_rank_1", "")
-    outcome = run_on_ray(jobs, ledger, TWO_WORKERS, events.append, lambda: False, executor="lane_jobs:run")
+    outcome = run_on_ray(jobs, ledger, TWO_WORKERS, Recorded(events), executor="lane_jobs:run")
 
     assert outcome.finished == ("job0", "job2", "job3", "job5")
     assert outcome.failed == {"job1": "row 7: the image is broken", "job4": "row 8: the image is broken"}
@@ -94,8 +96,7 @@ def test_a_request_too_large_is_refused_with_the_numbers(shared_ray: None, ledge
             work(""),
             ledger,
             ClusterSpec(num_workers=3, resources_per_worker={"CPU": 1000}),
-            lambda event: None,
-            lambda: False,
+            Hooks(),
         )
     assert time.monotonic() - begun < 5
 
@@ -106,7 +107,7 @@ def test_a_stop_leaves_at_a_checkpoint_and_frees_the_resources(shared_ray: None,
     running = ledger.storage / "marks" / "job0.running"
     events: list[dict] = []
     outcome = run_on_ray(
-        work("until_stopped", ""), ledger, TWO_WORKERS, events.append, running.exists, executor="lane_jobs:run"
+        work("until_stopped", ""), ledger, TWO_WORKERS, Recorded(events, running.exists), executor="lane_jobs:run"
     )
     assert (outcome.interrupted, outcome.left, outcome.failed) == (True, ("job0", "job1"), {})
     assert [event["event"] for event in events] == ["started", "interrupted"]
@@ -117,15 +118,9 @@ def test_a_stop_leaves_at_a_checkpoint_and_frees_the_resources(shared_ray: None,
 
 
 def test_many_jobs_are_done_in_their_order_by_every_rank(shared_ray: None, ledger: Ledger) -> None:
-    finished: list[str] = []
-    run_on_ray(
-        work(*[""] * 30),
-        ledger,
-        TWO_WORKERS,
-        lambda event: finished.append(event["id"]) if event["event"] == "finished" else None,
-        lambda: False,
-        executor="lane_jobs:run",
-    )
+    hooks = Recorded()
+    run_on_ray(work(*[""] * 30), ledger, TWO_WORKERS, hooks, executor="lane_jobs:run")
+    finished = [event["id"] for event in hooks.events if event["event"] == "finished"]
     assert finished == [f"job{index}" for index in range(30)]
     assert len(order_of(ledger)) == 60
 
@@ -135,7 +130,7 @@ def test_nobody_at_the_address_is_told_in_seconds(ledger: Ledger) -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         code = (
-            "from orchestrator.dispatch.ray_session import ray_session\n"
+            "from orchestrator.dispatch.ray.session import ray_session\n"
             f"with ray_session({f'127.0.0.1:{port}'!r}): pass\n"
         )
         begun = time.monotonic()
@@ -179,17 +174,24 @@ _DRIVER = """
 import sys
 from pathlib import Path
 
-from orchestrator.dispatch.run_on_ray import run_on_ray
-from orchestrator.dispatch.stop import StopRequest
+from orchestrator.dispatch.driver import Hooks
+from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.signals import StopRequest
 from orchestrator.errors import Interrupted
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
 
+
+class Stopped(Hooks):
+    def stop_asked(self):
+        return int(stop())
+
+
 with StopRequest(lambda name: print(f"asked by {name}", flush=True)) as stop:
     try:
         run_on_ray([RootJob("job0", {"do": "hang"}, 0)], Ledger(Path(sys.argv[1])), ClusterSpec(use_gpu=False),
-                   lambda event: None, stop, executor="lane_jobs:run")
+                   Stopped(), executor="lane_jobs:run")
     except Interrupted as error:
         print(f"Interrupted: {str(error).partition(';')[0]}")
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conductor_drive import evaluation, job
 
-from orchestrator.dispatch.work_list import WorkList, parallel_width
+from orchestrator.dispatch.job_queue import WorkList, parallel_width
 
 # Two subtrees of two levels, depth first, each state tested.
 TREE = [

@@ -15,7 +15,7 @@ def test_control_c_once_writes_a_checkpoint_and_repeats_nothing(program: Program
     wait_until(program.sealed_checkpoints, process)
     press_control_c(process)
     stopped = program.wait(process, begun)
-    assert stopped.code == 130 and "run the same command to go on" in stopped.errors, stopped.told
+    assert stopped.code == 130 and "run the same command to resume" in stopped.errors, stopped.told
     assert not program.processes() and "Traceback" not in stopped.told
     again = program.run()
     assert again.code == 0, again.told

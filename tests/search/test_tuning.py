@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.dispatch.ray_session import ray_session
+from orchestrator.dispatch.ray.session import ray_session
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.trials import Trial
 from orchestrator.search.tuning import Tuning

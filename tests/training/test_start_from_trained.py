@@ -48,7 +48,7 @@ def write_spec(file: Path, phases: dict[str, Any], **rest: Any) -> Path:
 
 def trained(specs: list[tuple[Any, ...]]) -> list[list[str]]:
     """Trains each file in a storage under `--set` texts, as a lane would; returns what the jobs were that ran."""
-    from orchestrator.dispatch.execute import execute
+    from orchestrator.dispatch.run_job import execute
 
     memory: dict[str, Any] = {}
     ran = []

@@ -84,7 +84,7 @@ def _note(ledger: Ledger, name: str) -> dict[str, Any] | None:
 
 def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: Any) -> str | None:
     """Return why an evaluation cannot be done; None where it can."""
-    from orchestrator.dispatch.execute import usable_model
+    from orchestrator.dispatch.run_job import usable_model
     from orchestrator.evaluation.evaluate import answer_one
 
     model = None if training.session is None else training.session.engine.module
@@ -103,7 +103,6 @@ def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: An
 
 
 Ending = Literal["finished", "interrupted"]
-DEFAULT_EXECUTOR = "orchestrator.dispatch.execute:execute"
 
 
 class Executor(Protocol):

@@ -12,26 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from orchestrator.dispatch.conductor import RESTART, STOP, WAIT
-from orchestrator.dispatch.failures import describe
-from orchestrator.dispatch.worker_log import append_traceback, log_path, now, printed_to
-from orchestrator.errors import StorageError
+from orchestrator.dispatch.ray.compat import current_placement_group
+from orchestrator.dispatch.worker import do_job, log_path, now, printed_to
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.process import start_ticks
-from orchestrator.registry import load_object
+from orchestrator.plan.ledger.heartbeat import start_ticks
 
-PULSE_SECONDS = 0.3
+HEARTBEAT_SECONDS = 0.3
 
 
-class Pulse:
+class Heartbeat:
     """Beats in a thread of its own; called, it tells whether to stop and counts as a sign that the rank gets on.
 
     So a stage run asks it at every step without a call to the conductor, and goes on while there is none.
 
     Args:
         conductor: The actor's handle.
-        who: The rank, as the conductor's `pulse` takes it.
+        who: The rank, as the conductor's `heartbeat` takes it.
     """
 
     def __init__(self, conductor: Any, who: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Pulse:
         """Where the stacks go: the log of the job in hand."""
         self.at: tuple[int, str | None] | None = None
         """Number of the item in hand and the job before it."""
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
     def __call__(self) -> bool:
@@ -58,11 +58,10 @@ class Pulse:
         self._leave.set()
 
     def _beat(self) -> None:
-        import ray
 
-        while not self._leave.wait(PULSE_SECONDS):
+        while not self._leave.wait(HEARTBEAT_SECONDS):
             try:
-                heard = ray.get(self._conductor.pulse.remote(self._who, self._progress, self._has_dumped, self.at))
+                heard = ray.get(self._conductor.heartbeat.remote(self._who, self._progress, self._has_dumped, self.at))
             except ray.exceptions.RayError:
                 return  # it is gone for good, and with it the driver; the next call for an item says so
             if heard["stop"]:
@@ -103,19 +102,11 @@ def run_lane(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     worker = _Worker(config, who)
     worker.begin()
-    pulse = Pulse(config["conductor"], who)
+    heartbeat = Heartbeat(config["conductor"], who)
     try:
-        worker.work(pulse)
+        worker.work(heartbeat)
     finally:
-        pulse.close()
-
-
-def forget(memory: dict[str, Any]) -> None:
-    """Let go of all a worker kept: after a failure none of it can be trusted."""
-    for value in memory.values():
-        with contextlib.suppress(Exception):
-            value.release()
-    memory.clear()
+        heartbeat.close()
 
 
 class _Worker:
@@ -130,14 +121,13 @@ class _Worker:
 
     def begin(self) -> None:
         """Rank 0 tells that the group is there; no other rank asks before that."""
-        import ray
         import torch.distributed as dist
 
         if self._who["rank"] == 0:
             ray.get(self._conductor.begin.remote(self._who))
         dist.barrier()
 
-    def work(self, pulse: Pulse) -> None:
+    def work(self, heartbeat: Heartbeat) -> None:
         k, last, report = 0, None, None
         pause_seconds = SHORTEST_PAUSE_SECONDS
         while True:
@@ -153,39 +143,29 @@ class _Worker:
             pause_seconds = SHORTEST_PAUSE_SECONDS
             job = job_from_json(item["job"])
             self._ledger.fences = {job.id: item["token"]}
-            pulse.at = (k, last)
-            report = self._do(job, pulse)
-            k, last, pulse.at = k + 1, job.id, None
+            heartbeat.at = (k, last)
+            report = self._do(job, heartbeat)
+            k, last, heartbeat.at = k + 1, job.id, None
 
-    def _do(self, job: Job, pulse: Pulse) -> str | dict[str, Any]:
-        """Do a job; returns what to tell the conductor of it."""
-        folder, rank = self._ledger.work_folder(job.id), self._who["rank"]
-        pulse.log = log_path(folder, rank)
+    def _do(self, job: Job, heartbeat: Heartbeat) -> str | dict[str, Any]:
+        """Do a job and return what to report of it."""
+        rank = self._who["rank"]
+        heartbeat.log = log_path(self._ledger.work_folder(job.id), rank)
         try:
-            with printed_to(pulse.log):
+            with printed_to(heartbeat.log):
                 print(f"[{now()}] {type(job).__name__} {job.id}, process {os.getpid()}", flush=True)
-                return str(load_object(self._executor)(job, self._ledger, self._memory, pulse))
-        except Exception as error:
-            forget(self._memory)
-            append_traceback(log_path(folder, 0), error, rank)
-            if rank == 0:
-                with contextlib.suppress(StorageError):
-                    self._ledger.share_progress(job.id)
-            return describe(error).to_json()
+            printing = printed_to(heartbeat.log)
+            return do_job(self._executor, job, self._ledger, self._memory, heartbeat, rank=rank, printing=printing)
         finally:
-            pulse.log = None
+            heartbeat.log = None
 
     def _next(self, k: int, last: str | None, report: str | dict[str, Any] | None) -> Any:
-        import ray
 
         return ray.get(self._conductor.next_item.remote(self._who, k, last, report))
 
 
 def _this_process() -> dict[str, Any]:
-    import ray
     import torch.distributed as dist
-
-    from orchestrator.dispatch.ray_compat import current_placement_group
 
     return {
         "rank": dist.get_rank(),

@@ -75,19 +75,22 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
     environment = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else _token_mode(address))}
     with _environment(environment), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Ray reads its environment when it is imported.
         import ray
 
-        if ray.is_initialized():
-            yield RaySession(owned=False, folder=_folder())
-            return
-        from orchestrator.dispatch.ray_compat import own_sigterm_handler, own_token, silence_driver
+        from orchestrator.dispatch.ray import compat
 
-        own_token()
-        with own_sigterm_handler():
+        if ray.is_initialized():
+            yield RaySession(owned=False, folder=Path(compat.session_folder()))
+            return
+        compat.own_token()
+        with compat.own_sigterm_handler():
+            if address is not None:
+                _check_port(address, compat.host_and_port(address))
             _connect(address)
-        own_token()  # where none could be made so, Ray has made one now
-        silence_driver()
-        session = RaySession(owned=address is None, folder=_folder())
+        compat.own_token()  # where none could be made so, Ray has made one now
+        compat.silence_driver()
+        session = RaySession(owned=address is None, folder=Path(compat.session_folder()))
         try:
             session.remember_processes()
             yield session
@@ -104,7 +107,7 @@ def _token_mode(address: str) -> dict[str, str]:
     """
     if address.startswith("ray://"):
         return {}  # the port of Ray's client answers no such question
-    code = "import sys; from orchestrator.dispatch.ray_compat import greet; greet(sys.argv[1])"
+    code = "import sys; from orchestrator.dispatch.ray.compat import greet; greet(sys.argv[1])"
     asked = subprocess.run(
         [sys.executable, "-c", code, address],
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
@@ -119,8 +122,6 @@ def _token_mode(address: str) -> dict[str, str]:
 def _connect(address: str | None) -> None:
     import ray
 
-    if address is not None:
-        _check_port(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
@@ -143,15 +144,12 @@ def _connect(address: str | None) -> None:
         raise _no_ray(address, reason) from error
 
 
-def _check_port(address: str) -> None:
-    """Refuse an address nobody listens at; left to itself Ray tries for minutes and print a line every few seconds.
+def _check_port(address: str, place: tuple[str, int] | None) -> None:
+    """Refuse an address nobody listens at; left to itself Ray tries for minutes and prints a line every few seconds.
 
     Raises:
         UsageError: there is no Ray at the address.
     """
-    from orchestrator.dispatch.ray_compat import host_and_port
-
-    place = host_and_port(address)
     if place is None:
         return  # nothing to try: Ray looks for itself, or says what is wrong with it
     host, port = place
@@ -170,7 +168,7 @@ def _no_ray(address: str, reason: str) -> UsageError:
 
 
 def _leave(session: RaySession) -> None:
-    """Return the disconnects; of a session of our own, no process is left."""
+    """Disconnect; of a session of our own, no process is left."""
     import ray
 
     ray.shutdown()
@@ -211,12 +209,6 @@ def _of(process: psutil.Process, session_folder: Path) -> bool:
             ):
                 return True
     return False
-
-
-def _folder() -> Path:
-    from orchestrator.dispatch.ray_compat import session_folder
-
-    return Path(session_folder())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Lanes on Ray: their driver, their workers, and what is private to Ray."""

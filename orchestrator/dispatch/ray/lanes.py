@@ -1,0 +1,307 @@
+"""The lanes of one run as their driver sees them: Ray Train runs in threads, and the conductor they ask for work."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.dispatch.conductor import Conductor, Rules, new_driver
+from orchestrator.dispatch.driver import Outcome, RunState
+from orchestrator.dispatch.job_queue import parallel_width
+from orchestrator.dispatch.ray import compat
+from orchestrator.dispatch.ray.placement import room_for
+from orchestrator.dispatch.ray.worker import run_lane
+from orchestrator.dispatch.worker import end_process
+from orchestrator.errors import StageRunError
+from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.heartbeat import this_process
+from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
+
+POLL_SECONDS = 0.1
+ABORT_SECONDS = 10.0
+LEAVE_SECONDS = 5.0
+KILL_SECONDS = 20.0
+CONTROLLER_FAILURES = 3
+# The conductor counts a job's attempts and a lane's barren ones; this only keeps Ray from trying for ever.
+_GROUP_FAILURES = 10_000
+_STARTS_AGAIN = 3
+
+
+@dataclass(frozen=True)
+class LaneSetup:
+    """What all lanes of a run share.
+
+    Attributes:
+        url: The storage, as workers open it.
+        folder: Where Ray Train may keep what it wants to keep of a run; taken away with the run.
+        executor: `module:function` that does one job.
+    """
+
+    cluster: ClusterSpec
+    conductor: Any
+    url: str
+    folder: Path
+    executor: str
+    use_gpu: bool
+
+
+class RayLane:
+    """A lane.
+
+    Args:
+        name: Its name, unique in the run.
+
+    Attributes:
+        error: Why its last Train run ended, where that was no good end.
+    """
+
+    def __init__(self, name: str, setup: LaneSetup) -> None:
+        self.name = name
+        self.error: BaseException | None = None
+        self._setup = setup
+        self._starts = 0
+        self._run_name = ""
+        self._thread: threading.Thread | None = None
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread that waits for the Train run; None where there is none to look after."""
+        return self._thread
+
+    @property
+    def may_start_again(self) -> bool:
+        """Whether it died of something that a new start may mend."""
+        return self.error is not None and self._starts <= _STARTS_AGAIN
+
+    def start(self) -> None:
+        """Start its Train run."""
+        self._starts += 1
+        self.error = None
+        self._run_name = f"{self.name}-{uuid.uuid4().hex[:8]}"
+        self._thread = threading.Thread(target=self._fit, name=self.name, daemon=True)
+        self._thread.start()
+
+    def has_ended(self) -> bool:
+        """Return True once for each Train run that is over; what it held is free then."""
+        if self._thread is None or self._thread.is_alive():
+            return False
+        self._thread = None
+        self.clean()
+        if self.error is not None:
+            self._free_groups()
+        return True
+
+    def clean(self) -> None:
+        """Take away what Ray Train wrote for the last run."""
+        shutil.rmtree(self._setup.folder / self._run_name, ignore_errors=True)
+
+    def _free_groups(self) -> None:
+        """Free the resources of a controller that died and cannot do so itself."""
+        with contextlib.suppress(Exception):
+            for group in ray.get(self._setup.conductor.placement_groups.remote(self.name), timeout=10):
+                with contextlib.suppress(Exception):
+                    compat.release_placement_group(group)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer().fit()
+        except BaseException as error:
+            self.error = error
+
+    def _trainer(self) -> Any:
+        cluster = self._setup.cluster
+        threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
+        workers = cluster.num_workers
+        return compat.LaneTrainer(
+            run_lane,
+            train_loop_config={
+                "conductor": self._setup.conductor,
+                "lane": self.name,
+                "storage": self._setup.url,
+                "executor": self._setup.executor,
+                "threads": threads,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,
+                use_gpu=self._setup.use_gpu,
+                resources_per_worker=dict(cluster.resources_per_worker),
+                placement_strategy="PACK" if cluster.placement == "pack" else "SPREAD",
+            ),
+            run_config=RunConfig(
+                name=self._run_name,
+                storage_path=str(self._setup.folder),
+                failure_config=FailureConfig(
+                    max_failures=_GROUP_FAILURES, controller_failure_limit=CONTROLLER_FAILURES
+                ),
+                worker_runtime_env={"env_vars": _worker_environment(threads, self._setup.use_gpu)},
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+
+
+def _worker_environment(threads: int, use_gpu: bool) -> dict[str, str]:
+    """Return the variables of a worker process: they must stand before torch and DeepSpeed are imported."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if not use_gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+class Lanes:
+    """The lanes of one run and the conductor they work for.
+
+    Args:
+        logs: Ray's folder of this session, named where the lanes give up.
+    """
+
+    def __init__(
+        self, state: RunState, ledger: Ledger, cluster: ClusterSpec, executor: str, rules: Rules, logs: Path
+    ) -> None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = room_for(cluster, nodes, compat.free_resources, parallel_width(state.jobs) if state.is_closed else None)
+        self._state = state
+        self._rules = rules
+        self._logs = logs
+        self._conductor = _conductor(ledger.url, rules)
+        self._url = ledger.url
+        self._asked = False
+        self._given_up: dict[str, str] = {}
+        setup = LaneSetup(cluster, self._conductor, ledger.url, ledger.storage / "ray", executor, room.use_gpu)
+        self._lanes = [RayLane(f"lane-{number}", setup) for number in range(room.lanes)]
+
+    def run(self, stop_asked: Callable[[], int]) -> Outcome:
+        """Work until no lane is left; see `run_on_ray`."""
+        try:
+            for lane in self._lanes:
+                lane.start()
+            while self._turn(stop_asked):
+                time.sleep(POLL_SECONDS)
+            return self._outcome()
+        except ray.exceptions.RayActorError as error:
+            raise StageRunError(f"the conductor died: {error}; run the same command to resume") from error
+        finally:
+            self._leave()
+
+    def _turn(self, stop_asked: Callable[[], int]) -> bool:
+        """Take and pass on what is new; False once no lane is left."""
+        state = self._state
+        news = self._get(self._conductor.poll.remote(state.epoch, state.seen), stop_asked)
+        if news["epoch"] != state.epoch:
+            # It has just been started, for the first time or again, and knows nothing yet.
+            state.epoch, state.seen = news["epoch"], 0
+            self._send(stop_asked)
+            if self._asked:
+                self._get(self._conductor.interrupt.remote(), stop_asked)
+        state.take(news["events"])
+        self._given_up = news["given_up"]
+        if news["hung"]:
+            end_processes(news["hung"], self._url)
+        if state.refresh():
+            self._send(stop_asked)
+        if stop_asked() and not self._asked:
+            self._asked = True
+            self._get(self._conductor.interrupt.remote(), stop_asked)
+        return self._restart_lanes(stop_asked)
+
+    def _restart_lanes(self, stop_asked: Callable[[], int]) -> bool:
+        for lane in self._lanes:
+            if not lane.has_ended():
+                continue
+            has_begun = self._get(self._conductor.lane_ended.remote(lane.name), stop_asked)
+            is_done = self._state.is_closed and not self._state.outcome(False).left
+            # Workers that never came up will not the next time.
+            if has_begun and lane.may_start_again and not (self._asked or is_done):
+                lane.start()
+        return any(lane.thread is not None for lane in self._lanes)
+
+    def _send(self, stop_asked: Callable[[], int]) -> None:
+        state = self._state
+        self._get(self._conductor.set_work.remote(state.jobs, state.is_closed, state.known()), stop_asked)
+
+    def _get(self, reference: Any, stop_asked: Callable[[], int]) -> Any:
+        """Return the conductor's answer; blocks until the actor has restarted."""
+        while True:
+            done, _ = ray.wait([reference], timeout=POLL_SECONDS)
+            if stop_asked() > 1:
+                raise KeyboardInterrupt
+            if done:
+                return ray.get(reference)
+
+    def _outcome(self) -> Outcome:
+        state = self._state
+        state.take(ray.get(self._conductor.poll.remote(state.epoch, state.seen))["events"])
+        outcome = state.outcome(self._asked)
+        given_up_on_purpose = self._asked or (self._rules.fail_fast and outcome.failed)
+        if outcome.left and not given_up_on_purpose:
+            reason = "; ".join(self._given_up.values()) or "Ray Train gave up"
+            error = next((lane.error for lane in self._lanes if lane.error is not None), None)
+            cause = f": {_last_line(error)}" if error is not None else ""
+            raise StageRunError(f"{reason}{cause}\n    hint: Ray's logs are in {self._logs / 'logs'}")
+        return outcome
+
+    def _leave(self) -> None:
+        """End the lanes, their leases and the conductor."""
+        alive = [lane for lane in self._lanes if lane.thread is not None and lane.thread.is_alive()]
+        _abort(alive)
+        with contextlib.suppress(Exception):
+            ray.get(self._conductor.leave.remote(), timeout=LEAVE_SECONDS)
+        with contextlib.suppress(Exception):
+            ray.kill(self._conductor)
+        for lane in alive:
+            lane.clean()
+
+
+def _conductor(url: str, rules: Rules) -> Any:
+    """Start the conductor's actor near its driver, whose storage it uses; Ray restarts it when it dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Conductor)
+    return actor.remote(url, new_driver(), rules, asdict(this_process()))
+
+
+def _abort(lanes: Sequence[RayLane]) -> None:
+    """End Train runs whose controllers may be at any point, and the threads that wait for them."""
+    deadline = time.monotonic() + ABORT_SECONDS
+    threads = [lane.thread for lane in lanes if lane.thread is not None]
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
+        # Again and again: a controller may just be starting.
+        with contextlib.suppress(Exception):
+            compat.kill_controllers()
+        for thread in threads:
+            thread.join(POLL_SECONDS)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
+    """Kill ranks as `Conductor.poll` names them under `hung`; a node that is gone took its ranks along.
+
+    Args:
+        url: The storage, for the logs.
+    """
+    task = ray.remote(num_cpus=0, max_retries=0)(end_process)
+    done = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(rank["node"], soft=False)).remote(rank, url)
+        for rank in ranks
+    ]
+    ray.wait(done, num_returns=len(done), timeout=KILL_SECONDS)

@@ -1,0 +1,79 @@
+"""The session of a search alone: every trial is answered, whatever becomes of what it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from rich.console import Console
+
+from orchestrator.errors import TrackingError
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.plan.trials import TrialNotes
+from orchestrator.search.search import SearchSession
+from orchestrator.search.tuning import Proposer
+from orchestrator.tracking.upload_queue import UploadQueue
+
+
+class Desk:
+    """Proposes one trial, as Tune's side does, and keeps its answer."""
+
+    ended = False
+
+    def __init__(self, walk: ExperimentPlan) -> None:
+        drawn = Proposer(walk.loaded.spec, (), None).suggest("first")
+        self.new = [{key: drawn[key] for key in ("number", "params", "values")}]
+        self.answers: dict[int, dict] = {}
+
+    def take(self) -> list[dict]:
+        new, self.new = self.new, []
+        return new
+
+    def answer(self, number: int, answer: dict) -> None:
+        self.answers[number] = answer
+
+
+def tracking_is_away() -> NoReturn:
+    raise TrackingError("no server answers")
+
+
+@pytest.fixture
+def begun(search_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SearchSession, Desk]]:
+    """A search with one trial under way."""
+    monkeypatch.chdir(tmp_path)
+    walk = prepare(search_file)
+    session = SearchSession(walk, TrialNotes(walk.ledger.store, "s"), Console(quiet=True))
+    desk = Desk(walk)
+    session.begin(desk)
+    with UploadQueue(tracking_is_away) as session._recorder:
+        yield session, desk
+
+
+def event(kind: str, name: str, error: str, cause: str) -> dict:
+    return {"event": kind, "id": name, "type": "stage", "attempt": 1, "error": error, "kind": cause}
+
+
+def test_a_trial_whose_stage_run_is_skipped_has_failed(begun):
+    session, desk = begun
+    work = session.newer_work()
+    assert work and not desk.answers
+    session.on_event(event("failed", "a-rehearsal", "its worker died", "LostWorker"))
+    assert session.newer_work() is None and not desk.answers
+    session.on_event(
+        event("skipped", session.walk.tree.path_of[session.walk.cells[0].id][-1], "not run: what it needs", "Skipped")
+    )
+    session.newer_work()
+    assert desk.answers == {0: {"failed": "not run: what it needs"}}
+    assert [trial.state for trial in session.walk.trials] == ["failed"]
+
+
+def test_a_storage_that_cannot_be_written_is_no_trials_fault_and_ends_the_search(begun):
+    session, desk = begun
+    work = session.newer_work()
+    assert work
+    session.on_event(event("failed", work[0].id, "no space left", "StorageError"))
+    session.on_event(event("skipped", work[1].id, "not run", "Skipped"))
+    session.newer_work()
+    assert session.broken == "no space left" and not desk.answers
