@@ -1,4 +1,4 @@
-"""The conductor: hands the work out to lanes, and rebuilds what it knows when it is started again."""
+"""The conductor: assigns jobs to lanes, watches their workers, and rebuilds its state after a restart."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
-from orchestrator.dispatch.job_queue import Book
+from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.spec.infrastructure import ClusterSpec
 
-# Live ranks of a hung group have so long to write down where they are.
+# Live ranks of a hung group have this long to write their stacks.
 _STACKS_SECONDS = 15.0
-# A group that still stands so long after it was to be killed is told of again.
+# A group that still lives this long after it was to be killed is reported again.
 _TELL_AGAIN_SECONDS = 30.0
 
 
 @dataclass
 class Item:
-    """One job handed to one attempt, and what each rank said of it."""
+    """One job assigned to one attempt, and what each rank reported of it."""
 
     job: str
     token: int
@@ -33,12 +33,12 @@ class Item:
 
     @property
     def failures(self) -> list[Failure]:
-        """What ranks met, in the order in which they told it."""
+        """The failures that ranks reported, in order."""
         return [report for report in self.reports.values() if isinstance(report, Failure)]
 
     def cause(self) -> Failure:
-        """Return the failure to tell: one that stays before one that may pass, else the first: later ones often
-        follow it.
+        """Return the failure to report: a permanent one before a transient one, else the first, which often caused the
+        others.
         """
         plain = [failure for failure in self.failures if not failure.retry]
         if plain:
@@ -61,12 +61,12 @@ class Attempt:
     """One life of a lane's worker group.
 
     Attributes:
-        items: What it was given, by number; a conductor that took it over knows the last ones only.
-        last: Number of the item given last; -1 before the first.
+        items: What it was assigned, by number; a conductor that took it over knows only the last.
+        last: Number of the item assigned last; -1 before the first.
         holds: State its workers have in memory.
-        moved: When a rank last got on, in the conductor's seconds.
+        moved: When a rank last made progress, in the conductor's seconds.
         hung: Since when it counts as hung, and why.
-        told: When the driver was told to kill it.
+        told: When the driver was asked to kill it.
     """
 
     id: str
@@ -84,40 +84,40 @@ class Attempt:
 
     @property
     def open_item(self) -> Item | None:
-        """The item its ranks are at."""
+        """The item its ranks are working on."""
         item = self.items.get(self.last)
         return None if item is None or item.closed else item
 
-    def give(self, number: int, item: Item) -> None:
-        """Note what all ranks get as their item of this number."""
+    def assign(self, number: int, item: Item) -> None:
+        """Set the item of this number for all ranks."""
         self.items[number], self.last = item, number
 
     def heard(self, who: Mapping[str, Any], now: float, progress: int = 0, has_dumped: bool = False) -> None:
-        """Note a sign of life of a rank, and how far it is."""
+        """Record a heartbeat of a rank and its progress."""
         rank = self.ranks.setdefault(who["rank"], _Rank(who, now))
         rank.heard, rank.has_dumped = now, rank.has_dumped or has_dumped
         if progress > rank.progress:
             rank.progress, self.moved = progress, now
 
-    def excuse(self, now: float) -> None:
-        """Nobody could be heard until now: what came late is nobody's fault."""
+    def reset_timers(self, now: float) -> None:
+        """Restart the timers: the conductor itself was busy, so late heartbeats count as on time."""
         self.moved = now
         for rank in self.ranks.values():
             rank.heard = now
 
     def look(self, now: float, patience_seconds: float) -> None:
-        """Note whether it hangs: no rank got on for so long, or a rank is silent for so long."""
+        """Mark it hung if no rank made progress, or a rank was silent, for this long."""
         if self.ended or self.hung is not None:
             return
         silent = [str(number) for number in self._silent(now, patience_seconds)]
         minutes = f"{patience_seconds / 60:g} minutes"
         if silent:
-            self.hung = now, f"rank {', '.join(silent)} gave no sign of life for {minutes}"
+            self.hung = now, f"rank {', '.join(silent)} sent no heartbeat for {minutes}"
         elif self.open_item is not None and now - self.moved > patience_seconds:
-            self.hung = now, f"no rank got on for {minutes}"
+            self.hung = now, f"no rank made progress for {minutes}"
 
-    def to_end(self, now: float, patience_seconds: float) -> list[dict[str, Any]]:
-        """Process of a hung group that are to be killed, once live ranks have written their stacks."""
+    def to_kill(self, now: float, patience_seconds: float) -> list[dict[str, Any]]:
+        """Return the processes of a hung group to kill, once live ranks have written their stacks."""
         if self.hung is None or (self.told is not None and now - self.told < _TELL_AGAIN_SECONDS):
             return []
         silent = self._silent(now, patience_seconds)
@@ -137,7 +137,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a conductor works.
+    """How a conductor treats failures, damage and hung worker groups.
 
     Attributes:
         max_failures: Further attempts a job gets after a failure that may pass.
@@ -156,7 +156,7 @@ class Rules:
 
     @classmethod
     def of(cls, cluster: ClusterSpec, fail_fast: bool, plans_again: bool) -> Rules:
-        """Return the rules of a run."""
+        """Return the rules that `cluster` asks for."""
         stall = None if cluster.stall_minutes is None else 60 * float(cluster.stall_minutes)
         return cls(cluster.max_failures, fail_fast, plans_again, stall)
 
@@ -169,18 +169,17 @@ def new_driver() -> str:
 WAIT = "wait"
 STOP = "stop"
 RESTART = "restart"
-# A lane whose workers die this often without touching a job has a fault of its own.
+# A lane whose workers die this often before they take a job is itself the problem.
 BARREN_ATTEMPTS = 3
 
 
 class Conductor:
-    """Holds the work, who does what, and what became of it.
+    """Holds the jobs, which lane does which, and how they ended.
 
     Every rank of a lane's worker group (an attempt) asks for item k when it has done item k - 1, and all ranks get
     the same answer, so that no rank waits in a collective while there is nothing to do. A question carries all that a
-    conductor has to know to answer it, so one that died and was started again goes on where it was: the driver sends
-    it the plan, the leases say what is in hand, and each rank says who it is and what it did last. All calls may be
-    repeated.
+    conductor has to know to answer it, so a restarted one continues where it was: the driver sends it the plan, the
+    leases say what is running, and each rank says who it is and what it did last. All calls may be repeated.
 
     Args:
         url: The storage.
@@ -200,7 +199,7 @@ class Conductor:
         self._rules = rules or Rules()
         ledger = Ledger(url)
         self._leases = Leases(ledger.store, driver, process=Process(**process) if process else None)
-        self._book = Book(ledger, self._leases, self._rules.max_failures, self._rules.plans_again, clock)
+        self._queue = JobQueue(ledger, self._leases, self._rules.max_failures, self._rules.plans_again, clock)
         self._clock = clock
         self._epoch = uuid.uuid4().hex
         self._attempts: dict[str, Attempt] = {}
@@ -213,8 +212,7 @@ class Conductor:
     # What lanes call -------------------------------------------------------------------------------------------
 
     def begin(self, who: Mapping[str, Any]) -> None:
-        """Return a worker group has started; what the lane's group before had in hand is given back: its workers are
-        gone.
+        """Take note that a worker group has started; the job of the lane's earlier group is queued again.
 
         Args:
             who: A rank: `lane`, `attempt` (unique), `world_size`, `rank`, `placement_group`.
@@ -233,7 +231,7 @@ class Conductor:
     def next_item(
         self, who: Mapping[str, Any], k: int, last: str | None, report: str | Mapping[str, Any] | None
     ) -> dict[str, Any] | str:
-        """Item `k` for a rank: `job` and `token`, or `wait`, `stop` or `restart`; equal for every rank that asks.
+        """Return item `k` for a rank: `job` and `token`, or `wait`, `stop` or `restart`; the same for every rank.
 
         Args:
             who: The rank, as in `begin`, with `node`, `pid` and `started` of its process.
@@ -250,20 +248,20 @@ class Conductor:
             return attempt.answer_after or RESTART
         if k in attempt.items:
             item = attempt.items[k]
-            return {"job": self._book.work.jobs[item.job], "token": item.token}
+            return {"job": self._queue.work.jobs[item.job], "token": item.token}
         if attempt.open_item is not None:
             return self._while_ranks_differ(attempt)
-        return attempt.answer_after or self._hand_out(attempt, k)
+        return attempt.answer_after or self._assign(attempt, k)
 
     def heartbeat(
         self, who: Mapping[str, Any], progress: int, has_dumped: bool, at: Sequence[Any] | None = None
     ) -> dict[str, bool]:
-        """Return a sign of life of a rank; answers whether to `stop` at the next checkpoint and to `dump` the stacks.
+        """Take a rank's heartbeat; return whether to `stop` at the next checkpoint and to `dump` the stacks.
 
         Args:
-            progress: Grows whenever the rank gets on.
+            progress: Grows whenever the rank makes progress.
             has_dumped: Whether the stacks that were asked for are written.
-            at: `k` and `last` of the item in hand, by which a conductor that was started again watches it too.
+            at: `k` and `last` of the current item, by which a restarted conductor watches it too.
         """
         attempt = self._attempts.get(who["attempt"]) or (self._take_over(who, *at) if at else None)
         self._barren.setdefault(who["lane"], 0)  # its workers had started, under an earlier conductor
@@ -279,27 +277,27 @@ class Conductor:
 
         Args:
             closed: Whether no further plan will come.
-            known: For a conductor that was started again: what the driver heard before (`Account.known`).
+            known: For a restarted conductor: what the driver heard before (`RunState.known`).
         """
-        self._book.plan(jobs, known)
+        self._queue.plan(jobs, known)
         self._is_closed = closed
         if self._is_planned:
             return
         self._is_planned = True
-        self._reserved = self._book.reserved()
+        self._reserved = self._queue.reserved()
         for lane in {attempt.lane for attempt in self._attempts.values()}:
             self._give_back_reserved(lane)  # a new group began before the plan came
 
     def interrupt(self) -> None:
-        """Return no further item is handed out; what runs writes a checkpoint and leaves."""
+        """Assign no further item; running jobs write a checkpoint and stop."""
         self._is_interrupted = True
 
     def is_stopping(self) -> bool:
         """Return whether a stop was asked for, or the first failure ended the run."""
-        return self._is_interrupted or (self._rules.fail_fast and "failed" in self._book.work.standing.values())
+        return self._is_interrupted or (self._rules.fail_fast and "failed" in self._queue.work.status.values())
 
     def lane_ended(self, lane: str) -> bool:
-        """Return a lane's Train run is over: what it had in hand is given back. True where its workers had started."""
+        """Queue the job of a lane whose Train run is over again; True if its workers had started."""
         self._end_lane(lane)
         return lane in self._barren
 
@@ -315,13 +313,13 @@ class Conductor:
         """
         now, stall = self._clock(), self._rules.stall_seconds
         if self._is_planned and not self.is_stopping():
-            self._book.look_again()
+            self._queue.recheck()
         hung: list[dict[str, Any]] = []
         for attempt in self._attempts.values():
             if stall is not None and not attempt.ended:
                 attempt.look(now, stall)
-                hung += attempt.to_end(now, stall)
-        events = self._book.events[seen if epoch == self._epoch else 0 :]
+                hung += attempt.to_kill(now, stall)
+        events = self._queue.events[seen if epoch == self._epoch else 0 :]
         return {"epoch": self._epoch, "events": events, "hung": hung, "given_up": dict(self._given_up)}
 
     def placement_groups(self, lane: str) -> list[str]:
@@ -329,43 +327,43 @@ class Conductor:
         return list(self._groups.get(lane, ()))
 
     def leave(self) -> None:
-        """Return the run is over: leases go."""
-        self._book.close()
+        """End the run: release the leases."""
+        self._queue.close()
 
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, who: Mapping[str, Any], k: int, last: str | None) -> Attempt | None:
-        """Go on with an attempt that began under a conductor before this one."""
+        """Continue an attempt that began under an earlier conductor."""
         lane = who["lane"]
         if not self._is_planned or any(a.lane == lane and not a.ended for a in self._attempts.values()):
             return None
         attempt = Attempt(who["attempt"], lane, who["world_size"], self._clock(), last=k - 1, holds=last)
         self._attempts[attempt.id] = attempt
         for job in self._reserved.pop(lane, ()):
-            token = self._book.token(job, lane)
-            # What this rank has done already the others may still be at; anything else it is to do now.
-            attempt.give(k - 1 if job == last else k, Item(job, -1 if token is None else token))
+            token = self._queue.token(job, lane)
+            # The others may still be at what this rank has done already; anything else it is to do now.
+            attempt.assign(k - 1 if job == last else k, Item(job, -1 if token is None else token))
         return attempt
 
-    def _hand_out(self, attempt: Attempt, k: int) -> dict[str, Any] | str:
+    def _assign(self, attempt: Attempt, k: int) -> dict[str, Any] | str:
         if self.is_stopping() or attempt.lane in self._given_up:
             attempt.answer_after = STOP
             return STOP
-        given = self._book.hand_out(attempt.lane, attempt.holds, self._others(attempt))
+        given = self._queue.assign(attempt.lane, attempt.holds, self._others(attempt))
         if given is None:
             attempt.answer_after = STOP if self._is_over() else None
             return attempt.answer_after or WAIT
         name, token = given
         attempt.moved = self._clock()
         self._barren[attempt.lane] = 0
-        attempt.give(k, Item(name, token))
-        return {"job": self._book.work.jobs[name], "token": token}
+        attempt.assign(k, Item(name, token))
+        return {"job": self._queue.work.jobs[name], "token": token}
 
     def _is_over(self) -> bool:
-        return self.is_stopping() or (self._is_closed and self._book.work.is_done)
+        return self.is_stopping() or (self._is_closed and self._queue.work.is_done)
 
     def _others(self, mine: Attempt) -> set[str]:
-        """Return where the other lanes are."""
+        """Return the jobs and states that the other lanes are at."""
         others = [a for a in self._attempts.values() if a is not mine and not a.ended and a.lane != mine.lane]
         found = {item.job for a in others if (item := a.open_item) is not None}
         found |= {name for names in self._reserved.values() for name in names}
@@ -382,7 +380,7 @@ class Conductor:
     def _report(self, attempt: Attempt, k: int, rank: int, report: str | Failure) -> None:
         item = attempt.items.get(k)
         if attempt.ended or item is None or item.closed or rank in item.reports:
-            return  # said again, or a late word from a group that was already given up
+            return  # repeated, or a late report from a group that was given up
         attempt.moved = self._clock()
         item.reports[rank] = report
         if isinstance(report, Failure) and item.first_failure is None:
@@ -397,19 +395,19 @@ class Conductor:
         if not failures:
             if "interrupted" in item.reports.values():
                 attempt.holds = None
-                self._book.interrupt(item.job, attempt.lane)
+                self._queue.interrupt(item.job, attempt.lane)
             else:
-                job = self._book.work.jobs[item.job]
+                job = self._queue.work.jobs[item.job]
                 if job["type"] != "evaluation":
                     attempt.holds = item.job
                 elif job["state"] != attempt.holds:
                     attempt.holds = None  # the model it tested took the place of what was there
-                self._book.finish(item.job, attempt.lane)
+                self._queue.finish(item.job, attempt.lane)
             return
         attempt.holds = None
-        self._charge(item.job, item.cause(), attempt.lane)
-        # Ranks that all failed alike before or after the same collective can go on together. Others cannot be
-        # trusted to be in step, and after an error that may pass a fresh process is the better second try.
+        self._record_failure(item.job, item.cause(), attempt.lane)
+        # Ranks that all failed alike before or after the same collective can continue together. Others may be out of
+        # step, and after a transient error a fresh process is the better second try.
         alike = len({failure.kind for failure in failures}) == 1 and len(failures) == attempt.world_size
         if not alike or failures[0].retry:
             attempt.ended = True
@@ -423,7 +421,7 @@ class Conductor:
 
     def _give_back_reserved(self, lane: str) -> None:
         for name in self._reserved.pop(lane, ()):
-            self._charge(name, _lost(""), lane)
+            self._record_failure(name, _lost(""), lane)
 
     def _end(self, attempt: Attempt) -> None:
         attempt.ended = True
@@ -438,13 +436,13 @@ class Conductor:
         elif cause is None or cause.retry:
             # What the survivors met (a connection closed by its peer) is seldom the cause.
             cause = _lost("" if cause is None else f"; another worker met {cause.message}")
-        self._charge(item.job, cause, attempt.lane)
+        self._record_failure(item.job, cause, attempt.lane)
 
-    def _charge(self, job: str, failure: Failure, lane: str) -> None:
-        self._book.charge(job, failure, lane, self.is_stopping())
-        if failure.damaged is not None:  # reading a large state took its time: nobody was heard meanwhile
+    def _record_failure(self, job: str, failure: Failure, lane: str) -> None:
+        self._queue.record_failure(job, failure, lane, self.is_stopping())
+        if failure.damaged is not None:  # reading a large state takes time: no heartbeat was taken meanwhile
             for attempt in self._attempts.values():
-                attempt.excuse(self._clock())
+                attempt.reset_timers(self._clock())
 
 
 def _lost(met: str) -> Failure:

@@ -1,4 +1,4 @@
-"""WorkList: the jobs of a run in their order, what each needs, how it stands, and which a lane should take next."""
+"""The jobs of one driver: their order and status, leases, retries, failures, damage, and the events about them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from orchestrator.plan.ledger.leases import Leases
 ASK_AGAIN_SECONDS = 2.0
 
 
-class Book:
-    """Keeps the jobs of one driver.
+class JobQueue:
+    """Assigns the jobs of one driver, and decides after a failure what becomes of each.
 
     Args:
         ledger: Where results, failures and leases are.
@@ -29,7 +29,7 @@ class Book:
         clock: Monotonic seconds.
 
     Attributes:
-        work: The jobs.
+        work: The jobs and their status.
         events: What happened: `event`, `id`, `type`, `attempt`, `lane`, and `error`, `kind`, `state` or `elsewhere`
             where there is one.
     """
@@ -47,52 +47,54 @@ class Book:
         self._max_failures = max_failures
         self._plans_again = plans_again
         self._clock = clock
-        self._tries: dict[str, int] = {}
+        self._attempts: dict[str, int] = {}
         self._damages: dict[str, int] = {}
         self._failures_seen: dict[str, dict[str, Any] | None] = {}
         self._asked = clock()
-        self.work = WorkList()
+        self.work = JobGraph()
         self.events: list[dict[str, Any]] = []
 
     def plan(self, jobs: Sequence[Mapping[str, Any]], known: Mapping[str, Any] | None = None) -> None:
         """Take the newest complete plan.
 
         Args:
-            known: What the driver knows that an earlier life of the conductor told it (`Account.known`).
+            known: What the driver knows that an earlier life of the conductor told it (`RunState.known`).
         """
         endings = (known or {}).get("endings", {})
-        self._tries = (known or {}).get("attempts", {}) | self._tries  # what was not its fault is not counted here
+        self._attempts = (known or {}).get(
+            "attempts", {}
+        ) | self._attempts  # attempts lost to other causes are not in it
         skipped = self.work.replace(jobs, self._is_stored)
-        for name in list(self.work.standing):
+        for name in list(self.work.status):
             if endings.get(name) == "failed":
                 skipped += self.work.fail(name)
             elif endings.get(name) == "finished":
                 self.work.set(name, "finished")
-        self._tell_skipped(skipped, "")
+        self._emit_skipped(skipped, "")
 
     def reserved(self) -> dict[str, list[str]]:
-        """Return the lane to jobs it has in hand from before this conductor; they count as under way."""
+        """Return lane to the jobs assigned to it before this conductor started; they count as running."""
         found: dict[str, list[str]] = {}
         for name, lane in self._leases.held().items():
-            if self.work.standing.get(name) == "pending":
+            if self.work.status.get(name) == "pending":
                 self.work.set(name, "running")
-                self._tries.setdefault(name, 1)  # the driver may not have heard that it was begun
+                self._attempts.setdefault(name, 1)  # the driver may have missed its start
                 found.setdefault(lane, []).append(name)
             else:
-                self._let_go(name)
+                self._release(name)
         return found
 
     def token(self, name: str, lane: str) -> int | None:
-        """Return the token of a job this driver has in hand; None where another driver took it over."""
+        """Return the fencing token of a running job of this driver; None if another driver took it over."""
         with contextlib.suppress(StorageError):
             return self._leases.acquire(name, lane)
         return None
 
-    def hand_out(self, lane: str, mine: str | None, others: Collection[str]) -> tuple[str, int] | None:
-        """Return the next job for a lane and the token to write it under; None where there is none for it now."""
-        others = {*others, *self.work.that_are("elsewhere")}
+    def assign(self, lane: str, mine: str | None, others: Collection[str]) -> tuple[str, int] | None:
+        """Return the next job for a lane and its fencing token; None if there is none for it now."""
+        others = {*others, *self.work.with_status("elsewhere")}
         for name in self.work.candidates(mine, others):
-            if self.work.standing[name] != "pending":
+            if self.work.status[name] != "pending":
                 continue  # skipped meanwhile: an earlier candidate could not be leased
             try:
                 self._leases.release(name)  # where that failed before: no group gets the token of an earlier one
@@ -108,18 +110,18 @@ class Book:
                 self.finish(name, lane, elsewhere=True)
             elif not self._has_failed_elsewhere(name):
                 self.work.set(name, "running")
-                self._tries[name] = self._tries.get(name, 0) + 1
-                self._tell("started", name, lane)
+                self._attempts[name] = self._attempts.get(name, 0) + 1
+                self._emit("started", name, lane)
                 return name, token
         return None
 
-    def look_again(self) -> None:
-        """Return every few seconds: what other drivers had in hand may be done, failed, or free."""
+    def recheck(self) -> None:
+        """Check every few seconds whether jobs of other drivers are done, failed, or free."""
         if self._clock() - self._asked < ASK_AGAIN_SECONDS:
             return
         self._asked = self._clock()
-        for name in self.work.that_are("elsewhere"):
-            if self.work.standing[name] != "elsewhere":
+        for name in self.work.with_status("elsewhere"):
+            if self.work.status[name] != "elsewhere":
                 continue  # skipped: what it starts from failed elsewhere
             with contextlib.suppress(StorageError):
                 if self._is_stored(self.work.jobs[name]):
@@ -128,44 +130,44 @@ class Book:
                     self.work.set(name, "pending")
 
     def finish(self, name: str, lane: str, elsewhere: bool = False) -> None:
-        """Return a job is done."""
+        """Record that a job is done."""
         self.work.set(name, "finished")
         with contextlib.suppress(StorageError):
             self._ledger.clear_failure(name)
             self._leases.forget(name)
-        self._tell("finished", name, lane, **({"elsewhere": True} if elsewhere else {}))
+        self._emit("finished", name, lane, **({"elsewhere": True} if elsewhere else {}))
 
     def interrupt(self, name: str, lane: str) -> None:
-        """Return a job was left at a checkpoint because a stop was asked for."""
+        """Record that a job stopped at a checkpoint because a stop was asked for."""
         self._give_back(name)
-        self._tell("interrupted", name, lane)
+        self._emit("interrupted", name, lane)
 
-    def charge(self, name: str, failure: Failure, lane: str, stopping: bool) -> None:
-        """Return a job failed: it is tried again, waits for a new plan, or has failed for good."""
+    def record_failure(self, name: str, failure: Failure, lane: str, stopping: bool) -> None:
+        """Record that a job failed: it is retried, waits for a new plan, or has failed for good."""
         if stopping and failure.kind == LOST_WORKER:
             self.interrupt(name, lane)
         elif failure.kind == TAKEN_OVER:
-            self._tries[name] -= 1
-            self._let_go(name)
+            self._attempts[name] -= 1
+            self._release(name)
             self._set_elsewhere(name)
-            self._tell("retried", name, lane, error=failure.message, kind=failure.kind)
+            self._emit("retried", name, lane, error=failure.message, kind=failure.kind)
         elif failure.damaged is not None and self._is_lost(failure.damaged):
-            self._meet_damage(name, failure, failure.damaged, lane)
-        elif (failure.retry or failure.damaged) and self._tries[name] <= self._max_failures:
+            self._record_damage(name, failure, failure.damaged, lane)
+        elif (failure.retry or failure.damaged) and self._attempts[name] <= self._max_failures:
             self._give_back(name)
-            self._tell("retried", name, lane, error=failure.message, kind=failure.kind)
+            self._emit("retried", name, lane, error=failure.message, kind=failure.kind)
         else:
             self._fail(name, failure, lane)
 
     def close(self) -> None:
-        """Let go of all leases."""
+        """Release all leases."""
         with contextlib.suppress(StorageError):
             self._leases.close()
 
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _is_stored(self, job: Mapping[str, Any]) -> bool:
-        """Return whether the ledger has a job's result with all that is to stay of it."""
+        """Return whether the ledger has a job's result with everything that is to be kept of it."""
         name = str(job["id"])
         if job["type"] == "evaluation":
             return self._ledger.evaluation(name) is not None
@@ -175,42 +177,42 @@ class Book:
         return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
 
     def _is_recovered(self, job: Mapping[str, Any]) -> bool:
-        """Return whether a state is stored again that a gc, killed amid it, had taken aside."""
+        """Return whether a state that an interrupted gc had set aside is stored again."""
         return job["type"] != "evaluation" and self._ledger.recover(str(job["id"])) and self._is_stored(job)
 
     def _set_elsewhere(self, name: str) -> None:
         self.work.set(name, "elsewhere")
-        with contextlib.suppress(StorageError):  # not seen: then it is tried here, once it is free
+        with contextlib.suppress(StorageError):  # not seen: then it is retried here, once it is free
             self._failures_seen.setdefault(name, self._ledger.failure(name))
 
     def _has_failed_elsewhere(self, name: str) -> bool:
-        """Return whether another driver, who had a job in hand, has written that it failed."""
+        """Return whether the other driver that ran a job has recorded its failure."""
         if name not in self._failures_seen:
             return False
         failure = self._ledger.failure(name)
         if failure is None or failure == self._failures_seen[name]:
             return False
-        self._let_go(name)
+        self._release(name)
         skipped = self.work.fail(name)
-        self._tell("failed", name, "", error=str(failure.get("error")), kind="Elsewhere", elsewhere=True)
-        self._tell_skipped(skipped, name)
+        self._emit("failed", name, "", error=str(failure.get("error")), kind="Elsewhere", elsewhere=True)
+        self._emit_skipped(skipped, name)
         return True
 
-    def _meet_damage(self, name: str, failure: Failure, state: str, lane: str) -> None:
+    def _record_damage(self, name: str, failure: Failure, state: str, lane: str) -> None:
         self._damages[name] = self._damages.get(name, 0) + 1
-        # A disk that damages whatever is written would have it done for ever.
+        # A disk that damages everything written to it would cause endless retries.
         if not self._plans_again or self._damages[name] > self._max_failures + 1:
             self._fail(name, failure, lane)
             return
-        self._tries[name] -= 1
-        self._let_go(name)
+        self._attempts[name] -= 1
+        self._release(name)
         self.work.set(name, "parked")
-        self._tell("damaged", name, lane, error=failure.message, kind=failure.kind, state=state)
+        self._emit("damaged", name, lane, error=failure.message, kind=failure.kind, state=state)
 
     def _is_lost(self, state: str) -> bool:
-        """Look at a state that a worker found damaged; one that is, is taken out of the ledger."""
+        """Check a state that a worker found damaged; one that is, is removed from the ledger."""
         try:
-            ledger = Ledger(self._ledger.url)  # one that has not seen it whole before: files may have gone since
+            ledger = Ledger(self._ledger.url)  # one that has not verified it before: files may have gone since
             if ledger.is_done(state):
                 for part in ("weights", "checkpoint"):
                     if ledger.has(state, part):
@@ -224,58 +226,63 @@ class Book:
         return True
 
     def _give_back(self, name: str) -> None:
-        # With a new lease comes a new token: whatever of the old group still writes is too late.
-        self._let_go(name)
+        # A new lease has a new token, which fences off whatever the old worker group still writes.
+        self._release(name)
         self.work.set(name, "pending")
 
-    def _let_go(self, name: str) -> None:
+    def _release(self, name: str) -> None:
         with contextlib.suppress(StorageError):
             self._leases.release(name)
 
     def _fail(self, name: str, failure: Failure, lane: str) -> None:
-        tries = self._tries.get(name, 0)
+        tries = self._attempts.get(name, 0)
         again = f" (attempt {tries} of {self._max_failures + 1})" if failure.retry else ""
         error = failure.message + again
-        # A full or broken disk is no fault of the cell: once it is mended, the same command goes on.
+        # A full or broken disk is not the cell's failure: once it is repaired, the same command resumes.
         if failure.kind != StorageError.__name__:
             log = str(self._ledger.work_folder(name) / LOG_FILE)
             kind = self.work.jobs[name]["type"]
             note = {"id": name, "type": kind, "error": error, "attempts": tries, "log": log}
             with contextlib.suppress(StorageError):
                 self._ledger.write_failure(name, note)
-        self._let_go(name)
+        self._release(name)
         skipped = self.work.fail(name)
-        self._tell("failed", name, lane, error=error, kind=failure.kind)
-        self._tell_skipped(skipped, name)
+        self._emit("failed", name, lane, error=error, kind=failure.kind)
+        self._emit_skipped(skipped, name)
 
-    def _tell_skipped(self, names: Sequence[str], failed: str) -> None:
+    def _emit_skipped(self, names: Sequence[str], failed: str) -> None:
         why = f"{failed[:12]}, which it starts from, failed" if failed else "what it starts from failed"
         for name in names:
-            self._tell("skipped", name, "", error=f"not run: {why}", kind="Skipped")
+            self._emit("skipped", name, "", error=f"not run: {why}", kind="Skipped")
 
-    def _tell(self, event: str, name: str, lane: str, **more: Any) -> None:
-        told = {"event": event, "id": name, "type": self.work.jobs[name]["type"], "attempt": self._tries.get(name, 0)}
+    def _emit(self, event: str, name: str, lane: str, **more: Any) -> None:
+        told = {
+            "event": event,
+            "id": name,
+            "type": self.work.jobs[name]["type"],
+            "attempt": self._attempts.get(name, 0),
+        }
         self.events.append(told | ({"lane": lane} if lane else {}) | more)
 
 
-Standing = Literal["pending", "running", "elsewhere", "parked", "finished", "failed", "skipped"]
-"""`elsewhere`: another driver works on it. `parked`: what it starts from is damaged, it waits for a new plan."""
+JobStatus = Literal["pending", "running", "elsewhere", "parked", "finished", "failed", "skipped"]
+"""`elsewhere`: another driver works on it. `parked`: what it starts from is damaged; it waits for a new plan."""
 OPEN = ("pending", "running", "elsewhere", "parked")
-# Candidates that are weighed against each other; beyond them the order of the plan is good enough.
+# Candidates that are compared; beyond them the order of the plan is good enough.
 _WINDOW = 200
 
 
-class WorkList:
+class JobGraph:
     """Jobs as `job_to_json` writes them, parents before children; a parent that is not listed is finished already.
 
     Attributes:
         jobs: Every job that was listed, by id.
-        standing: How each stands.
+        status: How each stands.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.standing: dict[str, Standing] = {}
+        self.status: dict[str, JobStatus] = {}
         self._place: dict[str, int] = {}
         self._children: dict[str, list[str]] = {}
         self._ready: list[tuple[int, str]] = []
@@ -283,11 +290,11 @@ class WorkList:
 
     @property
     def is_done(self) -> bool:
-        """Nothing is left to do, and nothing under way."""
+        """Nothing is left to do, and nothing is running."""
         return self._num_open == 0
 
     def replace(self, jobs: Sequence[Mapping[str, Any]], is_stored: Callable[[Mapping[str, Any]], bool]) -> list[str]:
-        """Take a new complete plan: what is not begun is replaced, what runs, finished or failed stays as it is.
+        """Take a new complete plan: jobs that have not begun are replaced, running and ended ones stay.
 
         Args:
             is_stored: Whether the ledger has a job's result: a finished one that it lost is done again.
@@ -295,17 +302,17 @@ class WorkList:
         Returns:
             Jobs that are skipped from now on: what they start from failed.
         """
-        old, skipped_before = self.standing, {n for n, s in self.standing.items() if s == "skipped"}
+        old, skipped_before = self.status, {n for n, s in self.status.items() if s == "skipped"}
         kept = {name: self.jobs[name] for name, s in old.items() if s in ("running", "finished", "failed")}
         listed = {str(job["id"]): dict(job) for job in jobs}
-        # All ranks of a lane get the same job, also those that ask after a new plan came.
+        # All ranks of a lane get the same job, also those that ask after a new plan arrived.
         self.jobs = listed | {name: job for name, job in kept.items() if name not in listed or old[name] == "running"}
-        self.standing = {name: old[name] for name in kept}
+        self.status = {name: old[name] for name in kept}
         for name, job in listed.items():
             before = old.get(name)
             redo = before not in ("running", "failed") and not (before == "finished" and is_stored(job))
             if redo:
-                self.standing[name] = "pending"
+                self.status[name] = "pending"
         # What runs but is not listed any more stands first: its children may be listed.
         order = [name for name in kept if name not in listed] + list(listed)
         self._place = {name: place for place, name in enumerate(order)}
@@ -313,44 +320,44 @@ class WorkList:
         for name in order:
             for need in self._needs(name):
                 self._children.setdefault(need, []).append(name)
-        gone = [name for name in order if self.standing[name] == "failed"]
+        gone = [name for name in order if self.status[name] == "failed"]
         skipped = [name for failed in gone for name in self._skip_below(failed)]
         self._ready = [(self._place[name], name) for name in order if self._is_ready(name)]
-        self._num_open = sum(standing in OPEN for standing in self.standing.values())
+        self._num_open = sum(status in OPEN for status in self.status.values())
         return [name for name in skipped if name not in skipped_before]
 
-    def set(self, name: str, standing: Standing) -> None:
-        """Note how a job stands."""
-        before, self.standing[name] = self.standing[name], standing
-        self._num_open += (standing in OPEN) - (before in OPEN)
+    def set(self, name: str, status: JobStatus) -> None:
+        """Set the status of a job."""
+        before, self.status[name] = self.status[name], status
+        self._num_open += (status in OPEN) - (before in OPEN)
         entry = (self._place[name], name)
         at = bisect.bisect_left(self._ready, entry)
         is_listed = at < len(self._ready) and self._ready[at] == entry
-        if is_listed and standing != "pending":
+        if is_listed and status != "pending":
             del self._ready[at]
         elif not is_listed and self._is_ready(name):
             self._ready.insert(at, entry)
-        if standing == "finished":
+        if status == "finished":
             for child in self._children.get(name, ()):
                 if self._is_ready(child):
                     bisect.insort(self._ready, (self._place[child], child))
 
     def fail(self, name: str) -> list[str]:
-        """Note that a job failed; returns those below it, which are skipped."""
+        """Mark a job failed; return the jobs below it, which are skipped."""
         self.set(name, "failed")
         skipped = self._skip_below(name)
         self._num_open -= len(skipped)
         return skipped
 
-    def that_are(self, standing: Standing) -> list[str]:
-        """Return the ids of the jobs that stand so, in order."""
-        return sorted((n for n, s in self.standing.items() if s == standing), key=self._place.__getitem__)
+    def with_status(self, status: JobStatus) -> list[str]:
+        """Return the ids of the jobs with this status, in order."""
+        return sorted((n for n, s in self.status.items() if s == status), key=self._place.__getitem__)
 
     def candidates(self, mine: str | None, others: Collection[str]) -> list[str]:
         """Return the jobs that can be begun, the best for a lane first.
 
-        What goes on from the state in the lane's memory comes first. Then the plan's order, which is depth first,
-        but away from where others work, so that each keeps its subtree and what it has in memory.
+        A job that starts from the state in the lane's memory comes first. Then the plan's order, which is depth first,
+        but away from where others work, so that each lane keeps its subtree and the state in its memory.
 
         Args:
             mine: State the lane has in memory.
@@ -386,21 +393,21 @@ class WorkList:
         return [need for need in needs_of(self.jobs[name]) if need in self.jobs]
 
     def _is_ready(self, name: str) -> bool:
-        return self.standing[name] == "pending" and all(self.standing[n] == "finished" for n in self._needs(name))
+        return self.status[name] == "pending" and all(self.status[n] == "finished" for n in self._needs(name))
 
     def _skip_below(self, name: str) -> list[str]:
         skipped: list[str] = []
         parents = [name]
         while parents:
             for child in self._children.get(parents.pop(), ()):
-                if self.standing[child] in ("pending", "parked", "elsewhere"):
-                    self.standing[child] = "skipped"
+                if self.status[child] in ("pending", "parked", "elsewhere"):
+                    self.status[child] = "skipped"
                     skipped.append(child)
                     parents.append(child)
         return sorted(skipped, key=self._place.__getitem__)
 
 
 def parallel_width(jobs: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many of these jobs can be under way at once, at most."""
+    """Return the largest number of these jobs that can run at the same time."""
     needed = {need for job in jobs for need in needs_of(job)}
     return sum(job["id"] not in needed for job in jobs)

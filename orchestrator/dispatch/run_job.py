@@ -1,4 +1,7 @@
-"""Runs one job on one worker: writes the weights something starts from, trains a stage, or evaluates a state."""
+"""Runs one job on one worker: writes initial weights, trains a stage, rehearses, or evaluates a state.
+
+Only workers import this module, and with it torch and DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,24 @@ from typing import Any, Literal, Protocol
 
 from orchestrator import registry
 from orchestrator.errors import StageRunError, StorageError
+from orchestrator.evaluation.evaluate import answer_one, evaluate_state, lacks_modules
+from orchestrator.models.initial_weights import write_initial_weights, write_start_weights
 from orchestrator.plan.identity import share_caches
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import dump_json, parse_json, write_json
+from orchestrator.training import distributed
+from orchestrator.training.distributed import decide
+from orchestrator.training.engine import TrainingMemory
+from orchestrator.training.rehearsal import note_key, rehearse_training
+from orchestrator.training.stage_run import train_stage
 
 
-def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
-    """Try what has not passed yet on this kind of device and notes how it went; every rank calls it.
+def rehearse(job: RehearsalJob, ledger: Ledger, training: TrainingMemory) -> None:
+    """Try what has not passed yet on this kind of device and record the results; every rank calls it.
 
-    What does not work is no failure of the rehearsal: the stage runs that need it fail (`check_rehearsed`), others
-    go on.
+    An error found is no failure of the rehearsal: the stage runs that need it fail (`check_rehearsed`), others
+    continue.
 
     Args:
         training: The worker's `TrainingMemory`.
@@ -27,9 +37,6 @@ def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
     Raises:
         StorageError: the storage cannot be read or written.
     """
-    from orchestrator.training import distributed
-    from orchestrator.training.rehearsal import note_key, rehearse_training
-
     if job.only_on_gpu and distributed.device().type != "cuda":
         return
     keys = (*job.keys, *job.evaluation_keys)
@@ -58,13 +65,11 @@ def rehearse(job: RehearsalJob, ledger: Ledger, training: Any) -> None:
 
 
 def check_rehearsed(job: StageJob, ledger: Ledger) -> None:
-    """Refuse a stage run that no cell needs any more; rank 0's word counts.
+    """Refuse a stage run that no cell needs any more; rank 0 decides.
 
     Raises:
         StageRunError: its rehearsals found for each of its cells something that cannot be done.
     """
-    from orchestrator.training import distributed
-    from orchestrator.training.rehearsal import note_key
 
     def check() -> None:
         assert job.rehearsed is not None
@@ -82,11 +87,8 @@ def _note(ledger: Ledger, name: str) -> dict[str, Any] | None:
     return parse_json(ledger.store.read(name))
 
 
-def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: Any) -> str | None:
+def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, training: TrainingMemory) -> str | None:
     """Return why an evaluation cannot be done; None where it can."""
-    from orchestrator.dispatch.run_job import usable_model
-    from orchestrator.evaluation.evaluate import answer_one
-
     model = None if training.session is None else training.session.engine.module
     model = usable_model(model, training, test.points)
     if model is None:
@@ -144,14 +146,10 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
 
 
 def _write_root(job: RootJob, ledger: Ledger) -> None:
-    from orchestrator.models.initial_weights import write_initial_weights
-
     _write_weights(job, ledger, lambda folder: write_initial_weights(job, folder))
 
 
 def _write_start(job: StartJob, ledger: Ledger) -> None:
-    from orchestrator.models.initial_weights import write_start_weights
-
     def write(folder: Path) -> None:
         base, source = (
             None if state is None else ledger.fetch(state, "weights") / "model.safetensors"
@@ -163,8 +161,7 @@ def _write_start(job: StartJob, ledger: Ledger) -> None:
 
 
 def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Path], None]) -> None:
-    """Return one rank writes a state that is weights alone."""
-    from orchestrator.training.distributed import decide
+    """Write, from one rank, a state that consists of weights alone."""
 
     def commit() -> None:
         if ledger.is_done(job.id) and ledger.has(job.id, "weights"):
@@ -179,15 +176,11 @@ def _write_weights(job: RootJob | StartJob, ledger: Ledger, write: Callable[[Pat
 
 
 def _train(job: StageJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-    from orchestrator.training.stage_run import train_stage
-
     outcome = train_stage(job, ledger, _training_memory(memory), should_stop)
     return "finished" if outcome == "done" else "interrupted"
 
 
 def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-    from orchestrator.evaluation.evaluate import evaluate_state
-
     training = _training_memory(memory)
     model = usable_model(training.model_of(job.state), training, job.points)
     if model is None:
@@ -196,10 +189,8 @@ def _evaluate(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any], should
     return "interrupted" if result is None else "finished"
 
 
-def usable_model(model: Any | None, training: Any, points: tuple[dict[str, Any], ...]) -> Any | None:
+def usable_model(model: Any | None, training: TrainingMemory, points: tuple[dict[str, Any], ...]) -> Any | None:
     """Return the model in memory where an evaluation under these points can use it; None where it has to be loaded."""
-    from orchestrator.evaluation.evaluate import lacks_modules
-
     if model is None or _is_partitioned(training) or hasattr(model, "peft_config"):
         # ZeRO-3 gathers a layer whenever any rank runs it: ranks with unequal numbers of answers would wait for ever.
         # LoRA beside its base gives other last bits than the merged weights in the ledger, which are the state.
@@ -207,11 +198,10 @@ def usable_model(model: Any | None, training: Any, points: tuple[dict[str, Any],
     return None if lacks_modules(model, points) else model  # the ledger's weights have them
 
 
-def _training_memory(memory: dict[str, Any]) -> Any:
-    from orchestrator.training.engine import TrainingMemory
-
+def _training_memory(memory: dict[str, Any]) -> TrainingMemory:
     return memory.setdefault("training", TrainingMemory())
 
 
-def _is_partitioned(training: Any) -> bool:
-    return bool(training.session.config.get("zero_optimization", {}).get("stage", 0) == 3)
+def _is_partitioned(training: TrainingMemory) -> bool:
+    session = training.session
+    return session is not None and bool(session.config.get("zero_optimization", {}).get("stage", 0) == 3)

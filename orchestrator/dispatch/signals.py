@@ -60,7 +60,7 @@ class DeferredInterrupt:
 
 MAX_HOURS = "--max-hours"
 TRY_AGAIN = 75
-"""Exit code of a run that was told to make room (sysexits.h: EX_TEMPFAIL): the same command goes on."""
+"""Exit code of a run that was asked to make room (sysexits.h: EX_TEMPFAIL): the same command resumes."""
 
 
 class StopRequest:

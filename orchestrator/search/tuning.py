@@ -32,7 +32,7 @@ DRAWS = 64
 class Proposer(OptunaSearch):
     """Proposes recipes, each a function of the seed, its number and the trials that ended before it.
 
-    So a search that was stopped goes on as though it had not been. Trials that were proposed but not ended are
+    So a search that was stopped resumes as if it had not been. Trials that were proposed but not ended are
     proposed again first. A recipe that was proposed before is drawn anew, some times: a small space may have no other.
 
     Args:
@@ -74,7 +74,7 @@ class Proposer(OptunaSearch):
         super().on_trial_complete(trial_id, None if failed else result, error=failed)
 
     def save(self, checkpoint_path: str) -> None:
-        """Return nothing: the ledger's notes are what a search goes on from."""
+        """Write nothing: a search resumes from the ledger's notes."""
 
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
@@ -104,7 +104,7 @@ class Proposer(OptunaSearch):
             return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
 
     def _rebuild(self, trials: Sequence[Trial]) -> None:
-        """Return study's numbers are the notes'; a number without a note (a driver died in between) is drawn anew."""
+        """Rebuild the study under the notes' numbers; one without a note (a driver died in between) is drawn anew."""
         noted = {trial.number: trial for trial in trials}
         for number in range(max(noted, default=-1) + 1):
             trial = noted.get(number)

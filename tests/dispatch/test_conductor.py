@@ -150,7 +150,7 @@ def test_a_group_that_makes_no_progress_is_told_of_once_its_stacks_are_written(t
         made.heartbeat(group.who(rank), 120, True)
     hung = made.poll("", 0)["hung"]
     assert [(one["rank"], one["job"], one["silent"]) for one in hung] == [(0, "a", False), (1, "a", False)]
-    assert "no rank got on for 1 minutes" in hung[0]["why"]
+    assert "no rank made progress for 1 minutes" in hung[0]["why"]
     assert made.poll("", 0)["hung"] == []
     assert Group(made, world_size=2).ask() == "a"
     assert "no rank got on" in error_of(made, "a") and told(made)[1] == ("retried", "a")
@@ -166,7 +166,7 @@ def test_a_silent_rank_is_found_although_the_others_speak(tmp_path: Path) -> Non
     made.poll("", 0)
     made.heartbeat(group.who(0), 5, True)
     hung = made.poll("", 0)["hung"]
-    assert [one["silent"] for one in hung] == [False, True] and "rank 1 gave no sign of life" in hung[0]["why"]
+    assert [one["silent"] for one in hung] == [False, True] and "rank 1 sent no heartbeat" in hung[0]["why"]
 
 
 def test_what_the_spec_data_code_or_a_plugin_caused_is_not_tried_again() -> None:

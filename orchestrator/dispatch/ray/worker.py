@@ -25,9 +25,9 @@ HEARTBEAT_SECONDS = 0.3
 
 
 class Heartbeat:
-    """Beats in a thread of its own; called, it tells whether to stop and counts as a sign that the rank gets on.
+    """Sends heartbeats from a thread of its own; calling it counts as progress and returns whether to stop.
 
-    So a stage run asks it at every step without a call to the conductor, and goes on while there is none.
+    So a stage run asks it at every step without a call to the conductor, and continues while there is none.
 
     Args:
         conductor: The actor's handle.
@@ -42,9 +42,9 @@ class Heartbeat:
         self._leave = threading.Event()
         self._has_dumped = False
         self.log: Path | None = None
-        """Where the stacks go: the log of the job in hand."""
+        """Where the stacks go: the log of the current job."""
         self.at: tuple[int, str | None] | None = None
-        """Number of the item in hand and the job before it."""
+        """Number of the current item and the job before it."""
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -83,7 +83,7 @@ LONGEST_PAUSE_SECONDS = 0.25
 
 
 class LaneRestart(Exception):
-    """Ends this worker group so that Ray Train starts a fresh one; the work in hand was given back."""
+    """Ends this worker group so that Ray Train starts a fresh one; its job was queued again."""
 
 
 def run_lane(config: dict[str, Any]) -> None:
