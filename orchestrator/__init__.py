@@ -8,7 +8,7 @@
 
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
-cli > verbs > experiment > storage > search > run, bench > smoke > recording > report > dispatch
+cli > verbs > experiment > storage > search > run, bench > smoke > session > recording > report > dispatch
 > training, evaluation, tracking > models > data > compression > plan > spec > registry > errors.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.experiment import load as load
     from orchestrator.experiment import table as table
     from orchestrator.models.export import load_exported as load_exported
-    from orchestrator.run import RunOutcome as RunOutcome
+    from orchestrator.session import RunOutcome as RunOutcome
     from orchestrator.spec.schema import experiment_schema as experiment_schema
     from orchestrator.storage import Storage as Storage
 
@@ -34,7 +34,7 @@ _HOMES = {
     **dict.fromkeys(("Cell", "Experiment", "load", "table"), "orchestrator.experiment"),
     **dict.fromkeys(("Interrupted", "LlavoltaError", "SpecError", "UsageError"), "orchestrator.errors"),
     "load_exported": "orchestrator.models.export",
-    "RunOutcome": "orchestrator.run",
+    "RunOutcome": "orchestrator.session",
     "Storage": "orchestrator.storage",
     "experiment_schema": "orchestrator.spec.schema",
 }

@@ -20,8 +20,9 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import Document, print_bench, print_plan, print_predictions, print_status
 from orchestrator.report.table import Table, html_table, table_of
-from orchestrator.run import RunOutcome, run_experiment
+from orchestrator.run import run_experiment
 from orchestrator.search.search import search_experiment
+from orchestrator.session import RunOutcome
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment, Source, resolved_yaml
 from orchestrator.spec.loader import load_experiment

@@ -18,26 +18,6 @@ from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
 
-    def document(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        front = {} if self.front is None else {"front": self.front}
-        done = {"executed": self.executed, "failed": self.failed, "waiting": self.waiting}
-        return {**self.table.document(), **done, **front}
-
-    def print(self, console: Console | None = None) -> None:
-        """Print the table, every failure with its reason, and where figure and MLflow records are."""
-        console = console or Console()
-        if self.front is None and self.tried == 0:
-            console.print(nothing_done(self.failed, self.waiting), highlight=False)
-        print_ending(self.walk, self.table, self.failed, self.waiting, console)
-        if self.front is not None:
-            console.print(f"front: {', '.join(self.front) or 'no trial is finished'}", highlight=False)
-
-    def _repr_html_(self) -> str:
-        failed = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
-        waiting = [f"not finished: {name}: {reason}" for name, reason in self.waiting.items()]
-        return self.table._repr_html_() + "".join(f"<pre>{escape(line)}</pre>" for line in (*failed, *waiting))
-
 
 def run_experiment(
     source: Source,

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan, record_experiment
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.recording import open_recorder, put_record, record_cells
+from orchestrator.report.console import nothing_done, print_ending
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
 from orchestrator.tracking.upload_queue import UploadQueue
@@ -38,6 +40,7 @@ class RunOutcome:
         unsent: Cells whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
         tracking_notes: What else the user should know of MLflow's experiment.
+        front: Of a search, the names of the trials on the Pareto front.
     """
 
     walk: ExperimentPlan
@@ -49,11 +52,32 @@ class RunOutcome:
     tracking_problem: str | None = None
     tracking_notes: tuple[str, ...] = ()
     tried: int = 0
+    front: tuple[str, ...] | None = None
 
     @property
     def exit_code(self) -> int:
         """0 when every cell is finished, else 1."""
         return 1 if self.failed or self.waiting else 0
+
+    def document(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        front = {} if self.front is None else {"front": self.front}
+        done = {"executed": self.executed, "failed": self.failed, "waiting": self.waiting}
+        return {**self.table.document(), **done, **front}
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table, every failure with its reason, and where figure and MLflow records are."""
+        console = console or Console()
+        if self.front is None and self.tried == 0:
+            console.print(nothing_done(self.failed, self.waiting), highlight=False)
+        print_ending(self.walk, self.table, self.failed, self.waiting, console)
+        if self.front is not None:
+            console.print(f"front: {', '.join(self.front) or 'no trial is finished'}", highlight=False)
+
+    def _repr_html_(self) -> str:
+        failed = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
+        waiting = [f"not finished: {name}: {reason}" for name, reason in self.waiting.items()]
+        return self.table._repr_html_() + "".join(f"<pre>{escape(line)}</pre>" for line in (*failed, *waiting))
 
 
 def check_data(work: Sequence[Job], say: Callable[[str], None]) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 from orchestrator.dispatch.failures import LOST_WORKER, Failure
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import Process
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.process import Process
 from orchestrator.spec.infrastructure import ClusterSpec
 
 # Live ranks of a hung group have this long to write their stacks.

@@ -171,10 +171,7 @@ class JobQueue:
         name = str(job["id"])
         if job["type"] == "evaluation":
             return self._ledger.evaluation(name) is not None
-        if job["type"] not in ("root", "start", "stage") or not self._ledger.is_done(name):
-            return False
-        keep: Literal["full", "weights", "none"] = job.get("keep", "weights")
-        return keep == "none" or self._ledger.has(name, "checkpoint" if keep == "full" else "weights")
+        return job["type"] in ("root", "start", "stage") and self._ledger.is_stored(name, job.get("keep", "weights"))
 
     def _is_recovered(self, job: Mapping[str, Any]) -> bool:
         """Return whether a state that an interrupted gc had set aside is stored again."""

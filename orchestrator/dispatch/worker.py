@@ -17,7 +17,7 @@ from orchestrator.errors import StorageError
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import write_atomic
-from orchestrator.plan.ledger.heartbeat import start_ticks
+from orchestrator.plan.ledger.process import start_ticks
 from orchestrator.redaction import redacted
 from orchestrator.registry import load_object
 
@@ -103,7 +103,7 @@ def do_job(
         append_traceback(log_path(ledger.work_folder(job.id), 0), error, rank)
         if rank == 0:
             with suppress(StorageError):
-                ledger.tell(job.id)
+                ledger.share_progress(job.id)
         return describe(error).to_json()
 
 

@@ -73,7 +73,7 @@ def search_experiment(
     trials = session.walk.trials
     failed = {trial_name(trial.number): trial.error or "" for trial in trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in trials if trial.state == "proposed"}
-    return session.outcome(failed, waiting)
+    return replace(session.outcome(failed, waiting), front=_front_trials(session.walk))
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _all_ended(walk: ExperimentPlan) -> str:
     return f"nothing to do: every trial has ended{more}"
 
 
-def front_trials(walk: ExperimentPlan) -> list[str]:
+def _front_trials(walk: ExperimentPlan) -> tuple[str, ...]:
     """Return the names of the trials on the Pareto front, by number."""
     on_front = (trial for trial in walk.trials if trial.cells and walk.front.issuperset(trial.cells))
     return tuple(trial_name(trial.number) for trial in on_front)

@@ -153,7 +153,7 @@ def test_a_group_that_makes_no_progress_is_told_of_once_its_stacks_are_written(t
     assert "no rank made progress for 1 minutes" in hung[0]["why"]
     assert made.poll("", 0)["hung"] == []
     assert Group(made, world_size=2).ask() == "a"
-    assert "no rank got on" in error_of(made, "a") and told(made)[1] == ("retried", "a")
+    assert "no rank made progress" in error_of(made, "a") and told(made)[1] == ("retried", "a")
 
 
 def test_a_silent_rank_is_found_although_the_others_speak(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from orchestrator.dispatch.ray.worker import run_lane
 from orchestrator.dispatch.worker import end_process
 from orchestrator.errors import StageRunError
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import this_process
+from orchestrator.plan.ledger.process import this_process
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 
 POLL_SECONDS = 0.1

@@ -19,7 +19,7 @@ from orchestrator.dispatch.ray.compat import current_placement_group
 from orchestrator.dispatch.worker import do_job, log_path, now, printed_to
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.heartbeat import start_ticks
+from orchestrator.plan.ledger.process import start_ticks
 
 HEARTBEAT_SECONDS = 0.3
 
