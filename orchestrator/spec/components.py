@@ -1,4 +1,4 @@
-"""The four families of components and how a mapping with a `kind` becomes one of them."""
+"""The four families of components, how a mapping with a `kind` becomes one, and what a schedule compiles to."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ class DataSpec(Component):
 
     @abstractmethod
     def num_rows(self) -> int | None:
-        """Return number of usable rows, or None where the file is not here and no `num_samples` is given."""
+        """Return number of usable rows, or None where the file does not exist and no `num_samples` is given."""
 
     def first_rows(self, count: int, folder: Path) -> DataSpec:
         """Return the set cut to `count` rows for a trial run; what files that takes go to `folder`."""
@@ -323,8 +323,8 @@ class DataSpec(Component):
         """Return the SHA-256 of the data's content, images included, not of its path.
 
         Raises:
-            FileNotFoundError: the data is not here.
-            OSError: the storage fails, which says nothing of the data.
+            FileNotFoundError: the data does not exist.
+            OSError: the storage fails, which says nothing about the data.
         """
 
     def remarks(self) -> list[str]:

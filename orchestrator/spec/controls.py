@@ -103,7 +103,7 @@ def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
 
 
 def _moved_variants(spec: ExperimentSpec) -> set[str]:
-    """Return the variants of which a schedule derives others; where it cannot be divided so is told elsewhere."""
+    """Return the variants of which a schedule derives others; one that cannot be divided is reported elsewhere."""
     moved: set[str] = set()
     for schedule in _schedules(spec):
         if isinstance(schedule, ScheduleSpec):

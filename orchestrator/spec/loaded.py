@@ -45,7 +45,7 @@ Source: TypeAlias = "str | Path | Mapping[str, Any] | LoadedExperiment"
 
 
 def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
-    """Return the whole experiment with defaults filled in, as YAML that loads again.
+    """Return the complete experiment with defaults filled in, as YAML that loads again.
 
     Args:
         loaded: The experiment.
@@ -60,7 +60,7 @@ def resolved_yaml(loaded: LoadedExperiment, with_sources: bool = True) -> str:
 
 
 def _written_points(values: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a variant with one point is shown without a list where it was written so."""
+    """Show a variant with one point without a list where it was written so."""
     written = tree.get("compressors", {})
     for name, points in values["compressors"].items():
         if isinstance(written.get(name), dict):

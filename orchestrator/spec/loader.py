@@ -1,4 +1,4 @@
-"""`load_experiment`: a YAML file to a validated experiment and its cells, or all its errors at once."""
+"""`load_experiment`: a YAML file or a mapping to a validated experiment and its cells, or all errors at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.checks.cell import Checks
+from orchestrator.spec.checks.names import References, check_report, check_search, space_corners
 from orchestrator.spec.checks.places import check_cluster, check_tracking
-from orchestrator.spec.checks.references import References
-from orchestrator.spec.checks.sections import check_report, check_search, space_corners
 from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
@@ -94,13 +93,13 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     root = _absolute_tree(root)
     before = len(errors)
     axes = AxisReader(root, errors).read()
-    whole = len(errors) == before  # an axis that is not there has no values to compare with either
+    axes_are_valid = len(errors) == before  # an axis that is not there has no values to compare with either
     spec, base_errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts), References().check)
     found = builder.cells()
-    errors += [*(check_report(root, axes, found) if whole else []), *check_search(root)]
+    errors += [*(check_report(root, axes, found) if axes_are_valid else []), *check_search(root)]
     errors += [*check_cluster(root), *check_tracking(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     errors += [error for error in base_errors if not _is_given(error.path, everywhere)]
@@ -115,9 +114,9 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     for corner in space_corners(root, spec, builder.errors):
         builder.examine(corner)
     _stop_at(builder.errors)
-    told = tuple(dict.fromkeys([*notices, *builder.notices]))
+    all_notices = tuple(dict.fromkeys([*notices, *builder.notices]))
     sources, others = _sources(root, spec), starts.experiments
-    return LoadedExperiment(path, spec, root.plain(), sources, told, cells, others, tuple(overrides))
+    return LoadedExperiment(path, spec, root.plain(), sources, all_notices, cells, others, tuple(overrides))
 
 
 def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[ErrorDetail], list[str]]:
@@ -158,7 +157,7 @@ def _absolute(root: Node, key: str) -> list[ErrorDetail]:
 
 
 def _absolute_tree(root: Node) -> Node:
-    """Return every path absolute; an axis' values become absolute where they are read."""
+    """Return the tree with every path absolute; an axis' values become absolute where they are read."""
     for key, child in root.value.items():
         if key not in ("matrix", "zip", "include", "exclude"):
             root = root.with_entry(key, absolute_paths(root, child, (key,), []), root.keys[key])
@@ -181,7 +180,7 @@ def _unique(errors: Sequence[ErrorDetail]) -> list[ErrorDetail]:
     """Return each error once, in the order of the file; what only follows from another is left out."""
     once = list(dict.fromkeys(errors))
     if any(error.path.startswith("plugins.") for error in once):
-        once = [error for error in once if not is_unknown_kind(error)]  # the plug-in would have brought it
+        once = [error for error in once if not is_unknown_kind(error)]  # the plug-in would have defined it
     return sorted(once, key=lambda error: (error.file or "", error.line or 0, error.column or 0))[:MAX_ERRORS]
 
 

@@ -290,7 +290,7 @@ def attention_dropout(model_name_or_path: str, revision: str | None = None) -> t
     try:
         config = json.loads(path.read_bytes()) if path is not None else None
     except (OSError, ValueError, RecursionError):
-        return None  # told by `model_facts`
+        return None  # reported by `model_facts`
     if not isinstance(config, dict):
         return None
     for name, part in (("", config), *config.items()):

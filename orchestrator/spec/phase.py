@@ -71,7 +71,7 @@ class StartFromSpec(Spec):
         if self.path is not None and self.phase != "pretrain":
             raise ValueError("`phase` is for a cell; a folder holds one state")
         if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
-            raise ValueError("`parts` names at least one part, each once; leave it out for the whole model")
+            raise ValueError("`parts` names at least one part, each once; leave it out for the complete model")
         return self
 
 
@@ -215,4 +215,4 @@ def _free_rows(entry: Any) -> int | None:
     try:
         return entry.num_rows()
     except (LlavoltaError, OSError, ValueError):
-        return None  # told by the data's own check, which names rows and files
+        return None  # reported by the data's own check, which names rows and files

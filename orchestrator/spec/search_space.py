@@ -1,11 +1,11 @@
-"""Draws from a search's space: a pure function of an object with Optuna's `suggest_*`, every draw a valid recipe."""
+"""Trials of a search: recipes drawn from its space by an object with Optuna's `suggest_*`, and their cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -14,14 +14,12 @@ from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.components import FULL
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.cells import ResolvedCell
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
 from orchestrator.spec.yaml.key_paths import find_path
 from orchestrator.spec.yaml.node import Mark, node_of
 from orchestrator.spec.yaml.validation_errors import explain
-
-if TYPE_CHECKING:
-    from orchestrator.spec.loaded import LoadedExperiment
 
 
 def trial_name(number: int) -> str:
@@ -106,7 +104,7 @@ def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
     grid = facts.visual_grid if facts is not None else None
     if facts is None or grid is None:
         raise ValueError(
-            "which variant compresses more cannot be told: the visual tokens of "
+            "which variant compresses more cannot be determined: the visual tokens of "
             f"{spec.model.model_name_or_path} are not known here; set heavy_to_light: false"
         )
     names = dict.fromkeys(name for entry in staged for name in (*entry.variants, entry.last) if name is not None)

@@ -217,7 +217,7 @@ def test_faults_of_the_other_file_are_faults_of_this_key(files: Files) -> None:
 def test_circles_are_refused(files: Files) -> None:
     files.write("first.yaml", {"finetune": {**FINETUNE, "start_from": {"spec": "second.yaml", "cell": "second"}}})
     (fault,) = faults_of(files.write("second.yaml", {"finetune": from_first(cell="first")}))
-    assert "goes round in a circle" in fault.message
+    assert "forms a cycle" in fault.message
     assert fault.message.count("second.yaml") == 2 and "first.yaml" in fault.message
 
 

@@ -117,7 +117,7 @@ class Checks:
         try:
             facts = model_facts(model.model_name_or_path, model.revision)
         except ValueError:
-            return None  # told beside the variants
+            return None  # reported beside the variants
         return facts.num_layers if facts is not None else None
 
     def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
@@ -147,7 +147,7 @@ class Checks:
         try:
             facts = self._facts(model) if model is not None else None
         except ValueError:
-            facts = None  # told beside the variants
+            facts = None  # reported beside the variants
         for name in ("pretrain", "finetune"):
             phase: PhaseSpec | None = getattr(phases, name)
             if phase is not None:
@@ -205,14 +205,14 @@ def _check_dropout(model: ModelSpec) -> Iterator[Finding]:
 
 
 def _as_written(root: Node, path: Path) -> Path:
-    """Return a variant's only point may be written without a list around it: then its path has no index."""
+    """Return the path as written: a variant's only point may stand without a list, and then its path has no index."""
     if path[0] == "compressors" and len(path) > 2 and (node := root.at(path[:2])) is not None and node.is_mapping:
         return (*path[:2], *path[3:])
     return path
 
 
 def _is_here(model: ModelSpec) -> bool:
-    """Return its config can be read, so that sizes which are not known now will not be known later."""
+    """Return whether its config can be read, so that sizes which are not known now will not be known later."""
     path = find_config(model.model_name_or_path, model.revision)
     try:
         return path is not None and bool(json.loads(path.read_bytes()).get("model_type"))
@@ -221,7 +221,7 @@ def _is_here(model: ModelSpec) -> bool:
 
 
 def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Return its modules are linear layers of the language model; every family whose sizes are known has the same."""
+    """Check that its modules are linear layers of the language model; every family with known sizes has the same."""
     if phase.lora is None:
         return
     where, known = (*path, "lora", "target_modules"), LoraSpec().target_modules
@@ -233,7 +233,7 @@ def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterat
 
 
 def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
-    """Return a phase has exactly one length; beside `match_train_tflops` stands the length of the schedule it names."""
+    """Check that a phase has exactly one length; `match_train_tflops` may stand beside the length of its schedule."""
     given = [name for name in LENGTHS if getattr(phase, name) is not None]
     if "match_train_tflops" in given and len(given) == 2 and "max_train_tflops" not in given:
         return
@@ -246,7 +246,7 @@ def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
 
 
 def check_parts(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
-    """Return what trains, once each; a rate for every part that trains and for no other."""
+    """Check that parts train once each, and that every part that trains has a rate, and no other."""
     if not phase.train:
         yield Finding((*path, "train"), "nothing trains", "at least one part")
     for index, part in enumerate(phase.train):

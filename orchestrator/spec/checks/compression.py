@@ -1,4 +1,4 @@
-"""Variants against the model: places, needs, amounts, before anything starts."""
+"""Variants and schedules against the model and the phase: places, needs, amounts; every stage starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_schedule(
     variants: Mapping[str, Any] | None,
     facts: ModelFacts | None,
 ) -> Iterator[Finding]:
-    """Return every stage of the phase's schedule starts, the stages fill the phase, and what it derives fits the model.
+    """Check that every stage of a schedule starts, that they fill the phase, and that derived variants fit the model.
 
     Where the number of steps is not known yet, only what the schedule derives is checked.
     """
@@ -51,7 +51,7 @@ def _check_derived(
     """Return the first value that does not fit; those after it would say the same."""
     for name, (base, changes) in table.derived.items():
         if base not in variants:
-            return  # told where names are checked
+            return  # reported where names are checked
         try:
             points = derive(variants[base], changes)
         except ValueError as error:
@@ -66,9 +66,7 @@ def _check_derived(
 def check_learning(
     phase: PhaseSpec, path: Path, schedules: Mapping[str, Any], variants: Mapping[str, Any], notices: list[str]
 ) -> Iterator[Finding]:
-    """Return a phase that trains compressors alone uses one that learns; one that learns and does not train is
-    noted.
-    """
+    """Check that a phase that trains compressors alone uses one that learns; note untrained ones that learn."""
     learns = [name for name in _used(phase, schedules) if any(point.learns for point in variants.get(name, ()))]
     if set(phase.train) == {"compressor"} and not learns:
         hint = "use a variant that learns, or train another part"
@@ -95,7 +93,7 @@ def check_tested_variants(
     variants: Mapping[str, Any],
     num_layers: int | None,
 ) -> Iterator[Finding]:
-    """Return a learned method can be tested only where some phase uses it: else there are no weights to test."""
+    """Check that each learned method under test is used by some phase: else there are no weights to test."""
     used = [phase for phase in (phases.pretrain, phases.finetune) if phase is not None]
     if num_layers is None or any(phase.start_from is not None for phase in used):
         return
@@ -120,7 +118,7 @@ _PROJECTOR = -1
 
 
 def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Return the points in order of depth, at layers the model has, with what they need and amounts they can take."""
+    """Check that points are in order of depth, at layers the model has, with what they need and possible amounts."""
     grid: Grid | None = facts.visual_grid if facts is not None else None
     last = _PROJECTOR
     for index, point in enumerate(points):
@@ -205,7 +203,7 @@ def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -
     try:
         if point.layer_average_tokens is not None:
             if point.layer_index(facts.num_layers) >= facts.num_layers:
-                return None, None  # told as a layer the model does not have
+                return None, None  # reported as a layer the model does not have
             point = solve_layer_average(point, facts.num_layers, grid)
         return None, point.kept_grid(grid)
     except (ValueError, LlavoltaError) as error:

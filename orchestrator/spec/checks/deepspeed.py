@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator import registry
+from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 from orchestrator.spec.yaml.node import Path, dotted
 from orchestrator.spec.yaml.validation_errors import Finding
-
-if TYPE_CHECKING:
-    from orchestrator.spec.phase import PhaseSpec
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 AUTO = "auto"  # Hugging Face's: we fill the key, or DeepSpeed's default holds
@@ -42,7 +40,7 @@ _ALLOWED: dict[str, Any] = {
         "stage3_gather_16bit_weights_on_model_save": _FLAG,
         "stage3_gather_fp16_weights_on_model_save": _FLAG,
     },
-    # A scale is a power of two that is divided out again; steps that overflow under it are passed over and told.
+    # A scale is a power of two that is divided out again; steps that overflow under it are skipped and reported.
     "fp16": {
         "enabled": _FLAG,
         "auto_cast": (False,),
@@ -173,7 +171,7 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
         return
     file = FilePath(given)
     if given in DEEPSPEED_PRESETS or not file.is_file():
-        return  # a missing file is told where paths are
+        return  # a missing file is reported where paths are
     try:
         text = file.read_text(encoding="utf-8")
         config = json.loads(text)

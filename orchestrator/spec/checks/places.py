@@ -26,7 +26,7 @@ _METHODS = {"compressors": ("compress",), "data": ("rows",), "evaluate": ("run",
 
 
 def check_cluster(root: Node) -> list[ErrorDetail]:
-    """Ray Train works from a driver inside the cluster only; a worker's resources go by Ray's names and agree."""
+    """Check the address (Ray Train needs a driver inside the cluster), the storage and the resources' names."""
     cluster = root.at(("cluster",))
     if cluster is None or not cluster.is_mapping:
         return []
@@ -55,7 +55,7 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_tracking(root: Node) -> list[ErrorDetail]:
-    """MLflow knows the address' scheme: else all would be trained, and nothing recorded."""
+    """Check that MLflow supports the address' scheme: else everything would be trained and nothing recorded."""
     path = ("tracking", "tracking_uri")
     node = root.at(path)
     if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):
@@ -65,22 +65,18 @@ def check_tracking(root: Node) -> list[ErrorDetail]:
     if scheme == "file":
         if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
             return []
-        message = "MLflow keeps no records in plain folders any more"
-        hint = (
-            "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true in the environment MLflow goes on"
-        )
+        message = "MLflow no longer stores records in plain folders"
+        hint = "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true set MLflow uses a folder"
     elif scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
         return []
     else:
-        message = f"MLflow keeps nothing at `{scheme}:` addresses"
+        message = f"MLflow does not support `{scheme}:` addresses"
         hint = f"write http://{node.value}" if "://" not in node.value else None
     return [error_at(root, path, message, allowed, hint)]
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:
-    """Return the files that rows are read from: on this machine, of a format that is read; one that is not here yet
-    is noted.
-    """
+    """Check that rows are read from local files of a supported format; note files that do not exist yet."""
     for name, data in sets.items():
         for field in data.path_fields:
             value = getattr(data, field, None)
@@ -98,13 +94,11 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
             elif field == "image_folder" and os.path.isfile(value):
                 yield Finding(path, "a file stands where a folder belongs", "a folder")
             elif not os.path.exists(value):
-                notices.append(f"{'.'.join(path)}: there is no {value} here; it is looked for again when it runs")
+                notices.append(f"{'.'.join(path)}: {value} does not exist yet; it is checked again by `run`")
 
 
 def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
-    """Return the folders that look like a model's and are not (an adapter, GGUF, a model of text), and weights not
-    all there.
-    """
+    """Find folders that only look like a model's (an adapter, GGUF, a text model), and incomplete weights."""
     name = model.model_name_or_path
     path: tuple[str, ...] = ("model", "model_name_or_path")
     if os.path.isdir(name):
@@ -112,7 +106,7 @@ def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
         if not found:
             lacks = [what for what, files in _READERS.items() if not any((FilePath(name) / f).is_file() for f in files)]
             if lacks:
-                text = f"there is no {' and no '.join(lacks)} in {name}; looked for again when it runs"
+                text = f"there is no {' and no '.join(lacks)} in {name}; checked again by `run`"
                 notices.append(f"{'.'.join(path)}: {text}")
         if not found and model.weights == "pretrained":
             found += _weight_files(path, FilePath(name), notices)
@@ -157,7 +151,7 @@ def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
 
 
 def _config(folder: FilePath) -> dict[str, Any] | None:
-    """Return a folder's config; None where it cannot be read, which is told elsewhere."""
+    """Return a folder's config; None where it cannot be read, which is reported elsewhere."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -166,7 +160,7 @@ def _config(folder: FilePath) -> dict[str, Any] | None:
 
 
 def _not_vision_language(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
-    """By what every config says: a model of another kind would fail when it is built."""
+    """Find models of another kind by their config: they would fail when they are built."""
     config = _config(folder)
     if config is None or "auto_map" in config:
         return  # unreadable, or code of its own
@@ -199,7 +193,7 @@ def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]
 
 
 def _weight_files(path: tuple[str, ...], folder: FilePath, notices: list[str]) -> Iterator[Finding]:
-    """Return all files of the weights that the folder's index lists, and none that stands in for one."""
+    """Check that all weight files of the folder's index are present, and that none is a Git LFS pointer."""
     index = next(
         (folder / f"{name}.index.json" for name in _WEIGHTS if (folder / f"{name}.index.json").is_file()), None
     )
@@ -211,10 +205,10 @@ def _weight_files(path: tuple[str, ...], folder: FilePath, notices: list[str]) -
             yield Finding(path, f"{index.name} cannot be read: it lists the weights by file", None, "download it again")
             return
     if not files:
-        notices.append(f"{'.'.join(path)}: there are no weights in {folder}; they are looked for again when it runs")
+        notices.append(f"{'.'.join(path)}: there are no weights in {folder}; checked again by `run`")
     if missing := sorted(str(name) for name in files if not (folder / str(name)).is_file()):
         message = f"{len(missing)} of {len(files)} files of its weights are missing: {', '.join(missing[:5])}"
-        yield Finding(path, message, None, "finish the download: `hf download ID --local-dir FOLDER` goes on")
+        yield Finding(path, message, None, "finish the download: `hf download ID --local-dir FOLDER` resumes it")
     elif stubs := sorted(name for name in files if _starts(folder / name, _LFS)):
         message = f"{', '.join(stubs[:5])}: a pointer of Git LFS stands in the place of the weights"
         yield Finding(path, message, None, "`git lfs pull` in that folder fetches them")
@@ -226,7 +220,7 @@ def _starts(file: FilePath, beginning: bytes) -> bool:
 
 
 def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[Finding]:
-    """Return each component's `module:Class` can be found: by the module's source, so that no framework is imported."""
+    """Check that each component's `module:Class` exists, by the module's source, so that no framework is imported."""
     for name, entry in entries.items():
         for spec in entry if isinstance(entry, tuple) else (entry,):
             if isinstance(spec, Component) and (wrong := implementation_error(type(spec), _METHODS.get(section, ()))):
@@ -245,7 +239,7 @@ def implementation_error(component: type[Any], methods: tuple[str, ...]) -> str 
     if source is None:
         return f"its implementation `{reference}`: there is no module {module}"
     if not source:
-        return None  # a compiled module: told when it runs
+        return None  # a compiled module: reported when it runs
     top = ast.parse(source).body
     found = next((node for node in top if isinstance(node, ast.ClassDef) and node.name == name), None)
     if found is None:

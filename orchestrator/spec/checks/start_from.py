@@ -6,18 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.grid.cell_names import by_axis, by_name, may_be_id, misfit
+from orchestrator.spec.grid.cells import ResolvedCell
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PHASES, PhaseSpec, PhasesSpec, StartFromSpec
 from orchestrator.spec.yaml.node import Path
 from orchestrator.spec.yaml.validation_errors import Finding
-
-if TYPE_CHECKING:
-    from orchestrator.spec.grid.cells import ResolvedCell
-    from orchestrator.spec.loaded import LoadedExperiment
 
 _LANGUAGE = (
     "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -67,7 +65,7 @@ class Starts:
         if start is None:
             return
         if start.parts is None and name == "finetune" and phases.pretrain is not None:
-            message = "the whole model comes from here, so that nothing of `pretrain` would be used"
+            message = "all weights come from here, so that nothing of `pretrain` would be used"
             yield Finding(path, message, None, "name the `parts` that come from here, or write `pretrain: null`")
         if start.spec is not None:
             yield from self._check_spec(start, path, facts)
@@ -76,10 +74,10 @@ class Starts:
         assert start.spec is not None and start.cell is not None
         file = start.spec
         if not os.path.isfile(file):
-            return  # told where paths are made absolute
+            return  # reported where paths are made absolute
         if (real := os.path.realpath(file)) in self.chain:
             ring = " -> ".join([*self.chain[self.chain.index(real) :], real])
-            yield Finding((*path, "spec"), f"start_from goes round in a circle: {ring}")
+            yield Finding((*path, "spec"), f"start_from forms a cycle: {ring}")
             return
         other = self._experiment(file)
         if isinstance(other, tuple):

@@ -59,7 +59,7 @@ def _search_keys(search: SearchSpec) -> dict[str, str]:
     if search.algorithm.kind == "grid":
         found["algorithm.kind"] = "a grid is a `matrix`, which `run` does"
     if search.algorithm.sampler == "nsga2" or search.algorithm.population_size is not None:
-        found["algorithm"] = "generations would be lost when a search goes on; give sampler tpe or random"
+        found["algorithm"] = "generations would be lost when a search resumes; give sampler tpe or random"
     return found
 
 

@@ -13,7 +13,7 @@ from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
-from orchestrator.spec.yaml.validation_errors import locate, unknown_key, unknown_name
+from orchestrator.spec.yaml.validation_errors import error_at, locate, unknown_key, unknown_name
 
 MAX_CELLS = 100_000
 SECTIONS = ("seed", "model", "data", "compressors", "schedules", "phases", "evaluate")
@@ -103,14 +103,14 @@ class AxisReader:
         if not lengths:
             return []
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            self._error(where, f"axes that move together need equally many values: {told}")
+            lengths_text = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            self._error(where, f"axes that move together need equally many values: {lengths_text}")
             return []
         return [list(zip(*columns.values(), strict=True))]
 
     def _settings(self, name: str, node: Node, where: Path) -> list[Setting]:
         if not node.is_list:
-            return []  # told by the models: a list belongs here
+            return []  # reported by the models: a list belongs here
         path = self._path(name, where)
         if path is None:
             return []
@@ -183,8 +183,7 @@ class AxisReader:
     def _error(
         self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
     ) -> None:
-        mark, value = locate(self.root, path, key=key)
-        self.errors.append(ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint))
+        self.errors.append(error_at(self.root, path, message, allowed, hint, key))
 
 
 def value_key(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""How a user names a cell: by its name, an id's beginning, or `axis=value`."""
+"""Names of cells: short, unique and safe as names of folders; and how a user refers to a cell by one."""
 
 from __future__ import annotations
 

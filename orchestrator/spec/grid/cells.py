@@ -14,8 +14,8 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, assignments
 from orchestrator.spec.grid.cell_names import CellNames
 from orchestrator.spec.yaml.merge import drop_nulls
-from orchestrator.spec.yaml.node import Node, Path, dotted
-from orchestrator.spec.yaml.validation_errors import explain, locate
+from orchestrator.spec.yaml.node import Node
+from orchestrator.spec.yaml.validation_errors import error_at, explain
 
 MAX_INVALID_CELLS = 20
 
@@ -189,11 +189,9 @@ class GridBuilder:
             while f"{name}-{number}" in {names.name(cell)}:
                 number += 1
             return f"{name}-{number}"
-        path: Path = ("cell_name",)
-        mark, value = locate(self.root, path)
         differ = [s.axis for s in cell if all(s.key != o.key or s.axis != o.axis for o in other)]
         hint = "let the template use " + ", ".join(f"{{{names.short[axis]}}}" for axis in differ)
         message = f"two cells would be named {name}"
         if len(self.errors) < MAX_INVALID_CELLS:
-            self.errors.append(ErrorDetail(message, *mark, path=dotted(path), value=value, hint=hint))
+            self.errors.append(error_at(self.root, ("cell_name",), message, hint=hint))
         return name

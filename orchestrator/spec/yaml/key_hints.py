@@ -200,7 +200,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("cluster.keep: {leaf: full, weights or none}: what stays of a finished cell",
      "save_total_limit save_only_model save_safetensors save_first_step save_final save_last keep_last_n "
      "save_on_each_node save_optimizer enable_jit_checkpoint save_only_last restore_callback_states_from_checkpoint"),
-    ("always so: run the same command again and it goes on where it stopped; PHASE.start_from takes other weights",
+    ("always so: run the same command again and it resumes where it stopped; PHASE.start_from takes other weights",
      "resume_from_checkpoint resume ignore_data_skip resume_only_model auto_resume_from_checkpoints "
      "resume_from resume_path warm_start hub_resume skip_steps"),
     ("no such thing here: a cell is tested at its end, so that no test score picks the weights",
@@ -264,7 +264,7 @@ def meaning_of(name: str, place: str = "") -> str | None:
 
     Args:
         name: The name as written.
-        place: Dotted path of the block it stands in; what belongs into the same phase is told without its path.
+        place: Dotted path of the block it stands in; what belongs into the same phase is named without its path.
     """
     hint = _meanings().get(_normal(name))
     if hint is None:

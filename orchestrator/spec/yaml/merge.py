@@ -1,4 +1,4 @@
-"""`extends:`, one tree from a file and all files below it; every value keeps the place where it was written."""
+"""One tree from a file, the files it `extends` and `--set`; every value keeps the place where it was written."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _axes(root: Node) -> list[str]:
 
 @dataclass
 class Renaming:
-    """What a file's renaming brought up."""
+    """Errors and notices of renaming a file's keys."""
 
     errors: list[ErrorDetail] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -188,7 +188,7 @@ def _rename_axes(group: Node, names: Node, path: Path, found: Renaming) -> Node:
         try:
             name = dotted(find_path(names, key))
         except UnknownPathError:
-            name = key  # told once the files are merged, when every name is known
+            name = key  # reported once the files are merged, when every name is known
         if name in entries:
             other = next(k for k in group.value if k != key and keys.get(name) == group.keys[k])
             found.errors.append(_both(key, other, name, group.keys[key], (*path, key)))
@@ -238,7 +238,7 @@ class Inheritance:
         if name in chain:
             ring = " -> ".join([*chain[chain.index(name) :], name])
             assert asked is not None
-            self.errors.append(asked.error(f"extends goes round in a circle: {ring}", ("extends",)))
+            self.errors.append(asked.error(f"extends forms a cycle: {ring}", ("extends",)))
             return
         if name in self._files:
             return
@@ -324,7 +324,7 @@ def _beside(file: str, reference: str) -> str:
 def load_plugins(node: Node | None) -> list[ErrorDetail]:
     """Import the plug-ins of a `plugins:` list; errors where one cannot be."""
     if node is None or not node.is_list:
-        return []  # a value that is no list is told by the models
+        return []  # a value that is not a list is reported by the models
     errors = []
     for index, item in enumerate(node.value):
         if not isinstance(item.value, str):
@@ -339,7 +339,7 @@ def load_plugins(node: Node | None) -> list[ErrorDetail]:
 
 
 def merge_nodes(below: Node, above: Node) -> Node:
-    """Deep merge: `above` wins; a list replaces; an entry whose `kind` changes is replaced whole."""
+    """Deep merge: `above` wins; a list replaces; an entry whose `kind` changes is replaced entirely."""
     if not (below.is_mapping and above.is_mapping):
         return above
     kinds = [node.get("kind") for node in (below, above)]

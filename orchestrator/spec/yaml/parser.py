@@ -54,7 +54,7 @@ def read_tree(data: bytes | str, file: str | None) -> Node:
         file: Its name in positions; None for a value given by `--set`.
 
     Raises:
-        SpecError: it is not such a document; every duplicate key and tag is told, and the first syntax error.
+        SpecError: it is not such a document; with every duplicate key and tag, and the first syntax error.
     """
     root, errors = read_value(data, file)
     if not errors and root.value is None:

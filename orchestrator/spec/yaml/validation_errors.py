@@ -1,4 +1,4 @@
-"""Pydantic's errors told as errors: plain sentences with file, line, column, what is allowed and the nearest name."""
+"""Errors of a validation placed in the tree: file, line, column, what is allowed, the nearest name, what the key is."""
 
 from __future__ import annotations
 
@@ -179,9 +179,9 @@ def explain(found: Sequence[Any], root: Node, prefix: Path = ()) -> list[ErrorDe
     unions = dict[Path, list[_Error]]()
     for error in flat:
         if error.path[:1] and error.path[1:2] and error.path[1] in strays.get(str(error.path[0]), ()):
-            continue  # told once for the section
+            continue  # reported once for the section
         if error.type == "missing" and _misspelt(error.path, root) is not None:
-            continue  # told where the key is misspelt
+            continue  # reported where the key is misspelt
         if error.union is None:
             errors.append(_detail([error], root))
         else:
@@ -215,9 +215,11 @@ def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Ma
     return mark, node.written()
 
 
-def error_at(root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None) -> ErrorDetail:
-    """Return an error at the value of a path, or at what holds it where the value is a default."""
-    mark, value = locate(root, path)
+def error_at(
+    root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
+) -> ErrorDetail:
+    """Return an error at the value of a path (with `key` at its key), or at what holds it where it is a default."""
+    mark, value = locate(root, path, key=key)
     return ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
@@ -276,8 +278,8 @@ def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
     names = [key for key in node.value if key not in keys] if node is not None and node.is_mapping else []
     name = names[0] if names else {"phases": "finetune"}.get(section, "NAME")
     what = "phases by name" if section == "phases" else "entries by name"
-    told = ", ".join(f"`{key}`" for key in keys)
-    message = f"`{section}` holds {what}; the level with the name is missing above {told}"
+    listed = ", ".join(f"`{key}`" for key in keys)
+    message = f"`{section}` holds {what}; the level with the name is missing above {listed}"
     hint = f"write {section}: {{{name}: {{{keys[0]}: ...}}}}" + (
         "" if names or section == "phases" else ", NAME of your choice"
     )

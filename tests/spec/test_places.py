@@ -44,11 +44,11 @@ TABLE = [
     ((MODEL, PARTS.format("random", "t5")), "`t5` has an encoder and a decoder"),
     (("seed: 0", "cluster: {storage_path: 'gs://bucket/runs'}"), "no such storage"),
     (("seed: 0", "cluster: {storage_path: experiment.yaml}"), "a file stands where a folder belongs"),
-    (("seed: 0", "tracking: {tracking_uri: 'wandb://project'}"), "MLflow keeps nothing at `wandb:`"),
-    (("seed: 0", "tracking: {tracking_uri: mlruns}"), "no records in plain folders"),
-    (("seed: 0", "tracking: {tracking_uri: 'file:///x'}"), "no records in plain folders"),
+    (("seed: 0", "tracking: {tracking_uri: 'wandb://project'}"), "MLflow does not support `wandb:`"),
+    (("seed: 0", "tracking: {tracking_uri: mlruns}"), "no longer stores records in plain folders"),
+    (("seed: 0", "tracking: {tracking_uri: 'file:///x'}"), "no longer stores records in plain folders"),
     (("seed: 0", "tracking: {tracking_uri: 'localhost:5000'}"), "write http://localhost:5000"),
-    (("seed: 0", "tracking: {tracking_uri: 'sqlite3:///x.db'}"), "MLflow keeps nothing at `sqlite3:`"),
+    (("seed: 0", "tracking: {tracking_uri: 'sqlite3:///x.db'}"), "MLflow does not support `sqlite3:`"),
     (("seed: 0", "cluster: {resources_per_worker: {gpu: 1}}"), "write GPU"),
     (("seed: 0", "cluster: {resources_per_worker: {Cpu: 2}}"), "write CPU"),
     (("seed: 0", "cluster: {use_gpu: false, resources_per_worker: {GPU: 1}}"), "drop one of the two"),
@@ -148,7 +148,7 @@ def test_what_reads_texts_and_images_is_noted_where_it_is_not_here(
 
 def test_data_that_is_not_here_yet_is_noted(folder: Path, write: Callable[..., Path], small: str) -> None:
     loaded = load_experiment(write(small.replace(ROWS, JSON.format("rows.json"))))
-    assert [notice for notice in loaded.notices if f"data.train.data_path: there is no {folder}/rows.json" in notice]
+    assert [notice for notice in loaded.notices if f"data.train.data_path: {folder}/rows.json does not exist yet" in notice]
 
 
 PLUGIN = """

@@ -93,7 +93,7 @@ def test_circles_are_told_with_their_files(small: str, write: Write) -> None:
     write(small + "extends: b.yaml\n", "a.yaml")
     b = write("extends: a.yaml\n", "b.yaml")
     text = messages(b)
-    assert "extends goes round in a circle" in text
+    assert "extends forms a cycle" in text
     assert "a.yaml" in text
     assert "itself.yaml" in messages(write("extends: itself.yaml\nname: x\n", "itself.yaml"))
 

@@ -1,24 +1,176 @@
-"""`search:` against the file it stands in: paths, objectives and variants that exist, corners of the space that run."""
+"""Names that an experiment refers to: data sets, variants, schedules, axes, metrics; `report:` and `search:`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from orchestrator import registry
 from orchestrator.errors import ErrorDetail
-from orchestrator.spec.components import FINAL
+from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, value_key
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import SearchSpec, StagedSpaceSpec
 from orchestrator.spec.search_space import before_last, draw, inner_boundaries, variant_layer_tokens
-from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
+from orchestrator.spec.yaml.key_paths import NAMED, UnknownPathError, find_path, names_at
 from orchestrator.spec.yaml.node import Node, Path, dotted, node_of
-from orchestrator.spec.yaml.validation_errors import error_at, locate, unknown_key, unknown_name
+from orchestrator.spec.yaml.validation_errors import error_at, locate, stray_keys, unknown_key, unknown_name
+
+COSTS = (
+    "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
+    "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
+)  # fmt: skip
+
+
+class References:
+    """Checks the names of cells' trees; definitions that trees share are checked once."""
+
+    def __init__(self) -> None:
+        self._checked: dict[tuple[int, ...], tuple[Node | None, ...]] = {}
+
+    def check(self, root: Node) -> list[ErrorDetail]:
+        """Return all names of a tree that do not exist, are reserved, or mean two things."""
+        shared = (root.get("compressors"), root.get("schedules"))
+        key = tuple(map(id, shared))
+        new = self._checked.setdefault(key, shared) is shared  # kept, so that an id stays theirs
+        return _TreeCheck(root).check(definitions=new)
+
+
+class _TreeCheck:
+    """Checks the names of one cell's tree."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+        self.errors: list[ErrorDetail] = []
+        # Where a section cannot be read, the names it holds are unknown: that is the error, and it is reported there.
+        self._unsure = {section for section in NAMED if self._is_unsure(section)}
+        self.data = self._names("data")
+        self.variants = self._names("compressors")
+        self.schedules = self._names("schedules")
+
+    def check(self, definitions: bool) -> list[ErrorDetail]:
+        """Return all errors; those of variants and schedules themselves only with `definitions`."""
+        if definitions:
+            self._check_definitions()
+            for name, node in _entries(self.root.get("schedules")):
+                self._check_schedule(("schedules", name), node)
+        for name in PHASES:
+            phase = self.root.at(("phases", name))
+            if phase is not None and phase.is_mapping:
+                self._check_phase(("phases", name), phase)
+        for name, node in _entries(self.root.get("evaluate")):
+            self._check_evaluation(("evaluate", name), node)
+        self._check_search()
+        return self.errors
+
+    def _check_definitions(self) -> None:
+        for section in ("compressors", "schedules"):
+            for name in self._names(section):
+                if name in (FULL, FINAL):
+                    meaning = "no compressor" if name == FULL else "the last stage's variant"
+                    message = f"`{name}` is a reserved name ({meaning}); choose another"
+                    self._error((section, name), message, key=True)
+        for name in self.schedules:
+            if name in self.variants:
+                line = locate(self.root, ("compressors", name), key=True)[0].line
+                message = f"`{name}` is both a schedule and a variant (line {line}); a phase could mean either"
+                self._error(("schedules", name), message, hint="rename one of them", key=True)
+
+    def _check_schedule(self, path: Path, node: Node) -> None:
+        for name in _variants_of(node):
+            if name != FULL and name not in self.variants and "compressors" not in self._unsure:
+                where = next((p for p, leaf in node.leaves(path) if leaf.value == name and p[-1] != "kind"), path)
+                self._unknown(where, f"there is no variant `{name}`", name, [*self.variants, FULL])
+
+    def _check_phase(self, path: Path, phase: Node) -> None:
+        for where, name in _texts(phase.get("data"), (*path, "data"), keys=True):
+            if name not in self.data and "data" not in self._unsure:
+                self._unknown(where, f"there is no data set `{name}`", name, self.data, key=where[-1] != "data")
+        schedule = phase.get("schedule")
+        known = [*self.schedules, *self.variants, FULL]
+        if schedule is not None and schedule.is_mapping:
+            self._check_schedule((*path, "schedule"), schedule)
+        for key in ("schedule", "match_train_tflops"):
+            for where, name in _texts(phase.get(key), (*path, key)):
+                if name not in known and self._unsure.isdisjoint(("schedules", "compressors")):
+                    self._unknown(where, f"there is no schedule or variant `{name}`", name, known)
+
+    def _check_evaluation(self, path: Path, node: Node) -> None:
+        for where, name in _texts(node.get("data"), (*path, "data")):
+            if name not in self.data and "data" not in self._unsure:
+                self._unknown(where, f"there is no data set `{name}`", name, self.data)
+        for where, name in _texts(node.get("under"), (*path, "under")):
+            if name not in (*self.variants, FULL, FINAL) and "compressors" not in self._unsure:
+                known = [FINAL, FULL, *self.variants]
+                self._unknown(where, f"there is no variant `{name}` to test under", name, known)
+
+    def _check_search(self) -> None:
+        search = self.root.get("search")
+        known = [*self.variants, FULL]
+        for key, node in _entries(search.get("space") if search is not None and search.is_mapping else None):
+            path: Path = ("search", "space", key)
+            for field in ("variants", "last"):
+                for where, name in _texts(node.get(field), (*path, field)):
+                    if name not in known and "compressors" not in self._unsure:
+                        self._unknown(where, f"there is no variant `{name}`", name, known)
+
+    def _is_unsure(self, section: str) -> bool:
+        node = self.root.get(section)
+        if node is None:
+            unknown = [key for key in self.root.value if key not in names_at(self.root, ())]
+            return any(registry.nearest(key, (section,)) for key in unknown)
+        return not (node.is_mapping or node.value is None) or bool(stray_keys(self.root, section))
+
+    def _names(self, section: str) -> tuple[str, ...]:
+        return tuple(name for name, _ in _entries(self.root.get(section)))
+
+    def _unknown(self, path: Path, message: str, name: str, known: Sequence[str], key: bool = False) -> None:
+        allowed, hint = unknown_name(name, known)
+        self._error(path, message, allowed, hint, key)
+
+    def _error(
+        self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
+    ) -> None:
+        error = error_at(self.root, path, message, allowed, hint, key)
+        self.errors.append(replace(error, value=str(path[-1])) if key else error)
+
+
+def _variants_of(node: Node) -> tuple[str, ...]:
+    """Return the variants a schedule uses; where it has other errors, what stands under `compressor` in it."""
+    value: Any = node.plain()
+    try:
+        schedule = registry.spec_class(registry.SCHEDULES, value["kind"]).model_validate(value)
+        return tuple(schedule.variants())
+    except (ValidationError, KeyError, TypeError, ImportError, AttributeError):
+        found = (leaf.value for path, leaf in node.leaves() if path[-1:] == ("compressor",))
+        return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
+
+
+def _entries(node: Node | None) -> list[tuple[str, Node]]:
+    return list(node.value.items()) if node is not None and node.is_mapping else []
+
+
+def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[Path, str]]:
+    """Return the texts at a path: one, a list's, or with `keys` a mapping's keys."""
+    if node is None:
+        return
+    if isinstance(node.value, str):
+        yield path, node.value
+    elif node.is_list:
+        for index, item in enumerate(node.value):
+            if isinstance(item.value, str):
+                yield (*path, index), item.value
+    elif node.is_mapping and keys:
+        for key in node.value:
+            yield (*path, key), key
 
 
 def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[ErrorDetail]:
-    """Return the baseline and `mean_over` name axes of the grid, and some cell is the baseline."""
+    """Check that the baseline and `mean_over` name axes of the grid, and that some cell is the baseline."""
     errors: list[ErrorDetail] = []
     report = root.get("report")
     baseline = report.get("baseline") if report is not None else None
@@ -34,7 +186,7 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Er
                 for axis, settings in axes.values.items()
             )
             message = "no cell of the grid is the baseline"
-            errors.append(_error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
+            errors.append(error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
     over = report.get("mean_over") if report is not None else None
     for index, node in enumerate(over.value if over is not None and over.is_list else []):
         if isinstance(node.value, str):
@@ -61,26 +213,13 @@ def check_path(root: Node, name: str, where: Path, errors: list[ErrorDetail]) ->
         allowed, hint = unknown_key(error.key, error.known, error.prefix)
         place = f" under {dotted(error.prefix)}" if error.prefix else ""
         message = f"a key path belongs here: `{error.key}` is not known{place}"
-        errors.append(_error_at(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
+        errors.append(error_at(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
         return None
 
 
-def _error_at(
-    root: Node, path: Path, message: str, allowed: str | None, hint: str | None = None, key: bool = False
-) -> ErrorDetail:
-    mark, value = locate(root, path, key=key)
-    return ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
-
-
-COSTS = (
-    "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
-    "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
-)  # fmt: skip
-
-
 def check_search(root: Node) -> list[ErrorDetail]:
-    """Return a search proposes values of known paths and optimises what is measured; beside it the grid has only
-    seeds.
+    """Check that a search proposes values of known paths and optimises what is measured, and that beside it the grid
+    holds only seeds.
     """
     errors: list[ErrorDetail] = []
     search = root.get("search")
