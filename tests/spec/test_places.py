@@ -148,7 +148,8 @@ def test_what_reads_texts_and_images_is_noted_where_it_is_not_here(
 
 def test_data_that_is_not_here_yet_is_noted(folder: Path, write: Callable[..., Path], small: str) -> None:
     loaded = load_experiment(write(small.replace(ROWS, JSON.format("rows.json"))))
-    assert [notice for notice in loaded.notices if f"data.train.data_path: {folder}/rows.json does not exist yet" in notice]
+    message = f"data.train.data_path: {folder}/rows.json does not exist yet"
+    assert [notice for notice in loaded.notices if message in notice]
 
 
 PLUGIN = """
