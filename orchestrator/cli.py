@@ -11,7 +11,7 @@ import typer
 from orchestrator.dispatch.signals import ended_by_signals
 from orchestrator.errors import LlavoltaError, SpecError, shorten
 from orchestrator.redaction import redacted
-from orchestrator.verbs import components, data, inspect, ledger, results, run, spec
+from orchestrator.verbs import components, data, init, inspect, ledger, results, run, spec
 from orchestrator.verbs.options import keep_output_for_json, print_json
 
 app = typer.Typer(
@@ -25,8 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (
-    spec.validate, inspect.plan, run.run, run.search, inspect.status, inspect.table, inspect.logs, inspect.path,
-    results.export, results.predictions, run.bench, spec.compressors, spec.schema, spec.show,
+    init.init, spec.validate, inspect.plan, run.run, run.search, inspect.status, inspect.table, inspect.logs,
+    inspect.path, results.export, results.predictions, run.bench, spec.compressors, spec.schema, spec.show,
     components.components, components.check,
 ):  # fmt: skip
     app.command()(verb)

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from conftest import TINY_LLAVA
 
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "pandas", "matplotlib")
 
@@ -104,3 +105,52 @@ def test_schema_accepts_the_file_and_refuses_a_mistyped_key(llavolta, tiny_exper
     jsonschema.validate(tree, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**tree, "compresors": {}}, schema)
+
+
+def records_file(folder):
+    """A LLaVA JSON file of 130 rows with their pictures."""
+    from PIL import Image
+
+    rows = []
+    for row in range(130):
+        Image.new("RGB", (64, 64), (row, 0, 0)).save(folder / f"{row}.png")
+        turns = [{"from": "human", "value": "<image>\\nHow red?"}, {"from": "gpt", "value": str(row)}]
+        rows.append({"id": str(row), "image": f"{row}.png", "conversations": turns})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_init_writes_an_experiment_that_is_valid_and_plans(llavolta, tmp_path):
+    records = records_file(tmp_path)
+    for name, arguments in (
+        ("a.yaml", ()), ("b.yaml", ("--model", TINY_LLAVA)), ("c.yaml", ("--model", TINY_LLAVA, "--data", records)),
+    ):  # fmt: skip
+        done = llavolta("init", name, *arguments)
+        assert done.returncode == 0, done.stderr
+        checked = llavolta("validate", name)
+        assert (checked.returncode, checked.stdout) == (0, "valid: 3 cells\n"), checked.stderr
+    assert json.loads(llavolta("plan", "c.yaml", "--json").stdout)["totals"]["cells"] == 3
+    assert "data_path: rows.json" in (tmp_path / "c.yaml").read_text()
+
+
+def test_init_overwrites_nothing_and_leaves_nothing_that_is_not_valid(llavolta, tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "no-model").mkdir()
+    for arguments, message in (
+        (("mine.yaml",), "mine.yaml exists"),
+        (("other.yaml", "--data", "nowhere.json"), "there is no such file"),
+        (("other.yaml", "--model", "no-model"), "config.json"),
+        (("other.txt",), "name a .yaml file"),
+    ):
+        done = llavolta("init", *arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_what_init_wrote_runs_small(llavolta, tmp_path):
+    assert llavolta("init", "mine.yaml", "--model", TINY_LLAVA, "--data", records_file(tmp_path)).returncode == 0
+    done = llavolta("run", "mine.yaml", "--smoke", "--local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "answers accuracy (final)" in done.stdout

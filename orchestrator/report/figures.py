@@ -39,14 +39,14 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     rows = [row for row in table.rows if cost in row.values and any(score in row.values for score in scores)]
     if not rows:
         return False
-    unit = Operations.of(row.values[cost] for row in rows)
+    unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
-        1, len(scores), figsize=(5.2 * len(scores), 4.2), squeeze=False, sharey=True, layout="constrained"
+        1, len(scores), figsize=(5.2 * len(scores), 4.2), squeeze=False, sharey=len(metrics) == 1, layout="constrained"
     )
     colours = pyplot.get_cmap("tab10")
     for score, panel in zip(scores, panels[0], strict=True):
@@ -68,7 +68,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         panel.set_xlabel(f"training cost ({unit.name})")
         panel.margins(0.15)
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylabel("accuracy")
+    panels[0][0].set_ylabel(next(iter(metrics)) if len(metrics) == 1 else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)

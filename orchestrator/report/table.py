@@ -163,6 +163,7 @@ def ablation_table(
     baseline: Mapping[str, Any] | None = None,
     all_metrics: bool = False,
     shown_axes: Sequence[str] = (),
+    headlines: Mapping[str, Sequence[str]] | None = None,
 ) -> Table:
     """Return the table of an experiment, from its records alone.
 
@@ -173,6 +174,7 @@ def ablation_table(
         baseline: Axis values of the row the others are compared with.
         all_metrics: Show every metric, not the headline ones.
         shown_axes: Axes with a column of their own, where names do not tell them.
+        headlines: Evaluation to the metrics shown of it; `accuracy` of one that is not named.
     """
     groups: dict[str, list[CellRecord]] = {}
     for record in records:
@@ -182,7 +184,7 @@ def ablation_table(
     rows = tuple(_row(group, axes, mean_over, baseline) for group in groups.values())
     if baseline:
         rows = tuple(_against(row, rows, baseline) for row in rows)
-    return Table(_columns(records, all_metrics), rows, tuple(_unequal(records)), tuple(shown_axes))
+    return Table(_columns(records, all_metrics, headlines or {}), rows, tuple(_unequal(records)), tuple(shown_axes))
 
 
 def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
@@ -196,6 +198,9 @@ def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         baseline=report.baseline,
         all_metrics=all_metrics,
         shown_axes=() if search is None else tuple(search.space),
+        headlines={
+            name: test.headline for walk in walks for cell in walk.cells for name, test in cell.spec.evaluate.items()
+        },
     )
 
 
@@ -254,13 +259,22 @@ def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord]) -> str:
     return ",".join(parts) or group[0].cell_name
 
 
-def _columns(records: Sequence[CellRecord], all_metrics: bool) -> tuple[str, ...]:
+def _columns(
+    records: Sequence[CellRecord], all_metrics: bool, headlines: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
     names = list(dict.fromkeys(name for record in records for name in record.summary))
     if all_metrics:
         return tuple(names)
-    scores = [name for name in names if name.startswith("eval/") and name.endswith("/accuracy")]
-    others = [name for name in names if name.startswith("eval/") and name.count("/") == 2 and not scores]
-    return (*scores, *others, *(name for name in _COSTS if name in names))
+    scores: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith("eval/"):
+            scores.setdefault(name.split("/")[1], []).append(name)
+    shown: list[str] = []
+    for evaluation, found in scores.items():
+        wanted = headlines.get(evaluation, ("accuracy",))
+        chosen = [name for name in found if name.rpartition("/")[2] in wanted]
+        shown += chosen or [name for name in found if name.count("/") == 2]  # of one without its headline: all
+    return (*shown, *(name for name in _COSTS if name in names))
 
 
 def _unequal(records: Sequence[CellRecord]) -> list[str]:

@@ -342,6 +342,8 @@ class EvaluationSpec(Component):
     """A named evaluation of finished cells."""
 
     registry_group: ClassVar[str] = registry.EVALUATIONS
+    headline: ClassVar[tuple[str, ...]] = ("accuracy",)
+    """The metrics that the table shows, for every `under`; those it lacks are left out, `--all` shows the rest."""
 
     data: str = Field(examples=["test"])
     """Data set to test on, by its name under `data`."""

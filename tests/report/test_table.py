@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -161,3 +162,33 @@ def test_a_run_that_did_nothing_says_why():
     assert nothing_done({}, {}) == "nothing to do: all runnable jobs are complete"
     assert "2 cells failed before; --retry-failed" in nothing_done({"a": "", "b": ""}, {})
     assert "1 cell could not be finished" in nothing_done({}, {"a": ""})
+
+
+def test_every_headline_metric_is_shown_under_every_setting_and_no_other():
+    summary = {
+        "eval/caption/cider": 1.1, "eval/caption/bleu": 0.3, "eval/caption/length": 9.0,
+        "eval/caption/under_full/cider": 1.2, "eval/caption/under_full/length": 9.5,
+        "eval/vqa/accuracy": 0.5, "eval/vqa/num_samples": 40.0, "eval/odd/score": 3.0, "cost/train_tflops": 4.0,
+    }  # fmt: skip
+    made = CellRecord("full0", "cell-full0", "finished", summary=summary)
+    table = ablation_table([made], AXES, headlines={"caption": ("cider", "bleu"), "vqa": ("accuracy",)})
+    assert table.columns == (
+        "eval/caption/cider", "eval/caption/bleu", "eval/caption/under_full/cider", "eval/vqa/accuracy",
+        "eval/odd/score", "cost/train_tflops",
+    )  # fmt: skip
+
+
+def test_a_frame_holds_axes_deviations_and_differences():
+    frame = ablation_table(RECORDS, AXES, mean_over=["seed"], baseline=BASELINE).to_frame()
+    heavy = frame.iloc[1]
+    assert heavy["phases.finetune.schedule"] == "heavy" and heavy["status"] == "finished"
+    assert heavy["eval/vqa/accuracy"] == pytest.approx(0.6)
+    assert heavy["eval/vqa/accuracy/std"] == pytest.approx(0.1414, abs=1e-4)
+    assert heavy["eval/vqa/accuracy/to_baseline"] == pytest.approx(-0.1)
+    assert frame["eval/vqa/accuracy/to_baseline"].isna().tolist() == [True, False]
+
+
+def test_a_notebook_shows_the_table_escaped_and_explained():
+    table = ablation_table([replace(RECORDS[0], cell_name="<b>"), RECORDS[2]], AXES, baseline=BASELINE)
+    page = table._repr_html_()
+    assert "&lt;b&gt;" in page and "<b>" not in page and "in brackets: difference from the baseline" in page
