@@ -48,6 +48,7 @@ quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and 
 
 test: $(STAMP)  ## the tests that take seconds to minutes; more options: make test ARGS='-k plan'
 	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
+	@$(if $(ARGS),,OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
 test-all: $(STAMP)  ## every test, the slow ones included
 	@'$(BIN)/python' -m pytest $(ARGS)

@@ -41,7 +41,7 @@ def load(source: Source, overrides: Sequence[str] = ()) -> Experiment:
         overrides: `a.b=c` settings over it, values in YAML, as after `--set`.
 
     Raises:
-        SpecError: all errors at once, each with its place; in `faults`.
+        SpecError: all errors at once, each with its place; in `errors`.
     """
     return Experiment(load_experiment(source, overrides))
 

@@ -79,7 +79,7 @@ def test_all_errors_come_at_once_with_their_places(tiny_experiment, tiny_text):
     tree["phases"]["finetune"] |= {"max_steps": -6, "learning_rte": 1e-3}
     with pytest.raises(llv.SpecError) as caught:
         llv.load(tree)
-    assert {fault.path for fault in caught.value.faults} >= {
+    assert {error.path for error in caught.value.errors} >= {
         "phases.finetune.max_steps",
         "phases.finetune.learning_rte",
     }
@@ -178,3 +178,11 @@ def test_many_runs_in_one_process(tiny_text, tmp_path):
     assert frame.loc[cell.name, "status"] == "finished"
     assert frame.loc[cell.name, "eval/vqa/accuracy"] == cell.metrics["eval/vqa/accuracy"]
     assert len(llv.table([first, failing]).to_frame()) == 2
+
+
+def test_notebooks_are_kept_without_their_outputs():
+    notebooks = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        for cell in json.loads(path.read_text())["cells"]:
+            assert not cell.get("outputs") and cell.get("execution_count") is None, path

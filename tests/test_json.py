@@ -90,6 +90,12 @@ CALLS = [
     ("ledger", "ls", "tiny.yaml"),
     ("ledger", "verify", "tiny.yaml"),
     ("ledger", "gc", "tiny.yaml"),
+    ("predictions", "tiny.yaml", "--cell", "schedule=two_stage"),
+    ("export", "tiny.yaml", "exported", "--cell", "schedule=two_stage"),
+    ("components",),
+    ("check", "loud.py"),
+    ("data", "check", "tiny.yaml"),
+    ("data", "show", "tiny.yaml"),
     ("bench", "tiny.yaml", "--rows", "1", "--text-tokens", "4"),
 ]
 

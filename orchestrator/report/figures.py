@@ -40,15 +40,12 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     if not rows:
         return False
     unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, len(scores), figsize=(5.2 * len(scores), 4.2), squeeze=False, sharey=len(metrics) == 1, layout="constrained"
-    )
-    colours = pyplot.get_cmap("tab10")
+    figure = Figure(figsize=(5.2 * len(scores), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False, sharey=len(metrics) == 1)
+    colours = colormaps["tab10"]
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
         points = [(row.values[cost] / unit.scale, row.values[score]) for row in shown]
@@ -74,7 +71,6 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     figure.suptitle(title, fontsize=11)
     retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return True
 
 
@@ -90,12 +86,10 @@ def training_figure(record: CellRecord, path: Path) -> bool:
     names = [name for name in ("train/loss", "train/visual_tokens") if series.get(name)]
     if not names:
         return False
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(len(names), 1, figsize=(7, 5), sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)
     for name, panel in zip(names, panels[:, 0], strict=True):
         steps, values = zip(*sorted(series[name]), strict=True)
         panel.plot(steps, values, linewidth=1, drawstyle="steps-post" if name == "train/visual_tokens" else "default")
@@ -106,19 +100,16 @@ def training_figure(record: CellRecord, path: Path) -> bool:
     figure.suptitle(record.cell_name, fontsize=11)
     retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return True
 
 
 def bench_figure(document: dict[str, Any], path: Path) -> None:
     """Draw measured and predicted speed-up of every variant as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
 
     rows = document["variants"]
-    figure, panel = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 1.8), layout="constrained")
+    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.8), layout="constrained")
+    panel = figure.subplots()
     places = range(len(rows))
     panel.barh(places, [row["speedup_measured"] for row in rows], height=0.6, color="tab:blue", label="measured")
     predicted = [row["speedup_predicted"] for row in rows]
@@ -131,4 +122,3 @@ def bench_figure(document: dict[str, Any], path: Path) -> None:
     panel.set_title(f"{document['experiment']} on {document['device']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
