@@ -40,7 +40,7 @@ def test_the_verbs_are_the_ones_of_the_program(llavolta):
         word.split()[0]
         for line in README.splitlines()
         if line.startswith("| `")
-        for word in re.findall(r"`([a-z]+)(?: SPEC)?`", line.split("|")[1])
+        for word in re.findall(r"`([a-z]+)(?: [A-Z]+(?:\.\w+)?)?`", line.split("|")[1])
     }
     verbs = set(re.findall(r"^  ([a-z]+)  ", help_text, re.MULTILINE))
     assert verbs <= named, verbs - named
