@@ -99,7 +99,7 @@ def trained(home: Path, schedule: str, points=None):
     cell = walk.find(f"schedule={schedule}")
     weights = walk.ledger.state_folder(cell.state) / "weights" / "model.safetensors"
     model = load_model(cell.evaluations[0], weights, torch.device("cpu")).eval()
-    attach(model, list(cell.phases[-1].final.points) if points is None else points)
+    attach(model, list(cell.phases[-1].schedule.final.points) if points is None else points)
     load_learned(model, weights)
     return model
 
@@ -142,7 +142,7 @@ def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):
     folder = export_cell(walk, cell, tmp_path / "out")
     note = json.loads((folder / "llavolta.json").read_text())
     assert note["cell"] == {"id": cell.id, "name": cell.name, "axes": {"phases.finetune.schedule": "learned"}}
-    assert note["points"] == [dict(point) for point in cell.phases[-1].final.points]
+    assert note["points"] == [dict(point) for point in cell.phases[-1].schedule.final.points]
     summary = walk.record(cell).summary
     assert note["scores"] == {"eval/vqa/accuracy": summary["eval/vqa/accuracy"]}
     assert note["cost"]["cost/train_tflops"] == summary["cost/train_tflops"]
