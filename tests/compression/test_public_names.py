@@ -81,7 +81,7 @@ FROZEN = {
         ["model_type", "build", "batch", "units", "layers", "first_layer", "attentions"],
     ),
     "entry-point groups": (
-        lambda: sorted(value for name, value in vars(registry).items() if name.isupper()),
+        lambda: sorted(value for name, value in vars(registry).items() if name.isupper() and isinstance(value, str)),
         ["orchestrator.compressors", "orchestrator.data", "orchestrator.evaluations", "orchestrator.schedules"],
     ),
 }

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orchestrator import registry
+from orchestrator import plugin, registry
 
 PLUGIN = '''
 """Two components of somebody else."""
@@ -140,3 +140,10 @@ def test_listing_components_loads_no_torch(llavolta):
     assert (
         " pydantic\n" in done.stderr and " torch\n" not in done.stderr and done.stdout.startswith("schedules\n  ramp")
     )
+
+
+def test_a_kit_takes_a_plugin_file(file, monkeypatch):
+    monkeypatch.setattr(registry, "_from_plugins", {})  # its kinds are for this test only
+    assert plugin.check_compressor(str(file), ["llava"]).proven == ("llava",)
+    with pytest.raises(plugin.UsageError, match=r"defines 0 components of orchestrator\.data, not one"):
+        plugin.check_data(file)
