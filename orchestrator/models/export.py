@@ -218,7 +218,7 @@ def _write_adapter(cell: Cell, model: ModelSpec, weights: Path, folder: Path) ->
                     for inner, parameter in module.modules_to_save["default"].named_parameters():
                         parameter.copy_(file.get_tensor(f"{key}.{inner}"))
     _write_processor(cell, model, folder)
-    base.config.save_pretrained(folder)  # AutoProcessor asks for it
+    # No config.json: beside one, transformers takes an adapter's folder for a whole model.
     with quiet_loading():
         wrapped.save_pretrained(folder)
     return name
@@ -353,7 +353,7 @@ def load_exported(folder: str | Path, *, plugins: Sequence[str] = (), **options:
             f"({', '.join(note.get('plugins', ())) or 'an installed one'}): load_exported(..., plugins=[...])"
         )
     trusted = bool(options.get("trust_remote_code", False))
-    processor = load_processor(ModelSpec(model_name_or_path=str(place), trust_remote_code=trusted))
+    processor = load_processor(ModelSpec(model_name_or_path=str(place), trust_remote_code=trusted), config_of=base)
     model: Any
     if base is None:
         model = _loaded(str(place), options)

@@ -1,8 +1,3 @@
 """One stage run on one worker."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported: it prints that it detected the CPU
+import orchestrator.models  # noqa: F401 (first: it names the accelerator before DeepSpeed is imported)

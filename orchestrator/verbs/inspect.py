@@ -63,7 +63,7 @@ def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 
 
 def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
-    """Print the folder of a cell's weights; those in a bucket are downloaded first."""
+    """Print the folder of a cell's weights, model.safetensors alone; `export` writes what transformers loads."""
     found = llv.load(spec, set_ or ()).cell(cell)
     weights = found.weights_path
     if as_json:

@@ -178,6 +178,8 @@ def test_an_adapter_on_its_base_is_the_merged_model(home, tmp_path, schedule):
     merged = logits(trained(home, schedule, []), inputs)
     assert torch.allclose(plain, merged, atol=2e-5, rtol=0)
     assert not torch.allclose(before, merged, atol=1e-2)  # training changed something
+    native = AutoModelForImageTextToText.from_pretrained(folder)  # transformers finds the base by itself
+    assert torch.allclose(logits(native, inputs), merged, atol=2e-5, rtol=0)
     model, _ = load_exported(folder)
     assert isinstance(model, PeftModel)
     assert torch.allclose(logits(model, inputs), logits(trained(home, schedule), inputs), atol=2e-5, rtol=0)
@@ -262,3 +264,18 @@ def test_a_compressor_of_a_plugin_is_named_before_anything_is_loaded(home, tmp_p
     (folder / "llavolta.json").write_text(json.dumps(note))
     with pytest.raises(UsageError, match=r"of_mine.*of_mine\.py.*plugins="):
         load_exported(folder)
+
+
+def test_the_verb_prints_the_folder_and_refuses_one_that_is_there(home, tmp_path):
+    def llavolta(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "orchestrator", "export", str(home / "mine.yaml"), *map(str, arguments)]
+        return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120, check=False)
+
+    target = tmp_path / "out"
+    done = llavolta(target, "--cell", "schedule=up", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == str(target) and (target / "model.safetensors").is_file()
+    done = llavolta(target, "--cell", "schedule=up")
+    assert done.returncode == 2 and "exists already" in done.stderr
+    done = llavolta(tmp_path / "other", "--cell", "schedule=down")
+    assert done.returncode == 2 and "--cell schedule=down fits no cell" in done.stderr

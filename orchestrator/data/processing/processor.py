@@ -21,8 +21,12 @@ from orchestrator.spec.model import ModelSpec
 _VIDEO = "video_processor"
 
 
-def load_processor(model: ModelSpec) -> VisionTextProcessor:
+def load_processor(model: ModelSpec, config_of: str | None = None) -> VisionTextProcessor:
     """Return the tokenizer and image processor of a model.
+
+    Args:
+        model: Where they are.
+        config_of: Folder or hub id of the model's config, where it is not with them (an adapter's folder).
 
     Raises:
         UsageError: the folder or hub entry has none, the tokenizer is too old, or a package is missing.
@@ -33,7 +37,7 @@ def load_processor(model: ModelSpec) -> VisionTextProcessor:
     config = None
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(config_of or where, **options)
         processor = _load(where, config, options)
     except ImportError as error:
         raise UsageError(

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from orchestrator.report.pages.html import page, picture, values_table
+from orchestrator.report.units import counted_noun
 
 PICTURE_PIXELS = 640
 _BEGIN, _END = "«", "»"
@@ -28,7 +29,11 @@ def check_text(document: Mapping[str, Any]) -> str:
             lines += [f"    {word}: {_where(entry)}{entry['error']}" for entry in each[kind]]
         blocks.append("\n".join(lines))
     errors = sum(len(each["errors"]) for each in document["sets"])
-    verdict = "every row can be used, or is dropped as the file allows" if document["valid"] else f"{errors:,} errors"
+    verdict = (
+        "every row can be used, or is dropped as the file allows"
+        if document["valid"]
+        else counted_noun(errors, "error")
+    )
     return "\n".join([*blocks, verdict, ""])
 
 
