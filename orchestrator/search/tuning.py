@@ -17,6 +17,7 @@ from optuna.trial import FixedTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestrator.dispatch.ray.compat import keep_credentials_from_trials
 from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
@@ -148,8 +149,6 @@ class Tuning:
     def __init__(self, walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> None:
         import ray
 
-        from orchestrator.search.tuning import Proposer
-
         self._desk = ray.remote(num_cpus=0)(Desk).remote()
         self._proposer = Proposer(walk.loaded.spec, walk.trials, self._desk)
         self._num_trials, self._concurrency, self._folder = num_trials, concurrency, folder
@@ -182,8 +181,6 @@ class Tuning:
         ray.get(self._desk.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
-        from orchestrator.dispatch.ray.compat import keep_credentials_from_trials
-
         shutil.rmtree(self._folder, ignore_errors=True)
         self._added = [name for name in _ENVIRONMENT if name not in os.environ]
         os.environ.update({name: _ENVIRONMENT[name] for name in self._added})
