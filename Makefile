@@ -23,7 +23,7 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 	pytest pytest-timeout hypothesis jsonschema tomli
 LIGHT_TESTS = tests/spec tests/plan tests/search tests/plugins --ignore tests/plugins/test_example_plugin.py
 
-.PHONY: help install quickstart test test-all test-python check format format-check lint types imports docs lock clean
+.PHONY: help install quickstart test-unit test test-all test-python check format format-check lint types imports docs lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -45,6 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and print the grid (minutes)
 	@'$(BIN)/llavolta' run experiments/quickstart.yaml
+
+test-unit: $(STAMP)  ## the tests that need no torch, Ray or server
+	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(LIGHT_TESTS) $(ARGS)
 
 test: $(STAMP)  ## the tests that take seconds to minutes; more options: make test ARGS='-k plan'
 	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
