@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from orchestrator import registry
+
 # How long an example takes says how busy the machine is.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -91,6 +93,12 @@ def pytest_runtest_setup() -> Generator[None, object, object]:
 def pytest_runtest_call() -> Generator[None, object, object]:
     """A test that imports what is not there is left out."""
     return (yield from _left_out())
+
+
+@pytest.fixture
+def built_in_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry as a new process has it: plug-ins that other tests loaded are unknown for the length of a test."""
+    monkeypatch.setattr(registry, "_from_plugins", {})
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import TINY_LLAVA
 
+TINY_LLAVA = Path(__file__).resolve().parent.parent / "experiments" / "models" / "tiny-llava"
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "pandas", "matplotlib")
 
 

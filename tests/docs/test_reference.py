@@ -18,6 +18,7 @@ from orchestrator.cli import app
 from orchestrator.spec.schema import experiment_schema
 
 SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "reference.py"
+pytestmark = pytest.mark.usefixtures("built_in_only")
 FAMILIES = {"CompressorSpec", "ScheduleSpec", "DataSpec", "EvaluationSpec"}
 
 

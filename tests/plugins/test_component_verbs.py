@@ -114,7 +114,7 @@ def test_a_wrong_file_or_call_exits_with_2(llavolta, file, text, arguments, mess
     assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stdout + done.stderr
 
 
-def test_components_lists_every_sort(llavolta):
+def test_components_lists_every_sort(llavolta, built_in_only):
     documents = json.loads(llavolta("components", "--json").stdout)
     for sort, group in registry.SORTS.items():
         assert [one["kind"] for one in documents if one["sort"] == sort] == [*registry.kinds(group)]
@@ -142,8 +142,7 @@ def test_listing_components_loads_no_torch(llavolta):
     )
 
 
-def test_a_kit_takes_a_plugin_file(file, monkeypatch):
-    monkeypatch.setattr(registry, "_from_plugins", {})  # its kinds are for this test only
+def test_a_kit_takes_a_plugin_file(file, built_in_only):
     assert plugin.check_compressor(str(file), ["llava"]).proven == ("llava",)
     with pytest.raises(plugin.UsageError, match=r"defines 0 components of orchestrator\.data, not one"):
         plugin.check_data(file)
