@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -123,6 +124,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_promise_is_named(folder, broken):
+    if broken == "loads torch" and find_spec("torch") is None:
+        pytest.skip("torch is not installed")
     with pytest.raises(AssertionError, match=BROKEN[broken]) as caught:
         plugin.check_data(Captions(folder=folder, broken=broken))
     assert "captions breaks" in str(caught.value)
