@@ -51,7 +51,7 @@ def check_data(data: Reference) -> ContractReport:
     Example:
         >>> check_data({"kind": "llava_json", "data_path": "rows.json"})
     """
-    spec = component_of(data, DataSpec, "check_data")  # type: ignore[type-abstract]
+    spec = component_of(data, DataSpec, "check_data")  # type: ignore[type-abstract]  # it is only named
     contract = Contract(spec.kind)
     check_spec(contract, spec, ("rows", "check"))
     rows: Sequence[Row] = ()

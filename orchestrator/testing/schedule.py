@@ -44,7 +44,7 @@ def check_schedule(schedule: Reference, phases: Sequence[tuple[int, int]] = PHAS
     Example:
         >>> check_schedule({"kind": "interleaved", "compressor": "heavy", "full_share": "1/10"})
     """
-    spec = component_of(schedule, ScheduleSpec, "check_schedule")  # type: ignore[type-abstract]
+    spec = component_of(schedule, ScheduleSpec, "check_schedule")  # type: ignore[type-abstract]  # it is only named
     contract = Contract(spec.kind)
     check_spec(contract, spec)
     with contract.promise("variants() lists the names it uses, each once"):

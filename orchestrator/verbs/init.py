@@ -77,7 +77,7 @@ _LLAVA_JSON = """\
     data_path: {path}
     image_folder: null    # null: the folder of data_path
     on_bad_row: fail    # or drop, up to max_bad_share
-  test: {{<<: *records, max_samples: 500}}    # TODO: name a file that is not trained on"""
+  test: {{<<: *records, max_samples: 500}}    # put a file here that is not trained on"""
 
 
 def init(

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.data.records.json_records import BadRow, RepeatedKeys
 from orchestrator.data.records.json_records import read_records as read_records
@@ -130,7 +130,7 @@ def cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-_ROLES = {
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -184,7 +184,7 @@ def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, lis
     readable(value, f"the text of turn {number}")
     if role == "assistant" and not value.strip():
         raise BadRow(f"the answer of turn {number} is empty")
-    return Turn(role, value), names  # type: ignore[arg-type]
+    return Turn(role, value), names
 
 
 def _part(number: int, part: Any, names: list[str]) -> str:

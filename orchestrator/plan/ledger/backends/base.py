@@ -137,7 +137,7 @@ class Backend(ABC):
     def recover(self, state: str) -> bool:
         """Put a state back that a gc took aside, and was killed before it had asked who wants it."""
 
-    def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:  # noqa: B027
+    def point_to(self, state: str, cell_folder: Path, record: dict[str, Any]) -> None:  # noqa: B027 (a folder has nothing to do)
         """Show a cell under its name to who looks into a bucket; in a shared folder its own folder does."""
 
     # Stage runs under way ------------------------------------------------------------------------------------------
@@ -154,13 +154,13 @@ class Backend(ABC):
     def is_begun(self, job_id: str) -> bool:
         """Return True where a stage run is under way."""
 
-    def begin(self, job_id: str, token: int) -> None:  # noqa: B027
+    def begin(self, job_id: str, token: int) -> None:  # noqa: B027 (a folder has nothing to do)
         """Forget what machines of earlier attempts shared; in a shared folder nothing is left of them."""
 
-    def share_progress(self, job_id: str) -> None:  # noqa: B027
+    def share_progress(self, job_id: str) -> None:  # noqa: B027 (a folder has nothing to do)
         """Show others the metrics and the log of a stage run under way; in a shared folder they see them."""
 
-    def share(self, folder: Path) -> None:  # noqa: B027
+    def share(self, folder: Path) -> None:  # noqa: B027 (a folder has nothing to do)
         """Hand over what this machine wrote into an unsealed folder; a shared folder has it already."""
 
     @abstractmethod
@@ -179,7 +179,7 @@ class Backend(ABC):
     def checkpoints(self, job_id: str) -> Iterator[Path]:
         """Yield the in-stage checkpoints on this machine, newest first, every byte read; damaged ones are skipped."""
 
-    def download_checkpoint(self, folder: Path) -> None:  # noqa: B027
+    def download_checkpoint(self, folder: Path) -> None:  # noqa: B027 (a folder has nothing to do)
         """Download an in-stage checkpoint that another machine found complete to this one."""
 
     @abstractmethod
