@@ -69,7 +69,9 @@ def test_relative_paths_of_a_mapping_start_in_the_current_folder(tiny_text, tmp_
     (tmp_path / "base.yaml").write_text("seed: 7\n")
     monkeypatch.chdir(tmp_path)
     assert llv.load({**tree, "extends": "base.yaml"}).spec.seed == 7
-    monkeypatch.chdir("/")
+    deeper = tmp_path / "elsewhere"
+    deeper.mkdir()
+    monkeypatch.chdir(deeper)
     with pytest.raises(llv.SpecError):
         llv.load(tree)
 
