@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _trace(debug: bool) -> None:
-    """Return traceback of the error at hand; what libraries quote in it (addresses, headers) without its secrets."""
+    """Print the traceback of the current error; what libraries quote in it (addresses, headers) without its secrets."""
     if debug:
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
 

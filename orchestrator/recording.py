@@ -1,4 +1,4 @@
-"""Cells from the ledger to their folders and to MLflow: what MLflow has not is looked for and sent."""
+"""Cells from the ledger to their folders and to MLflow: whatever MLflow lacks is sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def open_recorder(walk: ExperimentPlan, console: Console) -> UploadQueue:
-    """Record cells in MLflow; of several drivers one at a time makes runs, so that no cell gets a twin."""
+    """Return the queue that records cells in MLflow; drivers make runs one at a time, so that no cell gets two."""
 
     def open_tracker() -> CellTracker:
         def alone() -> contextlib.AbstractContextManager[None]:
@@ -33,9 +33,7 @@ def open_recorder(walk: ExperimentPlan, console: Console) -> UploadQueue:
 
 
 def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
-    """Return whether a driver lives: told of one of this machine by its process, of others by the leases they hold
-    here.
-    """
+    """Return whether a driver lives: on this machine by its process, elsewhere by the leases it holds here."""
 
     def lives(driver: Process, storage: str) -> bool:
         gone = driver.is_gone()
@@ -48,7 +46,7 @@ def _lives(walk: ExperimentPlan) -> Callable[[Process, str], bool]:
 
 
 def record_cells(walk: ExperimentPlan, recorder: UploadQueue) -> None:
-    """Write the cells' folders and queues every record that MLflow does not have as it stands."""
+    """Write the cells' folders and queue every record that MLflow does not have as it stands."""
     seen = read_state(walk.tracking_uri, walk.experiment_name)
     lacking = []
     for cell in walk.cells:
@@ -78,7 +76,7 @@ def put_record(walk: ExperimentPlan, cell: Cell, recorder: UploadQueue) -> None:
 
 
 def _with_figure(walk: ExperimentPlan, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
-    """Return a finished cell's record gets its training figure; None where it has to be drawn first."""
+    """Return a finished cell's record with its training figure; None if that has to be drawn first."""
     if record.status != "finished" or next(iter(record.history), None) is None:
         return record
     path = walk.folder(cell) / "training.png"

@@ -304,7 +304,7 @@ class Attachment:
         announce(self.model, resolved)
 
     def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
-        """Return what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
+        """Set what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
         rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
         self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
 

@@ -105,7 +105,7 @@ class _Lane:
 
 @contextlib.contextmanager
 def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
-    """Return a process group of one, as a worker of a lane would find it; one that exists already is used."""
+    """Hold a process group of one, as a worker of a lane would find it; an existing one is used."""
     import torch
     import torch.distributed as dist
 

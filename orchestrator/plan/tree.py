@@ -382,7 +382,7 @@ class _Builder:
         return tree
 
     def _take_in(self, owner: Cell, cell: Cell) -> None:
-        """Return the roots, starts and phases of a cell, or of one that it starts from."""
+        """Add the roots, starts and phases of a cell, or of one that it starts from."""
         self.tree.roots.setdefault(owner.root.id, owner.root)
         for start in owner.starts:
             self.tree.starts.setdefault(start.id, start)
@@ -396,7 +396,7 @@ class _Builder:
                 through.append(cell)
 
     def _grow_from_starts(self) -> None:
-        """Return what is put together comes once all it is made from is there."""
+        """Put jobs that combine states behind all they are made from."""
         waiting = dict(self.tree.starts)
         while waiting:
             placed = set(self.tree.order)

@@ -262,7 +262,7 @@ class LiveView:
         self._progress.set_work(work, costs)
 
     def say(self, text: str) -> None:
-        """Return one line that stays on the screen."""
+        """Print a line that stays on the screen."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
@@ -313,7 +313,7 @@ class LiveView:
             self.tell_plainly()
 
     def tell_plainly(self) -> None:
-        """Return a line for each busy lane, where there is no terminal."""
+        """Print a line for each busy lane, where there is no terminal."""
         now = self._progress.snapshot()
         left = f"  about {clock(now.seconds_left)} left" if now.seconds_left is not None else ""
         for line in now.lanes:

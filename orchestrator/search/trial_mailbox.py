@@ -1,4 +1,4 @@
-"""The desk between Ray Tune's trials and the driver: a trial lays its recipe down and waits until it is answered."""
+"""The mailbox between Ray Tune's trials and the driver: a trial posts its recipe and waits for the answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FAILED = "failed"
 _STOPPED = {FAILED: "the search stopped"}
 
 
-class Desk:
-    """Recipes of trials that wait, and their answers. A Ray actor; a trial's call ends when it is answered."""
+class Mailbox:
+    """Recipes of waiting trials, and their answers. A Ray actor; a trial's call ends when it is answered."""
 
     def __init__(self) -> None:
         self._new: list[dict[str, Any]] = []
@@ -22,7 +22,7 @@ class Desk:
         self._closed = False
 
     async def ask(self, proposal: dict[str, Any]) -> dict[str, Any]:
-        """Return a trial's side: lays down its `number`, `params` and `values` and waits for the answer."""
+        """Post a trial's `number`, `params` and `values`, and return the answer when it comes."""
         if self._closed:
             return dict(_STOPPED)
         self._waiting[proposal["number"]] = asyncio.get_running_loop().create_future()
@@ -30,7 +30,7 @@ class Desk:
         return await self._waiting[proposal["number"]]
 
     async def take(self) -> list[dict[str, Any]]:
-        """Return the driver's side: what was laid down since it last asked."""
+        """Return the proposals posted since the last call."""
         new, self._new = self._new, []
         return new
 
@@ -47,9 +47,9 @@ class Desk:
 
 
 def wait_for_answer(config: dict[str, Any]) -> None:
-    """Return the trainable of a trial."""
+    """Wait, as the trainable of a trial, until the driver has answered it."""
     import ray
     from ray import tune
 
     proposal = {key: config[key] for key in ("number", "params", "values")}
-    tune.report(ray.get(config["desk"].ask.remote(proposal)))
+    tune.report(ray.get(config["mailbox"].ask.remote(proposal)))

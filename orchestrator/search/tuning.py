@@ -22,7 +22,7 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.search.trial_mailbox import FAILED, WAITING_RESOURCES, Desk, wait_for_answer
+from orchestrator.search.trial_mailbox import FAILED, WAITING_RESOURCES, Mailbox, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.search_space import draw, variant_layer_tokens
 
@@ -39,14 +39,14 @@ class Proposer(OptunaSearch):
     Args:
         spec: The experiment, with its search; its seed is the samplers'.
         trials: What the ledger notes, by number.
-        desk: Handle that every proposal carries.
+        mailbox: Handle that every proposal carries.
     """
 
-    def __init__(self, spec: ExperimentSpec, trials: Sequence[Trial], desk: Any) -> None:
+    def __init__(self, spec: ExperimentSpec, trials: Sequence[Trial], mailbox: Any) -> None:
         search = spec.search
         assert search is not None
         self._search, self._layer_tokens = search, variant_layer_tokens(spec)
-        self._sampler_seed, self._desk = spec.seed, desk
+        self._sampler_seed, self._mailbox = spec.seed, mailbox
         self._known: set[str] = set()
         self.closed = False
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -80,7 +80,7 @@ class Proposer(OptunaSearch):
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
         self._known.add(canonical_json(values))
-        return {"number": trial.number, "params": dict(trial.params), "values": values, "desk": self._desk}
+        return {"number": trial.number, "params": dict(trial.params), "values": values, "mailbox": self._mailbox}
 
     def _drawn(self) -> dict[str, Any]:
         """Return the parameters of the next trial."""
@@ -149,8 +149,8 @@ class Tuning:
     def __init__(self, walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> None:
         import ray
 
-        self._desk = ray.remote(num_cpus=0)(Desk).remote()
-        self._proposer = Proposer(walk.loaded.spec, walk.trials, self._desk)
+        self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        self._proposer = Proposer(walk.loaded.spec, walk.trials, self._mailbox)
         self._num_trials, self._concurrency, self._folder = num_trials, concurrency, folder
         self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
         self._error: BaseException | None = None
@@ -171,14 +171,14 @@ class Tuning:
         """Return the trials proposed since the last call: `number`, `params`, `values`."""
         import ray
 
-        found: list[dict[str, Any]] = ray.get(self._desk.take.remote())
+        found: list[dict[str, Any]] = ray.get(self._mailbox.take.remote())
         return found
 
     def answer(self, number: int, answer: Mapping[str, Any]) -> None:
         """End a trial: with its objectives, or with `failed` and the reason."""
         import ray
 
-        ray.get(self._desk.answer.remote(number, dict(answer)))
+        ray.get(self._mailbox.answer.remote(number, dict(answer)))
 
     def __enter__(self) -> Tuning:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -196,7 +196,7 @@ class Tuning:
         import ray
 
         self._proposer.closed = True
-        ray.get(self._desk.close.remote())
+        ray.get(self._mailbox.close.remote())
         self._thread.join(CLOSE_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
         for name in self._added:

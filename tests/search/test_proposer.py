@@ -18,7 +18,7 @@ def score(values) -> dict[str, float]:
 
 def search_on(loaded, notes: TrialNotes, count: int, die_at: int | None = None) -> list[Trial]:
     """What a driver does, one trial after the other; it may be killed between a proposal and its end."""
-    proposer = Proposer(loaded.spec, notes.read(), desk=None)
+    proposer = Proposer(loaded.spec, notes.read(), mailbox=None)
     known = {trial.number: trial for trial in notes.read()}
     for number in range(count):
         if number in known and known[number].state != "proposed":
@@ -55,7 +55,7 @@ def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, sampler, 
 def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):
     notes = TrialNotes(open_backend(tmp_path / "a"), "s")
     whole = search_on(loaded, notes, 4)
-    proposer = Proposer(loaded.spec, [whole[0], whole[2]], desk=None)
+    proposer = Proposer(loaded.spec, [whole[0], whole[2]], mailbox=None)
     assert [proposer.suggest(name)["number"] for name in "abc"] == [1, 3, 4]
 
 

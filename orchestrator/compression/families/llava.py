@@ -27,7 +27,7 @@ class LlavaFamily(ImagesFamily):
         return grid
 
     def keeps_cls(self) -> bool:
-        """Return the CLS token of the vision tower is a visual token too."""
+        """Return whether the CLS token of the vision tower is a visual token too."""
         config: Any = self.model.config
         return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
 

@@ -194,7 +194,7 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
 
 
 def _lacks_images(family: Family, inputs: dict[str, Any]) -> bool:
-    """Return a training rank whose batch has no image must still call the tower: others do, and wait for it."""
+    """Return whether a rank without an image must call the tower: other ranks do, and wait for it."""
     # One rank alone does it too: parameters without a gradient would move differently than among several, and
     # ZeRO-3 would take their gradient of the step before.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

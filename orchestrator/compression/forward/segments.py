@@ -197,7 +197,7 @@ def _meta_of(kept: Kept, meta_CIN: Tensor) -> Tensor:
 
 
 def renumber(flow: Flow) -> None:
-    """Return the position ids of every row without gaps, counted from the row's first."""
+    """Renumber the position ids of every row without gaps, counted from the row's first."""
     assert flow.layout is not None
     real_BN = flow.layout.real_BN.to(flow.hidden_BND.device)
     rank_BN = real_BN.long().cumsum(1) - 1

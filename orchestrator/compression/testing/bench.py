@@ -91,7 +91,7 @@ class Bench:
     def attached(
         self, attention: str, points: Sequence[PointLike], modules: Sequence[PointLike] | None = None
     ) -> Iterator[tuple[nn.Module, Attachment]]:
-        """Return a model with points for the block; learned modules have parameters that do something."""
+        """Yield a model with points for the block; learned modules have parameters that do something."""
         model = self.model(attention)
         attachment = attach(model, points) if modules is None else attach(model, points, modules)
         try:

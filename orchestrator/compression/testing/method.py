@@ -138,7 +138,7 @@ def _position_faults(call: Call) -> Iterator[str]:
 
 
 def _neighbour_faults(call: Call) -> Iterator[str]:
-    """Return every image among others is what it is alone; the images here are of different rows and samples."""
+    """Compare every image among others with itself alone; the images here are of different rows and samples."""
     images = len(call.visual_BND)
     if images < 2:
         return

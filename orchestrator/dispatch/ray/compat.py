@@ -100,7 +100,7 @@ def silence_driver() -> None:
 
 @contextlib.contextmanager
 def own_sigterm_handler() -> Iterator[None]:
-    """Return this process's SIGTERM handler stays, although Ray starts in the block; without one, Ray's stays.
+    """Keep this process's SIGTERM handler, although Ray starts in the block; without one, Ray's stays.
 
     Ray replaces it by one that ends the process, and its C++ side puts one of its own before it, which calls it and
     three seconds later, by SIGALRM, aborts (exit code -6, seen with Ray 2.60).

@@ -126,9 +126,7 @@ def _weights(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
 
 
 def _is_hub_id(node: Node) -> bool:
-    """Return `org/name` is the hub's unless `org` is a folder beside the file: then it is a path whose end is
-    mistyped.
-    """
+    """Return whether `org/name` is the hub's; if `org` is a folder beside the file, it is a path with a typo."""
     first = node.value.partition("/")[0]
     if not _HUB_ID.fullmatch(node.value):
         return False
