@@ -4,8 +4,7 @@
 
 A *single-importer file* is imported by exactly one other file of ours; entry points (plug-ins) and `__init__` do not
 count. A *late import* stands inside a function. A *circle* is a strongly connected group of modules, imports for type
-checkers and late ones included. A *walk* follows imports from the verb to the folder that does the work: the least
-number of files that any chain between the two ends passes.
+checkers and late ones included. A *walk* lists by hand the files that one value passes; each must name it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,38 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = {"orchestrator": "orchestrator", "plugins": "orchestrator_plugins"}
+WALKS = {
+    "a stage's share, from the file to the model": """
+        orchestrator/spec/loader.py load_experiment
+        orchestrator/spec/components.py StageTable
+        plugins/schedules/stages.py share
+        orchestrator/plan/cells/expand.py resolve_schedule
+        orchestrator/plan/cells/compiled_schedule.py CompiledSchedule
+        orchestrator/plan/cells/cell.py CompiledSchedule
+        orchestrator/plan/tree.py schedule
+        orchestrator/plan/jobs.py table
+        orchestrator/dispatch/worker.py do_job
+        orchestrator/dispatch/run_job.py train_stage
+        orchestrator/training/stage_run.py table
+        orchestrator/training/engine.py switch""",
+    "a loss, from the step to MLflow": """
+        orchestrator/training/step.py loss
+        orchestrator/training/stage_run.py loss
+        orchestrator/training/metrics_log.py loss
+        orchestrator/plan/step_history.py train/loss
+        orchestrator/plan/cell_record.py StepHistory
+        orchestrator/plan/experiment_plan.py CellRecord
+        orchestrator/recording.py put_record
+        orchestrator/tracking/upload_queue.py log_some
+        orchestrator/tracking/mlflow_tracker.py log_some""",
+    "where a stage's steps are decided": """
+        orchestrator/spec/phase.py max_steps
+        orchestrator/plan/cells/steps.py max_steps
+        plugins/schedules/stages.py share
+        orchestrator/spec/components.py StageTable
+        orchestrator/plan/cells/expand.py total_steps
+        orchestrator/plan/cells/compiled_schedule.py last_step""",
+}
 
 
 class Import(NamedTuple):
@@ -87,6 +118,10 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def _names(file: Path, word: str) -> bool:
+    return file.is_file() and word in file.read_text()
+
+
 def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +149,10 @@ def main() -> None:
     print(f"single-importer files       {len(single)}")
     print(f"late imports of our own     {len(late)}")
     print(f"circles                     {len(groups)}")
+    for walk, text in WALKS.items():
+        stops = [line.split() for line in text.strip().splitlines()]
+        lost = [f"{file}: {word}" for file, word in stops if not _names(options.root / file, word)]
+        print(f"walk                        {f'lost at {lost}' if lost else len(stops)} ({walk})")
     if options.list:
         for name in single:
             print(f"single  {name} <- {next(iter(importers[name]))}")
