@@ -8,7 +8,7 @@
 
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
-cli > verbs > experiment > storage > search > run, bench > smoke > session > recording > report > dispatch
+cli > verbs > experiment > storage > search > run, bench > smoke > session > report > dispatch
 > training, evaluation, tracking > models > data > compression > plan > spec > registry > errors.
 """
 

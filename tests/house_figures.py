@@ -37,7 +37,7 @@ WALKS = {
         orchestrator/plan/step_history.py train/loss
         orchestrator/plan/cell_record.py StepHistory
         orchestrator/plan/experiment_plan.py CellRecord
-        orchestrator/recording.py put_record
+        orchestrator/session.py put_record
         orchestrator/tracking/upload_queue.py log_some
         orchestrator/tracking/mlflow_tracker.py log_some""",
     "where a stage's steps are decided": """

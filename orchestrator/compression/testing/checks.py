@@ -3,19 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.compression import Attachment
 from orchestrator.compression.testing.bench import Batch, Bench, gradients, reference_gradients, run
-from orchestrator.compression.testing.compare import checkpointed, differs, gradient_faults
 from orchestrator.compression.testing.method import global_random_state, method_faults, same_random_state
 from orchestrator.compression.testing.reference import Reference, draws
-from orchestrator.compression.testing.trace import left_behind, trace
 from orchestrator.spec.components import CompressorSpec
+
+
+def differs(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Iterator[str]:
+    """Return the message of a difference beyond `tolerance`, relative where values are larger than 1."""
+    one, other = got.detach().float(), expected.detach().float()
+    if one.shape != other.shape:
+        yield f"{what}: the shape {tuple(one.shape)} instead of {tuple(other.shape)}"
+        return
+    if not one.numel():
+        return
+    allowed = tolerance * max(1.0, float(other.abs().max()))
+    gap = float((one - other).abs().max())
+    if not gap <= allowed:
+        values = f": {float(one):.7g} instead of {float(other):.7g}" if one.numel() == 1 else ""
+        yield f"{what}{values}: differs by {gap:.1e}, allowed {allowed:.1e}"
+
+
+def gradient_faults(how: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
+    """Return the gradient that differs most, where it differs by more than `tolerance` of the largest one."""
+    scale = max((float(one.abs().max()) for one in wanted.values()), default=0.0)
+    gaps = {}
+    for name in {*got, *wanted}:
+        one, other = got.get(name), wanted.get(name)
+        if one is None or other is None:
+            gaps[name] = max(float(each.abs().max()) for each in (one, other) if each is not None)
+        else:
+            gaps[name] = float((one - other).abs().max())
+    allowed = tolerance * max(1.0, scale)
+    worst = max(gaps, key=lambda name: gaps[name], default=None)
+    if worst is None or scale < 1e-4:
+        yield f"{how}: the gradients are all below {scale:.1e}; the comparison proves nothing"
+    elif not gaps[worst] <= allowed:
+        count = sum(gap > allowed for gap in gaps.values())
+        yield f"{how}: {count} gradients differ, most {worst}, by {gaps[worst]:.1e}, allowed {allowed:.1e}"
+
+
+@contextmanager
+def checkpointed(model: Any, on: bool) -> Iterator[None]:
+    """Activation checkpointing of a model within a block."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers < 5.23
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")()
+    try:
+        yield
+    finally:
+        if on:
+            getattr(model, f"{name}_checkpointing_disable")()
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Return what a model is: its modules' attributes, hooks, modes, parameters' values, and its configs."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[f"{name}: attributes"] = {key: _value(value) for key, value in module.__dict__.items()}
+        found[f"{name}: submodules"] = {key: id(child) for key, child in module._modules.items()}
+        found[f"{name}: hooks"] = {
+            key: len(value) for key, value in module.__dict__.items() if key.endswith("_hooks") and value is not None
+        }
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "to_json_string"):
+            found[f"{name}: config"] = (id(config), config.to_json_string(use_diff=False))
+    found["parameters"] = {name: (id(one), one.requires_grad) for name, one in model.named_parameters()}
+    found["values"] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return found
+
+
+def _value(value: Any) -> Any:
+    plain = isinstance(value, bool | int | float | str | type(None))
+    return value if plain else type(value).__name__
+
+
+def left_behind(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """Return the differences between two traces, in words."""
+    for name in sorted({*before, *after} - {"values"}):
+        one, other = before.get(name), after.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+            yield f"{name or 'model'}: {', '.join(map(str, keys))}"
+        else:
+            yield f"{name or 'model'}"
+    changed = [
+        name
+        for name, value in before["values"].items()
+        if name in after["values"] and not torch.equal(value, after["values"][name])
+    ]
+    if changed:
+        yield f"values of {', '.join(changed[:3])}"
+
 
 EXACT, CLOSE, LOGITS = 1e-6, 1e-5, 1e-4
 _SEEDS = range(8)
