@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
-
 from torch import nn
 
 from orchestrator.compression.families.base import Family
 from orchestrator.errors import UsageError
+from orchestrator.registry import load_object
 
-# model_type: module and class; imported when the first model of that type is attached.
-_CLASSES = {
+FAMILIES = {
+    # model_type: module and class; imported when the first model of that type is attached.
     "llava": "llava:LlavaFamily",
     "llava_next": "llava_next:LlavaNextFamily",
-    "llava_onevision": "llava_onevision:LlavaOnevisionFamily",
-    "video_llava": "video_llava:VideoLlavaFamily",
-    "vipllava": "vipllava:VipLlavaFamily",
+    "llava_onevision": "llava_next:LlavaOnevisionFamily",
+    "video_llava": "llava:VideoLlavaFamily",
+    "vipllava": "llava:LlavaFamily",
     "internvl": "internvl:InternVLFamily",
     "idefics3": "idefics3:Idefics3Family",
     "smolvlm": "idefics3:Idefics3Family",
     "mistral3": "mistral3:Mistral3Family",
-    "qwen2_vl": "qwen2_vl:Qwen2VLFamily",
-    "qwen2_5_vl": "qwen2_5_vl:Qwen25VLFamily",
-    "qwen3_vl": "qwen3_vl:Qwen3VLFamily",
-    "qwen3_vl_moe": "qwen3_vl:Qwen3VLFamily",
-    "paligemma": "paligemma:PaliGemmaFamily",
-    "gemma3": "gemma3:Gemma3Family",
+    "qwen2_vl": "qwen_vl:Qwen2VLFamily",
+    "qwen2_5_vl": "qwen_vl:Qwen2VLFamily",
+    "qwen3_vl": "qwen_vl:Qwen3VLFamily",
+    "qwen3_vl_moe": "qwen_vl:Qwen3VLFamily",
+    "paligemma": "gemma:PaliGemmaFamily",
+    "gemma3": "gemma:Gemma3Family",
 }
 _GENERIC = "generic:GenericFamily"
-
-
-class _Families(Mapping[str, type[Family]]):
-    """Adapters by `model_type`."""
-
-    def __getitem__(self, model_type: str) -> type[Family]:
-        return _load(_CLASSES[model_type])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_CLASSES)
-
-    def __len__(self) -> int:
-        return len(_CLASSES)
-
-
-FAMILIES: Mapping[str, type[Family]] = _Families()
-
-
-def _load(place: str) -> type[Family]:
-    module, _, name = place.partition(":")
-    found: type[Family] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    return found
 
 
 def family_of(model: nn.Module) -> Family:
@@ -68,7 +44,8 @@ def family_of(model: nn.Module) -> Family:
             f"attach: {type(model).__name__} is no Hugging Face model (it has no config.model_type); known families: "
             f"{', '.join(FAMILIES)}, and others whose decoder is a list of layers"
         )
-    return _load(_CLASSES.get(model_type, _GENERIC))(model)
+    found: type[Family] = load_object(f"{__name__}.{FAMILIES.get(model_type, _GENERIC)}")
+    return found(model)
 
 
 __all__ = ["FAMILIES", "Family", "family_of"]

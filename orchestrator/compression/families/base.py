@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.masks import Keys, ready_masks
@@ -20,10 +21,16 @@ class Family(ABC):
         model: The top model (with the LM head).
         language_model: The decoder stack: has `layers`, `norm`, `rotary_emb`.
         head_name: Attribute of the top model that holds the LM head.
+        remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
+            mask, so a segment's are made from these.
+        window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
 
     Raises:
         UsageError: the model lacks a part; the message names it.
     """
+
+    remakes_masks = False
+    window_cuts_blocks = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -62,9 +69,17 @@ class Family(ABC):
     def find_language_model(self) -> nn.Module:
         """Return the decoder stack."""
 
+    @property
     @abstractmethod
+    def token_ids(self) -> tuple[int | None, int | None]:
+        """Token ids of image and video placeholders; None where there is none."""
+
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """Return True at the placeholders of visual tokens."""
+        """Return True at the placeholders of visual tokens (images and videos)."""
+        image, video = self.token_ids
+        assert image is not None  # or it would not have been attached
+        visual_BN = torch.eq(input_ids_BN, image)
+        return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
@@ -87,16 +102,6 @@ class Family(ABC):
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Tokens of one non-negative id see one another both ways (-1: causal); None where the model is causal."""
         return None
-
-    @property
-    def remakes_masks(self) -> bool:
-        """Masks that the top model makes ready (of the full length) follow from `block_ids_BN` and the padding mask."""
-        return False
-
-    @property
-    def window_cuts_blocks(self) -> bool:
-        """In a sliding layer a token sees no farther back than the window, not even in its own block."""
-        return True
 
     def attention_mask(self, keys: Keys) -> Any:
         """Return what a segment's layers get as `attention_mask`.

@@ -1,4 +1,4 @@
-"""Any other image-text-to-text model whose decoder is a list of layers: what can be told from config and token ids."""
+"""Any other image-text-to-text model whose decoder is a list of layers: what follows from config and token ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GenericFamily(Family):
         text = getattr(config, "text_config", None)
         if getattr(text, "cross_attention_layers", None) or getattr(config, "cross_layer_interval", None):
             raise self.cannot_serve("its decoder sees images by cross-attention; it has no visual tokens to compress")
-        if self._token_id(_IMAGE_NAMES) is None:
+        if self.token_ids[0] is None:
             raise self.cannot_serve(f"its config has no {' or '.join(_IMAGE_NAMES)}")
         for candidate in self._candidates():
             if isinstance(candidate, nn.Module) and candidate is not self.model and hasattr(candidate, "layers"):
@@ -50,16 +50,12 @@ class GenericFamily(Family):
         found += [getattr(owner, name, None) for owner in (inner, self.model) for name in _DECODERS]
         return found + [getattr(one, "model", None) for one in found]  # some hold a causal LM, whose decoder is inside
 
-    def _token_id(self, names: tuple[str, ...]) -> int | None:
+    @property
+    def token_ids(self) -> tuple[int | None, int | None]:
+        """Token ids of image and video placeholders; None where the config names none."""
         config = self.model.config
-        return next((int(i) for i in (getattr(config, name, None) for name in names) if i is not None), None)
-
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """Return True at placeholders of images, and of videos where the config names them."""
-        image, video = self._token_id(_IMAGE_NAMES), self._token_id(_VIDEO_NAMES)
-        assert image is not None  # or it would not have been attached
-        visual_BN = torch.eq(input_ids_BN, image)
-        return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
+        image, video = ([getattr(config, name, None) for name in names] for names in (_IMAGE_NAMES, _VIDEO_NAMES))
+        return next((i for i in image if i is not None), None), next((i for i in video if i is not None), None)
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """Return the runs or equal shares of the placeholders."""
@@ -80,7 +76,7 @@ class GenericFamily(Family):
         return Grid(side, side) if square and side * side == tokens else Grid(1, tokens)
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Return the placeholders, counted: nothing else tells for every model."""
+        """Return the placeholders, counted: nothing else holds for every model."""
         images = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
         if inputs.get("input_ids") is None or not (images or any((inputs.get("mm_encoder_outputs") or {}).values())):
             return 0

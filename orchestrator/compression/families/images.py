@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +24,22 @@ _SIZE_NAME = "llavolta_image_size"
 class ImagesFamily(Family):
     """A family with `image_token_id` (and perhaps `video_token_id`) in its config and features in order of the batch.
 
+    As it stands, every entry of `pixel_values` becomes one grid of tokens. A family is mostly a few of these
+    attributes:
+
     Attributes:
         language_name: Attribute of the inner model that holds the decoder stack.
+        projector_name: Path inside the inner model of the module that maps visual features token by token; None
+            where the model has none such.
         sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
             model is attached each image's features carry its size.
+        one_size: Images whose pixels are not at hand (only placeholders are) have the size the tower is made for.
     """
 
     language_name = "language_model"
+    projector_name: ClassVar[str | None] = None
     sized = False
+    one_size = True
 
     def find_language_model(self) -> nn.Module:
         """Return `model.<language_name>`."""
@@ -45,38 +52,75 @@ class ImagesFamily(Family):
         return language_model
 
     @property
+    def patches_per_side(self) -> int:
+        """Patches along a side of the image that the model merges into one token."""
+        return 1
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The module named by `projector_name`."""
+        return None if self.projector_name is None else self.model.model.get_submodule(self.projector_name)
+
+    @property
+    def vision_width(self) -> int | None:
+        """Width of the tower times the patches of a token, whose features lie side by side."""
+        if self.projector_name is None:
+            return None
+        return int(self.model.config.vision_config.hidden_size) * self.patches_per_side**2
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels (height, width) of what the vision tower is made for."""
+        return pair(self.model.config.vision_config.image_size)
+
+    def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
+        """Return the grid of tokens of an image, tile or frame, from its size in pixels."""
+        height, width = pair(self.model.config.vision_config.patch_size)
+        side = self.patches_per_side
+        return Grid(height_pixels // height // side, width_pixels // width // side)
+
+    @property
+    def usual_grid(self) -> Grid:
+        """The grid of an image of the size that the vision tower is made for."""
+        return self.grid_of(*self.image_size)
+
+    @property
     def token_ids(self) -> tuple[int | None, int | None]:
         """Token ids of image and video placeholders; None where there is none."""
         config = self.model.config
         return getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)
 
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """Return True at placeholders of images and videos."""
-        image, video = self.token_ids
-        assert image is not None  # or it would not have been attached
-        visual_BN = torch.eq(input_ids_BN, image)
-        return visual_BN if video is None else visual_BN | torch.eq(input_ids_BN, video)
-
-    @abstractmethod
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """Return the units of each image the batch brings, in order."""
+        """Return the units of each image the batch brings, in order: by default one for each entry of `pixel_values`,
+        or of ready features.
+        """
+        pixels, features = inputs.get("pixel_values"), ready_features(inputs, "image")
+        if pixels is not None:
+            return [(self.grid_of(*pixels.shape[-2:]),)] * len(pixels)
+        return [(self.usual_grid,)] * (len(features) if features is not None else 0)
 
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the units of each video the batch brings, in order."""
         return []
 
-    def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Return the units of placeholders where the batch brings neither pixels nor features."""
-        raise UsageError(
-            f"compression: input_ids hold {num_placeholders} image placeholders but the batch has no images; pass "
-            "pixel_values (and image_sizes where the processor gives them)"
-        )
+    def units_unseen(self, num_placeholders: int) -> list[Grid]:
+        """Return the units of placeholders where the batch brings neither pixels nor features.
+
+        Raises:
+            UsageError: images of this family differ in size.
+        """
+        if not self.one_size:
+            raise UsageError(
+                f"compression: input_ids hold {num_placeholders} image placeholders but the batch has no images; pass "
+                "pixel_values (and image_sizes where the processor gives them)"
+            )
+        return [self.usual_grid] * (num_placeholders // self.usual_grid.tokens)
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """Return the units of images and videos as they stand in the rows."""
         images, videos = self.image_units(inputs), self.video_units(inputs)
         if not images and not videos:
-            return self.units_unseen(inputs, num_placeholders)
+            return self.units_unseen(num_placeholders)
         if not images or not videos:
             return [grid for units in images or videos for grid in units]
         ids = inputs["input_ids"].flatten()
@@ -90,11 +134,6 @@ class ImagesFamily(Family):
     def empty_image(self) -> dict[str, Any]:
         """Return the arguments of `get_image_features` for one small image."""
         return {"pixel_values": self.blank(1, self.model.config.vision_config.num_channels, *self.image_size)}
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Pixels (height, width) of what the vision tower is made for."""
-        return pair(self.model.config.vision_config.image_size)
 
     def blank(self, *shape: int) -> Tensor:
         """Return the pixels of a blank image (ones: some models take an image of zeros for padding)."""
@@ -155,7 +194,7 @@ def sizes_of_images(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return the sizes in pixels of the batch's images, from `image_sizes` or the features that carry them.
 
     Raises:
-        UsageError: neither tells.
+        UsageError: neither holds them.
     """
     ready = ready_features(inputs, "image")
     if ready is None and inputs.get("pixel_values") is None:
@@ -196,7 +235,7 @@ def interleaved(images: Sequence[Units], videos: Sequence[Units], is_video_P: Te
         units = left[video].pop()
         place += sum(grid.tokens for grid in units)
         yield from units
-    for units in reversed(left[False] + left[True]):  # more than placeholders: told where both are counted
+    for units in reversed(left[False] + left[True]):  # more than placeholders: an error where both are counted
         yield from units
 
 

@@ -1,13 +1,21 @@
-"""LLaVA 1.5 and relatives (`LlavaForConditionalGeneration`): every image a fixed grid, or `image_sizes` (Pixtral)."""
+"""LLaVA 1.5, VipLLaVA and Video-LLaVA: every image a fixed grid, or by `image_sizes` (Pixtral); a video is frames."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features, size_of, sizes_of_images
+from orchestrator.compression.families.images import (
+    ImagesFamily,
+    Units,
+    flat_features,
+    pair,
+    ready_features,
+    size_of,
+    sizes_of_images,
+)
 from orchestrator.spec.components import Grid
 
 _RESIZABLE = ("clip_vision_model", "siglip_vision_model")
@@ -17,19 +25,18 @@ class LlavaFamily(ImagesFamily):
     """Images are runs of `image_token_id`; their number of tokens follows from the pixels and the patch size."""
 
     sized = True
+    projector_name: ClassVar[str | None] = "multi_modal_projector"
 
     def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
-        """Return the grid of an image, from its size in pixels."""
-        height, width = pair(self.model.config.vision_config.patch_size)
-        grid = Grid(height_pixels // height, width_pixels // width)
-        if self.keeps_cls():
-            return Grid(1, grid.tokens + 1)
-        return grid
+        """Return the grid of an image, from its size in pixels; one row where the CLS token is among its tokens."""
+        grid = super().grid_of(height_pixels, width_pixels)
+        return Grid(1, grid.tokens + 1) if self.keeps_cls() else grid
 
     def keeps_cls(self) -> bool:
         """Return whether the CLS token of the vision tower is a visual token too."""
-        config: Any = self.model.config
-        return config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type
+        config = self.model.config
+        strategy = getattr(config, "vision_feature_select_strategy", "default")  # VipLLaVA always leaves it out
+        return strategy == "full" and "clip" in config.vision_config.model_type
 
     @property
     def feature_layers(self) -> list[int]:
@@ -51,15 +58,10 @@ class LlavaFamily(ImagesFamily):
         return layers[max(states) - 1].self_attn if max(states) else None
 
     @property
-    def projector(self) -> nn.Module | None:
-        """It maps features token by token, and gives one for every placeholder."""
-        projector: nn.Module = self.model.model.multi_modal_projector
-        return projector
-
-    @property
     def vision_width(self) -> int | None:
         """Features of several tower layers lie side by side."""
-        return int(self.model.config.vision_config.hidden_size) * len(self.feature_layers)
+        width = super().vision_width
+        return None if width is None else width * len(self.feature_layers)
 
     @property
     def resizable_tower(self) -> nn.Module | None:
@@ -70,23 +72,53 @@ class LlavaFamily(ImagesFamily):
         return tower
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """From `image_sizes`, the shape of `pixel_values`, or ready features; one unit for each image."""
+        """Return one unit for each image, by `image_sizes`, the shape of `pixel_values`, or ready features."""
         pixels, features = inputs.get("pixel_values"), ready_features(inputs, "image")
         if inputs.get("image_sizes") is None:
             if pixels is not None:
                 return [(self.grid_of(pixels.shape[-2], pixels.shape[-1]),)] * len(pixels)
-            usual = self.grid_of(*self.image_size)
+            usual = self.usual_grid
             if features is not None and all(len(one) == usual.tokens and size_of(one) is None for one in features):
                 return [(usual,)] * len(features)
         return [(self.grid_of(*size),) for size in sizes_of_images(inputs)]
-
-    def units_unseen(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Return the images of the usual size."""
-        usual = self.grid_of(*self.image_size)
-        return [usual] * (num_placeholders // usual.tokens)
 
     def empty_image(self) -> dict[str, Any]:
         """Return one image; of a single patch where the vision tower takes any size."""
         vision = self.model.config.vision_config
         size = pair(vision.patch_size) if vision.model_type == "pixtral" else self.image_size
         return {"pixel_values": self.blank(1, vision.num_channels, *size)}
+
+
+class VideoLlavaFamily(LlavaFamily):
+    """Images as in LLaVA; a frame of a video is its CLS token, alone, and then the grid of its patches."""
+
+    sized = False
+    projector_name: ClassVar[str | None] = (
+        None  # images pass it before videos, not in the order of the rows
+    )
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the units by the shape of the pixels, called `pixel_values_images` before transformers 5.23."""
+        older = inputs.get("pixel_values_images")
+        if older is not None:
+            inputs = {**inputs, "pixel_values": older}
+        return super().image_units(inputs)
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the frames of each video; ready features do not separate videos, so each frame counts as one."""
+        pixels, features = inputs.get("pixel_values_videos"), ready_features(inputs, "video")
+        if pixels is not None:
+            return [self._frame(pixels.shape[-2], pixels.shape[-1]) * pixels.shape[1]] * len(pixels)
+        return [self._frame(*self.image_size)] * (len(features) if features is not None else 0)
+
+    def _frame(self, height_pixels: int, width_pixels: int) -> Units:
+        return Grid(1, 1), ImagesFamily.grid_of(self, height_pixels, width_pixels)
+
+    @property
+    def resizable_tower(self) -> None:
+        """There are two."""
+        return None
+
+    def idle_features(self) -> Tensor:
+        """Return the features of a blank image; the tower of videos is another one."""
+        return flat_features(self.model.model.get_image_features(self.empty_image()["pixel_values"]))

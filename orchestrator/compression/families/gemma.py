@@ -1,16 +1,34 @@
-"""Gemma 3 (`Gemma3ForConditionalGeneration`): pooled grids that see themselves both ways; sliding and full layers."""
+"""PaliGemma (1 and 2) and Gemma 3: images of one grid, which see themselves both ways; sliding and full layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.families.paligemma import PaliGemmaFamily
+from orchestrator.compression.families.images import ImagesFamily
 from orchestrator.spec.components import Grid
+
+
+class PaliGemmaFamily(ImagesFamily):
+    """Every image is the tower's complete grid; `token_type_ids` 0 marks the prefix (images and prompt)."""
+
+    projector_name: ClassVar[str | None] = "multi_modal_projector"
+    remakes_masks = True
+    window_cuts_blocks = False  # PaliGemma 2 opens the prefix in sliding layers too
+
+    def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return one block, the prefix; only where the model itself makes one (given `token_type_ids`, in the first
+        pass).
+        """
+        types_BN, cache = inputs.get("token_type_ids"), inputs.get("past_key_values")
+        is_later = cache is not None and cache.is_initialized and inputs.get("pixel_values") is None
+        if types_BN is None or is_later:
+            return None
+        return torch.where(types_BN == 0, 0, -1)
 
 
 class Gemma3Family(PaliGemmaFamily):
@@ -20,13 +38,17 @@ class Gemma3Family(PaliGemmaFamily):
     with the tokens as numbers of blocks.
     """
 
+    projector_name: ClassVar[str | None] = None  # it pools the grid, so not token by token
+    window_cuts_blocks = True
+
     def find_language_model(self) -> nn.Module:
         """Return `model.language_model`."""
         if getattr(self.model.config.get_text_config(), "use_bidirectional_attention", False):
             raise self.cannot_serve("its text sees itself both ways (use_bidirectional_attention)")
         return super().find_language_model()
 
-    def _grid(self) -> Grid:
+    def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
+        """Return the square of `mm_tokens_per_image`, whatever the pixels."""
         side = math.isqrt(self.model.config.mm_tokens_per_image)
         return Grid(side, side)
 
@@ -38,18 +60,3 @@ class Gemma3Family(PaliGemmaFamily):
         image_BN = types_BN == 1
         starts_BN = image_BN & ~nn.functional.pad(image_BN, (1, 0), value=False)[:, :-1]
         return torch.where(image_BN, starts_BN.long().cumsum(1) - 1, -1)
-
-    @property
-    def window_cuts_blocks(self) -> bool:
-        """A sliding layer's window holds within an image too."""
-        return True
-
-    @property
-    def projector(self) -> nn.Module | None:
-        """None: it pools the grid, so not token by token."""
-        return None
-
-    @property
-    def vision_width(self) -> int | None:
-        """None, as there is no projector that maps token by token."""
-        return None

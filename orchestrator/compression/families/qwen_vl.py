@@ -1,4 +1,10 @@
-"""Qwen2-VL (`Qwen2VLForConditionalGeneration`): images and videos of any size, position ids of three axes (M-RoPE)."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size, position ids of three axes (M-RoPE).
+
+The towers of the first two and the spacing of their temporal position ids differ, what the mechanism sees does not. In
+the third (with experts too) visual features also enter the first layers, DeepStack (Meng et al., 2024, section 3):
+features of intermediate layers of the tower are added to the visual tokens after the first decoder layers; as many as
+there are such features, all visual tokens must be there.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +19,37 @@ from orchestrator.compression.families.images import ImagesFamily, Units, pair, 
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
+_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+
 
 class Qwen2VLFamily(ImagesFamily):
     """An image is a grid of merged patches, a video one such grid for each temporal patch (two frames)."""
 
+    one_size = False
+
     @property
-    def _merge(self) -> int:
+    def patches_per_side(self) -> int:
+        """The tower's `spatial_merge_size`."""
         return int(self.model.config.vision_config.spatial_merge_size)
 
     def _frames(self, grid_thw: Any) -> list[Units]:
         """Return the grids of the temporal patches of each image or video."""
         sizes = [] if grid_thw is None else torch.as_tensor(grid_thw).tolist()
-        return [(Grid(height // self._merge, width // self._merge),) * frames for frames, height, width in sizes]
+        side = self.patches_per_side
+        return [(Grid(height // side, width // side),) * frames for frames, height, width in sizes]
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """From `image_grid_thw`."""
+        """Return the units by `image_grid_thw`."""
         return self._frames(inputs.get("image_grid_thw"))
 
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
-        """From `video_grid_thw`."""
+        """Return the units by `video_grid_thw`."""
         return self._frames(inputs.get("video_grid_thw"))
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """From `image_grid_thw` and `video_grid_thw`, in the order in which placeholders appear in the rows.
+        """Return the grids by `image_grid_thw` and `video_grid_thw`, in the order of their placeholders in the rows.
 
-        `generate` encodes images beforehand and keeps these for itself; then position ids say what the grids are.
+        `generate` encodes images beforehand and keeps these for itself; then position ids determine the grids.
 
         Raises:
             UsageError: neither is there, or placeholders do not fit.
@@ -59,27 +71,27 @@ class Qwen2VLFamily(ImagesFamily):
         return _raster_grids(row_V.tolist(), height_V.tolist(), width_V.tolist())
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Patch over patches merged into a token: the shapes tell, without a look at what is on the device."""
+        """Return the patches over those merged into a token: from shapes, without reading what is on the device."""
         pixels = [inputs.get(name) for name in ("pixel_values", "pixel_values_videos")]
         ready = [ready_features(inputs, kind) for kind in ("image", "video")]
         patches = sum(len(one) for one in pixels if one is not None)
         features = sum(len(one) for several in ready if several is not None for one in several)
-        return patches // self._merge**2 + features
+        return patches // self.patches_per_side**2 + features
 
     def empty_image(self) -> dict[str, Any]:
         """Return a blank image of one token."""
         vision = self.model.config.vision_config
         frames, _ = pair(vision.temporal_patch_size)
         height, width = pair(vision.patch_size)
-        pixels = self.blank(self._merge**2, vision.in_channels * frames * height * width)
+        pixels = self.blank(self.patches_per_side**2, vision.in_channels * frames * height * width)
         return {
             "pixel_values": pixels,
-            "image_grid_thw": torch.tensor([[1, self._merge, self._merge]], device=pixels.device),
+            "image_grid_thw": torch.tensor([[1, self.patches_per_side, self.patches_per_side]], device=pixels.device),
         }
 
 
 def _raster_grids(rows: Sequence[int], heights: Sequence[int], widths: Sequence[int]) -> list[Grid]:
-    """Grids of frames that follow one another, each in raster order; a frame ends where its raster does not go on."""
+    """Return the grids of consecutive frames, each in raster order; a frame ends where its raster does not continue."""
     starts: list[int] = []
     for place, (row, height, width) in enumerate(zip(rows, heights, widths, strict=True)):
         goes_on = bool(starts) and row == rows[place - 1]
@@ -94,3 +106,24 @@ def _raster_grids(rows: Sequence[int], heights: Sequence[int], widths: Sequence[
         columns = max(widths[start:end]) - widths[start] + 1
         grids.append(Grid((end - start) // columns, columns))
     return grids
+
+
+class Qwen3VLFamily(Qwen2VLFamily):
+    """Frames of a video are runs of their own, with a time stamp in text before each."""
+
+    @property
+    def first_layer(self) -> int:
+        """The layer after the last one that DeepStack adds to."""
+        return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+    def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
+        """Give DeepStack's features to the first segment alone: a slice's layers are counted from 0 again."""
+        if first == 0:
+            return options
+        return {name: value for name, value in options.items() if name not in _DEEPSTACK}
+
+    def idle_features(self) -> Tensor:
+        """Return the features with those for DeepStack, whose mergers every rank must run too."""
+        output = self.model.model.get_image_features(**self.empty_image(), return_dict=True)
+        deep = [feature for level in output.deepstack_features for feature in level]
+        return torch.cat([*output.pooler_output, *deep])
