@@ -93,9 +93,7 @@ class VideoLlavaFamily(LlavaFamily):
     """Images as in LLaVA; a frame of a video is its CLS token, alone, and then the grid of its patches."""
 
     sized = False
-    projector_name: ClassVar[str | None] = (
-        None  # images pass it before videos, not in the order of the rows
-    )
+    projector_name: ClassVar[str | None] = None  # images pass it before videos, not in the order of the rows
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the units by the shape of the pixels, called `pixel_values_images` before transformers 5.23."""
