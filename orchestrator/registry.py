@@ -93,6 +93,11 @@ def _load(group: str, kind: str) -> type[Any]:
     return _entry_points(group)[kind].load()
 
 
+def is_plugin(group: str, kind: str) -> bool:
+    """Return whether a component is of a file or module that `plugins` names, not of an installed package."""
+    return (group, kind) in _from_plugins
+
+
 def load_object(reference: str) -> Any:
     """Return the object named `module:Name`."""
     module, _, name = reference.partition(":")

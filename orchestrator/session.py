@@ -27,6 +27,7 @@ from orchestrator.report.console import nothing_done, print_ending
 from orchestrator.report.figures import training_figure
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
+from orchestrator.report.units import counted_noun
 from orchestrator.tracking.mlflow_state import abandoned, has_record, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
 from orchestrator.tracking.upload_queue import UploadQueue
@@ -264,7 +265,7 @@ class Session(Hooks):
 
     def summary(self) -> str:
         """Return what is done, for the message of a stop."""
-        return f"{len(self.done)} jobs are done"
+        return f"{counted_noun(len(self.done), 'job')} done"
 
     # Hooks -----------------------------------------------------------------------------------------------------
 

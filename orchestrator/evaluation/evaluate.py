@@ -18,9 +18,9 @@ from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
 from orchestrator.data.rows import data_spec, template_of
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StageRunError
 from orchestrator.evaluation.generate import evaluation_mode
-from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
+from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, metric_problem
 from orchestrator.models.build import WEIGHTS_FILE, build_model, cast_parameters, compute_dtype
 from orchestrator.models.compressor_weights import learned_modules, load_learned
 from orchestrator.plan.jobs import EvaluationJob
@@ -48,7 +48,7 @@ def evaluate_state(
 
     Raises:
         DamagedStateError: the state's weights are missing or damaged.
-        StageRunError: a point has a learned compressor that the state does not have.
+        StageRunError: a point has a learned compressor that the state does not have, or a metric is not finite.
         DataError: the rows cannot be read.
     """
     started, workers = time.monotonic(), Workers.here()
@@ -61,6 +61,8 @@ def evaluate_state(
     outcome = run_under(job, model, data, workers, weights)
     if stop.on_any_rank(workers, next(model.parameters()).device):
         return None
+    if problem := metric_problem(outcome.metrics):
+        raise StageRunError(f"evaluation {job.name} ({job.spec['kind']}): {problem}")
     result = {
         "id": job.id,
         "name": job.name,

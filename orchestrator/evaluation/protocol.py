@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +16,9 @@ from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor
 from orchestrator.data.rows import Row
 from orchestrator.spec.components import EvaluationSpec
+
+_LEGAL = re.compile(r"[A-Za-z0-9_. /-]+")
+"""What MLflow allows in the name of a metric; `:` is left out, which Windows cannot store."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,18 @@ class Outcome:
     num_samples: int
     examples: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def metric_problem(metrics: Any) -> str | None:
+    """Return what is wrong with an outcome's metrics, which go to the ledger as JSON and to MLflow; None if nothing."""
+    if not isinstance(metrics, dict) or not metrics:
+        return f"metrics is {metrics!r:.80}; give at least one, the headline first"
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not _LEGAL.fullmatch(name):
+            return f"{name!r} is no name of a metric; use letters, digits, `_`, `-`, `.`, `/` and blanks"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"{name} is {value!r}; give a finite Python number (leave out what has no rows: 0 / 0)"
+    return None
 
 
 def prediction(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:

@@ -141,7 +141,10 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        path.touch()
+        mode = path.stat().st_mode  # as the umask says; safetensors leaves its files to their owner alone
         save_file(clean, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except (OSError, RuntimeError) as error:
         raise storage_error(path.parent, error) from error
     except Exception as error:  # safetensors raises its own SafetensorError for a full disk

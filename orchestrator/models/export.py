@@ -92,6 +92,8 @@ def export_cell(walk: ExperimentPlan, cell: Cell, folder: str | Path, *, adapter
                 note["compressor_weights"] = COMPRESSORS_FILE
             (aside / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
             (aside / "README.md").write_text(model_card(cell, record, note), encoding="utf-8")
+            for file in aside.iterdir():  # safetensors leaves its files to their owner alone
+                file.chmod((aside / NOTE_FILE).stat().st_mode)
             aside.rename(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -302,7 +304,9 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
     ]
     text += [load, "processor = AutoProcessor.from_pretrained(FOLDER)", "```", ""]
     text += ["With the compressor attached, as `final` was tested:", "", "```python", "import orchestrator as llv", ""]
-    text += ["model, processor = llv.load_exported(FOLDER)", "```", ""]
+    own = any(registry.is_plugin(registry.COMPRESSORS, point["kind"]) for point in points)
+    plugins = f", plugins={json.dumps(note['plugins'])}" if own else ""
+    text += [f"model, processor = llv.load_exported(FOLDER{plugins})", "```", ""]
     text += ["## Scores", "", *_table("metric", note["scores"]), "", "## Cost", "", *_table("quantity", note["cost"])]
     text += ["", "## Training", "", *_table("setting", record.params), ""]
     for plan in cell.phases:

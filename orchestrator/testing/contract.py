@@ -125,9 +125,11 @@ def component_of(
     values = {"kind": cls.kind_name(), **example_of(cls), **(defaults or {}), **given}
     missing = sorted(name for name, one in cls.model_fields.items() if one.is_required() and name not in values)
     if missing:
+        first = missing[0]
         raise UsageError(
-            f"{kit}: {values['kind']} requires {', '.join(missing)}; give a mapping with values, or write "
-            f"`{missing[0]}: Annotated[TYPE, Field(examples=[VALUE])]` in {cls.__name__}, which the kit then uses"
+            f"{kit}: {values['kind']} requires {', '.join(missing)}; give values "
+            f"(--set {values['kind']}.{first}=VALUE, in Python a mapping), or write "
+            f"`{first}: Annotated[TYPE, Field(examples=[VALUE])]` in {cls.__name__}, which the kit then uses"
         )
     try:
         return cls.model_validate(values)

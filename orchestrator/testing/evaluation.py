@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import random
-import re
 import string
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.rows import IMAGE_MARK, ImageRef, Row, Turn
 from orchestrator.evaluation.generate import evaluation_mode
-from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers
+from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, metric_problem
 from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.testing.contract import (
@@ -36,8 +34,6 @@ from orchestrator.testing.contract import (
     shorten,
 )
 
-_LEGAL = re.compile(r"[A-Za-z0-9_. /-]+")
-"""What MLflow allows in the name of a metric; `:` is left out, which Windows cannot store."""
 _ANSWERS = ("yes", "No.", "", "  a   red\ncircle ", "3.14", "éü 漢字 🙂", "x" * 200, "it's 1/2")
 _TEMPLATE = (
     "{%- for message in messages %}{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -133,13 +129,8 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
 
 
 def _check_metrics(outcome: Outcome) -> None:
-    if not isinstance(outcome.metrics, dict) or not outcome.metrics:
-        raise Broken(f"metrics is {shorten(outcome.metrics)}; give at least one, the headline first")
-    for name, value in outcome.metrics.items():
-        if not isinstance(name, str) or not _LEGAL.fullmatch(name):
-            raise Broken(f"{name!r} is no name of a metric; use letters, digits, `_`, `-`, `.`, `/` and blanks")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise Broken(f"{name} is {value!r}; give a finite Python number (leave out what has no rows: 0 / 0)")
+    if problem := metric_problem(outcome.metrics):
+        raise Broken(problem)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from reference import assert_same_gradients, gradients, make_batch, reference_loss, tiny_llava
 from torch import nn
 
-from orchestrator.compression import Kept, attach
+from orchestrator.compression import Kept, attach, take
 from orchestrator.errors import LlavoltaError, UsageError
 from orchestrator.spec.components import CompressorSpec
 
@@ -247,6 +247,27 @@ class Half:
 
     def compress(self, visual_BND, grid, context):
         return Kept(context.module(visual_BND), context.positions_ABN, context.sizes_BN, grid=grid)
+
+
+class MoreThanSaidSpec(CompressorSpec):
+    implementation = f"{__name__}:MoreThanSaid"
+    kind: str = "more_than_said"
+
+
+class MoreThanSaid:
+    def __init__(self, spec):
+        self.spec = spec
+
+    def compress(self, visual_BND, grid, context):
+        index_BM = torch.arange(self.spec.kept_tokens(grid) + 1).expand(len(visual_BND), -1)
+        return take(visual_BND, index_BM, context)
+
+
+def test_a_method_that_keeps_more_than_planned_is_refused():
+    model = tiny_llava()
+    attach(model, [MoreThanSaidSpec(layer=1, keep_tokens=3)])
+    with pytest.raises(UsageError, match=r"more_than_said at .* returned 4 tokens .* kept_tokens says 3"):
+        model(**make_batch(MIXED))
 
 
 def test_learned_modules_are_named_trained_and_taken_out():

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from orchestrator_plugins.evaluations import exact_match
 
 from orchestrator.compression import attach
-from orchestrator.errors import DamagedStateError
+from orchestrator.errors import DamagedStateError, StageRunError
 from orchestrator.evaluation.evaluate import evaluate_state, load_model
 from orchestrator.models.build import build_model, cast_parameters
 from orchestrator.models.initial_weights import write_initial_weights
@@ -118,6 +120,18 @@ def test_two_ranks_find_what_one_finds(ledger, tmp_path):
     together = ledger.evaluation("c" * 16)
     assert together["metrics"] == alone["metrics"] and together["num_samples"] == 30
     assert together["examples"] == alone["examples"]
+
+
+class Unfinite(exact_match.ExactMatch):
+    def run(self, model, data, workers):
+        return replace(super().run(model, data, workers), metrics={"length": float("nan")})
+
+
+def test_a_metric_that_is_not_finite_is_named(ledger, monkeypatch):
+    monkeypatch.setattr(exact_match, "ExactMatch", Unfinite)
+    with pytest.raises(StageRunError, match=r"vqa \(exact_match\): length is nan; give a finite Python number"):
+        evaluate_state(job(), ledger)
+    assert ledger.evaluation("b" * 16) is None
 
 
 def test_computes_in_the_models_type(ledger):

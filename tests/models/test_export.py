@@ -28,15 +28,32 @@ from orchestrator.spec.model import ModelSpec
 
 TINY_LLAVA = Path(__file__).parents[2] / "experiments" / "models" / "tiny-llava"
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}]}]
+PLUGIN = """
+from orchestrator import plugin
+
+class FirstTokensSpec(plugin.CompressorSpec):
+    kind: str = "first_tokens"
+    implementation = f"{__name__}:FirstTokens"
+
+class FirstTokens:
+    def __init__(self, spec):
+        self.spec = spec
+
+    def compress(self, visual_BND, grid, context):
+        kept = self.spec.kept_tokens(grid)
+        return plugin.take(visual_BND, plugin.evenly_spaced(kept, kept).expand(len(visual_BND), -1), context)
+"""
 EXPERIMENT = """
 schema_version: 1
 name: mine
+plugins: [first_tokens.py]
 model: {model_name_or_path: base, weights: pretrained, dtype: float32}
 data:
   mine: {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1}
 compressors:
   learned: {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}
   wide: {kind: average_pool, layer: 2, stride: 4}
+  first: {kind: first_tokens, layer: 1, keep_tokens: 8}
 schedules:
   up: {kind: stages, stages: [{share: 1/2}, {compressor: wide}]}
 phases:
@@ -55,7 +72,7 @@ evaluate:
   vqa: {kind: exact_match, data: mine, max_new_tokens: 4}
 cluster: {storage_path: runs}
 matrix:
-  phases.finetune.schedule: [up, learned]
+  phases.finetune.schedule: [up, learned, first]
 """
 
 
@@ -75,6 +92,7 @@ def home(tmp_path_factory) -> Path:
     copy_processor_files(spec, folder / "base")
     model_from_config(spec).save_pretrained(folder / "base")
     (folder / "mine.yaml").write_text(EXPERIMENT)
+    (folder / "first_tokens.py").write_text(PLUGIN)
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", "run", "mine.yaml", "--local"],
         cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False,
@@ -151,7 +169,17 @@ def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):
     assert load_file(folder / note["compressor_weights"])
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and cell.id in card and "eval/vqa/accuracy" in card
-    assert "| 0 to 2 | learned |" in card and "load_exported" in card
+    assert "| 0 to 2 | learned |" in card and "load_exported(FOLDER)" in card
+
+
+def test_the_card_names_the_plugin_of_the_compressor(home, tmp_path):
+    folder = exported(home, "first", tmp_path / "out")
+    assert 'load_exported(FOLDER, plugins=["first_tokens.py"])' in (folder / "README.md").read_text()
+
+
+def test_whoever_may_read_the_card_may_read_the_weights(home, tmp_path):
+    folder = exported(home, "learned", tmp_path / "out")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_the_chat_template_is_the_one_of_training(home, tmp_path):

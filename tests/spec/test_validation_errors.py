@@ -34,6 +34,7 @@ WRONG = [
     ("model: {model_name_or_path: tiny, weights: random}", "model: [tiny]", (2, 8), "model", "a list stands where a mapping", None),
     ("model: {model_name_or_path: tiny, weights: random}", "model: {weights: random}", (2, 1), "model.model_name_or_path", "is missing", None),
     ("kind: easy_vqa, split: train", "kind: easy_vq, split: train", (4, 17), "data.train.kind", "unknown kind `easy_vq`", "easy_vqa"),
+    ("kind: easy_vqa, split: train", "kind: my_own_rows, split: train", (4, 17), "data.train.kind", "unknown kind `my_own_rows`", "needs its file under plugins"),
     ("kind: easy_vqa, split: train", "split: train", (4, 3), "data.train.kind", "the key `kind` is missing", "easy_vqa"),
     ("split: train", "split: training", (4, 34), "data.train.split", "not one of the values", "train"),
     ("{kind: easy_vqa, split: train}", "easy_vqa", (4, 10), "data.train", "text stands where a mapping", None),

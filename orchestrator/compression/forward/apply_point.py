@@ -103,4 +103,9 @@ def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept
             f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}; a method keeps at "
             "least one and at most all"
         )
+    if not point.enters and count != (said := point.spec.kept_tokens(grid)):
+        raise UsageError(
+            f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}, and its kept_tokens "
+            f"says {said}; make both agree, since plan and costs count with kept_tokens"
+        )
     return kept if kept.grid is not None else replace(kept, grid=grid if count == tokens else Grid(1, count))

@@ -187,7 +187,8 @@ def _tie_faults(call: Call) -> Iterator[str]:
         ):
             yield (
                 "among equal tokens its choice hangs on the last bits, which differ from machine to machine; choose "
-                "with top_tokens, argmax or argmin of orchestrator.compression.ops: of equal ones the first"
+                "with plugin.top_tokens, plugin.argmax or plugin.argmin (of equal ones the first), and give them "
+                "`scale` where a score can be near 0: 1 for cosines, the tokens' norm for distances"
             )
             return
 

@@ -130,6 +130,7 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
 }
 _UNKNOWN_KIND = "unknown kind `"
+_OWN_KIND = "a kind of your own needs its file under plugins, where a list replaces an inherited one"
 _GROUPS = {
     "data": registry.DATA,
     "compressors": registry.COMPRESSORS,
@@ -377,7 +378,8 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
         return "not one of the values that are known here", allowed, near or rewritten
     if error.type == "component_kind":
         kind, choices = error.context["kind"], error.context["known"]
-        return f"{_UNKNOWN_KIND}{kind}`", unknown_name(kind, choices)[0], _near_value("kind", kind, choices)
+        near = _near_value("kind", kind, choices)
+        return f"{_UNKNOWN_KIND}{kind}`", unknown_name(kind, choices)[0], near or _OWN_KIND
     # A mapping was read as one; that text could stand in its place does not help.
     return _sentence(error), None if node is not None and node.is_mapping else allowed or None, rewritten
 
