@@ -14,8 +14,7 @@ from orchestrator.bench import bench_experiment
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells import cell as planned
-from orchestrator.plan.documents.plan_document import plan_document
-from orchestrator.plan.documents.status_document import status_document
+from orchestrator.plan.documents.experiment import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import Document, print_bench, print_plan, print_predictions, print_status

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.documents.ledger_document import damage, discard_damage, ledger_document
 from orchestrator.plan.experiment_plan import prepare, reach_of, refuse_secret, storage_path
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.gc import Collector
+from orchestrator.plan.ledger.inventory import damage, discard_damage, ledger_document
 from orchestrator.report.console import Document, print_garbage, print_ledger
 from orchestrator.spec.loaded import LoadedExperiment
 

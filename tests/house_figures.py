@@ -42,10 +42,9 @@ WALKS = {
         orchestrator/tracking/mlflow_tracker.py log_some""",
     "where a stage's steps are decided": """
         orchestrator/spec/phase.py max_steps
-        orchestrator/plan/cells/steps.py max_steps
         plugins/schedules/stages.py share
         orchestrator/spec/components.py StageTable
-        orchestrator/plan/cells/expand.py total_steps
+        orchestrator/plan/cells/expand.py max_steps
         orchestrator/plan/cells/compiled_schedule.py last_step""",
 }
 

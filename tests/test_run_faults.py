@@ -11,7 +11,7 @@ from rich.console import Console
 
 from orchestrator.errors import StorageError
 from orchestrator.plan.experiment_plan import prepare
-from orchestrator.plan.ledger.experiments import recorded_experiments
+from orchestrator.plan.ledger.inventory import recorded_experiments
 from orchestrator.run import GridSession
 from orchestrator.tracking.upload_queue import UploadQueue
 

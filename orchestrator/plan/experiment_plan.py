@@ -17,8 +17,8 @@ from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Job, Keep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.experiments import FOLDER, Recorded
 from orchestrator.plan.ledger.files import dump_json
+from orchestrator.plan.ledger.inventory import FOLDER, Recorded
 from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree

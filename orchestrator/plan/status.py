@@ -39,11 +39,12 @@ def failure_of(cell: Cell, tree: StageTree, ledger: Ledger) -> tuple[str, str] |
     """Return the first job of a cell that failed, and why; None where none did."""
     for job in tree.jobs_of(cell):
         if (failure := ledger.failure(job)) is not None:
-            return job, _reason(failure)
+            return job, failure_reason(failure)
     return None
 
 
-def _reason(failure: Mapping[str, object]) -> str:
+def failure_reason(failure: Mapping[str, object]) -> str:
+    """Return the recorded reason of a failure."""
     return str(failure.get("error", "")).strip() or "no reason recorded"
 
 
@@ -118,7 +119,7 @@ class TreeStatus:
         """Return the job that a cell waits for and that failed, and why."""
         for job in self.jobs(cell):
             if job in self.blocked and (failure := self.ledger.failure(job)) is not None:
-                return job, _reason(failure)
+                return job, failure_reason(failure)
         return None
 
     @cached_property

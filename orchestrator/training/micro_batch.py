@@ -2,7 +2,7 @@
 
 Each action (variant and teacher; in a policy each of those it mixes) has a size of its own, so that compressed steps
 take fewer accumulation steps: under ZeRO-3 each of them gathers all weights again. A size is the smallest with its
-number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula (`plan/memory.py`)
+number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula (`plan/cost.py`)
 decides; on a GPU it proposes a size, forward and backward of the longest samples are measured, and the result is cached
 by kind of device. A size is part of the fingerprint, never of an identity: the update is the same.
 """
@@ -21,10 +21,10 @@ import torch
 
 from orchestrator.data.train_data import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
+from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.jobs import Action, StageJob, action_digest
 from orchestrator.plan.ledger.files import read_json, write_json
-from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch, accumulation_steps, even_size

@@ -28,11 +28,11 @@ import botocore.httpsession  # noqa: F401 - imports belong before the forks
 import s3transfer.manager  # noqa: F401
 
 from orchestrator.errors import LlavoltaError
-from orchestrator.plan.documents.ledger_document import damage
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.backends import bucket
+from orchestrator.plan.ledger.backends import s3
 from orchestrator.plan.ledger.files import storage_errors
 from orchestrator.plan.ledger.gc import Collector
+from orchestrator.plan.ledger.inventory import damage
 from orchestrator.plan.ledger.leases import Leases
 
 FREES = {"os.remove", "os.rmdir"}
@@ -54,7 +54,7 @@ class Fault:
         self.mode, self.at, self.folders, self.count, self.met = mode, at, folders, 0, False
         self._is_read, self._is_remote = mode not in ("kill", "full"), is_remote
         sys.addaudithook(self._audit)
-        real_fsync, real_stat, real_client = os.fsync, os.stat, bucket.s3_client
+        real_fsync, real_stat, real_client = os.fsync, os.stat, s3.s3_client
 
         def fsync(descriptor: int) -> None:
             if not self._is_read and not self._is_remote:
@@ -71,7 +71,7 @@ class Fault:
             made.meta.events.register("before-send.s3", self._request)
             return made
 
-        os.fsync, os.stat, bucket.s3_client = fsync, stat, client
+        os.fsync, os.stat, s3.s3_client = fsync, stat, client
 
     def _request(self, request: Any, **_: Any) -> None:
         if self.mode == "kill" and request.method in ("PUT", "POST", "DELETE"):
@@ -236,7 +236,7 @@ def points(mode: str, url: str, folder: Path, first: int = 1, every: int = 1) ->
         return where, [where if "://" not in where else str(cache)]
 
     if "://" in url:
-        bucket.s3_client()  # what it imports and reads is kept; each child would do it anew
+        s3.s3_client()  # what it imports and reads is kept; each child would do it anew
     where, _ = place("undisturbed")
     code, tale = child(work, where, "driver")
     assert code == 0, tale

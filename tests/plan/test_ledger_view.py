@@ -6,10 +6,9 @@ from pathlib import Path
 
 from stored import collect, finish, kinds, seal
 
-from orchestrator.plan.documents.ledger_document import damage, discard_damage, ledger_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.experiments import recorded_experiments
+from orchestrator.plan.ledger.inventory import damage, discard_damage, ledger_document, recorded_experiments
 
 
 def test_damage_is_found_and_taken_out(tmp_path: Path) -> None:

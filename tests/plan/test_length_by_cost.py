@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.cells.steps import steps_of_cost
+from orchestrator.plan.cells.expand import steps_of_cost
 from orchestrator.plan.experiment_plan import prepare
 
 BASE = Path(__file__).parents[2] / "experiments" / "base" / "tiny_llava.yaml"
@@ -27,7 +27,7 @@ matrix:
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch):
-    from orchestrator.plan.documents.plan_document import plan_document
+    from orchestrator.plan.documents.experiment import plan_document
 
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
 

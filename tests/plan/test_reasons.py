@@ -11,7 +11,7 @@ import pytest
 from ledger_work import finish, spool
 
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.documents.plan_document import plan_document
+from orchestrator.plan.documents.experiment import plan_document
 from orchestrator.plan.documents.reasons import cell_values, differences
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.ledger import Ledger

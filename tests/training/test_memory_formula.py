@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_workers import HEAVY, REPOSITORY, recipe_of
 
+from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
 from orchestrator.plan.jobs import Action, Distillation
-from orchestrator.plan.memory import Longest, activation_bytes, to_come_bytes
 from orchestrator.spec.model_facts import model_facts
 
 TINY = REPOSITORY / "experiments/models/tiny-llava"

@@ -19,7 +19,6 @@ from orchestrator.plan.cells.compiled_schedule import (
 )
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
-from orchestrator.plan.cells.steps import steps_by_cost, total_steps_of
 from orchestrator.plan.cost import stage_train_tflops
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
@@ -28,7 +27,7 @@ from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTabl
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.phase import PhaseSpec, StartFromSpec
+from orchestrator.spec.phase import PhaseSpec, StartFromSpec, epoch_steps, rows_per_epoch
 
 if TYPE_CHECKING:
     from orchestrator.spec.grid.cells import ResolvedCell
@@ -152,28 +151,60 @@ class _Resolver:
     def _total_steps(
         self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float], facts: ModelFacts | None
     ) -> int:
-        def stated(one: PhaseSpec) -> int:
-            return total_steps_of(name, one, sets, count_rows)
+        """Return the optimizer steps of a phase: `max_steps`, the full batches of its epochs, or what a cost allows.
 
-        def count_rows(each: str) -> int | None:
-            data = spec.data[each]
-            count = self._once(type(data).num_rows, data)
-            return count and count - len(self._left_out(spec, data, recipe.model_max_length, prompts=False))
+        `max_train_tflops`: the most steps that cost no more. `match_train_tflops`: as many as cost what the schedule it
+        names costs over the phase's `max_steps` or `num_train_epochs` (one epoch where neither is given).
 
-        if recipe.match_train_tflops is None and recipe.max_train_tflops is None:
-            return stated(recipe)
-        known = facts if facts is not None and facts.priced else None
-        sample = self._samples.mean(spec, name, recipe, sets, known) if known is not None else None
+        Raises:
+            UsageError: it has no length, its data's rows cannot be counted, or costs are not known or allow no step.
+        """
+        matched, target = recipe.match_train_tflops, recipe.max_train_tflops
+        at_most = target is not None
+        if matched is None and target is None:
+            return self._stated_steps(spec, name, recipe, sets)
+        where = f"phases.{name}.{'max' if matched is None else 'match'}_train_tflops"
+        known = facts is not None and facts.priced
+        sample = self._samples.mean(spec, name, recipe, sets, facts) if facts is not None and known else None
+        if facts is None or sample is None:
+            raise UsageError(f"{where}: the cost of a step is not known here; give max_steps")
 
         def price(schedule: str | ScheduleSpec, steps: int) -> float | None:
-            assert known is not None and sample is not None
             try:
-                compiled = self._compiled(spec, name, recipe.model_copy(update={"schedule": schedule}), steps, known)
+                compiled = self._compiled(spec, name, recipe.model_copy(update={"schedule": schedule}), steps, facts)
             except UsageError:
                 return None  # so few steps cannot be divided into its stages
-            return stage_train_tflops(known, compiled.actions, sample, recipe.model_dump())
+            return stage_train_tflops(facts, compiled.actions, sample, recipe.model_dump())
 
-        return steps_by_cost(name, recipe, None if sample is None else price, stated)
+        if target is None:
+            assert matched is not None
+            one_epoch = {} if recipe.max_steps or recipe.num_train_epochs else {"num_train_epochs": 1.0}
+            reference = self._stated_steps(spec, name, recipe.model_copy(update=one_epoch), sets)
+            target = price(matched, reference)
+            if target is None:
+                raise UsageError(f"{where}: {matched} cannot be divided into {reference} steps")
+        try:
+            return steps_of_cost(target, lambda steps: price(recipe.schedule, steps), at_most)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+
+    def _stated_steps(self, spec: ExperimentSpec, name: str, recipe: PhaseSpec, sets: dict[str, float]) -> int:
+        if recipe.max_steps is not None:
+            return recipe.max_steps
+        if recipe.num_train_epochs is None:
+            raise UsageError(f"phases.{name} has no length: give max_steps or num_train_epochs")
+        rows: list[tuple[int, float]] = []
+        for each, share in sets.items():
+            data = spec.data[each]
+            count = self._once(type(data).num_rows, data)
+            if count is None:
+                raise UsageError(
+                    f"data.{each}: its file is not here, so the steps of phases.{name} (num_train_epochs) cannot be "
+                    "counted; give num_samples on the data set, or max_steps on the phase"
+                )
+            unused = self._left_out(spec, data, recipe.model_max_length, prompts=False) if count else ()
+            rows.append((count - len(unused), share))
+        return epoch_steps(rows_per_epoch(rows), recipe.num_train_epochs, recipe.global_batch_size)
 
     def _left_out(self, spec: ExperimentSpec, data: Any, model_max_length: int, prompts: bool) -> list[int]:
         """Return the rows that the check before training found this model unable to use, where bad rows are dropped."""
@@ -345,3 +376,33 @@ def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
 
 def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> StageTable:
     return schedule.compile(total_steps, global_batch_size)
+
+
+def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: bool) -> int:
+    """Return the optimizer steps whose cost is nearest to a target, or the most that stay within it.
+
+    Args:
+        target: TFLOPs.
+        price: TFLOPs of a number of steps, rising with it; None where so few steps cannot be divided into stages.
+        at_most: The cost may not exceed the target.
+
+    Raises:
+        ValueError: not even the fewest steps the schedule can have stay within the target.
+    """
+
+    def cost(steps: int) -> float:
+        found = price(steps) if steps else None
+        return 0.0 if found is None else found
+
+    low, high = 0, 1
+    while cost(high) < target:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    nearer = cost(high) == target if at_most else cost(high) - target <= target - cost(low)
+    steps = high if nearer else low
+    if not steps or price(steps) is None:
+        steps_cost = f"{high} step{'s' if high > 1 else ''} cost {cost(high):,.3g}"
+        raise ValueError(f"{target:,.3g} TFLOPs are too few for its schedule: {steps_cost}")
+    return steps

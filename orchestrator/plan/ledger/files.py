@@ -115,9 +115,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def storage_error(folder: Path, error: Exception) -> StorageError:
-    """Return what went wrong in a folder and what to do; a full disk is named as such, whatever the writing library
-    calls it.
-    """
+    """Return what went wrong in a folder and what to do; a full disk is named, whatever the library calls it."""
     number = getattr(error, "errno", None)
     if number in _FULL or os.strerror(errno.ENOSPC) in str(error) or (number is None and _is_full(folder)):
         return StorageError(
@@ -251,9 +249,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         StorageError: the file is there but cannot be read.
     """
+    return parse_json(_read_bytes(path))
+
+
+def _read_bytes(path: Path) -> bytes | None:
     with storage_errors(path.parent):
         try:
-            return parse_json(retry_io(path.read_bytes))
+            return retry_io(path.read_bytes)
         except ABSENT:
             return None
 
@@ -277,7 +279,7 @@ def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
                 yield from _below(folder / name, f"{prefix}{name}/")
 
 
-def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
+def write_manifest(folder: Path) -> None:
     """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
 
     Raises:
@@ -286,24 +288,34 @@ def write_manifest(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
     files = {}
     with storage_errors(folder):
         for name in list_files(folder):
-            if name != MANIFEST and name not in leave_out:
+            if name != MANIFEST:
                 fsync_file(folder / name)
                 files[name] = {"sha256": file_sha256(folder / name), "size": retry_io((folder / name).stat).st_size}
         for name, is_folder in [*_below(folder, ""), ("", True)]:
             if is_folder:
                 fsync_folder(folder / name)
-    write_json(folder / MANIFEST, {"files": files, "sha256": digest(files)})
+    write_json(folder / MANIFEST, manifest_of(files))
+
+
+def manifest_of(files: Files) -> dict[str, Any]:
+    """Return the manifest that lists some files."""
+    return {"files": files, "sha256": digest(files)}
+
+
+def parse_manifest(data: bytes | None) -> dict[str, Any] | None:
+    """Return a manifest as it was written; None where there is none or it is damaged."""
+    found = parse_json(data)
+    files = found.get("files") if found else None
+    try:
+        return found if found and isinstance(files, dict) and digest(files) == found.get("sha256") else None
+    except (TypeError, ValueError):
+        return None
 
 
 def read_manifest(folder: Path) -> Files | None:
     """Return the name to size and SHA-256; None where the manifest is missing or damaged."""
-    found = read_json(folder / MANIFEST)
-    files = found.get("files") if found else None
-    try:
-        whole = isinstance(files, dict) and found is not None and digest(files) == found.get("sha256")
-    except (TypeError, ValueError):
-        return None
-    return files if whole else None
+    found = parse_manifest(_read_bytes(folder / MANIFEST))
+    return found["files"] if found is not None else None
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import StorageError, UsageError
+from orchestrator.errors import UsageError
 from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.backends.base import PARTS, PARTS_OF, Leftover, Part
+from orchestrator.plan.ledger.backends.base import PARTS, PARTS_OF, Leftover, Part, files_of, most
 from orchestrator.plan.ledger.backends.folder import remove
 from orchestrator.plan.ledger.backends.s3 import copies, copies_folder
-from orchestrator.plan.ledger.experiments import Recorded, recorded_experiments, wanted_states
 from orchestrator.plan.ledger.files import parse_json
 from orchestrator.plan.ledger.heartbeat import Observer, owner_key
+from orchestrator.plan.ledger.inventory import Recorded, recorded_experiments
 from orchestrator.plan.ledger.leases import Holder, Leases
 
 LEFTOVER_SECONDS = 600.0
@@ -35,14 +35,18 @@ class GcStep:
         name: Which.
         why: Why it can go.
         size: Bytes that it frees.
-        remove: Takes it away; False where it stayed, since somebody wants it by now.
+        delete: Deletes it; returns False where it stays, since it is wanted by now.
     """
 
     kind: str
     name: str
     why: str
     size: int
-    remove: Callable[[], bool]
+    delete: Callable[[], bool | None]
+
+    def remove(self) -> bool:
+        """Delete it; False where it stayed."""
+        return self.delete() is not False
 
 
 class Collector:
@@ -78,7 +82,7 @@ class Collector:
         self._leftover_seconds, self._sure = leftover_seconds, sure
         self._pause = pause
         self._onlooker = Leases(ledger.store, "onlooker", PATIENCE_SECONDS, clock=clock, pause=pause)
-        known = {each.name for each in recorded(ledger)}
+        known = {each.name for each in recorded_experiments(ledger.store)}
         if unknown := sorted(self._forget - known):
             names = ", ".join(sorted(known)) or "none"
             raise UsageError(
@@ -87,14 +91,12 @@ class Collector:
 
     def steps(self) -> list[GcStep]:
         """Return all that can go, in the order in which it should; what a killed gc took aside is back before that."""
-        experiments = self._experiments()
-        wanted = wanted_states(experiments)
+        wanted = self._wanted()
         for state in self._store.aside() if self._sure else ():
-            if not experiments or state in wanted:
+            if not self.has_records or state in wanted.states:
                 self._ledger.recover(state)
-        if not experiments and self._store.states():
-            return [*self._unused(Wanted.of([]), states_too=False)]
-        return [*self._records(), *self._unused(Wanted.of(experiments), states_too=True)]
+        states_too = self.has_records or not self._store.states()
+        return [*(self._records() if states_too else ()), *self._unused(wanted, states_too)]
 
     @property
     def has_records(self) -> bool:
@@ -102,13 +104,15 @@ class Collector:
         return bool(self._experiments())
 
     def _experiments(self) -> list[Recorded]:
-        found = [each for each in recorded(self._ledger) if each.name not in self._forget]
-        return [*found, *self._also]
+        return [*(each for each in recorded_experiments(self._store) if each.name not in self._forget), *self._also]
+
+    def _wanted(self) -> Wanted:
+        return Wanted.of(self._experiments())
 
     def _records(self) -> Iterator[GcStep]:
-        for each in recorded(self._ledger):
+        for each in recorded_experiments(self._store):
             if each.name in self._forget:
-                yield GcStep("record", each.name, "to be forgotten", 0, self._delete(each.key))
+                yield GcStep("record", each.name, "to be forgotten", 0, partial(self._store.delete, each.key))
 
     def _unused(self, wanted: Wanted, states_too: bool) -> Iterator[GcStep]:
         holders = self._onlooker.holders(sure=self._sure)
@@ -117,7 +121,7 @@ class Collector:
             yield from self._states(wanted, holders, since)
         yield from self._work(wanted, holders, states_too)
         for left in self._leftovers(holders):
-            yield GcStep("leftover", left.what, "its writer is dead", left.size, _always(left.remove))
+            yield GcStep("leftover", left.what, "its writer is dead", left.size, left.remove)
         if states_too:
             yield from self._failures(wanted, holders)
         yield from self._leases(holders)
@@ -133,13 +137,15 @@ class Collector:
                 when = self._store.when(state)
                 if since is None or (when is not None and when < since - CLOCK_SECONDS):
                     size = sum(int(entry["size"]) for entry in files.values())
-                    yield GcStep("state", state, "no recorded experiment reaches it", size, self._take_out(state))
+                    yield GcStep(
+                        "state", state, "no recorded experiment reaches it", size, partial(self._take_out, state)
+                    )
                 continue
             for part in reversed(PARTS):
-                sizes = [int(entry["size"]) for name, entry in files.items() if name.startswith(f"{part}/")]
+                sizes = [int(entry["size"]) for entry in files_of(part, files).values()]
                 if sizes and part not in PARTS_OF[keep]:
                     why = f"its {part} is more than is to be kept: {keep}"
-                    yield GcStep("part", state, why, sum(sizes), self._drop(state, part))
+                    yield GcStep("part", state, why, sum(sizes), partial(self._drop, state, part))
 
     def _work(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
         for job, size in self._store.work().items():
@@ -148,7 +154,7 @@ class Collector:
             done = self._ledger.is_done(job)
             if done or (states_too and not wanted.reaches(job)):
                 why = "its stage run is finished" if done else "no recorded experiment reaches its stage run"
-                yield GcStep("work", job, why, size, self._end_work(job))
+                yield GcStep("work", job, why, size, partial(self._end_work, job))
 
     def _leftovers(self, holders: Collection[str]) -> list[Leftover]:
         """Under `sure`, what a clock that was set forward might take for old must not change while it is watched."""
@@ -164,7 +170,13 @@ class Collector:
         for entry in self._store.names("failures"):
             job = entry.removesuffix(".json")
             if not wanted.reaches(job) and job not in holders:
-                yield GcStep("failure", job, "no recorded experiment reaches it", 0, self._delete(f"failures/{entry}"))
+                yield GcStep(
+                    "failure",
+                    job,
+                    "no recorded experiment reaches it",
+                    0,
+                    partial(self._store.delete, f"failures/{entry}"),
+                )
 
     def _leases(self, holders: Collection[str]) -> Iterator[GcStep]:
         """Leases of finished jobs and files of owners whose process is gone; other numbers must never go down."""
@@ -173,11 +185,12 @@ class Collector:
             if job not in held and self._is_finished(job):
                 keys = [f"leases/{job}/{number}" for number in store.names(f"leases/{job}")]
                 for key in keys:
-                    yield GcStep("lease", key, "its job is finished", 0, self._delete_lease(job, key))
+                    yield GcStep("lease", key, "its job is finished", 0, partial(self._delete_lease, job, key))
         for entry in store.names("owners"):
             owner = entry.removesuffix(".json")
-            if is_dead(self._ledger, owner):
-                yield GcStep("owner", owner, "its process is gone", 0, self._delete(owner_key(owner)))
+            process = Observer(self._store, 0.0, lambda: 0.0).process(owner)
+            if process is not None and process.is_gone():
+                yield GcStep("owner", owner, "its process is gone", 0, partial(self._store.delete, owner_key(owner)))
 
     def _copies(self, wanted: Wanted, holders: Collection[str], states_too: bool) -> Iterator[GcStep]:
         """Return what lies on this machine of buckets; the bucket itself loses nothing.
@@ -203,64 +216,43 @@ class Collector:
                     why = "no recorded experiment reaches it"
             if why is not None:
                 name = copy.path.relative_to(copies_folder()).as_posix()
-                yield GcStep(
-                    "copy", name, f"a copy on this machine: {why}", copy.size, _always(partial(remove, copy.path))
-                )
+                yield GcStep("copy", name, f"a copy on this machine: {why}", copy.size, partial(remove, copy.path))
 
     def _oldest_driver(self, holders: dict[str, Holder]) -> float | None:
-        """Return when the first of the living drivers began: what was finished since may be its work under an older
-        plan.
-        """
+        """Return when the first living driver began: what was finished since may be its work under an older plan."""
         begun = []
         for owner in {holder.owner for holder in holders.values()}:
             about = parse_json(self._store.read(owner_key(owner))) or {}
             begun.append(float(about.get("began", 0.0)))
         return min(begun, default=None)
 
-    def _take_out(self, state: str) -> Callable[[], bool]:
-        return lambda: self._store.take_out(state, lambda: self._is_wanted(state))
+    def _take_out(self, state: str) -> bool:
+        return self._store.take_out(state, lambda: state in self._wanted().states or self._is_held(state))
 
-    def _is_wanted(self, state: str) -> bool:
-        return state in wanted_states(self._experiments()) or self._is_held(state)
+    def _drop(self, state: str, part: Part) -> bool:
+        if part in PARTS_OF[self._wanted().states.get(state, "none")]:
+            return False
+        self._store.drop(state, part)
+        return True
 
-    def _drop(self, state: str, part: Part) -> Callable[[], bool]:
-        def drop() -> bool:
-            if part in PARTS_OF[wanted_states(self._experiments()).get(state, "none")]:
-                return False
-            self._store.drop(state, part)
-            return True
+    def _end_work(self, job: str) -> bool:
+        # A run records what it reaches, then holds it: one that began since the look is seen by either.
+        if (not self._ledger.is_done(job) and self._wanted().reaches(job)) or self._is_held(job):
+            return False
+        self._store.end_work(job)
+        return True
 
-        return drop
-
-    def _end_work(self, job: str) -> Callable[[], bool]:
-        def end() -> bool:
-            # A run records what it reaches, then holds it: one that began since the look is seen by either.
-            if not self._ledger.is_done(job) and Wanted.of(self._experiments()).reaches(job):
-                return False
-            if self._is_held(job):
-                return False
-            self._store.end_work(job)
-            return True
-
-        return end
-
-    def _delete_lease(self, job: str, key: str) -> Callable[[], bool]:
-        def delete() -> bool:
-            if self._is_held(job) or not self._is_finished(job):  # it is done again, as after damage
-                return False
-            self._store.delete(key)
-            return True
-
-        return delete
+    def _delete_lease(self, job: str, key: str) -> bool:
+        if self._is_held(job) or not self._is_finished(job):  # it is done again, as after damage
+            return False
+        self._store.delete(key)
+        return True
 
     def _is_held(self, job: str) -> bool:
         return bool(self._onlooker.holders([job], sure=True))
 
     def _is_finished(self, job: str) -> bool:
         return self._ledger.is_done(job) or self._ledger.evaluation(job) is not None
-
-    def _delete(self, key: str) -> Callable[[], bool]:
-        return _always(partial(self._store.delete, key))
 
 
 @dataclass(frozen=True)
@@ -276,33 +268,8 @@ class Wanted:
 
     @classmethod
     def of(cls, experiments: Sequence[Recorded]) -> Wanted:
-        """Of all of them together."""
-        return cls(wanted_states(experiments), frozenset().union(*(each.evaluations for each in experiments)))
-
-
-def recorded(ledger: Ledger) -> list[Recorded]:
-    """Return the experiments recorded in a storage.
-
-    Raises:
-        StorageError: a record cannot be read.
-    """
-    try:
-        return recorded_experiments(ledger.store)
-    except ValueError as error:
-        raise StorageError(str(error)) from error
-
-
-def is_dead(ledger: Ledger, owner: str) -> bool:
-    """Return True where an owner's process is known to be gone from this machine; of other machines' nothing is
-    known.
-    """
-    process = Observer(ledger.store, 0.0, lambda: 0.0).process(owner)
-    return process is not None and process.is_gone() is True
-
-
-def _always(remove: Callable[[], Any]) -> Callable[[], bool]:
-    def run() -> bool:
-        remove()
-        return True
-
-    return run
+        """Return what any of them reaches, and of each state the most that any of them keeps."""
+        states: dict[str, Keep] = {}
+        for state, keep in (item for each in experiments for item in each.states.items()):
+            states[state] = most(keep, states.get(state, "none"))
+        return cls(states, frozenset().union(*(each.evaluations for each in experiments)))

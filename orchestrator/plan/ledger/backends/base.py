@@ -117,9 +117,7 @@ class Backend(ABC):
 
     @abstractmethod
     def small_file(self, state: str, name: str) -> Path:
-        """Return `result.json`, `job.json`, `metrics.jsonl` or `log.txt` of a finished state on this machine; it need
-        not exist.
-        """
+        """Return where a finished state's result, job, metrics or log is on this machine; the file need not exist."""
 
     @abstractmethod
     def write_manifest(self, folder: Path) -> None:
@@ -254,8 +252,13 @@ def most(*keeps: Keep) -> Keep:
     return max(keeps, key=list(PARTS_OF).index)
 
 
+def files_of(part: Part, files: Files) -> Files:
+    """Return those of a manifest's files that belong to a part."""
+    return {name: entry for name, entry in files.items() if name.startswith(f"{part}/")}
+
+
 def token_in(folder: Path) -> int:
-    """Return token under which an unsealed folder is written: it stands in its name `.writing-TOKEN`, or a parent's."""
+    """Return the token under which an unsealed folder is written, from its name `.writing-TOKEN` or a parent's."""
     fits = (_WRITING.fullmatch(part) for part in reversed(folder.parts))
     return next((int(fit.group(1)) for fit in fits if fit), 0)
 

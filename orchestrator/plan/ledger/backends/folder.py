@@ -25,7 +25,6 @@ from pathlib import Path
 from typing_extensions import override
 
 from orchestrator.errors import StorageError
-from orchestrator.plan.identity import digest
 from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.ledger.backends.base import (
     ID,
@@ -33,6 +32,7 @@ from orchestrator.plan.ledger.backends.base import (
     Backend,
     Leftover,
     Part,
+    files_of,
     step_name,
     steps_in,
     superseded,
@@ -48,6 +48,7 @@ from orchestrator.plan.ledger.files import (
     fsync_folder,
     is_there,
     make_folder,
+    manifest_of,
     missing_files,
     names_in,
     read_manifest,
@@ -129,7 +130,7 @@ class FolderBackend(Backend):
 
     @override
     def names(self, prefix: str) -> list[str]:
-        return _visible(self.folder / _checked_key(prefix.rstrip("/")))
+        return [name for name in names_in(self.folder / _checked_key(prefix.rstrip("/"))) if not name.startswith(".")]
 
     # Finished states -----------------------------------------------------------------------------------------------
 
@@ -160,11 +161,11 @@ class FolderBackend(Backend):
         if known is not None and known[0] == mark:
             return known[1], True
         files = read_manifest(Path(folder))
-        whole = files is not None and not cut_files(Path(folder), files)
+        complete = files is not None and not cut_files(Path(folder), files)
         parts = frozenset(name.partition("/")[0] for name in files or ())
-        if whole:
+        if complete:
             self._seen[state] = mark, parts
-        return parts, whole
+        return parts, complete
 
     @override
     def fetch(self, state: str, part: Part) -> list[str]:
@@ -172,7 +173,7 @@ class FolderBackend(Backend):
         for _ in range(2):  # another commit may take its place meanwhile
             known = read_manifest(folder)
             if known is not None:
-                wanted = {name: entry for name, entry in known.items() if name.startswith(f"{part}/")}
+                wanted = files_of(part, known)
                 damaged = changed_files(folder, wanted) if wanted else [part]
             if not damaged:
                 break
@@ -315,9 +316,10 @@ class FolderBackend(Backend):
         target = self.state_folder(state)
         if (files := read_manifest(target)) is None:
             return
-        kept = {name: entry for name, entry in files.items() if not name.startswith(f"{part}/")}
+        gone = files_of(part, files)
+        kept = {name: entry for name, entry in files.items() if name not in gone}
         aside = target / f".{part}.{secrets.token_hex(6)}.old"
-        write_json(target / MANIFEST, {"files": kept, "sha256": digest(kept)})
+        write_json(target / MANIFEST, manifest_of(kept))
         with storage_errors(self._runs), contextlib.suppress(FileNotFoundError):
             (target / part).rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -356,14 +358,14 @@ def size_of(path: Path) -> int:
 
 def take_place(sealed: Path, target: Path) -> bool:
     """Rename a folder to its place, over a damaged one that was there; False where another writer was quicker."""
-    old, whole = _old(target), read_manifest(sealed)
+    old, manifest = _old(target), read_manifest(sealed)
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
     try:
         sealed.rename(target)
     except OSError as error:
         # A file server whose answer was lost is asked again by the system: then the folder is in its place.
-        if error.errno == errno.ENOENT and not is_there(sealed) and None is not whole == read_manifest(target):
+        if error.errno == errno.ENOENT and not is_there(sealed) and None is not manifest == read_manifest(target):
             return True
         with contextlib.suppress(OSError):
             old.rename(target)
@@ -378,7 +380,7 @@ def take_place(sealed: Path, target: Path) -> bool:
 def _add_parts(sealed: Path, target: Path, known: Files) -> None:
     """Move the parts that a complete state lacks into it, and list them last: it is complete at every moment."""
     new = read_manifest(sealed) or {}
-    lacks = [part for part in PARTS if _lists(new, part) and not _lists(known, part)]
+    lacks = [part for part in PARTS if files_of(part, new) and not files_of(part, known)]
     for part in lacks:
         old = _old(target / part)  # what a killed writer moved and did not list
         with contextlib.suppress(FileNotFoundError):
@@ -387,12 +389,8 @@ def _add_parts(sealed: Path, target: Path, known: Files) -> None:
         (sealed / part).rename(target / part)
     if lacks:
         fsync_folder(target)
-        files = known | {name: entry for name, entry in new.items() if name.partition("/")[0] in lacks}
-        write_json(target / MANIFEST, {"files": files, "sha256": digest(files)})
-
-
-def _lists(files: Files, part: str) -> bool:
-    return any(name.startswith(f"{part}/") for name in files)
+        files = known | {name: entry for part in lacks for name, entry in files_of(part, new).items()}
+        write_json(target / MANIFEST, manifest_of(files))
 
 
 def _old(target: Path) -> Path:
@@ -403,10 +401,6 @@ def _state_aside(name: str) -> str | None:
     """Return the state whose folder a gc gave this name while it asks who wants it."""
     fit = _ASIDE.fullmatch(name)
     return fit.group(1) if fit else None
-
-
-def _visible(folder: Path) -> list[str]:
-    return [name for name in names_in(folder) if not name.startswith(".")]
 
 
 def _changed(path: Path) -> float:

@@ -19,25 +19,38 @@ used for long. Files are compared by content, never by time.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from typing_extensions import override
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.identity import cache_folder, digest, file_sha256
 from orchestrator.plan.io_retry import retry_io
-from orchestrator.plan.ledger.backends.base import PARTS, Leftover, Part, step_name, steps_in, superseded, token_in
-from orchestrator.plan.ledger.backends.bucket import Bucket
+from orchestrator.plan.ledger.backends.base import (
+    PARTS,
+    Backend,
+    Leftover,
+    Part,
+    files_of,
+    step_name,
+    steps_in,
+    superseded,
+    token_in,
+)
 from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.files import (
     MANIFEST,
@@ -47,8 +60,10 @@ from orchestrator.plan.ledger.files import (
     files_below,
     is_there,
     list_files,
+    manifest_of,
     names_in,
     parse_json,
+    parse_manifest,
     read_manifest,
     stat_of,
     storage_errors,
@@ -56,6 +71,346 @@ from orchestrator.plan.ledger.files import (
     write_json,
 )
 from orchestrator.plan.ledger.process import machine_id
+
+_From = TypeVar("_From")
+_To = TypeVar("_To")
+_AT_ONCE = 8
+_DELETE_AT_ONCE = 1000  # the most that one request may name
+_ABSENT = {"NoSuchKey", "404"}
+ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
+_CONNECTIONS = 32
+_ADVICE = {
+    "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
+    "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
+    "403": "access is denied; the credentials in use need to list, read, write and delete there",
+    "InvalidAccessKeyId": "the server does not know the access key in use",
+    "SignatureDoesNotMatch": "the secret key in use does not fit its access key",
+    "ExpiredToken": "the session's credentials have expired; renew them",
+}
+
+
+def s3_client() -> Any:
+    """Return a client for S3 or the server that AWS_ENDPOINT_URL names; safe to share between threads."""
+    import boto3
+    from botocore.config import Config
+
+    own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        # "standard" gives up within a second once some dozen requests had to be repeated: no server restarts that fast.
+        retries={"mode": "legacy", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)},
+        max_pool_connections=_CONNECTIONS,
+        connect_timeout=10,
+        read_timeout=60,
+        # Servers of one's own seldom have a host name for each bucket.
+        s3={"addressing_style": "path"} if own_server else {},
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+@contextlib.contextmanager
+def s3_errors(where: str) -> Iterator[None]:
+    """Turn what boto3 raises while working at an address into a StorageError that says what to do.
+
+    Raises:
+        StorageError: no credentials, no such bucket, access denied, no server, …
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise StorageError(
+            f"{where}: boto3 found no complete AWS credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            "AWS_PROFILE, or use a machine with a role"
+        ) from error
+    except ClientError as error:
+        code, answer = error_code(error), error.response.get("Error", {}).get("Message")
+        raise StorageError(f"{where}: {_ADVICE.get(code) or answer or code}") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(
+            f"{where}: {error}. Finished work is safe; see that the server can be reached (AWS_ENDPOINT_URL names "
+            "one that is not Amazon's), then run again"
+        ) from error
+
+
+def error_code(error: Any) -> str:
+    """Return the server's error code, such as `NoSuchKey`."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+class Snapshot:
+    """Values below some prefixes as one listing found them; what is not listed is not asked for.
+
+    Values are kept on disk by their ETag, so that the next plan on this machine asks for new ones only; a value
+    written meanwhile by this process is asked for again.
+
+    Args:
+        listed: Key to ETag, of all keys below the prefixes.
+        prefixes: What the listing covers.
+        read: Reads a value from the bucket.
+        folder: Where values are kept.
+
+    Raises:
+        StorageError: the bucket cannot be read or the folder cannot be written.
+    """
+
+    def __init__(
+        self, listed: Mapping[str, str], prefixes: Iterable[str], read: Callable[[str], bytes | None], folder: Path
+    ) -> None:
+        self._listed = dict(listed)
+        self._prefixes = tuple(f"{prefix}/" for prefix in prefixes)
+        self._read, self._folder = read, folder
+        self._values: dict[str, bytes | None] = {}
+        self._children: dict[str, set[str]] = {}
+        for key in self._listed:
+            parts = key.split("/")
+            for depth in range(1, len(parts)):
+                self._children.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = set(os.listdir(folder))
+        new = [key for key, etag in self._listed.items() if _file_name(etag) not in kept]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self.read, new))
+
+    def covers(self, key: str) -> bool:
+        """Return True where the listing says whether a key is there."""
+        return key.startswith(self._prefixes)
+
+    def read(self, key: str) -> bytes | None:
+        """Return a covered value; None where there was none."""
+        if key not in self._listed:
+            return None
+        if key not in self._values:
+            self._values[key] = self._load(key, self._folder / _file_name(self._listed[key]))
+        return self._values[key]
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the names directly below a covered prefix, sorted."""
+        return sorted(self._children.get(prefix, ()))
+
+    def _load(self, key: str, file: Path) -> bytes | None:
+        try:
+            return file.read_bytes()
+        except OSError:  # a copy only: the bucket has it
+            value = self._read(key)
+        if value is not None:
+            write_copy(file, value)
+        return value
+
+
+def _file_name(etag: str) -> str:
+    return digest(etag)[:40]
+
+
+class Bucket(Backend):
+    """Keys below a bucket's prefix; `S3Backend` says what they hold.
+
+    Credentials, region and endpoint are found in boto3's own ways (environment, `~/.aws`, instance role;
+    `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for another server); none is kept or shown here. Requests that meet a
+    busy or absent server are repeated with growing pauses, `AWS_MAX_ATTEMPTS` times at most (7: half a minute).
+
+    Args:
+        url: `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: boto3 is not installed.
+        StorageError: the URL names no bucket, or boto3's configuration is wrong.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        prefix = parts.path.strip("/")
+        if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+            raise StorageError(f"{url}: give s3://bucket/prefix")
+        self.url = f"s3://{parts.netloc}/{prefix}".rstrip("/")
+        self._bucket, self._prefix = parts.netloc, f"{prefix}/" if prefix else ""
+        self._conditional = False
+        self._view: Snapshot | None = None
+        if importlib.util.find_spec("boto3") is None:
+            raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'")
+        with self._errors():
+            self._client = s3_client()
+
+    @override
+    def read(self, key: str) -> bytes | None:
+        view = self._view
+        if view is not None and view.covers(key):
+            return view.read(key)
+        return self._read(key)
+
+    def _read(self, key: str) -> bytes | None:
+        with self._errors(key), self._absent_is_none():
+            return self._get(key)
+        return None
+
+    @contextlib.contextmanager
+    def _absent_is_none(self) -> Iterator[None]:
+        try:
+            yield
+        except self._client.exceptions.ClientError as error:
+            if error_code(error) not in _ABSENT:
+                raise
+
+    def _get(self, key: str) -> bytes:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for more in range(ATTEMPTS - 1, -1, -1):
+            try:
+                found: bytes = self._client.get_object(**self._at(key))["Body"].read()
+                return found
+            except (HTTPClientError, IncompleteReadError):  # boto3 repeats requests, but not the reading of an answer
+                if not more:
+                    raise
+        raise AssertionError("unreachable")
+
+    @override
+    def write(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._client.put_object(**self._at(key), Body=data)
+        self._changed(key)
+
+    @override
+    def create(self, key: str, data: bytes) -> bool:
+        if not self._conditional:
+            probe = f"conditional-put/{secrets.token_hex(8)}"
+            both = self._create(probe, b""), self._create(probe, b"")
+            self.delete(probe)
+            if both != (True, False):
+                raise StorageError(
+                    f"{self.url}: its server ignores conditional puts (If-None-Match), needed for locking "
+                    "between drivers. Use a newer server, or a folder (local or NFS)"
+                )
+            self._conditional = True
+        created = self._create(key, data)
+        self._changed(key)
+        return created
+
+    def _create(self, key: str, data: bytes) -> bool:
+        writer = secrets.token_hex(8)
+        while True:
+            with self._errors(key):
+                try:
+                    self._client.put_object(
+                        **self._at(key), Body=data, IfNoneMatch="*", Metadata={"llavolta-writer": writer}
+                    )
+                    return True
+                except self._client.exceptions.ClientError as error:
+                    if error_code(error) == "ConditionalRequestConflict":  # another is being decided: ask again
+                        continue
+                    if error_code(error) != "PreconditionFailed":
+                        raise
+                    # A repeated request meets its own first attempt where only the answer was lost.
+                    again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+                    return bool(again) and self._writer(key) == writer
+
+    def _writer(self, key: str) -> str | None:
+        found: str | None = None
+        with self._absent_is_none():
+            found = self._client.head_object(**self._at(key))["Metadata"].get("llavolta-writer")
+        return found
+
+    @override
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._client.delete_object(**self._at(key))
+        self._changed(key)
+
+    @override
+    def names(self, prefix: str) -> list[str]:
+        view, prefix = self._view, prefix.strip("/")
+        if view is not None and view.covers(f"{prefix}/"):
+            return view.names(prefix)
+        begin = f"{self._prefix}{prefix}/"
+        found: set[str] = set()
+        for page in self._pages(begin, Delimiter="/"):
+            found.update(entry["Key"][len(begin) :] for entry in page.get("Contents", ()))
+            found.update(entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
+        return sorted(found - {""})
+
+    @contextlib.contextmanager
+    def view_of(self, prefixes: Sequence[str], folder: Path) -> Iterator[None]:
+        """Within it, values below `prefixes` are read as they were at its begin; a write of this store ends it early.
+
+        Args:
+            folder: Where values are kept for later views.
+        """
+        if self._view is not None:
+            yield
+            return
+        cut = len(self._prefix)
+        listed = {
+            entry["Key"][cut:]: str(entry["ETag"])
+            for prefix in prefixes
+            for page in self._pages(f"{self._prefix}{prefix}/")
+            for entry in page.get("Contents", ())
+        }
+        self._view = Snapshot(listed, prefixes, self._read, folder)
+        try:
+            yield
+        finally:
+            self._view = None
+
+    def _changed(self, key: str) -> None:
+        if self._view is not None and self._view.covers(key):
+            self._view = None
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing."""
+        cut = len(self._prefix)
+        pages = self._pages(f"{self._prefix}{prefix.strip('/')}/")
+        return {entry["Key"][cut:]: int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
+
+    def upload(self, files: Mapping[str, Path]) -> None:
+        """Write files under keys, several at once, large ones in parts."""
+
+        def one(key: str, file: Path) -> None:
+            with self._errors(key), storage_errors(file.parent):
+                self._client.upload_file(str(file), self._bucket, self._prefix + key)
+
+        _all_of(one, files)
+
+    def download(self, files: Mapping[Path, str]) -> None:
+        """Read keys into files whose folders exist, several at once; a key that is not there leaves no file."""
+
+        def one(file: Path, key: str) -> None:
+            with self._errors(key), storage_errors(file.parent), self._absent_is_none():
+                self._client.download_file(self._bucket, self._prefix + key, str(file))
+
+        _all_of(one, files)
+
+    def delete_all(self, prefix: str) -> None:
+        """Delete everything below a prefix."""
+        self.delete_keys(self.sizes(prefix))
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Delete values, many with one request."""
+        named = [{"Key": self._prefix + key} for key in keys]
+        with self._errors():
+            for first in range(0, len(named), _DELETE_AT_ONCE):
+                chosen = {"Objects": named[first : first + _DELETE_AT_ONCE], "Quiet": True}
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete=chosen)
+                for left in answer.get("Errors", ())[:1]:
+                    raise StorageError(f"{self.url}: {left['Key']} cannot be deleted: {left.get('Message')}")
+        self._view = None
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
+        pages = self._client.get_paginator("list_objects_v2")
+        with self._errors():
+            yield from pages.paginate(Bucket=self._bucket, Prefix=prefix, **options)
+
+    def _errors(self, key: str = "") -> contextlib.AbstractContextManager[None]:
+        return s3_errors(f"{self.url}/{key}" if key else self.url)
+
+
+def _all_of(one: Callable[[_From, _To], None], files: Mapping[_From, _To]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(one, files.keys(), files.values()))
+
 
 _SMALL = ("job.json", "result.json")
 _LOOK_SECONDS = 5.0
@@ -98,7 +453,7 @@ class S3Backend(Bucket):
     @override
     def has(self, state: str, part: Part) -> bool:
         manifest = self._manifest(state)
-        return manifest is not None and any(name.startswith(f"{part}/") for name in manifest["files"])
+        return manifest is not None and bool(files_of(part, manifest["files"]))
 
     @override
     def fetch(self, state: str, part: Part) -> list[str]:
@@ -107,7 +462,7 @@ class S3Backend(Bucket):
             manifest = self._manifest(state)
             if manifest is None:
                 return [MANIFEST]
-            wanted = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{part}/")}
+            wanted = files_of(part, manifest["files"])
             folder = self.state_folder(state)
             damaged = self._fetch_files(state, folder, wanted) if wanted else [part]
             if not damaged:
@@ -143,7 +498,7 @@ class S3Backend(Bucket):
             if name != f"{self._node}.json":
                 files |= parse_json(self.read(f"work/{job_id}/shared/{place}/{name}")) or {}
         files |= _files_of(folder, self._just_shared(folder), token_in(folder))
-        write_json(folder / MANIFEST, {"files": files, "sha256": digest(files)})
+        write_json(folder / MANIFEST, manifest_of(files))
 
     @override
     def commit(self, state: str, sealed: Path) -> None:
@@ -161,7 +516,7 @@ class S3Backend(Bucket):
             self._send(state, sealed, files)
             small = {name: (sealed / name).read_text() for name in _SMALL if name in files}
         self._send_log(state)
-        data = json.dumps({"files": files, "sha256": digest(files), "small": small}).encode()
+        data = json.dumps({**manifest_of(files), "small": small}).encode()
         key = f"manifests/{state}.json"
         if before is not None or not self.create(key, data):
             self._known.pop(state, None)
@@ -184,7 +539,7 @@ class S3Backend(Bucket):
     @override
     def recover(self, state: str) -> bool:
         data = self.read(f"aside/{state}.json")
-        manifest = _parse_manifest(data)
+        manifest = parse_manifest(data)
         is_back = False
         if data is not None and manifest is not None and self._are_stored(state, manifest["files"]):
             is_back = self.create(f"manifests/{state}.json", data)
@@ -279,10 +634,10 @@ class S3Backend(Bucket):
 
     @override
     def end_work(self, job_id: str, token: int | None = None) -> None:
-        newest, told = self.token_of(job_id) if token is None else None, f"work/{job_id}/log.txt"
+        newest, key = self.token_of(job_id) if token is None else None, f"work/{job_id}/log.txt"
         if token is not None:
             self._send_log(job_id)
-        elif self.files(job_id) is not None and not self.names(f"logs/{job_id}") and (log := self.read(told)):
+        elif self.files(job_id) is not None and not self.names(f"logs/{job_id}") and (log := self.read(key)):
             self.write(f"logs/{job_id}/log.txt", log)
         self.delete_all(f"work/{job_id}")
         self._sweep(job_id, token, newest)
@@ -339,12 +694,13 @@ class S3Backend(Bucket):
     @override
     def drop(self, state: str, part: Part) -> None:
         key = f"manifests/{state}.json"
-        found = _parse_manifest(self.read(key))
+        found = parse_manifest(self.read(key))
         if found is None:
             return
-        kept = {name: entry for name, entry in found["files"].items() if not name.startswith(f"{part}/")}
+        gone = files_of(part, found["files"])
+        kept = {name: entry for name, entry in found["files"].items() if name not in gone}
         newest = self.token_of(state)
-        self.write(key, json.dumps({**found, "files": kept, "sha256": digest(kept)}).encode())
+        self.write(key, json.dumps({**found, **manifest_of(kept)}).encode())
         self._sweep(state, newest=newest)
 
     @override
@@ -412,13 +768,13 @@ class S3Backend(Bucket):
         return [name.removesuffix(".json") for name in self.names(prefix)]
 
     def _listed(self, key: str) -> Files | None:
-        found = _parse_manifest(self.read(key))
+        found = parse_manifest(self.read(key))
         return found["files"] if found is not None else None
 
     def _manifest(self, state: str) -> dict[str, Any] | None:
         """Return a state's manifest; one that was found is kept."""
         if state not in self._known:
-            found = _parse_manifest(self.read(f"manifests/{state}.json"))
+            found = parse_manifest(self.read(f"manifests/{state}.json"))
             if found is None:
                 return None
             self._known[state] = found
@@ -455,7 +811,7 @@ class S3Backend(Bucket):
 
     def _fetch_checkpoint(self, folder: Path) -> list[str]:
         job_id = folder.parent.name
-        manifest = _parse_manifest(self.read(f"work/{job_id}/{folder.name}.json"))
+        manifest = parse_manifest(self.read(f"work/{job_id}/{folder.name}.json"))
         if manifest is None:
             return [MANIFEST]
         if damaged := self._fetch_files(job_id, folder, manifest["files"]):
@@ -475,8 +831,8 @@ class S3Backend(Bucket):
             self.upload({f"logs/{job_id}/log.txt": log})
 
     def _share_files(self, job_id: str, *patterns: str) -> None:
-        told = [file for pattern in patterns for file in self.work_folder(job_id).glob(pattern)]
-        self.upload({f"work/{job_id}/{file.name}": file for file in told if not file.name.startswith(".")})
+        files = [file for pattern in patterns for file in self.work_folder(job_id).glob(pattern)]
+        self.upload({f"work/{job_id}/{file.name}": file for file in files if not file.name.startswith(".")})
 
     def _place(self, folder: Path) -> tuple[str, str]:
         job_id, *rest = folder.relative_to(self.folder / "work").parts
@@ -546,13 +902,6 @@ def _files_of(folder: Path, known: Files, token: int) -> Files:
                 sha = known[name]["sha256"] if name in known else file_sha256(folder / name)
                 found[name] = {"sha256": sha, "size": retry_io((folder / name).stat).st_size, "token": token}
     return found
-
-
-def _parse_manifest(data: bytes | None) -> dict[str, Any] | None:
-    """Return a manifest as it was written; None where there is none or it is damaged."""
-    found = parse_json(data)
-    files = found.get("files") if found else None
-    return found if found and isinstance(files, dict) and digest(files) == found.get("sha256") else None
 
 
 def _keep_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""The plan as one document: cells, stage runs, costs, what is done, why the rest runs (docs/reference/json.md)."""
+"""Documents of an experiment: `plan` (what will run, why, at what cost) and `status` (docs/reference/json.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell, PhasePlan
@@ -11,19 +11,19 @@ from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cells.start_from import start_text
 from orchestrator.plan.cost import compression_ratio, parameter_count
 from orchestrator.plan.documents.reasons import Reasons
-from orchestrator.plan.documents.time_left import hours_document
-from orchestrator.plan.experiment_plan import collector_paused
-from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.documents.time_left import hours_document, steps_done
+from orchestrator.plan.experiment_plan import ExperimentPlan, collector_paused
+from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.status import TreeStatus
+from orchestrator.plan.ledger.files import is_there
+from orchestrator.plan.status import TreeStatus, failure_reason
+from orchestrator.plan.step_history import last_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.controls import AXIS, used_variants
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import ModelFacts
-
-if TYPE_CHECKING:
-    from orchestrator.spec.loaded import LoadedExperiment
 
 
 def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -252,3 +252,109 @@ def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
         total += {"full": weights + full, "weights": weights, "none": 0.0}[job.keep]
         largest = max(largest, full)
     return (total + 2 * largest) / _GIB
+
+
+# Only ratios between variants count here; the data's real lengths need not be read.
+_TEXT_TOKENS = 64.0
+
+
+def status_document(plan: ExperimentPlan) -> dict[str, Any]:
+    """Return the cells, stage runs and evaluations as they stand, who works on what, and the time spent and left.
+
+    A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
+    where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
+    are missing.
+    """
+    standing, with_phases = TreeStatus(plan.tree, plan.ledger), with_plans(plan.cells, plan.tree)
+    busy = not standing.holders.keys().isdisjoint((*plan.tree.order, *plan.tree.evaluations))
+    runs = [_stage_run_status(standing, job, phase, busy) for job, _, phase in with_phases]
+    wanted: dict[str, list[str]] = {}
+    for cell in plan.cells:
+        for test in dict.fromkeys(job.id for job in cell.evaluations):
+            wanted.setdefault(test, []).append(cell.id)
+    tests = [_evaluation_status(standing, job, wanted[job.id]) for job in plan.tree.evaluations.values()]
+    reasons = Reasons(standing, plan.cells, None)
+    steps = {run["id"]: run["steps_done"] for run in runs}
+    costs = Costs(_TEXT_TOKENS)
+    work = {
+        job.id: costs.stage_run(cell, phase, job.first_step, job.last_step)["train_tflops"]
+        for job, cell, phase in with_phases
+    }
+    # The work is not exact here, so that only what was measured may tell hours by it.
+    cluster = plan.loaded.spec.cluster.model_copy(update={"device_tflops": None})
+    return {
+        "experiment": plan.loaded.spec.name,
+        "storage": plan.ledger.url,
+        "cells": [_cell_status(standing, cell, steps, reasons, busy) for cell in plan.cells],
+        "stage_runs": runs,
+        "evaluations": tests,
+        "roots": [
+            {"id": root, "state": standing.state(root), **_about(standing, root, standing.state(root))}
+            for root in (*plan.tree.roots, *plan.tree.starts)
+        ],
+        "totals": {
+            "cells": len(plan.cells),
+            "stage_runs": len(runs),
+            "stage_runs_done": sum(run["state"] == "done" for run in runs),
+            "evaluations": len(tests),
+            "evaluations_done": sum(test["state"] == "done" for test in tests),
+            **hours_document(standing, work, cluster),
+        },
+    }
+
+
+def _cell_status(
+    standing: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
+) -> dict[str, Any]:
+    path = standing.tree.path_of[cell.id]
+    done, state = sum(steps[run] for run in path), str(standing.cell(cell))
+    if state == "new" and (done or any(standing.evaluation(job.id) == "done" for job in cell.evaluations)):
+        state = "waiting" if busy else "interrupted" if standing.needed_of(cell) else "trained"
+    failure = standing.failure(cell)
+    return {
+        "name": cell.name,
+        "id": cell.id,
+        "state": "finished" if state == "done" else state,
+        "steps_done": done,
+        "steps": sum(plan.total_steps for plan in cell.phases),
+        "stage_runs": list(path),
+        "evaluations": [job.id for job in cell.evaluations],
+        "error": failure[1] if failure else None,
+        "log": str(standing.ledger.log_file(failure[0])) if failure else None,
+        "reasons": reasons.of(cell),
+    }
+
+
+def _stage_run_status(standing: TreeStatus, job: StageJob, phase: PhasePlan, busy: bool) -> dict[str, Any]:
+    about = stage_run_document(job, phase, standing)
+    state = about["state"]
+    metrics = last_metrics(standing.ledger.metrics_file(job.id)) if job.id in standing.begun else None
+    done = job.last_step - job.first_step if state == "done" else steps_done(job, metrics)
+    if state == "new" and done:
+        state = "waiting" if busy else "interrupted"
+    figures = {key: metrics.get(key) for key in ("step", "loss", "samples_per_second")} if metrics else {}
+    return {
+        **about,
+        "state": state,
+        "steps_done": done,
+        **({} if state == "done" else figures),
+        **_about(standing, job.id, state),
+    }
+
+
+def _evaluation_status(standing: TreeStatus, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
+    state = standing.evaluation(job.id)
+    about = {"id": job.id, "name": job.name, "under": job.under, "of": job.state, "state": state, "cells": cells}
+    return {**about, **_about(standing, job.id, state)}
+
+
+def _about(standing: TreeStatus, identity: str, state: str) -> dict[str, Any]:
+    """Return who works on a job, why it failed, and where its log is."""
+    holder = standing.holders.get(identity) if state == "running" else None
+    failure = standing.ledger.failure(identity) if state == "failed" else None
+    log = standing.ledger.log_file(identity) if state != "new" else None
+    return {
+        "holder": holder and {"lane": holder.lane, "host": holder.host, "pid": holder.pid, "owner": holder.owner},
+        "error": failure_reason(failure) if failure else None,
+        "log": str(log) if log is not None and is_there(log) else None,
+    }

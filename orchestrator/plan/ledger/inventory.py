@@ -1,14 +1,63 @@
-"""What `ledger ls` and `ledger verify` report of a storage: states and who reaches them, work under way, damage."""
+"""Inventory of a storage: recorded experiments and what each reaches, states, work under way, and what is damaged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
+from orchestrator.errors import StorageError
+from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.experiments import Recorded, searches_of
-from orchestrator.plan.ledger.gc import recorded
+from orchestrator.plan.ledger.backends.base import PARTS, Backend, files_of
+from orchestrator.plan.ledger.files import parse_json
+
+FOLDER = "experiments"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One experiment: the newest plan of a file under its `--set` settings.
+
+    Attributes:
+        key: Where it lies in the store.
+        file: Its file, for people.
+        when: When it was recorded, in seconds since the epoch.
+        states: State to what is to be kept of it: `full`, `weights` or `none`.
+        evaluations: Ids.
+        cells: Name of a cell to the states it stands on.
+    """
+
+    key: str
+    name: str
+    file: str
+    when: float
+    states: dict[str, Keep]
+    evaluations: frozenset[str]
+    cells: dict[str, list[str]]
+
+
+def recorded_experiments(store: Backend) -> list[Recorded]:
+    """Return all recorded experiments, by key.
+
+    Raises:
+        StorageError: a record cannot be read, or is damaged: without it `gc` would delete its states.
+    """
+    keys = [f"{FOLDER}/{entry}" for entry in store.names(FOLDER)]
+    return [_parsed(store.url, key, data) for key in keys if (data := store.read(key)) is not None]
+
+
+@lru_cache(maxsize=64)
+def _parsed(url: str, key: str, data: bytes) -> Recorded:
+    """Return a parsed file, kept for as long as it does not change: `gc` asks again before each step."""
+    note = parse_json(data)
+    try:
+        assert note is not None
+        evaluations = frozenset(note.pop("evaluations"))
+        return Recorded(key=key, evaluations=evaluations, **note)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise StorageError(f"{url}/{key} is damaged; run its experiment again, or take the file away") from error
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
@@ -17,7 +66,7 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
     Raises:
         StorageError: the storage cannot be read.
     """
-    store, experiments, holders = ledger.store, recorded(ledger), ledger.living_holders()
+    store, experiments, holders = ledger.store, recorded_experiments(ledger.store), ledger.living_holders()
     reached: dict[str, list[tuple[str, str]]] = {}
     for each in experiments:
         for cell, known in each.cells.items():
@@ -29,10 +78,6 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
         for job, size in store.work().items()
         if ledger.evaluation(job) is None  # the log of a finished evaluation lies there
     ]
-    searches = {
-        name: {state: sum(note.get("state") == state for note in notes) for state in ("proposed", "finished", "failed")}
-        for name, notes in searches_of(ledger.store).items()
-    }
     return {
         "storage": ledger.url,
         "bytes": sum(entry["bytes"] for entry in (*states, *work)),
@@ -42,13 +87,12 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
         "evaluations": [_evaluation(ledger, name, experiments) for name in _notes(ledger, "evaluations")],
         "failures": [{"id": name, "error": _first_line(ledger, name)} for name in _notes(ledger, "failures")],
         "leases": [{"id": name, **asdict(holder)} for name, holder in holders.items()],
-        "searches": [{"id": name, **counts} for name, counts in searches.items()],
+        "searches": [{"id": name, **_trial_counts(store, name)} for name in store.names("searches")],
     }
 
 
 def damage(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return the damaged states and in-stage checkpoints, every byte read: `kind`, `id`, `step` of a checkpoint,
-    `files`.
+    """Return `kind`, `id`, `step` and `files` of damaged states and in-stage checkpoints; every byte is read.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -92,7 +136,7 @@ def _state(ledger: Ledger, state: str, reached: Sequence[tuple[str, str]]) -> di
         "phase": job.get("phase"),
         "first_step": job.get("first_step"),
         "last_step": job.get("last_step"),
-        "kept": [part for part in ("weights", "checkpoint") if any(n.startswith(f"{part}/") for n in files or {})],
+        "kept": [part for part in PARTS if files_of(part, files or {})],
         "bytes": sum(int(entry["size"]) for entry in (files or {}).values()),
         "when": ledger.store.when(state),
         "whole": files is not None and ledger.is_done(state),
@@ -105,6 +149,12 @@ def _evaluation(ledger: Ledger, name: str, experiments: Sequence[Recorded]) -> d
     result = ledger.evaluation(name) or {}
     reached = [each.name for each in experiments if name in each.evaluations]
     return {"id": name, "metrics": result.get("metrics") or {}, "experiments": reached}
+
+
+def _trial_counts(store: Backend, search: str) -> dict[str, int]:
+    names = [name for name in store.names(f"searches/{search}") if name.startswith("trial_")]
+    states = [(parse_json(store.read(f"searches/{search}/{name}")) or {}).get("state") for name in names]
+    return {state: states.count(state) for state in ("proposed", "finished", "failed")}
 
 
 def _notes(ledger: Ledger, kind: str) -> list[str]:
