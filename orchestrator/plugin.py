@@ -83,6 +83,7 @@ if TYPE_CHECKING:
         Resizes,
         evenly_spaced,
         take,
+        take_windows,
     )
     from orchestrator.compression.testing import check_compressor
     from orchestrator.data.records.row_index import num_words
@@ -97,7 +98,9 @@ _LOADED_WHEN_USED = {
         "TOLERANCE Windows along_both_axes argmax argmin at_least_float32 cosines distances full_precision is_top "
         "merge places_of ranked sum_members tokens_at top_tokens window_bounds windows_over"
     ),
-    "orchestrator.compression.protocol": "Compressor Context Enters Kept Learns Resizes evenly_spaced take",
+    "orchestrator.compression.protocol": (
+        "Compressor Context Enters Kept Learns Resizes evenly_spaced take take_windows"
+    ),
     "orchestrator.compression.testing": "check_compressor",
     "orchestrator.data.records.row_index": "IndexedRows RowIndex num_words row_index",
     "orchestrator.evaluation.generate": "greedy_answers",
@@ -175,6 +178,7 @@ __all__ = [
     "ranked",
     "sum_members",
     "take",
+    "take_windows",
     "teachers_of",
     "tokens_at",
     "top_tokens",

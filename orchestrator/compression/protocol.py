@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.ops import tokens_at
+from orchestrator.compression.ops import tokens_at, windows_over
 from orchestrator.compression.ops import top_tokens as top_tokens
 from orchestrator.spec.components import CompressorSpec, Grid
 
@@ -158,19 +158,41 @@ class Resizes(Protocol):
 
 
 def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
-    """Return what a method returns that keeps some tokens as they are.
+    """Return the result of a method that keeps some tokens as they are.
 
     Args:
         visual_BND: Visual tokens.
-        index_BM: The tokens kept of each image, in rising order.
+        index_BM: The tokens kept of each image, in rising order; M alone where all images keep the same ones.
         context: The context given to the method.
     """
+    index_BM = index_BM.expand(len(visual_BND), -1)
     axes_ABM = index_BM.unsqueeze(0).expand(context.positions_ABN.shape[0], -1, -1)
     return Kept(
         hidden_BMD=tokens_at(visual_BND, index_BM),
         positions_ABM=context.positions_ABN.gather(2, axes_ABM),
         sizes_BM=context.sizes_BN.gather(1, index_BM),
         sources_BM=index_BM,
+    )
+
+
+def take_windows(hidden_BMD: Tensor, grid: Grid, kept: Grid, context: Context) -> Kept:
+    """Return the result of a method that makes one token of each window over the grid.
+
+    A token's position id is the mean of its window's, rounded down; it stands in place of the window's first token.
+
+    Args:
+        hidden_BMD: The new tokens in raster order.
+        grid: The grid before.
+        kept: The grid after, `kept.height` x `kept.width` windows.
+        context: The context given to the method.
+    """
+    windows = windows_over(grid, kept, hidden_BMD.device)
+    return Kept(
+        hidden_BMD,
+        windows.mean_positions(context.positions_ABN),
+        windows.sizes(context.sizes_BN),
+        sources_BM=windows.first_M.expand(len(hidden_BMD), -1),
+        grid=kept,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator import plugin
@@ -42,19 +43,12 @@ class AveragePool2d:
             ValueError: the amount is no block of this grid.
         """
         kept = self.spec.kept_grid(grid)
-        windows = plugin.windows_over(grid, kept, visual_BND.device)
+        means_BMD = plugin.along_both_axes(visual_BND, grid, kept, window_means)
+        result = plugin.take_windows(means_BMD, grid, kept, context)
         if self.spec.positions == "first":
-            positions_ABM = context.positions_ABN[:, :, windows.first_M]
-        else:
-            positions_ABM = windows.mean_positions(context.positions_ABN)
-        return plugin.Kept(
-            plugin.along_both_axes(visual_BND, grid, kept, window_means),
-            positions_ABM,
-            windows.sizes(context.sizes_BN),
-            sources_BM=windows.first_M.expand(len(visual_BND), -1),
-            grid=kept,
-            renumber=self.spec.positions == "renumber",
-        )
+            first_M = plugin.windows_over(grid, kept, visual_BND.device).first_M
+            result = replace(result, positions_ABM=context.positions_ABN[:, :, first_M])
+        return replace(result, renumber=self.spec.positions == "renumber")
 
 
 def window_means(tokens: int, windows: int) -> Tensor:

@@ -63,14 +63,7 @@ class CAbstractor:
         """
         assert context.module is not None
         kept = self.spec.kept_grid(grid)
-        windows = plugin.windows_over(grid, kept, visual_BND.device)
-        return plugin.Kept(
-            context.module(visual_BND, grid, kept),
-            windows.mean_positions(context.positions_ABN),
-            windows.sizes(context.sizes_BN),
-            sources_BM=windows.first_M.expand(len(visual_BND), -1),
-            grid=kept,
-        )
+        return plugin.take_windows(context.module(visual_BND, grid, kept), grid, kept, context)
 
 
 def build_blocks(spec: CAbstractorSpec, width: int) -> nn.Module:

@@ -45,8 +45,7 @@ class Dart:
 
         kept, (images, tokens) = self.spec.kept_tokens(grid), visual_BND.shape[:2]
         if kept == tokens:
-            every_N = torch.arange(tokens, device=visual_BND.device)
-            return plugin.take(visual_BND, every_N.expand(images, -1), context)
+            return plugin.take(visual_BND, torch.arange(tokens, device=visual_BND.device), context)
         with torch.no_grad():
             own = min(self.spec.visual_pivots, kept)
             own_BP, own_BPD, text_BPD, num_text_B = self._pivots(visual_BND, context, own)

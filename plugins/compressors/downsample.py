@@ -52,15 +52,5 @@ class Downsample:
         return smaller_BCHW.to(pixels_BCHW.dtype)
 
     def compress(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
-        """Return the features of the smaller images, B x M x D, told as tokens of `grid`: ids, sizes and sources of M
-        windows.
-        """
-        kept = self.spec.kept_grid(grid)
-        windows = plugin.windows_over(grid, kept, visual_BND.device)
-        return plugin.Kept(
-            visual_BND,
-            windows.mean_positions(context.positions_ABN),
-            windows.sizes(context.sizes_BN),
-            sources_BM=windows.first_M.expand(len(visual_BND), -1),
-            grid=kept,
-        )
+        """Return the features of the smaller images, B x M x D, with ids, sizes and sources of M windows of `grid`."""
+        return plugin.take_windows(visual_BND, grid, self.spec.kept_grid(grid), context)

@@ -37,14 +37,7 @@ class Fourier:
             ValueError: the amount is no block of this grid.
         """
         kept = self.spec.kept_grid(grid)
-        windows = plugin.windows_over(grid, kept, visual_BND.device)
-        return plugin.Kept(
-            plugin.along_both_axes(visual_BND, grid, kept, low_pass),
-            windows.mean_positions(context.positions_ABN),
-            windows.sizes(context.sizes_BN),
-            sources_BM=windows.first_M.expand(len(visual_BND), -1),
-            grid=kept,
-        )
+        return plugin.take_windows(plugin.along_both_axes(visual_BND, grid, kept, low_pass), grid, kept, context)
 
 
 def low_pass(tokens: int, kept: int) -> Tensor:

@@ -38,11 +38,9 @@ class KMeans:
         Raises:
             ValueError: more clusters are asked for than there are tokens.
         """
-        images, tokens = visual_BND.shape[:2]
-        kept = self.spec.kept_tokens(grid)
+        tokens, kept = visual_BND.shape[1], self.spec.kept_tokens(grid)
         if kept == tokens:
-            every_BN = plugin.evenly_spaced(tokens, tokens, visual_BND.device).expand(images, -1)
-            return plugin.take(visual_BND, every_BN, context)
+            return plugin.take(visual_BND, plugin.evenly_spaced(tokens, tokens, visual_BND.device), context)
         slots_BN, first_BM = in_order(cluster(visual_BND.detach(), kept, self.spec.iterations), kept)
         counts_BM = plugin.sum_members(slots_BN.new_ones(slots_BN.shape), slots_BN, kept)
         return plugin.Kept(

@@ -102,6 +102,6 @@ class Registers:
         """
         import torch
 
-        images, tokens = visual_BND.shape[:2]
+        tokens = visual_BND.shape[1]
         index_M = torch.arange(tokens - self.spec.kept_tokens(grid), tokens, device=visual_BND.device)
-        return plugin.take(visual_BND, index_M.expand(images, -1), context)
+        return plugin.take(visual_BND, index_M, context)

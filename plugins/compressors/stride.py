@@ -33,9 +33,9 @@ class Stride:
         """
         import torch
 
-        images, tokens = visual_BND.shape[:2]
+        tokens = visual_BND.shape[1]
         if self.spec.stride is not None:
             index_M = torch.arange(0, tokens, self.spec.stride, device=visual_BND.device)
         else:
             index_M = plugin.evenly_spaced(tokens, self.spec.kept_tokens(grid), visual_BND.device)
-        return plugin.take(visual_BND, index_M.expand(images, -1), context)
+        return plugin.take(visual_BND, index_M, context)
