@@ -89,9 +89,8 @@ if TYPE_CHECKING:
     from orchestrator.data.records.row_index import num_words
     from orchestrator.evaluation.generate import greedy_answers
     from orchestrator.evaluation.protocol import Evaluation, EvaluationData, Outcome, Workers, prediction
-    from orchestrator.testing.data import check_data
+    from orchestrator.testing.contract import check_data, check_schedule
     from orchestrator.testing.evaluation import check_evaluation
-    from orchestrator.testing.schedule import check_schedule
 
 _LOADED_WHEN_USED = {
     "orchestrator.compression.ops": (
@@ -105,9 +104,8 @@ _LOADED_WHEN_USED = {
     "orchestrator.data.records.row_index": "IndexedRows RowIndex num_words row_index",
     "orchestrator.evaluation.generate": "greedy_answers",
     "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers prediction",
-    "orchestrator.testing.data": "check_data",
     "orchestrator.testing.evaluation": "check_evaluation",
-    "orchestrator.testing.schedule": "check_schedule",
+    "orchestrator.testing.contract": "check_data check_schedule",
 }
 _MODULE_OF = {name: module for module, names in _LOADED_WHEN_USED.items() for name in names.split()}
 

@@ -130,6 +130,26 @@ def load_plugin(reference: str, base_folder: Path) -> tuple[type[Any], ...]:
     return tuple(found)
 
 
+def class_of(reference: Any, group: str, who: str) -> type[Any]:
+    """Return the spec class that a class itself, a mapping with a `kind`, or the path of a plug-in file names.
+
+    Args:
+        reference: Any of these.
+        group: The sort of component.
+        who: Who asks, for messages.
+
+    Raises:
+        UsageError: there is no such kind, or the file does not define exactly one component of this sort.
+    """
+    if isinstance(reference, type):
+        return reference
+    if isinstance(reference, str | Path):
+        return only_component(Path(reference), group)
+    if (kind := reference.get("kind")) not in kinds(group):
+        raise UsageError(f"{who}: no kind {kind!r} is registered in {group}; known: {', '.join(kinds(group))}")
+    return spec_class(group, kind)
+
+
 def only_component(path: Path, group: str) -> type[Any]:
     """Import a plug-in file and return the one component of a sort that it defines.
 

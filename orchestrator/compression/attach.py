@@ -10,17 +10,270 @@ from types import MethodType
 from typing import Any, Final
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from orchestrator import registry
+from orchestrator.compression.attention.stats import check_point
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
 from orchestrator.compression.forward.projector import expand_images
 from orchestrator.compression.forward.segments import Draw
-from orchestrator.compression.points import check_together, resolve_points
 from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
+from orchestrator.spec.components import Compressor as CompressorField
 from orchestrator.spec.components import CompressorSpec
+
+PointLike = CompressorSpec | Mapping[str, Any]
+ALL_LEARNED_POINTS: Final = "all learned points"
+
+
+def attach(
+    model: nn.Module,
+    points: Sequence[PointLike],
+    modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS,
+    seed: int = 0,
+) -> Attachment:
+    """Put compressors into a vision-language model, in place.
+
+    Args:
+        model: A Hugging Face image-text-to-text model, plain or wrapped by peft, DeepSpeed or DDP.
+        points: Compressors, as specs or mappings; an empty list runs full tokens.
+        modules: Points whose learned modules are created now, since `switch` cannot add parameters; by default those
+            of `points`. Name all stages' points where later ones learn.
+        seed: Seed of learned modules; their parameters depend on it and on their names alone.
+
+    Raises:
+        UsageError: the model cannot be served, is attached already, or a point does not fit it.
+    """
+    inner = unwrap(model)
+    family = family_of(inner)
+    refuse_patched(inner)
+    refuse_patched(family.language_model)
+    resolved = resolve_points(points, family)
+    check_together(resolved)
+    learned = resolved if isinstance(modules, str) else resolve_points(modules, family)
+    return Attachment(family, resolved, learned, seed)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return the attachment a model carries, None where it has none."""
+    found = getattr(unwrap(model).__dict__.get("forward"), "llavolta", None)
+    return found if isinstance(found, Attachment) else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+            continue
+        if hasattr(model, "config") and hasattr(model, "get_output_embeddings") and "module" not in model._modules:
+            return model
+        inside = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inside is None:
+            return model
+        model = inside
+
+
+class Attachment:
+    """Compressors in a model; made by `attach`.
+
+    Attributes:
+        model: The unwrapped model.
+        visual_tokens_per_layer: Visual tokens that ran in each decoder layer in the last forward, summed over rows.
+    """
+
+    def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...], seed: int = 0) -> None:
+        self.model = family.model
+        self.visual_tokens_per_layer: tuple[int, ...] = ()
+        self._decoder = Decoder(family, points)
+        created = create_modules(learned, family, seed)
+        check_modules(points, created)
+        if len(created):
+            family.model.add_module(MODULES_NAME, created)
+            self._decoder.modules = created
+        patch_forward(family.model, self._top_forward, self)
+        patch_forward(family.language_model, self._decoder.forward, self)
+        patch_generate(family.model, self._decoder)
+        family.enter()
+        announce(family.model, points)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The present points, in the order of layers."""
+        return self._decoder.points
+
+    @property
+    def last_visual_layer_tokens(self) -> int:
+        """Visual tokens summed over decoder layers and rows, as they ran in the last forward."""
+        return sum(self.visual_tokens_per_layer)
+
+    @property
+    def learned_modules(self) -> dict[str, nn.Module]:
+        """All learned modules by name, those that the present points do not use included."""
+        return dict(self._decoder.modules.items()) if self._decoder.modules is not None else {}
+
+    def learned_names(self, points: Sequence[PointLike] | None = None) -> tuple[str, ...]:
+        """Return the names of the learned modules that points (by default the present ones) use."""
+        return names_of(self.points if points is None else resolve_points(points, self._decoder.family))
+
+    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
+        """Return True at the placeholders of visual tokens (images, frames, tiles)."""
+        return self._decoder.family.visual_BN(input_ids_BN)
+
+    def switch(self, points: Sequence[PointLike]) -> None:
+        """Other points from the next forward on; an empty list runs full tokens.
+
+        Raises:
+            UsageError: a point does not fit, or needs a learned module that `attach` did not create.
+        """
+        self._require_attached()
+        resolved = resolve_points(points, self._decoder.family)
+        check_together(resolved)
+        check_modules(resolved, self._decoder.modules)
+        self._decoder.points = resolved
+        announce(self.model, resolved)
+
+    def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
+        """Set what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
+        rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
+        self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
+
+    def detach(self) -> None:
+        """Take everything out again; the model is as it was. Safe to call twice.
+
+        Raises:
+            UsageError: something wrapped the model's forward after `attach`.
+        """
+        family = self._decoder.family
+        restore((family.model, family.language_model))
+        family.model._modules.pop(MODULES_NAME, None)
+        family.leave()
+        self._decoder.modules = None
+
+    def _require_attached(self) -> None:
+        if "forward" not in self.model.__dict__:
+            raise UsageError("switch: this attachment was detached; attach again")
+
+    def _top_forward(self, inputs: dict[str, Any]) -> Any:
+        output, self.visual_tokens_per_layer = forward_top(self._decoder, inputs)
+        return output
+
+
+_ADAPTER: TypeAdapter[CompressorSpec] = TypeAdapter(CompressorField)
+
+
+def resolve_points(points: Sequence[CompressorSpec | Mapping[str, Any]], family: Family) -> tuple[Point, ...]:
+    """Return the validated points in the order of layers; several at one layer keep the order given.
+
+    Raises:
+        UsageError: a mapping is no compressor, or a point does not fit the model.
+    """
+    if isinstance(points, Mapping | CompressorSpec | str):
+        raise UsageError("attach: points is a list of compressors (one or several), or an empty list for full tokens")
+    return tuple(sorted((_resolve(spec, family) for spec in points), key=_order))
+
+
+def check_together(points: Sequence[Point]) -> None:
+    """Refuse points that cannot act in one forward; those of several stages may well be alike.
+
+    Raises:
+        UsageError: two of them resize the image or have one learned module, or one that adds tokens is not the first.
+    """
+    if sum(hasattr(point.compressor, "resize") for point in points) > 1:
+        raise UsageError("attach: an image is resized by one point, not by several")
+    for point in points[1:]:
+        if hasattr(point.compressor, "enter"):
+            raise UsageError(
+                f"attach: {point.spec.kind} adds tokens at the decoder's input, which the points before it would mix "
+                "or drop; let it be the first point"
+            )
+    learned = [point.module_name for point in points if point.module_name]
+    if twice := sorted({name for name in learned if learned.count(name) > 1}):
+        raise UsageError(
+            f"attach: two points would share the learned module {twice[0]}; ZeRO-3 gathers a module once a forward, so "
+            "act at different layers, or give the methods different shapes"
+        )
+
+
+def _order(point: Point) -> tuple[int, bool, bool]:
+    """Pixels first, then features before the projector, then the decoder's input and its layers."""
+    return point.layer, not hasattr(point.compressor, "resize"), point.spec.layer != "projector"
+
+
+def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point:
+    spec = value if isinstance(value, CompressorSpec) else _validate(value)
+    if spec.layer_average_tokens is not None:
+        raise UsageError(f"attach: {spec.kind}: layer_average_tokens is solved by the planner; give keep_tokens here")
+    layer = spec.layer_index(family.num_layers)
+    _check_place(spec, layer, family)
+    check_point(layer if spec.layer != "projector" else "projector", spec.needs, spec.kind, family.cls_attention())
+    implementation = registry.load_object(spec.implementation)
+    if hasattr(implementation, "create_module") != spec.learns:
+        raise UsageError(
+            f"attach: {spec.kind}: a method that learns has `learns = True` in its spec and `create_module` in its "
+            "implementation; this one has one of them only"
+        )
+    if hasattr(implementation, "enter"):
+        _check_entry(spec, layer, family)
+    at_projector = spec.layer == "projector" and family.projector is not None
+    if hasattr(implementation, "resize") and (family.resizable_tower is None or not at_projector):
+        raise UsageError(
+            f"attach: {spec.kind}: the vision tower of {type(family.model).__name__} cannot take images of another "
+            "size (it must interpolate its position embeddings and give one token a patch)"
+        )
+    return Point(layer, spec, implementation(spec), spec.module_name(family.num_layers), at_projector)
+
+
+def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
+    place = "projector" if spec.layer == "projector" else "decoder"
+    if place not in spec.points:
+        allowed = "layer: projector" if "decoder" not in spec.points else "a decoder layer"
+        raise UsageError(f"attach: {spec.kind} cannot act at layer {spec.layer}; give {allowed}")
+    if layer >= family.num_layers:
+        raise UsageError(
+            f"attach: {spec.kind}: layer {spec.layer} does not exist; this model has layers 0 to "
+            f"{family.num_layers - 1}"
+        )
+    if layer < family.first_layer:
+        raise UsageError(
+            f"attach: {spec.kind}: layer {spec.layer} is too early; {type(family.model).__name__} adds visual features "
+            f"up to layer {family.first_layer - 1} (DeepStack), so give a layer from {family.first_layer} on"
+        )
+
+
+def _check_entry(spec: CompressorSpec, layer: int, family: Family) -> None:
+    if layer == 0:
+        raise UsageError(f"attach: {spec.kind}: layer {spec.layer} is 0; its tokens enter there, give layer 1 or more")
+    if family.first_layer > 0:
+        raise UsageError(
+            f"attach: {spec.kind} adds tokens at the decoder's input, but {type(family.model).__name__} adds visual "
+            f"features up to layer {family.first_layer - 1} (DeepStack), which must find the tokens it knows"
+        )
+
+
+def _validate(value: Mapping[str, Any]) -> CompressorSpec:
+    try:
+        return _ADAPTER.validate_python(dict(value))
+    except ValidationError as error:
+        raise UsageError(f"attach: {dict(value)!r} is no compressor: {_reasons(error.errors())}") from error
+
+
+def _reasons(errors: Sequence[Any]) -> str:
+    parts = []
+    for fault in errors:
+        inner = (fault.get("ctx") or {}).get("errors")
+        if inner:
+            parts.append(_reasons(inner))
+            continue
+        where = ".".join(str(step) for step in fault["loc"])
+        known = (fault.get("ctx") or {}).get("known")
+        text = f"{where}: {fault['msg']}" if where else fault["msg"]
+        parts.append(f"{text} (known: {', '.join(known)})" if known else text)
+    return "; ".join(parts)
+
 
 MODULES_NAME: Final = "llavolta_compressors"
 
@@ -190,140 +443,3 @@ def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         return kwargs
     names = list(inspect.signature(function).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-PointLike = CompressorSpec | Mapping[str, Any]
-ALL_LEARNED_POINTS: Final = "all learned points"
-
-
-def attach(
-    model: nn.Module,
-    points: Sequence[PointLike],
-    modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS,
-    seed: int = 0,
-) -> Attachment:
-    """Put compressors into a vision-language model, in place.
-
-    Args:
-        model: A Hugging Face image-text-to-text model, plain or wrapped by peft, DeepSpeed or DDP.
-        points: Compressors, as specs or mappings; an empty list runs full tokens.
-        modules: Points whose learned modules are created now, since `switch` cannot add parameters; by default those
-            of `points`. Name all stages' points where later ones learn.
-        seed: Seed of learned modules; their parameters depend on it and on their names alone.
-
-    Raises:
-        UsageError: the model cannot be served, is attached already, or a point does not fit it.
-    """
-    inner = unwrap(model)
-    family = family_of(inner)
-    refuse_patched(inner)
-    refuse_patched(family.language_model)
-    resolved = resolve_points(points, family)
-    check_together(resolved)
-    learned = resolved if isinstance(modules, str) else resolve_points(modules, family)
-    return Attachment(family, resolved, learned, seed)
-
-
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """Return the attachment a model carries, None where it has none."""
-    found = getattr(unwrap(model).__dict__.get("forward"), "llavolta", None)
-    return found if isinstance(found, Attachment) else None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the Hugging Face model inside peft, DeepSpeed, DDP or compile wrappers."""
-    while True:
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-            continue
-        if hasattr(model, "config") and hasattr(model, "get_output_embeddings") and "module" not in model._modules:
-            return model
-        inside = model._modules.get("module") or model._modules.get("_orig_mod")
-        if inside is None:
-            return model
-        model = inside
-
-
-class Attachment:
-    """Compressors in a model; made by `attach`.
-
-    Attributes:
-        model: The unwrapped model.
-        visual_tokens_per_layer: Visual tokens that ran in each decoder layer in the last forward, summed over rows.
-    """
-
-    def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...], seed: int = 0) -> None:
-        self.model = family.model
-        self.visual_tokens_per_layer: tuple[int, ...] = ()
-        self._decoder = Decoder(family, points)
-        created = create_modules(learned, family, seed)
-        check_modules(points, created)
-        if len(created):
-            family.model.add_module(MODULES_NAME, created)
-            self._decoder.modules = created
-        patch_forward(family.model, self._top_forward, self)
-        patch_forward(family.language_model, self._decoder.forward, self)
-        patch_generate(family.model, self._decoder)
-        family.enter()
-        announce(family.model, points)
-
-    @property
-    def points(self) -> tuple[Point, ...]:
-        """The present points, in the order of layers."""
-        return self._decoder.points
-
-    @property
-    def last_visual_layer_tokens(self) -> int:
-        """Visual tokens summed over decoder layers and rows, as they ran in the last forward."""
-        return sum(self.visual_tokens_per_layer)
-
-    @property
-    def learned_modules(self) -> dict[str, nn.Module]:
-        """All learned modules by name, those that the present points do not use included."""
-        return dict(self._decoder.modules.items()) if self._decoder.modules is not None else {}
-
-    def learned_names(self, points: Sequence[PointLike] | None = None) -> tuple[str, ...]:
-        """Return the names of the learned modules that points (by default the present ones) use."""
-        return names_of(self.points if points is None else resolve_points(points, self._decoder.family))
-
-    def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
-        """Return True at the placeholders of visual tokens (images, frames, tiles)."""
-        return self._decoder.family.visual_BN(input_ids_BN)
-
-    def switch(self, points: Sequence[PointLike]) -> None:
-        """Other points from the next forward on; an empty list runs full tokens.
-
-        Raises:
-            UsageError: a point does not fit, or needs a learned module that `attach` did not create.
-        """
-        self._require_attached()
-        resolved = resolve_points(points, self._decoder.family)
-        check_together(resolved)
-        check_modules(resolved, self._decoder.modules)
-        self._decoder.points = resolved
-        announce(self.model, resolved)
-
-    def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
-        """Set what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
-        rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
-        self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
-
-    def detach(self) -> None:
-        """Take everything out again; the model is as it was. Safe to call twice.
-
-        Raises:
-            UsageError: something wrapped the model's forward after `attach`.
-        """
-        family = self._decoder.family
-        restore((family.model, family.language_model))
-        family.model._modules.pop(MODULES_NAME, None)
-        family.leave()
-        self._decoder.modules = None
-
-    def _require_attached(self) -> None:
-        if "forward" not in self.model.__dict__:
-            raise UsageError("switch: this attachment was detached; attach again")
-
-    def _top_forward(self, inputs: dict[str, Any]) -> Any:
-        output, self.visual_tokens_per_layer = forward_top(self._decoder, inputs)
-        return output

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from orchestrator import registry
 from orchestrator.compression.testing.families import TINY
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
@@ -77,8 +78,6 @@ def check_evaluation(evaluation: Reference) -> ContractReport:
 
 
 def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> None:
-    from orchestrator import registry
-
     implementation = registry.load_object(spec.implementation)
     processor = tiny_processor()
     data = EvaluationData(rows, Encoder(processor, "chat_template", 4096), processor)

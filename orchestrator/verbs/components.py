@@ -56,7 +56,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the contract kit on every component that a plug-in file defines; exit code 1 if one breaks its contract."""
-    from orchestrator.testing.plugin_file import check_file  # the kits import torch
+    from orchestrator.testing.contract import check_file  # the kits import torch
 
     results = []
     for one in check_file(file, _values(set_ or ()), family):

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from orchestrator.compression.testing import check_compressor
-from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.kit import bench_of
-from orchestrator.compression.testing.table import (
+from orchestrator.compression.testing.__main__ import (
     built_in_methods,
     markdown,
     read_marks,
     run_cell,
     write,
 )
+from orchestrator.compression.testing.families import TINY
+from orchestrator.compression.testing.kit import bench_of
 from orchestrator.errors import UsageError
 
 MODELS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"

@@ -6,7 +6,7 @@ import pytest
 from ranks import result_of_rank_0
 
 from orchestrator import registry
-from orchestrator.compression.testing.table import built_in_methods
+from orchestrator.compression.testing.__main__ import built_in_methods
 
 # One process group for all methods; those that learn nothing share an engine too, the others bring parameters.
 SCRIPT = """

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from orchestrator import registry
-from orchestrator.compression.testing.bench import Bench
-from orchestrator.compression.testing.checks import Cell
+from orchestrator.compression import Attachment
+from orchestrator.compression.testing.bench import Batch, Bench, gradients, reference_gradients, run
 from orchestrator.compression.testing.families import TINY
+from orchestrator.compression.testing.method import global_random_state, method_faults, same_random_state
+from orchestrator.compression.testing.reference import Reference, draws
 from orchestrator.compression.testing.tiny import TinyFamily
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import CompressorSpec, Grid
@@ -189,14 +194,8 @@ class Candidate:
 def _candidate(point: PointLike) -> Candidate:
     if isinstance(point, CompressorSpec):
         return Candidate(type(point), point.model_dump(exclude_none=True))
-    if isinstance(point, Path):
-        point = registry.only_component(point, registry.COMPRESSORS)
-    if isinstance(point, type):
-        return Candidate(point, {})
-    kind, known = point.get("kind"), registry.kinds(registry.COMPRESSORS)
-    if kind not in known:
-        raise UsageError(f"check_compressor: no compressor of kind {kind!r} is registered; known: {', '.join(known)}")
-    return Candidate(registry.spec_class(registry.COMPRESSORS, kind), point)
+    cls = registry.class_of(point, registry.COMPRESSORS, "check_compressor")
+    return Candidate(cls, point if isinstance(point, Mapping) else {})
 
 
 def _places(points: Sequence[Candidate], bench: Bench) -> list[list[CompressorSpec]]:
@@ -266,3 +265,328 @@ def _all_kept(points: Sequence[Candidate], bench: Bench) -> list[list[Compressor
     if not all(point.cls.keeps_all for point in points):
         return []
     return _places([point.all_kept() for point in points], bench)
+
+
+EXACT, CLOSE, LOGITS = 1e-6, 1e-5, 1e-4
+_SEEDS = range(8)
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running a batch that may not change the numbers."""
+
+    place: int
+    other: bool
+    padding: str
+    runs: tuple[tuple[str, bool], ...]
+
+
+@dataclass
+class Cell:
+    """A method on a family.
+
+    Attributes:
+        bench: The family's models.
+        places: The points to try, each a list of specs.
+        keep_all: The points with all tokens kept; empty where the method never keeps them as they are.
+    """
+
+    bench: Bench
+    places: Sequence[Sequence[CompressorSpec]]
+    keep_all: Sequence[Sequence[CompressorSpec]] = ()
+
+    def faults(self) -> Iterator[str]:
+        """Return what does not hold, in words and numbers.
+
+        Raises:
+            UsageError: the family refuses the points.
+        """
+        alone = list(self._method_alone(self.places[0]))
+        yield from alone
+        if alone:
+            return  # all else would only repeat it
+        for setting in self._settings():
+            yield from self._against_reference(setting)
+        for number, points in enumerate(self.keep_all):
+            yield from self._keep_all(points, number)
+        yield from self._generation(self.places[-1])
+        yield from self._gap(self.places[0])
+        yield from self._life(self.places[0], self.places[-1])
+
+    def _settings(self) -> list[Setting]:
+        """Return every padding, batch and place, and in both kinds of attention with and without checkpointing."""
+        found = []
+        for place in range(len(self.places)):
+            other = place % 2 == 1
+            one, two = self.bench.tiny.attentions[0], self.bench.tiny.attentions[-1]
+            runs = ((one, False), (two, True)) if other else ((two, False), (one, True))
+            found.append(Setting(place, other, "left" if other else "right", runs if place < 2 else runs[:1]))
+        if len(found) == 1:
+            found.append(Setting(0, True, "left", ((one, False), (two, True))))
+        return found
+
+    def _method_alone(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
+        """Return the first call that is not what a method must be, in the plain computation of the first batch."""
+        batch = self.bench.batch(self.bench.rows(False), "right")
+        with self.bench.attached(self.bench.tiny.attentions[0], points) as (_, attachment):
+            reference = self.bench.reference(attachment)
+            reference.rows(batch.inputs, batch.units, attachment.points)
+        for call in reference.calls:
+            faults = [f"{call.spec.kind}, {place_of([call.spec])}: {fault}" for fault in method_faults(call)]
+            if faults:
+                yield from faults
+                return
+
+    def _against_reference(self, setting: Setting) -> Iterator[str]:
+        points = self.places[setting.place]
+        where = f"{place_of(points)}, {setting.padding} padding, {'second' if setting.other else 'first'} batch"
+        with self.bench.attached(setting.runs[0][0], points) as (_, attachment):
+            reference = self.bench.reference(attachment)
+            resolved = attachment.points
+        rows = self.bench.rows(setting.other)
+        found = steady_batch(self.bench, reference, resolved, rows, setting.padding)
+        if found is None:
+            yield f"{where}: {_NEVER_STEADY}"
+            return
+        batch, expected = found
+        wanted = reference_gradients(reference, expected)
+        for attention, checkpointing in setting.runs:
+            how = f"{where}, {attention}, checkpointing {'on' if checkpointing else 'off'}"
+            with self.bench.attached(attention, points) as (model, attachment), checkpointed(model, checkpointing):
+                before = global_random_state()
+                loss = run(model, attachment, batch).loss
+                if not same_random_state(before, global_random_state()):
+                    yield f"{how}: the forward moved a global random state (torch, numpy or random)"
+                yield from differs(f"{how}: loss against the plain computation", loss, expected, CLOSE)
+                yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+
+    def _keep_all(self, points: Sequence[CompressorSpec], number: int) -> Iterator[str]:
+        how = f"all tokens kept, {place_of(points)}"
+        batch = self.bench.batch(self.bench.rows(bool(number % 2)), "left" if number % 2 else "right")
+        attention = self.bench.tiny.attentions[-1]
+        plain = self.bench.model(attention)
+        expected = run(plain, None, batch).loss
+        wanted = gradients(plain, expected)
+        with self.bench.attached(attention, points) as (model, attachment):
+            loss = run(model, attachment, batch).loss
+            yield from differs(f"{how}: loss against the plain model", loss, expected, EXACT)
+            yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+
+    def _generation(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
+        """Compare cached steps with recomputing everything, and the first with the plain computation."""
+        how = f"generate, {place_of(points)}"
+        attention = self.bench.tiny.attentions[-1]
+        rows = self.bench.rows(False)[:3]
+        with self.bench.attached(attention, points) as (model, attachment), torch.no_grad():
+            model.eval()
+            reference = self.bench.reference(attachment)
+            reference.family.model.eval()
+            try:
+                found = steady_batch(self.bench, reference, attachment.points, rows, "left", answer=0)
+            finally:
+                reference.family.model.train()
+            if found is None:
+                yield f"{how}: {_NEVER_STEADY}"
+                return
+            batch, first_BV = found
+            cached, recomputed = (
+                _generate(model, attachment, batch, self.bench, use_cache=choice) for choice in (True, False)
+            )
+            yield from differs(f"{how}: first logits against the plain computation", cached.logits[0], first_BV, LOGITS)
+            same_B = torch.ones(batch.rows, dtype=torch.bool)
+            start = batch.inputs["input_ids"].shape[1]
+            for step, (one_BV, other_BV) in enumerate(zip(cached.logits, recomputed.logits, strict=True)):
+                what = f"{how}: logits of step {step + 1} with a KV cache against recomputing everything"
+                yield from differs(what, one_BV[same_B], other_BV[same_B], LOGITS)
+                # After two tokens that differ (a tie of logits) rows go their own ways.
+                same_B &= cached.sequences[:, start + step] == recomputed.sequences[:, start + step]
+
+    def _gap(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
+        """Without a mask a gap in position ids must not cut image from text (the packed-sequence trap)."""
+        how = f"without attention_mask, {place_of(points)}"
+        batch = self.bench.batch([[3, next(iter(self.bench.tiny.units)), 7]], "right")
+        bare = Batch({name: value for name, value in batch.inputs.items() if name != "attention_mask"}, batch.units)
+        with self.bench.attached(self.bench.tiny.attentions[-1], points) as (model, attachment), torch.no_grad():
+            loss, masked = (run(model, attachment, one).loss for one in (bare, batch))
+            yield from differs(f"{how}: loss against the same with a mask of ones", loss, masked, CLOSE)
+            other = {
+                name: value + 1.0 if isinstance(value, Tensor) and value.is_floating_point() else value
+                for name, value in bare.inputs.items()
+            }
+            moved = float((run(model, attachment, Batch(other, batch.units)).loss - loss).abs())
+            if not moved > 1e-5:
+                yield f"{how}: other pixels move the loss by {moved:.1e} only; the answer does not see the image"
+
+    def _life(self, points: Sequence[CompressorSpec], others: Sequence[CompressorSpec]) -> Iterator[str]:
+        """switch equals a fresh attachment, nothing is remembered, and detach leaves the model as it was."""
+        attention = self.bench.tiny.attentions[-1]
+        plain = self.bench.model(attention)
+        batch, other_batch = (self.bench.batch(self.bench.rows(other), "left") for other in (False, True))
+        expected = run(plain, None, batch).loss
+        before = trace(plain)
+        learned = [point for point in [*points, *others] if point.learns]
+        with self.bench.attached(attention, points, learned) as (model, attachment):
+            first = run(model, attachment, batch).loss
+            run(model, attachment, other_batch).loss.backward()
+            model.zero_grad()
+            yield from differs(
+                "a forward, another batch, the same forward again", run(model, attachment, batch).loss, first, 0.0
+            )
+            attachment.switch(others)
+            run(model, attachment, batch)
+            attachment.switch([])
+            yield from differs("switch to full tokens", run(model, attachment, batch).loss, expected, EXACT)
+            attachment.switch(points)
+            yield from differs("switch back", run(model, attachment, batch).loss, first, 0.0)
+        left = list(left_behind(before, trace(plain)))
+        if left:
+            yield f"detach leaves something behind: {'; '.join(left[:3])}"
+        yield from differs("the plain model after detach", run(plain, None, batch).loss, expected, 0.0)
+
+
+_NEVER_STEADY = (
+    "in every one of several batches the method chooses otherwise when its input moves by 1e-5, so that its choice "
+    "hangs on the last bits; of tokens that are equal, take the first"
+)
+
+
+def steady_batch(
+    bench: Bench, reference: Reference, points: Sequence[Any], rows: Any, padding: str, answer: int = 3
+) -> tuple[Batch, Tensor] | None:
+    """Return the first batch on which no method's choice is a near-tie, with the plain computation's loss.
+
+    Without labels (`answer` 0) the last token's logits of each row take the loss's place. None where every batch is
+    a near-tie.
+    """
+    for seed in _SEEDS:
+        batch = bench.batch(rows, padding, seed, answer)
+        if answer:
+            expected = reference.loss(batch.inputs, batch.units, points)
+        else:
+            found = reference.rows(batch.inputs, batch.units, points)
+            expected = torch.stack([logits_NV[-1] for _, logits_NV in found])
+        if not reference.unstable:
+            return batch, expected
+    return None
+
+
+def place_of(points: Sequence[CompressorSpec]) -> str:
+    """Return where points act, in words."""
+    layers = [str(point.layer) for point in points]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+
+
+def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, use_cache: bool) -> Any:
+    attachment.set_step(**draws(batch.rows))
+    # Placeholders and their brackets must not be generated: they would announce images that are not there.
+    special = set(_special_tokens(model.config.to_dict()))
+    special |= set(batch.inputs["input_ids"][bench.family.visual_BN(batch.inputs["input_ids"])].tolist())
+    return model.generate(
+        **batch.inputs,
+        max_new_tokens=_STEPS,
+        min_new_tokens=_STEPS,
+        do_sample=False,
+        suppress_tokens=sorted(token for token in special if token >= 0),
+        return_dict_in_generate=True,
+        output_logits=True,
+        use_cache=use_cache,
+    )
+
+
+def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
+    """Return all token ids that a config names."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_tokens(value)
+        elif str(name).endswith(("token_id", "token_index")) and isinstance(value, int):
+            yield value
+
+
+def differs(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Iterator[str]:
+    """Return the message of a difference beyond `tolerance`, relative where values are larger than 1."""
+    one, other = got.detach().float(), expected.detach().float()
+    if one.shape != other.shape:
+        yield f"{what}: the shape {tuple(one.shape)} instead of {tuple(other.shape)}"
+        return
+    if not one.numel():
+        return
+    allowed = tolerance * max(1.0, float(other.abs().max()))
+    gap = float((one - other).abs().max())
+    if not gap <= allowed:
+        values = f": {float(one):.7g} instead of {float(other):.7g}" if one.numel() == 1 else ""
+        yield f"{what}{values}: differs by {gap:.1e}, allowed {allowed:.1e}"
+
+
+def gradient_faults(how: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
+    """Return the gradient that differs most, where it differs by more than `tolerance` of the largest one."""
+    scale = max((float(one.abs().max()) for one in wanted.values()), default=0.0)
+    gaps = {}
+    for name in {*got, *wanted}:
+        one, other = got.get(name), wanted.get(name)
+        if one is None or other is None:
+            gaps[name] = max(float(each.abs().max()) for each in (one, other) if each is not None)
+        else:
+            gaps[name] = float((one - other).abs().max())
+    allowed = tolerance * max(1.0, scale)
+    worst = max(gaps, key=lambda name: gaps[name], default=None)
+    if worst is None or scale < 1e-4:
+        yield f"{how}: the gradients are all below {scale:.1e}; the comparison proves nothing"
+    elif not gaps[worst] <= allowed:
+        count = sum(gap > allowed for gap in gaps.values())
+        yield f"{how}: {count} gradients differ, most {worst}, by {gaps[worst]:.1e}, allowed {allowed:.1e}"
+
+
+@contextmanager
+def checkpointed(model: Any, on: bool) -> Iterator[None]:
+    """Activation checkpointing of a model within a block."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers < 5.23
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")()
+    try:
+        yield
+    finally:
+        if on:
+            getattr(model, f"{name}_checkpointing_disable")()
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Return what a model is: its modules' attributes, hooks, modes, parameters' values, and its configs."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[f"{name}: attributes"] = {key: _value(value) for key, value in module.__dict__.items()}
+        found[f"{name}: submodules"] = {key: id(child) for key, child in module._modules.items()}
+        found[f"{name}: hooks"] = {
+            key: len(value) for key, value in module.__dict__.items() if key.endswith("_hooks") and value is not None
+        }
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "to_json_string"):
+            found[f"{name}: config"] = (id(config), config.to_json_string(use_diff=False))
+    found["parameters"] = {name: (id(one), one.requires_grad) for name, one in model.named_parameters()}
+    found["values"] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return found
+
+
+def _value(value: Any) -> Any:
+    plain = isinstance(value, bool | int | float | str | type(None))
+    return value if plain else type(value).__name__
+
+
+def left_behind(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """Return the differences between two traces, in words."""
+    for name in sorted({*before, *after} - {"values"}):
+        one, other = before.get(name), after.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+            yield f"{name or 'model'}: {', '.join(map(str, keys))}"
+        else:
+            yield f"{name or 'model'}"
+    changed = [
+        name
+        for name, value in before["values"].items()
+        if name in after["values"] and not torch.equal(value, after["values"][name])
+    ]
+    if changed:
+        yield f"values of {', '.join(changed[:3])}"
