@@ -91,7 +91,7 @@ def home(tmp_path_factory) -> Path:
     (folder / "base").mkdir()
     copy_processor_files(spec, folder / "base")
     model_from_config(spec).save_pretrained(folder / "base")
-    (folder / "mine.yaml").write_text(EXPERIMENT)
+    (folder / "mine.yaml").write_text(EXPERIMENT.replace("first_tokens.py", str(folder / "first_tokens.py")))
     (folder / "first_tokens.py").write_text(PLUGIN)
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", "run", "mine.yaml", "--local"],
