@@ -21,7 +21,8 @@ SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 PYTHONS = 3.10 3.11 3.12 3.13
 LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa jinja2 pyarrow \
 	pytest pytest-timeout hypothesis jsonschema tomli
-LIGHT_TESTS = tests/spec tests/plan tests/search tests/plugins --ignore tests/plugins/test_example_plugin.py
+LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
+	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py
 
 .PHONY: help install quickstart test-unit test test-all test-python check format format-check lint types imports docs lock clean
 

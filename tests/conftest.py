@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from repository import TINY_LLAVA
 
 from orchestrator import registry
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-ROOT = Path(__file__).resolve().parent.parent
-collect_ignore = ["example_plugin"]  # a package of its own; tests/plugins/test_example_plugin.py installs and tests it
-TINY_LLAVA = ROOT / "experiments" / "models" / "tiny-llava"
+pytest_plugins = ["data_files", "search_experiment", "training_files"]
+# A package of its own: integration/plugins/test_example_plugin.py installs and tests it.
+collect_ignore = ["example_plugin"]
 
 # `make test-python` runs without these; a test that asks for one is left out there, whatever else goes wrong fails.
 FRAMEWORKS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "ray", "mlflow", "matplotlib", "optuna")

@@ -56,7 +56,7 @@ up, activation, product), else 2:
 | teacher       | one decoder layer at its tokens; its logits, log-softmax and gradients beside the student's  |
 
 On top comes one more decoder layer, the largest: what its backward works in. Held against what autograd really keeps in
-`tests/training/test_micro_batch.py`: equal to a few per cent where all parts train without checkpointing, up to
+`test_micro_batch.py`: equal to a few per cent where all parts train without checkpointing, up to
 two fifths more where parts are frozen or the decoder is checkpointed.
 
 Gradients and optimizer (`to_come_bytes`): ZeRO, Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: 8 bytes of Adam

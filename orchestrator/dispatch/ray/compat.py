@@ -1,4 +1,4 @@
-"""The one place that touches Ray's private parts; tests/dispatch/test_ray_compat.py fails when one of them moves."""
+"""The one place that touches Ray's private parts; test_ray_compat.py fails when one of them moves."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""The verbs data check and data show print what the functions return."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+
+from inspected_rows import GOOD, cells, record, write_experiment
+
+from orchestrator.data.inspect import check_document, row_document
+
+
+def test_the_verbs(tmp_path):
+    experiment = functools.partial(write_experiment, tmp_path)
+
+    def llavolta(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "orchestrator", "data", *arguments]
+        return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=120, check=False)
+
+    path = experiment([*GOOD, record(3, "<image>\nGone", "Yes", image="gone.png")])
+    done = llavolta("check", "look.yaml", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout) == check_document(cells(path)), done.stderr
+    done = llavolta("show", "look.yaml", "--row", "1", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == row_document(cells(path), None, 1), done.stderr
+    done = llavolta("show", "look.yaml", "--data", "test", "--format", "html", "-o", "row.html")
+    assert done.returncode == 0 and "<img" in (path.parent / "row.html").read_text(), done.stderr
+    done = llavolta("show", "look.yaml", "--row", "9")
+    assert done.returncode == 2 and "rows 0 to 3" in done.stderr
+    path = experiment(GOOD)
+    done = llavolta("check", "look.yaml")
+    assert done.returncode == 0 and done.stdout.endswith("as the file allows\n"), done.stdout

@@ -1,0 +1,191 @@
+"""Every experiment file validates and plans offline, and the paper's recipes are the paper's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.tree import build_stage_tree
+from orchestrator.spec.loader import load_experiment
+
+EXPERIMENTS = ROOT / "experiments"
+FILES = sorted([*EXPERIMENTS.rglob("*.yaml"), *EXPERIMENTS.rglob("*.yml")])
+SEVEN_B = EXPERIMENTS / "llava15_7b"
+CELLS = {
+    "quickstart.yaml": 3,
+    "easy_vqa.yaml": 14,
+    "bench.yaml": 1,
+    "search_easy_vqa.yaml": 1,  # the base of its trials
+    "base/tiny_llava.yaml": 1,
+    "llava15_7b/base.yaml": 1,
+    "llava15_7b/schedules.yaml": 7,
+    "llava15_7b/fixed.yaml": 7,
+}
+# LLaVolta, Table 1: layer/stride of each stage; None is full tokens.
+SCHEMES = {
+    "full": [None],
+    "two": [(2, 8), None],
+    "three_deeper": [(2, 8), (16, 8), None],
+    "three_wider": [(2, 8), (2, 2), None],
+    "four_wider_deeper": [(2, 8), (2, 2), (16, 2), None],
+    "four_deeper_wider": [(2, 8), (16, 8), (16, 2), None],
+    "last_stage_compression": [(2, 16), (16, 16), (16, 4)],
+}
+# 665,298 rows in batches of 128 are 5,197 optimizer steps; boundaries are rounded cumulative shares.
+BOUNDARIES = {1: [5198], 2: [2599, 5198], 3: [1733, 3465, 5198], 4: [1300, 2599, 3899, 5198]}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(EXPERIMENTS))
+
+
+def by_schedule(file: Path) -> dict:
+    """Schedule's name -> plan of the finetuning."""
+    cells = expand_cells(load_experiment(file))
+    return {cell.axes["phases.finetune.schedule"]: cell.phases[-1] for cell in cells}
+
+
+def places(phase) -> list:
+    """(layer, stride) of each action, None where there is no compressor."""
+    points = [action.points for action in phase.table]
+    return [(point[0]["layer"], point[0]["stride"]) if point else None for point in points]
+
+
+def test_llava_15_pads_in_finetuning_and_tests_alone():
+    """As scripts/v1_5/{pretrain,finetune}.sh of LLaVA do, and its evaluations by the model's config."""
+    data = load_experiment(SEVEN_B / "base.yaml").spec.data
+    assert {name: spec.image_aspect_ratio for name, spec in data.items()} == {
+        "blip558k": None,
+        "mix665k": "pad",
+        "gqa_testdev": "pad",
+    }
+
+
+def test_all_files_are_known():
+    assert {relative(file) for file in FILES} == set(CELLS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_validates_and_plans(file):
+    loaded = load_experiment(file)
+    cells = expand_cells(loaded)
+    tree = build_stage_tree(cells)
+    assert len(cells) == len({cell.id for cell in cells}) == CELLS[relative(file)]
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert set(tree.path_of) == {cell.id for cell in cells}
+    assert not [notice for notice in loaded.notices if "alias" in notice]
+    for cell in cells:
+        assert tree.path_of[cell.id]
+        assert cell.evaluations or relative(file) == "bench.yaml"  # which trains nothing
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_opens_with_how_to_use_it(file):
+    comment = []
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line)
+    text = "\n".join(comment)
+    verb = {"bench.yaml": "bench", "search_easy_vqa.yaml": "search"}.get(relative(file), "run")
+    assert f"llavolta {verb} experiments/{relative(file)}" in text
+    assert "Costs:" in text
+    assert f"`{relative(file)}`" in (EXPERIMENTS / "README.md").read_text()
+
+
+def test_easy_vqa_has_the_seven_schemes_at_shares_of_the_depth():
+    phases = by_schedule(EXPERIMENTS / "easy_vqa.yaml")
+    at_tiny_depth = {2: 1, 16: 2}
+    expected = {
+        name: [place and (at_tiny_depth[place[0]], place[1]) for place in stages] for name, stages in SCHEMES.items()
+    }
+    assert {name: places(phase) for name, phase in phases.items()} == expected
+
+
+def test_quickstart_compares_full_compressed_and_staged():
+    phases = by_schedule(EXPERIMENTS / "quickstart.yaml")
+    assert places(phases["full"]) == [None]
+    assert places(phases["heavy"]) == [(1, 8)]
+    assert places(phases["four_stage"]) == [(1, 8), (1, 2), (2, 2), None]
+
+
+def test_7b_schemes_and_their_table_of_steps():
+    phases = by_schedule(SEVEN_B / "schedules.yaml")
+    assert {name: places(phase) for name, phase in phases.items()} == SCHEMES
+    for name, phase in phases.items():
+        assert phase.total_steps == 5198
+        ends = [action.last_step for action in phase.table]
+        assert ends == BOUNDARIES[len(SCHEMES[name])], name
+        assert [action.first_step for action in phase.table] == [0, *ends[:-1]]
+
+
+def test_7b_schemes_share_one_uncompressed_pretraining():
+    cells = expand_cells(load_experiment(SEVEN_B / "schedules.yaml"))
+    tree = build_stage_tree(cells)
+    pretraining = [run for run in tree.stage_runs.values() if run.phase == "pretrain"]
+    assert [(run.last_step, run.table[0].points) for run in pretraining] == [(2181, ())]
+    assert len(tree.cells_of[pretraining[0].id]) == 7
+
+
+def test_7b_fixed_compresses_both_phases_alike():
+    cells = expand_cells(load_experiment(SEVEN_B / "fixed.yaml"))
+    pairs = [(places(cell.phases[0]), places(cell.phases[1])) for cell in cells]
+    assert all(first == second for first, second in pairs)
+    assert [first[0] for first, _ in pairs] == [None, (16, 2), (16, 4), (16, 8), (2, 2), (2, 4), (2, 8)]
+
+
+def test_7b_recipe_is_the_papers():
+    spec = load_experiment(SEVEN_B / "base.yaml").spec
+    pretrain, finetune = spec.phases.pretrain, spec.phases.finetune
+    assert (pretrain.global_batch_size, pretrain.learning_rate, pretrain.train) == (256, 1e-3, ("projector",))
+    assert (finetune.global_batch_size, finetune.learning_rate) == (128, 2e-5)
+    assert finetune.train == ("projector", "language_model") and finetune.lora is None
+    for phase in (pretrain, finetune):
+        assert (phase.lr_scheduler_type, phase.warmup_ratio, phase.weight_decay) == ("cosine", 0.03, 0.0)
+        assert (phase.model_max_length, phase.gradient_checkpointing) == (2048, True)
+    assert (pretrain.deepspeed, finetune.deepspeed, spec.model.dtype) == ("zero2", "zero3", "bfloat16")
+
+
+def test_7b_plan_gives_the_papers_figures(tmp_path):
+    """LLaVolta, Table 5: TFLOPs and tokens, on the command line, without weights, data or network."""
+    command = [sys.executable, "-m", "orchestrator", "plan", SEVEN_B / "fixed.yaml", "--json", "--text-tokens", "62"]
+    env = {**os.environ, "LLAVOLTA_STORAGE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    found = {
+        run["variant"]: (
+            round(run["cost"]["forward_decoder_linear_tflops"], 2),
+            run["cost"]["visual_layer_tokens"],
+            round(100 * run["cost"]["compression_ratio"], 1),
+        )
+        for run in document["stage_runs"]
+        if run["phase"] == "finetune"
+    }
+    assert found == {
+        "full": (8.26, 18432, 100.0),
+        "k16_s2": (6.40, 13824, 133.3),
+        "k16_s4": (5.47, 11520, 160.0),
+        "k16_s8": (5.00, 10368, 177.8),
+        "k2_s2": (4.77, 9792, 188.2),
+        "k2_s4": (3.02, 5472, 336.8),
+        "k2_s8": (2.14, 3312, 556.5),
+    }
+
+
+def test_7b_config_is_llava_15_7b():
+    """Built by transformers without memory: 6,738,939,904 (Vicuna, 32,064 words) + 303,507,456 + 20,979,712."""
+    import torch
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(EXPERIMENTS / "models" / "llava-1.5-7b")
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_063_427_072
+    assert (config.image_token_index, config.vision_feature_layer) == (32000, -2)
+    assert config.vision_feature_select_strategy == "default"

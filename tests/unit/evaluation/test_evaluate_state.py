@@ -1,0 +1,92 @@
+"""evaluate_state: from weights in a ledger to a result, under points."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluated_state import HEAVY, MODEL, STATE, job, ledger_of
+from orchestrator_plugins.evaluations import exact_match
+
+from orchestrator.compression import attach
+from orchestrator.errors import DamagedStateError, StageRunError
+from orchestrator.evaluation.evaluate import evaluate_state, load_model
+from orchestrator.models.build import build_model, cast_parameters
+from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.plan.ledger import Ledger
+from orchestrator.spec.model import ModelSpec
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return ledger_of(tmp_path)
+
+
+def answers(result):
+    return [example["answer"] for example in result["examples"]]
+
+
+def test_a_result_is_written_whole(ledger):
+    result = evaluate_state(job(), ledger)
+    assert ledger.evaluation("b" * 16) == json.loads(json.dumps(result))
+    assert result["id"] == "b" * 16 and result["name"] == "vqa" and result["under"] == "final"
+    assert result["num_samples"] == 30 and result["seconds"] > 0 and len(result["examples"]) == 20
+    assert set(result["metrics"]) == {"accuracy", "accuracy_yes_no", "accuracy_shape", "accuracy_color"}
+
+
+def test_a_state_is_tested_under_its_points(ledger):
+    full, heavy = evaluate_state(job(), ledger), evaluate_state(job(HEAVY), ledger)
+    assert answers(full) != answers(heavy)
+
+
+def test_a_model_at_hand_gives_the_same_and_keeps_its_own_points(ledger):
+    model = build_model(ModelSpec.model_validate(MODEL), ledger.state_folder(STATE) / "weights" / "model.safetensors")
+    attachment = attach(model, [{"kind": "average_pool", "layer": 2, "stride": 4}])
+    before = [point.spec for point in attachment.points]
+    model.train()
+    for points in ((), HEAVY):
+        assert answers(evaluate_state(job(points), ledger, model=model)) == answers(evaluate_state(job(points), ledger))
+    assert [point.spec for point in attachment.points] == before and model.training
+    attachment.detach()
+    evaluate_state(job(HEAVY), ledger, model=model)
+    assert "forward" not in vars(model), "what the evaluation attached is taken off"
+
+
+def test_a_state_without_weights_is_told(tmp_path):
+    with pytest.raises(DamagedStateError, match="must be trained again"):
+        evaluate_state(job(), Ledger(tmp_path))
+
+
+def test_damaged_weights_are_not_tested(ledger):
+    file = ledger.state_folder(STATE) / "weights" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedStateError, match=r"missing or damaged: weights/model\.safetensors") as told:
+        evaluate_state(job(), ledger)
+    assert told.value.state == STATE and ledger.evaluation("b" * 16) is None
+
+
+class Unfinite(exact_match.ExactMatch):
+    def run(self, model, data, workers):
+        return replace(super().run(model, data, workers), metrics={"length": float("nan")})
+
+
+def test_a_metric_that_is_not_finite_is_named(ledger, monkeypatch):
+    monkeypatch.setattr(exact_match, "ExactMatch", Unfinite)
+    with pytest.raises(StageRunError, match=r"vqa \(exact_match\): length is nan; give a finite Python number"):
+        evaluate_state(job(), ledger)
+    assert ledger.evaluation("b" * 16) is None
+
+
+def test_computes_in_the_models_type(ledger):
+    half = EvaluationJob(**{**vars(job()), "model": {**MODEL, "dtype": "bfloat16"}})
+    result = evaluate_state(half, ledger)
+    assert result["num_samples"] == 30
+    model = build_model(ModelSpec.model_validate(MODEL), ledger.state_folder(STATE) / "weights" / "model.safetensors")
+    cast_parameters(model, torch.bfloat16)  # as DeepSpeed casts it: tests/integration/training/test_precision.py
+    assert answers(evaluate_state(half, ledger, model=model)) == answers(result)
+    loaded = load_model(half, ledger.state_folder(STATE) / "weights" / "model.safetensors", torch.device("cpu"))
+    types = {name.rpartition(".")[2]: buffer.dtype for name, buffer in loaded.named_buffers()}
+    assert types["inv_freq"] == torch.float32 and types["position_ids"] == torch.int64
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}

@@ -1,0 +1,90 @@
+"""The loader as a whole: the design's example, sources, the resolved view, what `run` refuses, and no heavy import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.spec.checks.unsupported import unsupported_keys
+from orchestrator.spec.loaded import resolved_yaml
+from orchestrator.spec.loader import load_experiment
+
+Write = Callable[..., Path]
+EXAMPLE = Path(__file__).with_name("design_example.yaml")
+PLUGIN = """\
+from typing import Literal
+from orchestrator.spec.components import CompressorSpec
+
+class Mine(CompressorSpec):
+    kind: Literal["mine_of_the_example"] = "mine_of_the_example"
+"""
+
+
+@pytest.fixture
+def example(write: Write) -> Path:
+    write("description: overwritten\ncluster: {max_failures: 5, keep: {leaf: full}}\n", "base/tiny_llava.yaml")
+    write(PLUGIN, "plugins/my_method.py")
+    return write(EXAMPLE.read_text())
+
+
+def test_the_example_of_the_design_is_valid(example: Path) -> None:
+    loaded = load_experiment(example)
+    assert len(loaded.cells) == 6
+    assert loaded.cells[0].name == "schedule=full,seed=0"
+    assert loaded.spec.cluster.max_failures == 3
+    assert loaded.spec.phases.finetune is not None
+    assert loaded.spec.phases.finetune.learning_rate == 3e-3
+    assert loaded.spec.compressors["light"][0].layer == "50%"
+    assert loaded.notices == ()
+    assert unsupported_keys(loaded) == []
+
+
+def test_every_value_has_a_source(example: Path) -> None:
+    loaded = load_experiment(example, ["phases.finetune.max_steps=7"])
+    assert loaded.sources["phases.finetune.max_steps"] == "--set"
+    assert loaded.sources["name"] == f"{example}:2"
+    assert loaded.sources["cluster.deterministic"] == "default"
+    assert loaded.sources["schedules.four_stage.stages.0.share"].startswith(f"{example}:")
+
+
+def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) -> None:
+    loaded = load_experiment(example)
+    text = resolved_yaml(loaded)
+    assert f"# {example}:2" in text
+    assert "# default" in text
+    again = load_experiment(write(text, "again.yaml"))
+    assert again.spec == loaded.spec
+    assert [cell.name for cell in again.cells] == [cell.name for cell in loaded.cells]
+    assert "#" not in resolved_yaml(loaded, with_sources=False)
+    assert yaml.safe_load(text)["name"] == "easy-vqa-schedules"
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
+    ],
+)  # fmt: skip
+def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
+    faults = unsupported_keys(load_experiment(write(small + text)))
+    assert [fault.path for fault in faults] == [path]
+    assert path in faults[0].message
+    assert "not built yet" in faults[0].message
+
+
+def test_run_refuses_a_search_and_names_the_verb(small: str, write: Write) -> None:
+    text = "search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n"
+    loaded = load_experiment(write(small + text))
+    (fault,) = unsupported_keys(loaded)
+    assert fault.path == "search" and fault.line is not None and "llavolta search" in fault.message
+    assert unsupported_keys(loaded, searching=True) == []
+
+
+@pytest.mark.parametrize("point", ["average_pool, layer: projector, stride: 2", "q_former, layer: 1, keep_tokens: 2"])
+def test_projector_points_and_learned_methods_are_not_refused(point: str, small: str, write: Write) -> None:
+    text = small.replace("max_steps: 100", "max_steps: 100\n    train: [projector, compressor]")
+    text = text.replace("compressors:", f"compressors:\n  v: {{kind: {point}}}")
+    assert unsupported_keys(load_experiment(write(text))) == []
