@@ -20,7 +20,6 @@ from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, Sc
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.cells import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.phase import PHASES
 from orchestrator.spec.yaml.node import Node
 from orchestrator.spec.yaml.validation_errors import error_at, unknown_name
 
@@ -93,13 +92,9 @@ def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
 
 def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
     """Return what each phase follows: a schedule, or a variant's name."""
-    for name in PHASES:
-        phase = getattr(spec.phases, name)
-        schedule = phase.schedule if phase is not None else None
-        if isinstance(schedule, str) and schedule in spec.schedules:
-            yield spec.schedules[schedule]
-        elif schedule is not None:
-            yield schedule
+    for phase in spec.phases.by_name.values():
+        schedule = phase.schedule
+        yield spec.schedules.get(schedule, schedule) if isinstance(schedule, str) else schedule
 
 
 def _moved_variants(spec: ExperimentSpec) -> set[str]:
@@ -113,9 +108,7 @@ def _moved_variants(spec: ExperimentSpec) -> set[str]:
 
 
 def _stands_elsewhere(control: Points, points: Points) -> bool:
-    """Return whether an amount means another budget in the control: it acts before the decoder, or adds tokens on the
-    way.
-    """
+    """Return whether an amount means another budget in the control: it acts elsewhere, or adds tokens on the way."""
     return len(control) != len(points) or any(
         (mine.layer == "projector") > (theirs.layer == "projector")
         or (mine.layer != "projector" and bool(mine.layer_average_tokens) > bool(theirs.layer_average_tokens))
@@ -142,8 +135,7 @@ def _control(
 
 
 def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Points:
-    """Return a method at the budget of a variant: point by point where it can stand there, else once before the
-    decoder.
+    """Return a method at the budget of a variant: point by point where it can stand, else once before the decoder.
 
     Raises:
         ValueError: the variant's budget is not known, or the method cannot meet it.

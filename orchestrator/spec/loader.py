@@ -20,6 +20,7 @@ from orchestrator.spec.grid.axes import AxisReader
 from orchestrator.spec.grid.cells import GridBuilder, Parts, apply
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.key_paths import AXIS_KEYS
 from orchestrator.spec.yaml.merge import (
     Inheritance,
     Override,
@@ -89,8 +90,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     starts = around.inside(path)
     root, errors, notices = _read(path, read_overrides(overrides), given)
     errors += _secrets(root)
-    errors += [error for key in root.value for error in _absolute(root, key)]
-    root = _absolute_tree(root)
+    root = _with_absolute_paths(root, errors)
     before = len(errors)
     axes = AxisReader(root, errors).read()
     axes_are_valid = len(errors) == before  # an axis that is not there has no values to compare with either
@@ -136,9 +136,7 @@ def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tupl
 
 
 def _secrets(root: Node) -> list[ErrorDetail]:
-    """Return the passwords and tokens among the values and names, which would be copied into the storage, MLflow and
-    logs.
-    """
+    """Return the passwords and tokens in values and names, which would be copied into the storage, MLflow and logs."""
     errors, known = [], environment_secrets()
     for path, node in root.leaves():
         names = [key for key in path if isinstance(key, str)]
@@ -149,19 +147,13 @@ def _secrets(root: Node) -> list[ErrorDetail]:
     return errors
 
 
-def _absolute(root: Node, key: str) -> list[ErrorDetail]:
-    errors: list[ErrorDetail] = []
-    if key not in ("matrix", "zip", "include", "exclude"):
-        absolute_paths(root, root.value[key], (key,), errors)
-    return errors
-
-
-def _absolute_tree(root: Node) -> Node:
+def _with_absolute_paths(root: Node, errors: list[ErrorDetail]) -> Node:
     """Return the tree with every path absolute; an axis' values become absolute where they are read."""
-    for key, child in root.value.items():
-        if key not in ("matrix", "zip", "include", "exclude"):
-            root = root.with_entry(key, absolute_paths(root, child, (key,), []), root.keys[key])
-    return root
+
+    def absolute(key: str, child: Node) -> Node:
+        return child if key in AXIS_KEYS else absolute_paths(root, child, (key,), errors)
+
+    return root.map(absolute)
 
 
 def _base(root: Node) -> tuple[ExperimentSpec | None, list[ErrorDetail]]:

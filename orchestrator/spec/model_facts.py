@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
@@ -68,13 +68,13 @@ class FamilyDefaults:
 
     Attributes:
         text_type: Type of the language model where `text_config` has none.
-        text: Its sizes where `text_config` is left out altogether, as far as they differ from the type's.
         vision: The vision tower where `vision_config` is left out altogether.
-        top: Further keys of the config with the class's defaults.
         units: How many tokens one unit (image, frame, tile) becomes: its `patches`; the patches `shuffled` together;
             a number `stated` in the config; or it `varies` with the image.
+        text: The language model's sizes where `text_config` is left out, as far as they differ from the type's.
+        top: Further keys of the config with the class's defaults.
         tiled: An image may become several units.
-        projector: The projector's linear maps: `mlp` (two) or `linear` (one).
+        projector_layers: The projector's linear maps.
         tokenwise: The projector maps token by token, so that methods at the projector act on what it takes.
         cls: The vision tower's CLS token is one for the tokens of a unit, so that methods may ask for its attention.
         offers: Further needs of methods the family can meet.
@@ -82,90 +82,59 @@ class FamilyDefaults:
 
     text_type: str
     vision: dict[str, Any]
-    text: dict[str, Any]
-    top: dict[str, Any]
     units: Literal["patches", "shuffled", "stated", "varies"]
+    text: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
     tiled: bool = False
-    projector: Literal["mlp", "linear"] = "mlp"
+    projector_layers: int = 2
     tokenwise: bool = False
     cls: bool = False
     offers: frozenset[str] = frozenset()
 
 
-_LLAVA_TOP = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+_LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+_VIP_LLAVA = {"vision_feature_layer": [-2, -5, -8, -11, 6]}
+_ONEVISION = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+_PIXTRAL = {"model_type": "pixtral", **_vision(24, 1024, 4096, 1540, 14)}
+_SO400M_224 = {"model_type": "siglip_vision_model", **_vision(27, 1152, 4096, 224, 14)}
+_MISTRAL3 = _text(40, 5120, 32768, 32, 8, 128, 131072)
+_PALIGEMMA = _text(18, 2048, 16384, 8, 1, 256, 257152)
+
+
+def _idefics(vision_type: str) -> FamilyDefaults:
+    vision, top = {"model_type": vision_type}, {"scale_factor": 2}
+    return FamilyDefaults("llama", vision, "shuffled", top=top, tiled=True, tokenwise=True, projector_layers=1)
+
 
 FAMILIES: dict[str, FamilyDefaults] = {
     "llava": FamilyDefaults(
-        "llama", _CLIP_L_336, {}, _LLAVA_TOP, "patches", tokenwise=True, cls=True, offers=frozenset({"pixels"})
+        "llama", _CLIP_L_336, "patches", top=_LLAVA, tokenwise=True, cls=True, offers=frozenset({"pixels"})
     ),
-    "vipllava": FamilyDefaults(
-        "llama", _CLIP_L_336, {}, {"vision_feature_layer": [-2, -5, -8, -11, 6]}, "patches", tokenwise=True, cls=True
-    ),
-    "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, {}, _LLAVA_TOP, "patches", tiled=True),
-    "llava_next": FamilyDefaults("llama", _CLIP_L_336, {}, _LLAVA_TOP, "varies", tiled=True),
-    "llava_onevision": FamilyDefaults(
-        "qwen2",
-        _SO400M,
-        {},
-        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
-        "varies",
-        tiled=True,
-    ),
+    "vipllava": FamilyDefaults("llama", _CLIP_L_336, "patches", top=_VIP_LLAVA, tokenwise=True, cls=True),
+    "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, "patches", top=_LLAVA, tiled=True),
+    "llava_next": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
+    "llava_onevision": FamilyDefaults("qwen2", _SO400M, "varies", top=_ONEVISION, tiled=True),
     "internvl": FamilyDefaults(
         "qwen2",
         {"model_type": "internvl_vision"},
-        {},
-        {"downsample_ratio": 0.5},
         "shuffled",
+        top={"downsample_ratio": 0.5},
         tiled=True,
         tokenwise=True,
     ),
-    "idefics3": FamilyDefaults(
-        "llama",
-        {"model_type": "idefics3_vision"},
-        {},
-        {"scale_factor": 2},
-        "shuffled",
-        tiled=True,
-        tokenwise=True,
-        projector="linear",
-    ),
-    "smolvlm": FamilyDefaults(
-        "llama",
-        {"model_type": "smolvlm_vision"},
-        {},
-        {"scale_factor": 2},
-        "shuffled",
-        tiled=True,
-        tokenwise=True,
-        projector="linear",
-    ),
-    "mistral3": FamilyDefaults(
-        "mistral",
-        {"model_type": "pixtral", **_vision(24, 1024, 4096, 1540, 14)},
-        _text(40, 5120, 32768, 32, 8, 128, 131072),
-        {},
-        "varies",
-    ),
-    "qwen2_vl": FamilyDefaults("qwen2_vl_text", {"model_type": "qwen2_vl_vision"}, {}, {}, "varies"),
-    "qwen2_5_vl": FamilyDefaults("qwen2_5_vl_text", {"model_type": "qwen2_5_vl_vision"}, {}, {}, "varies"),
-    "qwen3_vl": FamilyDefaults("qwen3_vl_text", {"model_type": "qwen3_vl_vision"}, {}, {}, "varies"),
-    "paligemma": FamilyDefaults(
-        "gemma",
-        {"model_type": "siglip_vision_model", **_vision(27, 1152, 4096, 224, 14)},
-        _text(18, 2048, 16384, 8, 1, 256, 257152),
-        {},
-        "patches",
-        projector="linear",
-        tokenwise=True,
-    ),
+    "idefics3": _idefics("idefics3_vision"),
+    "smolvlm": _idefics("smolvlm_vision"),
+    "mistral3": FamilyDefaults("mistral", _PIXTRAL, "varies", text=_MISTRAL3),
+    "qwen2_vl": FamilyDefaults("qwen2_vl_text", {"model_type": "qwen2_vl_vision"}, "varies"),
+    "qwen2_5_vl": FamilyDefaults("qwen2_5_vl_text", {"model_type": "qwen2_5_vl_vision"}, "varies"),
+    "qwen3_vl": FamilyDefaults("qwen3_vl_text", {"model_type": "qwen3_vl_vision"}, "varies"),
+    "paligemma": FamilyDefaults("gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True),
     "gemma3": FamilyDefaults(
         "gemma3_text",
         {"model_type": "siglip_vision_model"},
-        {},
-        {"mm_tokens_per_image": 256},
         "stated",
-        projector="linear",
+        top={"mm_tokens_per_image": 256},
+        projector_layers=1,
     ),
 }
 
@@ -270,11 +239,7 @@ def find_config(model_name_or_path: str, revision: str | None = None) -> Path | 
     if folder.is_dir():
         path = folder / "config.json"
         return path if path.is_file() else None
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    repository = cache / ("models--" + model_name_or_path.replace("/", "--"))
+    repository = hub_repository(model_name_or_path)
     reference = repository / "refs" / (revision or "main")
     try:
         commit = reference.read_text().strip() if reference.is_file() else revision
@@ -282,6 +247,14 @@ def find_config(model_name_or_path: str, revision: str | None = None) -> Path | 
         return path if path.is_file() else None
     except OSError:
         return None
+
+
+def hub_repository(repo_id: str) -> Path:
+    """Return the folder of a hub repository in the local cache."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{repo_id.replace('/', '--')}"
 
 
 def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
@@ -374,9 +347,9 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         gated_mlp=True,
         tiled=family.tiled,
         tokenwise_projector=family.tokenwise,
-        projector_layers=2 if family.projector == "mlp" else 1,
+        projector_layers=family.projector_layers,
         first_layer=len(vision.get("deepstack_visual_indexes", (8, 16, 24)))
-        if "qwen3_vl" in config["model_type"]
+        if config["model_type"] == "qwen3_vl"
         else 0,
         offers=family.offers | ({"cls"} if cls else set()),
     )

@@ -175,6 +175,11 @@ class PhasesSpec(Spec):
     finetune: PhaseSpec | None = None
     """Second phase; in LLaVA's recipe visual instruction tuning. null leaves it out."""
 
+    @property
+    def by_name(self) -> dict[str, PhaseSpec]:
+        """The phases that are given, in their order."""
+        return {name: phase for name in PHASES if (phase := getattr(self, name)) is not None}
+
 
 def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
     """Return rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
@@ -182,8 +187,7 @@ def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
 
 
 def epoch_steps(rows: int, epochs: float, global_batch_size: int) -> int:
-    """Return the optimizer steps of `epochs` passes, rounded up as Hugging Face's Trainer does, so that every row is
-    seen.
+    """Return the optimizer steps of `epochs` passes, rounded up as Hugging Face's Trainer does: every row is seen.
 
     Epochs follow each other without a gap; the last batch is filled from the next pass: 665,298 rows in batches of
     128 give 5,198 steps, the number LLaVolta's authors ran.

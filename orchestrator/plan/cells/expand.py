@@ -77,12 +77,10 @@ class _Resolver:
         starts: list[Start] = []
         state = root.id
         notices: list[str] = []
-        for name in ("pretrain", "finetune"):
-            recipe = getattr(spec.phases, name)
-            if recipe is not None:
-                starts.append(resolve_start(spec, name, state, self._settings, self._other_cell))
-                phases.append(self._phase(spec, name, recipe, starts[-1], facts, notices))
-                state = phases[-1].end
+        for name, recipe in spec.phases.by_name.items():
+            starts.append(resolve_start(spec, name, state, self._settings, self._other_cell))
+            phases.append(self._phase(spec, name, recipe, starts[-1], facts, notices))
+            state = phases[-1].end
         final = phases[-1].schedule.final if phases else FULL_TOKENS
         evaluations = [
             self._evaluation(spec, name, under, state, final, facts, notices)

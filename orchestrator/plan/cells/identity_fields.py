@@ -8,7 +8,6 @@ import re
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.identity import content_digest, digest, files_digest
@@ -17,6 +16,7 @@ from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.budgets import solve_layer_average
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_facts import hub_repository
 from orchestrator.spec.phase import PhaseSpec
 
 _SETTINGS = (
@@ -63,11 +63,7 @@ def hub_commit(repo_id: str, revision: str | None) -> str | None:
     """Return the commit a hub revision stands for in the local cache; None where it was never downloaded."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    ref = cache / f"models--{repo_id.replace('/', '--')}" / "refs" / (revision or "main")
+    ref = hub_repository(repo_id) / "refs" / (revision or "main")
     try:
         commit = retry_io(ref.read_text).strip()
     except (*ABSENT, ValueError):

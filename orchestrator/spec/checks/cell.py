@@ -148,51 +148,20 @@ class Checks:
             facts = self._facts(model) if model is not None else None
         except ValueError:
             facts = None  # reported beside the variants
-        for name in ("pretrain", "finetune"):
-            phase: PhaseSpec | None = getattr(phases, name)
-            if phase is not None:
-                path: Path = ("phases", name)
-                yield from check_length(phase, path)
-                yield from check_parts(phase, path)
-                yield from check_lora(phase, path, facts)
-                yield from self._check_batch(phase, path, model, facts)
-                yield from self._check_computation(phase, path, model)
-                yield from self.starts.check(phases, name, facts)
-                yield from check_schedule(phase, path, data, schedules, variants, facts)
-                if variants is not None and schedules is not None:
-                    yield from check_learning(phase, path, schedules, variants, self.notices)
-
-    def _check_computation(self, phase: PhaseSpec, path: Path, model: ModelSpec | None) -> Iterator[Finding]:
         workers = self.cluster.num_workers if self.cluster is not None else None
-        dtype = model.dtype if model is not None else "auto"
-        for finding in file_findings(phase, dtype, workers if isinstance(workers, int) else None):
-            yield Finding((*path, *finding.path), finding.message, finding.allowed, finding.hint)
-
-    def _check_batch(
-        self, phase: PhaseSpec, path: Path, model: ModelSpec | None, facts: ModelFacts | None
-    ) -> Iterator[Finding]:
-        workers = self.cluster.num_workers if self.cluster is not None else None
-        micro, total = phase.per_device_train_batch_size, phase.global_batch_size
-        if micro == "auto" and facts is None and model is not None and _is_here(model):
-            message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
-            yield Finding((*path, "per_device_train_batch_size"), message, "a number")
-        if not isinstance(workers, int):
-            return
-        if not isinstance(micro, int):  # `auto` deals out what does not divide, but each worker needs a sample
-            if workers > total:
-                message = f"a global batch of {total} is less than a sample for each of {workers} workers"
-                yield Finding((*path, "global_batch_size"), message, f"at least {workers}")
-            return
-        if total % (micro * workers):
-            fitting = [size for size in range(1, total // workers + 1) if total % (size * workers) == 0]
-            message = (
-                f"a global batch of {total} does not divide into micro-batches of {micro} on {workers} "
-                f"worker{'s' if workers != 1 else ''}"
-            )
-            allowed = "per_device_train_batch_size " + ", ".join(map(str, fitting[-8:])) if fitting else None
-            near = min(fitting, key=lambda size: abs(size - micro)) if fitting else None
-            hint = f"per_device_train_batch_size: {near} fits" if near else f"{workers} workers do not divide {total}"
-            yield Finding((*path, "global_batch_size"), message, allowed, hint)
+        workers = workers if isinstance(workers, int) else None
+        for name, phase in phases.by_name.items():
+            path: Path = ("phases", name)
+            yield from check_length(phase, path)
+            yield from check_parts(phase, path)
+            yield from check_lora(phase, path, facts)
+            yield from check_batch(phase, path, workers, model, facts)
+            for finding in file_findings(phase, model.dtype if model is not None else "auto", workers):
+                yield finding.inside(path)
+            yield from self.starts.check(phases, name, facts)
+            yield from check_schedule(phase, path, data, schedules, variants, facts)
+            if variants is not None and schedules is not None:
+                yield from check_learning(phase, path, schedules, variants, self.notices)
 
 
 def _check_dropout(model: ModelSpec) -> Iterator[Finding]:
@@ -230,6 +199,33 @@ def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterat
     for index, name in enumerate(phase.lora.target_modules):
         if facts is not None and name not in known:
             yield Finding((*where, index), f"the language model has no linear layers `{name}`", ", ".join(known))
+
+
+def check_batch(
+    phase: PhaseSpec, path: Path, workers: int | None, model: ModelSpec | None, facts: ModelFacts | None
+) -> Iterator[Finding]:
+    """Check that a global batch divides into micro-batches on all workers, and that `auto` can be computed."""
+    micro, total = phase.per_device_train_batch_size, phase.global_batch_size
+    if micro == "auto" and facts is None and model is not None and _is_here(model):
+        message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
+        yield Finding((*path, "per_device_train_batch_size"), message, "a number")
+    if workers is None:
+        return
+    if not isinstance(micro, int):  # `auto` deals out what does not divide, but each worker needs a sample
+        if workers > total:
+            message = f"a global batch of {total} is less than a sample for each of {workers} workers"
+            yield Finding((*path, "global_batch_size"), message, f"at least {workers}")
+        return
+    if total % (micro * workers):
+        fitting = [size for size in range(1, total // workers + 1) if total % (size * workers) == 0]
+        message = (
+            f"a global batch of {total} does not divide into micro-batches of {micro} on {workers} "
+            f"worker{'s' if workers != 1 else ''}"
+        )
+        allowed = "per_device_train_batch_size " + ", ".join(map(str, fitting[-8:])) if fitting else None
+        near = min(fitting, key=lambda size: abs(size - micro)) if fitting else None
+        hint = f"per_device_train_batch_size: {near} fits" if near else f"{workers} workers do not divide {total}"
+        yield Finding((*path, "global_batch_size"), message, allowed, hint)
 
 
 def check_length(phase: PhaseSpec, path: Path) -> Iterator[Finding]:

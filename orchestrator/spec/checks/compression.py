@@ -94,7 +94,7 @@ def check_tested_variants(
     num_layers: int | None,
 ) -> Iterator[Finding]:
     """Check that each learned method under test is used by some phase: else there are no weights to test."""
-    used = [phase for phase in (phases.pretrain, phases.finetune) if phase is not None]
+    used = phases.by_name.values()
     if num_layers is None or any(phase.start_from is not None for phase in used):
         return
     names = [name for phase in used for name in _used(phase, schedules)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -167,7 +168,7 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
     given = phase.deepspeed
     if isinstance(given, Mapping):
         for finding in config_findings(given, phase, dtype, num_workers):
-            yield Finding(("deepspeed", *finding.path), finding.message, finding.allowed, finding.hint)
+            yield finding.inside(("deepspeed",))
         return
     file = FilePath(given)
     if given in DEEPSPEED_PRESETS or not file.is_file():
@@ -182,8 +183,7 @@ def file_findings(phase: PhaseSpec, dtype: str, num_workers: int | None) -> Iter
         return
     for finding in config_findings(config, phase, dtype, num_workers):
         line = _line(text, finding.path)
-        message = f"{file}{f':{line}' if line else ''}: {finding.message}"
-        yield Finding(("deepspeed",), message, finding.allowed, finding.hint)
+        yield replace(finding, path=("deepspeed",), message=f"{file}{f':{line}' if line else ''}: {finding.message}")
 
 
 def _line(text: str, path: Path) -> int | None:

@@ -16,10 +16,11 @@ from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, val
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import SearchSpec, StagedSpaceSpec
 from orchestrator.spec.search_space import before_last, draw, inner_boundaries, variant_layer_tokens
-from orchestrator.spec.yaml.key_paths import NAMED, UnknownPathError, find_path, names_at
+from orchestrator.spec.yaml.key_paths import NAMED, find_path, names_at
 from orchestrator.spec.yaml.node import Node, Path, dotted, node_of
-from orchestrator.spec.yaml.validation_errors import error_at, locate, stray_keys, unknown_key, unknown_name
+from orchestrator.spec.yaml.validation_errors import check_path, error_at, locate, stray_keys, unknown_name
 
+_PATH = "a key path belongs here"
 COSTS = (
     "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
     "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
@@ -56,13 +57,13 @@ class _TreeCheck:
         """Return all errors; those of variants and schedules themselves only with `definitions`."""
         if definitions:
             self._check_definitions()
-            for name, node in _entries(self.root.get("schedules")):
+            for name, node in self.root.entries("schedules").items():
                 self._check_schedule(("schedules", name), node)
         for name in PHASES:
             phase = self.root.at(("phases", name))
             if phase is not None and phase.is_mapping:
                 self._check_phase(("phases", name), phase)
-        for name, node in _entries(self.root.get("evaluate")):
+        for name, node in self.root.entries("evaluate").items():
             self._check_evaluation(("evaluate", name), node)
         self._check_search()
         return self.errors
@@ -109,9 +110,8 @@ class _TreeCheck:
                 self._unknown(where, f"there is no variant `{name}` to test under", name, known)
 
     def _check_search(self) -> None:
-        search = self.root.get("search")
         known = [*self.variants, FULL]
-        for key, node in _entries(search.get("space") if search is not None and search.is_mapping else None):
+        for key, node in self.root.entries("search", "space").items():
             path: Path = ("search", "space", key)
             for field in ("variants", "last"):
                 for where, name in _texts(node.get(field), (*path, field)):
@@ -126,7 +126,7 @@ class _TreeCheck:
         return not (node.is_mapping or node.value is None) or bool(stray_keys(self.root, section))
 
     def _names(self, section: str) -> tuple[str, ...]:
-        return tuple(name for name, _ in _entries(self.root.get(section)))
+        return tuple(self.root.entries(section))
 
     def _unknown(self, path: Path, message: str, name: str, known: Sequence[str], key: bool = False) -> None:
         allowed, hint = unknown_name(name, known)
@@ -150,10 +150,6 @@ def _variants_of(node: Node) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
 
 
-def _entries(node: Node | None) -> list[tuple[str, Node]]:
-    return list(node.value.items()) if node is not None and node.is_mapping else []
-
-
 def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[Path, str]]:
     """Return the texts at a path: one, a list's, or with `keys` a mapping's keys."""
     if node is None:
@@ -172,25 +168,21 @@ def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[
 def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[ErrorDetail]:
     """Check that the baseline and `mean_over` name axes of the grid, and that some cell is the baseline."""
     errors: list[ErrorDetail] = []
-    report = root.get("report")
-    baseline = report.get("baseline") if report is not None else None
     wanted: dict[str, str] = {}
-    if baseline is not None and baseline.is_mapping:
-        for name, node in baseline.value.items():
-            path = check_path(root, name, ("report", "baseline", name), errors)
-            if path is not None:
-                wanted[dotted(path)] = value_key(node)
-        if not errors and cells and not any(_matches(root, cell, wanted) for cell in cells):
-            allowed = "; ".join(
-                f"{axis}: {', '.join(setting.node.written() for setting in settings)}"
-                for axis, settings in axes.values.items()
-            )
-            message = "no cell of the grid is the baseline"
-            errors.append(error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
-    over = report.get("mean_over") if report is not None else None
-    for index, node in enumerate(over.value if over is not None and over.is_list else []):
+    for name, node in root.entries("report", "baseline").items():
+        path = check_path(root, name, ("report", "baseline", name), errors, _PATH)
+        if path is not None:
+            wanted[dotted(path)] = value_key(node)
+    if wanted and not errors and cells and not any(_matches(root, cell, wanted) for cell in cells):
+        allowed = "; ".join(
+            f"{axis}: {', '.join(setting.node.written() for setting in settings)}"
+            for axis, settings in axes.values.items()
+        )
+        message = "no cell of the grid is the baseline"
+        errors.append(error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
+    for index, node in enumerate(root.items("report", "mean_over")):
         if isinstance(node.value, str):
-            check_path(root, node.value, ("report", "mean_over", index), errors)
+            check_path(root, node.value, ("report", "mean_over", index), errors, _PATH)
     return errors
 
 
@@ -205,45 +197,27 @@ def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
     return True
 
 
-def check_path(root: Node, name: str, where: Path, errors: list[ErrorDetail]) -> Path | None:
-    """Return the path a dotted name stands for; an error at `where` and None where there is no such path."""
-    try:
-        return find_path(root, name)
-    except UnknownPathError as error:
-        allowed, hint = unknown_key(error.key, error.known, error.prefix)
-        place = f" under {dotted(error.prefix)}" if error.prefix else ""
-        message = f"a key path belongs here: `{error.key}` is not known{place}"
-        errors.append(error_at(root, where, message, allowed, hint, key=isinstance(where[-1], str)))
-        return None
-
-
 def check_search(root: Node) -> list[ErrorDetail]:
-    """Check that a search proposes values of known paths and optimises what is measured, and that beside it the grid
-    holds only seeds.
-    """
+    """Check that a search proposes values of known paths for measured objectives, beside a grid of seeds alone."""
     errors: list[ErrorDetail] = []
     search = root.get("search")
     if search is None or not search.is_mapping:
         return errors
     errors += _check_grid(root)
-    space, objectives = search.get("space"), search.get("objectives")
-    for name in space.value if space is not None and space.is_mapping else ():
-        path = check_path(root, name, ("search", "space", name), errors)
+    for name in search.entries("space"):
+        path = check_path(root, name, ("search", "space", name), errors, _PATH)
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
-    names = list(objectives.value) if objectives is not None and objectives.is_mapping else []
-    for name in names:
-        if (found := _check_objective(root, name)) is not None:
-            errors.append(found)
-    if search.get("scheduler") is not None and len(names) > 1:
+    objectives = search.entries("objectives")
+    errors += [found for name in objectives if (found := _check_objective(root, name)) is not None]
+    if search.get("scheduler") is not None and len(objectives) > 1:
         errors.append(error_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
     return errors
 
 
 def _check_grid(root: Node) -> Iterator[ErrorDetail]:
-    matrix = root.get("matrix")
-    for name in matrix.value if matrix is not None and matrix.is_mapping else ():
+    for name in root.entries("matrix"):
         if name != "seed":
             message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
             mark, _ = locate(root, ("matrix", name), key=True)
@@ -257,8 +231,7 @@ def _check_grid(root: Node) -> Iterator[ErrorDetail]:
 def _check_objective(root: Node, name: str) -> ErrorDetail | None:
     mark, _ = locate(root, ("search", "objectives", name), key=True)
     known = [f"cost/{cost}" for cost in COSTS]
-    evaluate = root.get("evaluate")
-    for entry, node in evaluate.value.items() if evaluate is not None and evaluate.is_mapping else ():
+    for entry, node in root.entries("evaluate").items():
         for under in _under(node):
             place = f"eval/{entry}" if under == FINAL else f"eval/{entry}/under_{under}"
             if name.startswith(f"{place}/") and name.count("/") == place.count("/") + 1:

@@ -27,10 +27,8 @@ _METHODS = {"compressors": ("compress",), "data": ("rows",), "evaluate": ("run",
 
 def check_cluster(root: Node) -> list[ErrorDetail]:
     """Check the address (Ray Train needs a driver inside the cluster), the storage and the resources' names."""
-    cluster = root.at(("cluster",))
-    if cluster is None or not cluster.is_mapping:
-        return []
-    return [error_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster.plain())]
+    cluster = {key: node.plain() for key, node in root.entries("cluster").items()}
+    return [error_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster)]
 
 
 def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:

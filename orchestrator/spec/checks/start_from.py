@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,7 +13,7 @@ from orchestrator.spec.grid.cell_names import by_axis, by_name, may_be_id, misfi
 from orchestrator.spec.grid.cells import ResolvedCell
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import ModelFacts, model_facts
-from orchestrator.spec.phase import PHASES, PhaseSpec, PhasesSpec, StartFromSpec
+from orchestrator.spec.phase import PhasesSpec, StartFromSpec
 from orchestrator.spec.yaml.node import Path
 from orchestrator.spec.yaml.validation_errors import Finding
 
@@ -60,8 +60,7 @@ class Starts:
             name: Which of them.
             facts: Sizes of the cell's model, None where they are not known.
         """
-        recipe: PhaseSpec = getattr(phases, name)
-        start, path = recipe.start, ("phases", name, "start_from")
+        start, path = phases.by_name[name].start, ("phases", name, "start_from")
         if start is None:
             return
         if start.parts is None and name == "finetune" and phases.pretrain is not None:
@@ -90,7 +89,7 @@ class Starts:
             self._found[file, start.cell] = _pick(other.cells, start.cell, path)
         cell = self._found[file, start.cell]
         if isinstance(cell, Finding):
-            yield Finding((*path, "cell"), cell.message, cell.allowed, cell.hint)
+            yield replace(cell, path=(*path, "cell"))
         elif cell is not None:
             yield from _check_cell(cell, start, path, facts)
 
@@ -114,7 +113,7 @@ def _pick(cells: Sequence[ResolvedCell], wanted: str, path: Path) -> ResolvedCel
 
 
 def _check_cell(cell: ResolvedCell, start: StartFromSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    has = [name for name in PHASES if getattr(cell.spec.phases, name) is not None]
+    has = cell.spec.phases.by_name
     if start.phase not in has:
         message = f"the cell {cell.name} of {start.spec} has no phase `{start.phase}`"
         yield Finding((*path, "phase"), message, ", ".join(has) or "it trains nothing")

@@ -10,10 +10,9 @@ from math import prod
 
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.yaml.file_paths import absolute_paths
-from orchestrator.spec.yaml.key_paths import UnknownPathError, find_path
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
-from orchestrator.spec.yaml.validation_errors import error_at, locate, unknown_key, unknown_name
+from orchestrator.spec.yaml.validation_errors import check_path, error_at, locate, unknown_name
 
 MAX_CELLS = 100_000
 SECTIONS = ("seed", "model", "data", "compressors", "schedules", "phases", "evaluate")
@@ -75,29 +74,29 @@ class AxisReader:
     def read(self) -> Axes:
         """Return all axes; those with errors are left out."""
         axes = Axes()
-        for name, node in _entries(self.root.get("matrix")):
+        for name, node in self.root.entries("matrix").items():
             settings = self._settings(name, node, ("matrix", name))
             if settings:
                 axes.factors.append([(setting,) for setting in settings])
-        for index, group in _items(self.root.get("zip")):
+        for index, group in enumerate(self.root.items("zip")):
             axes.factors.extend(self._zip(group, ("zip", index)))
         for factor in axes.factors:
             for assignment in factor:
                 for setting in assignment:
                     axes.values.setdefault(setting.axis, []).append(setting)
-        for index, group in _items(self.root.get("include")):
+        for index, group in enumerate(self.root.items("include")):
             if assignment := self._single(group, ("include", index)):
                 axes.included.append((("include", index), assignment))
                 for setting in assignment:
                     axes.values.setdefault(setting.axis, []).append(setting)
-        for index, group in _items(self.root.get("exclude")):
+        for index, group in enumerate(self.root.items("exclude")):
             if assignment := self._exclude(group, ("exclude", index), axes):
                 axes.excluded.append((("exclude", index), assignment))
         self._check_size(axes)
         return axes
 
     def _zip(self, group: Node, where: Path) -> list[list[Assignment]]:
-        columns = {name: self._settings(name, node, (*where, name)) for name, node in _entries(group)}
+        columns = {name: self._settings(name, node, (*where, name)) for name, node in group.entries().items()}
         columns = {name: settings for name, settings in columns.items() if settings}
         lengths = {name: len(settings) for name, settings in columns.items()}
         if not lengths:
@@ -130,7 +129,7 @@ class AxisReader:
 
     def _single(self, group: Node, where: Path) -> Assignment:
         found = []
-        for name, node in _entries(group):
+        for name, node in group.entries().items():
             path = self._path(name, (*where, name))
             if path is not None:
                 found.append(self._setting(path, node, (*where, name)))
@@ -162,14 +161,8 @@ class AxisReader:
         return self.paths[name]
 
     def _find(self, name: str, where: Path) -> Path | None:
-        try:
-            path = find_path(self.root, name)
-        except UnknownPathError as error:
-            allowed, hint = unknown_key(error.key, error.known, error.prefix)
-            place = f" under {dotted(error.prefix)}" if error.prefix else ""
-            self._error(where, f"an axis is a key path: `{error.key}` is not known{place}", allowed, hint, key=True)
-            return None
-        if path[:1] and path[0] in SECTIONS:
+        path = check_path(self.root, name, where, self.errors, "an axis is a key path")
+        if path is None or (path and path[0] in SECTIONS):
             return path
         self._error(where, f"`{name}` cannot be an axis: it is no part of a cell", "paths under " + ", ".join(SECTIONS))
         return None
@@ -231,11 +224,3 @@ def _mark(root: Node, path: Path) -> Mark:
 def _where(root: Node, path: Path) -> str:
     mark = _mark(root, path)
     return f"{mark.file}:{mark.line}" if mark.line is not None else "--set"
-
-
-def _entries(node: Node | None) -> list[tuple[str, Node]]:
-    return list(node.value.items()) if node is not None and node.is_mapping else []
-
-
-def _items(node: Node | None) -> list[tuple[int, Node]]:
-    return list(enumerate(node.value)) if node is not None and node.is_list else []

@@ -11,7 +11,7 @@ from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import value_meaning
-from orchestrator.spec.yaml.key_paths import NAMED, shape_at
+from orchestrator.spec.yaml.key_paths import NAMED, kind_at, shape_at
 from orchestrator.spec.yaml.node import Node, Path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -20,8 +20,7 @@ Rule = Callable[[Node, Path], tuple[str, ErrorDetail | None]]
 
 
 def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]) -> Node:
-    """Return a copy of the node at `path` with its paths absolute; adds an error for every folder or file that is
-    missing.
+    """Return the node at `path` with its paths absolute; every missing folder or file is an error.
 
     Args:
         root: The merged tree, which tells the `kind` of a named entry.
@@ -29,12 +28,8 @@ def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]
         path: Where the value stands or would stand.
         errors: Takes the errors.
     """
-    if node.is_mapping:
-        children = {key: absolute_paths(root, child, (*path, key), errors) for key, child in node.value.items()}
-        return Node(children, node.mark, keys=node.keys, size=node.size)
-    if node.is_list:
-        items = [absolute_paths(root, child, (*path, index), errors) for index, child in enumerate(node.value)]
-        return Node(items, node.mark, size=node.size)
+    if node.is_mapping or node.is_list:
+        return node.map(lambda key, child: absolute_paths(root, child, (*path, key), errors))
     rule = _rule(root, path) if isinstance(node.value, str) and node.value else None
     if rule is None:
         return node
@@ -60,9 +55,7 @@ def _rule(root: Node, path: Path) -> Rule | None:
     if path[0] in NAMED and len(path) >= 3:
         depth = 2 if not isinstance(path[2], int) else 3
         shape = shape_at(root, path[:depth])
-        entry = root.at(path[:depth])
-        kind = entry.get("kind") if entry is not None and entry.is_mapping else None
-        cls = shape.spec_class(kind.value if kind is not None else None) if shape is not None else None
+        cls = shape.spec_class(kind_at(root.at(path[:depth]))) if shape is not None else None
         if cls is not None and issubclass(cls, Component) and path[depth : depth + 1]:
             return _anywhere if path[depth] in cls.path_fields else None
     return None

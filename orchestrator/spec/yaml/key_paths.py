@@ -117,7 +117,7 @@ def names_at(root: Node, path: Sequence[str | int]) -> tuple[str, ...]:
     cls = shape.class_of(node) if shape is not None else None
     if cls is not None:
         return tuple(cls.model_fields)
-    return tuple(node.value) if node is not None and node.is_mapping else ()
+    return tuple(node.entries()) if node is not None else ()
 
 
 def description_at(root: Node, path: Sequence[str | int]) -> str | None:
@@ -191,7 +191,7 @@ def _next_key(shape: Shape, node: Node | None, text: str, prefix: Path) -> tuple
         raise UnknownPathError(first, (), prefix)
     if prefix and prefix[0] in AXIS_KEYS:
         return text, ""
-    known = tuple(node.value) if node is not None and node.is_mapping else ()
+    known = tuple(node.entries()) if node is not None else ()
     for name in sorted(known, key=len, reverse=True):
         if text == name or text.startswith(name + "."):
             return name, text[len(name) + 1 :]

@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError, UsageError
 from orchestrator.spec.yaml.key_paths import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 from orchestrator.spec.yaml.node import SET, Mark, Node, Path, dotted
 from orchestrator.spec.yaml.parser import MAX_BYTES, MAX_NODES, read_tree, read_value
-from orchestrator.spec.yaml.validation_errors import unknown_key
+from orchestrator.spec.yaml.validation_errors import unknown_path
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,7 @@ def read_overrides(overrides: Sequence[str]) -> list[Override]:
 def _without_lines(node: Node) -> Node:
     """Return the same value with `--set` as its place: a line of the command line helps nobody."""
     mark = Mark(None)
-    if node.is_mapping:
-        entries = {key: _without_lines(child) for key, child in node.value.items()}
-        return Node(entries, mark, keys=dict.fromkeys(entries, mark), size=node.size)
-    if node.is_list:
-        return Node([_without_lines(child) for child in node.value], mark, size=node.size)
-    return Node(node.value, mark, text=node.text)
+    return replace(node.map(lambda _, child: _without_lines(child)), mark=mark, keys=dict.fromkeys(node.keys, mark))
 
 
 def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[ErrorDetail], notices: list[str]) -> Node:
@@ -64,12 +58,9 @@ def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[Erro
         try:
             path = find_path(root, override.text)
         except UnknownPathError as error:
-            allowed, hint = unknown_key(error.key, error.known, error.prefix)
-            place = f" under {dotted(error.prefix)}" if error.prefix else ""
-            message = f"`{error.key}` is not known{place}"
-            errors.append(
-                ErrorDetail(message, path=override.text, value=override.node.written(), allowed=allowed, hint=hint)
-            )
+            message, allowed, hint = unknown_path(error)
+            value = override.node.written()
+            errors.append(ErrorDetail(message, path=override.text, value=value, allowed=allowed, hint=hint))
             continue
         name = dotted(path)
         if name != override.text:
@@ -85,13 +76,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[Erro
 
 
 def _axes(root: Node) -> list[str]:
-    found: list[str] = []
-    matrix, groups = root.get("matrix"), root.get("zip")
-    if matrix is not None and matrix.is_mapping:
-        found += matrix.value
-    for group in groups.value if groups is not None and groups.is_list else []:
-        found += group.value if group.is_mapping else []
-    return found
+    return [*root.entries("matrix"), *(axis for group in root.items("zip") for axis in group.entries())]
 
 
 @dataclass
@@ -111,7 +96,7 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
         found: Takes the errors and notices.
     """
     root = _rename(root, ROOT, below, (), found)
-    names = _merged_names(root, below)
+    names = root if below is None else merge_nodes(below, root)
     for key in AXIS_KEYS:
         node = root.get(key)
         if node is None:
@@ -124,79 +109,50 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
     return root
 
 
-def _merged_names(root: Node, below: Node | None) -> Node:
-    """Return a tree good enough to look paths up in: this file's entries over what it extends."""
-    if below is None or not (root.is_mapping and below.is_mapping):
-        return root
-    entries: dict[str, Any] = {**below.value, **root.value}
-    for key, child in root.value.items():
-        if key in below.value and child.is_mapping and below.value[key].is_mapping:
-            entries[key] = _merged_names(child, below.value[key])
-    return Node(entries, root.mark, keys={**below.keys, **root.keys})
-
-
 def _rename(node: Node, shape: Shape | None, below: Node | None, path: Path, found: Renaming) -> Node:
     if shape is None or not (node.is_mapping or node.is_list):
         return node
     if node.is_list:
-        children = [_rename(c, shape.child(i, node), None, (*path, i), found) for i, c in enumerate(node.value)]
-        return Node(children, node.mark, size=node.size)
+        return node.map(lambda index, child: _rename(child, shape.child(index, node), None, (*path, index), found))
     if path and path[0] in AXIS_KEYS:
         return node
     typed = node if kind_at(node) is not None or below is None else below
     cls = shape.class_of(typed)
     if cls is not None and cls.aliases:
-        node = _rename_keys(node, cls.aliases, path, found)
-    entries = {}
-    for key, child in node.value.items():
-        inner = below.get(key) if below is not None and below.is_mapping else None
-        entries[key] = _rename(child, shape.child(key, typed), inner, (*path, key), found)
-    return Node(entries, node.mark, keys=node.keys, size=node.size)
+        node = _with_names(node, {key: cls.aliases.get(key, key) for key in node.value}, path, path, found)
+
+    def inner(key: str, child: Node) -> Node:
+        return _rename(child, shape.child(key, typed), below and below.get(key), (*path, key), found)
+
+    return node.map(inner)
 
 
-def _rename_keys(node: Node, aliases: dict[str, str], path: Path, found: Renaming) -> Node:
-    if not aliases.keys() & node.value.keys():
-        return node
+def _with_names(node: Node, names: Mapping[str, str], path: Path, shown: Path, found: Renaming) -> Node:
+    """Return a mapping with each key under its canonical name; `shown` is the path that notices show before it."""
     entries: dict[str, Node] = {}
     keys: dict[str, Mark] = {}
     for key, child in node.value.items():
-        name = aliases.get(key, key)
+        name, mark = names[key], node.keys[key]
         if name in entries:
-            other = next(k for k in node.value if aliases.get(k, k) == name and k != key)
-            found.errors.append(_both(key, other, name, node.keys[key], (*path, key)))
+            other = next(k for k in node.value if names[k] == name and k != key)
+            message, hint = f"`{key}` and `{other}` are two names for the same key", f"write `{name}` alone"
+            found.errors.append(ErrorDetail(message, *mark, dotted((*path, key)), hint=hint))
             continue
         if name != key:
-            found.notices.append(_notice(node.keys[key], (*path, key), (*path, name)))
-        entries[name], keys[name] = child, node.keys[key]
+            where = f"{mark.file}:{mark.line}: " if mark.line is not None else ""
+            found.notices.append(f"{where}{dotted((*shown, key))} is read as {dotted((*shown, name))}")
+        entries[name], keys[name] = child, mark
     return Node(entries, node.mark, keys=keys, size=node.size)
 
 
-def _both(key: str, other: str, name: str, mark: Mark, path: Path) -> ErrorDetail:
-    message = f"`{key}` and `{other}` are two names for the same key"
-    return ErrorDetail(message, mark.file, mark.line, mark.column, dotted(path), hint=f"write `{name}` alone")
-
-
-def _notice(mark: Mark, old: Path, new: Path) -> str:
-    where = f"{mark.file}:{mark.line}: " if mark.line is not None else ""
-    return f"{where}{dotted(old)} is read as {dotted(new)}"
-
-
 def _rename_axes(group: Node, names: Node, path: Path, found: Renaming) -> Node:
-    entries: dict[str, Node] = {}
-    keys: dict[str, Mark] = {}
-    for key, child in group.value.items():
+    canonical = {}
+    for key in group.value:
         try:
-            name = dotted(find_path(names, key))
+            canonical[key] = dotted(find_path(names, key))
         except UnknownPathError:
-            name = key  # reported once the files are merged, when every name is known
-        if name in entries:
-            other = next(k for k in group.value if k != key and keys.get(name) == group.keys[k])
-            found.errors.append(_both(key, other, name, group.keys[key], (*path, key)))
-            continue
-        if name != key:
-            found.notices.append(_notice(group.keys[key], (key,), (name,)))
-        entries[name], keys[name] = child, group.keys[key]
-    return Node(entries, group.mark, keys=keys, size=group.size)
+            canonical[key] = key  # reported once the files are merged, when every name is known
+    return _with_names(group, canonical, path, (), found)
 
 
 MAX_CHAIN = 32
@@ -323,10 +279,8 @@ def _beside(file: str, reference: str) -> str:
 
 def load_plugins(node: Node | None) -> list[ErrorDetail]:
     """Import the plug-ins of a `plugins:` list; errors where one cannot be."""
-    if node is None or not node.is_list:
-        return []  # a value that is not a list is reported by the models
     errors = []
-    for index, item in enumerate(node.value):
+    for index, item in enumerate(node.items() if node is not None else ()):  # no list: reported by the models
         if not isinstance(item.value, str):
             continue
         base = FilePath(item.mark.file).parent if item.mark.file is not None else FilePath.cwd()
@@ -354,14 +308,9 @@ def merge_nodes(below: Node, above: Node) -> Node:
 
 def drop_nulls(node: Node, path: Path = ()) -> Node:
     """Take out entries that are null, which puts a key back to its default; an axis' null is a value and stays."""
-    if node.is_list:
-        return Node([drop_nulls(c, (*path, i)) for i, c in enumerate(node.value)], node.mark, size=node.size)
-    if not node.is_mapping or (path and path[-1] in _KEEPS_NULL):
+    if node.is_mapping and path and path[-1] in _KEEPS_NULL:
         return node
-    keep_null = len(path) == 2 and path[0] in ("zip", "include", "exclude")
-    entries = {
-        key: drop_nulls(child, (*path, key))
-        for key, child in node.value.items()
-        if child.value is not None or keep_null
-    }
-    return Node(entries, node.mark, keys={k: node.keys[k] for k in entries}, size=node.size)
+    if node.is_mapping and not (len(path) == 2 and path[0] in ("zip", "include", "exclude")):
+        entries = {key: child for key, child in node.value.items() if child.value is not None}
+        node = Node(entries, node.mark, keys={key: node.keys[key] for key in entries}, size=node.size)
+    return node.map(lambda key, child: drop_nulls(child, (*path, key)))

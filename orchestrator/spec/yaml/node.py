@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +64,26 @@ class Node:
             node = node.get(key) if node is not None else None
         return node
 
+    def entries(self, *path: str | int) -> dict[str, Node]:
+        """Return the entries of the mapping at a path; empty where there is none."""
+        node = self.at(path)
+        return node.value if node is not None and node.is_mapping else {}
+
+    def items(self, *path: str | int) -> list[Node]:
+        """Return the items of the list at a path; empty where there is none."""
+        node = self.at(path)
+        return node.value if node is not None and node.is_list else []
+
+    def map(self, change: Callable[[Any, Node], Node]) -> Node:
+        """Return a copy of a mapping or list with each child replaced by `change(key or index, child)`."""
+        if isinstance(self.value, dict):
+            children: Any = {key: change(key, child) for key, child in self.value.items()}
+        elif isinstance(self.value, list):
+            children = [change(index, child) for index, child in enumerate(self.value)]
+        else:
+            return self
+        return Node(children, self.mark, keys=self.keys, size=self.size)
+
     def with_entry(self, key: str | int, child: Node | None, key_mark: Mark | None = None) -> Node:
         """Return a copy with one entry set, or taken out where `child` is None."""
         if isinstance(self.value, list):
@@ -80,19 +100,16 @@ class Node:
         return Node(entries, self.mark, keys=keys, size=self.size)
 
     def set_at(self, path: Sequence[str | int], child: Node | None) -> Node:
-        """Return a copy with the node at a path set or taken out; mappings on the way are made where they are
-        missing.
-        """
+        """Return a copy with the node at a path set or taken out; missing mappings on the way are made."""
         key, rest = path[0], path[1:]
-        node = self
         if not rest:
-            return node.with_entry(key, child)
-        inner = node.get(key)
+            return self.with_entry(key, child)
+        inner = self.get(key)
         if inner is None or not (inner.is_mapping or inner.is_list):
             if child is None:
-                return node
+                return self
             inner = Node({}, child.mark)
-        return node.with_entry(key, inner.set_at(rest, child))
+        return self.with_entry(key, inner.set_at(rest, child))
 
     def plain(self) -> Any:
         """Return the value as plain dicts, lists and scalars."""

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, shorten
+from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
-from orchestrator.spec.yaml.key_paths import NAMED, description_at, kind_at, names_at, shape_at
+from orchestrator.spec.yaml.key_paths import (
+    NAMED,
+    UnknownPathError,
+    description_at,
+    find_path,
+    kind_at,
+    names_at,
+)
 from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
 from orchestrator.spec.yaml.parser import kind_of, read_value
 
@@ -74,9 +82,7 @@ def _of_text(text: str, quotes: str, allowed: str) -> str | None:
 
 
 def _number(text: str) -> tuple[float | int, str] | None:
-    """Return the number a text means, and what has to change in how it is written (nothing but the quotes: an empty
-    text).
-    """
+    """Return the number a text means, and what must change in how it is written; empty where only quotes must go."""
     text = text.replace("\N{MINUS SIGN}", "-")
     node, errors = read_value(text, None) if text and len(text) < 60 else (None, [None])
     value: Any = node.value if node is not None and not errors else None
@@ -161,6 +167,10 @@ class Finding:
     allowed: str | None = None
     hint: str | None = None
 
+    def inside(self, path: Path) -> Finding:
+        """Return the same finding with its path below another one."""
+        return replace(self, path=(*path, *self.path))
+
 
 def explain(found: Sequence[Any], root: Node, prefix: Path = ()) -> list[ErrorDetail]:
     """Return the errors of a failed validation.
@@ -236,24 +246,33 @@ def unknown_key(name: str, known: Sequence[str], place: Path) -> tuple[str | Non
     return unknown_name(name, known)[0], hint_for_key(name, known, dotted(place))
 
 
+def unknown_path(error: UnknownPathError) -> tuple[str, str | None, str | None]:
+    """Return a message, what is allowed and a hint for a dotted path that leads nowhere."""
+    place = f" under {dotted(error.prefix)}" if error.prefix else ""
+    return f"`{error.key}` is not known{place}", *unknown_key(error.key, error.known, error.prefix)
+
+
+def check_path(root: Node, name: str, where: Path, errors: list[ErrorDetail], what: str) -> Path | None:
+    """Return the path a dotted name stands for; where there is none, an error that begins with `what`, and None."""
+    try:
+        return find_path(root, name)
+    except UnknownPathError as error:
+        message, allowed, hint = unknown_path(error)
+        errors.append(error_at(root, where, f"{what}: {message}", allowed, hint, key=isinstance(where[-1], str)))
+        return None
+
+
 def is_unknown_kind(error: ErrorDetail) -> bool:
     """Return whether an error says that no component of a kind is known, as when its plug-in could not be imported."""
     return error.message.startswith(_UNKNOWN_KIND)
 
 
 def stray_keys(root: Node, section: str) -> tuple[str, ...]:
-    """Return the keys of entries that stand where the entries' names belong: `evaluate: {kind: exact_match, data:
-    test}`.
-    """
-    node = root.get(section)
-    if node is None or not node.is_mapping or not node.value:
-        return ()
+    """Return the keys that stand where names of entries belong, as in `evaluate: {kind: exact_match, data: test}`."""
+    entries = root.entries(section)
     if section == "phases":
-        shape = shape_at(root, ("phases", "finetune"))
-        cls = shape.spec_class() if shape is not None else None
-        fields = {*cls.model_fields, *cls.aliases} if cls is not None else set()
-        return tuple(key for key in node.value if key in fields)
-    odd = [key for key, child in node.value.items() if not _is_entry(child)]
+        return tuple(key for key in entries if key in PhaseSpec.model_fields or key in PhaseSpec.aliases)
+    odd = [key for key, child in entries.items() if not _is_entry(child)]
     if not odd:
         return ()  # no component is imported where all is well
     fields = {key for kind in registry.kinds(_GROUPS[section]) for key in _fields(_GROUPS[section], kind)}
@@ -275,8 +294,7 @@ def _is_entry(node: Node) -> bool:
 
 def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
     mark, value = locate(root, (section, keys[0]), key=True)
-    node = root.get(section)
-    names = [key for key in node.value if key not in keys] if node is not None and node.is_mapping else []
+    names = [key for key in root.entries(section) if key not in keys]
     name = names[0] if names else {"phases": "finetune"}.get(section, "NAME")
     what = "phases by name" if section == "phases" else "entries by name"
     listed = ", ".join(f"`{key}`" for key in keys)
@@ -291,10 +309,8 @@ def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
 
 def _misspelt(path: Path, root: Node) -> str | None:
     """Return the unknown key beside a missing one that is likely to be it."""
-    parent = root.at(path[:-1])
     known = names_at(root, path[:-1])
-    written = tuple(parent.value) if parent is not None and parent.is_mapping else ()
-    return registry.nearest(str(path[-1]), [name for name in written if name not in known])
+    return registry.nearest(str(path[-1]), [name for name in root.entries(*path[:-1]) if name not in known])
 
 
 def _flatten(raw: Any, root: Node, prefix: Path, location: tuple[Any, ...]) -> list[_Error]:
