@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -17,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models.parts import COMPRESSOR, part_of_or_none
+from orchestrator.models.weight_files import Shapes, open_weights
 from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.model import ModelSpec
 
@@ -163,23 +163,32 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
         StageRunError: names or shapes differ; both are listed.
     """
     targets = weight_tensors(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            # safetensors' handle is no mapping: it has keys() but cannot be iterated.
-            names = [name for name in file.keys() if name in targets or part_of_or_none(name) != COMPRESSOR]  # noqa: SIM118
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            check_names_and_shapes(shapes, {name: tuple(t.shape) for name, t in targets.items()}, str(path))
-            for name, target in targets.items():
-                target.copy_(file.get_tensor(name))
-    except StageRunError:
-        raise
-    except Exception as error:
-        raise StorageError(f"the weights {path} cannot be read: {_first_line(error)}") from error
+    with open_weights(path) as file:
+        given = file.shapes()
+        given = {name: given[name] for name in given if name in targets or part_of_or_none(name) != COMPRESSOR}
+        check_names_and_shapes(given, shapes_of(targets), str(path))
+        for name, target in targets.items():
+            target.copy_(file[name])
 
 
-def check_names_and_shapes(
-    given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: str
-) -> None:
+def copy_weights(weights: Mapping[str, torch.Tensor], target: nn.Module, source: str) -> None:
+    """Copy weights into a module; names and shapes must be exactly the module's.
+
+    Raises:
+        StageRunError: names or shapes differ; both are listed.
+    """
+    targets = weight_tensors(target)
+    check_names_and_shapes(shapes_of(weights), shapes_of(targets), source)
+    for name, tensor in targets.items():
+        tensor.copy_(weights[name])
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Return the shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_names_and_shapes(given: Shapes, expected: Shapes, source: str) -> None:
     """Compare names and shapes of weights.
 
     Raises:

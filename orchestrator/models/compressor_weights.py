@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from orchestrator.errors import StageRunError, StorageError
-from orchestrator.models.build import check_names_and_shapes, weight_tensors
+from orchestrator.errors import StageRunError
+from orchestrator.models.build import copy_weights
+from orchestrator.models.weight_files import open_weights
 
 LEARNED_MODULES = "llavolta_compressors"
 _PREFIX = f"{LEARNED_MODULES}."
@@ -29,33 +29,17 @@ def learned_weights(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         StorageError: the file cannot be read.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                if key.startswith(_PREFIX):
-                    module, _, name = key.removeprefix(_PREFIX).partition(".")
-                    found.setdefault(module, {})[name] = file.get_tensor(key)
-    except Exception as error:  # safetensors raises its own kind and OSError
-        raise StorageError(f"the weights {path} cannot be read: {error}") from error
+    with open_weights(path) as file:
+        for key in file:
+            if key.startswith(_PREFIX):
+                module, _, name = key.removeprefix(_PREFIX).partition(".")
+                found.setdefault(module, {})[name] = file[key]
     return found
 
 
 def named_in_file(weights: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return tensors under the names that `learned_weights` reads."""
     return {f"{_PREFIX}{module}.{name}": tensor for module, named in weights.items() for name, tensor in named.items()}
-
-
-def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
-    """Copy weights into a learned module.
-
-    Raises:
-        StageRunError: names or shapes are not the module's.
-    """
-    targets = weight_tensors(module)
-    given = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    check_names_and_shapes(given, {key: tuple(tensor.shape) for key, tensor in targets.items()}, name)
-    for key, target in targets.items():
-        target.copy_(weights[key])
 
 
 def load_learned(model: nn.Module, path: Path) -> None:
@@ -75,4 +59,4 @@ def load_learned(model: nn.Module, path: Path) -> None:
             f"{', '.join(sorted(known)) or 'none'}): the cell's schedule never used it; test under another variant"
         )
     for name, module in modules.items():
-        fill(module, known[name], f"{name} in {path}")
+        copy_weights(known[name], module, f"{name} in {path}")

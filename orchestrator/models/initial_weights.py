@@ -2,68 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from orchestrator.errors import StageRunError, StorageError, UsageError
+from orchestrator.errors import StageRunError, UsageError
 from orchestrator.models.build import (
     WEIGHTS_FILE,
     check_names_and_shapes,
     check_source,
     check_values,
+    copy_weights,
     model_from_config,
     quiet_loading,
     save_weights,
+    shapes_of,
     weight_tensors,
 )
 from orchestrator.models.parts import COMPRESSOR, LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, part_module, part_of_or_none
-from orchestrator.models.weight_files import check_tensors, load_tensors
+from orchestrator.models.weight_files import Shapes, WeightsFile, check_tensors, load_tensors, open_weights
 from orchestrator.plan.jobs import RootJob, StartJob
 from orchestrator.spec.model import ModelSpec
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-class _File(Mapping[str, torch.Tensor]):
-    """Tensors of an open safetensors file, each read when it is used: two models need not fit into memory."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle, self._names = handle, tuple(handle.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handle.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shapes(self) -> Shapes:
-        """Return the shapes by name, without reading a tensor."""
-        return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._names}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_File]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            yield _File(handle)
-    except (OSError, RuntimeError) as error:
-        raise StorageError(f"the weights {path} cannot be read: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise StorageError(f"the weights {path} cannot be read: {error}") from error
 
 
 def write_start_weights(job: StartJob, base: Path | None, source: Path | None, folder: Path) -> None:
@@ -86,13 +49,13 @@ def write_start_weights(job: StartJob, base: Path | None, source: Path | None, f
         assert job.folder is not None
         save_weights(_whole(job, job.folder), folder / WEIGHTS_FILE)
         return
-    with _opened(base) as rest:
+    with open_weights(base) as rest:
         if source is None:
             assert job.folder is not None
             given = _folder_weights(Path(job.folder), rest.shapes())
             merged = _merged(job.parts, rest, given, f"{job.folder} (start_from)")
         else:
-            with _opened(source) as state:
+            with open_weights(source) as state:
                 merged = _merged(job.parts, rest, state, f"{source} (start_from)")
         save_weights(merged, folder / WEIGHTS_FILE)
 
@@ -100,16 +63,16 @@ def write_start_weights(job: StartJob, base: Path | None, source: Path | None, f
 def _whole(job: StartJob, folder: str) -> dict[str, torch.Tensor]:
     with torch.device("meta"), no_init_weights():
         model = model_from_config(ModelSpec.model_validate(job.model))
-    expected = {name: tuple(tensor.shape) for name, tensor in weight_tensors(model).items()}
+    expected = shapes_of(weight_tensors(model))
     given = _folder_weights(Path(folder), expected)
     names = [name for name in given if name in expected or part_of_or_none(name) != COMPRESSOR]
-    _check({name: given[name] for name in names}, expected, f"{folder} (start_from)")
+    check_names_and_shapes(shapes_of({name: given[name] for name in names}), expected, f"{folder} (start_from)")
     check_values(given, f"{folder} (start_from)")
     return {name: tensor.float() for name, tensor in given.items()}
 
 
 def _merged(
-    parts: tuple[str, ...], rest: _File, given: Mapping[str, torch.Tensor], source: str
+    parts: tuple[str, ...], rest: WeightsFile, given: Mapping[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
     shapes = rest.shapes()
     merged = {name: rest[name] for name in shapes if part_of_or_none(name) not in parts}
@@ -120,13 +83,10 @@ def _merged(
         if not theirs:
             raise StageRunError(f"{source}: there are no weights of {part}; remove it from `parts`")
         if part != COMPRESSOR:  # each phase may have other learned compressors: all of them are taken
-            _check(theirs, {name: shapes[name] for name in shapes if part_of_or_none(name) == part}, source)
+            expected = {name: shapes[name] for name in shapes if part_of_or_none(name) == part}
+            check_names_and_shapes(shapes_of(theirs), expected, source)
         merged |= theirs
     return merged
-
-
-def _check(given: Mapping[str, torch.Tensor], expected: Shapes, source: str) -> None:
-    check_names_and_shapes({name: tuple(tensor.shape) for name, tensor in given.items()}, expected, source)
 
 
 def _folder_weights(folder: Path, expected: Shapes) -> Mapping[str, torch.Tensor]:
@@ -135,7 +95,7 @@ def _folder_weights(folder: Path, expected: Shapes) -> Mapping[str, torch.Tensor
         return pretrained_weights(str(folder), "start_from")
     for file in (folder / "model.safetensors", folder / WEIGHTS_FILE):
         if file.is_file():
-            with _opened(file) as found:
+            with open_weights(file) as found:
                 return dict(found)
     if (folder / PROJECTOR_FILE).is_file():
         ours = [name for name in expected if part_of_or_none(name) == PROJECTOR]
@@ -169,15 +129,14 @@ def write_initial_weights(job: RootJob, folder: Path) -> None:
     spec = ModelSpec.model_validate(job.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        model = _pretrained(spec) if spec.weights == "pretrained" else model_from_config(spec)
+        if spec.weights == "pretrained":
+            options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+            model = load_pretrained(spec.model_name_or_path, "model.model_name_or_path", **options)
+        else:
+            model = model_from_config(spec)
         if isinstance(spec.weights, dict):
             _load_parts(model, spec.weights)
     save_weights(weight_tensors(model), folder / WEIGHTS_FILE)
-
-
-def _pretrained(spec: ModelSpec) -> PreTrainedModel:
-    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    return load_pretrained(spec.model_name_or_path, "model.model_name_or_path", **options)
 
 
 def load_pretrained(source: str, key: str, **options: Any) -> PreTrainedModel:
@@ -244,7 +203,7 @@ def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
     """Load the vision tower; its class picks its own weights, from a complete CLIP too."""
     _, tower = part_module(model, VISION_TOWER)
     loaded = _from_pretrained(type(tower), source, key)
-    _copy(weight_tensors(loaded), tower, f"{key}: {source}")
+    copy_weights(weight_tensors(loaded), tower, f"{key}: {source}")
 
 
 def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
@@ -255,10 +214,10 @@ def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
     weights = weight_tensors(loaded.get_decoder())
     embedding = next(k for k, v in target.named_modules() if v is model.get_input_embeddings()) + ".weight"
     weights[embedding] = _resized(weights[embedding], len(model.get_input_embeddings().weight), name)
-    _copy(weights, target, name)
+    copy_weights(weights, target, name)
     head, source_head = model.get_output_embeddings(), loaded.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
-        _copy({"weight": _resized(source_head.weight.detach(), len(head.weight), name)}, head, name)
+        copy_weights({"weight": _resized(source_head.weight.detach(), len(head.weight), name)}, head, name)
 
 
 def _resized(rows_VD: torch.Tensor, num_rows: int, name: str) -> torch.Tensor:
@@ -274,7 +233,9 @@ def _resized(rows_VD: torch.Tensor, num_rows: int, name: str) -> torch.Tensor:
 def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
     check_source(source, key)
     _, projector = part_module(model, PROJECTOR)
-    _copy(projector_weights(Path(source), key), projector, f"{key}: {source}")
+    weights = projector_weights(Path(source), key)
+    check_values(weights, f"{key}: {source}")
+    copy_weights(weights, projector, f"{key}: {source}")
 
 
 def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
@@ -302,12 +263,3 @@ def projector_weights(path: Path, key: str) -> dict[str, torch.Tensor]:
         elif part_of_or_none(name) == PROJECTOR:
             found[name.partition("projector.")[2] or name] = tensor
     return found or dict(weights)
-
-
-def _copy(weights: dict[str, torch.Tensor], target: nn.Module, source: str) -> None:
-    targets = weight_tensors(target)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    check_names_and_shapes(shapes, {name: tuple(tensor.shape) for name, tensor in targets.items()}, source)
-    check_values(weights, source)
-    for name, tensor in targets.items():
-        tensor.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""Load weights from files of others safely: plain tensors only; an error says what a file is instead."""
+"""Weights in files: safetensors of our own, each tensor read when it is used; files of others as plain tensors only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,57 @@ import re
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from orchestrator.errors import LlavoltaError, StorageError
+
+Shapes = dict[str, tuple[int, ...]]
 _SAFE_PROTOCOLS = (2, 3)  # what torch's safe loader reads: torch.save writes 2
 _HEAD_BYTES = 512
+
+
+class WeightsFile(Mapping[str, torch.Tensor]):
+    """Tensors of an open safetensors file, each read when it is used: two models need not fit into memory."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle, self._names = handle, tuple(handle.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> Shapes:
+        """Return the shapes by name, without reading a tensor."""
+        return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._names}
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[WeightsFile]:
+    """Open a safetensors file for the block.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield WeightsFile(handle)
+    except LlavoltaError:
+        raise
+    except Exception as error:  # safetensors raises its own kind, OSError and RuntimeError
+        raise StorageError(f"the weights {path} cannot be read: {_first_line(error)}") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

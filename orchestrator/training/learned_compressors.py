@@ -25,8 +25,8 @@ from torch import nn
 from orchestrator import registry
 from orchestrator.compression import Attachment, attach
 from orchestrator.errors import StageRunError, StorageError
-from orchestrator.models.build import cast_parameters, weight_tensors
-from orchestrator.models.compressor_weights import LEARNED_MODULES, fill, learned_modules, learned_weights
+from orchestrator.models.build import cast_parameters, copy_weights, weight_tensors
+from orchestrator.models.compressor_weights import LEARNED_MODULES, learned_modules, learned_weights
 from orchestrator.models.parts import COMPRESSOR, names_without_decay, rate_of
 from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.phase import PhaseSpec
@@ -424,7 +424,7 @@ class LearnedCompressors:
         )
         refuse_dropout(module, name)
         cast_parameters(module.to(self._device), self._dtype)
-        fill(module, state.weights, name)
+        copy_weights(state.weights, module, name)
         module.requires_grad_(self.trains)
         masters = dict(module.named_parameters())
         if self._dtype != torch.float32:

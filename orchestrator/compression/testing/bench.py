@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression import Attachment, attach
-from orchestrator.compression.attach import PointLike
+from orchestrator.compression.attach import MODULES_NAME, PointLike
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.testing.reference import Reference, draws
 from orchestrator.compression.testing.tiny import Row, TinyFamily
 from orchestrator.spec.components import Grid
 
 _ANSWER = 3
-_MODULES = "llavolta_compressors"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Bench:
     def reference(self, attachment: Attachment | None = None) -> Reference:
         """Return the plain computation, with copies of an attachment's learned modules."""
         modules: dict[str, nn.Module] = {}
-        created = attachment.model._modules.get(_MODULES) if attachment is not None else None
+        created = attachment.model._modules.get(MODULES_NAME) if attachment is not None else None
         if created is not None:
             modules = {name: copy_of(module) for name, module in created.items()}
         return Reference(self.family, modules)
@@ -120,7 +119,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 def move_parameters(model: nn.Module) -> None:
     """Move learned modules from their first values: some begin as an identity, which would prove little."""
-    created = model._modules.get(_MODULES)
+    created = model._modules.get(MODULES_NAME)
     if created is None:
         return
     generator = torch.Generator().manual_seed(17)
@@ -152,5 +151,5 @@ def reference_gradients(reference: Reference, loss: Tensor) -> dict[str, Tensor]
     for name, module in reference.modules.items():
         for inner, one in module.named_parameters():
             if one.grad is not None:
-                found[f"{_MODULES}.{name}.{inner}"] = one.grad.clone()
+                found[f"{MODULES_NAME}.{name}.{inner}"] = one.grad.clone()
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from orchestrator.compression.testing.tiny import (
     TinyFamily,
     batcher,
     builder,
+    tiny,
 )
 from orchestrator.spec.components import Grid
 
@@ -73,29 +74,24 @@ def _sized(draw: Draw, sizes: dict[str, tuple[int, int]]) -> None:
         draw.inputs["image_sizes"] = torch.tensor([sizes[kind] for kind in draw.flat])
 
 
-LLAVA_PIXTRAL = TinyFamily(
-    "llava",
-    builder(
-        hf.LlavaForConditionalGeneration,
-        hf.PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=8),
-        hf.LlamaConfig(**TEXT_SIZES),
-        image_token_id=IMAGE,
-        vision_feature_select_strategy="full",  # it has no CLS token
-        vision_feature_layer=-1,
-    ),
+LLAVA_PIXTRAL = tiny(
+    hf.LlavaForConditionalGeneration,
+    hf.PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=8),
+    hf.LlamaConfig,
     # As Pixtral's processor has it: a token of its own ends each row of patches.
-    batcher(
-        {
-            kind: ([IMAGE] * (width // 8) + [SEPARATOR]) * (height // 8)
-            for kind, (height, width) in _PIXTRAL_SIZES.items()
-        },
-        partial(_sized, sizes=_PIXTRAL_SIZES),
-    ),
-    {"image": (Grid(3, 4),), "small": (Grid(2, 2),)},
+    {kind: ([IMAGE] * (width // 8) + [SEPARATOR]) * (height // 8) for kind, (height, width) in _PIXTRAL_SIZES.items()},
+    partial(_sized, sizes=_PIXTRAL_SIZES),
+    units={"image": (Grid(3, 4),), "small": (Grid(2, 2),)},
+    image_token_id=IMAGE,
+    vision_feature_select_strategy="full",  # it has no CLS token
+    vision_feature_layer=-1,
 )
 
 # Built like LLaVA: VipLLaVA, Video-LLaVA, LLaVA-NeXT, LLaVA-OneVision. Two names were others before transformers 5.23.
-_VIP = "vision_feature_layer" if hasattr(hf.VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
+_VIP_LAYERS = (
+    "vision_feature_layer" if hasattr(hf.VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
+)
+_VIP: dict[str, Any] = {_VIP_LAYERS: [-1, -2, 1]}
 _VIDEO_LLAVA = inspect.signature(hf.VideoLlavaForConditionalGeneration.forward).parameters
 _VIDEO_LLAVA_PIXELS = "pixel_values" if "pixel_values" in _VIDEO_LLAVA else "pixel_values_images"
 _FRAMES = 2
@@ -138,9 +134,10 @@ def _tiles_by_row(draw: Draw) -> None:
             draw.inputs["pixel_values"][row, count:] = 0
 
 
-def _idefics(model_class: Any) -> Callable[[str, int], nn.Module]:
-    text = hf.LlamaConfig(**TEXT_SIZES)
-    return builder(model_class, _TILE_VISION, text, image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD)
+def _idefics(model_class: Any, kinds: Sequence[str]) -> TinyFamily:
+    units = {kind: _TILE_UNITS[kind] for kind in kinds}
+    config: dict[str, Any] = {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": PAD}
+    return tiny(model_class, _TILE_VISION, hf.LlamaConfig, _APART, _tiles_by_row, units=units, **config)
 
 
 # Mistral 3: patches of 4 pixels, 2 x 2 of them one token.
@@ -159,15 +156,22 @@ _QWEN_3_VISION = _QWEN_SIZES | {"num_position_embeddings": 64, "deepstack_visual
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 
 
-def _qwen(model_type: str, model_class: Any, vision: dict[str, Any], **text: Any) -> TinyFamily:
-    marks = {"vision_start_token_id": SEPARATOR, "vision_end_token_id": SEPARATOR, "video_token_id": VIDEO}
-    values = {**TEXT_SIZES, "rope_parameters": _ROPE, **text}
-    build = builder(model_class, _QWEN_VISION | vision, values, image_token_id=IMAGE, **marks)
-    third = "qwen3" in model_type
+def _qwen(model_class: Any, vision: dict[str, Any], third: bool = False, **text: Any) -> TinyFamily:
     # Qwen2-VL writes a video as one run, Qwen3-VL each frame with its time stamp before it.
     video = [7, 8, *_FRAME, 7, 9, *_FRAME] if third else [SEPARATOR, *[VIDEO] * 12, SEPARATOR]
-    batch = batcher(_QWEN_TOKENS | {"video": video}, _patches)
-    return TinyFamily(model_type, build, batch, _QWEN_UNITS, first_layer=int(third))
+    return tiny(
+        model_class,
+        _QWEN_VISION | vision,
+        {**TEXT_SIZES, "rope_parameters": _ROPE, **text},
+        _QWEN_TOKENS | {"video": video},
+        _patches,
+        units=_QWEN_UNITS,
+        first_layer=int(third),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=SEPARATOR,
+        vision_end_token_id=SEPARATOR,
+    )
 
 
 def _patches(draw: Draw) -> None:
@@ -194,10 +198,19 @@ def _siglip(side: int) -> Any:
 
 
 def _paligemma(text: Any, **more: Any) -> TinyFamily:
-    sizes = {"projection_dim": 32, "hidden_size": 32, "vocab_size": TEXT_SIZES["vocab_size"]}
-    model_class = hf.PaliGemmaForConditionalGeneration
-    build = builder(model_class, _siglip(24), text, image_token_index=IMAGE, **sizes)
-    return TinyFamily("paligemma", build, batcher({"image": _NINE}, _suffix, _square(24)), _THREE, **more)
+    sizes: dict[str, Any] = {"projection_dim": 32, "hidden_size": 32, "vocab_size": TEXT_SIZES["vocab_size"]}
+    return tiny(
+        hf.PaliGemmaForConditionalGeneration,
+        _siglip(24),
+        text,
+        {"image": _NINE},
+        _suffix,
+        _square(24),
+        units=_THREE,
+        image_token_index=IMAGE,
+        **sizes,
+        **more,
+    )
 
 
 def _suffix(draw: Draw) -> None:
@@ -226,140 +239,105 @@ PALIGEMMA_2 = _paligemma(
     attentions=("eager",),  # Gemma 2 has no sdpa
 )
 
-TINY: dict[str, TinyFamily] = {
-    "llava": TinyFamily(
+_FAMILIES = (
+    TinyFamily(
         "llava",
         lambda attention, seed: tiny_llava(attention, seed=seed),
         batcher({"image": _NINE}, _square(24)),
         _THREE,
     ),
-    "llava_next": TinyFamily(
-        "llava_next",
-        builder(
-            hf.LlavaNextForConditionalGeneration,
-            _CLIP,
-            hf.LlamaConfig(**TEXT_SIZES),
-            image_token_id=IMAGE,
-            image_grid_pinpoints=_PINPOINTS,
-        ),
-        batcher({"image": [IMAGE] * (9 + 4 * 7), "small": [IMAGE] * (9 + 6 * 2)}, _tiles_of_sizes),
-        {"image": (Grid(3, 3), Grid(4, 7)), "small": (Grid(3, 3), Grid(6, 2))},
+    tiny(
+        hf.LlavaNextForConditionalGeneration,
+        _CLIP,
+        hf.LlamaConfig,
+        {"image": [IMAGE] * (9 + 4 * 7), "small": [IMAGE] * (9 + 6 * 2)},
+        _tiles_of_sizes,
+        units={"image": (Grid(3, 3), Grid(4, 7)), "small": (Grid(3, 3), Grid(6, 2))},
+        image_token_id=IMAGE,
+        image_grid_pinpoints=_PINPOINTS,
     ),
-    "llava_onevision": TinyFamily(
-        "llava_onevision",
-        builder(
-            hf.LlavaOnevisionForConditionalGeneration,
-            hf.SiglipVisionConfig(**VISION_SIZES, image_size=24, patch_size=8),
-            hf.Qwen2Config(**TEXT_SIZES),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=_PINPOINTS,
-            vision_aspect_ratio="anyres_max_2",
-        ),
-        batcher(
-            {"image": [IMAGE] * (9 + 3 * 6), "small": [IMAGE] * (9 + 6 * 2), "video": [VIDEO] * (4 * _FRAMES + 1)},
-            _tiles_of_sizes,
-            _frames,
-        ),
-        {
+    tiny(
+        hf.LlavaOnevisionForConditionalGeneration,
+        hf.SiglipVisionConfig(**VISION_SIZES, image_size=24, patch_size=8),
+        hf.Qwen2Config,
+        {"image": [IMAGE] * (9 + 3 * 6), "small": [IMAGE] * (9 + 6 * 2), "video": [VIDEO] * (4 * _FRAMES + 1)},
+        _tiles_of_sizes,
+        _frames,
+        units={
             "image": (Grid(3, 3), Grid(3, 6)),  # 4 x 6 tokens are more than two tiles hold, so scaled to 3 x 5
             "small": (Grid(3, 3), Grid(6, 2)),
             "video": (Grid(2, 2),) * _FRAMES + (Grid(1, 1),),
         },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=_PINPOINTS,
+        vision_aspect_ratio="anyres_max_2",
     ),
-    "video_llava": TinyFamily(
-        "video_llava",
-        builder(
-            hf.VideoLlavaForConditionalGeneration,
-            _CLIP,
-            hf.LlamaConfig(**TEXT_SIZES),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-        ),
-        batcher(
-            {"image": _NINE, "video": [VIDEO] * 10 * _FRAMES},
-            partial(_add_square, side=24, name=_VIDEO_LLAVA_PIXELS),
-            _frames,
-        ),
-        {"image": (Grid(3, 3),), "video": (Grid(1, 1), Grid(3, 3)) * _FRAMES},  # a frame's CLS token stays
+    tiny(
+        hf.VideoLlavaForConditionalGeneration,
+        _CLIP,
+        hf.LlamaConfig,
+        {"image": _NINE, "video": [VIDEO] * 10 * _FRAMES},
+        partial(_add_square, side=24, name=_VIDEO_LLAVA_PIXELS),
+        _frames,
+        units={"image": (Grid(3, 3),), "video": (Grid(1, 1), Grid(3, 3)) * _FRAMES},  # a frame's CLS token stays
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
     ),
-    "vipllava": TinyFamily(
-        "vipllava",
-        builder(
-            hf.VipLlavaForConditionalGeneration,
-            _CLIP,
-            hf.LlamaConfig(**TEXT_SIZES),
-            image_token_id=IMAGE,
-            **{_VIP: [-1, -2, 1]},
-        ),
-        batcher({"image": _NINE}, _square(24)),
-        _THREE,
+    tiny(
+        hf.VipLlavaForConditionalGeneration,
+        _CLIP,
+        hf.LlamaConfig,
+        {"image": _NINE},
+        _square(24),
+        units=_THREE,
+        image_token_id=IMAGE,
+        **_VIP,
     ),
-    "internvl": TinyFamily(
-        "internvl",
-        builder(
-            hf.InternVLForConditionalGeneration,
-            {**_TILE_VISION, "model_type": "internvl_vision"},
-            hf.Qwen2Config(**TEXT_SIZES),
-            image_token_id=IMAGE,
-            image_seq_length=9,
-            tie_word_embeddings=False,
-        ),
-        # Tiles of an image in one run, frames of a video apart.
-        batcher({"image": _NINE * 3, "small": _NINE, "video": _APART["video"]}, _tiles_in_one_run),
-        _TILE_UNITS,
+    tiny(
+        hf.InternVLForConditionalGeneration,
+        {**_TILE_VISION, "model_type": "internvl_vision"},
+        hf.Qwen2Config,
+        {"image": _NINE * 3, "small": _NINE, "video": _APART["video"]},  # an image in one run, frames apart
+        _tiles_in_one_run,
+        units=_TILE_UNITS,
+        image_token_id=IMAGE,
+        image_seq_length=9,
+        tie_word_embeddings=False,
     ),
-    "idefics3": TinyFamily(
-        "idefics3",
-        _idefics(hf.Idefics3ForConditionalGeneration),
-        batcher(_APART, _tiles_by_row),
-        {kind: _TILE_UNITS[kind] for kind in ("image", "small")},
+    _idefics(hf.Idefics3ForConditionalGeneration, ("image", "small")),
+    _idefics(hf.SmolVLMForConditionalGeneration, ("image", "small", "video")),
+    tiny(
+        hf.Mistral3ForConditionalGeneration,
+        hf.PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=4),
+        hf.MistralConfig,
+        {kind: ([IMAGE] * grid.width + [SEPARATOR]) * grid.height for kind, (grid,) in _MISTRAL_UNITS.items()},
+        partial(_sized, sizes={kind: (8 * g.height, 8 * g.width) for kind, (g,) in _MISTRAL_UNITS.items()}),
+        units=_MISTRAL_UNITS,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
     ),
-    "smolvlm": TinyFamily(
-        "smolvlm", _idefics(hf.SmolVLMForConditionalGeneration), batcher(_APART, _tiles_by_row), _TILE_UNITS
-    ),
-    "mistral3": TinyFamily(
-        "mistral3",
-        builder(
-            hf.Mistral3ForConditionalGeneration,
-            hf.PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=4),
-            hf.MistralConfig(**TEXT_SIZES),
-            image_token_id=IMAGE,
-            spatial_merge_size=2,
-        ),
-        batcher(
-            {kind: ([IMAGE] * grid.width + [SEPARATOR]) * grid.height for kind, (grid,) in _MISTRAL_UNITS.items()},
-            partial(_sized, sizes={kind: (8 * g.height, 8 * g.width) for kind, (g,) in _MISTRAL_UNITS.items()}),
-        ),
-        _MISTRAL_UNITS,
-    ),
-    "qwen2_vl": _qwen(
-        "qwen2_vl", hf.Qwen2VLForConditionalGeneration, {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
-    ),
-    "qwen2_5_vl": _qwen(
-        "qwen2_5_vl",
+    _qwen(hf.Qwen2VLForConditionalGeneration, {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}),
+    _qwen(
         hf.Qwen2_5_VLForConditionalGeneration,
         _QWEN_SIZES | {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2},
     ),
-    "qwen3_vl": _qwen("qwen3_vl", hf.Qwen3VLForConditionalGeneration, _QWEN_3_VISION, head_dim=8),
-    "qwen3_vl_moe": _qwen(
-        "qwen3_vl_moe", hf.Qwen3VLMoeForConditionalGeneration, _QWEN_3_VISION, head_dim=8, **_EXPERTS
+    _qwen(hf.Qwen3VLForConditionalGeneration, _QWEN_3_VISION, third=True, head_dim=8),
+    _qwen(hf.Qwen3VLMoeForConditionalGeneration, _QWEN_3_VISION, third=True, head_dim=8, **_EXPERTS),
+    _paligemma(hf.GemmaConfig(**TEXT_SIZES, head_dim=8)),
+    tiny(
+        hf.Gemma3ForConditionalGeneration,
+        _siglip(48),
+        hf.Gemma3TextConfig(**_GEMMA, layer_types=[_SLIDING, _FULL, _SLIDING, _SLIDING]),
+        {"image": [SEPARATOR, *_NINE, SEPARATOR]},  # between a token that begins and one that ends an image
+        _gemma_types,
+        _square(48),
+        units=_THREE,
+        after=_gemma_projection,
+        mm_tokens_per_image=9,
+        image_token_index=IMAGE,
+        boi_token_index=SEPARATOR,
+        eoi_token_index=SEPARATOR,
     ),
-    "paligemma": _paligemma(hf.GemmaConfig(**TEXT_SIZES, head_dim=8)),
-    "gemma3": TinyFamily(
-        "gemma3",
-        builder(
-            hf.Gemma3ForConditionalGeneration,
-            _siglip(48),
-            hf.Gemma3TextConfig(**_GEMMA, layer_types=[_SLIDING, _FULL, _SLIDING, _SLIDING]),
-            after=_gemma_projection,
-            mm_tokens_per_image=9,
-            image_token_index=IMAGE,
-            boi_token_index=SEPARATOR,
-            eoi_token_index=SEPARATOR,
-        ),
-        # Placeholders between a token that begins and one that ends an image; type 1 at placeholders.
-        batcher({"image": [SEPARATOR, *_NINE, SEPARATOR]}, _gemma_types, _square(48)),
-        _THREE,
-    ),
-}
+)
+TINY: dict[str, TinyFamily] = {family.model_type: family for family in _FAMILIES}

@@ -60,12 +60,11 @@ def builder(
     Args:
         model_class: A Hugging Face model; its `config_class` is used.
         vision: Its vision config, or values of it.
-        text: Its text config, or values of it.
+        text: Its text config, values of it, or its class, whose sizes are then `TEXT_SIZES`.
         after: A function called with the model before its weights are enlarged.
         **options: Further values of its config.
     """
-
-    given = {"vision_config": vision, "text_config": text}
+    given = {"vision_config": vision, "text_config": text(**TEXT_SIZES) if isinstance(text, type) else text}
 
     def build(attention: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -78,6 +77,28 @@ def builder(
         return enlarge(model)
 
     return build
+
+
+def tiny(
+    model_class: Any,
+    vision: Any,
+    text: Any,
+    tokens: Tokens,
+    *add: Callable[[Draw], None],
+    units: Mapping[str, tuple[Grid, ...]],
+    first_layer: int = 0,
+    attentions: tuple[str, ...] = ("eager", "sdpa"),
+    **options: Any,
+) -> TinyFamily:
+    """Return the family of a model class; see `builder`, `batcher` and `TinyFamily` for the arguments."""
+    return TinyFamily(
+        model_class.config_class.model_type,
+        builder(model_class, vision, text, **options),
+        batcher(tokens, *add),
+        units,
+        first_layer=first_layer,
+        attentions=attentions,
+    )
 
 
 def enlarge(model: nn.Module, factor: float = 4.0) -> nn.Module:

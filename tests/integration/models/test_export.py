@@ -223,7 +223,7 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(home, tmp_path):
     assert (exported(home, "up", tmp_path / "empty") / "config.json").is_file()
 
 
-def test_weights_that_are_not_there_are_told_apart(home, tmp_path):
+def test_weights_that_are_not_there_are_told_apart(home, tmp_path, built_in_only):
     copy = tmp_path / "home"
     shutil.copytree(home, copy, symlinks=True)
     walk = prepare(copy / "mine.yaml")
