@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.dispatch.driver import Hooks, Outcome
-from orchestrator.dispatch.local import run_local
-from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.driver import Hooks, Outcome, run_local
+from orchestrator.dispatch.ray.session import run_on_ray
 from orchestrator.dispatch.signals import StopRequest
 from orchestrator.errors import Interrupted, StorageError
 from orchestrator.plan.cell_record import CellRecord

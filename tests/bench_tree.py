@@ -118,9 +118,8 @@ def groves_of(walk: ExperimentPlan, shared: bool) -> list[Grove]:
 
 def dispatch(walk: ExperimentPlan, groves: Sequence[Grove], evaluations: bool, local: bool = False) -> dict[str, float]:
     """Does what is missing, either trainings or evaluations, in one lane; returns when each job was begun."""
-    from orchestrator.dispatch.driver import Hooks
-    from orchestrator.dispatch.local import run_local
-    from orchestrator.dispatch.ray.run import run_on_ray
+    from orchestrator.dispatch.driver import Hooks, run_local
+    from orchestrator.dispatch.ray.session import run_on_ray
     from orchestrator.dispatch.worker import DEFAULT_EXECUTOR
 
     begun: dict[str, float] = {}

@@ -1,12 +1,24 @@
-"""The driver's side of a run, however it is dispatched: its hooks, what it knows of the jobs, and the outcome."""
+"""The driver's side of a run, however it is dispatched: hooks, job states, outcome; and the run in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.plan.jobs import Job, job_to_json
+from orchestrator.dispatch.conductor import STOP, WAIT, Conductor, Rules, new_driver
+from orchestrator.dispatch.worker import DEFAULT_EXECUTOR, do_job, forget
+from orchestrator.errors import Interrupted, UsageError
+from orchestrator.plan.jobs import Job, job_from_json, job_to_json
+from orchestrator.plan.ledger import Ledger
+from orchestrator.spec.infrastructure import ClusterSpec
 
 _ENDINGS = ("finished", "failed", "skipped")
 
@@ -142,3 +154,137 @@ class RunState:
             left=tuple(str(job["id"]) for job in self.jobs if job["id"] not in self._endings),
             interrupted=interrupted,
         )
+
+
+LANE = "local"
+PAUSE_SECONDS = 0.1
+
+
+def run_local(
+    work: Sequence[Job],
+    ledger: Ledger,
+    cluster: ClusterSpec,
+    hooks: Hooks,
+    *,
+    executor: str = DEFAULT_EXECUTOR,
+    fail_fast: bool = False,
+) -> Outcome:
+    """Do the work as one worker in this thread; arguments, events and outcome are those of `run_on_ray`.
+
+    What jobs print goes to the terminal; a failed job's traceback goes to its log as well.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+        Interrupted: KeyboardInterrupt.
+    """
+    conductor = Conductor(ledger.url, new_driver(), Rules.of(cluster, fail_fast, hooks.replans))
+    lane = _Lane(conductor, RunState(work, hooks), Ledger(ledger.url), hooks)
+    try:
+        with _single_process_group(cluster):
+            lane.work(executor)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None
+    finally:
+        forget(lane.memory)
+        conductor.leave()
+    return lane.state.outcome(lane.was_asked)
+
+
+class _Lane:
+    """The driver and the one worker of its one lane, in one thread."""
+
+    def __init__(self, conductor: Conductor, state: RunState, ledger: Ledger, hooks: Hooks) -> None:
+        self._conductor, self._ledger, self._hooks = conductor, ledger, hooks
+        self.state = state
+        self.memory: dict[str, Any] = {}
+        self.was_asked = False
+        conductor.set_work(state.jobs, state.is_closed)
+
+    def work(self, executor: str) -> None:
+        """Do items until there are no more."""
+        while not self._attempt(executor):
+            pass
+
+    def _attempt(self, executor: str) -> bool:
+        """Work until the conductor says stop (True) or wants a fresh start (False)."""
+        who = {"lane": LANE, "attempt": uuid.uuid4().hex, "world_size": 1, "rank": 0}
+        self._conductor.begin(who)
+        k, last, report = 0, None, None
+        while True:
+            self._is_stop_asked()
+            item = self._conductor.next_item(who, k, last, report)
+            self._poll()
+            if item == WAIT:
+                time.sleep(PAUSE_SECONDS)
+            elif isinstance(item, str):
+                return item == STOP
+            else:
+                job = job_from_json(item["job"])
+                self._ledger.fences = {job.id: item["token"]}
+                report = do_job(executor, job, self._ledger, self.memory, self._is_stop_asked)
+                k, last = k + 1, job.id
+
+    def _poll(self) -> None:
+        news = self._conductor.poll(self.state.epoch, self.state.seen)
+        self.state.epoch = news["epoch"]
+        self.state.take(news["events"])
+        if self.state.refresh():
+            self._conductor.set_work(self.state.jobs, self.state.is_closed)
+
+    def _is_stop_asked(self) -> bool:
+        self._hooks.on_tick()
+        if self._hooks.stop_asked() and not self.was_asked:
+            self.was_asked = True
+            self._conductor.interrupt()
+        return self._conductor.is_stopping()
+
+
+@contextlib.contextmanager
+def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
+    """Hold a process group of one, as a worker of a lane would find it; an existing one is used."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    asked = cluster.use_gpu is True or cluster.resources_per_worker.get("GPU", 0) > 0
+    if asked and not torch.cuda.is_available():
+        raise UsageError(
+            "cluster: use_gpu or resources_per_worker asks for a GPU, and torch sees none on this machine\n"
+            "    hint: cluster.use_gpu: auto takes what there is"
+        )
+    use_gpu = torch.cuda.is_available() and cluster.use_gpu is not False
+    variables = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    if not use_gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    before = {name: os.environ.get(name) for name in variables}
+    threads_before = torch.get_num_threads()
+    os.environ.update(variables)
+    torch.set_num_threads(max(1, math.floor(cluster.resources_per_worker.get("CPU", 1))))
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield
+    finally:
+        # DeepSpeed keeps groups made within this one; its own call forgets them, else the next run would use them.
+        comm = sys.modules.get("deepspeed.comm")
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+        torch.set_num_threads(threads_before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from orchestrator.dispatch.driver import Outcome
 from orchestrator.dispatch.ray.placement import room_for
-from orchestrator.dispatch.ray.run import run_on_ray
-from orchestrator.dispatch.ray.session import ray_session
+from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt
 from orchestrator.errors import DataError, SpecError, StorageError, UsageError
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment

@@ -1,15 +1,17 @@
-"""The lanes of one run as their driver sees them: Ray Train runs in threads, and the conductor they ask for work."""
+"""The lanes of a run: Ray Train runs that the driver looks after, and their workers, which do the conductor's jobs."""
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import math
+import os
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.dispatch.conductor import Conductor, Rules, new_driver
+from orchestrator.dispatch.conductor import RESTART, STOP, WAIT, Conductor, Rules, new_driver
 from orchestrator.dispatch.driver import Outcome, RunState
 from orchestrator.dispatch.job_queue import parallel_width
 from orchestrator.dispatch.ray import compat
 from orchestrator.dispatch.ray.placement import room_for
-from orchestrator.dispatch.ray.worker import run_lane
-from orchestrator.dispatch.worker import end_process
+from orchestrator.dispatch.worker import do_job, end_process, log_path, now, printed_to
 from orchestrator.errors import StageRunError
+from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.process import this_process
+from orchestrator.plan.ledger.process import start_ticks, this_process
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 
 POLL_SECONDS = 0.1
@@ -40,46 +42,28 @@ _GROUP_FAILURES = 10_000
 _STARTS_AGAIN = 3
 
 
-@dataclass(frozen=True)
-class LaneSetup:
-    """What all lanes of a run share.
-
-    Attributes:
-        url: The storage, as workers open it.
-        folder: Where Ray Train may keep what it wants to keep of a run; taken away with the run.
-        executor: `module:function` that does one job.
-    """
-
-    cluster: ClusterSpec
-    conductor: Any
-    url: str
-    folder: Path
-    executor: str
-    use_gpu: bool
-
-
 class RayLane:
     """A lane.
 
     Args:
         name: Its name, unique in the run.
+        work: What its workers share with those of other lanes (`run_lane`).
+        cluster: Number and resources of its workers.
+        use_gpu: Whether they use GPUs.
+        folder: Where Ray Train may keep files of a run; they are removed with the run.
 
     Attributes:
-        error: Why its last Train run ended, where that was no good end.
+        error: Why its last Train run ended, where it failed.
+        thread: Waits for the Train run; None where there is none.
     """
 
-    def __init__(self, name: str, setup: LaneSetup) -> None:
+    def __init__(self, name: str, work: Mapping[str, Any], cluster: ClusterSpec, use_gpu: bool, folder: Path) -> None:
         self.name = name
         self.error: BaseException | None = None
-        self._setup = setup
+        self.thread: threading.Thread | None = None
+        self._work, self._cluster, self._use_gpu, self._folder = work, cluster, use_gpu, folder
         self._starts = 0
         self._run_name = ""
-        self._thread: threading.Thread | None = None
-
-    @property
-    def thread(self) -> threading.Thread | None:
-        """The thread that waits for the Train run; None where there is none to look after."""
-        return self._thread
 
     @property
     def may_start_again(self) -> bool:
@@ -91,27 +75,27 @@ class RayLane:
         self._starts += 1
         self.error = None
         self._run_name = f"{self.name}-{uuid.uuid4().hex[:8]}"
-        self._thread = threading.Thread(target=self._fit, name=self.name, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._fit, name=self.name, daemon=True)
+        self.thread.start()
 
     def has_ended(self) -> bool:
         """Return True once for each Train run that is over; what it held is free then."""
-        if self._thread is None or self._thread.is_alive():
+        if self.thread is None or self.thread.is_alive():
             return False
-        self._thread = None
+        self.thread = None
         self.clean()
         if self.error is not None:
             self._free_groups()
         return True
 
     def clean(self) -> None:
-        """Take away what Ray Train wrote for the last run."""
-        shutil.rmtree(self._setup.folder / self._run_name, ignore_errors=True)
+        """Remove what Ray Train wrote for the last run."""
+        shutil.rmtree(self._folder / self._run_name, ignore_errors=True)
 
     def _free_groups(self) -> None:
         """Free the resources of a controller that died and cannot do so itself."""
         with contextlib.suppress(Exception):
-            for group in ray.get(self._setup.conductor.placement_groups.remote(self.name), timeout=10):
+            for group in ray.get(self._work["conductor"].placement_groups.remote(self.name), timeout=10):
                 with contextlib.suppress(Exception):
                     compat.release_placement_group(group)
 
@@ -122,31 +106,23 @@ class RayLane:
             self.error = error
 
     def _trainer(self) -> Any:
-        cluster = self._setup.cluster
-        threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
-        workers = cluster.num_workers
+        cluster, workers = self._cluster, self._cluster.num_workers
         return compat.LaneTrainer(
             run_lane,
-            train_loop_config={
-                "conductor": self._setup.conductor,
-                "lane": self.name,
-                "storage": self._setup.url,
-                "executor": self._setup.executor,
-                "threads": threads,
-            },
+            train_loop_config={**self._work, "lane": self.name},
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,
-                use_gpu=self._setup.use_gpu,
+                use_gpu=self._use_gpu,
                 resources_per_worker=dict(cluster.resources_per_worker),
                 placement_strategy="PACK" if cluster.placement == "pack" else "SPREAD",
             ),
             run_config=RunConfig(
                 name=self._run_name,
-                storage_path=str(self._setup.folder),
+                storage_path=str(self._folder),
                 failure_config=FailureConfig(
                     max_failures=_GROUP_FAILURES, controller_failure_limit=CONTROLLER_FAILURES
                 ),
-                worker_runtime_env={"env_vars": _worker_environment(threads, self._setup.use_gpu)},
+                worker_runtime_env={"env_vars": _worker_environment(self._work["threads"], self._use_gpu)},
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -184,8 +160,10 @@ class Lanes:
         self._url = ledger.url
         self._asked = False
         self._given_up: dict[str, str] = {}
-        setup = LaneSetup(cluster, self._conductor, ledger.url, ledger.storage / "ray", executor, room.use_gpu)
-        self._lanes = [RayLane(f"lane-{number}", setup) for number in range(room.lanes)]
+        threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
+        work = {"conductor": self._conductor, "storage": ledger.url, "executor": executor, "threads": threads}
+        folder = ledger.storage / "ray"
+        self._lanes = [RayLane(f"lane-{n}", work, cluster, room.use_gpu, folder) for n in range(room.lanes)]
 
     def run(self, stop_asked: Callable[[], int]) -> Outcome:
         """Work until no lane is left; see `run_on_ray`."""
@@ -305,3 +283,153 @@ def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
         for rank in ranks
     ]
     ray.wait(done, num_returns=len(done), timeout=KILL_SECONDS)
+
+
+HEARTBEAT_SECONDS = 0.3
+
+
+class Heartbeat:
+    """Sends heartbeats from a thread of its own; calling it counts as progress and returns whether to stop.
+
+    So a stage run asks it at every step without a call to the conductor, and continues while there is none.
+
+    Args:
+        conductor: The actor's handle.
+        who: The rank, as the conductor's `heartbeat` takes it.
+    """
+
+    def __init__(self, conductor: Any, who: Mapping[str, Any]) -> None:
+        self._conductor = conductor
+        self._who = who
+        self._progress = 0
+        self._stop = threading.Event()
+        self._leave = threading.Event()
+        self._has_dumped = False
+        self.log: Path | None = None
+        """Where the stacks go: the log of the current job."""
+        self.at: tuple[int, str | None] | None = None
+        """Number of the current item and the job before it."""
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def __call__(self) -> bool:
+        """Return whether this rank should leave at the next checkpoint."""
+        self._progress += 1
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        """Send no more heartbeats."""
+        self._leave.set()
+
+    def _beat(self) -> None:
+        while not self._leave.wait(HEARTBEAT_SECONDS):
+            try:
+                heard = ray.get(self._conductor.heartbeat.remote(self._who, self._progress, self._has_dumped, self.at))
+            except ray.exceptions.RayError:
+                return  # it is gone for good, and with it the driver; the next call for an item says so
+            if heard["stop"]:
+                self._stop.set()
+            if heard["dump"]:
+                self._dump()
+
+    def _dump(self) -> None:
+        self._has_dumped = True
+        if self.log is not None:
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as log:
+                log.write(f"[{now()}] rank {self._who['rank']} hangs; where its threads are:\n")
+                log.flush()
+                faulthandler.dump_traceback(file=log, all_threads=True)
+
+
+SHORTEST_PAUSE_SECONDS = 0.01
+LONGEST_PAUSE_SECONDS = 0.25
+
+
+class LaneRestart(Exception):
+    """Ends this worker group so that Ray Train starts a fresh one; its job was queued again."""
+
+
+def run_lane(config: dict[str, Any]) -> None:
+    """Ray Train's loop on one worker.
+
+    Args:
+        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`.
+    """
+    import torch
+    import torch.distributed as dist
+
+    attempt = [uuid.uuid4().hex]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(attempt, src=0)
+    who = {"lane": config["lane"], "attempt": attempt[0], "world_size": dist.get_world_size(), **_this_process()}
+    torch.set_num_threads(config["threads"])
+    worker = _Worker(config, who)
+    worker.begin()
+    heartbeat = Heartbeat(config["conductor"], who)
+    try:
+        worker.work(heartbeat)
+    finally:
+        heartbeat.close()
+
+
+class _Worker:
+    """One rank of one attempt."""
+
+    def __init__(self, config: dict[str, Any], who: dict[str, Any]) -> None:
+        self._conductor = config["conductor"]
+        self._who = who
+        self._ledger = Ledger(config["storage"])
+        self._executor = config["executor"]
+        self._memory: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Report from rank 0 that the group has started; no other rank asks before that."""
+        import torch.distributed as dist
+
+        if self._who["rank"] == 0:
+            ray.get(self._conductor.begin.remote(self._who))
+        dist.barrier()
+
+    def work(self, heartbeat: Heartbeat) -> None:
+        k, last, report = 0, None, None
+        pause_seconds = SHORTEST_PAUSE_SECONDS
+        while True:
+            item = ray.get(self._conductor.next_item.remote(self._who, k, last, report))
+            if item == STOP:
+                return
+            if item == RESTART:
+                raise LaneRestart("the conductor gave this worker group up")
+            if item == WAIT:
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                continue
+            pause_seconds = SHORTEST_PAUSE_SECONDS
+            job = job_from_json(item["job"])
+            self._ledger.fences = {job.id: item["token"]}
+            heartbeat.at = (k, last)
+            report = self._do(job, heartbeat)
+            k, last, heartbeat.at = k + 1, job.id, None
+
+    def _do(self, job: Job, heartbeat: Heartbeat) -> str | dict[str, Any]:
+        """Do a job and return what to report of it."""
+        rank = self._who["rank"]
+        heartbeat.log = log_path(self._ledger.work_folder(job.id), rank)
+        try:
+            with printed_to(heartbeat.log):
+                print(f"[{now()}] {type(job).__name__} {job.id}, process {os.getpid()}", flush=True)
+            printing = printed_to(heartbeat.log)
+            return do_job(self._executor, job, self._ledger, self._memory, heartbeat, rank=rank, printing=printing)
+        finally:
+            heartbeat.log = None
+
+
+def _this_process() -> dict[str, Any]:
+    import torch.distributed as dist
+
+    return {
+        "rank": dist.get_rank(),
+        "pid": os.getpid(),
+        "started": start_ticks(),
+        "node": ray.get_runtime_context().get_node_id(),
+        "placement_group": compat.current_placement_group(),
+    }

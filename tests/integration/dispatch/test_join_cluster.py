@@ -17,7 +17,7 @@ from repository import SUPPORT
 DRIVER = """
 import sys
 from orchestrator.dispatch.driver import Hooks
-from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.ray.session import run_on_ray
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec

@@ -11,8 +11,7 @@ import pytest
 from dispatch_hooks import Recorded
 from repository import SUPPORT
 
-from orchestrator.dispatch.ray.run import run_on_ray
-from orchestrator.dispatch.ray.session import ray_session
+from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec

@@ -17,8 +17,7 @@ from dispatch_hooks import Recorded
 from repository import SUPPORT
 
 from orchestrator.dispatch.driver import Hooks
-from orchestrator.dispatch.ray.run import run_on_ray
-from orchestrator.dispatch.ray.session import ray_session
+from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.errors import UsageError
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
@@ -175,7 +174,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.dispatch.driver import Hooks
-from orchestrator.dispatch.ray.run import run_on_ray
+from orchestrator.dispatch.ray.session import run_on_ray
 from orchestrator.dispatch.signals import StopRequest
 from orchestrator.errors import Interrupted
 from orchestrator.plan.jobs import RootJob

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from dispatch_hooks import Recorded
 
-from orchestrator.dispatch.driver import Hooks
-from orchestrator.dispatch.local import run_local
+from orchestrator.dispatch.driver import Hooks, run_local
 from orchestrator.errors import Interrupted, UsageError
 from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
