@@ -5,7 +5,7 @@ Reading a cached outcome needs no torch; checking rows does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -270,6 +270,11 @@ class Use:
         """Whether rows are test prompts."""
         return not self.train
 
+    def check_of(self, entry: Mapping[str, Any]) -> RowCheck:
+        """Return the check of one of its sets."""
+        model = ModelSpec.model_validate(self.model)
+        return RowCheck(data_spec(entry["spec"]), model, self.model_max_length, self.prompts)
+
 
 @dataclass
 class Findings:
@@ -331,10 +336,9 @@ def check_uses(uses: Iterable[Use]) -> Findings:
 
 
 def _check_use(use: Use, findings: Findings) -> None:
-    model = ModelSpec.model_validate(use.model)
     found: list[CheckedRows] = []
     for entry in use.entries:
-        one = check_rows(RowCheck(data_spec(entry["spec"]), model, use.model_max_length, use.prompts))
+        one = check_rows(use.check_of(entry))
         name = f".data.{entry['name']}" if entry["name"] else ""
         if faults := errors_of(one):
             more = [f"... and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []

@@ -1,9 +1,9 @@
-"""Looking at data before training: every row's errors and lengths, and one row as the model gets it."""
+"""Inspect data before training: every row's errors and lengths, and one row as the model gets it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from orchestrator.data.processing.processor import VisionTextProcessor, load_pro
 from orchestrator.data.processing.templates import render
 from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import IndexedRows, open_rows
-from orchestrator.data.rows import Row, data_spec, open_data_set, template_of
+from orchestrator.data.rows import Row, open_data_set, template_of
 from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import digest
@@ -47,19 +47,19 @@ def check_document(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _checked_use(use: Use, cell: Cell) -> Iterator[dict[str, Any]]:
     """Return the report of each set of a phase or an evaluation."""
-    model, checked, reports = ModelSpec.model_validate(use.model), list[CheckedRows](), list[dict[str, Any]]()
+    checked, reports = list[CheckedRows](), list[dict[str, Any]]()
     for entry in use.entries:
-        name = entry["name"] or _set_of_test(cell, use.where.removeprefix("evaluate."))
-        one, report = _checked_set(RowCheck(data_spec(entry["spec"]), model, use.model_max_length, use.prompts))
-        reports.append({"name": name, "where": use.where, **report})
+        one, report = _checked_set(use.check_of(entry))
+        reports.append({"name": _set_name(cell, use, entry), "where": use.where, **report})
         checked += [] if one is None else [one]
     if len(checked) == len(reports) and (error := no_image_seen(use, checked)):
         reports[0]["errors"].append({"row": None, "error": error})
     yield from reports
 
 
-def _set_of_test(cell: Cell, evaluation: str) -> str:
-    return str(getattr(cell.spec.evaluate[evaluation], "data", ""))
+def _set_name(cell: Cell, use: Use, entry: Mapping[str, Any]) -> str:
+    evaluation = use.where.removeprefix("evaluate.")
+    return str(entry["name"] or getattr(cell.spec.evaluate[evaluation], "data", ""))
 
 
 def _checked_set(of: RowCheck) -> tuple[CheckedRows | None, dict[str, Any]]:
@@ -121,35 +121,15 @@ def _lengths(found: CheckedRows) -> dict[str, dict[str, float]]:
     return lengths
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a data set is used: by which phase or evaluation, with which model."""
-
-    name: str
-    where: str
-    data: DataSpec
-    model: ModelSpec
-    model_max_length: int
-    prompts: bool
-
-
-def _places(cells: Sequence[Cell]) -> Iterator[_Place]:
-    """Return the uses of data sets, those of training first; then sets that nothing uses."""
-    for cell in cells:
-        model = ModelSpec.model_validate(cell.root.model)
-        for plan in cell.phases:
-            for entry in plan.data:
-                spec, length = data_spec(entry["spec"]), plan.recipe.model_max_length
-                yield _Place(entry["name"], f"phases.{plan.name}", spec, model, length, prompts=False)
-    for cell in cells:
-        model = ModelSpec.model_validate(cell.root.model)
-        for job in cell.evaluations:
-            spec, name = data_spec(job.data), _set_of_test(cell, job.name)
-            yield _Place(name, f"evaluate.{job.name}", spec, model, job.model_max_length, prompts=True)
+def _places(cells: Sequence[Cell]) -> Iterator[tuple[str, str, RowCheck]]:
+    """Return name, key path and check of each use of a data set, training first; then those of sets nothing uses."""
+    uses = [(cell, use) for cell in cells for use in uses_of_cells([cell])]
+    for cell, use in sorted(uses, key=lambda pair: pair[1].prompts):
+        for entry in use.entries:
+            yield _set_name(cell, use, entry), use.where, use.check_of(entry)
     for cell in cells:
         for name, spec in cell.spec.data.items():
-            model = ModelSpec.model_validate(cell.root.model)
-            yield _Place(name, "", spec, model, DEFAULT_MAX_LENGTH, prompts=False)
+            yield name, "", RowCheck(spec, ModelSpec.model_validate(cell.root.model), DEFAULT_MAX_LENGTH, prompts=False)
 
 
 def row_document(cells: Sequence[Cell], name: str | None = None, number: int | None = None) -> dict[str, Any]:
@@ -170,28 +150,29 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
         DataError: the row cannot be used; the sentence says why.
     """
     places = list(_places(cells))
-    known = list(dict.fromkeys(place.name for place in places))
-    place = next((place for place in places if name in (None, place.name)), None)
-    if place is None:
+    found = next((place for place in places if name in (None, place[0])), None)
+    if found is None:
+        known = list(dict.fromkeys(place[0] for place in places))
         near = nearest(name or "", known)
         hint = f"; did you mean {near}?" if near else ";"
         raise UsageError(f"--data {name}: there is no such data set{hint} there are {', '.join(known) or 'none'}")
+    name, where, use = found
     try:
-        rows = open_rows(place.data)
+        rows = open_rows(use.data)
     except DataError:  # other rows are bad: this one can be looked at
-        rows = open_rows(_tolerant(place.data))
-    row = _row(place, rows, number)
-    processor, template = load_processor(place.model), template_of(place.data)
-    encoder = Encoder(processor, template, place.model_max_length)
-    sample = encoder.encode_prompt(row) if place.prompts else encoder.encode(row)
-    lengths, rendered = encoder.lengths(row, place.prompts), render(template, row, processor.chat, place.prompts)
+        rows = open_rows(_tolerant(use.data))
+    row = _row(f"data.{name}", rows, number)
+    processor, template = load_processor(use.model), template_of(use.data)
+    encoder = Encoder(processor, template, use.model_max_length)
+    sample = encoder.encode_prompt(row) if use.prompts else encoder.encode(row)
+    lengths, rendered = encoder.lengths(row, use.prompts), render(template, row, processor.chat, use.prompts)
     return {
-        "set": place.name, "where": place.where, "kind": place.data.kind, "row": row.index, "rows": len(rows),
-        "model": place.model.model_name_or_path, "template": template, "model_max_length": place.model_max_length,
+        "set": name, "where": where, "kind": use.data.kind, "row": row.index, "rows": len(rows),
+        "model": use.model.model_name_or_path, "template": template, "model_max_length": use.model_max_length,
         "images": _images(row, processor, len(sample.images)),
         "prompt": rendered.text,
         "learned": [list(span) for span in rendered.answers],
-        "expected": _expected(row) if place.prompts else None,
+        "expected": _expected(row) if use.prompts else None,
         "lengths": {
             "tokens_before_expansion": len(processor.tokenize(rendered.text).ids), "tokens": lengths.tokens,
             "kept_tokens": lengths.kept_tokens, "visual_tokens": lengths.kept_visual,
@@ -201,8 +182,7 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
     }  # fmt: skip
 
 
-def _row(place: _Place, rows: IndexedRows, number: int | None) -> Row:
-    where = f"data.{place.name}"
+def _row(where: str, rows: IndexedRows, number: int | None) -> Row:
     if not len(rows.origin):
         raise DataError(f"{where}: there are no rows")
     if number is None:

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
@@ -18,35 +18,18 @@ import pyarrow as pa
 from orchestrator.data.progress import progress
 from orchestrator.data.records import image_files
 from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, keep_columns, open_columns
-from orchestrator.data.records.image_files import BadImage, verify_image
+from orchestrator.data.records.image_files import BadImage, image_size, verify_image
 from orchestrator.data.rows import AS_IT_IS, ImageReading
 from orchestrator.errors import DataError
 from orchestrator.plan.identity import digest, file_sha256, source_code
 
-CHECK_THREADS = 8
 
-
-def image_faults(paths: Iterable[str], reading: ImageReading = AS_IT_IS) -> dict[str, str]:
-    """Return, by path, the error of each image that cannot be used.
-
-    Every file is read and decoded completely, as training will.
-
-    Args:
-        paths: Image files; one given twice is checked once.
-        reading: How the data set reads them.
+def image_error(path: str, reading: ImageReading = AS_IT_IS) -> str | None:
+    """Return why an image cannot be used, None where it can; the file is decoded completely, as training will.
 
     Raises:
-        DataError: the storage fails, which says nothing about the images; another attempt may succeed.
+        DataError: the storage fails, which says nothing about the image; another attempt may succeed.
     """
-    wanted = list(dict.fromkeys(paths))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with ThreadPoolExecutor(max_workers=CHECK_THREADS) as pool:
-            found = pool.map(lambda path: _fault(path, reading), wanted)
-            return {path: fault for path, fault in zip(wanted, found, strict=True) if fault is not None}
-
-
-def _fault(path: str, reading: ImageReading) -> str | None:
     try:
         verify_image(path, reading)
     except BadImage as error:
@@ -231,26 +214,22 @@ def _batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.RecordBatch:
 
 
 def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
-    paths = [path_of(folder, name) for name in names]
-    before = [_stat(path) for path in paths]
-    faults = image_faults(paths, reading)
-
-    def look(path: str, stat_before: tuple[int, int]) -> _Entry:
-        return _entry(path, stat_before, faults.get(path), reading)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(look, paths, before))
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        warnings.simplefilter("ignore")  # of Pillow: what it warns of is refused, or harmless
+        return list(pool.map(lambda name: _entry(path_of(folder, name), reading), names))
 
 
-def _entry(path: str, before: tuple[int, int], fault: str | None, reading: ImageReading) -> _Entry:
+def _entry(path: str, reading: ImageReading) -> _Entry:
+    before = _stat(path)
+    fault = image_error(path, reading)
     height = width = 0
     sha = None
     if before != _MISSING:
         sha = file_sha256(path)
         if fault is None:
             try:
-                height, width = image_files.image_size(path, reading)
-            except image_files.BadImage as error:
+                height, width = image_size(path, reading)
+            except BadImage as error:
                 fault = str(error)
     if _stat(path) != before:
         raise DataError(f"{path} changes while it is read; wait until it is complete, then try again")

@@ -227,20 +227,22 @@ class JoinedRows(Sequence[Row]):
 
 def num_words(rows: Sequence[Row]) -> np.ndarray:
     """Return the number of words of each row (N,)."""
-    if isinstance(rows, JoinedRows):
-        return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_words, rows.sets)])
-    if isinstance(rows, IndexedRows):
-        return rows.num_words
-    return np.fromiter((row.num_words for row in rows), dtype=np.int64, count=len(rows))
+    return _counts(rows, lambda indexed: indexed.num_words, lambda row: row.num_words)
 
 
 def num_images(rows: Sequence[Row]) -> np.ndarray:
     """Return the number of images of each row (N,)."""
+    return _counts(rows, lambda indexed: indexed.num_images, lambda row: len(row.images))
+
+
+def _counts(
+    rows: Sequence[Row], of_index: Callable[[IndexedRows], np.ndarray], of_row: Callable[[Row], int]
+) -> np.ndarray:
     if isinstance(rows, JoinedRows):
-        return np.concatenate([np.zeros(0, dtype=np.int64), *map(num_images, rows.sets)])
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(_counts(s, of_index, of_row) for s in rows.sets)])
     if isinstance(rows, IndexedRows):
-        return rows.num_images
-    return np.fromiter((len(row.images) for row in rows), dtype=np.int64, count=len(rows))
+        return of_index(rows)
+    return np.fromiter(map(of_row, rows), dtype=np.int64, count=len(rows))
 
 
 def open_rows(spec: DataSpec, content: str | None = None, left_out: Iterable[int] = ()) -> IndexedRows:

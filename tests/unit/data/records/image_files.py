@@ -6,6 +6,9 @@ import zlib
 
 import numpy as np
 
+from orchestrator.data.records.image_table import image_error
+from orchestrator.data.rows import AS_IT_IS
+
 
 def png(pixels: np.ndarray, bits: int, colour_type: int, chunks: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
     """A PNG of (H, W) or (H, W, C) values; bits below 8 are packed. `chunks` stand before the image data."""
@@ -67,3 +70,8 @@ def saved(image, kind, **options) -> bytes:
 def pixels(image) -> np.ndarray:
     """(H, W, C) values that may be subtracted."""
     return np.asarray(image).astype(int)
+
+
+def image_errors(paths, reading=AS_IT_IS) -> dict[str, str]:
+    """By path, the error of each image that cannot be used."""
+    return {path: error for path in paths if (error := image_error(path, reading)) is not None}

@@ -7,12 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import pixels, png, saved, written
+from image_files import image_errors, pixels, png, saved, written
 from PIL import Image, ImageFile
 
 from orchestrator.data.records import image_files as module
 from orchestrator.data.records.image_files import BadImage, image_size, open_image
-from orchestrator.data.records.image_table import image_faults
 from orchestrator.data.rows import ImageReading
 from orchestrator.errors import DataError
 
@@ -40,12 +39,12 @@ def test_a_file_cut_anywhere_is_told_or_shows_the_whole_picture(name, tmp_path, 
     kind, options = CUT[name]
     whole = saved(Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)), kind, **options)
     path = written(tmp_path, whole)
-    assert image_faults([path]) == {}
+    assert image_errors([path]) == {}
     wanted = pixels(open_image(path))
     told = 0
     for length in {0, 1, 9, *range(20, len(whole), len(whole) // 40), *range(len(whole) - 12, len(whole))}:
         written(tmp_path, whole[:length])
-        fault = image_faults([path]).get(path)
+        fault = image_errors([path]).get(path)
         told += fault is not None
         assert fault is not None or (pixels(open_image(path)) == wanted).all(), length
     assert told >= 50
@@ -63,7 +62,7 @@ def test_a_damaged_file_is_told_or_opens_in_the_size_its_header_says(name, tmp_p
         for place in RNG.integers(0, min(len(whole), 300), 3):
             damaged[place] = RNG.integers(256)
         path = written(tmp_path, bytes(damaged))
-        if path not in image_faults([path]):
+        if path not in image_errors([path]):
             found = open_image(path)
             assert image_size(path) == (found.height, found.width)
 
@@ -76,14 +75,14 @@ def test_a_file_that_ends_in_zeros_is_told(kind, tmp_path):
     for share in (0.4, 0.8):
         length = int(len(whole) * share)
         path = written(tmp_path, whole[:length] + bytes(len(whole) - length))
-        assert path in image_faults([path])
+        assert path in image_errors([path])
 
 
 def test_a_flipped_bit_in_a_png_is_told(tmp_path):
     whole = bytearray(saved(COLOURS, "PNG"))
     whole[whole.index(b"IDAT") + 12] ^= 1
     path = written(tmp_path, bytes(whole))
-    assert "damaged" in image_faults([path])[path]
+    assert "damaged" in image_errors([path])[path]
 
 
 FOREIGN = {
@@ -105,7 +104,7 @@ FOREIGN = {
 @pytest.mark.parametrize("data", FOREIGN)
 def test_what_a_file_is_that_cannot_be_read(data, tmp_path):
     path = written(tmp_path, data, "looks_like.jpg")
-    assert FOREIGN[data] in image_faults([path])[path]
+    assert FOREIGN[data] in image_errors([path])[path]
 
 
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "TGA", "JPEG2000", "AVIF", "SGI", "DDS", "IM"])
@@ -113,15 +112,15 @@ def test_rare_decoders_are_never_reached(kind, tmp_path):
     path = written(tmp_path, saved(COLOURS.resize((32, 32)), kind), "picture.png")
     with Image.open(path) as image:
         assert image.format == kind
-    assert path in image_faults([path])
+    assert path in image_errors([path])
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 200)
     square, wide = written(tmp_path, saved(Image.new("L", (15, 14)), "PNG")), str(tmp_path / "wide")
     Image.new("L", (100, 2)).save(wide, "PNG")
-    assert image_faults([square, wide]) == {square: "has 15x14 pixels, more than 200: refused as a decompression bomb"}
-    assert "100x100 pixels when padded to a square" in image_faults([wide], ImageReading(pad=True))[wide]
+    assert image_errors([square, wide]) == {square: "has 15x14 pixels, more than 200: refused as a decompression bomb"}
+    assert "100x100 pixels when padded to a square" in image_errors([wide], ImageReading(pad=True))[wide]
     with pytest.raises(BadImage, match="bomb"):
         image_size(square)
 
@@ -132,10 +131,10 @@ def test_bombs_of_pixels_and_of_text(tmp_path):
     bomb[16:24] = struct.pack(">II", 100_000, 100_000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
     path = written(tmp_path, bytes(bomb))
-    assert "more than 89,478,485" in image_faults([path])[path] or "too large" in image_faults([path])[path]
+    assert "more than 89,478,485" in image_errors([path])[path] or "too large" in image_errors([path])[path]
     comment = b"Comment\0\0" + zlib.compress(bytes(64 * 2**20))
     path = written(tmp_path, png(np.zeros((6, 9), np.uint8), 8, 0, ((b"zTXt", comment),)))
-    assert "damaged" in image_faults([path])[path]
+    assert "damaged" in image_errors([path])[path]
 
 
 def test_what_is_no_regular_file_is_told_and_does_not_hang(tmp_path, monkeypatch):
@@ -148,7 +147,7 @@ def test_what_is_no_regular_file_is_told_and_does_not_hang(tmp_path, monkeypatch
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # the name of a socket is short
         server.bind("socket")
-        faults = image_faults([*names.values(), f"{names['link']}/x.png", str(tmp_path / ("x" * 300)), "/dev/zero"])
+        faults = image_errors([*names.values(), f"{names['link']}/x.png", str(tmp_path / ("x" * 300)), "/dev/zero"])
     assert faults == {
         names["fifo"]: "is no regular file",
         names["socket"]: "is no regular file",
@@ -171,4 +170,4 @@ def test_a_failing_disk_makes_no_bad_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.os, "stat", failing)
     with pytest.raises(DataError, match="image cannot be read: Input/output error"):
-        image_faults([path])
+        image_errors([path])

@@ -4,12 +4,11 @@ import struct
 
 import numpy as np
 import pytest
-from image_files import pixels, png, saved, tiff, written
+from image_files import image_errors, pixels, png, saved, tiff, written
 from PIL import Image
 from transformers.image_utils import load_image
 
 from orchestrator.data.records.image_files import BadImage, image_size, open_image, pad_to_square, verify_image
-from orchestrator.data.records.image_table import image_faults
 from orchestrator.data.rows import ImageReading
 
 RNG = np.random.default_rng(0)
@@ -138,8 +137,8 @@ def test_transparency_is_refused_or_followed_as_the_data_set_says(name, tmp_path
     path = written(tmp_path, HIDDEN[name]())
     with pytest.raises(BadImage, match=r"is transparent in parts.*ambiguous_images"):
         open_image(path)
-    assert "transparent" in image_faults([path])[path]
-    assert image_faults([path], LIKE_A_VIEWER) == image_faults([path], LIKE_LOAD_IMAGE) == {}
+    assert "transparent" in image_errors([path])[path]
+    assert image_errors([path], LIKE_A_VIEWER) == image_errors([path], LIKE_LOAD_IMAGE) == {}
     without, on_white = pixels(open_image(path, LIKE_LOAD_IMAGE)), pixels(open_image(path, LIKE_A_VIEWER))
     if "16 bits" not in name:
         assert (without == pixels(load_image(path))).all()
