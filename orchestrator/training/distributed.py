@@ -36,21 +36,12 @@ def decide(action: Callable[[], T]) -> T:
 
     An error on rank 0 alone would leave the others waiting in their next collective.
     """
-    answer: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            answer[0] = action()
-        except LlavoltaError as error:
-            answer[1] = error
-        except Exception as error:
-            answer[1] = StageRunError(f"{type(error).__name__}: {error}")
-            answer[1].__cause__ = error
+    value, failed = _tried(action) if rank() == 0 else (None, None)
+    answer: list[Any] = [value, failed]
     if world_size() > 1:
-        local = answer[1]
-        dist.broadcast_object_list(answer, src=0, device=device())
-        answer[1] = local or answer[1]
-    if answer[1] is not None:
-        raise answer[1]
+        dist.broadcast_object_list(answer, src=0)
+    if error := failed or answer[1]:  # one that was sent has lost its cause
+        raise error
     return answer[0]
 
 
@@ -60,22 +51,30 @@ def on_each_node(action: Callable[[], object]) -> None:
     Raises:
         LlavoltaError: it failed on a node; every rank raises the same error.
     """
-    failed: LlavoltaError | None = None
-    if node_rank() == rank():
-        try:
-            action()
-        except LlavoltaError as error:
-            failed = error
-        except Exception as error:
-            failed = StageRunError(f"{type(error).__name__}: {error}")
-            failed.__cause__ = error
-    failures: list[LlavoltaError | None] = [failed]
-    if world_size() > 1:
-        failures = [None] * world_size()
-        dist.all_gather_object(failures, failed)
-    for failure in (failed, *failures):
+    failed = _tried(action)[1] if node_rank() == rank() else None
+    for failure in (failed, *gather(failed)):
         if failure is not None:
             raise failure
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, LlavoltaError | None]:
+    """Return the value of an action and its error, one of ours."""
+    try:
+        return action(), None
+    except LlavoltaError as error:
+        return None, error
+    except Exception as error:
+        failed = StageRunError(f"{type(error).__name__}: {error}")
+        failed.__cause__ = error
+        return None, failed
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in their order, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def node_rank() -> int:

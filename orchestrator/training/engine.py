@@ -95,10 +95,6 @@ class TrainingMemory:
         """Return whether the session holds exactly this state under these settings."""
         return self.session is not None and self.state == state and self.session.key == key
 
-    def model_of(self, state: str) -> Any | None:
-        """Return the model of a state (for an evaluation), or None if it is not in memory."""
-        return self.session.engine.module if self.session is not None and self.state == state else None
-
     def data(self, job: StageJob) -> TrainData:
         """Return the data sets of a job, tokenised for its model; those of the last job stay in memory.
 

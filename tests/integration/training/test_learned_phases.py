@@ -34,7 +34,7 @@ def phases(folder: Path, pretrain: StageJob, finetune: list[StageJob], frozen: S
     found: dict[str, Any] = {"answers": []}
     for job in finetune:
         train_stage(job, ledger, memory, never)
-        live = memory.model_of(job.id)
+        live = memory.session.engine.module
         for name, points in {"mix": MIXING, "full": ()}.items():
             # The first finetune stage runs on full tokens: what pretrain learned is in the ledger, not in this model.
             assert lacks_modules(live, points) == (points == MIXING and job is finetune[0])

@@ -71,7 +71,7 @@ def evaluation_of(job: StageJob) -> EvaluationJob:
 
 def run_table(folder: Path, table: dict[str, list[StageJob]]) -> dict[str, Ran]:
     """Each combination trained in memory and evaluated, evaluated again from the ledger, and trained with a stop."""
-    from orchestrator.dispatch.run_job import usable_model
+    from orchestrator.dispatch.rehearsal import model_for_evaluation
     from orchestrator.evaluation.evaluate import load_model
     from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.stage_run import train_stage
@@ -83,9 +83,9 @@ def run_table(folder: Path, table: dict[str, list[StageJob]]) -> dict[str, Ran]:
             assert train_stage(job, ledger, memory, never) == "done"
         last = jobs[-1]
         file = ledger.state_folder(last.id) / "weights/model.safetensors"
-        model = usable_model(memory.model_of(last.id), memory, last.table[-1].points)
-        now = None if model is None else logits_of(last, model, file)
         rounding = {n: str(p.dtype) for n, p in memory.session.engine.module.named_parameters()}
+        model = model_for_evaluation(memory, last.table[-1].points, last.id)
+        now = None if model is None else logits_of(last, model, file)
         memory.release()
         reloaded = load_model(evaluation_of(last), file, torch.device("cpu"))
         differing = (

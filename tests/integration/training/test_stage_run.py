@@ -132,7 +132,7 @@ def memory_and_loaded(folder: Path, jobs: tuple[StageJob, ...]) -> list[str]:
             memory.release()
             memory = TrainingMemory()
         if way == "evaluated":
-            model = memory.model_of(parent.id)
+            model = memory.session.engine.module
             assert model is not None
             model.eval()
             memory.session.attachment.switch([])

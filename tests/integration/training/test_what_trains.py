@@ -28,7 +28,7 @@ def trained(folder: Path, job: StageJob) -> tuple[dict[str, float], list[str]]:
 
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     assert train_stage(job, ledger, memory, never) == "done"
-    live = memory.model_of(job.id)
+    live = memory.session.engine.module
     assert live is not None
     live.eval()
     memory.session.attachment.switch([])
