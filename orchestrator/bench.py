@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression import attach
+from orchestrator.data.processing.encode import IGNORED_LABEL
 from orchestrator.errors import StorageError, UsageError
+from orchestrator.models.build import compute_dtype, model_from_config
+from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.plan import cost
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.identity_fields import resolve_points
@@ -17,13 +27,14 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.figures import bench_figure
 from orchestrator.spec.controls import control_points
 from orchestrator.spec.loaded import Source
+from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
+from orchestrator.training.engine import checkpoint_activations
+from orchestrator.training.metrics_log import processor_name, reset_peak_memory, resident_peak_bytes
 
-if TYPE_CHECKING:
-    from orchestrator.training.bench import Timing
-
-NamedPoints = tuple[str, tuple[dict[str, Any], ...] | None]
+Points = tuple[dict[str, Any], ...]
+MIN_REPEATS = 7
 FULL, PLAIN = "full", "plain transformers"
 _CONTROL = "stride at the budget of "
 
@@ -59,17 +70,16 @@ def bench_experiment(
     walk = prepare(source, overrides)
     cell = walk.cells[0]
     recipe, facts = _what(walk.loaded.path, cell)
-    from orchestrator.training.bench import Arm, measure
-
     arms = _arms(cell, facts)
     rows = rows or (recipe.per_device_train_batch_size if isinstance(recipe.per_device_train_batch_size, int) else 1)
     timings = measure(
-        cell.spec.model, recipe, facts, [Arm(*arm) for arm in arms],
-        rows=rows, text_tokens=text_tokens, repeats=repeats, on_round=on_round,
-    )  # fmt: skip
+        cell.spec.model, recipe, facts, arms, rows=rows, text_tokens=text_tokens, repeats=repeats, on_round=on_round
+    )
     document = {
         "experiment": cell.spec.name,
-        **_machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         **cell.spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "rows": rows,
         "visual_tokens": facts.image_grid.tokens,
@@ -93,24 +103,24 @@ def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
     return recipe, cell.facts
 
 
-def _arms(cell: Cell, facts: ModelFacts) -> list[NamedPoints]:
+def _arms(cell: Cell, facts: ModelFacts) -> dict[str, Points | None]:
     """Return the plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that
     selects.
     """
-    arms: list[NamedPoints] = [(PLAIN, None), (FULL, ())]
+    arms: dict[str, Points | None] = {PLAIN: None, FULL: ()}
     for name, points in cell.spec.compressors.items():
-        arms.append((name, resolve_points(points, facts.num_layers, facts.image_grid)))
-    known = {_budget(points, facts) for _, points in arms if points and points[0]["kind"] == "stride"}
+        arms[name] = resolve_points(points, facts.num_layers, facts.image_grid)
+    known = {_budget(points, facts) for points in arms.values() if points and points[0]["kind"] == "stride"}
     for name, points in cell.spec.compressors.items():
         control = resolve_points(control_points("stride", points, facts), facts.num_layers, facts.image_grid)
         if _budget(control, facts) not in known:
             known.add(_budget(control, facts))
-            arms.append((_CONTROL + name, control))
+            arms[_CONTROL + name] = control
     return arms
 
 
 def _rows(
-    arms: Sequence[NamedPoints],
+    arms: Mapping[str, Points | None],
     timings: Mapping[str, Timing],
     facts: ModelFacts,
     recipe: PhaseSpec,
@@ -119,15 +129,17 @@ def _rows(
 ) -> list[dict[str, Any]]:
     tokens, what = rows * (facts.image_grid.tokens + text_tokens), recipe.model_dump()
 
-    def tflops(points: tuple[dict[str, Any], ...] | None) -> float:
+    def tflops(points: Points | None) -> float:
         # The plain model computes logits for every token.
         labels = text_tokens if points is not None else text_tokens + facts.image_grid.tokens
         return rows * cost.train_tflops_per_sample(facts, points or (), Sample(text_tokens, labels), what)
 
     full_seconds, full_tflops = timings[FULL].median_seconds, tflops(())
-    controls = {_budget(points, facts): name for name, points in arms if points and points[0]["kind"] == "stride"}
+    controls = {
+        _budget(points, facts): name for name, points in arms.items() if points and points[0]["kind"] == "stride"
+    }
 
-    def row(name: str, points: tuple[dict[str, Any], ...] | None) -> dict[str, Any]:
+    def row(name: str, points: Points | None) -> dict[str, Any]:
         timing, seconds = timings[name], timings[name].median_seconds
         control = controls.get(_budget(points, facts)) if points else None
         speedup, predicted = full_seconds / seconds, full_tflops / tflops(points)
@@ -149,29 +161,11 @@ def _rows(
             else (seconds - timings[str(control)].median_seconds) / full_seconds,
         }
 
-    return [row(name, points) for name, points in arms]
+    return [row(name, points) for name, points in arms.items()]
 
 
 def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts) -> tuple[int, ...]:
     return tuple(cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any], chart: Path | None) -> None:
@@ -182,3 +176,130 @@ def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any], chart: Pa
         bench_figure(document, chart or folder / f"{cell.spec.name}.png")
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error}") from error
+
+
+@dataclass
+class Timing:
+    """Time and memory of an arm.
+
+    Attributes:
+        seconds: Wall-clock time of each forward and backward.
+        peak_memory_gib: Largest GPU memory, or resident memory on the CPU, over its repeats.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peak_memory_gib: float = 0.0
+
+    @property
+    def median_seconds(self) -> float:
+        """Median of the repeats."""
+        return median(self.seconds)
+
+
+def synthetic_batch(
+    facts: ModelFacts, config: Any, rows: int, text_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    """Return rows of one image and then `text_tokens` labelled text tokens, drawn at random."""
+    vision = config.vision_config
+    size = vision.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    visual = facts.image_grid.tokens
+    generator = torch.Generator().manual_seed(0)
+    image_token = int(config.image_token_id)
+    other_token = 0 if image_token else 1
+    text_BT = torch.randint(0, facts.vocab_size, (rows, text_tokens), generator=generator)
+    text_BT = text_BT.masked_fill(text_BT == image_token, other_token)
+    input_ids = torch.cat([torch.full((rows, visual), image_token), text_BT], dim=1)
+    batch: dict[str, Tensor] = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": torch.cat([torch.full((rows, visual), IGNORED_LABEL), text_BT], dim=1),
+        "pixel_values": torch.randn(rows, vision.num_channels, int(height), int(width), generator=generator),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def measure(
+    model_spec: ModelSpec,
+    recipe: PhaseSpec,
+    facts: ModelFacts,
+    arms: Mapping[str, Points | None],
+    *,
+    rows: int,
+    text_tokens: int,
+    repeats: int,
+    on_round: Callable[[int], None] = lambda number: None,
+) -> dict[str, Timing]:
+    """Time every arm once in each of `repeats` rounds, in another order each round, after a warm-up round.
+
+    A step is the forward and backward pass of one micro-batch of a randomly initialised model under the phase's
+    recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are excluded.
+
+    Args:
+        model_spec: The model.
+        recipe: The phase.
+        facts: The model's facts.
+        arms: Points by name; None is the plain transformers model without an attachment.
+        rows: Samples of the micro-batch, one image each.
+        text_tokens: Text tokens of a sample, all labelled.
+        repeats: Rounds, at least 7.
+        on_round: Called before each round with its number, 0 for the warm-up.
+
+    Returns:
+        Timings by name.
+
+    Raises:
+        UsageError: too few repeats, or the model cannot be built.
+    """
+    if repeats < MIN_REPEATS:
+        raise UsageError(f"bench: {repeats} repeats are too few for a median; give at least {MIN_REPEATS}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(model_spec, recipe, device)
+    batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    timings = {name: Timing() for name in arms}
+    for number in range(repeats + 1):
+        on_round(number)
+        # Another order each round: the state an arm leaves the allocator in costs the next one time.
+        for name in random.Random(number).sample(list(arms), len(arms)):
+            seconds, peak_gib = _step(model, arms[name], batch, device)
+            if number:
+                timings[name].seconds.append(seconds)
+                timings[name].peak_memory_gib = max(timings[name].peak_memory_gib, peak_gib)
+    return timings
+
+
+def _model(model_spec: ModelSpec, recipe: PhaseSpec, device: torch.device) -> Any:
+    """Return the model with random weights, set up as the phase trains it."""
+    torch.manual_seed(0)
+    model: Any = model_from_config(model_spec).to(device, getattr(torch, compute_dtype(model_spec))).train()
+    parts = [part for part in recipe.train if part != COMPRESSOR]  # learned modules come with their points
+    if parts:
+        set_trainable(model, parts, lora=False)
+    else:
+        model.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def _step(model: nn.Module, points: Points | None, batch: dict[str, Any], device: torch.device) -> tuple[float, float]:
+    attachment = None if points is None else attach(model, list(points))
+    try:
+        model.zero_grad(set_to_none=True)
+        _wait(device)
+        reset_peak_memory()
+        start = time.perf_counter()
+        model(**batch, use_cache=False).loss.backward()
+        _wait(device)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak_bytes()
+        return seconds, peak / 2**30
+    finally:
+        if attachment is not None:
+            attachment.detach()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from orchestrator.bench import bench_experiment
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells import cell as planned
@@ -214,6 +213,9 @@ class Experiment:
         Raises:
             UsageError: there is no phase, or the model's images are of no fixed size.
         """
+        # Late: it imports torch.
+        from orchestrator.bench import bench_experiment
+
         document = bench_experiment(
             self.loaded, text_tokens=text_tokens, rows=rows, repeats=repeats, chart=chart, on_round=on_round
         )

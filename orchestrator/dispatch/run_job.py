@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from orchestrator import registry
 from orchestrator.dispatch.rehearsal import check_rehearsed, model_for_evaluation, rehearse
@@ -24,13 +24,6 @@ from orchestrator.training.engine import TrainingMemory
 from orchestrator.training.stage_run import train_stage
 
 Ending = Literal["finished", "interrupted"]
-
-
-class Executor(Protocol):
-    """What a lane runs its jobs with. Every rank calls it, inside an initialised process group."""
-
-    def __call__(self, job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:
-        """Do one job, or leave it at a checkpoint when `should_stop` turns true."""
 
 
 def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Callable[[], bool]) -> Ending:

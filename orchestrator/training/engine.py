@@ -158,7 +158,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     draws = Draws()
     draw_by_sample(model, draws)
     if recipe.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     attachment = attach(model, [])  # learned compressors come through LearnedCompressors, unknown to the engine
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
@@ -238,7 +238,7 @@ def _micro_batch_size(recipe: PhaseSpec) -> int:
     return min(int(recipe.per_device_train_batch_size), recipe.global_batch_size)
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Compute a model's activations again in the backward pass."""
     # Renamed in transformers 5.23; the old name still works before.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

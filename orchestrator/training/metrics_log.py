@@ -25,8 +25,6 @@ from orchestrator.training import distributed
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
 
-_GIB = 2**30
-
 
 def reset_peak_memory() -> None:
     """Reset the peak, so that a stage run is not charged for the one before it in the same process."""
@@ -39,34 +37,30 @@ def reset_peak_memory() -> None:
 
 def peak_memory_gib() -> float:
     """Return the largest memory of any worker since `reset_peak_memory`: GPU memory, or resident memory on the CPU."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / _GIB
-    else:
-        peak = resident_peak_bytes() / _GIB
-    return distributed.reduce_values([peak], largest=True)[0]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak_bytes()
+    return distributed.reduce_values([peak / 2**30], largest=True)[0]
 
 
 def resident_peak_bytes() -> int:
     """Return the largest resident memory of this process since `reset_peak_memory`."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if peak := _field_of("/proc/self/status", "VmHWM"):
+        return int(peak.split()[0]) * 1024
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the CPU model, which decides how kernels round; the architecture where the system does not report it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+    return _field_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _field_of(file: str, name: str) -> str | None:
+    """Return the first value of a field in a file of /proc; None where the system has none."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:
         "world_size": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "zero_stage": zero_stage(session.config),
         "offload": "offload_optimizer" in session.config.get("zero_optimization", {}),
@@ -119,10 +113,8 @@ def stage_result(job: StageJob, metrics_file: Path, peak_gib: float, marks: dict
 LOGGER = logging.getLogger("llavolta.training")
 LOGGER.setLevel(logging.INFO)
 _LOGGERS = (LOGGER.name, "DeepSpeed", "transformers", "deepspeed", "torch.distributed")
-_KNOWN_NOISE = (
-    # torch 2.13 warns of DeepSpeed's collectives on every rank and code path.
-    r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatter_base.*|.*reduce_scatter_tensor.*",
-)
+# torch 2.13 warns of DeepSpeed's collectives on every rank and code path.
+_KNOWN_NOISE = r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatter_base.*|.*reduce_scatter_tensor.*"
 
 
 @contextmanager
@@ -137,8 +129,7 @@ def stage_log(path: Path) -> Iterator[None]:
         before.append((logger, logger.handlers[:], logger.propagate))
         logger.handlers, logger.propagate = [handler], False
     with warnings.catch_warnings():
-        for message in _KNOWN_NOISE:
-            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        warnings.filterwarnings("ignore", message=_KNOWN_NOISE, category=FutureWarning)
         try:
             yield
         finally:

@@ -30,11 +30,11 @@ def formula(points: tuple[Any, ...], sample: Longest, attention: str, **recipe: 
 
 def kept_by_autograd(points: tuple[Any, ...], attention: str, train: tuple[str, ...], checkpointing: bool) -> float:
     """Bytes a sample more keeps between forward and backward, weights left out."""
+    from orchestrator.bench import synthetic_batch
     from orchestrator.compression import attach
     from orchestrator.models.build import model_from_config
     from orchestrator.models.parts import set_trainable
     from orchestrator.spec.model import ModelSpec
-    from orchestrator.training.bench import synthetic_batch
 
     spec = ModelSpec(model_name_or_path=str(TINY), weights="random", attn_implementation=attention)
     model: Any = model_from_config(spec).train()
