@@ -15,7 +15,10 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.1
 	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 CODE = orchestrator plugins experiments tests
 # Two test files at a time, each with one thread: two that take both cores spin and wait for each other (8 x slower).
-SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
+# Files come in the order of tests/conftest.py, the longest first, so that neither worker waits for the other's last.
+PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+UNIT = tests/unit
+INTEGRATION = tests/integration tests/golden
 
 # What `test-python` installs and runs under each other Python: all that needs no torch.
 PYTHONS = 3.10 3.11 3.12 3.13
@@ -24,10 +27,10 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
 	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py
 
-.PHONY: help install quickstart test-unit test test-all test-python check format format-check lint types imports docs lock clean
+.PHONY: help install quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
 install: $(STAMP)  ## the environment in .venv, exact versions (minutes the first time, nothing after)
 
@@ -47,14 +50,20 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and print the grid (minutes)
 	@'$(BIN)/llavolta' run experiments/quickstart.yaml
 
-test-unit: $(STAMP)  ## the tests that need no torch, Ray or server
-	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(LIGHT_TESTS) $(ARGS)
+test-unit: $(STAMP)  ## single modules in one process (3 minutes)
+	@$(PYTEST) $(UNIT) $(ARGS)
 
-test: $(STAMP)  ## the tests that take seconds to minutes; more options: make test ARGS='-k plan'
-	@OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' $(SIDE_BY_SIDE) $(ARGS)
+test-integration: $(STAMP)  ## whole runs, several processes, servers on loopback, the docs' tutorials
+	@$(PYTEST) $(INTEGRATION) $(ARGS)
+
+test-faults: $(STAMP)  ## runs that are killed, stopped, damaged or cut off
+	@$(PYTEST) tests/faults $(ARGS)
+
+test: $(STAMP)  ## unit and integration and the notebook; more options: make test ARGS='-k plan'
+	@$(PYTEST) $(UNIT) $(INTEGRATION) $(ARGS)
 	@$(if $(ARGS),,OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
-test-all: $(STAMP)  ## every test, the slow ones included
+test-all: $(STAMP)  ## every test, the faults and the slow ones included
 	@'$(BIN)/python' -m pytest $(ARGS)
 
 test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests that need no torch

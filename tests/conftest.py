@@ -7,12 +7,12 @@ import os
 import re
 import secrets
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from program import run_forked
 from repository import TINY_LLAVA
 
 from orchestrator import registry
@@ -59,6 +59,24 @@ evaluate:
 matrix:
   phases.finetune.schedule: [full, heavy, two_stage]
 """
+
+
+# Files are handed out in this order, the longest first; a unit test fills the last gap.
+LONGEST = (
+    "test_tutorials", "test_golden", "test_run_on_ray", "test_search", "test_lanes", "test_rehearsal", "test_api",
+    "test_run", "test_join_cluster", "test_sharing", "test_learned_training", "test_no_secret", "test_resume",
+    "test_killed", "test_stop_signals", "test_run_faults", "test_damaged", "test_interrupted", "test_run_s3",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, those of the unit tier last."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        return "unit" in item.path.parts, rank.get(item.path.stem, len(rank))
+
+    items.sort(key=place)
 
 
 def absent_in(text: str) -> str | None:
@@ -108,6 +126,7 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         for name in ("COLUMNS", "LINES"):
             patch.delenv(name, raising=False)
+        patch.setenv("RAY_worker_niceness", "0")  # else whatever runs beside a test starves Ray's workers
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
 
@@ -128,25 +147,15 @@ def tiny_experiment(tmp_path: Path, tiny_text: str) -> Path:
 
 @pytest.fixture
 def llavolta(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Starts the program in an empty folder without a terminal, as a script would."""
+    """Runs the program in an empty folder without a terminal, as a script would."""
 
-    def start(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
-        result = subprocess.run(
-            [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**env, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+    def run(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        result = run_forked(arguments, tmp_path, timeout, **environment)
         if result.returncode and (name := absent_in(result.stderr)):
             pytest.skip(f"{name} is not installed")
         return result
 
-    return start
+    return run
 
 
 @pytest.fixture(scope="session")

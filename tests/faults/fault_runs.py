@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import psutil
 from mlflow import MlflowClient
+from program import PROGRAM, environment
 
 HERE = Path(__file__).parent
 STEPS, CHECKPOINT_EVERY, STAGE_RUNS = 40, 5, 3
@@ -62,10 +62,7 @@ class Program:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.storage, self.number = folder, folder / "runs", number
         (folder / "mine.yaml").write_text(text)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
-        self.environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.environment["RAY_worker_niceness"] = "0"  # else whatever runs beside a test starves it
-        self.environment |= {"LLAVOLTA_TEST": str(folder)}
+        self.environment = environment(PYTHONUNBUFFERED="1", LLAVOLTA_TEST=str(folder))
 
     def start(self, *arguments: str, fault: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
         """Starts it; `fault` is `ACTION POINT COUNT` (`fault_plugin.py`)."""
@@ -74,7 +71,7 @@ class Program:
             env["LLAVOLTA_FAULT"] = f"{fault} {self.folder}"
         with self._file("output").open("w") as output, self._file("errors").open("w") as errors:
             return subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "run", "mine.yaml", *arguments],
+                [*PROGRAM, "run", "mine.yaml", *arguments],
                 cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip

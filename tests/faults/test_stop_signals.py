@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from program import PROGRAM, environment
 
-RUN = [sys.executable, "-m", "orchestrator", "run", "mine.yaml"]
+RUN = [*PROGRAM, "run", "mine.yaml"]
 STEPS = 60
-
-
-def environment(folder: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "LLAVOLTA_TEST": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +34,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
 def call(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "mine.yaml").write_text(text)
     return subprocess.run(
-        [*RUN, *options], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300,
-        stdin=subprocess.DEVNULL, check=False,
+        [*RUN, *options], cwd=folder, env=environment(LLAVOLTA_TEST=str(folder)), capture_output=True, text=True,
+        timeout=300, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
 
 
@@ -51,8 +45,8 @@ def stop_when(
     """Starts a run and sends it a signal as soon as something is so."""
     (folder / "mine.yaml").write_text(text)
     process = subprocess.Popen(
-        [*RUN, *options], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, stdin=subprocess.DEVNULL, start_new_session=True,
+        [*RUN, *options], cwd=folder, env=environment(LLAVOLTA_TEST=str(folder)), text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     limit = time.monotonic() + 120
     while not due():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from program import run_anew
 from repository import TINY_LLAVA
 
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "pandas", "matplotlib")
@@ -26,6 +27,12 @@ def test_looking_imports_no_heavy_framework(tiny_experiment, tmp_path, arguments
     call = [str(tiny_experiment) if argument == "SPEC" else argument for argument in arguments]
     done = subprocess.run([sys.executable, "-c", code, *call], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def llavolta(tmp_path):
+    """Started anew each time, as a user does."""
+    return lambda *arguments: run_anew(arguments, tmp_path)
 
 
 def test_validate_counts_cells_and_json_is_one_document(llavolta, tiny_experiment):

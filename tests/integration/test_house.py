@@ -102,12 +102,16 @@ def test_pre_commit_hooks_are_valid_and_use_the_environment():
 
 
 def test_ci_calls_make_test():
-    assert {"make test", "make test-python"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+    assert {"make test", "make test-faults", "make test-python"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "quickstart", "test", "test-all", "test-python", "check", "format", "clean", "help"]
+    "target",
+    [
+        *("test", "test-unit", "test-integration", "test-faults", "test-all", "test-python"),
+        *("install", "quickstart", "check", "format", "clean", "help"),
+    ],
 )
 def test_make_targets_exist_and_help_lists_them(target):
     assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0

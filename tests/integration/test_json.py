@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from program import run_anew, run_forked
 
 from orchestrator.cli import app
 
@@ -44,14 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_forked(arguments, folder)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict:
@@ -66,7 +59,7 @@ def document(done: subprocess.CompletedProcess[str]) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> dict:
-    done = start(folder, "run", "tiny.yaml", "--local", "--json")
+    done = run_anew(["run", "tiny.yaml", "--local", "--json"], folder)
     found = document(done)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "python import" in done.stderr and "descriptor" in done.stderr and "child" in done.stderr

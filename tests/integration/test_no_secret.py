@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_servers import Gate, free_port, mlflow_server
+from program import environment
 
 PASSWORD = "Pl4nted-p4ssw0rd"
 PLANTED = {
@@ -61,10 +61,10 @@ class Lab:
         self.work.mkdir()
         self.home.mkdir()
         (self.work / "tiny.yaml").write_text(text.replace("[full, heavy, two_stage]", "[heavy]"))
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
+        kept = environment(HOME=str(self.home))
         kept.pop("XDG_CACHE_HOME", None)
         address = {"MLFLOW_TRACKING_URI": f"http://me:{PASSWORD}@{gate.place}"}
-        self.environment = {**kept, **PLANTED, **address, "HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        self.environment = {**kept, **PLANTED, **address}
 
     def call(self, *calls: Sequence[str], **environment: str) -> tuple[list[str], str]:
         """Exit codes and all that was printed by some calls, one after the other in one process."""

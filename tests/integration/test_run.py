@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from program import run_anew, run_forked
 
 CELLS = 3
 STAGE_RUNS = 4
@@ -42,12 +43,7 @@ def finished(tmp_path_factory, tiny_text):
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(tiny_text)
-    env = {**os.environ, "LLAVOLTA_TEST": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    return folder, done
+    return folder, run_anew(["run", "tiny.yaml"], folder, LLAVOLTA_TEST=str(folder))
 
 
 def test_a_run_ends_with_the_table_and_the_line_that_opens_mlflow(finished):
@@ -128,8 +124,9 @@ def test_status_table_logs_and_path_read_the_same_ledger(finished):
     folder, _ = finished
 
     def call(*arguments: str) -> str:
-        command = [sys.executable, "-m", "orchestrator", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+        done = run_forked(arguments, folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     status = json.loads(call("status", "tiny.yaml", "--json"))
     assert [(cell["state"], cell["steps_done"], cell["steps"]) for cell in status["cells"]] == [("finished", 6, 6)] * 3
@@ -146,8 +143,7 @@ def test_a_lost_mlflow_file_is_written_again_and_runs_nobody_works_on_are_ended(
     shutil.copytree(folder, copy, symlinks=True)
     before = {run.info.run_name: run.data.metrics for run in runs_in_mlflow(folder / "runs", "tiny")}
     (copy / "runs" / "mlflow.db").unlink()
-    command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml"]
-    subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    assert run_forked(["run", "tiny.yaml"], copy).returncode == 0
     runs = runs_in_mlflow(copy / "runs", "tiny")
     assert {run.info.run_name: run.data.metrics for run in runs} == before
     # A cell that is no longer in the file, whose driver was killed; and nothing else to record.
@@ -155,16 +151,14 @@ def test_a_lost_mlflow_file_is_written_again_and_runs_nobody_works_on_are_ended(
     driver = json.loads(runs[0].data.tags["storage_driver"])  # that of the command above, which has ended
     tags = {"cell_id": "gone", "storage_driver": json.dumps(driver)}
     left = client.create_run(runs[0].info.experiment_id, tags=tags).info.run_id
-    again = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
-    assert "nothing to do" in again.stdout and client.get_run(left).info.status == "KILLED"
+    again = run_forked(["run", "tiny.yaml"], copy)
+    assert again.returncode == 0 and "nothing to do" in again.stdout and client.get_run(left).info.status == "KILLED"
 
 
 def test_local_gives_the_same_weights_without_ray(finished, tmp_path):
     folder, _ = finished
     (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
-    command = [sys.executable, "-m", "orchestrator", "run", "tiny.yaml", "--local"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = run_forked(["run", "tiny.yaml", "--local"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for weights in (folder / "runs" / "cells" / "tiny").glob("*/weights/model.safetensors"):
         assert (tmp_path / weights.relative_to(folder)).read_bytes() == weights.read_bytes()

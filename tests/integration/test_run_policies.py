@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from program import PROGRAM, environment, run_forked
 
 POLICIES = """
   light: {kind: average_pool, layer: 2, stride: 2}
@@ -20,8 +19,6 @@ schedules:
   rising: {kind: ramp, compressor: heavy, key: keep_ratio, start: 1/2, end: 1/8, moves: 3, distill: {}}
   elastic: {kind: random_scale, compressors: [heavy, light, full], distill: {weight: 0.3}}
 """
-COMMAND = [sys.executable, "-m", "orchestrator"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -45,11 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[
     text = text.replace("[full, heavy, two_stage]", "[mixed, rising, elastic]").replace("max_steps: 6", "max_steps: 9")
     folder = tmp_path_factory.mktemp("policies")
     (folder / "tiny.yaml").write_text(text)
-    done = subprocess.run(
-        [*COMMAND, "run", "tiny.yaml", "--local"],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    return folder, done
+    return folder, run_forked(["run", "tiny.yaml", "--local"], folder)
 
 
 def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path, Any]) -> None:
@@ -77,23 +70,9 @@ def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path
 
 def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
-    again = subprocess.run(
-        [*COMMAND, "run", "tiny.yaml", "--local"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "nothing to do" in again.stdout
-    plan = subprocess.run(
-        [*COMMAND, "plan", "tiny.yaml", "--json"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    again = run_forked(["run", "tiny.yaml", "--local"], folder)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    plan = run_forked(["plan", "tiny.yaml", "--json"], folder)
     runs = json.loads(plan.stdout)["stage_runs"]
     assert sorted(run["variant"] for run in runs) == ["interleaved", "ramp", "random_scale"]
     assert {run["state"] for run in runs} == {"done"}
@@ -104,9 +83,9 @@ def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
 def test_interrupted_and_resumed_is_left_alone(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = finished
     (tmp_path / "tiny.yaml").write_text((folder / "tiny.yaml").read_text())
-    command = [*COMMAND, "run", "tiny.yaml", "--local"]
+    command = [*PROGRAM, "run", "tiny.yaml", "--local"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     limit = time.monotonic() + 120
     while not has_trained(tmp_path / "runs" / "work"):
@@ -114,6 +93,6 @@ def test_interrupted_and_resumed_is_left_alone(finished: tuple[Path, Any], tmp_p
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
-    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert weights_of(tmp_path) == weights_of(folder) and len(weights_of(folder)) == 3

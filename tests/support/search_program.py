@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
+from program import PROGRAM, environment
 
 
 class Search:
@@ -21,12 +20,11 @@ class Search:
     def __init__(self, folder: Path, text: str) -> None:
         self.folder, self.storage = folder, folder / "runs"
         (folder / "search.yaml").write_text(text)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
-        self.environment = {**kept, "OMP_NUM_THREADS": "1", "LLAVOLTA_TEST": str(folder)}
+        self.environment = environment(LLAVOLTA_TEST=str(folder))
 
     def start(self, *arguments: str, verb: str = "search") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", verb, "search.yaml", *arguments], cwd=self.folder,
+            [*PROGRAM, verb, "search.yaml", *arguments], cwd=self.folder,
             env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from program import forks
 from repository import ROOT, SUPPORT
 
 from orchestrator.plan.jobs import Action, RootJob, StageJob
@@ -22,15 +22,6 @@ HEAVY = ({"kind": "average_pool", "layer": 1, "stride": 8},)
 MIXING = ({"kind": "mixing", "layer": 1, "stride": 8},)  # learns: mixing_plugin.py
 SECONDS = 240
 
-# Imports cost seconds: one server imports them, and each group is forked from it before any thread has started.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        *("deepspeed", "orchestrator.training.stage_run", "orchestrator.evaluation.evaluate", "peft", "easy_vqa"),
-        *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
-    ]
-)
-
 
 def launch(world_size: int, scenario: Callable[..., Any], *args: Any, exit_codes: tuple[int, ...] = (0,)) -> Any:
     """Runs `scenario(*args)` on every rank of a fresh gloo group; returns what rank 0 returned."""
@@ -38,9 +29,9 @@ def launch(world_size: int, scenario: Callable[..., Any], *args: Any, exit_codes
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    answers = _context.SimpleQueue()
+    answers = forks.SimpleQueue()
     workers = [
-        _context.Process(target=_enter, args=(scenario, args, rank, world_size, port, answers))
+        forks.Process(target=_enter, args=(scenario, args, rank, world_size, port, answers))
         for rank in range(world_size)
     ]
     for worker in workers:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-import sys
 
 from inspected_rows import GOOD, cells, record, write_experiment
+from program import run_forked
 
 from orchestrator.data.inspect import check_document, row_document
 
@@ -16,8 +16,7 @@ def test_the_verbs(tmp_path):
     experiment = functools.partial(write_experiment, tmp_path)
 
     def llavolta(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "orchestrator", "data", *arguments]
-        return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=120, check=False)
+        return run_forked(["data", *arguments], tmp_path)
 
     path = experiment([*GOOD, record(3, "<image>\nGone", "Yes", image="gone.png")])
     done = llavolta("check", "look.yaml", "--json")

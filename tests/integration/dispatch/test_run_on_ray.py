@@ -23,6 +23,8 @@ from orchestrator.plan.jobs import RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
 
+# Of this file alone: what is left behind is known by it.
+PYTHONPATH = os.pathsep.join([str(SUPPORT), str(Path(__file__).parent)])
 TWO_WORKERS = ClusterSpec(num_workers=2, resources_per_worker={"CPU": 0.5}, use_gpu=False, max_failures=2)
 
 
@@ -33,7 +35,7 @@ def work(*does: str) -> list[RootJob]:
 @pytest.fixture(autouse=True, scope="module")
 def importable_executor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SUPPORT))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         yield
 
 
@@ -199,12 +201,12 @@ with StopRequest(lambda name: print(f"asked by {name}", flush=True)) as stop:
 def _our_processes() -> set[int]:
     """Processes that carry this test's mark in their environment, wherever their parents went; zombies are no longer.
 
-    Ray's processes inherit PYTHONPATH from the driver, which names this folder.
+    Ray's processes inherit PYTHONPATH from the driver, which names this file's folder.
     """
     found = set()
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PYTHONPATH") == str(SUPPORT) and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("PYTHONPATH") == PYTHONPATH and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process.pid)
         except psutil.Error:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from program import environment
 from repository import ROOT
 
 _FENCE = re.compile(r"^```([\w-]*) *(?:title=\"([^\"]+)\")?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,9 +68,8 @@ def run_console(text: str, folder: Path) -> None:
 
 
 def _start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
     return subprocess.run(
-        command, cwd=folder, env={**env, "OMP_NUM_THREADS": "1"}, timeout=300, check=False, text=True,
+        command, cwd=folder, env=environment(), timeout=300, check=False, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from program import run_anew
 
 from orchestrator import plugin, registry
 
@@ -91,9 +92,10 @@ def test_check_says_which_values_it_needs(llavolta, file):
     assert "schedules switch: broken\n  check_schedule: switch requires compressor; give" in done.stdout
 
 
-def test_check_notices_that_a_spec_loads_torch(llavolta, file):
+def test_check_notices_that_a_spec_loads_torch(file, tmp_path):
     file.write_text("import torch\n" + file.read_text().replace("from __future__ import annotations\n", ""))
-    done = llavolta("check", str(file), "--family", "llava", "--set", "switch.compressor=heavy", timeout=300)
+    options = ["--family", "llava", "--set", "switch.compressor=heavy"]
+    done = run_anew(["check", file, *options], tmp_path)
     assert done.returncode == 1 and "importing the file loads torch" in done.stdout
 
 
@@ -135,8 +137,8 @@ def test_components_of_one_kind_or_sort_and_of_plugins(llavolta, file, tmp_path,
     assert wrong.returncode == 2 and "did you mean average_pool?" in wrong.stderr
 
 
-def test_listing_components_loads_no_torch(llavolta):
-    done = llavolta("components", "ramp", PYTHONPROFILEIMPORTTIME="1")
+def test_listing_components_loads_no_torch(tmp_path):
+    done = run_anew(["components", "ramp"], tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert (
         " pydantic\n" in done.stderr and " torch\n" not in done.stderr and done.stdout.startswith("schedules\n  ramp")
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from program import run_anew
 from repository import ROOT
 
 PACKAGE = ROOT / "tests" / "example_plugin"
@@ -26,18 +27,18 @@ def installed(tmp_path_factory):
     return folder
 
 
-def test_the_program_lists_it(installed, llavolta):
+def test_the_program_lists_it(installed, tmp_path):
     site = str(installed / "site")
-    assert "max_norm" in llavolta("compressors", PYTHONPATH=site).stdout
-    assert "max_norm" not in llavolta("compressors").stdout
+    assert "max_norm" in run_anew(["compressors"], tmp_path, PYTHONPATH=site).stdout
+    assert "max_norm" not in run_anew(["compressors"], tmp_path).stdout
 
 
-def test_an_experiment_file_may_name_it(installed, llavolta, tmp_path, tiny_text):
+def test_an_experiment_file_may_name_it(installed, tmp_path, tiny_text):
     text = tiny_text.replace("kind: average_pool, layer: 1, stride: 8", "kind: max_norm, layer: 1, keep_ratio: 1/4")
     (tmp_path / "mine.yaml").write_text(text)
-    done = llavolta("validate", "mine.yaml", PYTHONPATH=str(installed / "site"))
+    done = run_anew(["validate", "mine.yaml"], tmp_path, PYTHONPATH=str(installed / "site"))
     assert done.stdout == "valid: 3 cells\n", done.stdout + done.stderr
-    without = llavolta("validate", "mine.yaml")
+    without = run_anew(["validate", "mine.yaml"], tmp_path)
     assert without.returncode != 0 and "max_norm" in without.stdout + without.stderr
 
 

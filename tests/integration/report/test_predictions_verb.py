@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from evaluated_experiment import ROWS, document, write_evaluated
+from program import run_forked
 
 from orchestrator.plan.experiment_plan import prepare
 
@@ -15,8 +14,7 @@ def test_the_verb_prints_lines_json_and_writes_a_page(tmp_path):
     evaluated = write_evaluated(tmp_path)
 
     def llavolta(*arguments: str) -> str:
-        command = [sys.executable, "-m", "orchestrator", "predictions", "tests.yaml", "--cell", "tests", *arguments]
-        done = subprocess.run(command, cwd=evaluated, capture_output=True, text=True, timeout=120, check=False)
+        done = run_forked(["predictions", "tests.yaml", "--cell", "tests", *arguments], evaluated)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,0 +1,78 @@
+"""Starts the program: anew as a user does, or forked from a process that has imported the frameworks already."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PROGRAM = [sys.executable, "-m", "orchestrator"]
+
+# Imports are half of what a short run costs: one process a session does them, and runs and worker groups are forked
+# from it before any thread has started.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(
+    [
+        *("deepspeed", "mlflow", "peft", "easy_vqa", "orchestrator.cli", "orchestrator.run"),
+        *("orchestrator.dispatch.local", "orchestrator.training.stage_run", "orchestrator.evaluation.evaluate"),
+        *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
+    ]
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a program that is started: nothing of the user's own settings, one thread."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
+    # Ray's workers step back behind everything else on the machine: beside another test they would stand still.
+    return {**kept, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", **more}
+
+
+def run_anew(
+    arguments: Sequence[str | Path], folder: Path, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program in a folder as a script would, without a terminal."""
+    return subprocess.run(
+        [*PROGRAM, *map(str, arguments)], cwd=folder, env=environment(**more), capture_output=True, text=True,
+        timeout=timeout, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+def run_forked(
+    arguments: Sequence[str | Path], folder: Path, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program like `run_anew`; what it imports is there already."""
+    words = [*map(str, arguments)]
+    with tempfile.TemporaryDirectory() as printed:
+        output, errors = Path(printed) / "output", Path(printed) / "errors"
+        process = forks.Process(target=_program, args=(words, folder, environment(**more), output, errors))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(words, timeout, output.read_text(), errors.read_text())
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
+
+
+def _program(words: list[str], folder: Path, env: dict[str, str], output: Path, errors: Path) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for descriptor, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.path.insert(0, str(folder))
+    sys.argv = ["llavolta", *words]
+    from orchestrator.cli import main
+
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
+        sys.stdout.flush()
+        sys.stderr.flush()
