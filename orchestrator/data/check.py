@@ -235,7 +235,7 @@ class _RowChecker:
             size = self._sizes.get(image.path)
             if size not in self._faults_by_size:
                 try:
-                    self._processor.pixels([image])
+                    self._processor.images.tensors([[image]])
                     self._faults_by_size[size] = None
                 except DataError as error:
                     self._faults_by_size[size] = str(error).removeprefix(image.path).strip()

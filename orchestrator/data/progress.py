@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_TELL_SECONDS = 5.0
+_REPORT_SECONDS = 5.0
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         if bar is not None:
             bar.stop()
         seconds = time.monotonic() - began
-        if seconds > _TELL_SECONDS:
+        if seconds > _REPORT_SECONDS:
             print(f"{done:,} {what} in {seconds:,.0f} s ({done / seconds:,.0f}/s)", file=sys.stderr)
 
 

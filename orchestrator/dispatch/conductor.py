@@ -18,7 +18,7 @@ from orchestrator.spec.infrastructure import ClusterSpec
 # Live ranks of a hung group have this long to write their stacks.
 _STACKS_SECONDS = 15.0
 # A group that still lives this long after it was to be killed is reported again.
-_TELL_AGAIN_SECONDS = 30.0
+_REPORT_AGAIN_SECONDS = 30.0
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Attempt:
         holds: State its workers have in memory.
         moved: When a rank last made progress, in the conductor's seconds.
         hung: Since when it counts as hung, and why.
-        told: When the driver was asked to kill it.
+        reported: When the driver was asked to kill it.
     """
 
     id: str
@@ -80,7 +80,7 @@ class Attempt:
     ended: bool = False
     ranks: dict[int, _Rank] = field(default_factory=dict)
     hung: tuple[float, str] | None = None
-    told: float | None = None
+    reported: float | None = None
 
     @property
     def open_item(self) -> Item | None:
@@ -118,13 +118,13 @@ class Attempt:
 
     def to_kill(self, now: float, patience_seconds: float) -> list[dict[str, Any]]:
         """Return the processes of a hung group to kill, once live ranks have written their stacks."""
-        if self.hung is None or (self.told is not None and now - self.told < _TELL_AGAIN_SECONDS):
+        if self.hung is None or (self.reported is not None and now - self.reported < _REPORT_AGAIN_SECONDS):
             return []
         silent = self._silent(now, patience_seconds)
         waits = any(not rank.has_dumped for number, rank in self.ranks.items() if number not in silent)
         if waits and now - self.hung[0] < _STACKS_SECONDS:
             return []
-        self.told = now
+        self.reported = now
         job = self.items[self.last].job if self.open_item is not None else None
         return [
             {**rank.who, "job": job, "silent": number in silent, "why": self.hung[1]}

@@ -139,7 +139,7 @@ class RunState:
         return True
 
     def known(self) -> dict[str, Any]:
-        """Return what a restarted conductor has to be told: `endings` and `attempts` by job."""
+        """Return what a restarted conductor has to know: `endings` and `attempts` by job."""
         return {"endings": dict(self._endings), "attempts": dict(self._attempts)}
 
     def outcome(self, interrupted: bool) -> Outcome:

@@ -1,4 +1,4 @@
-"""Turns an exception on a worker into plain values: what to tell the user and whether another attempt can help."""
+"""Turns an exception on a worker into plain values: the message for the user, and whether another attempt can help."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PASSING_KINDS = {
     "MicroBatchTooLarge",
 }
 _PASSING_MODULES = ("httpx", "httpcore", "requests", "urllib3", "botocore")
-# A RuntimeError of torch says only in words whether a peer, the network or the device is at fault.
+# A RuntimeError of torch says only in words whether a peer, the network or the device is the cause.
 _PASSING_WORDS = re.compile(
     r"closed by peer|connection (reset|refused|closed|aborted)|broken pipe|timed out|nccl|gloo"
     r"|uncorrectable ecc|unspecified launch failure|socket",
@@ -65,7 +65,7 @@ def describe(error: BaseException) -> Failure:
     kind = type(error).__name__
     text = redacted(str(error).strip())
     if isinstance(error, LlavoltaError):
-        # What rank 0 met alone is told to all ranks as a StageRunError; its own cause says what it was.
+        # What rank 0 met alone is raised on all ranks as a StageRunError; its own cause says what it was.
         passing = type(error) is StageRunError and error.__cause__ is not None and _may_pass(error.__cause__)
         return Failure(kind, text or kind, passing, error.state if isinstance(error, DamagedStateError) else None)
     first_line = text.splitlines()[0] if text else ""

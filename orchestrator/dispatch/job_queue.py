@@ -58,12 +58,11 @@ class JobQueue:
         """Take the newest complete plan.
 
         Args:
-            known: What the driver knows that an earlier life of the conductor told it (`RunState.known`).
+            known: What the driver knows of an earlier life of the conductor (`RunState.known`).
         """
-        endings = (known or {}).get("endings", {})
-        self._attempts = (known or {}).get(
-            "attempts", {}
-        ) | self._attempts  # attempts lost to other causes are not in it
+        known = known or {}
+        endings = known.get("endings", {})
+        self._attempts = known.get("attempts", {}) | self._attempts  # attempts lost to other causes are not in it
         skipped = self.work.replace(jobs, self._is_stored)
         for name in list(self.work.status):
             if endings.get(name) == "failed":
@@ -253,13 +252,9 @@ class JobQueue:
             self._emit("skipped", name, "", error=f"not run: {why}", kind="Skipped")
 
     def _emit(self, event: str, name: str, lane: str, **more: Any) -> None:
-        told = {
-            "event": event,
-            "id": name,
-            "type": self.work.jobs[name]["type"],
-            "attempt": self._attempts.get(name, 0),
-        }
-        self.events.append(told | ({"lane": lane} if lane else {}) | more)
+        kind, attempt = self.work.jobs[name]["type"], self._attempts.get(name, 0)
+        about = {"event": event, "id": name, "type": kind, "attempt": attempt}
+        self.events.append(about | ({"lane": lane} if lane else {}) | more)
 
 
 JobStatus = Literal["pending", "running", "elsewhere", "parked", "finished", "failed", "skipped"]

@@ -118,7 +118,7 @@ class StopRequest:
 
 
 class _Signalled(BaseException):
-    """A signal came; no `except Exception` on its way takes it for a fault of what it broke into."""
+    """A signal came; no `except Exception` on its way takes it for an error of what it interrupted."""
 
 
 @contextlib.contextmanager

@@ -47,11 +47,11 @@ def printed_to(path: Path) -> Iterator[None]:
         os.dup2(saved[1], 2)
         for descriptor in (*saved, log):
             os.close(descriptor)
-        _blot_out(path)
+        _redact(path)
 
 
-def _blot_out(path: Path) -> None:
-    """Take secrets out of what libraries and plug-ins printed; most logs hold none and stay as they are."""
+def _redact(path: Path) -> None:
+    """Remove secrets from what libraries and plug-ins printed; most logs hold none and stay as they are."""
     with suppress(OSError):  # the job's result does not hang on its log
         with path.open(encoding="utf-8", errors="surrogateescape") as log:
             if all(redacted(line) == line for line in log):
@@ -69,7 +69,7 @@ def append_traceback(path: Path, error: BaseException, rank: int) -> None:
         with path.open("a", encoding="utf-8", errors="replace") as log:
             log.write(f"[{now()}] rank {rank} failed:\n{text}")
     except OSError:
-        if not isinstance(error, StorageError):  # a full disk is told already, in one sentence
+        if not isinstance(error, StorageError):  # a full disk is reported already, in one sentence
             print(text, end="", file=sys.stderr)
 
 

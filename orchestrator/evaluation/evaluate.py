@@ -52,14 +52,20 @@ def evaluate_state(
         DataError: the rows cannot be read.
     """
     started, workers = time.monotonic(), Workers.here()
-    stop = _Stop(should_stop)
+    stopped: list[bool] = []  # holds True once should_stop was: the evaluation may then have left rows out
+
+    def stop() -> bool:
+        if not stopped and should_stop():
+            stopped.append(True)
+        return bool(stopped)
+
     data = replace(evaluation_data(job), should_stop=stop)
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     if model is None:
         _fetch(job, ledger, workers)
         model = load_model(job, weights, workers.device)
     outcome = run_under(job, model, data, workers, weights)
-    if stop.on_any_rank(workers, next(model.parameters()).device):
+    if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
     if problem := metric_problem(outcome.metrics):
         raise StageRunError(f"evaluation {job.name} ({job.spec['kind']}): {problem}")
@@ -75,22 +81,6 @@ def evaluate_state(
     if workers.rank == 0:
         ledger.write_evaluation(job.id, result, outcome.predictions)
     return result
-
-
-class _Stop:
-    """`should_stop` that remembers whether it was ever true: the evaluation may then have left rows out."""
-
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self._should_stop = should_stop
-        self._stopped = False
-
-    def __call__(self) -> bool:
-        self._stopped = self._stopped or self._should_stop()
-        return self._stopped
-
-    def on_any_rank(self, workers: Workers, device: torch.device) -> bool:
-        """Return whether any rank stopped; every rank calls it."""
-        return bool(workers.sum(torch.tensor([int(self._stopped)], device=device)).item())
 
 
 def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:

@@ -96,7 +96,7 @@ class UploadQueue:
         """Wait until the queue is empty or stalls for two minutes; after an interrupt, for two minutes in all."""
         self._queue.put(None)
         began = moved = time.monotonic()
-        turns, told = self._turns, False
+        turns, is_announced = self._turns, False
         while self._thread.is_alive():
             self._thread.join(timeout=_POLL_SECONDS)
             now = time.monotonic()
@@ -105,8 +105,8 @@ class UploadQueue:
             if now - moved > PATIENCE_SECONDS:
                 self.problem = self.problem or f"no upload succeeded for {PATIENCE_SECONDS:g} seconds"
                 break
-            if now - began > _QUIET_SECONDS and self.unsent and not told:
-                told = True
+            if now - began > _QUIET_SECONDS and self.unsent and not is_announced:
+                is_announced = True
                 cells = f"{len(self.unsent)} cell{'s' if len(self.unsent) != 1 else ''}"
                 self._say(f"uploading the records of {cells} to MLflow; Ctrl-C leaves them to the next run")
 

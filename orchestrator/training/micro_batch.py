@@ -187,9 +187,8 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
     most = size // 2
     facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
     if facts is not None:
-        number_bytes, attention = session.compute_dtype.itemsize, job.model.get("attn_implementation", "sdpa")
-        each = activation_bytes(facts, action, longest_of(data), job.recipe, number_bytes, attention)
-        most = min(most, int(_allowed_bytes(facts, job, number_bytes, zero_stage(session.config)) / each))
+        each = _sample_bytes(facts, job, session, longest_of(data), action)
+        most = min(most, int(_allowed_bytes(facts, job, session) / each))
     smaller = even_size(job.recipe["global_batch_size"], distributed.world_size(), most)
     return smaller if smaller < size else None
 
@@ -251,13 +250,11 @@ def _first_notes(
             f"per_device_train_batch_size: auto: the sizes of {job.model['model_name_or_path']} are not known, so the "
             "memory of its micro-batches cannot be estimated; give a number"
         )
-    longest, number_bytes = longest_of(data), session.compute_dtype.itemsize
-    zero = zero_stage(session.config)
+    longest, attention = longest_of(data), _attention(job)
     if allowed is None:
-        allowed = _allowed_bytes(facts, job, number_bytes, zero)
-    attention = job.model.get("attn_implementation", "sdpa")
+        allowed = _allowed_bytes(facts, job, session)
     for key, action in missing.items():
-        each = activation_bytes(facts, action, longest, job.recipe, number_bytes, attention)
+        each = _sample_bytes(facts, job, session, longest, action)
         size = even_size(job.recipe["global_batch_size"], workers, allowed / each)
         what = [_device_kind(), workers, asdict(facts), job.recipe, asdict(longest), attention, key]
         note: dict[str, Any] = {"size": size, "measured": False, "sample_bytes": each, "allowed_bytes": allowed}
@@ -279,8 +276,18 @@ def longest_of(data: TrainData) -> Longest:
     return Longest(*(max(column) for column in zip(*sizes, strict=True)))
 
 
-def _allowed_bytes(facts: ModelFacts, job: StageJob, number_bytes: int, zero: int) -> int:
+def _sample_bytes(facts: ModelFacts, job: StageJob, session: Any, longest: Longest, action: Action) -> float:
+    """Return the memory in bytes of one sample's activations, by the formula."""
+    return activation_bytes(facts, action, longest, job.recipe, session.compute_dtype.itemsize, _attention(job))
+
+
+def _attention(job: StageJob) -> str:
+    return str(job.model.get("attn_implementation", "sdpa"))
+
+
+def _allowed_bytes(facts: ModelFacts, job: StageJob, session: Any) -> int:
     """Return the memory in bytes for activations of one worker; the engine's weights are allocated already."""
+    number_bytes, zero = session.compute_dtype.itemsize, zero_stage(session.config)
     to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, distributed.world_size())
     if distributed.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()

@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator import plugin
-from orchestrator.data.records.conversations import RecordOptions, fault_lines, parse_record, read_records
-from orchestrator.data.records.json_records import BadRow
+from orchestrator.data.records.conversations import RecordOptions, fault_lines, parse_record
+from orchestrator.data.records.json_records import BadRow, read_records
 from orchestrator.data.rows import dropped_text
 from orchestrator.plan.identity import source_code
 

@@ -198,9 +198,7 @@ class RowImages:
         """Return the tensors and texts of a row's images."""
         given = self._given(images)
         written = [entry["replacement"] for entry in given["text_replacement_offsets"][0]]
-        texts = tuple(self._image_text(text) for text in written)
-        tensors = _tensors_of(given)
-        return tensors, texts
+        return _tensors_of(given), tuple(map(self._image_text, written))
 
     def _given(self, images: list[Image.Image]) -> Any:
         """Return the processor's output for a row of images alone.

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from orchestrator.data.processing.images import RowImages
 from orchestrator.data.processing.templates import ChatFormat, PrefixSuffix, takes_suffix
-from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -220,14 +218,6 @@ class VisionTextProcessor:
         """Number of visual tokens of an image, if it is the same for all images; else None."""
         text = self.images.fixed_text
         return None if text is None else text.num_visual_tokens
-
-    def pixels(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """Return the model's image inputs of one row; empty without images.
-
-        Raises:
-            DataError: an image cannot be read; it is never replaced by another.
-        """
-        return self.images.tensors([images])
 
     def token_types(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[str, np.ndarray] | None:
         """Return the token types that a model takes beside the ids, with the argument's name; None if it takes none.

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.data.records.json_records import BadRow, RepeatedKeys
-from orchestrator.data.records.json_records import read_records as read_records
 from orchestrator.data.rows import AS_IT_IS, IMAGE_MARK, ImageReading, ImageRef, Row, Turn
 from orchestrator.registry import nearest
 
@@ -138,19 +137,6 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "model": "assistant",
 }
-
-
-def list_of_turns(key: str, value: Any) -> list[Any]:
-    """Return the list of turns.
-
-    Raises:
-        BadRow: it is not a list, or empty.
-    """
-    if not isinstance(value, list):
-        raise BadRow(f"`{key}` is a list of turns, this is {short(value)}")
-    if not value:
-        raise BadRow(f"`{key}` is empty")
-    return value
 
 
 def turn_of(number: int, turn: Any, ignored: tuple[str, ...]) -> tuple[Turn, list[str]]:
@@ -285,7 +271,11 @@ def parse_record(
     key = _one_of(record, TURN_KEYS)
     if key is None:
         raise BadRow(f"it has {listed(record)}; LLaVA's format has conversations, image")
-    parts = [turn_of(number, turn, options.ignore_keys) for number, turn in enumerate(list_of_turns(key, record[key]))]
+    if not isinstance(record[key], list):
+        raise BadRow(f"`{key}` is a list of turns, this is {short(record[key])}")
+    if not record[key]:
+        raise BadRow(f"`{key}` is empty")
+    parts = [turn_of(number, turn, options.ignore_keys) for number, turn in enumerate(record[key])]
     turns = _with_system(record, in_order([turn for turn, _ in parts]))
     names = _image_names(record, [name for _, in_turn in parts for name in in_turn])
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)

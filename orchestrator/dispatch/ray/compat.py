@@ -55,7 +55,7 @@ def free_resources() -> list[dict[str, float]]:
     """Return what of each living node's resources nobody holds."""
     from ray._private.state import available_resources_per_node
 
-    if ray.util.client.ray.is_connected():  # only sums are told over Ray's client
+    if ray.util.client.ray.is_connected():  # Ray's client gives sums only
         return [ray.available_resources()]
     return [dict(free) for free in available_resources_per_node().values()]
 

@@ -46,7 +46,7 @@ def room_for(
         most: More lanes than this have nothing to do; None where that is not known.
 
     Raises:
-        UsageError: the lanes asked for (one for `auto`) do not fit; the numbers are told.
+        UsageError: the lanes asked for (one for `auto`) do not fit; the message gives the numbers.
     """
     wanted, use_gpu = _worker(cluster, nodes)
     workers = cluster.num_workers.min if isinstance(cluster.num_workers, WorkerRange) else cluster.num_workers
@@ -76,7 +76,7 @@ def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]
 
 
 def _count(nodes: Nodes, wanted: Mapping[str, float]) -> int:
-    """Return how many workers fit: each stands on one node whole."""
+    """Return how many workers fit, each of them on one node."""
     return sum(_on_node(node, wanted) for node in nodes)
 
 

@@ -10,7 +10,7 @@ from conversations import say
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 
 from orchestrator.data.records import json_records
-from orchestrator.data.records.conversations import read_records
+from orchestrator.data.records.json_records import read_records
 from orchestrator.errors import DataError
 
 ASK = say("<image>\nWhat?", "A square.")

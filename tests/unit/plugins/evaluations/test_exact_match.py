@@ -42,7 +42,7 @@ def one_by_one(model, data, row):
     """Greedy decoding written out: no batch, no padding, no cache, no generate()."""
     prompt = data.encoder.encode_prompt(row)
     ids = torch.tensor([prompt.input_ids.tolist()])
-    pixels = data.processor.pixels(prompt.images)
+    pixels = data.processor.images.tensors([prompt.images])
     new = []
     while len(new) < 3:
         with torch.no_grad():
