@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from orchestrator.data.progress import progress
 from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
-from orchestrator.data.records.conversations import fault_lines
+from orchestrator.data.records.conversations import error_lines
 from orchestrator.data.records.row_index import IndexedRows, open_rows
 from orchestrator.data.rows import (
-    FAULTS_SHOWN,
+    ERRORS_SHOWN,
     Row,
     data_spec,
     described,
@@ -99,10 +99,10 @@ class CheckedRows:
     @cached_property
     def bad(self) -> dict[int, str]:
         """By index, why a row cannot be used; rows whose answers are all cut off are among them."""
-        numbers, faults = self.count("number"), self._columns.column("fault")
-        found = {int(n): str(f) for n, f in zip(numbers, faults.to_pylist(), strict=True) if f is not None}
+        numbers, errors = self.count("number"), self._columns.column("fault")
+        found = {int(n): str(f) for n, f in zip(numbers, errors.to_pylist(), strict=True) if f is not None}
         if not self.of.prompts:
-            lost = (self.count("kept_labels") == 0) & np.asarray(faults.is_null())
+            lost = (self.count("kept_labels") == 0) & np.asarray(errors.is_null())
             for number, tokens in zip(numbers[lost].tolist(), self.count("tokens")[lost].tolist(), strict=True):
                 limit = self.of.model_max_length
                 found[number] = f"model_max_length {limit} cuts off every answer of its {tokens:,} tokens; raise it"
@@ -148,7 +148,7 @@ def errors_of(found: CheckedRows, data: DataSpec | None = None) -> list[str]:
     if not found.bad:
         return []
     share, data = len(found.bad) / len(found), data or found.of.data
-    lines = fault_lines(found.bad, len(found))
+    lines = error_lines(found.bad, len(found))
     if getattr(data, "on_bad_row", "fail") != "drop":
         drop = ", or set on_bad_row: drop" if hasattr(data, "on_bad_row") else ""
         return [f"this model cannot use {len(found.bad):,} of {len(found):,} rows; correct them{drop}", *lines]
@@ -203,7 +203,7 @@ class _RowChecker:
         self._sizes = rows.origin.images.sizes if rows.num_images.any() else {}
         if self._sizes:
             processor.images.know_sizes(self._sizes)
-        self._faults_by_size: dict[tuple[int, int] | None, str | None] = {}
+        self._errors_by_size: dict[tuple[int, int] | None, str | None] = {}
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
         """Return the entries of some rows."""
@@ -214,33 +214,33 @@ class _RowChecker:
     def _entries(self, rows: Sequence[Row]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
             try:
-                fault = self._image_fault(row)
+                reason = self._image_error(row)
                 if self._prompts and not any(turn.role == "assistant" for turn in row.turns):
-                    fault = "no answer to compare with"
-                if fault is None:
+                    reason = "no answer to compare with"
+                if reason is None:
                     yield (row.index, *self._encoder.lengths(row, self._prompts), None)
                     continue
             except DataError as error:
-                fault = str(error).removeprefix(f"row {row.index}: ")
+                reason = str(error).removeprefix(f"row {row.index}: ")
             except (OSError, MemoryError, UsageError):
                 raise
             # Templates and processors raise exceptions of any kind.
             except Exception as error:
-                fault = f"{type(error).__name__}: {error}"
-            yield (row.index, *[0] * (len(_COUNTS) - 1), fault)
+                reason = f"{type(error).__name__}: {error}"
+            yield (row.index, *[0] * (len(_COUNTS) - 1), reason)
 
-    def _image_fault(self, row: Row) -> str | None:
+    def _image_error(self, row: Row) -> str | None:
         """Return the processor's error for an image of a row; it depends on sizes only, in all processors."""
         for image in row.images:
             size = self._sizes.get(image.path)
-            if size not in self._faults_by_size:
+            if size not in self._errors_by_size:
                 try:
                     self._processor.images.tensors([[image]])
-                    self._faults_by_size[size] = None
+                    self._errors_by_size[size] = None
                 except DataError as error:
-                    self._faults_by_size[size] = str(error).removeprefix(image.path).strip()
-            if (fault := self._faults_by_size[size]) is not None:
-                return f"{image.path} {fault}"
+                    self._errors_by_size[size] = str(error).removeprefix(image.path).strip()
+            if (reason := self._errors_by_size[size]) is not None:
+                return f"{image.path} {reason}"
         return None
 
 
@@ -340,9 +340,9 @@ def _check_use(use: Use, findings: Findings) -> None:
     for entry in use.entries:
         one = check_rows(use.check_of(entry))
         name = f".data.{entry['name']}" if entry["name"] else ""
-        if faults := errors_of(one):
-            more = [f"... and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
-            raise DataError("\n    ".join([f"{use.where}{name}: {faults[0]}", *faults[1:FAULTS_SHOWN], *more]))
+        if errors := errors_of(one):
+            more = [f"... and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
+            raise DataError("\n    ".join([f"{use.where}{name}: {errors[0]}", *errors[1:ERRORS_SHOWN], *more]))
         findings.replan |= list(one.bad) != list(entry.get("left_out", ()))
         if one.bad:
             some = [f"row {number}: {reason}" for number, reason in list(one.bad.items())[:3]]

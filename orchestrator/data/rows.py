@@ -14,7 +14,7 @@ from orchestrator.spec.components import DataSpec
 
 IMAGE_MARK = "<image>"
 """Marks the place of an image in a turn's text, whatever the model's own placeholder is."""
-FAULTS_SHOWN = 20
+ERRORS_SHOWN = 20
 DROPPED_SHOWN = 5
 
 
@@ -119,17 +119,17 @@ def open_data_set(spec: DataSpec) -> DataSet:
     return found
 
 
-def raise_for_faults(where: str, faults: Sequence[str]) -> None:
+def raise_for_faults(where: str, errors: Sequence[str]) -> None:
     """Report all errors at once: the first 20 and how many there are.
 
     Raises:
         DataError: there is at least one.
     """
-    if not faults:
+    if not errors:
         return
-    lines = [f"{where}: {len(faults)} error{'s' if len(faults) > 1 else ''}", *faults[:FAULTS_SHOWN]]
-    if len(faults) > FAULTS_SHOWN:
-        lines.append(f"... and {len(faults) - FAULTS_SHOWN} more")
+    lines = [f"{where}: {len(errors)} error{'s' if len(errors) > 1 else ''}", *errors[:ERRORS_SHOWN]]
+    if len(errors) > ERRORS_SHOWN:
+        lines.append(f"... and {len(errors) - ERRORS_SHOWN} more")
     raise DataError("\n    ".join(lines))
 
 

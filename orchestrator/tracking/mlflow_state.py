@@ -78,7 +78,7 @@ Lives = Callable[[Process, str], bool]
 SentPoint = tuple[str, float, int, int]
 
 
-def has_record(run: RunState | None, record: CellRecord) -> bool:
+def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
     """Return whether MLflow has the current record of a cell: all but the middle of its history is compared."""
     return (
         run is not None
@@ -93,7 +93,7 @@ def has_record(run: RunState | None, record: CellRecord) -> bool:
     )
 
 
-def has_artifacts(run: RunState, record: CellRecord) -> bool:
+def has_artifacts(run: TrackedRun, record: CellRecord) -> bool:
     """Return whether MLflow has a record's files."""
     contents = file_contents(record.artifacts)
     return not contents or (
@@ -101,13 +101,13 @@ def has_artifacts(run: RunState, record: CellRecord) -> bool:
     )
 
 
-def lost_points(run: RunState) -> bool:
+def lost_points(run: TrackedRun) -> bool:
     """Return whether a run has fewer points than when its record was complete."""
     noted = run.tags.get(POINTS, "")
     return run.points is not None and noted.isdecimal() and run.points < int(noted)
 
 
-def abandoned(seen: ExperimentState, lives: Lives) -> list[RunState]:
+def abandoned(seen: ExperimentState, lives: Lives) -> list[TrackedRun]:
     """Return the runs that are marked as running while their driver is dead."""
     found = []
     for run in seen.runs.values():
@@ -139,7 +139,7 @@ def sent_params(record: CellRecord) -> dict[str, str]:
     return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
 
 
-def sent_tags(run: RunState, record: CellRecord) -> dict[str, str]:
+def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
     """Return a record's tags in the form that MLflow accepts."""
     tags = {**record.tags, CELL_ID: record.cell_id}
     # A param can be written once; a value that changed since (a default, a label) becomes a tag.
@@ -148,7 +148,7 @@ def sent_tags(run: RunState, record: CellRecord) -> dict[str, str]:
     return {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
 
 
-def changed_summary(run: RunState, record: CellRecord) -> dict[str, float]:
+def changed_summary(run: TrackedRun, record: CellRecord) -> dict[str, float]:
     """Return the final metrics of a record that a run lacks or has with another value."""
     numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
     return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
@@ -164,7 +164,7 @@ def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
             yield name, number, int(timestamp_ms), int(step)
 
 
-def fresh_points(run: RunState, record: CellRecord) -> Iterator[SentPoint]:
+def fresh_points(run: TrackedRun, record: CellRecord) -> Iterator[SentPoint]:
     """Return the points beyond what a run has, in the order of steps.
 
     They begin at the highest step that it has of any metric of the history, or where a metric that falls behind there
@@ -213,7 +213,7 @@ _CLIENT_ONLY = (
 
 
 @dataclass
-class RunState:
+class TrackedRun:
     """A cell's run in MLflow; the tracker updates it with what it sends.
 
     Attributes:
@@ -252,9 +252,9 @@ class ExperimentState:
 
     experiment_id: str | None = None
     is_deleted: bool = False
-    runs: dict[str, RunState] = field(default_factory=dict)
+    runs: dict[str, TrackedRun] = field(default_factory=dict)
 
-    def add(self, run: RunState) -> None:
+    def add(self, run: TrackedRun) -> None:
         """Add a run if it is a cell's."""
         cell = run.tags.get(CELL_ID)
         if cell is not None and (cell not in self.runs or run.start_ms < self.runs[cell].start_ms):
@@ -303,7 +303,7 @@ def read_state_with_client(client: Any, experiment: str) -> ExperimentState:
             # Steps and timestamps are in every response, though MLflow's public mapping has values only.
             metrics = {metric.key: (metric.value, metric.step, metric.timestamp) for metric in data._metric_objs}
             seen.add(
-                RunState(
+                TrackedRun(
                     info.run_id, info.run_name, info.status, info.start_time or 0, info.artifact_uri,
                     dict(data.params), dict(data.tags), metrics,
                 )
@@ -333,7 +333,7 @@ def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> Ex
         return ExperimentState()
     seen = ExperimentState(str(found[0]), found[1] == "deleted")
     runs = {
-        row[0]: RunState(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
+        row[0]: TrackedRun(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
         for row in opened.execute(
             "SELECT run_uuid, name, status, start_time, artifact_uri FROM runs "
             "WHERE experiment_id = ? AND lifecycle_stage = 'active'",
@@ -399,9 +399,9 @@ def _ask_server(uri: str, experiment: str) -> ExperimentState | None:
         return None
 
 
-def _run_of(run: Mapping[str, Any]) -> RunState:
+def _run_of(run: Mapping[str, Any]) -> TrackedRun:
     info, data = run["info"], run.get("data", {})
-    return RunState(
+    return TrackedRun(
         info["run_id"],
         info.get("run_name", ""),
         info.get("status", ""),

@@ -35,8 +35,8 @@ from orchestrator.tracking.mlflow_state import (
     TAGS_PER_REQUEST,
     ExperimentState,
     Lives,
-    RunState,
     SentPoint,
+    TrackedRun,
     abandoned,
     changed_summary,
     chunks,
@@ -297,7 +297,7 @@ class CellTracker:
                 if record.cell_id not in seen.runs:
                     seen.add(self._create_run(seen.experiment_id, record))
 
-    def _create_run(self, experiment_id: str | None, record: CellRecord) -> RunState:
+    def _create_run(self, experiment_id: str | None, record: CellRecord) -> TrackedRun:
         start_ms = next((timestamp_ms for *_, timestamp_ms in record.history), None)
         run = self._client().create_run(
             experiment_id,
@@ -306,12 +306,12 @@ class CellTracker:
             run_name=record.cell_name,
         )
         info = run.info
-        return RunState(
+        return TrackedRun(
             info.run_id, info.run_name, info.status, info.start_time, info.artifact_uri,
             tags=dict(run.data.tags), points=0,
         )  # fmt: skip
 
-    def _log_one(self, run: RunState, record: CellRecord, points: int) -> bool:
+    def _log_one(self, run: TrackedRun, record: CellRecord, points: int) -> bool:
         self._set_running(run, record)
         self._log_params_and_tags(run, record)
         if not self._log_history(run, record, points):
@@ -323,7 +323,9 @@ class CellTracker:
         self._set_status(run, record)
         return True
 
-    def _send(self, run: RunState, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None) -> None:
+    def _send(
+        self, run: TrackedRun, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None
+    ) -> None:
         """Send one request, and note its content as part of MLflow's state."""
         from mlflow.entities import Metric, Param, RunTag
 
@@ -342,7 +344,7 @@ class CellTracker:
         if run.points is not None:
             run.points += len(metrics)
 
-    def _set_running(self, run: RunState, record: CellRecord) -> None:
+    def _set_running(self, run: TrackedRun, record: CellRecord) -> None:
         if run.name != record.cell_name:
             self._client().update_run(run.run_id, name=record.cell_name)
             run.name = record.cell_name
@@ -355,7 +357,7 @@ class CellTracker:
             run.status = STATUS[record.status]
         self._running.add(run.run_id)
 
-    def _log_params_and_tags(self, run: RunState, record: CellRecord) -> None:
+    def _log_params_and_tags(self, run: TrackedRun, record: CellRecord) -> None:
         params, tags = sent_params(record), sent_tags(run, record)
         new_params = [(key, text) for key, text in params.items() if key not in run.params]
         new_tags = [(key, text) for key, text in tags.items() if run.tags.get(key) != text]
@@ -364,7 +366,7 @@ class CellTracker:
         for some_tags in chunks(new_tags, TAGS_PER_REQUEST):
             self._send(run, tags=dict(some_tags))
 
-    def _log_history(self, run: RunState, record: CellRecord, most: int) -> bool:
+    def _log_history(self, run: TrackedRun, record: CellRecord, most: int) -> bool:
         """Send points that the run lacks; return whether it has all of them then."""
         if lost_points(run):
             fresh, most = self._missing_points(run, record), sys.maxsize
@@ -377,7 +379,7 @@ class CellTracker:
             sent += len(batch)
         return sent < most or next(fresh, None) is None
 
-    def _missing_points(self, run: RunState, record: CellRecord) -> Iterator[SentPoint]:
+    def _missing_points(self, run: TrackedRun, record: CellRecord) -> Iterator[SentPoint]:
         """Return points that were deleted from a run's history; this alone reads complete histories."""
         known: dict[str, set[int]] = {}
         missing = []
@@ -389,7 +391,7 @@ class CellTracker:
         run.tags.pop(POINTS, None)  # once: if there are still fewer, those were not points of the history
         return iter(missing)
 
-    def _log_summary(self, run: RunState, record: CellRecord) -> None:
+    def _log_summary(self, run: TrackedRun, record: CellRecord) -> None:
         changed = changed_summary(run, record)
         if not changed:
             return
@@ -402,7 +404,7 @@ class CellTracker:
         for batch in chunks(points, METRICS_PER_REQUEST):
             self._send(run, batch)
 
-    def _log_artifacts(self, run: RunState, record: CellRecord) -> None:
+    def _log_artifacts(self, run: TrackedRun, record: CellRecord) -> None:
         if not record.artifacts or has_artifacts(run, record):
             return
         contents = file_contents(record.artifacts)
@@ -414,7 +416,7 @@ class CellTracker:
             self._client().log_artifacts(run.run_id, folder)
         self._send(run, tags={ARTIFACTS_DIGEST: files_digest(contents)})
 
-    def _set_status(self, run: RunState, record: CellRecord) -> None:
+    def _set_status(self, run: TrackedRun, record: CellRecord) -> None:
         status = STATUS[record.status]
         if status in OPEN:
             return
@@ -422,7 +424,7 @@ class CellTracker:
         if run.status != status:
             self._end(run, status)
 
-    def _end(self, run: RunState, status: str) -> None:
+    def _end(self, run: TrackedRun, status: str) -> None:
         trained = [timestamp_ms for name, (_, _, timestamp_ms) in run.metrics.items() if name.startswith("train/")]
         self._client().set_terminated(run.run_id, status, end_time=max(trained, default=None))
         run.status = status

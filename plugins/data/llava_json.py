@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator import plugin
-from orchestrator.data.records.conversations import RecordOptions, fault_lines, parse_record
+from orchestrator.data.records.conversations import RecordOptions, error_lines, parse_record
 from orchestrator.data.records.json_records import BadRow, read_records
 from orchestrator.data.rows import dropped_text
 from orchestrator.plan.identity import source_code
@@ -146,31 +146,31 @@ class LlavaJson:
         except FileNotFoundError as error:
             raise plugin.DataError(_not_there(self._spec)) from error
         drop = self._spec.on_bad_row == "drop"
-        plugin.raise_for_faults(self._spec.data_path, self._faults(found, found.bad if drop else found.unreadable))
+        plugin.raise_for_faults(self._spec.data_path, self._errors(found, found.bad if drop else found.unreadable))
         return plugin.IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
 
     def check(self, every_row: bool = True) -> list[str]:
-        """Return the faults that forbid a training run, by row index; with `every_row` those of images too."""
+        """Return the errors that forbid a training run, by row index; with `every_row` those of images too."""
         try:
             found = self.index()
         except plugin.DataError as error:
             return [str(error)]
         except FileNotFoundError:
             return [_not_there(self._spec)]
-        faults = self._faults(found, found.bad if every_row else found.unreadable)
+        errors = self._errors(found, found.bad if every_row else found.unreadable)
         wanted = self._spec.num_samples
         if wanted is not None and wanted != len(found):
-            faults.insert(0, f"num_samples is {wanted}, the file has {len(found)} rows; correct it or leave it out")
-        return faults
+            errors.insert(0, f"num_samples is {wanted}, the file has {len(found)} rows; correct it or leave it out")
+        return errors
 
-    def _faults(self, found: plugin.RowIndex, bad: Mapping[int, str]) -> list[str]:
-        faults = fault_lines(bad, len(found))
-        if self._spec.on_bad_row == "fail" or not faults:
-            return faults
+    def _errors(self, found: plugin.RowIndex, bad: Mapping[int, str]) -> list[str]:
+        errors = error_lines(bad, len(found))
+        if self._spec.on_bad_row == "fail" or not errors:
+            return errors
         allowed = self._spec.max_bad_share
         if len(bad) < len(found) and len(bad) <= allowed * len(found):
             return []
-        return [f"{len(bad) / len(found):.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *faults]
+        return [f"{len(bad) / len(found):.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *errors]
 
 
 def _not_there(spec: LlavaJsonSpec) -> str:

@@ -296,31 +296,31 @@ def parse_record(
     return Row(index, images, turns)
 
 
-def fault_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
+def error_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
     """Return one line per bad row; an error that at least half of all rows share gets a single line.
 
     Args:
         bad: By row index, the error.
         num_records: Number of rows of the file, good and bad.
     """
-    kinds = {index: _kind(fault) for index, fault in bad.items()}
+    kinds = {index: _kind(reason) for index, reason in bad.items()}
     counts = Counter(kinds.values())
     told, lines = set[str](), []
-    for index, fault in bad.items():
+    for index, reason in bad.items():
         kind = kinds[index]
         count = counts[kind]
         if count < 3 or 2 * count < num_records:
-            lines.append(f"row {index}: {fault}")
+            lines.append(f"row {index}: {reason}")
         elif kind not in told:
             told.add(kind)
             how_many = f"all {count}" if count == num_records else f"{count} of {num_records}"
-            lines.insert(0, f"{how_many} rows, the first is row {index}: {fault}")
+            lines.insert(0, f"{how_many} rows, the first is row {index}: {reason}")
     return lines
 
 
-def _kind(fault: str) -> str:
+def _kind(reason: str) -> str:
     """Return an error without the words that differ from row to row: paths, numbers, quoted values."""
-    return " ".join(word for word in fault.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
+    return " ".join(word for word in reason.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
 
 
 def _one_of(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:

@@ -53,7 +53,7 @@ _SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("fault", pa.string()),
+        ("reason", pa.string()),
     ]
 )
 
@@ -75,23 +75,23 @@ class ImageTable:
         return self._columns.metadata["digest"]
 
     @cached_property
-    def faults(self) -> dict[bytes, str]:
+    def errors(self) -> dict[bytes, str]:
         """By name, the error of each image that cannot be used."""
-        faults = self._columns.column("fault")
-        if faults.null_count == len(faults):
+        errors = self._columns.column("reason")
+        if errors.null_count == len(errors):
             return {}
-        pairs = zip(self._columns.column("name").to_pylist(), faults.to_pylist(), strict=True)
-        return {name: fault for name, fault in pairs if fault is not None}
+        pairs = zip(self._columns.column("name").to_pylist(), errors.to_pylist(), strict=True)
+        return {name: reason for name, reason in pairs if reason is not None}
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """By path, height and width of each image that can be used."""
-        names, faults = self._columns.column("name").to_pylist(), self._columns.column("fault").to_pylist()
+        names, errors = self._columns.column("name").to_pylist(), self._columns.column("reason").to_pylist()
         heights, widths = self._columns.numpy("height").tolist(), self._columns.numpy("width").tolist()
         return {
             path_of(self._folder, name): (height, width)
-            for name, fault, height, width in zip(names, faults, heights, widths, strict=True)
-            if fault is None
+            for name, reason, height, width in zip(names, errors, heights, widths, strict=True)
+            if reason is None
         }
 
 
@@ -221,19 +221,19 @@ def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_E
 
 def _entry(path: str, reading: ImageReading) -> _Entry:
     before = _stat(path)
-    fault = image_error(path, reading)
+    reason = image_error(path, reading)
     height = width = 0
     sha = None
     if before != _MISSING:
         sha = file_sha256(path)
-        if fault is None:
+        if reason is None:
             try:
                 height, width = image_size(path, reading)
             except BadImage as error:
-                fault = str(error)
+                reason = str(error)
     if _stat(path) != before:
         raise DataError(f"{path} changes while it is read; wait until it is complete, then try again")
     size, mtime_ns = before
     # A file written just now may be written again within the clock's resolution: do not trust its time yet.
     trusted = mtime_ns if before == _MISSING or time.time_ns() - mtime_ns > _RACY_NS else -2
-    return size, trusted, sha, height, width, fault or ("is missing" if before == _MISSING else None)
+    return size, trusted, sha, height, width, reason or ("is missing" if before == _MISSING else None)

@@ -85,21 +85,21 @@ class RowIndex:
     def bad(self) -> dict[int, str]:
         """By index, why a row cannot be used."""
         found = dict(self.unreadable)
-        for position in self._with_broken_images() if self.images.faults else ():
-            found.setdefault(int(self.numbers[position]), self._image_fault(position))
+        for position in self._with_broken_images() if self.images.errors else ():
+            found.setdefault(int(self.numbers[position]), self._image_error(position))
         return dict(sorted(found.items()))
 
     def _with_broken_images(self) -> list[int]:
         names = self._columns.column("images")
-        broken = pa.array(list(self.images.faults), type=pa.binary())
+        broken = pa.array(list(self.images.errors), type=pa.binary())
         hits = np.asarray(pc.is_in(pc.list_flatten(names), value_set=broken))
         counts = self.num_images
         return np.unique(np.repeat(np.arange(len(self)), counts)[hits]).tolist()
 
-    def _image_fault(self, position: int) -> str:
+    def _image_error(self, position: int) -> str:
         (names,) = self._columns.values(position, "images")
-        name = next(name for name in names if name in self.images.faults)  # type: ignore[attr-defined]
-        return f"{path_of(self._folder, name)} {self.images.faults[name]}"
+        name = next(name for name in names if name in self.images.errors)  # type: ignore[attr-defined]
+        return f"{path_of(self._folder, name)} {self.images.errors[name]}"
 
     @cached_property
     def good(self) -> np.ndarray:

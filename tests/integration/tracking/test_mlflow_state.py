@@ -25,7 +25,7 @@ from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.process import Process
 from orchestrator.tracking import mlflow_tracker
 from orchestrator.tracking.mlflow_state import (
-    RunState,
+    TrackedRun,
     abandoned,
     file_contents,
     has_record,
@@ -344,7 +344,7 @@ def test_artifacts_whose_look_fails_once_are_neither_gone_nor_an_end(
 
     monkeypatch.setattr(os, "stat", failing_once("stat", os.stat))
     monkeypatch.setattr(Path, "read_bytes", failing_once("read", Path.read_bytes))
-    run = RunState("id", "name", "FINISHED", 0, tmp_path.as_uri())
+    run = TrackedRun("id", "name", "FINISHED", 0, tmp_path.as_uri())
     assert not run.lacks_artifacts([file.name]) and run.lacks_artifacts(["another.png"])
     assert file_contents({file.name: file}) == {file.name: b"drawn"}
     assert failed == ["stat", "read"]
