@@ -18,8 +18,8 @@ from pathlib import Path
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
-from orchestrator.tracking.mlflow_state import has_record, read_state
-from orchestrator.tracking.mlflow_tracker import CellTracker
+from orchestrator.tracking.mlflow_state import read_state
+from orchestrator.tracking.mlflow_tracker import CellTracker, has_record
 from orchestrator.tracking.upload_queue import UploadQueue
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")

@@ -22,7 +22,7 @@ from orchestrator.data.records.row_index import IndexedRows, JoinedRows, num_ima
 from orchestrator.data.rows import Row, data_spec, raise_for_faults, template_of
 from orchestrator.errors import DataError
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.phase import rows_per_epoch as planned_rows
+from orchestrator.spec.phase import rows_per_epoch
 
 
 def permutation(count: int, *purpose: object) -> np.ndarray:
@@ -30,11 +30,6 @@ def permutation(count: int, *purpose: object) -> np.ndarray:
     key = hashlib.sha256(repr(purpose).encode()).digest()
     draws = np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64)).random_raw(count)
     return np.argsort(draws, kind="stable")
-
-
-def rows_per_epoch(count: int, share: float) -> int:
-    """Return how many rows of a set of `count` are in one epoch of a mixture, as the planner counts them."""
-    return planned_rows([(count, share)]) if count else 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class TrainData:
         self.rows: Sequence[Row] = JoinedRows([rows for rows, _, _ in sets])
         self._encoders = [encoder for _, _, encoder in sets]
         self._set_of = np.repeat(np.arange(len(sets)), [len(rows) for rows, _, _ in sets])
-        self._sizes = [SetSize(len(rows), rows_per_epoch(len(rows), share)) for rows, share, _ in sets]
+        self._sizes = [SetSize(len(rows), rows_per_epoch([(len(rows), share)])) for rows, share, _ in sets]
         self._processor = processor
 
     def __len__(self) -> int:

@@ -24,15 +24,8 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.process import Process
 from orchestrator.tracking import mlflow_tracker
-from orchestrator.tracking.mlflow_state import (
-    TrackedRun,
-    abandoned,
-    file_contents,
-    has_record,
-    read_state,
-    read_state_with_client,
-)
-from orchestrator.tracking.mlflow_tracker import CellTracker, one_at_a_time
+from orchestrator.tracking.mlflow_state import TrackedRun, one_at_a_time, read_state, read_state_with_client
+from orchestrator.tracking.mlflow_tracker import CellTracker, abandoned, file_contents, has_record
 
 KEYS = ("train/loss", "train/learning_rate")
 STEPS = 40

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from orchestrator.tracking.mlflow_tracker import make_database
+from orchestrator.tracking.mlflow_state import make_database
 
 # The import takes seconds: one server imports MLflow, and each process is forked from it.
 _context = multiprocessing.get_context("forkserver")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.train_data import DataOrder, SetSize, permutation, rows_per_epoch
+from orchestrator.data.train_data import DataOrder, SetSize, permutation
+from orchestrator.spec.phase import rows_per_epoch
 
 
 def make(count: int, share_of_text: float = 0.4, per_epoch: int | None = None) -> DataOrder:
@@ -86,8 +87,8 @@ def test_shares_of_a_mixture_take_every_row_in_turn():
     assert sorted(third) == list(range(10, 19)), "three epochs of a third see every row once"
 
 
-def test_rows_per_epoch_is_the_planners():
-    assert rows_per_epoch(10, 0.3) == 3 and rows_per_epoch(10, 1.0) == 10 and rows_per_epoch(3, 0.01) == 1
+def test_an_epoch_takes_whole_rows_of_each_set_and_one_at_least():
+    assert [rows_per_epoch([each]) for each in ((10, 0.3), (10, 1.0), (3, 0.01))] == [3, 10, 1]
 
 
 @pytest.mark.timeout(60)
