@@ -88,7 +88,7 @@ class Moves:
     added: Tensor | None = None
 
     def to(self, device: torch.device) -> Moves:
-        """Return the same on another device."""
+        """Move all indices to another device."""
         if device.type == "cpu":
             return self
         return Moves(
@@ -132,7 +132,7 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
     return Layout(real_BN | visual_BN, tuple(groups), pad_left)
 
 
-def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | None]) -> tuple[Layout, Moves]:
+def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid]) -> tuple[Layout, Moves]:
     """Return the layout after each group's images keep `kept` tokens, padded again on the side it was padded.
 
     Padding that is not needed any more goes; text keeps its order around the images. Where an image gets more tokens
@@ -169,8 +169,6 @@ def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid | N
         columns_IM = new_column_BN[rows_I1, slot_IM]
         more = torch.arange(1, 1 + count - slot_IM.shape[1])
         columns_IM = torch.cat([columns_IM, columns_IM[:, -1:] + more], dim=1)
-        if grid is None:  # as the planner counts: one row, unless all is kept
-            grid = group.grid if count == group.grid.tokens else Grid(1, count)
         groups.append(ImageGroup(grid, group.rows_I, columns_IM))
         kept_to.append((rows_I1 * columns + columns_IM).flatten())
         if added is not None:

@@ -39,7 +39,7 @@ class Keys:
 
 
 def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
-    """Return what the segment's forward gets as `attention_mask`: 4-D masks, by kind of layer where there are several.
+    """Return the `attention_mask` of a segment's forward: 4-D masks, by kind of layer where there are several.
 
     A sliding window counts the tokens that are left (their index in the shortened row), as transformers would on a row
     of just these tokens; position ids do not matter for it.

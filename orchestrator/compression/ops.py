@@ -230,7 +230,7 @@ def merge(visual_BND: Tensor, slots_BN: Tensor, kept: int, weights_BN: Tensor | 
 
 
 def sum_members(values_XBN: Tensor, slots_BN: Tensor, kept: int) -> Tensor:
-    """Sum of whole numbers over the members of each slot; exact.
+    """Sum integers over the members of each slot; exact.
 
     Args:
         values_XBN: Whole numbers, with any leading axes or none.
@@ -251,7 +251,7 @@ def cosines(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
 
 
 def distances(first_BND: Tensor, second_BMD: Tensor) -> Tensor:
-    """L2 distance of every token to every other, B x N x M, in float64.
+    """Return the L2 distance of every token to every other, B x N x M, in float64.
 
     Distances and not their squares: an error of the tokens moves them by no more than itself.
     """

@@ -115,7 +115,7 @@ def _weights_of(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
 
 
 def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec) -> dict[str, Any]:
-    """Return what `llavolta.json` says."""
+    """Return the content of `llavolta.json`."""
     final = cell.phases[-1].schedule.final.points if cell.phases else ()
     summary = {name: dict[str, float]() for name in ("eval", "cost")}
     for name, value in record.summary.items():
@@ -139,7 +139,7 @@ def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec
 
 
 def _write_model(cell: Cell, model: ModelSpec, weights: Path, folder: Path) -> None:
-    """Write config, processor and safetensors of the whole model."""
+    """Write config, processor and safetensors of the complete model."""
     processor = _write_processor(cell, model, folder)
     built = build_model(model.model_copy(update={"attn_implementation": "eager"}), weights)
     cast_parameters(built, getattr(torch, compute_dtype(model)))
@@ -220,7 +220,7 @@ def _write_adapter(cell: Cell, model: ModelSpec, weights: Path, folder: Path) ->
                     for inner, parameter in module.modules_to_save["default"].named_parameters():
                         parameter.copy_(file.get_tensor(f"{key}.{inner}"))
     _write_processor(cell, model, folder)
-    # No config.json: beside one, transformers takes an adapter's folder for a whole model.
+    # No config.json: beside one, transformers takes an adapter's folder for a complete model.
     with quiet_loading():
         wrapped.save_pretrained(folder)
     return name
@@ -280,50 +280,46 @@ def _factors(
 
 def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
     """Return the README of an exported folder: what it is, how to load it, its scores and cost, how it was trained."""
-    base = note["base_model"]
-    head = ["library_name: peft" if base else "library_name: transformers", "pipeline_tag: image-text-to-text"]
-    head += [f"base_model: {base}"] if base and not Path(base).is_absolute() else []
-    head += ["tags: [llavolta, visual-token-compression]"]
-    points = note["points"]
+    base, points = note["base_model"], note["points"]
+    head = f"library_name: {'peft' if base else 'transformers'}\npipeline_tag: image-text-to-text\n"
+    head += f"base_model: {base}\n" if base and not Path(base).is_absolute() else ""
     acts = ", then ".join(f"`{point['kind']}` at layer {point['layer']}" for point in points) or "none: full tokens"
-    plain = "the model on full tokens" if points else "the model"
     load = (
         f'base = AutoModelForImageTextToText.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, FOLDER)'
         if base
         else "model = AutoModelForImageTextToText.from_pretrained(FOLDER)"
     )
     imports = "from peft import PeftModel\n" if base else ""
-    text = ["---", *head, "---", f"# {note['experiment']}: {cell.name}", ""]
-    text += [cell.spec.description or "", "", f"Cell `{cell.id}`, compressor of its final stage: {acts}.", ""]
-    text += [
-        f"Plain transformers loads {plain}:",
-        "",
-        "```python",
-        f"{imports}from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
+    sections = [
+        f"---\n{head}tags: [llavolta, visual-token-compression]\n---\n# {note['experiment']}: {cell.name}",
+        cell.spec.description or "",
+        f"Cell `{cell.id}`, compressor of its final stage: {acts}.",
+        f"Plain transformers loads {'the model on full tokens' if points else 'the model'}:",
+        f"```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n{load}\n"
+        "processor = AutoProcessor.from_pretrained(FOLDER)\n```",
+        "With the compressor attached, as `final` was tested:",
+        "```python\nimport orchestrator as llv\n\nmodel, processor = llv.load_exported(FOLDER)\n```",
+        "## Scores",
+        _table("metric", note["scores"]),
+        "## Cost",
+        _table("quantity", note["cost"]),
+        "## Training",
+        _table("setting", record.params),
     ]
-    text += [load, "processor = AutoProcessor.from_pretrained(FOLDER)", "```", ""]
-    text += ["With the compressor attached, as `final` was tested:", "", "```python", "import orchestrator as llv", ""]
-    own = any(registry.is_plugin(registry.COMPRESSORS, point["kind"]) for point in points)
-    plugins = f", plugins={json.dumps(note['plugins'])}" if own else ""
-    text += [f"model, processor = llv.load_exported(FOLDER{plugins})", "```", ""]
-    text += ["## Scores", "", *_table("metric", note["scores"]), "", "## Cost", "", *_table("quantity", note["cost"])]
-    text += ["", "## Training", "", *_table("setting", record.params), ""]
     for plan in cell.phases:
         sets = ", ".join(f"`{entry['name']}` ({entry['spec']['kind']})" for entry in plan.data)
-        text += [f"`{plan.name}` on {sets}:", "", "| steps | compressor |", "|---|---|"]
-        text += [f"| {action.first_step} to {action.last_step} | {action.variant} |" for action in plan.table[:_STAGES]]
-        text += [f"| ... | {len(plan.table) - _STAGES} more |"] if len(plan.table) > _STAGES else []
-        text += [""]
-    text += [*_table("trained or written with", {**note["trained_with"], **note["written_with"]}), ""]
-    return "\n".join(text)
+        rows = [f"| {action.first_step} to {action.last_step} | {action.variant} |" for action in plan.table[:_STAGES]]
+        rows += [f"| ... | {len(plan.table) - _STAGES} more |"] if len(plan.table) > _STAGES else []
+        sections += [f"`{plan.name}` on {sets}:", "\n".join(["| steps | compressor |", "|---|---|", *rows])]
+    sections.append(_table("trained or written with", {**note["trained_with"], **note["written_with"]}))
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _table(head: str, values: Mapping[str, Any]) -> list[str]:
+def _table(head: str, values: Mapping[str, Any]) -> str:
     if not values:
-        return ["none"]
+        return "none"
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-    return [f"| {head} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in shown.items())]
+    return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in shown.items())])
 
 
 def load_exported(folder: str | Path, *, plugins: Sequence[str] = (), **options: Any) -> tuple[Any, Any]:

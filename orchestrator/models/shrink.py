@@ -40,7 +40,7 @@ def copy_processor_files(model: ModelSpec, folder: Path) -> None:
     """Copy a model's tokenizer, image processor and generation settings to a folder; its config and weights not.
 
     Raises:
-        UsageError: the model has no processor at hand.
+        UsageError: the model's processor cannot be read.
     """
     source = _files_of(model)
     patterns = (*_PROCESSOR_FILES, "*.py") if model.trust_remote_code else _PROCESSOR_FILES

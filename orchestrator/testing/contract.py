@@ -93,7 +93,7 @@ class Contract:
             self.held.append(text)
 
     def report(self) -> ContractReport:
-        """Return what holds.
+        """Return the report of a component that keeps its contract.
 
         Raises:
             ContractError: a promise is broken.
@@ -140,8 +140,8 @@ def component_of(
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()]
-        raise UsageError(f"{kit}: {values!r} is no {values['kind']}: {'; '.join(faults)}") from error
+        errors = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()]
+        raise UsageError(f"{kit}: {values!r} is no {values['kind']}: {'; '.join(errors)}") from error
 
 
 def refuse_unfinished(cls: type[Component], kit: str) -> None:
@@ -305,7 +305,9 @@ def _check_actions(table: StageTable, steps: int) -> None:
     for action in table.actions:
         first, last, _ = action
         if type(first) is not int or type(last) is not int or first >= last:
-            raise Broken(f"the action {action} is no stretch (first, last, variant) of whole steps, 0-based, half open")
+            raise Broken(
+                f"the action {action} is no stretch (first, last, variant) of integer steps, 0-based, half open"
+            )
         if first != done:
             how = "no action" if first > done else "two actions"
             raise Broken(f"of {steps} steps step {min(first, done)} has {how}: {action}")
@@ -393,7 +395,7 @@ def _check_row(place: int, row: Row) -> None:
     roles = "".join(f"{turn.role} " for turn in row.turns)
     if not _ROLES.fullmatch(roles):
         raise Broken(
-            f"{where} has turns of {roles.strip() or 'nobody'}; they are user and assistant in turn, the user first "
+            f"{where} has turns of {roles.strip() or 'no role'}; they are user and assistant in turn, the user first "
             "and the assistant last, before them at most one of the system"
         )
     if not all(isinstance(turn.text, str) for turn in row.turns):

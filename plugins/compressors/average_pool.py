@@ -90,7 +90,7 @@ def _bounds(tokens: int, windows: int, stride: int | None) -> list[int]:
 
 
 def _sums(values_XBN: Tensor, windows: int, index_MW: Tensor | None, inside_MW: Tensor | None) -> Tensor:
-    """Sum of whole numbers over each window; without an index all windows are of one length."""
+    """Sum integers over each window; without an index all windows are of one length."""
     if index_MW is None or inside_MW is None:
         return values_XBN.unflatten(-1, (windows, -1)).sum(-1)
     return (values_XBN[..., index_MW] * inside_MW).sum(-1)

@@ -80,7 +80,7 @@ class QFormerSpec(plugin.CompressorSpec):
         return self.depth * (across + among + 16 * inner**2 * kept) + 2 * width * inner * (tokens + kept)
 
     def module_shape(self) -> dict[str, Any]:
-        """With the number of queries that exist."""
+        """Return the module's shape with the number of queries that exist."""
         return super().module_shape() | {"max_queries": self.max_queries or self.keep_tokens}
 
 

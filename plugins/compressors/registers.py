@@ -83,7 +83,7 @@ class Registers:
         images, tokens = visual_BND.shape[:2]
         count = self.spec.kept_tokens(grid)
         last_AB1 = context.positions_ABN.amax(2, keepdim=True)
-        if len(last_AB1) >= 3:  # M-RoPE: text goes on from the highest of time, height and width
+        if len(last_AB1) >= 3:  # M-RoPE: text continues from the highest of time, height and width
             last_AB1 = torch.cat([last_AB1[:-3], last_AB1[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
         new_M = torch.arange(1, count + 1, device=visual_BND.device)
         token_N = torch.arange(tokens, device=visual_BND.device)

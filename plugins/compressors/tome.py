@@ -88,7 +88,7 @@ def match(visual_BND: Tensor, sizes_BN: Tensor, kept: int) -> tuple[Tensor, Tens
 
 
 def _round(present_BnD: Tensor, merges: int) -> tuple[Tensor, Tensor]:
-    """Return one round: where each of n tokens goes among those left, and which stay."""
+    """Merge one round: return where each of n tokens goes among those left, and which stay."""
     import torch
 
     images, present = present_BnD.shape[:2]

@@ -191,6 +191,6 @@ def _image_folder(spec: LlavaJsonSpec) -> Path:
 
 
 def record_options(spec: LlavaJsonSpec) -> RecordOptions:
-    """Return what a spec says of its records and images."""
+    """Return a spec's options of records and images."""
     reading = plugin.ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
     return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)

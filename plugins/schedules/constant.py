@@ -1,4 +1,4 @@
-"""`constant`: one variant for the whole phase."""
+"""`constant`: one variant for the complete phase."""
 
 from __future__ import annotations
 

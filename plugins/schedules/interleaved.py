@@ -48,7 +48,7 @@ class InterleavedSpec(plugin.ScheduleSpec):
         return tuple(dict.fromkeys([self.compressor, self.other, *(name for name in further if name)]))
 
     def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
-        """Full steps in the middle of equal stretches.
+        """Return the table: full steps in the middle of equal stretches.
 
         Raises:
             ValueError: one of the two variants would get no step.

@@ -23,7 +23,7 @@ class RampSpec(plugin.ScheduleSpec):
     """One field of a variant goes from `start` to `end` in equal moves over equal stretches of the phase.
 
     EPIC (arXiv 2510.00515) trains from light to heavy: its token consistency distillation raises the share of tokens
-    dropped, its layer consistency distillation moves the point from deep to shallow, both as the steps go on; a less
+    dropped, its layer consistency distillation moves the point from deep to shallow, both as training proceeds; a less
     compressed pass of the same model teaches. The model is tested under the last value.
     """
 
@@ -73,7 +73,7 @@ class RampSpec(plugin.ScheduleSpec):
         return (self.compressor, self.distill.teacher or "full") if self.distill else (self.compressor,)
 
     def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
-        """Stretches end at rounded multiples of the phase; a phase shorter than the moves takes as many as it has.
+        """Return the table; stretches end at rounded multiples of the phase; a phase shorter than the moves takes as many as it has.
 
         Raises:
             ValueError: the phase is too short to move.

@@ -76,7 +76,7 @@ class StagesSpec(plugin.ScheduleSpec):
         return tuple(dict.fromkeys(stage.compressor for stage in self.stages))
 
     def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
-        """Boundaries are the rounded cumulative sums of exact lengths.
+        """Return the table; boundaries are the rounded cumulative sums of exact lengths.
 
         Raises:
             ValueError: a stage would hold no step, or the stages do not add up to the phase.

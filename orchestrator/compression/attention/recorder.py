@@ -97,9 +97,7 @@ def _rows_of(values_BHND: Tensor, rows_BQ: Tensor) -> Tensor:
 def _bias_rows(
     mask: Any, module: nn.Module, queries_BQ: Tensor, num_queries: int, num_keys: int, options: dict[str, Any]
 ) -> Tensor | None:
-    """Return what the mask adds to the logits of the query rows, whichever form the attention implementation takes it
-    in.
-    """
+    """Return the mask's addition to the logits of the query rows, from any form that attention implementations take."""
     rows = len(queries_BQ)
     if isinstance(mask, Tensor) and mask.ndim == 4:
         rows_BHQK = _rows_of(mask[..., :num_keys].expand(rows, -1, -1, -1), queries_BQ)

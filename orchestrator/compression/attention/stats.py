@@ -66,7 +66,7 @@ class Prompt:
     text_BN: Tensor
 
     def to(self, device: torch.device) -> Prompt:
-        """Return the same on another device."""
+        """Move all fields to another device."""
         moved = [part.to(device, non_blocking=True) for part in (self.queries_BQ, self.weights_BQ, self.text_BN)]
         return Prompt(*moved)
 
@@ -95,8 +95,8 @@ def prompt_of(visual_BN: Tensor, real_BN: Tensor, labels_BN: Tensor | None, limi
     if labels_BN is not None:
         labelled_BN = (labels_BN != IGNORED) & real_BN
         asks_BN[:, :-1] = real_BN[:, :-1] & ~labelled_BN[:, :-1] & labelled_BN[:, 1:]
-    nobody_B = ~asks_BN.any(1)
-    asks_BN[nobody_B, last_B[nobody_B]] = True
+    unasked_B = ~asks_BN.any(1)
+    asks_BN[unasked_B, last_B[unasked_B]] = True
     counts_B = asks_BN.sum(1)
     most = int(counts_B.max())
     queries_BQ = torch.where(asks_BN, column_N, columns).sort(1).values[:, :most]
@@ -126,15 +126,11 @@ class Seen:
     keys_BND: Tensor | None = None
 
     def at(self, layout: Layout, origins_BM: Tensor) -> Seen:
-        """Return the same for the tokens that are left; a token made of several has what its source had."""
+        """Select the tokens that are left; a token made of several has the values of its source."""
         if layout is self.layout:
             return self
-        rows, columns = self.origins_BN.shape
-        # Padding writes to, and reads from, a column of its own.
-        targets_BN = torch.where(self.origins_BN < 0, self.length, self.origins_BN)
-        column_BN = torch.arange(columns, device=targets_BN.device).expand(rows, -1).contiguous()
-        places_BC = targets_BN.new_zeros(rows, self.length + 1).scatter_(1, targets_BN, column_BN)
-        index_BM = places_BC.gather(1, torch.where(origins_BM < 0, self.length, origins_BM))
+        # What padding reads is of no interest.
+        index_BM = present_columns(self.origins_BN, self.length).gather(1, origins_BM.clamp(min=0)).clamp(min=0)
         attention, keys = self.attention_BN, self.keys_BND
         return Seen(
             layout,
@@ -182,8 +178,22 @@ class Records:
         return fields
 
 
+def present_columns(origins_BN: Tensor, length: int) -> Tensor:
+    """Return the present column of each of `length` original ones, B x length; -1 where it was dropped.
+
+    Args:
+        origins_BN: Original column of each present token; -1 at padding and for added tokens.
+        length: Original columns.
+    """
+    rows, columns = origins_BN.shape
+    columns_BC = origins_BN.new_full((rows, length + 1), -1)
+    targets_BN = torch.where(origins_BN < 0, length, origins_BN)  # padding writes to a column that is cut off
+    columns_BC.scatter_(1, targets_BN, torch.arange(columns, device=origins_BN.device).expand(rows, -1).contiguous())
+    return columns_BC[:, :length]
+
+
 def needs_of(points: Sequence[Point]) -> set[str]:
-    """Return what any of the points needs."""
+    """Return the needs of all points together."""
     return {need for point in points for need in point.spec.needs}
 
 

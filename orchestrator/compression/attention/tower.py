@@ -37,7 +37,7 @@ _WHAT = "compression: a method that needs the vision tower's CLS token"
 
 
 def cls_of_images(recording: Recording | None, tokens: int, numbers_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what the CLS token paid to each visual token of some images, and the visual tokens' keys.
+    """Return the CLS token's attention to each visual token of some images, and the visual tokens' keys.
 
     For methods that act before the decoder: image `i` of the batch is row `i` of what the tower ran.
 
@@ -72,7 +72,7 @@ def cls_of_images(recording: Recording | None, tokens: int, numbers_I: Tensor | 
 
 
 def cls_seen(recording: Recording | None, layout: Layout, origins_BN: Tensor) -> Seen:
-    """Return the same for the rows of a batch, by column, so that points at any layer find their tokens.
+    """Return the CLS token's attention and keys by column of the rows, so that points at any layer find their tokens.
 
     Args:
         recording: What `watched_tower` gave.
@@ -119,7 +119,7 @@ def records_for(
     limit: int | None,
     recording: Recording | None,
 ) -> Records | None:
-    """Return what is kept beside the hidden states of one forward; None where no point needs any.
+    """Return the records beside the hidden states of one forward; None where no point needs any.
 
     Args:
         points: All points of the forward.

@@ -104,7 +104,7 @@ class Family(ABC):
         return None
 
     def attention_mask(self, keys: Keys) -> Any:
-        """Return what a segment's layers get as `attention_mask`.
+        """Return the `attention_mask` of a segment's layers.
 
         The plain 2-D mask, from which the model builds its own; ready-made ones where tokens form blocks or keys are
         weighed by size.

@@ -27,7 +27,7 @@ class GenericFamily(Family):
     """
 
     def find_language_model(self) -> nn.Module:
-        """Return what `get_decoder` gives, or an attribute of the usual names."""
+        """Return the result of `get_decoder`, or an attribute of the usual names."""
         config: Any = self.model.config
         if getattr(config, "is_encoder_decoder", False):
             raise self.cannot_serve("it is an encoder-decoder model; visual tokens do not run through its decoder")
@@ -83,7 +83,7 @@ class GenericFamily(Family):
         return int(self.visual_BN(inputs["input_ids"]).sum())
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
-        """Return the same, unless something among them belongs to single tokens: nobody could shorten it."""
+        """Return the options; refuse one that belongs to single tokens, which cannot be shortened."""
         for name, value in options.items():
             if isinstance(value, Tensor | list | tuple | dict) and len(value):
                 raise self.cannot_serve(f"its decoder takes {name}, which compression does not know how to shorten")

@@ -33,7 +33,7 @@ class ImagesFamily(Family):
             where the model has none such.
         sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
             model is attached each image's features carry its size.
-        one_size: Images whose pixels are not at hand (only placeholders are) have the size the tower is made for.
+        one_size: Images of which a batch holds placeholders only have the size the tower is made for.
     """
 
     language_name = "language_model"
@@ -170,9 +170,7 @@ def ready_features(inputs: Mapping[str, Any], kind: str) -> Any:
 
 
 def flat_features(output: Any) -> Tensor:
-    """Return what `get_image_features` gave (by version and model a tensor, several, or an output that holds them), L
-    x D.
-    """
+    """Return the result of `get_image_features` (a tensor, several, or an output that holds them) as L x D."""
     features = getattr(output, "pooler_output", output)
     if isinstance(features, Tensor):
         return features.flatten(0, -2)

@@ -17,7 +17,9 @@ Visuals = tuple[Tensor, Grid, Context]
 
 
 def apply_point(point: Point, groups: Sequence[Visuals], module: nn.Module | None) -> list[Kept]:
-    """Return what a method leaves of each group of units; units of one token stay as they are.
+    """Return the tokens that a method keeps of each group of units, sources and grids filled in.
+
+    Units of one token stay as they are.
 
     Args:
         point: The method at its place.
@@ -88,9 +90,7 @@ def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
 
 
 def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-    """Return one call of the method; where it names no grid, the kept tokens form the one that the planner counts
-    with.
-    """
+    """Call the method; sources and grid that it does not name are those that the protocol states."""
     compressor = point.compressor
     method = compressor.enter if isinstance(compressor, Enters) and point.enters else compressor.compress
     try:
@@ -108,4 +108,11 @@ def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept
             f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}, and its kept_tokens "
             f"says {said}; make both agree, since plan and costs count with kept_tokens"
         )
-    return kept if kept.grid is not None else replace(kept, grid=grid if count == tokens else Grid(1, count))
+    if kept.grid is None:
+        kept = replace(kept, grid=grid if count == tokens else Grid(1, count))
+    if kept.sources_BM is None:
+        before = context.sizes_BN.shape[1]  # of a resized image more than it brings tokens
+        number_M = torch.arange(count, device=visual_BND.device)
+        source_M = number_M * before // count if count <= before else number_M.masked_fill(number_M >= before, -1)
+        kept = replace(kept, sources_BM=source_M.expand(len(visual_BND), -1))
+    return kept

@@ -21,7 +21,7 @@ class SegmentCache(Cache):
     """A view on a cache for the layers of one segment.
 
     The model sizes its mask by the first layers of the cache it is given; here these are the segment's own. Layers
-    write with their absolute index, into the whole cache.
+    write with their absolute index, into the complete cache.
     """
 
     def __init__(self, cache: Cache, first: int, last: int) -> None:
@@ -33,7 +33,7 @@ class SegmentCache(Cache):
         return self._cache.layers[self._first : self._last]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Write into the whole cache; `layer_idx` is absolute."""
+        """Write into the complete cache; `layer_idx` is absolute."""
         return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +85,7 @@ class CacheRecord:
 
 
 def record_of(cache: Any) -> CacheRecord | None:
-    """Return what a cache remembers, None where it was not filled through compressed layers."""
+    """Return the record of a cache; None where it was not filled through compressed layers."""
     return getattr(cache, "__dict__", {}).get(_RECORD) if isinstance(cache, Cache) else None
 
 

@@ -49,7 +49,7 @@ def keys_of(
     Args:
         config: The language model's config.
         flow: What enters the segment.
-        cache: The whole KV cache, or None.
+        cache: The complete KV cache, or None.
         segment: The segment.
         record: What the filled cache remembers, or None.
         number: The segment's number.
@@ -257,7 +257,7 @@ class Decoder:
 
 
 def _record_after(points: tuple[Point, ...], flow: Flow, cache: Any, record: CacheRecord | None) -> CacheRecord:
-    """Return what the cache is to remember after this pass; its segments are added as they run."""
+    """Return the cache's record after this pass; its segments are added as they run."""
     columns = flow.hidden_BND.shape[1]
     if record is not None:
         seen = record.seen_tokens
@@ -278,7 +278,7 @@ def _last_ids(flow: Flow) -> Tensor:
 
 
 def _move_ids(flow: Flow, before: Tensor | None, shift: Tensor | None) -> None:
-    """Tokens that follow a renumbered image in the cache go on from its numbers."""
+    """Let tokens that follow a renumbered image in the cache continue its numbers."""
     if shift is None or shift is before:
         return
     difference_AB = shift if before is None else shift - before
@@ -322,7 +322,7 @@ def watched_layer(language_model: Any, number: int, points: Sequence[Point], flo
     attention = attention_module(language_model.layers[number], what)
     recording = Recording(wants_keys="keys" in needs)
     if "queries" in needs:
-        recording.queries_BQ = places_of(records.prompt.queries_BQ, flow.origins_BN)
+        recording.queries_BQ = query_columns(records.prompt.queries_BQ, flow.origins_BN)
         recording.weights_BQ = records.prompt.weights_BQ
     with recording_of(attention, recording, what):
         yield
@@ -342,10 +342,8 @@ def watched_layer(language_model: Any, number: int, points: Sequence[Point], flo
     records.layer = Seen(layout, flow.origins_BN, records.prompt.text_BN.shape[1], attention_BN, keys_BND)
 
 
-def places_of(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
-    """Return the present columns of tokens given by original column; of one that was dropped, of the last token
-    before it.
-    """
+def query_columns(queries_BQ: Tensor, origins_BN: Tensor) -> Tensor:
+    """Return the present columns of query tokens given by original column; of a dropped one, of the last before it."""
     columns = origins_BN.shape[1]
     column_N = torch.arange(columns, device=origins_BN.device)
     before_BQN = (origins_BN.unsqueeze(1) <= queries_BQ.unsqueeze(2)) & (origins_BN >= 0).unsqueeze(1)

@@ -50,7 +50,7 @@ def entering(
     given: Tensor | None,
     has_points: bool,
 ) -> Flow:
-    """Return what enters the first layer: hidden states, ids as the plain model has them, and where the images are.
+    """Return the first layer's input: hidden states, ids as the plain model has them, and where the images are.
 
     Args:
         family: The model's adapter.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from orchestrator.compression.attention.stats import present_columns
 from orchestrator.compression.attention.tower import watched_tower
 from orchestrator.compression.families import Family
 from orchestrator.compression.forward.cache import record_of
@@ -63,7 +64,7 @@ class Head:
         wanted_K = wanted_K[-self.keep :] if isinstance(self.keep, int) else wanted_K[self.keep]
         if flow is None or flow.layout is None:
             return self.head(hidden_BMD[:, wanted_K])
-        places_BK = _inverse(flow.origins_BN, self.columns)[:, wanted_K]
+        places_BK = present_columns(flow.origins_BN, self.columns)[:, wanted_K]
         logits_BKV = self.head(tokens_at(hidden_BMD, places_BK.clamp(min=0)))
         return logits_BKV.masked_fill((places_BK < 0).unsqueeze(-1), float("nan"))
 
@@ -109,15 +110,6 @@ class Head:
         places_BM = torch.where(flow.origins_BN < 0, self.columns, flow.origins_BN)
         full.scatter_(1, places_BM.unsqueeze(-1).expand(-1, -1, vocabulary), logits_BMV)
         return full[:, : self.columns]
-
-
-def _inverse(origins_BM: Tensor, columns: int) -> Tensor:
-    """Return the place of each original column among the kept tokens, -1 where it was dropped."""
-    rows, count = origins_BM.shape
-    places_BN = origins_BM.new_full((rows, columns + 1), -1)
-    targets_BM = torch.where(origins_BM < 0, columns, origins_BM)
-    places_BN.scatter_(1, targets_BM, torch.arange(count, device=origins_BM.device).expand(rows, -1).contiguous())
-    return places_BN[:, :columns]
 
 
 def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from orchestrator.compression.attention.tower import cls_of_images
+from orchestrator.compression.attention.tower import cls_of_images, image_numbers
 from orchestrator.compression.families import Family
 from orchestrator.compression.forward.apply_point import apply_point, call_idle
 from orchestrator.compression.layout import Layout, build_layout
-from orchestrator.compression.protocol import Context, Kept, Point, Resizes, evenly_spaced
+from orchestrator.compression.ops import tokens_at
+from orchestrator.compression.protocol import Context, Kept, Point, Resizes
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -123,10 +124,9 @@ class AtProjector:
     def _units(self, layout: Layout, features: Tensor) -> list[_Units]:
         """Return the features of each group: the tower's images and the units of the batch are in one order."""
         flat_LD = features.flatten(0, -2)
-        firsts = [group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups]
+        number_U = torch.cat(image_numbers(layout.groups, layout.length))
         sizes_U = torch.cat([torch.full_like(group.rows_I, group.columns_IN.shape[1]) for group in layout.groups])
-        order_U = torch.cat(firsts).argsort()
-        number_U = order_U.argsort()
+        order_U = number_U.argsort()
         offset_U = (sizes_U[order_U].cumsum(0) - sizes_U[order_U])[number_U]
         resized = any(hasattr(point.compressor, "resize") for point in self.points)
         tokens = len(flat_LD) // len(number_U)
@@ -148,27 +148,13 @@ class AtProjector:
         return units
 
     def _context(self, point: Point, units: _Units) -> Context:
-        draw = self.decoder.draw
-        samples = tuple(draw.sample_indices[row] for row in units.rows_I.tolist()) if draw.sample_indices else ()
-        return Context(
-            layer=point.layer,
-            positions_ABN=units.positions_ABN,
-            sizes_BN=units.sizes_BN,
-            rows_B=units.rows_I,
-            seed=draw.seed,
-            step=draw.step,
-            sample_indices=samples,
-            **self._told(point, units),
-        )
-
-    def _told(self, point: Point, units: _Units) -> dict[str, Any]:
-        """Return what the CLS token saw, for a point that needs it: of the features that are left."""
-        if "cls" not in point.spec.needs:
-            return {}
-        attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
-        index_IM = units.sources_BN.clamp(min=0)
-        wide_IMD = index_IM.unsqueeze(2).expand(-1, -1, keys_IND.shape[2])
-        return {"cls_attention_BN": attention_IN.gather(1, index_IM), "cls_keys_BND": keys_IND.gather(1, wide_IMD)}
+        fields = self.decoder.draw.context_fields(units.rows_I)
+        if "cls" in point.spec.needs:  # what the CLS token saw, of the features that are left
+            attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
+            index_IM = units.sources_BN.clamp(min=0)
+            fields["cls_attention_BN"] = attention_IN.gather(1, index_IM)
+            fields["cls_keys_BND"] = tokens_at(keys_IND, index_IM)
+        return Context(layer=point.layer, positions_ABN=units.positions_ABN, sizes_BN=units.sizes_BN, **fields)
 
     def _pad(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._padding is None:
@@ -206,14 +192,12 @@ class _Units:
     tokens: int
 
     def keep(self, kept: Kept) -> None:
-        """Go on with what a method kept."""
-        count, tokens = kept.hidden_BMD.shape[1], self.sources_BN.shape[1]
+        """Continue with what a method kept, as `apply_point` returned it."""
         sources_BM = kept.sources_BM
-        if sources_BM is None:
-            sources_BM = evenly_spaced(tokens, count, self.sources_BN.device).expand(len(self.sources_BN), -1)
+        assert sources_BM is not None and kept.grid is not None
         self.sources_BN = self.sources_BN.gather(1, sources_BM.clamp(min=0)).masked_fill(sources_BM < 0, -1)
         self.visual_BND, self.positions_ABN, self.sizes_BN = kept.hidden_BMD, kept.positions_ABM, kept.sizes_BM
-        self.grid = kept.grid or Grid(1, count)
+        self.grid = kept.grid
 
 
 def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:

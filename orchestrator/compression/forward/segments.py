@@ -99,10 +99,14 @@ class Draw:
     step: int = 0
     sample_indices: tuple[int, ...] = ()
 
+    def context_fields(self, rows_B: Tensor) -> dict[str, Any]:
+        """Return the fields of `Context` for images of these rows."""
+        samples = tuple(self.sample_indices[row] for row in rows_B.tolist()) if self.sample_indices else ()
+        return {"rows_B": rows_B, "seed": self.seed, "step": self.step, "sample_indices": samples}
+
 
 def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> tuple[Flow, bool]:
-    """Return one point: every group of images of one grid goes through the method as a batch, then rows are put
-    together.
+    """Apply one point: every group of images of one grid goes through the method as a batch, then rows are rejoined.
 
     Returns:
         The flow after it, and whether position ids are to be numbered again.
@@ -133,7 +137,8 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
     assert flow.layout is not None
     device, width = flow.hidden_BND.device, flow.hidden_BND.shape[-1]
     flat_hidden, flat_meta = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1)
-    after, moves = rearrange(flow.layout, [one.hidden_BMD.shape[1] for one in kept], [one.grid for one in kept])
+    grids = [one.grid for one in kept if one.grid is not None]  # all of them: `apply_point` fills them in
+    after, moves = rearrange(flow.layout, [one.hidden_BMD.shape[1] for one in kept], grids)
     moves_device = moves.to(device)
     rows = flow.layout.real_BN.shape[0]
     hidden = flow.hidden_BND.new_zeros(rows * after.length, width)
@@ -162,33 +167,22 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
 
 
 def _context(flow: Flow, point: Point, draw: Draw, group: ImageGroup, meta_CIN: Tensor) -> Context:
-    samples = tuple(draw.sample_indices[row] for row in group.rows_I.tolist()) if draw.sample_indices else ()
+    fields = draw.context_fields(group.rows_I)
+    if flow.records and flow.layout:
+        fields |= flow.records.context_fields(point, flow.layout, flow.origins_BN, group)
     return Context(
         layer=point.layer,
         positions_ABN=meta_CIN[:-OTHER_META],
         sizes_BN=meta_CIN[-2],
-        rows_B=group.rows_I,
-        seed=draw.seed,
-        step=draw.step,
-        sample_indices=samples,
         hidden_RND=flow.hidden_BND,
-        **(
-            flow.records.context_fields(point, flow.layout, flow.origins_BN, group)
-            if flow.records and flow.layout
-            else {}
-        ),
+        **fields,
     )
 
 
 def _meta_of(kept: Kept, meta_CIN: Tensor) -> Tensor:
     """Return the positions, blocks, sizes and original columns of the kept tokens, flat: C x (I * M)."""
-    images, tokens = meta_CIN.shape[1:]
-    count = kept.hidden_BMD.shape[1]
     sources_IM = kept.sources_BM
-    if sources_IM is None:
-        number_M = torch.arange(count, device=meta_CIN.device)
-        source_M = number_M * tokens // count if count <= tokens else number_M.masked_fill(number_M >= tokens, -1)
-        sources_IM = source_M.expand(images, -1)
+    assert sources_IM is not None  # `apply_point` fills them in
     blocks_IM, origins_IM = (
         meta_CIN[row].gather(1, sources_IM.clamp(min=0)).masked_fill(sources_IM < 0, -1).unsqueeze(0)
         for row in (-3, -1)
@@ -225,7 +219,7 @@ def run_layers(
         hidden_BND: Input of the first layer.
         positions: Position ids, B x N or axes x B x N.
         mask: True where a token is, cached ones first (B x N), or ready-made masks (`Family.attention_mask`).
-        cache: The whole KV cache, or None.
+        cache: The complete KV cache, or None.
         options: Further keyword arguments of the model's forward.
     """
     num_layers = len(language_model.layers)

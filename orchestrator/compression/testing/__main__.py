@@ -59,12 +59,12 @@ def built_in_methods() -> tuple[str, ...]:
 def run_cell(method: str, family: str) -> str:
     """Return the result of one method on one family: `proven`, `refused: REASON`, or `failed: CHECKS`."""
     try:
-        faults = check_cell({"kind": method}, family)
+        errors = check_cell({"kind": method}, family)
     except Refused as error:
         return f"refused: {error}"
     except Stopped as error:
         return f"failed: {error}"
-    return f"failed: {'; '.join(faults)}" if faults else PROVEN
+    return f"failed: {'; '.join(errors)}" if errors else PROVEN
 
 
 def markdown(cells: Mapping[str, Mapping[str, str]]) -> str:

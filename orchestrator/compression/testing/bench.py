@@ -143,7 +143,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def reference_gradients(reference: Reference, loss: Tensor) -> dict[str, Tensor]:
-    """Return the same for a plain computation, learned modules under the names they have in an attached model."""
+    """Return the gradients of a plain computation, learned modules under their names in an attached model."""
     for module in reference.modules.values():
         module.zero_grad()
     found = gradients(reference.family.model, loss)

@@ -17,7 +17,7 @@ from orchestrator import registry
 from orchestrator.compression import Attachment
 from orchestrator.compression.testing.bench import Batch, Bench, gradients, reference_gradients, run
 from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.method import global_random_state, method_faults, same_random_state
+from orchestrator.compression.testing.method import global_random_state, method_errors, same_random_state
 from orchestrator.compression.testing.reference import Reference, draws
 from orchestrator.compression.testing.tiny import TinyFamily
 from orchestrator.errors import UsageError
@@ -85,19 +85,19 @@ def check_compressor(points: PointLike | str | Sequence[PointLike], families: It
     chosen = _choose(families)
     points = Path(points) if isinstance(points, str) else points
     results: dict[str, str] = {}
-    faults: list[str] = []
+    errors: list[str] = []
     cause: Exception | None = None
     for name in chosen:
         try:
-            faults += [f"{name}: {fault}" for fault in check_cell(points, name)]
+            errors += [f"{name}: {message}" for message in check_cell(points, name)]
             results[name] = PROVEN
         except Refused as error:
             results[name] = f"refused: {error}"
         except Stopped as error:
             cause = cause or error
-            faults.append(f"{name}: {error}")
-    if faults:
-        text = f"{len(faults)} checks of the contract kit failed:\n  " + "\n  ".join(faults)
+            errors.append(f"{name}: {error}")
+    if errors:
+        text = f"{len(errors)} checks of the contract kit failed:\n  " + "\n  ".join(errors)
         raise AssertionError(text) from cause
     report = Report(results)
     if not report.proven:
@@ -114,7 +114,7 @@ class Stopped(Exception):
 
 
 def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str]:
-    """Return what does not hold for points on one family, in words.
+    """Return the errors of points on one family, in words.
 
     Raises:
         Refused: the family cannot run them.
@@ -126,11 +126,11 @@ def check_cell(points: PointLike | Sequence[PointLike], family: str) -> list[str
     keep_all = _all_kept(several, bench)
     found: list[str] = []
     try:
-        for fault in Cell(bench, places, keep_all).faults():
-            found.append(fault)
+        for message in Cell(bench, places, keep_all).errors():
+            found.append(message)
     except Exception as error:
-        told = [*found, f"an error stopped the checks: {type(error).__name__}: {error}"]
-        raise Stopped(f"\n  {family}: ".join(told)) from error
+        messages = [*found, f"an error stopped the checks: {type(error).__name__}: {error}"]
+        raise Stopped(f"\n  {family}: ".join(messages)) from error
     return found
 
 
@@ -180,13 +180,14 @@ class Candidate:
         try:
             return self.cls.model_validate(value)
         except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in error.errors()
+            errors = "; ".join(
+                f"{'.'.join(map(str, message['loc']))}: {message['msg']}".removeprefix(": ")
+                for message in error.errors()
             )
-            raise UsageError(f"check_compressor: {value!r} is no compressor: {faults}") from error
+            raise UsageError(f"check_compressor: {value!r} is no compressor: {errors}") from error
 
     def all_kept(self) -> Candidate:
-        """Return the same with every token kept."""
+        """Return the candidate with every token kept."""
         rest = {name: value for name, value in self.given.items() if name not in _AMOUNT_NAMES}
         return Candidate(self.cls, {**rest, "keep_ratio": 1})
 
@@ -296,8 +297,8 @@ class Cell:
     places: Sequence[Sequence[CompressorSpec]]
     keep_all: Sequence[Sequence[CompressorSpec]] = ()
 
-    def faults(self) -> Iterator[str]:
-        """Return what does not hold, in words and numbers.
+    def errors(self) -> Iterator[str]:
+        """Yield the errors, in words and numbers.
 
         Raises:
             UsageError: the family refuses the points.
@@ -333,9 +334,9 @@ class Cell:
             reference = self.bench.reference(attachment)
             reference.rows(batch.inputs, batch.units, attachment.points)
         for call in reference.calls:
-            faults = [f"{call.spec.kind}, {place_of([call.spec])}: {fault}" for fault in method_faults(call)]
-            if faults:
-                yield from faults
+            errors = [f"{call.spec.kind}, {place_of([call.spec])}: {message}" for message in method_errors(call)]
+            if errors:
+                yield from errors
                 return
 
     def _against_reference(self, setting: Setting) -> Iterator[str]:
@@ -359,7 +360,7 @@ class Cell:
                 if not same_random_state(before, global_random_state()):
                     yield f"{how}: the forward moved a global random state (torch, numpy or random)"
                 yield from differs(f"{how}: loss against the plain computation", loss, expected, CLOSE)
-                yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+                yield from gradient_errors(how, gradients(model, loss), wanted, CLOSE)
 
     def _keep_all(self, points: Sequence[CompressorSpec], number: int) -> Iterator[str]:
         how = f"all tokens kept, {place_of(points)}"
@@ -371,7 +372,7 @@ class Cell:
         with self.bench.attached(attention, points) as (model, attachment):
             loss = run(model, attachment, batch).loss
             yield from differs(f"{how}: loss against the plain model", loss, expected, EXACT)
-            yield from gradient_faults(how, gradients(model, loss), wanted, CLOSE)
+            yield from gradient_errors(how, gradients(model, loss), wanted, CLOSE)
 
     def _generation(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
         """Compare cached steps with recomputing everything, and the first with the plain computation."""
@@ -403,7 +404,7 @@ class Cell:
                 same_B &= cached.sequences[:, start + step] == recomputed.sequences[:, start + step]
 
     def _gap(self, points: Sequence[CompressorSpec]) -> Iterator[str]:
-        """Without a mask a gap in position ids must not cut image from text (the packed-sequence trap)."""
+        """Check that without a mask a gap in position ids does not cut image from text (the packed-sequence trap)."""
         how = f"without attention_mask, {place_of(points)}"
         batch = self.bench.batch([[3, next(iter(self.bench.tiny.units)), 7]], "right")
         bare = Batch({name: value for name, value in batch.inputs.items() if name != "attention_mask"}, batch.units)
@@ -419,7 +420,7 @@ class Cell:
                 yield f"{how}: other pixels move the loss by {moved:.1e} only; the answer does not see the image"
 
     def _life(self, points: Sequence[CompressorSpec], others: Sequence[CompressorSpec]) -> Iterator[str]:
-        """switch equals a fresh attachment, nothing is remembered, and detach leaves the model as it was."""
+        """Check that switch equals a fresh attachment, nothing is remembered, and detach restores the model."""
         attention = self.bench.tiny.attentions[-1]
         plain = self.bench.model(attention)
         batch, other_batch = (self.bench.batch(self.bench.rows(other), "left") for other in (False, True))
@@ -518,7 +519,7 @@ def differs(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Itera
         yield f"{what}{values}: differs by {gap:.1e}, allowed {allowed:.1e}"
 
 
-def gradient_faults(how: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
+def gradient_errors(how: str, got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
     """Return the gradient that differs most, where it differs by more than `tolerance` of the largest one."""
     scale = max((float(one.abs().max()) for one in wanted.values()), default=0.0)
     gaps = {}
@@ -551,7 +552,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
-    """Return what a model is: its modules' attributes, hooks, modes, parameters' values, and its configs."""
+    """Return a model's state: its modules' attributes, hooks, modes, parameters' values, and its configs."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[f"{name}: attributes"] = {key: _value(value) for key, value in module.__dict__.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,11 @@ class Call:
         return bool(getattr(self.method, "__name__", "") == "enter")
 
 
-def method_faults(call: Call) -> Iterator[str]:
-    """Return what is wrong with a call, in words."""
-    yield from _shape_faults(call)
-    yield from _size_faults(call)
-    yield from _position_faults(call)
+def method_errors(call: Call) -> Iterator[str]:
+    """Yield the errors of a call, in words."""
+    yield from _shape_errors(call)
+    yield from _size_errors(call)
+    yield from _position_errors(call)
     before = global_random_state()
     visual_BND, copy_BND = call.visual_BND.detach(), call.visual_BND.detach().clone()
     with torch.no_grad():
@@ -61,11 +61,11 @@ def method_faults(call: Call) -> Iterator[str]:
     elif not torch.equal(again.hidden_BMD, call.kept.hidden_BMD.detach()):
         yield "called twice with the same tokens it gave other ones; it remembers something, or draws without a seed"
     else:
-        neighbours = list(_neighbour_faults(call))
-        yield from neighbours or _tie_faults(call)
+        neighbours = list(_neighbour_errors(call))
+        yield from neighbours or _tie_errors(call)
 
 
-def _shape_faults(call: Call) -> Iterator[str]:
+def _shape_errors(call: Call) -> Iterator[str]:
     kept, images = call.kept, len(call.visual_BND)
     count = kept.hidden_BMD.shape[1]
     axes = len(call.context.positions_ABN)
@@ -79,7 +79,7 @@ def _shape_faults(call: Call) -> Iterator[str]:
         if tuple(values.shape) != shape:
             yield f"{name} has the shape {tuple(values.shape)} instead of {shape}"
         elif name != "hidden_BMD" and values.is_floating_point():
-            yield f"{name} holds {values.dtype}, not whole numbers"
+            yield f"{name} holds {values.dtype}, not integers"
     if call.enters:
         if count != call.spec.tokens_before(call.grid):
             yield f"tokens_before({call.grid}) says {call.spec.tokens_before(call.grid)}, enter gave {count} tokens"
@@ -94,7 +94,7 @@ def _shape_faults(call: Call) -> Iterator[str]:
         yield f"kept_grid({call.grid}) says {call.spec.kept_grid(call.grid)}, compress left {left}"
 
 
-def _size_faults(call: Call) -> Iterator[str]:
+def _size_errors(call: Call) -> Iterator[str]:
     sizes_BM, before_BN = call.kept.sizes_BM, call.context.sizes_BN
     if sizes_BM.shape != call.kept.hidden_BMD.shape[:2] or call.enters:
         return
@@ -107,7 +107,7 @@ def _size_faults(call: Call) -> Iterator[str]:
         )
 
 
-def _position_faults(call: Call) -> Iterator[str]:
+def _position_errors(call: Call) -> Iterator[str]:
     positions_ABM, before_ABN = call.kept.positions_ABM, call.context.positions_ABN
     if positions_ABM.shape[:2] != before_ABN.shape[:2] or call.enters or call.kept.renumber:
         return
@@ -137,7 +137,7 @@ def _position_faults(call: Call) -> Iterator[str]:
             return
 
 
-def _neighbour_faults(call: Call) -> Iterator[str]:
+def _neighbour_errors(call: Call) -> Iterator[str]:
     """Compare every image among others with itself alone; the images here are of different rows and samples."""
     images = len(call.visual_BND)
     if images < 2:
@@ -162,23 +162,19 @@ def _neighbour_faults(call: Call) -> Iterator[str]:
                 return
 
 
-def _tie_faults(call: Call) -> Iterator[str]:
-    """Among tokens that are equal up to rounding the choice is the same, whichever way each of them was rounded."""
+def _tie_errors(call: Call) -> Iterator[str]:
+    """Check that among tokens equal up to rounding the choice does not depend on the rounding."""
     generator = torch.Generator().manual_seed(0)
 
-    def equal(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
+    def equal(values: Tensor) -> Tensor:
         same = values.detach()[:, :1].expand_as(values)
         return same * (1 + _ROUNDING * (2 * torch.rand(same.shape, generator=generator).to(same) - 1))
 
     first: Kept | None = None
     for _ in range(_ROUNDINGS):
-        told: dict[str, Any] = {name: equal(getattr(call.context, name)) for name in _VALUES}
-        visual_BND = equal(call.visual_BND)
-        assert visual_BND is not None
         with torch.no_grad():
-            kept = call.method(visual_BND, call.grid, replace(call.context, **told))
+            context = with_values(call.context, equal)
+            kept = call.method(equal(call.visual_BND), call.grid, context)
         first = first or kept
         parts = ("sources_BM", "positions_ABM", "sizes_BM")
         if any(
@@ -193,8 +189,15 @@ def _tie_faults(call: Call) -> Iterator[str]:
             return
 
 
+def with_values(context: Context, change: Callable[[Tensor], Tensor]) -> Context:
+    """Return a context with all values that a method may choose by changed."""
+    found = {name: getattr(context, name) for name in _VALUES}
+    changed: dict[str, Any] = {name: change(values) for name, values in found.items() if values is not None}
+    return replace(context, **changed)
+
+
 def _row_of_each(context: Context) -> dict[str, Any]:
-    """Return what the context says of rows, a row for each image."""
+    """Return the context's fields of rows, a row for each image."""
     fields = ("hidden_RND", "text_RN", "row_keys_RND")
     found = {name: getattr(context, name) for name in fields}
     return {name: values[context.rows_B] for name, values in found.items() if values is not None}

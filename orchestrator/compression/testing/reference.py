@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.families import Family
 from orchestrator.compression.protocol import IGNORED, Context, Enters, Kept, Point, Resizes
-from orchestrator.compression.testing.method import Call
+from orchestrator.compression.testing.method import Call, with_values
 from orchestrator.spec.components import Grid
 
 _OWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids", "use_cache")
@@ -51,7 +52,7 @@ class RowState:
         ready_made: The plain model hands its decoder ready-made masks.
         size_bias: Attention logits of a key are raised by the logarithm of its size.
         extras: Further keyword arguments for the first layers (features that enter there).
-        cls_N: What the tower's CLS token paid to each visual token, by original column; None where nobody asks.
+        cls_N: What the tower's CLS token paid to each visual token, by original column; None where it is not needed.
         cls_keys_Nd: Their keys in the tower, likewise.
     """
 
@@ -88,14 +89,19 @@ def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[s
         seen.update(kwargs)
         raise Reached
 
-    handle = language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    _run_until_reached(model, batch, [language_model.register_forward_pre_hook(stop, with_kwargs=True)])
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def _run_until_reached(model: Any, batch: Mapping[str, Any], handles: Sequence[RemovableHandle]) -> None:
+    """Run a plain model on a batch until a hook raises `Reached`, then remove the hooks."""
     try:
         model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     except Reached:
         pass
     finally:
-        handle.remove()
-    return {name: value for name, value in seen.items() if value is not None}
+        for handle in handles:
+            handle.remove()
 
 
 def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]]) -> list[RowState]:
@@ -174,9 +180,7 @@ def _row_of(mask_B1NN: Tensor, row: int, real_N: Tensor) -> Tensor:
 
 
 def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any]:
-    """Return what else the decoder is given: a row's part of what counts tokens, or visual tokens (lists beside a
-    mask).
-    """
+    """Return a row's part of the decoder's other arguments that count tokens, or visual tokens (lists beside a mask)."""
     shape = given["inputs_embeds"].shape[:2]
     masks = [
         one for one in given.values() if isinstance(one, Tensor) and one.dtype == torch.bool and one.shape == shape
@@ -340,8 +344,7 @@ Apply = Callable[[Point, Tensor, Grid, Context], Kept]
 
 
 def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return what the tower of a plain model hands to the projector for a batch: features of all images, one after
-    the other.
+    """Return the projector's input in a plain model for a batch: features of all images, one after the other.
 
     Args:
         family: Adapter of the plain model.
@@ -367,13 +370,7 @@ def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[T
         tower = family.resizable_tower
         assert tower is not None
         handles.append(tower.register_forward_pre_hook(smaller, with_kwargs=True))
-    try:
-        family.model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_until_reached(family.model, batch, handles)
     return seen[0].flatten(0, -2) if seen else torch.zeros(0, 0)
 
 
@@ -402,27 +399,25 @@ def before_projector(
     share = len(features_LD) / len(whole_LD)
     offset, done = 0, []
     for state in states:
+        start_of = {}
+        for unit in state.units:
+            start_of[unit.columns] = offset
+            offset += len(unit.columns)
         parts: list[tuple[Unit, Kept]] = []
         for grid in dict.fromkeys(unit.grid for unit in state.units):
             members = [unit for unit in state.units if unit.grid == grid]
-            places = [_offset_of(state, unit, offset) for unit in members]
+            starts = [start_of[unit.columns] for unit in members]
             visual_BND = torch.stack(
-                [features_LD[round(share * start) : round(share * (start + grid.tokens))] for start in places]
+                [features_LD[round(share * start) : round(share * (start + grid.tokens))] for start in starts]
             )
             parts += _kept(state, members, visual_BND, points, apply)
-        offset += sum(len(unit.columns) for unit in state.units)
         mapped = [(unit, _mapped(state, unit, kept, projector, factor)) for unit, kept in parts]
         done.append(spliced(state, mapped) if mapped else state)
     return done
 
 
-def _offset_of(state: RowState, unit: Unit, offset: int) -> int:
-    before = state.units[: [other.columns for other in state.units].index(unit.columns)]
-    return offset + sum(len(other.columns) for other in before)
-
-
 def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
-    """Return what the plain model multiplies the projector's output with before the decoder (1 in most)."""
+    """Return the factor of the projector's output before the decoder in the plain model (1 in most)."""
     embeds_LD = torch.cat([state.hidden_ND[list(unit.columns)] for state in states for unit in state.units])
     if embeds_LD.shape != projected_LD.shape:
         raise AssertionError(
@@ -437,7 +432,7 @@ def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
 def _kept(
     state: RowState, members: Sequence[Unit], visual_BND: Tensor, points: Sequence[Point], apply: Apply
 ) -> list[tuple[Unit, Kept]]:
-    """Return what is left of a row's units of one grid, unit by unit; positions and sources count in the unit."""
+    """Return the tokens left of a row's units of one grid, unit by unit; positions and sources count in the unit."""
     images, tokens = len(members), len(members[0].columns)
     place_BN = torch.arange(tokens).expand(images, -1)
     kept = Kept(visual_BND, place_BN.unsqueeze(0), torch.ones_like(place_BN), place_BN, members[0].grid)
@@ -449,10 +444,7 @@ def _kept(
             rows_B=torch.zeros(images, dtype=torch.long),
             sample_indices=(state.number,) * images,
         )
-        if "cls" in point.spec.needs and state.cls_N is not None and state.cls_keys_Nd is not None:
-            columns_BN = torch.tensor([unit.columns for unit in members])
-            attention_BN, keys_BND = state.cls_N[columns_BN], state.cls_keys_Nd[columns_BN]
-            context = replace(context, cls_attention_BN=attention_BN, cls_keys_BND=keys_BND)
+        context = _with_cls(context, point, state, torch.tensor([unit.columns for unit in members]))
         before, grid = kept, kept.grid
         assert grid is not None
         kept = apply(point, kept.hidden_BMD, grid, context)
@@ -471,8 +463,15 @@ def _kept(
     return [(unit, one_of(kept, image)) for image, unit in enumerate(members)]
 
 
+def _with_cls(context: Context, point: Point, state: RowState, origins_BN: Tensor) -> Context:
+    """Return a context with what the CLS token saw of tokens of these original columns, if the point needs it."""
+    if "cls" not in point.spec.needs or state.cls_N is None or state.cls_keys_Nd is None:
+        return context
+    return replace(context, cls_attention_BN=state.cls_N[origins_BN], cls_keys_BND=state.cls_keys_Nd[origins_BN])
+
+
 def _mapped(state: RowState, unit: Unit, kept: Kept, projector: Any, factor: float) -> Kept:
-    """Return what the decoder gets of one unit."""
+    """Return the decoder's input of one unit."""
     positions_AN = state.positions_AN[:, list(unit.columns)]
     return replace(
         kept,
@@ -482,7 +481,7 @@ def _mapped(state: RowState, unit: Unit, kept: Kept, projector: Any, factor: flo
 
 
 def one_of(kept: Kept, number: int) -> Kept:
-    """Return what a method kept of one image."""
+    """Return the kept tokens of one image."""
     one = slice(number, number + 1)
     return replace(
         kept,
@@ -546,7 +545,7 @@ class Reference:
         return torch.stack(losses).sum() / len(losses)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return what the top model makes of final hidden states."""
+        """Return the top model's logits of final hidden states."""
         logits_NV: Tensor = self.family.model.get_output_embeddings()(hidden_ND)
         cap = getattr(self.family.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
@@ -570,8 +569,8 @@ class Reference:
         return state
 
     def _act(self, state: RowState, point: Point, enters: bool = False) -> RowState:
-        """Return one point on one row: all its units of one grid at a time."""
-        module = self.modules.get(point.module_name) if point.module_name else None
+        """Apply one point to one row: all its units of one grid at a time."""
+        module = self.modules.get(point.module_name or "")
         parts: list[tuple[Unit, Kept]] = []
         for grid in dict.fromkeys(unit.grid for unit in state.units if len(unit.columns) > 1):
             members = [unit for unit in state.units if unit.grid == grid and len(unit.columns) > 1]
@@ -585,7 +584,7 @@ class Reference:
 
     def _at_projector(self, point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         samples = tuple(sample_of(row) for row in context.sample_indices)
-        module = self.modules.get(point.module_name) if point.module_name else None
+        module = self.modules.get(point.module_name or "")
         context = replace(context, seed=_SEED, step=_STEP, sample_indices=samples, module=module)
         return self._call(point, point.compressor.compress, visual_BND, grid, context)
 
@@ -616,11 +615,7 @@ class Reference:
             context = replace(context, attention_BN=self._seen["attention"][_asking(state)].mean(0)[columns_BN])
         if "keys" in point.spec.needs:
             context = replace(context, row_keys_RND=self._seen["keys"].unsqueeze(0))
-        if "cls" in point.spec.needs and state.cls_N is not None and state.cls_keys_Nd is not None:
-            origins_BN = torch.tensor(state.origins)[columns_BN]
-            attention_BN, keys_BND = state.cls_N[origins_BN], state.cls_keys_Nd[origins_BN]
-            context = replace(context, cls_attention_BN=attention_BN, cls_keys_BND=keys_BND)
-        return context
+        return _with_cls(context, point, state, torch.tensor(state.origins)[columns_BN])
 
 
 def sample_of(row: int) -> int:
@@ -650,20 +645,13 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
     that are equal (the newlines of LLaVA-NeXT) stay equal: among them a method takes the first.
     """
 
-    def moved(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
+    def moved(values: Tensor) -> Tensor:
         values = values.detach()
         noise = torch.sin(1e5 * values + torch.arange(values.shape[-1]) * (values.ndim > 2))
         return values * (1 + NUDGE * noise)
 
-    names = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
     with torch.no_grad():
-        others: dict[str, Any] = {name: moved(getattr(context, name)) for name in names}
-        other_context = replace(context, **others)
-        nudged = moved(visual_BND)
-        assert nudged is not None
-        other = method(nudged, grid, other_context)
+        other = method(moved(visual_BND), grid, with_values(context, moved))
     if other.hidden_BMD.shape != kept.hidden_BMD.shape or not torch.equal(other.positions_ABM, kept.positions_ABM):
         return True
     if kept.sources_BM is not None and not torch.equal(other.sources_BM, kept.sources_BM):
@@ -675,7 +663,7 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
 def run_layers(
     language_model: Any, state: RowState, first: int, last: int, needs: set[str]
 ) -> tuple[RowState, dict[str, Tensor]]:
-    """Return one row through layers `first` to `last` (half open) of a plain language model.
+    """Run one row through layers `first` to `last` (half open) of a plain language model.
 
     Returns:
         The row after them, and what the last of them saw, as far as it is needed: `attention` (tokens x tokens, mean
