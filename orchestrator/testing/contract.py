@@ -306,7 +306,7 @@ def _check_actions(table: StageTable, steps: int) -> None:
         first, last, _ = action
         if type(first) is not int or type(last) is not int or first >= last:
             raise Broken(
-                f"the action {action} is no stretch (first, last, variant) of integer steps, 0-based, half open"
+                f"the action {action} is no stretch (first, last, variant) of whole steps, 0-based, half open"
             )
         if first != done:
             how = "no action" if first > done else "two actions"

@@ -73,7 +73,7 @@ class RampSpec(plugin.ScheduleSpec):
         return (self.compressor, self.distill.teacher or "full") if self.distill else (self.compressor,)
 
     def compile(self, total_steps: int, global_batch_size: int) -> plugin.StageTable:
-        """Return the table; stretches end at rounded multiples of the phase; a phase shorter than the moves takes as many as it has.
+        """Return the table: stretches end at rounded multiples of the phase, which has as many moves as fit.
 
         Raises:
             ValueError: the phase is too short to move.

@@ -180,7 +180,7 @@ def _row_of(mask_B1NN: Tensor, row: int, real_N: Tensor) -> Tensor:
 
 
 def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any]:
-    """Return a row's part of the decoder's other arguments that count tokens, or visual tokens (lists beside a mask)."""
+    """Return a row's part of the decoder's other arguments by token, or by visual token (lists beside a mask)."""
     shape = given["inputs_embeds"].shape[:2]
     masks = [
         one for one in given.values() if isinstance(one, Tensor) and one.dtype == torch.bool and one.shape == shape
