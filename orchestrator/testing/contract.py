@@ -305,9 +305,7 @@ def _check_actions(table: StageTable, steps: int) -> None:
     for action in table.actions:
         first, last, _ = action
         if type(first) is not int or type(last) is not int or first >= last:
-            raise Broken(
-                f"the action {action} is no stretch (first, last, variant) of whole steps, 0-based, half open"
-            )
+            raise Broken(f"the action {action} is no stretch (first, last, variant) of whole steps, 0-based, half open")
         if first != done:
             how = "no action" if first > done else "two actions"
             raise Broken(f"of {steps} steps step {min(first, done)} has {how}: {action}")
