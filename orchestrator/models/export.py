@@ -290,6 +290,8 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         else "model = AutoModelForImageTextToText.from_pretrained(FOLDER)"
     )
     imports = "from peft import PeftModel\n" if base else ""
+    own = any(registry.is_plugin(registry.COMPRESSORS, point["kind"]) for point in points)
+    plugins = f", plugins={json.dumps(note['plugins'])}" if own else ""
     sections = [
         f"---\n{head}tags: [llavolta, visual-token-compression]\n---\n# {note['experiment']}: {cell.name}",
         cell.spec.description or "",
@@ -298,7 +300,7 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         f"```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n{load}\n"
         "processor = AutoProcessor.from_pretrained(FOLDER)\n```",
         "With the compressor attached, as `final` was tested:",
-        "```python\nimport orchestrator as llv\n\nmodel, processor = llv.load_exported(FOLDER)\n```",
+        f"```python\nimport orchestrator as llv\n\nmodel, processor = llv.load_exported(FOLDER{plugins})\n```",
         "## Scores",
         _table("metric", note["scores"]),
         "## Cost",
