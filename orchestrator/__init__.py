@@ -8,7 +8,7 @@
 
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
-cli > verbs > experiment > storage > search > run, bench > smoke > session > report > dispatch
+cli > starter > experiment > storage > search > run, bench > smoke > session > report > dispatch
 > training, evaluation, tracking > models > data > compression > plan > spec > registry > errors.
 """
 
@@ -25,14 +25,21 @@ if TYPE_CHECKING:
     from orchestrator.experiment import load as load
     from orchestrator.experiment import table as table
     from orchestrator.models.export import load_exported as load_exported
+    from orchestrator.report.component_view import components as components
+    from orchestrator.report.component_view import compressors as compressors
     from orchestrator.session import RunOutcome as RunOutcome
     from orchestrator.spec.schema import experiment_schema as experiment_schema
+    from orchestrator.starter import init as init
     from orchestrator.storage import Storage as Storage
+    from orchestrator.testing.contract import check_file as check_file
 
 __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("Cell", "Experiment", "load", "table"), "orchestrator.experiment"),
     **dict.fromkeys(("Interrupted", "LlavoltaError", "SpecError", "UsageError"), "orchestrator.errors"),
+    **dict.fromkeys(("components", "compressors"), "orchestrator.report.component_view"),
+    "check_file": "orchestrator.testing.contract",
+    "init": "orchestrator.starter",
     "load_exported": "orchestrator.models.export",
     "RunOutcome": "orchestrator.session",
     "Storage": "orchestrator.storage",

@@ -1,37 +1,585 @@
-"""`llavolta`: the verbs, their errors as one block, their exit codes. Heavy imports stay inside the verbs that work."""
+"""`llavolta`: the verbs, each a call of the Python API; errors as one block, exit codes, one JSON document with --json.
+
+Nothing is imported here that reads experiments: `llv` loads it when a verb calls it, so that --help is quick.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import math
+import os
 import sys
 import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
+import orchestrator as llv
 from orchestrator.dispatch.signals import ended_by_signals
-from orchestrator.errors import LlavoltaError, SpecError, shorten
+from orchestrator.errors import ErrorDetail, LlavoltaError, SpecError, UsageError, shorten
 from orchestrator.redaction import redacted
-from orchestrator.verbs import components, data, init, inspect, ledger, results, run, spec
-from orchestrator.verbs.options import keep_output_for_json, print_json
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
+Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files; several make one table.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Overrides a value of the file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
+CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
+]
+
+
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Runs again what failed before.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")]
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        "--max-hours", min=0, metavar="H", help="After H hours: checkpoint, stop, exit 75; the same command resumes."
+    ),
+]
+
+
+MaybeSpec = Annotated[
+    Path | None, typer.Argument(metavar="[SPEC]", help="Experiment file, whose storage is meant.", show_default=False)
+]
+Place = Annotated[
+    str | None, typer.Option("--storage", metavar="PATH", help="The storage (default: $LLAVOLTA_STORAGE or ./runs).")
+]
+
+
+_Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", metavar="FILE", help="A plug-in file or module to include; repeatable.")
+]
+
+_OPTIONS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
     name="llavolta",
     help="Experiments on stage-wise visual-token compression: a YAML file in, an efficiency-accuracy grid out.",
     epilog="Every verb takes --debug, which shows the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_OPTIONS,
 )
-for verb in (
-    init.init, spec.validate, inspect.plan, run.run, run.search, inspect.status, inspect.table, inspect.logs,
-    inspect.path, results.export, results.predictions, run.bench, spec.compressors, spec.schema, spec.show,
-    components.components, components.check,
-):  # fmt: skip
-    app.command()(verb)
-app.add_typer(data.app, name="data")
-app.add_typer(ledger.app, name="ledger")
+data_app = typer.Typer(help="What the data of an experiment holds, and what the model gets of it.", **_OPTIONS)
+ledger_app = typer.Typer(help="List, verify and garbage-collect stored results.", **_OPTIONS)
+app.add_typer(data_app, name="data")
+app.add_typer(ledger_app, name="ledger")
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="NAME.yaml", help="File to write; it must not exist.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="A folder or a hub id.", show_default=True)
+    ] = "llava-hf/llava-1.5-7b-hf",
+    data: Annotated[
+        str, typer.Option("--data", metavar="DATA", help="A LLaVA JSON file, or easy_vqa.", show_default=True)
+    ] = "easy_vqa",
+) -> None:
+    """Write a commented experiment to start from, valid as it stands."""
+    experiment = llv.init(file, model=model, data=data)
+    print(f"{file}: {len(experiment.loaded.cells)} cells; next: llavolta plan {file}")
+
+
+@app.command()
+def validate(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also reads every row and image and tries each with the model's processor.")
+    ] = False,
+) -> None:
+    """Validate SPEC and report all errors, or `valid: N cells`."""
+    experiment = llv.load(spec, set_ or ())
+    notices = [*experiment.notices, *(experiment.check_data() if data else ())]
+    number = len(experiment.loaded.cells)
+    if as_json:
+        print_json({"valid": True, "cells": number, "notices": notices, "faults": []})
+        return
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+    count = f"{number} cell{'s' if number != 1 else ''}"
+    search = experiment.spec.search
+    print(f"valid: {count}" if search is None else f"valid: a search of {search.num_trials} trials, {count} each")
+
+
+@app.command()
+def plan(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    text_tokens: Annotated[
+        int | None, typer.Option("--text-tokens", min=0, metavar="N", help="Text tokens a sample (default: measured).")
+    ] = None,
+) -> None:
+    """Show the cells, the stage tree, what is done already, and the cost, alone and shared."""
+    document = llv.load(spec, set_ or ()).plan(text_tokens=text_tokens)
+    if as_json:
+        print_json(document)
+    else:
+        document.print(terminal())
+
+
+@app.command()
+def run(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
+    retry_failed: RetryFailed = False,
+    fail_fast: FailFast = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A trial: model, steps and data made small, in STORAGE/smoke.")
+    ] = False,
+    max_hours: MaxHours = None,
+) -> None:
+    """Run what is missing of SPEC, with live progress; ends with the table."""
+    experiment = llv.load(spec, set_ or ())
+    outcome = experiment.run(
+        local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, smoke=smoke,
+        console=terminal(error=as_json),
+    )  # fmt: skip
+    _end(outcome, as_json)
+
+
+@app.command()
+def search(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    retry_failed: RetryFailed = False,
+    fail_fast: FailFast = False,
+    max_hours: MaxHours = None,
+) -> None:
+    """Run the search that SPEC's `search` describes, with live progress; ends with the table and the Pareto front."""
+    experiment = llv.load(spec, set_ or ())
+    outcome = experiment.search(
+        retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, console=terminal(error=as_json)
+    )
+    _end(outcome, as_json)
+
+
+def _end(outcome: llv.RunOutcome, as_json: bool) -> None:
+    """Print how a run ended, and end with its exit code."""
+    if as_json:
+        print_json(outcome.document())
+    else:
+        outcome.print(terminal())
+    warn_unsent(outcome.unsent, outcome.tracking_problem, outcome.tracking_notes)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
+    """Show what runs where, what is done, waiting or failed and why, and the time left; works beside a live run."""
+    documents = [experiment.status() for experiment in [llv.load(spec, set_ or ()) for spec in specs]]
+    if as_json:
+        print_json(documents[0] if len(documents) == 1 else documents)
+        return
+    for document in documents:
+        document.print(terminal())
+
+
+@app.command()
+def table(
+    specs: Specs,
+    set_: Set = None,
+    as_json: Json = False,
+    form: Annotated[
+        Literal["md", "csv", "latex", "json"] | None, typer.Option("--format", help="For a paper or a script.")
+    ] = None,
+    all_metrics: Annotated[bool, typer.Option("--all", help="Every metric, not the headline ones.")] = False,
+) -> None:
+    """Print the ablation table of one or several experiments."""
+    found = llv.table([llv.load(spec, set_ or ()) for spec in specs], all_metrics=all_metrics)
+    if form or as_json:
+        print_document(found.render("json" if as_json else form or "md"))
+    else:
+        found.print(terminal())
+
+
+@app.command()
+def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
+    """Print the logs of a cell's stage runs and evaluations, in order."""
+    found = llv.load(spec, set_ or ()).cell(cell)
+    if as_json:
+        print_json({str(path): path.read_text(errors="replace") for path in found.log_files})
+    else:
+        print(found.logs())
+
+
+@app.command()
+def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
+    """Print the folder of a cell's weights, model.safetensors alone; `export` writes what transformers loads."""
+    found = llv.load(spec, set_ or ()).cell(cell)
+    weights = found.weights_path
+    if as_json:
+        print_json({"cell": found.name, "id": found.id, "weights": str(weights), "exists": weights.exists()})
+    elif not weights.exists():
+        raise UsageError(f"cell {found.name} has no weights yet: {weights} does not exist; run the experiment first")
+    else:
+        print(weights)
+
+
+@app.command()
+def export(
+    spec: Spec,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    cell: CellName,
+    set_: Set = None,
+    as_json: Json = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="LoRA as a peft adapter beside its base's name; else it is merged.")
+    ] = False,
+) -> None:
+    """Write a cell as a Hugging Face folder that transformers loads, its compressor recorded in llavolta.json."""
+    found = llv.load(spec, set_ or ()).cell(cell)
+    written = found.export(folder, adapter=adapter)
+    if as_json:
+        print_json({"cell": found.name, "id": found.id, "folder": str(written), "adapter": adapter})
+    else:
+        print(written)
+
+
+@app.command()
+def predictions(
+    spec: Spec,
+    cell: CellName,
+    set_: Set = None,
+    as_json: Json = False,
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", metavar="NAME", help="Entry under `evaluate` (default: the only one).")
+    ] = None,
+    under: Annotated[
+        str | None, typer.Option("--under", metavar="VARIANT", help="What it was tested under (default: final).")
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only what was answered wrong.")] = False,
+    form: Annotated[
+        Literal["jsonl", "html"], typer.Option("--format", help="A line for each answer, or a page of pictures.")
+    ] = "jsonl",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="The first N (default: all; in HTML 200).")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Print every answer of an evaluation beside the question, the paths of the pictures and the right answer."""
+    document = llv.load(spec, set_ or ()).cell(cell).predictions(evaluation, under=under, wrong=wrong)
+    if as_json:
+        print_json({**document, "predictions": document["predictions"][:limit]})
+    elif form == "html":
+        write_document(document.to_html(**({} if limit is None else {"limit": limit})), output)
+    else:
+        lines = (json.dumps(each, ensure_ascii=False) for each in document["predictions"][:limit])
+        write_document("".join(f"{line}\n" for line in lines), output)
+
+
+@app.command()
+def bench(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, metavar="N", help="Text tokens a sample.")] = 64,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, metavar="N", help="Samples of the micro-batch (default: the phase's)."),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=7, metavar="N", help="Rounds of the medians.")] = 7,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="The chart (default: in the storage).")
+    ] = None,
+) -> None:
+    """Measure the step time of each variant on this machine, beside the limit of the cost formula."""
+
+    def announce(number: int) -> None:
+        print(f"round {number} of {repeats}" if number else "warming up", file=sys.stderr, flush=True)
+
+    experiment = llv.load(spec, set_ or ())
+    document = experiment.bench(text_tokens=text_tokens, rows=rows, repeats=repeats, chart=output, on_round=announce)
+    if as_json:
+        print_json(document)
+        return
+    document.print(terminal())
+    figures = experiment.storage.folder / "bench" / f"{experiment.name}.json"
+    print(f"chart: {output or figures.with_suffix('.png')}\nall figures: {figures}")
+
+
+@app.command()
+def compressors(as_json: Json = False) -> None:
+    """List the compressors, their parameters and where they can act."""
+    found = llv.compressors()
+    if as_json:
+        print_json(found)
+    else:
+        found.print(terminal())
+
+
+@app.command()
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of an experiment file, for an editor's completion; JSON with and without --json."""
+    print_json(llv.experiment_schema())
+
+
+@app.command()
+def show(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Defaults filled in, and where each came from.")] = False,
+) -> None:
+    """Show the experiment as it is understood: defaults filled in, names resolved."""
+    experiment = llv.load(spec, set_ or ())
+    if as_json:
+        print_json({"spec": experiment.spec.model_dump(mode="json"), "sources": dict(experiment.loaded.sources)})
+    else:
+        print(experiment.to_yaml(sources=resolved), end="")
+
+
+@app.command()
+def components(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="One kind (average_pool), or one sort (schedules); by default all."),
+    ] = None,
+    plugin: _Plugins = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", metavar="SPEC", help="Include the plug-ins of an experiment file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every compressor, schedule, data kind, evaluation and tracker with its fields, types and defaults."""
+    if spec is not None:
+        llv.load(spec)
+    found = llv.components(kind, plugins=plugin or ())
+    if as_json:
+        print_json(found)
+    else:
+        found.print(terminal())
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="A plug-in file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KIND.FIELD=VALUE", help="A field's value, where the kit needs one."),
+    ] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", metavar="NAME", help="Check compressors on these model families only; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the contract kit on every component that a plug-in file defines; exit code 1 if one breaks its contract."""
+    results = []
+    for one in llv.check_file(file, _values(set_ or ()), family):
+        results.append(one)
+        if as_json:
+            continue
+        print(f"{one.sort} {one.kind}: {'broken' if one.broken else 'holds'}")
+        for line in (*one.broken, *one.report):
+            print(f"  {line}")
+    if as_json:
+        print_json([{**vars(one), "holds": not one.broken} for one in results])
+    if any(one.broken for one in results):
+        raise typer.Exit(1)
+
+
+def _values(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return values by kind and field of `KIND.FIELD=VALUE`, values as YAML."""
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        kind, dot, name = path.partition(".")
+        if not (equals and dot and kind and name):
+            raise UsageError(f"--set {setting}: write KIND.FIELD=VALUE, e.g. my_rows.data_path=rows.json")
+        found.setdefault(kind, {})[name] = yaml.safe_load(value)
+    return found
+
+
+@data_app.command("check")
+def check_data(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
+    """Read every row and picture: all errors by row, and lengths as the model gets them; exit code 1 for errors."""
+    document = llv.load(spec, set_ or ()).data_report()
+    if as_json:
+        print_json(document)
+    else:
+        document.print(terminal())
+    raise typer.Exit(0 if document["valid"] else 1)
+
+
+@data_app.command("show")
+def show_data(
+    spec: Spec,
+    set_: Set = None,
+    as_json: Json = False,
+    row: Annotated[
+        int | None, typer.Option("--row", min=0, metavar="N", help="Its index in its file (default: the first).")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--data", metavar="NAME", help="Entry under `data` (default: what is trained on).")
+    ] = None,
+    form: Annotated[Literal["text", "html"], typer.Option("--format", help="For a terminal, or a page.")] = "text",
+    output: Output = None,
+) -> None:
+    """Show one row as the model gets it: prompt, what of it is learned, tokens, lengths, pictures."""
+    document = llv.load(spec, set_ or ()).data_row(row, name=name)
+    if as_json:
+        print_json(document)
+    else:
+        write_document(document.to_html() if form == "html" else document.to_text(), output)
+
+
+@ledger_app.command()
+def ls(spec: MaybeSpec = None, storage: Place = None, set_: Set = None, as_json: Json = False) -> None:
+    """List states, evaluations, failures and running work: size, age, and the experiments that reach them."""
+    document = _storage(spec, storage, set_).ls()
+    if as_json:
+        print_json(document)
+    else:
+        document.print(terminal())
+
+
+@ledger_app.command()
+def verify(
+    spec: MaybeSpec = None,
+    storage: Place = None,
+    set_: Set = None,
+    as_json: Json = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Removes what is damaged: `run` trains it again.")] = False,
+) -> None:
+    """Read every byte of every state and in-stage checkpoint; exit code 1 if anything is damaged."""
+    stored = _storage(spec, storage, set_)
+    found = stored.verify(discard=discard)
+    if as_json:
+        print_json({"storage": stored.url, "damaged": found, "discarded": discard})
+        raise typer.Exit(1 if found else 0)
+    for entry in found:
+        step = f" step {entry['step']}" if "step" in entry else ""
+        print(f"damaged {entry['kind']} {entry['id']}{step}: {', '.join(entry['files'])}")
+    if not found:
+        print(f"{stored.url}: everything is intact")
+    elif discard:
+        print("removed; the next run of the experiment trains it again")
+    else:
+        print("`llavolta ledger verify --discard` removes it, so that the next run trains it again")
+    raise typer.Exit(1 if found else 0)
+
+
+@ledger_app.command()
+def gc(
+    spec: MaybeSpec = None,
+    storage: Place = None,
+    set_: Set = None,
+    as_json: Json = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Deletes it; without, it is only listed.")] = False,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", metavar="EXPERIMENT", help="A recorded experiment that no longer counts."),
+    ] = None,
+) -> None:
+    """Delete what no recorded experiment reaches and what dead processes left behind; SPEC counts as recorded."""
+    document = _storage(spec, storage, set_).gc(delete=delete, forget=forget or ())
+    if as_json:
+        print_json(document)
+    else:
+        document.print(terminal())
+
+
+def _storage(spec: Path | None, place: str | None, overrides: list[str] | None) -> llv.Storage:
+    if spec is None:
+        return llv.Storage(place)
+    if place is not None:
+        raise UsageError("give SPEC or --storage, not both")
+    return llv.load(spec, overrides or ()).storage
+
+
+_document_stream: TextIO | None = None
+
+
+def keep_output_for_json() -> None:
+    """Keep standard output for the JSON document alone: whatever else is printed goes to standard error.
+
+    Frameworks print from C++, child processes and at exit, so the file descriptor is moved, for good.
+    """
+    global _document_stream
+    if _document_stream is not None:
+        return
+    sys.stdout.flush()
+    _document_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document to standard output, on one line; what JSON has no number for (NaN, infinity) is null.
+
+    Indented, 10,000 cells take Python's own encoder, and with it twice as long to plan.
+    """
+    try:
+        text = json.dumps(document, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(document), default=str)
+    print_document(text)
+
+
+def print_document(text: str) -> None:
+    """Write a document to standard output, past whatever prints there."""
+    print(text, file=_document_stream or sys.stdout, flush=True)
+
+
+def write_document(text: str, file: Path | None) -> None:
+    """Write a document, which ends in a line end, to a file or to standard output."""
+    if file is None:
+        print(text, end="", flush=True)
+    else:
+        file.write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def terminal(*, error: bool = False) -> Console:
+    """Return standard output for people; where it is no terminal, as wide as $COLUMNS says, else 200.
+
+    Args:
+        error: Return standard error instead, where standard output is kept for a JSON document.
+    """
+    from rich.console import Console
+
+    if error:
+        return Console(stderr=True)
+    has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(soft_wrap=not has_width, width=None if has_width else 200)
+
+
+def warn_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] = ()) -> None:
+    """Say on standard error which cells MLflow has not recorded, and why; nothing where there is no problem."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if problem:
+        print(
+            f"MLflow has not recorded {', '.join(cells)}: {problem}\n"
+            "nothing is lost: run the same command when the server is up",
+            file=sys.stderr,
+        )
 
 
 def main() -> None:
@@ -45,59 +593,48 @@ def main() -> None:
         with ended_by_signals():
             code = app(arguments, standalone_mode=False)
     except LlavoltaError as error:
-        code = error.exit_code
-        _tell(error, as_json=as_json)
-        _trace(debug)
+        code, details = error.exit_code, error.errors if isinstance(error, SpecError) else ()
+        heading = f"{len(details)} error{'s' if len(details) != 1 else ''}:\n" if details else "error: "
+        _print_error(str(error), f"{heading}{error}", as_json, details)
+        _print_traceback(debug)
     except KeyboardInterrupt:
-        code = 130
-        _say("stopped now; finished work is kept, run the same command to resume", as_json=as_json)
+        code, text = 130, "stopped now; finished work is kept, run the same command to resume"
+        _print_error(text, text, as_json)
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        code = 1
-        where = shorten(redacted(str(error.filename or "the storage")), 300)
-        _say(f"error: {where}: {error.strerror or error}", as_json=as_json)
-        _trace(debug)
+        code, where = 1, shorten(redacted(str(error.filename or "the storage")), 300)
+        text = f"{where}: {error.strerror or error}"
+        _print_error(text, f"error: {text}", as_json)
+        _print_traceback(debug)
     except typer.Abort:
         code = 130
     except Exception as error:
         # click's own errors (a missing argument, an unknown option) know how to show themselves.
-        if not hasattr(error, "show"):
-            if as_json:
-                print_json({"error": redacted(f"{type(error).__name__}: {error}"), "faults": []})
-            _trace(True)
-            code = 1
-        else:
-            shown = io.StringIO()
+        if hasattr(error, "show"):
+            code, shown = getattr(error, "exit_code", 2), io.StringIO()
             error.show(shown)
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            _print_error(text, shown.getvalue().removesuffix("\n"), as_json)
+            _print_traceback(debug)
+        else:
+            code = 1
             if as_json:
-                text = error.format_message() if hasattr(error, "format_message") else str(error)
-                print_json({"error": redacted(text), "faults": []})
-            print(redacted(shown.getvalue()), end="", file=sys.stderr)
-            _trace(debug)
-            code = getattr(error, "exit_code", 2)
+                _print_error(f"{type(error).__name__}: {error}", "", as_json)
+            _print_traceback(True)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _trace(debug: bool) -> None:
+def _print_traceback(debug: bool) -> None:
     """Print the traceback of the current error; what libraries quote in it (addresses, headers) without its secrets."""
     if debug:
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
 
 
-def _say(text: str, *, as_json: bool) -> None:
+def _print_error(text: str, shown: str, as_json: bool, details: Sequence[ErrorDetail] = ()) -> None:
+    """Print an error: its text as the JSON document, or what people read of it on standard error."""
     if as_json:
-        print_json({"error": redacted(text.removeprefix("error: ")), "faults": []})
+        print_json({"error": redacted(text), "faults": [vars(each) for each in details]})
     else:
-        print(redacted(text), file=sys.stderr)
-
-
-def _tell(error: LlavoltaError, *, as_json: bool) -> None:
-    errors = error.errors if isinstance(error, SpecError) else ()
-    if as_json:
-        print_json({"error": str(error), "faults": [vars(each) for each in errors]})
-    elif errors:
-        print(f"{len(errors)} error{'s' if len(errors) != 1 else ''}:\n{error}", file=sys.stderr)
-    else:
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(shown), file=sys.stderr)

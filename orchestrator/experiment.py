@@ -12,11 +12,13 @@ from rich.console import Console
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.cells import cell as planned
+from orchestrator.plan.cells.cell import Cell as PlannedCell
+from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents.experiment import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
-from orchestrator.report.console import Document, print_bench, print_plan, print_predictions, print_status
+from orchestrator.report.console import Document, print_bench, print_plain, print_plan, print_predictions, print_status
+from orchestrator.report.pages import check_text, predictions_document, predictions_page, row_page, row_text
 from orchestrator.report.table import Table, html_table, table_of
 from orchestrator.run import run_experiment
 from orchestrator.search.search import search_experiment
@@ -188,9 +190,42 @@ class Experiment:
         Raises:
             DataError: rows or images cannot be used.
         """
-        from orchestrator.data.check import check_uses, uses_of_cells  # loads torch
+        from orchestrator.data.check import check_uses, uses_of_cells  # loads numpy
 
         return list(check_uses(uses_of_cells(self.planned().cells)).remarks)
+
+    def data_report(self) -> Document:
+        """Read every row and image and return all errors by row, and lengths as the model gets them; in `valid`,
+        whether the data can be used.
+
+        Raises:
+            UsageError: the model's processor cannot be used at all.
+        """
+        from orchestrator.data.inspect import check_document  # loads numpy and the processors of transformers
+
+        return Document(
+            check_document(self._data_cells()), lambda found, console: print_plain(check_text(found), console)
+        )
+
+    def data_row(self, row: int | None = None, *, name: str | None = None) -> Document:
+        """Return one row as the model gets it: prompt, what of it is learned, tokens, lengths, pictures.
+
+        Args:
+            row: Its index in its file; None for the first.
+            name: Entry under `data`; None for what is trained on.
+
+        Raises:
+            UsageError: there is no such data set or row.
+            DataError: the row cannot be used.
+        """
+        from orchestrator.data.inspect import row_document  # loads numpy and the processors of transformers
+
+        document = row_document(self._data_cells(), name, row)
+        return Document(document, lambda found, console: print_plain(row_text(found), console), row_page)
+
+    def _data_cells(self) -> tuple[PlannedCell, ...]:
+        """Return the grid's cells; of a search those that it starts from."""
+        return self.planned().cells or expand_cells(self.loaded)
 
     def bench(
         self,
@@ -250,7 +285,7 @@ class Cell:
     """
 
     plan: ExperimentPlan
-    cell: planned.Cell
+    cell: PlannedCell
 
     @property
     def name(self) -> str:
@@ -333,9 +368,6 @@ class Cell:
         Raises:
             UsageError: there is no such evaluation, or it is not done.
         """
-        # Loads what opens pictures.
-        from orchestrator.report.pages.predictions import predictions_document, predictions_page
-
         document = predictions_document(self.plan, self.cell, evaluation, under, wrong=wrong)
         return Document(document, print_predictions, predictions_page)
 

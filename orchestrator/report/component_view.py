@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from inspect import getdoc
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
+from orchestrator.report.console import Documents
 from orchestrator.spec.components import AMOUNTS
 
 _COMMON = ("kind", "layer", *AMOUNTS)
 
 
-def compressor_documents() -> list[dict[str, Any]]:
+def compressors() -> Documents:
     """Return one mapping a compressor: name, what it does, where it acts, its own parameters, its version."""
     found = []
     for kind in registry.kinds(registry.COMPRESSORS):
@@ -39,12 +42,12 @@ def compressor_documents() -> list[dict[str, Any]]:
                 "module": cls.__module__,
             }
         )
-    return found
+    return Documents(found, _print_compressors)
 
 
-def print_compressors(console: Console) -> None:
-    """Print the compressors, a block each."""
-    for document in compressor_documents():
+def _print_compressors(documents: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print a block for each compressor."""
+    for document in documents:
         console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(_places(document))})")
         console.print(f"    {document['does']}", highlight=False, markup=False)
         for name, value in document["parameters"].items():
@@ -71,15 +74,18 @@ def _allowed(value: dict[str, Any]) -> str:
     return str(value.get("$ref", value.get("type", "any"))).rpartition("/")[2]
 
 
-def component_documents(wanted: str | None = None) -> list[dict[str, Any]]:
+def components(wanted: str | None = None, *, plugins: Sequence[str] = ()) -> Documents:
     """Return one mapping a component: sort, kind, what it does, its fields with types, defaults and descriptions.
 
     Args:
         wanted: One kind, or one sort (`schedules`); None for all.
+        plugins: Plug-in files or modules to include.
 
     Raises:
         UsageError: there is no such kind or sort.
     """
+    for reference in plugins:
+        registry.load_plugin(reference, Path.cwd())
     found = [
         (sort, kind)
         for sort, group in registry.SORTS.items()
@@ -93,7 +99,8 @@ def component_documents(wanted: str | None = None) -> list[dict[str, Any]]:
             f"components: no kind or sort {wanted!r}"
             + (f"; did you mean {near}?" if near else f"; sorts are {', '.join(registry.SORTS)}")
         )
-    return [_component(sort, kind) for sort, kind in found]
+    printer = partial(_print_components, with_fields=wanted is not None)
+    return Documents((_component(sort, kind) for sort, kind in found), printer)
 
 
 def _component(sort: str, kind: str) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _component(sort: str, kind: str) -> dict[str, Any]:
     return {**about, **{name: getattr(cls, name) for name in names}, "fields": fields}
 
 
-def print_components(documents: Sequence[dict[str, Any]], console: Console, with_fields: bool) -> None:
+def _print_components(documents: Sequence[dict[str, Any]], console: Console, with_fields: bool) -> None:
     """Print components by sort: a line each, or with every field and its description."""
     for sort, members in groupby(documents, key=lambda document: document["sort"]):
         console.print(f"[bold]{sort}[/bold]")

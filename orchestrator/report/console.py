@@ -69,6 +69,13 @@ class Document(dict[str, Any]):
         """Print it for people; None prints to standard output."""
         self._printer(self, console or Console())
 
+    def to_text(self) -> str:
+        """Return what `print` prints, without colours and as wide as it is."""
+        console = Console(file=io.StringIO(), width=10_000, color_system=None)
+        self.print(console)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
     def to_html(self, **options: Any) -> str:
         """Return it as an HTML page of its own; `options` are those of the page."""
         assert self._page is not None, "only predictions and rows of data have a page"
@@ -80,6 +87,28 @@ class Document(dict[str, Any]):
         console = Console(file=io.StringIO(), record=True, width=140)
         self.print(console)
         return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+
+
+class Documents(list[dict[str, Any]]):
+    """A JSON list that also prints itself for people.
+
+    Args:
+        content: The list.
+        printer: Prints it to a console.
+    """
+
+    def __init__(self, content: Iterable[dict[str, Any]], printer: Callable[[list[dict[str, Any]], Console], None]):
+        super().__init__(content)
+        self._printer = printer
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it for people; None prints to standard output."""
+        self._printer(self, console or Console())
+
+
+def print_plain(text: str, console: Console) -> None:
+    """Print text as it is: neither wrapped nor marked up."""
+    console.out(text, end="", highlight=False)
 
 
 def state_text(state: str) -> Text:

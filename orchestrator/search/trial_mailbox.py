@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
 
 # A trial's actor only waits, while lanes may hold every CPU and GPU. Tune refuses a trial that asks for nothing; this
 # resource of one head node has every Ray cluster.
@@ -23,6 +25,8 @@ class Mailbox:
 
     async def ask(self, proposal: dict[str, Any]) -> dict[str, Any]:
         """Post a trial's `number`, `params` and `values`, and return the answer when it comes."""
+        import asyncio  # late: a tenth of what loading an experiment takes, and only the actor needs it
+
         if self._closed:
             return dict(_STOPPED)
         self._waiting[proposal["number"]] = asyncio.get_running_loop().create_future()

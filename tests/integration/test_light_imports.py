@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,26 @@ from repository import ROOT, TINY_LLAVA
 
 from orchestrator.data.check import RowCheck, check_rows, left_out
 from orchestrator.spec.model import ModelSpec
+
+LIBRARIES = ("asyncio", "boto3", "matplotlib", "mlflow", "numpy", "optuna", "pandas", "PIL", "ray", "torch")
+
+
+def loaded_of(names: Iterable[str], code: str, *arguments: object) -> list[str]:
+    """Modules of these names that a fresh interpreter holds after `code`."""
+    script = f"{code}\nimport sys; print(*[name for name in {tuple(names)} if name in sys.modules])"
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_help_loads_only_the_command_line():
+    code = "from orchestrator.cli import main\ntry: main()\nexcept SystemExit: pass"
+    readers = ("orchestrator.experiment", "orchestrator.registry", "orchestrator.spec", "pydantic", "rich", "yaml")
+    assert loaded_of((*readers, *LIBRARIES), code, "--help") == []
+
+
+def test_loading_an_experiment_loads_no_library_of_the_work(tiny_experiment: Path):
+    assert loaded_of(LIBRARIES, "import sys, orchestrator as llv; llv.load(sys.argv[1])", tiny_experiment) == []
 
 
 def test_specs_and_rows_import_no_torch():

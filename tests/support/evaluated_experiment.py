@@ -11,7 +11,7 @@ from repository import TINY_LLAVA
 from orchestrator.evaluation.evaluate import evaluate_state
 from orchestrator.models.initial_weights import write_initial_weights
 from orchestrator.plan.experiment_plan import prepare
-from orchestrator.report.pages.predictions import predictions_document
+from orchestrator.report.pages import predictions_document
 
 ROWS = 30
 

@@ -14,7 +14,7 @@ from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import data_spec
 from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.experiment_plan import prepare
-from orchestrator.report.pages.data_rows import check_text, row_page, row_text
+from orchestrator.report.pages import check_text, row_page, row_text
 
 VISUAL = 64  # tokens of an image of the tiny LLaVA
 

@@ -11,6 +11,7 @@ from orchestrator_plugins.data.llava_json import LlavaJsonSpec
 from PIL import Image
 from repository import TINY_LLAVA
 
+from orchestrator.cli import validate
 from orchestrator.data.check import RowCheck, _RowChecker, check_rows, check_uses, uses_of_cells
 from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError
@@ -21,7 +22,6 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model import ModelSpec
-from orchestrator.verbs.spec import validate
 
 TINY = str(TINY_LLAVA)
 LONG = "word " * 300

@@ -14,7 +14,7 @@ from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import data_spec
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.experiment_plan import prepare
-from orchestrator.report.pages.predictions import predictions_page
+from orchestrator.report.pages import predictions_page
 
 
 @pytest.fixture(scope="module")

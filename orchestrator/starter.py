@@ -1,15 +1,14 @@
-"""The verb `init`: a commented experiment to start from, valid as it stands."""
+"""init(): a commented experiment to start from, valid as it stands."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
 
-import typer
 import yaml
 
-import orchestrator as llv
+from orchestrator.errors import SpecError, UsageError
+from orchestrator.experiment import Experiment, load
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -80,20 +79,23 @@ _LLAVA_JSON = """\
   test: {{<<: *records, max_samples: 500}}    # put a file here that is not trained on"""
 
 
-def init(
-    file: Annotated[Path, typer.Argument(metavar="NAME.yaml", help="File to write; it must not exist.")],
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="A folder or a hub id.", show_default=True)
-    ] = MODEL,
-    data: Annotated[
-        str, typer.Option("--data", metavar="DATA", help="A LLaVA JSON file, or easy_vqa.", show_default=True)
-    ] = "easy_vqa",
-) -> None:
-    """Write a commented experiment to start from, valid as it stands."""
+def init(file: str | os.PathLike[str], *, model: str = MODEL, data: str = "easy_vqa") -> Experiment:
+    """Write a commented experiment to start from, valid as it stands, and load it.
+
+    Args:
+        file: YAML file to write; it must not exist.
+        model: A folder or a hub id.
+        data: A LLaVA JSON file, or `easy_vqa`.
+
+    Raises:
+        UsageError: the file exists or is no `.yaml`, or there is no such data file.
+        SpecError: the model cannot be trained so; nothing is left written.
+    """
+    file = Path(file)
     if file.suffix not in (".yaml", ".yml"):
-        raise llv.UsageError(f"{file}: name a .yaml file")
+        raise UsageError(f"{file}: name a .yaml file")
     if data != "easy_vqa" and not Path(data).is_file():
-        raise llv.UsageError(f"--data {data}: there is no such file; name a LLaVA JSON file, or easy_vqa")
+        raise UsageError(f"--data {data}: there is no such file; name a LLaVA JSON file, or easy_vqa")
     folder = Path(model).expanduser()
     pretrained = not folder.is_dir() or any(found for form in _WEIGHT_FILES for found in folder.glob(form))
     text = _TEMPLATE.format(
@@ -108,13 +110,12 @@ def init(
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise llv.UsageError(f"{file} exists; init overwrites nothing, so name another file") from None
+        raise UsageError(f"{file} exists; init overwrites nothing, so name another file") from None
     try:
-        experiment = llv.load(file)
-    except llv.SpecError:
+        return load(file)
+    except SpecError:
         file.unlink()
         raise
-    print(f"{file}: {len(experiment.loaded.cells)} cells; next: llavolta plan {file}")
 
 
 def _seen_from(file: Path, target: Path) -> str:

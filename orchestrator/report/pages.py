@@ -1,0 +1,284 @@
+"""Answers of an evaluation and rows of data for people: as text, and as HTML pages that need no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from itertools import groupby
+from textwrap import wrap
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.registry import nearest
+from orchestrator.report.units import counted_noun
+
+SHOWN = 200
+
+
+def predictions_document(
+    walk: ExperimentPlan, cell: Cell, evaluation: str | None = None, under: str | None = None, *, wrong: bool = False
+) -> dict[str, Any]:
+    """Return the answers of one evaluation of a cell under one variant, in the order of the rows.
+
+    Args:
+        walk: The cell's experiment.
+        cell: The cell.
+        evaluation: Entry under `evaluate`; None where the cell has one.
+        under: What it was tested under; None for `final`, or the only one there is.
+        wrong: Leave out what was answered right.
+
+    Returns:
+        `experiment`, `cell`, `id`, `evaluation`, `under`, `metrics`, `num_samples`, `only_wrong`, `predictions`.
+
+    Raises:
+        UsageError: there is no such evaluation, it is not done, or it kept no answers or not which are right.
+        StorageError: the answers are damaged.
+    """
+    job = _job_of(cell, evaluation, under)
+    where = f"evaluate.{job.name} under {job.under} of cell {cell.name}"
+    result = walk.ledger.evaluation(job.id)
+    if result is None:
+        failure = walk.ledger.failure(job.id)
+        raise UsageError(
+            f"{where} failed: {failure.get('error')}"
+            if failure
+            else f"{where} is not done yet; run the experiment first"
+        )
+    found = walk.ledger.predictions(job.id)
+    if found is None:
+        raise UsageError(
+            f"{where} kept no answers: it is of an earlier version, or kind {job.spec['kind']} keeps none; "
+            f"to evaluate again, take {walk.ledger.url}/evaluations/{job.id}.json away and run the experiment"
+        )
+    if wrong:
+        if not all("right" in each for each in found):
+            raise UsageError(f"--wrong: evaluations of kind {job.spec['kind']} do not say which answers are right")
+        found = [each for each in found if not each["right"]]
+    return {
+        "experiment": walk.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
+        "under": job.under, "metrics": result["metrics"], "num_samples": result["num_samples"], "only_wrong": wrong,
+        "predictions": found,
+    }  # fmt: skip
+
+
+def _job_of(cell: Cell, evaluation: str | None, under: str | None) -> EvaluationJob:
+    names = list(dict.fromkeys(job.name for job in cell.evaluations))
+    if not names:
+        raise UsageError(f"cell {cell.name} has no evaluation; name one under `evaluate` and run the experiment")
+    if evaluation is None and len(names) > 1:
+        raise UsageError(f"cell {cell.name} has several evaluations; name one with --evaluation: {', '.join(names)}")
+    name = names[0] if evaluation is None else evaluation
+    jobs = {job.under: job for job in cell.evaluations if job.name == name}
+    if not jobs:
+        raise _unknown("--evaluation", name, names, cell)
+    chosen = under or ("final" if "final" in jobs or len(jobs) > 1 else next(iter(jobs)))
+    if chosen not in jobs:
+        raise _unknown("--under", chosen, list(jobs), cell)
+    return jobs[chosen]
+
+
+def _unknown(option: str, value: str, known: list[str], cell: Cell) -> UsageError:
+    near = nearest(value, known)
+    hint = f"; did you mean {near}?" if near else ";"
+    return UsageError(f"{option} {value}: cell {cell.name} has none of that name{hint} there are {', '.join(known)}")
+
+
+def predictions_page(document: Mapping[str, Any], limit: int = SHOWN) -> str:
+    """Return a grid of pictures with question, answer and right answer, wrong ones marked.
+
+    Args:
+        document: What `predictions_document` gives.
+        limit: Most predictions on the page, the first ones; the page says how many there are.
+    """
+    shown, total = document["predictions"][:limit], len(document["predictions"])
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in document["metrics"].items())
+    many = f"all {total:,}" if len(shown) == total else f"the first {len(shown):,} of {total:,}"
+    kind = "wrong predictions" if document["only_wrong"] else "predictions"
+    more = "" if len(shown) == total else " (--limit shows more)"
+    head = (
+        f"cell {document['cell']} · under {document['under']} · {scores} over {document['num_samples']:,} rows · "
+        f"{many} {kind}{more}"
+    )
+    choice = '<input type="checkbox" id="only-wrong"><label for="only-wrong"> only wrong ones</label>'
+    body = [f'<p class="muted">{escape(head)}</p>', *([] if document["only_wrong"] else [choice])]
+    body += ['<div class="grid">', *map(_card, shown), "</div>"]
+    return page(f"{document['experiment']}: {document['evaluation']}", "\n".join(body))
+
+
+def _card(each: Mapping[str, Any]) -> str:
+    pictures = "".join(picture(path) for path in each.get("images", ()))
+    question = str(each.get("question", "")).replace("<image>", "").strip()
+    values = {
+        "row": (str(each.get("row", "")), ""),
+        "answer": (str(each.get("answer", "")), "answer"),
+        "right is": (str(each.get("expected", "")), ""),
+    }
+    marked = " wrong" if each.get("right") is False else ""
+    return f'<div class="card{marked}">{pictures}<div>{escape(question)}</div>{values_table(values)}</div>'
+
+
+PICTURE_PIXELS = 640
+_BEGIN, _END = "«", "»"
+
+
+def check_text(document: Mapping[str, Any]) -> str:
+    """Return a block for each data set and use: rows, lengths, notes, what is dropped, every error."""
+    blocks = []
+    for each in document["sets"]:
+        lines = [f"data.{each['name']} ({each['kind']}), {each['where']}: {each['rows']:,} rows"]
+        for name, spread in each["lengths"].items():
+            middle = f"median {spread['median']:g}, mean {spread['mean']:g}, 95% up to {spread['p95']:g}"
+            ends = f"{spread['min']} to {spread['max']} (row {spread['longest_row']})"
+            lines.append(f"    {name.replace('_', ' ')} a row: {ends}, {middle}")
+        lines += [f"    note: {note}" for note in each["notes"]]
+        for kind, word in (("dropped", "dropped"), ("errors", "error")):
+            lines += [f"    {word}: {_where(entry)}{entry['error']}" for entry in each[kind]]
+        blocks.append("\n".join(lines))
+    errors = sum(len(each["errors"]) for each in document["sets"])
+    verdict = (
+        "every row can be used, or is dropped as the file allows"
+        if document["valid"]
+        else counted_noun(errors, "error")
+    )
+    return "\n".join([*blocks, verdict, ""])
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    return "" if entry["row"] is None else f"row {entry['row']}: "
+
+
+def row_text(document: Mapping[str, Any]) -> str:
+    """Return a row for a terminal; what is learned stands between « and », its tokens are marked with *."""
+    lines = [_title(document), _settings(document), ""]
+    for number, image in enumerate(document["images"], 1):
+        lines.append(f"picture {number}: {image['path']}  {_image(image)}")
+    lines += ["", "".join(_BEGIN + text + _END if learned else text for text, learned in _pieces(document)), ""]
+    if document["expected"] is not None:
+        lines.append(f"right answer: {document['expected']}")
+    lines += [f"{name}: {value}" for name, value in _lengths(document).items()]
+    tokens = []
+    for learned, run in groupby(document["tokens"], key=lambda token: token["learned"]):
+        texts = " ".join(f"{one['text']} x{one['count']}" if one["count"] > 1 else one["text"] for one in run)
+        tokens.append(f"{_BEGIN}{texts}{_END}" if learned else texts)
+    lines += ["", "as tokens:", *wrap(" ".join(tokens), 118, break_long_words=False, break_on_hyphens=False)]
+    return "\n".join([*lines, ""])
+
+
+def row_page(document: Mapping[str, Any]) -> str:
+    """Return a row as a page, its pictures in it; what is learned is marked."""
+    pictures = "".join(
+        f'<div class="card">{picture(image["path"], PICTURE_PIXELS)}{escape(image["path"])}<br>{_image(image)}</div>'
+        for image in document["images"]
+    )
+    prompt = "".join(_marked(text, learned) for text, learned in _pieces(document))
+    tokens = []
+    for learned, run in groupby(document["tokens"], key=lambda token: token["learned"]):
+        texts = "".join(
+            f'<span class="visual">[{escape(token["text"])} x {token["count"]}]</span>'
+            if token["count"] > 1
+            else f'<span title="id {token["id"]}">{escape(token["text"])}</span> '
+            for token in run
+        )
+        tokens.append(f"<mark>{texts}</mark>" if learned else texts)
+    values = {name: (str(value), "") for name, value in _lengths(document).items()}
+    if document["expected"] is not None:
+        values["right answer"] = (document["expected"], "")
+    body = [f'<p class="muted">{escape(_settings(document))}</p>', f'<div class="grid">{pictures}</div>']
+    body += [
+        f"<h3>Prompt</h3><pre>{prompt}</pre>",
+        values_table(values),
+        f"<h3>Tokens</h3><pre>{''.join(tokens)}</pre>",
+    ]
+    return page(_title(document), "\n".join(body))
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    use = f"as {document['where']} gets it" if document["where"] else "which nothing in this experiment uses"
+    return f"data.{document['set']} ({document['kind']}), row {document['row']} of {document['rows']:,} usable, {use}"
+
+
+def _settings(document: Mapping[str, Any]) -> str:
+    names = ("model", "template", "model_max_length")
+    return ", ".join(f"{name} {document[name]}" for name in names)
+
+
+def _image(image: Mapping[str, Any]) -> str:
+    lost = "" if image["seen"] else ", cut off by model_max_length"
+    return f"{image['width']} x {image['height']} pixels, {image['visual_tokens']} visual tokens{lost}"
+
+
+def _lengths(document: Mapping[str, Any]) -> dict[str, str]:
+    lengths = document["lengths"]
+    cut = lengths["tokens"] - lengths["kept_tokens"]
+    return {
+        "tokens": f"{lengths['tokens_before_expansion']} with one placeholder an image, {lengths['tokens']} in full, "
+        f"{lengths['visual_tokens']} of them visual" + (f"; the last {cut} are cut off" if cut else ""),
+        "learned": f"{lengths['kept_label_tokens']} of {lengths['label_tokens']} tokens of answers",
+    }
+
+
+def _pieces(document: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """Return the prompt in pieces, and whether each is learned."""
+    text, at, pieces = document["prompt"], 0, []
+    for first, last in document["learned"]:
+        pieces += [(text[at:first], False), (text[first:last], True)]
+        at = last
+    return [*pieces, (text[at:], False)]
+
+
+def _marked(text: str, learned: bool) -> str:
+    return f"<mark>{escape(text)}</mark>" if learned else escape(text)
+
+
+THUMBNAIL_PIXELS = 180
+_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 24px; }
+h1 { font-size: 20px; margin: 0 0 4px; } .muted { color: #656d76; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 12px; margin-top: 16px; }
+.card { border: 1px solid #d0d7de; border-radius: 6px; padding: 10px; overflow-wrap: anywhere; }
+.wrong { border-color: #c0392b; box-shadow: inset 4px 0 #c0392b; } .wrong .answer { color: #c0392b; font-weight: 600; }
+#only-wrong:checked ~ .grid .card:not(.wrong) { display: none; }
+img { max-width: 100%; display: block; margin: 0 auto 8px; }
+.missing { background: #f6f8fa; color: #656d76; padding: 24px 8px; text-align: center; margin-bottom: 8px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; border-radius: 6px; padding: 12px; }
+mark { background: #b7e4c7; } .visual { color: #8250df; }
+table { border-collapse: collapse; } td { vertical-align: top; padding: 0 12px 0 0; } td:first-child { color: #656d76; }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """Return a document that needs no other file."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def picture(path: str, pixels: int = THUMBNAIL_PIXELS) -> str:
+    """Return an image element that holds a picture, at most `pixels` wide and high; words where it cannot be read."""
+    # Pillow takes as long to load as a small experiment, and most of what imports this module shows no picture.
+    from orchestrator.data.records.image_files import BadImage, open_image
+
+    try:
+        image = open_image(path)
+    except (BadImage, OSError) as error:
+        return f'<div class="missing">{escape(path)} {escape(str(error))}</div>'
+    image.thumbnail((pixels, pixels))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    code = base64.b64encode(data.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{code}" alt="{escape(path)}" title="{escape(path)}">'
+
+
+def values_table(values: dict[str, tuple[str, str]]) -> str:
+    """Return a table of name to (value, CSS class)."""
+    rows = (
+        f'<tr><td>{escape(name)}</td><td class="{kind}">{escape(text)}</td></tr>'
+        for name, (text, kind) in values.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
