@@ -5,12 +5,14 @@ mkdocs-gen-files runs it while the site is built; `python docs/reference.py FOLD
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from inspect import getdoc
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import typer
@@ -18,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from orchestrator import registry
+from orchestrator import plugin, registry
 from orchestrator.cli import app
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.components import AMOUNTS, CompressorSpec
@@ -58,6 +60,38 @@ UNITS = (
     (r"tokens$|_length$|^stride$", "tokens"),
     (r"ratio$|share$|^boundaries$|^dropout$|^rungs$", "share, 0 to 1"),
 )
+# (heading, what stands below it, the names of `orchestrator.plugin`)
+PLUGIN: tuple[tuple[str, str, str], ...] = (
+    ("Compressors", "[A compressor of your own](../tutorials/own-compressor.md) begins with `CompressorSpec`, `take` "
+     "and `top_tokens`.", "CompressorSpec BlockCompressorSpec Compressor Context Kept Grid Learns Enters Resizes take "
+     "take_windows amount_to_keep block_to_keep"),
+    ("Choices and sums over tokens", "B images, N tokens each, M kept, width D. Of scores that are equal up to "
+     "rounding the first in order is chosen, so that a choice is the same on every machine.",
+     "top_tokens is_top ranked argmax argmin TOLERANCE cosines distances merge sum_members tokens_at places_of "
+     "evenly_spaced Windows windows_over window_bounds along_both_axes at_least_float32 full_precision"),
+    ("Schedules", "See [a schedule of your own](../tutorials/own-schedule.md).",
+     "ScheduleSpec StageTable merge_actions DistillSpec Teaching teachers_of"),
+    ("Data kinds", "See [a data kind of your own](../tutorials/own-data-kind.md).", "DataSpec DataSet Row Turn "
+     "IMAGE_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_faults"),
+    ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
+     "EvaluationSpec Evaluation EvaluationData Workers Outcome prediction greedy_answers"),
+    ("Contract kits", "What `llavolta check FILE.py` runs, for tests of your own.",
+     "check_compressor check_schedule check_data check_evaluation"),
+    ("Fields of a spec", "Types for the fields of a spec, beside Python's own and `Literal`. A wrong value is reported "
+     "at its line of the experiment file.", "Spec Count Whole Integer Positive NonNegative Share Flag parse_share"),
+    ("Errors", "See [exit codes](exit-codes.md).", "DataError UsageError"),
+)  # fmt: skip
+FIELD_TYPES = {
+    "Count": "A whole number, 1 or more.",
+    "Whole": "A whole number, 0 or more.",
+    "Integer": "A whole number.",
+    "Positive": "A number above 0.",
+    "NonNegative": "A number, 0 or more.",
+    "Share": "A share from 0 to 1, exact: `1/4`, `25%` or `0.25`.",
+    "Flag": "`true` or `false`.",
+    "IMAGE_MARK": "What stands in a turn's text at the place of an image.",
+    "TOLERANCE": "Scores that differ by no more than this share of their scale are equal.",
+}
 _LLAVOLTA = "2406.20092"
 _SEGMENT = {"pretrain": "PHASE", "finetune": "PHASE"}
 
@@ -66,7 +100,7 @@ def pages() -> dict[str, str]:
     """Return every page, its path under docs/ to its Markdown."""
     schema = experiment_schema()
     found = {f"reference/keys/{name}.md": _page(schema, name, title, head, keys) for name, title, head, keys in PAGES}
-    return {**found, "reference/commands.md": _commands()}
+    return {**found, "reference/commands.md": _commands(), "reference/plugin.md": _plugin()}
 
 
 def _page(schema: dict[str, Any], name: str, title: str, head: str, keys: tuple[str, ...]) -> str:
@@ -252,6 +286,64 @@ def _command(name: str, command: Any) -> list[str]:
 
 def _argument(argument: Any) -> str:
     return str(argument.metavar or argument.name.upper())
+
+
+def _plugin() -> str:
+    """Return the page of `orchestrator.plugin`: every name that a plug-in's author may import, from its docstring."""
+    lines = ["# The plug-in module", "", "All that a plug-in imports: `from orchestrator import plugin`. What needs "
+             "torch in it is loaded when it is first used, which is when an implementation runs.", ""]  # fmt: skip
+    for title, head, names in PLUGIN:
+        lines += [f"## {title}", "", head, ""]
+        for name in names.split():
+            lines += _plugin_name(name, getattr(plugin, name))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _plugin_name(name: str, value: Any) -> list[str]:
+    if name in FIELD_TYPES:
+        shown = f" It is `{value!r}`." if isinstance(value, str | float) else ""
+        return [f"### `{name}`", "", f"{FIELD_TYPES[name]}{shown}", ""]
+    call = _call(value)
+    lines = [f"### `{name}`", "", *([f"`{name}{call}`", ""] if call else []), *_sections(getdoc(value) or "")]
+    if not inspect.isclass(value) or issubclass(value, Exception):
+        return lines
+    methods = {
+        key: getattr(value, key)
+        for key, one in vars(value).items()
+        if not key.startswith("_") and isinstance(one, FunctionType | classmethod) and getdoc(one)
+    }
+    texts = [
+        f"* `{key}{_call(one)}`: {' '.join((getdoc(one) or '').partition(chr(10) * 2)[0].split())}"
+        for key, one in methods.items()
+    ]
+    return [*lines, *(["**Methods**", "", *texts, ""] if texts else [])]
+
+
+def _call(value: Any) -> str:
+    """Return the parameters of a function, or of a class that is called as one, without their types."""
+    if inspect.isclass(value) and (not hasattr(value, "__dataclass_fields__") or issubclass(value, Exception)):
+        return ""
+    shown = [
+        f"{one.name}={one.default!r}" if isinstance(one.default, str | int | float | tuple | None) else one.name
+        for one in inspect.signature(value).parameters.values()
+        if one.name != "self"
+    ]
+    return f"({', '.join(shown)})"
+
+
+def _sections(text: str) -> list[str]:
+    """Return a Google-style docstring as Markdown: its sections as lists."""
+    lines: list[str] = []
+    parts = re.split(r"^(Args|Attributes|Returns|Raises|Example):\n", text, flags=re.MULTILINE)
+    lines += [parts[0].strip(), ""]
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        if title == "Example":
+            lines += ["```python", inspect.cleandoc(body).replace(">>> ", ""), "```", ""]
+            continue
+        entries = [" ".join(one.split()) for one in re.split(r"\n    (?=\S)", f"\n{body.rstrip()}")[1:]]
+        named = [re.sub(r"^(\w+): ", r"`\1`: ", one) for one in entries] if title != "Returns" else [" ".join(entries)]
+        lines += [f"**{title}**", "", *(f"* {one}" for one in named), ""]
+    return lines
 
 
 def write(folder: Path) -> None:

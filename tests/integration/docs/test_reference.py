@@ -14,7 +14,7 @@ import pytest
 import typer
 from repository import ROOT
 
-from orchestrator import registry
+from orchestrator import plugin, registry
 from orchestrator.cli import app
 from orchestrator.spec.schema import experiment_schema
 
@@ -99,6 +99,13 @@ def test_every_verb_is_described_with_its_options(folder: Path) -> None:
             for option in one.params:
                 text = option.opts[0] if option.opts[0].startswith("--") else option.metavar or option.name.upper()
                 assert f"| `{text}" in section, (name, option.opts)
+
+
+def test_every_name_of_the_plugin_module_is_described(folder: Path) -> None:
+    text = (folder / "plugin.md").read_text()
+    sections = dict(re.findall(r"^### `(\w+)`\n\n(?:`[^`]*`\n\n)?(\w[^\n]*)", text, re.M))
+    assert set(sections) == set(plugin.__all__)
+    assert "`top_tokens(scores_BN, kept, scale=None)`" in text
 
 
 def test_pages_are_the_same_each_time() -> None:
