@@ -76,7 +76,8 @@ def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[Erro
 
 
 def _axes(root: Node) -> list[str]:
-    return [*root.entries("matrix"), *(axis for group in root.items("zip") for axis in group.entries())]
+    groups = [root.entries("matrix"), *(group.entries() for group in root.items("zip"))]
+    return [axis for group in groups for axis, values in group.items() if values.value is not None]
 
 
 @dataclass

@@ -237,6 +237,11 @@ def test_an_axis_can_be_narrowed(small: str, write: Write) -> None:
     assert [cell.axes for cell in loaded.cells] == [{"seed": 7}]
 
 
+def test_an_axis_that_null_takes_out_is_none(small: str, write: Write) -> None:
+    loaded = load_experiment(write(small + "matrix: {seed: [0, 1]}\n"), ["matrix.seed=null", "seed=7"])
+    assert [(cell.axes, cell.spec.seed) for cell in loaded.cells] == [({}, 7)]
+
+
 def test_a_path_of_set_is_relative_to_the_working_folder(
     small: str, write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
