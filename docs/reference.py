@@ -88,7 +88,7 @@ FIELD_TYPES = {
     "Positive": "A number above 0.",
     "NonNegative": "A number, 0 or more.",
     "Share": "A share from 0 to 1, exact: `1/4`, `25%` or `0.25`.",
-    "Flag": "`true` or `false`.",
+    "Flag": "A choice: `true` or `false`.",
     "IMAGE_MARK": "What stands in a turn's text at the place of an image.",
     "TOLERANCE": "Scores that differ by no more than this share of their scale are equal.",
 }
