@@ -12,12 +12,8 @@ from orchestrator.plan.cost import Sample
 from orchestrator.plan.identity import canonical_json
 from orchestrator.plan.jobs import Action
 
-_NO_COST: dict[str, float | None] = {
-    "train_tflops": None,
-    "visual_layer_tokens": None,
-    "compression_ratio": None,
-    "forward_decoder_linear_tflops": None,
-}
+_FIGURES = ("train_tflops", "visual_layer_tokens", "compression_ratio")
+_NO_COST: dict[str, float | None] = dict.fromkeys((*_FIGURES, "forward_decoder_linear_tflops"))
 
 
 class Costs:
@@ -71,7 +67,7 @@ class Costs:
     def cell(self, cell: Cell) -> dict[str, float | None]:
         """Return the cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
         if cell.facts is None or not cell.facts.priced:
-            return {name: None for name in _NO_COST if name != "forward_decoder_linear_tflops"}
+            return dict.fromkeys(_FIGURES)
         if not cell.phases:
             full = cell.facts.num_layers * cell.facts.image_grid.tokens
             return {"train_tflops": 0.0, "visual_layer_tokens": float(full), "compression_ratio": 1.0}
@@ -83,9 +79,7 @@ class Costs:
         }
 
     def _steps(self, plan: PhasePlan, first: int, last: int) -> dict[str, tuple[int, Action]]:
-        """Return number of steps from `first` to `last` that do the same, by what they do, and one action that does
-        it.
-        """
+        """Return, by what they do, how many of the steps `first` to `last` do the same, and one of their actions."""
         key = (id(plan.table), first, last)
         if key not in self._counts:
             found: dict[str, tuple[int, Action]] = {}

@@ -89,17 +89,8 @@ def cell_record(
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One finished stage run on a cell's way, as the ledger recorded it."""
-
-    id: str
-    phase: str
-    first_step: int
-    last_step: int
-    total_steps: int
-    global_batch_size: int
-    result: dict[str, Any]
+# A finished stage run on a cell's way, as the ledger recorded it: its job and its result.
+_Run = tuple[dict[str, Any], dict[str, Any]]
 
 
 def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run] | None:
@@ -120,10 +111,7 @@ def _trained_runs(cell: Cell, tree: StageTree, ledger: Ledger) -> list[_Run] | N
         if job["type"] == "start":
             state = job["base"]
             continue
-        batch = int(job["recipe"]["global_batch_size"])
-        result = ledger.result(state) or {}
-        steps = (int(job["first_step"]), int(job["last_step"]), int(job["total_steps"]))
-        runs.append(_Run(state, str(job["phase"]), *steps, batch, result))
+        runs.append((job, ledger.result(state) or {}))
         state = job["parent"]
     return runs[::-1]
 
@@ -133,15 +121,17 @@ def _history(cell: Cell, tree: StageTree, ledger: Ledger, runs: Sequence[_Run]) 
     for plan in cell.phases:
         offsets[plan.name] = before
         before += plan.total_steps
-    files = [(ledger.metrics_file(run.id), run.phase, run.first_step, run.last_step) for run in runs]
-    done = {run.id for run in runs}
-    reached = next((i + 1 for i, run in enumerate(tree.path_of[cell.id][::-1]) if run in done), None)
-    path = tree.path_of[cell.id]
-    coming = path if reached is None else path[len(path) - reached + 1 :]
-    if coming and is_there(work := ledger.metrics_file(coming[0])):
-        job = tree.stage_runs[coming[0]]
-        files.append((work, job.phase, job.first_step, job.last_step))
-    return StepHistory([Stretch(file, first, last, offsets.get(phase, 0)) for file, phase, first, last in files])
+    stretches = [
+        Stretch(ledger.metrics_file(job["id"]), job["first_step"], job["last_step"], offsets.get(job["phase"], 0))
+        for job, _ in runs
+    ]
+    done, path = {job["id"] for job, _ in runs}, tree.path_of[cell.id]
+    reached = max((index + 1 for index, run in enumerate(path) if run in done), default=0)
+    for run in path[reached : reached + 1]:
+        if is_there(work := ledger.metrics_file(run)):
+            job = tree.stage_runs[run]
+            stretches.append(Stretch(work, job.first_step, job.last_step, offsets.get(job.phase, 0)))
+    return StepHistory(stretches)
 
 
 def _params(cell: Cell) -> dict[str, str]:
@@ -171,7 +161,7 @@ def _params(cell: Cell) -> dict[str, str]:
 
 def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
     """Return the hardware and versions; several where stage runs differ."""
-    marks = [run.result.get("fingerprint") or {} for run in runs]
+    marks = [result.get("fingerprint") or {} for _, result in runs]
 
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(str(mark[name]) for mark in marks if mark.get(name) is not None))
@@ -200,9 +190,9 @@ def _tree_share(cell: Cell, tree: StageTree, costs: Costs) -> float:
 def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | None) -> dict[str, float]:
     """Return the scores that are there; costs once the cell is trained (`costs` given)."""
     summary: dict[str, float] = {}
-    for job in cell.evaluations:
-        place = f"eval/{job.name}" if job.under == "final" else f"eval/{job.name}/under_{job.under}"
-        for metric, value in ((ledger.evaluation(job.id) or {}).get("metrics") or {}).items():
+    for test in cell.evaluations:
+        place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
+        for metric, value in ((ledger.evaluation(test.id) or {}).get("metrics") or {}).items():
             summary[f"{place}/{metric}"] = float(value)
     if costs is None:
         return summary
@@ -211,16 +201,17 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | No
             summary[f"cost/{name}"] = price
     if not runs:
         return summary
-    seconds = dict.fromkeys((run.phase for run in runs), 0.0)
-    for run in runs:
-        seconds[run.phase] += float(run.result.get("train_seconds", 0.0))
+    seconds: dict[str, float] = {}
+    samples = 0
+    for job, result in runs:
+        seconds[job["phase"]] = seconds.get(job["phase"], 0.0) + float(result.get("train_seconds", 0.0))
+        samples += (job["last_step"] - job["first_step"]) * job["recipe"]["global_batch_size"]
     total = sum(seconds.values())
-    samples = sum((run.last_step - run.first_step) * run.global_batch_size for run in runs)
     summary["cost/train_seconds"] = total
     summary |= {f"cost/{phase}/train_seconds": value for phase, value in seconds.items()}
     if total > 0:
         summary["cost/samples_per_second"] = samples / total
-    summary["cost/peak_memory_gib"] = max(float(run.result.get("peak_memory_gib", 0.0)) for run in runs)
+    summary["cost/peak_memory_gib"] = max(float(result.get("peak_memory_gib", 0.0)) for _, result in runs)
     return summary
 
 

@@ -159,9 +159,7 @@ def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sampl
 
 
 def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec]) -> tuple[int, int, int]:
-    """Return the tokens of an image that the tower makes and that the projector takes, and operations of all learned
-    modules.
-    """
+    """Return the tokens of an image that leave the tower, those that enter the projector, and learned operations."""
     left, pixels, features, learned = facts.image_grid, facts.image_grid.tokens, facts.image_grid.tokens, 0
     for spec in sorted(specs, key=lambda spec: (spec.layer != "projector", spec.layer_index(facts.num_layers))):
         before = spec.layer == "projector" and facts.tokenwise_projector
@@ -193,9 +191,7 @@ def train_tflops_per_sample(
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:
-    """Return one sample of an action's steps: training under its points, and a teacher's forward pass where there is
-    one.
-    """
+    """Return the cost of one sample of an action: training under its points, and its teacher's forward pass."""
     total = train_tflops_per_sample(facts, action.points, sample, recipe)
     if action.distill is None:
         return total
@@ -252,20 +248,8 @@ def stage_train_tflops(
     return float(total * recipe["global_batch_size"])
 
 
-def mean_visual_layer_tokens(facts: ModelFacts, actions: Sequence[Action]) -> float:
-    """Return visual layer-tokens of one image, mean over the samples of some actions (all batches are of one size)."""
-    steps = sum(a.last_step - a.first_step for a in actions)
-    total = sum(
-        (a.last_step - a.first_step) * visual_layer_tokens(facts.image_grid, a.points, facts.num_layers)
-        for a in actions
-    )
-    return total / steps
-
-
 def parameter_count(facts: ModelFacts) -> dict[str, int]:
-    """Return the weights by part; norms and biases left out, input and output embeddings counted apart (LLaVA-1.5-7B:
-    7.05e9).
-    """
+    """Return the weights by part (LLaVA-1.5-7B: 7.05e9), without norms and biases, with both embeddings."""
     vision = facts.vision_layers * (4 * facts.vision_hidden_size**2)
     vision += facts.vision_layers * 2 * facts.vision_hidden_size * facts.vision_intermediate_size
     embeddings = 2 * facts.vocab_size * facts.hidden_size
@@ -335,10 +319,10 @@ def activation_bytes(
     trains = "language_model" in recipe["train"] and not recipe.get("lora")
     size, s = facts.hidden_size, number_bytes
     tokens = tokens_in_layers(facts, action.points, longest)
-    whole = [_layer_bytes(facts, n, s, eager, trains) + _lora_bytes(facts, n, recipe, s) for n in tokens]
+    kept = [_layer_bytes(facts, n, s, eager, trains) + _lora_bytes(facts, n, recipe, s) for n in tokens]
     logits = _logit_bytes(facts, longest, s)
-    total = sum(n * size * s for n in tokens) + max(whole) if checkpointed else sum(whole)
-    total += max(whole) + logits + 3 * tokens[0] * size * s
+    total = sum(n * size * s for n in tokens) + max(kept) if checkpointed else sum(kept)
+    total += max(kept) + logits + 3 * tokens[0] * size * s
     total += longest.visual_tokens * s * (facts.projector_in + 2 * facts.projector_hidden + size)
     if action.distill is not None:
         taught = tokens_in_layers(facts, action.distill.points, longest)
@@ -348,8 +332,9 @@ def activation_bytes(
     tower = _tower_layer_bytes(facts, longest, s, eager)
     if "vision_tower" not in recipe["train"]:
         return max(total, tower)
-    kept = _tower_tokens(facts, longest) * facts.vision_hidden_size * s if checkpointed else tower
-    return total + facts.vision_layers * kept + (tower if checkpointed else 0)
+    if not checkpointed:
+        return total + facts.vision_layers * tower
+    return total + facts.vision_layers * _tower_tokens(facts, longest) * facts.vision_hidden_size * s + tower
 
 
 def to_come_bytes(facts: ModelFacts, recipe: Mapping[str, Any], number_bytes: int, zero: int, world_size: int) -> float:

@@ -137,9 +137,7 @@ def refuse_secret(storage: str) -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Switch the cycle collector off: all that a plan makes stays in use; of 10,000 cells it takes a fifth of the time
-    (`tests/bench_plan.py`).
-    """
+    """Switch off the cycle collector, a fifth of the time of a plan: all that it makes stays in use."""
     was = gc.isenabled()
     gc.disable()
     try:

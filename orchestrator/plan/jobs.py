@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from orchestrator.plan.identity import digest
 
@@ -236,25 +239,12 @@ def _shortened(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def job_from_json(value: dict[str, Any]) -> Job:
+def job_from_json(value: Mapping[str, Any]) -> Job:
     """Return the job written by `job_to_json`."""
-    fields = dict(value)
-    cls = _KINDS[fields.pop("type")]
-    if cls is StageJob:
-        fields["table"] = tuple(_action(action) for action in fields["table"])
-        if (rehearsed := fields.get("rehearsed")) is not None:
-            fields["rehearsed"] = Rehearsed(tuple(rehearsed["jobs"]), tuple(map(tuple, rehearsed["cells"])))
-    if cls is RehearsalJob:
-        fields["stage"] = job_from_json({"type": "stage", **fields["stage"]})
-        fields["evaluations"] = [job_from_json({"type": "evaluation", **test}) for test in fields["evaluations"]]
-    for name in ("data", "points", "plugins", "parts", "keys", "evaluations", "evaluation_keys", "left_out"):
-        if isinstance(fields.get(name), list):
-            fields[name] = tuple(fields[name])
-    return cls(**fields)
+    job: Job = _reader(value["type"]).validate_python({name: item for name, item in value.items() if name != "type"})
+    return job
 
 
-def _action(value: dict[str, Any]) -> Action:
-    fields = {**value, "points": tuple(value["points"])}
-    if distill := fields.get("distill"):
-        fields["distill"] = Distillation(**{**distill, "points": tuple(distill["points"])})
-    return Action(**fields)
+@cache
+def _reader(kind: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_KINDS[kind])

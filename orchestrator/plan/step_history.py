@@ -59,8 +59,7 @@ class StepHistory:
     __hash__ = None  # type: ignore[assignment]
 
     def since(self, step: int) -> Iterator[Point]:
-        """Return the points of a step and of those after it, up to the first gap: a file may have been taken away as
-        damaged.
+        """Return the points from a step on, up to the first gap, as where a damaged file was deleted.
 
         What lies beyond a gap would hide it from who looks for what follows the last point sent.
 

@@ -64,8 +64,7 @@ class Branch:
 
 
 def split(group: Sequence[Branch]) -> list[list[Branch]]:
-    """Return the branches of one state that do the same up to the first stage end among them; last part first, for
-    the stack.
+    """Return the branches of one state in parts that do the same up to their first stage end; last part first.
 
     Two parts differ before the end of either, so no state is ever reached on two ways.
     """
@@ -115,7 +114,7 @@ def with_rehearsals(tree: StageTree, work: list[Job], ledger: Ledger) -> list[Jo
     first = (RootJob, StartJob, RehearsalJob)
     if any(isinstance(job, StartJob) for job in work):
         return ready  # what is put together may come out of a stage run
-    return [job for job in ready if isinstance(job, first)] + [job for job in ready if not isinstance(job, first)]
+    return sorted(ready, key=lambda job: not isinstance(job, first))
 
 
 def _is_wanted(cluster: ClusterSpec) -> bool:

@@ -27,8 +27,7 @@ Direction = Literal["max", "min"]
 
 
 def pareto_front(points: Mapping[Key, Sequence[float]], directions: Sequence[Direction]) -> set[Key]:
-    """Return the keys of the points that no other point beats; equal points stay together. One objective: the best
-    point.
+    """Return the keys of the points that no other point beats; equal points stay together.
 
     Args:
         points: Key to one value for each objective, all finite.

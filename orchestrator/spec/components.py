@@ -138,9 +138,7 @@ class Grid:
 
 
 def _parse_layer(value: Any) -> int | str:
-    if isinstance(value, bool):
-        raise ValueError("a layer is a whole number, a share of the depth such as 50%, or projector")
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
             raise ValueError("a layer is counted from 0")
         return value
@@ -202,8 +200,7 @@ class CompressorSpec(Component):
         return self
 
     def kept_tokens(self, grid: Grid) -> int:
-        """Return the visual tokens left of one image of this grid: ceil(tokens / stride), or the number or share
-        asked for.
+        """Return the visual tokens left of an image: ceil(tokens / stride), or the number or share asked for.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
@@ -220,9 +217,7 @@ class CompressorSpec(Component):
         return grid if kept == grid.tokens else Grid(1, kept)
 
     def tokens_before(self, grid: Grid) -> int:
-        """Return the visual tokens of one image of this grid in the layers before the point: more where a method adds
-        some.
-        """
+        """Return the visual tokens of an image in the layers before the point: more where a method adds some."""
         return grid.tokens
 
     def nearest_amount(self, keep: int, grid: Grid) -> int:
@@ -230,8 +225,7 @@ class CompressorSpec(Component):
         return min(max(keep, 1), grid.tokens)
 
     def module_operations(self, grid: Grid, width: int) -> int:
-        """Return the operations (two a multiply-add) of its learned module for one image of this grid, forward; 0
-        without one.
+        """Return the operations (two a multiply-add) of its learned module for one image, forward; 0 without one.
 
         The cost formula adds backward and recomputation itself; count matrix products, convolutions and attention.
 
@@ -242,7 +236,7 @@ class CompressorSpec(Component):
         return 0
 
     def layer_index(self, num_layers: int) -> int:
-        """Return first 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
+        """Return the 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
         if isinstance(self.layer, int):
             return self.layer
         if self.layer == "projector":
@@ -254,8 +248,7 @@ class CompressorSpec(Component):
         return self.model_dump(mode="json", include=set(type(self).model_fields) - set(CompressorSpec.model_fields))
 
     def module_name(self, num_layers: int) -> str | None:
-        """Return the name of its learned module in a model of `num_layers` decoder layers; None where it does not
-        learn.
+        """Return the name of its learned module in a model of `num_layers` layers; None where it does not learn.
 
         Variants whose points are of one method at one place share a module if nothing that shapes it differs.
         """
@@ -360,7 +353,7 @@ def _component(group: str) -> Callable[[Any], Any]:
         if isinstance(value, Component):
             return value
         if not isinstance(value, dict):
-            raise PydanticCustomError("component_type", "a mapping with a `kind` belongs here")
+            raise PydanticCustomError("component_type", "expected a mapping with a `kind`")
         known = registry.kinds(group)
         kind = value.get("kind")
         if kind is None:
@@ -392,8 +385,7 @@ Points = tuple[Compressor, ...]
 
 
 def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
-    """Return the tokens kept of `tokens`: one for each window of `stride`, `keep_tokens`, or `keep_ratio` rounded to
-    nearest.
+    """Return the tokens kept of `tokens`: one a window of `stride`, `keep_tokens`, or `keep_ratio`, rounded.
 
     Raises:
         ValueError: more tokens are asked for than there are.
@@ -410,8 +402,7 @@ def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
 
 
 def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
-    """Return the rows and columns that a two-dimensional method leaves: h' <= h and w' <= w, in shape nearest to the
-    grid.
+    """Return the rows and columns that a two-dimensional method leaves: h' <= h and w' <= w, nearest in shape.
 
     `keep_tokens` is met exactly; `stride` (ceil(tokens / stride)) and `keep_ratio` by the nearest product there is.
 

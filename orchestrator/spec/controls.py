@@ -6,9 +6,10 @@ does a smaller image (VTC-Bench, arXiv:2510.07143); a method is worth what it ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from pydantic import ValidationError
 
@@ -36,27 +37,26 @@ def with_controls(cells: Sequence[ResolvedCell], root: Node, errors: list[ErrorD
         errors: Takes controls that do not exist or cannot meet a variant's budget.
     """
     found: list[ResolvedCell] = []
+    known = registry.kinds(registry.COMPRESSORS)
     made: dict[tuple[int, str], Points | None] = {}
+
+    def report(index: int, message: str, allowed: str | None = None, hint: str | None = None) -> None:
+        errors.append(error_at(root, ("controls", index), message, allowed, hint))
+
     for cell in cells:
         found.append(cell)
         for index, kind in enumerate(cell.spec.controls):
-            if kind not in registry.kinds(registry.COMPRESSORS):
-                allowed, hint = unknown_name(kind, registry.kinds(registry.COMPRESSORS))
-                errors.append(error_at(root, ("controls", index), f"there is no method `{kind}`", allowed, hint))
+            if kind not in known:
+                report(index, f"there is no method `{kind}`", *unknown_name(kind, known))
             elif kind in cell.spec.controls[:index]:
-                errors.append(error_at(root, ("controls", index), f"`{kind}` is named twice", hint="take one out"))
-            elif (arm := _arm(cell, kind, index, root, errors, made)) is not None:
+                report(index, f"`{kind}` is named twice", hint="take one out")
+            elif (arm := _arm(cell, kind, partial(report, index), made)) is not None:
                 found.append(arm)
     return tuple(found)
 
 
 def _arm(
-    cell: ResolvedCell,
-    kind: str,
-    index: int,
-    root: Node,
-    errors: list[ErrorDetail],
-    made: dict[tuple[int, str], Points | None],
+    cell: ResolvedCell, kind: str, report: Callable[..., None], made: dict[tuple[int, str], Points | None]
 ) -> ResolvedCell | None:
     variants = dict(cell.spec.compressors)
     used = [name for name in used_variants(cell.spec) if name in variants]
@@ -66,15 +66,13 @@ def _arm(
     for name in used:
         key = (id(variants[name]), kind)
         if key not in made:
-            made[key] = _control(kind, variants[name], facts, name, index, root, errors)
+            made[key] = _control(kind, variants[name], facts, name, report)
         points = made[key]
         if points is None:
             return None
         if name in _moved_variants(cell.spec) and _stands_elsewhere(points, variants[name]):
-            message = (
-                f"{kind} cannot be the control of {name}: it meets its budget at another place, and a schedule moves"
-            )
-            errors.append(error_at(root, ("controls", index), f"{message} {name} step by step"))
+            why = f"it meets its budget at another place, and a schedule moves {name} step by step"
+            report(f"{kind} cannot be the control of {name}: {why}")
             return None
         variants[name] = points
     spec = cell.spec.model_copy(update={"compressors": variants})
@@ -117,20 +115,17 @@ def _stands_elsewhere(control: Points, points: Points) -> bool:
 
 
 def _control(
-    kind: str, points: Points, facts: ModelFacts | None, name: str, index: int, root: Node, errors: list[ErrorDetail]
+    kind: str, points: Points, facts: ModelFacts | None, name: str, report: Callable[..., None]
 ) -> Points | None:
-    where = ("controls", index)
     try:
         control = control_points(kind, points, facts)
     except (ValidationError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        errors.append(error_at(root, where, f"{kind} cannot be the control of {name}: {reason}"))
+        report(f"{kind} cannot be the control of {name}: {reason}")
         return None
     findings = list(check_variant(control, ("compressors", name), facts))
-    errors += [
-        error_at(root, where, f"{kind} cannot be the control of {name}: {each.message}", each.allowed, each.hint)
-        for each in findings
-    ]
+    for each in findings:
+        report(f"{kind} cannot be the control of {name}: {each.message}", each.allowed, each.hint)
     return None if findings else control
 
 

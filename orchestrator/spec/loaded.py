@@ -71,17 +71,17 @@ def _written_points(values: dict[str, Any], tree: dict[str, Any]) -> dict[str, A
 def _write(lines: list[str], key: str, value: Any, path: str, depth: int, sources: dict[str, str]) -> None:
     indent = "  " * depth
     if isinstance(value, dict) and value:
-        lines.append(f"{indent}{_scalar(key)}:")
+        lines.append(f"{indent}{_flow(key)}:")
         for name, item in value.items():
             _write(lines, name, item, f"{path}.{name}", depth + 1, sources)
         return
     if isinstance(value, list) and value:
-        lines.append(f"{indent}{_scalar(key)}:")
+        lines.append(f"{indent}{_flow(key)}:")
         for index, item in enumerate(value):
             text = f"{indent}  - {_flow(item)}"
             lines.append(_with_source(text, _source(sources, f"{path}.{index}")))
         return
-    lines.append(_with_source(f"{indent}{_scalar(key)}: {_flow(value)}", _source(sources, path)))
+    lines.append(_with_source(f"{indent}{_flow(key)}: {_flow(value)}", _source(sources, path)))
 
 
 def _source(sources: dict[str, str], path: str) -> str | None:
@@ -98,7 +98,3 @@ def _with_source(text: str, source: str | None) -> str:
 def _flow(value: Any) -> str:
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _scalar(key: str) -> str:
-    return _flow(key)

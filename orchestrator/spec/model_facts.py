@@ -280,7 +280,7 @@ def _facts_of(path: str, mtime_ns: int, size: int) -> ModelFacts | None:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a model's config: a mapping belongs there")
+        raise ValueError(f"{path} is not a model's config: expected a JSON object")
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         return None

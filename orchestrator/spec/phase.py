@@ -37,14 +37,8 @@ class LoraSpec(Spec):
     dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.05
     """Share of an adapter's inputs that is zeroed in training, drawn sample by sample."""
     target_modules: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
     """Linear layers that get an adapter, by the last part of their names; matched inside the language model only."""
 
 

@@ -31,6 +31,7 @@ from training_workers import (
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.backends import folder as folder_backend
+from orchestrator.plan.ledger.files import damaged_files
 
 
 def _jobs(made: tuple[Path, Path], zero: str = "zero2") -> tuple[StageJob, StageJob]:
@@ -65,7 +66,7 @@ def state_of(ledger: Any, jobs: tuple[StageJob, ...]) -> dict[str, tuple[str, li
         lines = [json.loads(line) for line in ledger.metrics_file(job.id).read_text().splitlines()]
         assert steps_told(ledger, job.id) == list(range(job.first_step, job.last_step))
         found[job.id] = (weights_digest(ledger, job.id), [line["loss"] for line in lines])
-        assert ledger.verify(ledger.state_folder(job.id)) == [] and not ledger.work_folder(job.id).exists()
+        assert damaged_files(ledger.state_folder(job.id)) == [] and not ledger.work_folder(job.id).exists()
     return found
 
 
@@ -155,11 +156,11 @@ def fallen_back(folder: Path, job: StageJob, ways: tuple[str, ...]) -> list[Any]
     for way in ways:
         ledger = make_ledger(folder / way, job.model)
         assert train(ledger, job, should_stop=StopAt(4)) == ["stopped"]
-        damaged = ledger.checkpoints(job.id)[: 2 if way == "both" else 1]
+        damaged = list(ledger.store.checkpoints(job.id))[: 2 if way == "both" else 1]
         assert damaged[0].name == "step_000005"
         for one in damaged:
             _damage(one, "flip" if way == "both" else way, "*_states.pt")
-        assert len(ledger.checkpoints(job.id)) == 2 - len(damaged)
+        assert len(list(ledger.store.checkpoints(job.id))) == 2 - len(damaged)
         assert train(ledger, job) == ["done"]
         found.append(state_of(ledger, (job,)))
     return found
@@ -243,7 +244,7 @@ def taken_over(folder: Path, job: StageJob) -> tuple[list[list[str]], Any]:
         with pytest.raises(StaleWriterError, match="taken over"):
             train(ledger, job, should_stop=TakeOver(ledger, job, call))
         assert not ledger.is_done(job.id)
-        found.append([path.name for path in ledger.checkpoints(job.id)])
+        found.append([path.name for path in ledger.store.checkpoints(job.id)])
         ledger.fences[job.id] = 2
         assert train(ledger, job) == ["done"]
     return found, state_of(ledger, (job,))

@@ -253,7 +253,10 @@ class _Resolver:
                 kind, key = "constant", ("constant", total_steps, chosen)
                 table = self._made.setdefault(key, StageTable(((0, total_steps, chosen),), chosen))
             else:
-                kind, table = chosen.kind, self._once(_compile, chosen, total_steps, recipe.global_batch_size)
+                kind, table = (
+                    chosen.kind,
+                    self._once(type(chosen).compile, chosen, total_steps, recipe.global_batch_size),
+                )
             return self._resolved(spec, kind, table, facts)
         except ValueError as error:
             raise UsageError(f"phases.{phase}.schedule: {error}") from error
@@ -318,7 +321,7 @@ class _Resolver:
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
-    """Return seed of drawn weights: the first phase's, so that a phase of fixed seed is shared along a seed axis."""
+    """Return the seed of drawn weights: the first phase's, so that a fixed seed is shared along a seed axis."""
     if not identity_fields.draws_weights(spec.model):
         return 0
     first = spec.phases.pretrain or spec.phases.finetune
@@ -339,10 +342,8 @@ def _dump(spec: Spec) -> dict[str, Any]:
 
 def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
     try:
-        if facts is None:
-            resolved = identity_fields.resolve_points(points, None, None)
-        else:
-            resolved = identity_fields.resolve_points(points, facts.num_layers, facts.visual_grid)
+        sizes = (None, None) if facts is None else (facts.num_layers, facts.visual_grid)
+        resolved = identity_fields.resolve_points(points, *sizes)
     except ValueError as error:
         raise UsageError(f"compressors.{name}: {error}") from error
     return Variant(resolved, identity_fields.points_identity(points, resolved))
@@ -370,10 +371,6 @@ def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
     return digest(identity_fields.evaluation_identity(entry)), _dump(entry)
-
-
-def _compile(schedule: ScheduleSpec, total_steps: int, global_batch_size: int) -> StageTable:
-    return schedule.compile(total_steps, global_batch_size)
 
 
 def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: bool) -> int:

@@ -148,8 +148,7 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
 
 
 def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None) -> tuple[Any, ...]:
-    """Return the points with `layer` as a number and `layer_average_tokens` solved for `keep_tokens`, as mappings for
-    `attach`.
+    """Return the points as mappings for `attach`: `layer` a number, `layer_average_tokens` solved for `keep_tokens`.
 
     Without model facts both stay as written.
 

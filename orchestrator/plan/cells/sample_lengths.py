@@ -169,8 +169,7 @@ class Samples:
     def mean(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float], facts: ModelFacts
     ) -> Sample | None:
-        """Return the mean sample of a phase; sets weigh by the rows of an epoch. None where a set's lengths are not
-        known.
+        """Return the mean sample of a phase, sets weighted by rows; None where a set's lengths are not known.
 
         Args:
             spec: Holds the data sets and the model.

@@ -101,36 +101,36 @@ def plan_document(
         are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
         from and whose stage run it is; None for the cells' own.
     """
-    costs, standing = Costs(text_tokens), TreeStatus(tree, ledger)
-    reasons = Reasons(standing, cells, loaded.spec.name)
+    costs, status = Costs(text_tokens), TreeStatus(tree, ledger)
+    reasons = Reasons(status, cells, loaded.spec.name)
     runs = []
     own = {state for path in tree.path_of.values() for state in path}
     for job, cell, plan in with_plans(cells, tree):
         price = costs.stage_run(cell, plan, job.first_step, job.last_step)
         of = cell.spec.name if job.id not in own else None
-        runs.append({**stage_run_document(job, plan, standing), "of": of, "cost": price})
+        runs.append({**stage_run_document(job, plan, status), "of": of, "cost": price})
     alone: dict[str, float | None] = {}
     shown = []
     for cell in cells:
         price = costs.cell(cell)
         alone[cell.id] = _sum([price["train_tflops"], *(costs.cell(each)["train_tflops"] for each in cell.origins())])
-        shown.append(_cell(cell, price, standing, reasons))
+        shown.append(_cell(cell, price, status, reasons))
     notices = dict.fromkeys((*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices))
     return {
         "experiment": loaded.spec.name,
         "cells": shown,
         "stage_runs": runs,
         "variants": variant_documents(cells),
-        "totals": _totals(loaded, cells, standing, alone, runs),
+        "totals": _totals(loaded, cells, status, alone, runs),
         "notices": list(notices),
     }
 
 
 def _totals(
-    loaded: LoadedExperiment, cells: Sequence[Cell], standing: TreeStatus, alone: Mapping[str, float | None],
+    loaded: LoadedExperiment, cells: Sequence[Cell], status: TreeStatus, alone: Mapping[str, float | None],
     runs: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    tree, cluster, distinct = standing.tree, loaded.spec.cluster, {cell.id: cell for cell in cells}.values()
+    tree, cluster, distinct = status.tree, loaded.spec.cluster, {cell.id: cell for cell in cells}.values()
     cost_alone, cost_shared = _sum(alone.values()), _sum(run["cost"]["train_tflops"] for run in runs)
     totals = {
         "cells": len(cells),
@@ -139,20 +139,18 @@ def _totals(
         "stage_runs_done": sum(run["state"] == "done" for run in runs),
         "evaluations": len(tree.evaluations),
         "evaluations_alone": sum(len({job.id for job in cell.evaluations}) for cell in distinct),
-        "evaluations_done": sum(standing.evaluation(job) == "done" for job in tree.evaluations),
+        "evaluations_done": sum(status.evaluation(job) == "done" for job in tree.evaluations),
         "train_tflops_alone": cost_alone,
         "train_tflops_shared": cost_shared,
         "disk_peak_gib": disk_peak_gib(cells, tree),
     }
     if cost_alone and cost_shared is not None:
         totals["train_ratio"] = cost_shared / cost_alone
-    return totals | hours_document(standing, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster)
+    return totals | hours_document(status, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster)
 
 
 def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, Cell, PhasePlan]]:
-    """Return the stage runs in order of execution, each with a cell and phase that go through it; any will do for the
-    cost.
-    """
+    """Return the stage runs in order of execution, each with some cell and phase that go through it."""
     plans: dict[str, tuple[Cell, PhasePlan]] = {}
     for cell in cells:
         for owner in (*cell.origins(), cell):
@@ -168,54 +166,50 @@ def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, C
     return [(job, *plans[job.id]) for job in tree.stage_runs.values()]
 
 
-def stage_run_document(job: StageJob, plan: PhasePlan, standing: TreeStatus) -> dict[str, Any]:
+def stage_run_document(job: StageJob, plan: PhasePlan, status: TreeStatus) -> dict[str, Any]:
     """Return a stage run as `plan` and `status` list it, but for its cost."""
-    actions = _within(job.table, job.first_step)
+    actions = _steps_from(job.table, job.first_step)
     variants = list(dict.fromkeys(action[2] for action in actions))
     return {
         "id": job.id,
-        "parent": job.parent if job.parent in standing.tree.stage_runs else None,
+        "parent": job.parent if job.parent in status.tree.stage_runs else None,
         "phase": job.phase,
         "variant": variants[0] if len(variants) == 1 else plan.schedule.kind,
         "first_step": job.first_step,
         "last_step": job.last_step,
         "actions": actions,
-        "cells": list(standing.tree.cells_of[job.id]),
-        "state": standing.state(job.id),
+        "cells": list(status.tree.cells_of[job.id]),
+        "state": status.state(job.id),
         "keep": job.keep,
     }
 
 
-def _within(table: Sequence[Action], first: int) -> list[list[Any]]:
+def _steps_from(table: Sequence[Action], first: int) -> list[list[Any]]:
+    """Return `[first_step, last_step, variant]` of what is done from a step on, 0-based and half open."""
     return [[max(a.first_step, first), a.last_step, a.variant] for a in table if a.last_step > first]
 
 
-def step_table(plan: PhasePlan) -> list[list[Any]]:
-    """Return `[first_step, last_step, variant]` of a phase, 0-based and half open."""
-    return [[action.first_step, action.last_step, action.variant] for action in plan.table]
-
-
-def _cell(cell: Cell, price: dict[str, float | None], standing: TreeStatus, reasons: Reasons) -> dict[str, Any]:
+def _cell(cell: Cell, price: dict[str, float | None], status: TreeStatus, reasons: Reasons) -> dict[str, Any]:
     why = reasons.of(cell)
     return {
         "id": cell.id,
         "name": cell.name,
         "axes": cell.axes,
-        "state": standing.cell(cell),
-        "stage_runs": list(standing.tree.path_of[cell.id]),
+        "state": status.cell(cell),
+        "stage_runs": list(status.tree.path_of[cell.id]),
         "cost": price,
         "phases": [
             {
                 "phase": plan.name,
                 "total_steps": plan.total_steps,
                 "seed": plan.seed,
-                "schedule": step_table(plan),
+                "schedule": _steps_from(plan.table, 0),
                 "start_from": start_text(plan.recipe),
             }
             for plan in cell.phases
         ],
         "evaluations": [
-            {"name": job.name, "under": job.under, "id": job.id, "state": standing.evaluation(job.id)}
+            {"name": job.name, "under": job.under, "id": job.id, "state": status.evaluation(job.id)}
             for job in cell.evaluations
         ],
         "reasons": why,
@@ -229,8 +223,7 @@ def _sum(values: Any) -> float | None:
 
 
 def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
-    """Return the upper bound of what an experiment's ledger holds, from parameter counts; None where these are not
-    known.
+    """Return an upper bound of what an experiment's ledger holds, by parameter counts; None where they are unknown.
 
     Weights are float32. A full checkpoint adds master weights and two Adam states of what trains, 12 bytes each.
     Counted: all roots, all finished stage runs by what is kept of them, and two checkpoints inside one stage run.
@@ -265,31 +258,31 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
     where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
     are missing.
     """
-    standing, with_phases = TreeStatus(plan.tree, plan.ledger), with_plans(plan.cells, plan.tree)
-    busy = not standing.holders.keys().isdisjoint((*plan.tree.order, *plan.tree.evaluations))
-    runs = [_stage_run_status(standing, job, phase, busy) for job, _, phase in with_phases]
+    status, with_phases = TreeStatus(plan.tree, plan.ledger), with_plans(plan.cells, plan.tree)
+    busy = not status.holders.keys().isdisjoint((*plan.tree.order, *plan.tree.evaluations))
+    runs = [_stage_run_status(status, job, phase, busy) for job, _, phase in with_phases]
     wanted: dict[str, list[str]] = {}
     for cell in plan.cells:
         for test in dict.fromkeys(job.id for job in cell.evaluations):
             wanted.setdefault(test, []).append(cell.id)
-    tests = [_evaluation_status(standing, job, wanted[job.id]) for job in plan.tree.evaluations.values()]
-    reasons = Reasons(standing, plan.cells, None)
+    tests = [_evaluation_status(status, job, wanted[job.id]) for job in plan.tree.evaluations.values()]
+    reasons = Reasons(status, plan.cells, None)
     steps = {run["id"]: run["steps_done"] for run in runs}
     costs = Costs(_TEXT_TOKENS)
     work = {
         job.id: costs.stage_run(cell, phase, job.first_step, job.last_step)["train_tflops"]
         for job, cell, phase in with_phases
     }
-    # The work is not exact here, so that only what was measured may tell hours by it.
+    # The work is not exact here, so that hours come from what was measured alone.
     cluster = plan.loaded.spec.cluster.model_copy(update={"device_tflops": None})
     return {
         "experiment": plan.loaded.spec.name,
         "storage": plan.ledger.url,
-        "cells": [_cell_status(standing, cell, steps, reasons, busy) for cell in plan.cells],
+        "cells": [_cell_status(status, cell, steps, reasons, busy) for cell in plan.cells],
         "stage_runs": runs,
         "evaluations": tests,
         "roots": [
-            {"id": root, "state": standing.state(root), **_about(standing, root, standing.state(root))}
+            {"id": root, "state": status.state(root), **_about(status, root, status.state(root))}
             for root in (*plan.tree.roots, *plan.tree.starts)
         ],
         "totals": {
@@ -298,19 +291,19 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
             "stage_runs_done": sum(run["state"] == "done" for run in runs),
             "evaluations": len(tests),
             "evaluations_done": sum(test["state"] == "done" for test in tests),
-            **hours_document(standing, work, cluster),
+            **hours_document(status, work, cluster),
         },
     }
 
 
 def _cell_status(
-    standing: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
+    status: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
 ) -> dict[str, Any]:
-    path = standing.tree.path_of[cell.id]
-    done, state = sum(steps[run] for run in path), str(standing.cell(cell))
-    if state == "new" and (done or any(standing.evaluation(job.id) == "done" for job in cell.evaluations)):
-        state = "waiting" if busy else "interrupted" if standing.needed_of(cell) else "trained"
-    failure = standing.failure(cell)
+    path = status.tree.path_of[cell.id]
+    done, state = sum(steps[run] for run in path), str(status.cell(cell))
+    if state == "new" and (done or any(status.evaluation(job.id) == "done" for job in cell.evaluations)):
+        state = "waiting" if busy else "interrupted" if status.needed_of(cell) else "trained"
+    failure = status.failure(cell)
     return {
         "name": cell.name,
         "id": cell.id,
@@ -320,15 +313,15 @@ def _cell_status(
         "stage_runs": list(path),
         "evaluations": [job.id for job in cell.evaluations],
         "error": failure[1] if failure else None,
-        "log": str(standing.ledger.log_file(failure[0])) if failure else None,
+        "log": str(status.ledger.log_file(failure[0])) if failure else None,
         "reasons": reasons.of(cell),
     }
 
 
-def _stage_run_status(standing: TreeStatus, job: StageJob, phase: PhasePlan, busy: bool) -> dict[str, Any]:
-    about = stage_run_document(job, phase, standing)
+def _stage_run_status(status: TreeStatus, job: StageJob, phase: PhasePlan, busy: bool) -> dict[str, Any]:
+    about = stage_run_document(job, phase, status)
     state = about["state"]
-    metrics = last_metrics(standing.ledger.metrics_file(job.id)) if job.id in standing.begun else None
+    metrics = last_metrics(status.ledger.metrics_file(job.id)) if job.id in status.begun else None
     done = job.last_step - job.first_step if state == "done" else steps_done(job, metrics)
     if state == "new" and done:
         state = "waiting" if busy else "interrupted"
@@ -338,21 +331,21 @@ def _stage_run_status(standing: TreeStatus, job: StageJob, phase: PhasePlan, bus
         "state": state,
         "steps_done": done,
         **({} if state == "done" else figures),
-        **_about(standing, job.id, state),
+        **_about(status, job.id, state),
     }
 
 
-def _evaluation_status(standing: TreeStatus, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
-    state = standing.evaluation(job.id)
+def _evaluation_status(status: TreeStatus, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
+    state = status.evaluation(job.id)
     about = {"id": job.id, "name": job.name, "under": job.under, "of": job.state, "state": state, "cells": cells}
-    return {**about, **_about(standing, job.id, state)}
+    return {**about, **_about(status, job.id, state)}
 
 
-def _about(standing: TreeStatus, identity: str, state: str) -> dict[str, Any]:
+def _about(status: TreeStatus, identity: str, state: str) -> dict[str, Any]:
     """Return who works on a job, why it failed, and where its log is."""
-    holder = standing.holders.get(identity) if state == "running" else None
-    failure = standing.ledger.failure(identity) if state == "failed" else None
-    log = standing.ledger.log_file(identity) if state != "new" else None
+    holder = status.holders.get(identity) if state == "running" else None
+    failure = status.ledger.failure(identity) if state == "failed" else None
+    log = status.ledger.log_file(identity) if state != "new" else None
     return {
         "holder": holder and {"lane": holder.lane, "host": holder.host, "pid": holder.pid, "owner": holder.owner},
         "error": failure_reason(failure) if failure else None,

@@ -28,9 +28,7 @@ _NAMED = ("compressors.", "data.")
 
 
 def cell_values(cell: Cell) -> Values:
-    """Return what decides what a cell is, as dotted key to text; beside names for people, these are what its id
-    hashes.
-    """
+    """Return what decides what a cell is, as dotted key to text: what its id hashes, and names for people."""
     model = cell.spec.model
     values: dict[str, Any] = {}
     _flatten("model", _fields(model), values)
@@ -203,23 +201,23 @@ class Reasons:
         experiment: Its name; cells it recorded earlier are compared with first. None compares nothing.
     """
 
-    def __init__(self, standing: TreeStatus, cells: Sequence[Cell], experiment: str | None) -> None:
-        self._standing = standing
-        done = (cell for cell in cells if standing.cell(cell) == "done")
-        records = standing.ledger.storage / "cells"
+    def __init__(self, status: TreeStatus, cells: Sequence[Cell], experiment: str | None) -> None:
+        self._status = status
+        done = (cell for cell in cells if status.cell(cell) == "done")
+        records = status.ledger.storage / "cells"
         self._nearest = Nearest(done, records, experiment) if experiment is not None else None
 
     def of(self, cell: Cell) -> list[str]:
         """Return `["done"]`, or all reasons why a cell has work to do, the most important first."""
-        standing = self._standing
-        if standing.cell(cell) == "done":
+        status = self._status
+        if status.cell(cell) == "done":
             return ["done"]
-        path = standing.tree.path_of[cell.id]
-        needed = standing.needed_of(cell)
+        path = status.tree.path_of[cell.id]
+        needed = status.needed_of(cell)
         reasons = list(self._failure(cell))
-        reasons += _elsewhere(standing.holders[job] for job in standing.jobs(cell) if job in standing.holders)
+        reasons += _elsewhere(status.holders[job] for job in status.jobs(cell) if job in status.holders)
         begun = list(self._continues(needed))
-        untouched = len(needed) == len(path) and path and standing.trained.isdisjoint(path)
+        untouched = len(needed) == len(path) and path and status.trained.isdisjoint(path)
         if untouched and not reasons and not begun:
             reasons.append("new")
         elif needed and not untouched:
@@ -227,31 +225,31 @@ class Reasons:
         reasons += [*self._again(needed), *begun]
         if needed and self._nearest is not None and (difference := self._nearest.reason(cell)) is not None:
             reasons.append(difference)
-        first = [job for job in standing.tree.origins_of.get(cell.id, ()) if job in standing.needed and needed]
-        if runs := sum(job in standing.tree.stage_runs for job in first):
+        first = [job for job in status.tree.origins_of.get(cell.id, ()) if job in status.needed and needed]
+        if runs := sum(job in status.tree.stage_runs for job in first):
             reasons.append(f"{runs} stage run{'s' if runs > 1 else ''} of the cell it starts from first")
         if not needed:
-            missing = (job for job in cell.evaluations if standing.evaluation(job.id) != "done")
+            missing = (job for job in cell.evaluations if status.evaluation(job.id) != "done")
             reasons += [f"evaluation {job.name} under {job.under} is missing" for job in missing]
         return reasons or ["new"]
 
     def _failure(self, cell: Cell) -> Iterable[str]:
-        if (failure := self._standing.failure(cell)) is not None:
+        if (failure := self._status.failure(cell)) is not None:
             yield f"failed: {failure[1].splitlines()[0]} (--retry-failed takes it up again)"
 
     def _continues(self, needed: Sequence[str]) -> Iterable[str]:
         for run in needed:
-            if run in self._standing.begun and (steps := self._standing.ledger.checkpoint_steps(run)):
+            if run in self._status.begun and (steps := self._status.ledger.checkpoint_steps(run)):
                 yield f"continues at step {steps[0]:,}"
 
     def _again(self, needed: Sequence[str]) -> Iterable[str]:
         """Return steps that were trained before and are trained once more, since the state they led to was not kept."""
-        runs = self._standing.tree.stage_runs
-        dropped = [runs[run] for run in needed if run in self._standing.trained]
+        runs = self._status.tree.stage_runs
+        dropped = [runs[run] for run in needed if run in self._status.trained]
         if dropped:
             steps = sum(job.last_step - job.first_step for job in dropped)
             yield f"checkpoint dropped: {steps:,} steps again"
-        passed = [runs[run] for run in needed if run in self._standing.passed]
+        passed = [runs[run] for run in needed if run in self._status.passed]
         if passed:
             steps = sum(job.last_step - job.first_step for job in passed)
             yield f"leaves finished work at step {passed[-1].last_step}, not stored: {steps:,} steps again"

@@ -163,9 +163,7 @@ class Leases:
         return self._own(name) is not None
 
     def held(self) -> dict[str, str]:
-        """Return the name to lane of all that this owner holds, also what an earlier process of it took: its
-        heartbeat continues here.
-        """
+        """Return the name to lane of all that this owner holds, taken by earlier processes of it too."""
         if self._mine():
             self._beat.start()  # its work may take hours before the next `acquire`
         found = {name: self._own(name) for name in sorted(self._mine())}

@@ -19,7 +19,6 @@ from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.ledger.backends.base import PARTS_OF, Part, checked, token_in
 from orchestrator.plan.ledger.files import (
-    damaged_files,
     dump_json,
     is_there,
     make_folder,
@@ -96,10 +95,6 @@ class Ledger:
                 state,
             )
         return self.state_folder(state) / part
-
-    def verify(self, folder: Path) -> list[str]:
-        """Return the damaged files of a folder with a manifest, every byte read; empty when it is complete."""
-        return damaged_files(folder)
 
     def discard(self, state: str) -> None:
         """Delete a damaged state from the ledger, so that it is trained again."""
@@ -260,10 +255,6 @@ class Ledger:
         self.check_fence(job_id)  # who lost its lease takes nothing of the new holder's away
         self.store.prune(job_id, step, _KEPT_CHECKPOINTS, self._token(job_id))
         return sealed
-
-    def checkpoints(self, job_id: str) -> list[Path]:
-        """Return checkpoints inside a stage run under way, newest first; a damaged or unfinished one is left out."""
-        return list(self.store.checkpoints(checked(job_id)))
 
     def checkpoint_steps(self, job_id: str) -> list[int]:
         """Return the steps of the checkpoints inside a stage run under way, newest first, complete or not."""

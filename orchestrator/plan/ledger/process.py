@@ -32,9 +32,7 @@ class Process:
     began: float = 0.0
 
     def is_gone(self) -> bool | None:
-        """Return True or False for a process of this machine; None for one of another, or where the system does not
-        tell.
-        """
+        """Return True or False for a process of this machine; None for another machine's, or where it is not known."""
         if self.machine != machine_id():
             return None
         try:
@@ -64,17 +62,13 @@ def machine_id() -> str:
 
 
 def start_ticks(pid: int | None = None) -> int:
-    """Return the clock ticks from boot to the start of a process (None: the calling one); -1 where the system does
-    not tell.
-    """
+    """Return the clock ticks from boot to the start of a process (None: the calling one); -1 where not known."""
     found = _stat("self" if pid is None else str(pid))
     return found[1] if found is not None else -1
 
 
 def _stat(name: str) -> tuple[str, int] | None:
-    """Return the state and start ticks of a process (`man 5 proc`, fields 3 and 22 of `stat`); None where they cannot
-    be read.
-    """
+    """Return the state and start ticks of a process (`man 5 proc`, fields 3 and 22 of `stat`); None if unreadable."""
     try:
         # Another namespace's /proc, as in a container that mounts its host's, has other processes under these numbers.
         if os.readlink("/proc/self") != str(os.getpid()):

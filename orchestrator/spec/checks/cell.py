@@ -97,7 +97,7 @@ class Checks:
             return []  # pretrained weights may hold learned compressors already
         return self._remember(
             ("evaluate", evaluate, phases, schedules, variants, model),
-            lambda: check_tested_variants(evaluate, phases, schedules, variants, self._layers(model)),
+            lambda: check_tested_variants(evaluate, phases, schedules, variants, self._readable_facts(model)),
         )
 
     def _places(self, parts: dict[str, Any]) -> list[Finding]:
@@ -112,13 +112,6 @@ class Checks:
                 check = partial(check_implementations, name, parts[name])
                 found += self._remember(("components", name, parts[name]), check)
         return found
-
-    def _layers(self, model: ModelSpec) -> int | None:
-        try:
-            facts = model_facts(model.model_name_or_path, model.revision)
-        except ValueError:
-            return None  # reported beside the variants
-        return facts.num_layers if facts is not None else None
 
     def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
         try:
@@ -141,13 +134,16 @@ class Checks:
             )
         return facts
 
+    def _readable_facts(self, model: ModelSpec) -> ModelFacts | None:
+        try:
+            return self._facts(model)
+        except ValueError:
+            return None  # reported beside the variants
+
     def _find_phases(
         self, phases: PhasesSpec, data: Any, schedules: Any, variants: Any, model: ModelSpec | None
     ) -> Iterator[Finding]:
-        try:
-            facts = self._facts(model) if model is not None else None
-        except ValueError:
-            facts = None  # reported beside the variants
+        facts = self._readable_facts(model) if model is not None else None
         workers = self.cluster.num_workers if self.cluster is not None else None
         workers = workers if isinstance(workers, int) else None
         for name, phase in phases.by_name.items():

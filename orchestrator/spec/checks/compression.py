@@ -91,17 +91,17 @@ def check_tested_variants(
     phases: PhasesSpec,
     schedules: Mapping[str, Any],
     variants: Mapping[str, Any],
-    num_layers: int | None,
+    facts: ModelFacts | None,
 ) -> Iterator[Finding]:
     """Check that each learned method under test is used by some phase: else there are no weights to test."""
     used = phases.by_name.values()
-    if num_layers is None or any(phase.start_from is not None for phase in used):
+    if facts is None or any(phase.start_from is not None for phase in used):
         return
     names = [name for phase in used for name in _used(phase, schedules)]
-    known = {module for name in names for module in _modules(variants.get(name, ()), num_layers)}
+    known = {module for name in names for module in _modules(variants.get(name, ()), facts.num_layers)}
     for key, evaluation in evaluate.items():
         for index, name in enumerate(evaluation.under):
-            if not known.issuperset(_modules(variants.get(name, ()), num_layers)):
+            if not known.issuperset(_modules(variants.get(name, ()), facts.num_layers)):
                 message = f"`{name}` learns, but no phase uses it: there is nothing to test"
                 yield Finding(("evaluate", key, "under", index), message, "variants that the schedules use")
 

@@ -20,7 +20,7 @@ from orchestrator.spec.yaml.key_paths import NAMED, find_path, names_at
 from orchestrator.spec.yaml.node import Node, Path, dotted, node_of
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, locate, stray_keys, unknown_name
 
-_PATH = "a key path belongs here"
+_PATH = "not a key path"
 COSTS = (
     "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
     "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
@@ -85,38 +85,29 @@ class _TreeCheck:
         for name in _variants_of(node):
             if name != FULL and name not in self.variants and "compressors" not in self._unsure:
                 where = next((p for p, leaf in node.leaves(path) if leaf.value == name and p[-1] != "kind"), path)
-                self._unknown(where, f"there is no variant `{name}`", name, [*self.variants, FULL])
+                self._error(where, f"there is no variant `{name}`", *unknown_name(name, [*self.variants, FULL]))
 
     def _check_phase(self, path: Path, phase: Node) -> None:
-        for where, name in _texts(phase.get("data"), (*path, "data"), keys=True):
-            if name not in self.data and "data" not in self._unsure:
-                self._unknown(where, f"there is no data set `{name}`", name, self.data, key=where[-1] != "data")
+        self._check_names(phase, (*path, "data"), "there is no data set `{}`", self.data, "data", keys=True)
         schedule = phase.get("schedule")
         known = [*self.schedules, *self.variants, FULL]
         if schedule is not None and schedule.is_mapping:
             self._check_schedule((*path, "schedule"), schedule)
         for key in ("schedule", "match_train_tflops"):
-            for where, name in _texts(phase.get(key), (*path, key)):
-                if name not in known and self._unsure.isdisjoint(("schedules", "compressors")):
-                    self._unknown(where, f"there is no schedule or variant `{name}`", name, known)
+            message = "there is no schedule or variant `{}`"
+            self._check_names(phase, (*path, key), message, known, "schedules", "compressors")
 
     def _check_evaluation(self, path: Path, node: Node) -> None:
-        for where, name in _texts(node.get("data"), (*path, "data")):
-            if name not in self.data and "data" not in self._unsure:
-                self._unknown(where, f"there is no data set `{name}`", name, self.data)
-        for where, name in _texts(node.get("under"), (*path, "under")):
-            if name not in (*self.variants, FULL, FINAL) and "compressors" not in self._unsure:
-                known = [FINAL, FULL, *self.variants]
-                self._unknown(where, f"there is no variant `{name}` to test under", name, known)
+        self._check_names(node, (*path, "data"), "there is no data set `{}`", self.data, "data")
+        known = [FINAL, FULL, *self.variants]
+        self._check_names(node, (*path, "under"), "there is no variant `{}` to test under", known, "compressors")
 
     def _check_search(self) -> None:
         known = [*self.variants, FULL]
         for key, node in self.root.entries("search", "space").items():
             path: Path = ("search", "space", key)
             for field in ("variants", "last"):
-                for where, name in _texts(node.get(field), (*path, field)):
-                    if name not in known and "compressors" not in self._unsure:
-                        self._unknown(where, f"there is no variant `{name}`", name, known)
+                self._check_names(node, (*path, field), "there is no variant `{}`", known, "compressors")
 
     def _is_unsure(self, section: str) -> bool:
         node = self.root.get(section)
@@ -128,9 +119,13 @@ class _TreeCheck:
     def _names(self, section: str) -> tuple[str, ...]:
         return tuple(self.root.entries(section))
 
-    def _unknown(self, path: Path, message: str, name: str, known: Sequence[str], key: bool = False) -> None:
-        allowed, hint = unknown_name(name, known)
-        self._error(path, message, allowed, hint, key)
+    def _check_names(
+        self, block: Node, path: Path, message: str, known: Sequence[str], *sections: str, keys: bool = False
+    ) -> None:
+        """Report names under a block's last key of `path` that are not known, unless a section of names is unsure."""
+        for where, name in _texts(block.get(path[-1]), path, keys) if self._unsure.isdisjoint(sections) else ():
+            if name not in known:
+                self._error(where, message.format(name), *unknown_name(name, known), key=keys and where != path)
 
     def _error(
         self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False

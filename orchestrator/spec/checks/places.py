@@ -41,7 +41,7 @@ def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
     if isinstance(storage, str) and "://" in storage and not storage.startswith("s3://"):
         yield Finding(("cluster", "storage_path"), "no such storage", "a folder (local or NFS), or s3://bucket/prefix")
     elif isinstance(storage, str) and os.path.isfile(storage):
-        yield Finding(("cluster", "storage_path"), "a file stands where a folder belongs", "a folder")
+        yield Finding(("cluster", "storage_path"), "expected a folder, got a file", "a folder")
     for name, amount in resources.items() if isinstance(resources, dict) else ():
         path = ("cluster", "resources_per_worker", str(name))
         if (right := str(name).upper()) in ("CPU", "GPU") and name != right:
@@ -88,9 +88,9 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
                 hint = "write its rows as JSON: a list of records, or a record a line"
                 yield Finding(path, f"`{FilePath(value).suffix}` files are not read", "a .json or .jsonl file", hint)
             elif os.path.isdir(value) and field == "data_path":
-                yield Finding(path, "a folder stands where a file belongs", "a .json or .jsonl file")
+                yield Finding(path, "expected a file, got a folder", "a .json or .jsonl file")
             elif field == "image_folder" and os.path.isfile(value):
-                yield Finding(path, "a file stands where a folder belongs", "a folder")
+                yield Finding(path, "expected a folder, got a file", "a folder")
             elif not os.path.exists(value):
                 notices.append(f"{'.'.join(path)}: {value} does not exist yet; it is checked again by `run`")
 
@@ -121,13 +121,7 @@ def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
 
 _GGUF = "GGUF holds quantised weights, which cannot be trained"
 _GGUF_HINT = "use the original model that it was made from"
-_IMAGES = (
-    "vision",
-    "visual",
-    "image",
-    "vq_config",
-    "patch_size",
-)  # in some key of every model's config that takes images
+_IMAGES = ("vision", "visual", "image", "vq_config", "patch_size")  # in some key of every config that takes images
 _READERS = {
     "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json"),
     "image processor": ("processor_config.json", "preprocessor_config.json"),

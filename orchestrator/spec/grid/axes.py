@@ -11,7 +11,7 @@ from math import prod
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.merge import drop_nulls
-from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
+from orchestrator.spec.yaml.node import Node, Path, dotted
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, locate, unknown_name
 
 MAX_CELLS = 100_000
@@ -161,7 +161,7 @@ class AxisReader:
         return self.paths[name]
 
     def _find(self, name: str, where: Path) -> Path | None:
-        path = check_path(self.root, name, where, self.errors, "an axis is a key path")
+        path = check_path(self.root, name, where, self.errors, "an axis must be a key path")
         if path is None or (path and path[0] in SECTIONS):
             return path
         self._error(where, f"`{name}` cannot be an axis: it is no part of a cell", "paths under " + ", ".join(SECTIONS))
@@ -205,22 +205,14 @@ def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root:
         kept += 1
         yield _ordered(cell)
     if kept == 0:
-        errors.append(
-            ErrorDetail("exclude takes out every cell of the grid", *_mark(root, ("exclude",)), path="exclude")
-        )
+        mark, _ = locate(root, ("exclude",))
+        errors.append(ErrorDetail("exclude takes out every cell of the grid", *mark, path="exclude"))
     for where, count in hits.items():
         if count == 0:
-            notices.append(f"{_where(root, where)}: {dotted(where)} takes out no cell")
+            mark, _ = locate(root, where)
+            place = f"{mark.file}:{mark.line}" if mark.line is not None else "--set"
+            notices.append(f"{place}: {dotted(where)} takes out no cell")
 
 
 def _ordered(settings: Iterable[Setting]) -> Assignment:
     return tuple(sorted(settings, key=lambda setting: len(setting.path)))
-
-
-def _mark(root: Node, path: Path) -> Mark:
-    return locate(root, path)[0]
-
-
-def _where(root: Node, path: Path) -> str:
-    mark = _mark(root, path)
-    return f"{mark.file}:{mark.line}" if mark.line is not None else "--set"

@@ -75,11 +75,10 @@ class CellNames:
             return safe(_FIELD.sub(lambda match: self._field(match.group(1), values), self.template), MAX_NAME)
         if not cell:
             return self.experiment
-        return safe(",".join(f"{self.short[s.axis]}={self._value(s)}" for s in self._in_order(cell)), MAX_NAME)
-
-    def _in_order(self, cell: Assignment) -> list[Setting]:
-        order = {axis: index for index, axis in enumerate(self.short)}
-        return sorted(cell, key=lambda setting: order[setting.axis])
+        values = {setting.axis: self._value(setting) for setting in cell}
+        return safe(
+            ",".join(f"{short}={values[axis]}" for axis, short in self.short.items() if axis in values), MAX_NAME
+        )
 
     def _value(self, setting: Setting) -> str:
         if id(setting) not in self._values:
@@ -162,9 +161,7 @@ def misfit(cells: Sequence[Named], fits: Sequence[Named], wanted: str) -> str:
 
 
 def near_cells(cells: Sequence[Named], wanted: str) -> list[str]:
-    """Return the names of the few cells that may be meant: those that hold the text, else those with a part spelt
-    like it.
-    """
+    """Return the names of a few cells that hold the text, else of those with a part spelt like it."""
     low = wanted.strip().lower()
     found = [cell.name for cell in cells if low and low in cell.name.lower()]
     if not found:

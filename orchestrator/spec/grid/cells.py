@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,7 +66,6 @@ class Parts:
     root: Node
     _known: dict[tuple[Any, ...], Part] = field(default_factory=dict)
     _base: dict[str, Part] = field(default_factory=dict)
-    _adapters: dict[str, TypeAdapter[Any]] = field(default_factory=dict)
 
     def of(self, cell: Assignment) -> dict[str, Part]:
         """Return the parts of a cell that axes can change."""
@@ -94,19 +95,18 @@ class Parts:
         plain = drop_nulls(node, (name,)).plain()
         key = json.dumps(plain, sort_keys=True, default=str)
         try:
-            return Part(self._adapter(name).validate_python(plain), [], key)
+            return Part(_adapter(name).validate_python(plain), [], key)
         except ValidationError as error:
             return Part(None, explain(error.errors(), tree, (name,)), key)
 
-    def _adapter(self, name: str) -> TypeAdapter[Any]:
-        if name not in self._adapters:
-            info = ExperimentSpec.model_fields[name]
-            annotation: Any = info.annotation
-            if info.metadata:
-                annotated = (annotation, *info.metadata)
-                annotation = Annotated[annotated]
-            self._adapters[name] = TypeAdapter(annotation)
-        return self._adapters[name]
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    info = ExperimentSpec.model_fields[name]
+    annotation: Any = info.annotation
+    for more in info.metadata:
+        annotation = Annotated[annotation, more]
+    return TypeAdapter(annotation)
 
 
 # Takes a cell's parts (None where a part has errors) and a function that gives the cell's tree.
@@ -167,7 +167,7 @@ class GridBuilder:
                 self.notices.append(f"the cells {by_value[key]} and {name} are the same and become one")
                 continue
             if name in by_name:
-                name = self._clash(name, cell, by_name[name], names)
+                name = self._clash(name, cell, by_name, names)
             by_value[key], by_name[name] = name, cell
             changed = {str(setting.path[0]) for setting in cell}
             spec = base.model_copy(update={section: parts[section].value for section in changed})
@@ -183,13 +183,10 @@ class GridBuilder:
         self.errors.extend(found)
         return bool(found)
 
-    def _clash(self, name: str, cell: Assignment, other: Assignment, names: CellNames) -> str:
+    def _clash(self, name: str, cell: Assignment, by_name: dict[str, Assignment], names: CellNames) -> str:
         if names.template is None:
-            number = 2
-            while f"{name}-{number}" in {names.name(cell)}:
-                number += 1
-            return f"{name}-{number}"
-        differ = [s.axis for s in cell if all(s.key != o.key or s.axis != o.axis for o in other)]
+            return next(each for number in count(2) if (each := f"{name}-{number}") not in by_name)
+        differ = [s.axis for s in cell if all(s.key != o.key or s.axis != o.axis for o in by_name[name])]
         hint = "let the template use " + ", ".join(f"{{{names.short[axis]}}}" for axis in differ)
         message = f"two cells would be named {name}"
         if len(self.errors) < MAX_INVALID_CELLS:

@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from orchestrator import registry
 from orchestrator.spec.base import Component, Spec
@@ -68,10 +68,6 @@ class Shape:
         if values is None and (item := self.item_shape()) is not None:
             return item.child(key, node)  # one point of a variant may stand without its list
         return values
-
-    def literals(self) -> tuple[Any, ...]:
-        """Return the fixed values that are allowed here."""
-        return tuple(value for choice in self.choices if get_origin(choice) is Literal for value in get_args(choice))
 
 
 def kind_at(node: Node | None) -> str | None:

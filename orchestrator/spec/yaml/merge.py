@@ -176,39 +176,35 @@ class Inheritance:
     _below: dict[str, list[str]] = field(default_factory=dict)
     _held: dict[str, Node | None] = field(default_factory=dict)
 
-    def read(self, path: FilePath) -> Node | None:
-        """Return the raw trees of a file and of all it extends; None where the file itself cannot be read."""
-        self._read(str(path), None, ())
-        return self._files[str(path)]
+    def read(self, name: str, asked: Node | None = None, chain: tuple[str, ...] = ()) -> Node | None:
+        """Read a file and all it extends.
 
-    def plugins(self, path: FilePath) -> Node | None:
-        """Return the `plugins:` list that holds: the file's own, else that of the last file it extends."""
-        return self._plugins(str(path))
+        Args:
+            name: The file.
+            asked: The entry of `extends` that names it.
+            chain: The files that wait for it.
 
-    def merge(self, path: FilePath) -> Node:
-        """Return the merged tree, names canonical, nulls still in it."""
-        merged = self._merge(str(path))
-        assert merged is not None
-        return merged
-
-    def _read(self, name: str, asked: Node | None, chain: tuple[str, ...]) -> None:
+        Returns:
+            Its own tree; None where it cannot be read.
+        """
         if name in chain:
             ring = " -> ".join([*chain[chain.index(name) :], name])
             assert asked is not None
             self.errors.append(asked.error(f"extends forms a cycle: {ring}", ("extends",)))
-            return
+            return None
         if name in self._files:
-            return
+            return self._files[name]
         if len(chain) >= MAX_CHAIN:
             assert asked is not None
             self.errors.append(asked.error(f"extends goes deeper than {MAX_CHAIN} files", ("extends",)))
-            return
+            return None
         self._files[name] = self.given.get(name) or self._read_file(name, asked)
         self._below[name] = []
         for below, node in self._extends(name):
-            self._read(below, node, (*chain, name))
+            self.read(below, node, (*chain, name))
             if below in self._files and below not in (*chain, name):
                 self._below[name].append(below)
+        return self._files[name]
 
     def _read_file(self, name: str, asked: Node | None) -> Node | None:
         try:
@@ -245,20 +241,22 @@ class Inheritance:
                 self.errors.append(item.error("extends names files", ("extends",), allowed=allowed))
         return paths
 
-    def _plugins(self, name: str) -> Node | None:
+    def plugins(self, name: str) -> Node | None:
+        """Return the `plugins:` list that holds: the file's own, else that of the last file it extends."""
         if name not in self._held:
             tree = self._files[name]
             found = tree.get("plugins") if tree is not None else None
             for below in reversed(self._below[name]) if found is None else ():
-                found = found or self._plugins(below)
+                found = found or self.plugins(below)
             self._held[name] = found
         return self._held[name]
 
-    def _merge(self, name: str) -> Node | None:
+    def merge(self, name: str) -> Node | None:
+        """Return the merged tree, names canonical, nulls still in it; None where the file cannot be read."""
         if name not in self._merged:
             own, below = self._files[name], None
             for other in self._below[name]:
-                lower = self._merge(other)
+                lower = self.merge(other)
                 # What a file says of itself is not true of the one that extends it.
                 lower = lower.with_entry("description", None) if lower is not None and lower.is_mapping else lower
                 below = merge_nodes(below, lower) if below is not None and lower is not None else below or lower

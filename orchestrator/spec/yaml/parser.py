@@ -60,7 +60,7 @@ def read_tree(data: bytes | str, file: str | None) -> Node:
     if not errors and root.value is None:
         errors.append(ErrorDetail("the file is empty; an experiment needs at least name and model", file))
     elif not errors and not root.is_mapping:
-        errors.append(root.error("the file holds a " + kind_of(root.value) + " where a mapping of keys belongs"))
+        errors.append(root.error(f"expected a mapping of keys, got a {kind_of(root.value)}"))
     if errors:
         raise SpecError(errors)
     return root
@@ -88,7 +88,7 @@ def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[ErrorDet
     except _TooMuchError as error:
         return nothing, [*reader.errors, ErrorDetail(error.message, *error.mark)]
     except yaml.YAMLError as error:
-        return nothing, [*reader.errors, _syntax_fault(error, file)]
+        return nothing, [*reader.errors, _syntax_error(error, file)]
 
 
 def kind_of(value: Any) -> str:
@@ -104,7 +104,7 @@ def kind_of(value: Any) -> str:
     return "number" if isinstance(value, int | float) else "text"
 
 
-def _syntax_fault(error: yaml.YAMLError, file: str | None) -> ErrorDetail:
+def _syntax_error(error: yaml.YAMLError, file: str | None) -> ErrorDetail:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None)

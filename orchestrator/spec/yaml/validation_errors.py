@@ -293,7 +293,6 @@ def _is_entry(node: Node) -> bool:
 
 
 def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
-    mark, value = locate(root, (section, keys[0]), key=True)
     names = [key for key in root.entries(section) if key not in keys]
     name = names[0] if names else {"phases": "finetune"}.get(section, "NAME")
     what = "phases by name" if section == "phases" else "entries by name"
@@ -302,9 +301,7 @@ def _nameless(section: str, keys: Sequence[str], root: Node) -> ErrorDetail:
     hint = f"write {section}: {{{name}: {{{keys[0]}: ...}}}}" + (
         "" if names or section == "phases" else ", NAME of your choice"
     )
-    return ErrorDetail(
-        message, *mark, path=dotted((section, keys[0])), value=value, allowed=", ".join(names) or None, hint=hint
-    )
+    return error_at(root, (section, keys[0]), message, ", ".join(names) or None, hint, key=True)
 
 
 def _misspelt(path: Path, root: Node) -> str | None:
@@ -365,9 +362,8 @@ def _missing(error: _Error, root: Node) -> ErrorDetail:
 
 
 def _unknown_key(path: Path, root: Node) -> ErrorDetail:
-    mark, value = locate(root, path, key=True)
     allowed, hint = unknown_key(str(path[-1]), names_at(root, path[:-1]), path[:-1])
-    return ErrorDetail(f"unknown key `{path[-1]}`", *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
+    return error_at(root, path, f"unknown key `{path[-1]}`", allowed, hint, key=True)
 
 
 def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str | None]:
@@ -385,7 +381,7 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
         return "this name cannot be used", f"a name is made of {_NAME}", None
     rewritten = rewriting(node, allowed, dotted(error.path)) if node is not None else None
     if not pointed:
-        return f"{_with_article(kind_of(value))} stands where {allowed} belongs", allowed, rewritten
+        return f"expected {allowed}, got {_with_article(kind_of(value))}", allowed, rewritten
     if error.type in _BOUNDS:
         return f"must be {_allowed(error)}", allowed, None
     if error.type == "literal_error":

@@ -84,7 +84,7 @@ def refused(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[list[str], list[s
     job, steps = jobs[0], []
     ledger = make_ledger(folder, job.model)
     assert train_stage(job, ledger, TrainingMemory(), StopAt(3)) == "stopped"
-    newest, before = ledger.checkpoints(job.id)
+    newest, before = ledger.store.checkpoints(job.id)
     said = []
     for other in jobs[1:]:
         with pytest.raises(StageRunError) as told:

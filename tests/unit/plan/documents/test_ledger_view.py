@@ -30,7 +30,7 @@ def test_damage_is_found_and_taken_out(tmp_path: Path) -> None:
     assert ledger.is_done("flipped")  # its size is right
     discard_damage(ledger, found)
     assert damage(ledger) == [] and not ledger.is_done("flipped") and ledger.is_done("whole")
-    assert [path.name for path in ledger.checkpoints("b")] == ["step_000006"]
+    assert [path.name for path in ledger.store.checkpoints("b")] == ["step_000006"]
 
 
 EXPERIMENT = """

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger, files
 from orchestrator.plan.ledger.backends import folder as folder_backend
-from orchestrator.plan.ledger.files import storage_errors, write_json
+from orchestrator.plan.ledger.files import damaged_files, storage_errors, write_json
 
 STATE = "a" * 64
 
@@ -39,7 +39,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_nothing_is_written_before_there_is_something(ledger: Ledger) -> None:
     assert not ledger.is_done(STATE)
     assert ledger.result(STATE) is ledger.evaluation(STATE) is ledger.failure(STATE) is None
-    assert ledger.checkpoints(STATE) == [] and ledger.stored_checkpoints() == {}
+    assert list(ledger.store.checkpoints(STATE)) == [] and ledger.stored_checkpoints() == {}
     ledger.clear_failure(STATE)
     assert not ledger.storage.exists()
 
@@ -50,7 +50,7 @@ def test_commit(ledger: Ledger) -> None:
     (ledger.writing_folder(STATE) / "step_000005").mkdir()  # killed while it was written
     folder = ledger.commit(STATE)
     assert folder == ledger.state_folder(STATE) and ledger.is_done(STATE) and not work.exists()
-    assert ledger.verify(folder) == []
+    assert damaged_files(folder) == []
     assert ledger.result(STATE) == {"id": STATE} and ledger.has(STATE, "checkpoint") and ledger.has(STATE, "weights")
     assert ledger.metrics_file(STATE).read_text() == '{"step": 0}\n' and ledger.log_file(STATE).read_text() == "said\n"
     assert ledger.stored_checkpoints() == {STATE: 7}
@@ -68,7 +68,7 @@ def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(ledger: Ledger)
     (ledger.state_folder(STATE) / "checkpoint").mkdir()  # moved there by one that was killed before it was listed
     assert not ledger.has(STATE, "checkpoint")
     ledger.commit(STATE)
-    assert ledger.has(STATE, "checkpoint") and ledger.verify(ledger.state_folder(STATE)) == []
+    assert ledger.has(STATE, "checkpoint") and damaged_files(ledger.state_folder(STATE)) == []
     assert weights.read_text() == "weights" and os.listdir(weights.parents[1] / "checkpoint") == ["rank0"]
     fill(ledger)
     ledger.commit(STATE)
@@ -99,14 +99,14 @@ def test_damage_is_found(ledger: Ledger, damage: str) -> None:
         manifest.unlink()
     else:
         manifest.write_text(manifest.read_text().replace('"size": 5000', '"size": 5001'))
-    assert ledger.verify(folder) == [name if damage in ("cut", "flip", "gone") else "manifest.json"]
-    # A flipped bit is seen only when all bytes are read, which `verify` did.
+    assert damaged_files(folder) == [name if damage in ("cut", "flip", "gone") else "manifest.json"]
+    # A flipped bit is seen only when all bytes are read, which `damaged_files` did.
     assert Ledger(ledger.storage).is_done(STATE) == (damage == "flip")
     fill(ledger, checkpoint=True)
     if damage == "flip":
         ledger.discard(STATE)
     ledger.commit(STATE)
-    assert ledger.is_done(STATE) and ledger.verify(folder) == []
+    assert ledger.is_done(STATE) and damaged_files(folder) == []
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> None:
@@ -118,10 +118,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
         files.write_manifest(folder)
     (work / "step_000600").mkdir()
     (work / "step_000600" / "model.pt").write_bytes(bytes(1000))  # killed before its manifest
-    assert [path.name for path in ledger.checkpoints(STATE)] == ["step_1000000", "step_000400", "step_000200"]
+    assert [path.name for path in ledger.store.checkpoints(STATE)] == ["step_1000000", "step_000400", "step_000200"]
     (work / "step_1000000" / "model.pt").write_bytes(b"\1" + bytes(999))
     os.truncate(work / "step_000400" / "model.pt", 10)
-    assert [path.name for path in ledger.checkpoints(STATE)] == ["step_000200"]
+    assert [path.name for path in ledger.store.checkpoints(STATE)] == ["step_000200"]
 
 
 def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from orchestrator.errors import DamagedStateError, StaleWriterError, StorageErro
 from orchestrator.plan.ledger import Ledger, files
 from orchestrator.plan.ledger.backends import folder as folder_backend
 from orchestrator.plan.ledger.backends.folder import FolderBackend
+from orchestrator.plan.ledger.files import damaged_files
 from orchestrator.plan.ledger.leases import Leases
 
 JOB = "a" * 64
@@ -54,8 +55,8 @@ def seen(folder: Path) -> dict[str, str]:
 def test_the_newest_two_checkpoints_stay(ledger: Ledger) -> None:
     for step in (2, 4, 6, 1_000_000):
         sealed = ledger.seal_checkpoint(JOB, step, write_checkpoint(ledger, step))
-        assert sealed == ledger.work_folder(JOB) / f"step_{step:06d}" and ledger.verify(sealed) == []
-    assert [path.name for path in ledger.checkpoints(JOB)] == ["step_1000000", "step_000006"]
+        assert sealed == ledger.work_folder(JOB) / f"step_{step:06d}" and damaged_files(sealed) == []
+    assert [path.name for path in ledger.store.checkpoints(JOB)] == ["step_1000000", "step_000006"]
     assert ledger.last_checkpoint(JOB) == ledger.work_folder(JOB) / "step_1000000"
     assert list(ledger.writing_folder(JOB).iterdir()) == []
 
@@ -65,9 +66,9 @@ def test_a_checkpoint_takes_the_place_of_damaged_ones(ledger: Ledger) -> None:
         ledger.seal_checkpoint(JOB, step, write_checkpoint(ledger, step))
     for step in (4, 6):
         (ledger.work_folder(JOB) / f"step_{step:06d}" / "model.pt").write_text("STATE")
-    assert ledger.checkpoints(JOB) == [] and ledger.last_checkpoint(JOB) is None
+    assert list(ledger.store.checkpoints(JOB)) == [] and ledger.last_checkpoint(JOB) is None
     ledger.seal_checkpoint(JOB, 4, write_checkpoint(ledger, 4, "again"))
-    (last,) = ledger.checkpoints(JOB)
+    (last,) = ledger.store.checkpoints(JOB)
     assert (last / "model.pt").read_text() == "again"
     assert not (ledger.work_folder(JOB) / "step_000006").exists(), "a later one was damaged, or it were the last"
 
@@ -76,7 +77,10 @@ def test_a_seal_that_fails_leaves_what_was_there(ledger: Ledger) -> None:
     sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
     with pytest.raises(StorageError, match="No such file"):
         FolderBackend(ledger.storage).seal_checkpoint(JOB, 2, ledger.storage / "cleared away")
-    assert ledger.checkpoints(JOB) == [sealed] and sorted(os.listdir(sealed.parent)) == [".writing-0", sealed.name]
+    assert list(ledger.store.checkpoints(JOB)) == [sealed] and sorted(os.listdir(sealed.parent)) == [
+        ".writing-0",
+        sealed.name,
+    ]
 
 
 def test_a_file_server_that_answers_a_rename_twice(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +94,12 @@ def test_a_file_server_that_answers_a_rename_twice(ledger: Ledger, monkeypatch: 
 
         monkeypatch.setattr(Path, name, twice)
     sealed = ledger.seal_checkpoint(JOB, 2, write_checkpoint(ledger, 2))
-    assert ledger.checkpoints(JOB) == [sealed]
+    assert list(ledger.store.checkpoints(JOB)) == [sealed]
     write_parts(ledger)
     ledger.commit(JOB)
     ledger.write_evaluation("e", {"accuracy": 0.5})
     assert ledger.is_done(JOB) and ledger.evaluation("e") == {"accuracy": 0.5}
-    assert ledger.verify(ledger.state_folder(JOB)) == []
+    assert damaged_files(ledger.state_folder(JOB)) == []
 
 
 def test_what_a_file_server_leaves_of_deleted_files_is_no_file_of_a_state(ledger: Ledger) -> None:
@@ -105,13 +109,13 @@ def test_what_a_file_server_leaves_of_deleted_files_is_no_file_of_a_state(ledger
     (ledger.writing_folder(JOB) / ".nfs0000000000000124").write_text("deleted")
     folder = ledger.commit(JOB)
     (folder / "weights" / ".nfs0000000000000123").unlink()
-    assert ledger.is_done(JOB) and ledger.verify(folder) == []
+    assert ledger.is_done(JOB) and damaged_files(folder) == []
 
 
 def test_what_is_unsealed_is_no_checkpoint_and_goes_with_the_next_attempt(ledger: Ledger) -> None:
     half = write_checkpoint(ledger, 2)
     files.write_manifest(half)  # killed between the manifest and the rename
-    assert ledger.checkpoints(JOB) == []
+    assert list(ledger.store.checkpoints(JOB)) == []
     write_parts(ledger)
     assert not ledger.is_done(JOB)
     ledger.begin(JOB)
@@ -175,7 +179,7 @@ def test_a_lease_taken_over_while_a_manifest_is_made(ledger: Ledger, monkeypatch
     write_parts(ledger)
     with pytest.raises(StaleWriterError):
         ledger.commit(JOB)
-    assert ledger.checkpoints(JOB) == [] and not ledger.is_done(JOB)
+    assert list(ledger.store.checkpoints(JOB)) == [] and not ledger.is_done(JOB)
 
 
 def test_tokens_are_those_of_leases(ledger: Ledger) -> None:

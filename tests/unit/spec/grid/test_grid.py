@@ -113,9 +113,12 @@ def test_a_null_on_an_axis_is_the_default(grid: Callable[[str], LoadedExperiment
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("matrix: {phases.finetune.sede: [1]}", ":21:10: matrix.phases.finetune.sede: an axis is a key path: `sede`"),
+        (
+            "matrix: {phases.finetune.sede: [1]}",
+            ":21:10: matrix.phases.finetune.sede: an axis must be a key path: `sede`",
+        ),
         ("matrix: {phases.finetune.sede: [1]}", "did you mean seed?"),
-        ("matrix: {seed: [0, x]}", ":21:20: seed: text stands where a whole number belongs"),
+        ("matrix: {seed: [0, x]}", ":21:20: seed: expected a whole number, got text"),
         ("matrix: {seed: [0, 0]}", ":21:20: matrix.seed.1: the axis seed has this value twice"),
         ("matrix: {phases.finetune.schedule: [full, tow]}", ":21:43: phases.finetune.schedule: there is no schedule"),
         ("matrix: {compressors.heavy.layer: [1, 9]}", ":21:39: compressors.heavy.layer: the model has 4 decoder"),
@@ -159,6 +162,11 @@ def test_templates_take_short_and_full_names(grid: Callable[[str], LoadedExperim
         "cell_name: '{schedule}-s{seed}-{phases.finetune.schedule}'\n"
     )
     assert [cell.name for cell in loaded.cells] == ["full-s0-full", "full-s1-full", "two-s0-two", "two-s1-two"]
+
+
+def test_values_of_one_ending_get_numbers(grid: Callable[[str], LoadedExperiment]) -> None:
+    loaded = grid("matrix: {model.revision: [a/x, b/x, c/x]}\n")
+    assert [cell.name for cell in loaded.cells] == ["revision=x", "revision=x-2", "revision=x-3"]
 
 
 def test_mapping_values_get_short_names(grid: Callable[[str], LoadedExperiment]) -> None:
