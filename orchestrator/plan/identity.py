@@ -121,7 +121,7 @@ class DigestCache:
         if self._entries is None:
             self._entries = self._load()
         about = retry_io(lambda: os.stat(path))
-        # The time of the last change of its entry, which no copying tool can set, tells a file put in another's place.
+        # The time of the last change of its entry, which no copying tool can set, shows a file put in another's place.
         mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
         known = self._new.get(path) or self._entries.get(path)
         if known is not None and known[:3] == mark:

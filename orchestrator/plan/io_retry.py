@@ -1,4 +1,4 @@
-"""Looks at a file system: one that fails is done again where that may pass, and what cannot be asked is never a no."""
+"""Retries of reads from a file system: errors that may pass are tried again, and no error counts as an absent file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _T = TypeVar("_T")
 
 
 def retry_io(look: Callable[[], _T]) -> _T:
-    """Do a look again, a few times, where it met what may pass.
+    """Call a read again, a few times, after errors that may pass.
 
     Raises:
-        OSError: it did not pass, or it is no such error.
+        OSError: the error did not pass, or is of another kind.
     """
     for pause in _PAUSES_SECONDS:
         try:

@@ -117,7 +117,7 @@ def nearest_block(height: int, width: int, wanted: int) -> tuple[int, int]:
 
 
 def amounts_around(height: int, width: int, wanted: int) -> tuple[int, ...]:
-    """Return nearest products of a block below and above `wanted` (one of them at the ends of the range), rising."""
+    """Return the nearest products of a block below and above `wanted`, rising; one at the ends of the range."""
     amounts = {rows * columns for rows in range(1, height + 1) for columns in range(1, width + 1)}
     below = [amount for amount in amounts if amount <= wanted]
     above = [amount for amount in amounts if amount >= wanted]
@@ -305,7 +305,7 @@ class DataSpec(Component):
 
     @abstractmethod
     def num_rows(self) -> int | None:
-        """Return number of usable rows, or None where the file does not exist and no `num_samples` is given."""
+        """Return the number of usable rows, or None where the file does not exist and no `num_samples` is given."""
 
     def first_rows(self, count: int, folder: Path) -> DataSpec:
         """Return the set cut to `count` rows for a trial run; what files that takes go to `folder`."""

@@ -258,7 +258,7 @@ def hub_repository(repo_id: str) -> Path:
 
 
 def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
-    """Return first part of a model's config that drops attention weights, and its probability; None for none known."""
+    """Return the first part of a config that drops attention weights, and its probability; None where none is known."""
     path = find_config(model_name_or_path, revision)
     try:
         config = json.loads(path.read_bytes()) if path is not None else None

@@ -176,7 +176,7 @@ class PhasesSpec(Spec):
 
 
 def rows_per_epoch(sets: Sequence[tuple[int, float]]) -> int:
-    """Return rows of one epoch of a mixture of (rows, share): whole rows of each share, at least one of each set."""
+    """Return the rows of one epoch of a mixture of (rows, share): full rows of each share, at least one a set."""
     return sum(max(1, int(rows * parse_share(share))) for rows, share in sets)
 
 

@@ -123,7 +123,7 @@ def before_last(entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) ->
 
 
 def inner_boundaries(entry: StagedSpaceSpec) -> int:
-    """Return number of places between a phase's ends where a stage may end."""
+    """Return the number of places between a phase's ends where a stage may end."""
     return -int(-1 // entry.boundaries) - 1
 
 

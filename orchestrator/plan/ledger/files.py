@@ -319,7 +319,7 @@ def read_manifest(folder: Path) -> Files | None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Return files whose size is not the manifest's; quick, contents are not read. No manifest: the manifest's name."""
+    """Return the files whose size is not the manifest's; contents are not read. No manifest: its name."""
     files = read_manifest(folder)
     return [MANIFEST] if files is None else cut_files(folder, files)
 

@@ -157,7 +157,7 @@ class Collector:
                 yield GcStep("work", job, why, size, partial(self._end_work, job))
 
     def _leftovers(self, holders: Collection[str]) -> list[Leftover]:
-        """Under `sure`, what a clock that was set forward might take for old must not change while it is watched."""
+        """Return what dead writers left; with `sure`, recent files count only if they do not change while watched."""
         found = list(self._store.leftovers(holders.__contains__, self._leftover_seconds))
         watched = {left.what: left.changed() for left in found if time.time() - left.changed() < CLOCK_SECONDS}
         if self._sure and watched:
@@ -166,7 +166,7 @@ class Collector:
         return found
 
     def _failures(self, wanted: Wanted, holders: Collection[str]) -> Iterator[GcStep]:
-        """Results of evaluations stay: they are small, and numbers that once were shown."""
+        """Yield failures that nothing reaches; results of evaluations stay, since they are small and were shown."""
         for entry in self._store.names("failures"):
             job = entry.removesuffix(".json")
             if not wanted.reaches(job) and job not in holders:
@@ -179,7 +179,7 @@ class Collector:
                 )
 
     def _leases(self, holders: Collection[str]) -> Iterator[GcStep]:
-        """Leases of finished jobs and files of owners whose process is gone; other numbers must never go down."""
+        """Yield leases of finished jobs and files of dead owners; of other leases the numbers must never go down."""
         store, held = self._store, set(holders)
         for job in store.names("leases"):
             if job not in held and self._is_finished(job):

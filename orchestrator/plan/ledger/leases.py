@@ -192,7 +192,7 @@ class Leases:
         }
 
     def close(self) -> None:
-        """Release all leases and ends the beat.
+        """Release all leases and end the beat.
 
         Raises:
             StorageError: the store cannot be written.

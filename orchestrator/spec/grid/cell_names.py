@@ -20,7 +20,7 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 def short_axes(axes: Sequence[str]) -> dict[str, str]:
-    """Return shortest end of each dotted path that no other axis shares: `phases.finetune.schedule` -> `schedule`."""
+    """Return the shortest end of each path that no other axis shares: `phases.finetune.schedule` -> `schedule`."""
     parts = {axis: axis.split(".") for axis in axes}
     short = {}
     for axis, own in parts.items():

@@ -23,7 +23,7 @@ def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]
     """Return the node at `path` with its paths absolute; every missing folder or file is an error.
 
     Args:
-        root: The merged tree, which tells the `kind` of a named entry.
+        root: The merged tree, which says the `kind` of a named entry.
         node: The value at `path`, or an axis' value for it.
         path: Where the value stands or would stand.
         errors: Takes the errors.

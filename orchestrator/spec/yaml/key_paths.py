@@ -24,7 +24,7 @@ class Shape:
     choices: tuple[Any, ...]
 
     def spec_class(self, kind: Any = None) -> type[Spec] | None:
-        """Return model of a mapping here; a component's by its kind, its family's base where the kind is unknown."""
+        """Return the model of a mapping here; a component's by its kind, or its family's base."""
         for choice in self.choices:
             if not (isinstance(choice, type) and issubclass(choice, Spec)):
                 continue

@@ -93,7 +93,7 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
 
     Args:
         root: One file's tree, not merged yet.
-        below: What it extends, already canonical; tells the `kind` where this file does not write it.
+        below: What it extends, already canonical; says the `kind` where this file does not write it.
         found: Takes the errors and notices.
     """
     root = _rename(root, ROOT, below, (), found)

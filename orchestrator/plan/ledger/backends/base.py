@@ -41,7 +41,7 @@ class Leftover:
 
 
 class Backend(ABC):
-    """One storage: small values by key, finished states, stage runs under way, and what can be taken away.
+    """One storage: small values by key, finished states, stage runs under way, and what can be deleted.
 
     Safe between processes and machines. Nothing here knows of fences; `Ledger` checks them. Every method raises
     StorageError where the storage cannot be read or written, or its disk is full.
@@ -188,7 +188,7 @@ class Backend(ABC):
             token: The writer's; None for a gc, which works for nobody.
         """
 
-    # What can be verified and taken away ---------------------------------------------------------------------------
+    # What can be verified and deleted ---------------------------------------------------------------------------
 
     @abstractmethod
     def files(self, state: str) -> Files | None:

@@ -265,7 +265,7 @@ class FolderBackend(Backend):
                     (work / name).replace(state / name)
         shutil.rmtree(work, ignore_errors=True)
 
-    # What can be verified and taken away ---------------------------------------------------------------------------
+    # What can be verified and deleted ---------------------------------------------------------------------------
 
     @override
     def files(self, state: str) -> Files | None:

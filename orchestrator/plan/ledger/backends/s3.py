@@ -644,7 +644,7 @@ class S3Backend(Bucket):
         if token is not None:
             self._copy.end_work(job_id, token)
 
-    # What can be verified and taken away; this machine's copy is not looked at -------------------------------
+    # What can be verified and deleted; this machine's copy is not looked at -------------------------------
 
     @override
     def files(self, state: str) -> Files | None:
