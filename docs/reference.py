@@ -13,7 +13,7 @@ from fractions import Fraction
 from inspect import getdoc
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, get_args
 
 import typer
 import yaml
@@ -157,7 +157,7 @@ def _block(definitions: dict[str, Any], path: str, cls: type[Spec], names: list[
         title = "Keys of every kind" if kind is None else f"`kind: {kind}`"
     else:
         properties, title = definitions[cls.__name__]["properties"], f"Keys of `{path}`"
-        if values := shape_of(cls.model_fields["kind"].annotation).literals() if "kind" in cls.model_fields else ():
+        if values := get_args(cls.model_fields["kind"].annotation) if "kind" in cls.model_fields else ():
             title += f", `kind: {' | '.join(values)}`" if path.endswith(".NAME") else ""
     lines = [f"## {title}", "", *([] if is_family else [_doc(cls), ""])]
     if is_family:
