@@ -15,6 +15,7 @@ from orchestrator_plugins.data.llava_json import LlavaJsonSpec
 from repository import ROOT, TINY_LLAVA
 
 from orchestrator.data.check import RowCheck, check_rows, left_out
+from orchestrator.plan.identity import share_caches
 from orchestrator.spec.model import ModelSpec
 
 LIBRARIES = ("asyncio", "boto3", "matplotlib", "mlflow", "numpy", "optuna", "pandas", "PIL", "ray", "torch")
@@ -105,6 +106,7 @@ def test_loading_is_quick() -> None:
 
 
 def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):
+    share_caches(None)  # an experiment that another test loaded in this process has a storage of its own
     path = tmp_path / "data.json"
     path.write_text(
         json.dumps(
