@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from program import run_anew
@@ -92,6 +93,7 @@ def test_check_says_which_values_it_needs(llavolta, file):
     assert "schedules switch: broken\n  check_schedule: switch requires compressor; give" in done.stdout
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_check_notices_that_a_spec_loads_torch(file, tmp_path):
     file.write_text("import torch\n" + file.read_text().replace("from __future__ import annotations\n", ""))
     options = ["--family", "llava", "--set", "switch.compressor=heavy"]
