@@ -72,7 +72,7 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
     ("Schedules", "See [a schedule of your own](../tutorials/own-schedule.md).",
      "ScheduleSpec StageTable merge_actions DistillSpec Teaching teachers_of"),
     ("Data kinds", "See [a data kind of your own](../tutorials/own-data-kind.md).", "DataSpec DataSet Row Turn "
-     "IMAGE_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_faults"),
+     "IMAGE_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
     ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
      "EvaluationSpec Evaluation EvaluationData Workers Outcome prediction greedy_answers"),
     ("Contract kits", "What `llavolta check FILE.py` runs, for tests of your own.",

@@ -192,7 +192,7 @@ class Experiment:
         """
         from orchestrator.data.check import check_uses, uses_of_cells  # loads numpy
 
-        return list(check_uses(uses_of_cells(self.planned().cells)).remarks)
+        return list(check_uses(uses_of_cells(self._data_cells())).remarks)
 
     def data_report(self) -> Document:
         """Read every row and image and return all errors by row, and lengths as the model gets them; in `valid`,

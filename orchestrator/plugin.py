@@ -22,7 +22,7 @@ from orchestrator.data.rows import (
     Turn,
     evenly_spread,
     file_exists,
-    raise_for_faults,
+    raise_for_errors,
 )
 from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.identity import content_digest
@@ -172,7 +172,7 @@ __all__ = [
     "parse_share",
     "places_of",
     "prediction",
-    "raise_for_faults",
+    "raise_for_errors",
     "ranked",
     "sum_members",
     "take",

@@ -22,6 +22,7 @@ from orchestrator.compression.forward.projector import expand_images
 from orchestrator.compression.forward.segments import Draw
 from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
+from orchestrator.spec.base import validation_text
 from orchestrator.spec.components import Compressor as CompressorField
 from orchestrator.spec.components import CompressorSpec
 
@@ -258,21 +259,7 @@ def _validate(value: Mapping[str, Any]) -> CompressorSpec:
     try:
         return _ADAPTER.validate_python(dict(value))
     except ValidationError as error:
-        raise UsageError(f"attach: {dict(value)!r} is no compressor: {_reasons(error.errors())}") from error
-
-
-def _reasons(errors: Sequence[Any]) -> str:
-    parts = []
-    for fault in errors:
-        inner = (fault.get("ctx") or {}).get("errors")
-        if inner:
-            parts.append(_reasons(inner))
-            continue
-        where = ".".join(str(step) for step in fault["loc"])
-        known = (fault.get("ctx") or {}).get("known")
-        text = f"{where}: {fault['msg']}" if where else fault["msg"]
-        parts.append(f"{text} (known: {', '.join(known)})" if known else text)
-    return "; ".join(parts)
+        raise UsageError(f"attach: {dict(value)!r} is no compressor: {validation_text(error)}") from error
 
 
 MODULES_NAME: Final = "llavolta_compressors"

@@ -24,7 +24,7 @@ from orchestrator.data.rows import (
     data_spec,
     described,
     open_data_set,
-    raise_for_faults,
+    raise_for_errors,
     template_of,
 )
 from orchestrator.errors import DataError, UsageError
@@ -327,7 +327,7 @@ def check_uses(uses: Iterable[Use]) -> Findings:
             specs.setdefault(digest(entry["spec"]), data_spec(entry["spec"]))
     findings = Findings()
     for spec in specs.values():
-        raise_for_faults(described(spec), open_data_set(spec).check())
+        raise_for_errors(described(spec), open_data_set(spec).check())
         open_rows(spec)
         findings.remarks |= dict.fromkeys(f"{described(spec)}: {text}" for text in spec.remarks())
     for use in distinct.values():

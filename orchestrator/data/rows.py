@@ -119,7 +119,7 @@ def open_data_set(spec: DataSpec) -> DataSet:
     return found
 
 
-def raise_for_faults(where: str, errors: Sequence[str]) -> None:
+def raise_for_errors(where: str, errors: Sequence[str]) -> None:
     """Report all errors at once: the first 20 and how many there are.
 
     Raises:

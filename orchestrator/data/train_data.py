@@ -19,7 +19,7 @@ import torch
 from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder, PaddingSide, Sample, collate
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.records.row_index import IndexedRows, JoinedRows, num_images, num_words, open_rows
-from orchestrator.data.rows import Row, data_spec, raise_for_faults, template_of
+from orchestrator.data.rows import Row, data_spec, raise_for_errors, template_of
 from orchestrator.errors import DataError
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import rows_per_epoch
@@ -219,7 +219,7 @@ def _images_fit(name: str, rows: IndexedRows, processor: VisionTextProcessor, mo
         return
     per_image = processor.fixed_image_tokens
     too_many = np.flatnonzero(counts * per_image >= model_max_length).tolist()
-    raise_for_faults(
+    raise_for_errors(
         f"data.{name}",
         [
             f"row {rows[at].index}: {counts[at]} images take {counts[at] * per_image} tokens, "

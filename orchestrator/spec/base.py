@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -89,3 +90,21 @@ class Component(Spec):
     def kind_name(cls) -> str:
         """Return the `kind` this class answers to."""
         return str(cls.model_fields["kind"].default)
+
+
+def validation_text(error: ValidationError) -> str:
+    """Return what pydantic found wrong on one line, errors inside a component unfolded; for values without a file."""
+    return _text(error.errors())
+
+
+def _text(errors: Sequence[Any]) -> str:
+    parts = []
+    for each in errors:
+        context = each.get("ctx") or {}
+        if inner := context.get("errors"):
+            parts.append(_text(inner))
+            continue
+        text = ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"])))
+        known = context.get("known")
+        parts.append(f"{text} (known: {', '.join(known)})" if known else text)
+    return "; ".join(parts)

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.data.records.image_files import BadImage, open_image
 from orchestrator.data.rows import IMAGE_MARK, DataSet, ImageRef, Row, Turn, evenly_spread, open_data_set
-from orchestrator.errors import UsageError
+from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.identity import digest
-from orchestrator.spec.base import Component
+from orchestrator.spec.base import Component, validation_text
 from orchestrator.spec.checks.places import implementation_error
 from orchestrator.spec.components import DataSpec, ScheduleSpec, StageTable, merge_actions
 
@@ -140,8 +140,7 @@ def component_of(
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        errors = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()]
-        raise UsageError(f"{kit}: {values!r} is no {values['kind']}: {'; '.join(errors)}") from error
+        raise UsageError(f"{kit}: {values!r} is no {values['kind']}: {validation_text(error)}") from error
 
 
 def refuse_unfinished(cls: type[Component], kit: str) -> None:
@@ -195,10 +194,9 @@ def check_spec(contract: Contract, spec: Component, methods: Sequence[str] = ())
                 raise Broken(f"{cls.implementation} has no {', '.join(lacking)}")
 
 
-def shorten(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as messages show it."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return shorten(repr(value), 120)
 
 
 PHASES = ((97, 128), (400, 128), (1000, 1), (5197, 256))
@@ -234,7 +232,7 @@ def check_schedule(schedule: Reference, phases: Sequence[tuple[int, int]] = PHAS
     with contract.promise("variants() lists the names it uses, each once"):
         names = spec.variants()
         if not isinstance(names, tuple) or not names or not all(isinstance(name, str) and name for name in names):
-            raise Broken(f"it returned {shorten(names)}; return a tuple of names of variants, at least one")
+            raise Broken(f"it returned {shown(names)}; return a tuple of names of variants, at least one")
         if len(set(names)) < len(names):
             raise Broken(f"it returned {names}; list each name once")
     tables = []
@@ -250,7 +248,7 @@ def check_schedule(schedule: Reference, phases: Sequence[tuple[int, int]] = PHAS
                 f"no phase can be compiled: {'; '.join(reasons)}; give a spec that fits one, or other `phases`"
             )
         if wrong := [table for *_, table in tables if not isinstance(table, StageTable)]:
-            raise Broken(f"it returned {shorten(wrong[0])}; return a plugin.StageTable")
+            raise Broken(f"it returned {shown(wrong[0])}; return a plugin.StageTable")
     with contract.promise("a phase of one step is compiled, or refused by a ValueError"):
         try:
             spec.compile(1, 1)
@@ -286,7 +284,7 @@ def _check_tables(contract: Contract, spec: ScheduleSpec, tables: Sequence[tuple
             ends = table.stage_ends
             if ends and (ends[-1] != steps or not all(one < other for one, other in pairwise((0, *ends)))):
                 raise Broken(
-                    f"of {steps} steps stage_ends is {shorten(ends)}; give rising steps up to {steps}, or () for where "
+                    f"of {steps} steps stage_ends is {shown(ends)}; give rising steps up to {steps}, or () for where "
                     "actions end"
                 )
 
@@ -384,12 +382,12 @@ def check_data(data: Reference) -> ContractReport:
 def _check_row(place: int, row: Row) -> None:
     where = f"place {place}"
     if not isinstance(row, Row):
-        raise Broken(f"{where} holds {shorten(row)}; return plugin.Row")
+        raise Broken(f"{where} holds {shown(row)}; return plugin.Row")
     where = f"row {row.index} (place {place})"
     if not isinstance(row.turns, tuple) or not all(isinstance(turn, Turn) for turn in row.turns):
-        raise Broken(f"{where} has the turns {shorten(row.turns)}; give a tuple of plugin.Turn")
+        raise Broken(f"{where} has the turns {shown(row.turns)}; give a tuple of plugin.Turn")
     if not isinstance(row.images, tuple) or not all(isinstance(image, ImageRef) for image in row.images):
-        raise Broken(f"{where} has the images {shorten(row.images)}; give a tuple of plugin.ImageRef")
+        raise Broken(f"{where} has the images {shown(row.images)}; give a tuple of plugin.ImageRef")
     roles = "".join(f"{turn.role} " for turn in row.turns)
     if not _ROLES.fullmatch(roles):
         raise Broken(
@@ -416,7 +414,7 @@ def _check_check(data_set: DataSet) -> None:
     for every_row in (True, False):
         errors = data_set.check(every_row)
         if not isinstance(errors, list) or not all(isinstance(error, str) for error in errors):
-            raise Broken(f"check(every_row={every_row}) returned {shorten(errors)}; return a list of texts")
+            raise Broken(f"check(every_row={every_row}) returned {shown(errors)}; return a list of texts")
         if errors:
             raise Broken(f"check(every_row={every_row}) reports {len(errors)}, first: {errors[0]}")
 

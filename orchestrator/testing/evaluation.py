@@ -32,7 +32,7 @@ from orchestrator.testing.contract import (
     Reference,
     check_spec,
     component_of,
-    shorten,
+    shown,
 )
 
 _ANSWERS = ("yes", "No.", "", "  a   red\ncircle ", "3.14", "éü 漢字 🙂", "x" * 200, "it's 1/2")
@@ -93,7 +93,7 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
     with contract.promise("run() gives an Outcome"):
         outcomes.append(run(data))
         if not isinstance(outcomes[0], Outcome):
-            raise Broken(f"it returned {shorten(outcomes[0])}; return plugin.Outcome(metrics, num_samples, examples)")
+            raise Broken(f"it returned {shown(outcomes[0])}; return plugin.Outcome(metrics, num_samples, examples)")
     if contract.broken:
         return
     with contract.promise("metrics are finite numbers with names that MLflow allows, at least one, the headline first"):
@@ -104,12 +104,12 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
     with contract.promise("examples and predictions are mappings of JSON values"):
         for kept in (outcomes[0].examples, outcomes[0].predictions):
             if not all(isinstance(one, dict) for one in kept):
-                raise Broken(f"they are {shorten(kept)}; give a list of dicts, e.g. of plugin.prediction")
+                raise Broken(f"they are {shown(kept)}; give a list of dicts, e.g. of plugin.prediction")
             json.dumps(kept, allow_nan=False)
     with contract.promise("there is a prediction of every row, in the order of the rows, or none at all"):
         found = [one.get("row") for one in outcomes[0].predictions]
         if found and found != [row.index for row in rows]:
-            raise Broken(f"they are of the rows {shorten(found)}, the data has {[row.index for row in rows]}")
+            raise Broken(f"they are of the rows {shown(found)}, the data has {[row.index for row in rows]}")
     with contract.promise("run again it gives the same"):
         random.seed(1)
         torch.manual_seed(1)

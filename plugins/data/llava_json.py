@@ -146,7 +146,7 @@ class LlavaJson:
         except FileNotFoundError as error:
             raise plugin.DataError(_not_there(self._spec)) from error
         drop = self._spec.on_bad_row == "drop"
-        plugin.raise_for_faults(self._spec.data_path, self._errors(found, found.bad if drop else found.unreadable))
+        plugin.raise_for_errors(self._spec.data_path, self._errors(found, found.bad if drop else found.unreadable))
         return plugin.IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
 
     def check(self, every_row: bool = True) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob, job_to_json
@@ -26,6 +27,21 @@ def finish(ledger: Ledger, job: Job, *, checkpoint: bool = True, **result: Any) 
         (work / "result.json").write_text(json.dumps({**told, **result}))
         spool(ledger, job, job.last_step)
     ledger.commit(job.id)
+
+
+def fill(ledger: Ledger, state: str, *, checkpoint: bool = False, model: bytes = b"weights") -> Path:
+    """Writes what a stage run of seven steps leaves to commit, without a job; gives its work folder."""
+    work, writing = ledger.work_folder(state), ledger.writing_folder(state)
+    (writing / "weights").mkdir(exist_ok=True)
+    (writing / "weights" / "model.safetensors").write_bytes(model)
+    if checkpoint:
+        (writing / "checkpoint" / "rank0").mkdir(parents=True, exist_ok=True)
+        (writing / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
+    (writing / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
+    (writing / "result.json").write_text(json.dumps({"id": state}))
+    (work / "metrics.jsonl").write_text('{"step": 0}\n')
+    (work / "log.txt").write_text("said\n")
+    return work
 
 
 def spool(ledger: Ledger, job: StageJob, step: int, step_seconds: float = 0.5) -> None:

@@ -21,6 +21,8 @@ from orchestrator.compression.testing.method import global_random_state, method_
 from orchestrator.compression.testing.reference import Reference, draws
 from orchestrator.compression.testing.tiny import TinyFamily
 from orchestrator.errors import UsageError
+from orchestrator.spec.base import validation_text
+from orchestrator.spec.checks.places import implementation_error
 from orchestrator.spec.components import CompressorSpec, Grid
 
 PROVEN = "proven"
@@ -180,11 +182,7 @@ class Candidate:
         try:
             return self.cls.model_validate(value)
         except ValidationError as error:
-            errors = "; ".join(
-                f"{'.'.join(map(str, message['loc']))}: {message['msg']}".removeprefix(": ")
-                for message in error.errors()
-            )
-            raise UsageError(f"check_compressor: {value!r} is no compressor: {errors}") from error
+            raise UsageError(f"check_compressor: {value!r} is no compressor: {validation_text(error)}") from error
 
     def all_kept(self) -> Candidate:
         """Return the candidate with every token kept."""
@@ -196,6 +194,8 @@ def _candidate(point: PointLike) -> Candidate:
     if isinstance(point, CompressorSpec):
         return Candidate(type(point), point.model_dump(exclude_none=True))
     cls = registry.class_of(point, registry.COMPRESSORS, "check_compressor")
+    if wrong := implementation_error(cls):
+        raise UsageError(f"check_compressor: {cls.kind_name()}: {wrong}")
     return Candidate(cls, point if isinstance(point, Mapping) else {})
 
 

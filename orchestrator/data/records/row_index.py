@@ -30,7 +30,7 @@ from orchestrator.data.rows import (
     described,
     evenly_spread,
     open_data_set,
-    raise_for_faults,
+    raise_for_errors,
 )
 from orchestrator.errors import DataError
 from orchestrator.plan.cells.identity_fields import data_identity
@@ -97,8 +97,9 @@ class RowIndex:
         return np.unique(np.repeat(np.arange(len(self)), counts)[hits]).tolist()
 
     def _image_error(self, position: int) -> str:
+        names: Any
         (names,) = self._columns.values(position, "images")
-        name = next(name for name in names if name in self.images.errors)  # type: ignore[attr-defined]
+        name = next(name for name in names if name in self.images.errors)
         return f"{path_of(self._folder, name)} {self.images.errors[name]}"
 
     @cached_property
@@ -288,7 +289,7 @@ def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
     for row in rows:
         content.update(repr(row).encode("utf-8", "backslashreplace") + b"\n")
     found = row_index({"rows": content.hexdigest()}, lambda: (partial(_itself, row) for row in rows))
-    raise_for_faults(f"data of kind {spec.kind}", [f"row {number}: {why}" for number, why in found.bad.items()])
+    raise_for_errors(f"data of kind {spec.kind}", [f"row {number}: {why}" for number, why in found.bad.items()])
     return IndexedRows(found, found.good)
 
 

@@ -221,7 +221,7 @@ def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[
                 yield Finding((section, name, "kind"), f"`{spec.kind}` cannot run: {wrong}", None, hint)
 
 
-def implementation_error(component: type[Any], methods: tuple[str, ...]) -> str | None:
+def implementation_error(component: type[Any], methods: tuple[str, ...] = ()) -> str | None:
     """Return why what a spec class names as its implementation cannot be used; None where nothing speaks against it."""
     reference = getattr(component, "implementation", "")
     module, colon, name = reference.partition(":")

@@ -6,10 +6,13 @@ import functools
 import json
 import subprocess
 
+import pytest
 from inspected_rows import GOOD, cells, record, write_experiment
 from program import run_forked
 
+import orchestrator as llv
 from orchestrator.data.inspect import check_document, row_document
+from orchestrator.errors import DataError
 
 
 def test_the_verbs(tmp_path):
@@ -30,3 +33,14 @@ def test_the_verbs(tmp_path):
     path = experiment(GOOD)
     done = llavolta("check", "look.yaml")
     assert done.returncode == 0 and done.stdout.endswith("as the file allows\n"), done.stdout
+
+
+def test_a_search_without_trials_has_its_data_checked(tmp_path):
+    path = write_experiment(tmp_path, [*GOOD, record(3, "<image>\nGone", "Yes", image="gone.png")])
+    search = {
+        "objectives": {"eval/vqa/accuracy": "max", "cost/train_tflops": "min"}, "num_trials": 2,
+        "space": {"phases.finetune.learning_rate": {"kind": "log_uniform", "low": 1e-4, "high": 1e-3}},
+    }  # fmt: skip
+    path.write_text(json.dumps({**json.loads(path.read_text()), "search": search}))
+    with pytest.raises(DataError, match=r"gone\.png"):
+        llv.load(path).check_data()

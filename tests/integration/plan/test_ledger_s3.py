@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ledger_work import fill
 
 from orchestrator.errors import DamagedStateError, StaleWriterError, StorageError
 from orchestrator.plan.ledger import Ledger
@@ -29,19 +29,6 @@ def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return of
 
 
-def fill(ledger: Ledger, checkpoint: bool = False, model: bytes = MODEL) -> None:
-    work, writing = ledger.work_folder(STATE), ledger.writing_folder(STATE)
-    (writing / "weights").mkdir(exist_ok=True)
-    (writing / "weights" / "model.safetensors").write_bytes(model)
-    if checkpoint:
-        (writing / "checkpoint" / "rank0").mkdir(parents=True, exist_ok=True)
-        (writing / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
-    (writing / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
-    (writing / "result.json").write_text(json.dumps({"id": STATE}))
-    (work / "metrics.jsonl").write_text('{"step": 0}\n')
-    (work / "log.txt").write_text("said\n")
-
-
 def seal(ledger: Ledger, step: int, content: bytes) -> Path:
     folder = ledger.writing_folder(STATE) / f"step_{step:06d}"
     folder.mkdir()
@@ -52,7 +39,7 @@ def seal(ledger: Ledger, step: int, content: bytes) -> Path:
 def test_what_one_machine_commits_another_finds(machine: Callable[[str], Ledger], bucket: str) -> None:
     one, two = machine("one"), machine("two")
     assert not one.is_done(STATE) and one.result(STATE) is None and not one.storage.exists()
-    fill(one, checkpoint=True)
+    fill(one, STATE, checkpoint=True, model=MODEL)
     one.commit(STATE)
     for ledger in (two, one, machine("three")):
         assert ledger.url == f"{bucket}/runs" and ledger.is_done(STATE) and not ledger.is_begun(STATE)
@@ -69,13 +56,13 @@ def test_what_one_machine_commits_another_finds(machine: Callable[[str], Ledger]
 
 def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(machine: Callable[[str], Ledger], bucket: str) -> None:
     one, two = machine("one"), machine("two")
-    fill(one)
+    fill(one, STATE, model=MODEL)
     one.commit(STATE)
-    fill(two, model=b"of another machine")
+    fill(two, STATE, model=b"of another machine")
     two.commit(STATE)
     assert (machine("three").fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL
     assert not two.has(STATE, "checkpoint")
-    fill(two, checkpoint=True, model=b"of another machine")
+    fill(two, STATE, checkpoint=True, model=b"of another machine")
     two.commit(STATE)
     assert one.has(STATE, "weights")
     for name in ("one", "two", "three"):
@@ -91,7 +78,7 @@ def test_damage_in_the_bucket_is_found_and_mended_by_training_again(
     machine: Callable[[str], Ledger], bucket: str, damage: str
 ) -> None:
     store, one = S3Backend(f"{bucket}/runs"), machine("one")
-    fill(one)
+    fill(one, STATE, model=MODEL)
     one.commit(STATE)
     key = next(key for key, size in store.sizes("objects").items() if size == len(MODEL))
     if damage == "flip":
@@ -108,14 +95,14 @@ def test_damage_in_the_bucket_is_found_and_mended_by_training_again(
         assert two.is_done(STATE) and "weights/model.safetensors" in str(caught.value)
         two.discard(STATE)
     assert not two.is_done(STATE)
-    fill(two)
+    fill(two, STATE, model=MODEL)
     two.commit(STATE)
     assert (machine("three").fetch(STATE, "weights") / "model.safetensors").read_bytes() == MODEL
 
 
 def test_a_damaged_copy_is_downloaded_again(machine: Callable[[str], Ledger]) -> None:
     one = machine("one")
-    fill(one)
+    fill(one, STATE, model=MODEL)
     copy = one.commit(STATE) / "weights" / "model.safetensors"
     for content in (b"W" + MODEL[1:], MODEL[:-1], b""):
         copy.write_bytes(content)
@@ -145,7 +132,7 @@ def test_another_machine_goes_on_from_a_sealed_checkpoint(machine: Callable[[str
     assert [path.name for path in machine("three").store.checkpoints(STATE)] == ["step_000004"]
     seal(two, 5, b"5" * 100)  # a step after the one it fell back to
     assert [path.name for path in machine("three").store.checkpoints(STATE)] == ["step_000005", "step_000004"]
-    fill(two)
+    fill(two, STATE, model=MODEL)
     two.commit(STATE)
     assert store.names("work") == [] and list(machine("three").store.checkpoints(STATE)) == []
 
@@ -184,7 +171,7 @@ def test_two_machines_write_one_state(machine: Callable[[str], Ledger]) -> None:
     one.seal_checkpoint(STATE, 4, one.writing_folder(STATE) / "step_000004")
     both = machine("three").last_checkpoint(STATE)
     assert both is not None and [(both / f"rank{index}.pt").read_text() for index in (0, 1)] == ["both", "both"]
-    fill(one)
+    fill(one, STATE, model=MODEL)
     (two.writing_folder(STATE) / "checkpoint").mkdir()
     (two.writing_folder(STATE) / "checkpoint" / "rank1.pt").write_text("the other's")
     one.share(one.writing_folder(STATE))
@@ -201,7 +188,7 @@ def test_a_writer_that_lost_its_lease_changes_nothing(machine: Callable[[str], L
     one, two = machine("one"), machine("two")
     first = Leases(one.store, "one")
     one.fences[STATE] = first.acquire(STATE) or 0
-    fill(one)
+    fill(one, STATE, model=MODEL)
     first.release(STATE)
     second = Leases(two.store, "two")
     assert second.acquire(STATE) == 2
@@ -225,7 +212,7 @@ def test_a_stale_writer_that_goes_on_anywhere_takes_nothing_of_the_new_holder(ma
     assert newest is not None and newest.name == "step_000004"
     for step in (6, 8):
         seal(two, step, b"%d" % step)
-    fill(two)
+    fill(two, STATE, model=MODEL)
     two.share(two.writing_folder(STATE))
     before = two.store.sizes("objects")
     assert len([key for key in before if f"{STATE}/000002/" in key]) == 5
@@ -244,7 +231,7 @@ def test_a_stale_writer_that_goes_on_anywhere_takes_nothing_of_the_new_holder(ma
 
 def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -> None:
     one, two = machine("one"), machine("two")
-    fill(one, checkpoint=True)
+    fill(one, STATE, checkpoint=True, model=MODEL)
     one.commit(STATE)
     one.write_failure("f" * 64, {"error": "no"})
     one.write_evaluation("e" * 64, {"metrics": {"accuracy": 0.5}})
@@ -269,7 +256,7 @@ def test_a_snapshot_answers_from_one_listing(machine: Callable[[str], Ledger]) -
     with two.snapshot(), two.snapshot():
         ask()
         assert len(sent) == 4  # values are kept on the machine
-        fill(one, checkpoint=True)
+        fill(one, STATE, checkpoint=True, model=MODEL)
         one.write_failure("d" * 64, {"error": "later"})
         assert two.failure("d" * 64) is None
         two.clear_failure("f" * 64)
@@ -281,5 +268,5 @@ def test_a_bucket_that_is_not_there_is_said(bucket: str) -> None:
     with pytest.raises(StorageError, match="no such bucket"), ledger.snapshot():
         pass
     with pytest.raises(StorageError, match="no such bucket"):
-        fill(ledger)
+        fill(ledger, STATE, model=MODEL)
         ledger.commit(STATE)

@@ -93,6 +93,28 @@ def test_check_says_which_values_it_needs(llavolta, file):
     assert "schedules switch: broken\n  check_schedule: switch requires compressor; give" in done.stdout
 
 
+GONE = '''"""A compressor whose implementation is not there."""
+from typing import ClassVar, Literal
+
+from orchestrator.plugin import CompressorSpec
+
+
+class GoneSpec(CompressorSpec):
+    """Is gone."""
+
+    implementation: ClassVar[str] = "nowhere_at_all:Gone"
+    kind: Literal["gone"] = "gone"
+'''
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_check_names_an_implementation_that_cannot_be_imported(llavolta, file):
+    file.write_text(GONE)
+    done = llavolta("check", str(file), "--family", "llava", timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "compressors gone: broken\n  check_compressor: gone: its implementation `nowhere_at_all:Gone`" in done.stdout
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_check_notices_that_a_spec_loads_torch(file, tmp_path):
     file.write_text("import torch\n" + file.read_text().replace("from __future__ import annotations\n", ""))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
 import pytest
+from ledger_work import fill
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger, files
@@ -15,20 +15,6 @@ from orchestrator.plan.ledger.backends import folder as folder_backend
 from orchestrator.plan.ledger.files import damaged_files, storage_errors, write_json
 
 STATE = "a" * 64
-
-
-def fill(ledger: Ledger, state: str = STATE, checkpoint: bool = False, text: str = "weights") -> Path:
-    work, writing = ledger.work_folder(state), ledger.writing_folder(state)
-    (writing / "weights").mkdir(exist_ok=True)
-    (writing / "weights" / "model.safetensors").write_text(text)
-    if checkpoint:
-        (writing / "checkpoint" / "rank0").mkdir(parents=True, exist_ok=True)
-        (writing / "checkpoint" / "rank0" / "optimizer.pt").write_bytes(b"\1" * 5000)
-    (writing / "job.json").write_text(json.dumps({"type": "stage", "last_step": 7}))
-    (writing / "result.json").write_text(json.dumps({"id": state}))
-    (work / "metrics.jsonl").write_text('{"step": 0}\n')
-    (work / "log.txt").write_text("said\n")
-    return work
 
 
 @pytest.fixture
@@ -45,7 +31,7 @@ def test_nothing_is_written_before_there_is_something(ledger: Ledger) -> None:
 
 
 def test_commit(ledger: Ledger) -> None:
-    work = fill(ledger, checkpoint=True)
+    work = fill(ledger, STATE, checkpoint=True)
     (work / "step_000003").mkdir()
     (ledger.writing_folder(STATE) / "step_000005").mkdir()  # killed while it was written
     folder = ledger.commit(STATE)
@@ -59,18 +45,18 @@ def test_commit(ledger: Ledger) -> None:
 
 
 def test_a_second_commit_adds_the_parts_that_the_first_one_lacks(ledger: Ledger) -> None:
-    fill(ledger)
+    fill(ledger, STATE)
     weights = ledger.commit(STATE) / "weights" / "model.safetensors"
-    fill(ledger, text="of another worker")
+    fill(ledger, STATE, model=b"of another worker")
     ledger.commit(STATE)
     assert weights.read_text() == "weights" and not ledger.has(STATE, "checkpoint")
-    fill(ledger, checkpoint=True, text="of a third")
+    fill(ledger, STATE, checkpoint=True, model=b"of a third")
     (ledger.state_folder(STATE) / "checkpoint").mkdir()  # moved there by one that was killed before it was listed
     assert not ledger.has(STATE, "checkpoint")
     ledger.commit(STATE)
     assert ledger.has(STATE, "checkpoint") and damaged_files(ledger.state_folder(STATE)) == []
     assert weights.read_text() == "weights" and os.listdir(weights.parents[1] / "checkpoint") == ["rank0"]
-    fill(ledger)
+    fill(ledger, STATE)
     ledger.commit(STATE)
     assert ledger.has(STATE, "checkpoint")
 
@@ -83,7 +69,7 @@ def test_nothing_to_commit_is_an_error(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "manifest", "flipped manifest"])
 def test_damage_is_found(ledger: Ledger, damage: str) -> None:
-    fill(ledger, checkpoint=True)
+    fill(ledger, STATE, checkpoint=True)
     folder = ledger.commit(STATE)
     name = "checkpoint/rank0/optimizer.pt"
     file, manifest = folder / name, folder / "manifest.json"
@@ -102,7 +88,7 @@ def test_damage_is_found(ledger: Ledger, damage: str) -> None:
     assert damaged_files(folder) == [name if damage in ("cut", "flip", "gone") else "manifest.json"]
     # A flipped bit is seen only when all bytes are read, which `damaged_files` did.
     assert Ledger(ledger.storage).is_done(STATE) == (damage == "flip")
-    fill(ledger, checkpoint=True)
+    fill(ledger, STATE, checkpoint=True)
     if damage == "flip":
         ledger.discard(STATE)
     ledger.commit(STATE)
@@ -125,7 +111,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ledger: Ledger) -> No
 
 
 def test_a_crash_in_a_commit_leaves_the_work(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(ledger, checkpoint=True)
+    fill(ledger, STATE, checkpoint=True)
     writing = ledger.writing_folder(STATE)
     monkeypatch.setattr(folder_backend, "write_manifest", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
