@@ -62,7 +62,7 @@ def kept_by_autograd(points: tuple[Any, ...], attention: str, train: tuple[str, 
 @pytest.mark.parametrize("points", [(), HEAVY])
 @pytest.mark.parametrize(
     ("train", "checkpointing", "most"),
-    [(ALL, False, 1.4), (ALL[1:], False, 1.6), (ALL[1:2], False, 1.7), (ALL[1:], True, 6.5)],
+    [(ALL, False, 1.4), (ALL[1:], False, 1.6), (ALL[1:2], False, 1.7), (ALL[1:], True, 7)],
 )
 def test_formula_covers_what_autograd_keeps(
     attention: str, points: tuple[Any, ...], train: tuple[str, ...], checkpointing: bool, most: float
@@ -70,6 +70,7 @@ def test_formula_covers_what_autograd_keeps(
     real = kept_by_autograd(points, attention, train, checkpointing)
     told = formula(points, Longest(40, 39, 64, 1), attention, train=train, gradient_checkpointing=checkpointing)
     # Above it by what backward works in: one layer of the four, under checkpointing two, which are most of it here.
+    # On some processors `linear` keeps the tower's features as a view, not as a copy (16 KiB of the 240 here).
     assert real < told < most * real
 
 
