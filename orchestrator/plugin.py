@@ -4,8 +4,8 @@
 
     class MySpec(plugin.CompressorSpec): ...
 
-A plug-in's module is imported wherever a spec is read, so importing this one loads no torch: names that need it are
-imported when they are first used (PEP 562), which is when an implementation runs.
+A plug-in's module is imported wherever a spec is read, so importing this one loads no torch: every name is imported
+when it is first used (PEP 562), one that needs torch therefore when an implementation runs.
 """
 
 from __future__ import annotations
@@ -13,86 +13,81 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.data.rows import (
-    IMAGE_MARK,
-    DataSet,
-    ImageReading,
-    ImageRef,
-    Row,
-    Turn,
-    evenly_spread,
-    file_exists,
-    raise_for_errors,
-)
-from orchestrator.errors import DataError, UsageError
-from orchestrator.plan.identity import content_digest
-from orchestrator.spec.base import (
-    Count,
-    Flag,
-    Integer,
-    NonNegative,
-    Positive,
-    Share,
-    Spec,
-    Whole,
-    parse_share,
-)
-from orchestrator.spec.components import (
-    BlockCompressorSpec,
-    CompressorSpec,
-    DataSpec,
-    DistillSpec,
-    EvaluationSpec,
-    Grid,
-    ScheduleSpec,
-    StageTable,
-    Teaching,
-    amount_to_keep,
-    block_to_keep,
-    merge_actions,
-    teachers_of,
-)
-
 if TYPE_CHECKING:
-    from orchestrator.compression.ops import (
-        TOLERANCE,
-        Windows,
-        along_both_axes,
-        argmax,
-        argmin,
-        at_least_float32,
-        cosines,
-        distances,
-        full_precision,
-        is_top,
-        merge,
-        places_of,
-        ranked,
-        sum_members,
-        tokens_at,
-        top_tokens,
-        window_bounds,
-        windows_over,
-    )
-    from orchestrator.compression.protocol import (
-        Compressor,
-        Context,
-        Enters,
-        Kept,
-        Learns,
-        Resizes,
-        evenly_spaced,
-        take,
-        take_windows,
-    )
-    from orchestrator.compression.testing import check_compressor
-    from orchestrator.data.records.row_index import num_words
-    from orchestrator.evaluation.generate import greedy_answers
-    from orchestrator.evaluation.protocol import Evaluation, EvaluationData, Outcome, Workers, prediction
-    from orchestrator.testing.contract import check_data, check_schedule
-    from orchestrator.testing.evaluation import check_evaluation
+    from orchestrator.compression.ops import TOLERANCE as TOLERANCE
+    from orchestrator.compression.ops import Windows as Windows
+    from orchestrator.compression.ops import along_both_axes as along_both_axes
+    from orchestrator.compression.ops import argmax as argmax
+    from orchestrator.compression.ops import argmin as argmin
+    from orchestrator.compression.ops import at_least_float32 as at_least_float32
+    from orchestrator.compression.ops import cosines as cosines
+    from orchestrator.compression.ops import distances as distances
+    from orchestrator.compression.ops import full_precision as full_precision
+    from orchestrator.compression.ops import is_top as is_top
+    from orchestrator.compression.ops import merge as merge
+    from orchestrator.compression.ops import places_of as places_of
+    from orchestrator.compression.ops import ranked as ranked
+    from orchestrator.compression.ops import sum_members as sum_members
+    from orchestrator.compression.ops import tokens_at as tokens_at
+    from orchestrator.compression.ops import top_tokens as top_tokens
+    from orchestrator.compression.ops import window_bounds as window_bounds
+    from orchestrator.compression.ops import windows_over as windows_over
+    from orchestrator.compression.protocol import Compressor as Compressor
+    from orchestrator.compression.protocol import Context as Context
+    from orchestrator.compression.protocol import Enters as Enters
+    from orchestrator.compression.protocol import Kept as Kept
+    from orchestrator.compression.protocol import Learns as Learns
+    from orchestrator.compression.protocol import Resizes as Resizes
+    from orchestrator.compression.protocol import evenly_spaced as evenly_spaced
+    from orchestrator.compression.protocol import take as take
+    from orchestrator.compression.protocol import take_windows as take_windows
+    from orchestrator.compression.testing import check_compressor as check_compressor
+    from orchestrator.data.records.row_index import num_words as num_words
+    from orchestrator.data.rows import IMAGE_MARK as IMAGE_MARK
+    from orchestrator.data.rows import DataSet as DataSet
+    from orchestrator.data.rows import ImageReading as ImageReading
+    from orchestrator.data.rows import ImageRef as ImageRef
+    from orchestrator.data.rows import Row as Row
+    from orchestrator.data.rows import Turn as Turn
+    from orchestrator.data.rows import evenly_spread as evenly_spread
+    from orchestrator.data.rows import file_exists as file_exists
+    from orchestrator.data.rows import raise_for_errors as raise_for_errors
+    from orchestrator.errors import DataError as DataError
+    from orchestrator.errors import UsageError as UsageError
+    from orchestrator.evaluation.generate import greedy_answers as greedy_answers
+    from orchestrator.evaluation.protocol import Evaluation as Evaluation
+    from orchestrator.evaluation.protocol import EvaluationData as EvaluationData
+    from orchestrator.evaluation.protocol import Outcome as Outcome
+    from orchestrator.evaluation.protocol import Workers as Workers
+    from orchestrator.evaluation.protocol import prediction as prediction
+    from orchestrator.plan.identity import content_digest as content_digest
+    from orchestrator.spec.base import Count as Count
+    from orchestrator.spec.base import Flag as Flag
+    from orchestrator.spec.base import Integer as Integer
+    from orchestrator.spec.base import NonNegative as NonNegative
+    from orchestrator.spec.base import Positive as Positive
+    from orchestrator.spec.base import Share as Share
+    from orchestrator.spec.base import Spec as Spec
+    from orchestrator.spec.base import Whole as Whole
+    from orchestrator.spec.base import parse_share as parse_share
+    from orchestrator.spec.components import BlockCompressorSpec as BlockCompressorSpec
+    from orchestrator.spec.components import CompressorSpec as CompressorSpec
+    from orchestrator.spec.components import DataSpec as DataSpec
+    from orchestrator.spec.components import DistillSpec as DistillSpec
+    from orchestrator.spec.components import EvaluationSpec as EvaluationSpec
+    from orchestrator.spec.components import Grid as Grid
+    from orchestrator.spec.components import ScheduleSpec as ScheduleSpec
+    from orchestrator.spec.components import StageTable as StageTable
+    from orchestrator.spec.components import Teaching as Teaching
+    from orchestrator.spec.components import amount_to_keep as amount_to_keep
+    from orchestrator.spec.components import block_to_keep as block_to_keep
+    from orchestrator.spec.components import merge_actions as merge_actions
+    from orchestrator.spec.components import teachers_of as teachers_of
+    from orchestrator.testing.contract import check_data as check_data
+    from orchestrator.testing.contract import check_schedule as check_schedule
+    from orchestrator.testing.evaluation import check_evaluation as check_evaluation
 
-_LOADED_WHEN_USED = {
+_NAMES = {
     "orchestrator.compression.ops": (
         "TOLERANCE Windows along_both_axes argmax argmin at_least_float32 cosines distances full_precision is_top "
         "merge places_of ranked sum_members tokens_at top_tokens window_bounds windows_over"
@@ -101,92 +96,30 @@ _LOADED_WHEN_USED = {
         "Compressor Context Enters Kept Learns Resizes evenly_spaced take take_windows"
     ),
     "orchestrator.compression.testing": "check_compressor",
-    "orchestrator.data.records.row_index": "IndexedRows RowIndex num_words row_index",
+    "orchestrator.data.records.row_index": "num_words",
+    "orchestrator.data.rows": (
+        "IMAGE_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
+    ),
+    "orchestrator.errors": "DataError UsageError",
     "orchestrator.evaluation.generate": "greedy_answers",
     "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers prediction",
-    "orchestrator.testing.evaluation": "check_evaluation",
+    "orchestrator.plan.identity": "content_digest",
+    "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
+    "orchestrator.spec.components": (
+        "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec Grid ScheduleSpec StageTable Teaching "
+        "amount_to_keep block_to_keep merge_actions teachers_of"
+    ),
     "orchestrator.testing.contract": "check_data check_schedule",
+    "orchestrator.testing.evaluation": "check_evaluation",
 }
-_MODULE_OF = {name: module for module, names in _LOADED_WHEN_USED.items() for name in names.split()}
-
-__all__ = [
-    "IMAGE_MARK",
-    "TOLERANCE",
-    "BlockCompressorSpec",
-    "Compressor",
-    "CompressorSpec",
-    "Context",
-    "Count",
-    "DataError",
-    "DataSet",
-    "DataSpec",
-    "DistillSpec",
-    "Enters",
-    "Evaluation",
-    "EvaluationData",
-    "EvaluationSpec",
-    "Flag",
-    "Grid",
-    "ImageReading",
-    "ImageRef",
-    "Integer",
-    "Kept",
-    "Learns",
-    "NonNegative",
-    "Outcome",
-    "Positive",
-    "Resizes",
-    "Row",
-    "ScheduleSpec",
-    "Share",
-    "Spec",
-    "StageTable",
-    "Teaching",
-    "Turn",
-    "UsageError",
-    "Whole",
-    "Windows",
-    "Workers",
-    "along_both_axes",
-    "amount_to_keep",
-    "argmax",
-    "argmin",
-    "at_least_float32",
-    "block_to_keep",
-    "check_compressor",
-    "check_data",
-    "check_evaluation",
-    "check_schedule",
-    "content_digest",
-    "cosines",
-    "distances",
-    "evenly_spaced",
-    "evenly_spread",
-    "file_exists",
-    "full_precision",
-    "greedy_answers",
-    "is_top",
-    "merge",
-    "merge_actions",
-    "num_words",
-    "parse_share",
-    "places_of",
-    "prediction",
-    "raise_for_errors",
-    "ranked",
-    "sum_members",
-    "take",
-    "take_windows",
-    "teachers_of",
-    "tokens_at",
-    "top_tokens",
-    "window_bounds",
-    "windows_over",
-]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
+# Used by the data kinds that come with the package, and not promised to others.
+_MODULE_OF |= dict.fromkeys(("IndexedRows", "RowIndex", "row_index"), "orchestrator.data.records.row_index")
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name that needs torch; its module is imported now.
+    """Import a name when it is first used.
 
     Raises:
         AttributeError: there is no such name.
