@@ -24,7 +24,7 @@ from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
-from orchestrator.spec.grid.cell_names import misfit
+from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.loader import load_experiment
 

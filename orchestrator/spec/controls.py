@@ -19,7 +19,7 @@ from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.checks.compression import ANY_STEPS, check_variant
 from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.cells import ResolvedCell
+from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.yaml.node import Node
 from orchestrator.spec.yaml.validation_errors import error_at, unknown_name

@@ -1,4 +1,4 @@
-"""A loaded experiment, and its YAML with each value beside the place it came from."""
+"""A loaded experiment with its cells, and its YAML with each value beside the place it came from."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from typing import Any, TypeAlias
 import yaml
 
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.cells import ResolvedCell
 
 _WIDTH = 60
+
+
+@dataclass(frozen=True)
+class ResolvedCell:
+    """One cell of the grid.
+
+    Attributes:
+        name: Unique in the experiment, safe as a folder's name.
+        axes: Dotted path of each axis to its value as written.
+        spec: The experiment with the axes' values in their places.
+    """
+
+    name: str
+    axes: dict[str, Any]
+    spec: ExperimentSpec
 
 
 @dataclass(frozen=True)

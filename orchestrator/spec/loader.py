@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.checks.cell import Checks
-from orchestrator.spec.checks.names import References, check_report, check_search, space_corners
 from orchestrator.spec.checks.places import check_cluster, check_tracking
 from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.axes import AxisReader
+from orchestrator.spec.grid.axes import AxisReader, check_report
 from orchestrator.spec.grid.cells import GridBuilder, Parts, apply
 from orchestrator.spec.loaded import LoadedExperiment, Source
+from orchestrator.spec.search_space import check_search, space_corners
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.key_paths import AXIS_KEYS
 from orchestrator.spec.yaml.merge import (
@@ -97,7 +97,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     spec, base_errors = _base(root)
     parts = Parts(root)
     cluster = parts.get("cluster", ()).value
-    builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts), References().check)
+    builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
     errors += [*(check_report(root, axes, found) if axes_are_valid else []), *check_search(root)]
     errors += [*check_cluster(root), *check_tracking(root)]

@@ -1,25 +1,26 @@
-"""Trials of a search: recipes drawn from its space by an object with Optuna's `suggest_*`, and their cells."""
+"""Trials of a search: recipes drawn from its space by an object with Optuna's `suggest_*`, their cells, and checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from orchestrator.errors import SpecError
+from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.components import FULL
+from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.cells import ResolvedCell
-from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.grid.axes import NOT_A_PATH, SECTIONS, Assignment, Setting, value_key
+from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
+from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
 from orchestrator.spec.yaml.key_paths import find_path
-from orchestrator.spec.yaml.node import Mark, node_of
-from orchestrator.spec.yaml.validation_errors import explain
+from orchestrator.spec.yaml.node import Mark, Node, dotted, node_of
+from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, name_error, unknown_name
 
 
 def trial_name(number: int) -> str:
@@ -169,3 +170,138 @@ def summary(value: Any) -> Any:
         return value
     *before, last = value["stages"]
     return ", ".join([*(f"{stage['compressor']} {stage['share']}" for stage in before), last["compressor"]])
+
+
+COSTS = (
+    "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
+    "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
+)  # fmt: skip
+
+
+def check_search(root: Node) -> list[ErrorDetail]:
+    """Check that a search proposes values of known paths for measured objectives, beside a grid of seeds alone."""
+    errors: list[ErrorDetail] = []
+    search = root.get("search")
+    if search is None or not search.is_mapping:
+        return errors
+    errors += _check_grid(root)
+    for name in search.entries("space"):
+        path = check_path(root, name, ("search", "space", name), errors, NOT_A_PATH)
+        if path is not None and path[0] not in SECTIONS:
+            text = f"`{name}` cannot be searched: it is no part of a cell"
+            errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
+    objectives = search.entries("objectives")
+    errors += [found for name in objectives if (found := _check_objective(root, name)) is not None]
+    if search.get("scheduler") is not None and len(objectives) > 1:
+        errors.append(error_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
+    return errors
+
+
+def _check_grid(root: Node) -> Iterator[ErrorDetail]:
+    for name in root.entries("matrix"):
+        if name != "seed":
+            message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
+            yield name_error(root, ("matrix", name), message, "seed")
+    for key in ("zip", "include", "exclude", "controls"):
+        if (node := root.get(key)) is not None and node.value:
+            message = f"beside a search there is no `{key}`: its trials are proposed one by one"
+            yield error_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
+
+
+def _check_objective(root: Node, name: str) -> ErrorDetail | None:
+    known = [f"cost/{cost}" for cost in COSTS]
+    for entry, node in root.entries("evaluate").items():
+        for under in _under(node):
+            place = f"eval/{entry}" if under == FINAL else f"eval/{entry}/under_{under}"
+            if name.startswith(f"{place}/") and name.count("/") == place.count("/") + 1:
+                return None
+            known.append(f"{place}/accuracy")
+    if name in known:
+        return None
+    path = ("search", "objectives", name)
+    return name_error(root, path, "no trial would have this metric", *unknown_name(name, known))
+
+
+def _under(entry: Node) -> list[Any]:
+    under = entry.get("under") if entry.is_mapping else None
+    if under is None:
+        return [FINAL]
+    return [item.value for item in under.value] if under.is_list else [under.value]
+
+
+def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> list[Assignment]:
+    """Return the recipes at the ends of every range and with each choice, to be checked like cells of a grid.
+
+    Args:
+        root: The tree.
+        spec: The base, without errors.
+        errors: Takes what keeps anything from being drawn.
+    """
+    if spec.search is None:
+        return []
+    try:
+        layer_tokens = variant_layer_tokens(spec)
+    except ValueError as error:
+        errors.append(error_at(root, ("search", "space"), str(error)))
+        return []
+    before = len(errors)
+    for path, entry in spec.search.space.items():
+        if isinstance(entry, StagedSpaceSpec):
+            errors += [error_at(root, ("search", "space", path, key), text) for key, text in _room(entry, layer_tokens)]
+        elif getattr(entry, "low", 0) > getattr(entry, "high", 0):
+            errors.append(error_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
+    if len(errors) > before:
+        return []
+    corners = {}
+    for pick in range(_most_choices(spec.search)):
+        for end in (0, 1):
+            values = draw(_Corner(pick, end), spec.search, layer_tokens)
+            corner = tuple(_setting(root, path, value) for path, value in values.items())
+            corners[tuple(setting.key for setting in corner)] = corner
+    return list(corners.values())
+
+
+def _room(entry: StagedSpaceSpec, layer_tokens: Any) -> Iterator[tuple[str, str]]:
+    most = inner_boundaries(entry) + 1
+    for count in entry.num_stages:
+        if count > most:
+            yield "num_stages", f"{count} stages do not fit: with boundaries of {entry.boundaries} there are {most}"
+    if not before_last(entry, layer_tokens) and (max(entry.num_stages) > 1 or entry.last is None):
+        yield "variants", f"none of them compresses at least as much as the last stage, {entry.last}"
+
+
+def _most_choices(search: SearchSpec) -> int:
+    sizes = [
+        len(entry.num_stages) if isinstance(entry, StagedSpaceSpec) else len(getattr(entry, "values", "1"))
+        for entry in search.space.values()
+    ]
+    return max(sizes)
+
+
+def _setting(root: Node, name: str, value: Any) -> Setting:
+    where = ("search", "space", name)
+    path = find_path(root, name)
+    node = node_of(value, locate(root, where, key=True)[0])
+    return Setting(dotted(path), path, node, value_key(node), where)
+
+
+class _Corner:
+    """Draws the lowest or the highest of every range, a given one of every choice, and variants in turn.
+
+    In turn, because equal neighbours would be one stage, and that the shortest stage starts would not be seen.
+    """
+
+    def __init__(self, pick: int, end: int) -> None:
+        self._pick, self._end, self._variants = pick, end, 0
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[self._pick % len(choices)]
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        if ".variant_" not in name:
+            return (low, high)[self._end]
+        self._variants += 1
+        return low + (self._variants - 1) % (high - low + 1)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return (low, high)[self._end]

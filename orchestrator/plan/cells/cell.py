@@ -10,8 +10,8 @@ from typing import Any
 from orchestrator.plan.cells.compiled_schedule import CHAINED, CompiledSchedule, next_state
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import Action, EvaluationJob, RootJob, StartJob
+from orchestrator.spec.cell_reference import by_axis, by_name
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.cell_names import by_axis, by_name
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
 

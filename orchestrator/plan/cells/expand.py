@@ -30,8 +30,7 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec, epoch_steps, rows_per_epoch
 
 if TYPE_CHECKING:
-    from orchestrator.spec.grid.cells import ResolvedCell
-    from orchestrator.spec.loaded import LoadedExperiment
+    from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 
 
 Made = TypeVar("Made")

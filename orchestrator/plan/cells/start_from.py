@@ -11,13 +11,12 @@ from orchestrator.plan.cells import identity_fields
 from orchestrator.plan.cells.cell import Cell, cell_id, find_cells
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import StartJob
+from orchestrator.spec.cell_reference import by_axis, by_name, misfit
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.cell_names import by_axis, by_name, misfit
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec
 
 if TYPE_CHECKING:
-    from orchestrator.spec.grid.cells import ResolvedCell
-    from orchestrator.spec.loaded import LoadedExperiment
+    from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 
 
 @dataclass(frozen=True)

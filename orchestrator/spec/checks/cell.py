@@ -1,13 +1,16 @@
-"""Checks across a cell's parts that need numbers: lengths, batches, rates, stages, layers and amounts."""
+"""Checks across a cell's parts: the names they refer to, lengths, batches, rates, stages, layers and amounts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
+from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.checks.compression import (
     check_learning,
@@ -18,12 +21,14 @@ from orchestrator.spec.checks.compression import (
 from orchestrator.spec.checks.deepspeed import file_findings
 from orchestrator.spec.checks.places import check_data, check_implementations, check_model
 from orchestrator.spec.checks.start_from import Starts
+from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
-from orchestrator.spec.phase import LoraSpec, PhaseSpec, PhasesSpec
+from orchestrator.spec.phase import PHASES, LoraSpec, PhaseSpec, PhasesSpec
+from orchestrator.spec.yaml.key_paths import NAMED, names_at
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.validation_errors import Finding, error_at
+from orchestrator.spec.yaml.validation_errors import Finding, error_at, locate, name_error, stray_keys, unknown_name
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")
 
@@ -44,10 +49,16 @@ class Checks:
     _seen: dict[tuple[Any, ...], list[Finding]] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)
     _sound: set[tuple[int, ...]] = field(default_factory=set)
-    _known: dict[tuple[str, str | None], ModelFacts | None] = field(default_factory=dict)
     _bare_models: dict[str, ModelSpec] = field(default_factory=dict)
+    _defined: dict[tuple[int, ...], tuple[Node | None, ...]] = field(default_factory=dict)
 
-    def __call__(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[ErrorDetail]:
+    def names(self, tree: Node) -> list[ErrorDetail]:
+        """Return all names of a cell's tree that do not exist, are reserved, or mean two things."""
+        shared = (tree.get("compressors"), tree.get("schedules"))
+        new = self._defined.setdefault(tuple(map(id, shared)), shared) is shared  # kept, so that an id stays theirs
+        return _TreeCheck(tree).check(definitions=new)
+
+    def parts(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[ErrorDetail]:
         """Return the errors of a cell; `parts` holds None where a part has errors of its own."""
         sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
         if sound in self._sound:
@@ -123,10 +134,7 @@ class Checks:
             yield from check_variant(points, ("compressors", name), facts)
 
     def _facts(self, model: ModelSpec) -> ModelFacts | None:
-        key = (model.model_name_or_path, model.revision)
-        if key not in self._known:
-            self._known[key] = model_facts(*key)
-        facts = self._known[key]
+        facts = model_facts(model.model_name_or_path, model.revision)
         if facts is None:
             self.notices.append(
                 f"model.model_name_or_path: the sizes of {model.model_name_or_path} are not known here; layers, "
@@ -258,3 +266,121 @@ def check_parts(phase: PhaseSpec, path: Path) -> Iterator[Finding]:
         without = [part for part in phase.train if part not in phase.learning_rate]
         if without:
             yield Finding((*path, "learning_rate"), f"{', '.join(without)} trains without a learning rate", allowed)
+
+
+class _TreeCheck:
+    """Checks the names of one cell's tree."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+        self.errors: list[ErrorDetail] = []
+        # Where a section cannot be read, the names it holds are unknown: that is the error, and it is reported there.
+        self._unsure = {section for section in NAMED if self._is_unsure(section)}
+        self.data = self._names("data")
+        self.variants = self._names("compressors")
+        self.schedules = self._names("schedules")
+
+    def check(self, definitions: bool) -> list[ErrorDetail]:
+        """Return all errors; those of variants and schedules themselves only with `definitions`."""
+        if definitions:
+            self._check_definitions()
+            for name, node in self.root.entries("schedules").items():
+                self._check_schedule(("schedules", name), node)
+        for name in PHASES:
+            phase = self.root.at(("phases", name))
+            if phase is not None and phase.is_mapping:
+                self._check_phase(("phases", name), phase)
+        for name, node in self.root.entries("evaluate").items():
+            self._check_evaluation(("evaluate", name), node)
+        self._check_search()
+        return self.errors
+
+    def _check_definitions(self) -> None:
+        for section in ("compressors", "schedules"):
+            for name in self._names(section):
+                if name in (FULL, FINAL):
+                    meaning = "no compressor" if name == FULL else "the last stage's variant"
+                    message = f"`{name}` is a reserved name ({meaning}); choose another"
+                    self._error((section, name), message, key=True)
+        for name in self.schedules:
+            if name in self.variants:
+                line = locate(self.root, ("compressors", name), key=True)[0].line
+                message = f"`{name}` is both a schedule and a variant (line {line}); a phase could mean either"
+                self._error(("schedules", name), message, hint="rename one of them", key=True)
+
+    def _check_schedule(self, path: Path, node: Node) -> None:
+        for name in _variants_of(node):
+            if name != FULL and name not in self.variants and "compressors" not in self._unsure:
+                where = next((p for p, leaf in node.leaves(path) if leaf.value == name and p[-1] != "kind"), path)
+                self._error(where, f"there is no variant `{name}`", *unknown_name(name, [*self.variants, FULL]))
+
+    def _check_phase(self, path: Path, phase: Node) -> None:
+        self._check_names(phase, (*path, "data"), "there is no data set `{}`", self.data, "data", keys=True)
+        schedule = phase.get("schedule")
+        known = [*self.schedules, *self.variants, FULL]
+        if schedule is not None and schedule.is_mapping:
+            self._check_schedule((*path, "schedule"), schedule)
+        for key in ("schedule", "match_train_tflops"):
+            message = "there is no schedule or variant `{}`"
+            self._check_names(phase, (*path, key), message, known, "schedules", "compressors")
+
+    def _check_evaluation(self, path: Path, node: Node) -> None:
+        self._check_names(node, (*path, "data"), "there is no data set `{}`", self.data, "data")
+        known = [FINAL, FULL, *self.variants]
+        self._check_names(node, (*path, "under"), "there is no variant `{}` to test under", known, "compressors")
+
+    def _check_search(self) -> None:
+        known = [*self.variants, FULL]
+        for key, node in self.root.entries("search", "space").items():
+            path: Path = ("search", "space", key)
+            for part in ("variants", "last"):
+                self._check_names(node, (*path, part), "there is no variant `{}`", known, "compressors")
+
+    def _is_unsure(self, section: str) -> bool:
+        node = self.root.get(section)
+        if node is None:
+            unknown = [key for key in self.root.value if key not in names_at(self.root, ())]
+            return any(registry.nearest(key, (section,)) for key in unknown)
+        return not (node.is_mapping or node.value is None) or bool(stray_keys(self.root, section))
+
+    def _names(self, section: str) -> tuple[str, ...]:
+        return tuple(self.root.entries(section))
+
+    def _check_names(
+        self, block: Node, path: Path, message: str, known: Sequence[str], *sections: str, keys: bool = False
+    ) -> None:
+        """Report names under a block's last key of `path` that are not known, unless a section of names is unsure."""
+        for where, name in _texts(block.get(path[-1]), path, keys) if self._unsure.isdisjoint(sections) else ():
+            if name not in known:
+                self._error(where, message.format(name), *unknown_name(name, known), key=keys and where != path)
+
+    def _error(
+        self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False
+    ) -> None:
+        self.errors.append((name_error if key else error_at)(self.root, path, message, allowed, hint))
+
+
+def _variants_of(node: Node) -> tuple[str, ...]:
+    """Return the variants a schedule uses; where it has other errors, what stands under `compressor` in it."""
+    value: Any = node.plain()
+    try:
+        schedule = registry.spec_class(registry.SCHEDULES, value["kind"]).model_validate(value)
+        return tuple(schedule.variants())
+    except (ValidationError, KeyError, TypeError, ImportError, AttributeError):
+        found = (leaf.value for path, leaf in node.leaves() if path[-1:] == ("compressor",))
+        return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
+
+
+def _texts(node: Node | None, path: Path, keys: bool = False) -> Iterator[tuple[Path, str]]:
+    """Return the texts at a path: one, a list's, or with `keys` a mapping's keys."""
+    if node is None:
+        return
+    if isinstance(node.value, str):
+        yield path, node.value
+    elif node.is_list:
+        for index, item in enumerate(node.value):
+            if isinstance(item.value, str):
+                yield (*path, index), item.value
+    elif node.is_mapping and keys:
+        for key in node.value:
+            yield (*path, key), key

@@ -9,9 +9,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from orchestrator.errors import ErrorDetail, SpecError
-from orchestrator.spec.grid.cell_names import by_axis, by_name, may_be_id, misfit
-from orchestrator.spec.grid.cells import ResolvedCell
-from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.cell_reference import by_axis, by_name, may_be_id, misfit
+from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhasesSpec, StartFromSpec
 from orchestrator.spec.yaml.node import Path

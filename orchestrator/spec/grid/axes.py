@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.key_paths import find_path
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Node, Path, dotted
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, locate, unknown_name
 
 MAX_CELLS = 100_000
+NOT_A_PATH = "not a key path"
 SECTIONS = ("seed", "model", "data", "compressors", "schedules", "phases", "evaluate")
 
 
@@ -182,6 +184,38 @@ class AxisReader:
 def value_key(node: Node) -> str:
     """Return a value as canonical JSON."""
     return json.dumps(node.plain(), sort_keys=True, default=str)
+
+
+def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[ErrorDetail]:
+    """Check that the baseline and `mean_over` name axes of the grid, and that some cell is the baseline."""
+    errors: list[ErrorDetail] = []
+    wanted: dict[str, str] = {}
+    for name, node in root.entries("report", "baseline").items():
+        path = check_path(root, name, ("report", "baseline", name), errors, NOT_A_PATH)
+        if path is not None:
+            wanted[dotted(path)] = value_key(node)
+    if wanted and not errors and cells and not any(_matches(root, cell, wanted) for cell in cells):
+        allowed = "; ".join(
+            f"{axis}: {', '.join(setting.node.written() for setting in settings)}"
+            for axis, settings in axes.values.items()
+        )
+        message = "no cell of the grid is the baseline"
+        errors.append(error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
+    for index, node in enumerate(root.items("report", "mean_over")):
+        if isinstance(node.value, str):
+            check_path(root, node.value, ("report", "mean_over", index), errors, NOT_A_PATH)
+    return errors
+
+
+def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
+    own = {setting.axis: setting.key for setting in cell}
+    for axis, key in wanted.items():
+        if axis not in own:
+            node = root.at(find_path(root, axis))
+            own[axis] = value_key(node) if node is not None else "null"
+        if own[axis] != key:
+            return False
+    return True
 
 
 def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root: Node) -> Iterator[Assignment]:

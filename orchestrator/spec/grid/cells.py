@@ -1,9 +1,11 @@
-"""Cells of a grid: each distinct part is validated once, a cell is a cheap copy of the base with its parts."""
+"""Cells of a grid and their names; each distinct part is validated once, a cell is a cheap copy with its parts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -12,29 +14,19 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import ErrorDetail
+from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid.axes import SECTIONS, Assignment, Axes, Setting, assignments
-from orchestrator.spec.grid.cell_names import CellNames
+from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.yaml.merge import drop_nulls
-from orchestrator.spec.yaml.node import Node
-from orchestrator.spec.yaml.validation_errors import error_at, explain
+from orchestrator.spec.yaml.node import Node, as_yaml
+from orchestrator.spec.yaml.validation_errors import error_at, explain, unknown_name
 
 MAX_INVALID_CELLS = 20
-
-
-@dataclass(frozen=True)
-class ResolvedCell:
-    """One cell of the grid.
-
-    Attributes:
-        name: Unique in the experiment, safe as a folder's name.
-        axes: Dotted path of each axis to its value as written.
-        spec: The experiment with the axes' values in their places.
-    """
-
-    name: str
-    axes: dict[str, Any]
-    spec: ExperimentSpec
+MAX_VALUE = 40
+MAX_NAME = 120
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]+")
+_FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass
@@ -109,8 +101,92 @@ def _adapter(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
 
 
-# Takes a cell's parts (None where a part has errors) and a function that gives the cell's tree.
-Check = Callable[[dict[str, Any], Callable[[], Node]], Sequence[ErrorDetail]]
+def short_axes(axes: Sequence[str]) -> dict[str, str]:
+    """Return the shortest end of each path that no other axis shares: `phases.finetune.schedule` -> `schedule`."""
+    parts = {axis: axis.split(".") for axis in axes}
+    short = {}
+    for axis, own in parts.items():
+        length = 1
+        while length < len(own) and any(o[-length:] == own[-length:] for a, o in parts.items() if a != axis):
+            length += 1
+        short[axis] = ".".join(own[-length:])
+    return short
+
+
+def safe(text: str, limit: int = MAX_VALUE) -> str:
+    """Return the text as part of a folder's name; what is too long ends in six characters of its SHA-256."""
+    clean = _UNSAFE.sub("-", text).strip("-").lstrip(".") or "none"
+    if len(clean) <= limit:
+        return clean
+    return f"{clean[: limit - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def value_name(setting: Setting) -> str:
+    """Return a short name of an axis' value."""
+    value = setting.node.plain()
+    if isinstance(value, str) and "/" in value:
+        value = value.rstrip("/").rpartition("/")[2]
+    return safe(_words(value))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_words(item)}" if key != "kind" else str(item) for key, item in value.items())
+    if isinstance(value, list):
+        return "+".join(_words(item) for item in value)
+    return as_yaml(value)
+
+
+class CellNames:
+    """Names one experiment's cells, by its template or by the axes."""
+
+    def __init__(self, root: Node, experiment: str, axes: Sequence[str], errors: list[ErrorDetail]) -> None:
+        self.root, self.experiment, self.errors = root, experiment, errors
+        self.short = short_axes(axes)
+        self._values: dict[int, str] = {}
+        self._fields: dict[str, str] = {}
+        node = root.get("cell_name")
+        self.template = node.value if node is not None and isinstance(node.value, str) else None
+        if self.template is not None:
+            self._check_template(self.template)
+
+    def name(self, cell: Assignment) -> str:
+        """Return the name of a cell; a single cell without axes is named after the experiment."""
+        if self.template is not None:
+            values = {setting.axis: self._value(setting) for setting in cell}
+            return safe(_FIELD.sub(lambda match: self._field(match.group(1), values), self.template), MAX_NAME)
+        if not cell:
+            return self.experiment
+        values = {setting.axis: self._value(setting) for setting in cell}
+        return safe(
+            ",".join(f"{short}={values[axis]}" for axis, short in self.short.items() if axis in values), MAX_NAME
+        )
+
+    def _value(self, setting: Setting) -> str:
+        if id(setting) not in self._values:
+            self._values[id(setting)] = value_name(setting)
+        return self._values[id(setting)]
+
+    def _field(self, name: str, values: dict[str, str]) -> str:
+        axis = self._fields[name]
+        if axis in values:
+            return values[axis]
+        node = self.root.at(tuple(axis.split(".")))
+        return safe(node.written()) if node is not None else "default"
+
+    def _check_template(self, template: str) -> None:
+        known = {**{axis: axis for axis in self.short}, **{short: axis for axis, short in self.short.items()}}
+        for name in _FIELD.findall(template):
+            if name in known:
+                self._fields[name] = known[name]
+            else:
+                allowed, hint = unknown_name(name, list(self.short.values()))
+                message = f"cell_name uses {{{name}}}, which is no axis of the grid"
+                self.errors.append(error_at(self.root, ("cell_name",), message, allowed, hint))
+        if re.search(r"[{}]", _FIELD.sub("", template)):
+            self.errors.append(error_at(self.root, ("cell_name",), "a bracket of cell_name is not closed"))
+        if self.errors:
+            self.template = None
 
 
 class GridBuilder:
@@ -120,15 +196,11 @@ class GridBuilder:
         root: The resolved tree.
         axes: Its axes.
         parts: Validates parts; shared with the caller.
-        check: Finds errors across the parts of a cell.
-        check_names: Finds names in a cell's tree that do not exist.
+        checks: Finds errors across the parts of a cell.
     """
 
-    def __init__(
-        self, root: Node, axes: Axes, parts: Parts, check: Check, check_names: Callable[[Node], Sequence[ErrorDetail]]
-    ) -> None:
-        self.root, self.axes, self.parts = root, axes, parts
-        self.check, self.check_names = check, check_names
+    def __init__(self, root: Node, axes: Axes, parts: Parts, checks: Checks) -> None:
+        self.root, self.axes, self.parts, self.checks = root, axes, parts, checks
         self.errors: list[ErrorDetail] = []
         self.notices: list[str] = []
 
@@ -144,7 +216,7 @@ class GridBuilder:
                 seen |= new
         for cell in representatives:
             self.examine(cell)
-            self.errors.extend(self.check_names(apply(self.root, cell)))
+            self.errors.extend(self.checks.names(apply(self.root, cell)))
         if not self.errors:
             invalid = 0
             for cell in found:
@@ -179,7 +251,7 @@ class GridBuilder:
         parts = self.parts.of(cell)
         found = [error for part in parts.values() for error in part.errors]
         values = {name: part.value if not part.errors else None for name, part in parts.items()}
-        found.extend(self.check(values, lambda: apply(self.root, cell)))
+        found.extend(self.checks.parts(values, lambda: apply(self.root, cell)))
         self.errors.extend(found)
         return bool(found)
 

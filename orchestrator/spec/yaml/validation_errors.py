@@ -234,6 +234,13 @@ def error_at(
     return ErrorDetail(message, *mark, path=dotted(path), value=value, allowed=allowed, hint=hint)
 
 
+def name_error(
+    root: Node, path: Path, message: str, allowed: str | None = None, hint: str | None = None
+) -> ErrorDetail:
+    """Return an error of the key of a path, which is also what the error shows as the value."""
+    return replace(error_at(root, path, message, allowed, hint, key=True), value=str(path[-1]))
+
+
 def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | None]:
     """Return what is allowed instead of an unknown name, and the nearest as a hint."""
     near = registry.nearest(name, tuple(known)) if known else None
