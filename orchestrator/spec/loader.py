@@ -15,8 +15,7 @@ from orchestrator.spec.checks.places import check_cluster, check_tracking
 from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.axes import AxisReader, check_report
-from orchestrator.spec.grid.cells import GridBuilder, Parts, apply
+from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.search_space import check_search, space_corners
 from orchestrator.spec.yaml.file_paths import absolute_paths

@@ -13,7 +13,7 @@ from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid.axes import NOT_A_PATH, SECTIONS, Assignment, Setting, value_key
+from orchestrator.spec.grid import NOT_A_PATH, SECTIONS, Assignment, Setting, value_key
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.grid.cells import safe, short_axes
+from orchestrator.spec.grid import safe, short_axes
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.loader import load_experiment
 
