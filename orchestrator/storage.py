@@ -10,8 +10,7 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.plan.experiment_plan import prepare, reach_of, refuse_secret, storage_path
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.gc import Collector
-from orchestrator.plan.ledger.inventory import damage, discard_damage, ledger_document
+from orchestrator.plan.ledger.inventory import Collector, damage, discard_damage, ledger_document
 from orchestrator.report.console import Document, print_garbage, print_ledger
 from orchestrator.spec.loaded import LoadedExperiment
 

@@ -31,8 +31,7 @@ from orchestrator.errors import LlavoltaError
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.backends import s3
 from orchestrator.plan.ledger.files import storage_errors
-from orchestrator.plan.ledger.gc import Collector
-from orchestrator.plan.ledger.inventory import damage
+from orchestrator.plan.ledger.inventory import Collector, damage
 from orchestrator.plan.ledger.leases import Leases
 
 FREES = {"os.remove", "os.rmdir"}

@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.gc import Collector
+from orchestrator.plan.ledger.inventory import Collector
 
 Llavolta = Callable[..., CompletedProcess[str]]
 WEIGHTS = "weights/model.safetensors"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.gc import Collector, GcStep
-from orchestrator.plan.ledger.inventory import Recorded, recorded_experiments
+from orchestrator.plan.ledger.inventory import Collector, GcStep, Recorded, recorded_experiments
 
 
 def finish(ledger: Ledger, state: str, keep: str = "weights", **job: Any) -> None:

@@ -15,8 +15,7 @@ from stored import collect, finish, kinds, note, seal
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.gc import Collector
-from orchestrator.plan.ledger.inventory import damage, recorded_experiments
+from orchestrator.plan.ledger.inventory import Collector, damage, recorded_experiments
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.process import Process
 
