@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.data.progress import progress
-from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
+from orchestrator.data.records.columns import Columns, batch, build_columns, open_columns
 from orchestrator.data.records.conversations import error_lines
 from orchestrator.data.records.row_index import IndexedRows, open_rows
 from orchestrator.data.rows import (
@@ -128,7 +127,7 @@ class CheckedRows:
 
 def cached_check(of: RowCheck) -> CheckedRows | None:
     """Return the cached outcome of an earlier check; None if there is none."""
-    columns = open_columns(of.file, _check)
+    columns = open_columns(of.file, _SCHEMA)
     return None if columns is None else CheckedRows(columns, of)
 
 
@@ -166,7 +165,6 @@ def check_rows(of: RowCheck) -> CheckedRows:
         UsageError: the model's processor cannot be used at all.
         OSError: the storage fails.
     """
-    file = of.file
     known = cached_check(of)
     if known is not None:
         return known
@@ -176,23 +174,9 @@ def check_rows(of: RowCheck) -> CheckedRows:
 
     rows, processor = open_rows(of.data), load_processor(of.model)
     trial = _RowChecker(rows, Encoder(processor, template_of(of.data), of.model_max_length), processor, of.prompts)
-    chunks, done = Chunks(file, _SCHEMA), list[Columns]()
+    parts = (rows[first : first + CHUNK_ROWS] for first in range(0, len(rows), CHUNK_ROWS))
     what = "test prompts checked" if of.prompts else "rows checked"
-    with progress(what, len(rows)) as advance:
-        for number, first in enumerate(range(0, len(rows), CHUNK_ROWS)):
-            some = rows[first : first + CHUNK_ROWS]
-            done.append(chunks.get(number) or chunks.put(number, trial.batch(some)))
-            advance(len(some))
-    kept = keep_columns(file, lambda: batches_of(done), _SCHEMA)
-    chunks.forget()
-    return CheckedRows(kept, of)
-
-
-def _check(columns: Columns) -> None:
-    if columns.schema.names != _SCHEMA.names:
-        raise DamagedColumns("another table")
-    for name in _SCHEMA.names:
-        columns.column(name)
+    return CheckedRows(build_columns(of.file, _SCHEMA, parts, trial.batch, what, len(rows)), of)
 
 
 class _RowChecker:
@@ -207,9 +191,7 @@ class _RowChecker:
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
         """Return the entries of some rows."""
-        values = zip(*self._entries(rows), strict=True)
-        arrays = [pa.array(column, type=field.type) for column, field in zip(values, _SCHEMA, strict=True)]
-        return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+        return batch(_SCHEMA, zip(*self._entries(rows), strict=True))
 
     def _entries(self, rows: Sequence[Row]) -> Iterator[tuple[Any, ...]]:
         for row in rows:

@@ -10,16 +10,19 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data.progress import progress
 from orchestrator.errors import StorageError
 from orchestrator.plan.identity import cache_folder, shared_cache_folder
 
+_Item = TypeVar("_Item")
 _CHECKSUMS = b"checksums"
 _UNREADABLE = (OSError, ValueError, KeyError)  # Arrow's own errors are OSErrors and ValueErrors
 
@@ -118,20 +121,21 @@ def write_columns(file: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
             aside.unlink()
 
 
-def open_columns(name: str, use: Callable[[Columns], object] = lambda _: None) -> Columns | None:
+def open_columns(name: str, schema: pa.Schema, verified: Iterable[str] | None = None) -> Columns | None:
     """Return the cached file of this name; None if no cache has it intact.
 
     Args:
         name: Name in the caches.
-        use: Called with the file; a DamagedColumns raised by it means that the file is not usable.
+        schema: Its columns.
+        verified: Columns to verify now; None verifies all.
     """
     for folder in _folders():
-        try:
+        with contextlib.suppress(DamagedColumns):
             found = Columns(folder / name)
-            use(found)
-            return found
-        except DamagedColumns:
-            continue
+            if found.schema.names == schema.names:
+                for column in schema.names if verified is None else verified:
+                    found.column(column)
+                return found
     return None
 
 
@@ -167,7 +171,7 @@ class Chunks:
 
     def get(self, number: int) -> Columns | None:
         """Return a chunk finished earlier; None if there is none."""
-        return open_columns(f"{self._name}.part/{number:06}")
+        return open_columns(f"{self._name}.part/{number:06}", self._schema)
 
     def put(self, number: int, batch: pa.RecordBatch) -> Columns:
         """Keep a chunk."""
@@ -179,7 +183,43 @@ class Chunks:
             shutil.rmtree(folder / f"{self._name}.part", ignore_errors=True)
 
 
-def batches_of(found: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
+def build_columns(
+    name: str,
+    schema: pa.Schema,
+    parts: Iterable[Sequence[_Item]],
+    batch_of: Callable[[Sequence[_Item]], pa.RecordBatch],
+    what: str,
+    total: int | None,
+) -> Columns:
+    """Write a file part by part, in chunks that survive an interruption, and open it.
+
+    Args:
+        name: Name in the caches.
+        schema: Its columns.
+        parts: What the chunks are made of, one entry for each of their rows.
+        batch_of: Makes a chunk; not called for one that is there.
+        what: The unit of work, for the progress that is shown.
+        total: Number of all rows; None if it is not known.
+    """
+    chunks, done = Chunks(name, schema), list[Columns]()
+    with progress(what, total) as advance:
+        for number, part in enumerate(parts):
+            kept = chunks.get(number)
+            if kept is None or len(kept) != len(part):
+                kept = chunks.put(number, batch_of(part))
+            done.append(kept)
+            advance(len(part))
+    made = keep_columns(name, lambda: _batches_of(done), schema)
+    chunks.forget()
+    return made
+
+
+def batch(schema: pa.Schema, columns: Iterable[Sequence[object]]) -> pa.RecordBatch:
+    """Return a chunk with these values, column by column."""
+    return pa.RecordBatch.from_pydict(dict(zip(schema.names, columns, strict=True)), schema=schema)
+
+
+def _batches_of(found: Iterable[Columns]) -> Iterator[pa.RecordBatch]:
     """Return the chunks of some files, their columns verified."""
     for columns in found:
         table = pa.table({name: columns.column(name) for name in columns.schema.names}, schema=columns.schema)

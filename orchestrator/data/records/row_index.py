@@ -1,16 +1,21 @@
-"""The index of a data set's rows: built once, cached by content, mapped into memory by all readers.
+"""The index of a data set's rows and images: built once, cached by content, mapped into memory by all readers.
 
 Planning, checks, training and evaluation read it, so that all see the same rows, and none parses the data again.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from hashlib import sha256
-from itertools import islice
+from itertools import count, islice, takewhile
 from typing import Any, overload
 
 import numpy as np
@@ -18,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.progress import progress
-from orchestrator.data.records.columns import Chunks, Columns, DamagedColumns, batches_of, keep_columns, open_columns
-from orchestrator.data.records.image_table import ImageTable, image_table, path_of
+from orchestrator.data.records import image_files
+from orchestrator.data.records.columns import Chunks, Columns, batch, build_columns, keep_columns, open_columns
+from orchestrator.data.records.image_files import BadImage, image_size, verify_image
 from orchestrator.data.rows import (
     AS_IT_IS,
     DataSet,
@@ -34,8 +40,205 @@ from orchestrator.data.rows import (
 )
 from orchestrator.errors import DataError
 from orchestrator.plan.cells.identity_fields import data_identity
-from orchestrator.plan.identity import digest, source_code
+from orchestrator.plan.identity import digest, file_sha256, source_code
 from orchestrator.spec.components import DataSpec
+
+
+def image_error(path: str, reading: ImageReading = AS_IT_IS) -> str | None:
+    """Return why an image cannot be used, None where it can; the file is decoded completely, as training will.
+
+    Raises:
+        DataError: the storage fails, which says nothing about the image; another attempt may succeed.
+    """
+    try:
+        verify_image(path, reading)
+    except BadImage as error:
+        return str(error)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return None
+
+
+CHUNK_IMAGES = 1024
+_THREADS = 8
+_RACY_NS = 2 * 10**9
+# Errors that mean that there is no such file. Others may be temporary.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_MISSING = (-1, -1)
+_IMAGE_SCHEMA = pa.schema(
+    [
+        ("name", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class ImageTable:
+    """The images of a data set.
+
+    Args:
+        columns: The table, sorted by name.
+        folder: Folder that names are relative to.
+    """
+
+    def __init__(self, columns: Columns, folder: str) -> None:
+        self._columns, self._folder = columns, folder
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names and contents."""
+        return self._columns.metadata["digest"]
+
+    @cached_property
+    def errors(self) -> dict[bytes, str]:
+        """By name, the error of each image that cannot be used."""
+        errors = self._columns.column("reason")
+        if errors.null_count == len(errors):
+            return {}
+        pairs = zip(self._columns.column("name").to_pylist(), errors.to_pylist(), strict=True)
+        return {name: reason for name, reason in pairs if reason is not None}
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """By path, height and width of each image that can be used."""
+        names, errors = self._columns.column("name").to_pylist(), self._columns.column("reason").to_pylist()
+        heights, widths = self._columns.numpy("height").tolist(), self._columns.numpy("width").tolist()
+        return {
+            path_of(self._folder, name): (height, width)
+            for name, reason, height, width in zip(names, errors, heights, widths, strict=True)
+            if reason is None
+        }
+
+
+def path_of(folder: str, name: bytes) -> str:
+    """Return the path of an image by its name in the table."""
+    return os.path.join(folder, os.fsdecode(name))
+
+
+def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
+    """Return the current table of a data set's images; files that changed since they were last read are read again.
+
+    Args:
+        key: Key of the rows that name them.
+        folder: Folder that names are relative to.
+        names: Returns their sorted names; called if there is no table yet.
+        reading: How they are read.
+
+    Raises:
+        OSError: the storage fails, which says nothing about the images.
+        DataError: the storage fails while an image is decoded, or an image changes while it is read.
+    """
+    code = source_code(__name__, image_files.__name__)
+    file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
+    known = open_columns(file, _IMAGE_SCHEMA)
+    wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
+    now = _stats(folder, wanted)
+    if known is not None:
+        then = np.stack([known.numpy("size"), known.numpy("mtime_ns")], axis=1)
+        if np.array_equal(then, now):
+            return ImageTable(known, folder)
+    return ImageTable(_refresh(file, folder, wanted, now, known, reading), folder)
+
+
+def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
+    """Return size and time of each file (N, 2), (-1, -1) for a missing one.
+
+    Raises:
+        OSError: the storage fails.
+    """
+
+    def some(part: Sequence[bytes]) -> list[tuple[int, int]]:
+        return [_stat(path_of(folder, name)) for name in part]
+
+    each = max(1, -(-len(names) // _THREADS))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(some, [names[first : first + each] for first in range(0, len(names), each)]))
+    return np.array([entry for part in parts for entry in part], dtype=np.int64).reshape(-1, 2)
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except ValueError:  # a name that no file can have
+        return _MISSING
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return _MISSING
+        raise
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else _MISSING
+
+
+_Entry = tuple[int, int, str | None, int, int, str | None]
+
+
+def _refresh(
+    file: str, folder: str, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
+) -> Columns:
+    """Read new and changed images, in chunks that survive an interruption, and write the table."""
+    chunks = Chunks(file, _IMAGE_SCHEMA)
+    entries: dict[bytes, _Entry] = {}
+    earlier = list(takewhile(lambda found: found is not None, map(chunks.get, count())))
+    for columns in filter(None, (known, *earlier)):
+        rows = zip(*(columns.column(name).to_pylist() for name in _IMAGE_SCHEMA.names), strict=True)
+        entries.update({name: tuple(rest) for name, *rest in rows})
+    stale = [
+        name
+        for name, stat_now in zip(names, map(tuple, now.tolist()), strict=True)
+        if (entry := entries.get(name)) is None or entry[:2] != stat_now
+    ]
+    with progress("images read", len(stale)) as advance:
+        for number, first in enumerate(range(0, len(stale), CHUNK_IMAGES), start=len(earlier)):
+            some = stale[first : first + CHUNK_IMAGES]
+            found = _look(folder, some, reading)
+            entries.update(zip(some, found, strict=True))
+            if len(stale) > CHUNK_IMAGES:
+                chunks.put(number, _image_batch(some, found))
+            advance(len(some))
+    chosen = [entries[name] for name in names]
+    content = sha256()
+    for name, entry in zip(names, chosen, strict=True):
+        content.update(name + b"\0" + (entry[2] or "missing").encode() + b"\n")
+    schema = _IMAGE_SCHEMA.with_metadata({"digest": content.hexdigest()})
+    kept = keep_columns(file, lambda: [_image_batch(names, chosen)], schema)
+    chunks.forget()
+    return kept
+
+
+def _image_batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.RecordBatch:
+    columns = [names, *zip(*entries, strict=True)] if entries else [[] for _ in _IMAGE_SCHEMA.names]
+    return batch(_IMAGE_SCHEMA, columns)
+
+
+def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        warnings.simplefilter("ignore")  # of Pillow: what it warns of is refused, or harmless
+        return list(pool.map(lambda name: _entry(path_of(folder, name), reading), names))
+
+
+def _entry(path: str, reading: ImageReading) -> _Entry:
+    before = _stat(path)
+    reason = image_error(path, reading)
+    height = width = 0
+    sha = None
+    if before != _MISSING:
+        sha = file_sha256(path)
+        if reason is None:
+            try:
+                height, width = image_size(path, reading)
+            except BadImage as error:
+                reason = str(error)
+    if _stat(path) != before:
+        raise DataError(f"{path} changes while it is read; wait until it is complete, then try again")
+    size, mtime_ns = before
+    # A file written just now may be written again within the clock's resolution: do not trust its time yet.
+    trusted = mtime_ns if before == _MISSING or time.time_ns() - mtime_ns > _RACY_NS else -2
+    return size, trusted, sha, height, width, reason or ("is missing" if before == _MISSING else None)
+
 
 CHUNK_ROWS = 32_768
 _SCHEMA = pa.schema(
@@ -317,7 +520,11 @@ def row_index(
     """
     key = digest([source_code(__name__), source])
     name = f"rows-{key}.arrow"
-    columns = open_columns(name, _check) or _make(name, entries, folder, reading)
+    columns = open_columns(name, _SCHEMA, _ALWAYS_CHECKED)
+    if columns is None:
+        stream = iter(entries())
+        parts = iter(lambda: list(islice(stream, CHUNK_ROWS)), [])
+        columns = build_columns(name, _SCHEMA, parts, partial(_batch, folder, reading), "rows read", None)
 
     def names() -> list[bytes]:
         found: set[bytes] = set()
@@ -328,61 +535,28 @@ def row_index(
     return RowIndex(columns, image_table(key, folder, names, reading), folder, reading)
 
 
-def _check(columns: Columns) -> None:
-    if columns.schema.names != _SCHEMA.names:
-        raise DamagedColumns("another table")
-    for name in _ALWAYS_CHECKED:
-        columns.column(name)
-
-
 def _checksum(*values: Any) -> int:
     return zlib.crc32(repr(values).encode())
 
 
-def _make(
-    name: str, entries: Callable[[], Iterable[Callable[[], Entry]]], folder: str, reading: ImageReading
-) -> Columns:
-    """Read all rows, in chunks that survive an interruption."""
-    chunks, done, number = Chunks(name, _SCHEMA), [], 0
-    with progress("rows read", None) as advance:
-        stream = iter(entries())
-        while some := list(islice(stream, CHUNK_ROWS)):
-            kept = chunks.get(number)
-            if kept is None or len(kept) != len(some):
-                kept = chunks.put(number, _batch((entry() for entry in some), folder, reading))
-            done.append(kept)
-            number += 1
-            advance(len(some))
-    made = keep_columns(name, lambda: batches_of(done), _SCHEMA)
-    chunks.forget()
-    return made
+def _batch(folder: str, reading: ImageReading, readers: Sequence[Callable[[], Entry]]) -> pa.RecordBatch:
+    return batch(_SCHEMA, zip(*(_values(read(), folder, reading) for read in readers), strict=True))
 
 
-def _batch(entries: Iterator[Entry], folder: str, reading: ImageReading) -> pa.RecordBatch:
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-
-    def put(*values: Any) -> None:
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-
+def _values(entry: Entry, folder: str, reading: ImageReading) -> tuple[Any, ...]:
+    """Return what the index holds of an entry, column by column."""
+    if not isinstance(entry, Row):
+        index, reason = entry
+        return index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, 0
+    if any(image.reading != reading for image in entry.images):
+        raise DataError(f"row {entry.index}: its images have another `ImageReading` than the data set")
     inside = os.path.join(folder, "") if folder else ""
-    for entry in entries:
-        if not isinstance(entry, Row):
-            index, reason = entry
-            put(index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, 0)
-            continue
-        if any(image.reading != reading for image in entry.images):
-            raise DataError(f"row {entry.index}: its images have another `ImageReading` than the data set")
-        try:
-            paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
-            names = [os.fsencode(path) for path in paths]
-            for turn in entry.turns:
-                turn.text.encode()
-        except UnicodeEncodeError as error:
-            put(entry.index, f"it holds text that is not Unicode: {error.reason}", 0, [], [], [], None, 0)
-            continue
-        roles, texts = [turn.role for turn in entry.turns], [turn.text for turn in entry.turns]
-        kept = (names, roles, texts, entry.answer_type)
-        put(entry.index, None, entry.num_words, *kept, _checksum(entry.index, *kept))
-    arrays = [pa.array(columns[field.name], type=field.type) for field in _SCHEMA]
-    return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+    try:
+        paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
+        names = [os.fsencode(path) for path in paths]
+        for turn in entry.turns:
+            turn.text.encode()
+    except UnicodeEncodeError as error:
+        return entry.index, f"it holds text that is not Unicode: {error.reason}", 0, [], [], [], None, 0
+    kept = (names, [turn.role for turn in entry.turns], [turn.text for turn in entry.turns], entry.answer_type)
+    return entry.index, None, entry.num_words, *kept, _checksum(entry.index, *kept)

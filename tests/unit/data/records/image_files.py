@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from orchestrator.data.records.image_table import image_error
+from orchestrator.data.records.row_index import image_error
 from orchestrator.data.rows import AS_IT_IS
 
 

@@ -14,7 +14,7 @@ from orchestrator_plugins.data.easy_vqa import EasyVqa, EasyVqaSpec
 from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 from PIL import Image
 
-from orchestrator.data.records import columns, image_table, row_index
+from orchestrator.data.records import columns, row_index
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.train_data import build_train_data
 from orchestrator.errors import DataError
@@ -75,8 +75,8 @@ def no_reading(monkeypatch) -> None:
     def refuse(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(row_index, "_make", refuse)
-    monkeypatch.setattr(image_table, "_look", refuse)
+    monkeypatch.setattr(row_index, "_batch", refuse)
+    monkeypatch.setattr(row_index, "_look", refuse)
 
 
 def test_rows_come_back_as_they_were_read(data):
@@ -133,7 +133,7 @@ def test_the_same_content_elsewhere_is_the_same_data(data, tmp_path):
 def test_a_failing_storage_raises_and_changes_no_identity(data, monkeypatch, number, call):
     spec = data().model_copy(update={"on_bad_row": "drop", "max_bad_share": 0.5})
     victim = str(image_of(spec, 4))
-    real_stat, real_sha = os.stat, image_table.file_sha256
+    real_stat, real_sha = os.stat, row_index.file_sha256
 
     def failing_stat(path, **options):
         if str(path) == victim:
@@ -149,7 +149,7 @@ def test_a_failing_storage_raises_and_changes_no_identity(data, monkeypatch, num
         if call == "stat":
             patch.setattr(os, "stat", failing_stat)
         else:
-            patch.setattr(image_table, "file_sha256", failing_sha)
+            patch.setattr(row_index, "file_sha256", failing_sha)
         for _ in range(2):
             with pytest.raises(OSError, match=os.strerror(number)):
                 data_identity(spec)
@@ -158,13 +158,13 @@ def test_a_failing_storage_raises_and_changes_no_identity(data, monkeypatch, num
 
 def test_what_decoding_says_of_a_failing_storage_is_not_kept(data, monkeypatch):
     spec = data().model_copy(update={"on_bad_row": "drop", "max_bad_share": 0.5})
-    real = image_table.verify_image
+    real = row_index.verify_image
 
     def fails_once(path, reading):
-        monkeypatch.setattr(image_table, "verify_image", real)
+        monkeypatch.setattr(row_index, "verify_image", real)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(image_table, "verify_image", fails_once)
+    monkeypatch.setattr(row_index, "verify_image", fails_once)
     with pytest.raises(DataError, match="Input/output error"):
         spec.content_digest()
     assert spec.num_rows() == ROWS
@@ -187,13 +187,13 @@ def test_a_rank_that_finds_other_data_than_was_planned_says_so(data, processor, 
 def test_a_transient_error_on_one_rank_fails_and_drops_nothing(data, processor, monkeypatch):
     spec = data().model_copy(update={"on_bad_row": "drop", "max_bad_share": 0.5})
     entry = {"name": "mine", "share": 1.0, "spec": spec.model_dump(mode="json"), "content": spec.content_digest()}
-    real = image_table._stat
+    real = row_index._stat
 
     def fails_once(path):
-        monkeypatch.setattr(image_table, "_stat", real)
+        monkeypatch.setattr(row_index, "_stat", real)
         raise OSError(errno.ESTALE, "Stale file handle", path)
 
-    monkeypatch.setattr(image_table, "_stat", fails_once)
+    monkeypatch.setattr(row_index, "_stat", fails_once)
     with pytest.raises(OSError, match="Stale"):
         build_train_data([entry], processor, 2048)
     assert len(build_train_data([entry], processor, 2048)) == ROWS
@@ -220,9 +220,9 @@ def test_many_dropped_rows_are_counted(data):
 
 def test_an_interrupted_index_goes_on_where_it_was(data, monkeypatch):
     monkeypatch.setattr(row_index, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(image_table, "_CHUNK_IMAGES", 2)
+    monkeypatch.setattr(row_index, "CHUNK_IMAGES", 2)
     spec, done = data(), {"rows": 0, "images": 0}
-    real_batch, real_look = row_index._batch, image_table._look
+    real_batch, real_look = row_index._batch, row_index._look
 
     def batch(*arguments):
         if done["rows"] == 3:
@@ -236,7 +236,7 @@ def test_an_interrupted_index_goes_on_where_it_was(data, monkeypatch):
         done["images"] += 1
         return real_look(*arguments)
 
-    for module, name, function in ((row_index, "_batch", batch), (image_table, "_look", look)):
+    for module, name, function in ((row_index, "_batch", batch), (row_index, "_look", look)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, function)
             with pytest.raises(KeyboardInterrupt):
@@ -244,7 +244,7 @@ def test_an_interrupted_index_goes_on_where_it_was(data, monkeypatch):
     # Three of six chunks of rows and two of four of images are there already.
     assert done == {"rows": 3, "images": 2}
     counted = []
-    monkeypatch.setattr(image_table, "_look", lambda *a: counted.append(1) or real_look(*a))
+    monkeypatch.setattr(row_index, "_look", lambda *a: counted.append(1) or real_look(*a))
     digest_after = spec.content_digest()
     assert len(counted) == 2
     shutil.rmtree(shared_cache_folder())
@@ -254,7 +254,7 @@ def test_an_interrupted_index_goes_on_where_it_was(data, monkeypatch):
 
 def test_two_at_once_come_to_the_same(data, monkeypatch):
     monkeypatch.setattr(row_index, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(image_table, "_CHUNK_IMAGES", 2)
+    monkeypatch.setattr(row_index, "CHUNK_IMAGES", 2)
     spec, found, faults = data(), [], []
 
     def work():
@@ -325,7 +325,7 @@ def test_an_index_of_another_machine_is_not_believed(data):
 
 def test_a_file_that_changes_while_it_is_read_is_told(data, monkeypatch):
     spec = data()
-    real = image_table.file_sha256
+    real = row_index.file_sha256
 
     def sha(path):
         found = real(path)
@@ -333,7 +333,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(data, monkeypatch):
             Path(path).write_bytes(b"other")
         return found
 
-    monkeypatch.setattr(image_table, "file_sha256", sha)
+    monkeypatch.setattr(row_index, "file_sha256", sha)
     with pytest.raises(DataError, match="changes while it is read"):
         spec.content_digest()
 
