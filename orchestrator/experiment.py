@@ -14,7 +14,7 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell as PlannedCell
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.documents.experiment import plan_document, status_document
+from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import Document, print_bench, print_plain, print_plan, print_predictions, print_status

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.documents.experiment import plan_document
+from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob, Job, StageJob
 from orchestrator.plan.ledger import Ledger

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.documents.reasons import cell_values
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import retry_io, stat_or_none
+from orchestrator.plan.reasons import cell_values
 
 
 def write_cell_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from orchestrator.plan.documents.time_left import is_gpu, steps_done
+from orchestrator.plan.documents import is_gpu, steps_done
 from orchestrator.plan.jobs import EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob
 from orchestrator.plan.step_history import last_metrics
 from orchestrator.report.units import clock, reason_lines, whose

@@ -12,7 +12,7 @@ import pytest
 from ledger_work import finish, spool
 from rich.console import Console
 
-from orchestrator.plan.documents.experiment import plan_document, status_document
+from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.report.console import print_plan, print_status

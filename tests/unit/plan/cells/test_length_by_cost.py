@@ -26,7 +26,7 @@ matrix:
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch):
-    from orchestrator.plan.documents.experiment import plan_document
+    from orchestrator.plan.documents import plan_document
 
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
 

@@ -16,7 +16,7 @@ from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.compiled_schedule import CHAINED, next_state
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, forward_tflops, train_tflops_per_sample
-from orchestrator.plan.documents.experiment import plan_document
+from orchestrator.plan.documents import plan_document
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import StageJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger

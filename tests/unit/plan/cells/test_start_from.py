@@ -13,7 +13,7 @@ from repository import TINY_LLAVA
 from orchestrator.errors import SpecError
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.documents.experiment import plan_document
+from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import StageJob, StartJob, job_from_json, job_to_json
 from orchestrator.plan.ledger import Ledger

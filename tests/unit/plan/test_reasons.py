@@ -11,11 +11,11 @@ import pytest
 from ledger_work import finish, spool
 
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.documents.experiment import plan_document
-from orchestrator.plan.documents.reasons import cell_values, differences
+from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.reasons import cell_values, differences
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.report.cell_folders import write_cell_folder
 

@@ -15,7 +15,7 @@ from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cell_record import cell_record
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cost import Sample, train_tflops_per_sample
-from orchestrator.plan.documents.experiment import plan_document
+from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger

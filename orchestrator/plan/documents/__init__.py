@@ -1,1 +1,0 @@
-"""What the verbs `plan`, `status` and `ledger` say, as JSON documents."""
