@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from orchestrator import registry
 from orchestrator.compression import Attachment
-from orchestrator.compression.testing.bench import Batch, Bench, gradients, reference_gradients, run
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.method import global_random_state, method_errors, same_random_state
-from orchestrator.compression.testing.reference import Reference, draws
-from orchestrator.compression.testing.tiny import TinyFamily
+from orchestrator.compression.testing.reference import Reference, draws, gradients
+from orchestrator.compression.testing.tiny import Batch, Bench, TinyFamily
 from orchestrator.errors import UsageError
 from orchestrator.spec.base import validation_text
 from orchestrator.spec.checks.places import implementation_error
@@ -351,7 +350,7 @@ class Cell:
             yield f"{where}: {_NEVER_STEADY}"
             return
         batch, expected = found
-        wanted = reference_gradients(reference, expected)
+        wanted = reference.gradients(expected)
         for attention, checkpointing in setting.runs:
             how = f"{where}, {attention}, checkpointing {'on' if checkpointing else 'off'}"
             with self.bench.attached(attention, points) as (model, attachment), checkpointed(model, checkpointing):
@@ -444,6 +443,13 @@ class Cell:
         if left:
             yield f"detach leaves something behind: {'; '.join(left[:3])}"
         yield from differs("the plain model after detach", run(plain, None, batch).loss, expected, 0.0)
+
+
+def run(model: nn.Module, attachment: Attachment | None, batch: Batch, **options: Any) -> Any:
+    """Return a forward of a batch, drawing what the reference draws."""
+    if attachment is not None:
+        attachment.set_step(**draws(batch.rows))
+    return model(**batch.inputs, **options)
 
 
 _NEVER_STEADY = (

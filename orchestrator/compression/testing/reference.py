@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
+from orchestrator.compression.attach import MODULES_NAME
 from orchestrator.compression.families import Family
 from orchestrator.compression.protocol import IGNORED, Context, Enters, Kept, Point, Resizes
 from orchestrator.compression.testing.method import Call, with_values
@@ -544,6 +545,15 @@ class Reference:
                     losses.append(F.cross_entropy(logits_NV[place].float(), torch.tensor(state.labels[place + 1])))
         return torch.stack(losses).sum() / len(losses)
 
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of all parameters by name, learned modules under their names in an attached model."""
+        model: nn.Module = self.family.model
+        learned = nn.ModuleDict({MODULES_NAME: nn.ModuleDict(self.modules)})
+        learned.zero_grad()
+        found = gradients(model, loss)
+        model.zero_grad()
+        return found | {name: one.grad.clone() for name, one in learned.named_parameters() if one.grad is not None}
+
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """Return the top model's logits of final hidden states."""
         logits_NV: Tensor = self.family.model.get_output_embeddings()(hidden_ND)
@@ -636,6 +646,13 @@ def _asking(state: RowState) -> list[int]:
         if state.labels[place] == IGNORED and state.labels[place + 1] != IGNORED
     ]
     return places or [len(state.labels) - 1]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of all parameters by name."""
+    model.zero_grad()
+    loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
 def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, kept: Kept) -> bool:
