@@ -32,6 +32,11 @@ def shorten(text: str, limit: int = LONGEST_VALUE) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _shorten_list(text: str) -> str:
     """Return the names to choose from, as many as can be read."""
     if len(text) <= _LONGEST_LIST:

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
-from orchestrator.errors import StageRunError, StorageError, UsageError
+from orchestrator.errors import StageRunError, StorageError, UsageError, first_line
 from orchestrator.models.parts import COMPRESSOR, part_of_or_none
-from orchestrator.models.weight_files import Shapes, open_weights
+from orchestrator.models.weight_files import Shapes, WeightsFile, open_weights
 from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.model import ModelSpec
 
@@ -61,7 +61,7 @@ def load_config(model: ModelSpec) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"model.model_name_or_path: no config can be read from {model.model_name_or_path}: {_first_line(error)}"
+            f"model.model_name_or_path: no config can be read from {model.model_name_or_path}: {first_line(error)}"
         ) from error
 
 
@@ -78,7 +78,8 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
 
     Args:
         model: Which model, which attention.
-        weights_file: safetensors with exactly the model's parameters; None keeps transformers' random init.
+        weights_file: safetensors with exactly the model's parameters (learned compressors in it are skipped); None
+            keeps transformers' random init.
 
     Raises:
         UsageError: the model's folder or config is missing or of no vision-language type.
@@ -92,7 +93,8 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
     with no_init_weights():
         built = model_from_config(model)
     built.tie_weights()  # part of the skipped init
-    load_weights(built, weights_file)
+    with open_weights(weights_file) as weights:
+        copy_weights(weights, built, str(weights_file))
     return built
 
 
@@ -108,7 +110,7 @@ def model_from_config(model: ModelSpec) -> PreTrainedModel:
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "Unrecognized configuration class" in reason:
             reason = f"`{config.model_type}` is not an image-text-to-text model of transformers"
         raise UsageError(f"model: {model.model_name_or_path} cannot be built: {reason}") from error
@@ -153,24 +155,6 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise storage_error(path.parent, error) from error
 
 
-def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Copy a file's tensors into the model; names and shapes must be exactly the model's.
-
-    Learned compressors in the file (`models/compressor_weights.py`) are not part of a plain model and are skipped.
-
-    Raises:
-        StorageError: the file cannot be read.
-        StageRunError: names or shapes differ; both are listed.
-    """
-    targets = weight_tensors(model)
-    with open_weights(path) as file:
-        given = file.shapes()
-        given = {name: given[name] for name in given if name in targets or part_of_or_none(name) != COMPRESSOR}
-        check_names_and_shapes(given, shapes_of(targets), str(path))
-        for name, target in targets.items():
-            target.copy_(file[name])
-
-
 def copy_weights(weights: Mapping[str, torch.Tensor], target: nn.Module, source: str) -> None:
     """Copy weights into a module; names and shapes must be exactly the module's.
 
@@ -184,12 +168,14 @@ def copy_weights(weights: Mapping[str, torch.Tensor], target: nn.Module, source:
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
-    """Return the shapes of tensors by name."""
+    """Return the shapes of tensors by name; of an open file without reading them."""
+    if isinstance(tensors, WeightsFile):
+        return tensors.shapes()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_names_and_shapes(given: Shapes, expected: Shapes, source: str) -> None:
-    """Compare names and shapes of weights.
+    """Compare names and shapes of weights; learned compressors are not part of a plain model and may be left over.
 
     Raises:
         StageRunError: they differ; the message lists missing names, unknown names and other shapes.
@@ -197,7 +183,7 @@ def check_names_and_shapes(given: Shapes, expected: Shapes, source: str) -> None
     differences = []
     if missing := sorted(expected.keys() - given.keys()):
         differences.append(f"missing: {_shortened(missing)}")
-    if unknown := sorted(given.keys() - expected.keys()):
+    if unknown := sorted(name for name in given.keys() - expected.keys() if part_of_or_none(name) != COMPRESSOR):
         differences.append(f"not in the model: {_shortened(unknown)}")
     other = [
         f"{name} {list(given[name])} instead of {list(expected[name])}"
@@ -229,8 +215,3 @@ def check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
 def _shortened(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

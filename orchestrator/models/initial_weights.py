@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from orchestrator.errors import StageRunError, UsageError
+from orchestrator.errors import StageRunError, UsageError, first_line
 from orchestrator.models.build import (
     WEIGHTS_FILE,
     check_names_and_shapes,
@@ -65,8 +65,7 @@ def _whole(job: StartJob, folder: str) -> dict[str, torch.Tensor]:
         model = model_from_config(ModelSpec.model_validate(job.model))
     expected = shapes_of(weight_tensors(model))
     given = _folder_weights(Path(folder), expected)
-    names = [name for name in given if name in expected or part_of_or_none(name) != COMPRESSOR]
-    check_names_and_shapes(shapes_of({name: given[name] for name in names}), expected, f"{folder} (start_from)")
+    check_names_and_shapes(shapes_of(given), expected, f"{folder} (start_from)")
     check_values(given, f"{folder} (start_from)")
     return {name: tensor.float() for name, tensor in given.items()}
 
@@ -92,7 +91,7 @@ def _merged(
 def _folder_weights(folder: Path, expected: Shapes) -> Mapping[str, torch.Tensor]:
     """Return the weights of a Hugging Face model, of a ledger's weights file, or of LLaVA's `mm_projector.bin`."""
     if (folder / "config.json").is_file():
-        return pretrained_weights(str(folder), "start_from")
+        return weight_tensors(load_pretrained(str(folder), "start_from"))
     for file in (folder / "model.safetensors", folder / WEIGHTS_FILE):
         if file.is_file():
             with open_weights(file) as found:
@@ -139,28 +138,21 @@ def write_initial_weights(job: RootJob, folder: Path) -> None:
     save_weights(weight_tensors(model), folder / WEIGHTS_FILE)
 
 
-def load_pretrained(source: str, key: str, **options: Any) -> PreTrainedModel:
-    """Return a Hugging Face vision-language model in float32, every weight of it from `source`.
+def load_pretrained(
+    source: str, key: str, loader: Any = AutoModelForImageTextToText, **options: Any
+) -> PreTrainedModel:
+    """Return a Hugging Face model in float32, every weight of it from `source`.
+
+    Args:
+        source: Folder or hub id.
+        key: The key that names it, for messages.
+        loader: The class that loads it; by default a vision-language model.
+        options: Further arguments of `from_pretrained`.
 
     Raises:
         UsageError: it cannot be loaded.
-        StageRunError: it lacks weights.
+        StageRunError: it lacks weights, or they are no finite numbers.
     """
-    return _from_pretrained(AutoModelForImageTextToText, source, key, **options)
-
-
-def pretrained_weights(folder: str, key: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a Hugging Face vision-language model in float32, under transformers' current names.
-
-    Raises:
-        UsageError: it cannot be loaded.
-        StageRunError: it lacks weights.
-    """
-    return weight_tensors(load_pretrained(folder, key))
-
-
-def _from_pretrained(loader: Any, source: str, key: str, **options: Any) -> PreTrainedModel:
-    """Return a model whose every weight came from `source`."""
     check_source(source, key)
     try:
         with quiet_loading():
@@ -187,7 +179,7 @@ def _reason(error: Exception, files: Sequence[Path]) -> str:
                 check_tensors(file)
             except ValueError as reason:
                 return f"{file.name}: {reason}"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
@@ -202,13 +194,13 @@ def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
 def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
     """Load the vision tower; its class picks its own weights, from a complete CLIP too."""
     _, tower = part_module(model, VISION_TOWER)
-    loaded = _from_pretrained(type(tower), source, key)
+    loaded = load_pretrained(source, key, type(tower))
     copy_weights(weight_tensors(loaded), tower, f"{key}: {source}")
 
 
 def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
     """Load a causal language model's decoder and head; rows of new tokens are the mean of the known rows."""
-    loaded = _from_pretrained(AutoModelForCausalLM, source, key)
+    loaded = load_pretrained(source, key, AutoModelForCausalLM)
     _, target = part_module(model, LANGUAGE_MODEL)
     name = f"{key}: {source}"
     weights = weight_tensors(loaded.get_decoder())

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import UsageError, first_line
 from orchestrator.models.build import load_config
 from orchestrator.spec.model import ModelSpec
 
@@ -137,8 +137,7 @@ def _files_of(model: ModelSpec) -> Path:
             patterns = [*_PROCESSOR_FILES, "*.py"]
             folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UsageError(f"model: the processor of {name} cannot be fetched: {reason}") from error
+            raise UsageError(f"model: the processor of {name} cannot be fetched: {first_line(error)}") from error
     if not any((folder / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         raise UsageError(
             f"model: no processor in {name}: {' and '.join(_TOKENIZERS)} are missing; the tokenizer and image "

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from orchestrator.errors import LlavoltaError, StorageError
+from orchestrator.errors import LlavoltaError, StorageError, first_line, shorten
 
 Shapes = dict[str, tuple[int, ...]]
 _SAFE_PROTOCOLS = (2, 3)  # what torch's safe loader reads: torch.save writes 2
@@ -57,7 +57,7 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
     except LlavoltaError:
         raise
     except Exception as error:  # safetensors raises its own kind, OSError and RuntimeError
-        raise StorageError(f"the weights {path} cannot be read: {_first_line(error)}") from error
+        raise StorageError(f"the weights {path} cannot be read: {_reason(error)}") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -117,10 +117,10 @@ def refusal(path: Path, error: Exception) -> str:
     elif tarfile.is_tarfile(path):
         return f"it is of torch's old .tar format, which only its unsafe loader reads; {_convert(path)}"
     elif head.startswith((b"PK\x03\x04", b"\x80")):
-        return _of_pickle(path, head, error) or f"it is truncated or damaged ({_first_line(error)}); {again}"
+        return _of_pickle(path, head, error) or f"it is truncated or damaged ({_reason(error)}); {again}"
     if _is_text(head):
         return f"it is a text file, which begins with {head[:40].decode(errors='replace')!r}; {again}"
-    return _first_line(error)
+    return _reason(error)
 
 
 def _of_pickle(path: Path, head: bytes, error: Exception) -> str | None:
@@ -164,9 +164,9 @@ def _convert(path: Path) -> str:
     )
 
 
+def _reason(error: Exception) -> str:
+    return shorten(first_line(error), 200)
+
+
 def _is_text(head: bytes) -> bool:
     return all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -16,7 +16,7 @@ from repository import TINY_LLAVA
 from safetensors.torch import save_file
 
 from orchestrator.errors import StorageError, UsageError
-from orchestrator.models.initial_weights import pretrained_weights, projector_weights
+from orchestrator.models.initial_weights import load_pretrained, projector_weights
 from orchestrator.models.weight_files import load_tensors, refusal
 from orchestrator.training.checkpoint import _check_classes
 
@@ -128,7 +128,7 @@ def test_a_models_folder_with_such_a_file_is_refused_and_the_file_named(name: st
     path = tmp_path / ("model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin")
     WRONG[name][0](path)
     with pytest.raises(UsageError, match=f"cannot be loaded: {path.name}: ") as caught:
-        pretrained_weights(str(tmp_path), "model.model_name_or_path")
+        load_pretrained(str(tmp_path), "model.model_name_or_path")
     assert "weights_only` argument" not in str(caught.value) and not (tmp_path / "MARK").exists()
 
 
