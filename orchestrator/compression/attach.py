@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from orchestrator import registry
-from orchestrator.compression.attention.stats import check_point
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
@@ -118,7 +117,8 @@ class Attachment:
 
     def learned_names(self, points: Sequence[PointLike] | None = None) -> tuple[str, ...]:
         """Return the names of the learned modules that points (by default the present ones) use."""
-        return names_of(self.points if points is None else resolve_points(points, self._decoder.family))
+        used = self.points if points is None else resolve_points(points, self._decoder.family)
+        return tuple(dict.fromkeys(point.module_name for point in used if point.module_name is not None))
 
     def visual_BN(self, input_ids_BN: Tensor) -> Tensor:
         """Return True at the placeholders of visual tokens (images, frames, tiles)."""
@@ -130,7 +130,8 @@ class Attachment:
         Raises:
             UsageError: a point does not fit, or needs a learned module that `attach` did not create.
         """
-        self._require_attached()
+        if "forward" not in self.model.__dict__:
+            raise UsageError("switch: this attachment was detached; attach again")
         resolved = resolve_points(points, self._decoder.family)
         check_together(resolved)
         check_modules(resolved, self._decoder.modules)
@@ -153,10 +154,6 @@ class Attachment:
         family.model._modules.pop(MODULES_NAME, None)
         family.leave()
         self._decoder.modules = None
-
-    def _require_attached(self) -> None:
-        if "forward" not in self.model.__dict__:
-            raise UsageError("switch: this attachment was detached; attach again")
 
     def _top_forward(self, inputs: dict[str, Any]) -> Any:
         output, self.visual_tokens_per_layer = forward_top(self._decoder, inputs)
@@ -210,7 +207,6 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
         raise UsageError(f"attach: {spec.kind}: layer_average_tokens is solved by the planner; give keep_tokens here")
     layer = spec.layer_index(family.num_layers)
     _check_place(spec, layer, family)
-    check_point(layer if spec.layer != "projector" else "projector", spec.needs, spec.kind, family.cls_attention())
     implementation = registry.load_object(spec.implementation)
     if hasattr(implementation, "create_module") != spec.learns:
         raise UsageError(
@@ -243,6 +239,16 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
             f"attach: {spec.kind}: layer {spec.layer} is too early; {type(family.model).__name__} adds visual features "
             f"up to layer {family.first_layer - 1} (DeepStack), so give a layer from {family.first_layer} on"
         )
+    if layer == 0 and {"queries", "keys"} & set(spec.needs):
+        raise UsageError(
+            f"attach: {spec.kind} at layer {spec.layer}: it looks at what decoder layer K-1 saw, and none has run "
+            "there; give it layer 1 or more"
+        )
+    if "cls" in spec.needs and family.cls_attention() is None:
+        raise UsageError(
+            f"attach: {spec.kind} needs the attention of the vision tower's CLS token, and this model's tower has none "
+            "that is used; use a method without this need"
+        )
 
 
 def _check_entry(spec: CompressorSpec, layer: int, family: Family) -> None:
@@ -263,11 +269,6 @@ def _validate(value: Mapping[str, Any]) -> CompressorSpec:
 
 
 MODULES_NAME: Final = "llavolta_compressors"
-
-
-def names_of(points: Sequence[Point]) -> tuple[str, ...]:
-    """Return the names of the learned modules that points use, in the order of their first use."""
-    return tuple(dict.fromkeys(point.module_name for point in points if point.module_name is not None))
 
 
 def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.ModuleDict:

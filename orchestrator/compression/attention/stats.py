@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
-from orchestrator.errors import UsageError
 
 
 def counted_from_zero(
@@ -195,27 +194,3 @@ def present_columns(origins_BN: Tensor, length: int) -> Tensor:
 def needs_of(points: Sequence[Point]) -> set[str]:
     """Return the needs of all points together."""
     return {need for point in points for need in point.spec.needs}
-
-
-def check_point(layer: int | str, needs: Sequence[str], kind: str, cls_attention: Any) -> None:
-    """Refuse a point whose needs nothing can answer at its place.
-
-    Args:
-        layer: Its decoder layer, or `projector`.
-        needs: What its spec says it needs.
-        kind: The method, for the message.
-        cls_attention: `Family.cls_attention()`.
-
-    Raises:
-        UsageError: the point acts where no decoder layer has run, or the tower has no CLS token.
-    """
-    if {"queries", "keys"} & set(needs) and layer in (0, "projector"):
-        raise UsageError(
-            f"attach: {kind} at layer {layer}: it looks at what decoder layer K-1 saw, and none has run there; "
-            "give it layer 1 or more"
-        )
-    if "cls" in needs and cls_attention is None:
-        raise UsageError(
-            f"attach: {kind} needs the attention of the vision tower's CLS token, and this model's tower has none "
-            "that is used; use a method without this need"
-        )

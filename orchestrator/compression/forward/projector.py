@@ -7,7 +7,7 @@ the number it was, each unit's features first, and the decoder trims the rows be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,28 +97,15 @@ class AtProjector:
                 features = features if module is None else call_idle(module, features)
             return (features, *rest)
         units = self._units(layout, features)
-        renumber = size_bias = False
         for point in self.points:
-            inputs = [(unit.visual_BND, unit.grid, self._context(point, unit)) for unit in units]
+            inputs = [(unit.kept.hidden_BMD, unit.grid, self._context(point, unit)) for unit in units]
             for unit, one in zip(units, apply_point(point, inputs, self.decoder.module_of(point)), strict=True):
                 unit.keep(one)
-                renumber, size_bias = renumber or one.renumber, size_bias or one.size_bias
-        self.current.projected = [
-            Kept(
-                unit.visual_BND[..., :0],
-                unit.positions_ABN,
-                unit.sizes_BN,
-                unit.sources_BN,
-                unit.grid,
-                renumber,
-                size_bias,
-            )
-            for unit in units
-        ]
-        first = [unit.offsets_I.unsqueeze(1) + torch.arange(unit.visual_BND.shape[1]) for unit in units]
+        self.current.projected = [replace(unit.kept, hidden_BMD=unit.kept.hidden_BMD[..., :0]) for unit in units]
+        first = [unit.offsets_I.unsqueeze(1) + torch.arange(unit.kept.hidden_BMD.shape[1]) for unit in units]
         places = torch.cat([places_IM.flatten() for places_IM in first]).to(features.device, non_blocking=True)
         self._padding = places, layout.visual_tokens, features.shape[:-2]
-        flat_LD = torch.cat([unit.visual_BND.flatten(0, 1).to(features.dtype) for unit in units])
+        flat_LD = torch.cat([unit.kept.hidden_BMD.flatten(0, 1).to(features.dtype) for unit in units])
         return (flat_LD if features.ndim == 2 else flat_LD.unsqueeze(0), *rest)
 
     def _units(self, layout: Layout, features: Tensor) -> list[_Units]:
@@ -142,19 +129,18 @@ class AtProjector:
             starts_I, count = (numbers_I * tokens, tokens) if resized else (offsets_I, group.columns_IN.shape[1])
             index_IN = (starts_I.unsqueeze(1) + torch.arange(count)).to(features.device, non_blocking=True)
             place_IN = torch.arange(group.columns_IN.shape[1], device=features.device).expand(group.columns_IN.shape)
-            where = group.rows_I, numbers_I, offsets_I, place_IN.unsqueeze(0)
-            sizes_IN, tokens_first = torch.ones_like(place_IN), place_IN.shape[1]
-            units.append(_Units(flat_LD[index_IN], group.grid, *where, sizes_IN, place_IN, tokens_first))
+            kept = Kept(flat_LD[index_IN], place_IN.unsqueeze(0), torch.ones_like(place_IN), place_IN, group.grid)
+            units.append(_Units(kept, group.rows_I, numbers_I, offsets_I, place_IN.shape[1]))
         return units
 
     def _context(self, point: Point, units: _Units) -> Context:
         fields = self.decoder.draw.context_fields(units.rows_I)
         if "cls" in point.spec.needs:  # what the CLS token saw, of the features that are left
             attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
-            index_IM = units.sources_BN.clamp(min=0)
+            index_IM = units.sources_BM.clamp(min=0)
             fields["cls_attention_BN"] = attention_IN.gather(1, index_IM)
             fields["cls_keys_BND"] = tokens_at(keys_IND, index_IM)
-        return Context(layer=point.layer, positions_ABN=units.positions_ABN, sizes_BN=units.sizes_BN, **fields)
+        return Context(point.layer, units.kept.positions_ABM, units.kept.sizes_BM, **fields)
 
     def _pad(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._padding is None:
@@ -170,34 +156,37 @@ class _Units:
     """The features of all units of one grid on their way through the points.
 
     Attributes:
-        visual_BND: Features.
-        grid: Their grid.
+        kept: What is left of them; positions (one axis) and sources count in each unit from 0.
         rows_I: Row of each unit.
         numbers_I: Which unit of the batch each is.
         offsets_I: Visual tokens of the batch before each.
-        positions_ABN: Positions, counted in each unit from 0; one axis.
-        sizes_BN: How many first features each stands for.
-        sources_BN: Which first feature each stands in place of.
         tokens: First features of each unit.
     """
 
-    visual_BND: Tensor
-    grid: Grid
+    kept: Kept
     rows_I: Tensor
     numbers_I: Tensor
     offsets_I: Tensor
-    positions_ABN: Tensor
-    sizes_BN: Tensor
-    sources_BN: Tensor
     tokens: int
+
+    @property
+    def grid(self) -> Grid:
+        """Their grid."""
+        assert self.kept.grid is not None
+        return self.kept.grid
+
+    @property
+    def sources_BM(self) -> Tensor:
+        """Which first feature each stands in place of; -1 for a new one."""
+        assert self.kept.sources_BM is not None
+        return self.kept.sources_BM
 
     def keep(self, kept: Kept) -> None:
         """Continue with what a method kept, as `apply_point` returned it."""
-        sources_BM = kept.sources_BM
-        assert sources_BM is not None and kept.grid is not None
-        self.sources_BN = self.sources_BN.gather(1, sources_BM.clamp(min=0)).masked_fill(sources_BM < 0, -1)
-        self.visual_BND, self.positions_ABN, self.sizes_BN = kept.hidden_BMD, kept.positions_ABM, kept.sizes_BM
-        self.grid = kept.grid
+        assert kept.sources_BM is not None
+        sources_BM = self.sources_BM.gather(1, kept.sources_BM.clamp(min=0)).masked_fill(kept.sources_BM < 0, -1)
+        renumber, size_bias = kept.renumber or self.kept.renumber, kept.size_bias or self.kept.size_bias
+        self.kept = replace(kept, sources_BM=sources_BM, renumber=renumber, size_bias=size_bias)
 
 
 def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:
