@@ -1,4 +1,8 @@
-"""File helpers of the ledger: atomic writes, checksummed folders, storage errors a user can act on."""
+"""File helpers of the ledger: atomic writes, checksummed folders, storage errors a user can act on.
+
+Unless it says otherwise, a function raises StorageError where a file or folder is there and cannot be read, cannot be
+written, or where its disk is full.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,7 @@ _CHANGE_PLACE = "or give another folder with cluster.storage_path or $LLAVOLTA_S
 
 
 def stat_of(path: str | Path) -> os.stat_result | None:
-    """Return what a path leads to; None where nothing is there. What cannot be asked is an error, never a no.
-
-    Raises:
-        StorageError: it cannot be asked.
-    """
+    """Return what a path leads to; None where nothing is there. What cannot be asked is an error, never a no."""
     try:
         return stat_or_none(path)
     except OSError as error:
@@ -38,20 +38,12 @@ def stat_of(path: str | Path) -> os.stat_result | None:
 
 
 def is_there(path: str | Path) -> bool:
-    """Return True where a path leads to something, false where to nothing.
-
-    Raises:
-        StorageError: it cannot be asked.
-    """
+    """Return True where a path leads to something, false where to nothing."""
     return stat_of(path) is not None
 
 
 def names_in(folder: str | Path) -> list[str]:
-    """Return the names in a folder, hidden ones too, sorted; empty where there is no folder.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """Return the names in a folder, hidden ones too, sorted; empty where there is no folder."""
     with storage_errors(Path(folder)):
         try:
             return sorted(retry_io(lambda: os.listdir(folder)))
@@ -59,40 +51,8 @@ def names_in(folder: str | Path) -> list[str]:
             return []
 
 
-class Listings:
-    """Names in folders, of which a plan of 10,000 cells asks 200,000 times whether one is there."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, frozenset[str]] | None = None
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Within it, each folder is listed once, when it is first asked for."""
-        before, self._names = self._names, {}
-        try:
-            yield
-        finally:
-            self._names = before
-
-    def lacks(self, folder: str, name: str) -> bool:
-        """Return True where a snapshot knows that a folder has no such name.
-
-        Raises:
-            StorageError: the folder cannot be read.
-        """
-        if self._names is None:
-            return False
-        if folder not in self._names:
-            self._names[folder] = frozenset(names_in(folder))
-        return name not in self._names[folder]
-
-
 def files_below(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Return a file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out.
-
-    Raises:
-        StorageError: something is there and cannot be read.
-    """
+    """Return a file, or a folder with all that lies below it, hidden too; what goes meanwhile is left out."""
     about = stat_of(path)
     if about is not None:
         yield path, about
@@ -166,11 +126,7 @@ def fsync_file(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file aside, then rename it: readers see the old one or the new one, never a part.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
+    """Write a file aside, then rename it: readers see the old one or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     with storage_errors(path.parent):
@@ -217,11 +173,7 @@ def write_copy(file: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN is refused.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
+    """Write JSON atomically; NaN is refused."""
     write_atomic(path, dump_json(value))
 
 
@@ -244,11 +196,7 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON mapping; None where there is none or it is damaged.
-
-    Raises:
-        StorageError: the file is there but cannot be read.
-    """
+    """Return a JSON mapping; None where there is none or it is damaged."""
     return parse_json(_read_bytes(path))
 
 
@@ -261,16 +209,12 @@ def _read_bytes(path: Path) -> bytes | None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out.
-
-    Raises:
-        StorageError: a folder cannot be read: a listing that lacks files would pass for a complete one.
-    """
+    """Return the names of all files below a folder, with `/`, sorted; hidden ones, which are temporary, left out."""
     return sorted(name for name, is_folder in _below(folder, "") if not is_folder)
 
 
 def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
-    with storage_errors(folder):
+    with storage_errors(folder):  # a listing that lacks files would pass for a complete one
         found = retry_io(lambda: [(entry.name, entry.is_dir()) for entry in os.scandir(folder)])
     for name, is_folder in found:
         if not name.startswith("."):
@@ -280,11 +224,7 @@ def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
 
 
 def write_manifest(folder: Path) -> None:
-    """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
-
-    Raises:
-        StorageError: the disk is full or a file cannot be read.
-    """
+    """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last."""
     files = {}
     with storage_errors(folder):
         for name in list_files(folder):
@@ -318,12 +258,6 @@ def read_manifest(folder: Path) -> Files | None:
     return found["files"] if found is not None else None
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Return the files whose size is not the manifest's; contents are not read. No manifest: its name."""
-    files = read_manifest(folder)
-    return [MANIFEST] if files is None else cut_files(folder, files)
-
-
 def damaged_files(folder: Path) -> list[str]:
     """Return the files that are missing, cut short or changed; empty when the folder is complete. Reads every byte."""
     files = read_manifest(folder)
@@ -331,11 +265,7 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return those of a manifest's files that are missing, cut short or changed. Reads every byte.
-
-    Raises:
-        StorageError: a file is there and cannot be read; nothing is known of it then.
-    """
+    """Return those of a manifest's files that are missing, cut short or changed. Reads every byte."""
     bad = cut_files(folder, files)
     for name, entry in files.items():
         if name in bad:
@@ -351,10 +281,6 @@ def changed_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def cut_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return those of a manifest's files that are missing or cut short; contents are not read.
-
-    Raises:
-        StorageError: it cannot be asked.
-    """
+    """Return those of a manifest's files that are missing or cut short; contents are not read."""
     sizes = {name: stat_of(folder / name) for name in files}
     return [name for name, about in sizes.items() if (about.st_size if about else -1) != files[name].get("size")]

@@ -33,7 +33,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Lease:
-    """Content of a lease file."""
+    """Content of a lease file; `tries` is 0, and in the file for drivers that were written when it was not."""
 
     owner: str
     lane: str = ""
@@ -43,6 +43,8 @@ class _Lease:
 
 class Leases:
     """The leases of one owner: one driver, or a later process of it.
+
+    Every method raises StorageError where the store cannot be read or written.
 
     Args:
         store: Where they lie.
@@ -79,9 +81,6 @@ class Leases:
 
         Returns:
             The token; the same one again for an own lease; None while another living owner holds it.
-
-        Raises:
-            StorageError: the store cannot be read or written.
         """
         mine = self._mine()
         self._beat.start()
@@ -98,9 +97,7 @@ class Leases:
                 if self._observer.lives(lease.owner):
                     mine.pop(name, None)
                     return None
-            # What a dead owner tried counts; who let go on purpose did not fail.
-            tries = lease.tries if lease is not None and not lease.released else 0
-            if self._create(name, number + 1, _Lease(self._owner, lane, tries)):
+            if self._create(name, number + 1, _Lease(self._owner, lane)):
                 mine[name] = number + 1
                 return number + 1
             number = max(number + 1, self._store.token_of(name))
@@ -125,34 +122,15 @@ class Leases:
         self._mine()[name] = token
         return token
 
-    def note(self, name: str, tries: int) -> None:
-        """Write how often an own lease's job was tried into it; one that was lost stays as it is.
-
-        Raises:
-            StorageError: the store cannot be written.
-        """
-        self._change(name, lambda lease: replace(lease, tries=tries))
-
-    def tries(self, name: str) -> int:
-        """Return how often the job of an own lease was tried, by this owner and by those that died over it."""
-        lease = self._own(name)
-        return lease.tries if lease is not None else 0
-
     def release(self, name: str) -> None:
-        """Let go of an own lease; one that was lost or never held stays as it is.
-
-        Raises:
-            StorageError: the store cannot be written.
-        """
-        self._change(name, lambda lease: replace(lease, released=True))
+        """Let go of an own lease; one that was lost or never held stays as it is."""
+        if (lease := self._own(name)) is not None:
+            # Lost in this very moment: the file comes back below the new holder's, and its next change cleans it up.
+            self._store.write(_key(name, self._mine()[name]), _dump(replace(lease, released=True)))
         self._mine().pop(name, None)
 
     def forget(self, name: str) -> None:
-        """Take an own lease away with its number: only for a job that is stored, where a late writer finds it done.
-
-        Raises:
-            StorageError: the store cannot be written.
-        """
+        """Take an own lease away with its number: only for a job that is stored, where a late writer finds it done."""
         if self._own(name) is not None:
             for number in self._store.lease_numbers(name):
                 self._store.delete(_key(name, number))
@@ -192,11 +170,7 @@ class Leases:
         }
 
     def close(self) -> None:
-        """Release all leases and end the beat.
-
-        Raises:
-            StorageError: the store cannot be written.
-        """
+        """Release all leases and end the beat."""
         try:
             for name in list(self._tokens or {}):
                 self.release(name)
@@ -221,12 +195,6 @@ class Leases:
             return None
         lease = self._read(name, token)
         return lease if lease is not None and lease.owner == self._owner and not lease.released else None
-
-    def _change(self, name: str, change: Callable[[_Lease], _Lease]) -> None:
-        lease = self._own(name)
-        if lease is not None:
-            # Lost in this very moment: the file comes back below the new holder's, and its next change cleans it up.
-            self._store.write(_key(name, self._mine()[name]), _dump(change(lease)))
 
     def _read(self, name: str, number: int) -> _Lease | None:
         found = parse_json(self._store.read(_key(name, number))) if number else None

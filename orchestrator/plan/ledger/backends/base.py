@@ -257,6 +257,11 @@ def files_of(part: Part, files: Files) -> Files:
     return {name: entry for name, entry in files.items() if name.startswith(f"{part}/")}
 
 
+def without(part: Part, files: Files) -> Files:
+    """Return a manifest's files without those of a part."""
+    return {name: entry for name, entry in files.items() if not name.startswith(f"{part}/")}
+
+
 def token_in(folder: Path) -> int:
     """Return the token under which an unsealed folder is written, from its name `.writing-TOKEN` or a parent's."""
     fits = (_WRITING.fullmatch(part) for part in reversed(folder.parts))

@@ -36,11 +36,11 @@ from orchestrator.plan.ledger.backends.base import (
     step_name,
     steps_in,
     superseded,
+    without,
 )
 from orchestrator.plan.ledger.files import (
     MANIFEST,
     Files,
-    Listings,
     changed_files,
     cut_files,
     damaged_files,
@@ -49,7 +49,6 @@ from orchestrator.plan.ledger.files import (
     is_there,
     make_folder,
     manifest_of,
-    missing_files,
     names_in,
     read_manifest,
     stat_of,
@@ -79,19 +78,32 @@ class FolderBackend(Backend):
         # Text: a plan of 10,000 cells asks 200,000 times for what is not there.
         self.url = self._base = str(self.folder)
         self._runs, self._work = self.folder / "stage_runs", self.folder / "work"
-        self._listings = Listings()
+        self._listed: dict[str, frozenset[str]] | None = None
         self._seen: dict[str, tuple[tuple[int, ...], frozenset[str]]] = {}
 
     @override
-    def snapshot(self) -> contextlib.AbstractContextManager[None]:
-        return self._listings.snapshot()
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        before, self._listed = self._listed, {}  # each folder is listed once, when it is first asked for
+        try:
+            yield
+        finally:
+            self._listed = before
+
+    def _lacks(self, folder: str, name: str) -> bool:
+        """Return True where a snapshot knows that a folder has no such name."""
+        if self._listed is None:
+            return False
+        if folder not in self._listed:
+            self._listed[folder] = frozenset(names_in(folder))
+        return name not in self._listed[folder]
 
     # Small values --------------------------------------------------------------------------------------------------
 
     @override
     def read(self, key: str) -> bytes | None:
         path = f"{self._base}/{_checked_key(key)}"
-        if self._listings.lacks(*path.rsplit("/", 1)):
+        if self._lacks(*path.rsplit("/", 1)):
             return None
         if not is_there(path):  # cheaper than to open it: most notes that a plan asks for are not there
             return None
@@ -149,7 +161,7 @@ class FolderBackend(Backend):
     def _look(self, state: str) -> tuple[frozenset[str], bool]:
         """Return what the manifest lists, by first names, and whether all of it is there."""
         folder = f"{self._base}/stage_runs/{state}"
-        if self._listings.lacks(f"{self._base}/stage_runs", state):
+        if self._lacks(f"{self._base}/stage_runs", state):
             return frozenset(), False
         manifest = stat_of(f"{folder}/{MANIFEST}")
         about = stat_of(folder) if manifest is not None else None
@@ -193,8 +205,7 @@ class FolderBackend(Backend):
         with storage_errors(self.folder):
             make_folder(target.parent)
             for _ in range(10):
-                known = read_manifest(target)
-                if known is not None and not cut_files(target, known):
+                if (known := _manifest_if_complete(target)) is not None:
                     return _add_parts(sealed, target, known)
                 if take_place(sealed, target):
                     fsync_folder(target.parent)
@@ -204,18 +215,15 @@ class FolderBackend(Backend):
     @override
     def discard(self, state: str) -> None:
         self._seen.pop(state, None)
-        target = self.state_folder(state)
-        old = _old(target)
-        with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
-            target.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+        with storage_errors(self.folder):
+            _remove_at_once(self.state_folder(state))
 
     @override
     def recover(self, state: str) -> bool:
         target = self.state_folder(state)
         for name in names_in(target.parent):
             aside = target.parent / name
-            if _state_aside(name) == state and not is_there(target) and not missing_files(aside):
+            if _state_aside(name) == state and not is_there(target) and _manifest_if_complete(aside) is not None:
                 with storage_errors(self.folder), contextlib.suppress(FileNotFoundError):
                     aside.rename(target)
                     return True
@@ -230,7 +238,7 @@ class FolderBackend(Backend):
     @override
     def is_begun(self, job_id: str) -> bool:
         folder = f"{self._base}/work"
-        return not self._listings.lacks(folder, job_id) and is_there(f"{folder}/{job_id}")
+        return not self._lacks(folder, job_id) and is_there(f"{folder}/{job_id}")
 
     @override
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:
@@ -316,13 +324,9 @@ class FolderBackend(Backend):
         target = self.state_folder(state)
         if (files := read_manifest(target)) is None:
             return
-        gone = files_of(part, files)
-        kept = {name: entry for name, entry in files.items() if name not in gone}
-        aside = target / f".{part}.{secrets.token_hex(6)}.old"
-        write_json(target / MANIFEST, manifest_of(kept))
-        with storage_errors(self._runs), contextlib.suppress(FileNotFoundError):
-            (target / part).rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        write_json(target / MANIFEST, manifest_of(without(part, files)))
+        with storage_errors(self._runs):
+            _remove_at_once(target / part)
 
     @override
     def drop_step(self, job: str, step: int) -> None:
@@ -382,15 +386,26 @@ def _add_parts(sealed: Path, target: Path, known: Files) -> None:
     new = read_manifest(sealed) or {}
     lacks = [part for part in PARTS if files_of(part, new) and not files_of(part, known)]
     for part in lacks:
-        old = _old(target / part)  # what a killed writer moved and did not list
-        with contextlib.suppress(FileNotFoundError):
-            (target / part).rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_at_once(target / part)  # what a killed writer moved and did not list
         (sealed / part).rename(target / part)
     if lacks:
         fsync_folder(target)
         files = known | {name: entry for part in lacks for name, entry in files_of(part, new).items()}
         write_json(target / MANIFEST, manifest_of(files))
+
+
+def _manifest_if_complete(folder: Path) -> Files | None:
+    """Return the manifest of a folder without a file that is missing or cut short; contents are not read."""
+    files = read_manifest(folder)
+    return None if files is None or cut_files(folder, files) else files
+
+
+def _remove_at_once(folder: Path) -> None:
+    """Delete a folder; it need not be there, and readers see all of it or none."""
+    old = _old(folder)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _old(target: Path) -> Path:

@@ -26,13 +26,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from typing_extensions import override
@@ -50,6 +49,7 @@ from orchestrator.plan.ledger.backends.base import (
     steps_in,
     superseded,
     token_in,
+    without,
 )
 from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.files import (
@@ -72,13 +72,14 @@ from orchestrator.plan.ledger.files import (
 )
 from orchestrator.plan.ledger.process import machine_id
 
-_From = TypeVar("_From")
-_To = TypeVar("_To")
 _AT_ONCE = 8
 _DELETE_AT_ONCE = 1000  # the most that one request may name
 _ABSENT = {"NoSuchKey", "404"}
 ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
 _CONNECTIONS = 32
+_SMALL = ("job.json", "result.json")
+_LOOK_SECONDS = 5.0
+_LISTED = ("manifests", "evaluations", "failures", "work")
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
     "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
@@ -204,8 +205,11 @@ def _file_name(etag: str) -> str:
     return digest(etag)[:40]
 
 
-class Bucket(Backend):
-    """Keys below a bucket's prefix; `S3Backend` says what they hold.
+class S3Backend(Backend):
+    """A storage in a bucket, with a copy of what was needed or written in this machine's cache folder.
+
+    Each writer has a prefix of its own, that of its token: what one that lost its lease uploads or deletes is never
+    what the new holder's manifests name. The entry of a file in a manifest holds the token beside size and hash.
 
     Credentials, region and endpoint are found in boto3's own ways (environment, `~/.aws`, instance role;
     `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for another server); none is kept or shown here. Requests that meet a
@@ -232,6 +236,14 @@ class Bucket(Backend):
             raise UsageError(f"{url}: needs boto3; run: pip install 'llavolta-orchestrator[s3]'")
         with self._errors():
             self._client = s3_client()
+        self._copy = FolderBackend(copies_folder() / digest(self.url)[:32])
+        self.folder = self._copy.folder
+        self._node = digest([machine_id(), str(self.folder)])[:16]
+        self._known: dict[str, dict[str, Any]] = {}
+        self._looked: dict[Path, float] = {}
+        self._shared: tuple[Path, Files] | None = None
+
+    # Small values --------------------------------------------------------------------------------------------------
 
     @override
     def read(self, key: str) -> bytes | None:
@@ -329,24 +341,15 @@ class Bucket(Backend):
             found.update(entry["Prefix"][len(begin) : -1] for entry in page.get("CommonPrefixes", ()))
         return sorted(found - {""})
 
+    @override
     @contextlib.contextmanager
-    def view_of(self, prefixes: Sequence[str], folder: Path) -> Iterator[None]:
-        """Within it, values below `prefixes` are read as they were at its begin; a write of this store ends it early.
-
-        Args:
-            folder: Where values are kept for later views.
-        """
+    def snapshot(self) -> Iterator[None]:
+        """Within it, values of the listed kinds are read as they were at its begin; a write here ends it early."""
         if self._view is not None:
             yield
             return
-        cut = len(self._prefix)
-        listed = {
-            entry["Key"][cut:]: str(entry["ETag"])
-            for prefix in prefixes
-            for page in self._pages(f"{self._prefix}{prefix}/")
-            for entry in page.get("Contents", ())
-        }
-        self._view = Snapshot(listed, prefixes, self._read, folder)
+        listed = {key: str(entry["ETag"]) for prefix in _LISTED for key, entry in self._entries(prefix)}
+        self._view = Snapshot(listed, _LISTED, self._read, self.folder / "etags")
         try:
             yield
         finally:
@@ -358,27 +361,26 @@ class Bucket(Backend):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing."""
-        cut = len(self._prefix)
-        pages = self._pages(f"{self._prefix}{prefix.strip('/')}/")
-        return {entry["Key"][cut:]: int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
+        return {key: int(entry["Size"]) for key, entry in self._entries(prefix.strip("/"))}
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Write files under keys, several at once, large ones in parts."""
-
-        def one(key: str, file: Path) -> None:
-            with self._errors(key), storage_errors(file.parent):
-                self._client.upload_file(str(file), self._bucket, self._prefix + key)
-
-        _all_of(one, files)
+        self._transfer(self._client.upload_file, files.keys(), files.values())
 
     def download(self, files: Mapping[Path, str]) -> None:
-        """Read keys into files whose folders exist, several at once; a key that is not there leaves no file."""
+        """Read keys into files, several at once; a key that is not there leaves no file."""
+        for folder in {file.parent for file in files}:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        self._transfer(self._client.download_file, files.values(), files.keys())
 
-        def one(file: Path, key: str) -> None:
+    def _transfer(self, one: Callable[..., None], keys: Iterable[str], files: Iterable[Path]) -> None:
+        def transfer(key: str, file: Path) -> None:
             with self._errors(key), storage_errors(file.parent), self._absent_is_none():
-                self._client.download_file(self._bucket, self._prefix + key, str(file))
+                one(Bucket=self._bucket, Key=self._prefix + key, Filename=str(file))
 
-        _all_of(one, files)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(transfer, keys, files))
 
     def delete_all(self, prefix: str) -> None:
         """Delete everything below a prefix."""
@@ -398,6 +400,10 @@ class Bucket(Backend):
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
+    def _entries(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for page in self._pages(f"{self._prefix}{prefix}/"):
+            yield from ((entry["Key"][len(self._prefix) :], entry) for entry in page.get("Contents", ()))
+
     def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
         pages = self._client.get_paginator("list_objects_v2")
         with self._errors():
@@ -405,40 +411,6 @@ class Bucket(Backend):
 
     def _errors(self, key: str = "") -> contextlib.AbstractContextManager[None]:
         return s3_errors(f"{self.url}/{key}" if key else self.url)
-
-
-def _all_of(one: Callable[[_From, _To], None], files: Mapping[_From, _To]) -> None:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(one, files.keys(), files.values()))
-
-
-_SMALL = ("job.json", "result.json")
-_LOOK_SECONDS = 5.0
-_LISTED = ("manifests", "evaluations", "failures", "work")
-
-
-class S3Backend(Bucket):
-    """A storage in a bucket, with a copy of what was needed or written in this machine's cache folder.
-
-    Each writer has a prefix of its own, that of its token: what one that lost its lease uploads or deletes is never
-    what the new holder's manifests name. The entry of a file in a manifest holds the token beside size and hash.
-
-    Args:
-        url: `s3://bucket/prefix`.
-    """
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self._copy = FolderBackend(copies_folder() / digest(self.url)[:32])
-        self.folder = self._copy.folder
-        self._node = digest([machine_id(), str(self.folder)])[:16]
-        self._known: dict[str, dict[str, Any]] = {}
-        self._looked: dict[Path, float] = {}
-        self._shared: tuple[Path, Files] | None = None
-
-    @override
-    def snapshot(self) -> AbstractContextManager[None]:
-        return self.view_of(_LISTED, self.folder / "etags")
 
     # Finished states -----------------------------------------------------------------------------------------------
 
@@ -487,7 +459,7 @@ class S3Backend(Bucket):
                 write_copy(file, manifest["small"][name].encode())
             self._fetch_files(state, file.parent, wanted)
         elif not is_there(file):
-            self._download({file: f"logs/{state}/{name}"})
+            self.download({file: f"logs/{state}/{name}"})
         return file
 
     @override
@@ -568,7 +540,7 @@ class S3Backend(Bucket):
         if now - self._looked.get(copy, -_LOOK_SECONDS) >= _LOOK_SECONDS:
             self._looked[copy] = now
             if name in self.names(f"work/{job_id}"):
-                self._download({copy: f"work/{job_id}/{name}"})
+                self.download({copy: f"work/{job_id}/{name}"})
         return copy if is_there(copy) else file
 
     @override
@@ -630,7 +602,7 @@ class S3Backend(Bucket):
         if damaged := self._fetch_checkpoint(folder):
             raise StorageError(f"{self.url}: {folder.name} of {folder.parent.name} is damaged: {damaged[:3]}")
         job_id, name = folder.parent.name, "metrics.jsonl"
-        self._download({folder.parent / name: f"work/{job_id}/{name}"})
+        self.download({folder.parent / name: f"work/{job_id}/{name}"})
 
     @override
     def end_work(self, job_id: str, token: int | None = None) -> None:
@@ -697,10 +669,8 @@ class S3Backend(Bucket):
         found = parse_manifest(self.read(key))
         if found is None:
             return
-        gone = files_of(part, found["files"])
-        kept = {name: entry for name, entry in found["files"].items() if name not in gone}
         newest = self.token_of(state)
-        self.write(key, json.dumps({**found, **manifest_of(kept)}).encode())
+        self.write(key, json.dumps({**found, **manifest_of(without(part, found["files"]))}).encode())
         self._sweep(state, newest=newest)
 
     @override
@@ -800,7 +770,7 @@ class S3Backend(Bucket):
         damaged = sorted(files)
         for _ in range(2):  # a damaged copy is downloaded again
             lacking = [name for name, entry in files.items() if _size(folder / name) != entry["size"]]
-            self._download({(folder / name): object_key(state, files[name]) for name in lacking})
+            self.download({(folder / name): object_key(state, files[name]) for name in lacking})
             damaged = changed_files(folder, files)
             if not damaged:
                 break
@@ -818,12 +788,6 @@ class S3Backend(Bucket):
             return damaged
         _keep_manifest(folder, manifest)
         return []
-
-    def _download(self, files: Mapping[Path, str]) -> None:
-        for folder in {file.parent for file in files}:
-            with storage_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        self.download(files)
 
     def _send_log(self, job_id: str) -> None:
         log = self.work_folder(job_id) / "log.txt"
