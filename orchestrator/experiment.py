@@ -201,7 +201,7 @@ class Experiment:
         Raises:
             UsageError: the model's processor cannot be used at all.
         """
-        from orchestrator.data.inspect import check_document  # loads numpy and the processors of transformers
+        from orchestrator.data.check import check_document  # loads numpy and the processors of transformers
 
         return Document(
             check_document(self._data_cells()), lambda found, console: print_plain(check_text(found), console)
@@ -218,7 +218,7 @@ class Experiment:
             UsageError: there is no such data set or row.
             DataError: the row cannot be used.
         """
-        from orchestrator.data.inspect import row_document  # loads numpy and the processors of transformers
+        from orchestrator.data.check import row_document  # loads numpy and the processors of transformers
 
         document = row_document(self._data_cells(), name, row)
         return Document(document, lambda found, console: print_plain(row_text(found), console), row_page)

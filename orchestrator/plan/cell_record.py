@@ -22,7 +22,7 @@ from orchestrator.plan.status import CellStatus, cell_status
 from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 
-_MEASURED = Costs()
+_COSTS = Costs()  # one for the process: lengths of data are measured once
 _NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
@@ -51,19 +51,8 @@ class CellRecord:
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
 
 
-def cell_record(
-    cell: Cell, tree: StageTree, ledger: Ledger, costs: Costs | None = None, spec_sha: str | None = None
-) -> CellRecord:
-    """Return a cell as it stands in the ledger.
-
-    Args:
-        cell: The cell.
-        tree: Tree of its experiment.
-        ledger: Holds its stage runs and evaluations.
-        costs: What it costs by the formula; None takes the data's measured means, once for the process.
-        spec_sha: Digest of the experiment; None takes that of the cell's own resolved spec.
-    """
-    costs = costs or _MEASURED
+def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
+    """Return a cell as its ledger holds it, with what it costs by the formula and the data's measured means."""
     status = cell_status(cell, tree, ledger)
     resolved = cell.spec.model_dump(mode="json")
     runs = _trained_runs(cell, tree, ledger)
@@ -75,15 +64,15 @@ def cell_record(
         params=_params(cell),
         tags={
             "cell_id": cell.id,
-            "experiment_spec_sha": spec_sha or digest(resolved),
+            "experiment_spec_sha": digest(resolved),
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
             **_fingerprint_tags(runs or ()),
             **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
-            "tree_share": f"{_tree_share(cell, tree, costs):.4f}",
+            "tree_share": f"{_tree_share(cell, tree):.4f}",
         },
         history=() if runs is None else _history(cell, tree, ledger, runs),
-        summary=_summary(cell, ledger, runs or (), costs if trained and runs is not None else None),
+        summary=_summary(cell, ledger, runs or (), with_costs=trained and runs is not None),
         last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
     )
@@ -176,27 +165,27 @@ def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-def _tree_share(cell: Cell, tree: StageTree, costs: Costs) -> float:
+def _tree_share(cell: Cell, tree: StageTree) -> float:
     path = [tree.stage_runs[run] for run in tree.path_of[cell.id]]
     plans = {plan.name: plan for plan in cell.phases}
     each = [
-        costs.stage_run(cell, plans[job.phase], job.first_step, job.last_step)["train_tflops"]
+        _COSTS.stage_run(cell, plans[job.phase], job.first_step, job.last_step)["train_tflops"]
         or float((job.last_step - job.first_step) * plans[job.phase].recipe.global_batch_size)
         for job in path
     ]
     return share_of_tree(each, [len(tree.cells_of[job.id]) for job in path])
 
 
-def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], costs: Costs | None) -> dict[str, float]:
-    """Return the scores that are there; costs once the cell is trained (`costs` given)."""
+def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool) -> dict[str, float]:
+    """Return the scores that are there; and what the cell cost."""
     summary: dict[str, float] = {}
     for test in cell.evaluations:
         place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
         for metric, value in ((ledger.evaluation(test.id) or {}).get("metrics") or {}).items():
             summary[f"{place}/{metric}"] = float(value)
-    if costs is None:
+    if not with_costs:
         return summary
-    for name, price in costs.cell(cell).items():
+    for name, price in _COSTS.cell(cell).items():
         if price is not None:
             summary[f"cost/{name}"] = price
     if not runs:

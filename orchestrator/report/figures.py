@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
+from orchestrator.plan.trials import pareto_front
 from orchestrator.report.table import Table, header
 from orchestrator.report.units import Operations
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points no other point beats: less cost at no less accuracy, or more accuracy at no
-    more cost.
-
-    Args:
-        points: `(cost, accuracy)`; cost is better small, accuracy is better large.
-    """
-    front: list[int] = []
-    best = float("-inf")
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[index][1] > best:
-            front.append(index)
-            best = points[index][1]
-    return front
 
 
 def grid_figure(table: Table, title: str, path: Path) -> bool:
@@ -49,8 +33,8 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
         points = [(row.values[cost] / unit.scale, row.values[score]) for row in shown]
-        front = pareto_front(points)
-        panel.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", zorder=1)
+        front = sorted(points[index] for index in pareto_front(dict(enumerate(points)), ["min", "max"]))
+        panel.plot(*zip(*front, strict=True), color="0.75", zorder=1)
         for row, (x, y) in zip(shown, points, strict=True):
             panel.errorbar(
                 x,

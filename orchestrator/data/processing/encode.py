@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from orchestrator.data.processing.bounded_cache import BoundedCache
-from orchestrator.data.processing.images import ImageText
+from orchestrator.data.processing.images import BoundedCache, ImageText
 from orchestrator.data.processing.processor import TokenizedText, VisionTextProcessor
 from orchestrator.data.processing.templates import TEMPLATES, expand, render
 from orchestrator.data.rows import ImageRef, Row

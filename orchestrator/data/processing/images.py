@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
 
-from orchestrator.data.processing.bounded_cache import BoundedCache
 from orchestrator.data.processing.templates import takes_suffix
 from orchestrator.data.records.image_files import BadImage, image_size, open_image, pad_to_square
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, UsageError
 
+Value = TypeVar("Value")
 PIXEL_CACHE_BYTES = 512 * 2**20
 TEXT_CACHE_BYTES = 64 * 2**20
 IMAGE_THREADS = 4
@@ -36,6 +38,39 @@ _OF_THE_TEXT = {
 
 Tensors = dict[str, torch.Tensor]
 Sizes = tuple[tuple[int, int], ...]
+
+
+class BoundedCache(Generic[Value]):
+    """A least-recently-used cache; threads may share it.
+
+    Args:
+        max_bytes: Maximum size of all values; a larger value is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        """Return the value, or None."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
+        """Keep a value of `num_bytes`."""
+        if num_bytes > self._max_bytes:
+            return
+        with self._lock:
+            if key in self._values:
+                self._bytes -= self._values.pop(key)[1]
+            self._values[key] = (value, num_bytes)
+            self._bytes += num_bytes
+            while self._bytes > self._max_bytes:
+                self._bytes -= self._values.popitem(last=False)[1][1]
 
 
 @dataclass(frozen=True)

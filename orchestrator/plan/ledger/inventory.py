@@ -1,4 +1,7 @@
-"""Inventory of a storage: recorded experiments and what each reaches, what is stored, what is damaged, what can go."""
+"""Inventory of a storage: recorded experiments and what each reaches, what is stored, what is damaged, what can go.
+
+Every function raises StorageError where the storage cannot be read or written.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ from orchestrator.plan.ledger.backends.base import PARTS, PARTS_OF, Backend, Lef
 from orchestrator.plan.ledger.backends.folder import remove
 from orchestrator.plan.ledger.backends.s3 import copies, copies_folder
 from orchestrator.plan.ledger.files import parse_json
-from orchestrator.plan.ledger.heartbeat import Observer, owner_key
-from orchestrator.plan.ledger.leases import Holder, Leases
+from orchestrator.plan.ledger.leases import Holder, Leases, owner_key, process_of
 
 FOLDER = "experiments"
 LEFTOVER_SECONDS = 600.0
@@ -72,11 +74,7 @@ def _parsed(url: str, key: str, data: bytes) -> Recorded:
 
 
 def ledger_document(ledger: Ledger) -> dict[str, Any]:
-    """Return what `ledger ls --json` prints: sizes in bytes, times in seconds since the epoch.
-
-    Raises:
-        StorageError: the storage cannot be read.
-    """
+    """Return what `ledger ls --json` prints: sizes in bytes, times in seconds since the epoch."""
     store, experiments, holders = ledger.store, recorded_experiments(ledger.store), ledger.living_holders()
     reached: dict[str, list[tuple[str, str]]] = {}
     for each in experiments:
@@ -103,11 +101,7 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
 
 
 def damage(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return `kind`, `id`, `step` and `files` of damaged states and in-stage checkpoints; every byte is read.
-
-    Raises:
-        StorageError: the storage cannot be read.
-    """
+    """Return `kind`, `id`, `step` and `files` of damaged states and in-stage checkpoints; every byte is read."""
     store = ledger.store
     found: list[dict[str, Any]] = []
     for state in store.states():
@@ -121,11 +115,7 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def discard_damage(ledger: Ledger, found: Sequence[dict[str, Any]]) -> None:
-    """Take damaged states and in-stage checkpoints out, so that `run` trains them again.
-
-    Raises:
-        StorageError: the storage cannot be written.
-    """
+    """Take damaged states and in-stage checkpoints out, so that `run` trains them again."""
     for entry in found:
         if entry["kind"] == "state":
             ledger.discard(entry["id"])
@@ -331,7 +321,7 @@ class Collector:
                     yield GcStep("lease", key, "its job is finished", 0, partial(self._delete_lease, job, key))
         for entry in store.names("owners"):
             owner = entry.removesuffix(".json")
-            process = Observer(self._store, 0.0, lambda: 0.0).process(owner)
+            process = process_of(store, owner)
             if process is not None and process.is_gone():
                 yield GcStep("owner", owner, "its process is gone", 0, partial(self._store.delete, owner_key(owner)))
 

@@ -11,7 +11,7 @@ from inspected_rows import GOOD, cells, record, write_experiment
 from program import run_forked
 
 import orchestrator as llv
-from orchestrator.data.inspect import check_document, row_document
+from orchestrator.data.check import check_document, row_document
 from orchestrator.errors import DataError
 
 

@@ -19,6 +19,8 @@ def test_one_objective_has_the_best_alone():
     assert pareto_front({1: (3.0,), 2: (1.0,), 3: (1.0,)}, ["min"]) == {2, 3}
     assert pareto_front({1: (3.0,), 2: (1.0,)}, ["max"]) == {1}
     assert pareto_front({}, ["max"]) == set()
+    points = {0: (10, 0.8), 1: (4, 0.7), 2: (5, 0.6), 3: (4, 0.65), 4: (12, 0.8)}
+    assert pareto_front(points, ["min", "max"]) == {0, 1}
 
 
 @given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=12))

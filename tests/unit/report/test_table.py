@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.report.console import nothing_done
-from orchestrator.report.figures import grid_figure, pareto_front
+from orchestrator.report.figures import grid_figure
 from orchestrator.report.table import ablation_table
 from orchestrator.report.units import Operations, clock, operations
 
@@ -81,11 +81,6 @@ def test_markdown_and_latex_escape_what_would_break_them():
     assert r"a\|b_c%" in table.render("md")
     assert r"a|b\_c\%" in table.render("latex")
     assert len({line.count("|") - line.count(r"\|") for line in table.render("md").splitlines()}) == 1
-
-
-def test_the_front_keeps_only_points_nothing_beats():
-    assert pareto_front([(10, 0.8), (4, 0.7), (5, 0.6), (4, 0.65), (12, 0.8)]) == [1, 0]
-    assert pareto_front([]) == []
 
 
 def test_the_figure_is_drawn_only_where_there_is_something_to_draw(tmp_path):

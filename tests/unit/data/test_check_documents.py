@@ -8,7 +8,7 @@ import re
 import pytest
 from inspected_rows import GOOD, cells, record, write_experiment
 
-from orchestrator.data.inspect import check_document, row_document
+from orchestrator.data.check import check_document, row_document
 from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import data_spec
