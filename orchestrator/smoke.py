@@ -255,7 +255,7 @@ def prepare_smoke(source: Source, overrides: Sequence[str] = ()) -> tuple[Experi
     loaded = load_experiment(source, overrides)
     if loaded.spec.search is not None:
         raise UsageError("--smoke tries the cells of a grid; take `search` out: --set search=null")
-    storage, local = _fresh(storage_path(loaded))
+    storage, local = _fresh(storage_path(loaded.spec.cluster.storage_path))
     full = expand_cells(loaded)
     models = _small_models(full, local / "models")
     machine = _machine()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.plan.experiment_plan import prepare, reach_of, refuse_secret, storage_path
+from orchestrator.plan.experiment_plan import prepare, reach_of, storage_path
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.inventory import Collector, damage, discard_damage, ledger_document
 from orchestrator.report.console import Document, print_garbage, print_ledger
@@ -28,13 +28,9 @@ class Storage:
 
     def __init__(self, place: str | os.PathLike[str] | None = None, experiment: LoadedExperiment | None = None) -> None:
         self._experiment = experiment
-        if experiment is not None:
-            self._ledger = Ledger(storage_path(experiment))
-            return
-        text = os.fspath(place or os.environ.get("LLAVOLTA_STORAGE") or "runs")
-        refuse_secret(text)
-        self._ledger = Ledger(text)
-        if "://" not in text and not self._ledger.storage.is_dir():
+        path = storage_path(place if experiment is None else experiment.spec.cluster.storage_path)
+        self._ledger = Ledger(path)
+        if experiment is None and isinstance(path, Path) and not path.is_dir():
             raise UsageError(
                 f"there is no storage at {self._ledger.storage}; name one with --storage, or an experiment file"
             )

@@ -111,28 +111,19 @@ class ExperimentPlan:
         raise UsageError(f"--cell {misfit(self.cells, fits, wanted)}")
 
 
-def storage_path(loaded: LoadedExperiment) -> str | Path:
-    """Return the storage: the file's, $LLAVOLTA_STORAGE, or ./runs; a folder, or a URL.
+def storage_path(given: str | os.PathLike[str] | None) -> str | Path:
+    """Return a storage: the one given, $LLAVOLTA_STORAGE, or ./runs; a folder, or a URL.
 
     Raises:
-        UsageError: it holds a password.
+        UsageError: its address holds a password: it is printed, and written into records.
     """
-    text = loaded.spec.cluster.storage_path or os.environ.get("LLAVOLTA_STORAGE") or "runs"
-    refuse_secret(text)
-    return text if "://" in text else Path(text).expanduser().absolute()
-
-
-def refuse_secret(storage: str) -> None:
-    """End where a storage's address holds a password: it is printed, and written into records.
-
-    Raises:
-        UsageError: it does.
-    """
-    if what := secret_in(storage):
+    text = os.fspath(given or os.environ.get("LLAVOLTA_STORAGE") or "runs")
+    if what := secret_in(text):
         raise UsageError(
-            f"the storage {storage} ($LLAVOLTA_STORAGE, --storage): {what} must not stand there; credentials are found "
+            f"the storage {text} ($LLAVOLTA_STORAGE, --storage): {what} must not stand there; credentials are found "
             "in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws"
         )
+    return text if "://" in text else Path(text).expanduser().absolute()
 
 
 @contextmanager
@@ -155,7 +146,7 @@ def prepare(source: Source, overrides: Sequence[str] = ()) -> ExperimentPlan:
         SpecError: the file has errors.
     """
     loaded = load_experiment(source, overrides)
-    ledger = Ledger(storage_path(loaded))
+    ledger = Ledger(storage_path(loaded.spec.cluster.storage_path))
     share_caches(ledger.storage / "cache")
     if loaded.spec.search is not None:
         return plan_trials(loaded, ledger, TrialNotes(ledger.store, search_id(loaded)).read())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.processing.images import RowImages
-from orchestrator.data.processing.templates import ChatFormat, PrefixSuffix, takes_suffix
+from orchestrator.data.processing.templates import ChatFormat, suffix_format, takes_suffix
 from orchestrator.errors import DataError, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -166,8 +166,7 @@ class VisionTextProcessor:
         """The chat format for templates."""
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
         if template is None and takes_suffix(self.processor):
-            own = PrefixSuffix(self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token)
-            return ChatFormat(self.image_token, self.tokenizer.eos_token, own.render, own.render_marked)
+            return suffix_format(self.image_token, self.tokenizer.bos_token, self.tokenizer.eos_token)
         marked = isinstance(template, str) and _MARKS_GENERATION.search(template)
 
         def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
