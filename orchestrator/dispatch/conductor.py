@@ -106,15 +106,18 @@ class Attempt:
             rank.heard = now
 
     def look(self, now: float, patience_seconds: float) -> None:
-        """Mark it hung if no rank made progress, or a rank was silent, for this long."""
-        if self.ended or self.hung is not None:
+        """Mark it hung if no rank made progress, or a rank was silent, for this long.
+
+        A rank that stops after the last progress is found silent later than the group is found hung: it is the reason.
+        """
+        if self.ended or self.reported is not None:
             return
         silent = [str(number) for number in self._silent(now, patience_seconds)]
-        minutes = f"{patience_seconds / 60:g} minutes"
+        since, minutes = self.hung[0] if self.hung else now, f"{patience_seconds / 60:g} minutes"
         if silent:
-            self.hung = now, f"rank {', '.join(silent)} sent no heartbeat for {minutes}"
-        elif self.open_item is not None and now - self.moved > patience_seconds:
-            self.hung = now, f"no rank made progress for {minutes}"
+            self.hung = since, f"rank {', '.join(silent)} sent no heartbeat for {minutes}"
+        elif self.hung is None and self.open_item is not None and now - self.moved > patience_seconds:
+            self.hung = since, f"no rank made progress for {minutes}"
 
     def to_kill(self, now: float, patience_seconds: float) -> list[dict[str, Any]]:
         """Return the processes of a hung group to kill, once live ranks have written their stacks."""

@@ -169,6 +169,22 @@ def test_a_silent_rank_is_found_although_the_others_speak(tmp_path: Path) -> Non
     assert [one["silent"] for one in hung] == [False, True] and "rank 1 sent no heartbeat" in hung[0]["why"]
 
 
+def test_a_rank_that_froze_after_the_last_progress_is_the_reason(tmp_path: Path) -> None:
+    """The group is found hung before the rank has been silent for long enough."""
+    now = [0.0]
+    made = conductor(tmp_path, job("a"), stall_seconds=60.0, clock=lambda: now[0])
+    group = Group(made, world_size=2)
+    group.ask(0), group.ask(1)
+    for now[0], ranks in ((0.0, (0, 1)), (0.9, (1,)), (60.5, (0,))):
+        for rank in ranks:
+            made.heartbeat(group.who(rank), 1, False)
+    assert made.poll("", 0)["hung"] == []  # the frozen rank could still write its stack
+    now[0] = 61.5
+    made.heartbeat(group.who(0), 1, True)
+    hung = made.poll("", 0)["hung"]
+    assert [one["silent"] for one in hung] == [False, True] and "rank 1 sent no heartbeat" in hung[0]["why"]
+
+
 def test_what_the_spec_data_code_or_a_plugin_caused_is_not_tried_again() -> None:
     wrapped = StageRunError("ConnectionResetError: gone")
     wrapped.__cause__ = ConnectionResetError("gone")
