@@ -25,8 +25,7 @@ from orchestrator.cli import app
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.components import AMOUNTS, CompressorSpec
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.schema import experiment_schema
-from orchestrator.spec.yaml.key_paths import Shape, first_sentence, shape_of
+from orchestrator.spec.yaml.schema import Shape, experiment_schema, first_sentence, shape_of
 
 GRID = ("matrix", "zip", "exclude", "include", "controls", "cell_name")
 # (page, title, what stands at its head, the top-level keys it holds)

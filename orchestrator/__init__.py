@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.report.components import components as components
     from orchestrator.report.components import compressors as compressors
     from orchestrator.session import RunOutcome as RunOutcome
-    from orchestrator.spec.schema import experiment_schema as experiment_schema
+    from orchestrator.spec.yaml.schema import experiment_schema as experiment_schema
     from orchestrator.starter import init as init
     from orchestrator.storage import Storage as Storage
     from orchestrator.testing.contract import check_file as check_file
@@ -43,7 +43,7 @@ _HOMES = {
     "load_exported": "orchestrator.models.export",
     "RunOutcome": "orchestrator.session",
     "Storage": "orchestrator.storage",
-    "experiment_schema": "orchestrator.spec.schema",
+    "experiment_schema": "orchestrator.spec.yaml.schema",
 }
 
 

@@ -19,9 +19,9 @@ from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.yaml.file_paths import absolute_paths
-from orchestrator.spec.yaml.key_paths import find_path
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Node, Path, as_yaml, dotted
+from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, unknown_name
 
 MAX_CELLS = 100_000

@@ -19,7 +19,6 @@ from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.search_space import check_search, space_corners
 from orchestrator.spec.yaml.file_paths import absolute_paths
-from orchestrator.spec.yaml.key_paths import AXIS_KEYS
 from orchestrator.spec.yaml.merge import (
     Inheritance,
     Override,
@@ -29,6 +28,7 @@ from orchestrator.spec.yaml.merge import (
     read_overrides,
 )
 from orchestrator.spec.yaml.node import Mark, Node, dotted
+from orchestrator.spec.yaml.schema import AXIS_KEYS
 from orchestrator.spec.yaml.validation_errors import explain, is_unknown_kind
 
 MAPPING = "<mapping>"

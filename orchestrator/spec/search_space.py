@@ -18,8 +18,8 @@ from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
-from orchestrator.spec.yaml.key_paths import find_path
 from orchestrator.spec.yaml.node import Mark, Node, dotted, node_of
+from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, name_error, unknown_name
 
 

@@ -26,8 +26,8 @@ from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
 from orchestrator.spec.phase import PHASES, LoraSpec, PhaseSpec, PhasesSpec
-from orchestrator.spec.yaml.key_paths import NAMED, names_at
 from orchestrator.spec.yaml.node import Node, Path
+from orchestrator.spec.yaml.schema import NAMED, names_at
 from orchestrator.spec.yaml.validation_errors import Finding, error_at, locate, name_error, stray_keys, unknown_name
 
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tflops", "match_train_tflops")

@@ -11,8 +11,8 @@ from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import value_meaning
-from orchestrator.spec.yaml.key_paths import NAMED, kind_at, shape_at
 from orchestrator.spec.yaml.node import Node, Path
+from orchestrator.spec.yaml.schema import NAMED, kind_at, shape_at
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

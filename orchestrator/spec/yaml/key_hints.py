@@ -18,7 +18,7 @@ from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.phase import PhasesSpec
-from orchestrator.spec.yaml.key_paths import shape_of
+from orchestrator.spec.yaml.schema import shape_of
 
 _NONE = "no such thing here"
 

@@ -9,9 +9,9 @@ from pathlib import Path as FilePath
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError, UsageError
-from orchestrator.spec.yaml.key_paths import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 from orchestrator.spec.yaml.node import SET, Mark, Node, Path, dotted
 from orchestrator.spec.yaml.parser import MAX_BYTES, MAX_NODES, read_tree, read_value
+from orchestrator.spec.yaml.schema import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 from orchestrator.spec.yaml.validation_errors import unknown_path
 
 

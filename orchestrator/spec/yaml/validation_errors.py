@@ -11,16 +11,17 @@ from orchestrator import registry
 from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
-from orchestrator.spec.yaml.key_paths import (
+from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
+from orchestrator.spec.yaml.parser import kind_of, read_value
+from orchestrator.spec.yaml.schema import (
     NAMED,
     UnknownPathError,
+    component_class,
     description_at,
     find_path,
     kind_at,
     names_at,
 )
-from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
-from orchestrator.spec.yaml.parser import kind_of, read_value
 
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _SPACED = re.compile(r"[-+]?[0-9]{1,3}( [0-9]{3})+")
@@ -137,12 +138,6 @@ _BOUNDS = {
 }
 _UNKNOWN_KIND = "unknown kind `"
 _OWN_KIND = "a kind of your own needs its file under plugins, where a list replaces an inherited one"
-_GROUPS = {
-    "data": registry.DATA,
-    "compressors": registry.COMPRESSORS,
-    "schedules": registry.SCHEDULES,
-    "evaluate": registry.EVALUATIONS,
-}
 _NAME = "letters, digits, `.`, `_` and `-`, beginning with a letter or a digit, at most 64"
 
 
@@ -282,15 +277,10 @@ def stray_keys(root: Node, section: str) -> tuple[str, ...]:
     odd = [key for key, child in entries.items() if not _is_entry(child)]
     if not odd:
         return ()  # no component is imported where all is well
-    fields = {key for kind in registry.kinds(_GROUPS[section]) for key in _fields(_GROUPS[section], kind)}
+    family = NAMED[section]
+    kinds = registry.kinds(family.registry_group)
+    fields = {key for kind in kinds for key in component_class(family, kind).model_fields}
     return tuple(key for key in odd if key in fields)
-
-
-def _fields(group: str, kind: str) -> tuple[str, ...]:
-    try:
-        return tuple(registry.spec_class(group, kind).model_fields)
-    except (KeyError, ImportError, AttributeError):
-        return ()
 
 
 def _is_entry(node: Node) -> bool:

@@ -16,7 +16,7 @@ from repository import ROOT
 
 from orchestrator import plugin, registry
 from orchestrator.cli import app
-from orchestrator.spec.schema import experiment_schema
+from orchestrator.spec.yaml.schema import experiment_schema
 
 SCRIPT = ROOT / "docs" / "reference.py"
 pytestmark = pytest.mark.usefixtures("built_in_only")

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from orchestrator.spec.base import Spec
-from orchestrator.spec.schema import experiment_schema, spec_classes
+from orchestrator.spec.yaml.schema import experiment_schema, spec_classes
 
 EXAMPLE = yaml.safe_load(Path(__file__).with_name("design_example.yaml").read_text())
 

@@ -1,20 +1,29 @@
-"""The shape of an experiment file: which model, names and keys stand at a path. Read from the Pydantic models."""
+"""The shape of an experiment file, read from the Pydantic models: what stands at a path, and its JSON Schema."""
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import getdoc
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from orchestrator import registry
 from orchestrator.spec.base import Component, Spec
+from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.yaml.node import Node, Path
 
 AXIS_KEYS = ("matrix", "zip", "include", "exclude")
-NAMED = ("data", "compressors", "schedules", "evaluate")
+NAMED: dict[str, type[Component]] = {
+    "compressors": CompressorSpec,
+    "schedules": ScheduleSpec,
+    "data": DataSpec,
+    "evaluate": EvaluationSpec,
+}
+"""Sections whose entries have names, and the family of components that each holds."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Shape:
             if not (isinstance(choice, type) and issubclass(choice, Spec)):
                 continue
             if issubclass(choice, Component):
-                return _component_class(choice, kind)
+                return component_class(choice, kind)
             kinds = get_args(choice.model_fields["kind"].annotation) if "kind" in choice.model_fields else ()
             if not kinds or kind is None or kind in kinds:
                 return choice
@@ -88,7 +97,8 @@ def shape_of(annotation: Any) -> Shape:
 ROOT = Shape((ExperimentSpec,))
 
 
-def _component_class(family: type[Component], kind: Any) -> type[Component]:
+def component_class(family: type[Component], kind: Any) -> type[Component]:
+    """Return the spec class of a kind; the family itself where there is none, or it cannot be imported."""
     try:
         return registry.spec_class(family.registry_group, kind)
     except (KeyError, ImportError, AttributeError):
@@ -194,3 +204,105 @@ def _next_key(shape: Shape, node: Node | None, text: str, prefix: Path) -> tuple
     if after and prefix and prefix[0] in NAMED:
         raise UnknownPathError(first, known, prefix)
     return (text, "") if prefix and prefix[0] in NAMED else (first, after)
+
+
+_FAMILIES = {cls.__name__: cls for cls in NAMED.values()}
+_ANNOTATIONS = ("title", "description", "default", "examples", "deprecated")
+# Keys that the loader reads itself, before the models see the tree.
+_EXTENDS = {
+    "description": "Files this one is laid over: deep merge, a list replaces, null puts a key back to its default.",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+}
+
+
+def experiment_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of an experiment file that stands alone.
+
+    A file that extends another may leave out what that one gives; `validate` looks at the merged result.
+    """
+    schema = ExperimentSpec.model_json_schema()
+    definitions: dict[str, Any] = schema.setdefault("$defs", {})
+    for name, family in _FAMILIES.items():
+        choices, kinds = [], registry.kinds(family.registry_group)
+        for kind in kinds:
+            cls = registry.spec_class(family.registry_group, kind)
+            inner = cls.model_json_schema(ref_template="#/$defs/{model}")
+            definitions.update({key: part for key, part in inner.pop("$defs", {}).items() if key not in _FAMILIES})
+            inner["properties"]["kind"] = {"const": kind, "description": (getdoc(cls) or "").partition("\n")[0]}
+            inner["required"] = sorted({*inner.get("required", []), "kind"})
+            definitions[cls.__name__] = inner
+            choices.append({"$ref": f"#/$defs/{cls.__name__}"})
+        definitions[name] = {
+            "description": f"One of the known kinds: {', '.join(kinds)}.",
+            **({"anyOf": choices} if choices else {"not": {}}),
+        }
+    schema["properties"]["extends"] = copy.deepcopy(_EXTENDS)
+    _accept_short_forms(schema)
+    _name_aliases(schema)
+    _nullable(schema)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "LLaVolta experiment"
+    return schema
+
+
+def _accept_short_forms(schema: dict[str, Any]) -> None:
+    """Accept a variant's only point without a list, an `under` of one name, and a null stage."""
+    point = {"$ref": "#/$defs/CompressorSpec"}
+    variants = schema["properties"]["compressors"]["patternProperties"]
+    for name in variants:
+        variants[name] = {"anyOf": [point, {"type": "array", "items": point, "minItems": 1}]}
+    for part in schema["$defs"].values():
+        under = part.get("properties", {}).get("under")
+        if under is not None and under.get("type") == "array":
+            notes = {key: under.pop(key) for key in _ANNOTATIONS if key in under}
+            part["properties"]["under"] = {"anyOf": [{"type": "string"}, under], **notes}
+        stages = part.get("properties", {}).get("stages")
+        if stages is not None:
+            stages["items"] = {"anyOf": [stages["items"], {"type": "null"}]}
+
+
+def _name_aliases(schema: dict[str, Any]) -> None:
+    """Add every alias as a key of its own that points to the canonical one."""
+    for cls in spec_classes().values():
+        part = schema["$defs"].get(cls.__name__)
+        for alias, name in cls.aliases.items() if part is not None else ():
+            properties = part["properties"]
+            inner = copy.deepcopy(properties[name])
+            properties[alias] = {**inner, "description": f"Another name of `{name}`.", "deprecated": True}
+            required = part.get("required", [])
+            if name in required:
+                required.remove(name)
+                names = [name, *(alias for alias, canonical in cls.aliases.items() if canonical == name)]
+                part.setdefault("allOf", []).append({"anyOf": [{"required": [each]} for each in names]})
+
+
+def spec_classes(root: type[Spec] = ExperimentSpec) -> dict[str, type[Spec]]:
+    """Return every model that an experiment file is made of, components of all kinds included, by its name."""
+    found: dict[str, type[Spec]] = {}
+    waiting = [root]
+    while waiting:
+        cls = waiting.pop(0)
+        if cls.__name__ in found:
+            continue
+        found[cls.__name__] = cls
+        shapes = [shape_of(field.annotation) for field in cls.model_fields.values()]
+        while shapes:
+            shape = shapes.pop(0)
+            shapes += [inner for inner in (shape.value_shape(), shape.item_shape()) if inner is not None]
+            waiting += [choice for choice in shape.choices if isinstance(choice, type) and issubclass(choice, Spec)]
+        if cls.__name__ in _FAMILIES and issubclass(cls, Component):
+            waiting += [registry.spec_class(cls.registry_group, kind) for kind in registry.kinds(cls.registry_group)]
+    return found
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """Accept null everywhere: it puts a key back to its default and takes a named entry out."""
+    for part in (schema, *schema["$defs"].values()):
+        required = part.get("required", [])
+        for name, inner in part.get("properties", {}).items():
+            if name not in required and name != "kind" and {"type": "null"} not in inner.get("anyOf", []):
+                notes = {key: inner.pop(key) for key in _ANNOTATIONS if key in inner}
+                part["properties"][name] = {"anyOf": [inner, {"type": "null"}], **notes}
+            for pattern, named in inner.get("patternProperties", {}).items():
+                inner["patternProperties"][pattern] = {"anyOf": [named, {"type": "null"}]}
+                inner["additionalProperties"] = False
