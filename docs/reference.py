@@ -257,7 +257,7 @@ def _takes(cls: type[CompressorSpec], amount: str) -> bool:
 
 
 def _commands() -> str:
-    """Return the page of the verbs: usage, arguments and options of each, as the command line itself tells them."""
+    """Return the page of the verbs: usage, arguments and options of each, as the command line itself shows them."""
     lines = ["# Commands", "", str(app.info.help), "", str(app.info.epilog), ""]
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         for inner, one in sorted(getattr(command, "commands", {"": command}).items()):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from orchestrator.experiment import load as load
     from orchestrator.experiment import table as table
     from orchestrator.models.export import load_exported as load_exported
-    from orchestrator.report.components import components as components
-    from orchestrator.report.components import compressors as compressors
+    from orchestrator.report.documents import components as components
+    from orchestrator.report.documents import compressors as compressors
     from orchestrator.session import RunOutcome as RunOutcome
     from orchestrator.spec.yaml.schema import experiment_schema as experiment_schema
     from orchestrator.starter import init as init
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("Cell", "Experiment", "load", "table"), "orchestrator.experiment"),
     **dict.fromkeys(("Interrupted", "LlavoltaError", "SpecError", "UsageError"), "orchestrator.errors"),
-    **dict.fromkeys(("components", "compressors"), "orchestrator.report.components"),
+    **dict.fromkeys(("components", "compressors"), "orchestrator.report.documents"),
     "check_file": "orchestrator.testing.contract",
     "init": "orchestrator.starter",
     "load_exported": "orchestrator.models.export",

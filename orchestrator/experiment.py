@@ -17,8 +17,9 @@ from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
-from orchestrator.report.console import Document, print_bench, print_plain, print_plan, print_predictions, print_status
-from orchestrator.report.pages import check_text, predictions_document, predictions_page, row_page, row_text
+from orchestrator.report.console import print_bench, print_check, print_plan, print_predictions, print_row, print_status
+from orchestrator.report.documents import Document
+from orchestrator.report.pages import predictions_document, predictions_page, row_page
 from orchestrator.report.table import Table, html_table, table_of
 from orchestrator.run import run_experiment
 from orchestrator.search.search import search_experiment
@@ -203,9 +204,7 @@ class Experiment:
         """
         from orchestrator.data.check import check_document  # loads numpy and the processors of transformers
 
-        return Document(
-            check_document(self._data_cells()), lambda found, console: print_plain(check_text(found), console)
-        )
+        return Document(check_document(self._data_cells()), print_check)
 
     def data_row(self, row: int | None = None, *, name: str | None = None) -> Document:
         """Return one row as the model gets it: prompt, what of it is learned, tokens, lengths, pictures.
@@ -220,8 +219,7 @@ class Experiment:
         """
         from orchestrator.data.check import row_document  # loads numpy and the processors of transformers
 
-        document = row_document(self._data_cells(), name, row)
-        return Document(document, lambda found, console: print_plain(row_text(found), console), row_page)
+        return Document(row_document(self._data_cells(), name, row), print_row, row_page)
 
     def _data_cells(self) -> tuple[PlannedCell, ...]:
         """Return the grid's cells; of a search those that it starts from."""

@@ -11,7 +11,8 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.experiment_plan import prepare, reach_of, storage_path
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.inventory import Collector, damage, discard_damage, ledger_document
-from orchestrator.report.console import Document, print_garbage, print_ledger
+from orchestrator.report.console import print_garbage, print_ledger
+from orchestrator.report.documents import Document
 from orchestrator.spec.loaded import LoadedExperiment
 
 

@@ -14,15 +14,15 @@ from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.reasons import cell_values
 
 
-def write_cell_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
+def write_cell_folder(plan: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
     """Point a cell's folder to its weights and log, and writes its resolved YAML and record."""
-    return retry_io(lambda: _written_folder(walk, cell, record))  # writing it twice gives the same
+    return retry_io(lambda: _written_folder(plan, cell, record))  # writing it twice gives the same
 
 
-def _written_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
-    folder = walk.folder(cell)
+def _written_folder(plan: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
+    folder = plan.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    _link(folder / "weights", walk.ledger.state_folder(cell.state) / "weights")
+    _link(folder / "weights", plan.ledger.state_folder(cell.state) / "weights")
     for name, content in record.artifacts.items():
         if isinstance(content, str):
             (folder / name).write_text(content)
@@ -32,28 +32,28 @@ def _written_folder(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Pat
     }  # fmt: skip
     text, file = json.dumps(summary, indent=2) + "\n", folder / "record.json"
     if stat_or_none(file) is None or file.read_text() != text:
-        walk.ledger.point_to(cell.state, folder, summary)
+        plan.ledger.point_to(cell.state, folder, summary)
         file.write_text(text)
     return folder
 
 
-def weights_folder(walk: ExperimentPlan, cell: Cell) -> Path:
-    """Return where a cell's weights are found by name, brought to this machine if they lie in a bucket; it need not
+def weights_folder(plan: ExperimentPlan, cell: Cell) -> Path:
+    """Return where a cell's weights are found by name, downloaded if they lie in a bucket; it need not
     exist.
 
     Raises:
         DamagedStateError: they are damaged there.
     """
-    link = walk.folder(cell) / "weights"
-    if stat_or_none(link) is None and walk.ledger.has(cell.state, "weights"):
+    link = plan.folder(cell) / "weights"
+    if stat_or_none(link) is None and plan.ledger.has(cell.state, "weights"):
         retry_io(lambda: link.parent.mkdir(parents=True, exist_ok=True))
-        _link(link, walk.ledger.fetch(cell.state, "weights"))
+        _link(link, plan.ledger.fetch(cell.state, "weights"))
     return link
 
 
-def log_files(walk: ExperimentPlan, cell: Cell) -> list[Path]:
+def log_files(plan: ExperimentPlan, cell: Cell) -> list[Path]:
     """Return what a cell's stage runs and evaluations printed, in order."""
-    return [path for identity in walk.jobs_of(cell) if stat_or_none(path := walk.ledger.log_file(identity)) is not None]
+    return [path for identity in plan.jobs_of(cell) if stat_or_none(path := plan.ledger.log_file(identity)) is not None]
 
 
 def _link(link: Path, target: Path) -> None:

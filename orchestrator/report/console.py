@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from itertools import groupby
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +19,8 @@ from rich.tree import Tree
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
 from orchestrator.report.figures import grid_figure
-from orchestrator.report.table import Table
+from orchestrator.report.pages import image_text, prompt_pieces, row_lengths, row_settings, row_title
+from orchestrator.report.table import Table, plain_table
 from orchestrator.report.units import (
     Operations,
     counted,
@@ -45,70 +46,6 @@ _STYLES = {
 }
 # What people look for when not all can be shown.
 _FIRST = ("failed", "running", "interrupted", "waiting", "trained")
-
-
-class Document(dict[str, Any]):
-    """A JSON document that also shows itself to people: printed, and in a notebook.
-
-    Args:
-        content: The document.
-        printer: Prints it to a console.
-        page: Makes an HTML page of it, which a notebook shows in the place of what is printed.
-    """
-
-    def __init__(
-        self,
-        content: Mapping[str, Any],
-        printer: Callable[[dict[str, Any], Console], None],
-        page: Callable[..., str] | None = None,
-    ) -> None:
-        super().__init__(content)
-        self._printer, self._page = printer, page
-
-    def print(self, console: Console | None = None) -> None:
-        """Print it for people; None prints to standard output."""
-        self._printer(self, console or Console())
-
-    def to_text(self) -> str:
-        """Return what `print` prints, without colours and as wide as it is."""
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
-        self.print(console)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
-
-    def to_html(self, **options: Any) -> str:
-        """Return it as an HTML page of its own; `options` are those of the page."""
-        assert self._page is not None, "only predictions and rows of data have a page"
-        return self._page(self, **options)
-
-    def _repr_html_(self) -> str:
-        if self._page is not None:  # in a frame, so that its style stays in it
-            return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="600"></iframe>'
-        console = Console(file=io.StringIO(), record=True, width=140)
-        self.print(console)
-        return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
-
-
-class Documents(list[dict[str, Any]]):
-    """A JSON list that also prints itself for people.
-
-    Args:
-        content: The list.
-        printer: Prints it to a console.
-    """
-
-    def __init__(self, content: Iterable[dict[str, Any]], printer: Callable[[list[dict[str, Any]], Console], None]):
-        super().__init__(content)
-        self._printer = printer
-
-    def print(self, console: Console | None = None) -> None:
-        """Print it for people; None prints to standard output."""
-        self._printer(self, console or Console())
-
-
-def print_plain(text: str, console: Console) -> None:
-    """Print text as it is: neither wrapped nor marked up."""
-    console.out(text, end="", highlight=False)
 
 
 def state_text(state: str) -> Text:
@@ -187,9 +124,7 @@ def print_cells(
         rank = {id(cell): _FIRST.index(cell["state"]) if cell["state"] in _FIRST else len(_FIRST) for cell in cells}
         best = {id(cell) for cell in sorted(cells, key=lambda cell: rank[id(cell)])[:TREE_LINES]}
         shown = [cell for cell in cells if id(cell) in best]
-    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("cell", "state", *columns):
-        grid.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    grid = plain_table(("cell", "state", *columns), right)
     for cell in shown:
         texts = [Text(text(cell)) for text in columns.values()]
         grid.add_row(Text(cell["name"]), state_text(cell["state"]), *texts)
@@ -258,8 +193,8 @@ def _why(cell: Mapping[str, Any]) -> str:
     namesakes.
     """
     namesake = f"differs from finished cell {cell['name']}: "
-    told = [reason for reason in cell.get("reasons", ()) if reason not in _SHOWN_BY_PLAN]
-    return "; ".join(reason.replace(namesake, "differs from the finished cell of its name: ", 1) for reason in told)
+    reasons = [reason for reason in cell.get("reasons", ()) if reason not in _SHOWN_BY_PLAN]
+    return "; ".join(reason.replace(namesake, "differs from the finished cell of its name: ", 1) for reason in reasons)
 
 
 def _planned_label(run: Mapping[str, Any], names: Mapping[str, str], unit: Operations, above: list[str] | None) -> Text:
@@ -297,9 +232,8 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
 
 def _variants(variants: list[dict[str, Any]]) -> RichTable:
     """Return what each variant keeps of an image."""
-    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("variant", "methods and layers", "kept tokens", "layer average", "CR"):
-        grid.add_column(name, justify="left" if name in ("variant", "methods and layers") else "right", overflow="fold")
+    figures = ("kept tokens", "layer average", "CR")
+    grid = plain_table(("variant", "methods and layers", *figures), figures)
     for variant in variants:
         points = variant["points"]
         grid.add_row(
@@ -379,15 +313,16 @@ def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) ->
 def _print_failures(document: dict[str, Any], console: Console) -> None:
     for job in (*document["roots"], *document["stage_runs"], *document["evaluations"]):
         if job["error"]:
-            what = (
-                f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else job.get("name", "root")
-            )
-            first, *more = reason_lines(job["error"])
-            console.print(Text(f"failed: {what}: {first}", style="red"), soft_wrap=True)
-            for line in more:
-                console.print(Text(f"        {line}"), soft_wrap=True)
-            if job["log"]:
-                console.print(Text(f"        log: {job['log']}"), soft_wrap=True)
+            steps = f"{job['phase']} {job['first_step']}-{job['last_step']}" if "phase" in job else None
+            log = [f"log: {job['log']}"] if job["log"] else []
+            _print_failure(console, steps or job.get("name", "root"), job["error"], *log)
+
+
+def _print_failure(console: Console, what: str, error: str, *further: str) -> None:
+    first, *more = reason_lines(error)
+    _say(console, f"failed: {what}: {first}", "red")
+    for line in (*more, *further):
+        _say(console, f"        {line}")
 
 
 _SHOWN_CELLS = 3
@@ -488,11 +423,8 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
         f"{document['repeats']}",
         highlight=False,
     )
-    grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    grid.add_column("variant", overflow="fold")
-    names = ("step s", "tokens/s", "peak GiB", "speed-up", "by formula", "ratio", "overhead")
-    for name in names:
-        grid.add_column(name, justify="right")
+    figures = ("step s", "tokens/s", "peak GiB", "speed-up", "by formula", "ratio", "overhead")
+    grid = plain_table(("variant", *figures), figures)
     for row in document["variants"]:
         overhead = row["overhead"]
         grid.add_row(
@@ -519,6 +451,57 @@ def print_predictions(document: dict[str, Any], console: Console) -> None:
         _say(console, json.dumps(each, ensure_ascii=False))
 
 
+_BEGIN, _END = "«", "»"
+
+
+def print_check(document: dict[str, Any], console: Console) -> None:
+    """Print a block for each data set and use: rows, lengths, notes, what is dropped, every error."""
+    blocks = []
+    for each in document["sets"]:
+        lines = [f"data.{each['name']} ({each['kind']}), {each['where']}: {each['rows']:,} rows"]
+        for name, spread in each["lengths"].items():
+            middle = f"median {spread['median']:g}, mean {spread['mean']:g}, 95% up to {spread['p95']:g}"
+            ends = f"{spread['min']} to {spread['max']} (row {spread['longest_row']})"
+            lines.append(f"    {name.replace('_', ' ')} a row: {ends}, {middle}")
+        lines += [f"    note: {note}" for note in each["notes"]]
+        for kind, word in (("dropped", "dropped"), ("errors", "error")):
+            lines += [f"    {word}: {_where(entry)}{entry['error']}" for entry in each[kind]]
+        blocks.append("\n".join(lines))
+    errors = sum(len(each["errors"]) for each in document["sets"])
+    verdict = (
+        "every row can be used, or is dropped as the file allows"
+        if document["valid"]
+        else counted_noun(errors, "error")
+    )
+    _print_plain([*blocks, verdict], console)
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    return "" if entry["row"] is None else f"row {entry['row']}: "
+
+
+def print_row(document: dict[str, Any], console: Console) -> None:
+    """Print a row of data; what is learned stands between « and »."""
+    lines = [row_title(document), row_settings(document), ""]
+    for index, image in enumerate(document["images"], 1):
+        lines.append(f"picture {index}: {image['path']}  {image_text(image)}")
+    lines += ["", "".join(_BEGIN + text + _END if learned else text for text, learned in prompt_pieces(document)), ""]
+    if document["expected"] is not None:
+        lines.append(f"right answer: {document['expected']}")
+    lines += [f"{name}: {value}" for name, value in row_lengths(document).items()]
+    tokens = []
+    for learned, run in groupby(document["tokens"], key=lambda token: token["learned"]):
+        texts = " ".join(f"{one['text']} x{one['count']}" if one["count"] > 1 else one["text"] for one in run)
+        tokens.append(f"{_BEGIN}{texts}{_END}" if learned else texts)
+    lines += ["", "as tokens:", *wrap(" ".join(tokens), 118, break_long_words=False, break_on_hyphens=False)]
+    _print_plain(lines, console)
+
+
+def _print_plain(lines: Sequence[str], console: Console) -> None:
+    """Print lines as they are: neither wrapped nor marked up."""
+    console.out("\n".join(lines), highlight=False)
+
+
 def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
     """Return why a run did nothing."""
     if failed:
@@ -529,36 +512,29 @@ def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
 
 
 def print_ending(
-    walk: ExperimentPlan, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
+    plan: ExperimentPlan, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
 ) -> None:
     """Print the table, every failure with its reason, where the figure is, and how to open MLflow."""
     console.print()
     table.print(console)
     console.print()
-    spec = walk.loaded.path
+    spec = plan.loaded.path
     for name, reason in failed.items():
-        first, *more = reason_lines(reason)
-        console.print(f"failed: {name}: {first}", style="red", highlight=False, markup=False)
-        for line in more:
-            console.print(f"        {line}", highlight=False, markup=False)
-        console.print(
-            f"        llavolta logs {shlex.quote(str(spec))} --cell {shlex.quote(name)}", highlight=False, markup=False
-        )
+        _print_failure(console, name, reason, f"llavolta logs {shlex.quote(str(spec))} --cell {shlex.quote(name)}")
     if failed:
-        console.print("again:  add --retry-failed to the same command", highlight=False)
+        _say(console, "again:  add --retry-failed to the same command")
     for name, reason in waiting.items():
-        line = f"not finished: {name}{': ' if reason else ''}{reason}"
-        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"not finished: {name}{': ' if reason else ''}{reason}", "yellow")
     if waiting:
-        console.print("again:  the same command goes on where this one stopped", highlight=False)
-    figure = walk.ledger.storage / "cells" / walk.loaded.spec.name / "grid.png"
-    if grid_figure(table, walk.loaded.spec.name, figure):
-        console.print(f"figure: {figure}", highlight=False, markup=False, soft_wrap=True)
-    uri = walk.tracking_uri
+        _say(console, "again:  the same command resumes where this one stopped")
+    figure = plan.ledger.storage / "cells" / plan.loaded.spec.name / "grid.png"
+    if grid_figure(table, plan.loaded.spec.name, figure):
+        _say(console, f"figure: {figure}")
+    uri = plan.tracking_uri
     if uri.startswith("http"):
-        line = f"MLflow: {redacted(uri)}, experiment {walk.experiment_name}"
+        line = f"MLflow: {redacted(uri)}, experiment {plan.experiment_name}"
     else:
         # A database's password comes in the environment only, so that the variable stands for it.
         store = shlex.quote(uri) if redacted(uri) == uri else '"$MLFLOW_TRACKING_URI"'
         line = f"MLflow: mlflow server --backend-store-uri {store} --port 5000   then open http://127.0.0.1:5000"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _say(console, line)

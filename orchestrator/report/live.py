@@ -30,7 +30,7 @@ class LaneLine:
     """What one lane does now.
 
     Attributes:
-        job: None where it waits for work.
+        job: None where it is idle.
         share: Share of the job that is done, 0 to 1.
         metrics: The latest step's line, of a stage run.
     """
@@ -47,8 +47,8 @@ class Snapshot:
 
     Attributes:
         share: Share of all work that is done, by cost.
-        seconds_left: None while too little is done to tell.
-        worker_hours: Time of all workers with a job in hand; None until their number is known.
+        seconds_left: None while too little is done to estimate it.
+        worker_hours: Time of all workers with a job; None until their number is known.
         unit: `GPU-hours` or `worker-hours`.
     """
 
@@ -68,7 +68,7 @@ class Progress:
 
     Args:
         metrics_file: Job id to the file its step metrics are written to.
-        result_of: Stage run to its result once it is stored; tells the number and kind of workers.
+        result_of: Stage run to its result once it is stored, which names the number and kind of workers.
         clock: Monotonic seconds.
     """
 
@@ -85,10 +85,8 @@ class Progress:
         self._lanes: dict[str, None] = {}
         self._done: set[str] = set()
         self._lost: set[str] = set()
-        self._spent: dict[type, float] = {
-            StageJob: 0.0,
-            EvaluationJob: 0.0,
-        }  # seconds; what else there is tells nothing about these
+        # Seconds that finished jobs took; what else there is says nothing about these two kinds.
+        self._spent: dict[type, float] = {StageJob: 0.0, EvaluationJob: 0.0}
         self._worked: dict[type, float] = {StageJob: 0.0, EvaluationJob: 0.0}  # cost of what they were spent on
         self._first_seen: dict[str, tuple[float, float]] = {}  # when a running stage run had done how much
         self._busy_seconds = 0.0
@@ -109,7 +107,7 @@ class Progress:
         return self._jobs.get(identity)
 
     def elapsed_seconds(self) -> float:
-        """Since the run began."""
+        """Return the seconds since the run began."""
         return self._clock() - self._begin
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -168,7 +166,7 @@ class Progress:
         finished = sum(costs.get(i, 0.0) for i in jobs if i in done)
         share = (finished + sum(costs.get(i, 0.0) * part for i, part in shares.items())) / total
         rest = {i: costs.get(i, 0.0) * (1 - shares.get(i, 0.0)) for i in jobs if i not in done | lost}
-        # The first steps of a run warm up caches; a forecast from them would frighten.
+        # The first steps of a run warm up caches; a forecast from them would be far too long.
         known = sum(worked.values()) > _FORECAST_SHARE * total
         left = _seconds_left(jobs, rest, _rates(spent, worked), len(lines)) if known else None
         hours = busy * self._workers / 3600 if self._workers else None
@@ -194,7 +192,7 @@ def _rates(spent: Mapping[type, float], worked: Mapping[type, float]) -> dict[ty
 
 
 def _seconds_left(jobs: Mapping[str, Job], rest: Mapping[str, float], rates: Mapping[type, float], lanes: int) -> float:
-    """At least all that is left divided by the lanes, and at least the longest way: a child waits for its parent."""
+    """Return the larger of all that is left divided by the lanes, and the longest way: a child waits for its parent."""
     total = longest = 0.0
     ends: dict[str, float] = {}
     for identity, job in jobs.items():  # parents stand before their children
@@ -214,7 +212,7 @@ _LANES_SHOWN = 32
 
 
 class LiveView:
-    """Shows a run while it goes on; `on_event` and `set_work` may be called from any thread.
+    """Shows a run while it lasts; `on_event` and `set_work` may be called from any thread.
 
     Args:
         work: The jobs of this run, in order.
@@ -279,16 +277,16 @@ class LiveView:
         kind, error = event["event"], str(event.get("error") or "").strip()
         if kind == "finished" and not isinstance(job, RootJob):
             where = " by another run" if event.get("elsewhere") else self._closing(job)
-            self._tell("done", self._describe(job) + where)
+            self._say_event("done", self._describe(job) + where)
         elif kind == "damaged":
-            self._tell(kind, f"{self._describe(job)}: a state it needs is damaged and is made again")
+            self._say_event(kind, f"{self._describe(job)}: a state it needs is damaged and is made again")
         elif kind not in ("started", "finished"):
             first, *more = reason_lines(error) if error else [""]
-            self._tell(kind, self._describe(job) + (f": {first}" if first else ""))
+            self._say_event(kind, self._describe(job) + (f": {first}" if first else ""))
             for line in more:
                 self.say(f"{'':18}{line}")
 
-    def _tell(self, kind: str, text: str) -> None:
+    def _say_event(self, kind: str, text: str) -> None:
         self.say(f"{clock(self._progress.elapsed_seconds()):>7}  {kind:8} {text}")
 
     def _describe(self, job: Job) -> str:
@@ -310,9 +308,9 @@ class LiveView:
                     live.update(self.render(), refresh=True)
             return
         while not self._stop.wait(_PLAIN_INTERVAL_SECONDS):
-            self.tell_plainly()
+            self.say_progress()
 
-    def tell_plainly(self) -> None:
+    def say_progress(self) -> None:
         """Print a line for each busy lane, where there is no terminal."""
         now = self._progress.snapshot()
         left = f"  about {clock(now.seconds_left)} left" if now.seconds_left is not None else ""
@@ -328,7 +326,7 @@ class LiveView:
         wide = self._console.width >= _WIDE
         rows = []
         for line in now.lanes[:_LANES_SHOWN]:
-            what = _what(line.job) if line.job is not None else "waits for work"
+            what = _what(line.job) if line.job is not None else "idle"
             cells = whose(self._cells_of.get(line.job.id, ())) if line.job is not None else ""
             rows.append((line, what, _figures(line, short=not wide), cells))
         grid = RichTable.grid(padding=(0, 1, 0, 0))
@@ -344,7 +342,7 @@ class LiveView:
     def _header(self, now: Snapshot) -> str:
         parts = [f"{now.done}/{now.total} jobs", f"{now.share:.0%}", f"{clock(now.elapsed_seconds)} elapsed"]
         if now.done + now.failed == now.total and now.total:
-            parts.append("no work in hand")
+            parts.append("idle")
         else:
             parts.append(f"about {clock(now.seconds_left)} left" if now.seconds_left is not None else self._note)
         if now.failed:
@@ -355,7 +353,7 @@ class LiveView:
 
 
 def _widths(rows: Sequence[tuple[LaneLine, str, str, str]], width: int, bar: int) -> tuple[int, ...]:
-    """Return the widths of lane, what, bar, figures and cells: the figures stay whole, names give way."""
+    """Return the widths of lane, what, bar, figures and cells: the figures are shown in full, names are cut."""
     texts = [(line.lane, what, figures, cells) for line, what, figures, cells in rows]
     lane, what, figures, cells = (max((len(row[i]) for row in texts), default=0) for i in range(4))
     lane = min(lane, width // 6)
@@ -372,7 +370,7 @@ def _variants(job: StageJob) -> str:
 def _other(job: Job) -> str:
     if isinstance(job, RehearsalJob):
         return f"rehearse {job.stage.phase} under {_variants(job.stage)}"
-    return "put the first weights together" if isinstance(job, StartJob) else "write the initial weights"
+    return "assemble the initial weights" if isinstance(job, StartJob) else "write the initial weights"
 
 
 def _what(job: Job) -> str:
@@ -391,6 +389,6 @@ def _figures(line: LaneLine, short: bool = False) -> str:
     if short:
         return f"{step}/{job.last_step} loss {loss:.3f} {speed:.0f}/s"
     figures = f"step {step}/{job.last_step}  loss {loss:.3f}  {speed:.0f} samples/s"
-    # One variant all along is told by what the lane does.
+    # One variant all along is named by what the lane does.
     variant = str(metrics.get("variant", ""))
     return figures if variant in ("", _variants(job)) else f"{figures}  stage {variant}"

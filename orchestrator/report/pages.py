@@ -1,4 +1,4 @@
-"""Answers of an evaluation and rows of data for people: as text, and as HTML pages that need no other file."""
+"""Answers of an evaluation and rows of data for people: HTML pages that need no other file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping
 from html import escape
 from itertools import groupby
-from textwrap import wrap
 from typing import Any
 
 from orchestrator.errors import UsageError
@@ -15,18 +14,17 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.registry import nearest
-from orchestrator.report.units import counted_noun
 
 SHOWN = 200
 
 
 def predictions_document(
-    walk: ExperimentPlan, cell: Cell, evaluation: str | None = None, under: str | None = None, *, wrong: bool = False
+    plan: ExperimentPlan, cell: Cell, evaluation: str | None = None, under: str | None = None, *, wrong: bool = False
 ) -> dict[str, Any]:
     """Return the answers of one evaluation of a cell under one variant, in the order of the rows.
 
     Args:
-        walk: The cell's experiment.
+        plan: The cell's experiment.
         cell: The cell.
         evaluation: Entry under `evaluate`; None where the cell has one.
         under: What it was tested under; None for `final`, or the only one there is.
@@ -41,26 +39,26 @@ def predictions_document(
     """
     job = _job_of(cell, evaluation, under)
     where = f"evaluate.{job.name} under {job.under} of cell {cell.name}"
-    result = walk.ledger.evaluation(job.id)
+    result = plan.ledger.evaluation(job.id)
     if result is None:
-        failure = walk.ledger.failure(job.id)
+        failure = plan.ledger.failure(job.id)
         raise UsageError(
             f"{where} failed: {failure.get('error')}"
             if failure
             else f"{where} is not done yet; run the experiment first"
         )
-    found = walk.ledger.predictions(job.id)
+    found = plan.ledger.predictions(job.id)
     if found is None:
         raise UsageError(
             f"{where} kept no answers: it is of an earlier version, or kind {job.spec['kind']} keeps none; "
-            f"to evaluate again, take {walk.ledger.url}/evaluations/{job.id}.json away and run the experiment"
+            f"to evaluate again, take {plan.ledger.url}/evaluations/{job.id}.json away and run the experiment"
         )
     if wrong:
         if not all("right" in each for each in found):
             raise UsageError(f"--wrong: evaluations of kind {job.spec['kind']} do not say which answers are right")
         found = [each for each in found if not each["right"]]
     return {
-        "experiment": walk.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
+        "experiment": plan.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
         "under": job.under, "metrics": result["metrics"], "num_samples": result["num_samples"], "only_wrong": wrong,
         "predictions": found,
     }  # fmt: skip
@@ -123,59 +121,15 @@ def _card(each: Mapping[str, Any]) -> str:
 
 
 PICTURE_PIXELS = 640
-_BEGIN, _END = "«", "»"
-
-
-def check_text(document: Mapping[str, Any]) -> str:
-    """Return a block for each data set and use: rows, lengths, notes, what is dropped, every error."""
-    blocks = []
-    for each in document["sets"]:
-        lines = [f"data.{each['name']} ({each['kind']}), {each['where']}: {each['rows']:,} rows"]
-        for name, spread in each["lengths"].items():
-            middle = f"median {spread['median']:g}, mean {spread['mean']:g}, 95% up to {spread['p95']:g}"
-            ends = f"{spread['min']} to {spread['max']} (row {spread['longest_row']})"
-            lines.append(f"    {name.replace('_', ' ')} a row: {ends}, {middle}")
-        lines += [f"    note: {note}" for note in each["notes"]]
-        for kind, word in (("dropped", "dropped"), ("errors", "error")):
-            lines += [f"    {word}: {_where(entry)}{entry['error']}" for entry in each[kind]]
-        blocks.append("\n".join(lines))
-    errors = sum(len(each["errors"]) for each in document["sets"])
-    verdict = (
-        "every row can be used, or is dropped as the file allows"
-        if document["valid"]
-        else counted_noun(errors, "error")
-    )
-    return "\n".join([*blocks, verdict, ""])
-
-
-def _where(entry: Mapping[str, Any]) -> str:
-    return "" if entry["row"] is None else f"row {entry['row']}: "
-
-
-def row_text(document: Mapping[str, Any]) -> str:
-    """Return a row for a terminal; what is learned stands between « and », its tokens are marked with *."""
-    lines = [_title(document), _settings(document), ""]
-    for number, image in enumerate(document["images"], 1):
-        lines.append(f"picture {number}: {image['path']}  {_image(image)}")
-    lines += ["", "".join(_BEGIN + text + _END if learned else text for text, learned in _pieces(document)), ""]
-    if document["expected"] is not None:
-        lines.append(f"right answer: {document['expected']}")
-    lines += [f"{name}: {value}" for name, value in _lengths(document).items()]
-    tokens = []
-    for learned, run in groupby(document["tokens"], key=lambda token: token["learned"]):
-        texts = " ".join(f"{one['text']} x{one['count']}" if one["count"] > 1 else one["text"] for one in run)
-        tokens.append(f"{_BEGIN}{texts}{_END}" if learned else texts)
-    lines += ["", "as tokens:", *wrap(" ".join(tokens), 118, break_long_words=False, break_on_hyphens=False)]
-    return "\n".join([*lines, ""])
 
 
 def row_page(document: Mapping[str, Any]) -> str:
     """Return a row as a page, its pictures in it; what is learned is marked."""
     pictures = "".join(
-        f'<div class="card">{picture(image["path"], PICTURE_PIXELS)}{escape(image["path"])}<br>{_image(image)}</div>'
-        for image in document["images"]
+        f'<div class="card">{picture(each["path"], PICTURE_PIXELS)}{escape(each["path"])}<br>{image_text(each)}</div>'
+        for each in document["images"]
     )
-    prompt = "".join(_marked(text, learned) for text, learned in _pieces(document))
+    prompt = "".join(_marked(text, learned) for text, learned in prompt_pieces(document))
     tokens = []
     for learned, run in groupby(document["tokens"], key=lambda token: token["learned"]):
         texts = "".join(
@@ -185,34 +139,38 @@ def row_page(document: Mapping[str, Any]) -> str:
             for token in run
         )
         tokens.append(f"<mark>{texts}</mark>" if learned else texts)
-    values = {name: (str(value), "") for name, value in _lengths(document).items()}
+    values = {name: (str(value), "") for name, value in row_lengths(document).items()}
     if document["expected"] is not None:
         values["right answer"] = (document["expected"], "")
-    body = [f'<p class="muted">{escape(_settings(document))}</p>', f'<div class="grid">{pictures}</div>']
+    body = [f'<p class="muted">{escape(row_settings(document))}</p>', f'<div class="grid">{pictures}</div>']
     body += [
         f"<h3>Prompt</h3><pre>{prompt}</pre>",
         values_table(values),
         f"<h3>Tokens</h3><pre>{''.join(tokens)}</pre>",
     ]
-    return page(_title(document), "\n".join(body))
+    return page(row_title(document), "\n".join(body))
 
 
-def _title(document: Mapping[str, Any]) -> str:
+def row_title(document: Mapping[str, Any]) -> str:
+    """Return which row it is, and what uses it."""
     use = f"as {document['where']} gets it" if document["where"] else "which nothing in this experiment uses"
     return f"data.{document['set']} ({document['kind']}), row {document['row']} of {document['rows']:,} usable, {use}"
 
 
-def _settings(document: Mapping[str, Any]) -> str:
+def row_settings(document: Mapping[str, Any]) -> str:
+    """Return what makes the row what the model gets."""
     names = ("model", "template", "model_max_length")
     return ", ".join(f"{name} {document[name]}" for name in names)
 
 
-def _image(image: Mapping[str, Any]) -> str:
+def image_text(image: Mapping[str, Any]) -> str:
+    """Return a picture's size, in pixels and tokens."""
     lost = "" if image["seen"] else ", cut off by model_max_length"
     return f"{image['width']} x {image['height']} pixels, {image['visual_tokens']} visual tokens{lost}"
 
 
-def _lengths(document: Mapping[str, Any]) -> dict[str, str]:
+def row_lengths(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return how many tokens it has, and how many of them are learned."""
     lengths = document["lengths"]
     cut = lengths["tokens"] - lengths["kept_tokens"]
     return {
@@ -222,7 +180,7 @@ def _lengths(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _pieces(document: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def prompt_pieces(document: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Return the prompt in pieces, and whether each is learned."""
     text, at, pieces = document["prompt"], 0, []
     for first, last in document["learned"]:

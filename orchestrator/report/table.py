@@ -84,7 +84,7 @@ class Table:
         return json.dumps(self.document(), indent=2, default=str)
 
     def to_csv(self) -> str:
-        """Return it as CSV, values not rounded; like `to_frame`, but without the axes that the names tell."""
+        """Return it as CSV, values not rounded; like `to_frame`, but without the axes that the names show."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows(["" if value is None else value for value in line] for line in self._unrounded(self.axes))
@@ -108,9 +108,7 @@ class Table:
         """Print it with what its short heads mean and what makes its rows unequal; None takes standard output."""
         console = console or Console()
         head, body = text_cells(self)
-        grid = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for column, name in enumerate(head):
-            grid.add_column(name, justify="left" if column in (0, len(head) - 1) else "right", overflow="fold")
+        grid = plain_table(head, right=head[1:-1])
         for line in body:
             grid.add_row(*line)
         console.print(grid)
@@ -173,7 +171,7 @@ def ablation_table(
         mean_over: Axes averaged over (mean and standard deviation).
         baseline: Axis values of the row the others are compared with.
         all_metrics: Show every metric, not the headline ones.
-        shown_axes: Axes with a column of their own, where names do not tell them.
+        shown_axes: Axes with a column of their own, where names do not show them.
         headlines: Evaluation to the metrics shown of it; `accuracy` of one that is not named.
     """
     groups: dict[str, list[CellRecord]] = {}
@@ -187,19 +185,19 @@ def ablation_table(
     return Table(_columns(records, all_metrics, headlines or {}), rows, tuple(_unequal(records)), tuple(shown_axes))
 
 
-def table_of(walks: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
+def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
     """Return one table over one or several experiments; a cell found in two of them is shown once."""
-    cells = {cell.id: (walk, cell) for walk in walks for cell in walk.cells}
-    report, search = walks[0].loaded.spec.report, walks[0].loaded.spec.search
+    cells = {cell.id: (plan, cell) for plan in plans for cell in plan.cells}
+    report, search = plans[0].loaded.spec.report, plans[0].loaded.spec.search
     return ablation_table(
-        [walk.record(cell) for walk, cell in cells.values()],
+        [plan.record(cell) for plan, cell in cells.values()],
         {identity: cell.axes for identity, (_, cell) in cells.items()},
         mean_over=report.mean_over if search is None else (*report.mean_over, "seed"),
         baseline=report.baseline,
         all_metrics=all_metrics,
         shown_axes=() if search is None else tuple(search.space),
         headlines={
-            name: test.headline for walk in walks for cell in walk.cells for name, test in cell.spec.evaluate.items()
+            name: test.headline for plan in plans for cell in plan.cells for name, test in cell.spec.evaluate.items()
         },
     )
 
@@ -358,6 +356,14 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
         body.append([row.name, *values, status])
     return head, body
+
+
+def plain_table(heads: Sequence[str], right: Sequence[str] = ()) -> RichTable:
+    """Return an empty table without lines, for a console; the columns of `right` are of numbers."""
+    table = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in heads:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
 
 
 def html_table(head: Sequence[str], body: Iterable[Sequence[str]], caption: str = "") -> str:

@@ -84,8 +84,7 @@ def counted_noun(number: int, noun: str) -> str:
 
 def legend(names: Iterable[str]) -> str | None:
     """Return one line that says what short heads of a table mean; None where there are none to explain."""
-    told = [f"{name}: {LEGEND[name]}" for name in names if name in LEGEND]
-    return "; ".join(told) or None
+    return "; ".join(f"{name}: {LEGEND[name]}" for name in names if name in LEGEND) or None
 
 
 def size_text(size: float) -> str:

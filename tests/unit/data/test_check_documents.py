@@ -14,7 +14,9 @@ from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import data_spec
 from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.experiment_plan import prepare
-from orchestrator.report.pages import check_text, row_page, row_text
+from orchestrator.report.console import print_check, print_row
+from orchestrator.report.documents import Document
+from orchestrator.report.pages import row_page
 
 VISUAL = 64  # tokens of an image of the tiny LLaVA
 
@@ -41,7 +43,7 @@ def test_all_rows_are_measured_as_the_model_gets_them(experiment, processor):
     labels = [int((sample.labels != IGNORED_LABEL).sum()) for sample in samples]
     assert mine["lengths"]["label_tokens"]["max"] == max(labels)
     assert "label_tokens" not in test["lengths"]
-    assert "data.mine (llava_json), phases.finetune: 3 rows" in check_text(found)
+    assert "data.mine (llava_json), phases.finetune: 3 rows" in Document(found, print_check).to_text()
 
 
 def test_every_error_is_told_by_its_row_and_good_rows_are_measured_all_the_same(experiment):
@@ -56,7 +58,7 @@ def test_every_error_is_told_by_its_row_and_good_rows_are_measured_all_the_same(
     assert not found["valid"] and not test["errors"]
     assert [entry["row"] for entry in mine["errors"]] == [3, 4, 5, 6]
     assert mine["rows"] == 7 and mine["lengths"]["tokens"]["longest_row"] == 2
-    text = check_text(found)
+    text = Document(found, print_check).to_text()
     assert (
         "error: row 3: " in text and "gone.png" in text and "4 errors" in text and "model_max_length is 256" not in text
     )
@@ -95,7 +97,7 @@ def test_a_row_is_shown_as_training_encodes_it(experiment, processor):
     (image,) = found["images"]
     assert image["path"] == str(path.parent / "2.png") and (image["width"], image["height"]) == (50, 40)
     assert image["visual_tokens"] == VISUAL and image["seen"]
-    text = row_text(found)
+    text = Document(found, print_row).to_text()
     assert "ASSISTANT:« So</s>»" in text and f"<image> x{VISUAL}" in text and "row 2 of 3 usable" in text
 
 
@@ -105,7 +107,10 @@ def test_what_the_limit_cuts_off_is_told(experiment):
     found = row_document(cells(path))
     assert not found["images"][0]["seen"] and found["lengths"]["visual_tokens"] == 0
     assert found["lengths"]["kept_tokens"] < 70 < found["lengths"]["tokens"]
-    assert "cut off by model_max_length" in row_text(found) and "are cut off" in row_text(found)
+    assert (
+        "cut off by model_max_length" in Document(found, print_row).to_text()
+        and "are cut off" in Document(found, print_row).to_text()
+    )
 
 
 def test_a_row_of_a_test_is_the_prompt_beside_the_right_answer(experiment):

@@ -36,9 +36,9 @@ def test_every_row_has_its_answer_beside_the_question_the_picture_and_the_right_
 
 
 def test_the_result_beside_them_is_as_it_was(evaluated):
-    walk = prepare(evaluated / "tests.yaml")
-    job = next(job for job in walk.cells[0].evaluations if job.name == "vqa" and job.under == "final")
-    result = json.loads((walk.ledger.storage / "evaluations" / f"{job.id}.json").read_text())
+    plan = prepare(evaluated / "tests.yaml")
+    job = next(job for job in plan.cells[0].evaluations if job.name == "vqa" and job.under == "final")
+    result = json.loads((plan.ledger.storage / "evaluations" / f"{job.id}.json").read_text())
     assert set(result) == {"id", "name", "under", "metrics", "num_samples", "seconds", "examples"}
     first = document(evaluated, "vqa")["predictions"][:20]
     assert result["examples"] == [{key: each[key] for key in each if key != "images"} for each in first]
@@ -63,7 +63,7 @@ def test_a_picture_that_is_gone_is_told_in_its_place(evaluated):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), r"several evaluations.*vqa, colours, later"),
         (("vqaa",), r"--evaluation vqaa: .*did you mean vqa\?"),
@@ -71,15 +71,15 @@ def test_a_picture_that_is_gone_is_told_in_its_place(evaluated):
         (("later",), r"evaluate.later under final .* is not done yet"),
     ],
 )
-def test_what_there_is_not_is_told(evaluated, arguments, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_there_is_not_is_told(evaluated, arguments, message):
+    with pytest.raises(UsageError, match=message):
         document(evaluated, *arguments)
 
 
 def test_results_without_answers_and_damaged_ones_are_told(evaluated, tmp_path):
-    walk = prepare(evaluated / "tests.yaml")
-    job = next(job for job in walk.cells[0].evaluations if job.name == "colours")
-    file = walk.ledger.storage / "predictions" / f"{job.id}.jsonl.gz"
+    plan = prepare(evaluated / "tests.yaml")
+    job = next(job for job in plan.cells[0].evaluations if job.name == "colours")
+    file = plan.ledger.storage / "predictions" / f"{job.id}.jsonl.gz"
     whole = file.read_bytes()
     assert len(gzip.decompress(whole).splitlines()) == 3
     try:
@@ -89,7 +89,7 @@ def test_results_without_answers_and_damaged_ones_are_told(evaluated, tmp_path):
         file.unlink()
         with pytest.raises(UsageError, match=rf"kept no answers.*take .*evaluations/{job.id}\.json away"):
             document(evaluated, "colours")
-        walk.ledger.write_evaluation(job.id, walk.ledger.evaluation(job.id), [{"row": 0, "answer": "a"}])
+        plan.ledger.write_evaluation(job.id, plan.ledger.evaluation(job.id), [{"row": 0, "answer": "a"}])
         with pytest.raises(UsageError, match="do not say which answers are right"):
             document(evaluated, "colours", wrong=True)
         assert predictions_page(document(evaluated, "colours")).count("card wrong") == 0

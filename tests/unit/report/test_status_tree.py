@@ -21,14 +21,14 @@ HEAVY = {"torch", "transformers", "deepspeed", "ray", "mlflow", "matplotlib", "n
 
 
 @pytest.fixture
-def walk(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentPlan:
+def plan(tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentPlan:
     """Three cells, two of which begin alike; nothing is done."""
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
     return prepare(tiny_experiment)
 
 
-def again(walk: ExperimentPlan) -> ExperimentPlan:
-    return prepare(walk.loaded.path)
+def again(plan: ExperimentPlan) -> ExperimentPlan:
+    return prepare(plan.loaded.path)
 
 
 def screen(show: Any, document: dict[str, Any], width: int = 120, terminal: bool = True) -> str:
@@ -42,8 +42,8 @@ def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_begun(walk: ExperimentPlan, terminal: bool) -> None:
-    document = status_document(walk)
+def test_nothing_begun(plan: ExperimentPlan, terminal: bool) -> None:
+    document = status_document(plan)
     assert {cell["state"] for cell in document["cells"]} == {"new"}
     assert {run["state"] for run in document["stage_runs"]} == {"new"} and document["totals"]["stage_runs_done"] == 0
     text = screen(print_status, document, terminal=terminal)
@@ -51,15 +51,15 @@ def test_nothing_begun(walk: ExperimentPlan, terminal: bool) -> None:
     assert "└── finetune 0-3  heavy  new  schedule=heavy, schedule=two_stage" in text
 
 
-def test_what_runs_where_what_is_shared_and_what_waits(walk: ExperimentPlan) -> None:
-    root, full, *_, heavy = walk.tree.work(walk.ledger)[:5]
-    heavy = walk.tree.stage_runs[walk.tree.path_of[walk.cells[1].id][0]]
-    finish(walk.ledger, root)
-    spool(walk.ledger, full, 4)
-    spool(walk.ledger, heavy, 1)
-    leases = Leases(walk.ledger.store, "driver")
+def test_what_runs_where_what_is_shared_and_what_waits(plan: ExperimentPlan) -> None:
+    root, full, *_, heavy = plan.tree.work(plan.ledger)[:5]
+    heavy = plan.tree.stage_runs[plan.tree.path_of[plan.cells[1].id][0]]
+    finish(plan.ledger, root)
+    spool(plan.ledger, full, 4)
+    spool(plan.ledger, heavy, 1)
+    leases = Leases(plan.ledger.store, "driver")
     leases.acquire(full.id, "lane-1")
-    document = status_document(again(walk))
+    document = status_document(again(plan))
     assert {name: cell["state"] for name, cell in by_name(document).items()} == {
         "full": "running", "heavy": "waiting", "two_stage": "waiting"
     }  # fmt: skip
@@ -73,51 +73,51 @@ def test_what_runs_where_what_is_shared_and_what_waits(walk: ExperimentPlan) -> 
     assert f"finetune 0-6  full  step 4/6  loss 0.250  32 samples/s  running  lane-1 pid {os.getpid()} on" in text
     assert "worker-hours of training done" in text and "to the end" in text
     leases.close()
-    after = status_document(again(walk))
+    after = status_document(again(plan))
     assert {cell["state"] for cell in after["cells"]} == {"interrupted"} and "running" not in screen(
         print_status, after
     )
 
 
-def test_what_failed_and_why_with_its_log(walk: ExperimentPlan) -> None:
-    root, full, test, *_ = walk.tree.work(walk.ledger)
-    finish(walk.ledger, root)
-    finish(walk.ledger, full)
-    walk.ledger.write_failure(test.id, {"error": "the answers [/red] are empty\nmore"})
-    heavy = walk.tree.stage_runs[walk.tree.path_of[walk.cells[1].id][0]]
-    spool(walk.ledger, heavy, 2)
-    (walk.ledger.work_folder(heavy.id) / "log.txt").write_text("...")
-    walk.ledger.write_failure(heavy.id, {"error": "diverged at step 2\nmore"})
-    document = status_document(again(walk))
+def test_what_failed_and_why_with_its_log(plan: ExperimentPlan) -> None:
+    root, full, test, *_ = plan.tree.work(plan.ledger)
+    finish(plan.ledger, root)
+    finish(plan.ledger, full)
+    plan.ledger.write_failure(test.id, {"error": "the answers [/red] are empty\nmore"})
+    heavy = plan.tree.stage_runs[plan.tree.path_of[plan.cells[1].id][0]]
+    spool(plan.ledger, heavy, 2)
+    (plan.ledger.work_folder(heavy.id) / "log.txt").write_text("...")
+    plan.ledger.write_failure(heavy.id, {"error": "diverged at step 2\nmore"})
+    document = status_document(again(plan))
     cells = by_name(document)
     assert {cell["state"] for cell in cells.values()} == {"failed"}
     assert cells["two_stage"]["error"] == "diverged at step 2\nmore"
-    assert cells["two_stage"]["log"] == str(walk.ledger.log_file(heavy.id))
+    assert cells["two_stage"]["log"] == str(plan.ledger.log_file(heavy.id))
     text = screen(print_status, document)
     assert "failed: finetune 0-3: diverged at step 2\n" in text
-    assert f"log: {walk.ledger.log_file(heavy.id)}" in text
+    assert f"log: {plan.ledger.log_file(heavy.id)}" in text
     assert "failed: vqa: the answers [/red] are empty" in text
     assert "evaluate vqa under final  failed  schedule=full" in text
 
 
-def test_a_failed_evaluation_does_not_hide_what_the_cell_has(walk: ExperimentPlan) -> None:
+def test_a_failed_evaluation_does_not_hide_what_the_cell_has(plan: ExperimentPlan) -> None:
     from orchestrator.report.table import ablation_table
 
-    cell = walk.cells[1]
-    for job in walk.tree.work(walk.ledger):
-        finish(walk.ledger, job)
+    cell = plan.cells[1]
+    for job in plan.tree.work(plan.ledger):
+        finish(plan.ledger, job)
     full = cell.evaluations[1]
-    (walk.ledger.storage / "evaluations" / f"{full.id}.json").unlink()
-    walk.ledger.write_failure(full.id, {"error": "no"})
-    record = again(walk).record(cell)
+    (plan.ledger.storage / "evaluations" / f"{full.id}.json").unlink()
+    plan.ledger.write_failure(full.id, {"error": "no"})
+    record = again(plan).record(cell)
     assert record.status == "failed"
     assert record.summary["eval/vqa/accuracy"] == 0.5 and record.summary["cost/train_seconds"] == 4.0
     row = ablation_table([record], {cell.id: cell.axes}).to_csv().splitlines()[1]
     assert row.startswith("schedule=heavy,failed,0.5,")
 
 
-def test_a_long_grid_shows_the_interesting_and_counts_the_rest(walk: ExperimentPlan, tmp_path: Path) -> None:
-    text = walk.loaded.path.read_text().replace("matrix:\n", f"matrix:\n  seed: {list(range(70))}\n")
+def test_a_long_grid_shows_the_interesting_and_counts_the_rest(plan: ExperimentPlan, tmp_path: Path) -> None:
+    text = plan.loaded.path.read_text().replace("matrix:\n", f"matrix:\n  seed: {list(range(70))}\n")
     grid = prepare_text(tmp_path / "grid.yaml", text)
     failed = grid.tree.stage_runs[grid.tree.path_of[grid.cells[-1].id][-1]]
     grid.ledger.write_failure(failed.id, {"error": "no"})
@@ -138,9 +138,9 @@ def prepare_text(path: Path, text: str) -> ExperimentPlan:
     return prepare(path)
 
 
-def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: ExperimentPlan) -> None:
+def test_a_narrow_terminal_has_a_line_for_each_stage_run(plan: ExperimentPlan) -> None:
     name = 'cell_name: "a-rather-long-name-of-a-cell-with-{schedule}-in-its-middle-of-all"\n'
-    named = prepare_text(walk.loaded.path.with_name("named.yaml"), walk.loaded.path.read_text() + name)
+    named = prepare_text(plan.loaded.path.with_name("named.yaml"), plan.loaded.path.read_text() + name)
     for show, document in (
         (print_status, status_document(named)),
         (print_plan, plan_document(named.loaded, named.cells, named.tree, named.ledger, 10)),
@@ -152,10 +152,10 @@ def test_a_narrow_terminal_has_a_line_for_each_stage_run(walk: ExperimentPlan) -
         assert lines[begin + 1].endswith("…")
 
 
-def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: ExperimentPlan) -> None:
-    finish(walk.ledger, walk.tree.work(walk.ledger)[0])
-    finish(walk.ledger, walk.tree.work(walk.ledger)[0], train_seconds=3600.0)
-    now = again(walk)
+def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(plan: ExperimentPlan) -> None:
+    finish(plan.ledger, plan.tree.work(plan.ledger)[0])
+    finish(plan.ledger, plan.tree.work(plan.ledger)[0], train_seconds=3600.0)
+    now = again(plan)
     text = screen(print_plan, plan_document(now.loaded, now.cells, now.tree, now.ledger, 10), 160)
     assert re.search("finetune 0-6  full  done  .* GFLOPs  schedule=full  keeps weights", text)
     assert re.search("└── finetune 0-3  heavy  new  .* GFLOPs  schedule=heavy, schedule=two_stage\n", text)
@@ -164,12 +164,12 @@ def test_a_plan_shows_the_tree_what_is_kept_and_what_sharing_saves(walk: Experim
     assert re.search("1.00 worker-hours of training done, [0-9.]+ left; about 1:[0-9:]+ to the end", text)
 
 
-def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: ExperimentPlan) -> None:
-    for job in walk.tree.work(walk.ledger):
-        finish(walk.ledger, job)
-    path = walk.loaded.path
+def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(plan: ExperimentPlan) -> None:
+    for job in plan.tree.work(plan.ledger):
+        finish(plan.ledger, job)
+    path = plan.loaded.path
     path.write_text(path.read_text().replace("evaluate:\n", "evaluate:\n  more: {kind: exact_match, data: train}\n"))
-    now = again(walk)
+    now = again(plan)
     assert {now.status(cell) for cell in now.cells} == {"trained"}
     document = status_document(now)
     assert {cell["state"] for cell in document["cells"]} == {"trained"}
@@ -182,30 +182,30 @@ def test_a_trained_cell_with_a_new_evaluation_is_trained_not_interrupted(walk: E
 
 @pytest.mark.parametrize("width", [60, 100])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_plan_fits_its_width_and_tells_each_reason_once(walk: ExperimentPlan, width: int, terminal: bool) -> None:
-    heavy = next(job for job in walk.tree.work(walk.ledger) if getattr(job, "last_step", 0) == 3)
+def test_a_plan_fits_its_width_and_tells_each_reason_once(plan: ExperimentPlan, width: int, terminal: bool) -> None:
+    heavy = next(job for job in plan.tree.work(plan.ledger) if getattr(job, "last_step", 0) == 3)
     error = "diverged at step 3, a reason with many words " * 3
-    walk.ledger.write_failure(heavy.id, {"error": error})
-    document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, 10)
+    plan.ledger.write_failure(heavy.id, {"error": error})
+    document = plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger, 10)
     text = screen(print_plan, document, width, terminal)
     assert max(map(len, text.splitlines())) <= width
-    told = " ".join(text.split())
-    assert told.count("failed: diverged at step 3") == 1 and "schedule=heavy, schedule=two_stage: failed" in told
+    line = " ".join(text.split())
+    assert line.count("failed: diverged at step 3") == 1 and "schedule=heavy, schedule=two_stage: failed" in line
 
 
-def test_rows_that_failed_are_told_with_the_failure(walk: ExperimentPlan) -> None:
-    job = walk.tree.work(walk.ledger)[1]
+def test_rows_that_failed_are_told_with_the_failure(plan: ExperimentPlan) -> None:
+    job = plan.tree.work(plan.ledger)[1]
     rows = "\n".join(f"    row {n}: two images, one placeholder" for n in range(30))
-    walk.ledger.write_failure(job.id, {"error": f"data.train: 30 faults\n{rows}"})
-    text = screen(print_status, status_document(again(walk)))
-    assert "data.train: 30 faults" in text and "row 0: two images" in text and "row 6: two images" in text
+    plan.ledger.write_failure(job.id, {"error": f"data.train: 30 errors\n{rows}"})
+    text = screen(print_status, status_document(again(plan)))
+    assert "data.train: 30 errors" in text and "row 0: two images" in text and "row 6: two images" in text
     assert "row 8" not in text and "23 more lines in the log" in text
 
 
-def test_hours_by_a_given_speed_until_they_are_measured(walk: ExperimentPlan) -> None:
-    path = walk.loaded.path
+def test_hours_by_a_given_speed_until_they_are_measured(plan: ExperimentPlan) -> None:
+    path = plan.loaded.path
     path.write_text(path.read_text() + "cluster: {device_tflops: 0.001}\n")
-    now = again(walk)
+    now = again(plan)
     document = plan_document(now.loaded, now.cells, now.tree, now.ledger, 10)
     totals = document["totals"]
     seconds = totals["train_tflops_shared"] / 0.001

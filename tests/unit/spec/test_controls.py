@@ -70,13 +70,13 @@ def test_a_control_that_cannot_be_is_told_where_it_is_written(kind, message, sma
     small = small.replace("kind: average_pool, layer: 2", "kind: average_pool, layer: 0")
     with pytest.raises(SpecError, match=message) as error:
         load(write, small, f"controls: [{kind}]\n")
-    assert {fault.path for fault in error.value.errors} == {"controls.0"}
+    assert {each.path for each in error.value.errors} == {"controls.0"}
 
 
 def test_a_control_is_named_once(small, write):
     with pytest.raises(SpecError, match="`stride` is named twice") as error:
         load(write, small, "controls: [stride, stride]\n")
-    assert [fault.path for fault in error.value.errors] == ["controls.1"]
+    assert [each.path for each in error.value.errors] == ["controls.1"]
 
 
 def test_a_ramp_has_no_control_at_another_place(small, write):
@@ -86,5 +86,5 @@ def test_a_ramp_has_no_control_at_another_place(small, write):
         text = small.replace("schedule: two", ramp % key)
         with pytest.raises(SpecError, match="a schedule moves heavy step by step") as error:
             load_experiment(write(text + "controls: [random_drop, downsample]\n"))
-        assert [fault.path for fault in error.value.errors] == ["controls.1"]
+        assert [each.path for each in error.value.errors] == ["controls.1"]
         assert len(load_experiment(write(text + "controls: [random_drop]\n")).cells) == 2

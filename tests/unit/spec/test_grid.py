@@ -24,7 +24,7 @@ def grid(small: str, write: Write) -> Callable[[str], LoadedExperiment]:
     return lambda text: load_experiment(write(small + text))
 
 
-def faults(load: Callable[[], Any]) -> str:
+def errors(load: Callable[[], Any]) -> str:
     with pytest.raises(SpecError) as caught:
         load()
     return str(caught.value)
@@ -139,7 +139,7 @@ def test_a_null_on_an_axis_is_the_default(grid: Callable[[str], LoadedExperiment
     ],
 )
 def test_wrong_grids(text: str, message: str, small: str, write: Write) -> None:
-    assert message in faults(lambda: load_experiment(write(small + text + "\n")))
+    assert message in errors(lambda: load_experiment(write(small + text + "\n")))
 
 
 def test_a_wrong_axis_value_is_told_once_however_large_the_grid(small: str, write: Write) -> None:
@@ -147,7 +147,7 @@ def test_a_wrong_axis_value_is_told_once_however_large_the_grid(small: str, writ
     path = write(small + f"matrix: {{seed: [{seeds}], phases.finetune.max_steps: [10, -1]}}\n")
     with pytest.raises(SpecError) as caught:
         load_experiment(path)
-    assert [fault.path for fault in caught.value.errors] == ["phases.finetune.max_steps"]
+    assert [each.path for each in caught.value.errors] == ["phases.finetune.max_steps"]
 
 
 def test_equal_cells_are_merged_with_a_notice(grid: Callable[[str], LoadedExperiment]) -> None:

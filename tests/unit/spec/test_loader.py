@@ -69,17 +69,17 @@ def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) 
     ],
 )  # fmt: skip
 def test_keys_of_later_issues_are_valid_but_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
-    faults = unsupported_keys(load_experiment(write(small + text)))
-    assert [fault.path for fault in faults] == [path]
-    assert path in faults[0].message
-    assert "not built yet" in faults[0].message
+    errors = unsupported_keys(load_experiment(write(small + text)))
+    assert [error.path for error in errors] == [path]
+    assert path in errors[0].message
+    assert "not built yet" in errors[0].message
 
 
 def test_run_refuses_a_search_and_names_the_verb(small: str, write: Write) -> None:
     text = "search: {objectives: {eval/vqa/accuracy: max}, space: {seed: {kind: choice, values: [1]}}}\n"
     loaded = load_experiment(write(small + text))
-    (fault,) = unsupported_keys(loaded)
-    assert fault.path == "search" and fault.line is not None and "llavolta search" in fault.message
+    (error,) = unsupported_keys(loaded)
+    assert error.path == "search" and error.line is not None and "llavolta search" in error.message
     assert unsupported_keys(loaded, searching=True) == []
 
 

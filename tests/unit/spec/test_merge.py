@@ -161,10 +161,10 @@ def test_aliases_are_renamed_and_told(small: str, write: Write) -> None:
     assert loaded.tree["phases"]["finetune"]["learning_rate"] == 1e-3
     assert "lr" not in loaded.tree["phases"]["finetune"]
     assert loaded.spec.cluster.checkpoint_every == 5
-    told = "\n".join(loaded.notices)
+    text = "\n".join(loaded.notices)
     for old, new in [("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "global_batch_size")]:
-        assert f"phases.finetune.{old} is read as phases.finetune.{new}" in told
-    assert "model.torch_dtype is read as model.dtype" in told
+        assert f"phases.finetune.{old} is read as phases.finetune.{new}" in text
+    assert "model.torch_dtype is read as model.dtype" in text
 
 
 def test_an_alias_above_wins_over_the_canonical_name_below(small: str, write: Write) -> None:

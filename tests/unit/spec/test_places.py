@@ -97,9 +97,9 @@ def test_what_cannot_be_used_is_refused(
     assert change[0] in text
     with pytest.raises(SpecError) as caught:
         load_experiment(write(text.replace(*change)))
-    (fault,) = caught.value.errors
-    assert message in f"{fault.message} {fault.hint}"
-    assert fault.line is not None and fault.value is not None
+    (error,) = caught.value.errors
+    assert message in f"{error.message} {error.hint}"
+    assert error.line is not None and error.value is not None
 
 
 @pytest.mark.parametrize(
@@ -195,5 +195,5 @@ def test_an_implementation_is_there(
         return
     with pytest.raises(SpecError) as caught:
         load_experiment(file)
-    (fault,) = caught.value.errors
-    assert message in fault.message and fault.path == "data.train.kind"
+    (error,) = caught.value.errors
+    assert message in error.message and error.path == "data.train.kind"

@@ -1,4 +1,4 @@
-"""Secrets in an experiment file are refused before anything is written, and no message tells them."""
+"""Secrets in an experiment file are refused before anything is written, and no message shows them."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_secrets_of_the_environment_are_known_by_their_value(monkeypatch: pytest
     assert secret_in("finetune") is None
 
 
-def test_errors_and_faults_tell_no_secret() -> None:
+def test_errors_show_no_secret() -> None:
     for text in SECRETS:
-        fault = ErrorDetail(f"at {text}", value=text, allowed=text, hint=text)
-        for told in (str(TrackingError(f"MLflow at {text}: no")), str(UsageError(text)), str(SpecError([fault]))):
-            assert PASSWORD not in told and HF not in told and AWS not in told
+        error = ErrorDetail(f"at {text}", value=text, allowed=text, hint=text)
+        for shown in (str(TrackingError(f"MLflow at {text}: no")), str(UsageError(text)), str(SpecError([error]))):
+            assert PASSWORD not in shown and HF not in shown and AWS not in shown
     assert "opaque" not in str(ErrorDetail("unknown key `password`", path="tracking.password", value="opaque"))
 
 
@@ -103,9 +103,9 @@ def test_wherever_it_stands_the_file_is_refused_and_it_is_not_told(
     (tmp_path / "x.yaml").write_text(f"extends: base.yaml\n{extra}\n")
     with pytest.raises(SpecError) as caught:
         load_experiment(tmp_path / "x.yaml")
-    told = str(caught.value) + json.dumps([vars(fault) for fault in caught.value.errors])
-    assert "must not stand in an experiment" in told
-    assert PASSWORD not in told and HF not in told
+    text = str(caught.value) + json.dumps([vars(each) for each in caught.value.errors])
+    assert "must not stand in an experiment" in text
+    assert PASSWORD not in text and HF not in text
 
 
 @pytest.mark.parametrize("setting", ["tracking.tracking_uri", "description", "cluster.storage_path", "nothing.known"])

@@ -129,9 +129,9 @@ def test_batches_data_and_places_shrink_and_settings_stay(cells, small, tmp_path
     assert (
         spec.cluster.storage_path == str(tmp_path) and spec.tracking.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
     )
-    told = "\n".join(changed_for(cells[0].spec, spec))
-    assert "flash_attention_2 is not possible here, sdpa" in told and "float16 is not possible here" in told
-    assert "num_workers: 8 is not possible here, 2" in told and "use_gpu" in told
+    text = "\n".join(changed_for(cells[0].spec, spec))
+    assert "flash_attention_2 is not possible here, sdpa" in text and "float16 is not possible here" in text
+    assert "num_workers: 8 is not possible here, 2" in text and "use_gpu" in text
 
 
 def test_of_a_data_file_only_the_first_rows_and_their_images_are_needed(tmp_path):

@@ -1,4 +1,4 @@
-"""Wrong files: each fault with its line, column, path, value, and the nearest known name."""
+"""Wrong files: each error with its line, column, path, value, and the nearest known name."""
 
 # ruff: noqa: E501 (a table is read by its columns)
 from __future__ import annotations
@@ -137,23 +137,23 @@ def test_wrong_files(case: tuple, small: str, write: Callable[..., Path]) -> Non
     old, new, place, path, message, more = case
     assert old in small
     file = write(small.replace(old, new, 1))
-    faults = errors_of(file)
-    matching = [fault for fault in faults if fault.path == path and message in f"{fault.message} {fault.allowed}"]
-    assert matching, "\n".join(map(str, faults))
-    fault = matching[0]
-    assert fault.file == str(file)
+    errors = errors_of(file)
+    matching = [error for error in errors if error.path == path and message in f"{error.message} {error.allowed}"]
+    assert matching, "\n".join(map(str, errors))
+    error = matching[0]
+    assert error.file == str(file)
     if place is not None:
-        assert (fault.line, fault.column) == place, str(fault)
+        assert (error.line, error.column) == place, str(error)
     if more is not None:
-        assert more in str(fault), str(fault)
-    for fault in faults:
-        assert "pydantic" not in str(fault).lower()
-        assert "Input should" not in str(fault)
+        assert more in str(error), str(error)
+    for error in errors:
+        assert "pydantic" not in str(error).lower()
+        assert "Input should" not in str(error)
 
 
 def test_one_mistake_is_told_once(small: str, write: Callable[..., Path]) -> None:
-    faults = errors_of(write(small.replace("max_steps: 100", "max_stepps: 100")))
-    assert [fault.path for fault in faults] == ["phases.finetune.max_stepps"]
+    errors = errors_of(write(small.replace("max_steps: 100", "max_stepps: 100")))
+    assert [error.path for error in errors] == ["phases.finetune.max_stepps"]
 
 
 def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> None:
@@ -165,7 +165,7 @@ def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> 
         .replace("data: test}", "data: tset}")
         + "matrix: {seed: [0, x], sed: [1]}\ncluster: {lanes: 0}\n"
     )
-    paths = {fault.path for fault in errors_of(write(text), "modle.dtype=float32")}
+    paths = {error.path for error in errors_of(write(text), "modle.dtype=float32")}
     assert paths >= {
         "model.dtype",
         "compressors.heavy.stride",
@@ -181,15 +181,15 @@ def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> 
 
 def test_faults_of_a_lower_file_name_that_file(small: str, write: Callable[..., Path]) -> None:
     base = write(small.replace("stride: 8", "strid: 8"), "base.yaml")
-    faults = errors_of(write("extends: base.yaml\nname: child\n"))
-    assert (faults[0].file, faults[0].line, faults[0].column) == (str(base), 7, 41)
+    errors = errors_of(write("extends: base.yaml\nname: child\n"))
+    assert (errors[0].file, errors[0].line, errors[0].column) == (str(base), 7, 41)
 
 
 def test_broken_model_config_is_a_fault(small: str, write: Callable[..., Path]) -> None:
     write("{", "tiny/config.json")
-    fault = errors_of(write(small))[0]
-    assert fault.path == "model.model_name_or_path"
-    assert "cannot be read as JSON" in fault.message
+    error = errors_of(write(small))[0]
+    assert error.path == "model.model_name_or_path"
+    assert "cannot be read as JSON" in error.message
 
 
 def test_missing_file_is_a_fault(tmp_path: Path) -> None:
@@ -198,14 +198,14 @@ def test_missing_file_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_a_value_is_shown_as_written(small: str, write: Callable[..., Path]) -> None:
-    fault = errors_of(write(small.replace("1e-3", "-1e-3")))[0]
-    assert fault.value == "-1e-3"
+    error = errors_of(write(small.replace("1e-3", "-1e-3")))[0]
+    assert error.value == "-1e-3"
 
 
 def test_a_plugin_that_cannot_be_imported_says_why(small: str, write: Callable[..., Path]) -> None:
     write("import nothing_of_that_name\n", "broken.py")
-    fault = errors_of(write(small + "plugins: [broken.py]\n"))[0]
-    assert "nothing_of_that_name" in fault.message
+    error = errors_of(write(small + "plugins: [broken.py]\n"))[0]
+    assert "nothing_of_that_name" in error.message
 
 
 ABOUT = [
@@ -223,10 +223,10 @@ def test_an_error_of_a_value_says_what_its_key_is(
     old: str, new: str, about: str, small: str, write: Callable[..., Path]
 ) -> None:
     assert old in small
-    fault = errors_of(write(small.replace(old, new, 1)))[0]
-    assert fault.about is not None and fault.about.startswith(about)
-    assert f"\n    {about}" in str(fault)
-    assert "\n" not in fault.about
+    error = errors_of(write(small.replace(old, new, 1)))[0]
+    assert error.about is not None and error.about.startswith(about)
+    assert f"\n    {about}" in str(error)
+    assert "\n" not in error.about
 
 
 def test_an_unknown_key_is_not_described(small: str, write: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Points that do not fit one another or the model are told by `validate`, each once."""
+"""Points that do not fit one another or the model are reported by `validate`, each once."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def with_variant(small: str, points: str) -> str:
     ],
 )
 def test_points_that_do_not_fit_are_told_once(points: str, key: str, message: str, small: str, write: Write) -> None:
-    (fault,) = errors_of(write(with_variant(small, points)))
-    assert fault.path == f"compressors.v.{key}"
-    assert message in fault.message
+    (error,) = errors_of(write(with_variant(small, points)))
+    assert error.path == f"compressors.v.{key}"
+    assert message in error.message
 
 
 @pytest.mark.parametrize("points", [PROJECTED, f"[{PROJECTED}, {PROJECTED}]", f"[{PROJECTED}, {POOLED}]"])
@@ -63,33 +63,33 @@ def test_deepstack_forbids_a_method_that_adds_tokens(small: str, write: Write) -
     )
     load_experiment(path)
     (path.parent / "tiny" / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
-    (fault,) = errors_of(path)
-    assert fault.path == "compressors.v.kind"
-    assert "DeepStack" in fault.message
+    (error,) = errors_of(path)
+    assert error.path == "compressors.v.kind"
+    assert "DeepStack" in error.message
 
 
 def test_what_a_schedule_refuses_does_not_ask_for_text(small: str, write: Write) -> None:
     same = "schedule: {kind: interleaved, compressor: heavy, other: heavy, full_share: 1/4}"
-    (fault,) = errors_of(write(small.replace("schedule: two", same)))
-    assert "name two variants" in fault.message
-    assert fault.allowed is None
+    (error,) = errors_of(write(small.replace("schedule: two", same)))
+    assert "name two variants" in error.message
+    assert error.allowed is None
 
 
 @pytest.mark.parametrize("kind", ["q_former", "registers"])
 def test_a_ramp_does_not_move_what_shapes_a_learned_module(kind: str, small: str, write: Write) -> None:
     ramp = "schedule: {kind: ramp, compressor: v, key: keep_tokens, start: 32, end: 8}"
     small = small.replace("schedule: two", ramp)
-    (fault,) = errors_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
-    assert "would begin a new module at each move" in fault.message
+    (error,) = errors_of(write(with_variant(small, f"{{kind: {kind}, layer: 2, keep_tokens: 16}}")))
+    assert "would begin a new module at each move" in error.message
     load_experiment(write(with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16, max_queries: 32}")))
 
 
 def test_a_learned_variant_that_no_phase_uses_cannot_be_tested(small: str, write: Write) -> None:
     small = with_variant(small, "{kind: q_former, layer: 2, keep_tokens: 16}")
     tested = small.replace("data: test}", "data: test, under: [final, v]}")
-    (fault,) = errors_of(write(tested))
-    assert fault.path == "evaluate.vqa.under.1"
-    assert "no phase uses it" in fault.message
+    (error,) = errors_of(write(tested))
+    assert error.path == "evaluate.vqa.under.1"
+    assert "no phase uses it" in error.message
     load_experiment(write(tested.replace("schedule: two", "schedule: v")))
     load_experiment(write(tested.replace("weights: random", "weights: pretrained")))
 
@@ -105,9 +105,9 @@ def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write,
         "        return grid.tokens // 0\n"
     )
     text = with_variant(small, "{kind: failing, layer: 2, keep_tokens: 16}") + f"plugins: [{tmp_path / 'failing.py'}]\n"
-    (fault,) = errors_of(write(text))
-    assert fault.path == "compressors.v.kind"
-    assert "8 x 8" in fault.message and "ZeroDivisionError" in fault.message
+    (error,) = errors_of(write(text))
+    assert error.path == "compressors.v.kind"
+    assert "8 x 8" in error.message and "ZeroDivisionError" in error.message
 
 
 def test_registers_stand_first_in_a_variant(small: str, write: Write) -> None:
@@ -121,7 +121,7 @@ def test_a_phase_that_trains_compressors_alone_has_one_that_learns(small: str, w
     nothing = small.replace("max_steps: 100", "max_steps: 100\n    train: [compressor]")
     with pytest.raises(SpecError, match="nothing trains: no variant of the phase's schedule learns") as error:
         load_experiment(write(nothing))
-    assert [fault.path for fault in error.value.errors] == ["phases.finetune.train"]
+    assert [each.path for each in error.value.errors] == ["phases.finetune.train"]
     learned = nothing.replace("kind: average_pool, layer: 2, stride: 8", "kind: registers, layer: 2, keep_tokens: 4")
     assert load_experiment(write(learned)).cells
     drawn = learned.replace("train: [compressor]", "train: [projector]")

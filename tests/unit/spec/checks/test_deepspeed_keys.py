@@ -95,15 +95,15 @@ def test_what_could_change_numbers_is_refused_inline_and_in_a_file(
 ) -> None:
     with pytest.raises(SpecError) as inline:
         load_experiment(experiment(tmp_path, json.dumps(config)))
-    (fault,) = inline.value.errors
-    assert fault.path == f"phases.finetune.deepspeed.{path}" and fault.line == 11 and fault.allowed
+    (error,) = inline.value.errors
+    assert error.path == f"phases.finetune.deepspeed.{path}" and error.line == 11 and error.allowed
     (tmp_path / "ds.json").write_text("{\n" + json.dumps(config, indent=1)[2:])
     with pytest.raises(SpecError) as in_file:
         load_experiment(experiment(tmp_path, "./ds.json"))
-    (fault,) = in_file.value.errors
+    (error,) = in_file.value.errors
     lines = (tmp_path / "ds.json").read_text().splitlines()
     number = 1 + next(i for i, line in enumerate(lines) if f'"{path.rpartition(".")[2]}"' in line)
-    assert f"ds.json:{number}: " in fault.message and fault.line == 11 and fault.allowed
+    assert f"ds.json:{number}: " in error.message and error.line == 11 and error.allowed
 
 
 def test_hugging_face_files_are_taken(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_dropout_inside_attention_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     file = experiment(tmp_path, "zero2")
     file.write_text(file.read_text().replace(str(TINY_LLAVA), "./model"))
-    with pytest.raises(SpecError) as told:
+    with pytest.raises(SpecError) as caught:
         load_experiment(file)
-    (fault,) = told.value.errors
-    assert "text_config.attention_dropout is 0.1" in fault.message and fault.line == 3
+    (error,) = caught.value.errors
+    assert "text_config.attention_dropout is 0.1" in error.message and error.line == 3

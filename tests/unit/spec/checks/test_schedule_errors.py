@@ -38,11 +38,11 @@ def test_what_a_policy_gets_wrong_is_told_where_it_stands(
     assert STAGES in small
     with pytest.raises(SpecError) as caught:
         load_experiment(write(small.replace(STAGES, schedule)))
-    (fault,) = caught.value.errors
-    assert message in fault.message
-    assert fault.path == ".".join(["schedules.two", *([key] if key else [])])
-    assert fault.line == line
-    assert allowed is None or allowed in f"{fault.allowed} {fault.hint}"
+    (error,) = caught.value.errors
+    assert message in error.message
+    assert error.path == ".".join(["schedules.two", *([key] if key else [])])
+    assert error.line == line
+    assert allowed is None or allowed in f"{error.allowed} {error.hint}"
 
 
 def test_a_policy_may_stand_in_the_phase_or_on_an_axis(small: str, write: Write) -> None:
@@ -55,5 +55,5 @@ def test_a_policy_may_stand_in_the_phase_or_on_an_axis(small: str, write: Write)
     wrong = axis.replace("start: 3", "start: 4")
     with pytest.raises(SpecError) as caught:
         load_experiment(write(small + wrong))
-    (fault,) = caught.value.errors
-    assert "`heavy layer=4`: the model has 4 decoder layers" in fault.message
+    (error,) = caught.value.errors
+    assert "`heavy layer=4`: the model has 4 decoder layers" in error.message

@@ -1,4 +1,4 @@
-"""Names and values that users bring from other programs: read as aliases, or told what they mean here, never misled."""
+"""Names and values that users bring from other programs: read as aliases, or explained, never misled."""
 
 # ruff: noqa: E501 (a table is read by its columns)
 
@@ -225,15 +225,15 @@ MEANT = [
 @pytest.mark.parametrize("case", MEANT, ids=lambda case: case[0].partition(":")[0])
 def test_a_key_of_another_program_is_told_by_meaning(case: tuple, small: str, write: Callable[..., Path]) -> None:
     key, hint = case
-    faults = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
-    assert len(faults) == 1, "\n".join(map(str, faults))
-    assert hint in (faults[0].hint or ""), faults[0]
+    errors = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
+    assert len(errors) == 1, "\n".join(map(str, errors))
+    assert hint in (errors[0].hint or ""), errors[0]
 
 
 @pytest.mark.parametrize("key", ["trainer_style: x", "maximum_temperature: 3", "ful: 1", "k2_s16: 3", "xx: 1"])
 def test_a_key_that_nothing_is_like_gets_no_hint(key: str, small: str, write: Callable[..., Path]) -> None:
-    faults = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
-    assert [fault.hint for fault in faults] == [None]
+    errors = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
+    assert [error.hint for error in errors] == [None]
 
 
 def test_meanings_hold_for_set_and_axes_too(small: str, write: Callable[..., Path]) -> None:
@@ -304,9 +304,9 @@ REWRITTEN = [
 @pytest.mark.parametrize("case", REWRITTEN, ids=[case[1] for case in REWRITTEN])
 def test_how_a_value_is_to_be_written(case: tuple, small: str, write: Callable[..., Path]) -> None:
     old, new, hint = case
-    faults = errors_of(write(small.replace(old, new, 1)))
-    assert len(faults) == 1, "\n".join(map(str, faults))
-    assert faults[0].hint == hint or (hint is not None and hint in (faults[0].hint or "")), faults[0]
+    errors = errors_of(write(small.replace(old, new, 1)))
+    assert len(errors) == 1, "\n".join(map(str, errors))
+    assert errors[0].hint == hint or (hint is not None and hint in (errors[0].hint or "")), errors[0]
 
 
 @pytest.mark.parametrize("key", _VALUES)
@@ -329,7 +329,7 @@ def test_a_place_says_which_phase() -> None:
     assert "phases.finetune.learning_rate" in str(meaning_of("mm_projector_lr"))
 
 
-# (what is replaced, by what, the path of the one fault)
+# (what is replaced, by what, the path of the one error)
 CAUSES = [
     ("name: small", "name: small\nextends: nope.yaml", "extends"),
     ("name: small", "name: small\nextends: [nope.yaml]", "extends"),
@@ -359,22 +359,22 @@ def test_a_cause_is_told_alone(case: tuple, small: str, write: Callable[..., Pat
     text = small.replace(old, new, 1)
     if "nope.py" in new:
         text = text.replace("kind: average_pool", "kind: my_pool")
-    assert [fault.path for fault in errors_of(write(text))] == [path]
+    assert [error.path for error in errors_of(write(text))] == [path]
 
 
 def test_a_file_below_that_cannot_be_read_is_told_alone(write: Callable[..., Path]) -> None:
     write("model: {a: [\n", "base.yaml")
     text = "extends: base.yaml\nname: x\nmatrix: {phases.finetune.schedule: [full, heavy]}\n"
-    faults = errors_of(write(text + "report: {baseline: {phases.finetune.schedule: full}}\n"))
-    assert len(faults) == 1
-    assert str(faults[0].file).endswith("base.yaml")
+    errors = errors_of(write(text + "report: {baseline: {phases.finetune.schedule: full}}\n"))
+    assert len(errors) == 1
+    assert str(errors[0].file).endswith("base.yaml")
 
 
 def test_a_missing_level_names_the_entries_there_are(small: str, write: Callable[..., Path]) -> None:
     write(small, "base.yaml")
-    fault = errors_of(write("extends: base.yaml\nname: x\nevaluate: {under: [final, full]}\n"))[0]
-    assert "the level with the name is missing above `under`" in fault.message
-    assert fault.hint == "write evaluate: {vqa: {under: ...}}"
+    error = errors_of(write("extends: base.yaml\nname: x\nevaluate: {under: [final, full]}\n"))[0]
+    assert "the level with the name is missing above `under`" in error.message
+    assert error.hint == "write evaluate: {vqa: {under: ...}}"
 
 
 def test_long_values_are_shortened_everywhere(small: str, write: Callable[..., Path]) -> None:
@@ -392,9 +392,9 @@ def test_long_values_are_shortened_everywhere(small: str, write: Callable[..., P
         small + f"include: [{{seed: {long}}}]\n",
         small + f'description: 3\nplugins: ["{long}"]\n',
     ):
-        for fault in errors_of(write(text)):
-            assert len(str(fault)) < 1800, str(fault)
-            assert all(len(part) < 700 for part in str(fault).splitlines())
+        for error in errors_of(write(text)):
+            assert len(str(error)) < 1800, str(error)
+            assert all(len(part) < 700 for part in str(error).splitlines())
     assert "..." in errors_of(write(small), f"model.{long}=3")[0].message
 
 

@@ -142,22 +142,22 @@ def test_hostile_files_are_told(data: bytes, message: str | None, place: tuple[i
     else:
         with pytest.raises(SpecError) as caught:
             read_tree(data, "f.yaml")
-        fault = caught.value.errors[0]
-        assert message in fault.message
-        assert fault.file == "f.yaml"
-        assert "\n" not in fault.message
+        error = caught.value.errors[0]
+        assert message in error.message
+        assert error.file == "f.yaml"
+        assert "\n" not in error.message
         if place is not None:
-            assert (fault.line, fault.column) == place
+            assert (error.line, error.column) == place
 
 
 def test_duplicates_and_tags_are_told_all_at_once() -> None:
-    _, faults = read_value(b"a: 1\na: 2\nb: {c: 1, c: 2}\nd: !x 1\n", "f.yaml")
-    assert [(fault.path, fault.line) for fault in faults] == [("a", 2), ("b.c", 3), ("d", 4)]
+    _, errors = read_value(b"a: 1\na: 2\nb: {c: 1, c: 2}\nd: !x 1\n", "f.yaml")
+    assert [(error.path, error.line) for error in errors] == [("a", 2), ("b.c", 3), ("d", 4)]
 
 
 def test_faults_are_bounded() -> None:
-    _, faults = read_value(b"a:\n" * 100_000, "f.yaml")
-    assert len(faults) <= 101
+    _, errors = read_value(b"a:\n" * 100_000, "f.yaml")
+    assert len(errors) <= 101
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))

@@ -1,10 +1,12 @@
-"""What components there are, what they take, and where compressors can act: `components` and `compressors`."""
+"""JSON documents that show themselves to people, and those that list components: `components` and `compressors`."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from html import escape
 from inspect import getdoc
 from itertools import groupby
 from pathlib import Path
@@ -14,41 +16,100 @@ from rich.console import Console
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
-from orchestrator.report.console import Documents
 from orchestrator.spec.components import AMOUNTS
 
 _COMMON = ("kind", "layer", *AMOUNTS)
 
 
+class _Printed:
+    """JSON that also shows itself to people: printed, and in a notebook."""
+
+    _printer: Callable[[Any, Console], None]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print it for people; None prints to standard output."""
+        self._printer(self, console or Console())
+
+    def to_text(self) -> str:
+        """Return what `print` prints, without colours and as wide as it is."""
+        console = Console(file=(out := io.StringIO()), width=10_000, color_system=None)
+        self.print(console)
+        return out.getvalue()
+
+    def _repr_html_(self) -> str:
+        console = Console(file=io.StringIO(), record=True, width=140)
+        self.print(console)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+
+
+class Document(_Printed, dict[str, Any]):
+    """A JSON document that also shows itself to people.
+
+    Args:
+        content: The document.
+        printer: Prints it to a console.
+        page: Makes an HTML page of it, which a notebook shows in the place of what is printed.
+    """
+
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        printer: Callable[[dict[str, Any], Console], None],
+        page: Callable[..., str] | None = None,
+    ) -> None:
+        super().__init__(content)
+        self._printer, self._page = printer, page
+
+    def to_html(self, **options: Any) -> str:
+        """Return it as an HTML page of its own; `options` are those of the page."""
+        assert self._page is not None, "only predictions and rows of data have a page"
+        return self._page(self, **options)
+
+    def _repr_html_(self) -> str:
+        if self._page is None:
+            return super()._repr_html_()
+        # In a frame, so that its style stays in it.
+        return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="600"></iframe>'
+
+
+class Documents(_Printed, list[dict[str, Any]]):
+    """A JSON list that also shows itself to people.
+
+    Args:
+        content: The list.
+        printer: Prints it to a console.
+    """
+
+    def __init__(self, content: Iterable[dict[str, Any]], printer: Callable[[list[dict[str, Any]], Console], None]):
+        super().__init__(content)
+        self._printer = printer
+
+
 def compressors() -> Documents:
     """Return one mapping a compressor: name, what it does, where it acts, its own parameters, its version."""
-    found = []
-    for kind in registry.kinds(registry.COMPRESSORS):
-        cls = registry.spec_class(registry.COMPRESSORS, kind)
-        properties = cls.model_json_schema()["properties"]
-        parameters = {
-            name: {key: value[key] for key in ("enum", "type", "default", "anyOf") if key in value}
-            for name, value in properties.items()
-            if name not in _COMMON
-        }
-        found.append(
-            {
-                "kind": kind,
-                "does": (getdoc(cls) or "").split("\n")[0],
-                "points": list(cls.points),
-                "needs": list(cls.needs),
-                "parameters": parameters,
-                "version": cls.version,
-                "module": cls.__module__,
-            }
-        )
-    return Documents(found, _print_compressors)
+    return Documents(map(_compressor, registry.kinds(registry.COMPRESSORS)), _print_compressors)
+
+
+def _compressor(kind: str) -> dict[str, Any]:
+    cls = registry.spec_class(registry.COMPRESSORS, kind)
+    parameters = {
+        name: {key: value[key] for key in ("enum", "type", "default", "anyOf") if key in value}
+        for name, value in cls.model_json_schema()["properties"].items()
+        if name not in _COMMON
+    }
+    about = {"kind": kind, "does": _first_line(cls), "points": list(cls.points), "needs": list(cls.needs)}
+    return {**about, "parameters": parameters, "version": cls.version, "module": cls.__module__}
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (getdoc(cls) or "").partition("\n")[0]
 
 
 def _print_compressors(documents: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a block for each compressor."""
     for document in documents:
-        console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(_places(document))})")
+        places = [*document["points"], *(f"needs {need}" for need in document["needs"])]
+        console.print(f"[bold]{document['kind']}[/bold]  ({', '.join(places)})")
         console.print(f"    {document['does']}", highlight=False, markup=False)
         for name, value in document["parameters"].items():
             default = "null" if value.get("default") is None else value["default"]
@@ -57,10 +118,6 @@ def _print_compressors(documents: Sequence[dict[str, Any]], console: Console) ->
         "Every one takes `layer` and exactly one of stride, keep_tokens, keep_ratio, layer_average_tokens.",
         highlight=False,
     )
-
-
-def _places(document: dict[str, Any]) -> list[str]:
-    return [*document["points"], *(f"needs {need}" for need in document["needs"])]
 
 
 def _allowed(value: dict[str, Any]) -> str:
@@ -118,8 +175,7 @@ def _component(sort: str, kind: str) -> dict[str, Any]:
             "description": " ".join(value.get("description", "").split()),
         }
     names = ("points", "needs", "learns") if sort == "compressors" else ()
-    does = (getdoc(cls) or "").split("\n")[0]
-    about = {"sort": sort, "kind": kind, "does": does, "version": cls.version, "module": cls.__module__}
+    about = {"sort": sort, "kind": kind, "does": _first_line(cls), "version": cls.version, "module": cls.__module__}
     return {**about, **{name: getattr(cls, name) for name in names}, "fields": fields}
 
 
