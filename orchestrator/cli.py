@@ -25,6 +25,7 @@ from orchestrator.redaction import redacted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.report.documents import Document, Documents
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
 Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files; several make one table.")]
@@ -34,8 +35,6 @@ CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, a
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
 ]
-
-
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Runs again what failed before.")]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")]
 MaxHours = Annotated[
@@ -44,17 +43,13 @@ MaxHours = Annotated[
         "--max-hours", min=0, metavar="H", help="After H hours: checkpoint, stop, exit 75; the same command resumes."
     ),
 ]
-
-
 MaybeSpec = Annotated[
     Path | None, typer.Argument(metavar="[SPEC]", help="Experiment file, whose storage is meant.", show_default=False)
 ]
 Place = Annotated[
     str | None, typer.Option("--storage", metavar="PATH", help="The storage (default: $LLAVOLTA_STORAGE or ./runs).")
 ]
-
-
-_Plugins = Annotated[
+Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="FILE", help="A plug-in file or module to include; repeatable.")
 ]
 
@@ -125,11 +120,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show the cells, the stage tree, what is done already, and the cost, alone and shared."""
-    document = llv.load(spec, set_ or ()).plan(text_tokens=text_tokens)
-    if as_json:
-        print_json(document)
-    else:
-        document.print(terminal())
+    show_document(llv.load(spec, set_ or ()).plan(text_tokens=text_tokens), as_json)
 
 
 @app.command()
@@ -185,11 +176,11 @@ def _end(outcome: llv.RunOutcome, as_json: bool) -> None:
 def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
     """Show what runs where, what is done, waiting or failed and why, and the time left; works beside a live run."""
     documents = [experiment.status() for experiment in [llv.load(spec, set_ or ()) for spec in specs]]
-    if as_json:
-        print_json(documents[0] if len(documents) == 1 else documents)
+    if as_json and len(documents) > 1:
+        print_json(documents)
         return
     for document in documents:
-        document.print(terminal())
+        show_document(document, as_json)
 
 
 @app.command()
@@ -307,10 +298,9 @@ def bench(
 
     experiment = llv.load(spec, set_ or ())
     document = experiment.bench(text_tokens=text_tokens, rows=rows, repeats=repeats, chart=output, on_round=announce)
+    show_document(document, as_json)
     if as_json:
-        print_json(document)
         return
-    document.print(terminal())
     figures = experiment.storage.folder / "bench" / f"{experiment.name}.json"
     print(f"chart: {output or figures.with_suffix('.png')}\nall figures: {figures}")
 
@@ -318,11 +308,7 @@ def bench(
 @app.command()
 def compressors(as_json: Json = False) -> None:
     """List the compressors, their parameters and where they can act."""
-    found = llv.compressors()
-    if as_json:
-        print_json(found)
-    else:
-        found.print(terminal())
+    show_document(llv.compressors(), as_json)
 
 
 @app.command()
@@ -352,7 +338,7 @@ def components(
         str | None,
         typer.Argument(metavar="[KIND]", help="One kind (average_pool), or one sort (schedules); by default all."),
     ] = None,
-    plugin: _Plugins = None,
+    plugin: Plugins = None,
     spec: Annotated[
         Path | None, typer.Option("--spec", metavar="SPEC", help="Include the plug-ins of an experiment file.")
     ] = None,
@@ -361,11 +347,7 @@ def components(
     """List every compressor, schedule, data kind, evaluation and tracker with its fields, types and defaults."""
     if spec is not None:
         llv.load(spec)
-    found = llv.components(kind, plugins=plugin or ())
-    if as_json:
-        print_json(found)
-    else:
-        found.print(terminal())
+    show_document(llv.components(kind, plugins=plugin or ()), as_json)
 
 
 @app.command()
@@ -414,10 +396,7 @@ def _values(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 def check_data(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
     """Read every row and picture: all errors by row, and lengths as the model gets them; exit code 1 for errors."""
     document = llv.load(spec, set_ or ()).data_report()
-    if as_json:
-        print_json(document)
-    else:
-        document.print(terminal())
+    show_document(document, as_json)
     raise typer.Exit(0 if document["valid"] else 1)
 
 
@@ -446,11 +425,7 @@ def show_data(
 @ledger_app.command()
 def ls(spec: MaybeSpec = None, storage: Place = None, set_: Set = None, as_json: Json = False) -> None:
     """List states, evaluations, failures and running work: size, age, and the experiments that reach them."""
-    document = _storage(spec, storage, set_).ls()
-    if as_json:
-        print_json(document)
-    else:
-        document.print(terminal())
+    show_document(_storage(spec, storage, set_).ls(), as_json)
 
 
 @ledger_app.command()
@@ -492,11 +467,7 @@ def gc(
     ] = None,
 ) -> None:
     """Delete what no recorded experiment reaches and what dead processes left behind; SPEC counts as recorded."""
-    document = _storage(spec, storage, set_).gc(delete=delete, forget=forget or ())
-    if as_json:
-        print_json(document)
-    else:
-        document.print(terminal())
+    show_document(_storage(spec, storage, set_).gc(delete=delete, forget=forget or ()), as_json)
 
 
 def _storage(spec: Path | None, place: str | None, overrides: list[str] | None) -> llv.Storage:
@@ -533,6 +504,14 @@ def print_json(document: Any) -> None:
     except ValueError:
         text = json.dumps(_finite(document), default=str)
     print_document(text)
+
+
+def show_document(document: Document | Documents, as_json: bool) -> None:
+    """Print a document as JSON, or as people read it."""
+    if as_json:
+        print_json(document)
+    else:
+        document.print(terminal())
 
 
 def print_document(text: str) -> None:
