@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -47,7 +48,7 @@ def kinds(group: str) -> tuple[str, ...]:
     return tuple(sorted({*_entry_points(group), *(kind for g, kind in _from_plugins if g == group)}))
 
 
-def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
+def nearest(name: str, known: Sequence[str]) -> str | None:
     """Return the known name that is likely to be meant, or None: a wrong suggestion is worse than none.
 
     It is near where a letter in four at most is wrong (insertions, deletions, changes and swaps of neighbours), or
@@ -67,6 +68,12 @@ def nearest(name: str, known: tuple[str, ...] | list[str]) -> str | None:
         return min(near, key=lambda entry: entry[0])[1]
     longer = [other for other in known if len(plain) > 3 and _plain(other).startswith(plain + "_")]
     return longer[0] if len(longer) == 1 else None
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str | None:
+    """Return the hint that names the known name that is likely to be meant, None where there is none."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else None
 
 
 def _plain(name: str) -> str:

@@ -129,10 +129,9 @@ def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tupl
     errors = load_plugins(plugins)
     root = files.merge(str(path))
     assert root is not None
-    errors += [*files.errors, *files.renaming.errors]
-    notices = list(files.renaming.notices)
-    root = apply_overrides(root, overrides, errors, notices)
-    return drop_nulls(root), errors, notices
+    errors += files.errors
+    root = apply_overrides(root, overrides, errors, files.notices)
+    return drop_nulls(root), errors, files.notices
 
 
 def _secrets(root: Node) -> list[ErrorDetail]:

@@ -257,15 +257,19 @@ def hub_repository(repo_id: str) -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{repo_id.replace('/', '--')}"
 
 
-def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
-    """Return the first part of a config that drops attention weights, and its probability; None where none is known."""
+def read_config(model_name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:
+    """Return the content of a model's `config.json`; None where it cannot be read, which `model_facts` reports."""
     path = find_config(model_name_or_path, revision)
     try:
         config = json.loads(path.read_bytes()) if path is not None else None
     except (OSError, ValueError, RecursionError):
-        return None  # reported by `model_facts`
-    if not isinstance(config, dict):
         return None
+    return config if isinstance(config, dict) else None
+
+
+def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:
+    """Return the first part of a config that drops attention weights, and its probability; None where none is known."""
+    config = read_config(model_name_or_path, revision) or {}
     for name, part in (("", config), *config.items()):
         value = part.get("attention_dropout") if isinstance(part, dict) else None
         if isinstance(value, float | int) and value > 0:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from orchestrator.data.records.json_records import BadRow, RepeatedKeys
 from orchestrator.data.rows import AS_IT_IS, IMAGE_MARK, ImageReading, ImageRef, Row, Turn
-from orchestrator.registry import nearest
+from orchestrator.registry import did_you_mean
 
 HARMLESS = {
     *("id", "_id", "uid", "uuid", "idx", "index", "qid", "sample_id", "image_id", "question_id", "conversation_id"),
@@ -49,8 +49,7 @@ _WHY = {key: why for why, keys in _FOREIGN.items() for key in keys.split()}
 
 def why_not(key: str) -> str:
     """Return why a key is not read, or which key may be meant; empty if neither is known."""
-    near = nearest(key, list(_READ))
-    return _WHY.get(key) or (f"did you mean {near}?" if near else "")
+    return _WHY.get(key) or did_you_mean(key, list(_READ)) or ""
 
 
 def no_foreign_keys(record: dict[str, Any]) -> None:

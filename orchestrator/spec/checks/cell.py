@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import ModelFacts, attention_dropout, find_config, model_facts
+from orchestrator.spec.model_facts import ModelFacts, attention_dropout, model_facts, read_config
 from orchestrator.spec.phase import PHASES, LoraSpec, PhaseSpec, PhasesSpec
 from orchestrator.spec.yaml.node import Node, Path
 from orchestrator.spec.yaml.schema import NAMED, names_at
@@ -184,15 +183,6 @@ def _as_written(root: Node, path: Path) -> Path:
     return path
 
 
-def _is_here(model: ModelSpec) -> bool:
-    """Return whether its config can be read, so that sizes which are not known now will not be known later."""
-    path = find_config(model.model_name_or_path, model.revision)
-    try:
-        return path is not None and bool(json.loads(path.read_bytes()).get("model_type"))
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False
-
-
 def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
     """Check that its modules are linear layers of the language model; every family with known sizes has the same."""
     if phase.lora is None:
@@ -210,9 +200,11 @@ def check_batch(
 ) -> Iterator[Finding]:
     """Check that a global batch divides into micro-batches on all workers, and that `auto` can be computed."""
     micro, total = phase.per_device_train_batch_size, phase.global_batch_size
-    if micro == "auto" and facts is None and model is not None and _is_here(model):
-        message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
-        yield Finding((*path, "per_device_train_batch_size"), message, "a number")
+    if micro == "auto" and facts is None and model is not None:
+        config = read_config(model.model_name_or_path, model.revision) or {}
+        if config.get("model_type"):  # it is here, so that sizes which are not known now will not be known later
+            message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
+            yield Finding((*path, "per_device_train_batch_size"), message, "a number")
     if workers is None:
         return
     if not isinstance(micro, int):  # `auto` deals out what does not divide, but each worker needs a sample

@@ -140,8 +140,7 @@ def _unknown(config: Mapping[str, Any], allowed: Mapping[str, Any], path: Path) 
 
 def _refused(path: Path, allowed: Mapping[str, Any]) -> Finding:
     message = f"{dotted(path)} can change what is learned, or is not known"
-    near = registry.nearest(str(path[-1]), tuple(allowed)) if allowed else None
-    hint = _ELSEWHERE.get(str(path[0])) or (f"did you mean {near}?" if near else "leave it out")
+    hint = _ELSEWHERE.get(str(path[0])) or registry.did_you_mean(str(path[-1]), list(allowed)) or "leave it out"
     return Finding(path, f"{message}: no DeepSpeed setting of ours", ", ".join(allowed) or "nothing", hint)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import FAMILIES
+from orchestrator.spec.model_facts import FAMILIES, read_config
 from orchestrator.spec.yaml.node import Node
 from orchestrator.spec.yaml.validation_errors import Finding, error_at
 
@@ -142,18 +142,9 @@ def _model_folder(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
         yield Finding(path, "the folder has no config.json", "a Hugging Face model's folder, or a hub id")
 
 
-def _config(folder: FilePath) -> dict[str, Any] | None:
-    """Return a folder's config; None where it cannot be read, which is reported elsewhere."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
 def _not_vision_language(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
     """Find models of another kind by their config: they would fail when they are built."""
-    config = _config(folder)
+    config = read_config(str(folder))
     if config is None or "auto_map" in config:
         return  # unreadable, or code of its own
     kind = config.get("model_type")
@@ -173,7 +164,7 @@ def _takes_images(config: Mapping[str, Any]) -> bool:
 
 
 def _not_that_part(path: tuple[str, ...], folder: FilePath) -> Iterator[Finding]:
-    config = _config(folder) or {}
+    config = read_config(str(folder)) or {}
     if path[-1] == "vision_tower" and "vocab_size" in config and not _takes_images(config):
         kind = config.get("model_type", "it")
         yield Finding(

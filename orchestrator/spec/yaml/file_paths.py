@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
-from orchestrator.spec.yaml.key_hints import value_meaning
+from orchestrator.spec.yaml.key_hints import hint_for_value
 from orchestrator.spec.yaml.node import Node, Path
 from orchestrator.spec.yaml.schema import NAMED, kind_at, shape_at
 
@@ -92,9 +92,8 @@ def _deepspeed(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
         return node.value, None
     if "/" in node.value or node.value.endswith(".json"):
         return _file(node, path)
-    near = value_meaning("deepspeed", node.value) or registry.nearest(node.value, DEEPSPEED_PRESETS)
     allowed = ", ".join(DEEPSPEED_PRESETS) + ", a path to a .json file, or a mapping"
-    hint = f"did you mean {near}?" if near else None
+    hint = hint_for_value("deepspeed", node.value, DEEPSPEED_PRESETS)
     return node.value, node.error("unknown DeepSpeed setting", path, allowed=allowed, hint=hint)
 
 

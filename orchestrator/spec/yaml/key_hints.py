@@ -290,8 +290,7 @@ def hint_for_key(name: str, known: Sequence[str], place: str = "") -> str | None
             return meant
         if (elsewhere := _elsewhere(_normal(name), place)) is not None:
             return elsewhere
-    near = registry.nearest(name, tuple(known))
-    return f"did you mean {near}?" if near else None
+    return registry.did_you_mean(name, known)
 
 
 def _elsewhere(name: str, place: str) -> str | None:
@@ -386,6 +385,7 @@ _VALUES["kind"] = {
 _VALUES["weights"] = _VALUES["learning_rate"] = _VALUES["train"]
 
 
-def value_meaning(key: str, value: str) -> str | None:
-    """Return what a value of another program is called here under a key, or None."""
-    return _VALUES.get(key, {}).get(value.strip().lower())
+def hint_for_value(key: str, value: str, known: Sequence[str]) -> str | None:
+    """Return what an unknown value under a key is likely to be: what it is called here, else by spelling."""
+    meant = _VALUES.get(key, {}).get(value.strip().lower())
+    return f"did you mean {meant}?" if meant in known else registry.did_you_mean(value, known)

@@ -80,15 +80,7 @@ def _axes(root: Node) -> list[str]:
     return [axis for group in groups for axis, values in group.items() if values.value is not None]
 
 
-@dataclass
-class Renaming:
-    """Errors and notices of renaming a file's keys."""
-
-    errors: list[ErrorDetail] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-
-def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
+def _rename_aliases(root: Node, below: Node | None, found: Inheritance) -> Node:
     """Return a tree with canonical names.
 
     Args:
@@ -110,7 +102,7 @@ def rename_aliases(root: Node, below: Node | None, found: Renaming) -> Node:
     return root
 
 
-def _rename(node: Node, shape: Shape | None, below: Node | None, path: Path, found: Renaming) -> Node:
+def _rename(node: Node, shape: Shape | None, below: Node | None, path: Path, found: Inheritance) -> Node:
     if shape is None or not (node.is_mapping or node.is_list):
         return node
     if node.is_list:
@@ -128,7 +120,7 @@ def _rename(node: Node, shape: Shape | None, below: Node | None, path: Path, fou
     return node.map(inner)
 
 
-def _with_names(node: Node, names: Mapping[str, str], path: Path, shown: Path, found: Renaming) -> Node:
+def _with_names(node: Node, names: Mapping[str, str], path: Path, shown: Path, found: Inheritance) -> Node:
     """Return a mapping with each key under its canonical name; `shown` is the path that notices show before it."""
     entries: dict[str, Node] = {}
     keys: dict[str, Mark] = {}
@@ -146,7 +138,7 @@ def _with_names(node: Node, names: Mapping[str, str], path: Path, shown: Path, f
     return Node(entries, node.mark, keys=keys, size=node.size)
 
 
-def _rename_axes(group: Node, names: Node, path: Path, found: Renaming) -> Node:
+def _rename_axes(group: Node, names: Node, path: Path, found: Inheritance) -> Node:
     canonical = {}
     for key in group.value:
         try:
@@ -170,7 +162,7 @@ class Inheritance:
 
     given: Mapping[str, Node] = field(default_factory=dict)
     errors: list[ErrorDetail] = field(default_factory=list)
-    renaming: Renaming = field(default_factory=Renaming)
+    notices: list[str] = field(default_factory=list)
     _files: dict[str, Node | None] = field(default_factory=dict)
     _merged: dict[str, Node | None] = field(default_factory=dict)
     _below: dict[str, list[str]] = field(default_factory=dict)
@@ -261,7 +253,7 @@ class Inheritance:
                 lower = lower.with_entry("description", None) if lower is not None and lower.is_mapping else lower
                 below = merge_nodes(below, lower) if below is not None and lower is not None else below or lower
             if own is not None:
-                own = rename_aliases(own.with_entry("extends", None), below, self.renaming)
+                own = _rename_aliases(own.with_entry("extends", None), below, self)
                 own = own if below is None else merge_nodes(below, own)
                 if own.size > MAX_NODES:
                     self.errors.append(

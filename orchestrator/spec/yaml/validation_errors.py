@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.spec.phase import PhaseSpec
-from orchestrator.spec.yaml.key_hints import hint_for_key, value_meaning
+from orchestrator.spec.yaml.key_hints import hint_for_key, hint_for_value
 from orchestrator.spec.yaml.node import Mark, Node, Path, as_yaml, dotted
 from orchestrator.spec.yaml.parser import kind_of, read_value
 from orchestrator.spec.yaml.schema import (
@@ -238,9 +238,7 @@ def name_error(
 
 def unknown_name(name: str, known: Sequence[str]) -> tuple[str | None, str | None]:
     """Return what is allowed instead of an unknown name, and the nearest as a hint."""
-    near = registry.nearest(name, tuple(known)) if known else None
-    allowed = ", ".join(known) if known else "nothing is defined yet"
-    return allowed, f"did you mean {near}?" if near else None
+    return ", ".join(known) or "nothing is defined yet", registry.did_you_mean(name, known)
 
 
 def unknown_key(name: str, known: Sequence[str], place: Path) -> tuple[str | None, str | None]:
@@ -373,7 +371,7 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
     )
     if error.key and error.type == "literal_error":
         allowed, name = _allowed(error), str(error.path[-1])
-        return f"unknown key `{name}`", allowed, _near_value(place, name, allowed.split(", "))
+        return f"unknown key `{name}`", allowed, hint_for_value(place, name, allowed.split(", "))
     if error.key:
         return "this name cannot be used", f"a name is made of {_NAME}", None
     rewritten = rewriting(node, allowed, dotted(error.path)) if node is not None else None
@@ -383,20 +381,14 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
         return f"must be {_allowed(error)}", allowed, None
     if error.type == "literal_error":
         known = [name.strip("'") for name in error.context["expected"].replace(" or ", ", ").split(", ")]
-        near = _near_value(place, value, known) if isinstance(value, str) else None
+        near = hint_for_value(place, value, known) if isinstance(value, str) else None
         return "not one of the values that are known here", allowed, near or rewritten
     if error.type == "component_kind":
         kind, choices = error.context["kind"], error.context["known"]
-        near = _near_value("kind", kind, choices)
+        near = hint_for_value("kind", kind, choices)
         return f"{_UNKNOWN_KIND}{kind}`", unknown_name(kind, choices)[0], near or _OWN_KIND
     # A mapping was read as one; that text could stand in its place does not help.
     return _sentence(error), None if node is not None and node.is_mapping else allowed or None, rewritten
-
-
-def _near_value(key: str, value: str, known: Sequence[str]) -> str | None:
-    meant = value_meaning(key, value)
-    near = meant if meant in known else registry.nearest(value, tuple(known))
-    return f"did you mean {near}?" if near else None
 
 
 def _with_article(kind: str) -> str:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from orchestrator.spec.base import Spec
 from orchestrator.spec.yaml.schema import experiment_schema, spec_classes
 
-EXAMPLE = yaml.safe_load(Path(__file__).with_name("design_example.yaml").read_text())
+EXAMPLE = yaml.safe_load((Path(__file__).parents[1] / "design_example.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
