@@ -151,26 +151,17 @@ def class_of(reference: Any, group: str, who: str) -> type[Any]:
     if isinstance(reference, type):
         return reference
     if isinstance(reference, str | Path):
-        return only_component(Path(reference), group)
+        classes = [cls for cls in load_plugin(str(reference), Path.cwd()) if cls.registry_group == group]
+        if len(classes) != 1:
+            names = f" ({', '.join(cls.kind_name() for cls in classes)})" if classes else ""
+            raise UsageError(
+                f"{reference} defines {len(classes)} components of {group}{names}, not one; name one by a mapping with "
+                "its `kind`, or check all of them: llavolta check FILE"
+            )
+        return classes[0]
     if (kind := reference.get("kind")) not in kinds(group):
         raise UsageError(f"{who}: no kind {kind!r} is registered in {group}; known: {', '.join(kinds(group))}")
     return spec_class(group, kind)
-
-
-def only_component(path: Path, group: str) -> type[Any]:
-    """Import a plug-in file and return the one component of a sort that it defines.
-
-    Raises:
-        UsageError: it defines none of that sort, or several; or it is no plug-in.
-    """
-    classes = [cls for cls in load_plugin(str(path), Path.cwd()) if cls.registry_group == group]
-    if len(classes) != 1:
-        kinds = f" ({', '.join(cls.kind_name() for cls in classes)})" if classes else ""
-        raise UsageError(
-            f"{path} defines {len(classes)} components of {group}{kinds}, not one; name one by a mapping with its "
-            "`kind`, or check all of them: llavolta check FILE"
-        )
-    return classes[0]
 
 
 def _import_plugin(reference: str, base_folder: Path) -> ModuleType:

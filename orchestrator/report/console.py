@@ -44,7 +44,6 @@ _STYLES = {
     "interrupted": "yellow",
     "trained": "yellow",
 }
-# What people look for when not all can be shown.
 _FIRST = ("failed", "running", "interrupted", "waiting", "trained")
 
 
@@ -57,20 +56,20 @@ def stage_tree(
     runs: Sequence[Mapping[str, Any]],
     label: Callable[[Mapping[str, Any]], Text],
     notes: Mapping[str | None, Sequence[Text]] | None = None,
-    limit: int = TREE_LINES,
     crop: bool = False,
 ) -> Tree:
     """Return the tree of stage runs as a plan or a status document lists them (parents first).
+
+    Of a large one only the running and failed stage runs, and the way to them, are sure to be shown.
 
     Args:
         runs: Each with `id`, `parent` and `state`.
         label: Text of a stage run's line.
         notes: Further lines below a stage run, by its id; None for those below the root.
-        limit: Lines shown; running and failed stage runs and the way to them come first.
         crop: One line each, whatever is cut off on the right; for terminals.
     """
     notes = notes or {}
-    shown = _chosen(runs, limit)
+    shown = _chosen(runs)
     root = Tree("stage tree", highlight=False)
     branches: dict[str | None, Tree] = {None: root}
 
@@ -92,16 +91,20 @@ def stage_tree(
     return root
 
 
-def _chosen(runs: Sequence[Mapping[str, Any]], limit: int) -> set[str]:
+def _rank(entry: Mapping[str, Any]) -> int:
+    """Return the order in which stage runs and cells are chosen where not all can be shown."""
+    return _FIRST.index(entry["state"]) if entry["state"] in _FIRST else len(_FIRST)
+
+
+def _chosen(runs: Sequence[Mapping[str, Any]]) -> set[str]:
     parents = {run["id"]: run["parent"] for run in runs}
-    ranked = sorted(runs, key=lambda run: _FIRST.index(run["state"]) if run["state"] in _FIRST else len(_FIRST))
     chosen: set[str] = set()
-    for run in ranked:
+    for run in sorted(runs, key=_rank):
         way, at = [], run["id"]
         while at is not None and at not in chosen:
             way.append(at)
             at = parents.get(at)
-        if len(chosen) + len(way) <= limit:
+        if len(chosen) + len(way) <= TREE_LINES:
             chosen.update(way)
     return chosen
 
@@ -121,8 +124,7 @@ def print_cells(
     """
     shown = list(cells)
     if console.is_terminal and len(cells) > TABLE_ROWS:
-        rank = {id(cell): _FIRST.index(cell["state"]) if cell["state"] in _FIRST else len(_FIRST) for cell in cells}
-        best = {id(cell) for cell in sorted(cells, key=lambda cell: rank[id(cell)])[:TREE_LINES]}
+        best = {id(cell) for cell in sorted(cells, key=_rank)[:TREE_LINES]}
         shown = [cell for cell in cells if id(cell) in best]
     grid = plain_table(("cell", "state", *columns), right)
     for cell in shown:

@@ -151,11 +151,8 @@ def components(wanted: str | None = None, *, plugins: Sequence[str] = ()) -> Doc
     ]
     if not found:
         kinds = [kind for group in registry.SORTS.values() for kind in registry.kinds(group)]
-        near = registry.nearest(str(wanted), [*registry.SORTS, *kinds])
-        raise UsageError(
-            f"components: no kind or sort {wanted!r}"
-            + (f"; did you mean {near}?" if near else f"; sorts are {', '.join(registry.SORTS)}")
-        )
+        hint = registry.did_you_mean(str(wanted), [*registry.SORTS, *kinds]) or f"sorts are {', '.join(registry.SORTS)}"
+        raise UsageError(f"components: no kind or sort {wanted!r}; {hint}")
     printer = partial(_print_components, with_fields=wanted is not None)
     return Documents((_component(sort, kind) for sort, kind in found), printer)
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.trials import pareto_front
 from orchestrator.report.table import Table, header
 from orchestrator.report.units import Operations
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure, sizes in inches; not pyplot's, so that the backend of a notebook stays as it is."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    figure.savefig(path, dpi=dpi)
 
 
 def grid_figure(table: Table, title: str, path: Path) -> bool:
@@ -25,9 +40,8 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         return False
     unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
 
-    figure = Figure(figsize=(5.2 * len(scores), 4.2), layout="constrained")
+    figure = _figure(5.2 * len(scores), 4.2)
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=len(metrics) == 1)
     colours = colormaps["tab10"]
     for score, panel in zip(scores, panels[0], strict=True):
@@ -36,15 +50,8 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         front = sorted(points[index] for index in pareto_front(dict(enumerate(points)), ["min", "max"]))
         panel.plot(*zip(*front, strict=True), color="0.75", zorder=1)
         for row, (x, y) in zip(shown, points, strict=True):
-            panel.errorbar(
-                x,
-                y,
-                yerr=row.spread.get(score),
-                fmt="o",
-                capsize=3,
-                color=colours(rows.index(row) % 10),
-                label=row.name,
-            )
+            colour = colours(rows.index(row) % 10)
+            panel.errorbar(x, y, yerr=row.spread.get(score), fmt="o", capsize=3, color=colour, label=row.name)
         panel.set_title(header(score), fontsize=10)
         panel.set_xlabel(f"training cost ({unit.name})")
         panel.margins(0.15)
@@ -53,8 +60,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
-    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    figure.savefig(path, dpi=150)
+    _save(figure, path, 150)
     return True
 
 
@@ -70,9 +76,7 @@ def training_figure(record: CellRecord, path: Path) -> bool:
     names = [name for name in ("train/loss", "train/visual_tokens") if series.get(name)]
     if not names:
         return False
-    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = _figure(7, 5)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)
     for name, panel in zip(names, panels[:, 0], strict=True):
         steps, values = zip(*sorted(series[name]), strict=True)
@@ -82,17 +86,14 @@ def training_figure(record: CellRecord, path: Path) -> bool:
         panel.grid(alpha=0.25)
     panels[-1][0].set_xlabel("optimizer step")
     figure.suptitle(record.cell_name, fontsize=11)
-    retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    figure.savefig(path, dpi=110)
+    _save(figure, path, 110)
     return True
 
 
 def bench_figure(document: dict[str, Any], path: Path) -> None:
     """Draw measured and predicted speed-up of every variant as PNG."""
-    from matplotlib.figure import Figure  # not pyplot: the backend of a notebook stays as it is
-
     rows = document["variants"]
-    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.8), layout="constrained")
+    figure = _figure(7, 0.45 * len(rows) + 1.8)
     panel = figure.subplots()
     places = range(len(rows))
     panel.barh(places, [row["speedup_measured"] for row in rows], height=0.6, color="tab:blue", label="measured")
@@ -104,5 +105,4 @@ def bench_figure(document: dict[str, Any], path: Path) -> None:
     panel.set_xlabel("speed-up of forward and backward against full tokens")
     panel.legend(fontsize=8, frameon=False)
     panel.set_title(f"{document['experiment']} on {document['device']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    _save(figure, path, 130)

@@ -53,12 +53,8 @@ class Operations:
             return "0"
         if abs(value) >= 1000:
             return f"{value:,.0f}"
-        return f"{value:.{max(0, 4 - _digits(value))}f}" if abs(value) >= 0.001 else f"{value:.2g}"
-
-
-def _digits(value: float) -> int:
-    """Return the digits before the decimal point, at least one."""
-    return len(str(int(abs(value))))
+        digits_before_the_point = len(str(int(abs(value))))
+        return f"{value:.{max(0, 4 - digits_before_the_point)}f}" if abs(value) >= 0.001 else f"{value:.2g}"
 
 
 def operations(tflops: float | None) -> str:

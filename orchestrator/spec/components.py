@@ -298,7 +298,6 @@ class DataSpec(Component):
     """A named data set. Counting and reading rows needs no torch; pixels and tokens are the worker's business."""
 
     registry_group: ClassVar[str] = registry.DATA
-    path_fields: ClassVar[tuple[str, ...]] = ()
 
     max_samples: Count | None = Field(default=None, examples=[2000])
     """Most rows used, spread evenly over the set; null uses all."""

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Annotated, Any
 
@@ -25,7 +25,6 @@ from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, unknown_name
 
 MAX_CELLS = 100_000
-NOT_A_PATH = "not a key path"
 SECTIONS = ("seed", "model", "data", "compressors", "schedules", "phases", "evaluate")
 MAX_INVALID_CELLS = 20
 MAX_VALUE = 40
@@ -39,18 +38,24 @@ class Setting:
     """One axis at one of its values.
 
     Attributes:
-        axis: The axis' dotted path, canonical.
-        path: The same as a path.
+        path: The axis' path, canonical.
         node: The value; a null takes the key out, which puts it back to its default.
-        key: The value as canonical JSON, to compare values.
         written_at: Where the value stands in the tree, e.g. `("matrix", "seed", 0)`.
     """
 
-    axis: str
     path: Path
     node: Node
-    key: str
     written_at: Path
+
+    @cached_property
+    def axis(self) -> str:
+        """The axis' dotted path."""
+        return dotted(self.path)
+
+    @cached_property
+    def key(self) -> str:
+        """The value as canonical JSON, to compare values."""
+        return value_key(self.node)
 
 
 Assignment = tuple[Setting, ...]
@@ -96,15 +101,12 @@ class AxisReader:
                 axes.factors.append([(setting,) for setting in settings])
         for index, group in enumerate(self.root.items("zip")):
             axes.factors.extend(self._zip(group, ("zip", index)))
-        for factor in axes.factors:
-            for assignment in factor:
-                for setting in assignment:
-                    axes.values.setdefault(setting.axis, []).append(setting)
         for index, group in enumerate(self.root.items("include")):
             if assignment := self._single(group, ("include", index)):
                 axes.included.append((("include", index), assignment))
-                for setting in assignment:
-                    axes.values.setdefault(setting.axis, []).append(setting)
+        assigned = itertools.chain(*axes.factors, (assignment for _, assignment in axes.included))
+        for setting in itertools.chain.from_iterable(assigned):
+            axes.values.setdefault(setting.axis, []).append(setting)
         for index, group in enumerate(self.root.items("exclude")):
             if assignment := self._exclude(group, ("exclude", index), axes):
                 axes.excluded.append((("exclude", index), assignment))
@@ -168,8 +170,7 @@ class AxisReader:
         return tuple(found)
 
     def _setting(self, path: Path, node: Node, where: Path) -> Setting:
-        node = absolute_paths(self.root, drop_nulls(node, path), path, self.errors)
-        return Setting(dotted(path), path, node, value_key(node), where)
+        return Setting(path, absolute_paths(self.root, drop_nulls(node, path), path, self.errors), where)
 
     def _path(self, name: str, where: Path) -> Path | None:
         if name not in self.paths:
@@ -205,7 +206,7 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Er
     errors: list[ErrorDetail] = []
     wanted: dict[str, str] = {}
     for name, node in root.entries("report", "baseline").items():
-        path = check_path(root, name, ("report", "baseline", name), errors, NOT_A_PATH)
+        path = check_path(root, name, ("report", "baseline", name), errors)
         if path is not None:
             wanted[dotted(path)] = value_key(node)
     if wanted and not errors and cells and not any(_matches(root, cell, wanted) for cell in cells):
@@ -217,7 +218,7 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Er
         errors.append(error_at(root, ("report", "baseline"), message, allowed or "the grid has no axes"))
     for index, node in enumerate(root.items("report", "mean_over")):
         if isinstance(node.value, str):
-            check_path(root, node.value, ("report", "mean_over", index), errors, NOT_A_PATH)
+            check_path(root, node.value, ("report", "mean_over", index), errors)
     return errors
 
 

@@ -13,12 +13,12 @@ from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid import NOT_A_PATH, SECTIONS, Assignment, Setting, value_key
+from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
-from orchestrator.spec.yaml.node import Mark, Node, dotted, node_of
+from orchestrator.spec.yaml.node import Mark, Node, node_of
 from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, name_error, unknown_name
 
@@ -186,7 +186,7 @@ def check_search(root: Node) -> list[ErrorDetail]:
         return errors
     errors += _check_grid(root)
     for name in search.entries("space"):
-        path = check_path(root, name, ("search", "space", name), errors, NOT_A_PATH)
+        path = check_path(root, name, ("search", "space", name), errors)
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
@@ -280,9 +280,7 @@ def _most_choices(search: SearchSpec) -> int:
 
 def _setting(root: Node, name: str, value: Any) -> Setting:
     where = ("search", "space", name)
-    path = find_path(root, name)
-    node = node_of(value, locate(root, where, key=True)[0])
-    return Setting(dotted(path), path, node, value_key(node), where)
+    return Setting(find_path(root, name), node_of(value, locate(root, where, key=True)[0]), where)
 
 
 class _Corner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -268,9 +268,7 @@ class _TreeCheck:
         self.errors: list[ErrorDetail] = []
         # Where a section cannot be read, the names it holds are unknown: that is the error, and it is reported there.
         self._unsure = {section for section in NAMED if self._is_unsure(section)}
-        self.data = self._names("data")
-        self.variants = self._names("compressors")
-        self.schedules = self._names("schedules")
+        self.data, self.variants, self.schedules = map(root.entries, ("data", "compressors", "schedules"))
 
     def check(self, definitions: bool) -> list[ErrorDetail]:
         """Return all errors; those of variants and schedules themselves only with `definitions`."""
@@ -289,7 +287,7 @@ class _TreeCheck:
 
     def _check_definitions(self) -> None:
         for section in ("compressors", "schedules"):
-            for name in self._names(section):
+            for name in self.root.entries(section):
                 if name in (FULL, FINAL):
                     meaning = "no compressor" if name == FULL else "the last stage's variant"
                     message = f"`{name}` is a reserved name ({meaning}); choose another"
@@ -335,16 +333,13 @@ class _TreeCheck:
             return any(registry.nearest(key, (section,)) for key in unknown)
         return not (node.is_mapping or node.value is None) or bool(stray_keys(self.root, section))
 
-    def _names(self, section: str) -> tuple[str, ...]:
-        return tuple(self.root.entries(section))
-
     def _check_names(
-        self, block: Node, path: Path, message: str, known: Sequence[str], *sections: str, keys: bool = False
+        self, block: Node, path: Path, message: str, known: Collection[str], *sections: str, keys: bool = False
     ) -> None:
         """Report names under a block's last key of `path` that are not known, unless a section of names is unsure."""
         for where, name in _texts(block.get(path[-1]), path, keys) if self._unsure.isdisjoint(sections) else ():
             if name not in known:
-                self._error(where, message.format(name), *unknown_name(name, known), key=keys and where != path)
+                self._error(where, message.format(name), *unknown_name(name, list(known)), key=keys and where != path)
 
     def _error(
         self, path: Path, message: str, allowed: str | None = None, hint: str | None = None, key: bool = False

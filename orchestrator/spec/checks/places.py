@@ -16,7 +16,7 @@ from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import FAMILIES, read_config
-from orchestrator.spec.yaml.node import Node
+from orchestrator.spec.yaml.node import Node, Path
 from orchestrator.spec.yaml.validation_errors import Finding, error_at
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
@@ -25,52 +25,44 @@ _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databri
 _METHODS = {"compressors": ("compress",), "data": ("rows",), "evaluate": ("run",)}
 
 
-def check_cluster(root: Node) -> list[ErrorDetail]:
+def check_cluster(root: Node) -> Iterator[ErrorDetail]:
     """Check the address (Ray Train needs a driver inside the cluster), the storage and the resources' names."""
     cluster = {key: node.plain() for key, node in root.entries("cluster").items()}
-    return [error_at(root, f.path, f.message, f.allowed, f.hint) for f in _cluster_findings(cluster)]
-
-
-def _cluster_findings(cluster: Mapping[str, Any]) -> Iterator[Finding]:
     address, resources = cluster.get("address"), cluster.get("resources_per_worker")
+    path: Path = ("cluster", "address")
     if isinstance(address, str) and address.startswith("ray://"):
         message = "Ray Train does not run over Ray's client (ray://), whose driver stands outside the cluster"
         hint = "run on a machine of the cluster with `address: auto`"
-        yield Finding(("cluster", "address"), message, "null, auto, or HOST:PORT of a cluster", hint)
-    storage = cluster.get("storage_path")
+        yield error_at(root, path, message, "null, auto, or HOST:PORT of a cluster", hint)
+    storage, path = cluster.get("storage_path"), ("cluster", "storage_path")
     if isinstance(storage, str) and "://" in storage and not storage.startswith("s3://"):
-        yield Finding(("cluster", "storage_path"), "no such storage", "a folder (local or NFS), or s3://bucket/prefix")
+        yield error_at(root, path, "no such storage", "a folder (local or NFS), or s3://bucket/prefix")
     elif isinstance(storage, str) and os.path.isfile(storage):
-        yield Finding(("cluster", "storage_path"), "expected a folder, got a file", "a folder")
+        yield error_at(root, path, "expected a folder, got a file", "a folder")
     for name, amount in resources.items() if isinstance(resources, dict) else ():
         path = ("cluster", "resources_per_worker", str(name))
         if (right := str(name).upper()) in ("CPU", "GPU") and name != right:
-            yield Finding(
-                path, f"Ray has no resource `{name}`", "CPU, GPU, or a name your cluster gave", f"write {right}"
-            )
+            message, allowed = f"Ray has no resource `{name}`", "CPU, GPU, or a name your cluster gave"
+            yield error_at(root, path, message, allowed, f"write {right}")
         elif name == "GPU" and cluster.get("use_gpu") is False and isinstance(amount, int | float) and amount > 0:
-            yield Finding(path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
+            yield error_at(root, path, "use_gpu is false, and a worker asks for GPU", None, "drop one of the two")
 
 
-def check_tracking(root: Node) -> list[ErrorDetail]:
+def check_tracking(root: Node) -> Iterator[ErrorDetail]:
     """Check that MLflow supports the address' scheme: else everything would be trained and nothing recorded."""
     path = ("tracking", "tracking_uri")
     node = root.at(path)
     if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):
-        return []
+        return
     scheme = node.value.partition(":")[0].partition("+")[0].lower() if ":" in node.value else "file"
-    allowed, hint = "sqlite:///PATH/mlflow.db, http://HOST:PORT, ...", None
+    allowed = "sqlite:///PATH/mlflow.db, http://HOST:PORT, ..."
     if scheme == "file":
-        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
-            return []
-        message = "MLflow no longer stores records in plain folders"
-        hint = "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true set MLflow uses a folder"
-    elif scheme in _TRACKING or entry_points(group="mlflow.tracking_store", name=scheme):
-        return []
-    else:
-        message = f"MLflow does not support `{scheme}:` addresses"
-        hint = f"write http://{node.value}" if "://" not in node.value else None
-    return [error_at(root, path, message, allowed, hint)]
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+            hint = "sqlite:///PATH/mlflow.db is one file; with MLFLOW_ALLOW_FILE_STORE=true set MLflow uses a folder"
+            yield error_at(root, path, "MLflow no longer stores records in plain folders", allowed, hint)
+    elif scheme not in _TRACKING and not entry_points(group="mlflow.tracking_store", name=scheme):
+        write = f"write http://{node.value}" if "://" not in node.value else None
+        yield error_at(root, path, f"MLflow does not support `{scheme}:` addresses", allowed, write)
 
 
 def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError, UsageError
-from orchestrator.spec.yaml.node import SET, Mark, Node, Path, dotted
+from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 from orchestrator.spec.yaml.parser import MAX_BYTES, MAX_NODES, read_tree, read_value
 from orchestrator.spec.yaml.schema import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
 from orchestrator.spec.yaml.validation_errors import unknown_path
@@ -64,7 +64,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], errors: list[Erro
             continue
         name = dotted(path)
         if name != override.text:
-            notices.append(f"{SET}: {override.text} is read as {name}")
+            notices.append(f"--set: {override.text} is read as {name}")
         axis = next((a for a in _axes(root) if name == a or name.startswith(a + ".")), None)
         if axis is not None and path[0] not in AXIS_KEYS:
             hint = f"narrow the axis instead: --set 'matrix.{axis}=[...]'"

@@ -10,7 +10,6 @@ from orchestrator.errors import ErrorDetail, shorten
 from orchestrator.redaction import redacted, without_secrets
 
 Path = tuple[str | int, ...]
-SET = "--set"
 
 
 class Mark(NamedTuple):

@@ -45,7 +45,7 @@ def rewriting(node: Node, allowed: str, path: str) -> str | None:
     """
     value = node.value
     if isinstance(value, str):
-        return _of_text(value.strip(), "quotes" if node.text is None else "", allowed)
+        return _of_text(value.strip(), node.text is None, allowed)
     if node.is_list and node.value and "list" not in allowed and not path.startswith(("matrix", "zip", "report")):
         if any(item.is_mapping or item.is_list for item in node.value):
             return None
@@ -61,7 +61,7 @@ def rewriting(node: Node, allowed: str, path: str) -> str | None:
     return None
 
 
-def _of_text(text: str, quotes: str, allowed: str) -> str | None:
+def _of_text(text: str, is_quoted: bool, allowed: str) -> str | None:
     low = text.lower()
     if "number" in allowed and (found := _number(text)) is not None:
         value, how = found
@@ -73,7 +73,7 @@ def _of_text(text: str, quotes: str, allowed: str) -> str | None:
         return f"write {written} without quotes" if not how else f"write {written}, {how}"
     if "true or false" in allowed and low in (*_TRUE, *_FALSE):
         return f"write {'true' if low in _TRUE else 'false'}" + (
-            " without quotes" if quotes and low in ("true", "false") else ""
+            " without quotes" if is_quoted and low in ("true", "false") else ""
         )
     if low in _NULLS and allowed:
         return "write null, or leave the key out: both take the default"
@@ -197,7 +197,7 @@ def explain(found: Sequence[Any], root: Node, prefix: Path = ()) -> list[ErrorDe
         errors.extend(_detail([error], root) for error in inside)
         if not inside:
             errors.append(_detail(group, root))
-    return sorted(dict.fromkeys(errors), key=lambda error: (error.file or "", error.line or 0, error.column or 0))
+    return list(dict.fromkeys(errors))
 
 
 def locate(root: Node, path: Sequence[str | int], key: bool = False) -> tuple[Mark, str | None]:
@@ -252,7 +252,9 @@ def unknown_path(error: UnknownPathError) -> tuple[str, str | None, str | None]:
     return f"`{error.key}` is not known{place}", *unknown_key(error.key, error.known, error.prefix)
 
 
-def check_path(root: Node, name: str, where: Path, errors: list[ErrorDetail], what: str) -> Path | None:
+def check_path(
+    root: Node, name: str, where: Path, errors: list[ErrorDetail], what: str = "not a key path"
+) -> Path | None:
     """Return the path a dotted name stands for; where there is none, an error that begins with `what`, and None."""
     try:
         return find_path(root, name)
