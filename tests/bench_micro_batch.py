@@ -55,7 +55,7 @@ def measure(folder: Path, job: StageJob, fixed: int, rounds: int) -> dict[str, l
     ledger, memory = make_ledger(folder, job.model), TrainingMemory()
     data, facts = memory.data(job), model_facts(job.model["model_name_or_path"])
     assert facts is not None
-    with metrics_log.stage_log(folder / "log.txt"):
+    with metrics_log.stage_log(folder):
         session = open_session(job, ledger.state_folder("root") / WEIGHTS_FILE)
         batch = job.recipe["global_batch_size"]
         allowed = (fixed + 0.5) * activation_bytes(facts, Action(0, 1, "full"), longest_of(data), job.recipe, 4)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from orchestrator.dispatch.failures import LOST_WORKER, TAKEN_OVER, Failure
-from orchestrator.dispatch.worker import LOG_FILE
 from orchestrator.errors import DamagedStateError, StorageError
 from orchestrator.plan.jobs import needs_of
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.files import log_path
 from orchestrator.plan.ledger.leases import Leases
 
 ASK_AGAIN_SECONDS = 2.0
@@ -236,7 +236,7 @@ class JobQueue:
         error = failure.message + again
         # A full or broken disk is not the cell's failure: once it is repaired, the same command resumes.
         if failure.kind != StorageError.__name__:
-            log = str(self._ledger.work_folder(name) / LOG_FILE)
+            log = str(log_path(self._ledger.work_folder(name)))
             kind = self.work.jobs[name]["type"]
             note = {"id": name, "type": kind, "error": error, "attempts": tries, "log": log}
             with contextlib.suppress(StorageError):

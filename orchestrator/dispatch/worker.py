@@ -16,18 +16,12 @@ from orchestrator.dispatch.failures import describe
 from orchestrator.errors import StorageError
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.files import write_atomic
+from orchestrator.plan.ledger.files import log_path, write_atomic
 from orchestrator.plan.ledger.process import start_ticks
 from orchestrator.redaction import redacted
 from orchestrator.registry import load_object
 
-LOG_FILE = "log.txt"
 DEFAULT_EXECUTOR = "orchestrator.dispatch.run_job:execute"
-
-
-def log_path(work_folder: Path, rank: int) -> Path:
-    """Return the log of one rank; rank 0's is the one people are shown."""
-    return work_folder / (LOG_FILE if rank == 0 else f"log_rank{rank}.txt")
 
 
 @contextmanager

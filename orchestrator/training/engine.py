@@ -64,6 +64,13 @@ class Session:
     phase_start: str | None = None
     _specs: dict[str, list[CompressorSpec]] = field(default_factory=dict)
 
+    def prepare(self, job: StageJob) -> None:
+        """Prepare for a stage run: training mode, and the learned compressors of its table active."""
+        self.engine.train()  # an evaluation may have used the model since
+        self.points = None
+        points = (point for action in job.table for point in action.all_points)
+        self.attachment = self.learned.enter(self.attachment, points)
+
     def switch(self, points: tuple[dict[str, Any], ...]) -> None:
         """Switch the compressors to these points, unless they are the current ones; each set is validated once."""
         if points == self.points:

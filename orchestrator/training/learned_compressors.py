@@ -296,7 +296,7 @@ class LearnedCompressors:
         return COMPRESSOR in self._recipe.train
 
     def enter(self, attachment: Attachment, points: Iterable[Mapping[str, Any]]) -> Attachment:
-        """Activate the compressors of these points, and deactivate the others.
+        """Activate the compressors of these points, hidden from the engine, and deactivate the others.
 
         Args:
             attachment: The model's attachment.
@@ -306,23 +306,19 @@ class LearnedCompressors:
             The model's attachment: the same one, or a new one with other modules.
         """
         learned = _distinct(dict(point) for point in points if _learns(point))
-        if learned == self._points:
-            return attachment
-        for name in list(self._active):
-            self._inactive[name] = _state_of(self._active.pop(name))
-        attachment.detach()
-        attachment = attach(self._model, [], modules=learned, seed=self._seed)
-        self._points = learned
-        for name, module in learned_modules(self._model).items():
-            self._active[name] = self._activated(name, module)
-        self.hide()
-        return attachment
-
-    def hide(self) -> None:
-        """Take the modules out of the model's tree, so that the engine finds only the parameters it knows."""
+        if learned != self._points:
+            for name in list(self._active):
+                self._inactive[name] = _state_of(self._active.pop(name))
+            attachment.detach()
+            attachment = attach(self._model, [], modules=learned, seed=self._seed)
+            self._points = learned
+            for name, module in learned_modules(self._model).items():
+                self._active[name] = self._activated(name, module)
+        # Out of the model's tree, so that the engine finds only the parameters it knows.
         self._modules = self._model._modules.pop(LEARNED_MODULES, None) or self._modules
         for active in self._active.values():
             active.module.train()
+        return attachment
 
     def show(self) -> None:
         """Put the modules back into the model's tree, for whatever uses the model next."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from orchestrator.plan.jobs import StageJob
-from orchestrator.plan.ledger.files import storage_errors
+from orchestrator.plan.ledger.files import log_path, storage_errors
 from orchestrator.plan.step_history import read_metrics
 from orchestrator.training import distributed
 from orchestrator.training.deepspeed_config import zero_stage
@@ -118,10 +118,14 @@ _KNOWN_NOISE = r".*_all_gather_base.*|.*all_gather_into_tensor.*|.*_reduce_scatt
 
 
 @contextmanager
-def stage_log(path: Path) -> Iterator[None]:
-    """Append to `path` what DeepSpeed, transformers and torch log inside, instead of showing it on the terminal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+def stage_log(work: Path) -> Iterator[None]:
+    """Append to this rank's log what DeepSpeed, transformers and torch log inside, instead of to the terminal.
+
+    Args:
+        work: The job's work folder.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_path(work, distributed.rank()), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     before = []
     for name in _LOGGERS:

@@ -29,7 +29,7 @@ from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch, accumulation_steps, even_size
 from orchestrator.training.deepspeed_config import zero_stage
-from orchestrator.training.engine import Session
+from orchestrator.training.engine import Session, TrainingMemory
 from orchestrator.training.metrics_log import LOGGER, peak_memory_gib, reset_peak_memory
 from orchestrator.training.step import forward_losses
 
@@ -151,6 +151,25 @@ def choose(
     for key, action in actions.items():
         _log(job, action, notes[key])
     return MicroBatches(None, {key: notes[key]["size"] for key in actions})
+
+
+def open_with_sizes(
+    job: StageJob, memory: TrainingMemory, data: TrainData, work: Path, open_session: Callable[[], tuple[Session, int]]
+) -> tuple[Session, int]:
+    """Return what `open_session` returns, a session and its step, with sizes that fit; on a GPU they are measured.
+
+    Raises: as `choose`, but where a trial ran out of memory the session is opened again.
+    """
+    while True:
+        session, step = open_session()
+        on_gpu = distributed.device().type == "cuda"
+        trial = partial(measure_trial, session, job, data) if on_gpu else None
+        try:
+            session.micro_batches = choose(job, session, data, work, memory.allowed_bytes, trial)
+            return session, step
+        except MicroBatchTooLarge as error:
+            LOGGER.info("%s", error)
+        memory.release()  # an engine that ran out of memory is in an undefined state
 
 
 def halve(job: StageJob, work: Path, action: Action, size: int) -> str | None:

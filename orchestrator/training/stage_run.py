@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +30,7 @@ from orchestrator.training.metrics_log import (
     stage_log,
     stage_result,
 )
-from orchestrator.training.micro_batch import MicroBatchTooLarge, choose, halve, measure_trial, set_accumulation
+from orchestrator.training.micro_batch import MicroBatchTooLarge, halve, open_with_sizes, set_accumulation
 from orchestrator.training.step import StepFigures, run_step
 
 StageOutcome = Literal["done", "stopped"]
@@ -66,7 +64,7 @@ def train_stage(job: StageJob, ledger: Ledger, memory: TrainingMemory, should_st
         return "done"
     distributed.decide(lambda: ledger.begin(job.id))
     work = ledger.work_folder(job.id)
-    with stage_log(work / ("log.txt" if distributed.rank() == 0 else f"log_rank{distributed.rank()}.txt")):
+    with stage_log(work):
         try:
             return _train(job, ledger, memory, should_stop, work)
         except BaseException as error:
@@ -81,7 +79,7 @@ def _train(
 ) -> StageOutcome:
     reset_peak_memory()
     data = memory.data(job)
-    session, step = _start_with_micro_batches(job, ledger, memory, data, work)
+    session, step = open_with_sizes(job, memory, data, work, lambda: _start(job, ledger, memory))
     spool = MetricsLog(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
     feed = _feed(job, session, data)
     try:
@@ -89,7 +87,7 @@ def _train(
             _enter(session, job, step)
             with _halved_if_out_of_memory(session, job, step, work):
                 figures = run_step(session, job, step, feed.get(step), should_stop())
-            if not math.isfinite(figures.loss + (figures.distill_loss or 0.0)):
+            if not figures.is_finite:
                 raise StageRunError(
                     f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
                     "lower learning_rate, raise warmup_ratio, or set max_grad_norm"
@@ -117,28 +115,6 @@ def _train(
     return "done"
 
 
-def _start_with_micro_batches(
-    job: StageJob, ledger: Ledger, memory: TrainingMemory, data: TrainData, work: Path
-) -> tuple[Session, int]:
-    """Return the session with micro-batch sizes chosen, and the number of steps its state has trained."""
-    on_gpu = distributed.device().type == "cuda"
-    while True:
-        session, step = _start(job, ledger, memory)
-        memory.state = None
-        session.engine.train()  # an evaluation may have used the model since
-        session.points = None
-        points = (point for action in job.table for point in action.all_points)
-        session.attachment = session.learned.enter(session.attachment, points)
-        session.learned.hide()
-        trial = partial(measure_trial, session, job, data) if on_gpu else None
-        try:
-            session.micro_batches = choose(job, session, data, work, memory.allowed_bytes, trial)
-            return session, step
-        except MicroBatchTooLarge as error:
-            LOGGER.info("%s", error)
-            memory.release()  # an engine that ran out of memory is in an undefined state
-
-
 @contextmanager
 def _halved_if_out_of_memory(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
     """Note half the micro-batch for the next attempt where memory runs out under a size that was chosen here."""
@@ -152,7 +128,14 @@ def _halved_if_out_of_memory(session: Session, job: StageJob, step: int, work: P
 
 
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
-    """Return the session and the number of steps its state has trained."""
+    """Return the session, ready to train, and the number of steps its state has trained."""
+    session, step = _opened(job, ledger, memory)
+    memory.state = None
+    session.prepare(job)
+    return session, step
+
+
+def _opened(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
     newest = distributed.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
     if newest is None and not job.starts_phase and distributed.all_agree(memory.holds(job.parent, session_key(job))):
         assert memory.session is not None

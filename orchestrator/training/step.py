@@ -137,6 +137,11 @@ class StepFigures:
     distill_loss: float | None = None
     skipped: bool = False
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses are numbers: training has not diverged."""
+        return math.isfinite(self.loss + (self.distill_loss or 0.0))
+
 
 def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
     """Return the seed of torch's generator in one micro-batch, for a compressor that draws from it.

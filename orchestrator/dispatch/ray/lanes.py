@@ -25,10 +25,11 @@ from orchestrator.dispatch.driver import Outcome, RunState
 from orchestrator.dispatch.job_queue import parallel_width
 from orchestrator.dispatch.ray import compat
 from orchestrator.dispatch.ray.placement import room_for
-from orchestrator.dispatch.worker import do_job, end_process, log_path, now, printed_to
+from orchestrator.dispatch.worker import do_job, end_process, now, printed_to
 from orchestrator.errors import StageRunError
 from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.files import log_path
 from orchestrator.plan.ledger.process import start_ticks, this_process
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 

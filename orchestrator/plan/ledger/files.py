@@ -42,6 +42,11 @@ def is_there(path: str | Path) -> bool:
     return stat_of(path) is not None
 
 
+def log_path(work_folder: Path, rank: int = 0) -> Path:
+    """Return the log of one rank of a job; rank 0's is the one people are shown."""
+    return work_folder / (f"log_rank{rank}.txt" if rank else "log.txt")
+
+
 def names_in(folder: str | Path) -> list[str]:
     """Return the names in a folder, hidden ones too, sorted; empty where there is no folder."""
     with storage_errors(Path(folder)):

@@ -199,7 +199,7 @@ def with_limits(folder: Path, jobs: list[StageJob], limits: dict[str, int], in_s
     (step if in_steps else micro_batch).forward_losses = scarce
     choose = micro_batch.choose
     if not in_steps:  # as on a GPU
-        stage_run.choose = lambda job, session, data, work, allowed, _: choose(
+        micro_batch.choose = lambda job, session, data, work, allowed, _: choose(
             job, session, data, work, allowed, lambda action, size: tells_share(session, job, data, action, size)
         )
     ledger, memory, found, errors = make_ledger(folder, jobs[0].model), TrainingMemory(), {}, []

@@ -71,7 +71,7 @@ def evaluation_of(job: StageJob) -> EvaluationJob:
 
 def run_table(folder: Path, table: dict[str, list[StageJob]]) -> dict[str, Ran]:
     """Each combination trained in memory and evaluated, evaluated again from the ledger, and trained with a stop."""
-    from orchestrator.dispatch.rehearsal import model_for_evaluation
+    from orchestrator.dispatch.run_job import model_for_evaluation
     from orchestrator.evaluation.evaluate import load_model
     from orchestrator.training.engine import TrainingMemory
     from orchestrator.training.stage_run import train_stage
