@@ -27,9 +27,8 @@ from orchestrator.report.figures import training_figure
 from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
-from orchestrator.tracking.mlflow_state import one_at_a_time, read_state
-from orchestrator.tracking.mlflow_tracker import CellTracker, abandoned, has_record
-from orchestrator.tracking.upload_queue import UploadQueue
+from orchestrator.tracking.mlflow_state import abandoned, has_record, one_at_a_time, read_state
+from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
 
 
 def open_recorder(walk: ExperimentPlan, console: Console) -> UploadQueue:

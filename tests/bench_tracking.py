@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cell_tracker import Tracker
+
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.step_history import StepHistory, Stretch
-from orchestrator.tracking.mlflow_state import read_state
-from orchestrator.tracking.mlflow_tracker import CellTracker, has_record
-from orchestrator.tracking.upload_queue import UploadQueue
+from orchestrator.tracking.mlflow_state import has_record, read_state
+from orchestrator.tracking.mlflow_tracker import UploadQueue
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")
 
@@ -51,7 +52,7 @@ def long_run(folder: Path, steps: int, seconds: dict[str, float]) -> None:
     """One cell with a long history."""
     uri, spool = f"sqlite:///{folder / 'mlflow.db'}", folder / "metrics.jsonl"
     write_steps(spool, 0, steps)
-    CellTracker(uri, "warm").log(CellRecord("warm", "warm", "finished"))  # the import, the tables
+    Tracker(uri, "warm").log(CellRecord("warm", "warm", "finished"))  # the import, the tables
 
     from mlflow import MlflowClient
     from mlflow.entities import Metric
@@ -64,17 +65,17 @@ def long_run(folder: Path, steps: int, seconds: dict[str, float]) -> None:
             client.log_batch(run_id, metrics=points[start : start + 1000])
     finished = record(spool, "long", "finished")
     with timed("first send", seconds):
-        CellTracker(uri, "bench").log(finished)
+        Tracker(uri, "bench").log(finished)
     with timed("repeat with nothing new, by the tracker", seconds):
-        CellTracker(uri, "bench").log(finished)
+        Tracker(uri, "bench").log(finished)
     with timed("repeat with nothing new, as `run` asks (no MLflow)", seconds):
         seen = read_state(uri, "bench")
         assert seen is not None and has_record(seen.runs["long"], finished)
     write_steps(spool, steps, steps + 100)
     with timed("100 new steps", seconds):
-        CellTracker(uri, "bench").log(finished)
+        Tracker(uri, "bench").log(finished)
     with timed("the same in a session under way", seconds):
-        tracker = CellTracker(uri, "bench")
+        tracker = Tracker(uri, "bench")
         tracker.log(finished)
     write_steps(spool, steps + 100, steps + 200)
     with timed("100 new steps in a session under way", seconds):
@@ -84,14 +85,14 @@ def long_run(folder: Path, steps: int, seconds: dict[str, float]) -> None:
 def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
     """Many running cells, each with a curve that grows."""
     uri = f"sqlite:///{folder / 'grid.db'}"
-    CellTracker(uri, "warm").log(CellRecord("warm", "warm", "finished"))
+    Tracker(uri, "warm").log(CellRecord("warm", "warm", "finished"))
     spools = [folder / f"cell_{number}.jsonl" for number in range(cells)]
     for number, spool in enumerate(spools):
         write_steps(spool, 0, 200 + number)
     longest = 0.0
     with (
         timed(f"{cells} running cells, first round of live curves", seconds),
-        UploadQueue(lambda: CellTracker(uri, "grid")) as recorder,
+        UploadQueue(lambda: Tracker(uri, "grid")) as recorder,
     ):
         for number, spool in enumerate(spools):
             begun = time.perf_counter()
@@ -101,7 +102,7 @@ def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
         write_steps(spool, 200 + number, 220 + number)
     with (
         timed(f"{cells} running cells, 20 new steps each", seconds),
-        UploadQueue(lambda: CellTracker(uri, "grid")) as recorder,
+        UploadQueue(lambda: Tracker(uri, "grid")) as recorder,
     ):
         for number, spool in enumerate(spools):
             recorder.put(f"cell-{number}", lambda number=number, spool=spool: record(spool, f"cell-{number}"))

@@ -38,7 +38,6 @@ WALKS = {
         orchestrator/plan/cell_record.py StepHistory
         orchestrator/plan/experiment_plan.py CellRecord
         orchestrator/session.py put_record
-        orchestrator/tracking/upload_queue.py log_some
         orchestrator/tracking/mlflow_tracker.py log_some""",
     "where a stage's steps are decided": """
         orchestrator/spec/phase.py max_steps

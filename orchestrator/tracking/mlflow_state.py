@@ -1,4 +1,4 @@
-"""The state of an experiment in MLflow, read for all cells at once, its database, and the lease on its runs.
+"""The state of an experiment in MLflow, read for all cells at once, and what of a cell's record it has.
 
 It is read without importing MLflow where possible: the import takes longer than a `run` that finds nothing to do. An
 sqlite file is read directly, a server with two requests; anything unknown here is left to MLflow's own client.
@@ -7,25 +7,32 @@ sqlite file is read directly, a server with two requests; anything unknown here 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import StorageError, TrackingError
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.identity import digest
 from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.ledger.backends import Backend
 from orchestrator.plan.ledger.leases import Leases
+from orchestrator.plan.ledger.process import Process
+from orchestrator.plan.step_history import Point, points_since
 
 CELL_ID = "cell_id"
 _RUNS_PER_PAGE = 1000
@@ -240,6 +247,162 @@ def _run_of(run: Mapping[str, Any]) -> TrackedRun:
             for entry in data.get("metrics", ())
         },
     )
+
+
+NAME_CHARACTERS = 250
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 8000
+
+
+def accepted_name(name: str) -> str:
+    """Return a name with every character that MLflow refuses replaced by `_`, and no part that is a parent folder."""
+    clean = re.sub(r"[^A-Za-z0-9_.:/ -]", "_", name)[:NAME_CHARACTERS]
+    parts = [part if part.strip(".") else part.replace(".", "_") for part in clean.split("/") if part]
+    return "/".join(parts) or "_"
+
+
+def accepted_value(value: float) -> float | None:
+    """Return a finite float, or None: MLflow stores infinity as 1.8e308, and NaN breaks its charts."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def shortened(text: str, most_characters: int) -> str:
+    """Return the text, cut and ended by an ellipsis if it is too long."""
+    return text if len(text) <= most_characters else text[: most_characters - 1] + "…"
+
+
+ARTIFACTS_DIGEST = "artifacts_sha256"
+CHANGED_PARAM = "changed_param."
+DRIVER = "storage_driver"
+POINTS = "storage_points"
+STATUS = {
+    "new": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "trained": "FINISHED",
+}
+OPEN = ("RUNNING", "SCHEDULED")
+Lives = Callable[[Process, str], bool]
+"""Returns whether a driver, which works on a storage, is alive."""
+SentPoint = tuple[str, float, int, int]
+
+
+def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
+    """Return whether MLflow has the current record of a cell: all but the middle of its history is compared."""
+    return (
+        run is not None
+        and run.name == record.cell_name
+        and run.status == STATUS[record.status]
+        and sent_params(record).keys() <= run.params.keys()
+        and all(run.tags.get(key) == text for key, text in sent_tags(run, record).items())
+        and not changed_summary(run, record)
+        and not lost_points(run)
+        and has_artifacts(run, record)
+        and next(fresh_points(run, record), None) is None
+    )
+
+
+def has_artifacts(run: TrackedRun, record: CellRecord) -> bool:
+    """Return whether MLflow has a record's files."""
+    contents = file_contents(record.artifacts)
+    return not contents or (
+        run.tags.get(ARTIFACTS_DIGEST) == files_digest(contents) and not run.lacks_artifacts(contents)
+    )
+
+
+def lost_points(run: TrackedRun) -> bool:
+    """Return whether a run has fewer points than when its record was complete."""
+    noted = run.tags.get(POINTS, "")
+    return run.points is not None and noted.isdecimal() and run.points < int(noted)
+
+
+def abandoned(seen: ExperimentState, lives: Lives) -> list[TrackedRun]:
+    """Return the runs that are marked as running while their driver is dead."""
+    found = []
+    for run in seen.runs.values():
+        if run.status not in OPEN:
+            continue
+        try:
+            fields = json.loads(run.tags.get(DRIVER, ""))
+            storage = fields.pop("storage")
+            driver = Process(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # not started by one of our drivers
+        if not lives(driver, storage):
+            found.append(run)
+    return found
+
+
+def sent_params(record: CellRecord) -> dict[str, str]:
+    """Return a record's params in the form that MLflow accepts."""
+    return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
+
+
+def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
+    """Return a record's tags in the form that MLflow accepts."""
+    tags = {**record.tags, CELL_ID: record.cell_id}
+    # A param can be written once; a value that changed since (a default, a label) becomes a tag.
+    changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
+    tags |= {CHANGED_PARAM + key: text for key, text in changed.items()}
+    return {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
+
+
+def changed_summary(run: TrackedRun, record: CellRecord) -> dict[str, float]:
+    """Return the final metrics of a record that a run lacks or has with another value."""
+    numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
+    return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
+
+
+def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
+    """Return the points in the form of MLflow's `Metric`: name, value, timestamp, step."""
+    names: dict[str, str] = {}
+    for key, value, step, timestamp_ms in points:
+        name = names.get(key) or names.setdefault(key, accepted_name(key))
+        number = accepted_value(value)
+        if number is not None:
+            yield name, number, int(timestamp_ms), int(step)
+
+
+def fresh_points(run: TrackedRun, record: CellRecord) -> Iterator[SentPoint]:
+    """Return the points beyond what a run has, in the order of steps.
+
+    They begin at the highest step that it has of any metric of the history, or where a metric that falls behind there
+    ends: a batch may have ended within a step.
+    """
+    known = {name: step for name, (_, step, _) in run.metrics.items()}
+
+    def beyond(first: int) -> Iterator[SentPoint]:
+        points = sent_points(points_since(record.history, first))
+        return (point for point in points if point[3] > known.get(point[0], -1))
+
+    last = max((step for name, step in known.items() if name.startswith("train/")), default=-1)
+    behind = {point[0] for point in islice(beyond(last), 64)}
+    return beyond(min((known.get(name, -1) for name in behind), default=last) + 1) if behind else iter(())
+
+
+def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
+    """Return the artifacts as bytes, by the names that MLflow accepts."""
+    return {
+        accepted_name(name): (
+            retry_io(content.read_bytes)
+            if isinstance(content, Path)
+            else content.encode()
+            if isinstance(content, str)
+            else content
+        )
+        for name, content in artifacts.items()
+    }
+
+
+def files_digest(contents: Mapping[str, bytes]) -> str:
+    """Return the digest of artifacts, names and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(contents):
+        digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
+    return digest.hexdigest()
 
 
 def make_database(path: Path) -> None:

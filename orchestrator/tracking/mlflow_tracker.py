@@ -1,37 +1,56 @@
-"""`CellTracker`: one MLflow run per cell, found by its tag; logging a record again changes nothing."""
+"""Cells as MLflow runs: `CellTracker` writes records, `UploadQueue` does so in a thread of its own.
+
+So a slow or dead server never delays training. Logging a record again changes nothing.
+"""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import contextlib
 import json
 import logging
-import math
 import os
-import re
+import queue
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
-from orchestrator.errors import TrackingError
+from orchestrator.errors import LlavoltaError, TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.io_retry import retry_io
-from orchestrator.plan.ledger.process import Process, this_process
-from orchestrator.plan.step_history import Point, points_since
+from orchestrator.plan.ledger.process import this_process
 from orchestrator.redaction import redacted
 from orchestrator.tracking.mlflow_state import (
+    ARTIFACTS_DIGEST,
     CELL_ID,
+    DRIVER,
+    OPEN,
+    POINTS,
+    STATUS,
     ExperimentState,
+    Lives,
+    SentPoint,
     TrackedRun,
+    abandoned,
+    changed_summary,
+    file_contents,
+    files_digest,
+    fresh_points,
+    has_artifacts,
+    lost_points,
     make_database,
     read_state,
     read_state_with_client,
+    sent_params,
+    sent_points,
+    sent_tags,
+    shortened,
     sqlite_file,
 )
 
@@ -40,176 +59,6 @@ T = TypeVar("T")
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 TAGS_PER_REQUEST = 100
-NAME_CHARACTERS = 250
-PARAM_CHARACTERS = 6000
-TAG_CHARACTERS = 8000
-
-
-def accepted_name(name: str) -> str:
-    """Return a name with every character that MLflow refuses replaced by `_`, and no part that is a parent folder."""
-    clean = re.sub(r"[^A-Za-z0-9_.:/ -]", "_", name)[:NAME_CHARACTERS]
-    parts = [part if part.strip(".") else part.replace(".", "_") for part in clean.split("/") if part]
-    return "/".join(parts) or "_"
-
-
-def accepted_value(value: float) -> float | None:
-    """Return a finite float, or None: MLflow stores infinity as 1.8e308, and NaN breaks its charts."""
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def shortened(text: str, most_characters: int) -> str:
-    """Return the text, cut and ended by an ellipsis if it is too long."""
-    return text if len(text) <= most_characters else text[: most_characters - 1] + "…"
-
-
-def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Return chunks of at most `size` values."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
-
-
-ARTIFACTS_DIGEST = "artifacts_sha256"
-CHANGED_PARAM = "changed_param."
-DRIVER = "storage_driver"
-POINTS = "storage_points"
-STATUS = {
-    "new": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    "failed": "FAILED",
-    "interrupted": "KILLED",
-    "trained": "FINISHED",
-}
-OPEN = ("RUNNING", "SCHEDULED")
-Lives = Callable[[Process, str], bool]
-"""Returns whether a driver, which works on a storage, is alive."""
-SentPoint = tuple[str, float, int, int]
-
-
-def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
-    """Return whether MLflow has the current record of a cell: all but the middle of its history is compared."""
-    return (
-        run is not None
-        and run.name == record.cell_name
-        and run.status == STATUS[record.status]
-        and sent_params(record).keys() <= run.params.keys()
-        and all(run.tags.get(key) == text for key, text in sent_tags(run, record).items())
-        and not changed_summary(run, record)
-        and not lost_points(run)
-        and has_artifacts(run, record)
-        and next(fresh_points(run, record), None) is None
-    )
-
-
-def has_artifacts(run: TrackedRun, record: CellRecord) -> bool:
-    """Return whether MLflow has a record's files."""
-    contents = file_contents(record.artifacts)
-    return not contents or (
-        run.tags.get(ARTIFACTS_DIGEST) == files_digest(contents) and not run.lacks_artifacts(contents)
-    )
-
-
-def lost_points(run: TrackedRun) -> bool:
-    """Return whether a run has fewer points than when its record was complete."""
-    noted = run.tags.get(POINTS, "")
-    return run.points is not None and noted.isdecimal() and run.points < int(noted)
-
-
-def abandoned(seen: ExperimentState, lives: Lives) -> list[TrackedRun]:
-    """Return the runs that are marked as running while their driver is dead."""
-    found = []
-    for run in seen.runs.values():
-        if run.status not in OPEN:
-            continue
-        try:
-            fields = json.loads(run.tags.get(DRIVER, ""))
-            storage = fields.pop("storage")
-            driver = Process(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # not started by one of our drivers
-        if not lives(driver, storage):
-            found.append(run)
-    return found
-
-
-def mark(storage: str) -> str:
-    """Return this process and its storage, as a tag for the runs of cells it works on."""
-    return _mark_of(os.getpid(), storage)
-
-
-@functools.cache
-def _mark_of(_pid: int, storage: str) -> str:
-    return json.dumps({**asdict(this_process()), "storage": storage})
-
-
-def sent_params(record: CellRecord) -> dict[str, str]:
-    """Return a record's params in the form that MLflow accepts."""
-    return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
-
-
-def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
-    """Return a record's tags in the form that MLflow accepts."""
-    tags = {**record.tags, CELL_ID: record.cell_id}
-    # A param can be written once; a value that changed since (a default, a label) becomes a tag.
-    changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
-    tags |= {CHANGED_PARAM + key: text for key, text in changed.items()}
-    return {accepted_name(key): shortened(str(text), TAG_CHARACTERS) for key, text in tags.items()}
-
-
-def changed_summary(run: TrackedRun, record: CellRecord) -> dict[str, float]:
-    """Return the final metrics of a record that a run lacks or has with another value."""
-    numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
-    return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
-
-
-def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:
-    """Return the points in the form of MLflow's `Metric`: name, value, timestamp, step."""
-    names: dict[str, str] = {}
-    for key, value, step, timestamp_ms in points:
-        name = names.get(key) or names.setdefault(key, accepted_name(key))
-        number = accepted_value(value)
-        if number is not None:
-            yield name, number, int(timestamp_ms), int(step)
-
-
-def fresh_points(run: TrackedRun, record: CellRecord) -> Iterator[SentPoint]:
-    """Return the points beyond what a run has, in the order of steps.
-
-    They begin at the highest step that it has of any metric of the history, or where a metric that falls behind there
-    ends: a batch may have ended within a step.
-    """
-    known = {name: step for name, (_, step, _) in run.metrics.items()}
-
-    def beyond(first: int) -> Iterator[SentPoint]:
-        points = sent_points(points_since(record.history, first))
-        return (point for point in points if point[3] > known.get(point[0], -1))
-
-    last = max((step for name, step in known.items() if name.startswith("train/")), default=-1)
-    behind = {point[0] for point in islice(beyond(last), 64)}
-    return beyond(min((known.get(name, -1) for name in behind), default=last) + 1) if behind else iter(())
-
-
-def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, bytes]:
-    """Return the artifacts as bytes, by the names that MLflow accepts."""
-    return {
-        accepted_name(name): content.encode()
-        if isinstance(content, str)
-        else content
-        if isinstance(content, bytes)
-        else retry_io(content.read_bytes)
-        for name, content in artifacts.items()
-    }
-
-
-def files_digest(contents: Mapping[str, bytes]) -> str:
-    """Return the digest of artifacts, names and contents."""
-    digest = hashlib.sha256()
-    for name in sorted(contents):
-        digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
-    return digest.hexdigest()
-
-
 SQLITE_LOCK_SECONDS = 10
 REFRESH_SECONDS = 30.0
 
@@ -251,27 +100,13 @@ class CellTracker:
     ) -> None:
         self._uri = tracking_uri
         self._experiment_name = experiment_name
-        self._alone, self._lives, self._mark = alone, lives, mark(storage)
+        self._alone, self._lives = alone, lives
+        self._mark = json.dumps({**asdict(this_process()), "storage": storage})
         self._connection: Any = None
         self._state: ExperimentState | None = None
         self._refreshed = 0.0
         self._running: set[str] = set()
         self.notes: list[str] = []
-
-    def log(self, record: CellRecord) -> str:
-        """Update the run of a cell and return its id.
-
-        Points of the history are sent in the order of steps, and only those beyond what the run has: a record may be
-        logged again at any time, in parts or completely, by this process or another.
-
-        Raises:
-            TrackingError: the server is down, refuses, or its database stays locked; log the record again later.
-        """
-        with self._as_tracking_error():
-            self._refresh(now=True)
-        while not self.log_some(record, points=1_000_000):
-            pass
-        return self._known().runs[record.cell_id].run_id
 
     def open_runs(self, records: Sequence[CellRecord]) -> None:
         """Create the runs of cells that have none, in one go.
@@ -285,6 +120,9 @@ class CellTracker:
 
     def log_some(self, record: CellRecord, points: int) -> bool:
         """Update the run of a cell, with at most about `points` points of its history.
+
+        They are sent in the order of steps, and only those beyond what the run has: a record may be logged again at any
+        time, in parts or completely, by this process or another.
 
         Returns:
             Whether MLflow has the complete record now; otherwise log it again.
@@ -360,10 +198,6 @@ class CellTracker:
     def _known(self) -> ExperimentState:
         assert self._state is not None
         return self._state
-
-    def _experiment(self) -> str | None:
-        self._refresh()
-        return self._known().experiment_id
 
     def _end_abandoned(self) -> None:
         """Mark runs KILLED whose driver is dead; another that works on the cell will set them running again."""
@@ -530,3 +364,153 @@ class CellTracker:
         except Exception as error:
             reason = next(iter(redacted(str(error)).strip().splitlines()), type(error).__name__)
             raise TrackingError(f"MLflow at {self._uri} did not accept the record: {shortened(reason, 300)}") from error
+
+
+def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Return chunks of at most `size` values."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+POINTS_PER_TURN = 20_000
+PATIENCE_SECONDS = 120.0
+_QUIET_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+_FAILURES_OF_A_SERVER = 2
+MakeRecord = Callable[[], CellRecord]
+
+
+class UploadQueue:
+    """Cells whose records wait to be uploaded.
+
+    A cell waits once: its record is read from the ledger when its turn comes. A turn is bounded, so that a long history
+    does not delay other curves. A record that fails is retried when the next ones arrive and at the end; what fails
+    then stays in `unsent`, and the next submission uploads it.
+
+    Args:
+        open_tracker: Opens the tracker; called in the thread, since importing MLflow takes seconds.
+        say: Prints a line for the user where closing takes long.
+
+    Attributes:
+        unsent: By cell id, what reads the record of a cell that waits.
+        problem: The last error; None where there was none.
+    """
+
+    def __init__(self, open_tracker: Callable[[], CellTracker], say: Callable[[str], None] = lambda text: None) -> None:
+        self._open_tracker = open_tracker
+        self._say = say
+        self._queue: queue.Queue[tuple[str, MakeRecord | None] | None] = queue.Queue()
+        self._must_open = False
+        self._tracker: CellTracker | None = None
+        self._turns = 0
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self.unsent: dict[str, MakeRecord] = {}
+        self.problem: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """The tracker's messages for the user."""
+        return self._tracker.notes if self._tracker is not None else []
+
+    def __enter__(self) -> UploadQueue:
+        self._thread.start()
+        return self
+
+    def put(self, cell_id: str, make: MakeRecord) -> None:
+        """Queue a cell whose record is to be updated; return at once.
+
+        Args:
+            cell_id: Its id.
+            make: Reads its record from the ledger; called in the thread.
+        """
+        self._queue.put((cell_id, make))
+
+    def end_abandoned(self) -> None:
+        """End the runs that dead drivers left behind: open the tracker even if no record is queued."""
+        self._queue.put(("", None))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait until the queue is empty or stalls for two minutes; after an interrupt, for two minutes in all."""
+        self._queue.put(None)
+        began = moved = time.monotonic()
+        turns, is_announced = self._turns, False
+        while self._thread.is_alive():
+            self._thread.join(timeout=_POLL_SECONDS)
+            now = time.monotonic()
+            if self._turns != turns and kind is None:
+                turns, moved = self._turns, now
+            if now - moved > PATIENCE_SECONDS:
+                self.problem = self.problem or f"no upload succeeded for {PATIENCE_SECONDS:g} seconds"
+                break
+            if now - began > _QUIET_SECONDS and self.unsent and not is_announced:
+                is_announced = True
+                cells = f"{len(self.unsent)} cell{'s' if len(self.unsent) != 1 else ''}"
+                self._say(f"uploading the records of {cells} to MLflow; Ctrl-C leaves them to the next run")
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            last, failed = self._take(wait=True), set[str]()
+            while len(failed) < _FAILURES_OF_A_SERVER and (turn := [c for c in self.unsent if c not in failed]):
+                failed |= self._round(turn)
+                if not last and not self._queue.empty() and self._take(wait=False):
+                    last, failed = True, set()  # the end: what failed is tried once more
+        if self._must_open and self._tracker is None:
+            self._open_runs([])
+        if self._tracker is not None:
+            with contextlib.suppress(TrackingError):  # reported with the record that could not be sent
+                self._tracker.close()
+
+    def _take(self, *, wait: bool) -> bool:
+        """Take what has arrived; return True if nothing more will."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                came = self._queue.get(block=wait)
+                if came is None:
+                    return True
+                wait = False
+                if came[1] is None:
+                    self._must_open = True
+                else:  # a waiting cell keeps its place: those that come often must not delay others
+                    self.unsent[came[0]] = came[1]
+        return False
+
+    def _round(self, turn: Sequence[str]) -> set[str]:
+        """Give each of these cells one turn; return those that failed."""
+        failed: set[str] = set()
+        records: dict[str, CellRecord] = {}
+        for cell_id in turn:
+            with self._noted(cell_id, failed):
+                records[cell_id] = self.unsent[cell_id]()
+        self._open_runs(list(records.values()))
+        for cell_id, record in records.items():
+            make = self.unsent.pop(cell_id)
+            self.unsent[cell_id] = make  # to the end; kept until it is sent
+            with self._noted(cell_id, failed):
+                if self._opened().log_some(record, POINTS_PER_TURN):
+                    del self.unsent[cell_id]
+                self._turns += 1
+            if len(failed) >= _FAILURES_OF_A_SERVER:
+                break
+        return failed
+
+    def _open_runs(self, records: Sequence[CellRecord]) -> None:
+        with contextlib.suppress(Exception):  # reported by each of these cells
+            self._opened().open_runs(records)
+
+    def _opened(self) -> CellTracker:
+        self._tracker = self._tracker or self._open_tracker()
+        return self._tracker
+
+    @contextlib.contextmanager
+    def _noted(self, cell_id: str, failed: set[str]) -> Iterator[None]:
+        """Note whatever MLflow or the disk raises, for the end of the run: tracking never fails training."""
+        try:
+            yield
+        except Exception as error:
+            plain = isinstance(error, LlavoltaError)
+            self.problem = redacted(str(error) if plain else f"{type(error).__name__}: {error}")
+            # A record that always fails must not block the others; a second failure means that the server is down.
+            failed.add(cell_id)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cell_tracker import Tracker
 from mlflow_servers import Gate, free_port, mlflow_server
-
-from orchestrator.tracking.mlflow_tracker import CellTracker
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +17,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tracker(database: Path, request: pytest.FixtureRequest) -> CellTracker:
-    return CellTracker(f"sqlite:///{database}", request.node.name)
+def tracker(database: Path, request: pytest.FixtureRequest) -> Tracker:
+    return Tracker(f"sqlite:///{database}", request.node.name)
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cell_tracker import Tracker
 from mlflow_servers import Gate
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.backends.folder import FolderBackend
 from orchestrator.plan.ledger.process import Process
 from orchestrator.tracking import mlflow_tracker
-from orchestrator.tracking.mlflow_state import TrackedRun, one_at_a_time, read_state, read_state_with_client
-from orchestrator.tracking.mlflow_tracker import CellTracker, abandoned, file_contents, has_record
+from orchestrator.tracking.mlflow_state import (
+    TrackedRun,
+    abandoned,
+    file_contents,
+    has_record,
+    one_at_a_time,
+    read_state,
+    read_state_with_client,
+)
 
 KEYS = ("train/loss", "train/learning_rate")
 STEPS = 40
@@ -45,36 +53,36 @@ def record(name: str = "a", status: str = "finished", steps: int = STEPS, **chan
     return dataclasses.replace(made, **changes)
 
 
-def again(tracker: CellTracker) -> CellTracker:
+def again(tracker: Tracker) -> Tracker:
     """As the next `run` has it."""
-    return CellTracker(tracker._uri, tracker._experiment_name)
+    return Tracker(tracker._uri, tracker._experiment_name)
 
 
-def is_there(tracker: CellTracker, wanted: CellRecord) -> bool:
+def is_there(tracker: Tracker, wanted: CellRecord) -> bool:
     seen = read_state(tracker._uri, tracker._experiment_name)
     return seen is not None and has_record(seen.runs.get(wanted.cell_id), wanted)
 
 
-def points(tracker: CellTracker, run_id: str) -> list[tuple[str, float, int, int]]:
+def points(tracker: Tracker, run_id: str) -> list[tuple[str, float, int, int]]:
     client = tracker._client()
     return [(p.key, p.value, p.step, p.timestamp) for key in KEYS for p in client.get_metric_history(run_id, key)]
 
 
-def sql(tracker: CellTracker, *statements: str) -> None:
+def sql(tracker: Tracker, *statements: str) -> None:
     with sqlite3.connect(tracker._uri.removeprefix("sqlite:///")) as opened:
         for statement in statements:
             opened.execute(statement)
 
 
-def take_out(tracker: CellTracker, run: str, keys: str) -> None:
+def take_out(tracker: Tracker, run: str, keys: str) -> None:
     sql(tracker, *(f"DELETE FROM {table} WHERE run_uuid = '{run}' AND key {keys}" for table in TABLES))
 
 
 TABLES = ("metrics", "latest_metrics")
-DAMAGE: dict[str, Callable[[CellTracker, str], Any]] = {
+DAMAGE: dict[str, Callable[[Tracker, str], Any]] = {
     "run deleted": lambda tracker, run: tracker._client().delete_run(run),
-    "experiment deleted": lambda tracker, run: tracker._client().delete_experiment(tracker._experiment()),
-    "experiment renamed": lambda tracker, run: tracker._client().rename_experiment(tracker._experiment(), run),
+    "experiment deleted": lambda tracker, run: tracker._client().delete_experiment(tracker.experiment()),
+    "experiment renamed": lambda tracker, run: tracker._client().rename_experiment(tracker.experiment(), run),
     "renamed by hand": lambda tracker, run: tracker._client().update_run(run, name="mine"),
     "status changed": lambda tracker, run: tracker._client().set_terminated(run, "KILLED"),
     "tag deleted": lambda tracker, run: tracker._client().delete_tag(run, "hardware"),
@@ -98,7 +106,7 @@ DAMAGE: dict[str, Callable[[CellTracker, str], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_gone_is_noticed_and_filled_again(tracker: CellTracker, damage: str) -> None:
+def test_what_is_gone_is_noticed_and_filled_again(tracker: Tracker, damage: str) -> None:
     wanted = record()
     first = tracker.log(wanted)
     assert is_there(tracker, wanted)
@@ -112,7 +120,7 @@ def test_what_is_gone_is_noticed_and_filled_again(tracker: CellTracker, damage: 
     assert bool(later.notes) == (damage == "experiment deleted")
 
 
-def test_another_file_and_a_file_that_is_no_database_are_told_apart(tmp_path: Path, tracker: CellTracker) -> None:
+def test_another_file_and_a_file_that_is_no_database_are_told_apart(tmp_path: Path, tracker: Tracker) -> None:
     tracker.log(record())
     other = read_state(f"sqlite:///{tmp_path}/other.db", tracker._experiment_name)
     assert other is not None and other.experiment_id is None and not other.runs
@@ -120,7 +128,7 @@ def test_another_file_and_a_file_that_is_no_database_are_told_apart(tmp_path: Pa
     assert read_state(f"sqlite:///{tmp_path}/text.db", tracker._experiment_name) is None
 
 
-def test_both_ways_to_look_see_the_same(tracker: CellTracker) -> None:
+def test_both_ways_to_look_see_the_same(tracker: Tracker) -> None:
     for name in "ab":
         tracker.log(record(name))
     quick = read_state(tracker._uri, tracker._experiment_name, count=False)
@@ -138,7 +146,7 @@ class Counted:
         return getattr(self.client, name)
 
 
-def test_an_empty_store_is_filled_by_one_request_a_run_and_one_a_batch(tracker: CellTracker) -> None:
+def test_an_empty_store_is_filled_by_one_request_a_run_and_one_a_batch(tracker: Tracker) -> None:
     records = [record(name, artifacts={}) for name in "abcdefghij"]
     tracker._connection = counted = Counted(tracker._client())
     tracker.open_runs(records)
@@ -153,7 +161,7 @@ def test_an_empty_store_is_filled_by_one_request_a_run_and_one_a_batch(tracker: 
     assert counted.asked == {"log_batch": 1}, "a running cell costs one request a turn"
 
 
-def test_a_repeat_with_nothing_new_sends_nothing_and_a_tail_only_the_tail(tracker: CellTracker) -> None:
+def test_a_repeat_with_nothing_new_sends_nothing_and_a_tail_only_the_tail(tracker: Tracker) -> None:
     wanted = record()
     tracker.log(wanted)
     later = again(tracker)
@@ -166,7 +174,7 @@ def test_a_repeat_with_nothing_new_sends_nothing_and_a_tail_only_the_tail(tracke
     assert sorted({metric.step for metric in sent}) == [STEPS, STEPS + 1, STEPS + 2] and len(sent) == 3 * len(KEYS)
 
 
-def test_a_turn_sends_a_bounded_part(tracker: CellTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_sends_a_bounded_part(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_tracker, "METRICS_PER_REQUEST", 10)
     wanted, turns = record(), 1
     while not tracker.log_some(wanted, points=30):
@@ -175,9 +183,7 @@ def test_a_turn_sends_a_bounded_part(tracker: CellTracker, monkeypatch: pytest.M
     assert is_there(tracker, wanted)
 
 
-def test_a_send_that_broke_off_within_a_step_goes_on_there(
-    tracker: CellTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_send_that_broke_off_within_a_step_goes_on_there(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_tracker, "METRICS_PER_REQUEST", 7)
     wanted = record()
     assert not tracker.log_some(wanted, points=21)  # ends between the two points of a step
@@ -186,7 +192,7 @@ def test_a_send_that_broke_off_within_a_step_goes_on_there(
     assert sorted(points(later, run_id)) == sorted(wanted.history)
 
 
-def test_a_run_follows_its_cell_through_every_state(tracker: CellTracker) -> None:
+def test_a_run_follows_its_cell_through_every_state(tracker: Tracker) -> None:
     """A cell that is interrupted, fails (as one that diverges does), is taken up and finished."""
     steps = 0
     shown = []
@@ -208,7 +214,7 @@ DRIVER = (
 )
 
 
-def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(tracker: CellTracker) -> None:
+def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(tracker: Tracker) -> None:
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -225,10 +231,10 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
         for name, driver in drivers.items():
             run_id = tracker.log(record(name, "running"))
             tracker._client().set_tag(run_id, "storage_driver", json.dumps(driver))
-        tracker._client().create_run(tracker._experiment(), tags={"cell_id": "x" * 8})  # no driver of ours made it
+        tracker._client().create_run(tracker.experiment(), tags={"cell_id": "x" * 8})  # no driver of ours made it
         seen = read_state(tracker._uri, tracker._experiment_name)
         assert [run.name for run in abandoned(seen, lives)] == ["schedule=b"]
-        CellTracker(tracker._uri, tracker._experiment_name, lives=lives).open_runs([])
+        Tracker(tracker._uri, tracker._experiment_name, lives=lives).open_runs([])
         living.stdin.close()
     found = read_state_with_client(tracker._client(), tracker._experiment_name)
     ended = {cell[0]: run.status for cell, run in found.runs.items()}
@@ -240,21 +246,19 @@ def test_runs_of_a_dead_driver_are_ended_and_those_of_a_living_one_are_not(track
     assert tracker._client().get_run(run_id).info.status == "RUNNING"
 
 
-def test_a_session_leaves_the_runs_of_another_driver_running(tracker: CellTracker) -> None:
+def test_a_session_leaves_the_runs_of_another_driver_running(tracker: Tracker) -> None:
     run_id = tracker.log(record("a", "running"))
     tracker._client().set_tag(run_id, "storage_driver", '{"somebody": "else"}')
     tracker.close()
     assert tracker._client().get_run(run_id).info.status == "RUNNING"
 
 
-def test_two_drivers_on_one_storage_make_no_twins(tracker: CellTracker, tmp_path: Path) -> None:
+def test_two_drivers_on_one_storage_make_no_twins(tracker: Tracker, tmp_path: Path) -> None:
     store, together = FolderBackend(tmp_path), threading.Barrier(2)
     records = [record(name) for name in "abcde"]
 
     def drive(_: int) -> None:
-        driver = CellTracker(
-            tracker._uri, tracker._experiment_name, lambda: one_at_a_time(store, tracker._experiment_name)
-        )
+        driver = Tracker(tracker._uri, tracker._experiment_name, lambda: one_at_a_time(store, tracker._experiment_name))
         driver.open_runs([])  # both have seen that there is nothing
         together.wait(timeout=60)
         driver.open_runs(records)
@@ -263,14 +267,14 @@ def test_two_drivers_on_one_storage_make_no_twins(tracker: CellTracker, tmp_path
 
     with ThreadPoolExecutor(2) as both:
         list(both.map(drive, range(2)))
-    runs = tracker._client().search_runs([tracker._experiment()])
+    runs = tracker._client().search_runs([tracker.experiment()])
     assert sorted(run.data.tags["cell_id"][0] for run in runs) == list("abcde")
     assert all(is_there(tracker, each) for each in records)
     assert store.names("leases") == [] or not any(store.names(f"leases/{name}") for name in store.names("leases"))
 
 
 def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -> None:
-    tracker = CellTracker(f"http://{gate.place}", "twenty")
+    tracker = Tracker(f"http://{gate.place}", "twenty")
     records = [record(chr(ord("a") + number)) for number in range(20)]
     tracker.open_runs(records)
     assert all(tracker.log_some(each, 10_000) for each in records)
@@ -288,7 +292,7 @@ def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -
     asked = Counter(gate.asked)
     assert asked["POST runs/create"] == 1 and asked["POST runs/search"] == 2
     assert all(is_there(later, each) for each in records[:1])
-    client.delete_experiment(later._experiment())
+    client.delete_experiment(later.experiment())
     assert read_state(later._uri, "twenty").is_deleted
     again(later).log(records[0])
     assert is_there(later, records[1]), "its runs come back with it"
@@ -311,7 +315,7 @@ def test_a_password_opens_a_server_whichever_way_it_comes(
     else:
         (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password a-secret-of-tests\n")
         (tmp_path / ".netrc").chmod(0o600)
-    tracker = CellTracker(address, f"password-{way}")
+    tracker = Tracker(address, f"password-{way}")
     tracker.log(record())
     assert is_there(tracker, record())
     gate.wants = ("me", "another")

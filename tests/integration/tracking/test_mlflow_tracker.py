@@ -11,12 +11,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from cell_tracker import Tracker
 from mlflow_servers import Gate, free_port
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.tracking import mlflow_tracker
-from orchestrator.tracking.mlflow_tracker import CellTracker
 
 KEYS = ("train/loss", "train/learning_rate", "train/visual_tokens", "train/step_seconds")
 SUMMARY = {
@@ -50,11 +50,11 @@ def cell(status: str = "finished", steps: int = 30, **changes: object) -> CellRe
     return dataclasses.replace(record, **changes)
 
 
-def runs_of(tracker: CellTracker) -> list:
-    return tracker._client().search_runs([tracker._experiment()])
+def runs_of(tracker: Tracker) -> list:
+    return tracker._client().search_runs([tracker.experiment()])
 
 
-def points_of(tracker: CellTracker, run_id: str) -> list[tuple]:
+def points_of(tracker: Tracker, run_id: str) -> list[tuple]:
     found = []
     for key in KEYS:
         metrics = tracker._client().get_metric_history(run_id, key)
@@ -62,7 +62,7 @@ def points_of(tracker: CellTracker, run_id: str) -> list[tuple]:
     return sorted(found)
 
 
-def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: CellTracker) -> None:
+def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: Tracker) -> None:
     run_id = tracker.log(cell())
     (run,) = runs_of(tracker)
     assert run.info.run_id == run_id
@@ -77,21 +77,21 @@ def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: CellTr
     assert points_of(tracker, run_id) == sorted(history(30))
 
 
-def test_a_second_record_goes_on_with_the_same_run(tracker: CellTracker) -> None:
+def test_a_second_record_goes_on_with_the_same_run(tracker: Tracker) -> None:
     first = tracker.log(cell("running", steps=10, artifacts={}))
     assert runs_of(tracker)[0].info.status == "RUNNING"
-    second = CellTracker(tracker._uri, tracker._experiment_name).log(cell("finished", steps=30))
+    second = Tracker(tracker._uri, tracker._experiment_name).log(cell("finished", steps=30))
     assert second == first
     (run,) = runs_of(tracker)
     assert run.info.status == "FINISHED"
     assert points_of(tracker, first) == sorted(history(30))
 
 
-def test_sending_again_adds_nothing(tracker: CellTracker, database: Path) -> None:
+def test_sending_again_adds_nothing(tracker: Tracker, database: Path) -> None:
     tracker.log(cell())
     rows = _rows(database)
     tracker.log(cell())
-    CellTracker(tracker._uri, tracker._experiment_name).log(cell())
+    Tracker(tracker._uri, tracker._experiment_name).log(cell())
     assert _rows(database) == rows
 
 
@@ -101,7 +101,7 @@ def _rows(database: Path) -> dict[str, int]:
         return {table: connection.execute(f"select count(*) from {table}").fetchone()[0] for table in tables}
 
 
-def test_steps_trained_again_after_a_crash_are_not_told_twice(tracker: CellTracker) -> None:
+def test_steps_trained_again_after_a_crash_are_not_told_twice(tracker: Tracker) -> None:
     run_id = tracker.log(cell("running", steps=20))
     again = tuple((key, value, step, timestamp + 60_000) for key, value, step, timestamp in history(30))
     tracker.log(cell("finished", history=again))
@@ -109,12 +109,12 @@ def test_steps_trained_again_after_a_crash_are_not_told_twice(tracker: CellTrack
     assert sorted(steps) == list(range(30))
 
 
-def test_more_points_than_one_request_takes(tracker: CellTracker) -> None:
+def test_more_points_than_one_request_takes(tracker: Tracker) -> None:
     run_id = tracker.log(cell(steps=700))
     assert points_of(tracker, run_id) == sorted(history(700))
 
 
-def test_numbers_that_are_none_are_left_out(tracker: CellTracker) -> None:
+def test_numbers_that_are_none_are_left_out(tracker: Tracker) -> None:
     odd = (("train/loss", float("nan"), 0, 1), ("train/loss", 1.0, 1, 2), ("train/loss", float("inf"), 2, 3))
     run_id = tracker.log(cell(history=odd, summary={"eval/vqa/accuracy": float("nan"), "cost/train_tflops": 2.0}))
     assert points_of(tracker, run_id) == [("train/loss", 1.0, 1, 2)]
@@ -123,7 +123,7 @@ def test_numbers_that_are_none_are_left_out(tracker: CellTracker) -> None:
     assert metrics["cost/train_tflops"] == 2.0
 
 
-def test_a_summary_that_changes_is_replaced_even_by_a_smaller_value(tracker: CellTracker) -> None:
+def test_a_summary_that_changes_is_replaced_even_by_a_smaller_value(tracker: Tracker) -> None:
     tracker.log(cell(summary={"cost/train_seconds": 20.0}))
     tracker.log(cell(summary={"cost/train_seconds": 10.0, "eval/new/accuracy": 0.5}))
     metrics = runs_of(tracker)[0].data.metrics
@@ -131,7 +131,7 @@ def test_a_summary_that_changes_is_replaced_even_by_a_smaller_value(tracker: Cel
     assert metrics["eval/new/accuracy"] == 0.5
 
 
-def test_a_changed_param_is_noted_and_fails_nothing(tracker: CellTracker) -> None:
+def test_a_changed_param_is_noted_and_fails_nothing(tracker: Tracker) -> None:
     tracker.log(cell("running"))
     tracker.log(cell("finished", params={"seed": "1", "new": "x"}))
     (run,) = runs_of(tracker)
@@ -141,7 +141,7 @@ def test_a_changed_param_is_noted_and_fails_nothing(tracker: CellTracker) -> Non
     assert run.info.status == "FINISHED"
 
 
-def test_names_that_mlflow_refuses_are_made_fit(tracker: CellTracker) -> None:
+def test_names_that_mlflow_refuses_are_made_fit(tracker: Tracker) -> None:
     tracker.log(cell(summary={"eval/vqa@final,a/accuracy": 0.5}, params={"x" * 300: "y" * 7000}))
     (run,) = runs_of(tracker)
     assert run.data.metrics["eval/vqa_final_a/accuracy"] == 0.5
@@ -149,7 +149,7 @@ def test_names_that_mlflow_refuses_are_made_fit(tracker: CellTracker) -> None:
 
 
 def test_artifacts_lie_beside_the_database(
-    tracker: CellTracker, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     figure = tmp_path / "source.png"
@@ -163,7 +163,7 @@ def test_artifacts_lie_beside_the_database(
     assert (folder / "cell.yaml").read_text() == "seed: 1\n"
 
 
-def test_a_failed_cell_says_so_and_one_left_behind_is_killed(tracker: CellTracker) -> None:
+def test_a_failed_cell_says_so_and_one_left_behind_is_killed(tracker: Tracker) -> None:
     tracker.log(cell("failed", cell_id="a"))
     tracker.log(cell("running", cell_id="b"))
     tracker.close()
@@ -172,23 +172,23 @@ def test_a_failed_cell_says_so_and_one_left_behind_is_killed(tracker: CellTracke
     assert {run.data.tags["cell_id"]: run.info.status for run in runs_of(tracker)}["b"] == "RUNNING"
 
 
-def test_a_deleted_run_is_ignored_and_a_deleted_experiment_restored(tracker: CellTracker) -> None:
+def test_a_deleted_run_is_ignored_and_a_deleted_experiment_restored(tracker: Tracker) -> None:
     first = tracker.log(cell())
     client = tracker._client()
     client.delete_run(first)
     second = tracker.log(cell())
     assert second != first
-    client.delete_experiment(tracker._experiment())
-    assert CellTracker(tracker._uri, tracker._experiment_name).log(cell()) is not None
+    client.delete_experiment(tracker.experiment())
+    assert Tracker(tracker._uri, tracker._experiment_name).log(cell()) is not None
     assert client.get_experiment_by_name(tracker._experiment_name).lifecycle_stage == "active"
 
 
 def test_a_locked_database_is_told_in_bounded_time(
-    tracker: CellTracker, database: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker.log(cell("running", steps=5))
     monkeypatch.setattr(mlflow_tracker, "SQLITE_LOCK_SECONDS", 1)
-    other = CellTracker(tracker._uri, tracker._experiment_name)
+    other = Tracker(tracker._uri, tracker._experiment_name)
     lock = sqlite3.connect(database, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     begun = time.monotonic()
@@ -207,7 +207,7 @@ def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
     code = (
         "from orchestrator.tracking.mlflow_tracker import CellTracker\n"
         "from orchestrator.plan.cell_record import CellRecord\n"
-        f"CellTracker('sqlite:///{tmp_path}/storage/mlflow.db', 'x').log(CellRecord('a', 'b', 'finished'))\n"
+        f"CellTracker('sqlite:///{tmp_path}/storage/mlflow.db', 'x').log_some(CellRecord('a', 'b', 'finished'), 9)\n"
     )
     folder = tmp_path / "cwd"
     folder.mkdir()
@@ -218,7 +218,7 @@ def test_the_first_use_of_a_database_prints_nothing(tmp_path: Path) -> None:
 
 def test_a_server_that_is_down_costs_seconds_and_loses_nothing(server: str) -> None:
     port = free_port()
-    tracker = CellTracker(f"http://127.0.0.1:{port}", "down-and-up")
+    tracker = Tracker(f"http://127.0.0.1:{port}", "down-and-up")
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=f"127.0.0.1:{port}"):
         tracker.log(cell())

@@ -14,7 +14,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.trials import TrialNotes
 from orchestrator.search.search import SearchSession
 from orchestrator.search.tuning import Proposer
-from orchestrator.tracking.upload_queue import UploadQueue
+from orchestrator.tracking.mlflow_tracker import UploadQueue
 
 
 class Desk:

@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import upload_queue
-from orchestrator.tracking.upload_queue import UploadQueue
+from orchestrator.tracking import mlflow_tracker
+from orchestrator.tracking.mlflow_tracker import UploadQueue
 
 
 class Server:
@@ -107,8 +107,8 @@ def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_t
 
 
 def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 0.4)
-    monkeypatch.setattr(upload_queue, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(mlflow_tracker, "_QUIET_SECONDS", 0.1)
     server, said = Server(parts={"a": 20}), []
     server.pause = 0.05  # a second in all
     recorder = send(server, "a", say=said.append)
@@ -117,7 +117,7 @@ def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyP
 
 
 def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 0.3)
     server, gone = Server(), threading.Event()
     server.log_some = lambda record, points: gone.wait(30)  # type: ignore[method-assign]
     recorder = send(server, "a")
