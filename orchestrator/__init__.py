@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.models.export import load_exported as load_exported
     from orchestrator.report.documents import components as components
     from orchestrator.report.documents import compressors as compressors
-    from orchestrator.session import RunOutcome as RunOutcome
+    from orchestrator.run import RunOutcome as RunOutcome
     from orchestrator.spec.yaml.schema import experiment_schema as experiment_schema
     from orchestrator.starter import init as init
     from orchestrator.storage import Storage as Storage
@@ -41,7 +41,7 @@ _HOMES = {
     "check_file": "orchestrator.testing.contract",
     "init": "orchestrator.starter",
     "load_exported": "orchestrator.models.export",
-    "RunOutcome": "orchestrator.session",
+    "RunOutcome": "orchestrator.run",
     "Storage": "orchestrator.storage",
     "experiment_schema": "orchestrator.spec.yaml.schema",
 }

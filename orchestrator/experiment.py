@@ -21,9 +21,8 @@ from orchestrator.report.console import print_bench, print_check, print_plan, pr
 from orchestrator.report.documents import Document
 from orchestrator.report.pages import predictions_document, predictions_page, row_page
 from orchestrator.report.table import Table, html_table, table_of
-from orchestrator.run import run_experiment
+from orchestrator.run import RunOutcome, run_experiment
 from orchestrator.search.search import search_experiment
-from orchestrator.session import RunOutcome
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment, Source, resolved_yaml
 from orchestrator.spec.loader import load_experiment

@@ -1,22 +1,45 @@
-"""run_experiment(): the whole walk from an experiment file to its table, top to bottom."""
+"""run_experiment(): the whole walk from an experiment file to its table, top to bottom; and a driver's session.
+
+A session, of a run or of a search, dispatches jobs, shows them, and keeps MLflow's cells up to date.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from html import escape
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator.errors import SpecError
-from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
-from orchestrator.plan.jobs import Job
+from orchestrator.dispatch.driver import Hooks, Outcome, run_local
+from orchestrator.dispatch.ray.session import run_on_ray
+from orchestrator.dispatch.signals import StopRequest, deadline_after
+from orchestrator.errors import Interrupted, SpecError, StorageError
+from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
+from orchestrator.plan.io_retry import stat_or_none
+from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
+from orchestrator.plan.ledger.process import Process
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.session import RunOutcome, Session, check_data
+from orchestrator.report.cell_folders import write_cell_folder
+from orchestrator.report.console import nothing_done, print_ending
+from orchestrator.report.figures import training_figure
+from orchestrator.report.live import LiveView
+from orchestrator.report.table import Table, table_of
+from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
+from orchestrator.tracking.mlflow_state import abandoned, has_record, one_at_a_time, read_state
+from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
+
+_UPLOAD_SECONDS = 20.0
 
 
 def run_experiment(
@@ -47,15 +70,18 @@ def run_experiment(
         DataError: rows or images cannot be used.
         Interrupted: a signal stopped it; finished work stays.
     """
-    console, began = console or Console(), time.monotonic()
-    walk = _smoke_walk(source, overrides, console) if smoke else prepare(source, overrides)
-    if errors := unsupported_keys(walk.loaded):
-        raise SpecError(errors)
-    work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
-    if check_data(work, lambda text: console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)):
+    console, deadline = console or Console(), deadline_after(max_hours)
+
+    def planned() -> tuple[ExperimentPlan, list[Job]]:
         walk = _smoke_walk(source, overrides, console) if smoke else prepare(source, overrides)
-        work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
-    session = GridSession(walk, console, retry_failed, max_hours, began)
+        if errors := unsupported_keys(walk.loaded):
+            raise SpecError(errors)
+        return walk, walk.tree.work(walk.ledger, retry_failed=retry_failed)
+
+    walk, work = planned()
+    if check_data(work, lambda text: console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)):
+        walk, work = planned()
+    session = GridSession(walk, console, retry_failed, deadline)
     session.show(work)
     with session.recording():
         if work:
@@ -75,33 +101,291 @@ def _smoke_walk(source: Source, overrides: Sequence[str], console: Console) -> E
     return walk
 
 
-class GridSession(Session):
-    """The session of a grid: the work is known from the start, and planned again where a stored state is damaged."""
+def check_data(work: Sequence[Job], say: Callable[[str], None]) -> bool:
+    """Read every row and image of the data that `work` uses and try it with the model, before anything starts.
+
+    Args:
+        work: What is to be done.
+        say: Takes what users should know of the rows.
+
+    Returns:
+        Whether to plan again: rows are left out that the plan did not know of.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    if not any(isinstance(job, StageJob | EvaluationJob) for job in work):
+        return False
+    # Arrow and numpy take as long to import as all of a run that finds nothing to do.
+    from orchestrator.data.check import check_uses, uses_of_jobs
+
+    findings = check_uses(uses_of_jobs(work))
+    for text in findings.remarks:
+        say(text)
+    return findings.replan
+
+
+@dataclass
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        failed: Cell name to the reason.
+        executed: Jobs done by this run.
+        tried: Jobs that this run began, those that failed included.
+        waiting: Cells that neither finished nor failed, to the reason where there is one.
+        unsent: Cells whose MLflow record is still to be sent.
+        tracking_problem: Why they could not be sent.
+        tracking_notes: What else the user should know of MLflow's experiment.
+        front: Of a search, the names of the trials on the Pareto front.
+    """
+
+    walk: ExperimentPlan
+    table: Table
+    executed: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, str] = field(default_factory=dict)
+    unsent: tuple[str, ...] = ()
+    tracking_problem: str | None = None
+    tracking_notes: tuple[str, ...] = ()
+    tried: int = 0
+    front: tuple[str, ...] | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every cell is finished, else 1."""
+        return 1 if self.failed or self.waiting else 0
+
+    def document(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        front = {} if self.front is None else {"front": self.front}
+        done = {"executed": self.executed, "failed": self.failed, "waiting": self.waiting}
+        return {**self.table.document(), **done, **front}
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table, every failure with its reason, and where figure and MLflow records are."""
+        console = console or Console()
+        if self.front is None and self.tried == 0:
+            console.print(nothing_done(self.failed, self.waiting), highlight=False)
+        print_ending(self.walk, self.table, self.failed, self.waiting, console)
+        if self.front is not None:
+            console.print(f"front: {', '.join(self.front) or 'no trial is finished'}", highlight=False)
+
+    def _repr_html_(self) -> str:
+        failed = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
+        waiting = [f"not finished: {name}: {reason}" for name, reason in self.waiting.items()]
+        return self.table._repr_html_() + "".join(f"<pre>{escape(line)}</pre>" for line in (*failed, *waiting))
+
+
+class Session(Hooks):
+    """A driver's session: the hooks that a dispatcher calls, the live view, and the records for MLflow.
+
+    Args:
+        walk: The plan.
+        console: Where progress is shown.
+        deadline: Reading of `time.monotonic` at which it stops as at the first SIGTERM.
+
+    Attributes:
+        walk: The newest plan.
+        done: Jobs that this session did.
+        problems: Job to the reason why it failed.
+        is_damaged: Whether a stored state turned out to be damaged since the newest plan.
+    """
 
     replans = True
 
-    def __init__(
-        self,
-        walk: ExperimentPlan,
-        console: Console,
-        retry_failed: bool,
-        max_hours: float | None = None,
-        began: float = 0.0,
-    ) -> None:
-        super().__init__(walk, console, max_hours, began)
-        self._retry_failed = retry_failed
-        self._is_damaged = False
+    def __init__(self, walk: ExperimentPlan, console: Console, deadline: float = math.inf) -> None:
+        self.walk = walk
+        self.done: set[str] = set()
+        self.problems: dict[str, str] = {}
+        self.is_damaged = False
+        self.stop = StopRequest(self._say_stop, deadline)
+        self.view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
+        self._console = console
+        self._recorder: UploadQueue | None = None
+        self._running: set[str] = set()
+        self._uploaded = time.monotonic()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record cells in MLflow during the block, and all that MLflow lacks at its end."""
+        walk = self.walk
+        # Drivers make runs one at a time, so that no cell gets two.
+        alone = partial(one_at_a_time, walk.ledger.store, walk.experiment_name)
+
+        def open_tracker() -> CellTracker:
+            return CellTracker(walk.tracking_uri, walk.experiment_name, alone, self._lives, walk.ledger.url)
+
+        say = partial(self._console.print, highlight=False, markup=False)
+        with UploadQueue(open_tracker, say) as self._recorder:
+            try:
+                yield
+            finally:
+                self._record_all()
+
+    def _lives(self, driver: Process, storage: str) -> bool:
+        """Return whether a driver lives: on this machine by its process, elsewhere by the leases it holds here."""
+        gone = driver.is_gone()
+        if gone is not None:
+            return not gone
+        ledger = self.walk.ledger
+        holders = ledger.living_holders().values() if storage == ledger.url else None
+        return holders is None or any((holder.host, holder.pid) == (driver.host, driver.pid) for holder in holders)
+
+    def _record_all(self) -> None:
+        """Write the cells' folders and queue every record that MLflow does not have as it stands."""
+        assert self._recorder is not None
+        walk = self.walk
+        seen = read_state(walk.tracking_uri, walk.experiment_name)
+        lacking = []
+        for cell in walk.cells:
+            record = walk.record(cell)
+            # Where another driver works on it, that one records it.
+            if record.status in ("new", "running"):
+                continue
+            write_cell_folder(walk, cell, record)
+            drawn = _with_figure(walk, cell, record, draw=False)
+            if drawn is None or seen is None or not has_record(seen.runs.get(cell.id), drawn):
+                lacking.append(cell)
+        self._queue(lacking)
+        if seen is not None and not lacking and abandoned(seen, self._lives):
+            self._recorder.end_abandoned()
+
+    def record(self, cells: Iterable[Cell]) -> None:
+        """Queue cells for MLflow; what cannot be read now is tried again at the end."""
+        with contextlib.suppress(OSError, StorageError):
+            self._queue(cells)
+
+    def _queue(self, cells: Iterable[Cell]) -> None:
+        """Queue cells, whose records are read when their turn comes."""
+        assert self._recorder is not None
+        for cell in cells:
+            self._recorder.put(cell.id, partial(_complete_record, self.walk, cell))
+
+    def execute(self, work: Sequence[Job], *, local: bool = False, fail_fast: bool = False) -> None:
+        """Do the work, and what comes newer.
+
+        Raises:
+            Interrupted: a signal stopped it.
+        """
+        with self.stop, self.view:
+            outcome = self.dispatch(work, local=local, fail_fast=fail_fast)
+        if self.stop.signal_name is not None and self.is_unfinished(outcome):
+            text = f"stopped by {self.stop.signal_name}; {self.summary()}, run the same command to resume"
+            raise Interrupted(text, self.stop.exit_code)
+
+    def dispatch(self, work: Sequence[Job], *, local: bool, fail_fast: bool) -> Outcome:
+        """Do the work in this process or in lanes."""
+        run = run_local if local else run_on_ray
+        return run(work, self.walk.ledger, self.walk.loaded.spec.cluster, self, fail_fast=fail_fast)
+
+    def show(self, work: Sequence[Job]) -> None:
+        """Show a new plan's work, and record the experiment as it is planned now: `gc` keeps what it starts from."""
+        record_experiment(self.walk)
+        self.view.set_work(work, {job.id: _relative_cost(job) for job in work}, self.walk.names_of(work))
+
+    def outcome(self, failed: dict[str, str], waiting: dict[str, str]) -> RunOutcome:
+        """Return how it ended.
+
+        Args:
+            failed: Cell or trial to the reason.
+            waiting: Cell or trial that neither finished nor failed, to the reason.
+        """
+        assert self._recorder is not None
+        names = {cell.id: cell.name for cell in self.walk.cells}
+        unsent = tuple(names[identity] for identity in list(self._recorder.unsent))
+        return RunOutcome(
+            self.walk,
+            table_of([self.walk]),
+            len(self.done),
+            failed,
+            waiting,
+            unsent,
+            self._recorder.problem if unsent else None,
+            tuple(self._recorder.notes),
+            len(self.done | self.problems.keys()),
+        )
+
+    def is_unfinished(self, outcome: Outcome) -> bool:
+        """Return whether a stop left something undone."""
+        return bool(outcome.left)
+
+    def summary(self) -> str:
+        """Return what is done, for the message of a stop."""
+        return f"{counted_noun(len(self.done), 'job')} done"
+
+    # Hooks -----------------------------------------------------------------------------------------------------
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Plan again after damage: what needs the state is to be planned with it."""
-        super().on_event(event)
-        self._is_damaged |= event["event"] == "damaged"
+        """Show and count it; a cell that finished is recorded."""
+        self.view.on_event(event)
+        identity, kind = event["id"], event["event"]
+        if kind == "started":
+            self._running.add(identity)
+            return
+        self._running.discard(identity)
+        self.is_damaged |= kind == "damaged"
+        if kind == "failed":
+            self.problems[identity] = str(event["error"])
+        elif kind == "finished" and not event.get("elsewhere"):
+            self.done.add(identity)
+            self.record(c for c in self._cells_of({identity}) if self.walk.status(c) == "finished")
+
+    def on_tick(self) -> None:
+        """Send MLflow the curves of the cells that are running, every 20 seconds."""
+        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+            self._uploaded = time.monotonic()
+            self.record(self._cells_of(self._running))
+
+    def stop_asked(self) -> int:
+        """Return whether a signal or the time limit asks for a stop."""
+        return int(self.stop())
+
+    def _cells_of(self, jobs: set[str]) -> list[Cell]:
+        return [cell for cell in self.walk.cells if not jobs.isdisjoint(self.walk.jobs_of(cell))]
+
+    def _say_stop(self, name: str) -> None:
+        self.view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")
+
+
+def _complete_record(walk: ExperimentPlan, cell: Cell) -> CellRecord:
+    record = _with_figure(walk, cell, walk.record(cell), draw=True)
+    assert record is not None
+    return record
+
+
+def _with_figure(walk: ExperimentPlan, cell: Cell, record: CellRecord, *, draw: bool) -> CellRecord | None:
+    """Return a finished cell's record with its training figure; None if that has to be drawn first."""
+    if record.status != "finished" or next(iter(record.history), None) is None:
+        return record
+    path = walk.folder(cell) / "training.png"
+    is_drawn = stat_or_none(path) is not None
+    if not is_drawn and not draw:
+        return None
+    if not is_drawn and not training_figure(record, path):
+        return record
+    return replace(record, artifacts={**record.artifacts, path.name: path})
+
+
+def _relative_cost(job: Job) -> float:
+    """Return a job's weight in the time left: samples trained, an evaluation counted as a few steps."""
+    if isinstance(job, StageJob):
+        return float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
+    return 1.0 if isinstance(job, RootJob) else 512.0
+
+
+class GridSession(Session):
+    """The session of a grid: the work is known from the start, and planned again where a stored state is damaged."""
+
+    def __init__(self, walk: ExperimentPlan, console: Console, retry_failed: bool, deadline: float = math.inf) -> None:
+        super().__init__(walk, console, deadline)
+        self._retry_failed = retry_failed
 
     def newer_work(self) -> Sequence[Job] | None:
-        """Return the plan made anew after damage."""
-        if not self._is_damaged:
+        """Return the plan made anew after damage: what needs the state is planned with it."""
+        if not self.is_damaged:
             return None
-        self._is_damaged = False
+        self.is_damaged = False
         self.walk = replace(self.walk, tree=build_stage_tree(self.walk.cells, self.walk.ledger))
         work = self.walk.tree.work(self.walk.ledger, retry_failed=self._retry_failed)
         self.show(work)
@@ -109,4 +393,4 @@ class GridSession(Session):
 
     def is_closed(self) -> bool:
         """Return whether no new plan is due."""
-        return not self._is_damaged
+        return not self.is_damaged

@@ -37,7 +37,7 @@ WALKS = {
         orchestrator/plan/step_history.py train/loss
         orchestrator/plan/cell_record.py StepHistory
         orchestrator/plan/experiment_plan.py CellRecord
-        orchestrator/session.py put_record
+        orchestrator/run.py recorder.put
         orchestrator/tracking/mlflow_tracker.py log_some""",
     "where a stage's steps are decided": """
         orchestrator/spec/phase.py max_steps

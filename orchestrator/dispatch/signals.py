@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -63,6 +64,11 @@ TRY_AGAIN = 75
 """Exit code of a run that was asked to make room (sysexits.h: EX_TEMPFAIL): the same command resumes."""
 
 
+def deadline_after(max_hours: float | None) -> float:
+    """Return the reading of `time.monotonic` so many hours from now; infinity for None."""
+    return math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+
+
 class StopRequest:
     """Knows whether a stop was asked for: it catches stop signals while it is entered, and watches the clock.
 
@@ -70,22 +76,17 @@ class StopRequest:
 
     Args:
         on_first: Called with the signal's name, or `--max-hours`, when a stop is first asked for.
-        max_hours: A stop is asked for after so many hours; None sets no limit.
-        began: Reading of `time.monotonic` from which they count; None counts from now.
+        deadline: Reading of `time.monotonic` at which a stop is asked for.
     """
 
-    def __init__(
-        self, on_first: Callable[[str], None], max_hours: float | None = None, began: float | None = None
-    ) -> None:
-        self._on_first = on_first
+    def __init__(self, on_first: Callable[[str], None], deadline: float = math.inf) -> None:
+        self._on_first, self._deadline = on_first, deadline
         self._previous: dict[int, Any] = {}
-        start = time.monotonic() if began is None else began
-        self._end = None if max_hours is None else start + 3600 * max_hours
         self.signal_name: str | None = None
 
     def __call__(self) -> bool:
         """Return True once a stop was asked for."""
-        if self.signal_name is None and self._end is not None and time.monotonic() >= self._end:
+        if self.signal_name is None and time.monotonic() >= self._deadline:
             self._ask(MAX_HOURS)
         return self.signal_name is not None
 

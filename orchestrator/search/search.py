@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,14 @@ from rich.console import Console
 from orchestrator.dispatch.driver import Outcome
 from orchestrator.dispatch.ray.placement import room_for
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
-from orchestrator.dispatch.signals import DeferredInterrupt
+from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
 from orchestrator.errors import DataError, SpecError, StorageError, UsageError
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
+from orchestrator.run import RunOutcome, Session, check_data
 from orchestrator.search.trial_mailbox import FAILED
-from orchestrator.session import RunOutcome, Session, check_data
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.search_space import summary, trial_name
@@ -53,7 +52,7 @@ def search_experiment(
         DataError: rows or images cannot be used.
         Interrupted: a signal stopped it; finished work stays.
     """
-    console, began = console or Console(), time.monotonic()
+    console, deadline = console or Console(), deadline_after(max_hours)
     walk = prepare(source, overrides)
     search = walk.loaded.spec.search
     if search is None:
@@ -63,7 +62,7 @@ def search_experiment(
     with _alone(walk, search_id(walk.loaded)) as notes:
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
-        session = SearchSession(_updated(walk, notes, retry_failed), notes, console, max_hours, began)
+        session = SearchSession(_updated(walk, notes, retry_failed), notes, console, deadline)
         with session.recording():
             if (left := search.num_trials - session.num_ended) > 0:
                 session.search(left, fail_fast)
@@ -141,24 +140,15 @@ class SearchSession(Session):
         broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
     """
 
-    replans = True
-
-    def __init__(
-        self,
-        walk: ExperimentPlan,
-        notes: TrialNotes,
-        console: Console,
-        max_hours: float | None = None,
-        began: float = 0.0,
-    ) -> None:
-        super().__init__(walk, console, max_hours, began)
+    def __init__(self, walk: ExperimentPlan, notes: TrialNotes, console: Console, deadline: float = math.inf) -> None:
+        super().__init__(walk, console, deadline)
         self.broken: str | None = None
         self._notes = notes
         self._proposals: Proposals | None = None
         self._interrupt = DeferredInterrupt()
         self._asked: set[int] = set()
         self._not_done: dict[str, str] = {}
-        self._is_due = self._is_damaged = False
+        self._is_due = False
         self._checked: set[str] = set()
         self._said: set[str] = set()
 
@@ -210,9 +200,7 @@ class SearchSession(Session):
         """Note what became of a job: trials may have ended with it, and after damage it is planned anew."""
         super().on_event(event)
         self._is_due = True
-        if event["event"] == "damaged":
-            self._is_damaged = True
-        elif event["event"] == "failed" and event["kind"] == StorageError.__name__:
+        if event["event"] == "failed" and event["kind"] == StorageError.__name__:
             self.broken = event["error"]
         elif event["event"] in ("failed", "skipped"):
             self._not_done[event["id"]] = event["error"]
@@ -227,10 +215,10 @@ class SearchSession(Session):
         new = self._proposals.take()
         for proposal in new:
             self._take(Trial(**proposal))
-        if self._is_damaged:
+        if self.is_damaged:
             self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
-        is_planned = bool(new) or self._is_damaged
-        self._is_damaged = False
+        is_planned = bool(new) or self.is_damaged
+        self.is_damaged = False
         if is_planned:
             self._check_and_show()
         if is_planned or self._is_due:
