@@ -76,7 +76,7 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     data = TrainingMemory().data(job)
     feed = BatchFeed(
         lambda step: data.batch_indices(job.seed, step, size, recipe.group_by_modality_length),
-        data.collate, lambda _: size, 0, 1, job.last_step,
+        data.collate, lambda _: size, job.last_step,
     )  # fmt: skip
     with metrics.open("w") as spool:
         for step in range(job.last_step):

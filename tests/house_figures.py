@@ -28,7 +28,7 @@ WALKS = {
         orchestrator/plan/jobs.py table
         orchestrator/dispatch/worker.py do_job
         orchestrator/dispatch/run_job.py train_stage
-        orchestrator/training/stage_run.py table
+        orchestrator/training/stage_run.py action_at
         orchestrator/training/engine.py switch""",
     "a loss, from the step to MLflow": """
         orchestrator/training/step.py loss

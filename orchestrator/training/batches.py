@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.data.processing.encode import IGNORED_LABEL
 from orchestrator.errors import UsageError
+from orchestrator.training import distributed
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,6 @@ class BatchFeed:
         indices_of: Returns the indices of a step's global batch, a pure function of the step.
         collate: Returns the tensors of samples; must not draw from torch's global generator, which the model uses.
         micro_batch_size_of: Returns how many samples a rank computes at a time in a step.
-        rank: This worker's rank.
-        world_size: Number of workers.
         last_step: End of the stage run; nothing beyond it is prepared.
     """
 
@@ -86,13 +85,10 @@ class BatchFeed:
         indices_of: Callable[[int], Sequence[int]],
         collate: Callable[[Sequence[int]], dict[str, Any]],
         micro_batch_size_of: Callable[[int], int],
-        rank: int,
-        world_size: int,
         last_step: int,
     ) -> None:
         self._indices_of, self._collate = indices_of, collate
-        self._micro_batch_size_of, self._ranks = micro_batch_size_of, (rank, world_size)
-        self._last_step = last_step
+        self._micro_batch_size_of, self._last_step = micro_batch_size_of, last_step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ready: dict[int, Future[list[MicroBatch]]] = {}
 
@@ -108,5 +104,6 @@ class BatchFeed:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int) -> list[MicroBatch]:
-        shares = deal(self._indices_of(step), self._micro_batch_size_of(step), *self._ranks)
+        ranks = distributed.rank(), distributed.world_size()
+        shares = deal(self._indices_of(step), self._micro_batch_size_of(step), *ranks)
         return [MicroBatch(indices, self._collate(indices)) for indices in shares]

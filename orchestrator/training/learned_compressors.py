@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from orchestrator.training import distributed
 from orchestrator.training.dropout import refuse_dropout
 
 
-class SharedNorm:
+class _SharedNorm:
     """One gradient norm over all that trains: an engine clips by its own gradients and external ones together.
 
     It patches the places where DeepSpeed's optimizers use their norm; without external gradients, every bit is
@@ -58,16 +59,16 @@ class SharedNorm:
         self.scale, self.overflowed = 1.0, False
         optimizer = engine.optimizer
         if engine.fp16_enabled():
-            self._share_overflow(optimizer)
-            self._keep_scale(optimizer)
+            _wrap(optimizer, "has_overflow", self._has_overflow)
+            _wrap(optimizer, "unscale_and_clip_grads", self._with_own_scale)
         if max_norm <= 0 or alone:
             return
         if hasattr(optimizer, "unscale_and_clip_grads"):  # ZeRO 1 to 3, float16
-            self._widen_total_norm(optimizer)
+            _wrap(optimizer, "unscale_and_clip_grads", self._with_total_norm)
         elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bfloat16
-            self._add_to_gradients(optimizer)
+            _wrap(optimizer, "get_grads_for_norm", self._with_external_gradient)
         else:  # ZeRO 0 in float32: torch's own optimizer
-            self._clip_all(engine)
+            _wrap(engine, "clip_fp32_gradients", self._clip_all)
 
     def factor(self) -> torch.Tensor | None:
         """Return the clipping factor of the external gradients, after the engine's step; None = no clipping."""
@@ -83,68 +84,53 @@ class SharedNorm:
         self._total = torch.hypot(norm.to(self.external), self.external)
         return self._total
 
-    def _share_overflow(self, optimizer: Any) -> None:
-        original = optimizer.has_overflow
-        optimizer.has_overflow = lambda *args, **kwargs: bool(original(*args, **kwargs)) or self.overflowed
+    def _has_overflow(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        return bool(original(*args, **kwargs)) or self.overflowed
 
-    def _keep_scale(self, optimizer: Any) -> None:
+    def _with_own_scale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Divide gradients by the scale they were multiplied with.
 
         DeepSpeed 0.19.8 may double its scale between the backward pass and the division, which halves the step.
         """
-        original = optimizer.unscale_and_clip_grads
+        optimizer = self._engine.optimizer
+        following, optimizer.loss_scale = optimizer.loss_scale, self.scale
+        try:
+            return original(*args, **kwargs)
+        finally:
+            optimizer.loss_scale = following
 
-        def unscale(*args: Any, **kwargs: Any) -> Any:
-            following, optimizer.loss_scale = optimizer.loss_scale, self.scale
-            try:
-                return original(*args, **kwargs)
-            finally:
-                optimizer.loss_scale = following
+    def _with_total_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.external is None:
+            return original(*args, **kwargs)
+        # The last positional argument is the norm, of gradients still multiplied by the loss scale.
+        norm = torch.as_tensor(args[-1])
+        return original(*args[:-1], self._widened(norm / self.scale).to(norm) * self.scale, **kwargs)
 
-        optimizer.unscale_and_clip_grads = unscale
+    def _with_external_gradient(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
+        found = original(for_clipping=for_clipping)
+        if self.external is None or for_clipping:
+            return found
+        dense, experts = found
+        self._widened(torch.nn.utils.get_total_norm(dense))
+        return [*dense, self.external.reshape(1)], experts
 
-    def _widen_total_norm(self, optimizer: Any) -> None:
-        original = optimizer.unscale_and_clip_grads
-
-        def clip(*args: Any, **kwargs: Any) -> Any:
-            if self.external is None:
-                return original(*args, **kwargs)
-            # The last positional argument is the norm, of gradients still multiplied by the loss scale.
-            norm = torch.as_tensor(args[-1])
-            return original(*args[:-1], self._widened(norm / self.scale).to(norm) * self.scale, **kwargs)
-
-        optimizer.unscale_and_clip_grads = clip
-
-    def _add_to_gradients(self, optimizer: Any) -> None:
-        original = optimizer.get_grads_for_norm
-
-        def gradients(for_clipping: bool = False) -> Any:
-            found = original(for_clipping=for_clipping)
-            if self.external is None or for_clipping:
-                return found
-            dense, experts = found
-            self._widened(torch.nn.utils.get_total_norm(dense))
-            return [*dense, self.external.reshape(1)], experts
-
-        optimizer.get_grads_for_norm = gradients
-
-    def _clip_all(self, engine: Any) -> None:
-        original = engine.clip_fp32_gradients
-
-        def clip() -> None:
-            if self.external is None:
-                original()
-                return
-            trained = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-            # Without a limit it only computes the norm, in its own order of additions.
-            total = self._widened(clip_grad_norm_(trained, math.inf, mpu=engine.mpu))
-            for parameter in trained:
-                parameter.grad.mul_(self._factor(total))
-
-        engine.clip_fp32_gradients = clip
+    def _clip_all(self, original: Callable[[], None]) -> None:
+        if self.external is None:
+            original()
+            return
+        trained = [parameter for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        # Without a limit it only computes the norm, in its own order of additions.
+        total = self._widened(clip_grad_norm_(trained, math.inf, mpu=self._engine.mpu))
+        for parameter in trained:
+            parameter.grad.mul_(self._factor(total))
 
 
-def loss_scale(engine: Any) -> float:
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by a call of `around` with it and its arguments."""
+    setattr(owner, name, partial(around, getattr(owner, name)))
+
+
+def _loss_scale(engine: Any) -> float:
     """Return the engine's loss scale; 1 except under float16.
 
     Raises:
@@ -179,48 +165,6 @@ class CompressorState:
     weights: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     steps: int = 0
-
-
-def write_states(states: Mapping[str, CompressorState], path: Path) -> None:
-    """Write weights, moments and step counts as one safetensors file.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, one in states.items():
-        tensors |= {f"weights.{name}.{key}": tensor for key, tensor in one.weights.items()}
-        for key, moments in one.moments.items():
-            tensors |= {f"{kind}.{name}.{key}": moments[kind] for kind in MOMENTS}
-    steps = {name: one.steps for name, one in states.items()}
-    try:
-        clean = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(clean, path, metadata={"steps": json.dumps(steps)})
-    except Exception as error:  # safetensors raises its own kind and OSError
-        raise storage_error(path.parent, error) from error
-
-
-def read_states(path: Path) -> dict[str, CompressorState]:
-    """Return what `write_states` wrote.
-
-    Raises:
-        StorageError: the file is missing or cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            steps: dict[str, int] = json.loads(file.metadata()["steps"])
-            found = {name: CompressorState({}, steps=count) for name, count in steps.items()}
-            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                kind, _, rest = key.partition(".")
-                name, _, parameter = rest.partition(".")
-                tensor = file.get_tensor(key)
-                if kind == "weights":
-                    found[name].weights[parameter] = tensor
-                else:
-                    found[name].moments.setdefault(parameter, {})[kind] = tensor
-            return found
-    except Exception as error:  # a broken file raises safetensors' own kind, KeyError, ValueError, OSError
-        raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass
@@ -282,7 +226,7 @@ class LearnedCompressors:
     ) -> None:
         self._engine, self._model, self._recipe, self._seed = engine, engine.module, recipe, seed
         self._device, self._dtype = engine.device, dtype
-        self._norm = SharedNorm(engine, recipe.max_grad_norm, alone)
+        self._norm = _SharedNorm(engine, recipe.max_grad_norm, alone)
         self._stepping: list[_ActiveCompressor] = []
         self._inactive = {name: CompressorState(weights) for name, weights in learned_weights(weights_file).items()}
         self._active: dict[str, _ActiveCompressor] = {}
@@ -343,7 +287,7 @@ class LearnedCompressors:
         Args:
             used: Names of the modules; None for points without one.
         """
-        self._norm.scale, self._norm.overflowed = loss_scale(self._engine), False
+        self._norm.scale, self._norm.overflowed = _loss_scale(self._engine), False
         names = sorted({name for name in used if name is not None}) if self.trains else []
         self._stepping = [self._active[name] for name in names]
         masters = [master for active in self._stepping for master in active.masters.values()]
@@ -386,8 +330,19 @@ class LearnedCompressors:
         Raises:
             StorageError: the disk is full.
         """
-        if states := self._all():
-            write_states(states, folder / LEARNED_FILE)
+        states = self._all()
+        if not states:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for name, one in states.items():
+            tensors |= {f"weights.{name}.{key}": tensor.contiguous() for key, tensor in one.weights.items()}
+            for key, moments in one.moments.items():
+                tensors |= {f"{kind}.{name}.{key}": moments[kind].contiguous() for kind in MOMENTS}
+        steps = json.dumps({name: one.steps for name, one in states.items()})
+        try:
+            save_file(tensors, folder / LEARNED_FILE, metadata={"steps": steps})
+        except Exception as error:  # safetensors raises its own kind and OSError
+            raise storage_error(folder, error) from error
 
     def load(self, folder: Path, names: Sequence[str]) -> None:
         """Load what `save` wrote; before any compressor is active.
@@ -399,7 +354,7 @@ class LearnedCompressors:
         Raises:
             StorageError: the file is missing or cannot be read, or lacks one.
         """
-        self._inactive = read_states(folder / LEARNED_FILE) if names else {}
+        self._inactive = _read_states(folder / LEARNED_FILE) if names else {}
         if sorted(self._inactive) != sorted(names):
             raise StorageError(
                 f"{folder / LEARNED_FILE} holds {', '.join(sorted(self._inactive)) or 'nothing'}, but the checkpoint's "
@@ -436,6 +391,29 @@ class LearnedCompressors:
                     **{kind: moments[kind].to(self._device, copy=True) for kind in MOMENTS},
                 }
         return _ActiveCompressor(module, masters, optimizer, state.steps)
+
+
+def _read_states(path: Path) -> dict[str, CompressorState]:
+    """Return what `LearnedCompressors.save` wrote.
+
+    Raises:
+        StorageError: the file is missing or cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            steps: dict[str, int] = json.loads(file.metadata()["steps"])
+            found = {name: CompressorState({}, steps=count) for name, count in steps.items()}
+            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
+                kind, _, rest = key.partition(".")
+                name, _, parameter = rest.partition(".")
+                tensor = file.get_tensor(key)
+                if kind == "weights":
+                    found[name].weights[parameter] = tensor
+                else:
+                    found[name].moments.setdefault(parameter, {})[kind] = tensor
+            return found
+    except Exception as error:  # a broken file raises safetensors' own kind, KeyError, ValueError, OSError
+        raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 def _adamw(module: nn.Module, masters: Mapping[str, nn.Parameter], recipe: PhaseSpec) -> torch.optim.AdamW:

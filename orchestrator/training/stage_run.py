@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from orchestrator.data.train_data import TrainData
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
@@ -81,7 +80,13 @@ def _train(
     data = memory.data(job)
     session, step = open_with_sizes(job, memory, data, work, lambda: _start(job, ledger, memory))
     spool = MetricsLog(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
-    feed = _feed(job, session, data)
+    batch, grouped = job.recipe["global_batch_size"], job.recipe["group_by_modality_length"]
+    feed = BatchFeed(
+        lambda step: data.batch_indices(job.seed, step, batch, grouped),
+        data.collate,
+        lambda step: session.micro_batches.at(job.action_at(step)),
+        job.last_step,
+    )
     try:
         while step < job.last_step:
             _enter(session, job, step)
@@ -161,20 +166,6 @@ def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"])
     """Return the folder of a complete part of a finished state, downloaded to this node; every rank calls it."""
     distributed.on_each_node(lambda: ledger.fetch(state, part))
     return ledger.state_folder(state) / part
-
-
-def _feed(job: StageJob, session: Session, data: TrainData) -> BatchFeed:
-    recipe, sizes = job.recipe, session.micro_batches
-    return BatchFeed(
-        lambda step: data.batch_indices(
-            job.seed, step, recipe["global_batch_size"], recipe["group_by_modality_length"]
-        ),
-        data.collate,
-        lambda step: sizes.at(job.action_at(step)),
-        distributed.rank(),
-        distributed.world_size(),
-        job.last_step,
-    )
 
 
 def _enter(session: Session, job: StageJob, step: int) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.errors import StageRunError
-from orchestrator.plan.jobs import Action, Distillation, StageJob
+from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.engine import Session
@@ -49,42 +49,6 @@ def distillation_sum(student_LV: Tensor, teacher_LV: Tensor, temperature: float)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 
-def taught_losses(
-    session: Session, action: Action, distill: Distillation, tensors: dict[str, Tensor], num_items: float, seed: int
-) -> Losses:
-    """Return the losses under self-distillation: a pass without gradient under fuller points teaches the second pass.
-
-    Every rank runs both passes in this order. Both draw from the same seed, so that the student's pass draws what it
-    would draw without a teacher.
-
-    Args:
-        session: Engine and attachment; the attachment ends at the action's points.
-        action: The step's action.
-        distill: Its teacher.
-        tensors: The micro-batch on the device, labels included.
-        num_items: Label tokens of the global batch.
-        seed: Seed of the micro-batch.
-
-    Raises:
-        StageRunError: the two passes do not see the same label tokens.
-    """
-    engine = session.engine
-    session.switch(distill.points)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        teacher_LV = engine(**tensors, use_cache=False, label_logits=True).logits
-    session.switch(action.points)
-    torch.manual_seed(seed)
-    output = engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
-    if output.logits.shape != teacher_LV.shape:
-        raise StageRunError(
-            f"distillation: {action.variant} predicts {len(output.logits)} label tokens, its teacher "
-            f"{distill.teacher} {len(teacher_LV)}; labels belong to text, which no compressor may drop"
-        )
-    soft = distillation_sum(output.logits, teacher_LV, distill.temperature) / num_items
-    return Losses((1 - distill.weight) * output.loss + distill.weight * soft, output.loss, soft)
-
-
 def rate_factor(kind: str, step: int, total_steps: int, warmup_ratio: float) -> float:
     """Return the factor on the learning rate in one optimizer step.
 
@@ -114,7 +78,7 @@ class StepFigures:
 
     Attributes:
         loss: Mean over the label tokens of the global batch.
-        learning_rate: Rate of the first optimizer group.
+        learning_rate: Rate of the first optimizer group, or the learned compressors' where nothing else trains.
         samples: Samples of the global batch.
         visual_layer_tokens: Visual tokens summed over samples and decoder layers.
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
@@ -143,7 +107,7 @@ class StepFigures:
         return math.isfinite(self.loss + (self.distill_loss or 0.0))
 
 
-def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
+def _micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
     """Return the seed of torch's generator in one micro-batch, for a compressor that draws from it.
 
     Dropout does not: it draws by sample (`training/dropout.py`). The seed depends on no rank's state, so that a resumed
@@ -151,20 +115,6 @@ def micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
     """
     digest = hashlib.sha256(f"{seed}:{step}:{first_sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def set_rates(session: Session, job: StageJob, step: int) -> float:
-    """Set each optimizer group's learning rate for this step; return the first group's (or the compressors')."""
-    factor = _rate_factor(job, step)
-    groups = session.engine.optimizer.param_groups
-    for optimizer_group, base in zip(groups, session.base_rates, strict=True):
-        optimizer_group["lr"] = base * factor
-    return (session.base_rates[0] or session.learned.base_rate) * factor
-
-
-def _rate_factor(job: StageJob, step: int) -> float:
-    recipe = job.recipe
-    return rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
 
 
 def run_step(
@@ -180,14 +130,16 @@ def run_step(
     engine = session.engine
     counts = [float(sum(batch.label_tokens for batch in micro_batches))]
     label_tokens = distributed.reduce_values(counts)[0]
-    rate = set_rates(session, job, step)
-    action = job.action_at(step)
+    action, recipe = job.action_at(step), job.recipe
+    factor = rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
+    for optimizer_group, base in zip(engine.optimizer.param_groups, session.base_rates, strict=True):
+        optimizer_group["lr"] = base * factor
     loss_sum = distill_sum = torch.zeros((), dtype=torch.float64)
     visual_layer_tokens = text_tokens = 0.0
     for batch in micro_batches:
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
         session.draws.enter(job.seed, step, batch.indices)
-        seed = micro_batch_seed(job.seed, step, batch.indices[0])
+        seed = _micro_batch_seed(job.seed, step, batch.indices[0])
         losses = forward_losses(session, action, batch, label_tokens, seed)
         engine.backward(losses.total * distributed.world_size(), scale_wrt_gas=False)
         session.learned.collect()
@@ -199,14 +151,14 @@ def run_step(
             distill_sum = distill_sum.to(losses.total.device) + losses.distill.detach().double()
         visual_layer_tokens += session.attachment.last_visual_layer_tokens
         text_tokens += _text_tokens(session, batch)
-    session.learned.step(_rate_factor(job, step))
+    session.learned.step(factor)
     samples = sum(len(batch.indices) for batch in micro_batches)
     sums = distributed.reduce_values(
         [loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop), distill_sum.item()]
     )
     return StepFigures(
         loss=sums[0],
-        learning_rate=rate,
+        learning_rate=(session.base_rates[0] or session.learned.base_rate) * factor,
         samples=int(sums[1]),
         visual_layer_tokens=sums[2],
         text_tokens=int(sums[3]),
@@ -221,20 +173,39 @@ def run_step(
 def forward_losses(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
     """Return the losses of one micro-batch: sums over its label tokens, divided by those of the global batch.
 
-    Without an image the vision tower runs all the same (see `attach`): all ranks must take the same path.
+    Without an image the vision tower runs all the same (see `attach`): all ranks must take the same path. Under
+    self-distillation a pass without gradient under fuller points teaches the second pass; both draw from the same seed,
+    so that the student's pass draws what it would draw without a teacher.
+
+    Raises:
+        StageRunError: teacher and student do not see the same label tokens.
     """
-    device, dtype = session.engine.device, session.compute_dtype
+    engine, device, dtype = session.engine, session.engine.device, session.compute_dtype
     tensors = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in batch.tensors.items()
     }
     # At least 1: a global batch without any label has loss 0, not NaN.
     num_items = max(1.0, label_tokens)
-    if action.distill is not None:
-        return taught_losses(session, action, action.distill, tensors, num_items, seed)
+    distill = action.distill
+    if distill is None:
+        torch.manual_seed(seed)
+        loss: torch.Tensor = engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
+        return Losses(loss, loss)
+    session.switch(distill.points)
     torch.manual_seed(seed)
-    loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
-    return Losses(loss, loss)
+    with torch.no_grad():
+        teacher_LV = engine(**tensors, use_cache=False, label_logits=True).logits
+    session.switch(action.points)
+    torch.manual_seed(seed)
+    output = engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
+    if output.logits.shape != teacher_LV.shape:
+        raise StageRunError(
+            f"distillation: {action.variant} predicts {len(output.logits)} label tokens, its teacher "
+            f"{distill.teacher} {len(teacher_LV)}; labels belong to text, which no compressor may drop"
+        )
+    soft = distillation_sum(output.logits, teacher_LV, distill.temperature) / num_items
+    return Losses((1 - distill.weight) * output.loss + distill.weight * soft, output.loss, soft)
 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:
