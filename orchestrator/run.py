@@ -35,7 +35,7 @@ from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.checks.unsupported import unsupported_keys
-from orchestrator.spec.loaded import Source
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.tracking.mlflow_state import abandoned, has_record, one_at_a_time, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
 
@@ -43,8 +43,7 @@ _UPLOAD_SECONDS = 20.0
 
 
 def run_experiment(
-    source: Source,
-    overrides: Sequence[str] = (),
+    loaded: LoadedExperiment,
     *,
     local: bool = False,
     retry_failed: bool = False,
@@ -56,8 +55,7 @@ def run_experiment(
     """Run what is missing of an experiment, record it, and return its table.
 
     Args:
-        source: The experiment: its file, a mapping, or a loaded one.
-        overrides: `a.b=c` settings over the file's.
+        loaded: The experiment.
         local: In this process, without Ray, for a debugger.
         retry_failed: Takes up what failed in an earlier run.
         fail_fast: Stops at the first failure.
@@ -66,14 +64,14 @@ def run_experiment(
         console: Where progress is shown.
 
     Raises:
-        SpecError: the file has errors, or uses a key whose machinery this version lacks.
+        SpecError: the experiment uses a key whose machinery this version lacks.
         DataError: rows or images cannot be used.
         Interrupted: a signal stopped it; finished work stays.
     """
     console, deadline = console or Console(), deadline_after(max_hours)
 
     def planned() -> tuple[ExperimentPlan, list[Job]]:
-        walk = _smoke_walk(source, overrides, console) if smoke else prepare(source, overrides)
+        walk = _smoke_walk(loaded, console) if smoke else prepare(loaded)
         if errors := unsupported_keys(walk.loaded):
             raise SpecError(errors)
         return walk, walk.tree.work(walk.ledger, retry_failed=retry_failed)
@@ -94,8 +92,8 @@ def run_experiment(
     return session.outcome(failed, waiting)
 
 
-def _smoke_walk(source: Source, overrides: Sequence[str], console: Console) -> ExperimentPlan:
-    walk, notes = prepare_smoke(source, overrides)
+def _smoke_walk(loaded: LoadedExperiment, console: Console) -> ExperimentPlan:
+    walk, notes = prepare_smoke(loaded)
     text = "trial run, small model, few steps, 64 rows: it shows whether everything works; its numbers mean nothing"
     console.print("\n".join([text, *(f"    {note}" for note in notes)]), highlight=False, markup=False)
     return walk

@@ -22,8 +22,7 @@ from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.components import ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
-from orchestrator.spec.loaded import Source, resolved_yaml
-from orchestrator.spec.loader import load_experiment
+from orchestrator.spec.loaded import LoadedExperiment, resolved_yaml
 from orchestrator.spec.phase import PhaseSpec
 
 ROWS = 64
@@ -241,18 +240,16 @@ def _steps(schedule: ScheduleSpec | None, total_steps: int, global_batch_size: i
 MARK = "smoke.yaml"
 
 
-def prepare_smoke(source: Source, overrides: Sequence[str] = ()) -> tuple[ExperimentPlan, list[str]]:
-    """Load an experiment, make it small and plan it.
+def prepare_smoke(loaded: LoadedExperiment) -> tuple[ExperimentPlan, list[str]]:
+    """Make an experiment small and plan it.
 
     Returns:
         The walk, and what the user should know of it.
 
     Raises:
-        SpecError: the file has faults.
         UsageError: it is a search; a model has no config or processor at hand; `smoke` in the storage is not ours.
         DataError: a data file cannot be read.
     """
-    loaded = load_experiment(source, overrides)
     if loaded.spec.search is not None:
         raise UsageError("--smoke tries the cells of a grid; take `search` out: --set search=null")
     storage, local = _fresh(storage_path(loaded.spec.cluster.storage_path))

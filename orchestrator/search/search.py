@@ -23,13 +23,12 @@ from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.run import RunOutcome, Session, check_data
 from orchestrator.search.trial_mailbox import FAILED
 from orchestrator.spec.checks.unsupported import unsupported_keys
-from orchestrator.spec.loaded import Source
+from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
 
 
 def search_experiment(
-    source: Source,
-    overrides: Sequence[str] = (),
+    loaded: LoadedExperiment,
     *,
     retry_failed: bool = False,
     fail_fast: bool = False,
@@ -38,27 +37,18 @@ def search_experiment(
 ) -> RunOutcome:
     """Propose and run trials until there are `num_trials`, mark the front, and return the table.
 
-    Args:
-        source: The experiment, with a `search`: its file, a mapping, or a loaded one.
-        overrides: `a.b=c` settings over the file's.
-        retry_failed: Takes up trials that failed in an earlier run.
-        fail_fast: Stops at the first failure.
-        max_hours: After so many hours it stops as at the first SIGTERM.
-        console: Where progress is shown.
+    Arguments and errors are those of `run_experiment`.
 
     Raises:
-        SpecError: the file has errors, or uses a key whose machinery this version lacks.
-        UsageError: the file has no search.
-        DataError: rows or images cannot be used.
-        Interrupted: a signal stopped it; finished work stays.
+        UsageError: the experiment has no search.
     """
     console, deadline = console or Console(), deadline_after(max_hours)
-    walk = prepare(source, overrides)
-    search = walk.loaded.spec.search
+    search = loaded.spec.search
     if search is None:
-        raise UsageError(f"{walk.loaded.path}: there is no `search` in it; `llavolta run` runs a grid")
-    if errors := unsupported_keys(walk.loaded, searching=True):
+        raise UsageError(f"{loaded.path}: there is no `search` in it; `llavolta run` runs a grid")
+    if errors := unsupported_keys(loaded, searching=True):
         raise SpecError(errors)
+    walk = prepare(loaded)
     with _alone(walk, search_id(walk.loaded)) as notes:
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
