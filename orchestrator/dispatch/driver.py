@@ -265,22 +265,35 @@ def _single_process_group(cluster: ClusterSpec) -> Iterator[None]:
     }
     if not use_gpu:
         variables["DS_ACCELERATOR"] = "cpu"
-    before = {name: os.environ.get(name) for name in variables}
     threads_before = torch.get_num_threads()
-    os.environ.update(variables)
-    torch.set_num_threads(max(1, math.floor(cluster.resources_per_worker.get("CPU", 1))))
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    with environment(variables):
+        torch.set_num_threads(max(1, math.floor(cluster.resources_per_worker.get("CPU", 1))))
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+        try:
+            yield
+        finally:
+            # DeepSpeed keeps groups made within this one; its own call forgets them, else the next run would use them.
+            comm = sys.modules.get("deepspeed.comm")
+            (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+            torch.set_num_threads(threads_before)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str], keep: bool = False) -> Iterator[None]:
+    """Set environment variables for the length of a `with` block.
+
+    Args:
+        keep: Leaves those that are set already as they are.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    changed = [name for name, value in before.items() if value is None or not keep]
+    os.environ.update({name: variables[name] for name in changed})
     try:
         yield
     finally:
-        # DeepSpeed keeps groups made within this one; its own call forgets them, else the next run would use them.
-        comm = sys.modules.get("deepspeed.comm")
-        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
-        torch.set_num_threads(threads_before)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+        for name in changed:
+            os.environ.pop(name, None)
+            if (value := before[name]) is not None:
                 os.environ[name] = value
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -25,6 +25,9 @@ from orchestrator.search.trial_mailbox import FAILED
 from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
+
+if TYPE_CHECKING:
+    from orchestrator.search.tuning import Tuning
 
 
 def search_experiment(
@@ -106,20 +109,6 @@ def _front_trials(walk: ExperimentPlan) -> tuple[str, ...]:
     return tuple(trial_name(trial.number) for trial in on_front)
 
 
-class Proposals(Protocol):
-    """Where trials come from, and where their answers go (`Tuning`)."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will be proposed."""
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return the trials proposed since the last call: `number`, `params`, `values`."""
-
-    def answer(self, number: int, answer: dict[str, Any]) -> None:
-        """End a trial: with its objectives, or with `failed` and the reason."""
-
-
 class SearchSession(Session):
     """The session of a search: proposals become cells of the one tree; trials that ended are answered.
 
@@ -134,7 +123,7 @@ class SearchSession(Session):
         super().__init__(walk, console, deadline)
         self.broken: str | None = None
         self._notes = notes
-        self._proposals: Proposals | None = None
+        self._tuning: Tuning | None = None
         self._interrupt = DeferredInterrupt()
         self._asked: set[int] = set()
         self._not_done: dict[str, str] = {}
@@ -162,19 +151,19 @@ class SearchSession(Session):
         cluster, ledger = self.walk.loaded.spec.cluster, self.walk.ledger
         with self._interrupt, ray_session(cluster.address):
             # Ray reads its environment when it is imported, which the session has set by now.
-            from orchestrator.search.tuning import Tuning
+            from orchestrator.search.tuning import run_tuning
 
             folder = ledger.storage / "ray" / f"search-{search_id(self.walk.loaded)}"
-            with Tuning(self.walk, self._num_trials, _concurrency(self.walk), folder) as tuning:
+            with run_tuning(self.walk, self._num_trials, _concurrency(self.walk), folder) as tuning:
                 self.begin(tuning)
                 outcome = run_on_ray(work, ledger, cluster, self, fail_fast=fail_fast)
         if self.broken is not None:
             raise StorageError(self.broken)
         return outcome
 
-    def begin(self, proposals: Proposals) -> None:
+    def begin(self, tuning: Tuning) -> None:
         """Take trials from here from now on."""
-        self._proposals = proposals
+        self._tuning = tuning
 
     def is_unfinished(self, outcome: Outcome) -> bool:
         """Return whether a trial was proposed that has not ended."""
@@ -201,8 +190,8 @@ class SearchSession(Session):
 
     def newer_work(self) -> Sequence[Job] | None:
         """Return the newest plan where something was proposed; answers the trials that have ended."""
-        assert self._proposals is not None
-        new = self._proposals.take()
+        assert self._tuning is not None
+        new = self._tuning.take()
         for proposal in new:
             self._take(Trial(**proposal))
         if self.is_damaged:
@@ -213,13 +202,13 @@ class SearchSession(Session):
             self._check_and_show()
         if is_planned or self._is_due:
             self._is_due = False
-            self._answer(self._proposals)
+            self._answer(self._tuning)
         return self.walk.tree.work(self.walk.ledger) if is_planned else None
 
     def is_closed(self) -> bool:
         """Return whether every trial is answered and none will come."""
-        assert self._proposals is not None
-        return self._proposals.ended
+        assert self._tuning is not None
+        return self._tuning.ended
 
     def _take(self, proposed: Trial) -> None:
         trials = {trial.number: trial for trial in self.walk.trials} | {proposed.number: proposed}
@@ -247,7 +236,7 @@ class SearchSession(Session):
             self._said.add(text)
             self.view.say(f"note: {text}")
 
-    def _answer(self, proposals: Proposals) -> None:
+    def _answer(self, tuning: Tuning) -> None:
         for trial in self.walk.trials:
             if trial.number not in self._asked:
                 continue
@@ -259,7 +248,7 @@ class SearchSession(Session):
             self.walk = self.walk.with_trial(now)
             self._notes.write(now)
             self._asked.discard(now.number)
-            proposals.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
+            tuning.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
             values = ", ".join(f"{name} {value:.4g}" for name, value in now.objectives.items())
             self.view.say(f"{now.state} {trial_name(now.number)}: {values or now.error}")
             self.record(cell for cell in self.walk.cells if cell.id in now.cells)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import optuna
+import ray
 from optuna.trial import FixedTrial, TrialState, create_trial
+from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestrator.dispatch.driver import environment
 from orchestrator.dispatch.ray.compat import keep_credentials_from_trials
 from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
@@ -136,8 +138,9 @@ _ENVIRONMENT = {
 }
 
 
-class Tuning:
-    """A Tune experiment on the Ray this process is connected to, from `with` to the end of its block.
+@contextlib.contextmanager
+def run_tuning(walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> Iterator[Tuning]:
+    """Run a Tune experiment, on the Ray this process is connected to, for the length of a `with` block.
 
     Args:
         walk: The search with the trials known so far.
@@ -145,16 +148,28 @@ class Tuning:
         concurrency: Trials that may wait side by side.
         folder: Tune's own folder; removed at the end, and what a killed driver left there before.
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    keep_credentials_from_trials()
+    with environment(_ENVIRONMENT, keep=True):
+        tuning = Tuning(walk, num_trials, concurrency, folder)
+        try:
+            yield tuning
+        finally:
+            tuning.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Tuning:
+    """A Tune experiment in a thread; arguments are those of `run_tuning`."""
 
     def __init__(self, walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> None:
-        import ray
-
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         self._proposer = Proposer(walk.loaded.spec, walk.trials, self._mailbox)
         self._num_trials, self._concurrency, self._folder = num_trials, concurrency, folder
-        self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
         self._error: BaseException | None = None
-        self._added: list[str] = []
+        self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)
+        self._thread.start()
 
     @property
     def ended(self) -> bool:
@@ -169,38 +184,18 @@ class Tuning:
 
     def take(self) -> list[dict[str, Any]]:
         """Return the trials proposed since the last call: `number`, `params`, `values`."""
-        import ray
-
         found: list[dict[str, Any]] = ray.get(self._mailbox.take.remote())
         return found
 
     def answer(self, number: int, answer: Mapping[str, Any]) -> None:
         """End a trial: with its objectives, or with `failed` and the reason."""
-        import ray
-
         ray.get(self._mailbox.answer.remote(number, dict(answer)))
 
-    def __enter__(self) -> Tuning:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._added = [name for name in _ENVIRONMENT if name not in os.environ]
-        os.environ.update({name: _ENVIRONMENT[name] for name in self._added})
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        keep_credentials_from_trials()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         """Let the trials that wait go, so that Tune ends by itself while Ray is still there."""
-        import ray
-
         self._proposer.closed = True
         ray.get(self._mailbox.close.remote())
         self._thread.join(CLOSE_SECONDS)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for name in self._added:
-            os.environ.pop(name, None)
 
     def _fit(self) -> None:
         try:
@@ -209,8 +204,6 @@ class Tuning:
             self._error = error
 
     def _tuner(self) -> Any:
-        from ray import tune
-
         return tune.Tuner(
             tune.with_resources(wait_for_answer, WAITING_RESOURCES),
             tune_config=tune.TuneConfig(

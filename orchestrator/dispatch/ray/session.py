@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.dispatch.conductor import Rules
-from orchestrator.dispatch.driver import Hooks, Outcome, RunState
+from orchestrator.dispatch.driver import Hooks, Outcome, RunState, environment
 from orchestrator.dispatch.signals import DeferredInterrupt
 from orchestrator.dispatch.worker import DEFAULT_EXECUTOR
 from orchestrator.errors import Interrupted, UsageError
@@ -79,8 +79,8 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
     Raises:
         UsageError: there is no Ray at the address, or none can be started here.
     """
-    environment = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else _token_mode(address))}
-    with _environment(environment), warnings.catch_warnings():
+    variables = {**_ENVIRONMENT, **(_LOCAL_ENVIRONMENT if address is None else _token_mode(address))}
+    with environment(variables, keep=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Ray reads its environment when it is imported.
         import ray
@@ -216,18 +216,6 @@ def _of(process: psutil.Process, session_folder: Path) -> bool:
             ):
                 return True
     return False
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables the user has not set, for the length of a `with` block."""
-    added = [name for name in values if name not in os.environ]
-    os.environ.update({name: values[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def run_on_ray(

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.dispatch.ray.session import ray_session
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.trials import Trial
-from orchestrator.search.tuning import Tuning
+from orchestrator.search.tuning import run_tuning
 
 SCORES = {"eval/vqa/accuracy": 0.5, "cost/train_tflops": 1.0}
 
@@ -33,7 +33,7 @@ def busy_ray():
 def tune(walk, count, folder, stop_after=None):
     """Answers proposals as they come, and returns them by number: two may come in either order."""
     found = []
-    with Tuning(walk, count, 2, folder) as tuning:
+    with run_tuning(walk, count, 2, folder) as tuning:
         while not tuning.ended:
             for proposal in tuning.take():
                 found.append(Trial(**proposal))
