@@ -165,32 +165,26 @@ def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> Ex
     if found is None:
         return ExperimentState()
     seen = ExperimentState(str(found[0]), found[1] == "deleted")
+
+    def rows(columns: str, table: str, end: str = "") -> sqlite3.Cursor:
+        ours = "SELECT run_uuid FROM runs WHERE experiment_id = ? AND lifecycle_stage = 'active'"
+        return opened.execute(f"SELECT {columns} FROM {table} WHERE run_uuid IN ({ours}) {end}", (found[0],))
+
     runs = {
         row[0]: TrackedRun(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
-        for row in opened.execute(
-            "SELECT run_uuid, name, status, start_time, artifact_uri FROM runs "
-            "WHERE experiment_id = ? AND lifecycle_stage = 'active'",
-            (found[0],),
-        )
+        for row in rows("run_uuid, name, status, start_time, artifact_uri", "runs")
     }
-    ours = "WHERE run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = ?)"
-    for table, name in (("tags", "tags"), ("params", "params")):
-        for run_id, key, value in opened.execute(f"SELECT run_uuid, key, value FROM {table} {ours}", (found[0],)):
-            if run_id in runs:
-                getattr(runs[run_id], name)[key] = value
-    for run_id, key, *point in opened.execute(
-        f"SELECT run_uuid, key, value, step, timestamp FROM latest_metrics {ours}", (found[0],)
-    ):
-        if run_id in runs:
-            runs[run_id].metrics[key] = (point[0], point[1], point[2])
+    for run_id, key, value in rows("run_uuid, key, value", "tags"):
+        runs[run_id].tags[key] = value
+    for run_id, key, value in rows("run_uuid, key, value", "params"):
+        runs[run_id].params[key] = value
+    for run_id, key, value, step, timestamp_ms in rows("run_uuid, key, value, step, timestamp", "latest_metrics"):
+        runs[run_id].metrics[key] = (value, step, timestamp_ms)
     if count:
         for run in runs.values():
             run.points = 0
-        for run_id, points in opened.execute(
-            f"SELECT run_uuid, COUNT(*) FROM metrics {ours} GROUP BY run_uuid", (found[0],)
-        ):
-            if run_id in runs:
-                runs[run_id].points = points
+        for run_id, points in rows("run_uuid, COUNT(*)", "metrics", "GROUP BY run_uuid"):
+            runs[run_id].points = points
     for run in runs.values():
         seen.add(run)
     return seen

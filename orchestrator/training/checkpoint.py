@@ -32,13 +32,10 @@ from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
 
 
-def convert(folder: Path, tag: str, target: Path) -> None:
+def _convert(folder: Path, target: Path) -> None:
     """Convert a ZeRO checkpoint to DeepSpeed's universal format, which loads at any number of workers.
 
-    Args:
-        folder: The checkpoint; the caller has checked which classes it unpickles.
-        tag: Its one tag.
-        target: Folder to write; an older one is removed.
+    The caller has checked which classes it unpickles.
 
     Raises:
         StorageError: a file is missing or incomplete, or the disk is full.
@@ -47,7 +44,7 @@ def convert(folder: Path, tag: str, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     arguments = Namespace(
-        input_folder=str(folder / tag), output_folder=str(target / tag), num_extract_workers=1, num_merge_workers=1,
+        input_folder=str(folder / _TAG), output_folder=str(target / _TAG), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
     output = io.StringIO()
@@ -61,7 +58,7 @@ def convert(folder: Path, tag: str, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def corrected_load(engine: Any) -> Iterator[None]:
+def _corrected_load(engine: Any) -> Iterator[None]:
     """Correct what DeepSpeed 0.19.8 gets wrong under ZeRO-3 where an engine loads a universal checkpoint inside.
 
     It gives all groups the first group's settings (weight decay among them), and one shared step count, a tensor that
@@ -260,9 +257,9 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     if other_workers(cursor):
         # Nodes need not share a disk: each converts for its own ranks.
         source = scratch / f"universal_{distributed.node_rank()}"
-        distributed.on_each_node(lambda: convert(folder, _TAG, source))
+        distributed.on_each_node(lambda: _convert(folder, source))
     session.learned.load(folder, cursor.get("learned", []))
-    correction = corrected_load(session.engine) if source != folder else contextlib.nullcontext()
+    correction = _corrected_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
         with correction:
             path, _ = session.engine.load_checkpoint(str(source), tag=_TAG)

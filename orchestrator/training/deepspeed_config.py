@@ -10,8 +10,7 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.spec.checks.deepspeed import BATCH_KEYS, config_findings
 from orchestrator.spec.phase import PhaseSpec
-
-PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 
 
 def deepspeed_config(
@@ -72,11 +71,11 @@ def zero_stage(config: dict[str, Any]) -> int:
 def _given(deepspeed: str | dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     if isinstance(deepspeed, dict):
         return copy.deepcopy(deepspeed)
-    if deepspeed in PRESETS:
+    if deepspeed in DEEPSPEED_PRESETS:
         return _preset(deepspeed, on_gpu)
     path = Path(deepspeed)
     if path.suffix != ".json" and not path.exists():
-        raise UsageError(f"deepspeed: {deepspeed!r} is neither a file nor one of {', '.join(PRESETS)}")
+        raise UsageError(f"deepspeed: {deepspeed!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

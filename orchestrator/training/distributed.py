@@ -1,4 +1,4 @@
-"""Collectives of a worker group: run on one rank and share the outcome, agree, sum, take the maximum."""
+"""Collectives of a worker group: run on one rank and share the outcome, gather, sum, take the maximum."""
 
 from __future__ import annotations
 
@@ -80,11 +80,6 @@ def gather(value: T) -> list[T]:
 def node_rank() -> int:
     """Return the first rank on this rank's node."""
     return rank() - int(os.environ.get("LOCAL_RANK", rank()))
-
-
-def all_agree(flag: bool) -> bool:
-    """Return whether `flag` is true on every rank."""
-    return bool(reduce_values([0.0 if flag else 1.0])[0] == 0.0)
 
 
 def reduce_values(values: list[float], largest: bool = False) -> list[float]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,9 +88,16 @@ def _train(
     )
     try:
         while step < job.last_step:
-            _enter(session, job, step)
-            with _halved_if_out_of_memory(session, job, step, work):
+            action = job.action_at(step)
+            size = session.micro_batches.at(action)
+            set_accumulation(session.engine, batch, size)
+            session.switch(action.points)
+            try:
                 figures = run_step(session, job, step, feed.get(step), should_stop())
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if message := halve(job, work, action, size):
+                    raise MicroBatchTooLarge(message) from error
+                raise
             if not figures.is_finite:
                 raise StageRunError(
                     f"diverged at step {step} of {job.phase}: the loss is {figures.loss}; nothing was stored; "
@@ -120,18 +126,6 @@ def _train(
     return "done"
 
 
-@contextmanager
-def _halved_if_out_of_memory(session: Session, job: StageJob, step: int, work: Path) -> Iterator[None]:
-    """Note half the micro-batch for the next attempt where memory runs out under a size that was chosen here."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        action = job.action_at(step)
-        if message := halve(job, work, action, session.micro_batches.at(action)):
-            raise MicroBatchTooLarge(message) from error
-        raise
-
-
 def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
     """Return the session, ready to train, and the number of steps its state has trained."""
     session, step = _opened(job, ledger, memory)
@@ -142,7 +136,7 @@ def _start(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Sessi
 
 def _opened(job: StageJob, ledger: Ledger, memory: TrainingMemory) -> tuple[Session, int]:
     newest = distributed.decide(lambda: getattr(ledger.last_checkpoint(job.id), "name", None))
-    if newest is None and not job.starts_phase and distributed.all_agree(memory.holds(job.parent, session_key(job))):
+    if newest is None and not job.starts_phase and all(distributed.gather(memory.holds(job.parent, session_key(job)))):
         assert memory.session is not None
         return memory.session, job.first_step
     memory.release()
@@ -166,13 +160,6 @@ def _fetched(ledger: Ledger, state: str, part: Literal["weights", "checkpoint"])
     """Return the folder of a complete part of a finished state, downloaded to this node; every rank calls it."""
     distributed.on_each_node(lambda: ledger.fetch(state, part))
     return ledger.state_folder(state) / part
-
-
-def _enter(session: Session, job: StageJob, step: int) -> None:
-    """Switch compressor and micro-batch size where the step's action differs from the current one."""
-    action = job.action_at(step)
-    set_accumulation(session.engine, job.recipe["global_batch_size"], session.micro_batches.at(action))
-    session.switch(action.points)
 
 
 def _metrics_line(job: StageJob, session: Session, step: int, figures: StepFigures) -> dict[str, Any]:

@@ -81,13 +81,6 @@ def kill_controllers() -> None:
                 os.kill(actor["Pid"], signal.SIGKILL)
 
 
-def current_cluster() -> str | None:
-    """Return `host:port` that `ray start` noted on this machine, whether or not that Ray still lives."""
-    from ray._private.utils import read_ray_address
-
-    return read_ray_address() or None
-
-
 def silence_driver() -> None:
     """Keep Ray from printing what befell a worker ("A worker died ...") on the driver's terminal.
 
@@ -172,8 +165,13 @@ def own_token() -> None:
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
-    """Return where a cluster's address leads; None where there is nothing to try."""
-    wanted = (os.environ.get("RAY_ADDRESS") or current_cluster()) if address == "auto" else address
+    """Return where a cluster's address leads; None where there is nothing to try.
+
+    `auto` is what RAY_ADDRESS says, or what `ray start` noted on this machine, whether or not that Ray still lives.
+    """
+    from ray._private.utils import read_ray_address
+
+    wanted = (os.environ.get("RAY_ADDRESS") or read_ray_address()) if address == "auto" else address
     host, separator, port = (wanted or "").rpartition("://")[2].rpartition(":")
     return (host.strip("[]"), int(port)) if separator and port.isdigit() else None
 

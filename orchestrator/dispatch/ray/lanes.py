@@ -147,16 +147,25 @@ class Lanes:
 
     Args:
         logs: Ray's folder of this session, named where the lanes give up.
+        stop_asked: Asked ten times a second; see `Hooks.stop_asked`.
     """
 
     def __init__(
-        self, state: RunState, ledger: Ledger, cluster: ClusterSpec, executor: str, rules: Rules, logs: Path
+        self,
+        state: RunState,
+        ledger: Ledger,
+        cluster: ClusterSpec,
+        executor: str,
+        rules: Rules,
+        logs: Path,
+        stop_asked: Callable[[], int],
     ) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = room_for(cluster, nodes, compat.free_resources, parallel_width(state.jobs) if state.is_closed else None)
         self._state = state
         self._rules = rules
         self._logs = logs
+        self._stop_asked = stop_asked
         self._conductor = _conductor(ledger.url, rules)
         self._url = ledger.url
         self._asked = False
@@ -166,12 +175,12 @@ class Lanes:
         folder = ledger.storage / "ray"
         self._lanes = [RayLane(f"lane-{n}", work, cluster, room.use_gpu, folder) for n in range(room.lanes)]
 
-    def run(self, stop_asked: Callable[[], int]) -> Outcome:
+    def run(self) -> Outcome:
         """Work until no lane is left; see `run_on_ray`."""
         try:
             for lane in self._lanes:
                 lane.start()
-            while self._turn(stop_asked):
+            while self._turn():
                 time.sleep(POLL_SECONDS)
             return self._outcome()
         except ray.exceptions.RayActorError as error:
@@ -179,47 +188,47 @@ class Lanes:
         finally:
             self._leave()
 
-    def _turn(self, stop_asked: Callable[[], int]) -> bool:
+    def _turn(self) -> bool:
         """Take and pass on what is new; False once no lane is left."""
         state = self._state
-        news = self._get(self._conductor.poll.remote(state.epoch, state.seen), stop_asked)
+        news = self._get(self._conductor.poll.remote(state.epoch, state.seen))
         if news["epoch"] != state.epoch:
             # It has just been started, for the first time or again, and knows nothing yet.
             state.epoch, state.seen = news["epoch"], 0
-            self._send(stop_asked)
+            self._send()
             if self._asked:
-                self._get(self._conductor.interrupt.remote(), stop_asked)
+                self._get(self._conductor.interrupt.remote())
         state.take(news["events"])
         self._given_up = news["given_up"]
         if news["hung"]:
             end_processes(news["hung"], self._url)
         if state.refresh():
-            self._send(stop_asked)
-        if stop_asked() and not self._asked:
+            self._send()
+        if self._stop_asked() and not self._asked:
             self._asked = True
-            self._get(self._conductor.interrupt.remote(), stop_asked)
-        return self._restart_lanes(stop_asked)
+            self._get(self._conductor.interrupt.remote())
+        return self._restart_lanes()
 
-    def _restart_lanes(self, stop_asked: Callable[[], int]) -> bool:
+    def _restart_lanes(self) -> bool:
         for lane in self._lanes:
             if not lane.has_ended():
                 continue
-            has_begun = self._get(self._conductor.lane_ended.remote(lane.name), stop_asked)
+            has_begun = self._get(self._conductor.lane_ended.remote(lane.name))
             is_done = self._state.is_closed and not self._state.outcome(False).left
             # Workers that never came up will not the next time.
             if has_begun and lane.may_start_again and not (self._asked or is_done):
                 lane.start()
         return any(lane.thread is not None for lane in self._lanes)
 
-    def _send(self, stop_asked: Callable[[], int]) -> None:
+    def _send(self) -> None:
         state = self._state
-        self._get(self._conductor.set_work.remote(state.jobs, state.is_closed, state.known()), stop_asked)
+        self._get(self._conductor.set_work.remote(state.jobs, state.is_closed, state.known()))
 
-    def _get(self, reference: Any, stop_asked: Callable[[], int]) -> Any:
+    def _get(self, reference: Any) -> Any:
         """Return the conductor's answer; blocks until the actor has restarted."""
         while True:
             done, _ = ray.wait([reference], timeout=POLL_SECONDS)
-            if stop_asked() > 1:
+            if self._stop_asked() > 1:
                 raise KeyboardInterrupt
             if done:
                 return ray.get(reference)

@@ -252,7 +252,7 @@ def run_on_ray(
                 return hooks.stop_asked()
 
             rules = Rules.of(cluster, fail_fast, hooks.replans)
-            lanes = Lanes(RunState(work, hooks), ledger, cluster, executor, rules, session.folder)
-            return lanes.run(stop_asked)
+            state = RunState(work, hooks)
+            return Lanes(state, ledger, cluster, executor, rules, session.folder, stop_asked).run()
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None
