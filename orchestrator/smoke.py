@@ -287,6 +287,7 @@ def _model_key(cell: Cell) -> str:
 
 def _small_models(cells: Sequence[Cell], folder: Path) -> dict[str, SmallModel]:
     """Return each model of the grid, as deep as its variants need."""
+    # Late: they load torch and transformers.
     from orchestrator.models.build import load_config
     from orchestrator.models.shrink import shrink_model
 

@@ -399,7 +399,7 @@ class UploadQueue:
     def __init__(self, open_tracker: Callable[[], CellTracker], say: Callable[[str], None] = lambda text: None) -> None:
         self._open_tracker = open_tracker
         self._say = say
-        self._queue: queue.Queue[tuple[str, MakeRecord | None] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[str, MakeRecord] | None] = queue.Queue()
         self._must_open = False
         self._tracker: CellTracker | None = None
         self._turns = 0
@@ -427,7 +427,7 @@ class UploadQueue:
 
     def end_abandoned(self) -> None:
         """End the runs that dead drivers left behind: open the tracker even if no record is queued."""
-        self._queue.put(("", None))
+        self._must_open = True  # read when the queue has ended
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -471,10 +471,8 @@ class UploadQueue:
                 if came is None:
                     return True
                 wait = False
-                if came[1] is None:
-                    self._must_open = True
-                else:  # a waiting cell keeps its place: those that come often must not delay others
-                    self.unsent[came[0]] = came[1]
+                # A waiting cell keeps its place: those that come often must not delay others.
+                self.unsent[came[0]] = came[1]
         return False
 
     def _round(self, turn: Sequence[str]) -> set[str]:

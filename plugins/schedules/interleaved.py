@@ -57,16 +57,8 @@ class InterleavedSpec(plugin.ScheduleSpec):
         if not 0 < count < total_steps:
             never = self.other if count == 0 else self.compressor
             raise ValueError(f"a full_share of {self.full_share} leaves no step of {total_steps} for {never}")
-        steps: list[tuple[int, int, str]] = []
-        done = 0
-        for number in range(count):
-            full = (2 * number + 1) * total_steps // (2 * count)
-            if full > done:
-                steps.append((done, full, self.compressor))
-            steps.append((full, full + 1, self.other))
-            done = full + 1
-        if done < total_steps:
-            steps.append((done, total_steps, self.compressor))
+        full = {(2 * number + 1) * total_steps // (2 * count) for number in range(count)}
+        steps = [(step, step + 1, self.other if step in full else self.compressor) for step in range(total_steps)]
         teachers = plugin.teachers_of(self.distill, (self.compressor, self.other), self.other)
         return plugin.StageTable(
             plugin.merge_actions(steps), self.final or self.other, (total_steps,), teachers=teachers

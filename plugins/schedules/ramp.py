@@ -51,9 +51,9 @@ class RampSpec(plugin.ScheduleSpec):
             raise PydanticCustomError("ramp_moves", "a ramp has at least 2 values")
         if self._percent(self.start) != self._percent(self.end):
             raise PydanticCustomError("ramp_layer", "start and end are both layers, or both shares of the depth")
-        for value in (self._number(self.start), self._number(self.end)):
+        for value in (plugin.parse_share(self.start), plugin.parse_share(self.end)):
             self._refuse(value)
-        if self._number(self.start) == self._number(self.end):
+        if plugin.parse_share(self.start) == plugin.parse_share(self.end):
             raise PydanticCustomError("ramp_still", "start and end are equal; name the variant itself")
         return self
 
@@ -81,7 +81,7 @@ class RampSpec(plugin.ScheduleSpec):
         moves = min(self.moves, total_steps)
         if moves < 2:
             raise ValueError(f"a ramp needs at least 2 steps, the phase has {total_steps}")
-        start, end = self._number(self.start), self._number(self.end)
+        start, end = plugin.parse_share(self.start), plugin.parse_share(self.end)
         steps: list[tuple[int, int, str]] = []
         derived: dict[str, tuple[str, dict[str, Any]]] = {}
         done = 0
@@ -99,10 +99,6 @@ class RampSpec(plugin.ScheduleSpec):
     def _percent(self, value: float | str) -> bool:
         """Return whether it is a share of the depth."""
         return self.key == "layer" and isinstance(value, str) and value.endswith("%")
-
-    @staticmethod
-    def _number(value: float | str) -> Fraction:
-        return plugin.parse_share(value)
 
     def _written(self, value: Fraction) -> int | str:
         """Return a value as the variant's field takes it; whole numbers are rounded, halves up."""
