@@ -178,11 +178,10 @@ def _points(cell: Cell, name: str, layers: LayerMap) -> list[dict[str, Any]]:
     """Return a variant's points at their new layers; the amounts are those of the full-size model."""
     points = cell.spec.compressors[name]
     grid = cell.facts.visual_grid if cell.facts is not None else None
-    found = []
-    for point in resolve_points(points, layers.depth, grid):
-        layer = point["layer"]
-        found.append({**point, "layer": layers.at.get(layer, 0) if layer != "projector" else layer})
-    return found
+    return [
+        {**point, "layer": point["layer"] if point["layer"] == "projector" else layers.at.get(point["layer"], 0)}
+        for point in resolve_points(points, layers.depth, grid)
+    ]
 
 
 def _phase(spec: ExperimentSpec, plan: PhasePlan, layers: LayerMap, workers: int) -> dict[str, Any]:

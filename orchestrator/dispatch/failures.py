@@ -63,17 +63,22 @@ def describe(error: BaseException) -> Failure:
     caused. What the spec, the data, the code or a plug-in caused, and memory that did not suffice, comes back the same.
     """
     kind = type(error).__name__
-    text = redacted(str(error).strip())
     if isinstance(error, LlavoltaError):
+        text = redacted(str(error).strip())
         # What rank 0 met alone is raised on all ranks as a StageRunError; its own cause says what it was.
         passing = type(error) is StageRunError and error.__cause__ is not None and _may_pass(error.__cause__)
         return Failure(kind, text or kind, passing, error.state if isinstance(error, DamagedStateError) else None)
-    first_line = text.splitlines()[0] if text else ""
-    message = f"{kind}: {first_line}" if first_line else kind
+    message = one_line(error)
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         advice = "a smaller phases.*.per_device_train_batch_size needs less"
         return Failure(kind, f"out of memory ({message}); {advice}", retry=False)
     return Failure(kind, message, retry=_may_pass(error))
+
+
+def one_line(error: BaseException, number: int = 0) -> str:
+    """Return the kind of an error and one line of its text, the first or that of another number."""
+    lines = redacted(str(error).strip()).splitlines()
+    return f"{type(error).__name__}: {lines[number].strip()}" if lines else type(error).__name__
 
 
 def _may_pass(error: BaseException) -> bool:

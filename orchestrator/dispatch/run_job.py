@@ -16,6 +16,7 @@ import torch
 
 from orchestrator import registry
 from orchestrator.data.train_data import TrainData
+from orchestrator.dispatch.failures import one_line
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.evaluation.evaluate import answer_one, evaluate_state, lacks_modules
 from orchestrator.models.build import WEIGHTS_FILE
@@ -184,13 +185,8 @@ def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, memory: Trai
         raise
     except Exception as error:
         what = f"the rehearsal of evaluate.{test.name} under {test.under}"
-        return f"{what} failed with {_one_line(error)}; nothing was trained"
+        return f"{what} failed with {one_line(error)}; nothing was trained"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _rehearse_training(
@@ -251,7 +247,7 @@ class _Rehearsal:
             raise
         except Exception as raised:
             LOGGER.exception("rehearsal: %s", what)
-            error, no_memory = _one_line(raised), _is_out_of_memory(raised)
+            error, no_memory = one_line(raised), _is_out_of_memory(raised)
         # Outside the `except`, so that no traceback keeps tensors alive.
         if error is not None:
             failure = f"out of memory{self._sizes(action)} ({error})" if no_memory else f"failed with {error}"

@@ -157,8 +157,12 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     _set_determinism(job.deterministic)
     model_spec, recipe = ModelSpec.model_validate(job.model), PhaseSpec.model_validate(job.recipe)
     dtype = compute_dtype(model_spec)
-    micro_batch_size = _micro_batch_size(recipe)
-    config = _config(recipe, dtype, micro_batch_size, universal)
+    micro_batch_size, world_size = _micro_batch_size(recipe), distributed.world_size()
+    accumulation = accumulation_steps(recipe.global_batch_size, micro_batch_size, world_size)
+    on_gpu = distributed.device().type == "cuda"
+    config = deepspeed_config(recipe, dtype, micro_batch_size, accumulation, world_size, on_gpu)
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     model = build_model(model_spec, weights_file)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, job.seed)
@@ -171,7 +175,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
-    if distributed.device().type == "cpu":
+    if not on_gpu:
         # A C++ op that sums over the ranks of one machine: compiling it takes a minute on the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
@@ -192,20 +196,6 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         points=None,
         draws=draws,
     )
-
-
-def _config(recipe: PhaseSpec, dtype: str, micro_batch_size: int, universal: bool) -> dict[str, Any]:
-    config = deepspeed_config(
-        recipe,
-        dtype,
-        micro_batch_size,
-        accumulation_steps(recipe.global_batch_size, micro_batch_size, distributed.world_size()),
-        distributed.world_size(),
-        on_gpu=distributed.device().type == "cuda",
-    )
-    if universal:
-        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-    return config
 
 
 def _resting_group(model: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.dispatch.conductor import RESTART, STOP, WAIT, Conductor, Rules, new_driver
 from orchestrator.dispatch.driver import Outcome, RunState
+from orchestrator.dispatch.failures import one_line
 from orchestrator.dispatch.job_queue import parallel_width
 from orchestrator.dispatch.ray import compat
 from orchestrator.dispatch.ray.placement import room_for
@@ -241,7 +242,7 @@ class Lanes:
         if outcome.left and not given_up_on_purpose:
             reason = "; ".join(self._given_up.values()) or "Ray Train gave up"
             error = next((lane.error for lane in self._lanes if lane.error is not None), None)
-            cause = f": {_last_line(error)}" if error is not None else ""
+            cause = f": {one_line(error, -1)}" if error is not None else ""
             raise StageRunError(f"{reason}{cause}\n    hint: Ray's logs are in {self._logs / 'logs'}")
         return outcome
 
@@ -274,11 +275,6 @@ def _abort(lanes: Sequence[RayLane]) -> None:
             compat.kill_controllers()
         for thread in threads:
             thread.join(POLL_SECONDS)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
 
 
 def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
