@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from orchestrator.errors import LlavoltaError, TrackingError
+from orchestrator.errors import LlavoltaError, TrackingError, first_line
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.process import this_process
 from orchestrator.redaction import redacted
@@ -362,7 +362,7 @@ class CellTracker:
         except TrackingError:
             raise
         except Exception as error:
-            reason = next(iter(redacted(str(error)).strip().splitlines()), type(error).__name__)
+            reason = redacted(first_line(error))
             raise TrackingError(f"MLflow at {self._uri} did not accept the record: {shortened(reason, 300)}") from error
 
 

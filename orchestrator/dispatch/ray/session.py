@@ -19,7 +19,7 @@ from orchestrator.dispatch.conductor import Rules
 from orchestrator.dispatch.driver import Hooks, Outcome, RunState, environment
 from orchestrator.dispatch.signals import DeferredInterrupt
 from orchestrator.dispatch.worker import DEFAULT_EXECUTOR
-from orchestrator.errors import Interrupted, UsageError
+from orchestrator.errors import Interrupted, UsageError, first_line
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -142,7 +142,7 @@ def _connect(address: str | None) -> None:
             ray.init(address=address, **quiet)
     except Exception as error:
         ray.shutdown()
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         if address is None:
             raise UsageError(
                 f"Ray could not be started on this machine: {reason}\n"
