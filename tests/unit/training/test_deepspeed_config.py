@@ -13,8 +13,9 @@ from transformers import get_scheduler
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.phase import PhaseSpec
+from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 from orchestrator.training.batches import deal
-from orchestrator.training.deepspeed_config import PRESETS, deepspeed_config, zero_stage
+from orchestrator.training.deepspeed_config import deepspeed_config, zero_stage
 from orchestrator.training.step import rate_factor
 
 
@@ -23,7 +24,7 @@ def _config(deepspeed: object, dtype: str = "float32", **recipe: object) -> dict
     return deepspeed_config(spec, dtype, micro_batch_size=4, accumulation_steps=2, world_size=2, on_gpu=False)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DEEPSPEED_PRESETS)
 def test_presets(preset: str) -> None:
     config = _config(preset, "bfloat16", max_grad_norm=0.5)
     assert zero_stage(config) == max(1, int(preset[4])), "rounded weights need an optimizer that keeps the exact ones"
