@@ -20,10 +20,10 @@ from orchestrator.data.records.conversations import error_lines
 from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import IndexedRows, open_rows
 from orchestrator.data.rows import (
-    ERRORS_SHOWN,
     Row,
     data_spec,
     described,
+    lines_of,
     open_data_set,
     raise_for_errors,
     template_of,
@@ -335,8 +335,7 @@ def _check_use(use: Use, findings: Findings) -> None:
         one = check_rows(use.check_of(entry))
         name = f".data.{entry['name']}" if entry["name"] else ""
         if errors := errors_of(one):
-            more = [f"... and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
-            raise DataError("\n    ".join([f"{use.where}{name}: {errors[0]}", *errors[1:ERRORS_SHOWN], *more]))
+            raise DataError(f"{use.where}{name}: {lines_of(errors)}")
         findings.replan |= list(one.bad) != list(entry.get("left_out", ()))
         if one.bad:
             some = [f"row {number}: {reason}" for number, reason in list(one.bad.items())[:3]]
@@ -378,12 +377,12 @@ def check_document(cells: Sequence[Cell]) -> dict[str, Any]:
         for use in uses_of_cells([cell]):
             key = digest([use.where, use.entries, use.model, use.model_max_length, sorted(use.train)])
             if key not in found:
-                found[key] = list(_checked_use(use, cell))
+                found[key] = _checked_use(use, cell)
     sets = [report for reports in found.values() for report in reports]
     return {"valid": not any(report["errors"] for report in sets), "sets": sets}
 
 
-def _checked_use(use: Use, cell: Cell) -> Iterator[dict[str, Any]]:
+def _checked_use(use: Use, cell: Cell) -> list[dict[str, Any]]:
     """Return the report of each set of a phase or an evaluation."""
     checked, reports = list[CheckedRows](), list[dict[str, Any]]()
     for entry in use.entries:
@@ -392,7 +391,7 @@ def _checked_use(use: Use, cell: Cell) -> Iterator[dict[str, Any]]:
         checked += [] if one is None else [one]
     if len(checked) == len(reports) and (error := no_image_seen(use, checked)):
         reports[0]["errors"].append({"row": None, "error": error})
-    yield from reports
+    return reports
 
 
 def _set_name(cell: Cell, use: Use, entry: Mapping[str, Any]) -> str:

@@ -125,12 +125,15 @@ def raise_for_errors(where: str, errors: Sequence[str]) -> None:
     Raises:
         DataError: there is at least one.
     """
-    if not errors:
-        return
-    lines = [f"{where}: {len(errors)} error{'s' if len(errors) > 1 else ''}", *errors[:ERRORS_SHOWN]]
-    if len(errors) > ERRORS_SHOWN:
-        lines.append(f"... and {len(errors) - ERRORS_SHOWN} more")
-    raise DataError("\n    ".join(lines))
+    if errors:
+        count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
+        raise DataError(f"{where}: {lines_of([count, *errors], ERRORS_SHOWN + 1)}")
+
+
+def lines_of(errors: Sequence[str], most: int = ERRORS_SHOWN) -> str:
+    """Return the first errors, one a line, and how many more there are."""
+    more = [f"... and {len(errors) - most} more"] if len(errors) > most else []
+    return "\n    ".join([*errors[:most], *more])
 
 
 def dropped_text(bad: Mapping[int, str], num_rows: int) -> str:

@@ -230,18 +230,13 @@ def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
     Weights are float32. A full checkpoint adds master weights and two Adam states of what trains, 12 bytes each.
     Counted: all roots, all finished stage runs by what is kept of them, and two checkpoints inside one stage run.
     """
-    facts = {cell.id: cell.facts for cell in cells}
-    total, largest = 0.0, 0.0
-    by_root = {cell.root.id: cell.facts for cell in cells}
-    for found in by_root.values():
-        if found is None:
-            return None
-        total += _BYTES_WEIGHT * sum(parameter_count(found).values())
+    counts_of = {cell.id: parameter_count(cell.facts) for cell in cells if cell.facts is not None}
+    if any(cell.id not in counts_of for cell in cells):
+        return None
+    roots = {cell.root.id: counts_of[cell.id] for cell in cells}
+    total, largest = float(_BYTES_WEIGHT * sum(sum(counts.values()) for counts in roots.values())), 0.0
     for job in tree.stage_runs.values():
-        found = facts[tree.cells_of[job.id][0]]
-        if found is None:
-            return None
-        counts = parameter_count(found)
+        counts = counts_of[tree.cells_of[job.id][0]]
         weights = _BYTES_WEIGHT * sum(counts.values())
         full = weights + _BYTES_TRAINED * sum(counts.get(part, 0) for part in job.recipe["train"])
         total += {"full": weights + full, "weights": weights, "none": 0.0}[job.keep]

@@ -108,11 +108,11 @@ class DigestCache:
     """Digests of files by (path, size, mtime, ctime) in one JSON file; a damaged or unwritable file costs only time.
 
     Args:
-        file: Where the cache lies; None takes `$XDG_CACHE_HOME/llavolta/digests.json` or the same in `~/.cache`.
+        file: Where the cache lies.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self.file = file or cache_folder() / "digests.json"
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self._entries: dict[str, list[Any]] | None = None
         self._new: dict[str, list[Any]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,7 @@ class Nearest:
     def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values, bool]]:
         """Return the name, values, and whether it is of this experiment."""
         if self._known is None:
-            own = {}
-            for cell in self._finished:
-                own[cell.id] = (cell.name, cell_values(cell), True)
-                if len(own) == _RECORDED:
-                    break
+            own = {cell.id: (cell.name, cell_values(cell), True) for cell in islice(self._finished, _RECORDED)}
             self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
         return self._known
 

@@ -31,21 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read; MPO (phones) counts as JPEG. Others would run rare decoders, or Ghostscript (EPS)."""
 MAX_PIXELS = 89_478_485
 """Largest picture, after padding: Pillow warns of a decompression bomb from here on."""
-_MAGIC = (
-    b"\xff\xd8\xff",
-    b"\x89PNG",
-    b"RIFF",
-    b"GIF8",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"P1",
-    b"P2",
-    b"P3",
-    b"P4",
-    b"P5",
-    b"P6",
-)
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", *(b"P%d" % n for n in range(1, 7)))
 _ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
 _ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)

@@ -248,7 +248,7 @@ class Collector:
         return [*(each for each in recorded_experiments(self._store) if each.name not in self._forget), *self._also]
 
     def _wanted(self) -> Wanted:
-        return Wanted.of(self._experiments())
+        return Wanted(self._experiments())
 
     def _records(self) -> Iterator[GcStep]:
         for each in recorded_experiments(self._store):
@@ -386,21 +386,15 @@ class Collector:
         return self._ledger.is_done(job) or self._ledger.evaluation(job) is not None
 
 
-@dataclass(frozen=True)
 class Wanted:
-    """What experiments reach: states with what is to be kept of them, and evaluations."""
+    """What experiments reach: states, with the most that any of them keeps of each, and evaluations."""
 
-    states: dict[str, Keep]
-    evaluations: frozenset[str]
+    def __init__(self, experiments: Sequence[Recorded]) -> None:
+        self.states: dict[str, Keep] = {}
+        for state, keep in (item for each in experiments for item in each.states.items()):
+            self.states[state] = most(keep, self.states.get(state, "none"))
+        self.evaluations = frozenset[str]().union(*(each.evaluations for each in experiments))
 
     def reaches(self, job: str) -> bool:
         """Return whether any of them needs a job's result."""
         return job in self.states or job in self.evaluations
-
-    @classmethod
-    def of(cls, experiments: Sequence[Recorded]) -> Wanted:
-        """Return what any of them reaches, and of each state the most that any of them keeps."""
-        states: dict[str, Keep] = {}
-        for state, keep in (item for each in experiments for item in each.states.items()):
-            states[state] = most(keep, states.get(state, "none"))
-        return cls(states, frozenset().union(*(each.evaluations for each in experiments)))

@@ -79,7 +79,7 @@ ATTEMPTS = 7  # pauses of up to 1, 2, 4, … 32 seconds between them
 _CONNECTIONS = 32
 _SMALL = ("job.json", "result.json")
 _LOOK_SECONDS = 5.0
-_LISTED = ("manifests", "evaluations", "failures", "work")
+_LISTED = ("manifests/", "evaluations/", "failures/", "work/")
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket; make it, or correct cluster.storage_path",
     "AccessDenied": "access is denied; the credentials in use need to list, read, write and delete there",
@@ -141,14 +141,13 @@ def error_code(error: Any) -> str:
 
 
 class Snapshot:
-    """Values below some prefixes as one listing found them; what is not listed is not asked for.
+    """Values of the listed kinds as one listing found them; what is not listed is not asked for.
 
     Values are kept on disk by their ETag, so that the next plan on this machine asks for new ones only; a value
     written meanwhile by this process is asked for again.
 
     Args:
-        listed: Key to ETag, of all keys below the prefixes.
-        prefixes: What the listing covers.
+        listed: Key to ETag, of all values of these kinds.
         read: Reads a value from the bucket.
         folder: Where values are kept.
 
@@ -156,12 +155,8 @@ class Snapshot:
         StorageError: the bucket cannot be read or the folder cannot be written.
     """
 
-    def __init__(
-        self, listed: Mapping[str, str], prefixes: Iterable[str], read: Callable[[str], bytes | None], folder: Path
-    ) -> None:
-        self._listed = dict(listed)
-        self._prefixes = tuple(f"{prefix}/" for prefix in prefixes)
-        self._read, self._folder = read, folder
+    def __init__(self, listed: Mapping[str, str], read: Callable[[str], bytes | None], folder: Path) -> None:
+        self._listed, self._read, self._folder = listed, read, folder
         self._values: dict[str, bytes | None] = {}
         self._children: dict[str, set[str]] = {}
         for key in self._listed:
@@ -177,7 +172,7 @@ class Snapshot:
 
     def covers(self, key: str) -> bool:
         """Return True where the listing says whether a key is there."""
-        return key.startswith(self._prefixes)
+        return key.startswith(_LISTED)
 
     def read(self, key: str) -> bytes | None:
         """Return a covered value; None where there was none."""
@@ -349,7 +344,7 @@ class S3Backend(Backend):
             yield
             return
         listed = {key: str(entry["ETag"]) for prefix in _LISTED for key, entry in self._entries(prefix)}
-        self._view = Snapshot(listed, _LISTED, self._read, self.folder / "etags")
+        self._view = Snapshot(listed, self._read, self.folder / "etags")
         try:
             yield
         finally:
@@ -361,7 +356,7 @@ class S3Backend(Backend):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the keys at any depth below a prefix, to their sizes in bytes, by one listing."""
-        return {key: int(entry["Size"]) for key, entry in self._entries(prefix.strip("/"))}
+        return {key: int(entry["Size"]) for key, entry in self._entries(f"{prefix.strip('/')}/")}
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Write files under keys, several at once, large ones in parts."""
@@ -401,7 +396,7 @@ class S3Backend(Backend):
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
     def _entries(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        for page in self._pages(f"{self._prefix}{prefix}/"):
+        for page in self._pages(f"{self._prefix}{prefix}"):
             yield from ((entry["Key"][len(self._prefix) :], entry) for entry in page.get("Contents", ()))
 
     def _pages(self, prefix: str, **options: str) -> Iterator[Mapping[str, Any]]:
