@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.plan import cost
@@ -128,9 +127,3 @@ class Costs:
                 self.notices[f"{text} a sample (give --text-tokens N)"] = None
             self._by_lineage[plan.lineage] = found or Sample(0.0, 0.0)
         return self._by_lineage[plan.lineage]
-
-
-def share_of_tree(costs: Sequence[float], cells: Sequence[int]) -> float:
-    """Return a cell's share of its own cost when each stage run is split evenly over the cells that use it."""
-    alone = sum(costs)
-    return sum(each / many for each, many in zip(costs, cells, strict=True)) / alone if alone else 1.0

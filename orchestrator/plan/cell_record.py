@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.plan.cell_costs import Costs, share_of_tree
+from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action
@@ -166,18 +166,19 @@ def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
 
 
 def _tree_share(cell: Cell, tree: StageTree) -> float:
-    path = [tree.stage_runs[run] for run in tree.path_of[cell.id]]
+    """Return a cell's share of its own cost when each stage run is split evenly over the cells that use it."""
     plans = {plan.name: plan for plan in cell.phases}
-    each = [
-        _COSTS.stage_run(cell, plans[job.phase], job.first_step, job.last_step)["train_tflops"]
-        or float((job.last_step - job.first_step) * plans[job.phase].recipe.global_batch_size)
-        for job in path
-    ]
-    return share_of_tree(each, [len(tree.cells_of[job.id]) for job in path])
+    alone = shared = 0.0
+    for job in map(tree.stage_runs.__getitem__, tree.path_of[cell.id]):
+        plan = plans[job.phase]
+        price = _COSTS.stage_run(cell, plan, job.first_step, job.last_step)["train_tflops"]
+        cost = price or float((job.last_step - job.first_step) * plan.recipe.global_batch_size)
+        alone, shared = alone + cost, shared + cost / len(tree.cells_of[job.id])
+    return shared / alone if alone else 1.0
 
 
 def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool) -> dict[str, float]:
-    """Return the scores that are there; and what the cell cost."""
+    """Return the scores that are there, and with `with_costs` what the cell cost."""
     summary: dict[str, float] = {}
     for test in cell.evaluations:
         place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"

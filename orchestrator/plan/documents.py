@@ -21,7 +21,7 @@ from orchestrator.plan.status import TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import tokens_by_layer
-from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator.spec.components import CompressorSpec
 from orchestrator.spec.controls import AXIS, used_variants
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.loaded import LoadedExperiment
@@ -57,7 +57,8 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
         shown = [{"kind": point.kind, "layer": point.layer, "kept_tokens": None} for point in points]
         figures: dict[str, Any] = {"layer_average_tokens": None, "compression_ratio": None}
     else:
-        solved = _solved(points, facts, grid)
+        resolved = resolve_points(points, facts.num_layers, grid)
+        solved = [type(point).model_validate(fields) for point, fields in zip(points, resolved, strict=True)]
         total = sum(tokens_by_layer(solved, facts.num_layers, grid))
         figures = {
             "layer_average_tokens": total / facts.num_layers,
@@ -69,11 +70,6 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
             layer = point.layer if point.layer == "projector" else point.layer_index(facts.num_layers)
             shown.append({"kind": point.kind, "layer": layer, "kept_tokens": left.tokens})
     return {"name": name, "control": control, "points": shown, **figures}
-
-
-def _solved(points: Sequence[CompressorSpec], facts: ModelFacts, grid: Grid) -> list[CompressorSpec]:
-    resolved = resolve_points(points, facts.num_layers, grid)
-    return [type(point).model_validate(fields) for point, fields in zip(points, resolved, strict=True)]
 
 
 _GIB = 2**30
