@@ -22,7 +22,7 @@ from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import CompressorSpec
-from orchestrator.spec.controls import AXIS, used_variants
+from orchestrator.spec.controls import AXIS, compressing_variants
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import ModelFacts
@@ -38,7 +38,7 @@ def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     seen: set[tuple[Any, ...]] = set()  # cells often hold the very same points
     for cell in cells:
-        for name in used_variants(cell.spec):
+        for name in compressing_variants(cell.spec):
             points = cell.spec.compressors.get(name)
             if points is None:
                 continue

@@ -6,7 +6,7 @@ does a smaller image (VTC-Bench, arXiv:2510.07143); a method is worth what it ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.checks.compression import ANY_STEPS, check_variant
+from orchestrator.spec.checks.compression import ANY_STEPS, check_variant, schedule_of, used_variants
 from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import ResolvedCell
@@ -59,7 +59,7 @@ def _arm(
     cell: ResolvedCell, kind: str, report: Callable[..., None], made: dict[tuple[int, str], Points | None]
 ) -> ResolvedCell | None:
     variants = dict(cell.spec.compressors)
-    used = [name for name in used_variants(cell.spec) if name in variants]
+    used = [name for name in compressing_variants(cell.spec) if name in variants]
     if all(point.kind == kind for name in used for point in variants[name]):
         return None
     facts = model_facts(cell.spec.model.model_name_or_path, cell.spec.model.revision)
@@ -79,27 +79,17 @@ def _arm(
     return replace(cell, name=f"{cell.name},{AXIS}={kind}", axes={**cell.axes, AXIS: kind}, spec=spec)
 
 
-def used_variants(spec: ExperimentSpec) -> tuple[str, ...]:
+def compressing_variants(spec: ExperimentSpec) -> tuple[str, ...]:
     """Return the names of the variants that the phases' schedules use, without `full`."""
-    names: dict[str, None] = {}
-    for schedule in _schedules(spec):
-        names.update(dict.fromkeys(schedule.variants() if isinstance(schedule, ScheduleSpec) else [schedule]))
-    names.pop(FULL, None)
-    return tuple(names)
-
-
-def _schedules(spec: ExperimentSpec) -> Iterator[ScheduleSpec | str]:
-    """Return what each phase follows: a schedule, or a variant's name."""
-    for phase in spec.phases.by_name.values():
-        schedule = phase.schedule
-        yield spec.schedules.get(schedule, schedule) if isinstance(schedule, str) else schedule
+    names = (name for phase in spec.phases.by_name.values() for name in used_variants(phase, spec.schedules))
+    return tuple(dict.fromkeys(name for name in names if name != FULL))
 
 
 def _moved_variants(spec: ExperimentSpec) -> set[str]:
     """Return the variants of which a schedule derives others; one that cannot be divided is reported elsewhere."""
     moved: set[str] = set()
-    for schedule in _schedules(spec):
-        if isinstance(schedule, ScheduleSpec):
+    for phase in spec.phases.by_name.values():
+        if isinstance(schedule := schedule_of(phase, spec.schedules), ScheduleSpec):
             with suppress(ValueError):
                 moved |= {base for base, _ in schedule.compile(ANY_STEPS, 1).derived.values()}
     return moved

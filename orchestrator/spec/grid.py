@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
@@ -56,6 +56,12 @@ class Setting:
     def key(self) -> str:
         """The value as canonical JSON, to compare values."""
         return value_key(self.node)
+
+    @cached_property
+    def name(self) -> str:
+        """A short name of the value."""
+        value = self.node.plain()
+        return safe(_words(value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value))
 
 
 Assignment = tuple[Setting, ...]
@@ -233,27 +239,24 @@ def _matches(root: Node, cell: Assignment, wanted: dict[str, str]) -> bool:
     return True
 
 
-def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root: Node) -> Iterator[Assignment]:
+def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root: Node) -> list[Assignment]:
     """Return the grid's cells: matrix x each zip group - exclude + include, parents before children.
 
     A file that only includes has just those cells: with no factor there is no product to add them to.
     """
     hits = dict.fromkeys((where for where, _ in axes.excluded), 0)
-    kept = 0
+    kept = []
     if axes.factors or not axes.included:
         for parts in itertools.product(*axes.factors):
             cell = _ordered(itertools.chain.from_iterable(parts))
             keys = {setting.axis: setting.key for setting in cell}
             where = next((w for w, filters in axes.excluded if all(keys[f.axis] == f.key for f in filters)), None)
             if where is None:
-                kept += 1
-                yield cell
+                kept.append(cell)
             else:
                 hits[where] += 1
-    for _, cell in axes.included:
-        kept += 1
-        yield _ordered(cell)
-    if kept == 0:
+    kept += [_ordered(cell) for _, cell in axes.included]
+    if not kept:
         mark, _ = locate(root, ("exclude",))
         errors.append(ErrorDetail("exclude takes out every cell of the grid", *mark, path="exclude"))
     for where, count in hits.items():
@@ -261,6 +264,7 @@ def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root:
             mark, _ = locate(root, where)
             place = f"{mark.file}:{mark.line}" if mark.line is not None else "--set"
             notices.append(f"{place}: {dotted(where)} takes out no cell")
+    return kept
 
 
 def _ordered(settings: Iterable[Setting]) -> Assignment:
@@ -295,16 +299,13 @@ class Parts:
 
     root: Node
     _known: dict[tuple[Any, ...], Part] = field(default_factory=dict)
-    _base: dict[str, Part] = field(default_factory=dict)
 
     def of(self, cell: Assignment) -> dict[str, Part]:
         """Return the parts of a cell that axes can change."""
         own: dict[str, list[Setting]] = {}
         for setting in cell:
             own.setdefault(str(setting.path[0]), []).append(setting)
-        if not self._base:
-            self._base.update({name: self.get(name, ()) for name in SECTIONS})
-        return {**self._base, **{name: self.get(name, settings) for name, settings in own.items()}}
+        return {name: self.get(name, own.get(name, ())) for name in SECTIONS}
 
     def get(self, name: str, settings: Sequence[Setting]) -> Part:
         """Return the part `name` of a cell with the settings below it, shared by all cells where these agree."""
@@ -333,9 +334,7 @@ class Parts:
 @cache
 def _adapter(name: str) -> TypeAdapter[Any]:
     info = ExperimentSpec.model_fields[name]
-    annotation: Any = info.annotation
-    for more in info.metadata:
-        annotation = Annotated[annotation, more]
+    annotation: Any = Annotated[info.annotation, info]
     return TypeAdapter(annotation)
 
 
@@ -359,14 +358,6 @@ def safe(text: str, limit: int = MAX_VALUE) -> str:
     return f"{clean[: limit - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def value_name(setting: Setting) -> str:
-    """Return a short name of an axis' value."""
-    value = setting.node.plain()
-    if isinstance(value, str) and "/" in value:
-        value = value.rstrip("/").rpartition("/")[2]
-    return safe(_words(value))
-
-
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={_words(item)}" if key != "kind" else str(item) for key, item in value.items())
@@ -381,7 +372,6 @@ class CellNames:
     def __init__(self, root: Node, experiment: str, axes: Sequence[str], errors: list[ErrorDetail]) -> None:
         self.root, self.experiment, self.errors = root, experiment, errors
         self.short = short_axes(axes)
-        self._values: dict[int, str] = {}
         self._fields: dict[str, str] = {}
         node = root.get("cell_name")
         self.template = node.value if node is not None and isinstance(node.value, str) else None
@@ -390,20 +380,13 @@ class CellNames:
 
     def name(self, cell: Assignment) -> str:
         """Return the name of a cell; a single cell without axes is named after the experiment."""
+        values = {setting.axis: setting.name for setting in cell}
         if self.template is not None:
-            values = {setting.axis: self._value(setting) for setting in cell}
             return safe(_FIELD.sub(lambda match: self._field(match.group(1), values), self.template), MAX_NAME)
         if not cell:
             return self.experiment
-        values = {setting.axis: self._value(setting) for setting in cell}
-        return safe(
-            ",".join(f"{short}={values[axis]}" for axis, short in self.short.items() if axis in values), MAX_NAME
-        )
-
-    def _value(self, setting: Setting) -> str:
-        if id(setting) not in self._values:
-            self._values[id(setting)] = value_name(setting)
-        return self._values[id(setting)]
+        parts = (f"{short}={values[axis]}" for axis, short in self.short.items() if axis in values)
+        return safe(",".join(parts), MAX_NAME)
 
     def _field(self, name: str, values: dict[str, str]) -> str:
         axis = self._fields[name]
@@ -444,17 +427,14 @@ class GridBuilder:
 
     def cells(self) -> list[Assignment]:
         """Return the assignments; when one has errors, the later ones are only looked at for new values."""
-        found = list(assignments(self.axes, self.errors, self.notices, self.root))
+        found = assignments(self.axes, self.errors, self.notices, self.root)
         seen: set[int] = set()
-        representatives = []
         for cell in found:
             new = {id(setting) for setting in cell} - seen
             if new or not seen:
-                representatives.append(cell)
+                self.examine(cell)
+                self.errors.extend(self.checks.names(apply(self.root, cell)))
                 seen |= new
-        for cell in representatives:
-            self.examine(cell)
-            self.errors.extend(self.checks.names(apply(self.root, cell)))
         if not self.errors:
             invalid = 0
             for cell in found:

@@ -16,6 +16,17 @@ from orchestrator.spec.yaml.validation_errors import Finding
 ANY_STEPS = 1000
 
 
+def schedule_of(phase: PhaseSpec, schedules: Mapping[str, Any]) -> ScheduleSpec | str:
+    """Return what a phase follows: a schedule, or a variant's name."""
+    return schedules.get(phase.schedule, phase.schedule) if isinstance(phase.schedule, str) else phase.schedule
+
+
+def used_variants(phase: PhaseSpec, schedules: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the variants a phase uses."""
+    schedule = schedule_of(phase, schedules)
+    return schedule.variants() if isinstance(schedule, ScheduleSpec) else (schedule,)
+
+
 def check_schedule(
     phase: PhaseSpec,
     path: Path,
@@ -28,11 +39,9 @@ def check_schedule(
 
     Where the number of steps is not known yet, only what the schedule derives is checked.
     """
-    schedule: Any = phase.schedule
-    where: Path = (*path, "schedule")
-    if isinstance(schedule, str):
-        where = ("schedules", schedule) if schedules and schedule in schedules else where
-        schedule = schedules.get(schedule) if schedules else None
+    schedule, where = schedule_of(phase, schedules or {}), (*path, "schedule")
+    if isinstance(phase.schedule, str):
+        where = ("schedules", phase.schedule)
     if not isinstance(schedule, ScheduleSpec):
         return
     steps = known_steps(phase, data)
@@ -67,7 +76,7 @@ def check_learning(
     phase: PhaseSpec, path: Path, schedules: Mapping[str, Any], variants: Mapping[str, Any], notices: list[str]
 ) -> Iterator[Finding]:
     """Check that a phase that trains compressors alone uses one that learns; note untrained ones that learn."""
-    learns = [name for name in _used(phase, schedules) if any(point.learns for point in variants.get(name, ()))]
+    learns = [name for name in used_variants(phase, schedules) if any(point.learns for point in variants.get(name, ()))]
     if set(phase.train) == {"compressor"} and not learns:
         hint = "use a variant that learns, or train another part"
         yield Finding((*path, "train"), "nothing trains: no variant of the phase's schedule learns", None, hint)
@@ -76,14 +85,6 @@ def check_learning(
             f"phases.{path[-1]}.train: {', '.join(learns)} learns, but `compressor` does not train; it stays as it was "
             "drawn from the seed"
         )
-
-
-def _used(phase: PhaseSpec, schedules: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the variants a phase uses."""
-    schedule: Any = phase.schedule
-    if isinstance(schedule, str):
-        schedule = schedules.get(schedule, schedule)
-    return schedule.variants() if isinstance(schedule, ScheduleSpec) else (schedule,)
 
 
 def check_tested_variants(
@@ -97,7 +98,7 @@ def check_tested_variants(
     used = phases.by_name.values()
     if facts is None or any(phase.start_from is not None for phase in used):
         return
-    names = [name for phase in used for name in _used(phase, schedules)]
+    names = [name for phase in used for name in used_variants(phase, schedules)]
     known = {module for name in names for module in _modules(variants.get(name, ()), facts.num_layers)}
     for key, evaluation in evaluate.items():
         for index, name in enumerate(evaluation.under):

@@ -397,19 +397,21 @@ def _with_article(kind: str) -> str:
     return kind if kind in ("text", "null", "true or false") else f"a {kind}"
 
 
+_SENTENCES = {
+    "finite_number": "the number must be finite",
+    "string_pattern_mismatch": f"a name is made of {_NAME}",
+    "union_tag_not_found": "the `kind` is missing or unknown",
+    "union_tag_invalid": "the `kind` is missing or unknown",
+}
+
+
 def _sentence(error: _Error) -> str:
     if error.type == "value_error":
         return str(error.context["error"])
     if error.type == "too_short":
         least = error.context["min_length"]
         return f"at least {least} {'entry is' if least == 1 else 'entries are'} needed"
-    if error.type == "finite_number":
-        return "the number must be finite"
-    if error.type == "string_pattern_mismatch":
-        return f"a name is made of {_NAME}"
-    if error.type in ("union_tag_not_found", "union_tag_invalid"):
-        return "the `kind` is missing or unknown"
-    return error.text
+    return _SENTENCES.get(error.type, error.text)
 
 
 def _allowed(error: _Error) -> str:
