@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -62,8 +61,7 @@ class Checks:
         sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
         if sound in self._sound:
             return []
-        findings = [*self._compressors(parts, tree), *self._phases(parts), *self._evaluations(parts)]
-        findings += self._places(parts)
+        findings = list(self._find(parts, tree))
         if not findings:
             self._kept.append(parts)
             self._sound.add(sound)
@@ -71,57 +69,41 @@ class Checks:
         root = tree()
         return [error_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]
 
-    def _remember(self, key: tuple[Any, ...], find: Callable[[], Iterator[Finding]]) -> list[Finding]:
-        names = tuple(part if isinstance(part, str) else id(part) for part in key)
-        if names not in self._seen:
-            self._kept.append(key)  # keeps the parts alive, so that an id stays theirs
-            self._seen[names] = list(find())
-        return self._seen[names]
-
-    def _compressors(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[Finding]:
-        variants, model = parts["compressors"], parts["model"]
-        if not variants:
-            return []
-        if model is None:  # other errors of `model` do not hide those of the layers
-            name = tree().at(("model", "model_name_or_path"))
-            if name is None or not isinstance(name.value, str):
-                return []
-            model = self._bare_models.setdefault(name.value, ModelSpec(model_name_or_path=name.value))
-        return self._remember(("variants", variants, model), lambda: self._find_variants(variants, model))
-
-    def _phases(self, parts: dict[str, Any]) -> list[Finding]:
-        phases = parts["phases"]
-        if phases is None:
-            return []
-        others = (parts["data"], parts["schedules"], parts["compressors"], parts["model"])
-        found = self._remember(("phases", phases, *others), lambda: self._find_phases(phases, *others))
-        model: ModelSpec | None = parts["model"]
-        if model is None or (phases.pretrain is None and phases.finetune is None):
-            return found
-        return [*found, *self._remember(("dropout", model), lambda: _check_dropout(model))]
-
-    def _evaluations(self, parts: dict[str, Any]) -> list[Finding]:
-        names = ("evaluate", "phases", "schedules", "compressors", "model")
-        evaluate, phases, schedules, variants, model = (parts[name] for name in names)
-        if None in (evaluate, phases, schedules, variants) or model is None or model.weights == "pretrained":
-            return []  # pretrained weights may hold learned compressors already
-        return self._remember(
-            ("evaluate", evaluate, phases, schedules, variants, model),
-            lambda: check_tested_variants(evaluate, phases, schedules, variants, self._readable_facts(model)),
-        )
-
-    def _places(self, parts: dict[str, Any]) -> list[Finding]:
-        found: list[Finding] = []
-        model, data = parts["model"], parts["data"]
+    def _find(self, parts: dict[str, Any], tree: Callable[[], Node]) -> Iterator[Finding]:
+        names = ("model", "data", "compressors", "schedules", "phases", "evaluate")
+        model, data, variants, schedules, phases, evaluate = (parts[name] for name in names)
+        if variants and (own_or_bare := model or self._bare_model(tree())) is not None:
+            yield from self._once(self._find_variants, variants, own_or_bare)
+        if phases is not None:
+            yield from self._once(self._find_phases, phases, data, schedules, variants, model)
+            if model is not None and phases.by_name:
+                yield from self._once(_check_dropout, model)
+            known = None not in (evaluate, schedules, variants) and model is not None
+            if known and model.weights != "pretrained":  # pretrained weights may hold learned compressors already
+                facts = self._readable_facts(model)
+                yield from self._once(check_tested_variants, evaluate, phases, schedules, variants, facts)
         if model is not None:
-            found += self._remember(("model", model), lambda: check_model(model, self.notices))
+            yield from self._once(check_model, model, self.notices)
         if data:
-            found += self._remember(("data", data), lambda: check_data(data, self.notices))
+            yield from self._once(check_data, data, self.notices)
         for name in ("data", "compressors", "evaluate"):
             if parts[name]:
-                check = partial(check_implementations, name, parts[name])
-                found += self._remember(("components", name, parts[name]), check)
-        return found
+                yield from self._once(check_implementations, name, parts[name])
+
+    def _once(self, find: Callable[..., Iterator[Finding]], *parts: Any) -> list[Finding]:
+        """Return what a check finds in parts of a cell; it is run once for the same ones."""
+        key = (find.__name__, *(part if isinstance(part, str) else id(part) for part in parts))
+        if key not in self._seen:
+            self._kept.append(parts)  # keeps the parts alive, so that an id stays theirs
+            self._seen[key] = list(find(*parts))
+        return self._seen[key]
+
+    def _bare_model(self, tree: Node) -> ModelSpec | None:
+        """Return a model of the name alone: other errors of `model` do not hide those of the layers."""
+        name = tree.at(("model", "model_name_or_path"))
+        if name is None or not isinstance(name.value, str):
+            return None
+        return self._bare_models.setdefault(name.value, ModelSpec(model_name_or_path=name.value))
 
     def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
         try:
