@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path as FilePath
+from functools import partial
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail
@@ -77,14 +77,18 @@ def _plugin(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
     return (_full(node) if node.value.endswith(".py") else node.value), None
 
 
-def _folder(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
+def _existing(node: Node, path: Path, what: str, exists: Callable[[str], bool]) -> tuple[str, ErrorDetail | None]:
     full = _full(node)
-    return full, None if os.path.isdir(full) else _missing(node, path, full, "folder")
+    if exists(full):
+        return full, None
+    parent, name = os.path.split(full)
+    near = registry.nearest(name, os.listdir(parent)) if os.path.isdir(parent) else None
+    hint = f"did you mean {parent}/{near}?" if near else "a relative path is relative to the file that writes it"
+    return full, node.error(f"there is no {what} at {full}", path, hint=hint)
 
 
-def _file(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
-    full = _full(node)
-    return full, None if os.path.isfile(full) else _missing(node, path, full, "file")
+_folder = partial(_existing, what="folder", exists=os.path.isdir)
+_file = partial(_existing, what="file", exists=os.path.isfile)
 
 
 def _deepspeed(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
@@ -98,36 +102,19 @@ def _deepspeed(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
 
 
 def _model(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
-    full = _full(node)
-    if os.path.isdir(full):
-        return full, None
-    if _is_hub_id(node):
+    if not os.path.isdir(_full(node)) and _is_hub_id(node):
         return node.value, None
-    return full, _missing(node, path, full, "model folder")
+    return _existing(node, path, "model folder", os.path.isdir)
 
 
 def _weights(node: Node, path: Path) -> tuple[str, ErrorDetail | None]:
-    if node.value == "random":
+    is_file = node.value.endswith((".bin", ".safetensors", ".pt"))
+    if node.value == "random" or (not os.path.exists(_full(node)) and _is_hub_id(node) and not is_file):
         return node.value, None
-    full = _full(node)
-    if os.path.exists(full):
-        return full, None
-    if _is_hub_id(node) and not node.value.endswith((".bin", ".safetensors", ".pt")):
-        return node.value, None
-    return full, _missing(node, path, full, "folder or weight file")
+    return _existing(node, path, "folder or weight file", os.path.exists)
 
 
 def _is_hub_id(node: Node) -> bool:
     """Return whether `org/name` is the hub's; if `org` is a folder beside the file, it is a path with a typo."""
-    first = node.value.partition("/")[0]
-    if not _HUB_ID.fullmatch(node.value):
-        return False
-    return not os.path.isdir(os.path.join(_base(node), first))
-
-
-def _missing(node: Node, path: Path, full: str, what: str) -> ErrorDetail:
-    parent = FilePath(full).parent
-    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    near = registry.nearest(FilePath(full).name, names) if names else None
-    hint = f"did you mean {parent / near}?" if near else "a relative path is relative to the file that writes it"
-    return node.error(f"there is no {what} at {full}", path, hint=hint)
+    folder = os.path.join(_base(node), node.value.partition("/")[0])
+    return _HUB_ID.fullmatch(node.value) is not None and not os.path.isdir(folder)
