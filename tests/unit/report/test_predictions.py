@@ -55,7 +55,7 @@ def test_the_page_holds_pictures_and_marks_what_is_wrong(evaluated):
     assert limited.count('class="card') == 5 and f"the first 5 of {ROWS} predictions" in limited
 
 
-def test_a_picture_that_is_gone_is_told_in_its_place(evaluated):
+def test_a_picture_that_is_gone_is_named_in_its_place(evaluated):
     found = document(evaluated, "colours")
     found["predictions"][0]["images"] = [str(evaluated / "gone.png")]
     html = predictions_page(found)
@@ -71,12 +71,12 @@ def test_a_picture_that_is_gone_is_told_in_its_place(evaluated):
         (("later",), r"evaluate.later under final .* is not done yet"),
     ],
 )
-def test_what_there_is_not_is_told(evaluated, arguments, message):
+def test_what_there_is_not_is_reported(evaluated, arguments, message):
     with pytest.raises(UsageError, match=message):
         document(evaluated, *arguments)
 
 
-def test_results_without_answers_and_damaged_ones_are_told(evaluated, tmp_path):
+def test_results_without_answers_and_damaged_ones_are_reported(evaluated, tmp_path):
     plan = prepare(evaluated / "tests.yaml")
     job = next(job for job in plan.cells[0].evaluations if job.name == "colours")
     file = plan.ledger.storage / "predictions" / f"{job.id}.jsonl.gz"

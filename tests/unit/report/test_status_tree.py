@@ -193,7 +193,7 @@ def test_a_plan_fits_its_width_and_tells_each_reason_once(plan: ExperimentPlan, 
     assert line.count("failed: diverged at step 3") == 1 and "schedule=heavy, schedule=two_stage: failed" in line
 
 
-def test_rows_that_failed_are_told_with_the_failure(plan: ExperimentPlan) -> None:
+def test_rows_that_failed_are_reported_with_the_failure(plan: ExperimentPlan) -> None:
     job = plan.tree.work(plan.ledger)[1]
     rows = "\n".join(f"    row {n}: two images, one placeholder" for n in range(30))
     plan.ledger.write_failure(job.id, {"error": f"data.train: 30 errors\n{rows}"})

@@ -107,7 +107,7 @@ def test_the_other_rows_are_held_against_the_baseline_of_their_seed():
     assert rows[2]["metrics"]["cost/train_tflops"] == 4  # documents keep their unit
 
 
-def test_no_difference_is_told_where_no_baseline_fits():
+def test_no_difference_is_shown_where_no_baseline_fits():
     many = {**AXES, "full0": {**AXES["full0"], "seed": 7}, "full1": {**AXES["full1"], "seed": 8}}
     table = ablation_table(RECORDS, many, baseline=BASELINE)
     assert all(not row.against for row in table.rows)
@@ -123,7 +123,7 @@ def test_what_the_formula_gives_has_no_deviation_of_nothing():
     assert "11.00 ± 1.414" in ablation_table(moved, AXES, mean_over=["seed"]).render("md")
 
 
-def test_operations_are_told_in_a_unit_that_fits():
+def test_operations_are_shown_in_a_unit_that_fits():
     large = [record("full0", 0.8, 33_263_875.49), record("heavy0", 0.7, 6_377_911.66)]
     text = ablation_table(large, AXES).render("md")
     assert "train EFLOPs" in text and "| 33.26 |" in text and "| 6.378 |" in text
@@ -135,7 +135,7 @@ def test_operations_are_told_in_a_unit_that_fits():
     assert (unit.name, unit.text(12.0), unit.text(5e6)) == ("EFLOPs", "1.2e-05", "5.000")
 
 
-def test_long_spans_are_told_in_days():
+def test_long_spans_are_shown_in_days():
     assert [clock(s) for s in (7, 3723, 47 * 3600, 100 * 3600)] == ["0:07", "1:02:03", "47:00:00", "4 days 4 h"]
 
 

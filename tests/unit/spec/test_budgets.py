@@ -40,12 +40,12 @@ def test_the_mean_over_layers_is_met(layer, average):
     assert solved.stride is None and solved.layer_average_tokens is None
 
 
-def test_what_cannot_be_reached_is_told_with_the_range():
+def test_what_cannot_be_reached_is_reported_with_the_range():
     with pytest.raises(ValueError, match=r"between 36\.9 and 576"):
         solve_layer_average(pool(layer=2, layer_average_tokens=30), 32, GRID)
 
 
-def test_a_method_of_blocks_takes_the_nearest_and_more_than_two_percent_off_is_told():
+def test_a_method_of_blocks_takes_the_nearest_and_more_than_two_percent_off_is_reported():
     spec = Blocks(kind="blocks", layer=0, layer_average_tokens=145)
     assert solve_layer_average(spec, 32, GRID).keep_tokens == 144
     coarse = Blocks(kind="blocks", layer=0, layer_average_tokens=47)

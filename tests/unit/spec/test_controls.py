@@ -66,7 +66,7 @@ def test_what_acts_before_the_decoder_only_meets_the_mean_over_layers(small, wri
     ("kind", "message"),
     [("random_dorp", "there is no method `random_dorp`"), ("fastv", "cannot be the control of heavy")],
 )
-def test_a_control_that_cannot_be_is_told_where_it_is_written(kind, message, small, write):
+def test_a_control_that_cannot_be_is_reported_where_it_is_written(kind, message, small, write):
     small = small.replace("kind: average_pool, layer: 2", "kind: average_pool, layer: 0")
     with pytest.raises(SpecError, match=message) as error:
         load(write, small, f"controls: [{kind}]\n")

@@ -142,7 +142,7 @@ def test_wrong_grids(text: str, message: str, small: str, write: Write) -> None:
     assert message in errors(lambda: load_experiment(write(small + text + "\n")))
 
 
-def test_a_wrong_axis_value_is_told_once_however_large_the_grid(small: str, write: Write) -> None:
+def test_a_wrong_axis_value_is_reported_once_however_large_the_grid(small: str, write: Write) -> None:
     seeds = ", ".join(map(str, range(100)))
     path = write(small + f"matrix: {{seed: [{seeds}], phases.finetune.max_steps: [10, -1]}}\n")
     with pytest.raises(SpecError) as caught:

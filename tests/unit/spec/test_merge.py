@@ -89,7 +89,7 @@ def test_a_diamond_is_read_once_however_deep(small: str, write: Write) -> None:
     assert load_experiment(write("extends: f29.yaml\n")).spec.name == "small"
 
 
-def test_circles_are_told_with_their_files(small: str, write: Write) -> None:
+def test_circles_are_reported_with_their_files(small: str, write: Write) -> None:
     write(small + "extends: b.yaml\n", "a.yaml")
     b = write("extends: a.yaml\n", "b.yaml")
     text = messages(b)
@@ -98,7 +98,7 @@ def test_circles_are_told_with_their_files(small: str, write: Write) -> None:
     assert "itself.yaml" in messages(write("extends: itself.yaml\nname: x\n", "itself.yaml"))
 
 
-def test_a_very_long_chain_is_a_fault(small: str, write: Write) -> None:
+def test_a_very_long_chain_is_an_error(small: str, write: Write) -> None:
     write(small, "f0.yaml")
     for number in range(1, 50):
         write(f"extends: f{number - 1}.yaml\n", f"f{number}.yaml")
@@ -150,7 +150,7 @@ def test_a_mistyped_folder_is_no_hub_id(small: str, write: Write, folder: Path) 
     assert "tiny-llava" in text
 
 
-def test_aliases_are_renamed_and_told(small: str, write: Write) -> None:
+def test_aliases_are_renamed_and_reported(small: str, write: Write) -> None:
     text = (
         small.replace("learning_rate:", "lr:")
         .replace("max_steps: 100", "epochs: 1\n    batch_size: 64\n    micro_batch_size: 8")
@@ -173,7 +173,7 @@ def test_an_alias_above_wins_over_the_canonical_name_below(small: str, write: Wr
     assert loaded.tree["phases"]["finetune"]["learning_rate"] == 0.5
 
 
-def test_both_names_at_once_are_a_fault(small: str, write: Write) -> None:
+def test_both_names_at_once_are_an_error(small: str, write: Write) -> None:
     text = messages(write(small.replace("learning_rate: 1e-3", "learning_rate: 1e-3\n    lr: 1e-4")))
     assert ":19:5: phases.finetune.lr: `lr` and `learning_rate` are two names" in text
 

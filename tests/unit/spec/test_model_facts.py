@@ -139,7 +139,7 @@ def test_the_hub_cache_is_read_without_network(tmp_path: Path, monkeypatch: pyte
     assert model_facts("org/unknown") is None
 
 
-def test_unknown_types_give_none_and_broken_files_are_told(tmp_path: Path) -> None:
+def test_unknown_types_give_none_and_broken_files_are_reported(tmp_path: Path) -> None:
     assert model_facts(write_config(tmp_path, {"model_type": "novel"})) is None
     assert model_facts(write_config(tmp_path, {"text_config": {"model_type": "novel"}})) is None
     assert model_facts(str(tmp_path / "nothing")) is None

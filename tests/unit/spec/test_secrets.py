@@ -91,7 +91,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("secret", [SECRETS[0], SECRETS[7], HF])
-def test_wherever_it_stands_the_file_is_refused_and_it_is_not_told(
+def test_wherever_it_stands_the_file_is_refused_and_it_is_not_shown(
     place: str, secret: str, tmp_path: Path, tiny_text: str
 ) -> None:
     top = place.partition(":")[0]

@@ -184,14 +184,14 @@ def test_a_folder_that_is_not_its_own_is_never_emptied(tmp_path):
     assert (tmp_path / "smoke" / "mine.txt").read_text() == "mine"
 
 
-def test_a_model_without_its_processor_is_told_with_its_own_folder(tmp_path):
+def test_a_model_without_its_processor_is_reported_with_its_own_folder(tmp_path):
     path = tmp_path / "large.yaml"
     path.write_text(TEXT)
     with pytest.raises(UsageError, match=r"no processor in .*llava-1\.5-7b"):
         prepare_smoke(load_experiment(path, [f"cluster.storage_path={tmp_path}"]))
 
 
-def test_a_start_from_elsewhere_is_left_out_and_told(cells, tmp_path):
+def test_a_start_from_elsewhere_is_left_out_and_reported(cells, tmp_path):
     spec = cells[0].spec
     phase = spec.phases.finetune.model_copy(update={"start_from": str(MODELS)})
     spec = spec.model_copy(update={"phases": spec.phases.model_copy(update={"finetune": phase})})

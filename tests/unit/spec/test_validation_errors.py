@@ -151,12 +151,12 @@ def test_wrong_files(case: tuple, small: str, write: Callable[..., Path]) -> Non
         assert "Input should" not in str(error)
 
 
-def test_one_mistake_is_told_once(small: str, write: Callable[..., Path]) -> None:
+def test_one_mistake_is_reported_once(small: str, write: Callable[..., Path]) -> None:
     errors = errors_of(write(small.replace("max_steps: 100", "max_stepps: 100")))
     assert [error.path for error in errors] == ["phases.finetune.max_stepps"]
 
 
-def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> None:
+def test_all_errors_are_reported_at_once(small: str, write: Callable[..., Path]) -> None:
     text = (
         small.replace("weights: random", "weights: random, dtype: float23")
         .replace("stride: 8", "stride: 65")
@@ -179,20 +179,20 @@ def test_all_faults_are_told_at_once(small: str, write: Callable[..., Path]) -> 
     }
 
 
-def test_faults_of_a_lower_file_name_that_file(small: str, write: Callable[..., Path]) -> None:
+def test_errors_of_a_lower_file_name_that_file(small: str, write: Callable[..., Path]) -> None:
     base = write(small.replace("stride: 8", "strid: 8"), "base.yaml")
     errors = errors_of(write("extends: base.yaml\nname: child\n"))
     assert (errors[0].file, errors[0].line, errors[0].column) == (str(base), 7, 41)
 
 
-def test_broken_model_config_is_a_fault(small: str, write: Callable[..., Path]) -> None:
+def test_broken_model_config_is_an_error(small: str, write: Callable[..., Path]) -> None:
     write("{", "tiny/config.json")
     error = errors_of(write(small))[0]
     assert error.path == "model.model_name_or_path"
     assert "cannot be read as JSON" in error.message
 
 
-def test_missing_file_is_a_fault(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     assert "no such file" in errors_of(tmp_path / "none.yaml")[0].message
     assert "a folder" in errors_of(tmp_path)[0].message
 

@@ -41,7 +41,9 @@ def with_variant(small: str, points: str) -> str:
         ),
     ],
 )
-def test_points_that_do_not_fit_are_told_once(points: str, key: str, message: str, small: str, write: Write) -> None:
+def test_points_that_do_not_fit_are_reported_once(
+    points: str, key: str, message: str, small: str, write: Write
+) -> None:
     (error,) = errors_of(write(with_variant(small, points)))
     assert error.path == f"compressors.v.{key}"
     assert message in error.message
@@ -94,7 +96,7 @@ def test_a_learned_variant_that_no_phase_uses_cannot_be_tested(small: str, write
     load_experiment(write(tested.replace("weights: random", "weights: pretrained")))
 
 
-def test_a_plugin_that_fails_on_a_grid_is_told_by_name(small: str, write: Write, tmp_path: Path) -> None:
+def test_a_plugin_that_fails_on_a_grid_is_reported_by_name(small: str, write: Write, tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(
         "from typing import ClassVar, Literal\n"
         "from orchestrator.spec.components import CompressorSpec\n\n\n"

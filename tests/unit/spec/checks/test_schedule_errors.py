@@ -32,7 +32,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("schedule", "line", "key", "message", "allowed"), WRONG)
-def test_what_a_policy_gets_wrong_is_told_where_it_stands(
+def test_what_a_policy_gets_wrong_is_reported_where_it_stands(
     schedule: str, line: int, key: str, message: str, allowed: str | None, small: str, write: Write
 ) -> None:
     assert STAGES in small

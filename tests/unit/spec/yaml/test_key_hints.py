@@ -223,7 +223,7 @@ MEANT = [
 
 
 @pytest.mark.parametrize("case", MEANT, ids=lambda case: case[0].partition(":")[0])
-def test_a_key_of_another_program_is_told_by_meaning(case: tuple, small: str, write: Callable[..., Path]) -> None:
+def test_a_key_of_another_program_is_reported_by_meaning(case: tuple, small: str, write: Callable[..., Path]) -> None:
     key, hint = case
     errors = errors_of(write(small.replace("    data: train\n", f"    data: train\n    {key}\n")))
     assert len(errors) == 1, "\n".join(map(str, errors))
@@ -353,7 +353,7 @@ CAUSES = [
 
 
 @pytest.mark.parametrize("case", CAUSES, ids=[f"{case[2]}-{number}" for number, case in enumerate(CAUSES)])
-def test_a_cause_is_told_alone(case: tuple, small: str, write: Callable[..., Path]) -> None:
+def test_a_cause_is_reported_alone(case: tuple, small: str, write: Callable[..., Path]) -> None:
     old, new, path = case
     assert old in small
     text = small.replace(old, new, 1)
@@ -362,7 +362,7 @@ def test_a_cause_is_told_alone(case: tuple, small: str, write: Callable[..., Pat
     assert [error.path for error in errors_of(write(text))] == [path]
 
 
-def test_a_file_below_that_cannot_be_read_is_told_alone(write: Callable[..., Path]) -> None:
+def test_a_file_below_that_cannot_be_read_is_reported_alone(write: Callable[..., Path]) -> None:
     write("model: {a: [\n", "base.yaml")
     text = "extends: base.yaml\nname: x\nmatrix: {phases.finetune.schedule: [full, heavy]}\n"
     errors = errors_of(write(text + "report: {baseline: {phases.finetune.schedule: full}}\n"))

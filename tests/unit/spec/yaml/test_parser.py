@@ -136,7 +136,7 @@ HOSTILE = [
     ("data", "message", "place"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE]
 )
 @pytest.mark.timeout(30)
-def test_hostile_files_are_told(data: bytes, message: str | None, place: tuple[int, int] | None) -> None:
+def test_hostile_files_are_reported(data: bytes, message: str | None, place: tuple[int, int] | None) -> None:
     if message is None:
         assert isinstance(read_tree(data, "f.yaml").value["a"].value, str)
     else:
@@ -150,18 +150,18 @@ def test_hostile_files_are_told(data: bytes, message: str | None, place: tuple[i
             assert (error.line, error.column) == place
 
 
-def test_duplicates_and_tags_are_told_all_at_once() -> None:
+def test_duplicates_and_tags_are_reported_all_at_once() -> None:
     _, errors = read_value(b"a: 1\na: 2\nb: {c: 1, c: 2}\nd: !x 1\n", "f.yaml")
     assert [(error.path, error.line) for error in errors] == [("a", 2), ("b.c", 3), ("d", 4)]
 
 
-def test_faults_are_bounded() -> None:
+def test_errors_are_bounded() -> None:
     _, errors = read_value(b"a:\n" * 100_000, "f.yaml")
     assert len(errors) <= 101
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_any_bytes_give_a_tree_or_a_fault(data: bytes) -> None:
+def test_any_bytes_give_a_tree_or_an_error(data: bytes) -> None:
     try:
         root = read_tree(data, "f.yaml")
     except SpecError as error:
