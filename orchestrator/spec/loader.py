@@ -120,12 +120,9 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
 
 def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[ErrorDetail], list[str]]:
     files = Inheritance({} if given is None else {str(path): given})
-    raw = files.read(str(path))
-    if raw is None:
-        raise SpecError(_unique(files.errors))
+    files.read(str(path))
+    _stop_at(files.errors)  # all else would only say that what stands in that file is missing
     plugins = next((o.node for o in reversed(overrides) if o.text == "plugins"), None) or files.plugins(str(path))
-    if files.errors:
-        raise SpecError(_unique(files.errors))  # all else would only say that what stands in that file is missing
     errors = load_plugins(plugins)
     root = files.merge(str(path))
     assert root is not None

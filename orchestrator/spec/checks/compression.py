@@ -159,29 +159,20 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
         yield Finding((*where, "layer"), message, "a decoder layer from 1 on")
     if facts is None:
         return
-    if place == "decoder" and "decoder" in point.points:
-        yield from _check_layer(point, where, facts)
-    if facts.first_layer and _adds_tokens(point):
-        deep = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
+    first, layer = facts.first_layer, point.layer_index(facts.num_layers)
+    deep = f"{facts.model_type} adds visual features up to layer {first - 1} (DeepStack)"
+    if place == "decoder" and "decoder" in point.points and layer >= facts.num_layers:
+        message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
+        yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
+    elif layer < first and (place == "projector" or "decoder" in point.points):
+        yield Finding((*where, "layer"), deep, f"a decoder layer from {first} on")
+    if first and _adds_tokens(point):
         message = f"{point.kind} adds tokens at the decoder's input, but {deep}, which must find the tokens it knows"
         yield Finding((*where, "kind"), message)
-    if facts.first_layer and place == "projector":
-        message = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
-        yield Finding((*where, "layer"), message, f"a decoder layer from {facts.first_layer} on")
     for need in point.needs:
         if need in _NEEDS and need not in facts.offers:
             reason = _NEEDS[need].format(model=f"this {facts.model_type}")
             yield Finding((*where, "kind"), f"{point.kind} needs {reason}")
-
-
-def _check_layer(point: CompressorSpec, where: Path, facts: ModelFacts) -> Iterator[Finding]:
-    layer, path = point.layer_index(facts.num_layers), (*where, "layer")
-    if layer >= facts.num_layers:
-        message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
-        yield Finding(path, message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
-    elif layer < facts.first_layer:
-        message = f"{facts.model_type} adds visual features up to layer {facts.first_layer - 1} (DeepStack)"
-        yield Finding(path, message, f"a decoder layer from {facts.first_layer} on")
 
 
 def _adds_tokens(point: CompressorSpec) -> bool:

@@ -83,7 +83,11 @@ def _existing(node: Node, path: Path, what: str, exists: Callable[[str], bool]) 
         return full, None
     parent, name = os.path.split(full)
     near = registry.nearest(name, os.listdir(parent)) if os.path.isdir(parent) else None
-    hint = f"did you mean {os.path.join(parent, near)}?" if near else "a relative path is relative to the file that writes it"
+    hint = (
+        f"did you mean {os.path.join(parent, near)}?"
+        if near
+        else "a relative path is relative to the file that writes it"
+    )
     return full, node.error(f"there is no {what} at {full}", path, hint=hint)
 
 

@@ -246,17 +246,11 @@ _TABLE: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
+_MEANINGS = {name: hint for hint, names in reversed(_TABLE) for name in names.split()}  # the first hint wins
+
+
 def _normal(name: str) -> str:
     return name.strip().lstrip("-").lower().replace("-", "_")
-
-
-@cache
-def _meanings() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for hint, names in _TABLE:
-        for name in names.split():
-            found.setdefault(name, hint)
-    return found
 
 
 def meaning_of(name: str, place: str = "") -> str | None:
@@ -266,7 +260,7 @@ def meaning_of(name: str, place: str = "") -> str | None:
         name: The name as written.
         place: Dotted path of the block it stands in; what belongs into the same phase is named without its path.
     """
-    hint = _meanings().get(_normal(name))
+    hint = _MEANINGS.get(_normal(name))
     if hint is None:
         return None
     parts = place.split(".")
@@ -295,13 +289,12 @@ def hint_for_key(name: str, known: Sequence[str], place: str = "") -> str | None
 
 def _elsewhere(name: str, place: str) -> str | None:
     """Return where a key or an alias of it belongs that stands in the wrong block."""
-    places = {where: key for where, key in _places().get(name, {}).items() if where != place}
-    if not places:
-        return None
-    texts = []
-    for where, key in places.items():
-        texts.append(f"{where}.{key}" if where else f"`{key}` at the top of the file")
-    return f"it belongs elsewhere: {' or '.join(texts[:3])}"
+    places = [
+        f"{where}.{key}" if where else f"`{key}` at the top of the file"
+        for where, key in _places().get(name, {}).items()
+        if where != place
+    ]
+    return f"it belongs elsewhere: {' or '.join(places[:3])}" if places else None
 
 
 @cache

@@ -50,14 +50,15 @@ def rewriting(node: Node, allowed: str, path: str) -> str | None:
         if any(item.is_mapping or item.is_list for item in node.value):
             return None
         return f"several values are an axis of the grid: matrix: {{{path}: {node.written()}}}"
+    quoted = f'put it in quotes: "{node.written()}"' if "text" in allowed else None
     if isinstance(value, bool):
-        return _quoted(node, allowed)
+        return quoted
     if isinstance(value, int | float):
         if "true or false" in allowed and value in (0, 1):
             return f"write {'true' if value else 'false'}"
         if isinstance(value, float) and value.is_integer() and "whole number" in allowed:
             return f"write {int(value)}"
-        return _listed(node, allowed) or _quoted(node, allowed)
+        return f"write [{as_yaml(node.plain())}]" if "a list" in allowed else quoted
     return None
 
 
@@ -104,14 +105,6 @@ def _number(text: str) -> tuple[float | int, str] | None:
         found = float(text[:-1]) * _SUFFIX[text[-1]]
         return (int(found) if found.is_integer() else found), "in full"
     return None
-
-
-def _quoted(node: Node, allowed: str) -> str | None:
-    return f'put it in quotes: "{node.written()}"' if "text" in allowed else None
-
-
-def _listed(node: Node, allowed: str) -> str | None:
-    return f"write [{as_yaml(node.plain())}]" if "a list" in allowed else None
 
 
 _KINDS = {
@@ -378,7 +371,9 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
         return "this name cannot be used", f"a name is made of {_NAME}", None
     rewritten = rewriting(node, allowed, dotted(error.path)) if node is not None else None
     if not pointed:
-        return f"expected {allowed}, got {_with_article(kind_of(value))}", allowed, rewritten
+        kind = kind_of(value)
+        given = kind if kind in ("text", "null", "true or false") else f"a {kind}"
+        return f"expected {allowed}, got {given}", allowed, rewritten
     if error.type in _BOUNDS:
         return f"must be {_allowed(error)}", allowed, None
     if error.type == "literal_error":
@@ -391,10 +386,6 @@ def _words(group: list[_Error], node: Node | None) -> tuple[str, str | None, str
         return f"{_UNKNOWN_KIND}{kind}`", unknown_name(kind, choices)[0], near or _OWN_KIND
     # A mapping was read as one; that text could stand in its place does not help.
     return _sentence(error), None if node is not None and node.is_mapping else allowed or None, rewritten
-
-
-def _with_article(kind: str) -> str:
-    return kind if kind in ("text", "null", "true or false") else f"a {kind}"
 
 
 _SENTENCES = {
