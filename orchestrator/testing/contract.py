@@ -128,7 +128,8 @@ def component_of(
     cls: type[SpecType] = registry.class_of(reference, base.registry_group, kit)
     given = reference if isinstance(reference, Mapping) else {}
     refuse_unfinished(cls, kit)
-    values = {"kind": cls.kind_name(), **example_of(cls), **(defaults or {}), **given}
+    examples = {name: one.examples[0] for name, one in cls.model_fields.items() if one.is_required() and one.examples}
+    values = {"kind": cls.kind_name(), **examples, **(defaults or {}), **given}
     missing = sorted(name for name, one in cls.model_fields.items() if one.is_required() and name not in values)
     if missing:
         first = missing[0]
@@ -153,12 +154,6 @@ def refuse_unfinished(cls: type[Component], kit: str) -> None:
         raise UsageError(f'{kit}: {cls.__name__} has no kind; write `kind: Literal["NAME"] = "NAME"` in it')
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise UsageError(f"{kit}: {cls.__name__} lacks {', '.join(missing)}; its base class says what it is")
-
-
-def example_of(cls: type[Component]) -> dict[str, Any]:
-    """Return the first example of each required field that has one."""
-    fields = cls.model_fields.items()
-    return {name: one.examples[0] for name, one in fields if one.is_required() and one.examples}
 
 
 def check_spec(contract: Contract, spec: Component, methods: Sequence[str] = ()) -> None:

@@ -145,7 +145,6 @@ def build_resampler(spec: QFormerSpec, width: int) -> nn.Module:
 
     hidden = spec.inner_width(width)
     queries = spec.max_queries or spec.keep_tokens or 0  # never 0: the spec asks for one of them
-    assert queries is not None
 
     class Resampler(nn.Module):
         """Queries, their layers, and the maps from and to the width of the tokens."""

@@ -156,7 +156,7 @@ def stage(model: dict[str, Any], last_step: int, first_step: int = 0, **values: 
 
 def make_ledger(folder: Path, model: dict[str, Any]) -> Any:
     """A ledger with the root in it; every rank calls it."""
-    from orchestrator.models import write_initial_weights
+    from orchestrator.models.initial_weights import write_initial_weights
     from orchestrator.plan.ledger import Ledger
     from orchestrator.training import distributed
 

@@ -124,20 +124,16 @@ def padding_mask(family: Family, current: Pass, arguments: dict[str, Any]) -> Te
     Families whose top model makes masks (Gemma 3, PaliGemma) hand ready ones of the full length to the language model;
     these are of no use here, and what they were made of is what the top model was given.
     """
-    mask = arguments.get("attention_mask")
-    if (
-        mask is not None
-        and not (isinstance(mask, Tensor) and mask.ndim == 2)
-        and current.inputs
-        and family.remakes_masks
-    ):
-        mask = current.inputs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise UsageError(
-            "compression: attention_mask must be 2-D (batch x tokens); a ready-made mask (static cache) cannot follow "
-            "tokens that are dropped"
-        )
-    return mask
+    masks = [arguments.get("attention_mask")]
+    if current.inputs and family.remakes_masks:
+        masks.append(current.inputs.get("attention_mask"))
+    for mask in masks:
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            return mask
+    raise UsageError(
+        "compression: attention_mask must be 2-D (batch x tokens); a ready-made mask (static cache) cannot follow "
+        "tokens that are dropped"
+    )
 
 
 def check_positions(arguments: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,12 +32,8 @@ _NINE = [IMAGE] * 9
 _THREE = {"image": (Grid(3, 3),)}
 
 
-def _square(side: int) -> Callable[[Draw], None]:
+def _square(draw: Draw, side: int = 24, name: str = "pixel_values") -> None:
     """Add the pixels of square images."""
-    return partial(_add_square, side=side, name="pixel_values")
-
-
-def _add_square(draw: Draw, side: int, name: str) -> None:
     images = sum(kind != "video" for kind in draw.flat)
     if images:
         draw.inputs[name] = draw.pixels(images, 3, side, side)
@@ -205,7 +201,7 @@ def _paligemma(text: Any, **more: Any) -> TinyFamily:
         text,
         {"image": _NINE},
         _suffix,
-        _square(24),
+        _square,
         units=_THREE,
         image_token_index=IMAGE,
         **sizes,
@@ -243,7 +239,7 @@ _FAMILIES = (
     TinyFamily(
         "llava",
         lambda attention, seed: tiny_llava(attention, seed=seed),
-        batcher({"image": _NINE}, _square(24)),
+        batcher({"image": _NINE}, _square),
         _THREE,
     ),
     tiny(
@@ -278,7 +274,7 @@ _FAMILIES = (
         _CLIP,
         hf.LlamaConfig,
         {"image": _NINE, "video": [VIDEO] * 10 * _FRAMES},
-        partial(_add_square, side=24, name=_VIDEO_LLAVA_PIXELS),
+        partial(_square, name=_VIDEO_LLAVA_PIXELS),
         _frames,
         units={"image": (Grid(3, 3),), "video": (Grid(1, 1), Grid(3, 3)) * _FRAMES},  # a frame's CLS token stays
         image_token_index=IMAGE,
@@ -289,7 +285,7 @@ _FAMILIES = (
         _CLIP,
         hf.LlamaConfig,
         {"image": _NINE},
-        _square(24),
+        _square,
         units=_THREE,
         image_token_id=IMAGE,
         **_VIP,
@@ -331,7 +327,7 @@ _FAMILIES = (
         hf.Gemma3TextConfig(**_GEMMA, layer_types=[_SLIDING, _FULL, _SLIDING, _SLIDING]),
         {"image": [SEPARATOR, *_NINE, SEPARATOR]},  # between a token that begins and one that ends an image
         _gemma_types,
-        _square(48),
+        partial(_square, side=48),
         units=_THREE,
         after=_gemma_projection,
         mm_tokens_per_image=9,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -96,13 +96,10 @@ def decoder_inputs(model: nn.Module, language_model: nn.Module, batch: Mapping[s
 
 def _run_until_reached(model: Any, batch: Mapping[str, Any], handles: Sequence[RemovableHandle]) -> None:
     """Run a plain model on a batch until a hook raises `Reached`, then remove the hooks."""
-    try:
-        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-    except Reached:
-        pass
-    finally:
+    with ExitStack() as hooks, suppress(Reached):
         for handle in handles:
-            handle.remove()
+            hooks.enter_context(handle)
+        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
 
 
 def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence[Grid]]) -> list[RowState]:
@@ -284,44 +281,28 @@ def grid_left(kept: Any, grid: Grid) -> Grid:
     return kept.grid or (grid if count == grid.tokens else Grid(1, count))
 
 
-@dataclass
-class TowerMaps:
-    """Filled by the calls of the tower's last used attention, images in the order of the batch.
-
-    Attributes:
-        maps: Attention maps: images x heads x tokens x tokens.
-        keys: Keys: images x tokens x (heads side by side).
-    """
-
-    maps: list[Tensor] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-
-
 @contextmanager
-def watched(family: Family, needed: bool) -> Iterator[TowerMaps]:
-    """Collect what the tower's CLS token sees within the block, if it is needed."""
-    found = TowerMaps()
-    handles: list[Any] = []
-    if needed:
-        attention = family.cls_attention()
-        handles = [
-            attention.register_forward_hook(lambda _, args, output: found.maps.append(output[1])),
-            attention.k_proj.register_forward_hook(lambda _, args, output: found.keys.append(output)),
-        ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def watched(family: Family, needed: bool) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Collect, if it is needed, attention maps (images x heads x tokens x tokens) and keys (images x tokens x heads
+    side by side) of the calls of the tower's last used attention within the block, images in the order of the batch.
+    """
+    maps: list[Tensor] = []
+    keys: list[Tensor] = []
+    with ExitStack() as hooks:
+        if needed:
+            attention = family.cls_attention()
+            hooks.enter_context(attention.register_forward_hook(lambda _, args, output: maps.append(output[1])))
+            hooks.enter_context(attention.k_proj.register_forward_hook(lambda _, args, output: keys.append(output)))
+        yield maps, keys
 
 
-def with_cls(states: Sequence[RowState], seen: TowerMaps) -> list[RowState]:
+def with_cls(states: Sequence[RowState], maps: Sequence[Tensor], keys: Sequence[Tensor]) -> list[RowState]:
     """Return the rows with what the CLS token paid to each visual token and its key, mean over heads, by original
     column.
     """
-    if not seen.maps:
+    if not maps:
         return list(states)
-    maps_IHTT, keys_ITD = torch.cat(seen.maps).detach(), torch.cat(seen.keys).detach()
+    maps_IHTT, keys_ITD = torch.cat(list(maps)).detach(), torch.cat(list(keys)).detach()
     heads = maps_IHTT.shape[1]
     keys_ITd = keys_ITD.unflatten(2, (heads, -1)).mean(2)
     number, done = 0, []
@@ -526,9 +507,9 @@ class Reference:
             points: Compressors in the order of layers, those at the decoder's input included.
         """
         self.unstable, self.calls = False, []
-        with watched(self.family, any("cls" in point.spec.needs for point in points)) as seen:
+        with watched(self.family, any("cls" in point.spec.needs for point in points)) as (maps, keys):
             states = take_rows(self.family, batch, units)
-        states = with_cls(states, seen)
+        states = with_cls(states, maps, keys)
         before = [point for point in points if point.at_projector]
         if before:
             states = before_projector(self.family, batch, states, before, self._at_projector)

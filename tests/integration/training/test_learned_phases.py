@@ -51,7 +51,7 @@ def phases(folder: Path, pretrain: StageJob, finetune: list[StageJob], frozen: S
 
 def test_phases_and_evaluations(made: tuple[Path, Path], tmp_path: Path) -> None:
     from orchestrator.compression import attach
-    from orchestrator.models import build_model
+    from orchestrator.models.build import build_model
     from orchestrator.models.compressor_weights import learned_modules, learned_weights
     from orchestrator.registry import load_plugin
     from orchestrator.spec.model import ModelSpec

@@ -80,7 +80,7 @@ def plain_loop(job: StageJob, root: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     from orchestrator.compression import attach
-    from orchestrator.models import build_model
+    from orchestrator.models.build import build_model
     from orchestrator.models.parts import parameter_groups, set_trainable
     from orchestrator.spec.model import ModelSpec
     from orchestrator.training.engine import TrainingMemory

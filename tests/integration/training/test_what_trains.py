@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_workers import launch, make_ledger, model_of, never, recipe_of, stage, write_model
 
-from orchestrator.models import build_model
+from orchestrator.models.build import build_model
 from orchestrator.models.parts import part_of
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.model import ModelSpec

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
-from orchestrator.models import build_model, write_initial_weights
-from orchestrator.models.build import WEIGHTS_FILE, compute_dtype, save_weights, weight_tensors
-from orchestrator.models.initial_weights import write_start_weights
+from orchestrator.models.build import WEIGHTS_FILE, build_model, compute_dtype, save_weights, weight_tensors
+from orchestrator.models.initial_weights import write_initial_weights, write_start_weights
 from orchestrator.plan.jobs import RootJob, StartJob
 from orchestrator.spec.model import ModelSpec
 

@@ -8,8 +8,7 @@ from peft.tuners.lora import LoraLayer
 from repository import TINY_LLAVA
 
 from orchestrator.errors import UsageError
-from orchestrator.models import build_model
-from orchestrator.models.build import weight_tensors
+from orchestrator.models.build import build_model, weight_tensors
 from orchestrator.models.lora import add_lora, merged_weights
 from orchestrator.models.parts import parameter_groups, part_of, set_trainable
 from orchestrator.spec.model import ModelSpec

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.errors import StageRunError, UsageError
-from orchestrator.models import build_model
+from orchestrator.models.build import build_model
 from orchestrator.models.lora import add_lora
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import LoraSpec
