@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 
-import pytest
 import torch
 
 from orchestrator import registry
@@ -67,16 +65,6 @@ def images_of(grid, images=3, axes=1, dtype=torch.float32, seed=0, sizes=True):
     return visual_BND, context
 
 
-def part_of(context, image):
-    """The context of one image alone."""
-    return dataclasses.replace(
-        context,
-        positions_ABN=context.positions_ABN[:, image : image + 1],
-        sizes_BN=context.sizes_BN[image : image + 1],
-        rows_B=context.rows_B[image : image + 1],
-    )
-
-
 def check_against_loop(method, loop, grid, axes=1, seed=0, atol=1e-5, visual_BND=None):
     """Hidden states, position ids, sizes, sources and gradients equal those of `loop`, image by image.
 
@@ -104,54 +92,6 @@ def check_against_loop(method, loop, grid, axes=1, seed=0, atol=1e-5, visual_BND
         hidden_MD.backward(pull_BMD[image])
         assert torch.allclose(gradient_BND[image], own_ND.grad, atol=atol)
     return kept
-
-
-def check_keeps_all(kind, **options):
-    """Every way to ask for all tokens leaves them exactly as they are."""
-    for grid in GRIDS:
-        for amount in ({"stride": 1}, {"keep_tokens": grid.tokens}, {"keep_ratio": 1}):
-            visual_BND, context = images_of(grid, axes=3)
-            kept = build(kind, **amount, **options).compress(visual_BND, grid, context)
-            assert torch.allclose(kept.hidden_BMD, visual_BND, rtol=0, atol=1e-6)
-            assert torch.equal(kept.positions_ABM, context.positions_ABN)
-            assert torch.equal(kept.sizes_BM, context.sizes_BN)
-            assert kept.grid in (grid, None)  # none named: the same where all are kept
-            assert kept.sources_BM.tolist() == [list(range(grid.tokens))] * len(visual_BND)
-
-
-def check_refuses_too_many(kind):
-    """More tokens than the image has is a fault, for the planner as for the method."""
-    method = build(kind, keep_tokens=36)
-    with pytest.raises(ValueError, match="keep_tokens 36 is more than the image's 35 tokens"):
-        method.spec.kept_tokens(Grid(5, 7))
-    with pytest.raises(ValueError, match="keep_tokens 36 is more than the image's 35 tokens"):
-        method.compress(*[images_of(Grid(5, 7))[0], Grid(5, 7), images_of(Grid(5, 7))[1]])
-
-
-def check_image_alone(method):
-    """An image gives the same whatever else is in the batch."""
-    for grid in GRIDS:
-        visual_BND, context = images_of(grid, images=4)
-        together = method.compress(visual_BND, grid, context)
-        for image in range(4):
-            alone = method.compress(visual_BND[image : image + 1], grid, part_of(context, image))
-            assert torch.allclose(alone.hidden_BMD[0], together.hidden_BMD[image], atol=1e-6)
-            assert torch.equal(alone.positions_ABM[:, 0], together.positions_ABM[:, image])
-            assert torch.equal(alone.sizes_BM[0], together.sizes_BM[image])
-            assert torch.equal(alone.sources_BM[0], together.sources_BM[image])
-
-
-def check_low_precision(method):
-    """bfloat16 tokens are chosen and summed in float32, also under autocast; the result is rounded once."""
-    for grid in GRIDS[:3]:
-        visual_BND, context = images_of(grid, dtype=torch.bfloat16)
-        exact = method.compress(visual_BND.float(), grid, context)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            low = method.compress(visual_BND, grid, context)
-        assert low.hidden_BMD.dtype == torch.bfloat16
-        assert torch.equal(low.hidden_BMD, exact.hidden_BMD.bfloat16())
-        assert torch.equal(low.sources_BM, exact.sources_BM)
-        assert torch.equal(low.positions_ABM, exact.positions_ABM)
 
 
 def window_tokens(grid, kept):

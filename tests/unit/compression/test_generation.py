@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import IMAGE, make_batch, reference_rows, tiny_llava
+from reference import IMAGE, generate, make_batch, reference_rows, tiny_llava
 
 from orchestrator.compression import attach
 from orchestrator.errors import UsageError
@@ -28,20 +28,6 @@ def prompt(rows, padding="left", seed=0):
     return batch
 
 
-def generate(model, batch, steps=6, **options):
-    """Token ids and scores of greedy steps; the placeholder is never generated."""
-    return model.generate(
-        **batch,
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        do_sample=False,
-        suppress_tokens=[IMAGE],
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-
-
 def model_for(points, attention="sdpa", **options):
     model = tiny_llava(attention, **options).eval()
     return model, attach(model, points)
@@ -52,7 +38,7 @@ def model_for(points, attention="sdpa", **options):
 def test_cached_generation_equals_recomputing_everything(points, attention):
     model, _ = model_for(points, attention)
     batch = prompt(MIXED)
-    cached, recomputed = generate(model, batch), generate(model, batch, use_cache=False)
+    cached, recomputed = generate(model, batch, 6), generate(model, batch, 6, use_cache=False)
     assert torch.equal(cached.sequences, recomputed.sequences)
     for one, other in zip(cached.logits, recomputed.logits, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -69,8 +55,8 @@ def test_generation_equals_the_plain_computation(points):
         ids = got.sequences[:, : start + step]
         mask = torch.cat([batch["attention_mask"], torch.ones(len(ids), step, dtype=torch.long)], 1)
         now = {"input_ids": ids, "attention_mask": mask, "pixel_values": batch["pixel_values"]}
-        for r, row in enumerate(reference_rows(tiny_llava(), now, points)):
-            assert torch.allclose(got.logits[step][r], row[-1][0], atol=1e-4)
+        for r, (_, logits) in enumerate(reference_rows(tiny_llava(), now, points)):
+            assert torch.allclose(got.logits[step][r], logits[-1], atol=1e-4)
 
 
 def test_layers_above_the_point_cache_the_short_prompt():
@@ -103,9 +89,9 @@ def test_sampled_return_sequences():
 @pytest.mark.parametrize("points", [[{"kind": "average_pool", "layer": layer, "stride": 1}] for layer in (0, 2)] + [[]])
 def test_keeping_all_generates_what_the_plain_model_does(points):
     batch = prompt(MIXED)
-    plain = generate(tiny_llava("sdpa").eval(), batch)
+    plain = generate(tiny_llava("sdpa").eval(), batch, 6)
     model, _ = model_for(points)
-    assert torch.equal(generate(model, batch).sequences, plain.sequences)
+    assert torch.equal(generate(model, batch, 6).sequences, plain.sequences)
 
 
 def test_a_switch_during_generation_leaves_filled_caches_alone():
@@ -148,7 +134,7 @@ def test_a_later_turn_with_another_image_goes_on_in_the_same_cache():
 def test_ready_made_masks_are_refused():
     model, _ = model_for(SETTINGS[1])
     with pytest.raises(UsageError, match="static"):
-        generate(model, prompt([[3, "image", 7]]), cache_implementation="static")
+        generate(model, prompt([[3, "image", 7]]), 6, cache_implementation="static")
 
 
 def test_embeddings_without_ids_are_refused():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families_reference import plain_loss
-from reference import assert_same_gradients, gradients
+from reference import assert_same_gradients, generate, gradients, reference_loss
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
 from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
-from orchestrator.compression.testing.tiny import IMAGE, PAD, VIDEO
+from orchestrator.compression.testing.tiny import IMAGE, PAD
 from orchestrator.errors import UsageError
 from orchestrator.models.parts import PROJECTOR, VISION_TOWER, part_of
-from orchestrator.spec.components import Grid
 
 NAMES = (
     "llava",
@@ -82,8 +80,9 @@ def test_units_are_those_stated_by_hand(tiny):
 def test_loss_and_gradients_equal_a_plain_loop(tiny, layer, padding):
     rows = mixed(tiny)
     batch = tiny.batch(rows, padding, 1, 3)
-    plain = tiny.build("sdpa", 1)
-    expected = plain_loss(plain, batch, [units_of(tiny, row) for row in rows], layer, 2)
+    plain = tiny.build("eager", 1)
+    units = [[grid.tokens for grid in units_of(tiny, row)] for row in rows]
+    expected = reference_loss(plain, batch, pool(layer, 2), units=units)
     wanted = gradients(plain, expected)
     model = tiny.build("sdpa", 1)
     attach(model, pool(layer, 2))
@@ -112,17 +111,7 @@ def test_generation_with_a_cache_sees_what_forward_sees(tiny):
     attach(model, [{"kind": "average_pool_2d", "layer": 1, "keep_ratio": 0.5}, *pool(2, 2)])
     batch = tiny.batch(mixed(tiny), "left", 3, 0)
     del batch["labels"]
-    options = {
-        "max_new_tokens": 4,
-        "min_new_tokens": 4,
-        "do_sample": False,
-        "suppress_tokens": [IMAGE, VIDEO],
-        "pad_token_id": PAD,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    cached = model.generate(**batch, **options)
-    recomputed = model.generate(**batch, **options, use_cache=False)
+    cached, recomputed = generate(model, batch, 4), generate(model, batch, 4, use_cache=False)
     assert torch.equal(cached.sequences, recomputed.sequences)
     for one, other in zip(cached.logits, recomputed.logits, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -193,9 +182,9 @@ def test_one_of_several_images_is_one_tile_in_onevision():
         "image_sizes": batch["image_sizes"],
         "batch_num_images": torch.tensor([1, 2]),
     }
-    units = [[Grid(3, 3), Grid(3, 6)], [Grid(3, 3), Grid(1, 1)] * 2]
+    units = [[9, 18], [9, 1, 9, 1]]
     plain = tiny.build("sdpa", 0)
-    expected = float(plain_loss(plain, inputs, units, 1, 2).detach())
+    expected = float(reference_loss(tiny.build("eager", 0), inputs, pool(1, 2), units=units).detach())
     attach(plain, pool(1, 2))
     assert abs(float(plain(**inputs).loss.detach()) - expected) < 1e-5
     prompt = {name: value for name, value in inputs.items() if name != "labels"} | {"input_ids": ids[:, :-6]}
@@ -229,7 +218,5 @@ def test_beams_of_tiled_images_equal_beams_that_recompute():
     model = tiny.build("sdpa", 3).eval()
     attach(model, pool(1, 2))
     batch = tiny.batch([[3, "small", "image", 7], [9]], "left", 3, 0)
-    del batch["labels"]
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": PAD}
-    options["suppress_tokens"] = [IMAGE]
-    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
+    one, other = (generate(model, batch, 3, num_beams=2, use_cache=cache) for cache in (True, False))
+    assert torch.equal(one.sequences, other.sequences)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families_reference import plain_loss
-from reference import assert_same_gradients, gradients
+from reference import assert_same_gradients, generate, gradients, reference_loss
 from transformers import (
     AyaVisionForConditionalGeneration,
     Blip2Config,
@@ -23,7 +22,7 @@ from orchestrator.compression import attach
 from orchestrator.compression.families import FAMILIES, family_of
 from orchestrator.compression.families.generic import GenericFamily
 from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.tiny import IMAGE, PAD, SIZES, TEXT_SIZES, VISION_SIZES, batcher, builder
+from orchestrator.compression.testing.tiny import IMAGE, SIZES, TEXT_SIZES, VISION_SIZES, batcher, builder
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
@@ -31,12 +30,12 @@ MIXED = [[3, "image", 7], [9], [2, "image", "image", 2, "image", 6]]
 HALF = [{"kind": "average_pool", "layer": 1, "stride": 2}]
 
 
-def aya_vision(seed=0):
+def aya_vision(seed=0, attention="sdpa"):
     """A model without an adapter: a decoder with sliding layers, 2 x 2 tokens per image."""
     vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8)
     text = Cohere2Config(**TEXT_SIZES, sliding_window=8)
     sizes = {"downsample_factor": 2, "alignment_intermediate_size": 64}
-    return builder(AyaVisionForConditionalGeneration, vision, text, image_token_id=IMAGE, **sizes)("sdpa", seed)
+    return builder(AyaVisionForConditionalGeneration, vision, text, image_token_id=IMAGE, **sizes)(attention, seed)
 
 
 def aya_batch(padding="right", answer=3):
@@ -58,9 +57,9 @@ def test_a_model_of_no_known_family_keeps_its_numbers():
 
 
 def test_a_model_of_no_known_family_equals_a_plain_loop():
-    batch, units = aya_batch(), [[Grid(2, 2)], [], [Grid(2, 2)] * 3]  # two of the images in one run
-    plain = aya_vision()
-    expected = plain_loss(plain, batch, units, 2, 2)
+    batch, units = aya_batch(), [[4], [], [4] * 3]  # two of the images in one run
+    plain = aya_vision(attention="eager")
+    expected = reference_loss(plain, batch, [{"kind": "average_pool", "layer": 2, "stride": 2}], units=units)
     wanted = gradients(plain, expected)
     model = aya_vision()
     attach(model, [{"kind": "average_pool", "layer": 2, "stride": 2}])
@@ -73,10 +72,8 @@ def test_generation_sees_the_same_images_as_forward():
     model, batch = aya_vision().eval(), aya_batch("left", 0)
     del batch["labels"]
     attach(model, [{"kind": "average_pool_2d", "layer": 1, "keep_tokens": 2}])
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
-    options |= {"suppress_tokens": [IMAGE], "return_dict_in_generate": True, "output_logits": True}
-    cached = model.generate(**batch, **options)
-    assert torch.equal(cached.sequences, model.generate(**batch, **options, use_cache=False).sequences)
+    cached = generate(model, batch, 4)
+    assert torch.equal(cached.sequences, generate(model, batch, 4, use_cache=False).sequences)
     with torch.no_grad():
         assert torch.allclose(cached.logits[0], model(**batch).logits[:, -1], atol=1e-5)
 

@@ -161,9 +161,8 @@ def test_logits_at_original_length_are_nan_where_a_token_was_dropped(padding):
     last = model(**batch, logits_to_keep=4).logits
     assert with_labels.shape[:2] == labels.shape
     expected = torch.full_like(without, float("nan"))
-    for r, row in enumerate(reference_rows(tiny_llava(), batch, points)):
-        for logits, column, _ in row:
-            expected[r, column] = logits
+    for r, (tokens, logits) in enumerate(reference_rows(tiny_llava(), batch, points)):
+        expected[r, [token.column for token in tokens]] = logits
     for got in (with_labels, without):
         assert torch.allclose(got, expected, atol=1e-4, equal_nan=True)
     assert torch.allclose(last, expected[:, -4:], atol=1e-4, equal_nan=True)

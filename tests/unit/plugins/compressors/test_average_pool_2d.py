@@ -10,10 +10,6 @@ from hypothesis import strategies as st
 from method_checks import (
     build,
     check_against_loop,
-    check_image_alone,
-    check_keeps_all,
-    check_low_precision,
-    check_refuses_too_many,
     images_of,
     sizes_of,
     window_tokens,
@@ -86,17 +82,3 @@ def test_a_second_point_pools_the_grid_the_first_one_left():
     # Of one row of 12 tokens, ten are a block; of 3 x 4 they are none.
     with pytest.raises(ValueError, match="nearest possible is 9 or 12"):
         visual_tokens_by_layer(grid, [points[0], {**points[1], "keep_tokens": 10}], 5)
-
-
-def test_all_tokens_are_left_as_they_are():
-    check_keeps_all("average_pool_2d")
-
-
-def test_more_than_there_are_is_refused():
-    check_refuses_too_many("average_pool_2d")
-
-
-@pytest.mark.parametrize("stride", [3, 4])
-def test_alone_and_in_low_precision(stride):
-    check_image_alone(build("average_pool_2d", stride=stride))
-    check_low_precision(build("average_pool_2d", stride=stride))

@@ -13,10 +13,6 @@ from method_checks import (
     GRIDS,
     build,
     check_against_loop,
-    check_image_alone,
-    check_keeps_all,
-    check_low_precision,
-    check_refuses_too_many,
     first_largest,
     images_of,
 )
@@ -63,17 +59,3 @@ def test_selecting_costs_little():
         method.compress(visual_BND, Grid(24, 24), context)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
-
-
-def test_all_tokens_are_left_as_they_are():
-    check_keeps_all("divprune")
-
-
-def test_more_than_there_are_is_refused():
-    check_refuses_too_many("divprune")
-
-
-@pytest.mark.parametrize("stride", [2, 5])
-def test_alone_and_in_low_precision(stride):
-    check_image_alone(build("divprune", stride=stride))
-    check_low_precision(build("divprune", stride=stride))

@@ -11,10 +11,6 @@ from hypothesis import strategies as st
 from method_checks import (
     build,
     check_against_loop,
-    check_image_alone,
-    check_keeps_all,
-    check_low_precision,
-    check_refuses_too_many,
     images_of,
     sizes_of,
     window_tokens,
@@ -86,16 +82,3 @@ def test_a_constant_stays_and_so_does_a_low_wave(grid, stride):
     middles_W = (torch.arange(kept.grid.width) + 0.5) / kept.grid.width
     expected_1M1 = torch.cos(torch.pi * middles_W).repeat(kept.grid.height).view(1, -1, 1)
     assert torch.allclose(kept.hidden_BMD, expected_1M1, atol=1e-5)
-
-
-def test_all_tokens_are_left_as_they_are():
-    check_keeps_all("fourier")
-
-
-def test_more_than_there_are_is_refused():
-    check_refuses_too_many("fourier")
-
-
-def test_alone_and_in_low_precision():
-    check_image_alone(build("fourier", stride=3))
-    check_low_precision(build("fourier", stride=3))

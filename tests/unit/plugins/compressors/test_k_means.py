@@ -10,10 +10,6 @@ from method_checks import (
     GRIDS,
     build,
     check_against_loop,
-    check_image_alone,
-    check_keeps_all,
-    check_low_precision,
-    check_refuses_too_many,
     first_largest,
     images_of,
 )
@@ -102,17 +98,3 @@ def test_it_finds_groups_that_are_there():
     order = sorted(range(4), key=lambda group: places[group].double().mean().item())
     expected_BMD = torch.stack([visual_BND[:, places[group]].mean(1) for group in order], 1)
     assert torch.allclose(kept.hidden_BMD, expected_BMD, atol=1e-5)
-
-
-def test_all_tokens_are_left_as_they_are():
-    check_keeps_all("k_means")
-
-
-def test_more_than_there_are_is_refused():
-    check_refuses_too_many("k_means")
-
-
-@pytest.mark.parametrize("stride", [2, 5])
-def test_alone_and_in_low_precision(stride):
-    check_image_alone(build("k_means", stride=stride))
-    check_low_precision(build("k_means", stride=stride))

@@ -11,10 +11,6 @@ from method_checks import (
     GRIDS,
     build,
     check_against_loop,
-    check_image_alone,
-    check_keeps_all,
-    check_low_precision,
-    check_refuses_too_many,
     first_largest,
     images_of,
     top_of,
@@ -93,18 +89,3 @@ def test_proportional_attention_is_asked_for_unless_told_not_to():
     visual_BND, context = images_of(grid)
     assert build("tome", stride=2).compress(visual_BND, grid, context).size_bias
     assert not build("tome", stride=2, size_bias=False).compress(visual_BND, grid, context).size_bias
-
-
-@pytest.mark.parametrize("positions", ["destination", "mean"])
-def test_all_tokens_are_left_as_they_are(positions):
-    check_keeps_all("tome", positions=positions)
-
-
-def test_more_than_there_are_is_refused():
-    check_refuses_too_many("tome")
-
-
-@pytest.mark.parametrize("stride", [2, 5])
-def test_alone_and_in_low_precision(stride):
-    check_image_alone(build("tome", stride=stride))
-    check_low_precision(build("tome", stride=stride))
