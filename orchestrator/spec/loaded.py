@@ -84,18 +84,16 @@ def _written_points(values: dict[str, Any], tree: dict[str, Any]) -> dict[str, A
 
 def _write(lines: list[str], key: str, value: Any, path: str, depth: int, sources: dict[str, str]) -> None:
     indent = "  " * depth
-    if isinstance(value, dict) and value:
-        lines.append(f"{indent}{_flow(key)}:")
+    if not isinstance(value, dict | list) or not value:
+        lines.append(_with_source(f"{indent}{_flow(key)}: {_flow(value)}", _source(sources, path)))
+        return
+    lines.append(f"{indent}{_flow(key)}:")
+    if isinstance(value, dict):
         for name, item in value.items():
             _write(lines, name, item, f"{path}.{name}", depth + 1, sources)
-        return
-    if isinstance(value, list) and value:
-        lines.append(f"{indent}{_flow(key)}:")
+    else:
         for index, item in enumerate(value):
-            text = f"{indent}  - {_flow(item)}"
-            lines.append(_with_source(text, _source(sources, f"{path}.{index}")))
-        return
-    lines.append(_with_source(f"{indent}{_flow(key)}: {_flow(value)}", _source(sources, path)))
+            lines.append(_with_source(f"{indent}  - {_flow(item)}", _source(sources, f"{path}.{index}")))
 
 
 def _source(sources: dict[str, str], path: str) -> str | None:

@@ -223,7 +223,7 @@ def _check_objective(root: Node, name: str) -> ErrorDetail | None:
 
 
 def _under(entry: Node) -> list[Any]:
-    under = entry.get("under") if entry.is_mapping else None
+    under = entry.get("under")
     if under is None:
         return [FINAL]
     return [item.value for item in under.value] if under.is_list else [under.value]

@@ -12,7 +12,7 @@ from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import hint_for_value
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.schema import NAMED, kind_at, shape_at
+from orchestrator.spec.yaml.schema import NAMED, class_at
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -54,8 +54,7 @@ def _rule(root: Node, path: Path) -> Rule | None:
         return _plugin
     if path[0] in NAMED and len(path) >= 3:
         depth = 2 if not isinstance(path[2], int) else 3
-        shape = shape_at(root, path[:depth])
-        cls = shape.spec_class(kind_at(root.at(path[:depth]))) if shape is not None else None
+        cls = class_at(root, path[:depth])
         if cls is not None and issubclass(cls, Component) and path[depth : depth + 1]:
             return _anywhere if path[depth] in cls.path_fields else None
     return None

@@ -105,8 +105,8 @@ def component_class(family: type[Component], kind: Any) -> type[Component]:
         return family
 
 
-def shape_at(root: Node, path: Sequence[str | int]) -> Shape | None:
-    """Return the shape at a path of a tree, None where the path leaves what is known."""
+def class_at(root: Node, path: Sequence[str | int]) -> type[Spec] | None:
+    """Return the model of the mapping at a path of a tree, None where none is known there."""
     shape: Shape | None = ROOT
     node: Node | None = root
     for key in path:
@@ -114,23 +114,19 @@ def shape_at(root: Node, path: Sequence[str | int]) -> Shape | None:
             return None
         shape = shape.child(key, node)
         node = node.get(key) if node is not None else None
-    return shape
+    return shape.class_of(node) if shape is not None else None
 
 
 def names_at(root: Node, path: Sequence[str | int]) -> tuple[str, ...]:
     """Return the keys that are known at a path: a model's fields, or the names a mapping has."""
-    shape, node = shape_at(root, path), root.at(path)
-    cls = shape.class_of(node) if shape is not None else None
-    if cls is not None:
-        return tuple(cls.model_fields)
-    return tuple(node.entries()) if node is not None else ()
+    cls = class_at(root, path)
+    return tuple(cls.model_fields if cls is not None else root.entries(*path))
 
 
 def description_at(root: Node, path: Sequence[str | int]) -> str | None:
     """Return `key: its description`, one sentence, for the deepest key on a path that is a field of a model."""
-    for depth in range(len(path) - 1, -1, -1):
-        key, shape = path[depth], shape_at(root, path[:depth])
-        cls = shape.class_of(root.at(path[:depth])) if shape is not None else None
+    for depth in reversed(range(len(path))):
+        cls, key = class_at(root, path[:depth]), path[depth]
         if cls is not None and isinstance(key, str):
             text = cls.model_fields[key].description if key in cls.model_fields else None
             return f"{key}: {first_sentence(text)}" if text else None

@@ -112,6 +112,26 @@ def test_a_plugin_that_fails_on_a_grid_is_reported_by_name(small: str, write: Wr
     assert "8 x 8" in error.message and "ZeroDivisionError" in error.message
 
 
+def test_the_paths_of_a_plugin_become_absolute_with_and_without_a_list(
+    small: str, write: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "table.py").write_text(
+        "from typing import ClassVar, Literal\n"
+        "from orchestrator.spec.components import CompressorSpec\n\n\n"
+        "class TableSpec(CompressorSpec):\n"
+        "    kind: Literal['table'] = 'table'\n"
+        "    implementation: ClassVar[str] = __name__ + ':Table'\n"
+        "    path_fields: ClassVar[tuple[str, ...]] = ('table',)\n"
+        "    table: str\n\n\n"
+        "class Table:\n"
+        "    def compress(self): ...\n"
+    )
+    point = "{kind: table, layer: 2, keep_tokens: 16, table: scores.json}"
+    text = with_variant(small, point).replace("  v:", f"  w: [{point}]\n  v:")
+    variants = load_experiment(write(text + f"plugins: [{tmp_path / 'table.py'}]\n")).spec.compressors
+    assert [variants[name][0].table for name in "vw"] == [str(tmp_path / "scores.json")] * 2
+
+
 def test_registers_stand_first_in_a_variant(small: str, write: Write) -> None:
     points = "[{kind: average_pool, layer: 1, stride: 2}, {kind: registers, layer: 2, keep_tokens: 4}]"
     text = small.replace("{kind: average_pool, layer: 2, stride: 8}", points)
