@@ -80,7 +80,7 @@ class Axes:
 
     factors: list[list[Assignment]] = field(default_factory=list)
     excluded: list[tuple[Path, Assignment]] = field(default_factory=list)
-    included: list[tuple[Path, Assignment]] = field(default_factory=list)
+    included: list[Assignment] = field(default_factory=list)
     values: dict[str, list[Setting]] = field(default_factory=dict)
 
     @property
@@ -107,11 +107,9 @@ class AxisReader:
                 axes.factors.append([(setting,) for setting in settings])
         for index, group in enumerate(self.root.items("zip")):
             axes.factors.extend(self._zip(group, ("zip", index)))
-        for index, group in enumerate(self.root.items("include")):
-            if assignment := self._single(group, ("include", index)):
-                axes.included.append((("include", index), assignment))
-        assigned = itertools.chain(*axes.factors, (assignment for _, assignment in axes.included))
-        for setting in itertools.chain.from_iterable(assigned):
+        included = (self._single(group, ("include", index)) for index, group in enumerate(self.root.items("include")))
+        axes.included = [assignment for assignment in included if assignment]
+        for setting in itertools.chain.from_iterable(itertools.chain(*axes.factors, axes.included)):
             axes.values.setdefault(setting.axis, []).append(setting)
         for index, group in enumerate(self.root.items("exclude")):
             if assignment := self._exclude(group, ("exclude", index), axes):
@@ -255,7 +253,7 @@ def assignments(axes: Axes, errors: list[ErrorDetail], notices: list[str], root:
                 kept.append(cell)
             else:
                 hits[where] += 1
-    kept += [_ordered(cell) for _, cell in axes.included]
+    kept += map(_ordered, axes.included)
     if not kept:
         mark, _ = locate(root, ("exclude",))
         errors.append(ErrorDetail("exclude takes out every cell of the grid", *mark, path="exclude"))
