@@ -102,7 +102,8 @@ def test_loading_is_quick() -> None:
     )
     run = [sys.executable, "-c", code, str(ROOT / "experiments" / "quickstart.yaml")]
     seconds = min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
-    assert seconds < 0.7, "import and load, in seconds of processor time"
+    # About 0.55; a bound for slow processors, and far below what any framework takes.
+    assert seconds < 1.5, "import and load, in seconds of processor time"
 
 
 def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):

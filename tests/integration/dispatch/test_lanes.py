@@ -125,7 +125,7 @@ def test_a_lane_whose_controller_is_killed_is_started_again_and_the_other_goes_o
 
 def test_a_frozen_rank_is_found_its_stacks_kept_and_the_job_done(ledger: Ledger) -> None:
     run = Run(ledger)
-    two_ranks = ONE.model_copy(update={"num_workers": 2, "stall_minutes": 0.1, "max_failures": 1})
+    two_ranks = ONE.model_copy(update={"num_workers": 2, "stall_minutes": 0.2, "max_failures": 1})
     outcome = run(work("freeze", ""), two_ranks)
     assert outcome.finished == ("job0", "job1") and run.told("retried") == ["job0"]
     told = next(event["error"] for event in run.events if event["event"] == "retried")

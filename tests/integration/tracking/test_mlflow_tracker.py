@@ -198,7 +198,7 @@ def test_a_locked_database_is_told_in_bounded_time(
     finally:
         lock.execute("ROLLBACK")
         lock.close()
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     run_id = other.log(cell())
     assert points_of(tracker, run_id) == sorted(history(30))
 
@@ -222,7 +222,7 @@ def test_a_server_that_is_down_costs_seconds_and_loses_nothing(server: str) -> N
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=f"127.0.0.1:{port}"):
         tracker.log(cell())
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     with closing(Gate(server, port)):
         run_id = tracker.log(cell("running", steps=10))
     with pytest.raises(TrackingError):

@@ -65,7 +65,7 @@ def test_without_compressor_the_numbers_are_the_plain_models(padding):
     attach(model, [])
     expected, output = plain(**batch), model(**batch)
     assert output.logits is None
-    assert float(output.loss.detach()) == pytest.approx(float(expected.loss.detach()), abs=1e-6)
+    assert float(output.loss.detach()) == pytest.approx(float(expected.loss.detach()), abs=1e-5)
     assert_same_gradients(gradients(model, output.loss), gradients(plain, expected.loss), 1e-6)
     assert torch.equal(model(**batch, return_logits=True).logits, plain(**batch).logits)
     batch.pop("labels")

@@ -18,7 +18,7 @@ def test_all_kept_is_the_plain_model(kind, padding):
     model, batch = tiny_llava(), make_batch(ROWS, padding)
     plain = model(**batch).loss
     attach(model, [{"kind": kind, "layer": 1, "stride": 1}])
-    assert float(model(**batch).loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-6)
+    assert float(model(**batch).loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", METHODS)

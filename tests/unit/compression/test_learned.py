@@ -185,7 +185,7 @@ def test_a_rank_without_images_calls_all_that_learns(point, tmp_path):
         called.clear()
         loss = model(**text).loss
         assert [name for name in called if "llavolta" not in name or name.count(".") == 1] == with_images
-        assert float(loss.detach()) == pytest.approx(plain, abs=1e-6)
+        assert float(loss.detach()) == pytest.approx(plain, abs=1e-5)
         got = gradients(model, loss)
         learned = {name for name, _ in model.named_parameters() if "llavolta" in name}
         assert learned <= got.keys()
@@ -216,7 +216,7 @@ def test_switch_and_detach_leave_no_trace():
         attachment.switch(points)
         losses.append(float(model(**batch).loss.detach()))
         assert trace(model) == attached
-    assert losses[0] == losses[-1] and losses[3] == pytest.approx(expected, abs=1e-6)
+    assert losses[0] == losses[-1] and losses[3] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UsageError, match="modules="):
         attachment.switch([{**QUERIES, "layer": 1}])
     attachment.detach()

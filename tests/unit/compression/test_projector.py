@@ -81,7 +81,7 @@ def test_keeping_all_is_the_plain_model(kind):
     plain, model = tiny_llava("sdpa"), tiny_llava("sdpa")
     attach(model, [point(kind, keep_ratio=1)])
     expected, loss = plain(**batch).loss, model(**batch).loss
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     assert_same_gradients(gradients(model, loss), gradients(plain, expected), 1e-6)
 
 
@@ -148,7 +148,7 @@ def test_a_text_only_batch_is_the_plain_models():
     model = tiny_llava("sdpa")
     attach(model, [point("average_pool", stride=4)])
     assert float(model(**batch).loss.detach()) == pytest.approx(
-        float(tiny_llava("sdpa")(**batch).loss.detach()), abs=1e-6
+        float(tiny_llava("sdpa")(**batch).loss.detach()), abs=1e-5
     )
 
 

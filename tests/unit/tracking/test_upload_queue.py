@@ -107,10 +107,10 @@ def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_t
 
 
 def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 1.5)
     monkeypatch.setattr(mlflow_tracker, "_QUIET_SECONDS", 0.1)
     server, said = Server(parts={"a": 20}), []
-    server.pause = 0.05  # a second in all
+    server.pause = 0.1  # two seconds in all
     recorder = send(server, "a", say=said.append)
     assert server.took == ["a"] and not recorder.unsent and recorder.problem is None
     assert len(said) == 1 and "Ctrl-C" in said[0]

@@ -38,7 +38,7 @@ def test_all_kept_is_the_plain_model(name, padding):
     ]
     attach(model, points)
     loss = model(**batch).loss
-    assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-5)
     assert_same_gradients(gradients(model, loss), expected)
 
 
@@ -79,7 +79,7 @@ def test_checkpointing_changes_nothing(name):
         attach(model, POINTS[name])
         loss = model(**batch).loss
         found.append((float(loss.detach()), gradients(model, loss)))
-    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert_same_gradients(found[1][1], found[0][1])
 
 

@@ -61,7 +61,7 @@ def test_nothing_and_keep_all_equal_the_plain_model(tiny, padding):
     for points in ([], *(pool(layer, 1) for layer in range(tiny.first_layer, tiny.layers))):
         attachment.switch(points)
         got = model(**batch, return_logits=True)
-        assert abs(float(got.loss.detach() - plain.loss.detach())) < 1e-6
+        assert abs(float(got.loss.detach() - plain.loss.detach())) < 1e-5
         real = batch["attention_mask"].bool()
         assert torch.allclose(got.logits[real], plain.logits[real], atol=2e-5)
 
@@ -136,7 +136,7 @@ def test_text_alone_and_a_rank_without_images(tiny):
     assert not any(name.startswith("pixel_values") for name in text)
     plain = model(**text).loss
     attachment = attach(model, pool(1, 2))
-    assert abs(float(model(**text).loss.detach() - plain.detach())) < 1e-6
+    assert abs(float(model(**text).loss.detach() - plain.detach())) < 1e-5
     assert attachment.last_visual_layer_tokens == 0
     images = tiny.batch([[3, "image", 7]], "right", 5, 3)
     with_images = {

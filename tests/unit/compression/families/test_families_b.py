@@ -57,7 +57,7 @@ def test_nothing_changes_where_nothing_is_compressed(name, attention, padding):
             attachment.switch(points)
             output = model(**batch, return_logits=True)
             same = points != [pooled(2)]
-            assert (float(output.loss) == pytest.approx(float(plain.loss), rel=1e-6)) is same
+            assert (float(output.loss) == pytest.approx(float(plain.loss), rel=1e-5)) is same
             if same:
                 assert torch.allclose(output.logits[real], plain.logits[real], atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_checkpointed_layers_give_the_same(name):
             model.gradient_checkpointing_enable()
         loss = model(**batch).loss
         found.append((float(loss.detach()), gradients(model, loss)))
-    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert_same_gradients(found[1][1], found[0][1], 1e-6)
 
 
@@ -247,7 +247,7 @@ def test_sizes_of_one_bias_nothing(name, attention):
     with torch.no_grad():
         plain = float(model(**batch).loss)
         attach(model, [{"kind": "average_pool", "layer": 1, "stride": 1, "size_bias": True}])
-        assert float(model(**batch).loss) == pytest.approx(plain, rel=1e-6)
+        assert float(model(**batch).loss) == pytest.approx(plain, rel=1e-5)
 
 
 def test_size_bias_needs_an_attention_that_takes_it():

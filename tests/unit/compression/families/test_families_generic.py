@@ -53,7 +53,7 @@ def test_a_model_of_no_known_family_keeps_its_numbers():
     attachment = attach(model, [])
     for layer in range(4):
         attachment.switch([{"kind": "average_pool", "layer": layer, "stride": 1}])
-        assert abs(float(model(**batch).loss.detach()) - plain) < 1e-6
+        assert abs(float(model(**batch).loss.detach()) - plain) < 1e-5
 
 
 def test_a_model_of_no_known_family_equals_a_plain_loop():

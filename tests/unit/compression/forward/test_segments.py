@@ -143,7 +143,7 @@ def test_keeping_all_equals_the_plain_model():
     attach(model, [pooled(2, stride=1)])
     expected = plain(**batch).loss
     output = model(**batch, return_logits=True)
-    assert float(output.loss) == pytest.approx(float(expected), abs=1e-6)
+    assert float(output.loss) == pytest.approx(float(expected), abs=1e-5)
     assert_same_gradients(gradients(model, output.loss), gradients(plain, expected), 1e-6)
     real = batch["attention_mask"].bool()
     assert torch.allclose(output.logits[real], plain(**batch).logits[real], atol=1e-5)

