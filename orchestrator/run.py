@@ -54,19 +54,7 @@ def run_experiment(
 ) -> RunOutcome:
     """Run what is missing of an experiment, record it, and return its table.
 
-    Args:
-        loaded: The experiment.
-        local: In this process, without Ray, for a debugger.
-        retry_failed: Takes up what failed in an earlier run.
-        fail_fast: Stops at the first failure.
-        max_hours: After so many hours it stops as at the first SIGTERM.
-        smoke: The experiment made small, in a storage of its own: every code path in a minute or two.
-        console: Where progress is shown.
-
-    Raises:
-        SpecError: the experiment uses a key whose machinery this version lacks.
-        DataError: rows or images cannot be used.
-        Interrupted: a signal stopped it; finished work stays.
+    Arguments and errors are those of `Experiment.run`, which passes them on.
     """
     console, deadline = console or Console(), deadline_after(max_hours)
 

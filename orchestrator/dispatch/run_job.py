@@ -192,20 +192,9 @@ def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, memory: Trai
 def _rehearse_training(
     job: RehearsalJob, ledger: Ledger, memory: TrainingMemory, keys: set[str]
 ) -> dict[str, str | None]:
-    """Try the actions of a rehearsal; every rank calls it. The session stays in memory for its evaluations.
+    """Return by key why an action cannot be trained, None where it can; every rank calls it.
 
-    Args:
-        job: The rehearsal.
-        ledger: Holds the weights; a checkpoint is written to the job's writing folder and removed again.
-        memory: Keeps the data for the stage runs that follow.
-        keys: The actions to try.
-
-    Returns:
-        By key, why the action cannot be trained; None where it can.
-
-    Raises:
-        StorageError: weights or a checkpoint cannot be read or written.
-        OSError: a failure of the system that may be temporary.
+    The session stays in memory for the evaluations.
     """
     memory.release()
     distributed.on_each_node(lambda: ledger.fetch(job.parent, "weights"))
@@ -275,18 +264,16 @@ class _Rehearsal:
         save_checkpoint(session, folder / "checkpoint", self._stage, self._stage.last_step)
         distributed.on_each_node(lambda: self._ledger.share(folder / "checkpoint"))
         self._memory.release()
-        session = self._open(lambda fresh: load_checkpoint(
-            fresh, folder / "checkpoint", self._stage, self._stage.id, folder
-        ))  # fmt: skip
-        session.learned.show()
+        self._open(folder / "checkpoint").learned.show()
 
     def _opened(self) -> Session:
         return self._memory.session or self._open()
 
-    def _open(self, load: Callable[[Session], object] = lambda session: None) -> Session:
+    def _open(self, checkpoint: Path | None = None) -> Session:
         weights = self._ledger.state_folder(self._stage.parent) / WEIGHTS_FILE
         session = self._memory.session = open_session(self._stage, weights)
-        load(session)
+        if checkpoint is not None:
+            load_checkpoint(session, checkpoint, self._stage, self._stage.id, checkpoint.parent)
         session.base_rates = [0.0] * len(session.base_rates)
         session.learned.base_rate = 0.0
         session.prepare(self._stage)

@@ -40,10 +40,7 @@ def search_experiment(
 ) -> RunOutcome:
     """Propose and run trials until there are `num_trials`, mark the front, and return the table.
 
-    Arguments and errors are those of `run_experiment`.
-
-    Raises:
-        UsageError: the experiment has no search.
+    Arguments and errors are those of `Experiment.search`, which passes them on.
     """
     console, deadline = console or Console(), deadline_after(max_hours)
     search = loaded.spec.search

@@ -116,7 +116,21 @@ class CellTracker:
         """
         with self._as_tracking_error():
             self._refresh()
-            self._make_runs(records)
+            if all(record.cell_id in self._known().runs for record in records):
+                return
+            with self._alone():
+                self._refresh(now=True)  # another driver may have just created them
+                seen = self._known()
+                if seen.experiment_id is None:
+                    file = sqlite_file(self._uri)
+                    # Never ./mlruns in the current folder.
+                    place = None if file is None else (file.parent / "mlflow_artifacts").absolute().as_uri()
+                    seen.experiment_id = self._client().create_experiment(
+                        self._experiment_name, artifact_location=place, tags=_EXPERIMENT_TAGS
+                    )
+                for record in records:
+                    if record.cell_id not in seen.runs:
+                        seen.add(self._create_run(seen.experiment_id, record))
 
     def log_some(self, record: CellRecord, points: int) -> bool:
         """Update the run of a cell, with at most about `points` points of its history.
@@ -130,9 +144,8 @@ class CellTracker:
         Raises:
             TrackingError: the server is down, refuses, or its database stays locked; log the record again later.
         """
+        self.open_runs([record])
         with self._as_tracking_error():
-            self._refresh()
-            self._make_runs([record])
             try:
                 return self._log_one(self._known().runs[record.cell_id], record, points)
             except Exception:
@@ -193,34 +206,13 @@ class CellTracker:
                 if cell in before.runs and before.runs[cell].run_id == run.run_id:
                     run.points = before.runs[cell].points
         self._state, self._refreshed = seen, time.monotonic()
-        self._end_abandoned()
+        for run in abandoned(seen, self._lives):  # another driver that works on the cell will set it running again
+            if run.run_id not in self._running:
+                self._end(run, "KILLED")
 
     def _known(self) -> ExperimentState:
         assert self._state is not None
         return self._state
-
-    def _end_abandoned(self) -> None:
-        """Mark runs KILLED whose driver is dead; another that works on the cell will set them running again."""
-        for run in abandoned(self._known(), self._lives):
-            if run.run_id not in self._running:
-                self._end(run, "KILLED")
-
-    def _make_runs(self, records: Sequence[CellRecord]) -> None:
-        if all(record.cell_id in self._known().runs for record in records):
-            return
-        with self._alone():
-            self._refresh(now=True)  # another driver may have just created them
-            seen = self._known()
-            if seen.experiment_id is None:
-                file = sqlite_file(self._uri)
-                # Never ./mlruns in the current folder.
-                place = None if file is None else (file.parent / "mlflow_artifacts").absolute().as_uri()
-                seen.experiment_id = self._client().create_experiment(
-                    self._experiment_name, artifact_location=place, tags=_EXPERIMENT_TAGS
-                )
-            for record in records:
-                if record.cell_id not in seen.runs:
-                    seen.add(self._create_run(seen.experiment_id, record))
 
     def _create_run(self, experiment_id: str | None, record: CellRecord) -> TrackedRun:
         start_ms = next((timestamp_ms for *_, timestamp_ms in record.history), None)

@@ -19,7 +19,7 @@ forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
     [
         *("deepspeed", "mlflow", "peft", "easy_vqa", "orchestrator.cli", "orchestrator.run"),
-        *("orchestrator.dispatch.local", "orchestrator.training.stage_run", "orchestrator.evaluation.evaluate"),
+        *("orchestrator.dispatch.run_job", "orchestrator.evaluation.evaluate"),
         *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
     ]
 )
