@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from orchestrator.data.rows import raise_for_errors as raise_for_errors
     from orchestrator.errors import DataError as DataError
     from orchestrator.errors import UsageError as UsageError
-    from orchestrator.evaluation.generate import greedy_answers as greedy_answers
+    from orchestrator.evaluation.evaluate import greedy_answers as greedy_answers
     from orchestrator.evaluation.protocol import Evaluation as Evaluation
     from orchestrator.evaluation.protocol import EvaluationData as EvaluationData
     from orchestrator.evaluation.protocol import Outcome as Outcome
@@ -101,7 +101,7 @@ _NAMES = {
         "IMAGE_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
     ),
     "orchestrator.errors": "DataError UsageError",
-    "orchestrator.evaluation.generate": "greedy_answers",
+    "orchestrator.evaluation.evaluate": "greedy_answers",
     "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers prediction",
     "orchestrator.plan.identity": "content_digest",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",

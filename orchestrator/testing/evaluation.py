@@ -21,7 +21,7 @@ from orchestrator.compression.testing.families import TINY
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.rows import IMAGE_MARK, ImageRef, Row, Turn
-from orchestrator.evaluation.generate import evaluation_mode
+from orchestrator.evaluation.evaluate import evaluation_mode
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, metric_problem
 from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.model import ModelSpec

@@ -53,8 +53,7 @@ def jobs_of(made: tuple[Path, Path], kind: str, dtype: str, zero: int, **values:
 
 
 def logits_of(job: StageJob, model: Any, file: Path) -> torch.Tensor:
-    from orchestrator.evaluation.evaluate import _points
-    from orchestrator.evaluation.generate import evaluation_mode
+    from orchestrator.evaluation.evaluate import _points, evaluation_mode
     from orchestrator.training.engine import TrainingMemory
 
     batch = TrainingMemory().data(job).collate(range(4))

@@ -10,7 +10,7 @@ import torch
 from orchestrator import plugin
 from orchestrator.compression.testing.families import TINY
 from orchestrator.data.processing.encode import Encoder
-from orchestrator.evaluation.generate import evaluation_mode
+from orchestrator.evaluation.evaluate import evaluation_mode
 from orchestrator.testing.evaluation import _silent, rows_of_every_form, tiny_processor
 
 

@@ -15,7 +15,7 @@ from orchestrator.data.processing.encode import Encoder, collate
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.processing.templates import render
 from orchestrator.errors import DataError, UsageError
-from orchestrator.evaluation.generate import evaluation_mode, greedy_answers
+from orchestrator.evaluation.evaluate import evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData
 from orchestrator.spec.model import ModelSpec
 

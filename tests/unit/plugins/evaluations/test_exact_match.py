@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.rows import Turn, open_data_set
-from orchestrator.evaluation.generate import evaluation_mode, greedy_answers
+from orchestrator.evaluation.evaluate import evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData, Workers
 from orchestrator.spec.model import ModelSpec
 
