@@ -334,27 +334,27 @@ def print_ledger(document: dict[str, Any], console: Console) -> None:
     """Print what `ledger_document` found."""
     console.print(f"{document['storage']}: {size_text(document['bytes'])}", highlight=False)
     states = (
-        (_short(e["id"]), e["phase"] or e["type"] or "damaged", _steps(e), ", ".join(e["kept"]) or "result",
+        (e["id"][:12], e["phase"] or e["type"] or "damaged", _steps(e), ", ".join(e["kept"]) or "result",
          size_text(e["bytes"]), _when(e["when"]), _reached(e))
         for e in document["states"]
     )  # fmt: skip
     _print(console, ("state", "phase", "steps", "kept", "size", "finished", "reached by"), states)
     unfinished = (
-        (_short(e["id"]), ", ".join(map(str, e["steps"])) or "none", size_text(e["bytes"]),
+        (e["id"][:12], ", ".join(map(str, e["steps"])) or "none", size_text(e["bytes"]),
          "running" if e["running"] else "left")
         for e in document["work"]
     )  # fmt: skip
     _print(console, ("unfinished work", "checkpoints at step", "size", ""), unfinished)
     scores = (
-        (_short(e["id"]), ", ".join(f"{k} {v:.4g}" for k, v in e["metrics"].items()), ", ".join(e["experiments"]))
+        (e["id"][:12], ", ".join(f"{k} {v:.4g}" for k, v in e["metrics"].items()), ", ".join(e["experiments"]))
         for e in document["evaluations"]
     )
     _print(console, ("evaluation", "metrics", "reached by"), scores)
-    _print(console, ("failure", "why"), ((_short(e["id"]), e["error"]) for e in document["failures"]))
-    leases = ((_short(e["id"]), e["lane"], f"pid {e['pid']} on {e['host']}") for e in document["leases"])
+    _print(console, ("failure", "why"), ((e["id"][:12], e["error"]) for e in document["failures"]))
+    leases = ((e["id"][:12], e["lane"], f"pid {e['pid']} on {e['host']}") for e in document["leases"])
     _print(console, ("lease", "lane", "held by"), leases)
     counts = ("proposed", "finished", "failed")
-    searches = ((_short(e["id"]), *(str(e[state]) for state in counts)) for e in document["searches"])
+    searches = ((e["id"][:12], *(str(e[state]) for state in counts)) for e in document["searches"])
     _print(console, ("search", *counts), searches)
     experiments = ((e["name"], e["file"], str(e["cells"]), _when(e["when"])) for e in document["experiments"])
     _print(console, ("experiment", "file", "cells", "recorded"), experiments)
@@ -367,10 +367,6 @@ def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str
     if table.row_count:
         console.print()
         console.print(table, highlight=False)
-
-
-def _short(identity: str) -> str:
-    return identity[:12]
 
 
 def _steps(entry: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def by_name(cells: Sequence[Found], wanted: str) -> list[Found]:
 
 
 def by_axis(cells: Sequence[Found], wanted: str) -> list[Found]:
-    """Cells where an axis, named by its last part or in full, has a value: `axis=value`."""
+    """Return the cells where an axis, named by its last part or in full, has a value: `axis=value`."""
     axis, _, value = wanted.partition("=")
     return [
         cell

@@ -252,8 +252,12 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
             errors.append(error_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
     if len(errors) > before:
         return []
+    choices = (
+        entry.num_stages if isinstance(entry, StagedSpaceSpec) else getattr(entry, "values", (None,))
+        for entry in spec.search.space.values()
+    )
     corners = {}
-    for pick in range(_most_choices(spec.search)):
+    for pick in range(max(map(len, choices))):
         for end in (0, 1):
             values = draw(_Corner(pick, end), spec.search, layer_tokens)
             corner = tuple(_setting(root, path, value) for path, value in values.items())
@@ -268,14 +272,6 @@ def _room(entry: StagedSpaceSpec, layer_tokens: Any) -> Iterator[tuple[str, str]
             yield "num_stages", f"{count} stages do not fit: with boundaries of {entry.boundaries} there are {most}"
     if not before_last(entry, layer_tokens) and (max(entry.num_stages) > 1 or entry.last is None):
         yield "variants", f"none of them compresses at least as much as the last stage, {entry.last}"
-
-
-def _most_choices(search: SearchSpec) -> int:
-    sizes = [
-        len(entry.num_stages) if isinstance(entry, StagedSpaceSpec) else len(getattr(entry, "values", "1"))
-        for entry in search.space.values()
-    ]
-    return max(sizes)
 
 
 def _setting(root: Node, name: str, value: Any) -> Setting:
