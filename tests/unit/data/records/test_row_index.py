@@ -252,6 +252,30 @@ def test_an_interrupted_index_goes_on_where_it_was(data, monkeypatch):
     assert not list((shared_cache_folder() / "rows").glob("*.part"))
 
 
+def test_a_chunk_damaged_after_an_interruption_is_made_again(data, monkeypatch):
+    monkeypatch.setattr(row_index, "CHUNK_ROWS", 2)
+    spec, real, made = data(), row_index._batch, []
+
+    def batch(*arguments):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(real(*arguments))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_index, "_batch", batch)
+        with pytest.raises(KeyboardInterrupt):
+            spec.content_digest()
+    chunk = min((shared_cache_folder() / "rows").glob("rows-*.part/*"))
+    content = bytearray(chunk.read_bytes())
+    content[content.index(np.array([0, 1], dtype=np.int64).tobytes()) + 8] ^= 1
+    chunk.unlink()
+    chunk.write_bytes(content)
+    found = spec.content_digest(), [row.index for row in LlavaJson(spec).rows()]
+    shutil.rmtree(shared_cache_folder())
+    assert found == (spec.content_digest(), list(range(ROWS)))
+
+
 def test_two_at_once_come_to_the_same(data, monkeypatch):
     monkeypatch.setattr(row_index, "CHUNK_ROWS", 2)
     monkeypatch.setattr(row_index, "CHUNK_IMAGES", 2)
