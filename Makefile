@@ -14,9 +14,11 @@ SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
 	if $$name -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 CODE = orchestrator plugins experiments tests
+# Compiled modules are kept whatever the user's setting: else every process that a test starts compiles them again.
+CACHED = env -u PYTHONDONTWRITEBYTECODE
 # Two test files at a time, each with one thread: two that take both cores spin and wait for each other (8 x slower).
 # Files come in the order of tests/conftest.py, the longest first, so that neither worker waits for the other's last.
-PYTEST = OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 UNIT = tests/unit
 INTEGRATION = tests/integration tests/golden
 
@@ -61,7 +63,7 @@ test-faults: $(STAMP)  ## runs that are killed, stopped, damaged or cut off
 
 test: $(STAMP)  ## unit and integration and the notebook; more options: make test ARGS='-k plan'
 	@$(PYTEST) $(UNIT) $(INTEGRATION) $(ARGS)
-	@$(if $(ARGS),,OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
+	@$(if $(ARGS),,$(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
 test-all: $(STAMP)  ## every test, the faults and the slow ones included
 	@'$(BIN)/python' -m pytest $(ARGS)

@@ -14,15 +14,17 @@ from pathlib import Path
 PROGRAM = [sys.executable, "-m", "orchestrator"]
 
 # Imports are half of what a short run costs: one process a session does them, and runs and worker groups are forked
-# from it before any thread has started.
+# from it before any thread has started. A module that is not there is passed over without a word: see test_program.py.
+PRELOADED = [
+    *("deepspeed", "mlflow", "peft", "easy_vqa", "orchestrator.cli", "orchestrator.run", "orchestrator.storage"),
+    *("orchestrator.dispatch.run_job", "orchestrator.evaluation.evaluate"),
+    *("orchestrator.data.check", "orchestrator.search.search", "orchestrator.compression.families.llava"),
+    *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
+    *("transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama"),
+    *("mlflow.store.tracking.sqlalchemy_store", "alembic.command", "matplotlib.pyplot", "torch.utils.cpp_extension"),
+]
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(
-    [
-        *("deepspeed", "mlflow", "peft", "easy_vqa", "orchestrator.cli", "orchestrator.run"),
-        *("orchestrator.dispatch.run_job", "orchestrator.evaluation.evaluate"),
-        *("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"),
-    ]
-)
+forks.set_forkserver_preload(PRELOADED)
 
 
 def environment(**more: str) -> dict[str, str]:
