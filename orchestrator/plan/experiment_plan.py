@@ -71,10 +71,16 @@ class ExperimentPlan:
         return self.ledger.cell_folder(self.loaded.spec.name, cell.name)
 
     def record(self, cell: Cell) -> CellRecord:
-        """Return a cell as it stands in the ledger; a trial's says whether it is on the front."""
-        record = cell_record(cell, self.tree, self.ledger)
-        if self.loaded.spec.search is None or record.status != "finished":
+        """Return a cell as it stands in the ledger; a trial's says whether it is on the front.
+
+        One that lacks an objective is failed, since its trial is.
+        """
+        record, search = cell_record(cell, self.tree, self.ledger), self.loaded.spec.search
+        if search is None or record.status != "finished":
             return record
+        has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
+        if has_failed and not search.objectives.keys() <= record.summary.keys():
+            return replace(record, status="failed")
         return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
 
     def status(self, cell: Cell) -> CellStatus:

@@ -15,6 +15,7 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.backends import Backend
+from orchestrator.registry import did_you_mean
 from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.search_space import trial_cells
 
@@ -81,8 +82,10 @@ class Trial:
         for name in search.objectives:
             numbers = [record.summary.get(name, math.nan) for record in records]
             if not all(map(math.isfinite, numbers)):
-                measured = ", ".join(sorted(records[0].summary))
-                return self.failed(f"the objective {name} was not measured; this trial has {measured}")
+                measured = sorted(records[0].summary)
+                hints = [hint for hint in [did_you_mean(name, measured)] if hint]
+                has = f"this trial has {', '.join(measured)}"
+                return self.failed("; ".join([f"the objective {name} was not measured", has, *hints]))
             found[name] = mean(numbers)
         return replace(self, state="finished", objectives=found, error=None)
 

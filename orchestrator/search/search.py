@@ -15,7 +15,7 @@ from orchestrator.dispatch.driver import Outcome
 from orchestrator.dispatch.ray.placement import room_for
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
-from orchestrator.errors import DataError, SpecError, StorageError, UsageError
+from orchestrator.errors import DataError, SpecError, StageRunError, StorageError, UsageError
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
@@ -53,6 +53,8 @@ def search_experiment(
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
         session = SearchSession(_updated(walk, notes, retry_failed), notes, console, deadline)
+        if (error := unmeasured(session.walk)) is not None:
+            raise StageRunError(error)
         with session.recording():
             if (left := search.num_trials - session.num_ended) > 0:
                 session.search(left, fail_fast)
@@ -114,11 +116,13 @@ class SearchSession(Session):
 
     Attributes:
         broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
+        unmeasured: The objective that the first trial lacks, and so would every other.
     """
 
     def __init__(self, walk: ExperimentPlan, notes: TrialNotes, console: Console, deadline: float = math.inf) -> None:
         super().__init__(walk, console, deadline)
         self.broken: str | None = None
+        self.unmeasured: str | None = None
         self._notes = notes
         self._tuning: Tuning | None = None
         self._interrupt = DeferredInterrupt()
@@ -156,6 +160,8 @@ class SearchSession(Session):
                 outcome = run_on_ray(work, ledger, cluster, self, fail_fast=fail_fast)
         if self.broken is not None:
             raise StorageError(self.broken)
+        if self.unmeasured is not None:
+            raise StageRunError(self.unmeasured)
         return outcome
 
     def begin(self, tuning: Tuning) -> None:
@@ -182,13 +188,14 @@ class SearchSession(Session):
             self._not_done[event["id"]] = event["error"]
 
     def stop_asked(self) -> int:
-        """Return 2 after a second Ctrl-C; 1 after a signal, or when nothing more can be stored."""
-        return 2 if self._interrupt.pending else int(self.stop() or self.broken is not None)
+        """Return 2 after a second Ctrl-C; 1 after a signal, or when no trial can be stored or has the objectives."""
+        is_over = self.broken is not None or self.unmeasured is not None
+        return 2 if self._interrupt.pending else int(self.stop() or is_over)
 
     def newer_work(self) -> Sequence[Job] | None:
         """Return the newest plan where something was proposed; answers the trials that have ended."""
         assert self._tuning is not None
-        new = self._tuning.take()
+        new = [] if self.unmeasured is not None else self._tuning.take()
         for proposal in new:
             self._take(Trial(**proposal))
         if self.is_damaged:
@@ -249,6 +256,7 @@ class SearchSession(Session):
             values = ", ".join(f"{name} {value:.4g}" for name, value in now.objectives.items())
             self.view.say(f"{now.state} {trial_name(now.number)}: {values or now.error}")
             self.record(cell for cell in self.walk.cells if cell.id in now.cells)
+            self.unmeasured = unmeasured(self.walk)
 
     def _why_not(self, trial: Trial) -> str | None:
         """Return why a trial will never end: a job it needs depends on one, such as a rehearsal, that failed and that
@@ -272,6 +280,20 @@ def as_stored(walk: ExperimentPlan, trial: Trial) -> Trial:
         return replace(trial, state="proposed", objectives={}, error=None)
     assert walk.loaded.spec.search is not None
     return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search)
+
+
+def unmeasured(walk: ExperimentPlan) -> str | None:
+    """Return why more trials would be in vain: one failed with all its cells finished, and none has the objectives."""
+    if any(trial.state == "finished" for trial in walk.trials):
+        return None
+    finished = {cell.id for cell in walk.cells if walk.status(cell) == "finished"}
+    lacks = next((t for t in walk.trials if t.state == "failed" and t.cells and finished.issuperset(t.cells)), None)
+    if lacks is None:
+        return None
+    return (
+        f"the search stopped: {trial_name(lacks.number)} is trained, and {lacks.error}\n    mend search.objectives or "
+        "the evaluation and run the same command again; what is trained is not trained again"
+    )
 
 
 def _concurrency(walk: ExperimentPlan) -> int:

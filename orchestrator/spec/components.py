@@ -336,6 +336,9 @@ class EvaluationSpec(Component):
     registry_group: ClassVar[str] = registry.EVALUATIONS
     headline: ClassVar[tuple[str, ...]] = ("accuracy",)
     """The metrics that the table shows, for every `under`; those it lacks are left out, `--all` shows the rest."""
+    metric_names: ClassVar[tuple[str, ...] | None] = None
+    """All metrics it can report, so that an unknown one in `search.objectives` is an error before anything is trained;
+    `*` stands for what only the data says (`accuracy_*`). None: not known before it has run."""
 
     data: str = Field(examples=["test"])
     """Data set to test on, by its name under `data`."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.components import FINAL, FULL
+from orchestrator.spec.components import FINAL, FULL, EvaluationSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
@@ -209,17 +211,28 @@ def _check_grid(root: Node) -> Iterator[ErrorDetail]:
 
 
 def _check_objective(root: Node, name: str) -> ErrorDetail | None:
-    known = [f"cost/{cost}" for cost in COSTS]
+    phases = root.entries("phases")
+    known = [f"cost/{cost}" for cost in COSTS if "/" not in cost or cost.split("/")[0] in phases]
     for entry, node in root.entries("evaluate").items():
+        metrics, headline = _metrics(node)
         for under in _under(node):
             place = f"eval/{entry}" if under == FINAL else f"eval/{entry}/under_{under}"
-            if name.startswith(f"{place}/") and name.count("/") == place.count("/") + 1:
-                return None
-            known.append(f"{place}/accuracy")
-    if name in known:
+            if metrics is None and name.startswith(f"{place}/") and not name.startswith(f"{place}/under_"):
+                return None  # known once a trial has measured it
+            known += [f"{place}/{metric}" for metric in metrics or headline]
+    if any(fnmatchcase(name, metric) for metric in known):
         return None
     path = ("search", "objectives", name)
     return name_error(root, path, "no trial would have this metric", *unknown_name(name, known))
+
+
+def _metrics(entry: Node) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return what an evaluation's kind can report, None where it does not say so, and its headline."""
+    try:
+        kind = registry.spec_class(registry.EVALUATIONS, entry.plain().get("kind"))
+        return kind.metric_names, kind.headline
+    except (AttributeError, ImportError, KeyError, TypeError):  # reported at the evaluation
+        return None, EvaluationSpec.headline
 
 
 def _under(entry: Node) -> list[Any]:

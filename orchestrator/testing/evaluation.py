@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,11 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
         return
     with contract.promise("metrics are finite numbers with names that MLflow allows, at least one, the headline first"):
         _check_metrics(outcomes[0])
+    with contract.promise("metric_names, where given, names every metric, and the headline is among them"):
+        if (names := spec.metric_names) is not None:
+            unknown = [m for m in (*outcomes[0].metrics, *spec.headline) if not any(fnmatchcase(m, n) for n in names)]
+            if unknown:
+                raise Broken(f"it is {', '.join(names)}, and does not have {', '.join(dict.fromkeys(unknown))}; add it")
     with contract.promise("num_samples counts the rows"):
         if outcomes[0].num_samples != len(rows):
             raise Broken(f"it is {outcomes[0].num_samples} of {len(rows)} rows; count every rank's (workers.sum)")

@@ -15,6 +15,7 @@ class ExactMatchSpec(plugin.EvaluationSpec):
     """Greedy answers compared with the last answer of each row."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.evaluations.exact_match:ExactMatch"
+    metric_names: ClassVar[tuple[str, ...] | None] = ("accuracy", "accuracy_*")
     not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     kind: Literal["exact_match"] = "exact_match"

@@ -95,3 +95,42 @@ def test_more_trials_go_on_where_it_stopped(killed):
     assert trials[:-1] == before and trials[-1]["state"] == "finished" and len(trials) == TRIALS + 1
     told = json.loads(output)
     assert told["front"] and not told["failed"] and not told["waiting"]
+
+
+LETTERS = """
+from typing import ClassVar, Literal
+
+from orchestrator import plugin
+
+
+class LettersSpec(plugin.EvaluationSpec):
+    \"\"\"Mean length of the answers; its metrics are not named beforehand.\"\"\"
+
+    kind: Literal["letters"] = "letters"
+    implementation: ClassVar[str] = f"{__name__}:Letters"
+
+
+class Letters:
+    def __init__(self, spec):
+        pass
+
+    def run(self, model, data, workers):
+        answers = plugin.greedy_answers(model, data.rows, data, 64, 4)
+        return plugin.Outcome({"letters": sum(map(len, answers)) / len(answers)}, len(answers))
+"""
+
+
+def test_a_search_stops_after_the_first_trial_that_lacks_an_objective(search_text, tmp_path):
+    (tmp_path / "letters.py").write_text(LETTERS)
+    text = search_text.replace("vqa: {kind: exact_match, ", "vqa: {kind: letters, ")
+    text = text.replace("eval/vqa/accuracy", "eval/vqa/leters") + "plugins: [letters.py]\n"
+    search = Search(tmp_path, text)
+    for _ in range(2):  # the second finds the trial as it was left, and trains nothing
+        code, _, errors = search.run()
+        assert code == 1 and "the objective eval/vqa/leters was not measured" in errors, errors
+        assert "did you mean eval/vqa/letters?" in errors
+        assert [trial["state"] for trial in search.trials()] == ["failed"]
+    _, output, _ = search.run("--json", verb="table")
+    assert [row["status"] for row in json.loads(output)["rows"]] == ["failed"]
+    (run,) = search.runs().values()
+    assert run.info.status == "FAILED"

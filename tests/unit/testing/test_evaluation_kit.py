@@ -19,6 +19,7 @@ class Lengths(plugin.EvaluationSpec):
 
     implementation: ClassVar[str] = f"{__name__}:MeanLength"
 
+    metric_names: ClassVar[tuple[str, ...] | None] = ("accuracy", "letters", "images")
     kind: Literal["lengths"] = "lengths"
     broken: str = ""
 
@@ -33,6 +34,7 @@ class MeanLength:
         metrics = {
             "no metric": {},
             "an illegal name": {"letters@1": 1.0},
+            "another name": {"leters": 1.0},
             "a tensor": {"letters": torch.tensor(1.0)},
             "not a number": {"letters": float("nan")},
             "at random": {"letters": float(torch.rand(()))},
@@ -54,6 +56,7 @@ BROKEN = {
     "metrics alone": "return plugin.Outcome",
     "no metric": "give at least one, the headline first",
     "an illegal name": "'letters@1' is no name of a metric",
+    "another name": "does not have leters; add it",
     "a tensor": "give a finite Python number",
     "not a number": "letters is nan",
     "at random": "run again it gives the same: first",
