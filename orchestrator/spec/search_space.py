@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
