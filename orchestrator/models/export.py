@@ -47,6 +47,9 @@ COMPRESSORS_FILE = "compressors.safetensors"
 MAX_SHARD_SIZE = "5GB"
 _FORMAT = 1
 _STAGES = 20  # rows of a phase in the card
+_PADDED = (
+    "It was trained on images padded to a square with the processor's mean colour, which the processor does not do."
+)
 _WRITERS = ("llavolta-orchestrator", "torch", "transformers", "peft")
 _ADAPTER_CONFIG = "adapter_config.json"
 _LOW_RANK_TOLERANCE = 1e-5  # of the largest weight: what float32 loses when adapters are merged is a hundredth of it
@@ -291,6 +294,7 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
     )
     imports = "from peft import PeftModel\n" if base else ""
     own = any(registry.is_plugin(registry.COMPRESSORS, point["kind"]) for point in points)
+    data = cell.phases[-1].data if cell.phases else ()
     plugins = f", plugins={json.dumps(note['plugins'])}" if own else ""
     sections = [
         f"---\n{head}tags: [llavolta, visual-token-compression]\n---\n# {note['experiment']}: {cell.name}",
@@ -299,6 +303,10 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         f"Plain transformers loads {'the model on full tokens' if points else 'the model'}:",
         f"```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n{load}\n"
         "processor = AutoProcessor.from_pretrained(FOLDER)\n```",
+        "`processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, "
+        'return_tensors="pt")` gives the tokens of training; `processor(text=...)` writes a second `<s>` before a '
+        "rendered prompt that begins with one.",
+        _PADDED if any(entry["spec"].get("image_aspect_ratio") for entry in data) else "",
         "With the compressor attached, as `final` was tested:",
         f"```python\nimport orchestrator as llv\n\nmodel, processor = llv.load_exported(FOLDER{plugins})\n```",
         "## Scores",

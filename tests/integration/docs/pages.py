@@ -28,12 +28,12 @@ def blocks(page: Path) -> list[Block]:
     return [Block(language, title or None, text) for language, title, text in _FENCE.findall(page.read_text())]
 
 
-def run_page(page: Path, folder: Path) -> None:
+def run_page(page: Path, folder: Path, then: str = "") -> None:
     """Do what a reader of the page would do, at the root of a checkout that holds nothing but the experiments.
 
     A block with a title is a file. A `console` block holds commands (`$ llavolta ...`, `$ python ...`) and what they
     print; `...` stands for what is left out, scores and times that machines differ in, or for lines; `# exit code N`
-    behind a command is what it returns. The Python blocks without a title are one program.
+    behind a command is what it returns. The Python blocks without a title are one program, `then` is its end.
     """
     (folder / "experiments").symlink_to(ROOT / "experiments")
     program = []
@@ -47,7 +47,7 @@ def run_page(page: Path, folder: Path) -> None:
         elif block.language == "python":
             program.append(block.text)
     if program:
-        done = _start([sys.executable, "-c", "\n".join(program)], folder)
+        done = _start([sys.executable, "-c", "\n".join([*program, then])], folder)
         assert done.returncode == 0, done.stdout
 
 

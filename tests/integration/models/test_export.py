@@ -49,7 +49,8 @@ name: mine
 plugins: [first_tokens.py]
 model: {model_name_or_path: base, weights: pretrained, dtype: float32}
 data:
-  mine: {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1}
+  mine:
+    {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1, image_aspect_ratio: pad}
 compressors:
   learned: {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}
   wide: {kind: average_pool, layer: 2, stride: 4}
@@ -107,8 +108,11 @@ def exported(home: Path, schedule: str, target: Path, **options) -> Path:
 
 
 def question(processor, home: Path):
-    prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
-    return processor(images=Image.open(home / "1.png"), text=prompt, return_tensors="pt")
+    content = [{"type": "image", "image": Image.open(home / "1.png")}, *MESSAGES[0]["content"][1:]]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
 
 
 def trained(home: Path, schedule: str, points=None):
@@ -170,6 +174,7 @@ def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and cell.id in card and "eval/vqa/accuracy" in card
     assert "| 0 to 2 | learned |" in card and "load_exported(FOLDER)" in card
+    assert "tokenize=True, return_dict=True" in card and "padded to a square" in card
 
 
 def test_the_card_names_the_plugin_of_the_compressor(home, tmp_path):

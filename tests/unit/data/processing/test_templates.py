@@ -6,6 +6,7 @@ from dataclasses import replace
 import jinja2
 import pytest
 from conversations import row_of
+from PIL import Image
 
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.templates import ChatFormat, jinja_of, render
@@ -263,6 +264,19 @@ def test_the_chat_template_of_an_export_writes_what_training_rendered(processor,
                 add_generation_prompt=prompt_only,
             )
             assert text == render(template, row, processor.chat, prompt_only).text
+
+
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1", "chat_template"])
+def test_an_export_s_chat_template_gives_the_tokens_of_training(processor, template, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    row = row_of("<image>\nWhat is it?", "A cat", images=(str(tmp_path / "a.png"),))
+    content = [{"type": "image", "image": Image.open(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    given = processor.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=jinja_of(template, processor.image_token),
+        add_generation_prompt=True, tokenize=True, return_dict=True,
+    )  # fmt: skip
+    assert given["input_ids"][0] == Encoder(processor, template, 2048).encode_prompt(row).input_ids.tolist()
 
 
 def _content(text):
