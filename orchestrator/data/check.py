@@ -415,7 +415,7 @@ def _checked_set(of: RowCheck) -> tuple[CheckedRows | None, dict[str, Any]]:
         if not report["errors"]:
             report["errors"].append({"row": None, "error": str(error)})
         return None, report
-    report["rows"] = len(found) + len(bad)
+    report["rows"] = len(found) + (len(bad) if source.max_samples is None else 0)  # samples are of the good rows
     report["errors" if errors_of(found, source) else "dropped"] += [
         {"row": row, "error": found.bad[row]} for row in found.bad
     ]
@@ -478,9 +478,10 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
         number: The row's index in its file, as errors name it; None for the first one.
 
     Returns:
-        `set`, `where`, `kind`, `row`, `rows`, `model`, `template`, `model_max_length`, `images` (path, size, visual
-        tokens), `prompt` and `learned` (character ranges of it), `expected` of a test row, `lengths`, `tokens` (runs of
-        visual tokens as one entry with a `count`).
+        `set`, `where`, `kind`, `row`, `rows` (how many can be used), `sampled` (whether `max_samples` takes this one),
+        `model`, `template`, `model_max_length`, `images` (path, size, visual tokens), `prompt` and `learned` (character
+        ranges of it), `expected` of a test row, `lengths`, `tokens` (runs of visual tokens as one entry with a
+        `count`).
 
     Raises:
         UsageError: there is no such set or row.
@@ -496,14 +497,20 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
     name, where, use = found
     try:
         rows = open_rows(use.data)
-    except DataError:  # other rows are bad: this one can be looked at
-        rows = open_rows(_tolerant(use.data))
-    row = _row(f"data.{name}", rows, number)
+    except DataError as error:  # other rows are bad: this one can be looked at
+        try:
+            rows = open_rows(_tolerant(use.data))
+        except DataError:
+            raise error from None
+    dropped = left_out(use.data, use.model, use.model_max_length, use.prompts)
+    usable = rows.without([*rows.origin.bad, *dropped])
+    row = _row(f"data.{name}", usable, number)
     (encoder, processor), template = use.encoder(), template_of(use.data)
     sample = encoder.encode_prompt(row) if use.prompts else encoder.encode(row)
     lengths, rendered = encoder.lengths(row, use.prompts), render(template, row, processor.chat, use.prompts)
     return {
-        "set": name, "where": where, "kind": use.data.kind, "row": row.index, "rows": len(rows),
+        "set": name, "where": where, "kind": use.data.kind, "row": row.index, "rows": len(usable),
+        "sampled": row.index in usable.numbers or row.index in dropped,
         "model": use.model.model_name_or_path, "template": template, "model_max_length": use.model_max_length,
         "images": _images(row, processor, len(sample.images)),
         "prompt": rendered.text,
@@ -529,8 +536,12 @@ def _row(where: str, rows: IndexedRows, number: int | None) -> Row:
         raise DataError(f"{where}: row {number} cannot be used: {reason}")
     positions = np.flatnonzero(rows.origin.numbers == number)
     if not len(positions):
-        last = int(rows.origin.numbers.max())
-        raise UsageError(f"--row {number}: {where} has rows {int(rows.origin.numbers.min())} to {last}")
+        numbers = rows.origin.numbers
+        near = int(numbers[np.abs(numbers - number).argmin()])
+        raise UsageError(
+            f"--row {number}: {where} has {len(numbers):,} rows of {numbers.min()} to {numbers.max()}, "
+            f"and not this one; the nearest is {near}"
+        )
     return rows.origin.row(int(positions[0]))
 
 

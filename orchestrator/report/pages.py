@@ -154,7 +154,9 @@ def row_page(document: Mapping[str, Any]) -> str:
 def row_title(document: Mapping[str, Any]) -> str:
     """Return which row it is, and what uses it."""
     use = f"as {document['where']} gets it" if document["where"] else "which nothing in this experiment uses"
-    return f"data.{document['set']} ({document['kind']}), row {document['row']} of {document['rows']:,} usable, {use}"
+    sampled = "" if document["sampled"] else ", left out by max_samples"
+    of = f"row {document['row']}{sampled} ({document['rows']:,} rows can be used)"
+    return f"data.{document['set']} ({document['kind']}), {of}, {use}"
 
 
 def row_settings(document: Mapping[str, Any]) -> str:

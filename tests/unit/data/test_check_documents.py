@@ -16,7 +16,7 @@ from orchestrator.errors import DataError, UsageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.report.console import print_check, print_row
 from orchestrator.report.documents import Document
-from orchestrator.report.pages import row_page
+from orchestrator.report.pages import row_page, row_title
 
 VISUAL = 64  # tokens of an image of the tiny LLaVA
 
@@ -98,7 +98,7 @@ def test_a_row_is_shown_as_training_encodes_it(experiment, processor):
     assert image["path"] == str(path.parent / "2.png") and (image["width"], image["height"]) == (50, 40)
     assert image["visual_tokens"] == VISUAL and image["seen"]
     text = Document(found, print_row).to_text()
-    assert "ASSISTANT:« So</s>»" in text and f"<image> x{VISUAL}" in text and "row 2 of 3 usable" in text
+    assert "ASSISTANT:« So</s>»" in text and f"<image> x{VISUAL}" in text and "row 2 (3 rows can be used)" in text
 
 
 def test_what_the_limit_cuts_off_is_told(experiment):
@@ -131,8 +131,29 @@ def test_rows_and_sets_that_are_not_there_are_told(experiment):
     path = experiment([*GOOD, record(3, "<image>\nGone", "Yes", image="gone.png")])
     with pytest.raises(UsageError, match=r"--data mime: .*did you mean mine\?"):
         row_document(cells(path), "mime")
-    with pytest.raises(UsageError, match=r"--row 9: data\.mine has rows 0 to 3"):
+    with pytest.raises(UsageError, match=r"--row 9: data\.mine has 4 rows of 0 to 3, .* nearest is 3"):
         row_document(cells(path), "mine", 9)
     with pytest.raises(DataError, match=r"row 3 cannot be used: .*gone\.png"):
         row_document(cells(path), "mine", 3)
     assert row_document(cells(path), "mine", 0)["row"] == 0  # the good ones can be looked at
+
+
+def test_the_numbers_of_a_row_are_those_of_the_file(experiment):
+    gone = [record(number, "<image>\nGone", "Yes", image="gone.png") for number in (3, 4)]
+    title = row_title(row_document(cells(experiment([*GOOD[:2], *gone, record(4, "Why?", "So")])), "mine", 4))
+    assert "row 4 (3 rows can be used)" in title
+    with pytest.raises(DataError, match=r"100\.00% of the rows are bad, max_bad_share allows 10\.00%"):
+        row_document(cells(experiment(gone, on_bad_row="drop", max_bad_share=0.1)), "mine")
+
+
+def test_a_row_that_is_not_sampled_is_told(experiment):
+    path = experiment([*GOOD, *GOOD], max_samples=2)
+    assert "row 3 (2 rows can be used)" in row_title(row_document(cells(path), "mine", 3))
+    assert "row 2, left out by max_samples (2 rows can be used)" in row_title(row_document(cells(path), "mine", 2))
+    with pytest.raises(
+        UsageError, match=r"--row 1: data\.test has 5 rows of 0 to \d+, and not this one; the nearest is 0"
+    ):
+        row_document(cells(path), "test", 1)
+    gone = record(6, "<image>\nGone", "Yes", image="gone.png")
+    path = experiment([*GOOD, *GOOD, gone], max_samples=2, on_bad_row="drop", max_bad_share=0.5)
+    assert check_document(cells(path))["sets"][0]["rows"] == 2
