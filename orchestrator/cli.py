@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.report.documents import Document, Documents
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
-Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files; several make one table.")]
+Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Overrides a value of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
@@ -193,7 +193,7 @@ def table(
     ] = None,
     all_metrics: Annotated[bool, typer.Option("--all", help="Every metric, not the headline ones.")] = False,
 ) -> None:
-    """Print the ablation table of one or several experiments."""
+    """Print one ablation table of one or several experiments, each compared with its own baseline."""
     found = llv.table([llv.load(spec, set_ or ()) for spec in specs], all_metrics=all_metrics)
     if form or as_json:
         print_document(found.render("json" if as_json else form or "md"))
@@ -344,7 +344,7 @@ def components(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List every compressor, schedule, data kind, evaluation and tracker with its fields, types and defaults."""
+    """List every compressor, schedule, data kind and evaluation with its fields, types and defaults."""
     if spec is not None:
         llv.load(spec)
     show_document(llv.components(kind, plugins=plugin or ()), as_json)

@@ -47,7 +47,9 @@ def load(source: Source, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def table(experiments: Sequence[Experiment], *, all_metrics: bool = False) -> Table:
-    """Return one table over several experiments; a cell found in two of them is shown once.
+    """Return one table over several experiments, each compared with its own baseline.
+
+    A row found in two of them is shown once; a warning names what is left out and would read otherwise.
 
     Args:
         all_metrics: Every metric, not the headline ones.

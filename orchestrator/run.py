@@ -21,7 +21,7 @@ from orchestrator.dispatch.ray.session import run_on_ray
 from orchestrator.dispatch.signals import StopRequest, deadline_after
 from orchestrator.errors import Interrupted, SpecError, StorageError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.cell import Cell, distinct_cells
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
 from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
@@ -223,13 +223,15 @@ class Session(Hooks):
         assert self._recorder is not None
         walk = self.walk
         seen = read_state(walk.tracking_uri, walk.experiment_name)
-        lacking = []
+        lacking, tracked = [], {cell.name for cell in distinct_cells(walk.cells)}
         for cell in walk.cells:
             record = walk.record(cell)
             # Where another driver works on it, that one records it.
             if record.status in ("new", "running"):
                 continue
             write_cell_folder(walk, cell, record)
+            if cell.name not in tracked:
+                continue
             drawn = _with_figure(walk, cell, record, draw=False)
             if drawn is None or seen is None or not has_record(seen.runs.get(cell.id), drawn):
                 lacking.append(cell)
@@ -278,7 +280,7 @@ class Session(Hooks):
             waiting: Cell or trial that neither finished nor failed, to the reason.
         """
         assert self._recorder is not None
-        names = {cell.id: cell.name for cell in self.walk.cells}
+        names = {cell.id: cell.name for cell in distinct_cells(self.walk.cells)}
         unsent = tuple(names[identity] for identity in list(self._recorder.unsent))
         return RunOutcome(
             self.walk,
@@ -328,7 +330,8 @@ class Session(Hooks):
         return int(self.stop())
 
     def _cells_of(self, jobs: set[str]) -> list[Cell]:
-        return [cell for cell in self.walk.cells if not jobs.isdisjoint(self.walk.jobs_of(cell))]
+        cells = distinct_cells(self.walk.cells)  # MLflow has one run for cells that are the same work
+        return [cell for cell in cells if not jobs.isdisjoint(self.walk.jobs_of(cell))]
 
     def _say_stop(self, name: str) -> None:
         self.view.say(f"{name}: finishing the step and writing a checkpoint; Ctrl-C now: stop at once")

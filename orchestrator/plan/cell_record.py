@@ -38,6 +38,7 @@ class CellRecord:
         summary: Metrics written once at the end (docs/reference/metrics.md).
         last_step: Step they are written at: the last of the cell's way, trained or not.
         artifacts: File name to text, bytes or a file to copy.
+        tested: Ids of its evaluations; with the cell's id they say which cells are one measurement.
     """
 
     cell_id: str
@@ -49,6 +50,7 @@ class CellRecord:
     summary: dict[str, float] = field(default_factory=dict)
     last_step: int = 0
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
+    tested: tuple[str, ...] = ()
 
 
 def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
@@ -75,6 +77,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
         summary=_summary(cell, ledger, runs or (), with_costs=trained and runs is not None),
         last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
+        tested=tuple(test.id for test in cell.evaluations),
     )
 
 

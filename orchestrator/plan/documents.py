@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.cell_costs import Costs
-from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.cell import Cell, PhasePlan, distinct_cells, tested_differently
 from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cells.start_from import start_text
 from orchestrator.plan.cost import compression_ratio, parameter_count
@@ -113,7 +113,9 @@ def plan_document(
         price = costs.cell(cell)
         alone[cell.id] = _sum([price["train_tflops"], *(costs.cell(each)["train_tflops"] for each in cell.origins())])
         shown.append(_cell(cell, price, status, reasons))
-    notices = dict.fromkeys((*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices))
+    notices = dict.fromkeys(
+        (*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices, *tested_differently(cells))
+    )
     return {
         "experiment": loaded.spec.name,
         "cells": shown,
@@ -128,7 +130,7 @@ def _totals(
     loaded: LoadedExperiment, cells: Sequence[Cell], status: TreeStatus, alone: Mapping[str, float | None],
     runs: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    tree, cluster, distinct = status.tree, loaded.spec.cluster, {cell.id: cell for cell in cells}.values()
+    tree, cluster, distinct = status.tree, loaded.spec.cluster, distinct_cells(cells)
     cost_alone, cost_shared = _sum(alone.values()), _sum(run["cost"]["train_tflops"] for run in runs)
     totals = {
         "cells": len(cells),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_record import CellRecord, cell_record
-from orchestrator.plan.cells.cell import Cell, find_cells
+from orchestrator.plan.cells.cell import Cell, distinct_cells, find_cells
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Job, Keep
@@ -27,6 +27,7 @@ from orchestrator.redaction import secret_in
 from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.loader import load_experiment
+from orchestrator.spec.search_space import trial_name
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class ExperimentPlan:
         assert self.loaded.spec.search is not None
         trials = tuple(trial if each.number == trial.number else each for each in self.trials)
         return replace(self, trials=trials, front=frozenset(front_of(trials, self.loaded.spec.search)))
+
+    def repeated_trials(self) -> list[str]:
+        """Return a sentence for each trial of a search that is the same as an earlier one, whose cells it shares."""
+        first: dict[tuple[str, ...], int] = {}
+        pairs = ((trial.number, first.setdefault(trial.cells, trial.number)) for trial in self.trials if trial.cells)
+        return [f"{trial_name(new)} is the same as {trial_name(old)}" for new, old in pairs if new != old]
 
     def folder(self, cell: Cell) -> Path:
         """Return where a cell's weights, log and resolved YAML are found by name."""
@@ -168,10 +175,7 @@ def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial
     """
     assert loaded.spec.search is not None
     found = list(cells_of_trials(loaded, trials))
-    distinct: dict[str, Cell] = {}
-    for cell in (cell for _, some in found for cell in some):
-        distinct.setdefault(cell.id, cell)
-    cells = tuple(distinct.values())
+    cells = distinct_cells(cell for _, some in found for cell in some)
     planned = tuple(trial for trial, _ in found)
     front = frozenset(front_of(planned, loaded.spec.search))
     return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.cells.cell import Cell, PhasePlan
+from orchestrator.plan.cells.cell import Cell, PhasePlan, distinct_cells
 from orchestrator.plan.identity import content_digest, digest
 from orchestrator.plan.jobs import (
     Action,
@@ -350,10 +350,7 @@ def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> Sta
 
 class _Builder:
     def __init__(self, cells: Sequence[Cell], stored: frozenset[str], stored_steps: tuple[int, ...]) -> None:
-        first: dict[str, Cell] = {}
-        for cell in cells:
-            first.setdefault(cell.id, cell)
-        self.cells, self.all_cells = list(first.values()), cells
+        self.cells, self.all_cells = distinct_cells(cells), cells
         self.stored, self.stored_steps = stored, stored_steps
         self.tree = StageTree(cluster=cells[0].spec.cluster if cells else None)
         self.paths: dict[str, list[str]] = {cell.id: [] for cell in self.cells}

@@ -176,7 +176,7 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
     if document["variants"]:
         console.print(_variants(document["variants"]))
     if cells:
-        names = {cell["id"]: cell["name"] for cell in cells}
+        names = _names_by_id(cells)
         cells_of = {run["id"]: run["cells"] for run in document["stage_runs"]}
         tree = stage_tree(
             document["stage_runs"],
@@ -190,6 +190,18 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
         console.print(f"note: {notice}", highlight=False, markup=False)
 
 
+def _names_by_id(cells: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the cell id to the names that it has in the grid: cells that are the same work share theirs."""
+    names: dict[str, list[str]] = {}
+    for cell in cells:
+        names.setdefault(cell["id"], []).append(cell["name"])
+    return names
+
+
+def _named(ids: Iterable[str], names: Mapping[str, list[str]]) -> list[str]:
+    return [name for identity in ids for name in names[identity]]
+
+
 def _why(cell: Mapping[str, Any]) -> str:
     """Return why a cell runs, but for what its state says; equal for cells that differ alike from their finished
     namesakes.
@@ -199,9 +211,11 @@ def _why(cell: Mapping[str, Any]) -> str:
     return "; ".join(reason.replace(namesake, "differs from the finished cell of its name: ", 1) for reason in reasons)
 
 
-def _planned_label(run: Mapping[str, Any], names: Mapping[str, str], unit: Operations, above: list[str] | None) -> Text:
+def _planned_label(
+    run: Mapping[str, Any], names: Mapping[str, list[str]], unit: Operations, above: list[str] | None
+) -> Text:
     # Whose it is need not be said again along a way that is one cell's alone.
-    cells = [] if run["cells"] == above else [names[identity] for identity in run["cells"]]
+    cells = [] if run["cells"] == above else _named(run["cells"], names)
     of = f" of {run['of']}" if run["of"] else ""
     parts = [
         Text(f"{run['phase']} {run['first_step']}-{run['last_step']}{of}"),
@@ -218,7 +232,7 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
     """Return what sharing saves, what is done, and what it takes."""
     alone, shared, ratio = (totals.get(f"train_{name}") for name in ("tflops_alone", "tflops_shared", "ratio"))
     unit = Operations.of([alone, shared])
-    saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {1 - ratio:.0%})"
+    saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {max(0.0, 1 - ratio):.0%})"
     runs, tests = (
         counted_noun(totals[key], noun) for key, noun in (("stage_runs", "stage run"), ("evaluations", "evaluation"))
     )
@@ -255,7 +269,7 @@ _SHOWN_BY_STATUS = ("new", "done", "runs elsewhere")
 def print_status(document: dict[str, Any], console: Console) -> None:
     """Print the totals, a line a cell, the stage tree with what runs where, and what failed."""
     cells, totals = document["cells"], document["totals"]
-    names = {cell["id"]: cell["name"] for cell in cells}
+    names = _names_by_id(cells)
     console.print(Text(f"{document['experiment']}  {document['storage']}", style="bold"), soft_wrap=True)
     console.print(
         f"{counted_noun(len(cells), 'cell')}: {counted(cell['state'] for cell in cells)}; "
@@ -286,7 +300,7 @@ def print_status(document: dict[str, Any], console: Console) -> None:
     _print_failures(document, console)
 
 
-def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
+def _label(run: Mapping[str, Any], names: Mapping[str, list[str]]) -> Text:
     line = Text(f"{run['phase']} {run['first_step']}-{run['last_step']}  ")
     line.append(run["variant"], style="bold")
     parts = [line]
@@ -295,11 +309,11 @@ def _label(run: Mapping[str, Any], names: Mapping[str, str]) -> Text:
         if run["state"] == "running":
             figures += f"  loss {run['loss']:.3f}  {run['samples_per_second']:.0f} samples/s"
         parts.append(Text(figures))
-    return _line(Text("  ").join(parts), run, [names[identity] for identity in run["cells"]])
+    return _line(Text("  ").join(parts), run, _named(run["cells"], names))
 
 
-def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, str]) -> Text:
-    return _line(Text(f"evaluate {test['name']} under {test['under']}"), test, [names[one] for one in test["cells"]])
+def _evaluation_label(test: Mapping[str, Any], names: Mapping[str, list[str]]) -> Text:
+    return _line(Text(f"evaluate {test['name']} under {test['under']}"), test, _named(test["cells"], names))
 
 
 def _line(what: Text, job: Mapping[str, Any], cells: list[str] | None = None) -> Text:

@@ -140,10 +140,14 @@ class Progress:
         if type(job) in self._spent:
             self._spent[type(job)] += seconds
             self._worked[type(job)] += self._costs.get(job.id, 0.0)
-        mark = (self._result_of(job.id) or {}).get("fingerprint") if isinstance(job, StageJob) else None
+        mark = (self.result(job) or {}).get("fingerprint")
         if mark:
             self._workers = int(mark.get("world_size") or 1)
             self._unit = "GPU-hours" if is_gpu(str(mark.get("device", ""))) else "worker-hours"
+
+    def result(self, job: Job) -> Mapping[str, Any] | None:
+        """Return what is stored of a finished stage run; None of any other job."""
+        return self._result_of(job.id) if isinstance(job, StageJob) else None
 
     def snapshot(self) -> Snapshot:
         """Return the run now; reads the spools of what runs."""
@@ -298,8 +302,11 @@ class LiveView:
         return _other(job)
 
     def _closing(self, job: Job) -> str:
-        line = self._progress.line("", job).metrics
-        return f" (loss {line['loss']:.3f}, {line['samples_per_second']:.0f} samples/s)" if line else ""
+        """Return a stage run's last loss, and its speed over all its steps as its stored result has it."""
+        result = self._progress.result(job) or {}
+        figures = [f"loss {result['loss']:.3f}"] if result.get("loss") is not None else []
+        figures += [f"{speed:.0f} samples/s"] if (speed := result.get("samples_per_second")) else []
+        return f" ({', '.join(figures)})" if figures else ""
 
     def _loop(self) -> None:
         if self._console.is_terminal:

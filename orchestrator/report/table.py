@@ -7,7 +7,8 @@ import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from rich.table import Table as RichTable
 
 from orchestrator.errors import shorten
 from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.report.units import Operations, legend
+from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
 
 if TYPE_CHECKING:
@@ -107,11 +110,8 @@ class Table:
     def print(self, console: Console | None = None) -> None:
         """Print it with what its short heads mean and what makes its rows unequal; None takes standard output."""
         console = console or Console()
-        head, body = text_cells(self)
-        grid = plain_table(head, right=head[1:-1])
-        for line in body:
-            grid.add_row(*line)
-        console.print(grid)
+        for grid in _grids(*text_cells(self), console.width):
+            console.print(grid)
         if (legend_line := self.explanations()) is not None:
             console.print(legend_line, style="dim", highlight=False, markup=False)
         for warning in self.warnings:
@@ -166,40 +166,81 @@ def ablation_table(
     """Return the table of an experiment, from its records alone.
 
     Args:
-        records: One record a cell.
-        axes: Cell id to the cell's axes.
+        records: One record a cell, also where several cells are the same work.
+        axes: Cell name to the cell's axes.
         mean_over: Axes averaged over (mean and standard deviation).
         baseline: Axis values of the row the others are compared with.
         all_metrics: Show every metric, not the headline ones.
         shown_axes: Axes with a column of their own, where names do not show them.
         headlines: Evaluation to the metrics shown of it; `accuracy` of one that is not named.
     """
-    groups: dict[str, list[CellRecord]] = {}
-    for record in records:
-        kept = {axis: value for axis, value in axes[record.cell_id].items() if axis not in mean_over}
-        key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_id
-        groups.setdefault(key, []).append(record)
-    rows = tuple(_row(group, axes, mean_over, baseline) for group in groups.values())
-    if baseline:
-        rows = tuple(_against(row, rows, baseline) for row in rows)
-    return Table(_columns(records, all_metrics, headlines or {}), rows, tuple(_unequal(records)), tuple(shown_axes))
+    rows, remarks = _rows(records, axes, mean_over, baseline, shown_axes)
+    warnings = (*_unequal(records), *remarks)
+    return Table(_columns(records, all_metrics, headlines or {}), tuple(rows), warnings, tuple(shown_axes))
 
 
 def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
-    """Return one table over one or several experiments; a cell found in two of them is shown once."""
-    cells = {cell.id: (plan, cell) for plan in plans for cell in plan.cells}
-    report, search = plans[0].loaded.spec.report, plans[0].loaded.spec.search
-    return ablation_table(
-        [plan.record(cell) for plan, cell in cells.values()],
-        {identity: cell.axes for identity, (_, cell) in cells.items()},
-        mean_over=report.mean_over if search is None else (*report.mean_over, "seed"),
-        baseline=report.baseline,
-        all_metrics=all_metrics,
-        shown_axes=() if search is None else tuple(search.space),
-        headlines={
-            name: test.headline for plan in plans for cell in plan.cells for name, test in cell.spec.evaluate.items()
-        },
+    """Return one table over one or several experiments, each averaged and compared as its own `report` says.
+
+    A row of the same cells as one of an earlier experiment is shown there alone; where it would read otherwise, a
+    warning names it.
+    """
+    headlines: dict[str, Sequence[str]] = {}
+    records: list[CellRecord] = []
+    remarks: list[str] = []
+    shown: list[tuple[str, Row]] = []
+    earlier: dict[frozenset[tuple[str, tuple[str, ...]]], list[Row]] = {}
+    shown_axes: dict[str, None] = {}
+    for plan in plans:
+        report, search, name = plan.loaded.spec.report, plan.loaded.spec.search, plan.loaded.spec.name
+        own = [plan.record(cell) for cell in plan.cells]
+        headlines |= {test: entry.headline for cell in plan.cells for test, entry in cell.spec.evaluate.items()}
+        drawn = () if search is None else tuple(search.space)
+        mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
+        rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
+        ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
+        keys = [frozenset(map(ids.__getitem__, row.cells)) for row in rows]
+        repeated = [row.name for row, key in zip(rows, keys, strict=True) if row not in earlier.get(key, [row])]
+        if repeated:
+            notes.append(f"{name}: shown once, in the experiment before it: {', '.join(repeated)}")
+        shown += [(name, row) for row, key in zip(rows, keys, strict=True) if key not in earlier]
+        for row, key in zip(rows, keys, strict=True):
+            earlier.setdefault(key, []).append(row)
+        remarks += [*notes, *plan.repeated_trials(), *tested_differently(plan.cells)]
+        records += own
+        shown_axes |= dict.fromkeys(drawn)
+    counts = Counter(row.name for _, row in shown)
+    return Table(
+        _columns(records, all_metrics, headlines),
+        tuple(row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown),
+        (*_unequal(records), *dict.fromkeys(remarks)),
+        tuple(shown_axes),
     )
+
+
+def _rows(
+    records: Sequence[CellRecord],
+    axes: Mapping[str, Mapping[str, Any]],
+    mean_over: Sequence[str],
+    baseline: Mapping[str, Any] | None,
+    shown_axes: Sequence[str],
+) -> tuple[list[Row], list[str]]:
+    """Return the rows of one experiment, and what one should know of them."""
+    groups: dict[str, list[CellRecord]] = {}
+    for record in records:
+        kept = {axis: value for axis, value in axes[record.cell_name].items() if axis not in mean_over}
+        key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_name
+        groups.setdefault(key, []).append(record)
+    rows = [_row(group, axes, mean_over, baseline, shown_axes) for group in groups.values()]
+    if not baseline:
+        return rows, []
+    bases = [row for row in rows if "baseline" in row.marks]
+    found = [(row, None if row in bases else _base_of(row, bases, baseline)) for row in rows]
+    without = [row.name for row, base in found if base is None and row not in bases]
+    named = ", ".join(row.name for row in bases) or "no row"
+    why = f"the baseline is {named}{', which differ in other axes' if bases else ''}"
+    remarks = [f"no difference from the baseline in {', '.join(without)}: {why}"] if without else []
+    return [row if base is None else _against(row, base) for row, base in found], remarks
 
 
 def _row(
@@ -207,15 +248,23 @@ def _row(
     axes: Mapping[str, Mapping[str, Any]],
     mean_over: Sequence[str],
     baseline: Mapping[str, Any] | None,
+    shown_axes: Sequence[str],
 ) -> Row:
-    own = {axis: value for axis, value in axes[group[0].cell_id].items() if axis not in mean_over}
-    finished = [record for record in group if record.status == "finished"]
+    own = {axis: value for axis, value in axes[group[0].cell_name].items() if axis not in mean_over}
+    # Cells that are the same work are one measurement: its numbers count once, and have no deviation.
+    distinct = list({(record.cell_id, record.tested): record for record in group}.values())
+    finished = [record for record in distinct if record.status == "finished"]
     values: dict[str, float] = {}
     spread: dict[str, float] = {}
     # A cell of its own shows what it has, whatever failed beside it; a mean is over finished cells only.
-    counted = finished if len(group) > 1 else group
+    counted = finished if len(distinct) > 1 else distinct
     for name in dict.fromkeys(name for record in counted for name in record.summary):
-        numbers = [r.summary[name] for r in counted if name in r.summary and math.isfinite(r.summary[name])]
+        found = {
+            (record.cell_id, record.tested if name.startswith("eval/") else None): record.summary[name]
+            for record in counted
+            if math.isfinite(record.summary.get(name, math.nan))
+        }
+        numbers = list(found.values())
         if numbers:
             values[name] = mean(numbers)
         if len(numbers) > 1:
@@ -227,33 +276,35 @@ def _row(
         marks.append("baseline")
     if any(record.tags.get("pareto") == "true" for record in group):
         marks.append("pareto")
-    if len(group) > 1:
-        marks.append(f"{len(finished)} of {len(group)} cells")
+    if len(distinct) > 1:
+        marks.append(f"{len(finished)} of {len(distinct)} cells")
     states = {record.status for record in group}
     worst = (state for state in ("failed", "running", "interrupted", "trained") if state in states)
     status = states.pop() if len(states) == 1 else next(worst, "unfinished")
-    name = group[0].cell_name if len(group) == 1 else _group_name(own, group)
+    name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes)
     return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks))
 
 
-def _against(row: Row, rows: Sequence[Row], baseline: Mapping[str, Any]) -> Row:
-    """Return the row with its differences from the baseline: from the one that is equal in all other axes, or the
-    only one.
-    """
-    bases = [other for other in rows if "baseline" in other.marks]
-    if not bases or row in bases:
-        return row
+def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row | None:
+    """Return the baseline's row that is equal in all other axes, or the only one there is."""
     rest = {axis: value for axis, value in row.axes.items() if axis not in (*baseline, "control")}
     equal = [base for base in bases if all(base.axes.get(axis) == value for axis, value in rest.items())]
-    base = equal[0] if equal else bases[0] if len(bases) == 1 else None
-    if base is None:
-        return row
+    return equal[0] if equal else bases[0] if len(bases) == 1 else None
+
+
+def _against(row: Row, base: Row) -> Row:
+    """Return the row with its differences from the baseline's."""
     shown = {name: value - base.values[name] for name, value in row.values.items() if name in base.values}
     return replace(row, against=shown)
 
 
-def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord]) -> str:
-    parts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in own.values()]
+def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes: Sequence[str]) -> str:
+    """Return what the cells have in common, as their names say it; a trial's name where the axes have columns."""
+    if shown_axes:
+        return group[0].cell_name.partition(",")[0]
+    short = short_axes(tuple(own))
+    parts = [f"{short[axis]}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+             for axis, value in own.items()]  # fmt: skip
     return ",".join(parts) or group[0].cell_name
 
 
@@ -321,10 +372,11 @@ def _text(row: Row, column: str, unit: Operations) -> str:
     difference = row.against.get(column)
     if difference is None:
         return text
+    # Zero added: what rounds to nothing has no minus.
     if column.startswith("eval/"):
-        return f"{text} ({difference:+.3f})"
+        return f"{text} ({round(difference, 3) + 0.0:+.3f})"
     if column.startswith("cost/") and column != "cost/compression_ratio" and value != difference:
-        return f"{text} ({difference / (value - difference):+.0%})"
+        return f"{text} ({round(difference / (value - difference), 2) + 0.0:+.0%})"
     return text
 
 
@@ -350,7 +402,8 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
     body = []
     for row in table.rows:
-        values = [shorten(as_yaml(row.axes.get(axis))) for axis in table.axes]
+        drawn = map(row.axes.get, table.axes)
+        values = [f"{value:.4g}" if isinstance(value, float) else shorten(as_yaml(value)) for value in drawn]
         for column in table.columns:
             values.append(_text(row, column, unit))
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
@@ -364,6 +417,27 @@ def plain_table(heads: Sequence[str], right: Sequence[str] = ()) -> RichTable:
     for name in heads:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     return table
+
+
+def _grids(head: Sequence[str], body: Sequence[Sequence[str]], width: int) -> Iterator[RichTable]:
+    """Return the table for a console; where it is too wide, in parts side by side that all begin with the names."""
+    columns = [list(texts) for texts in zip(head, *body, strict=True)]
+    widths = [max(map(len, texts)) for texts in columns]
+    if too_wide := sum(widths) + 2 * len(widths) > width:
+        # Heads may be broken between words, numbers are not.
+        widths = [max(map(len, (*texts[0].split(), *texts[1:]))) for texts in columns]
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(columns)):
+        if len(parts[-1]) > 1 and sum(widths[i] + 2 for i in (*parts[-1], index)) > width:
+            parts.append([0])
+        parts[-1].append(index)
+    for part in parts:
+        grid = plain_table([head[i] for i in part], right=head[1:-1])
+        for column, index in zip(grid.columns, part, strict=True):
+            column.width = widths[index] if too_wide and sum(widths[i] + 2 for i in part) <= width else None
+        for line in body:
+            grid.add_row(*(line[i] for i in part))
+        yield grid
 
 
 def html_table(head: Sequence[str], body: Iterable[Sequence[str]], caption: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,30 @@ def cell_id(phases: Sequence[PhasePlan], root: RootJob) -> str:
     return digest({"cell": [[phase.lineage, phase.end] for phase in phases] or root.id})
 
 
+def distinct_cells(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Return one cell for each id: of cells that are the same work the first, whose name MLflow's run has."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.id, cell)
+    return tuple(first.values())
+
+
+def tested_differently(cells: Iterable[Cell]) -> list[str]:
+    """Return a sentence for each cell that has an earlier one's id, and so its run in MLflow, but other evaluations."""
+    first: dict[str, Cell] = {}
+    pairs = ((cell, first.setdefault(cell.id, cell)) for cell in cells)
+    return [
+        f"{cell.name} is {one.name} tested in another way: the table has both, MLflow one run with the scores of the "
+        f"latter"
+        for cell, one in pairs
+        if {test.id for test in cell.evaluations} != {test.id for test in one.evaluations}
+    ]
+
+
 def find_cells(cells: Sequence[Cell], wanted: str) -> list[Cell]:
-    """Return the cells that a name, an id's beginning (four characters or more) or `axis=value` fits."""
+    """Return the cells that a name, an id's beginning (four characters or more) or `axis=value` fits.
+
+    Of cells that are the same work, an id or a value fits the first alone.
+    """
     by_id = [cell for cell in cells if len(wanted) >= 4 and cell.id.startswith(wanted)]
-    return by_name(cells, wanted) or by_id or by_axis(cells, wanted)
+    return by_name(cells, wanted) or list(distinct_cells(by_id or by_axis(cells, wanted)))

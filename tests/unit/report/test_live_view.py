@@ -88,7 +88,7 @@ def test_what_happens_stays_on_the_screen(plan: ExperimentPlan) -> None:
     full, heavy, third, last = stage_runs(plan)
     test = next(job for job in work if isinstance(job, EvaluationJob))
     send(view, "started", full)
-    finish(plan.ledger, full)
+    finish(plan.ledger, full, loss=0.167, samples_per_second=19.2)  # its steps' own speed is 32
     send(view, "finished", full)
     send(view, "finished", heavy, elsewhere=True)
     send(view, "started", test)
@@ -98,7 +98,7 @@ def test_what_happens_stays_on_the_screen(plan: ExperimentPlan) -> None:
     send(view, "damaged", third, "lane-1", state=heavy.id, error="checkpoint is cut short")
     send(view, "skipped", last)
     lines = [line[9:] for line in out.getvalue().splitlines()]
-    assert lines[0].startswith("done     train schedule=full: finetune steps 0-6 under full (loss 0.167, 32 samples/s)")
+    assert lines[0].startswith("done     train schedule=full: finetune steps 0-6 under full (loss 0.167, 19 samples/s)")
     assert lines[1].endswith("finetune steps 0-3 under heavy by another run")
     assert lines[2] == "failed   evaluate schedule=full: vqa under final: no [/red] answers"
     assert lines[3].startswith("retried  train schedule=heavy: ") and lines[3].endswith(": a worker died")

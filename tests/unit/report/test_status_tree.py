@@ -112,7 +112,7 @@ def test_a_failed_evaluation_does_not_hide_what_the_cell_has(plan: ExperimentPla
     record = again(plan).record(cell)
     assert record.status == "failed"
     assert record.summary["eval/vqa/accuracy"] == 0.5 and record.summary["cost/train_seconds"] == 4.0
-    row = ablation_table([record], {cell.id: cell.axes}).to_csv().splitlines()[1]
+    row = ablation_table([record], {cell.name: cell.axes}).to_csv().splitlines()[1]
     assert row.startswith("schedule=heavy,failed,0.5,")
 
 

@@ -15,7 +15,7 @@ from orchestrator.report.table import ablation_table
 from orchestrator.report.units import Operations, clock, operations
 
 AXES = {
-    f"{schedule}{seed}": {"phases.finetune.schedule": schedule, "seed": seed}
+    f"cell-{schedule}{seed}": {"phases.finetune.schedule": schedule, "seed": seed}
     for schedule in ("full", "heavy")
     for seed in (0, 1)
 }
@@ -75,7 +75,7 @@ def test_csv_and_json_hold_unrounded_values_and_agree():
 
 
 def test_markdown_and_latex_escape_what_would_break_them():
-    table = ablation_table([record("full0", 0.8, 10)], {"full0": {}})
+    table = ablation_table([record("full0", 0.8, 10)], {"cell-full0": {}})
     odd = type(table.rows[0])("a|b_c%", ("x",), {}, table.rows[0].values, {}, "finished")
     table = type(table)(table.columns, (odd,))
     assert r"a\|b_c%" in table.render("md")
@@ -108,9 +108,11 @@ def test_the_other_rows_are_held_against_the_baseline_of_their_seed():
 
 
 def test_no_difference_is_shown_where_no_baseline_fits():
-    many = {**AXES, "full0": {**AXES["full0"], "seed": 7}, "full1": {**AXES["full1"], "seed": 8}}
+    many = {name: {**own, "seed": own["seed"] + 7 * ("full" in name)} for name, own in AXES.items()}
     table = ablation_table(RECORDS, many, baseline=BASELINE)
     assert all(not row.against for row in table.rows)
+    (warning,) = table.warnings
+    assert warning.startswith("no difference from the baseline in cell-heavy0, cell-heavy1: the baseline is cell-full0")
     failed = [record("full0", 0, 0, status="failed"), RECORDS[2]]
     assert all(not row.against for row in ablation_table(failed, AXES, baseline=BASELINE).rows)
 
@@ -184,6 +186,66 @@ def test_a_frame_holds_axes_deviations_and_differences():
 
 
 def test_a_notebook_shows_the_table_escaped_and_explained():
-    table = ablation_table([replace(RECORDS[0], cell_name="<b>"), RECORDS[2]], AXES, baseline=BASELINE)
+    records = [replace(RECORDS[0], cell_name="<b>"), RECORDS[2]]
+    table = ablation_table(records, {**AXES, "<b>": AXES["cell-full0"]}, baseline=BASELINE)
     page = table._repr_html_()
     assert "&lt;b&gt;" in page and "<b>" not in page and "in brackets: difference from the baseline" in page
+
+
+def test_two_names_of_one_cell_have_a_row_each_and_count_once_in_a_mean():
+    axes = {
+        f"{schedule},{measure}": {"phases.finetune.schedule": schedule, "compressors.out.measure": measure}
+        for schedule in ("full", "out")
+        for measure in ("norm", "mean")
+    }
+    ids = ["one", "one", "two", "three"]
+    figures = [(0.5, 10.0), (0.5, 10.0), (0.75, 4.0), (0.25, 4.0)]
+    records = [
+        replace(record(identity, *figure), cell_name=name)
+        for name, identity, figure in zip(axes, ids, figures, strict=True)
+    ]
+    table = ablation_table(records, axes, baseline=BASELINE)
+    assert [row.name for row in table.rows] == list(axes)
+    assert [row.against.get("eval/vqa/accuracy") for row in table.rows] == [None, None, 0.25, -0.25]
+    assert len(table.to_frame()) == len(table.to_csv().splitlines()) - 1 == 4 and table.warnings == ()
+    full, out = ablation_table(records, axes, baseline=BASELINE, mean_over=["compressors.out.measure"]).rows
+    assert (full.name, full.cells, full.spread) == ("schedule=full", ("full,norm", "full,mean"), {})
+    assert full.marks == ("baseline",) and out.marks == ("2 of 2 cells",)
+    assert out.values["eval/vqa/accuracy"] == 0.5 and out.spread["eval/vqa/accuracy"] > 0
+    # The same training, tested in two ways, is one cost and two scores.
+    records[1] = replace(records[1], summary={**records[1].summary, "eval/vqa/accuracy": 0.7}, tested=("other",))
+    full, _ = ablation_table(records, axes, mean_over=["compressors.out.measure"]).rows
+    assert full.values["eval/vqa/accuracy"] == pytest.approx(0.6) and set(full.spread) == {
+        "eval/vqa/accuracy", "eval/vqa/under_full/accuracy"
+    }  # fmt: skip
+
+
+def test_rows_of_means_name_their_axes():
+    axes = {name: {**own, "phases.finetune.learning_rate": 1e-3} for name, own in AXES.items()}
+    rows = ablation_table(RECORDS, axes, mean_over=["seed"]).rows
+    assert [row.name for row in rows] == ["schedule=full,learning_rate=0.001", "schedule=heavy,learning_rate=0.001"]
+
+
+def test_drawn_numbers_are_short_on_the_screen_alone():
+    axes = {"cell-full0": {"phases.finetune.learning_rate": 0.0035348175755798086}}
+    table = ablation_table(RECORDS[:1], axes, shown_axes=tuple(axes["cell-full0"]))
+    assert "| 0.003535 |" in table.render("md") and ",0.0035348175755798086," in table.render("csv")
+
+
+def test_a_wide_table_is_printed_in_parts_and_no_word_is_broken():
+    names = [f"eval/vqa/accuracy_{number}_of_many" for number in range(9)]
+    made = replace(RECORDS[0], summary=dict.fromkeys(names, 0.5))
+    console = Console(file=io.StringIO(), width=72)
+    ablation_table([made], AXES, all_metrics=True).print(console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 72 and sum(line.count("0.500") for line in lines) == 9
+    words = " ".join(lines).split()
+    assert all(words.count(name.rpartition("/")[2]) == 1 for name in names)
+    parts = [line for line in lines if line.startswith("cell-full0")]
+    assert len(parts) > 1 and [line.split()[-1] for line in parts].count("finished") == 1
+
+
+def test_what_rounds_to_nothing_has_no_minus():
+    moved = [RECORDS[0], record("heavy0", 0.8 - 1e-6, 10 - 1e-6)]
+    text = ablation_table(moved, AXES, baseline=BASELINE).render("md")
+    assert "(+0.000)" in text and "(+0%)" in text and "-0" not in text.replace("heavy-0", "")

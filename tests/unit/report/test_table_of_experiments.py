@@ -1,0 +1,110 @@
+"""The table of planned experiments: cells under several names, several experiments, repeated trials."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ledger_work import finish
+from rich.console import Console
+
+from orchestrator.plan.documents import plan_document, status_document
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.plan.trials import Trial
+from orchestrator.report.console import print_plan, print_status
+from orchestrator.report.table import table_of
+
+STRIDES = "matrix:\n  compressors.heavy.stride: [8, 4]\n"
+BASELINE = "report: {baseline: {phases.finetune.schedule: full}}\n"
+NAMES = ["stride=8,schedule=full", "stride=8,schedule=heavy", "stride=8,schedule=two_stage",
+         "stride=4,schedule=full", "stride=4,schedule=heavy", "stride=4,schedule=two_stage"]  # fmt: skip
+
+
+@pytest.fixture
+def grid(tiny_text: str) -> str:
+    """Six cells; the two on full tokens are the same work."""
+    return tiny_text.replace("matrix:\n", STRIDES) + BASELINE
+
+
+@pytest.fixture(autouse=True)
+def _storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
+
+
+def finished(file: Path, text: str) -> ExperimentPlan:
+    """The experiment of a text, everything done; every evaluation with a score of its own."""
+    file.write_text(text)
+    plan = prepare(file)
+    for job in plan.tree.work(plan.ledger):
+        if isinstance(job, EvaluationJob):
+            accuracy = int(job.id[:4], 16) / 0x10000
+            plan.ledger.write_evaluation(job.id, {"metrics": {"accuracy": accuracy}, "seconds": 1.0})
+        else:
+            finish(plan.ledger, job)
+    return prepare(file)
+
+
+def test_every_name_that_was_asked_for_has_a_row(tmp_path: Path, grid: str) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid)
+    assert len({cell.id for cell in plan.cells}) == 5
+    table = table_of([plan])
+    rows = {row.name: row for row in table.rows}
+    assert list(rows) == NAMES and table.warnings == ()
+    one, other = rows[NAMES[0]], rows[NAMES[3]]
+    assert one.values == other.values and one.marks == other.marks == ("baseline",)
+    for name in (NAMES[1], NAMES[4]):
+        assert rows[name].against["eval/vqa/accuracy"] == (
+            rows[name].values["eval/vqa/accuracy"] - one.values["eval/vqa/accuracy"]
+        )
+    assert plan.find(one.cells[0]).name == one.name and plan.find(other.name).name == other.name
+    assert plan.find(plan.cells[0].id[:8]).name == plan.find("schedule=full").name == NAMES[0]
+
+
+def test_the_trees_show_a_shared_stage_run_as_all_its_cells(tmp_path: Path, grid: str) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid)
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger), console)
+    print_status(status_document(plan), console)
+    lines = [line for line in console.file.getvalue().splitlines() if "finetune 0-6  full  done" in line]
+    assert len(lines) == 2 and all("2 cells" in line for line in lines)
+
+
+def test_cells_that_only_tests_tell_apart_keep_their_own_scores(tmp_path: Path, grid: str) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid.replace("under: [final, full]", "under: [final, heavy]"))
+    table = table_of([plan])
+    one, other = (row for row in table.rows if "baseline" in row.marks)
+    score = "eval/vqa/under_heavy/accuracy"
+    assert one.values["eval/vqa/accuracy"] == other.values["eval/vqa/accuracy"]
+    assert one.values[score] != other.values[score]
+    (warning,) = table.warnings
+    assert warning.startswith(f"{NAMES[3]} is {NAMES[0]} tested in another way")
+    assert warning in plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger)["notices"]
+
+
+def test_each_experiment_has_its_own_baseline_and_means(tmp_path: Path, grid: str, tiny_text: str) -> None:
+    alone = finished(tmp_path / "grid.yaml", grid)
+    second = tiny_text.replace("matrix:\n", "matrix:\n  seed: [3, 4]\n").replace("name: tiny", "name: seeds")
+    seeds = finished(tmp_path / "seeds.yaml", second + BASELINE.replace("}}", "}, mean_over: [seed]}"))
+    table = table_of([alone, seeds])
+    assert table.rows == (*table_of([alone]).rows, *table_of([seeds]).rows) and table.warnings == ()
+    assert table_of([alone, alone]) == table_of([alone])
+
+
+def test_a_row_of_an_earlier_experiment_is_shown_there_and_says_so(tmp_path: Path, grid: str, tiny_text: str) -> None:
+    plan, tiny = finished(tmp_path / "grid.yaml", grid), finished(tmp_path / "tiny.yaml", tiny_text)
+    table = table_of([tiny, replace(plan, loaded=plan.loaded)])
+    assert [row.name for row in table.rows] == [f"schedule={n}" for n in ("full", "heavy", "two_stage")] + NAMES[4:]
+    (warning,) = table.warnings
+    assert warning == f"tiny: shown once, in the experiment before it: {', '.join(NAMES[:4])}"
+    other = finished(tmp_path / "other.yaml", tiny_text.replace("name: tiny", "name: other\nseed: 5"))
+    names = [row.name for row in table_of([tiny, other]).rows]
+    assert names[0] == "tiny/schedule=full" and names[3] == "other/schedule=full"
+
+
+def test_a_trial_that_repeats_an_earlier_one_is_named(tmp_path: Path, grid: str) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid)
+    trials = tuple(Trial(number, {}, {}, cells=(plan.cells[number % 2].id,)) for number in range(3))
+    assert table_of([replace(plan, trials=trials)]).warnings == ("trial-002 is the same as trial-000",)
