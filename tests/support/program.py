@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -63,6 +64,7 @@ def run_forked(
 
 
 def _program(words: list[str], folder: Path, env: dict[str, str], output: Path, errors: Path) -> None:
+    gc.freeze()  # what was imported beforehand is looked through at no collection
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -53,6 +54,7 @@ def launch(world_size: int, scenario: Callable[..., Any], *args: Any, exit_codes
 
 
 def _enter(scenario: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, answers: Any) -> None:
+    gc.freeze()  # what was imported beforehand is looked through at no collection
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
