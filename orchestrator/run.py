@@ -19,7 +19,7 @@ from rich.console import Console
 from orchestrator.dispatch.driver import Hooks, Outcome, run_local
 from orchestrator.dispatch.ray.session import run_on_ray
 from orchestrator.dispatch.signals import StopRequest, deadline_after
-from orchestrator.errors import Interrupted, SpecError, StorageError
+from orchestrator.errors import Interrupted, StorageError, UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell, distinct_cells
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
@@ -34,7 +34,6 @@ from orchestrator.report.live import LiveView
 from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
-from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.tracking.mlflow_state import abandoned, has_record, one_at_a_time, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
@@ -60,8 +59,8 @@ def run_experiment(
 
     def planned() -> tuple[ExperimentPlan, list[Job]]:
         walk = _smoke_walk(loaded, console) if smoke else prepare(loaded)
-        if errors := unsupported_keys(walk.loaded):
-            raise SpecError(errors)
+        if walk.loaded.spec.search is not None:
+            raise UsageError(f"{loaded.path}: there is a `search` in it: `llavolta search` runs it, `run` does grids")
         return walk, walk.tree.work(walk.ledger, retry_failed=retry_failed)
 
     walk, work = planned()

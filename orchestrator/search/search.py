@@ -15,14 +15,13 @@ from orchestrator.dispatch.driver import Outcome
 from orchestrator.dispatch.ray.placement import room_for
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
-from orchestrator.errors import DataError, SpecError, StageRunError, StorageError, UsageError
+from orchestrator.errors import DataError, StageRunError, StorageError, UsageError
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.run import RunOutcome, Session, check_data
 from orchestrator.search.trial_mailbox import FAILED
-from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
 
@@ -46,8 +45,6 @@ def search_experiment(
     search = loaded.spec.search
     if search is None:
         raise UsageError(f"{loaded.path}: there is no `search` in it; `llavolta run` runs a grid")
-    if errors := unsupported_keys(loaded, searching=True):
-        raise SpecError(errors)
     walk = prepare(loaded)
     with _alone(walk, search_id(walk.loaded)) as notes:
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended

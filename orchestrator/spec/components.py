@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +17,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
+from orchestrator.errors import shorten
 from orchestrator.spec.base import Component, Count, Positive, Share, Spec, parse_share
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
@@ -67,6 +69,30 @@ class StageTable:
     stage_ends: tuple[int, ...] = ()
     derived: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     teachers: Mapping[str, Teaching] = field(default_factory=dict)
+
+    def problem(self, total_steps: int) -> str | None:
+        """Return what keeps it from being the table of a phase of `total_steps` steps; None where nothing does."""
+        done = 0
+        for action in self.actions:
+            first, last, _ = action
+            if type(first) is not int or type(last) is not int or first >= last:
+                return (
+                    f"of {total_steps} steps the action {action} is no stretch (first, last, variant) of whole steps, "
+                    "0-based, half open"
+                )
+            if first != done:
+                how = "no action" if first > done else "two actions"
+                return f"of {total_steps} steps step {min(first, done)} has {how}: {action}"
+            done = last
+        if done != total_steps:
+            return f"the actions end at step {done} of {total_steps}; the last action ends with the phase"
+        ends = self.stage_ends
+        if ends and (ends[-1] != total_steps or not all(one < other for one, other in pairwise((0, *ends)))):
+            return (
+                f"of {total_steps} steps stage_ends is {shorten(str(ends))}; give rising steps up to {total_steps}, or "
+                "() for where actions end"
+            )
+        return None
 
 
 def merge_actions(steps: list[tuple[int, int, str]]) -> tuple[tuple[int, int, str], ...]:

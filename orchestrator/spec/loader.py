@@ -13,6 +13,7 @@ from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.checks.places import check_cluster, check_tracking
 from orchestrator.spec.checks.start_from import Starts
+from orchestrator.spec.checks.unsupported import check_unsupported
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report
@@ -99,7 +100,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
     errors += [*(check_report(root, axes, found) if axes_are_valid else []), *check_search(root)]
-    errors += [*check_cluster(root), *check_tracking(root)]
+    errors += [*check_cluster(root), *check_tracking(root), *check_unsupported(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     errors += [error for error in base_errors if not _is_given(error.path, everywhere)]
     errors += builder.errors

@@ -194,8 +194,6 @@ def check_search(root: Node) -> list[ErrorDetail]:
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
     objectives = search.entries("objectives")
     errors += [found for name in objectives if (found := _check_objective(root, name)) is not None]
-    if search.get("scheduler") is not None and len(objectives) > 1:
-        errors.append(error_at(root, ("search", "scheduler"), "early stopping needs a single objective"))
     return errors
 
 

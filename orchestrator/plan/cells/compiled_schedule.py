@@ -54,17 +54,22 @@ class CompiledSchedule:
     final: Variant
 
 
-def resolve_schedule(kind: str, table: StageTable, variant_of: Callable[[str], Variant]) -> CompiledSchedule:
+def resolve_schedule(
+    kind: str, table: StageTable, total_steps: int, variant_of: Callable[[str], Variant]
+) -> CompiledSchedule:
     """Return a compiled schedule with points in the place of names.
 
     Args:
         kind: The schedule's.
         table: What it compiled to.
+        total_steps: Optimizer steps of the phase.
         variant_of: The resolved variant of a name, those included that the schedule derives itself.
 
     Raises:
-        ValueError: the table's stage ends are not steps of the phase in order.
+        ValueError: it is no table of a phase of so many steps.
     """
+    if problem := table.problem(total_steps):
+        raise ValueError(problem)
     resolved = {name: _resolve(table, name, variant_of) for name in dict.fromkeys(name for *_, name in table.actions)}
     actions: list[Action] = []
     ids: list[str] = []
@@ -79,9 +84,7 @@ def resolve_schedule(kind: str, table: StageTable, variant_of: Callable[[str], V
     tails = [""] if len(actions) > CHAINED else []
     for action, identity in zip(actions[CHAINED:], ids[CHAINED:], strict=True):
         tails.append(next_state(tails[-1], action.first_step, action.last_step, identity))
-    ends, total = table.stage_ends or tuple(action.last_step for action in actions), actions[-1].last_step
-    if ends[-1] != total or list(ends) != sorted({end for end in ends if 0 < end <= total}):
-        raise ValueError(f"the schedule's stage ends {list(ends)} do not ascend to its last step {total}")
+    ends = table.stage_ends or tuple(action.last_step for action in actions)
     return CompiledSchedule(kind, tuple(actions), tuple(ids), tuple(tails), tuple(ends), variant_of(table.final))
 
 

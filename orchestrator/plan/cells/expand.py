@@ -256,12 +256,12 @@ class _Resolver:
                     chosen.kind,
                     self._once(type(chosen).compile, chosen, total_steps, recipe.global_batch_size),
                 )
-            return self._resolved(spec, kind, table, facts)
+            return self._resolved(spec, kind, table, total_steps, facts)
         except ValueError as error:
             raise UsageError(f"phases.{phase}.schedule: {error}") from error
 
     def _resolved(
-        self, spec: ExperimentSpec, kind: str, table: StageTable, facts: ModelFacts | None
+        self, spec: ExperimentSpec, kind: str, table: StageTable, total_steps: int, facts: ModelFacts | None
     ) -> CompiledSchedule:
         def variant_of(name: str) -> Variant:
             base, changes = table.derived.get(name, (name, None))
@@ -273,7 +273,7 @@ class _Resolver:
             names |= dict.fromkeys(teaching.teacher for teaching in table.teachers.values())
             far = (id(table), *((name, variant_of(name).id) for name in names))
             if far not in self._made:
-                self._made[far] = resolve_schedule(kind, table, variant_of)
+                self._made[far] = resolve_schedule(kind, table, total_steps, variant_of)
             self._made[near] = self._made[far]
             self._alive += [table, spec.compressors]
         return self._made[near]

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.errors import LlavoltaError
 from orchestrator.spec.budgets import solve_layer_average
-from orchestrator.spec.components import AMOUNTS, CompressorSpec, Grid, ScheduleSpec, StageTable, derive
+from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec, StageTable, derive
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec, known_steps
 from orchestrator.spec.yaml.node import Path
@@ -37,7 +37,7 @@ def check_schedule(
 ) -> Iterator[Finding]:
     """Check that every stage of a schedule starts, that they fill the phase, and that derived variants fit the model.
 
-    Where the number of steps is not known yet, only what the schedule derives is checked.
+    Where the number of steps is not known yet, only the names it uses and what it derives are checked.
     """
     schedule, where = schedule_of(phase, schedules or {}), (*path, "schedule")
     if isinstance(phase.schedule, str):
@@ -47,11 +47,34 @@ def check_schedule(
     steps = known_steps(phase, data)
     try:
         table = schedule.compile(steps or ANY_STEPS, phase.global_batch_size)
+        problem = table.problem(steps) if steps is not None else None
     except ValueError as error:
         if steps is not None:
             yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")
         return
+    except Exception as error:  # a plug-in's own mistake
+        failed = f"{type(error).__name__}: {error}"
+        yield Finding(where, f"{schedule.kind} cannot be divided into {steps or ANY_STEPS} steps: {failed}")
+        return
+    if problem is not None:
+        hint = f"its compile() is wrong for phases.{path[-1]}: `llavolta check` tests it"
+        yield Finding(where, f"{schedule.kind}: {problem}", None, hint)
+        return
+    if variants is not None:
+        yield from _check_table_names(schedule, table, where, variants)
     yield from _check_derived(table, where, variants or {}, facts)
+
+
+def _check_table_names(
+    schedule: ScheduleSpec, table: StageTable, where: Path, variants: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Check that the names it uses beside those it lists, which are checked with the others, are variants."""
+    used = dict.fromkeys([*(name for *_, name in table.actions), table.final])
+    used |= dict.fromkeys(teaching.teacher for teaching in table.teachers.values())
+    known = [*variants, FULL]
+    for name in used:
+        if name not in known and name not in table.derived and name not in schedule.variants():
+            yield Finding(where, f"{schedule.kind} uses `{name}`: there is no such variant", ", ".join(known))
 
 
 def _check_derived(

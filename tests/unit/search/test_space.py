@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from orchestrator_plugins.schedules.stages import StagesSpec
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.checks.unsupported import unsupported_keys
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
 from orchestrator.spec.search_space import draw, inner_boundaries, stages, summary, variant_layer_tokens
@@ -152,12 +151,15 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
         ("  budget: {trials: 3}\n", "search.budget"),
         ("  constraints: {eval/vqa/accuracy: '>= 0.5'}\n", "search.constraints"),
         ("  algorithm: {kind: grid}\n", "search.algorithm.kind"),
-        ("  algorithm: {sampler: nsga2}\n", "search.algorithm"),
+        ("  algorithm: {sampler: nsga2}\n", "search.algorithm.sampler"),
+        ("  algorithm: {population_size: 8}\n", "search.algorithm.population_size"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(text, path, search_text, tmp_path):
     file = tmp_path / "later.yaml"
     # Early stopping is for one objective.
     file.write_text(search_text.replace(", cost/train_tflops: min", "") + text)
-    faults = unsupported_keys(load_experiment(file), searching=True)
-    assert [fault.path for fault in faults] == [path] and "not built yet" in faults[0].message
+    with pytest.raises(SpecError) as caught:
+        load_experiment(file)
+    (fault,) = caught.value.errors
+    assert fault.path == path and "not built yet" in fault.message and fault.line is not None

@@ -171,14 +171,23 @@ class StagesEndEarly(With):
         return {"stage_ends": (total_steps - 1,)}
 
 
+class OverlapsWhereTheEdgesMeet(Half):
+    """..."""
+
+    def compile(self, total_steps, global_batch_size):
+        ends = ((0, 2, "full"), (2, total_steps - 2, self.compressor), (total_steps - 2, total_steps, "full"))
+        return plugin.StageTable(ends, "full")
+
+
 BROKEN = {
+    OverlapsWhereTheEdgesMeet: r"of 1 steps the action \(2, -1, 'heavy'\) is no stretch",
     Undescribed: "its class has a docstring.*Undescribed has none",
     NamesAMissingField: "not_identity name batch_size",
     ChangesItsOwnValues: "changes values that it made itself",
     ListsVariantsTwice: "list each name once",
     ListsNoVariant: r"it returned \[\]; return a tuple",
     ReturnsActionsAlone: "return a plugin.StageTable",
-    FailsOtherwiseThanByValueError: "a phase of one step.*raised ZeroDivisionError",
+    FailsOtherwiseThanByValueError: "a phase of a few steps.*raised ZeroDivisionError",
     RefusesEveryPhase: "no phase can be compiled: 97 steps of 128: too short",
     DrawsAtRandom: "two tables of 97 steps differ",
     CountsItsCalls: "two tables of 97 steps differ",

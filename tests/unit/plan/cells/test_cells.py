@@ -111,7 +111,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
     ClusterSpec: {
         "address": (None, [{"cluster": {"address": "auto"}}]),
         "lanes": (None, [{"cluster": {"lanes": 2}}]),
-        "num_workers": (None, [{"cluster": {"num_workers": {"min": 1, "max": 2}}}]),
+        "num_workers": (None, [{"cluster": {"num_workers": 2}}]),
         "placement": (None, [{"cluster": {"placement": "spread"}}]),
         "use_gpu": (None, [{"cluster": {"use_gpu": True}}]),
         "resources_per_worker": (None, [{"cluster": {"resources_per_worker": {"CPU": 2}}}]),

@@ -57,3 +57,47 @@ def test_a_policy_may_stand_in_the_phase_or_on_an_axis(small: str, write: Write)
         load_experiment(write(small + wrong))
     (error,) = caught.value.errors
     assert "`heavy layer=4`: the model has 4 decoder layers" in error.message
+
+
+PLUGIN = """
+from typing import Literal
+from orchestrator import plugin
+
+class Edges(plugin.ScheduleSpec):
+    kind: Literal["edges"] = "edges"
+    edge: int = 2
+
+    def variants(self):
+        return ("full", "heavy")
+
+    def compile(self, total_steps, global_batch_size):
+        a, b = self.edge, total_steps - self.edge
+        return TABLE
+"""
+EDGES = 'plugin.StageTable(((0, a, "full"), (a, b, "heavy"), (b, total_steps, "full")), final="full")'
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (EDGES, "of 3 steps the action (2, 1, 'heavy') is no stretch"),
+        (EDGES.replace("(a, b, ", "(a, a + 9, "), "of 3 steps step 1 has two actions"),
+        ('plugin.StageTable(((0, 2, "full"),), final="full")', "the actions end at step 2 of 3"),
+        ('plugin.StageTable((), final="full")', "the actions end at step 0 of 3"),
+        ('plugin.StageTable(((0, 3, "full"),), "full", (2, 2, 3))', "stage_ends is (2, 2, 3); give rising steps up to 3"),
+        ('plugin.StageTable(((0, 3, "hevy"),), final="full")', "edges uses `hevy`: there is no such variant"),
+        ("((0, 3, 'full'),)", "edges cannot be divided into 3 steps: AttributeError"),
+        ("1 / 0", "edges cannot be divided into 3 steps: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_table_that_a_schedule_of_ones_own_gets_wrong_is_reported_before_it_is_planned(
+    table: str, message: str, small: str, write: Write
+) -> None:
+    write(PLUGIN.replace("TABLE", table), "edges.py")
+    text = small.replace(STAGES, "kind: edges").replace("max_steps: 100", "max_steps: 3")
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(text + "plugins: [edges.py]\n"))
+    (error,) = caught.value.errors
+    assert error.path == "schedules.two" and message in error.message
+    if table == EDGES:
+        load_experiment(write(text.replace("max_steps: 3", "max_steps: 5") + "plugins: [edges.py]\n"))
