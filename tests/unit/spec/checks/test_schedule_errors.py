@@ -84,7 +84,10 @@ EDGES = 'plugin.StageTable(((0, a, "full"), (a, b, "heavy"), (b, total_steps, "f
         (EDGES.replace("(a, b, ", "(a, a + 9, "), "of 3 steps step 1 has two actions"),
         ('plugin.StageTable(((0, 2, "full"),), final="full")', "the actions end at step 2 of 3"),
         ('plugin.StageTable((), final="full")', "the actions end at step 0 of 3"),
-        ('plugin.StageTable(((0, 3, "full"),), "full", (2, 2, 3))', "stage_ends is (2, 2, 3); give rising steps up to 3"),
+        (
+            'plugin.StageTable(((0, 3, "full"),), "full", (2, 2, 3))',
+            "stage_ends is (2, 2, 3); give rising steps up to 3",
+        ),
         ('plugin.StageTable(((0, 3, "hevy"),), final="full")', "edges uses `hevy`: there is no such variant"),
         ("((0, 3, 'full'),)", "edges cannot be divided into 3 steps: AttributeError"),
         ("1 / 0", "edges cannot be divided into 3 steps: ZeroDivisionError: division by zero"),
