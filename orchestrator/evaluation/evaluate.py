@@ -19,11 +19,12 @@ from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
 from orchestrator.data.rows import Row, data_spec, template_of
 from orchestrator.errors import DataError, StageRunError
-from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, metric_problem
+from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, headline_problem, metric_problem
 from orchestrator.models.build import WEIGHTS_FILE, build_model, cast_parameters, compute_dtype
 from orchestrator.models.compressor_weights import learned_modules, load_learned
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.ledger import Ledger
+from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.model import ModelSpec
 
 
@@ -67,6 +68,10 @@ def evaluate_state(
     if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
     if problem := metric_problem(outcome.metrics):
+        raise StageRunError(f"evaluation {job.name} ({job.spec['kind']}): {problem}")
+    spec: type[EvaluationSpec] = registry.spec_class(registry.EVALUATIONS, job.spec["kind"])
+    problem = headline_problem(spec, outcome.metrics)
+    if problem is not None and outcome.metrics.keys().isdisjoint(spec.headline):
         raise StageRunError(f"evaluation {job.name} ({job.spec['kind']}): {problem}")
     result = {
         "id": job.id,

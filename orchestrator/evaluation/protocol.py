@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,15 @@ def metric_problem(metrics: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return f"{name} is {value!r}; give a finite Python number (leave out what has no rows: 0 / 0)"
     return None
+
+
+def headline_problem(spec: type[EvaluationSpec], metrics: Mapping[str, float]) -> str | None:
+    """Return which names of an evaluation's own headline are no metric of it, as far as its metrics say; else None."""
+    if spec.headline == EvaluationSpec.headline:
+        return None
+    known = [*metrics, *(spec.metric_names or ())]
+    missing = [name for name in spec.headline if not any(fnmatchcase(name, one) for one in known)]
+    return f"headline names {', '.join(missing)}; its metrics are {', '.join(known)}" if missing else None
 
 
 def prediction(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:

@@ -175,8 +175,9 @@ def ablation_table(
         headlines: Evaluation to the metrics shown of it; `accuracy` of one that is not named.
     """
     rows, remarks = _rows(records, axes, mean_over, baseline, shown_axes)
-    warnings = (*_unequal(records), *remarks)
-    return Table(_columns(records, all_metrics, headlines or {}), tuple(rows), warnings, tuple(shown_axes))
+    columns, headlines = _columns(records, all_metrics, headlines or {}), headlines or {}
+    warnings = (*_unequal(records), *remarks, *_lacking(columns, headlines))
+    return Table(columns, tuple(rows), warnings, tuple(shown_axes))
 
 
 def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
@@ -324,6 +325,22 @@ def _columns(
         chosen = [name for name in found if name.rpartition("/")[2] in wanted]
         shown += chosen or [name for name in found if name.count("/") == 2]  # of one without its headline: all
     return (*shown, *(name for name in _COSTS if name in names))
+
+
+def _lacking(columns: Sequence[str], headlines: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one sentence for each evaluation whose results lack a metric of its own headline."""
+    shown = [name.split("/") for name in columns if name.startswith("eval/")]
+    found = {evaluation: {path[-1] for path in shown if path[1] == evaluation} for evaluation in headlines}
+    lacking = {
+        evaluation: [name for name in wanted if name not in found[evaluation]]
+        for evaluation, wanted in headlines.items()
+        if found[evaluation] and tuple(wanted) != ("accuracy",)
+    }
+    return [
+        f"evaluate.{evaluation} has no metric {', '.join(names)}, which its headline names (--all shows all it has)"
+        for evaluation, names in lacking.items()
+        if names
+    ]
 
 
 def _unequal(records: Sequence[CellRecord]) -> list[str]:

@@ -23,7 +23,7 @@ from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.rows import IMAGE_MARK, ImageRef, Row, Turn
 from orchestrator.evaluation.evaluate import evaluation_mode
-from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, metric_problem
+from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, headline_problem, metric_problem
 from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.testing.contract import (
@@ -104,6 +104,9 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
             unknown = [m for m in (*outcomes[0].metrics, *spec.headline) if not any(fnmatchcase(m, n) for n in names)]
             if unknown:
                 raise Broken(f"it is {', '.join(names)}, and does not have {', '.join(dict.fromkeys(unknown))}; add it")
+    with contract.promise("the headline names metrics that it reports"):
+        if problem := headline_problem(type(spec), outcomes[0].metrics):
+            raise Broken(problem)
     with contract.promise("num_samples counts the rows"):
         if outcomes[0].num_samples != len(rows):
             raise Broken(f"it is {outcomes[0].num_samples} of {len(rows)} rows; count every rank's (workers.sum)")

@@ -79,6 +79,14 @@ def test_a_metric_that_is_not_finite_is_named(ledger, monkeypatch):
     assert ledger.evaluation("b" * 16) is None
 
 
+def test_a_headline_without_any_result_is_named_at_the_first(ledger, monkeypatch):
+    monkeypatch.setattr(exact_match.ExactMatchSpec, "headline", ("acuracy",))
+    with pytest.raises(StageRunError, match=r"vqa \(exact_match\): headline names acuracy; its metrics are accuracy"):
+        evaluate_state(job(), ledger)
+    monkeypatch.setattr(exact_match.ExactMatchSpec, "headline", ("acuracy", "accuracy"))
+    assert evaluate_state(job(), ledger)["num_samples"] == 30  # one is there: the table says what is not
+
+
 def test_computes_in_the_models_type(ledger):
     half = EvaluationJob(**{**vars(job()), "model": {**MODEL, "dtype": "bfloat16"}})
     result = evaluate_state(half, ledger)

@@ -175,6 +175,13 @@ def test_every_headline_metric_is_shown_under_every_setting_and_no_other():
     )  # fmt: skip
 
 
+def test_a_headline_metric_that_no_result_has_is_told():
+    made = CellRecord("full0", "cell-full0", "finished", summary={"eval/caption/cider": 1.1, "eval/vqa/f1": 0.5})
+    table = ablation_table([made], AXES, headlines={"caption": ("cider", "blue"), "vqa": ("accuracy",), "new": ("x",)})
+    (warning,) = table.warnings
+    assert "evaluate.caption has no metric blue" in warning
+
+
 def test_a_frame_holds_axes_deviations_and_differences():
     frame = ablation_table(RECORDS, AXES, mean_over=["seed"], baseline=BASELINE).to_frame()
     heavy = frame.iloc[1]

@@ -52,6 +52,16 @@ class MeanLength:
         return metrics if self.broken == "metrics alone" else plugin.Outcome(metrics, count, examples, said)
 
 
+class Misspelt(Lengths):
+    headline: ClassVar[tuple[str, ...]] = ("letters", "leters")
+    metric_names: ClassVar[tuple[str, ...] | None] = None
+
+
+def test_a_headline_that_is_no_metric_is_named():
+    with pytest.raises(AssertionError, match="headline names leters; its metrics are letters"):
+        plugin.check_evaluation(Misspelt)
+
+
 BROKEN = {
     "metrics alone": "return plugin.Outcome",
     "no metric": "give at least one, the headline first",
