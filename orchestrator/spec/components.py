@@ -319,6 +319,10 @@ class ScheduleSpec(Component):
             ValueError: a stage would be empty, or the stages leave a gap or exceed the phase.
         """
 
+    def remarks(self, total_steps: int) -> list[str]:
+        """Return what the table of a phase of `total_steps` does not hold of what was asked for; `validate` says it."""
+        return []
+
 
 class DataSpec(Component):
     """A named data set. Counting and reading rows needs no torch; pixels and tokens are the worker's business."""

@@ -96,6 +96,11 @@ class RampSpec(plugin.ScheduleSpec):
         teachers = plugin.teachers_of(self.distill, [*derived], "full")
         return plugin.StageTable(plugin.merge_actions(steps), final, (total_steps,), derived, teachers)
 
+    def remarks(self, total_steps: int) -> list[str]:
+        """Return how many moves fit, where that is fewer than `moves`."""
+        fit = f"only {total_steps} of the {self.moves} moves fit, one a step; give fewer moves or more steps"
+        return [fit] if total_steps < self.moves else []
+
     def _percent(self, value: float | str) -> bool:
         """Return whether it is a share of the depth."""
         return self.key == "layer" and isinstance(value, str) and value.endswith("%")

@@ -69,3 +69,9 @@ class RandomScaleSpec(plugin.ScheduleSpec):
         return plugin.StageTable(
             plugin.merge_actions(steps), self.final or self.fuller, (total_steps,), teachers=teachers
         )
+
+    def remarks(self, total_steps: int) -> list[str]:
+        """Return which variants are never drawn."""
+        drawn = {name for *_, name in self.compile(total_steps, 1).actions}
+        never = [name for name in self.compressors if name not in drawn]
+        return [f"{', '.join(never)} is drawn for no step; give more steps, or another seed"] if never else []

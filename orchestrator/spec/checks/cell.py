@@ -144,7 +144,7 @@ class Checks:
             for finding in file_findings(phase, model.dtype if model is not None else "auto", workers):
                 yield finding.inside(path)
             yield from self.starts.check(phases, name, facts)
-            yield from check_schedule(phase, path, data, schedules, variants, facts)
+            yield from check_schedule(phase, path, data, schedules, variants, facts, self.notices)
             if variants is not None and schedules is not None:
                 yield from check_learning(phase, path, schedules, variants, self.notices)
 

@@ -34,6 +34,7 @@ def check_schedule(
     schedules: Mapping[str, Any] | None,
     variants: Mapping[str, Any] | None,
     facts: ModelFacts | None,
+    notices: list[str],
 ) -> Iterator[Finding]:
     """Check that every stage of a schedule starts, that they fill the phase, and that derived variants fit the model.
 
@@ -48,6 +49,7 @@ def check_schedule(
     try:
         table = schedule.compile(steps or ANY_STEPS, phase.global_batch_size)
         problem = table.problem(steps) if steps is not None else None
+        remarks = schedule.remarks(steps) if steps is not None else []
     except ValueError as error:
         if steps is not None:
             yield Finding(where, f"{error}, of the {steps} steps of phases.{path[-1]}")
@@ -60,6 +62,7 @@ def check_schedule(
         hint = f"its compile() is wrong for phases.{path[-1]}: `llavolta check` tests it"
         yield Finding(where, f"{schedule.kind}: {problem}", None, hint)
         return
+    notices += [f"{'.'.join(where)} ({schedule.kind}), {steps} steps of phases.{path[-1]}: {text}" for text in remarks]
     if variants is not None:
         yield from _check_table_names(schedule, table, where, variants)
     yield from _check_derived(table, where, variants or {}, facts)

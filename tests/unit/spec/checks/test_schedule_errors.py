@@ -59,6 +59,22 @@ def test_a_policy_may_stand_in_the_phase_or_on_an_axis(small: str, write: Write)
     assert "`heavy layer=4`: the model has 4 decoder layers" in error.message
 
 
+def test_what_a_short_phase_has_no_room_for_is_a_note(small: str, write: Write) -> None:
+    ramp = "kind: ramp\n    compressor: heavy\n    key: stride\n    start: 2\n    end: 60\n    moves: 40"
+    scale = "kind: random_scale\n    compressors: [heavy, wide, full]"
+    said = []
+    for schedule in (ramp, scale):
+        for steps in (2, 100):
+            text = small.replace(STAGES, schedule).replace("max_steps: 100", f"max_steps: {steps}")
+            said.append(load_experiment(write(text)).notices)
+    (fit,), enough, (never,), drawn = said
+    assert fit == (
+        "schedules.two (ramp), 2 steps of phases.finetune: only 2 of the 40 moves fit, one a step; "
+        "give fewer moves or more steps"
+    )
+    assert "is drawn for no step" in never and enough == drawn == ()
+
+
 PLUGIN = """
 from typing import Literal
 from orchestrator import plugin
