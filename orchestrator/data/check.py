@@ -130,15 +130,24 @@ class CheckedRows:
 
     def remarks(self) -> list[str]:
         """Return warnings for the user about rows that are used."""
+        said = []
+        rows = open_rows(self.of.data)
+        if (open_ended := rows.numbers[rows.origin.unanswered[rows.positions]]).size:
+            some = ", ".join(map(str, open_ended[:5])) + (", ..." if open_ended.size > 5 else "")
+            what = "is left out: the answer before it is tested" if self.of.prompts else "the model reads without learning it"
+            said.append(
+                f"{open_ended.size:,} of {len(self):,} rows end with a question without an answer, which {what} "
+                f"(row {some})"
+            )
         labels, kept = self.count("labels"), self.count("kept_labels")
         cut = (kept > 0) & (kept < labels)
-        if self.of.prompts or not cut.any():
-            return []
-        share = 1 - kept[cut].sum() / labels.sum()
-        return [
-            f"{int(cut.sum()):,} of {len(self):,} rows lose a part of their answers beyond model_max_length "
-            f"{self.of.model_max_length} ({share:.1%} of all label tokens)"
-        ]
+        if cut.any() and not self.of.prompts:
+            share = 1 - kept[cut].sum() / labels.sum()
+            said.append(
+                f"{int(cut.sum()):,} of {len(self):,} rows lose a part of their answers beyond model_max_length "
+                f"{self.of.model_max_length} ({share:.1%} of all label tokens)"
+            )
+        return said
 
 
 def cached_check(of: RowCheck) -> CheckedRows | None:

@@ -326,6 +326,16 @@ class RowIndex:
         return np.asarray(pc.list_value_length(self._columns.column("images")).to_numpy())
 
     @cached_property
+    def unanswered(self) -> np.ndarray:
+        """Whether a row ends with a question without an answer, by position."""
+        roles = self._columns.column("roles")
+        lengths = pc.list_value_length(roles).to_numpy()
+        found = lengths > 0
+        last = pc.list_flatten(roles).take(pa.array(np.cumsum(lengths)[found] - 1))
+        found[found] = np.asarray(pc.equal(last, "user"))
+        return np.asarray(found)
+
+    @cached_property
     def numbers(self) -> np.ndarray:
         """Index of each row in its file, by position."""
         return self._columns.numpy("index")

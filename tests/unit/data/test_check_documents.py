@@ -8,7 +8,7 @@ import re
 import pytest
 from inspected_rows import GOOD, cells, record, write_experiment
 
-from orchestrator.data.check import check_document, row_document
+from orchestrator.data.check import check_document, check_uses, row_document, uses_of_cells
 from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import data_spec
@@ -157,3 +157,12 @@ def test_a_row_that_is_not_sampled_is_told(experiment):
     gone = record(6, "<image>\nGone", "Yes", image="gone.png")
     path = experiment([*GOOD, *GOOD, gone], max_samples=2, on_bad_row="drop", max_bad_share=0.5)
     assert check_document(cells(path))["sets"][0]["rows"] == 2
+
+
+def test_a_question_without_an_answer_is_counted(experiment):
+    path = experiment([*GOOD, record(3, "Who?", "Ada", "Why?")])
+    mine = check_document(cells(path))["sets"][0]
+    said = "1 of 4 rows end with a question without an answer, which the model reads without learning it (row 3)"
+    assert mine["notes"] == [said] and not mine["errors"]
+    assert f"phases.finetune.data.mine: {said}" in check_uses(uses_of_cells(cells(path))).remarks
+    assert not check_document(cells(experiment(GOOD)))["sets"][0]["notes"]
