@@ -134,7 +134,11 @@ class CheckedRows:
         rows = open_rows(self.of.data)
         if (open_ended := rows.numbers[rows.origin.unanswered[rows.positions]]).size:
             some = ", ".join(map(str, open_ended[:5])) + (", ..." if open_ended.size > 5 else "")
-            what = "is left out: the answer before it is tested" if self.of.prompts else "the model reads without learning it"
+            what = (
+                "is left out: the answer before it is tested"
+                if self.of.prompts
+                else "the model reads without learning it"
+            )
             said.append(
                 f"{open_ended.size:,} of {len(self):,} rows end with a question without an answer, which {what} "
                 f"(row {some})"

@@ -62,7 +62,9 @@ def check_schedule(
         hint = f"its compile() is wrong for phases.{path[-1]}: `llavolta check` tests it"
         yield Finding(where, f"{schedule.kind}: {problem}", None, hint)
         return
-    notices += [f"{'.'.join(map(str, where))} ({schedule.kind}), {steps} steps of phases.{path[-1]}: {text}" for text in remarks]
+    notices += [
+        f"{'.'.join(map(str, where))} ({schedule.kind}), {steps} steps of phases.{path[-1]}: {text}" for text in remarks
+    ]
     if variants is not None:
         yield from _check_table_names(schedule, table, where, variants)
     yield from _check_derived(table, where, variants or {}, facts)
