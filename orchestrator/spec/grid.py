@@ -21,7 +21,7 @@ from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Node, Path, as_yaml, dotted
-from orchestrator.spec.yaml.schema import find_path
+from orchestrator.spec.yaml.schema import NAMED, find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, unknown_name
 
 MAX_CELLS = 100_000
@@ -276,12 +276,14 @@ class Part:
     Attributes:
         value: The validated value, None where it has errors.
         errors: What is wrong with it.
+        sound: Of one that has errors, its entries that have none; so the errors of one do not hide those of another.
         key: Canonical JSON of its tree; equal keys are equal parts.
     """
 
     value: Any
     errors: list[ErrorDetail]
     key: str
+    sound: Any = None
 
 
 def apply(root: Node, cell: Assignment) -> Node:
@@ -326,7 +328,18 @@ class Parts:
         try:
             return Part(_adapter(name).validate_python(plain), [], key)
         except ValidationError as error:
-            return Part(None, explain(error.errors(), tree, (name,)), key)
+            return Part(None, explain(error.errors(), tree, (name,)), key, _sound(name, plain, error))
+
+
+def _sound(name: str, plain: Any, error: ValidationError) -> Any:
+    """Return the named entries of a part that have no errors; None where that is not known."""
+    wrong = {found["loc"][0] for found in error.errors() if found["loc"]}
+    if name not in (*NAMED, "phases") or not isinstance(plain, dict):
+        return None
+    try:
+        return _adapter(name).validate_python({key: entry for key, entry in plain.items() if key not in wrong})
+    except ValidationError:
+        return None
 
 
 @cache
@@ -466,8 +479,9 @@ class GridBuilder:
         """Collect the errors of a cell; True where it has some."""
         parts = self.parts.of(cell)
         found = [error for part in parts.values() for error in part.errors]
-        values = {name: part.value if not part.errors else None for name, part in parts.items()}
-        found.extend(self.checks.parts(values, lambda: apply(self.root, cell)))
+        values = {name: part.sound if part.errors else part.value for name, part in parts.items()}
+        complete = not found
+        found.extend(self.checks.parts(values, lambda: apply(self.root, cell), complete))
         self.errors.extend(found)
         return bool(found)
 

@@ -107,12 +107,17 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     if spec is None and not errors:
         spec, base_errors = _base(apply(root, found[0]))
         errors += base_errors
+    # What is drawn depends on these; other errors do not hide its own.
+    if spec is not None and not any(
+        error.path.startswith(("search.space", "compressors", "model")) for error in errors
+    ):
+        builder.errors.clear()
+        for corner in space_corners(root, spec, builder.errors):
+            builder.examine(corner)
+        errors += builder.errors
     _stop_at(errors)
     assert spec is not None
-    builder.errors.clear()
     cells = with_controls(builder.resolve(spec, found), root, builder.errors)
-    for corner in space_corners(root, spec, builder.errors):
-        builder.examine(corner)
     _stop_at(builder.errors)
     all_notices = tuple(dict.fromkeys([*notices, *builder.notices]))
     sources, others = _sources(root, spec), starts.experiments

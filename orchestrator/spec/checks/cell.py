@@ -56,12 +56,18 @@ class Checks:
         new = self._defined.setdefault(tuple(map(id, shared)), shared) is shared  # kept, so that an id stays theirs
         return _TreeCheck(tree).check(definitions=new)
 
-    def parts(self, parts: dict[str, Any], tree: Callable[[], Node]) -> list[ErrorDetail]:
-        """Return the errors of a cell; `parts` holds None where a part has errors of its own."""
-        sound = tuple(id(part) for name, part in parts.items() if name != "seed")  # no check asks for the seed
+    def parts(self, parts: dict[str, Any], tree: Callable[[], Node], complete: bool) -> list[ErrorDetail]:
+        """Return the errors of a cell.
+
+        Args:
+            parts: Its parts; of one that has errors itself the entries that have none, or None.
+            tree: Makes the cell's tree.
+            complete: No part has errors of its own.
+        """
+        sound = (complete, *(id(part) for name, part in parts.items() if name != "seed"))  # no check asks for the seed
         if sound in self._sound:
             return []
-        findings = list(self._find(parts, tree))
+        findings = list(self._find(parts, tree, complete))
         if not findings:
             self._kept.append(parts)
             self._sound.add(sound)
@@ -69,17 +75,17 @@ class Checks:
         root = tree()
         return [error_at(root, _as_written(root, f.path), f.message, f.allowed, f.hint) for f in findings]
 
-    def _find(self, parts: dict[str, Any], tree: Callable[[], Node]) -> Iterator[Finding]:
+    def _find(self, parts: dict[str, Any], tree: Callable[[], Node], complete: bool) -> Iterator[Finding]:
         names = ("model", "data", "compressors", "schedules", "phases", "evaluate")
         model, data, variants, schedules, phases, evaluate = (parts[name] for name in names)
-        if variants and (own_or_bare := model or self._bare_model(tree())) is not None:
+        own_or_bare = model or self._bare_model(tree())
+        if variants and own_or_bare is not None:
             yield from self._once(self._find_variants, variants, own_or_bare)
         if phases is not None:
-            yield from self._once(self._find_phases, phases, data, schedules, variants, model)
+            yield from self._once(self._find_phases, phases, data, schedules, variants, own_or_bare, complete)
             if model is not None and phases.by_name:
                 yield from self._once(_check_dropout, model)
-            known = None not in (evaluate, schedules, variants) and model is not None
-            if known and model.weights != "pretrained":  # pretrained weights may hold learned compressors already
+            if complete and model is not None and model.weights != "pretrained":  # pretrained weights may hold learned compressors already
                 facts = self._readable_facts(model)
                 yield from self._once(check_tested_variants, evaluate, phases, schedules, variants, facts)
         if model is not None:
@@ -130,7 +136,7 @@ class Checks:
             return None  # reported beside the variants
 
     def _find_phases(
-        self, phases: PhasesSpec, data: Any, schedules: Any, variants: Any, model: ModelSpec | None
+        self, phases: PhasesSpec, data: Any, schedules: Any, variants: Any, model: ModelSpec | None, complete: bool
     ) -> Iterator[Finding]:
         facts = self._readable_facts(model) if model is not None else None
         workers = self.cluster.num_workers if self.cluster is not None else None
@@ -144,8 +150,8 @@ class Checks:
             for finding in file_findings(phase, model.dtype if model is not None else "auto", workers):
                 yield finding.inside(path)
             yield from self.starts.check(phases, name, facts)
-            yield from check_schedule(phase, path, data, schedules, variants, facts, self.notices)
-            if variants is not None and schedules is not None:
+            yield from check_schedule(phase, path, data, schedules, variants, facts, self.notices, complete)
+            if complete:
                 yield from check_learning(phase, path, schedules, variants, self.notices)
 
 

@@ -35,10 +35,12 @@ def check_schedule(
     variants: Mapping[str, Any] | None,
     facts: ModelFacts | None,
     notices: list[str],
+    complete: bool,
 ) -> Iterator[Finding]:
     """Check that every stage of a schedule starts, that they fill the phase, and that derived variants fit the model.
 
-    Where the number of steps is not known yet, only the names it uses and what it derives are checked.
+    Where the number of steps is not known yet, only the names it uses and what it derives are checked; the names
+    only where the experiment is `complete`, since an entry with errors of its own is missing here.
     """
     schedule, where = schedule_of(phase, schedules or {}), (*path, "schedule")
     if isinstance(phase.schedule, str):
@@ -65,8 +67,8 @@ def check_schedule(
     notices += [
         f"{'.'.join(map(str, where))} ({schedule.kind}), {steps} steps of phases.{path[-1]}: {text}" for text in remarks
     ]
-    if variants is not None:
-        yield from _check_table_names(schedule, table, where, variants)
+    if complete:
+        yield from _check_table_names(schedule, table, where, variants or {})
     yield from _check_derived(table, where, variants or {}, facts)
 
 

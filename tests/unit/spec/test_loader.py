@@ -88,3 +88,49 @@ def test_projector_points_and_learned_methods_are_not_refused(point: str, small:
     text = small.replace("max_steps: 100", "max_steps: 100\n    train: [projector, compressor]")
     text = text.replace("compressors:", f"compressors:\n  v: {{kind: {point}}}")
     assert load_experiment(write(text)).cells
+
+
+HIDDEN = [
+    ("compressors", "  a: {kind: average_pool, layer: 1, keep_ratio: 1.5}", "a.keep_ratio",
+     "  b: {kind: average_pool, layer: 7, stride: 2}", "b.layer"),
+    ("compressors", "  a: {kind: averge_pool, layer: 1, stride: 2}", "a.kind",
+     "  b: {kind: average_pool, layer: 1, stride: 100}", "b.stride"),
+    ("compressors", "  a: {kind: average_pool, layer: 1}", "a",
+     "  b: {kind: fastv, layer: projector, keep_tokens: 8}", "b.layer"),
+    ("data", "  a: {kind: easy_vqa, split: trian}", "a.split",
+     "  b: {kind: llava_json, data_path: rows.csv, image_folder: .}", "b.data_path"),
+    ("phases", "  pretrain: {data: train, max_steps: 0, learning_rate: 1e-3, global_batch_size: 8}", "pretrain.max_steps",
+     "    global_batch_size: 7\n    per_device_train_batch_size: 2", "finetune.global_batch_size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "wrong", "path", "other", "other_path"), HIDDEN)
+def test_the_errors_of_one_entry_do_not_hide_those_of_another(
+    section: str, wrong: str, path: str, other: str, other_path: str, small: str, write: Write
+) -> None:
+    more = f"{section}:\n{wrong}\n"
+    if section == "phases":
+        text = small.replace("max_steps: 100", f"max_steps: 100\n{other}").replace("phases:\n", more)
+    else:
+        text = small.replace(f"{section}:\n", f"{more}{other}\n")
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(text))
+    assert {error.path for error in caught.value.errors} == {f"{section}.{path}", f"{section}.{other_path}"}
+
+
+def test_a_schedule_with_an_error_does_not_hide_that_a_stage_of_another_never_starts(small: str, write: Write) -> None:
+    wrong = "schedules:\n  gap:\n    kind: stages\n    stages: [{share: 1/2}]\n"
+    text = small.replace("schedules:\n", wrong).replace("share: 1/2, compressor", "share: 1/1000, compressor")
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(text))
+    assert {error.path.partition(".stages")[0] for error in caught.value.errors} == {"schedules.gap", "schedules.two"}
+
+
+def test_an_unknown_objective_does_not_hide_what_cannot_be_drawn(small: str, write: Write) -> None:
+    space = "{phases.finetune.learning_rate: {kind: uniform, low: 2, high: 1}}"
+    text = f"search:\n  objectives: {{eval/vqa/acuracy: max}}\n  space: {space}\n"
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(small + text))
+    assert [error.path for error in caught.value.errors] == [
+        "search.objectives.eval/vqa/acuracy", "search.space.phases.finetune.learning_rate.low"
+    ]  # fmt: skip
