@@ -99,7 +99,8 @@ HIDDEN = [
      "  b: {kind: fastv, layer: projector, keep_tokens: 8}", "b.layer"),
     ("data", "  a: {kind: easy_vqa, split: trian}", "a.split",
      "  b: {kind: llava_json, data_path: rows.csv, image_folder: .}", "b.data_path"),
-    ("phases", "  pretrain: {data: train, max_steps: 0, learning_rate: 1e-3, global_batch_size: 8}", "pretrain.max_steps",
+    ("phases", "  pretrain: {data: train, max_steps: 0, learning_rate: 1e-3, global_batch_size: 8}",
+     "pretrain.max_steps",
      "    global_batch_size: 7\n    per_device_train_batch_size: 2", "finetune.global_batch_size"),
 ]  # fmt: skip
 
