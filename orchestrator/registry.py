@@ -174,7 +174,7 @@ def _import_plugin(reference: str, base_folder: Path) -> ModuleType:
             ) from error
     path = (base_folder / reference).resolve()
     if not path.is_file():
-        raise UsageError(f"plugins: {path} is not a file; the path is relative to the file that writes it")
+        raise UsageError(f"plugins: {path} is not a file; {reference} is relative to {base_folder.resolve()}")
     name = f"llavolta_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -96,11 +96,19 @@ def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Wor
         data: Its rows.
         workers: The ranks that share it.
         weights: The state's weights file, with its learned compressors.
+
+    Raises:
+        StageRunError: it returned something else than an outcome.
     """
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
     evaluation = registry.load_object(spec.implementation)(spec)
     with _points(model, job.points, weights), evaluation_mode(model):
-        outcome: Outcome = evaluation.run(model, data, workers)
+        outcome = evaluation.run(model, data, workers)
+    if not isinstance(outcome, Outcome):
+        raise StageRunError(
+            f"evaluation {job.name} ({job.spec['kind']}): run() returned a {type(outcome).__name__}; "
+            "return plugin.Outcome(metrics, num_samples, examples)"
+        )
     return outcome
 
 

@@ -315,11 +315,15 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         _table("quantity", note["cost"]),
         "## Training",
         _table("setting", record.params),
+        "\n".join(f"- {notice}" for notice in cell.notices),
     ]
     for plan in cell.phases:
         sets = ", ".join(f"`{entry['name']}` ({entry['spec']['kind']})" for entry in plan.data)
         rows = [f"| {action.first_step} to {action.last_step} | {action.variant} |" for action in plan.table[:_STAGES]]
         rows += [f"| ... | {len(plan.table) - _STAGES} more |"] if len(plan.table) > _STAGES else []
+        if (lora := plan.recipe.lora) is not None:
+            modules = ", ".join(f"`{name}`" for name in lora.target_modules)
+            sets += f", LoRA (r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}) on {modules}"
         sections += [f"`{plan.name}` on {sets}:", "\n".join(["| steps | compressor |", "|---|---|", *rows])]
     sections.append(_table("trained or written with", {**note["trained_with"], **note["written_with"]}))
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -89,12 +89,27 @@ def _whole(visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
     return Kept(visual_BND, context.positions_ABN, context.sizes_BN, every_BN, grid)
 
 
+def kept_by(point: Point, method: Callable[..., Any], *visuals: Any) -> Kept:
+    """Return what `compress` or `enter` of a method keeps of a group of units.
+
+    Raises:
+        UsageError: it returned something else.
+    """
+    kept = method(*visuals)
+    if not isinstance(kept, Kept):
+        raise UsageError(
+            f"compression: {point.spec.kind} at {point.place}: {method.__name__}() returned a {type(kept).__name__}; "
+            "return a plugin.Kept, for example plugin.take(visual_BND, index_BM, context)"
+        )
+    return kept
+
+
 def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
     """Call the method; sources and grid that it does not name are those that the protocol states."""
     compressor = point.compressor
     method = compressor.enter if isinstance(compressor, Enters) and point.enters else compressor.compress
     try:
-        kept: Kept = method(visual_BND, grid, context)
+        kept = kept_by(point, method, visual_BND, grid, context)
     except ValueError as error:
         raise UsageError(f"compression: {point.spec.kind} at {point.place}: {error}") from error
     count, tokens = kept.hidden_BMD.shape[1], visual_BND.shape[1]

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from orchestrator.compression.attach import MODULES_NAME
 from orchestrator.compression.families import Family
+from orchestrator.compression.forward.apply_point import kept_by
 from orchestrator.compression.protocol import IGNORED, Context, Enters, Kept, Point, Resizes
 from orchestrator.compression.testing.method import Call, with_values
 from orchestrator.spec.components import Grid
@@ -580,7 +581,7 @@ class Reference:
         return self._call(point, point.compressor.compress, visual_BND, grid, context)
 
     def _call(self, point: Point, method: Any, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
-        kept: Kept = method(visual_BND, grid, context)
+        kept = kept_by(point, method, visual_BND, grid, context)
         self.calls.append(Call(point.spec, method, visual_BND, grid, context, kept))
         self.unstable = self.unstable or is_unstable(method, visual_BND, grid, context, kept)
         return kept

@@ -65,7 +65,7 @@ def no_foreign_keys(record: dict[str, Any]) -> None:
     if not any(record.get(key) for key in TURN_KEYS):
         # Not LLaVA's format at all: what the file looks like helps more than the name of a key.
         why = f" ({hint})" if hint else ""
-        raise BadRow(f"it has {listed(record)}{why}; LLaVA's format has conversations, image")
+        raise BadRow(f"it has {listed(record)}{why}; `conversations` is missing (LLaVA's format: conversations, image)")
     named = ", ".join(f"`{cut(key)}`" for key in foreign[:5])
     raise BadRow(
         f"{named} {'is' if len(foreign) == 1 else 'are'} not read{f': {hint}' if hint else ''}; "
@@ -269,7 +269,7 @@ def parse_record(
     no_foreign_keys(record)
     key = _one_of(record, TURN_KEYS)
     if key is None:
-        raise BadRow(f"it has {listed(record)}; LLaVA's format has conversations, image")
+        raise BadRow(f"it has {listed(record)}; `conversations` is missing (LLaVA's format: conversations, image)")
     if not isinstance(record[key], list):
         raise BadRow(f"`{key}` is a list of turns, this is {short(record[key])}")
     if not record[key]:

@@ -50,7 +50,8 @@ plugins: [first_tokens.py]
 model: {model_name_or_path: base, weights: pretrained, dtype: float32}
 data:
   mine:
-    {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1, image_aspect_ratio: pad}
+    {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1, image_aspect_ratio: pad,
+     on_bad_row: drop, max_bad_share: 0.5}
 compressors:
   learned: {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}
   wide: {kind: average_pool, layer: 2, stride: 4}
@@ -86,6 +87,7 @@ def home(tmp_path_factory) -> Path:
         Image.new("RGB", (40 + 9 * number, 60), colour).save(folder / f"{number}.png")
         said = [{"from": "human", "value": "<image>\nWhat color is it?"}, {"from": "gpt", "value": colour}]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    records.append({"id": "4", "image": "lost.png", "conversations": said})
     (folder / "mine.json").write_text(json.dumps(records))
     spec = ModelSpec(model_name_or_path=str(TINY_LLAVA), weights="random")
     torch.manual_seed(0)
@@ -174,6 +176,8 @@ def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and cell.id in card and "eval/vqa/accuracy" in card
     assert "| 0 to 2 | learned |" in card and "load_exported(FOLDER)" in card
+    assert "LoRA (r 4, alpha 8, dropout 0.05) on `q_proj`" in card
+    assert "1 of 5 rows dropped; row 4: " in card
     assert "tokenize=True, return_dict=True" in card and "padded to a square" in card
 
 
@@ -297,6 +301,12 @@ def test_a_compressor_of_a_plugin_is_named_before_anything_is_loaded(home, tmp_p
     (folder / "llavolta.json").write_text(json.dumps(note))
     with pytest.raises(UsageError, match=r"of_mine.*of_mine\.py.*plugins="):
         load_exported(folder)
+
+
+def test_a_plugin_that_is_not_there_is_named_with_the_folder_it_was_looked_for_in(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=rf"of_mine\.py is not a file; of_mine\.py is relative to {tmp_path}$"):
+        load_exported(exported(home, "up", tmp_path / "out"), plugins=["of_mine.py"])
 
 
 def test_the_verb_prints_the_folder_and_refuses_one_that_is_there(home, tmp_path):

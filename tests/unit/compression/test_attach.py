@@ -10,6 +10,7 @@ from reference import assert_same_gradients, gradients, make_batch, reference_lo
 from torch import nn
 
 from orchestrator.compression import Kept, attach, take
+from orchestrator.compression.testing import check_compressor
 from orchestrator.errors import LlavoltaError, UsageError
 from orchestrator.spec.components import CompressorSpec
 
@@ -268,6 +269,28 @@ def test_a_method_that_keeps_more_than_planned_is_refused():
     attach(model, [MoreThanSaidSpec(layer=1, keep_tokens=3)])
     with pytest.raises(UsageError, match=r"more_than_said at .* returned 4 tokens .* kept_tokens says 3"):
         model(**make_batch(MIXED))
+
+
+class PlainTensor(MoreThanSaid):
+    def compress(self, visual_BND, grid, context):
+        return visual_BND[:, : self.spec.kept_tokens(grid)]
+
+
+class PlainTensorSpec(MoreThanSaidSpec):
+    implementation = f"{__name__}:PlainTensor"
+    kind: str = "plain_tensor"
+
+
+@pytest.mark.parametrize("use", [lambda point: attached_run(point), lambda point: check_compressor(point, ["llava"])])
+def test_a_method_that_returns_a_plain_tensor_is_told_what_to_return(use):
+    with pytest.raises((UsageError, AssertionError), match=r"compress\(\) returned a Tensor; .* plugin\.take\("):
+        use(PlainTensorSpec(layer=1, keep_tokens=3))
+
+
+def attached_run(point):
+    model = tiny_llava()
+    attach(model, [point])
+    model(**make_batch(MIXED))
 
 
 def test_learned_modules_are_named_trained_and_taken_out():

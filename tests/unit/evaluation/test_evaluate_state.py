@@ -79,6 +79,17 @@ def test_a_metric_that_is_not_finite_is_named(ledger, monkeypatch):
     assert ledger.evaluation("b" * 16) is None
 
 
+class Metrics(exact_match.ExactMatch):
+    def run(self, model, data, workers):
+        return super().run(model, data, workers).metrics
+
+
+def test_an_evaluation_that_returns_its_metrics_alone_is_told_what_to_return(ledger, monkeypatch):
+    monkeypatch.setattr(exact_match, "ExactMatch", Metrics)
+    with pytest.raises(StageRunError, match=r"run\(\) returned a dict; return plugin\.Outcome"):
+        evaluate_state(job(), ledger)
+
+
 def test_a_headline_without_any_result_is_named_at_the_first(ledger, monkeypatch):
     monkeypatch.setattr(exact_match.ExactMatchSpec, "headline", ("acuracy",))
     with pytest.raises(StageRunError, match=r"vqa \(exact_match\): headline names acuracy; its metrics are accuracy"):
