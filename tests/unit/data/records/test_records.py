@@ -127,7 +127,10 @@ FAULTS = {
         {"query": "a", "response": "b", "images": ["a.png"]},
         "it has query, response, images (this looks like",
     ),
-    "text": ({"text": "a"}, "it has text (this looks like plain text); `conversations` is missing (LLaVA's format: conversations, image)"),
+    "text": (
+        {"text": "a"},
+        "it has text (this looks like plain text); `conversations` is missing (LLaVA's format: conversations, image)",
+    ),
     "vqa": ({"image": "a.png", "question": "a", "answer": "b"}, "questions and answers"),
     "conversation": ({"conversation": ASK}, "it has conversation (did you mean conversations?)"),
     "nothing": ({}, "it has no keys; `conversations` is missing (LLaVA's format: conversations, image)"),

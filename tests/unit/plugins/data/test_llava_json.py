@@ -53,7 +53,10 @@ FAULTS = {
     "nul in name": ({"image": "a\0.png", "conversations": say("<image> ?", "a")}, "path holds a NUL"),
     "placeholder in answer": ({"image": "0.png", "conversations": say("?", "<image>")}, "an answer holds <image>"),
     "empty conversation": ({"image": "0.png", "conversations": []}, "empty"),
-    "no conversation": ({"image": "0.png"}, "it has image; `conversations` is missing (LLaVA's format: conversations, image)"),
+    "no conversation": (
+        {"image": "0.png"},
+        "it has image; `conversations` is missing (LLaVA's format: conversations, image)",
+    ),
     "no answer": ({"conversations": say("Hello")}, "no answer"),
     "gpt first": (
         {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
