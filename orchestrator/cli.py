@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.report.documents import Document, Documents
+    from orchestrator.testing.contract import Checked
 
 Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
 Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files.")]
@@ -364,14 +365,15 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the contract kit on every component that a plug-in file defines; exit code 1 if one breaks its contract."""
-    results = []
-    for one in llv.check_file(file, _values(set_ or ()), family):
-        results.append(one)
+
+    def print_checked(one: Checked) -> None:
         if as_json:
-            continue
+            return
         print(f"{one.sort} {one.kind}: {'broken' if one.broken else 'holds'}")
         for line in (*one.broken, *one.report):
             print(f"  {line}")
+
+    results = llv.check_file(file, _values(set_ or ()), family, on_checked=print_checked)
     if as_json:
         print_json([{**vars(one), "holds": not one.broken} for one in results])
     if any(one.broken for one in results):

@@ -353,7 +353,7 @@ class Cell:
         """
         return weights_folder(self.plan, self.cell)
 
-    def predictions(self, evaluation: str | None = None, *, under: str | None = None, wrong: bool = False) -> Document:
+    def predictions(self, evaluation: str | None = None, under: str | None = None, *, wrong: bool = False) -> Document:
         """Return every answer of an evaluation, with question, pictures and right answer; a page in a notebook.
 
         Args:
@@ -386,6 +386,9 @@ class Cell:
         from orchestrator.models.export import export_cell  # loads torch and transformers
 
         return export_cell(self.plan, self.cell, folder, adapter=adapter)
+
+    def __repr__(self) -> str:
+        return repr(self.cell)
 
     def _repr_html_(self) -> str:
         rows = [[name, f"{value:.6g}"] for name, value in self.metrics.items()]

@@ -136,6 +136,10 @@ class RunOutcome:
     tried: int = 0
     front: tuple[str, ...] | None = None
 
+    def __repr__(self) -> str:
+        ended = f"{self.executed} jobs executed, {len(self.failed)} cells failed, {len(self.waiting)} not finished"
+        return f"<RunOutcome of {self.walk.loaded.spec.name}: {ended}>"
+
     @property
     def exit_code(self) -> int:
         """0 when every cell is finished, else 1."""

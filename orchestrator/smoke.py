@@ -250,7 +250,7 @@ def prepare_smoke(loaded: LoadedExperiment) -> tuple[ExperimentPlan, list[str]]:
         DataError: a data file cannot be read.
     """
     if loaded.spec.search is not None:
-        raise UsageError("--smoke tries the cells of a grid; take `search` out: --set search=null")
+        raise UsageError("a trial run (smoke) tries the cells of a grid; take `search` out: search=null")
     storage, local = _fresh(storage_path(loaded.spec.cluster.storage_path))
     full = expand_cells(loaded)
     models = _small_models(full, local / "models")
@@ -273,7 +273,7 @@ def _fresh(storage: str | Path) -> tuple[str, Path]:
         return url, local
     folder = storage / "smoke"
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise UsageError(f"{folder} holds something that --smoke did not write; move it away, or name another storage")
+        raise UsageError(f"{folder} holds something that no trial run wrote; move it away, or name another storage")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()  # so that a trial run that stops here is known as ours

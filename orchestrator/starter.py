@@ -95,7 +95,7 @@ def init(file: str | os.PathLike[str], *, model: str = MODEL, data: str = "easy_
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{file}: name a .yaml file")
     if data != "easy_vqa" and not Path(data).is_file():
-        raise UsageError(f"--data {data}: there is no such file; name a LLaVA JSON file, or easy_vqa")
+        raise UsageError(f"data {data}: there is no such file; name a LLaVA JSON file, or easy_vqa")
     folder = Path(model).expanduser()
     pretrained = not folder.is_dir() or any(found for form in _WEIGHT_FILES for found in folder.glob(form))
     text = _TEMPLATE.format(

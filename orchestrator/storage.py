@@ -32,9 +32,10 @@ class Storage:
         path = storage_path(place if experiment is None else experiment.spec.cluster.storage_path)
         self._ledger = Ledger(path)
         if experiment is None and isinstance(path, Path) and not path.is_dir():
-            raise UsageError(
-                f"there is no storage at {self._ledger.storage}; name one with --storage, or an experiment file"
-            )
+            raise UsageError(f"there is no storage at {self._ledger.storage}; name one, or an experiment file")
+
+    def __repr__(self) -> str:
+        return f"<Storage {self.url}>"
 
     @property
     def url(self) -> str:

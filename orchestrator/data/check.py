@@ -506,7 +506,7 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
         known = list(dict.fromkeys(place[0] for place in places))
         near = nearest(name or "", known)
         hint = f"; did you mean {near}?" if near else ";"
-        raise UsageError(f"--data {name}: there is no such data set{hint} there are {', '.join(known) or 'none'}")
+        raise UsageError(f"data {name}: there is no such data set{hint} there are {', '.join(known) or 'none'}")
     name, where, use = found
     try:
         rows = open_rows(use.data)
@@ -552,7 +552,7 @@ def _row(where: str, rows: IndexedRows, number: int | None) -> Row:
         numbers = rows.origin.numbers
         near = int(numbers[np.abs(numbers - number).argmin()])
         raise UsageError(
-            f"--row {number}: {where} has {len(numbers):,} rows of {numbers.min()} to {numbers.max()}, "
+            f"row {number}: {where} has {len(numbers):,} rows of {numbers.min()} to {numbers.max()}, "
             f"and not this one; the nearest is {near}"
         )
     return rows.origin.row(int(positions[0]))

@@ -200,7 +200,9 @@ def _write_adapter(cell: Cell, model: ModelSpec, weights: Path, folder: Path) ->
 
     loras = [plan.recipe.lora for plan in cell.phases if plan.recipe.lora is not None]
     if not loras:
-        raise UsageError(f"export: cell {cell.name} trained no LoRA, so there is no adapter; export without --adapter")
+        raise UsageError(
+            f"export: cell {cell.name} trained no LoRA, so there is no adapter; export it without `adapter`"
+        )
     name, revision = _base_of(cell, model)
     base = load_pretrained(name, "export", revision=revision, trust_remote_code=model.trust_remote_code)
     targets = sorted({target for lora in loras for target in lora.target_modules})
@@ -238,8 +240,8 @@ def _base_of(cell: Cell, model: ModelSpec) -> tuple[str, str | None]:
             return folder, None
     if model.weights != "pretrained":
         raise UsageError(
-            "export: --adapter names the model that the adapter belongs to, and this one was not trained from one "
-            f"(model.weights: {model.weights}); export without --adapter"
+            "export: an adapter names the model that the adapter belongs to, and this one was not trained from one "
+            f"(model.weights: {model.weights}); export it without `adapter`"
         )
     return model.model_name_or_path, model.revision
 
@@ -251,7 +253,8 @@ def _module_to_save(name: str, cell: Cell) -> str:
     found = next((path for path in paths if part_of_or_none(path) == part), None)
     if found is None or part == LANGUAGE_MODEL:
         raise UsageError(
-            f"export: {name} of cell {cell.name} was trained in full, which no adapter holds; export without --adapter"
+            f"export: {name} of cell {cell.name} was trained in full, which no adapter holds; "
+            "export it without `adapter`"
         )
     return found
 
@@ -276,7 +279,7 @@ def _factors(
     if error > _LOW_RANK_TOLERANCE * final_OI.abs().max():
         raise StageRunError(
             f"export: {name} differs from the base model by more than rank {lora.r}: it was trained in full as well; "
-            "export without --adapter"
+            "export it without `adapter`"
         )
     return down_RI, up_OR
 

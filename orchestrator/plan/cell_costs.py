@@ -124,6 +124,6 @@ class Costs:
             found = self._samples.mean(cell.spec, plan.name, plan.recipe, sets, cell.facts)
             for name, phase in self._samples.missing:
                 text = f"data.{name}: its text lengths are not known; costs of {phase} count one image and no text"
-                self.notices[f"{text} a sample (give --text-tokens N)"] = None
+                self.notices[f"{text} a sample (text_tokens, --text-tokens N, gives them)"] = None
             self._by_lineage[plan.lineage] = found or Sample(0.0, 0.0)
         return self._by_lineage[plan.lineage]

@@ -46,10 +46,10 @@ class CellRecord:
     status: CellStatus
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    history: StepHistory | Sequence[Point] = ()
+    history: StepHistory | Sequence[Point] = field(default=(), repr=False)
     summary: dict[str, float] = field(default_factory=dict)
     last_step: int = 0
-    artifacts: dict[str, str | bytes | Path] = field(default_factory=dict)
+    artifacts: dict[str, str | bytes | Path] = field(default_factory=dict, repr=False)
     tested: tuple[str, ...] = ()
 
 

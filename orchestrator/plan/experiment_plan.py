@@ -47,6 +47,9 @@ class ExperimentPlan:
     trials: tuple[Trial, ...] = ()
     front: frozenset[str] = frozenset()
 
+    def __repr__(self) -> str:
+        return f"<ExperimentPlan of {self.loaded.spec.name}: {len(self.cells)} cells, {self.ledger.url}>"
+
     @property
     def tracking_uri(self) -> str:
         """MLflow's address: the file's, the environment's, or sqlite in the storage (s3: in this machine's cache).
@@ -121,7 +124,7 @@ class ExperimentPlan:
         fits = find_cells(self.cells, wanted)
         if len(fits) == 1:
             return fits[0]
-        raise UsageError(f"--cell {misfit(self.cells, fits, wanted)}")
+        raise UsageError(f"cell {misfit(self.cells, fits, wanted)}")
 
 
 def storage_path(given: str | os.PathLike[str] | None) -> str | Path:

@@ -21,8 +21,8 @@ from orchestrator.spec.components import AMOUNTS
 _COMMON = ("kind", "layer", *AMOUNTS)
 
 
-class _Printed:
-    """JSON that also shows itself to people: printed, and in a notebook."""
+class Printed:
+    """What also shows itself to people: by `print`, and in a notebook."""
 
     _printer: Callable[[Any, Console], None]
 
@@ -36,13 +36,16 @@ class _Printed:
         self.print(console)
         return out.getvalue()
 
+    def __str__(self) -> str:
+        return self.to_text().rstrip("\n")
+
     def _repr_html_(self) -> str:
         console = Console(file=io.StringIO(), record=True, width=140)
         self.print(console)
         return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
 
 
-class Document(_Printed, dict[str, Any]):
+class Document(Printed, dict[str, Any]):
     """A JSON document that also shows itself to people.
 
     Args:
@@ -60,6 +63,9 @@ class Document(_Printed, dict[str, Any]):
         super().__init__(content)
         self._printer, self._page = printer, page
 
+    def __repr__(self) -> str:
+        return f"<Document of {', '.join(self)}>"
+
     def to_html(self, **options: Any) -> str:
         """Return it as an HTML page of its own; `options` are those of the page."""
         assert self._page is not None, "only predictions and rows of data have a page"
@@ -72,7 +78,7 @@ class Document(_Printed, dict[str, Any]):
         return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="600"></iframe>'
 
 
-class Documents(_Printed, list[dict[str, Any]]):
+class Documents(Printed, list[dict[str, Any]]):
     """A JSON list that also shows itself to people.
 
     Args:
@@ -83,6 +89,9 @@ class Documents(_Printed, list[dict[str, Any]]):
     def __init__(self, content: Iterable[dict[str, Any]], printer: Callable[[list[dict[str, Any]], Console], None]):
         super().__init__(content)
         self._printer = printer
+
+    def __repr__(self) -> str:
+        return f"<Documents: {len(self)}>"
 
 
 def compressors() -> Documents:

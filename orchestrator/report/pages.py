@@ -55,7 +55,7 @@ def predictions_document(
         )
     if wrong:
         if not all("right" in each for each in found):
-            raise UsageError(f"--wrong: evaluations of kind {job.spec['kind']} do not say which answers are right")
+            raise UsageError(f"wrong: evaluations of kind {job.spec['kind']} do not say which answers are right")
         found = [each for each in found if not each["right"]]
     return {
         "experiment": plan.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
@@ -69,14 +69,14 @@ def _job_of(cell: Cell, evaluation: str | None, under: str | None) -> Evaluation
     if not names:
         raise UsageError(f"cell {cell.name} has no evaluation; name one under `evaluate` and run the experiment")
     if evaluation is None and len(names) > 1:
-        raise UsageError(f"cell {cell.name} has several evaluations; name one with --evaluation: {', '.join(names)}")
+        raise UsageError(f"cell {cell.name} has several evaluations; name one: {', '.join(names)}")
     name = names[0] if evaluation is None else evaluation
     jobs = {job.under: job for job in cell.evaluations if job.name == name}
     if not jobs:
-        raise _unknown("--evaluation", name, names, cell)
+        raise _unknown("evaluation", name, names, cell)
     chosen = under or ("final" if "final" in jobs or len(jobs) > 1 else next(iter(jobs)))
     if chosen not in jobs:
-        raise _unknown("--under", chosen, list(jobs), cell)
+        raise _unknown("under", chosen, list(jobs), cell)
     return jobs[chosen]
 
 

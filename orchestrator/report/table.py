@@ -20,6 +20,7 @@ from orchestrator.errors import shorten
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.report.documents import Printed
 from orchestrator.report.units import Operations, legend
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
@@ -51,13 +52,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Printed):
     """Rows, the metrics and axes shown, and what makes the rows unequal to compare."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Table: {len(self.rows)} rows, {len(self.columns)} metrics>"
 
     def document(self) -> dict[str, Any]:
         """Return it as what `--json` prints; values are not rounded."""

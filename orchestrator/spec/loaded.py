@@ -53,6 +53,9 @@ class LoadedExperiment:
     starts: dict[str, LoadedExperiment] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<LoadedExperiment {self.spec.name}: {len(self.cells)} cells, {self.path}>"
+
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | LoadedExperiment"
 """What an experiment is loaded from: a file, a mapping of the same form, or one that is loaded already."""

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -524,14 +524,19 @@ class Checked:
 
 
 def check_file(
-    file: Path, values: Mapping[str, Mapping[str, Any]], families: Collection[str] | None = None
-) -> Iterable[Checked]:
-    """Yield the result of every component that a plug-in file defines, in the file's order.
+    file: str | Path,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    families: Collection[str] | None = None,
+    *,
+    on_checked: Callable[[Checked], None] = lambda checked: None,
+) -> list[Checked]:
+    """Return the result of every component that a plug-in file defines, in the file's order.
 
     Args:
         file: The plug-in.
         values: By kind, values of fields; those a kit cannot guess are required.
         families: Model families on which compressors are checked; by default all.
+        on_checked: Called with each result as soon as it is there.
 
     Raises:
         UsageError: the file is no plug-in, values are given for a kind that it does not define, or a family is unknown.
@@ -539,14 +544,18 @@ def check_file(
     had_torch = "torch" in sys.modules
     classes = registry.load_plugin(str(file), Path.cwd())
     loads_torch = "torch" in sys.modules and not had_torch
-    kinds = [cls.kind_name() for cls in classes]
+    kinds, values = [cls.kind_name() for cls in classes], values or {}
     if unknown := sorted(set(values) - set(kinds)):
         raise UsageError(f"check: {file} defines no {', '.join(unknown)}; it defines {', '.join(kinds)}")
     if families is not None:
         known = registry.load_object("orchestrator.compression.testing.families:TINY")
         if wrong := sorted(set(families) - set(known)):
             raise UsageError(f"check: no family {', '.join(wrong)}; known: {', '.join(known)}")
-    return (_checked(cls, values.get(cls.kind_name(), {}), families, loads_torch) for cls in classes)
+    results = []
+    for cls in classes:
+        results.append(_checked(cls, values.get(cls.kind_name(), {}), families, loads_torch))
+        on_checked(results[-1])
+    return results
 
 
 def _checked(cls: type[Any], values: Mapping[str, Any], families: Collection[str] | None, loads_torch: bool) -> Checked:

@@ -109,9 +109,66 @@ def test_documents_are_those_of_the_command_line_and_show_themselves(tiny_experi
     for verb, document in (("plan", experiment.plan()), ("status", experiment.status())):
         assert json.loads(json.dumps(document)) == json.loads(llavolta(verb, tiny_experiment, "--json").stdout)
         assert "schedule=two_stage" in document._repr_html_()
+        assert str(document).splitlines() == llavolta(verb, tiny_experiment, COLUMNS="10000").stdout.splitlines()
     assert "schedule=two_stage" in experiment._repr_html_()
     assert experiment.storage.folder == tiny_experiment.parent / "runs"
 
+
+def test_what_is_printed_is_short(tiny_experiment, llavolta, monkeypatch):
+    monkeypatch.chdir(tiny_experiment.parent)
+    experiment = llv.load(tiny_experiment)
+    cell, table, listed = experiment.cells[1], experiment.table(), llv.components()
+    assert str(cell) == f"<Cell schedule=heavy of tiny: {cell.id[:12]}>" and str(experiment.cells).count("<Cell ") == 3
+    assert str(table).splitlines()[0].split() == ["cell", "status"] and repr(table) == "<Table: 3 rows, 0 metrics>"
+    assert str(listed).splitlines() == llavolta("components", COLUMNS="10000").stdout.splitlines()
+    assert repr(listed) == f"<Documents: {len(listed)}>" and isinstance(listed, list)
+    plan = experiment.plan()
+    assert isinstance(plan, dict) and repr(plan).startswith("<Document of experiment, cells, stage_runs,")
+    outcome = llv.RunOutcome(experiment.planned(), table, failed={"schedule=full": "why"})
+    assert str(outcome) == "<RunOutcome of tiny: 0 jobs executed, 1 cells failed, 0 not finished>"
+    for each in (experiment.loaded, experiment.planned(), experiment.storage, cell.record, cell.cell):
+        assert len(repr(each)) < 2000
+
+
+def test_messages_speak_of_arguments(tiny_experiment, tiny_text, monkeypatch):
+    monkeypatch.chdir(tiny_experiment.parent)
+    tiny_experiment.write_text(tiny_text.replace("matrix:", "matrix:\n  seed: [0, 1]"))
+    experiment = llv.load(tiny_experiment)
+    with pytest.raises(llv.UsageError, match=r"^cell schedule=heavy fits several cells: "):
+        experiment.cell("schedule=heavy")
+    with pytest.raises(llv.UsageError, match=r"^row 300: data.train has 200 rows"):
+        experiment.data_row(300)
+    with pytest.raises(llv.UsageError, match=r"^under light: cell seed=0,schedule=heavy has none of that name"):
+        experiment.cell("seed=0,schedule=heavy").predictions("vqa", "light")
+
+
+def test_a_plugin_file_is_checked_without_values(tmp_path):
+    (tmp_path / "even.py").write_text(EVEN)
+    seen = []
+    results = llv.check_file(tmp_path / "even.py", on_checked=seen.append)
+    assert results == seen and [(one.sort, one.kind, one.broken) for one in results] == [("schedules", "even", ())]
+
+
+EVEN = '''"""A schedule of two halves."""
+from typing import Literal
+
+from orchestrator import plugin
+
+
+class EvenSpec(plugin.ScheduleSpec):
+    """Compresses the first half."""
+
+    kind: Literal["even"] = "even"
+    compressor: str = "light"
+
+    def variants(self):
+        return (self.compressor, "full")
+
+    def compile(self, total_steps, global_batch_size):
+        half = total_steps // 2
+        actions = [(0, half, self.compressor), (half, total_steps, "full")]
+        return plugin.StageTable(plugin.merge_actions([each for each in actions if each[0] < each[1]]), "full")
+'''
 
 SPOILED = '''"""A method that fails in the middle of a training step."""
 from typing import ClassVar, Literal

@@ -87,6 +87,9 @@ class Cell:
     starts: tuple[StartJob, ...] = ()
     sources: tuple[Cell, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Cell {self.name} of {self.spec.name}: {self.id[:12]}>"
+
     def origins(self) -> Iterator[Cell]:
         """Return the cells it starts from, what these start from before them."""
         for source in self.sources:

@@ -226,9 +226,7 @@ class Collector:
         known = {each.name for each in recorded_experiments(ledger.store)}
         if unknown := sorted(self._forget - known):
             names = ", ".join(sorted(known)) or "none"
-            raise UsageError(
-                f"--forget {unknown[0]}: no such experiment is recorded in {ledger.url}; there are: {names}"
-            )
+            raise UsageError(f"forget {unknown[0]}: no such experiment is recorded in {ledger.url}; there are: {names}")
 
     def steps(self) -> list[GcStep]:
         """Return all that can go, in the order in which it should; what a killed gc took aside is back before that."""

@@ -321,4 +321,4 @@ def test_the_verb_prints_the_folder_and_refuses_one_that_is_there(home, tmp_path
     done = llavolta(target, "--cell", "schedule=up")
     assert done.returncode == 2 and "exists already" in done.stderr
     done = llavolta(tmp_path / "other", "--cell", "schedule=down")
-    assert done.returncode == 2 and "--cell schedule=down fits no cell" in done.stderr
+    assert done.returncode == 2 and "cell schedule=down fits no cell" in done.stderr

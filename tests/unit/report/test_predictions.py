@@ -66,8 +66,8 @@ def test_a_picture_that_is_gone_is_named_in_its_place(evaluated):
     ("arguments", "message"),
     [
         ((), r"several evaluations.*vqa, colours, later"),
-        (("vqaa",), r"--evaluation vqaa: .*did you mean vqa\?"),
-        (("vqa", "light"), r"--under light: .*there are final, heavy"),
+        (("vqaa",), r"^evaluation vqaa: .*did you mean vqa\?"),
+        (("vqa", "light"), r"^under light: .*there are final, heavy"),
         (("later",), r"evaluate.later under final .* is not done yet"),
     ],
 )

@@ -219,3 +219,9 @@ def test_hours_by_a_given_speed_until_they_are_measured(plan: ExperimentPlan) ->
     finish(now.ledger, now.tree.work(now.ledger)[0], train_seconds=3600.0)
     totals = plan_document(now.loaded, now.cells, now.tree, now.ledger, 10)["totals"]
     assert "device_tflops" not in totals and totals["worker_hours_done"] == pytest.approx(1.0)
+
+
+def test_a_plan_that_shares_nothing_saves_nothing(plan: ExperimentPlan) -> None:
+    document = plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger)
+    document["totals"]["train_ratio"] = 1 + 1e-12  # sums of the same costs in another order
+    assert "(ratio 1.000: sharing saves 0%)" in screen(print_plan, document)

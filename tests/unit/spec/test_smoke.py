@@ -179,7 +179,7 @@ def test_a_folder_that_is_not_its_own_is_never_emptied(tmp_path):
     path.write_text(TEXT)
     (tmp_path / "smoke").mkdir()
     (tmp_path / "smoke" / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="did not write"):
+    with pytest.raises(UsageError, match="no trial run wrote"):
         prepare_smoke(load_experiment(path, [f"cluster.storage_path={tmp_path}"]))
     assert (tmp_path / "smoke" / "mine.txt").read_text() == "mine"
 
