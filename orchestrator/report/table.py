@@ -214,11 +214,11 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         remarks += [*notes, *plan.repeated_trials(), *tested_differently(plan.cells)]
         records += own
         shown_axes |= dict.fromkeys(drawn)
-    counts = Counter(row.name for _, row in shown)
+    counts, columns = Counter(row.name for _, row in shown), _columns(records, all_metrics, headlines)
     return Table(
-        _columns(records, all_metrics, headlines),
+        columns,
         tuple(row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown),
-        (*_unequal(records), *dict.fromkeys(remarks)),
+        (*_unequal(records), *dict.fromkeys(remarks), *_lacking(columns, headlines)),
         tuple(shown_axes),
     )
 

@@ -108,3 +108,10 @@ def test_a_trial_that_repeats_an_earlier_one_is_named(tmp_path: Path, grid: str)
     plan = finished(tmp_path / "grid.yaml", grid)
     trials = tuple(Trial(number, {}, {}, cells=(plan.cells[number % 2].id,)) for number in range(3))
     assert table_of([replace(plan, trials=trials)]).warnings == ("trial-002 is the same as trial-000",)
+
+
+def test_a_headline_that_no_result_has_is_named(tmp_path: Path, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid)
+    monkeypatch.setattr(type(plan.cells[0].spec.evaluate["vqa"]), "headline", ("acuracy", "accuracy"))
+    (warning,) = table_of([plan]).warnings
+    assert warning.startswith("evaluate.vqa has no metric acuracy")
