@@ -273,7 +273,12 @@ class Session(Hooks):
     def show(self, work: Sequence[Job]) -> None:
         """Show a new plan's work, and record the experiment as it is planned now: `gc` keeps what it starts from."""
         record_experiment(self.walk)
-        self.view.set_work(work, {job.id: _relative_cost(job) for job in work}, self.walk.names_of(work))
+        costs = {job.id: _relative_cost(job) for job in work}
+        self.view.set_work(work, costs, self.walk.names_of(work), self.work_to_come())
+
+    def work_to_come(self) -> float:
+        """Return how much will be planned later, for each unit of cost planned so far."""
+        return 0.0
 
     def outcome(self, failed: dict[str, str], waiting: dict[str, str]) -> RunOutcome:
         """Return how it ended.

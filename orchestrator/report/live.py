@@ -88,16 +88,25 @@ class Progress:
         # Seconds that finished jobs took; what else there is says nothing about these two kinds.
         self._spent: dict[type, float] = {StageJob: 0.0, EvaluationJob: 0.0}
         self._worked: dict[type, float] = {StageJob: 0.0, EvaluationJob: 0.0}  # cost of what they were spent on
+        self._at_start: dict[str, float] = {}  # share of a job that an earlier attempt had done
         self._first_seen: dict[str, tuple[float, float]] = {}  # when a running stage run had done how much
+        self._to_come = 0.0
         self._busy_seconds = 0.0
         self._workers: int | None = None
         self._unit = "worker-hours"
         self._begin = clock()
         self._lock = threading.Lock()
 
-    def set_work(self, work: Iterable[Job], costs: Mapping[str, float]) -> None:
-        """Take the newest complete plan: what was to be done is replaced, what is done or under way stays."""
+    def set_work(self, work: Iterable[Job], costs: Mapping[str, float], to_come: float = 0.0) -> None:
+        """Take the newest complete plan: what was to be done is replaced, what is done or under way stays.
+
+        Args:
+            work: Its jobs.
+            costs: Job id to a relative cost.
+            to_come: Work that is not planned yet, such as trials of a search, for each unit of cost there is.
+        """
         with self._lock:
+            self._to_come = to_come
             stays = {i: job for i, job in self._jobs.items() if i in self._done | self._lost or i in self._running}
             self._jobs = {**stays, **{job.id: job for job in work}}
             self._costs = {**self._costs, **costs}
@@ -116,8 +125,10 @@ class Progress:
         job = self._jobs.get(identity)
         if job is None:
             return
+        before = self.line("", job).share if kind == "started" else 0.0
         with self._lock:
             if kind == "started":
+                self._at_start[identity] = before
                 lane = str(event.get("lane") or "")
                 self._lanes[lane] = None
                 self._running[identity] = (lane, now)
@@ -139,7 +150,7 @@ class Progress:
     def _count(self, job: Job, seconds: float) -> None:
         if type(job) in self._spent:
             self._spent[type(job)] += seconds
-            self._worked[type(job)] += self._costs.get(job.id, 0.0)
+            self._worked[type(job)] += self._costs.get(job.id, 0.0) * (1 - self._at_start.get(job.id, 0.0))
         mark = (self.result(job) or {}).get("fingerprint")
         if mark:
             self._workers = int(mark.get("world_size") or 1)
@@ -155,24 +166,27 @@ class Progress:
             running, jobs, now = dict(self._running), dict(self._jobs), self._clock()
             done, lost, costs = set(self._done), set(self._lost), dict(self._costs)
             spent, worked, busy = dict(self._spent), dict(self._worked), self._busy_seconds
-            lanes = list(self._lanes)
+            lanes, at_start, to_come = list(self._lanes), dict(self._at_start), self._to_come
         shares: dict[str, float] = {}
         lines = {lane: LaneLine(lane, None) for lane in lanes}
         for identity, (lane, begun) in running.items():
             line = self.line(lane, jobs[identity])
             lines[lane], shares[identity] = line, line.share
             busy += now - begun
-            if line.share > 0:
+            # An attempt that resumes shows what the one before had done while it still loads.
+            if line.share != at_start.get(identity, 0.0):
                 since, before = self._first_seen.setdefault(identity, (now, line.share))
                 spent[StageJob] += now - since
                 worked[StageJob] += (line.share - before) * costs.get(identity, 0.0)
-        total = sum(costs.get(i, 0.0) for i in jobs) or 1.0
+        total = sum(costs.get(i, 0.0) for i in jobs) * (1 + to_come) or 1.0
         finished = sum(costs.get(i, 0.0) for i in jobs if i in done)
         share = (finished + sum(costs.get(i, 0.0) * part for i, part in shares.items())) / total
         rest = {i: costs.get(i, 0.0) * (1 - shares.get(i, 0.0)) for i in jobs if i not in done | lost}
         # The first steps of a run warm up caches; a forecast from them would be far too long.
         known = sum(worked.values()) > _FORECAST_SHARE * total
-        left = _seconds_left(jobs, rest, _rates(spent, worked), len(lines)) if known else None
+        rates = _rates(spent, worked)
+        later = to_come * sum(costs.get(i, 0.0) * rates.get(type(job), 0.0) for i, job in jobs.items())
+        left = _seconds_left(jobs, rest, rates, len(lines)) + later / max(1, len(lines)) if known else None
         hours = busy * self._workers / 3600 if self._workers else None
         return Snapshot(
             tuple(lines[lane] for lane in sorted(lines)), len(done & jobs.keys()), len(lost & jobs.keys()), len(jobs),
@@ -257,11 +271,18 @@ class LiveView:
             self._thread.join(timeout=5)
 
     def set_work(
-        self, work: Sequence[Job], costs: Mapping[str, float], cells_of: Mapping[str, tuple[str, ...]]
+        self,
+        work: Sequence[Job],
+        costs: Mapping[str, float],
+        cells_of: Mapping[str, tuple[str, ...]],
+        to_come: float = 0.0,
     ) -> None:
-        """Take a new complete plan, as when a search adds cells or a damaged state is trained again."""
+        """Take a new complete plan, as when a search adds cells or a damaged state is trained again.
+
+        `to_come` is work that is not planned yet, for each unit of cost that is.
+        """
         self._cells_of = {**self._cells_of, **cells_of}
-        self._progress.set_work(work, costs)
+        self._progress.set_work(work, costs, to_come)
 
     def say(self, text: str) -> None:
         """Print a line that stays on the screen."""

@@ -124,6 +124,7 @@ class SearchSession(Session):
         self._tuning: Tuning | None = None
         self._interrupt = DeferredInterrupt()
         self._asked: set[int] = set()
+        self._num_trials = self._num_taken = 0
         self._not_done: dict[str, str] = {}
         self._is_due = False
         self._checked: set[str] = set()
@@ -169,6 +170,10 @@ class SearchSession(Session):
         """Return whether a trial was proposed that has not ended."""
         return any(trial.state == "proposed" for trial in self.walk.trials)
 
+    def work_to_come(self) -> float:
+        """Return the trials still to be proposed for each one proposed: they will cost about as much."""
+        return max(0, self._num_trials - self._num_taken) / max(1, self._num_taken)
+
     def summary(self) -> str:
         """Return how many trials have ended."""
         return f"{self.num_ended} trials have ended"
@@ -193,6 +198,7 @@ class SearchSession(Session):
         """Return the newest plan where something was proposed; answers the trials that have ended."""
         assert self._tuning is not None
         new = [] if self.unmeasured is not None else self._tuning.take()
+        self._num_taken += len(new)
         for proposal in new:
             self._take(Trial(**proposal))
         if self.is_damaged:

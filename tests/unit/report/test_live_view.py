@@ -209,3 +209,36 @@ def test_it_shows_itself_while_it_is_entered_and_ends_with_its_block(plan: Exper
     with view:
         send(view, "started", stage_runs(plan)[0])
     assert "0/9 jobs" in out.getvalue() and not view._thread.is_alive()
+
+
+def test_what_an_earlier_attempt_did_tells_nothing_about_speed(plan: ExperimentPlan) -> None:
+    clock, (full, heavy, *_) = Clock(), stage_runs(plan)
+    progress = Progress(plan.ledger.metrics_file, clock=clock)
+    progress.set_work([full, heavy], {full.id: 60.0, heavy.id: 60.0})
+    spool(plan.ledger, full, 3)
+    send(progress, "started", full)
+    clock.seconds = 40
+    now = progress.snapshot()
+    assert now.share == 0.25 and now.seconds_left is None  # it loads, and has done no step yet
+    spool(plan.ledger, full, 4)
+    assert progress.snapshot().seconds_left is None
+    clock.seconds = 42
+    spool(plan.ledger, full, 5)
+    assert progress.snapshot().seconds_left == pytest.approx(2 + 12)  # a step in two seconds
+    send(progress, "finished", full)
+    # 42 seconds for the three steps that this attempt trained.
+    assert progress.snapshot().seconds_left == pytest.approx(60 * 42 / 30)
+
+
+def test_trials_that_are_not_proposed_yet_count_like_those_that_are(plan: ExperimentPlan) -> None:
+    clock, (full, heavy, *_) = Clock(), stage_runs(plan)
+    progress = Progress(plan.ledger.metrics_file, clock=clock)
+    progress.set_work([full], {full.id: 10.0}, to_come=3)
+    send(progress, "started", full)
+    clock.seconds = 20
+    send(progress, "finished", full)
+    now = progress.snapshot()
+    assert (now.share, now.seconds_left) == (0.25, 60)
+    progress.set_work([heavy], {heavy.id: 10.0}, to_come=1)
+    now = progress.snapshot()
+    assert (now.share, now.seconds_left) == (0.25, 60)

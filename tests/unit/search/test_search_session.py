@@ -77,3 +77,11 @@ def test_a_storage_that_cannot_be_written_is_no_trials_fault_and_ends_the_search
     session.on_event(event("skipped", work[1].id, "not run", "Skipped"))
     session.newer_work()
     assert session.broken == "no space left" and not desk.answers
+
+
+def test_what_is_not_proposed_yet_is_counted_by_the_number_of_trials(begun):
+    session, _ = begun
+    session._num_trials = 4
+    session.newer_work()
+    assert session.work_to_come() == 3
+    assert 0 < session.view._progress._to_come == 3
