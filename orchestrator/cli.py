@@ -86,6 +86,8 @@ def init(
     """Write a commented experiment to start from, valid as it stands."""
     experiment = llv.init(file, model=model, data=data)
     print(f"{file}: {len(experiment.loaded.cells)} cells; next: llavolta plan {file}")
+    if data != "easy_vqa":
+        print(f"note: data.test is {data} as well, which is trained on; put rows there that are not", file=sys.stderr)
 
 
 @app.command()

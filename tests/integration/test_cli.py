@@ -119,6 +119,7 @@ def test_init_writes_an_experiment_that_is_valid_and_plans(llavolta, tmp_path):
     ):  # fmt: skip
         done = llavolta("init", name, *arguments)
         assert done.returncode == 0, done.stderr
+        assert ("rows.json as well, which is trained on" in done.stderr) == ("--data" in arguments)
         checked = llavolta("validate", name)
         assert (checked.returncode, checked.stdout) == (0, "valid: 3 cells\n"), checked.stderr
     assert json.loads(llavolta("plan", "c.yaml", "--json").stdout)["totals"]["cells"] == 3

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-from repository import ROOT
+from repository import ROOT, TINY_LLAVA
+
+from orchestrator.models.build import model_from_config
+from orchestrator.spec.model import ModelSpec
 
 README = (ROOT / "README.md").read_text()
 
@@ -50,3 +53,10 @@ def test_its_links_lead_to_files():
     links = re.findall(r"\]\(((?!http)[^)#]+)", README)
     assert len(links) > 20
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_tiny_model_has_as_many_parameters_as_is_said():
+    spec = ModelSpec(model_name_or_path=str(TINY_LLAVA), weights="random")
+    said = f"{model_from_config(spec).num_parameters():,} parameters"
+    for path in ("README.md", "docs/tutorials/quickstart.md", "experiments/base/tiny_llava.yaml"):
+        assert said in (ROOT / path).read_text()

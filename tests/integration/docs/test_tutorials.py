@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pages import ROOT, blocks, run_page
 
@@ -42,3 +44,8 @@ def test_every_tutorial_is_run():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page, tmp_path):
     run_page(page, tmp_path, THEN.get(page.stem, ""))
+
+
+def test_a_file_that_a_page_quotes_is_named_beside_it():
+    quoted = [(path, name) for path in PAGES for name in re.findall(r'--8<-- "([^"]+)"', path.read_text())]
+    assert quoted and not [name for path, name in quoted if f"`{name}`:" not in path.read_text()]
