@@ -114,8 +114,8 @@ class Table(Printed):
     def print(self, console: Console | None = None) -> None:
         """Print it with what its short heads mean and what makes its rows unequal; None takes standard output."""
         console = console or Console()
-        for grid in _grids(*text_cells(self), console.width):
-            console.print(grid)
+        for number, grid in enumerate(_grids(*text_cells(self), console.width)):
+            console.print(*([""] if number else []), grid, sep="\n")
         if (legend_line := self.explanations()) is not None:
             console.print(legend_line, style="dim", highlight=False, markup=False)
         for warning in self.warnings:
