@@ -8,17 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from orchestrator import registry
 from orchestrator.errors import shorten
 from orchestrator.plan.cells.cell import Cell, PhasePlan
-from orchestrator.plan.cells.identity_fields import RESOLVED, draws_weights
-from orchestrator.plan.identity import canonical_json, digest
+from orchestrator.plan.cells.identity_fields import RESOLVED, draws_weights, plugin_file
+from orchestrator.plan.identity import canonical_json, content_digest, digest
 from orchestrator.plan.ledger.files import read_json
 from orchestrator.plan.ledger.leases import Holder
 from orchestrator.plan.status import TreeStatus
 
 Values = dict[str, str]
 _SHOWN = 3
-_NEAR = 3
 _VALUE_SHOWN = 40
 _LONGEST = 160
 _COMPARED = 100
@@ -26,6 +26,7 @@ _RECORDED = 500
 _ACTIONS_SHOWN = 6
 _BOUNDARIES = "exact_schedule"
 _NAMED = ("compressors.", "data.")
+_PLUGIN = "plug-in "
 
 
 def cell_values(cell: Cell) -> Values:
@@ -67,6 +68,11 @@ def _phase_values(plan: PhasePlan, values: dict[str, Any]) -> None:
     values[f"{place}.data"] = " + ".join(
         entry["name"] if len(plan.data) == 1 else f"{entry['share']:g} {entry['name']}" for entry in plan.data
     )
+    used = {(registry.DATA, entry["spec"]["kind"]) for entry in plan.data}
+    used |= {(registry.COMPRESSORS, point["kind"]) for action in plan.table for point in action.all_points}
+    for group, kind in used:
+        if (file := plugin_file(registry.spec_class(group, kind))) is not None:
+            values[f"{_PLUGIN}{Path(file).name}"] = content_digest(file)[:8]
     for entry in plan.data:
         _flatten(f"data.{entry['name']}", entry["spec"], values)
 
@@ -91,6 +97,7 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
     for key in sorted(dict.fromkeys((*to, *of)), key=lambda key: key != "seed"):
         old, new = of.get(key), to.get(key)
         unused = (key == "seed" and None in (old, new)) or (key.startswith(_NAMED) and _entry(key) not in in_both)
+        unused |= key.startswith(_PLUGIN) and None in (old, new)
         change = f"{_brief(old)} -> {_brief(new)}"
         if old != new and _brief(old) == _brief(new):
             change = f"{shorten(old or 'none', _LONGEST)} -> {shorten(new or 'none', _LONGEST)}"
@@ -98,7 +105,15 @@ def differences(of: Mapping[str, str], to: Mapping[str, str]) -> list[str]:
         if old != new and not unused and not follows:
             found[key] = change
     shown = {key: change for key, change in found.items() if not key.endswith(_BOUNDARIES)} or found
-    return [f"{key.removeprefix('phases.')} {change}" for key, change in shown.items()]
+    return [_as_reason(key.removeprefix("phases."), change) for key, change in shown.items()]
+
+
+def _as_reason(key: str, change: str) -> str:
+    if key.startswith(_PLUGIN):
+        return f"{key} was edited"
+    if key.endswith(_BOUNDARIES):  # two digests say nothing
+        return f"{key.removesuffix(_BOUNDARIES)}schedule in its exact steps, or in the source of a method it uses"
+    return f"{key} {change}"
 
 
 def _brief(value: str | None) -> str:
@@ -114,21 +129,18 @@ def _entry(key: str) -> str:
 
 
 class Nearest:
-    """Finds the finished cell nearest to a new one, in an experiment and among those its storage has a record of.
+    """Finds the finished cell nearest to a new one, in an experiment and among those recorded under its name.
 
-    A cell that another experiment recorded is named only where at most three values differ: further away there is
-    nothing to learn from the comparison. Only the first new cells are compared, with a bounded number of finished ones:
-    a plan of 10,000 cells stays quick.
+    Only the first new cells are compared, with a bounded number of finished ones: a plan of 10,000 cells stays quick.
 
     Args:
         finished: Finished cells of the experiment.
-        records: Folder of the recorded cells, `STORAGE/cells`.
-        experiment: Its folder's cells come first.
+        records: Folder of its recorded cells, `STORAGE/cells/EXPERIMENT`.
     """
 
-    def __init__(self, finished: Iterable[Cell], records: Path, experiment: str) -> None:
-        self._finished, self._records, self._experiment = finished, records, experiment
-        self._known: list[tuple[str, Values, bool]] | None = None
+    def __init__(self, finished: Iterable[Cell], records: Path) -> None:
+        self._finished, self._records = finished, records
+        self._known: list[tuple[str, Values]] | None = None
         self._left = _COMPARED
 
     def reason(self, cell: Cell) -> str | None:
@@ -141,22 +153,18 @@ class Nearest:
         if not candidates:
             self._left = 0
             return None
-        compared = ((name, differences(values, own), related) for name, values, related in candidates)
-        near = ((name, found) for name, found, related in compared if related or len(found) <= _NEAR)
-        nearest = min(near, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name), default=None)
-        if nearest is None:
-            return None
-        name, found = nearest
+        compared = ((name, differences(values, own)) for name, values in candidates)
+        name, found = min(compared, key=lambda entry: (_distance(entry[1]), entry[0] != cell.name))
         if not found:
             found = ["the content of its model, data or plug-ins, or the version of the training"]
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         return f"differs from finished cell {name}: {', '.join(found[:_SHOWN])}{more}"
 
-    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values, bool]]:
-        """Return the name, values, and whether it is of this experiment."""
+    def _candidates(self, cell_id: str) -> Sequence[tuple[str, Values]]:
+        """Return the names and values."""
         if self._known is None:
-            own = {cell.id: (cell.name, cell_values(cell), True) for cell in islice(self._finished, _RECORDED)}
-            self._known = [*own.values(), *_recorded(self._records, self._experiment, own.keys() | {cell_id})]
+            own = {cell.id: (cell.name, cell_values(cell)) for cell in islice(self._finished, _RECORDED)}
+            self._known = [*own.values(), *_recorded(self._records, own.keys() | {cell_id})]
         return self._known
 
 
@@ -165,21 +173,16 @@ def _distance(found: Sequence[str]) -> int:
     return len(found) + sum(".schedule " in text for text in found)
 
 
-def _recorded(folder: Path, experiment: str, leave_out: Iterable[str]) -> list[tuple[str, Values, bool]]:
-    """Return the names and values of finished cells that were recorded, the newest, those of `experiment` first."""
+def _recorded(folder: Path, leave_out: Iterable[str]) -> list[tuple[str, Values]]:
+    """Return the names and values of finished cells that were recorded, the newest first."""
     known = set(leave_out)
-    files = heapq.nlargest(
-        _RECORDED, folder.glob("*/*/record.json"), key=lambda file: (file.parts[-3] == experiment, _changed(file))
-    )
     found = []
-    for file in files:
+    for file in heapq.nlargest(_RECORDED, folder.glob("*/record.json"), key=_changed):
         record = read_json(file) or {}
         values = record.get("values")
         if record.get("status") == "finished" and isinstance(values, dict) and record.get("cell_id") not in known:
             known.add(record["cell_id"])
-            related = file.parts[-3] == experiment
-            place = file.parent.name if related else f"{file.parts[-3]}/{file.parent.name}"
-            found.append((place, values, related))
+            found.append((file.parent.name, values))
     return found
 
 
@@ -195,14 +198,15 @@ class Reasons:
 
     Args:
         cells: All cells of the experiment; a new one is compared with those that are finished.
-        experiment: Its name; cells it recorded earlier are compared with first. None compares nothing.
+        experiment: Its name; cells recorded under it earlier are compared with as well. None compares nothing.
     """
 
     def __init__(self, status: TreeStatus, cells: Sequence[Cell], experiment: str | None) -> None:
         self._status = status
         done = (cell for cell in cells if status.cell(cell) == "done")
-        records = status.ledger.storage / "cells"
-        self._nearest = Nearest(done, records, experiment) if experiment is not None else None
+        self._nearest = None
+        if experiment is not None:
+            self._nearest = Nearest(done, status.ledger.cell_folder(experiment, "").parent)
 
     def of(self, cell: Cell) -> list[str]:
         """Return `["done"]`, or all reasons why a cell has work to do, the most important first."""

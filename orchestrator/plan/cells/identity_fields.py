@@ -44,7 +44,7 @@ def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
         fields = {name: reached(getattr(value, name)) for name in names}
         if isinstance(value, Component):
             fields["@version"] = type(value).version
-            if (source := _plugin_file(type(value))) is not None:
+            if (source := plugin_file(type(value))) is not None:
                 fields["@source"] = content_digest(source)
         return fields
     if isinstance(value, Mapping):
@@ -54,7 +54,8 @@ def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
     return value
 
 
-def _plugin_file(cls: type[Component]) -> str | None:
+def plugin_file(cls: type[Component]) -> str | None:
+    """Return the file of a component that came from a plug-in file; None of any other."""
     module = sys.modules.get(cls.__module__)
     return getattr(module, "__file__", None) if cls.__module__.startswith("llavolta_plugin_") else None
 
