@@ -552,7 +552,7 @@ def _row(where: str, rows: IndexedRows, number: int | None) -> Row:
         numbers = rows.origin.numbers
         near = int(numbers[np.abs(numbers - number).argmin()])
         raise UsageError(
-            f"row {number}: {where} has {len(numbers):,} rows of {numbers.min()} to {numbers.max()}, "
+            f"row {number}: {where} has rows {numbers.min()} to {numbers.max()}, {len(numbers):,} in all, "
             f"and not this one; the nearest is {near}"
         )
     return rows.origin.row(int(positions[0]))

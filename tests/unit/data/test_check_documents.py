@@ -131,7 +131,7 @@ def test_rows_and_sets_that_are_not_there_are_told(experiment):
     path = experiment([*GOOD, record(3, "<image>\nGone", "Yes", image="gone.png")])
     with pytest.raises(UsageError, match=r"^data mime: .*did you mean mine\?"):
         row_document(cells(path), "mime")
-    with pytest.raises(UsageError, match=r"^row 9: data\.mine has 4 rows of 0 to 3, .* nearest is 3"):
+    with pytest.raises(UsageError, match=r"^row 9: data\.mine has rows 0 to 3, 4 in all, .* nearest is 3"):
         row_document(cells(path), "mine", 9)
     with pytest.raises(DataError, match=r"row 3 cannot be used: .*gone\.png"):
         row_document(cells(path), "mine", 3)
@@ -151,7 +151,7 @@ def test_a_row_that_is_not_sampled_is_told(experiment):
     assert "row 3 (2 rows can be used)" in row_title(row_document(cells(path), "mine", 3))
     assert "row 2, left out by max_samples (2 rows can be used)" in row_title(row_document(cells(path), "mine", 2))
     with pytest.raises(
-        UsageError, match=r"^row 1: data\.test has 5 rows of 0 to \d+, and not this one; the nearest is 0"
+        UsageError, match=r"^row 1: data\.test has rows 0 to \d+, and not this one; the nearest is 0"
     ):
         row_document(cells(path), "test", 1)
     gone = record(6, "<image>\nGone", "Yes", image="gone.png")
