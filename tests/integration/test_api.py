@@ -136,7 +136,7 @@ def test_messages_speak_of_arguments(tiny_experiment, tiny_text, monkeypatch):
     experiment = llv.load(tiny_experiment)
     with pytest.raises(llv.UsageError, match=r"^cell schedule=heavy fits several cells: "):
         experiment.cell("schedule=heavy")
-    with pytest.raises(llv.UsageError, match=r"^row 300: data.train has 200 rows"):
+    with pytest.raises(llv.UsageError, match=r"^row 300: data.train has rows 0 to \d+, 200 in all, and not this one"):
         experiment.data_row(300)
     with pytest.raises(llv.UsageError, match=r"^under light: cell seed=0,schedule=heavy has none of that name"):
         experiment.cell("seed=0,schedule=heavy").predictions("vqa", "light")

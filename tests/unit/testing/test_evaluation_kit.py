@@ -53,6 +53,8 @@ class MeanLength:
 
 
 class Misspelt(Lengths):
+    """Counts letters under a headline that has another name too."""
+
     headline: ClassVar[tuple[str, ...]] = ("letters", "leters")
     metric_names: ClassVar[tuple[str, ...] | None] = None
 
