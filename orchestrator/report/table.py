@@ -179,9 +179,7 @@ def ablation_table(
         headlines: Evaluation to the metrics shown of it; `accuracy` of one that is not named.
     """
     rows, remarks = _rows(records, axes, mean_over, baseline, shown_axes)
-    columns, headlines = _columns(records, all_metrics, headlines or {}), headlines or {}
-    warnings = (*_unequal(records), *remarks, *_lacking(columns, headlines))
-    return Table(columns, tuple(rows), warnings, tuple(shown_axes))
+    return _table(records, rows, remarks, all_metrics, shown_axes, headlines or {})
 
 
 def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> Table:
@@ -214,13 +212,22 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         remarks += [*notes, *plan.repeated_trials(), *tested_differently(plan.cells)]
         records += own
         shown_axes |= dict.fromkeys(drawn)
-    counts, columns = Counter(row.name for _, row in shown), _columns(records, all_metrics, headlines)
-    return Table(
-        columns,
-        tuple(row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown),
-        (*_unequal(records), *dict.fromkeys(remarks), *_lacking(columns, headlines)),
-        tuple(shown_axes),
-    )
+    counts = Counter(row.name for _, row in shown)
+    named = [row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown]
+    return _table(records, named, dict.fromkeys(remarks), all_metrics, tuple(shown_axes), headlines)
+
+
+def _table(
+    records: Sequence[CellRecord],
+    rows: Iterable[Row],
+    remarks: Iterable[str],
+    all_metrics: bool,
+    shown_axes: Sequence[str],
+    headlines: Mapping[str, Sequence[str]],
+) -> Table:
+    columns = _columns(records, all_metrics, headlines)
+    warnings = (*_unequal(records), *remarks, *_lacking(columns, headlines))
+    return Table(columns, tuple(rows), warnings, tuple(shown_axes))
 
 
 def _rows(
@@ -231,12 +238,12 @@ def _rows(
     shown_axes: Sequence[str],
 ) -> tuple[list[Row], list[str]]:
     """Return the rows of one experiment, and what one should know of them."""
-    groups: dict[str, list[CellRecord]] = {}
+    groups: dict[str, tuple[dict[str, Any], list[CellRecord]]] = {}
     for record in records:
-        kept = {axis: value for axis, value in axes[record.cell_name].items() if axis not in mean_over}
-        key = json.dumps(kept, sort_keys=True, default=str) if mean_over else record.cell_name
-        groups.setdefault(key, []).append(record)
-    rows = [_row(group, axes, mean_over, baseline, shown_axes) for group in groups.values()]
+        own = {axis: value for axis, value in axes[record.cell_name].items() if axis not in mean_over}
+        key = json.dumps(own, sort_keys=True, default=str) if mean_over else record.cell_name
+        groups.setdefault(key, (own, []))[1].append(record)
+    rows = [_row(group, own, baseline, shown_axes) for own, group in groups.values()]
     if not baseline:
         return rows, []
     bases = [row for row in rows if "baseline" in row.marks]
@@ -250,12 +257,11 @@ def _rows(
 
 def _row(
     group: Sequence[CellRecord],
-    axes: Mapping[str, Mapping[str, Any]],
-    mean_over: Sequence[str],
+    own: dict[str, Any],
     baseline: Mapping[str, Any] | None,
     shown_axes: Sequence[str],
 ) -> Row:
-    own = {axis: value for axis, value in axes[group[0].cell_name].items() if axis not in mean_over}
+    """Return the row of some cells that have the axes `own` in common."""
     # Cells that are the same work are one measurement: its numbers count once, and have no deviation.
     distinct = list({(record.cell_id, record.tested): record for record in group}.values())
     finished = [record for record in distinct if record.status == "finished"]
@@ -308,9 +314,10 @@ def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes:
     if shown_axes:
         return group[0].cell_name.partition(",")[0]
     short = short_axes(tuple(own))
-    parts = [f"{short[axis]}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-             for axis, value in own.items()]  # fmt: skip
-    return ",".join(parts) or group[0].cell_name
+    values = (
+        (axis, value if isinstance(value, str) else json.dumps(value, default=str)) for axis, value in own.items()
+    )
+    return ",".join(f"{short[axis]}={value}" for axis, value in values) or group[0].cell_name
 
 
 def _columns(

@@ -403,7 +403,7 @@ def _read_states(path: Path) -> dict[str, CompressorState]:
         with safe_open(path, framework="pt") as file:
             steps: dict[str, int] = json.loads(file.metadata()["steps"])
             found = {name: CompressorState({}, steps=count) for name, count in steps.items()}
-            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
+            for key in sorted(file.keys()):
                 kind, _, rest = key.partition(".")
                 name, _, parameter = rest.partition(".")
                 tensor = file.get_tensor(key)

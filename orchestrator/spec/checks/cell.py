@@ -85,9 +85,8 @@ class Checks:
             yield from self._once(self._find_phases, phases, data, schedules, variants, own_or_bare, complete)
             if model is not None and phases.by_name:
                 yield from self._once(_check_dropout, model)
-            if (
-                complete and model is not None and model.weights != "pretrained"
-            ):  # pretrained weights may hold learned compressors already
+            # Pretrained weights may hold learned compressors already.
+            if complete and model is not None and model.weights != "pretrained":
                 facts = self._readable_facts(model)
                 yield from self._once(check_tested_variants, evaluate, phases, schedules, variants, facts)
         if model is not None:
