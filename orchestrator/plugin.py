@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from orchestrator.spec.components import Grid as Grid
     from orchestrator.spec.components import ScheduleSpec as ScheduleSpec
     from orchestrator.spec.components import StageTable as StageTable
+    from orchestrator.spec.components import Students as Students
     from orchestrator.spec.components import Teaching as Teaching
     from orchestrator.spec.components import amount_to_keep as amount_to_keep
     from orchestrator.spec.components import block_to_keep as block_to_keep
@@ -106,8 +107,8 @@ _NAMES = {
     "orchestrator.plan.identity": "content_digest",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
     "orchestrator.spec.components": (
-        "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec Grid ScheduleSpec StageTable Teaching "
-        "amount_to_keep block_to_keep merge_actions teachers_of"
+        "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec Grid ScheduleSpec StageTable Students "
+        "Teaching amount_to_keep block_to_keep merge_actions teachers_of"
     ),
     "orchestrator.testing.contract": "check_data check_schedule",
     "orchestrator.testing.evaluation": "check_evaluation",

@@ -251,7 +251,7 @@ class _Rehearsal:
         session, step = open_with_sizes(one, self._memory, data, self._work, lambda: (self._opened(), 0))
         size = session.micro_batches.at(action)
         indices = longest_samples(data, size)
-        set_accumulation(session.engine, size * distributed.world_size(), size)
+        set_accumulation(session.engine, size * distributed.world_size(), size, len(action.trained_passes))
         session.switch(action.points)
         figures = run_step(session, one, step, [MicroBatch(indices, data.collate(indices))], should_stop=False)
         if not figures.is_finite:

@@ -30,7 +30,7 @@ class Costs:
         self.notices: dict[str, None] = {}
         self._prices: dict[tuple[Any, ...], dict[str, float | None]] = {}
         self._alive: list[PhasePlan] = []
-        self._per_sample: dict[tuple[Any, ...], tuple[float, int]] = {}
+        self._per_sample: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._counts: dict[tuple[int, int, int], tuple[tuple[Action, ...], dict[str, tuple[int, Action]]]] = {}
         self._recipes: dict[tuple[str, bool], tuple[str, dict[str, Any]]] = {}
         self._samples = Samples()
@@ -89,14 +89,14 @@ class Costs:
             self._counts[key] = (plan.table, found)  # the table stays alive, so that its id stays its own
         return self._counts[key][1]
 
-    def _sample_cost(self, cell: Cell, plan: PhasePlan, action: Action, points_id: str) -> tuple[float, int]:
+    def _sample_cost(self, cell: Cell, plan: PhasePlan, action: Action, points_id: str) -> tuple[float, float]:
         assert cell.facts is not None
         recipe_id, recipe = self._recipe(plan)
         sample = self.sample(cell, plan)
         key = (cell.facts, points_id, recipe_id, sample)
         if key not in self._per_sample:
             flops = cost.action_tflops_per_sample(cell.facts, action, sample, recipe)
-            tokens = cost.visual_layer_tokens(cell.facts.image_grid, action.points, cell.facts.num_layers)
+            tokens = cost.action_layer_tokens(cell.facts, action)
             self._per_sample[key] = (flops, tokens)
         return self._per_sample[key]
 

@@ -221,4 +221,6 @@ def _step_tables(cell: Cell) -> dict[str, str]:
 
 def _step_row(action: Action) -> list[Any]:
     row: list[Any] = [action.first_step, action.last_step, action.variant, list(action.points)]
-    return row if action.distill is None else [*row, {"distill": asdict(action.distill)}]
+    more = {} if action.distill is None else {"distill": action.distill.fields()}
+    more |= {} if action.students is None else {"students": asdict(action.students)}
+    return [*row, more] if more else row

@@ -20,7 +20,8 @@ that gradients must pass, 0 for a frozen part before the first trained one; reco
 trained vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights
 beside it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen, `2 r (in +
 out)` a token and matrix is added for the adapters, which train. A teacher's pass (self-distillation) is one more
-forward pass of all parts, tower and LM head included, under the teacher's points. `gradient_checkpointing` is a
+forward pass of all parts, tower and LM head included, under the teacher's points; each student's pass (`sandwich`) is
+one more pass that trains. `gradient_checkpointing` is a
 fingerprint and does not decide what a cell is, but it is work the machine does, so `train_tflops` counts it; compare
 cells of one setting.
 
@@ -67,7 +68,7 @@ stage 2 on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
@@ -191,8 +192,10 @@ def train_tflops_per_sample(
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:
-    """Return the cost of one sample of an action: training under its points, and its teacher's forward pass."""
-    total = train_tflops_per_sample(facts, action.points, sample, recipe)
+    """Return one sample of an action's steps: training under its points and its students', and a teacher's forward pass
+    where there is one.
+    """
+    total = sum(train_tflops_per_sample(facts, points, sample, recipe) for points in action.trained_passes)
     if action.distill is None:
         return total
     points = action.distill.points
@@ -237,15 +240,22 @@ def stage_train_tflops(
     facts: ModelFacts, actions: Sequence[Action], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
     """Return the cost of a stretch of training: steps x global batch x one sample, action by action."""
-    steps: dict[tuple[int, int], int] = {}
-    first: dict[tuple[int, int], Action] = {}
+    steps: dict[tuple[int, ...], int] = {}
+    first: dict[tuple[int, ...], Action] = {}
     for action in actions:
         # A policy has thousands of actions of few kinds, which hold the very same values.
-        kind = (id(action.points), id(action.distill))
+        kind = (id(action.points), id(action.distill), id(action.students))
         steps[kind] = steps.get(kind, 0) + action.last_step - action.first_step
         first.setdefault(kind, action)
     total = sum(steps[kind] * action_tflops_per_sample(facts, first[kind], sample, recipe) for kind in steps)
     return float(total * recipe["global_batch_size"])
+
+
+def action_layer_tokens(facts: ModelFacts, action: Action) -> float:
+    """Return visual layer-tokens of one image in one step, mean over the passes that train."""
+    passes = action.trained_passes
+    tokens = sum(visual_layer_tokens(facts.image_grid, points, facts.num_layers) for points in passes)
+    return tokens / len(passes) if len(passes) > 1 else tokens
 
 
 def parameter_count(facts: ModelFacts) -> dict[str, int]:
@@ -309,12 +319,19 @@ def activation_bytes(
 
     Args:
         facts: The model.
-        action: What the step does: its points and its teacher's.
+        action: What the step does: its points and its teacher's; of several passes the largest counts.
         longest: The sample.
         recipe: `PhaseSpec` as a mapping.
         number_bytes: `s`: 4 in float32, else 2.
         attn_implementation: Only `eager` keeps scores.
     """
+    if action.students is not None:  # pass after pass, beside the logits of the one they learn from
+        own = replace(action, students=None)
+        passes = [replace(own, points=points) for points in action.students.points]
+        first, *others = (
+            activation_bytes(facts, one, longest, recipe, number_bytes, attn_implementation) for one in (own, *passes)
+        )
+        return max(first, *(each + 2 * _logit_bytes(facts, longest, number_bytes) for each in others))
     eager, checkpointed = attn_implementation == "eager", bool(recipe["gradient_checkpointing"])
     trains = "language_model" in recipe["train"] and not recipe.get("lora")
     size, s = facts.hidden_size, number_bytes

@@ -21,17 +21,40 @@ Keep = Literal["none", "weights", "full"]
 class Distillation:
     """What a step learns from beside its labels: a pass without gradient of the same model under fuller points.
 
-    The loss is `(1 - weight) CE + weight T^2 KL(teacher || student)` (`spec/tables.py: DistillSpec`).
+    The loss is `(1 - weight) CE + weight T^2 KL(teacher || student)`, or `CE + weight T^2 KL` (`DistillSpec`).
 
     Attributes:
         teacher: The teacher's variant, for people. Never part of an identity.
         points: Resolved points of the teacher's pass; empty for full tokens.
-        weight: Share of the distillation in the loss.
+        weight: Share of the distillation in the loss, or its factor.
         temperature: `T`, which divides both passes' logits.
+        added: The labels' loss keeps its own weight of 1.
     """
 
     teacher: str
     points: tuple[dict[str, Any], ...]
+    weight: float
+    temperature: float
+    added: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """Return its values by name; `added` only where it is true, as it was written before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "added" or value}
+
+
+@dataclass(frozen=True)
+class StudentPasses:
+    """Further passes of a step, each under its own points and learning from the step's own pass (`Students`).
+
+    Attributes:
+        variants: Their variants, for people. Never part of an identity.
+        points: Resolved points of each pass.
+        weight: Factor of each pass's `T^2 KL(own || pass)` in the loss.
+        temperature: `T`.
+    """
+
+    variants: tuple[str, ...]
+    points: tuple[tuple[dict[str, Any], ...], ...]
     weight: float
     temperature: float
 
@@ -44,6 +67,7 @@ class Action:
         variant: Name for people; `full` where there is no compressor. Never part of an identity.
         points: Resolved points of the variant, each a mapping `attach` accepts; empty for full tokens.
         distill: What the steps learn from beside their labels; None for labels alone.
+        students: Further passes of each step; None where it has one.
     """
 
     first_step: int
@@ -51,11 +75,18 @@ class Action:
     variant: str
     points: tuple[dict[str, Any], ...] = ()
     distill: Distillation | None = None
+    students: StudentPasses | None = None
+
+    @property
+    def trained_passes(self) -> tuple[tuple[dict[str, Any], ...], ...]:
+        """Points of every pass that trains: the step's own, then the students'."""
+        return (self.points, *(self.students.points if self.students is not None else ()))
 
     @property
     def all_points(self) -> tuple[dict[str, Any], ...]:
-        """Points of every pass of a step: its own, then the teacher's."""
-        return self.points + (self.distill.points if self.distill is not None else ())
+        """Points of every pass of a step: those that train, then the teacher's."""
+        taught = self.distill.points if self.distill is not None else ()
+        return tuple(point for points in self.trained_passes for point in points) + taught
 
 
 @dataclass(frozen=True)
@@ -218,8 +249,11 @@ def needs_of(job: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def action_digest(action: Action) -> str:
-    """Return what decides the memory of an action and the code it runs: its points and its teacher's."""
-    return digest([list(action.points), None if action.distill is None else list(action.distill.points)])
+    """Return what decides the memory of an action and the code it runs: the points of its passes."""
+    passes: list[Any] = [list(action.points), None if action.distill is None else list(action.distill.points)]
+    if action.students is not None:
+        passes.append(list(action.students.points))
+    return digest(passes)
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
@@ -230,8 +264,11 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 def _shortened(fields: dict[str, Any]) -> dict[str, Any]:
     for action in fields.get("table", ()):
-        if action["distill"] is None:  # as it was written before there were teachers
-            del action["distill"]
+        for name in ("distill", "students"):
+            if action[name] is None:  # as it was written before there were any
+                del action[name]
+        if not action.get("distill", {}).get("added", True):
+            del action["distill"]["added"]
     if "rehearsed" in fields and fields["rehearsed"] is None:
         del fields["rehearsed"]
     if "stage" in fields:

@@ -153,7 +153,7 @@ class _Rehearsals:
         keys = []
         for action in job.table:
             if action.last_step > job.first_step:
-                near = (about, id(action.points), id(action.distill))
+                near = (about, id(action.points), id(action.distill), id(action.students))
                 key = self._keys.setdefault(near, digest([about, action_digest(action)]))
                 one.actions.setdefault(key, action)
                 keys.append(key)

@@ -13,12 +13,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from orchestrator import registry
 from orchestrator.errors import shorten
-from orchestrator.spec.base import Component, Count, Positive, Share, Spec, parse_share
+from orchestrator.spec.base import Component, Count, Flag, Positive, Share, Spec, parse_share
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
@@ -27,19 +37,35 @@ AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
 class DistillSpec(Spec):
     """Self-distillation: every step that is not under the fuller variant also learns from a pass under it.
 
-    The loss is `(1 - weight) CE + weight T^2 KL(teacher || student)`, both means over the label tokens of the global
-    batch, `T` the temperature of both softmaxes; the teacher's pass is the same model's, without gradient. `T^2` keeps
-    the size of the gradient (Hinton et al., arXiv 1503.02531, section 2); the default weight is EPIC's (0.3 SFT +
-    0.7 KL, arXiv 2510.00515).
+    The loss is `(1 - weight) CE + weight T^2 KL(teacher || student)`, or with `added` `CE + weight T^2 KL`, both means
+    over the label tokens of the global batch, `T` the temperature of both softmaxes; the teacher's pass is the same
+    model's, without gradient. `T^2` keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2); the
+    default weight is EPIC's (0.3 SFT + 0.7 KL, arXiv 2510.00515). DualSpeed (arXiv 2602.03815) adds the divergence with
+    weight 1 to the labels' loss.
 
     """
 
-    weight: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.7
-    """Share of the distillation in the loss."""
+    added: Flag = False
+    """Whether the distillation is added to the labels' loss, which keeps its own weight of 1."""
+    weight: Positive = 0.7
+    """Weight of the distillation: its share in the loss, at most 1, or with `added` its factor."""
     temperature: Positive = 1.0
     """Temperature that divides the logits of teacher and student."""
     teacher: str | None = Field(default=None, examples=["full"])
     """Variant of the teacher's pass; null takes the schedule's own fuller one."""
+
+    @field_validator("weight")
+    @classmethod
+    def _share_of_one(cls, weight: float, info: ValidationInfo) -> float:
+        if weight > 1 and not info.data.get("added"):
+            text = "a share of the loss is at most 1; with `added: true` the weight is a factor"
+            raise PydanticCustomError("distill_weight", text)
+        return weight
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before there was `added`, so that experiments without it keep their digests.
+        return {name: value for name, value in dump(self).items() if name != "added" or value}
 
 
 @dataclass(frozen=True)
@@ -47,6 +73,20 @@ class Teaching:
     """From whom the steps under some variant learn beside their labels (see `DistillSpec` for the loss)."""
 
     teacher: str
+    weight: float
+    temperature: float
+    added: bool = False
+
+
+@dataclass(frozen=True)
+class Students:
+    """Variants that further passes of a step run under, each learning from the step's own pass alone (`sandwich`).
+
+    The step's loss is `CE(own) + weight sum_k T^2 KL(own || k)`, means over the label tokens of the global batch; no
+    gradient flows into the own pass from what it teaches.
+    """
+
+    variants: tuple[str, ...]
     weight: float
     temperature: float
 
@@ -60,8 +100,10 @@ class StageTable:
         final: Variant the finished model is tested under.
         stage_ends: Where stage runs end, ascending, the phase's end last; empty means where an action ends. A policy
             that mixes variants step by step is one stage run: `(total_steps,)`.
-        derived: Variants that the schedule makes itself: name -> (named variant, fields changed in its one point).
+        derived: Variants that the schedule makes itself: name -> (named variant, fields changed in its one point; with
+            none it is that variant under another name).
         teachers: Variants whose steps also learn from a teacher's pass.
+        students: Variants whose steps have further passes, which learn from them.
     """
 
     actions: tuple[tuple[int, int, str], ...]
@@ -69,6 +111,7 @@ class StageTable:
     stage_ends: tuple[int, ...] = ()
     derived: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     teachers: Mapping[str, Teaching] = field(default_factory=dict)
+    students: Mapping[str, Students] = field(default_factory=dict)
 
     def problem(self, total_steps: int) -> str | None:
         """Return what keeps it from being the table of a phase of `total_steps` steps; None where nothing does."""
@@ -111,7 +154,7 @@ def teachers_of(distill: DistillSpec | None, variants: tuple[str, ...] | list[st
     if distill is None:
         return {}
     teacher = distill.teacher or fuller
-    teaching = Teaching(teacher, distill.weight, distill.temperature)
+    teaching = Teaching(teacher, distill.weight, distill.temperature, distill.added)
     return {name: teaching for name in variants if name != teacher}
 
 
@@ -453,12 +496,14 @@ def block_to_keep(spec: CompressorSpec, grid: Grid) -> tuple[int, int]:
 
 
 def derive(points: tuple[CompressorSpec, ...], changes: Mapping[str, Any]) -> tuple[CompressorSpec, ...]:
-    """Return a variant of one point with some of its fields changed; a new amount takes the place of the old one.
+    """Return a variant of one point with some fields changed; a new amount takes the place of the old one.
 
     Raises:
         ValueError: the variant has several points, the method refuses a value, or its module would be another
             with them.
     """
+    if not changes:
+        return points
     if len(points) != 1:
         raise ValueError(f"only a variant of one point can be changed step by step; this one has {len(points)}")
     point = points[0]

@@ -91,7 +91,8 @@ def _moved_variants(spec: ExperimentSpec) -> set[str]:
     for phase in spec.phases.by_name.values():
         if isinstance(schedule := schedule_of(phase, spec.schedules), ScheduleSpec):
             with suppress(ValueError):
-                moved |= {base for base, _ in schedule.compile(ANY_STEPS, 1).derived.values()}
+                derived = schedule.compile(ANY_STEPS, 1).derived.values()
+                moved |= {base for base, changes in derived if changes}
     return moved
 
 

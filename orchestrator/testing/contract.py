@@ -288,6 +288,7 @@ def _check_names(table: StageTable, named: set[str]) -> None:
         raise Broken(f"derived variants come from {', '.join(unknown)}, which variants() does not list")
     used = {name for *_, name in table.actions} | {table.final, *table.teachers}
     used |= {teaching.teacher for teaching in table.teachers.values()}
+    used |= {name for students in table.students.values() for name in students.variants} | set(table.students)
     if unknown := sorted(used - named - set(table.derived)):
         raise Broken(f"it uses {', '.join(unknown)}, which variants() does not list and the table does not derive")
 

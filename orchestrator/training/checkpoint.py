@@ -294,7 +294,7 @@ def other_workers(cursor: dict[str, Any]) -> bool:
 def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]:
     """Return the table up to a step as plain values: `[first, last, points]`, equal neighbours merged, without names.
 
-    With a teacher, a fourth value holds its points, weight and temperature.
+    With a teacher, a fourth value holds its points, weight and temperature; with students, one holds theirs.
     """
     table: list[list[Any]] = []
     for action in actions:
@@ -303,7 +303,9 @@ def compiled_table(actions: Sequence[Action], last_step: int) -> list[list[Any]]
             continue
         does: list[Any] = [list(action.points)]
         if action.distill is not None:
-            does.append({name: value for name, value in asdict(action.distill).items() if name != "teacher"})
+            does.append({name: value for name, value in action.distill.fields().items() if name != "teacher"})
+        if action.students is not None:
+            does.append({name: value for name, value in asdict(action.students).items() if name != "variants"})
         does = json.loads(json.dumps(does))
         if table and table[-1][2:] == does and table[-1][1] == first:
             table[-1][1] = last

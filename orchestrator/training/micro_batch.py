@@ -58,15 +58,15 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
     """
     indices = longest_samples(data, size)
     # Two micro-batches per optimizer step: this one is not the last, so no weight is updated.
-    set_accumulation(session.engine, 2 * size * distributed.world_size(), size)
+    set_accumulation(session.engine, 2 * size * distributed.world_size(), size, len(action.trained_passes))
     session.switch(action.points)
     session.attachment.set_step(step=job.first_step, seed=job.seed, sample_index=indices)
     session.draws.enter(job.seed, job.first_step, indices)
     reset_peak_memory()
     batch = MicroBatch(indices, data.collate(indices))
-    losses = forward_losses(session, action, batch, float(batch.label_tokens), seed=0)
-    session.engine.backward(losses.total * 0.0, scale_wrt_gas=False)
-    session.learned.collect()
+    for losses in forward_losses(session, action, batch, float(batch.label_tokens), seed=0):
+        session.engine.backward(losses.total * 0.0, scale_wrt_gas=False)
+        session.learned.collect()
     if not torch.cuda.is_available():
         return 0.0
     return peak_memory_gib() * 2**30 / torch.cuda.get_device_properties(distributed.device()).total_memory
@@ -108,7 +108,7 @@ class MicroBatches:
 
 
 def action_key(action: Action) -> str:
-    """Return a key of what determines the memory of an action: its points and its teacher's."""
+    """Return a key of what determines the memory of an action: the points of its passes."""
     return action_digest(action)[:16]
 
 
@@ -212,9 +212,17 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
     return smaller if smaller < size else None
 
 
-def set_accumulation(engine: Any, global_batch_size: int, size: int) -> None:
-    """Set, between two optimizer steps, the micro-batch size of an engine and the number of micro-batches in a step."""
-    steps, world_size = accumulation_steps(global_batch_size, size, distributed.world_size()), distributed.world_size()
+def set_accumulation(engine: Any, global_batch_size: int, size: int, passes: int = 1) -> None:
+    """Set, between two optimizer steps, the micro-batch size of an engine and the number of micro-batches in a step.
+
+    Args:
+        engine: A DeepSpeed engine.
+        global_batch_size: Samples of an optimizer step.
+        size: Samples of a micro-batch.
+        passes: Passes that train of each micro-batch, of which the engine hears as of so many micro-batches.
+    """
+    world_size = distributed.world_size()
+    steps = accumulation_steps(global_batch_size, size, world_size) * passes
     if (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) == (size, steps):
         return
     engine.set_train_micro_batch_size(size)

@@ -90,7 +90,7 @@ def _train(
         while step < job.last_step:
             action = job.action_at(step)
             size = session.micro_batches.at(action)
-            set_accumulation(session.engine, batch, size)
+            set_accumulation(session.engine, batch, size, len(action.trained_passes))
             session.switch(action.points)
             try:
                 figures = run_step(session, job, step, feed.get(step), should_stop())

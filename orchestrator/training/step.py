@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.errors import StageRunError
-from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.jobs import Action, Distillation, StageJob, StudentPasses
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.engine import Session
@@ -21,12 +21,12 @@ from orchestrator.training.engine import Session
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one micro-batch: sums over its label tokens, divided by the label tokens of the global batch.
+    """Losses of one pass of a micro-batch: sums over its label tokens, divided by those of the global batch.
 
     Attributes:
         total: The loss that is minimised.
-        labels: Cross-entropy.
-        distill: `T^2 KL(teacher || student)`; None without a teacher.
+        labels: Cross-entropy; 0 in a pass that does not learn from labels.
+        distill: `T^2 KL(teacher || student)`, of one of K students its K-th part; None without a teacher.
     """
 
     total: Tensor
@@ -80,13 +80,13 @@ class StepFigures:
         loss: Mean over the label tokens of the global batch.
         learning_rate: Rate of the first optimizer group, or the learned compressors' where nothing else trains.
         samples: Samples of the global batch.
-        visual_layer_tokens: Visual tokens summed over samples and decoder layers.
+        visual_layer_tokens: Visual tokens summed over samples and decoder layers, mean over the passes that train.
         text_tokens: Tokens that are neither visual nor padding, summed over samples.
         label_tokens: Tokens that are predicted.
         step_seconds: Wall-clock time of the step on this rank.
         stop: Whether a rank asks to stop after this step.
-        distill_loss: Mean over the same tokens of `T^2 KL(teacher || student)`; None without a teacher. `loss` stays
-            the labels' cross-entropy, so that steps of all variants compare.
+        distill_loss: Mean over the same tokens (and over students) of `T^2 KL(teacher || student)`; None without a
+            teacher. `loss` stays the labels' cross-entropy, so that steps of all variants compare.
         skipped: Gradients overflowed in float16, and no weight was changed.
     """
 
@@ -140,16 +140,19 @@ def run_step(
         session.attachment.set_step(step=step, seed=job.seed, sample_index=batch.indices)
         session.draws.enter(job.seed, step, batch.indices)
         seed = _micro_batch_seed(job.seed, step, batch.indices[0])
-        losses = forward_losses(session, action, batch, label_tokens, seed)
-        engine.backward(losses.total * distributed.world_size(), scale_wrt_gas=False)
-        session.learned.collect()
-        if engine.is_gradient_accumulation_boundary():
-            session.learned.reduce(point.module_name for point in session.attachment.points)
-        engine.step()
-        loss_sum = loss_sum.to(losses.total.device) + losses.labels.detach().double()
-        if losses.distill is not None:
-            distill_sum = distill_sum.to(losses.total.device) + losses.distill.detach().double()
-        visual_layer_tokens += session.attachment.last_visual_layer_tokens
+        used: set[str | None] = set()
+        for losses in forward_losses(session, action, batch, label_tokens, seed):
+            # To the engine each pass is a micro-batch (`set_accumulation`).
+            engine.backward(losses.total * distributed.world_size(), scale_wrt_gas=False)
+            session.learned.collect()
+            used.update(point.module_name for point in session.attachment.points)
+            if engine.is_gradient_accumulation_boundary():
+                session.learned.reduce(used)
+            engine.step()
+            loss_sum = loss_sum.to(losses.total.device) + losses.labels.detach().double()
+            if losses.distill is not None:
+                distill_sum = distill_sum.to(losses.total.device) + losses.distill.detach().double()
+            visual_layer_tokens += session.attachment.last_visual_layer_tokens / len(action.trained_passes)
         text_tokens += _text_tokens(session, batch)
     session.learned.step(factor)
     samples = sum(len(batch.indices) for batch in micro_batches)
@@ -165,47 +168,89 @@ def run_step(
         label_tokens=int(label_tokens),
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
-        distill_loss=sums[5] if action.distill is not None else None,
+        distill_loss=sums[5] if action.distill is not None or action.students is not None else None,
         skipped=not engine.was_step_applied(),
     )
 
 
-def forward_losses(session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int) -> Losses:
-    """Return the losses of one micro-batch: sums over its label tokens, divided by those of the global batch.
+def forward_losses(
+    session: Session, action: Action, batch: MicroBatch, label_tokens: float, seed: int
+) -> Iterator[Losses]:
+    """Yield the losses of each pass of one micro-batch, which goes backward before the next is asked for.
 
-    Without an image the vision tower runs all the same (see `attach`): all ranks must take the same path. Under
-    self-distillation a pass without gradient under fuller points teaches the second pass; both draw from the same seed,
-    so that the student's pass draws what it would draw without a teacher.
+    They are sums over its label tokens, divided by those of the global batch. Without an image the vision tower runs
+    all the same (see `attach`): all ranks must take the same path.
 
     Raises:
         StageRunError: teacher and student do not see the same label tokens.
     """
-    engine, device, dtype = session.engine, session.engine.device, session.compute_dtype
+    device, dtype = session.engine.device, session.compute_dtype
     tensors = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in batch.tensors.items()
     }
     # At least 1: a global batch without any label has loss 0, not NaN.
     num_items = max(1.0, label_tokens)
-    distill = action.distill
-    if distill is None:
+    if action.distill is not None:
+        yield _taught_losses(session, action, action.distill, tensors, num_items, seed)
+    elif action.students is not None:
+        yield from _sandwich_losses(session, action, action.students, tensors, num_items, seed)
+    else:
         torch.manual_seed(seed)
-        loss: torch.Tensor = engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
-        return Losses(loss, loss)
+        loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
+        yield Losses(loss, loss)
+
+
+def _taught_losses(
+    session: Session, action: Action, distill: Distillation, tensors: dict[str, Tensor], num_items: float, seed: int
+) -> Losses:
+    """Return the losses under self-distillation: a pass without gradient under fuller points teaches the second pass.
+
+    Both draw from the same seed, so that the student's pass draws what it would draw without a teacher.
+    """
     session.switch(distill.points)
     torch.manual_seed(seed)
     with torch.no_grad():
-        teacher_LV = engine(**tensors, use_cache=False, label_logits=True).logits
+        teacher_LV = session.engine(**tensors, use_cache=False, label_logits=True).logits
     session.switch(action.points)
     torch.manual_seed(seed)
-    output = engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
-    if output.logits.shape != teacher_LV.shape:
-        raise StageRunError(
-            f"distillation: {action.variant} predicts {len(output.logits)} label tokens, its teacher "
-            f"{distill.teacher} {len(teacher_LV)}; labels belong to text, which no compressor may drop"
-        )
+    output = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
+    _check_same_tokens(action.variant, output.logits, distill.teacher, teacher_LV)
     soft = distillation_sum(output.logits, teacher_LV, distill.temperature) / num_items
-    return Losses((1 - distill.weight) * output.loss + distill.weight * soft, output.loss, soft)
+    share = 1.0 if distill.added else 1 - distill.weight
+    return Losses(share * output.loss + distill.weight * soft, output.loss, soft)
+
+
+def _sandwich_losses(
+    session: Session, action: Action, students: StudentPasses, tensors: dict[str, Tensor], num_items: float, seed: int
+) -> Iterator[Losses]:
+    """Yield the losses of the action's own pass, which learns from labels, then of each pass that learns from it.
+
+    In-place distillation of universally slimmable networks (arXiv 1903.05134, section 3.3 and algorithm 1): each pass
+    goes backward before the next begins, the gradients add up, and none flows into the teacher. Every rank runs the
+    passes in this order, all of the same seed.
+    """
+    session.switch(action.points)
+    torch.manual_seed(seed)
+    output = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
+    teacher_LV = output.logits.detach()
+    yield Losses(output.loss, output.loss)
+    del output
+    for variant, points in zip(students.variants, students.points, strict=True):
+        session.switch(points)
+        torch.manual_seed(seed)
+        logits_LV = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items).logits
+        _check_same_tokens(variant, logits_LV, action.variant, teacher_LV)
+        soft = distillation_sum(logits_LV, teacher_LV, students.temperature) / num_items
+        yield Losses(students.weight * soft, soft.new_zeros(()), soft / len(students.points))
+
+
+def _check_same_tokens(student: str, student_LV: Tensor, teacher: str, teacher_LV: Tensor) -> None:
+    if student_LV.shape != teacher_LV.shape:
+        raise StageRunError(
+            f"distillation: {student} predicts {len(student_LV)} label tokens, its teacher {teacher} "
+            f"{len(teacher_LV)}; labels belong to text, which no compressor may drop"
+        )
 
 
 def _text_tokens(session: Session, batch: MicroBatch) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.plan.identity import digest
-from orchestrator.plan.jobs import Action, Distillation
+from orchestrator.plan.jobs import Action, Distillation, StudentPasses
 from orchestrator.spec.components import StageTable
 
 
@@ -74,12 +74,12 @@ def resolve_schedule(
     actions: list[Action] = []
     ids: list[str] = []
     for first, last, name in table.actions:
-        variant, distill, identity = resolved[name]
+        variant, distill, students, identity = resolved[name]
         # Two names may stand for the same points: then nothing changes between them.
         if ids and ids[-1] == identity:
             actions[-1] = replace(actions[-1], last_step=last)
         else:
-            actions.append(Action(first, last, name, variant.points, distill))
+            actions.append(Action(first, last, name, variant.points, distill, students))
             ids.append(identity)
     tails = [""] if len(actions) > CHAINED else []
     for action, identity in zip(actions[CHAINED:], ids[CHAINED:], strict=True):
@@ -90,11 +90,21 @@ def resolve_schedule(
 
 def _resolve(
     table: StageTable, name: str, variant_of: Callable[[str], Variant]
-) -> tuple[Variant, Distillation | None, str]:
+) -> tuple[Variant, Distillation | None, StudentPasses | None, str]:
     variant, teaching = variant_of(name), table.teachers.get(name)
     teacher = variant_of(teaching.teacher) if teaching is not None else variant
-    if teaching is None or teacher.id == variant.id:  # the fuller variant under another name learns from nobody
-        return variant, None, variant.id
-    taught = {"weight": teaching.weight, "temperature": teaching.temperature}
-    identity = digest({"points": variant.id, "teacher": teacher.id, **taught})
-    return variant, Distillation(teaching.teacher, teacher.points, **taught), identity
+    does: dict[str, Any] = {"points": variant.id}
+    distill = students = None
+    if teaching is not None and teacher.id != variant.id:  # the fuller variant under another name learns from nobody
+        taught: dict[str, Any] = {"weight": teaching.weight, "temperature": teaching.temperature}
+        taught |= {"added": True} if teaching.added else {}
+        does |= {"teacher": teacher.id, **taught}
+        distill = Distillation(teaching.teacher, teacher.points, **taught)
+    if (further := table.students.get(name)) is not None:
+        if distill is not None:
+            raise ValueError(f"{name} has students and a teacher; a step learns from one pass")
+        passes = {each: variant_of(each) for each in further.variants}
+        taught = {"weight": further.weight, "temperature": further.temperature}
+        does |= {"students": [each.id for each in passes.values()], **taught}
+        students = StudentPasses(tuple(passes), tuple(each.points for each in passes.values()), **taught)
+    return variant, distill, students, digest(does) if distill or students else variant.id

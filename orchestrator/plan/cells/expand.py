@@ -271,6 +271,7 @@ class _Resolver:
         if near not in self._made:
             names = dict.fromkeys([table.final, *(name for _, _, name in table.actions)])
             names |= dict.fromkeys(teaching.teacher for teaching in table.teachers.values())
+            names |= dict.fromkeys(name for students in table.students.values() for name in students.variants)
             far = (id(table), *((name, variant_of(name).id) for name in names))
             if far not in self._made:
                 self._made[far] = resolve_schedule(kind, table, total_steps, variant_of)

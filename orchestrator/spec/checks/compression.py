@@ -89,6 +89,8 @@ def _check_derived(
 ) -> Iterator[Finding]:
     """Return the first value that does not fit; those after it would say the same."""
     for name, (base, changes) in table.derived.items():
+        if not changes:
+            continue
         if base not in variants:
             return  # reported where names are checked
         try:

@@ -26,12 +26,13 @@ from training_workers import (
 )
 
 from orchestrator.errors import StageRunError
-from orchestrator.plan.jobs import Action, Distillation, StageJob
-from orchestrator.training.step import distillation_sum
+from orchestrator.plan.jobs import Action, Distillation, StageJob, StudentPasses
+from orchestrator.training.step import distillation_sum, rate_factor
 
 WEIGHT, TEMPERATURE = 0.6, 2.0
 TAUGHT = Distillation("full", (), WEIGHT, TEMPERATURE)
 LIGHTER = ({"kind": "average_pool", "layer": 1, "stride": 2},)
+STUDENTS = StudentPasses(("heavy", "lighter"), (HEAVY, LIGHTER), WEIGHT, TEMPERATURE)
 
 
 def taught_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
@@ -46,6 +47,22 @@ def taught_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
     return stage(
         model_of(made[0]), 6, table=table, data=uneven_data(made[1]), recipe=recipe_of(**settings), keep="weights"
     )
+
+
+def sandwich_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """Steps of three passes, of two whose student learns its compression, of three again, and of one."""
+    table = (
+        Action(0, 2, "full + heavy + lighter", (), students=STUDENTS),
+        Action(2, 4, "full + mix", (), students=replace(STUDENTS, variants=("mix",), points=(MIXING,))),
+        Action(4, 5, "lighter + heavy + mix", LIGHTER, students=replace(STUDENTS, points=(HEAVY, MIXING))),
+        Action(5, 6, "heavy", HEAVY),
+    )
+    parts = ("vision_tower", "projector", "language_model", "compressor")
+    settings = {"group_by_modality_length": False, "max_grad_norm": 0.5, "learning_rate": 1e-3, "train": parts}
+    return stage(
+        model_of(made[0]), 6, table=table, data=uneven_data(made[1]), recipe=recipe_of(**settings | recipe),
+        keep="weights",
+    )  # fmt: skip
 
 
 def learned_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
@@ -80,6 +97,13 @@ def test_distillation_is_the_sum_over_tokens_of_the_divergence(temperature: floa
     assert distillation_sum(student[:0], teacher[:0], temperature).item() == 0.0
 
 
+def added(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """As `taught_job`, the divergence added to the labels' loss."""
+    job = taught_job(made, **recipe)
+    table = tuple(replace(a, distill=a.distill and replace(a.distill, weight=1.3, added=True)) for a in job.table)
+    return replace(job, table=table)
+
+
 def compared(folder: Path, job: StageJob) -> dict[str, float]:
     """Losses and gradients of one micro-batch with text alone and images, and those of two plain passes."""
     from orchestrator.compression import attach
@@ -94,7 +118,7 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
     batch = MicroBatch(indices, memory.data(job).collate(indices))
     items, model = batch.label_tokens + 3, session.engine.module
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = forward_losses(session, job.action_at(0), batch, items, seed=11)
+    (losses,) = forward_losses(session, job.action_at(0), batch, items, seed=11)
     session.engine.backward(losses.total, scale_wrt_gas=False)
     mine = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     assert [point.spec.kind for point in session.attachment.points] == ["average_pool"]
@@ -117,7 +141,10 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
             labels_sum = labels_sum - ours.log_softmax(0)[label]
             p, q = (theirs / TEMPERATURE).softmax(0), (ours / TEMPERATURE).softmax(0)
             distill_sum = distill_sum + TEMPERATURE**2 * (p * (p.log() - q.log())).sum()
-    total = (1 - WEIGHT) * labels_sum / items + WEIGHT * distill_sum / items
+    distill = job.action_at(0).distill
+    assert distill is not None
+    share, factor = (1.0, 1.3) if distill.added else (1 - WEIGHT, WEIGHT)
+    total = share * labels_sum / items + factor * distill_sum / items
     plain = torch.autograd.grad(total, parameters, allow_unused=True)
     pairs = [(a, b) for a, b in zip(mine, plain, strict=True) if a is not None and b is not None]
     assert len(pairs) > 20 and losses.distill is not None
@@ -133,8 +160,9 @@ def compared(folder: Path, job: StageJob) -> dict[str, float]:
     return found
 
 
-def test_loss_and_gradients_are_those_of_two_plain_passes(made: tuple[Path, Path], tmp_path: Path) -> None:
-    found = launch(1, compared, tmp_path, taught_job(made, deepspeed="zero0"))
+@pytest.mark.parametrize("make", [taught_job, added])
+def test_loss_and_gradients_are_those_of_two_plain_passes(made: tuple[Path, Path], tmp_path: Path, make: Any) -> None:
+    found = launch(1, compared, tmp_path, make(made, deepspeed="zero0"))
     assert found["size"] > 1e-6 and found["gradient_size"] > 1e-3
     assert max(found["loss"], found["labels"], found["distill"]) < 1e-5
     assert found["gradient"] < 1e-5 * max(1.0, found["gradient_size"])
@@ -179,7 +207,8 @@ def test_micro_batches_do_not_change_what_is_learned(made: tuple[Path, Path], tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "zero"), [(taught_job, "zero2"), (taught_job, "zero3"), (learned_job, "zero2"), (learned_job, "zero3")]
+    ("make", "zero"),
+    [(make, zero) for make in (taught_job, added, learned_job, sandwich_job) for zero in ("zero2", "zero3")],
 )
 def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path, make: Any, zero: str) -> None:
     job = make(made, per_device_train_batch_size=2, deepspeed=zero)
@@ -217,6 +246,93 @@ def resumed(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[str, str]:
         train_stage(other, ledger, TrainingMemory(), never)
     assert train_stage(job, ledger, TrainingMemory(), never) == "done"
     return weights_digest(ledger, job.id), str(told.value)
+
+
+def plain_loop(folder: Path, job: StageJob) -> tuple[str, list[dict[str, Any]]]:
+    """The steps of a job without its engine: plain passes, torch's AdamW and clipping; weight file and step lines."""
+    from safetensors.torch import save_file
+
+    from orchestrator.compression import attach
+    from orchestrator.models.build import WEIGHTS_FILE, build_model
+    from orchestrator.spec.model import ModelSpec
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.learned_compressors import _distinct, _learns
+
+    ledger = make_ledger(folder, job.model)
+    model = build_model(ModelSpec.model_validate(job.model), ledger.state_folder("root") / WEIGHTS_FILE).train()
+    data, recipe = TrainingMemory().data(job), job.recipe
+    points = [point for action in job.table for point in action.all_points if _learns(point)]
+    attachment = attach(model, [], modules=_distinct(points), seed=job.seed)
+    optimizers = {
+        name: torch.optim.AdamW(part.parameters(), lr=recipe["learning_rate"], weight_decay=0.0)
+        for name, part in {"": model, **attachment.learned_modules}.items()
+    }
+    optimizers[""] = torch.optim.AdamW(
+        [p for name, p in model.named_parameters() if "llavolta" not in name], lr=recipe["learning_rate"],
+        weight_decay=0.0,
+    )  # fmt: skip
+    lines = []
+    for step in range(job.last_step):
+        action, indices = job.action_at(step), data.batch_indices(job.seed, step, recipe["global_batch_size"], False)
+        batch = data.collate(indices)
+        attachment.set_step(step, job.seed, indices)
+        rate = rate_factor(recipe["lr_scheduler_type"], step, job.total_steps, recipe["warmup_ratio"])
+
+        def logits_of(points: Any, batch: Any = batch) -> torch.Tensor:
+            attachment.switch(points)
+            rows = model(**batch, return_logits=True, use_cache=False).logits
+            return torch.cat([row[:-1][labels[1:] != -100] for row, labels in zip(rows, batch["labels"], strict=True)])
+
+        own, (first, *passes) = logits_of(action.points), action.trained_passes
+        targets = torch.cat([labels[1:][labels[1:] != -100] for labels in batch["labels"]])
+        loss = torch.nn.functional.cross_entropy(own, targets)
+        p, divergences = (own.detach() / TEMPERATURE).softmax(1), []
+        for each in passes:
+            q = (logits_of(each) / TEMPERATURE).log_softmax(1)
+            divergences.append(TEMPERATURE**2 * (p * (p.log() - q)).sum() / len(targets))
+        model.zero_grad()
+        (loss + WEIGHT * sum(divergences)).backward()
+        used = {"", *(name for each in (first, *passes) for name in attachment.learned_names(each))}
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], recipe["max_grad_norm"])
+        for name in used:
+            for group in optimizers[name].param_groups:
+                group["lr"] = recipe["learning_rate"] * rate
+            optimizers[name].step()
+        line = {"loss": float(loss)} | ({"distill_loss": float(sum(divergences) / len(passes))} if passes else {})
+        lines.append(line)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "plain.safetensors")
+    return str(folder / "plain.safetensors"), lines
+
+
+def test_a_sandwich_is_a_plain_loop_of_passes(made: tuple[Path, Path], tmp_path: Path) -> None:
+    jobs = {str(micro): sandwich_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
+    jobs["recomputed"] = sandwich_job(made, per_device_train_batch_size=3, gradient_checkpointing=True)
+    found = launch(1, trained, tmp_path, jobs)
+    plain = launch(1, plain_loop, tmp_path / "plain", jobs["8"])
+    for name in jobs:
+        _compare(found[name], plain)
+    lines = found["8"][1]
+    assert ["distill_loss" in line for line in lines] == [True] * 5 + [False]
+    assert all(line["distill_loss"] > 0 for line in lines[:5])
+    start = load_file(launch(1, untrained, tmp_path / "8", jobs["8"]))
+    moved = load_file(found["8"][0])
+    assert all(not torch.equal(moved[name], start[name]) for name in start if name.endswith("lm_head.weight"))
+
+
+def untrained(folder: Path, job: StageJob) -> str:
+    return str(make_ledger(folder, job.model).state_folder("root") / "weights/model.safetensors")
+
+
+def test_a_sandwich_resumes_as_if_left_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
+    job = sandwich_job(made, per_device_train_batch_size=3)
+    first, *rest = job.table
+    assert first.students is not None
+    other = replace(job, table=(replace(first, students=replace(first.students, weight=0.5)), *rest))
+    digest, told = launch(1, resumed, tmp_path / "stopped", (job, other))
+    assert "table is" in told and '"weight": 0.5' in told
+    weights, _ = launch(1, trained, tmp_path / "alone", {"job": job})["job"]
+    assert hashlib.sha256(Path(weights).read_bytes()).hexdigest() == digest
 
 
 def test_resumed_is_left_alone_and_another_teacher_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:

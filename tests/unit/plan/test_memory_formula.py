@@ -13,7 +13,7 @@ from repository import ROOT
 from training_workers import HEAVY, recipe_of
 
 from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
-from orchestrator.plan.jobs import Action, Distillation
+from orchestrator.plan.jobs import Action, Distillation, StudentPasses
 from orchestrator.spec.model_facts import model_facts
 
 TINY = ROOT / "experiments/models/tiny-llava"
@@ -88,6 +88,11 @@ def test_formula_grows_with_tokens_and_falls_with_compression(
     assert activation_bytes(FACTS, taught, sample, recipe_of(), 4) > activation_bytes(
         FACTS, replace(taught, distill=None), sample, recipe_of(), 4
     )
+    # The passes of a step follow one another: the largest counts, beside the logits that a student learns from.
+    students = StudentPasses(("heavier",), (HEAVIER,), 1.0, 1.0)
+    actions = [FULL, replace(FULL, students=students), replace(FULL, distill=Distillation("heavier", HEAVIER, 0.5, 1.0))]
+    alone, sandwich, beside = (activation_bytes(FACTS, action, sample, recipe_of(), 4) for action in actions)
+    assert alone <= sandwich < beside
 
 
 def test_gradients_and_optimizer_by_zero_stage() -> None:

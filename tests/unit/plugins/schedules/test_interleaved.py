@@ -57,6 +57,17 @@ def test_the_fuller_variant_teaches_the_other() -> None:
     assert other.variants() == ("heavy", "light", "full")
 
 
+def test_dualspeeds_full_steps_learn_from_the_pruned_pass() -> None:
+    """Its loss is CE + 1.0 KL(pruned || full) on full steps, and CE alone on pruned ones."""
+    table = spec(full_share="1/10", distill={"teacher": "heavy", "weight": 1.0, "added": True}).compile(100, 1)
+    assert table.teachers == {"full": Teaching("heavy", 1.0, 1.0, added=True)}
+    assert (
+        spec(full_share="1/10", distill={"weight": 2.5, "added": True}).compile(100, 1).teachers["heavy"].weight == 2.5
+    )
+    plain = spec(full_share="1/10", distill={"weight": 0.5})
+    assert plain.model_dump()["distill"] == {"weight": 0.5, "temperature": 1.0, "teacher": None}, "as it always was"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -66,7 +77,7 @@ def test_the_fuller_variant_teaches_the_other() -> None:
         ({}, "Field required"),
         ({"full_share": 0.1, "other": "heavy"}, "are both heavy"),
         ({"full_share": 0.1, "distill": {"weight": 0}}, "greater than 0"),
-        ({"full_share": 0.1, "distill": {"weight": 1.1}}, "less than or equal to 1"),
+        ({"full_share": 0.1, "distill": {"weight": 1.1}}, "is at most 1; with `added: true`"),
         ({"full_share": 0.1, "distill": {"temperature": 0}}, "greater than 0"),
         ({"full_share": 0.1, "distill": {"wieght": 1}}, "Extra inputs"),
     ],
