@@ -15,7 +15,7 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.compiled_schedule import CHAINED, next_state
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.cost import Sample, forward_tflops, train_tflops_per_sample
+from orchestrator.plan.cost import Sample, forward_tflops, train_tflops_per_sample, visual_layer_tokens
 from orchestrator.plan.documents import plan_document
 from orchestrator.plan.identity import digest
 from orchestrator.plan.jobs import StageJob, job_from_json, job_to_json
@@ -25,6 +25,7 @@ from orchestrator.plan.tree import StageTree, build_stage_tree
 INTERLEAVED = {"kind": "interleaved", "compressor": "heavy", "full_share": "1/10"}
 TAUGHT = INTERLEAVED | {"distill": {"weight": 0.5, "temperature": 2.0}}
 SCALE = {"kind": "random_scale", "compressors": ["heavy", "wide", "full"]}
+SANDWICH = {"kind": "sandwich", "heaviest": "heavy", "compressors": ["wide", "light"], "temperature": 2.0}
 RAMP = {"kind": "ramp", "compressor": "heavy", "key": "keep_ratio", "start": 1, "end": "1/4", "moves": 5}
 
 
@@ -39,7 +40,7 @@ def runs(tree: StageTree) -> list[tuple[int, int]]:
     return [(job.first_step, job.last_step) for job in tree.stage_runs.values()]
 
 
-@pytest.mark.parametrize("policy", [INTERLEAVED, TAUGHT, SCALE, RAMP])
+@pytest.mark.parametrize("policy", [INTERLEAVED, TAUGHT, SCALE, RAMP, SANDWICH])
 def test_a_policy_is_one_stage_run_with_all_its_actions(lab: Any, policy: dict[str, Any]) -> None:
     (cell,) = cells_of(lab, policy, steps=5000)
     tree = build_stage_tree((cell,))
@@ -203,6 +204,49 @@ def test_a_teachers_pass_is_counted_as_one_forward(lab: Any) -> None:
     more = costs.cell(bare)["train_tflops"] - costs.cell(none)["train_tflops"]
     assert more == pytest.approx(batch * 90 * teacher, rel=1e-9)
     assert costs.cell(taught)["visual_layer_tokens"] == costs.cell(plain)["visual_layer_tokens"]
+
+
+def test_each_pass_of_a_sandwich_is_counted_as_training(lab: Any) -> None:
+    (cell,) = cells_of(lab, SANDWICH, steps=10)
+    plan, sample = cell.phases[0], Sample(10, 10)
+    recipe, points = plan.recipe.model_dump(), {name: lab.base["compressors"][name] for name in ("wide", "light")}
+    drawn = [action.students.variants[1] for a in plan.table for action in [a] * (a.last_step - a.first_step)]
+    assert set(drawn) == set(points) and len(drawn) == 10
+    each = {
+        name: train_tflops_per_sample(cell.facts, [points], sample, recipe)
+        for name, points in (lab.base["compressors"] | {}).items()
+        if name in ("heavy", "wide", "light")
+    }
+    full = train_tflops_per_sample(cell.facts, (), sample, recipe)
+    wanted = sum(full + each["heavy"] + each[name] for name in drawn) * recipe["global_batch_size"]
+    found = Costs(text_tokens=10).cell(cell)
+    assert found["train_tflops"] == pytest.approx(wanted, rel=1e-9)
+    layers, grid = cell.facts.num_layers, cell.facts.image_grid
+    tokens = {
+        name: visual_layer_tokens(grid, [points] if points else [], layers)
+        for name, points in (lab.base["compressors"] | {"full": None}).items()
+        if name in ("heavy", "wide", "light", "full")
+    }
+    mean = sum((tokens["full"] + tokens["heavy"] + tokens[name]) / 3 for name in drawn) / 10
+    assert found["visual_layer_tokens"] == pytest.approx(mean, rel=1e-9)
+
+
+def test_students_are_part_of_what_a_sandwich_is(lab: Any) -> None:
+    others = [
+        {"temperature": 1.0},
+        {"weight": 0.5},
+        {"seed": 1},
+        {"heaviest": "light", "compressors": ["wide", "heavy"]},
+    ]
+    cells = cells_of(lab, SANDWICH, "full", *(SANDWICH | other for other in others))
+    assert len({cell.id for cell in cells}) == 6
+    action = cells[0].phases[0].table[0]
+    assert action.points == () and len(action.students.points) == 2 and action.students.temperature == 2.0
+    assert action.all_points == tuple(point for points in action.students.points for point in points)
+    assert [job.points for job in cells[0].evaluations if job.under == "final"] == [()]
+    renamed = lab.base["compressors"] | {"squeezed": lab.base["compressors"]["heavy"]}
+    (same,) = cells_of(lab, SANDWICH | {"heaviest": "squeezed"}, compressors=renamed)
+    assert same.id == cells[0].id
 
 
 @pytest.mark.timeout(60)
