@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -47,26 +48,8 @@ class RampSpec(plugin.ScheduleSpec):
     def _moves_somewhere(self) -> RampSpec:
         if self.compressor == "full":
             raise PydanticCustomError("ramp_full", "full has nothing that could move; name a variant")
-        if self.moves < 2:
-            raise PydanticCustomError("ramp_moves", "a ramp has at least 2 values")
-        if self._percent(self.start) != self._percent(self.end):
-            raise PydanticCustomError("ramp_layer", "start and end are both layers, or both shares of the depth")
-        for value in (plugin.parse_share(self.start), plugin.parse_share(self.end)):
-            self._refuse(value)
-        if plugin.parse_share(self.start) == plugin.parse_share(self.end):
-            raise PydanticCustomError("ramp_still", "start and end are equal; name the variant itself")
+        check_movement(self.key, self.start, self.end, self.moves)
         return self
-
-    def _refuse(self, value: Fraction) -> None:
-        whole = self.key != "keep_ratio" and not self._percent(self.start)
-        if whole and value.denominator != 1:
-            raise PydanticCustomError("ramp_whole", "{key} takes whole numbers", {"key": self.key})
-        if self.key in ("keep_tokens", "stride") and value < 1:
-            raise PydanticCustomError("ramp_amount", "{key} is at least 1", {"key": self.key})
-        if self.key == "keep_ratio" and not 0 < value <= 1:
-            raise PydanticCustomError("ramp_share", "keep_ratio is more than 0 and at most 1")
-        if self.key == "layer" and not whole and value >= 1:
-            raise PydanticCustomError("ramp_depth", "a share of the depth is less than 100%")
 
     def variants(self) -> tuple[str, ...]:
         """Return the variant that moves, and the teacher."""
@@ -78,20 +61,9 @@ class RampSpec(plugin.ScheduleSpec):
         Raises:
             ValueError: the phase is too short to move.
         """
-        moves = min(self.moves, total_steps)
-        if moves < 2:
+        if min(self.moves, total_steps) < 2:
             raise ValueError(f"a ramp needs at least 2 steps, the phase has {total_steps}")
-        start, end = plugin.parse_share(self.start), plugin.parse_share(self.end)
-        steps: list[tuple[int, int, str]] = []
-        derived: dict[str, tuple[str, dict[str, Any]]] = {}
-        done = 0
-        for move in range(moves):
-            value = self._written(start + (end - start) * Fraction(move, moves - 1))
-            name = f"{self.compressor} {self.key}={value}"
-            derived[name] = (self.compressor, {self.key: value})
-            last = int(Fraction((move + 1) * total_steps, moves) + Fraction(1, 2))
-            steps.append((done, last, name))
-            done = last
+        steps, derived = movement(self.compressor, self.key, self.start, self.end, self.moves, 0, total_steps)
         final = steps[-1][2]
         teachers = plugin.teachers_of(self.distill, [*derived], "full")
         return plugin.StageTable(plugin.merge_actions(steps), final, (total_steps,), derived, teachers)
@@ -101,14 +73,79 @@ class RampSpec(plugin.ScheduleSpec):
         fit = f"only {total_steps} of the {self.moves} moves fit, one a step; give fewer moves or more steps"
         return [fit] if total_steps < self.moves else []
 
-    def _percent(self, value: float | str) -> bool:
-        """Return whether it is a share of the depth."""
-        return self.key == "layer" and isinstance(value, str) and value.endswith("%")
 
-    def _written(self, value: Fraction) -> int | str:
-        """Return a value as the variant's field takes it; whole numbers are rounded, halves up."""
-        if self.key == "keep_ratio":
-            return str(value)
-        if self._percent(self.start):
-            return f"{value * 100}%"
-        return int(value + Fraction(1, 2))
+def check_movement(key: str, start: float | str, end: float | str, moves: int) -> None:
+    """Refuse what a field cannot move between.
+
+    Raises:
+        PydanticCustomError: a value the field does not take, fewer than two values, or two that are equal.
+    """
+    if moves < 2:
+        raise PydanticCustomError("ramp_moves", "a ramp has at least 2 values")
+    depth = _percent(key, start)
+    if depth != _percent(key, end):
+        raise PydanticCustomError("ramp_layer", "start and end are both layers, or both shares of the depth")
+    whole = key != "keep_ratio" and not depth
+    for value in map(plugin.parse_share, (start, end)):
+        if whole and value.denominator != 1:
+            raise PydanticCustomError("ramp_whole", "{key} takes whole numbers", {"key": key})
+        if key in ("keep_tokens", "stride") and value < 1:
+            raise PydanticCustomError("ramp_amount", "{key} is at least 1", {"key": key})
+        if key == "keep_ratio" and not 0 < value <= 1:
+            raise PydanticCustomError("ramp_share", "keep_ratio is more than 0 and at most 1")
+        if key == "layer" and not whole and value >= 1:
+            raise PydanticCustomError("ramp_depth", "a share of the depth is less than 100%")
+    if plugin.parse_share(start) == plugin.parse_share(end):
+        raise PydanticCustomError("ramp_still", "start and end are equal; name the variant itself")
+
+
+def movement(
+    compressor: str,
+    key: str,
+    start: float | str,
+    end: float | str,
+    moves: int,
+    first_step: int,
+    last_step: int,
+    progress: Callable[[Fraction], Fraction] = lambda part: part,
+) -> tuple[list[tuple[int, int, str]], dict[str, tuple[str, dict[str, Any]]]]:
+    """Return the actions of a variant whose field moves over some steps, and the variants they derive.
+
+    Args:
+        compressor: The variant.
+        key: Its field.
+        start: Value of the first stretch.
+        end: Value of the last one.
+        moves: Number of values; as many as there are steps where these are fewer.
+        first_step: First step.
+        last_step: Step after the last; at least two steps.
+        progress: From the share of the moves made to the share of the way from start to end.
+    """
+    total = last_step - first_step
+    moves = min(moves, total)
+    low, high = plugin.parse_share(start), plugin.parse_share(end)
+    steps: list[tuple[int, int, str]] = []
+    derived: dict[str, tuple[str, dict[str, Any]]] = {}
+    done = first_step
+    for move in range(moves):
+        value = _written(key, low + (high - low) * progress(Fraction(move, moves - 1)), _percent(key, start))
+        name = f"{compressor} {key}={value}"
+        derived[name] = (compressor, {key: value})
+        last = first_step + int(Fraction((move + 1) * total, moves) + Fraction(1, 2))
+        steps.append((done, last, name))
+        done = last
+    return steps, derived
+
+
+def _percent(key: str, value: float | str) -> bool:
+    """Return whether it is a share of the depth."""
+    return key == "layer" and isinstance(value, str) and value.endswith("%")
+
+
+def _written(key: str, value: Fraction, percent: bool) -> int | str:
+    """Return a value as the variant's field takes it; whole numbers are rounded, halves up."""
+    if key == "keep_ratio":
+        return str(value)
+    if percent:
+        return f"{value * 100}%"
+    return int(value + Fraction(1, 2))

@@ -5,10 +5,40 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from orchestrator_plugins.schedules.ramp import Value, check_movement, movement
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import plugin
+
+
+class AnnealSpec(plugin.Spec):
+    """The amount of a stage's variant goes from `start` to `end` in moves over equal stretches of the stage.
+
+    `cubic` is gradual pruning (Zhu and Gupta, arXiv 1710.01878, section 3): after the share u of the way the amount is
+    `end + (start - end) (1 - u)^3`, so that most tokens go early, where many are redundant; `linear` is EPIC's token
+    consistency (arXiv 2510.00515).
+    """
+
+    key: Literal["keep_ratio", "keep_tokens", "stride"]
+    """Amount that moves; it takes the place of the variant's own."""
+    start: Value = Field(examples=[1])
+    """Amount at the beginning of the stage."""
+    end: Value = Field(examples=["1/4"])
+    """Amount at its end."""
+    moves: plugin.Count = 10
+    """Number of values; values that round to the same whole number count once."""
+    shape: Literal["linear", "cubic"] = "linear"
+    """How the amount moves."""
+
+    @model_validator(mode="after")
+    def _moves_somewhere(self) -> AnnealSpec:
+        check_movement(self.key, self.start, self.end, self.moves)
+        return self
+
+    def progress(self, part: Fraction) -> Fraction:
+        """Return the share of the way from start to end after a share of the moves."""
+        return part if self.shape == "linear" else 1 - (1 - part) ** 3
 
 
 class StageSpec(plugin.Spec):
@@ -22,12 +52,21 @@ class StageSpec(plugin.Spec):
     """Length of the stage in samples."""
     compressor: str = Field(default="full", examples=["heavy"])
     """Variant of the stage; `full` is no compression."""
+    anneal: AnnealSpec | None = None
+    """How the variant's amount moves within the stage; null keeps it. The stage is one stage run."""
 
     @model_validator(mode="after")
     def _one_length(self) -> StageSpec:
         if sum(value is not None for value in (self.share, self.steps, self.samples)) > 1:
             raise PydanticCustomError("stage_length", "a stage's length is one of share, steps, samples")
+        if self.anneal is not None and self.compressor == "full":
+            raise PydanticCustomError("stage_anneal", "full has no amount that could move; name a variant")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before there was `anneal`, so that experiments without it keep their digests.
+        return {name: value for name, value in dump(self).items() if name != "anneal" or value is not None}
 
     @property
     def is_rest(self) -> bool:
@@ -36,7 +75,10 @@ class StageSpec(plugin.Spec):
 
 
 class StagesSpec(plugin.ScheduleSpec):
-    """Stages in order; boundaries are exact sums of shares, rounded once, so that no step is lost or doubled."""
+    """Stages in order; boundaries are exact sums of shares, rounded once, so that no step is lost or doubled.
+
+    With `anneal` the amount of a stage's variant moves within it; the model is tested under the last one's end.
+    """
 
     kind: Literal["stages"] = "stages"
     stages: tuple[StageSpec, ...] = Field(
@@ -93,13 +135,23 @@ class StagesSpec(plugin.ScheduleSpec):
         if ends[-1] != total_steps:
             raise ValueError(f"the stages add up to {ends[-1]} steps, the phase has {total_steps}")
         actions: list[tuple[int, int, str]] = []
+        derived: dict[str, tuple[str, dict[str, Any]]] = {}
         for number, (first, last, stage) in enumerate(zip([0, *ends], ends, self.stages, strict=False), 1):
             if last <= first:
                 raise ValueError(
                     f"stage {number} ({stage.compressor}) never starts: it would run from {first} to {last}"
                 )
-            actions.append((first, last, stage.compressor))
-        return plugin.StageTable(plugin.merge_actions(actions), self.stages[-1].compressor)
+            if (anneal := stage.anneal) is None:
+                actions.append((first, last, stage.compressor))
+                continue
+            if min(anneal.moves, last - first) < 2:
+                raise ValueError(f"stage {number} ({stage.compressor}) needs at least 2 steps for its amount to move")
+            moves = (anneal.key, anneal.start, anneal.end, anneal.moves, first, last, anneal.progress)
+            moved, names = movement(stage.compressor, *moves)
+            actions += moved
+            derived |= names
+        stage_ends = tuple(ends) if derived else ()
+        return plugin.StageTable(plugin.merge_actions(actions), actions[-1][2], stage_ends, derived)
 
     @staticmethod
     def _length(stage: StageSpec, total_steps: int, global_batch_size: int) -> Fraction | None:

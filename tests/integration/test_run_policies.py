@@ -14,10 +14,13 @@ from program import PROGRAM, environment, run_forked
 
 POLICIES = """
   light: {kind: average_pool, layer: 2, stride: 2}
+  lighter: {kind: average_pool, layer: 2, stride: 4}
 schedules:
   mixed: {kind: interleaved, compressor: heavy, full_share: 1/3, distill: {weight: 0.5, temperature: 2.0}}
   rising: {kind: ramp, compressor: heavy, key: keep_ratio, start: 1/2, end: 1/8, moves: 3, distill: {}}
   elastic: {kind: random_scale, compressors: [heavy, light, full], distill: {weight: 0.3}}
+  layered: {kind: sandwich, heaviest: heavy, compressors: [light, lighter]}
+  annealed: {kind: stages, stages: [{compressor: light, anneal: {key: keep_ratio, start: 1, end: 1/4, moves: 3}}]}
 """
 
 
@@ -36,10 +39,11 @@ def has_trained(work: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Path, Any]:
-    """Three policies of nine steps, run in this process without Ray."""
+    """Five policies of nine steps, run in this process without Ray."""
     head, rest = tiny_text.split("schedules:")
     text = head.rstrip() + POLICIES + rest[rest.index("phases:") :]
-    text = text.replace("[full, heavy, two_stage]", "[mixed, rising, elastic]").replace("max_steps: 6", "max_steps: 9")
+    text = text.replace("[full, heavy, two_stage]", "[mixed, rising, elastic, layered, annealed]")
+    text = text.replace("max_steps: 6", "max_steps: 9")
     folder = tmp_path_factory.mktemp("policies")
     (folder / "tiny.yaml").write_text(text)
     return folder, run_forked(["run", "tiny.yaml", "--local"], folder)
@@ -54,9 +58,14 @@ def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(9))
         kinds = {line["variant"].split()[0] for line in lines}
+        if any(" + " in line["variant"] for line in lines):
+            found["layered"] = lines
+            continue
         name = "rising" if kinds == {"heavy"} else "mixed" if kinds == {"heavy", "full"} else "elastic"
-        found[name] = lines
-    assert found.keys() == {"mixed", "rising", "elastic"}
+        found["annealed" if kinds == {"light"} else name] = lines
+    assert found.keys() == {"mixed", "rising", "elastic", "layered", "annealed"}
+    amounts = [line["visual_tokens"] for line in found.pop("annealed")]
+    assert amounts == sorted(amounts, reverse=True) and len(set(amounts)) == 3
     mixed = [line["variant"] for line in found["mixed"]]
     assert [step for step, name in enumerate(mixed) if name == "full"] == [1, 4, 7]
     for lines in found.values():
@@ -65,7 +74,9 @@ def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path
             assert line.get("distill_loss", 1.0) > 0
     rising = [line["visual_tokens"] for line in found["rising"]]
     assert rising == sorted(rising, reverse=True) and len(set(rising)) == 3
-    assert len(weights_of(folder)) == 3
+    names = {line["variant"] for line in found["layered"]}
+    assert names == {"full + heavy + light", "full + heavy + lighter"}
+    assert len(weights_of(folder)) == 5
 
 
 def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
@@ -74,7 +85,7 @@ def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
     assert again.returncode == 0 and "nothing to do" in again.stdout
     plan = run_forked(["plan", "tiny.yaml", "--json"], folder)
     runs = json.loads(plan.stdout)["stage_runs"]
-    assert sorted(run["variant"] for run in runs) == ["interleaved", "ramp", "random_scale"]
+    assert sorted(run["variant"] for run in runs) == ["interleaved", "ramp", "random_scale", "sandwich", "stages"]
     assert {run["state"] for run in runs} == {"done"}
     assert all(run["actions"][0][0] == 0 and run["actions"][-1][1] == 9 for run in runs)
 
@@ -95,4 +106,4 @@ def test_interrupted_and_resumed_is_left_alone(finished: tuple[Path, Any], tmp_p
     assert process.returncode == 130, output + errors
     again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert weights_of(tmp_path) == weights_of(folder) and len(weights_of(folder)) == 3
+    assert weights_of(tmp_path) == weights_of(folder) and len(weights_of(folder)) == 5

@@ -222,6 +222,13 @@ def test_a_sound_one_keeps_its_contract():
         {"kind": "constant", "compressor": "heavy"},
         {"kind": "interleaved", "compressor": "heavy", "full_share": "1/10", "distill": {}},
         {"kind": "ramp", "compressor": "heavy", "key": "keep_ratio", "start": 1, "end": "1/4", "distill": {}},
+        {
+            "kind": "stages",
+            "stages": [
+                {"share": "1/2", "compressor": "heavy", "anneal": {"key": "keep_ratio", "start": 1, "end": "1/4"}},
+                {},
+            ],
+        },
         {"kind": "sandwich", "heaviest": "heavy", "compressors": ["wide", "light"]},
         {"kind": "random_scale", "compressors": ["heavy", "light", "full"], "weights": [2, 1, 1]},
         {"kind": "stages", "stages": [{"share": "1/3", "compressor": "heavy"}, {"compressor": "light"}, {"steps": 7}]},

@@ -231,6 +231,17 @@ def test_each_pass_of_a_sandwich_is_counted_as_training(lab: Any) -> None:
     assert found["visual_layer_tokens"] == pytest.approx(mean, rel=1e-9)
 
 
+def test_an_annealed_stage_is_one_stage_run(lab: Any) -> None:
+    anneal = {"key": "keep_ratio", "start": 1, "end": "1/4", "moves": 5}
+    first = {"share": "1/2", "compressor": "heavy", "anneal": anneal}
+    schedules = [{"kind": "stages", "stages": [first, {"compressor": last}]} for last in ("heavy", "full")]
+    cell, other = cells_of(lab, *schedules)
+    assert runs(build_stage_tree((cell,))) == [(0, 50), (50, 100)]
+    assert sorted(runs(build_stage_tree((cell, other)))) == [(0, 50), (50, 100), (50, 100)]
+    ratios = [action.points[0]["keep_ratio"] for action in cell.phases[0].table]
+    assert ratios == ["1", "13/16", "5/8", "7/16", "1/4", None]
+
+
 def test_students_are_part_of_what_a_sandwich_is(lab: Any) -> None:
     others = [
         {"temperature": 1.0},

@@ -12,6 +12,8 @@ from orchestrator_plugins.schedules.constant import ConstantSpec
 from orchestrator_plugins.schedules.stages import StagesSpec
 from pydantic import ValidationError
 
+ANNEAL = {"key": "keep_ratio", "start": 1, "end": "1/4"}
+
 
 def stages(*entries: dict[str, object]) -> StagesSpec:
     return StagesSpec.model_validate({"kind": "stages", "stages": list(entries)})
@@ -102,6 +104,42 @@ def test_rest_may_stand_in_the_middle() -> None:
     assert spec.compile(100, 1).actions == ((0, 10, "a"), (10, 95, "b"), (95, 100, "full"))
 
 
+@given(st.sampled_from(["linear", "cubic"]), st.integers(2, 12), st.integers(2, 200))
+def test_an_annealed_stage_moves_its_amount_from_start_to_end(shape: str, moves: int, steps: int) -> None:
+    anneal = {"key": "keep_ratio", "start": 1, "end": "1/4", "moves": moves, "shape": shape}
+    spec = stages({"steps": steps, "compressor": "a", "anneal": anneal}, {"steps": 5})
+    table = spec.compile(steps + 5, 32)
+    count = min(moves, steps)
+    assert table.stage_ends == (steps, steps + 5) and table.final == "full"
+    assert table.actions[-1] == (steps, steps + 5, "full") and len(table.actions) == count + 1
+    assert all(left[1] == right[0] for left, right in pairwise(table.actions))
+    lengths = {last - first for first, last, _ in table.actions[:-1]}
+    assert max(lengths) - min(lengths) <= 1
+    for number, (_, _, name) in enumerate(table.actions[:-1]):
+        base, changes = table.derived[name]
+        u = Fraction(number, count - 1)
+        wanted = 1 - Fraction(3, 4) * u if shape == "linear" else Fraction(1, 4) + Fraction(3, 4) * (1 - u) ** 3
+        assert (base, Fraction(changes["keep_ratio"])) == ("a", wanted)
+
+
+def test_annealed_whole_numbers_are_rounded_and_a_stage_keeps_its_place() -> None:
+    first = {"key": "keep_tokens", "start": 16, "end": 4, "moves": 4}
+    last = {"key": "stride", "start": 1, "end": 8, "moves": 3, "shape": "cubic"}
+    spec = stages(
+        {"share": "1/2", "compressor": "a", "anneal": first}, {"share": "1/2", "compressor": "b", "anneal": last}
+    )
+    table = spec.compile(24, 1)
+    assert [(first, last, *table.derived[name]) for first, last, name in table.actions] == [
+        (0, 3, "a", {"keep_tokens": 16}), (3, 6, "a", {"keep_tokens": 12}), (6, 9, "a", {"keep_tokens": 8}),
+        (9, 12, "a", {"keep_tokens": 4}), (12, 16, "b", {"stride": 1}), (16, 20, "b", {"stride": 7}),
+        (20, 24, "b", {"stride": 8}),
+    ]  # fmt: skip
+    assert table.stage_ends == (12, 24) and table.final == "b stride=8" and spec.variants() == ("a", "b")
+    plain = stages({"share": "1/2", "compressor": "a"}, {})
+    assert all("anneal" not in stage for stage in plain.model_dump()["stages"]), "as it always was"
+    assert plain.compile(24, 1).stage_ends == ()
+
+
 @pytest.mark.parametrize(
     ("entries", "total", "message"),
     [
@@ -111,6 +149,7 @@ def test_rest_may_stand_in_the_middle() -> None:
         ([{"steps": 300}, {"steps": 200}, {}], 400, "add up to 500 steps, the phase has 400"),
         ([{"steps": 300}, {"steps": 50}], 400, "add up to 350 steps, the phase has 400"),
         ([{"samples": 60, "compressor": "a"}, {}], 10, "stage 1 (a) never starts"),
+        ([{"steps": 1, "compressor": "a", "anneal": ANNEAL}, {}], 10, "stage 1 (a) needs at least 2 steps"),
     ],
 )
 def test_lengths_that_do_not_fit_the_phase(entries: list[dict[str, object]], total: int, message: str) -> None:
@@ -136,6 +175,11 @@ def test_lengths_that_do_not_fit_the_phase(entries: list[dict[str, object]], tot
         ([{"steps": 0}], "greater"),
         ([], "at least 1"),
         ([{"share": "1/2", "compresor": "a"}, {}], "Extra inputs"),
+        ([{"share": "1/2", "anneal": ANNEAL}, {}], "full has no amount"),
+        ([{"compressor": "a", "anneal": ANNEAL | {"end": 1}}], "are equal"),
+        ([{"compressor": "a", "anneal": ANNEAL | {"moves": 1}}], "at least 2 values"),
+        ([{"compressor": "a", "anneal": ANNEAL | {"key": "layer"}}], "keep_ratio"),
+        ([{"compressor": "a", "anneal": ANNEAL | {"end": "5/4"}}], "at most 1"),
     ],
 )
 def test_impossible_stages_are_refused(entries: list[dict[str, object]], message: str) -> None:
