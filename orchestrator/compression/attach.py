@@ -178,12 +178,19 @@ def check_together(points: Sequence[Point]) -> None:
     """Refuse points that cannot act in one forward; those of several stages may well be alike.
 
     Raises:
-        UsageError: two of them resize the image or have one learned module, or one that adds tokens is not the first.
+        UsageError: two of them resize the image or have one learned module, or one acts on tokens that another adds.
     """
     if sum(hasattr(point.compressor, "resize") for point in points) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
-    for point in points[1:]:
-        if hasattr(point.compressor, "enter"):
+    for number, point in enumerate(points):
+        if not hasattr(point.compressor, "enter"):
+            continue
+        if not hasattr(point.compressor, "compress") and number + 1 < len(points):
+            raise UsageError(
+                f"attach: {point.spec.kind} adds tokens for good, which {points[number + 1].spec.kind} after it would "
+                "mix or drop; let it be the last point"
+            )
+        if hasattr(point.compressor, "compress") and number:
             raise UsageError(
                 f"attach: {point.spec.kind} adds tokens at the decoder's input, which the points before it would mix "
                 "or drop; let it be the first point"
@@ -214,7 +221,7 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
             "implementation; this one has one of them only"
         )
     if hasattr(implementation, "enter"):
-        _check_entry(spec, layer, family)
+        _check_entry(spec, layer, family, stays=not hasattr(implementation, "compress"))
     at_projector = spec.layer == "projector" and family.projector is not None
     if hasattr(implementation, "resize") and (family.resizable_tower is None or not at_projector):
         raise UsageError(
@@ -251,8 +258,10 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
         )
 
 
-def _check_entry(spec: CompressorSpec, layer: int, family: Family) -> None:
-    if layer == 0:
+def _check_entry(spec: CompressorSpec, layer: int, family: Family, stays: bool) -> None:
+    if stays and layer:
+        raise UsageError(f"attach: {spec.kind}: layer {spec.layer} is {layer}; its tokens enter and stay, give layer 0")
+    if layer == 0 and not stays:
         raise UsageError(f"attach: {spec.kind}: layer {spec.layer} is 0; its tokens enter there, give layer 1 or more")
     if family.first_layer > 0:
         raise UsageError(

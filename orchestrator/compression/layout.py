@@ -132,24 +132,28 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
     return Layout(real_BN | visual_BN, tuple(groups), pad_left)
 
 
-def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid]) -> tuple[Layout, Moves]:
+def rearrange(
+    layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid], before: Sequence[int]
+) -> tuple[Layout, Moves]:
     """Return the layout after each group's images keep `kept` tokens, padded again on the side it was padded.
 
     Padding that is not needed any more goes; text keeps its order around the images. Where an image gets more tokens
-    than it had, the new ones follow its last.
+    than it had, `before` of the new ones stand before its first and the others follow its last.
     """
     text_BN = layout.real_BN.clone()
     for group in layout.groups:
         text_BN[group.rows_I.unsqueeze(1), group.columns_IN] = False
-    stays_BN, extra_BN = text_BN.long(), torch.zeros(text_BN.shape, dtype=torch.long)
+    stays_BN = text_BN.long()
+    lead_BN, extra_BN = torch.zeros_like(stays_BN), torch.zeros_like(stays_BN)
     slots = []
-    for group, count in zip(layout.groups, kept, strict=True):
+    for group, count, lead in zip(layout.groups, kept, before, strict=True):
         tokens = group.columns_IN.shape[1]
         slot_IM = group.columns_IN[:, evenly_spaced(tokens, min(count, tokens))]
         stays_BN[group.rows_I.unsqueeze(1), slot_IM] = 1
-        extra_BN[group.rows_I, group.columns_IN[:, -1]] = max(0, count - tokens)
+        lead_BN[group.rows_I, group.columns_IN[:, 0]] = lead
+        extra_BN[group.rows_I, group.columns_IN[:, -1]] = max(0, count - lead - tokens)
         slots.append(slot_IM)
-    counts_BN = stays_BN + extra_BN
+    counts_BN = stays_BN + lead_BN + extra_BN
     lengths_B = counts_BN.sum(1)
     columns = int(lengths_B.max())
     new_column_BN = counts_BN.cumsum(1) - extra_BN - 1
@@ -161,14 +165,14 @@ def rearrange(layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid]) -
         real_BM = column_range < lengths_B.unsqueeze(1)
     new_place_BN = torch.arange(len(lengths_B)).unsqueeze(1) * columns + new_column_BN
     text_from = text_BN.flatten().nonzero().squeeze(1)
-    added = torch.zeros(real_BM.numel(), dtype=torch.long) if bool(extra_BN.any()) else None
-    before_BN = extra_BN.cumsum(1) - extra_BN
+    added = torch.zeros(real_BM.numel(), dtype=torch.long) if bool((lead_BN + extra_BN).any()) else None
+    before_BN = (lead_BN + extra_BN).cumsum(1) - extra_BN
     groups, kept_to = [], []
-    for group, slot_IM, count, grid in zip(layout.groups, slots, kept, kept_grids, strict=True):
+    for group, slot_IM, count, grid, lead in zip(layout.groups, slots, kept, kept_grids, before, strict=True):
         rows_I1 = group.rows_I.unsqueeze(1)
         columns_IM = new_column_BN[rows_I1, slot_IM]
-        more = torch.arange(1, 1 + count - slot_IM.shape[1])
-        columns_IM = torch.cat([columns_IM, columns_IM[:, -1:] + more], dim=1)
+        less, more = torch.arange(-lead, 0), torch.arange(1, 1 + count - lead - slot_IM.shape[1])
+        columns_IM = torch.cat([columns_IM[:, :1] + less, columns_IM, columns_IM[:, -1:] + more], dim=1)
         groups.append(ImageGroup(grid, group.rows_I, columns_IM))
         kept_to.append((rows_I1 * columns + columns_IM).flatten())
         if added is not None:

@@ -69,6 +69,7 @@ class Kept:
         sources_BM: Which of the N tokens each stands in place of (for logits at original length), -1 for a new token
             that stands in no one's place; None = evenly spaced, or, with M > N, all N and then new ones.
         grid: The grid they form; None = one row of M tokens, or the same grid where all are kept.
+        before: How many of the first M are new tokens that stand before the image's first (`Enters` alone).
         renumber: The row's position ids are to be numbered again without gaps.
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
             "proportional attention").
@@ -79,6 +80,7 @@ class Kept:
     sizes_BM: Tensor
     sources_BM: Tensor | None = None
     grid: Grid | None = None
+    before: int = 0
     renumber: bool = False
     size_bias: bool = False
 
@@ -134,13 +136,17 @@ class Learns(Protocol):
 
 @runtime_checkable
 class Enters(Protocol):
-    """A method that adds tokens at the decoder's input (registers); `spec.tokens_before(grid)` counts them."""
+    """A method that adds tokens at the decoder's input (registers); `spec.tokens_before(grid)` counts them.
+
+    Without `compress` they stay to the last layer: it acts at layer 0 and its spec `takes_amount = False`.
+    """
 
     def enter(self, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         """Return what enters layer 0: as `compress`, but more tokens than it got where it adds some.
 
-        The position ids of what follows the image in its row move up by the number added. `Context.module` is given to
-        this call alone; `compress` follows before the point's own layer.
+        The position ids of what follows the image in its row, and of the image too where tokens were added before it,
+        move up by the number added. `Context.module` is given to this call alone; `compress` follows before the
+        point's own layer.
         """
         ...
 

@@ -246,6 +246,8 @@ class CompressorSpec(Component):
     """Where every token is kept, they are left as they are, so that the plain model is computed. False for a method
     that makes new tokens in any case, as most that learn do.
     """
+    takes_amount: ClassVar[bool] = True
+    """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
 
     layer: Layer = Field(examples=[2, "50%", "projector"])
     """Decoder layer before which it acts, or `projector`. Layers count from 0, the decoder's input; a share of the
@@ -264,7 +266,11 @@ class CompressorSpec(Component):
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:
-        if sum(getattr(self, name) is not None for name in AMOUNTS) != 1:
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if not self.takes_amount:
+            if given:
+                raise PydanticCustomError("no_amount", f"it takes no amount; drop {', '.join(given)}")
+        elif len(given) != 1:
             raise PydanticCustomError("amount", f"the amount is exactly one of {', '.join(AMOUNTS)}")
         return self
 

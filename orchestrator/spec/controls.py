@@ -136,7 +136,8 @@ def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Point
         return (method.model_validate(fields),)
     found = []
     for point in points:
-        found.append(_at_point(method, point, facts, grid))
+        # What takes no amount is no budget: the control has it too.
+        found.append(_at_point(method, point, facts, grid) if point.takes_amount else point)
         grid = point.kept_grid(grid) if grid is not None and point.layer_average_tokens is None else None
     return tuple(found)
 

@@ -34,8 +34,9 @@ class Segment:
 
 def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
     """Cut the depth at every point; points at one layer act in their order, then new tokens enter at layer 0."""
-    acting = [point for point in points if not point.at_projector]
-    entering = [replace(point, layer=0, enters=True) for point in acting if hasattr(point.compressor, "enter")]
+    inside = [point for point in points if not point.at_projector]
+    entering = [replace(point, layer=0, enters=True) for point in inside if hasattr(point.compressor, "enter")]
+    acting = [point for point in inside if hasattr(point.compressor, "compress")]
     starts = sorted({0, *(point.layer for point in acting)})
     ends = [*starts[1:], num_layers]
     return [
@@ -138,7 +139,12 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
     device, width = flow.hidden_BND.device, flow.hidden_BND.shape[-1]
     flat_hidden, flat_meta = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1)
     grids = [one.grid for one in kept if one.grid is not None]  # all of them: `apply_point` fills them in
-    after, moves = rearrange(flow.layout, [one.hidden_BMD.shape[1] for one in kept], grids)
+    after, moves = rearrange(
+        flow.layout,
+        [one.hidden_BMD.shape[1] for one in kept],
+        grids,
+        [one.before for one in kept],
+    )
     moves_device = moves.to(device)
     rows = flow.layout.real_BN.shape[0]
     hidden = flow.hidden_BND.new_zeros(rows * after.length, width)

@@ -168,8 +168,8 @@ class Candidate:
 
     @property
     def has_amount(self) -> bool:
-        """It says how many tokens it keeps."""
-        return any(name in self.given for name in _AMOUNT_NAMES)
+        """It says how many tokens it keeps, or has nothing to say."""
+        return not self.cls.takes_amount or any(name in self.given for name in _AMOUNT_NAMES)
 
     def spec(self, **more: Any) -> CompressorSpec:
         """Return the spec with these parameters, too.
@@ -222,8 +222,11 @@ def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
     if all("layer" in point.given for point in points):
         return [[None] * len(points)]
     cls = points[0].cls
-    enters = hasattr(registry.load_object(cls.implementation), "enter")
+    implementation = registry.load_object(cls.implementation)
+    enters = hasattr(implementation, "enter") and hasattr(implementation, "compress")
     first = max(tiny.first_layer, 1 if {"queries", "keys"} & set(cls.needs) or enters else 0)
+    if not hasattr(implementation, "compress"):  # what it adds stays
+        return [[0] * len(points)]
     if len(points) > 1:
         return [[min(first + number, tiny.layers - 1) for number in range(len(points))]]
     inside = dict.fromkeys([first, max(first, tiny.layers - 2)]) if "decoder" in cls.points else {}

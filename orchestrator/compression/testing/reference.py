@@ -225,9 +225,12 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
             facts = state.sizes[column], state.origins[column], state.labels[column]
             found = [_Token(state.hidden_ND[column], position_A, *facts)]
         else:
-            found = _kept_at(state, unit, kept_of[unit.columns], column, moved)
+            kept = kept_of[unit.columns]
+            if column == unit.columns[0]:
+                moved += kept.before
+            found = _kept_at(state, unit, kept, column, moved)
             if column == unit.columns[-1]:
-                moved += max(0, kept_of[unit.columns].hidden_BMD.shape[1] - len(unit.columns))
+                moved += max(0, kept.hidden_BMD.shape[1] - kept.before - len(unit.columns))
         if unit is not None:
             places[unit.columns] += range(len(tokens), len(tokens) + len(found))
         tokens += found
@@ -252,11 +255,13 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
 
 
 def _kept_at(state: RowState, unit: Unit, kept: Any, column: int, moved: int) -> list[_Token]:
-    """Return the kept tokens that stand where a unit's token was; added ones stand where its last was."""
-    before, tokens, count = unit.columns.index(column), len(unit.columns), kept.hidden_BMD.shape[1]
-    chosen = [m for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == before]
-    if before == tokens - 1:
-        chosen += range(tokens, count)
+    """Return the kept tokens that stand where a unit's token was; added ones stand by its first or its last."""
+    place, tokens, count = unit.columns.index(column), len(unit.columns), kept.hidden_BMD.shape[1] - kept.before
+    chosen = [m + kept.before for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == place]
+    if place == 0:
+        chosen = [*range(kept.before), *chosen]
+    if place == tokens - 1:
+        chosen += range(kept.before + tokens, kept.before + count)
     found = []
     for m in chosen:
         source = source_of(kept, m, tokens)
@@ -549,7 +554,8 @@ class Reference:
         while start < num_layers:
             here = [point for point in waiting if point.layer <= start]
             for point in here:
-                state = self._act(state, point)
+                if hasattr(point.compressor, "compress"):
+                    state = self._act(state, point)
             entering = [point for point in points if start == 0 and hasattr(point.compressor, "enter")]
             for point in entering:
                 state = self._act(state, point, enters=True)

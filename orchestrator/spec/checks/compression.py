@@ -164,9 +164,12 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
                 message = f"acts at {place}, not after the point before it at layer {last}"
                 yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
             last = max(last, layer)
-        if index and _adds_tokens(point):
+        if index and _adds_tokens(point) and point.takes_amount:
             message = f"{point.kind} adds tokens at the decoder's input, which the points before it would mix or drop"
             yield Finding((*where, "kind"), message, None, "let it be the first point of the variant")
+        if index and any(_adds_tokens(before) and not before.takes_amount for before in points[:index]):
+            message = f"{point.kind} would mix or drop the tokens that a point before it adds for good"
+            yield Finding((*where, "kind"), message, None, "let the point that adds tokens be the variant's last")
         if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
             message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
             yield Finding((*where, "kind"), message)
@@ -220,7 +223,7 @@ def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
 
 
 def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -> tuple[Finding | None, Grid | None]:
-    amount = next(name for name in AMOUNTS if getattr(point, name) is not None)
+    amount = next((name for name in AMOUNTS if getattr(point, name) is not None), "kind")
     if point.stride is not None and point.stride > grid.tokens:
         message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
         return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
