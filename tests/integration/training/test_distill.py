@@ -65,6 +65,14 @@ def sandwich_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
     )  # fmt: skip
 
 
+def dualspeed_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """Fast steps pruned behind an isolator; slow ones full, which the fast pass teaches (DualSpeed)."""
+    fast = ({"kind": "divprune", "layer": "projector", "keep_ratio": "1/4"}, {"kind": "isolator"})
+    taught = Distillation("fast", fast, 1.3, TEMPERATURE, added=True)
+    table = (Action(0, 2, "fast", fast), Action(2, 4, "full", (), taught), Action(4, 6, "fast", fast))
+    return replace(sandwich_job(made, **recipe), table=table)
+
+
 def learned_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
     """A learned compressor is taught for two steps, rests for two, and teaches for the last two."""
     table = (
@@ -208,7 +216,11 @@ def test_micro_batches_do_not_change_what_is_learned(made: tuple[Path, Path], tm
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "zero"),
-    [(make, zero) for make in (taught_job, added, learned_job, sandwich_job) for zero in ("zero2", "zero3")],
+    [
+        (make, zero)
+        for make in (taught_job, added, learned_job, sandwich_job, dualspeed_job)
+        for zero in ("zero2", "zero3")
+    ],
 )
 def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path: Path, make: Any, zero: str) -> None:
     job = make(made, per_device_train_batch_size=2, deepspeed=zero)
@@ -286,19 +298,27 @@ def plain_loop(folder: Path, job: StageJob) -> tuple[str, list[dict[str, Any]]]:
         own, (first, *passes) = logits_of(action.points), action.trained_passes
         targets = torch.cat([labels[1:][labels[1:] != -100] for labels in batch["labels"]])
         loss = torch.nn.functional.cross_entropy(own, targets)
-        p, divergences = (own.detach() / TEMPERATURE).softmax(1), []
+        factor, teacher, divergences = WEIGHT, own.detach(), []
+        if action.distill is not None:
+            with torch.no_grad():
+                factor, teacher = action.distill.weight, logits_of(action.distill.points)
+            q = (own / TEMPERATURE).log_softmax(1)
+        p = (teacher / TEMPERATURE).softmax(1)
+        if action.distill is not None:
+            divergences.append(TEMPERATURE**2 * (p * (p.log() - q)).sum() / len(targets))
         for each in passes:
             q = (logits_of(each) / TEMPERATURE).log_softmax(1)
             divergences.append(TEMPERATURE**2 * (p * (p.log() - q)).sum() / len(targets))
         model.zero_grad()
-        (loss + WEIGHT * sum(divergences)).backward()
+        (loss + factor * sum(divergences)).backward()
         used = {"", *(name for each in (first, *passes) for name in attachment.learned_names(each))}
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], recipe["max_grad_norm"])
         for name in used:
             for group in optimizers[name].param_groups:
                 group["lr"] = recipe["learning_rate"] * rate
             optimizers[name].step()
-        line = {"loss": float(loss)} | ({"distill_loss": float(sum(divergences) / len(passes))} if passes else {})
+        mean = {"distill_loss": float(sum(divergences) / len(divergences))} if divergences else {}
+        line = {"loss": float(loss)} | mean
         lines.append(line)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "plain.safetensors")
@@ -320,15 +340,25 @@ def test_a_sandwich_is_a_plain_loop_of_passes(made: tuple[Path, Path], tmp_path:
     assert all(not torch.equal(moved[name], start[name]) for name in start if name.endswith("lm_head.weight"))
 
 
+def test_dualspeed_is_a_plain_loop_of_fast_and_slow_steps(made: tuple[Path, Path], tmp_path: Path) -> None:
+    job = dualspeed_job(made, per_device_train_batch_size=8)
+    found = launch(1, trained, tmp_path, {"dual": job})["dual"]
+    _compare(found, launch(1, plain_loop, tmp_path / "plain", job))
+    assert ["distill_loss" in line for line in found[1]] == [False, False, True, True, False, False]
+    (tokens,) = (tensor for name, tensor in load_file(found[0]).items() if name.endswith(".tokens"))
+    assert tokens.shape == (4, 16) and float(tokens.abs().max()) > 0
+
+
 def untrained(folder: Path, job: StageJob) -> str:
     return str(make_ledger(folder, job.model).state_folder("root") / "weights/model.safetensors")
 
 
-def test_a_sandwich_resumes_as_if_left_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
-    job = sandwich_job(made, per_device_train_batch_size=3)
+@pytest.mark.parametrize("make", [sandwich_job, dualspeed_job])
+def test_passes_resume_as_if_left_alone(made: tuple[Path, Path], tmp_path: Path, make: Any) -> None:
+    job = make(made, per_device_train_batch_size=3)
     first, *rest = job.table
-    assert first.students is not None
-    other = replace(job, table=(replace(first, students=replace(first.students, weight=0.5)), *rest))
+    students = replace(first.students or STUDENTS, weight=0.5)
+    other = replace(job, table=(replace(first, students=students), *rest))
     digest, told = launch(1, resumed, tmp_path / "stopped", (job, other))
     assert "table is" in told and '"weight": 0.5' in told
     weights, _ = launch(1, trained, tmp_path / "alone", {"job": job})["job"]

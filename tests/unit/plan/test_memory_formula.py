@@ -90,7 +90,11 @@ def test_formula_grows_with_tokens_and_falls_with_compression(
     )
     # The passes of a step follow one another: the largest counts, beside the logits that a student learns from.
     students = StudentPasses(("heavier",), (HEAVIER,), 1.0, 1.0)
-    actions = [FULL, replace(FULL, students=students), replace(FULL, distill=Distillation("heavier", HEAVIER, 0.5, 1.0))]
+    actions = [
+        FULL,
+        replace(FULL, students=students),
+        replace(FULL, distill=Distillation("heavier", HEAVIER, 0.5, 1.0)),
+    ]
     alone, sandwich, beside = (activation_bytes(FACTS, action, sample, recipe_of(), 4) for action in actions)
     assert alone <= sandwich < beside
 
