@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator import plugin
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 
 class RandomDropSpec(plugin.CompressorSpec):
@@ -36,17 +37,18 @@ class RandomDrop:
         import torch
 
         tokens, kept = visual_BND.shape[1], self.spec.kept_tokens(grid)
-        rows = context.rows_B.tolist()
-        samples = context.sample_indices or rows
-        seen: Counter[int] = Counter()
-        drawn = []
-        for row, sample in zip(rows, samples, strict=True):
-            generator = torch.Generator().manual_seed(_seed(context, sample, seen[row]))
-            seen[row] += 1
-            drawn.append(torch.randperm(tokens, generator=generator)[:kept].sort().values)
+        generators = image_generators("random_drop", context)
+        drawn = [torch.randperm(tokens, generator=one)[:kept].sort().values for one in generators]
         return plugin.take(visual_BND, torch.stack(drawn).to(visual_BND.device), context)
 
 
-def _seed(context: plugin.Context, sample: int, image: int) -> int:
-    key = f"random_drop:{context.layer}:{context.seed}:{context.step}:{sample}:{image}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+def image_generators(name: str, context: plugin.Context) -> Iterator[Generator]:
+    """Yield a generator for each image, seeded by (method, layer, seed, step, sample, image of the sample)."""
+    import torch
+
+    rows = context.rows_B.tolist()
+    seen: Counter[int] = Counter()
+    for row, sample in zip(rows, context.sample_indices or rows, strict=True):
+        key = f"{name}:{context.layer}:{context.seed}:{context.step}:{sample}:{seen[row]}"
+        seen[row] += 1
+        yield torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
