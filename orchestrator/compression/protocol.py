@@ -69,10 +69,10 @@ class Kept:
         sources_BM: Which of the N tokens each stands in place of (for logits at original length), -1 for a new token
             that stands in no one's place; None = evenly spaced, or, with M > N, all N and then new ones.
         grid: The grid they form; None = one row of M tokens, or the same grid where all are kept.
-        before: How many of the first M are new tokens that stand before the image's first (`Enters` alone).
         renumber: The row's position ids are to be numbered again without gaps.
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
             "proportional attention").
+        before: How many of the first M are new tokens that stand before the image's first (`Enters` alone).
     """
 
     hidden_BMD: Tensor
@@ -80,9 +80,9 @@ class Kept:
     sizes_BM: Tensor
     sources_BM: Tensor | None = None
     grid: Grid | None = None
-    before: int = 0
     renumber: bool = False
     size_bias: bool = False
+    before: int = 0
 
 
 @runtime_checkable

@@ -70,7 +70,7 @@ FROZEN = {
     ),
     "Kept": (
         lambda: fields(compression.Kept),
-        ["hidden_BMD", "positions_ABM", "sizes_BM", "sources_BM", "grid", "renumber", "size_bias"],
+        ["hidden_BMD", "positions_ABM", "sizes_BM", "sources_BM", "grid", "renumber", "size_bias", "before"],
     ),
     "Grid": (lambda: fields(Grid), ["height", "width"]),
     "StageTable": (lambda: fields(StageTable)[:2], ["actions", "final"]),
