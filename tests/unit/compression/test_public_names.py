@@ -111,6 +111,7 @@ def test_what_a_compressor_spec_has():
         "needs",
         "points",
         "stride",
+        "takes_amount",
         "tokens_before",
     ]
 
