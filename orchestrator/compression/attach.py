@@ -222,6 +222,11 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
         )
     if hasattr(implementation, "enter"):
         _check_entry(spec, layer, family, stays=not hasattr(implementation, "compress"))
+    if spec.across_frames and not family.knows_videos:
+        raise UsageError(
+            f"attach: {spec.kind} acts across the frames of a video, and {type(family.model).__name__} does not tell "
+            "which frames are of one video"
+        )
     at_projector = spec.layer == "projector" and family.projector is not None
     if hasattr(implementation, "resize") and (family.resizable_tower is None or not at_projector):
         raise UsageError(
@@ -396,6 +401,10 @@ def _patch_expansion(model: nn.Module, decoder: Decoder, expand: Callable[..., A
         ids = kwargs.get("input_ids")
         if expand_size == 1 or ids is None or not _encodes_in_forward(decoder.points):
             return expand(self, expand_size, *args, **kwargs)
+        if across := [point.spec.kind for point in decoder.points if point.spec.across_frames]:
+            raise UsageError(
+                f"generate: {across[0]} acts across frames, and videos cannot be repeated; give num_beams=1"
+            )
         images = expand_images(decoder.family, ids, expand_size, kwargs)
         ids, rest = expand(self, expand_size, *args, **{k: v for k, v in kwargs.items() if k not in images})
         return ids, {**rest, **images}
@@ -431,7 +440,7 @@ def restore(modules: Sequence[nn.Module]) -> None:
 
 
 def _encodes_in_forward(points: Sequence[Point]) -> bool:
-    return any(point.at_projector or "cls" in point.spec.needs for point in points)
+    return any(point.at_projector or point.spec.across_frames or "cls" in point.spec.needs for point in points)
 
 
 def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ All of it is index arithmetic on the host, computed once per forward; the tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ class ImageGroup:
         grid: Their grid.
         rows_I: Row of each image.
         columns_IN: Column of each visual token.
+        frames_I: Number of each image in its video, 0 for a first frame or an image of its own.
     """
 
     grid: Grid
     rows_I: Tensor
     columns_IN: Tensor
+    frames_I: Tensor
 
     @property
     def tokens(self) -> int:
@@ -127,18 +129,61 @@ def build_layout(visual_BN: Tensor, real_BN: Tensor, grids: Sequence[Grid]) -> L
         rows_IN = places_IN // visual_BN.shape[1]
         if not bool((rows_IN == rows_IN[:, :1]).all()):
             raise UsageError("compression: an image's placeholders in input_ids are spread over two rows of the batch")
-        groups.append(ImageGroup(grid, rows_IN[:, 0], places_IN % visual_BN.shape[1]))
+        frames_I = torch.tensor([grids[member].frame for member in members])
+        groups.append(ImageGroup(grid, rows_IN[:, 0], places_IN % visual_BN.shape[1], frames_I))
     pad_left = bool(real_BN[:, -1].all()) and not bool(real_BN[:, 0].all())
     return Layout(real_BN | visual_BN, tuple(groups), pad_left)
 
 
+def join_frames(layout: Layout) -> Layout:
+    """Return the layout with all frames of a video in a row as one image, frame after frame; an image stays alone."""
+    videos: dict[Grid, list[tuple[int, Tensor]]] = {}
+    for group in layout.groups:
+        images = zip(group.rows_I.tolist(), group.columns_IN[:, 0].tolist(), range(len(group.rows_I)), strict=True)
+        runs: list[list[int]] = []
+        for row, _, image in sorted(images):
+            frame = int(group.frames_I[image])
+            last = runs[-1][-1] if runs else -1
+            if frame and runs and int(group.rows_I[last]) == row and int(group.frames_I[last]) == frame - 1:
+                runs[-1].append(image)
+            else:
+                runs.append([image])
+        for run in runs:
+            grid = Grid(group.grid.height * len(run), group.grid.width, frames=len(run))
+            videos.setdefault(grid, []).append((int(group.rows_I[run[0]]), group.columns_IN[run].flatten()))
+    groups = []
+    for grid, members in videos.items():
+        rows_I, columns_IN = torch.tensor([row for row, _ in members]), torch.stack([each for _, each in members])
+        groups.append(ImageGroup(grid, rows_I, columns_IN, torch.zeros_like(rows_I)))
+    return replace(layout, groups=tuple(groups))
+
+
+def split_frames(layout: Layout) -> Layout:
+    """Return the layout with the frames of videos as images of their own again, where a method left frames whole."""
+    groups = []
+    for group in layout.groups:
+        frames, grid = group.grid.frames, group.grid
+        if frames > 1:
+            columns_IN = group.columns_IN.unflatten(1, (frames, -1)).flatten(0, 1)
+            frames_I = torch.arange(frames).repeat(len(group.rows_I))
+            one = Grid(grid.height // frames, grid.width)
+            group = ImageGroup(one, group.rows_I.repeat_interleave(frames), columns_IN, frames_I)
+        groups.append(group)
+    return replace(layout, groups=tuple(groups))
+
+
 def rearrange(
-    layout: Layout, kept: Sequence[int], kept_grids: Sequence[Grid], before: Sequence[int]
+    layout: Layout,
+    kept: Sequence[int],
+    kept_grids: Sequence[Grid],
+    before: Sequence[int],
+    sources: Sequence[Tensor | None],
 ) -> tuple[Layout, Moves]:
     """Return the layout after each group's images keep `kept` tokens, padded again on the side it was padded.
 
     Padding that is not needed any more goes; text keeps its order around the images. Where an image gets more tokens
-    than it had, `before` of the new ones stand before its first and the others follow its last.
+    than it had, `before` of the new ones stand before its first and the others follow its last. Kept tokens stand where
+    their `sources` (I x M, on the host) stood, or evenly spread over the image's columns.
     """
     text_BN = layout.real_BN.clone()
     for group in layout.groups:
@@ -146,9 +191,12 @@ def rearrange(
     stays_BN = text_BN.long()
     lead_BN, extra_BN = torch.zeros_like(stays_BN), torch.zeros_like(stays_BN)
     slots = []
-    for group, count, lead in zip(layout.groups, kept, before, strict=True):
+    for group, count, lead, source_IM in zip(layout.groups, kept, before, sources, strict=True):
         tokens = group.columns_IN.shape[1]
-        slot_IM = group.columns_IN[:, evenly_spaced(tokens, min(count, tokens))]
+        if source_IM is not None:
+            slot_IM = group.columns_IN.gather(1, source_IM)
+        else:
+            slot_IM = group.columns_IN[:, evenly_spaced(tokens, min(count, tokens))]
         stays_BN[group.rows_I.unsqueeze(1), slot_IM] = 1
         lead_BN[group.rows_I, group.columns_IN[:, 0]] = lead
         extra_BN[group.rows_I, group.columns_IN[:, -1]] = max(0, count - lead - tokens)
@@ -173,7 +221,7 @@ def rearrange(
         columns_IM = new_column_BN[rows_I1, slot_IM]
         less, more = torch.arange(-lead, 0), torch.arange(1, 1 + count - lead - slot_IM.shape[1])
         columns_IM = torch.cat([columns_IM[:, :1] + less, columns_IM, columns_IM[:, -1:] + more], dim=1)
-        groups.append(ImageGroup(grid, group.rows_I, columns_IM))
+        groups.append(ImageGroup(grid, group.rows_I, columns_IM, group.frames_I))
         kept_to.append((rows_I1 * columns + columns_IM).flatten())
         if added is not None:
             added[kept_to[-1]] = before_BN[group.rows_I, group.columns_IN[:, 0]].repeat_interleave(count)

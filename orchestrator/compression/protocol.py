@@ -72,6 +72,8 @@ class Kept:
         renumber: The row's position ids are to be numbered again without gaps.
         size_bias: From here on attention adds the logarithm of a token's size to the logits of its key (ToMe,
             "proportional attention").
+        in_place: Tokens stand where their sources stood (rising, no two alike), not evenly spread over the image's
+            columns: between the frames of a video may stand text.
         before: How many of the first M are new tokens that stand before the image's first (`Enters` alone).
     """
 
@@ -83,6 +85,7 @@ class Kept:
     renumber: bool = False
     size_bias: bool = False
     before: int = 0
+    in_place: bool = False
 
 
 @runtime_checkable

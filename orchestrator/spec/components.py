@@ -195,10 +195,19 @@ def amounts_around(height: int, width: int, wanted: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Shape of one image's (or frame's) visual tokens: rows x columns, in raster order."""
+    """Shape of one image's (or frame's) visual tokens: rows x columns, in raster order.
+
+    Attributes:
+        height: Rows; of a video its frames' rows one below the other.
+        width: Columns.
+        frames: Frames of a video, for a method that acts across them; else 1.
+        frame: Number of a frame in its video, 0 for a first one or an image of its own. It is no part of the shape.
+    """
 
     height: int
     width: int
+    frames: int = field(default=1, repr=False)
+    frame: int = field(default=0, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -246,6 +255,8 @@ class CompressorSpec(Component):
     """Where every token is kept, they are left as they are, so that the plain model is computed. False for a method
     that makes new tokens in any case, as most that learn do.
     """
+    across_frames: ClassVar[bool] = False
+    """It gets all frames of a video as one image, whose grid says how many frames it has; an image is one frame."""
     takes_amount: ClassVar[bool] = True
     """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
 

@@ -95,6 +95,11 @@ class Family(ABC):
         """Return the visual tokens of a batch, from shapes alone (0 where the batch brings no image)."""
 
     @property
+    def knows_videos(self) -> bool:
+        """Whether `grids` tells which frames are of one video (`Grid.frame`)."""
+        return False
+
+    @property
     def first_layer(self) -> int:
         """The first decoder layer before which a point may act (more than 0 where visual features enter on the way)."""
         return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -103,6 +105,11 @@ class ImagesFamily(Family):
         """Return the units of each video the batch brings, in order."""
         return []
 
+    @property
+    def knows_videos(self) -> bool:
+        """True where it says what the units of a video are."""
+        return type(self).video_units is not ImagesFamily.video_units
+
     def units_unseen(self, num_placeholders: int) -> list[Grid]:
         """Return the units of placeholders where the batch brings neither pixels nor features.
 
@@ -118,7 +125,7 @@ class ImagesFamily(Family):
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
         """Return the units of images and videos as they stand in the rows."""
-        images, videos = self.image_units(inputs), self.video_units(inputs)
+        images, videos = self.image_units(inputs), [numbered(units) for units in self.video_units(inputs)]
         if not images and not videos:
             return self.units_unseen(num_placeholders)
         if not images or not videos:
@@ -152,6 +159,12 @@ class ImagesFamily(Family):
     def leave(self) -> None:
         """Take that out again."""
         self.model.model.__dict__.pop("get_image_features", None)
+
+
+def numbered(units: Units) -> Units:
+    """Return the units of a video with their numbers as frames; those of one token (newline, CLS) are none."""
+    number = count()
+    return tuple(replace(grid, frame=next(number)) if grid.tokens > 1 else grid for grid in units)
 
 
 def pair(size: Any) -> tuple[int, int]:

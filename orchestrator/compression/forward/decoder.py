@@ -15,6 +15,7 @@ from orchestrator.compression.attention.recorder import Recording, attention_mod
 from orchestrator.compression.attention.stats import Seen, counted_from_zero, needs_of
 from orchestrator.compression.attention.tower import records_for
 from orchestrator.compression.families.base import Family
+from orchestrator.compression.families.images import ready_features
 from orchestrator.compression.forward.apply_point import call_idle
 from orchestrator.compression.forward.cache import CacheRecord, SegmentCache, record_of, remember
 from orchestrator.compression.forward.entry import Pass, check_positions, entering, locate, padding_mask
@@ -230,6 +231,12 @@ class Decoder:
         """Prepare what points ask to see of tower and layers; `seen` tokens came before."""
         limit = None if self.prompt_columns is None else self.prompt_columns - seen
         flow.records = records_for(points, flow.layout, flow.origins_BN, flow.labels_BN, limit, current.tower)
+        across = [point.spec.kind for point in points if point.spec.across_frames]
+        if flow.layout is not None and across and ready_features(current.inputs, "video") is not None:
+            raise UsageError(
+                f"compression: {across[0]} acts across the frames of a video, and ready features do not tell them; "
+                "pass pixel_values_videos, not mm_encoder_outputs"
+            )
         if flow.layout is not None and current.projected is None and any(point.at_projector for point in points):
             raise UsageError(
                 "compression: a point at the projector acts while the images are encoded; pass pixel_values, not ready "

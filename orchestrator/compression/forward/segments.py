@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from orchestrator.compression.attention.stats import Records
 from orchestrator.compression.forward.apply_point import apply_point
 from orchestrator.compression.forward.cache import SegmentCache
-from orchestrator.compression.layout import ImageGroup, Layout, rearrange
+from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 
 
@@ -113,13 +113,19 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         The flow after it, and whether position ids are to be numbered again.
     """
     assert flow.layout is not None
+    if point.spec.across_frames:
+        flow = replace(flow, layout=join_frames(flow.layout))
+    assert flow.layout is not None
     groups, metas = [], []
     for group in flow.layout.groups:
         visual_BND, meta_CIN = visuals_of(flow, group)
         groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
     kept = apply_point(point, groups, module)
-    return rejoin(flow, kept, metas), any(one.renumber for one in kept)
+    flow = rejoin(flow, kept, metas)
+    if point.spec.across_frames and flow.layout is not None:
+        flow = replace(flow, layout=split_frames(flow.layout))
+    return flow, any(one.renumber for one in kept)
 
 
 def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
@@ -144,6 +150,7 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
         [one.hidden_BMD.shape[1] for one in kept],
         grids,
         [one.before for one in kept],
+        [one.sources_BM.cpu() if one.in_place and one.sources_BM is not None else None for one in kept],
     )
     moves_device = moves.to(device)
     rows = flow.layout.real_BN.shape[0]

@@ -142,7 +142,7 @@ _MISTRAL_UNITS = {"image": (Grid(3, 4),), "small": (Grid(2, 2),)}
 # Qwen: images and videos of any size, position ids of three axes. Temporal patches, height and width in patches; 2 x 2
 # patches are merged into a token.
 _THW = {"image": (1, 6, 8), "small": (1, 4, 4), "video": (2, 4, 6)}
-_QWEN_UNITS = {"image": (Grid(3, 4),), "small": (Grid(2, 2),), "video": (Grid(2, 3), Grid(2, 3))}
+_QWEN_UNITS = {"image": (Grid(3, 4),), "small": (Grid(2, 2),), "video": (Grid(2, 3), Grid(2, 3, frame=1))}
 _FRAME = [SEPARATOR, *[VIDEO] * 6, SEPARATOR]  # vision_start, placeholders, vision_end
 _QWEN_TOKENS = {"image": [SEPARATOR, *[IMAGE] * 12, SEPARATOR], "small": [SEPARATOR, *[IMAGE] * 4, SEPARATOR]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -262,7 +262,7 @@ _FAMILIES = (
         units={
             "image": (Grid(3, 3), Grid(3, 6)),  # 4 x 6 tokens are more than two tiles hold, so scaled to 3 x 5
             "small": (Grid(3, 3), Grid(6, 2)),
-            "video": (Grid(2, 2),) * _FRAMES + (Grid(1, 1),),
+            "video": (*(Grid(2, 2, frame=frame) for frame in range(_FRAMES)), Grid(1, 1)),
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -276,7 +276,10 @@ _FAMILIES = (
         {"image": _NINE, "video": [VIDEO] * 10 * _FRAMES},
         partial(_square, name=_VIDEO_LLAVA_PIXELS),
         _frames,
-        units={"image": (Grid(3, 3),), "video": (Grid(1, 1), Grid(3, 3)) * _FRAMES},  # a frame's CLS token stays
+        units={  # a frame's CLS token stays
+            "image": (Grid(3, 3),),
+            "video": tuple(grid for frame in range(_FRAMES) for grid in (Grid(1, 1), Grid(3, 3, frame=frame))),
+        },
         image_token_index=IMAGE,
         video_token_index=VIDEO,
     ),

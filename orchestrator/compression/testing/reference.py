@@ -254,21 +254,51 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
     )
 
 
+def _videos(units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Return the units of a row with the frames of each video as one."""
+    found: list[Unit] = []
+    for unit in units:
+        before = [one for one in found if len(one.columns) > 1]
+        if unit.grid.frame and len(unit.columns) > 1:
+            video = before[-1]
+            frames, shape = video.grid.frames + 1, unit.grid
+            assert unit.grid.frame == frames - 1 and video.grid.width == shape.width, "a frame without its video"
+            columns = video.columns + unit.columns
+            found[found.index(video)] = Unit(Grid(shape.height * frames, shape.width, frames), columns)
+        else:
+            found.append(unit)
+    return tuple(found)
+
+
+def _frames(units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Return the units of a row with each frame of a video by itself."""
+    found: list[Unit] = []
+    for unit in units:
+        frames, each = unit.grid.frames, len(unit.columns) // unit.grid.frames
+        for number in range(frames):
+            grid = unit.grid if frames == 1 else Grid(unit.grid.height // frames, unit.grid.width, 1, number)
+            found.append(Unit(grid, unit.columns[number * each : (number + 1) * each]))
+    return tuple(found)
+
+
 def _kept_at(state: RowState, unit: Unit, kept: Any, column: int, moved: int) -> list[_Token]:
     """Return the kept tokens that stand where a unit's token was; added ones stand by its first or its last."""
     place, tokens, count = unit.columns.index(column), len(unit.columns), kept.hidden_BMD.shape[1] - kept.before
     chosen = [m + kept.before for m in range(min(count, tokens)) if m * tokens // min(count, tokens) == place]
+    if kept.in_place:
+        return [_kept_token(state, unit, kept, m, moved) for m in range(count) if source_of(kept, m, tokens) == place]
     if place == 0:
         chosen = [*range(kept.before), *chosen]
     if place == tokens - 1:
         chosen += range(kept.before + tokens, kept.before + count)
-    found = []
-    for m in chosen:
-        source = source_of(kept, m, tokens)
-        origin = state.origins[unit.columns[source]] if source >= 0 else -1
-        position_A = kept.positions_ABM[:, 0, m] + moved
-        found.append(_Token(kept.hidden_BMD[0, m], position_A, int(kept.sizes_BM[0, m]), origin, IGNORED))
-    return found
+    return [_kept_token(state, unit, kept, m, moved) for m in chosen]
+
+
+def _kept_token(state: RowState, unit: Unit, kept: Any, m: int, moved: int) -> _Token:
+    source = source_of(kept, m, len(unit.columns))
+    origin = state.origins[unit.columns[source]] if source >= 0 else -1
+    position_A = kept.positions_ABM[:, 0, m] + moved
+    return _Token(kept.hidden_BMD[0, m], position_A, int(kept.sizes_BM[0, m]), origin, IGNORED)
 
 
 def source_of(kept: Any, m: int, tokens: int, image: int = 0) -> int:
@@ -569,6 +599,8 @@ class Reference:
     def _act(self, state: RowState, point: Point, enters: bool = False) -> RowState:
         """Apply one point to one row: all its units of one grid at a time."""
         module = self.modules.get(point.module_name or "")
+        if point.spec.across_frames:
+            state = replace(state, units=_videos(state.units))
         parts: list[tuple[Unit, Kept]] = []
         for grid in dict.fromkeys(unit.grid for unit in state.units if len(unit.columns) > 1):
             members = [unit for unit in state.units if unit.grid == grid and len(unit.columns) > 1]
@@ -578,7 +610,8 @@ class Reference:
             method = compressor.enter if enters and isinstance(compressor, Enters) else compressor.compress
             kept = self._call(point, method, visual_BND, grid, context)
             parts += [(unit, one_of(kept, number)) for number, unit in enumerate(members)]
-        return spliced(state, parts) if parts else state
+        state = spliced(state, parts) if parts else state
+        return replace(state, units=_frames(state.units)) if point.spec.across_frames else state
 
     def _at_projector(self, point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
         samples = tuple(sample_of(row) for row in context.sample_indices)

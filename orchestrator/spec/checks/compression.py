@@ -164,6 +164,9 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
                 message = f"acts at {place}, not after the point before it at layer {last}"
                 yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
             last = max(last, layer)
+        if point.across_frames:
+            message = f"{point.kind} acts across the frames of a video, and no kind of data reads videos"
+            yield Finding((*where, "kind"), message, None, "from Python, orchestrator.compression.attach takes it")
         if index and _adds_tokens(point) and point.takes_amount:
             message = f"{point.kind} adds tokens at the decoder's input, which the points before it would mix or drop"
             yield Finding((*where, "kind"), message, None, "let it be the first point of the variant")

@@ -70,9 +70,12 @@ FROZEN = {
     ),
     "Kept": (
         lambda: fields(compression.Kept),
-        ["hidden_BMD", "positions_ABM", "sizes_BM", "sources_BM", "grid", "renumber", "size_bias", "before"],
+        [
+            *("hidden_BMD", "positions_ABM", "sizes_BM", "sources_BM", "grid"),
+            *("renumber", "size_bias", "before", "in_place"),
+        ],
     ),
-    "Grid": (lambda: fields(Grid), ["height", "width"]),
+    "Grid": (lambda: fields(Grid), ["height", "width", "frames", "frame"]),
     "StageTable": (lambda: fields(StageTable)[:2], ["actions", "final"]),
     "TinyFamily": (
         lambda: fields(testing.TinyFamily),
@@ -95,6 +98,7 @@ def test_what_a_compressor_spec_has():
     from orchestrator.spec.base import Component
 
     assert names_of(CompressorSpec, Component) == [
+        "across_frames",
         "keep_ratio",
         "keep_tokens",
         "keeps_all",
