@@ -15,6 +15,7 @@ GRID = Grid(6, 8)
 METHODS = {
     "dart": {"keep_tokens": 19},
     "divprune": {"keep_tokens": 17},
+    "evs": {"pruning_rate": 0.3},
     "fastv": {"keep_tokens": 13},
     "k_means": {"keep_tokens": 11},
     "pyramid_drop": {"keep_tokens": 15},
@@ -98,7 +99,9 @@ def chosen(
     context = rows_of(context, list(rows), left, right)
     found = {}
     for kind, options in METHODS.items():
-        kept = build(kind, **({"layer": 1} | options)).compress(visual_BND[list(rows)], GRID, context)
+        method = build(kind, **({"layer": 1} | options))
+        grid = dataclasses.replace(GRID, frames=2) if method.spec.across_frames else GRID
+        kept = method.compress(visual_BND[list(rows)], grid, context)
         found[kind] = [list(pair) for pair in zip(kept.sources_BM.tolist(), kept.sizes_BM.tolist(), strict=True)]
     return found
 

@@ -13,11 +13,12 @@ SCRIPT = """
 from orchestrator.compression import attach
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.kit import first_place
-plain, learned = (names.split(",") for names in sys.argv[1:])
-IMAGES, TEXT = [[3, "image", 7], [2, "image", 2, "image", "image", 5]], [[9], [6]]
+plain, learned = (names.split(",") for names in sys.argv[1:3])
+FAMILY, KIND = sys.argv[3:]
+IMAGES, TEXT = [[3, KIND, 7], [2, KIND, 2, "image", KIND, 5]], [[9], [6]]
 
 def start(points):
-    model = TINY["llava"].build("sdpa", 0).train()
+    model = TINY[FAMILY].build("sdpa", 0).train()
     attachment = attach(model, points, seed=3)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3},
@@ -27,8 +28,8 @@ def start(points):
 
 def steps(engine, attachment):
     losses = []
-    for step, second in enumerate((TEXT, [[4, "image", 5], [8]])):
-        parts = [TINY["llava"].batch(rows, "right", step, 3) for rows in (IMAGES, second)]
+    for step, second in enumerate((TEXT, [[4, KIND, 5], [8]])):
+        parts = [TINY[FAMILY].batch(rows, "right", step, 3) for rows in (IMAGES, second)]
         for number in [rank] if world == 2 else [0, 1]:
             attachment.set_step(step=step, seed=1, sample_index=[2 * number, 2 * number + 1])
             loss = engine(**parts[number], num_items_in_batch=12).loss * (2 if world == 2 else 1)
@@ -42,11 +43,11 @@ def steps(engine, attachment):
 results = {}
 engine, attachment = start([])
 for method in plain:
-    attachment.switch(first_place({"kind": method}, "llava"))
+    attachment.switch(first_place({"kind": method}, FAMILY))
     results[method] = steps(engine, attachment)
 engine.destroy()
-for method in learned:
-    engine, attachment = start(first_place({"kind": method}, "llava"))
+for method in filter(None, learned):
+    engine, attachment = start(first_place({"kind": method}, FAMILY))
     results[method] = steps(engine, attachment)
     engine.destroy()
 if rank == 0:
@@ -56,11 +57,14 @@ if rank == 0:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
-    methods = built_in_methods()
-    learned = [kind for kind in methods if registry.spec_class(registry.COMPRESSORS, kind).learns]
-    names = (",".join(kind for kind in methods if kind not in learned), ",".join(learned))
-    one = result_of_rank_0(SCRIPT, 1, tmp_path, *names)
-    two = result_of_rank_0(SCRIPT, 2, tmp_path, *names)
-    assert sorted(one) == sorted(methods)
-    assert two == pytest.approx(one, abs=1e-4)
-    assert len({round(loss, 4) for loss in one.values()}) > len(one) // 2, "methods and steps must move the loss"
+    classes = {kind: registry.spec_class(registry.COMPRESSORS, kind) for kind in built_in_methods()}
+    across = [kind for kind, cls in classes.items() if cls.across_frames]
+    learned = [kind for kind, cls in classes.items() if cls.learns]
+    plain = [kind for kind in classes if kind not in (*across, *learned)]
+    found = {}
+    for names in ((",".join(plain), ",".join(learned), "llava", "image"), (",".join(across), "", "qwen2_vl", "video")):
+        one, two = (result_of_rank_0(SCRIPT, ranks, tmp_path, *names) for ranks in (1, 2))
+        assert two == pytest.approx(one, abs=1e-4)
+        found |= one
+    assert sorted(found) == sorted(classes)
+    assert len({round(loss, 4) for loss in found.values()}) > len(found) // 2, "methods and steps must move the loss"
