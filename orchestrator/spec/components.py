@@ -362,6 +362,16 @@ class BlockCompressorSpec(CompressorSpec):
         return rows * columns
 
 
+def adds_tokens(point: CompressorSpec) -> bool:
+    """Return whether a method adds tokens at the decoder's input."""
+    return type(point).tokens_before is not CompressorSpec.tokens_before
+
+
+def adds_for_good(point: CompressorSpec) -> bool:
+    """Return whether the tokens it adds stay to the last layer: then it has `enter` and no `compress`."""
+    return adds_tokens(point) and not point.takes_amount
+
+
 class ScheduleSpec(Component):
     """How a phase is divided into stages. `compile` turns it into a table of optimizer steps."""
 

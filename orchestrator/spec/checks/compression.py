@@ -7,7 +7,17 @@ from typing import Any
 
 from orchestrator.errors import LlavoltaError
 from orchestrator.spec.budgets import solve_layer_average
-from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec, StageTable, derive
+from orchestrator.spec.components import (
+    AMOUNTS,
+    FULL,
+    CompressorSpec,
+    Grid,
+    ScheduleSpec,
+    StageTable,
+    adds_for_good,
+    adds_tokens,
+    derive,
+)
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec, known_steps
 from orchestrator.spec.yaml.node import Path
@@ -167,10 +177,10 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
         if point.across_frames:
             message = f"{point.kind} acts across the frames of a video, and no kind of data reads videos"
             yield Finding((*where, "kind"), message, None, "from Python, orchestrator.compression.attach takes it")
-        if index and _adds_tokens(point) and point.takes_amount:
+        if index and adds_tokens(point) and not adds_for_good(point):
             message = f"{point.kind} adds tokens at the decoder's input, which the points before it would mix or drop"
             yield Finding((*where, "kind"), message, None, "let it be the first point of the variant")
-        if index and any(_adds_tokens(before) and not before.takes_amount for before in points[:index]):
+        if index and any(map(adds_for_good, points[:index])):
             message = f"{point.kind} would mix or drop the tokens that a point before it adds for good"
             yield Finding((*where, "kind"), message, None, "let the point that adds tokens be the variant's last")
         if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
@@ -204,7 +214,7 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
         yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
     elif layer < first and (place == "projector" or "decoder" in point.points):
         yield Finding((*where, "layer"), deep, f"a decoder layer from {first} on")
-    if first and _adds_tokens(point):
+    if first and adds_tokens(point):
         message = f"{point.kind} adds tokens at the decoder's input, but {deep}, which must find the tokens it knows"
         yield Finding((*where, "kind"), message)
     for need in point.needs:
@@ -213,8 +223,6 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
             yield Finding((*where, "kind"), f"{point.kind} needs {reason}")
 
 
-def _adds_tokens(point: CompressorSpec) -> bool:
-    return type(point).tokens_before is not CompressorSpec.tokens_before
 
 
 def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:

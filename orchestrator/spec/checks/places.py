@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
+from orchestrator.spec.components import CompressorSpec, adds_for_good
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import FAMILIES, read_config
 from orchestrator.spec.yaml.node import Node, Path
@@ -198,7 +199,10 @@ def check_implementations(section: str, entries: Mapping[str, Any]) -> Iterator[
     """Check that each component's `module:Class` exists, by the module's source, so that no framework is imported."""
     for name, entry in entries.items():
         for spec in entry if isinstance(entry, tuple) else (entry,):
-            if isinstance(spec, Component) and (wrong := implementation_error(type(spec), _METHODS.get(section, ()))):
+            methods = _METHODS.get(section, ())
+            if isinstance(spec, CompressorSpec) and adds_for_good(spec):
+                methods = ("enter",)
+            if isinstance(spec, Component) and (wrong := implementation_error(type(spec), methods)):
                 place = f"{type(spec).__module__}.{type(spec).__name__}"
                 hint = f'`implementation: ClassVar[str] = __name__ + ":CLASS"` in {place}'
                 yield Finding((section, name, "kind"), f"`{spec.kind}` cannot run: {wrong}", None, hint)

@@ -15,7 +15,7 @@ from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.kit import first_place
 plain, learned = (names.split(",") for names in sys.argv[1:3])
 FAMILY, KIND = sys.argv[3:]
-IMAGES, TEXT = [[3, KIND, 7], [2, KIND, 2, "image", KIND, 5]], [[9], [6]]
+IMAGES, TEXT = [[3, KIND, 7], [2, KIND, 2, KIND, KIND, 5]], [[9], [6]]
 
 def start(points):
     model = TINY[FAMILY].build("sdpa", 0).train()

@@ -139,6 +139,16 @@ def test_registers_stand_first_in_a_variant(small: str, write: Write) -> None:
         load_experiment(write(text))
 
 
+def test_an_isolator_stands_last_in_a_variant(small: str, write: Write) -> None:
+    points = "[{kind: divprune, layer: projector, keep_tokens: 4}, {kind: isolator}]"
+    assert load_experiment(write(small.replace("{kind: average_pool, layer: 2, stride: 8}", points))).cells
+    text = small.replace(
+        "{kind: average_pool, layer: 2, stride: 8}", points[:-1] + ", {kind: stride, layer: 1, stride: 2}]"
+    )
+    with pytest.raises(SpecError, match="would mix or drop the tokens that a point before it adds for good"):
+        load_experiment(write(text))
+
+
 def test_a_phase_that_trains_compressors_alone_has_one_that_learns(small: str, write: Write) -> None:
     nothing = small.replace("max_steps: 100", "max_steps: 100\n    train: [compressor]")
     with pytest.raises(SpecError, match="nothing trains: no variant of the phase's schedule learns") as error:
