@@ -76,7 +76,7 @@ def test_frames_of_a_video_are_joined_and_stand_where_they_stood():
     assert videos.grid == Grid(2, 2, frames=2) and videos.rows_I.tolist() == [0, 1]
     assert videos.columns_IN.tolist() == [[4, 5, 8, 9], [0, 1, 2, 3]]
     sources = torch.tensor([[0, 1, 3], [0, 2, 3]])
-    after, moves = rearrange(layout, [2, 3], [None, None], [0, 0], [None, sources])
+    after, moves = rearrange(layout, [2, 3], [frame, Grid(1, 3)], [0, 0], [None, sources])
     assert after.groups[1].columns_IN.tolist() == [[4, 5, 8], [0, 1, 2]]
     assert moves.kept_to[1].tolist() == [4, 5, 8, 10, 11, 12]
     assert moves.text_to.tolist()[:5] == [0, 3, 6, 7, 9], "the time stamp stays between its frames"
