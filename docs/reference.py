@@ -69,7 +69,7 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
      "top_tokens is_top ranked argmax argmin TOLERANCE cosines distances merge sum_members tokens_at places_of "
      "evenly_spaced Windows windows_over window_bounds along_both_axes at_least_float32 full_precision"),
     ("Schedules", "See [a schedule of your own](../tutorials/own-schedule.md).",
-     "ScheduleSpec StageTable merge_actions DistillSpec Teaching teachers_of"),
+     "ScheduleSpec StageTable merge_actions DistillSpec Teaching Students teachers_of"),
     ("Data kinds", "See [a data kind of your own](../tutorials/own-data-kind.md).", "DataSpec DataSet Row Turn "
      "IMAGE_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
     ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
