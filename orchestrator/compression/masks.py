@@ -25,6 +25,7 @@ class Keys:
         config: The language model's config.
         layer_types: Kinds of the segment's layers; empty where the model has one kind only.
         cache: The segment's view of the KV cache, or None.
+        first: The segment's first layer.
         blocks_BK: Tokens of one non-negative id see one another both ways; None where the model is causal.
         sizes_BK: How many first tokens each key stands for, where attention logits are biased by it, else None.
     """
@@ -34,6 +35,7 @@ class Keys:
     config: Any
     layer_types: tuple[str, ...] = ()
     cache: Any = None
+    first: int = 0
     blocks_BK: Tensor | None = None
     sizes_BK: Tensor | None = None
 
@@ -67,14 +69,21 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
     if unknown:
         raise UsageError(f"compression: masks of {', '.join(unknown)} layers cannot be made; known: {FULL}, {SLIDING}")
     masks = {
-        kind: _mask(keys, kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention)
+        kind: _mask(keys, keys.first + kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention)
         for kind in dict.fromkeys(kinds)
     }
-    return masks if keys.layer_types else masks[kinds[0]]
+    return _ByKind(masks) if keys.layer_types else masks[kinds[0]]
+
+
+class _ByKind(dict[str, Any]):
+    """Masks by kind of layer; the forward asks for those of layers that do not run in the segment too."""
+
+    def __missing__(self, kind: str) -> None:
+        return None
 
 
 def _mask(keys: Keys, layer: int, window: int | None, window_cuts_blocks: bool, attention: str) -> Any:
-    """Return the mask of layers like the segment's layer number `layer`, as the attention implementation wants it."""
+    """Return the mask of layers like number `layer`, as the attention implementation wants it."""
     hidden_BND, total = keys.hidden_BND, keys.mask_BK.shape[1]
     (rows, queries), device = hidden_BND.shape[:2], hidden_BND.device
     # A sliding layer's cache keeps the last tokens only.

@@ -19,8 +19,9 @@ class Family(ABC):
 
     Attributes:
         model: The top model (with the LM head).
-        language_model: The decoder stack: has `layers`, `norm`, `rotary_emb`.
-        head_name: Attribute of the top model that holds the LM head.
+        language_model: The decoder stack: has `layers`, a norm after them, `rotary_emb`.
+        norm_name: Attribute of the decoder stack that holds the norm after its layers.
+        head_name: Path inside the top model of the LM head.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
@@ -35,25 +36,39 @@ class Family(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.language_model: Any = self.find_language_model()
-        lacking = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(self.language_model, name)]
+        lacking = [name for name in ("layers", "rotary_emb") if not hasattr(self.language_model, name)]
         if lacking:
             raise self.cannot_serve(
                 f"its language model {type(self.language_model).__name__} has no {', no '.join(lacking)}"
             )
         if not isinstance(self.language_model.layers, nn.ModuleList):
             raise self.cannot_serve("its decoder is not a plain list of layers")
+        self.norm_name = self._find_norm()
         self.head_name = self._find_head()
 
     def cannot_serve(self, reason: str) -> UsageError:
         """Return the error for a model without a needed part."""
         return UsageError(f"attach: {type(self.model).__name__} cannot be served: {reason}")
 
+    def _find_norm(self) -> str:
+        """Return `norm`, or the decoder stack's only norm by another name."""
+        norms = [name for name, child in self.language_model.named_children() if type(child).__name__.endswith("Norm")]
+        if "norm" in norms or hasattr(self.language_model, "norm"):
+            return "norm"
+        if len(norms) != 1:
+            found = f"several ({', '.join(norms)})" if norms else "none"
+            raise self.cannot_serve(
+                f"its language model {type(self.language_model).__name__} has no norm after its layers: looked for "
+                f"`norm` or one child of a class ...Norm, found {found}"
+            )
+        return norms[0]
+
     def _find_head(self) -> str:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        for name, child in self.model.named_children():
+        for name, child in self.model.named_modules():
             if head is not None and child is head:
                 return name
-        raise self.cannot_serve("it has no LM head as a child module (get_output_embeddings)")
+        raise self.cannot_serve("it has no LM head among its modules (get_output_embeddings)")
 
     @property
     def num_layers(self) -> int:

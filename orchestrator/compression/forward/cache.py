@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from orchestrator.compression.protocol import Point
 from orchestrator.errors import UsageError
@@ -20,24 +20,43 @@ _RECORD = "llavolta_record"
 class SegmentCache(Cache):
     """A view on a cache for the layers of one segment.
 
-    The model sizes its mask by the first layers of the cache it is given; here these are the segment's own. Layers
-    write with their absolute index, into the complete cache.
+    Layers have their absolute numbers. The model sizes its masks by the first layer of each kind, wherever that is; so
+    in this view a layer outside the segment is the segment's first of the same kind.
     """
 
     def __init__(self, cache: Cache, first: int, last: int) -> None:
         self._cache, self._first, self._last = cache, first, last
+        self._view: list[Any] = []
 
     @property
     def layers(self) -> list[Any]:
-        """The segment's layers, as far as they exist yet."""
-        return self._cache.layers[self._first : self._last]
+        """The layers, as far as they exist yet."""
+        if len(self._view) == self._last:
+            return self._view
+        layers = self._cache.layers[: self._last]
+        own = layers[self._first :]
+        if not own:
+            return own
+        stand_in = {_kind(layer): layer for layer in reversed(own)}
+        self._view = [stand_in.get(_kind(layer), own[0]) for layer in layers[: self._first]] + own
+        return self._view
+
+    @property
+    def attention_layer(self) -> Any:
+        """The segment's first layer that holds keys and values, or None."""
+        own = self._cache.layers[self._first : self._last]
+        return next((layer for layer in own if isinstance(layer, CacheLayerMixin)), None)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Write into the complete cache; `layer_idx` is absolute."""
+        """Write into the complete cache, which may make the layer first."""
         return self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_cache"], name)
+
+
+def _kind(layer: Any) -> Any:
+    return type(layer), getattr(layer, "is_sliding", False)
 
 
 @dataclass

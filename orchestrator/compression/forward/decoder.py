@@ -60,7 +60,8 @@ def keys_of(
         UsageError: the cache's rows or tokens are not those it was filled with.
     """
     device = flow.hidden_BND.device
-    past = cache.get_seq_length(segment.first) if cache is not None else 0
+    view = SegmentCache(cache, segment.first, segment.last) if cache is not None else None
+    past = _past(view, record.masks[number] if record else None)
     mask_BK = _mask(flow, record.masks[number] if record else None, past, segment, padding_BK)
     sizes_BK = None
     past_sizes = record.sizes[number] if record is not None else None
@@ -75,10 +76,23 @@ def keys_of(
         mask_BK=mask_BK,
         config=config,
         layer_types=tuple((getattr(config, "layer_types", None) or ())[segment.first : segment.last]),
-        cache=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
+        cache=view,
+        first=segment.first,
         blocks_BK=blocks_BK,
         sizes_BK=sizes_BK,
     )
+
+
+def _past(view: SegmentCache | None, recorded_BK: Tensor | None) -> int:
+    """Return the cached tokens of a segment; one without an attention layer (linear attention, convolutions) has only
+    what was recorded of it.
+    """
+    if view is None:
+        return 0
+    attention = view.attention_layer
+    if attention is not None:
+        return int(attention.get_seq_length())
+    return 0 if recorded_BK is None else recorded_BK.shape[1]
 
 
 def _mask(flow: Flow, recorded_BK: Tensor | None, past: int, segment: Segment, padding_BK: Tensor | None) -> Tensor:
@@ -215,7 +229,12 @@ class Decoder:
             more = self.family.segment_options(options, segment.first)
             coming = segments[number + 1].points if segment is not segments[-1] else ()
             with watched_layer(language_model, segment.last - 1, coming, flow):
-                output = run_layers(language_model, segment, flow.hidden_BND, positions, mask, cache, more)
+                output = run_layers(self.family, segment, flow, positions, mask, cache, more)
+            # Held back: the model would count them by a mask of the length that came in.
+            for logits in output.get("router_logits") or ():
+                real_M = keys.mask_BK[:, -flow.hidden_BND.shape[1] :].flatten()
+                current.router_logits += (logits.reshape(-1, logits.shape[-1])[real_M],)
+                output["router_logits"] = None
             outputs.append(output)
             flow.hidden_BND = output.last_hidden_state
             after.masks.append(keys.mask_BK)

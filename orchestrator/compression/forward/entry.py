@@ -30,6 +30,7 @@ class Pass:
         idle: A training rank whose batch has no image: what learns is called all the same.
         located: Layout and labels on the host, once they are known.
         projected: What points at the projector left of each group.
+        router_logits: Of each layer with experts what its router gave the tokens that ran, without padding.
     """
 
     inputs: dict[str, Any]
@@ -40,6 +41,7 @@ class Pass:
     idle: bool = False
     located: tuple[Layout | None, Tensor | None] | None = None
     projected: list[Kept] | None = None
+    router_logits: tuple[Tensor, ...] = ()
 
 
 def entering(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from orchestrator.compression.forward.entry import Pass
 from orchestrator.compression.forward.projector import AtProjector
 from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
+from orchestrator.errors import UsageError
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Head:
             self._find_targets(hidden_BMD.device)
             assert self.rows_L is not None
             if not self.return_logits:
-                return self.head(hidden_BMD.reshape(-1, hidden_BMD.shape[-1]).index_select(0, self.rows_L))
+                # A row each: some models ask for logits of three dimensions (to cap or shift them).
+                return self.head(hidden_BMD.reshape(-1, 1, hidden_BMD.shape[-1]).index_select(0, self.rows_L))
             return self.head(hidden_BMD)
         flow = self.current.flow
         if isinstance(self.keep, int) and self.keep == 0:
@@ -90,14 +93,22 @@ class Head:
         A batch without labels gives 0 with a graph.
         """
         assert self.rows_L is not None and self.targets_L is not None
+        logits = logits.reshape(-1, logits.shape[-1])
         if self.return_logits:
-            logits = logits.reshape(-1, logits.shape[-1]).index_select(0, self.rows_L)
+            logits = logits.index_select(0, self.rows_L)
         total = F.cross_entropy(logits.float(), self.targets_L.to(logits.device), reduction="sum")
         if num_items_in_batch is None:
             return total / max(1, len(self.targets_L))
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
+
+    def share(self, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Return the batch's share of the label tokens that the loss is divided by: what is a mean over a batch counts
+        by it, so that micro-batches add up to one mean.
+        """
+        assert self.targets_L is not None
+        return 1.0 if num_items_in_batch is None else len(self.targets_L) / num_items_in_batch
 
     def at_original_length(self, logits_BMV: Tensor) -> Tensor:
         """Return all logits at the length of the input, NaN where a token was dropped."""
@@ -166,15 +177,18 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
         inputs["use_cache"] = False
     source = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     model: Any = family.model
-    head = Head(getattr(model, family.head_name), current, source.shape[1], shifted, keep, return_logits)
-    view = object.__new__(type(model))
-    view.__dict__.update(model.__dict__)
-    view.__dict__["_modules"] = {**model._modules, family.head_name: head}
-    output = type(model).forward(view, **inputs, return_dict=True)
+    head = Head(model.get_submodule(family.head_name), current, source.shape[1], shifted, keep, return_logits)
+    output = type(model).forward(_with_child(model, family.head_name, head), **inputs, return_dict=True)
     values = dict(output.items())
+    if current.router_logits:
+        values["router_logits"] = current.router_logits
+        values["aux_loss"] = _balance(family, current.router_logits)
     if current.labels_BN is not None:
         values["loss"] = head.loss(values["logits"], num_items)
+        if isinstance(values.get("aux_loss"), Tensor):
+            values["loss"] = values["loss"] + head.share(num_items) * _balance_weight(family) * values["aux_loss"]
     if current.labels_BN is not None and not return_logits:
+        values["logits"] = values["logits"].flatten(0, -2)
         if not label_logits:
             del values["logits"]
     else:
@@ -183,6 +197,43 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     return output if return_dict else output.to_tuple()
+
+
+def _with_child(module: Any, path: str, child: Any) -> Any:
+    """Return a view of a module (its own parameters and submodules) with another one at the dotted `path`."""
+    name, _, rest = path.partition(".")
+    view = object.__new__(type(module))
+    view.__dict__.update(module.__dict__)
+    inside = _with_child(module._modules[name], rest, child) if rest else child
+    view.__dict__["_modules"] = {**module._modules, name: inside}
+    return view
+
+
+def _balance(family: Family, router_logits: tuple[Tensor, ...]) -> Tensor:
+    """Return the load-balancing loss of experts over the tokens that ran in each layer, by the model's own function."""
+    config = family.language_model.config
+    balance = getattr(sys.modules[type(family.model).__module__], "load_balancing_loss_func", None)
+    experts = next((getattr(config, name) for name in _EXPERTS if isinstance(getattr(config, name, None), int)), None)
+    if balance is None or experts is None:
+        raise UsageError(
+            f"compression: {type(family.model).__name__} gives router logits, but how it balances its experts is not "
+            "known (no load_balancing_loss_func beside it); set output_router_logits to false"
+        )
+    loss: Tensor = balance(router_logits, experts, config.num_experts_per_tok, None)
+    return loss
+
+
+def _balance_weight(family: Family) -> float:
+    for owner in (family.language_model.config, family.model.config, family.model):
+        if (weight := getattr(owner, "router_aux_loss_coef", None)) is not None:
+            return float(weight)
+    raise UsageError(
+        f"compression: {type(family.model).__name__} has an auxiliary loss, but no router_aux_loss_coef says what it "
+        "weighs; set output_router_logits to false"
+    )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
 
 
 def _lacks_images(family: Family, inputs: dict[str, Any]) -> bool:

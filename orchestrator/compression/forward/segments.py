@@ -7,7 +7,6 @@ boundary of packed sequences and cuts image from text.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +60,7 @@ class Flow:
         blocked: Tokens of one non-negative block see one another both ways.
         size_bias: Attention logits of a key are raised by the logarithm of its size.
         records: What attention saw, for points that need it; None where none does.
+        layers_give_tuples: The decoder's layers return tuples that begin with hidden states, as far as is known yet.
     """
 
     hidden_BND: Tensor
@@ -70,6 +70,7 @@ class Flow:
     blocked: bool = False
     size_bias: bool = False
     records: Records | None = None
+    layers_give_tuples: bool = False
 
     @property
     def positions_ABN(self) -> Tensor:
@@ -213,9 +214,9 @@ def renumber(flow: Flow) -> None:
 
 
 def run_layers(
-    language_model: Any,
+    family: Any,
     segment: Segment,
-    hidden_BND: Tensor,
+    flow: Flow,
     positions: Tensor,
     mask: Any,
     cache: Any,
@@ -223,36 +224,39 @@ def run_layers(
 ) -> Any:
     """Return the language model's own forward over the layers of one segment.
 
-    It runs on a shallow view of the model (same parameters and submodules, other lists of them), so the model itself
-    is never changed, not even when something fails.
+    It runs on a shallow view of the model (same parameters and submodules, another list of layers), so the model itself
+    is never changed, not even when something fails. The view has a place for every layer, so that whatever the forward
+    reads by a layer's number is right; layers outside the segment do nothing there. What the forward does to its input
+    before the first layer (Granite scales it) is for layer 0 alone: the first layer of a later segment gets the hidden
+    states as they left the one before, and a segment ends with what reaches the layer after it.
 
     Args:
-        language_model: The decoder stack.
+        family: The model's adapter: its language model, and what the final norm is called.
         segment: Its layers to run; the final norm belongs to the last segment.
-        hidden_BND: Input of the first layer.
+        flow: Its hidden states are the input of the first layer.
         positions: Position ids, B x N or axes x B x N.
         mask: True where a token is, cached ones first (B x N), or ready-made masks (`Family.attention_mask`).
         cache: The complete KV cache, or None.
         options: Further keyword arguments of the model's forward.
     """
-    num_layers = len(language_model.layers)
-    if any(options.get(f"output_{name}") for name in ("hidden_states", "attentions")):
+    language_model, hidden_BND = family.language_model, flow.hidden_BND
+    if any(options.get(name, getattr(language_model.config, name, False)) for name in _RECORDED):
         maybe_install_capturing_hooks(language_model)  # once, on the model: on a view they would pile up
     view: Any = object.__new__(type(language_model))
     view.__dict__.update(language_model.__dict__)
     modules = dict(language_model._modules)
-    modules["layers"] = language_model.layers[segment.first : segment.last]
-    if segment.last != num_layers:
-        modules["norm"] = nn.Identity()
+    passage = _Passage(segment, hidden_BND, flow.layers_give_tuples)
+    modules["layers"] = [_Layer(layer, number, passage) for number, layer in enumerate(language_model.layers)]
+    if segment.last != len(language_model.layers):
+        modules[family.norm_name] = nn.Identity()
     if segment.first > 0:
         # Called past its hooks: ZeRO-3 gathers by the order of hooked calls, which must be one and the same for every
         # rank (one without images runs no segments) and every stage. It holds no parameters.
-        modules["rotary_emb"] = language_model.rotary_emb.forward
+        modules["rotary_emb"] = _Unhooked(language_model.rotary_emb)
     view.__dict__["_modules"] = modules
-    view.__dict__["config"] = _shifted_config(language_model.config, segment)
     if "flash" in str(view.config._attn_implementation) and len(hidden_BND) == 1:
         options = options | _one_sequence(hidden_BND, mask)
-    return type(language_model).forward(
+    output = type(language_model).forward(
         view,
         inputs_embeds=hidden_BND,
         attention_mask=mask,
@@ -260,16 +264,63 @@ def run_layers(
         past_key_values=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
         **options,
     )
+    flow.layers_give_tuples = passage.gives_tuples
+    if segment.last != len(language_model.layers):
+        output.last_hidden_state = passage.left_BND
+    return output
 
 
-def _shifted_config(config: Any, segment: Segment) -> Any:
-    """Return the config with per-layer lists that begin at the segment's first layer."""
-    layer_types = getattr(config, "layer_types", None)
-    if segment.first == 0 or not layer_types:
-        return config
-    shifted = copy.copy(config)
-    shifted.layer_types = [*layer_types[segment.first :], *layer_types[: segment.first]]
-    return shifted
+# Arguments (or keys of the config) by which a forward is asked to record what its layers do.
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class _Unhooked:
+    """A module called past its hooks; its attributes are there to be read."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+@dataclass
+class _Passage:
+    """One pass through the layers of a segment: what goes in, and what reached the layer after its last."""
+
+    segment: Segment
+    entering_BND: Tensor
+    gives_tuples: bool
+    left_BND: Tensor | None = None
+
+
+class _Layer:
+    """A decoder layer at its place in a view: runs inside its segment, and passes hidden states on outside of it."""
+
+    def __init__(self, layer: Any, number: int, passage: _Passage) -> None:
+        self._layer, self._number, self._passage = layer, number, passage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        passage, segment = self._passage, self._passage.segment
+        if not segment.first <= self._number < segment.last:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self._number == segment.last:
+                passage.left_BND = hidden
+            return (hidden, None) if passage.gives_tuples else hidden
+        if self._number == segment.first and segment.first > 0:
+            if args:
+                args = (passage.entering_BND, *args[1:])
+            else:
+                kwargs["hidden_states"] = passage.entering_BND
+        output = self._layer(*args, **kwargs)
+        passage.gives_tuples = isinstance(output, tuple)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
 
 
 def _one_sequence(hidden_BND: Tensor, mask_BN: Tensor) -> dict[str, Any]:

@@ -7,7 +7,6 @@ them cannot depend on the other rows.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -712,12 +711,13 @@ def run_layers(
     count = len(state.sizes)
     positions = state.positions_AN.unsqueeze(1) if len(state.positions_AN) > 1 else state.positions_AN
     extras = state.extras if first == 0 and len(state.origins) == len(state.sees_NN) else {}
-    with only_layers(language_model, first, last) as layers:
-        handles = []
-        if "queries" in needs:
-            attention = next(child for name, child in layers[-1].named_children() if "attn" in name)
-            handles.append(attention.register_forward_hook(lambda _, args, output: maps.append(output[1])))
-        try:
+    layers = language_model.layers
+    handles = []
+    if "queries" in needs:
+        attention = next(child for name, child in layers[last - 1].named_children() if "attn" in name)
+        handles.append(attention.register_forward_hook(lambda _, args, output: maps.append(output[1])))
+    try:
+        with only_layers(layers, first, last, state.hidden_ND.unsqueeze(0)) as left:
             output = language_model(
                 inputs_embeds=state.hidden_ND.unsqueeze(0),
                 attention_mask=_mask(language_model.config, state),
@@ -726,32 +726,46 @@ def run_layers(
                 use_cache=cache is not None,
                 **extras,
             )
-        finally:
-            for handle in handles:
-                handle.remove()
+            left.append(output.last_hidden_state)
+    finally:
+        for handle in handles:
+            handle.remove()
     seen = {}
     if maps:
-        seen["attention"] = maps[0][0].float().mean(0).detach()
+        seen["attention"] = maps[-1][0].float().mean(0).detach()
     if cache is not None:
         seen["keys"] = cache.layers[last - 1].keys[0].transpose(0, 1).reshape(count, -1).detach()
-    return replace(state, hidden_ND=output.last_hidden_state[0]), seen
+    return replace(state, hidden_ND=left[0][0]), seen
 
 
 @contextmanager
-def only_layers(language_model: Any, first: int, last: int) -> Iterator[list[nn.Module]]:
-    """Within the block a language model consists of some of its layers; the final norm belongs to the last."""
-    layers, norm, config = language_model.layers, language_model.norm, language_model.config
-    kinds = getattr(config, "layer_types", None)
+def only_layers(layers: Sequence[nn.Module], first: int, last: int, hidden_1ND: Tensor) -> Iterator[list[Tensor]]:
+    """Within the block a decoder's forward is one of some layers: the others' numbers and configuration stay theirs.
+
+    Layers before `first` run on what the forward makes of its input, which is thrown away: layer `first` gets
+    `hidden_1ND`. The forward ends where layer `last` would begin; what it would get is in the list that is yielded.
+    """
+    left: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden_1ND, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_1ND})
+
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        left.append(args[0] if args else kwargs["hidden_states"])
+        raise Reached
+
+    handles = []
+    if first > 0:
+        handles.append(layers[first].register_forward_pre_hook(enter, with_kwargs=True))
+    if last < len(layers):
+        handles.append(layers[last].register_forward_pre_hook(leave, with_kwargs=True))
     try:
-        language_model.layers = nn.ModuleList(list(layers)[first:last])
-        if last != len(layers):
-            language_model.norm = nn.Identity()
-        if kinds:
-            language_model.config = copy.copy(config)
-            language_model.config.layer_types = [*kinds[first:], *kinds[:first]]
-        yield list(layers)[first:last]
+        yield left
+    except Reached:
+        pass
     finally:
-        language_model.layers, language_model.norm, language_model.config = layers, norm, config
+        for handle in handles:
+            handle.remove()
 
 
 def _mask(config: Any, state: RowState) -> Any:
@@ -759,6 +773,9 @@ def _mask(config: Any, state: RowState) -> Any:
     several.
     """
     count = len(state.sizes)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} and not state.ready_made and not state.size_bias:
+        return torch.ones(1, count, dtype=torch.long)  # linear attention, convolutions, chunks: as the model has them
     causal_NN = torch.ones(count, count, dtype=torch.bool).tril()
     origin_N = torch.tensor(state.origins).clamp(min=0)
     there_N = torch.tensor(state.origins) >= 0
