@@ -47,9 +47,20 @@ def attach(
     Raises:
         UsageError: the model cannot be served, is attached already, or a point does not fit it.
     """
-    inner = unwrap(model)
-    family = family_of(inner)
-    refuse_patched(inner)
+    family = family_of(unwrap(model))
+    if not family.proven:  # loaded by name: the kit it is part of attaches models itself
+        registry.load_object("orchestrator.compression.testing.self_check:check_family")(family)
+    return attach_family(family, points, modules, seed)
+
+
+def attach_family(
+    family: Family,
+    points: Sequence[PointLike],
+    modules: Sequence[PointLike] | str = ALL_LEARNED_POINTS,
+    seed: int = 0,
+) -> Attachment:
+    """Do what `attach` does with a model's adapter, without a self-check."""
+    refuse_patched(family.model)
     refuse_patched(family.language_model)
     resolved = resolve_points(points, family)
     check_together(resolved)
@@ -98,7 +109,7 @@ class Attachment:
         patch_forward(family.language_model, self._decoder.forward, self)
         patch_generate(family.model, self._decoder)
         family.enter()
-        announce(family.model, points)
+        announce(family, points)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -136,7 +147,7 @@ class Attachment:
         check_together(resolved)
         check_modules(resolved, self._decoder.modules)
         self._decoder.points = resolved
-        announce(self.model, resolved)
+        announce(self._decoder.family, resolved)
 
     def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
         """Set what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
@@ -399,12 +410,14 @@ def _patch_expansion(model: nn.Module, decoder: Decoder, expand: Callable[..., A
     @functools.wraps(expand)
     def expanded(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids")
-        if expand_size == 1 or ids is None or not _encodes_in_forward(decoder.points):
+        if expand_size == 1 or ids is None or not _encodes_in_forward(decoder.family, decoder.points):
             return expand(self, expand_size, *args, **kwargs)
         if across := [point.spec.kind for point in decoder.points if point.spec.across_frames]:
             raise UsageError(
                 f"generate: {across[0]} acts across frames, and videos cannot be repeated; give num_beams=1"
             )
+        if not decoder.family.proven:
+            raise decoder.family.cannot_serve("several beams or answers at once need an adapter of its own")
         images = expand_images(decoder.family, ids, expand_size, kwargs)
         ids, rest = expand(self, expand_size, *args, **{k: v for k, v in kwargs.items() if k not in images})
         return ids, {**rest, **images}
@@ -412,11 +425,11 @@ def _patch_expansion(model: nn.Module, decoder: Decoder, expand: Callable[..., A
     model.__dict__["_expand_inputs_for_generation"] = MethodType(expanded, model)
 
 
-def announce(model: nn.Module, points: Sequence[Point]) -> None:
+def announce(family: Family, points: Sequence[Point]) -> None:
     """While a point looks at how images are encoded, `generate` must leave that to forward, not do it before."""
-    forward = model.__dict__["forward"].__func__
+    forward = family.model.__dict__["forward"].__func__
     forward.__dict__.pop("__signature__", None)
-    if _encodes_in_forward(points):
+    if _encodes_in_forward(family, points):
         signature = inspect.signature(forward)
         kept = [one for name, one in signature.parameters.items() if name != "mm_encoder_outputs"]
         forward.__signature__ = signature.replace(parameters=kept)
@@ -439,7 +452,9 @@ def restore(modules: Sequence[nn.Module]) -> None:
             module.__dict__.pop(name, None)
 
 
-def _encodes_in_forward(points: Sequence[Point]) -> bool:
+def _encodes_in_forward(family: Family, points: Sequence[Point]) -> bool:
+    if points and not family.proven:  # ready features do not say where images end
+        return True
     return any(point.at_projector or point.spec.across_frames or "cls" in point.spec.needs for point in points)
 
 

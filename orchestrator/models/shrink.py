@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
+from orchestrator.compression.shrink_config import shrunk_config
 from orchestrator.errors import UsageError, first_line
 from orchestrator.models.build import load_config
 from orchestrator.spec.model import ModelSpec
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 32, 48, 4, 2
-HEAD_DIM = HIDDEN // HEADS
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
 _PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
@@ -47,83 +44,6 @@ def copy_processor_files(model: ModelSpec, folder: Path) -> None:
     for file in (file for pattern in patterns for file in source.glob(pattern)):
         if file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
-
-
-def shrunk_config(config: Any, layers: int) -> Any:
-    """Return a config of the same type with `layers` narrow decoder layers and a small vision tower."""
-    values = config.to_dict()
-    values.pop("quantization_config", None)
-    parts = {name: values[name] for name in ("text_config", "vision_config") if isinstance(values.get(name), dict)}
-    if "text_config" in parts:
-        values["text_config"] = _small_text(parts["text_config"], layers)
-    if "vision_config" in parts:
-        values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"))
-    for name in ("hidden_size", "projection_dim"):  # PaliGemma repeats the widths of its parts
-        if name in values:
-            values[name] = HIDDEN
-    return type(config).from_dict(values)
-
-
-def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
-    small = {**text, "num_hidden_layers": layers, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
-    small |= {"num_attention_heads": HEADS, "head_dim": HEAD_DIM}
-    if "num_key_value_heads" in text:
-        grouped = text["num_key_value_heads"] not in (None, text["num_attention_heads"])
-        small["num_key_value_heads"] = KV_HEADS if grouped else HEADS
-    if "query_pre_attn_scalar" in text:
-        small["query_pre_attn_scalar"] = HEAD_DIM
-    small |= {name: min(text[name], size) for name, size in _EXPERTS.items() if isinstance(text.get(name), int)}
-    for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(text.get(name), list):
-            small[name] = _pattern(text[name], layers)
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(text.get(name), dict):
-            small[name] = _small_rope(text[name])
-    if isinstance(text.get("max_window_layers"), int):
-        small["max_window_layers"] = min(text["max_window_layers"], layers)
-    return small
-
-
-def _pattern(kinds: list[str], layers: int) -> list[str]:
-    """Return the kinds of the first layers, the last ones replaced so that each kind occurs."""
-    found = (kinds * layers)[:layers]
-    missing = [kind for kind in dict.fromkeys(kinds) if kind not in found]
-    return [*found[: layers - len(missing)], *missing]
-
-
-def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Scale the sections of Qwen-VL's three axes, which share half a head's width, to the small heads."""
-    sections = rope.get("mrope_section")
-    if not sections:
-        return rope
-    half = HEAD_DIM // 2
-    small = [max(1, half * part // sum(sections)) for part in sections]
-    small[0] += half - sum(small)
-    return {**rope, "mrope_section": small}
-
-
-def _small_tower(vision: dict[str, Any], feature_layers: Any) -> dict[str, Any]:
-    wanted = feature_layers if isinstance(feature_layers, list) else [feature_layers or -1]
-    depth = max(2, *(-layer if layer < 0 else layer + 1 for layer in wanted))
-    small = dict(vision)
-    for name in ("num_hidden_layers", "depth"):
-        if name in vision:
-            small[name] = min(vision[name], depth)
-    for name in ("num_attention_heads", "num_heads"):
-        if name in vision:
-            small[name] = HEADS
-    for name in ("hidden_size", "embed_dim", "out_hidden_size", "projection_dim"):
-        if name in vision:
-            small[name] = HIDDEN
-    if "intermediate_size" in vision:
-        small["intermediate_size"] = INTERMEDIATE
-    if "head_dim" in vision:
-        small["head_dim"] = HEAD_DIM
-    if "fullatt_block_indexes" in vision:
-        small["fullatt_block_indexes"] = [small["depth"] - 1]
-    if "deepstack_visual_indexes" in vision:
-        small["deepstack_visual_indexes"] = [0]
-    return small
 
 
 def _files_of(model: ModelSpec) -> Path:

@@ -22,6 +22,7 @@ class Family(ABC):
         language_model: The decoder stack: has `layers`, a norm after them, `rotary_emb`.
         norm_name: Attribute of the decoder stack that holds the norm after its layers.
         head_name: Path inside the top model of the LM head.
+        proven: The family has tests of its own; others are served after a self-check, and encode images in forward.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
@@ -30,6 +31,7 @@ class Family(ABC):
         UsageError: the model lacks a part; the message names it.
     """
 
+    proven = True
     remakes_masks = False
     window_cuts_blocks = True
 

@@ -10,21 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.families.base import Family
-from orchestrator.compression.families.images import flat_features, pair, ready_features
+from orchestrator.compression.families.images import Units, flat_features, interleaved, pair
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 _DECODERS = ("language_model", "text_model")
 _IMAGE_NAMES = ("image_token_id", "image_token_index")
+_MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size")
 _VIDEO_NAMES = ("video_token_id", "video_token_index")
 
 
 class GenericFamily(Family):
-    """Images are runs of placeholders, or equal shares of them where `pixel_values` count more images than runs.
+    """Units follow from `image_grid_thw` (`video_grid_thw`), or are the images, tiles and frames that pixels count.
 
-    A square number of tokens is taken for a square grid where the vision tower's usual image is square, any other for
-    one row: methods of two dimensions need an adapter where that is wrong.
+    Without a grid a square number of tokens is taken for a square grid where the vision tower's usual image is square,
+    any other for one row: methods of two dimensions need an adapter where that is wrong. What is not clear is refused,
+    and `attach` serves such a model only after its self-check (`compression/testing/self_check.py`).
+
+    Attributes:
+        video_refused: Why videos are refused; empty where the self-check proved them.
     """
+
+    proven = False
+    video_refused = ""
 
     def find_language_model(self) -> nn.Module:
         """Return the result of `get_decoder`, or an attribute of the usual names."""
@@ -58,16 +66,54 @@ class GenericFamily(Family):
         return next((i for i in image if i is not None), None), next((i for i in video if i is not None), None)
 
     def grids(self, inputs: Mapping[str, Any], num_placeholders: int) -> list[Grid]:
-        """Return the runs or equal shares of the placeholders."""
-        runs = _runs(inputs["input_ids"], self.visual_BN(inputs["input_ids"]))
-        # `generate` gives ready features in the place of pixels; both count the images.
-        images = ready_features(inputs, "image") if inputs.get("pixel_values") is None else inputs["pixel_values"]
-        count = len(images) if images is not None else 0
-        if count > len(runs) and num_placeholders % count == 0:
-            share = num_placeholders // count
-            if all(run % share == 0 for run in runs):
-                runs = [share] * count
-        return [self._grid(run) for run in runs]
+        """Return the units of images and videos as they stand in the rows.
+
+        Raises:
+            UsageError: what the batch holds does not say where one unit ends and the next begins.
+        """
+        ids_BN = torch.as_tensor(inputs["input_ids"])
+        image, video = self.token_ids
+        is_video_BN = torch.zeros_like(ids_BN, dtype=torch.bool) if video is None else ids_BN == video
+        if video == image:
+            is_video_BN = is_video_BN & (inputs.get("pixel_values") is None)
+        if bool(is_video_BN.any()) and self.video_refused:
+            raise self.cannot_serve(f"the batch holds videos, and {self.video_refused}")
+        is_image_BN = self.visual_BN(ids_BN) & ~is_video_BN
+        images = self._units(inputs, "image", ids_BN, is_image_BN)
+        videos = self._units(inputs, "video", ids_BN, is_video_BN)
+        return list(interleaved(images, videos, is_video_BN[self.visual_BN(ids_BN)]))
+
+    def _units(self, inputs: Mapping[str, Any], kind: str, ids_BN: Tensor, places_BN: Tensor) -> list[Units]:
+        if not bool(places_BN.any()):
+            return []
+        pixels = inputs.get("pixel_values" if kind == "image" else "pixel_values_videos")
+        grid_thw = inputs.get(f"{kind}_grid_thw")
+        if grid_thw is not None:
+            side = self.patches_per_side
+            return [(Grid(h // side, w // side),) * t for t, h, w in torch.as_tensor(grid_thw).tolist()]
+        if pixels is None or pixels.ndim < 3:
+            raise self.cannot_serve(
+                f"where its {kind}s end cannot be told from the batch: it has neither {kind}_grid_thw nor pixels of one "
+                f"{kind} each"
+            )
+        runs, count = _runs(ids_BN, places_BN), _entries(pixels)
+        if count != len(runs):
+            tokens = int(places_BN.sum())
+            share = tokens // count
+            if count < len(runs) or tokens % count or any(run % share for run in runs):
+                raise self.cannot_serve(
+                    f"the batch's {count} {kind}s (tiles, frames) stand in {len(runs)} runs of {tokens} placeholders, "
+                    "which do not say where one ends"
+                )
+            runs = [share] * count
+        return [(self._grid(run),) for run in runs]
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a side of the image that the model merges into one token, as the config says."""
+        vision: Any = getattr(self.model.config, "vision_config", None)
+        found = (getattr(owner, name, None) for name in _MERGES for owner in (vision, self.model.config))
+        return pair(next((value for value in found if value is not None), 1))[0]
 
     def _grid(self, tokens: int) -> Grid:
         side = math.isqrt(tokens)
@@ -106,6 +152,13 @@ class GenericFamily(Family):
                 f"{type(self.model).__name__} (its get_image_features does not take pixel_values alone: {error}); "
                 "give every batch an image"
             ) from error
+
+
+def _entries(pixels: Tensor) -> int:
+    """Return how many images, tiles or frames pixels hold, padding (entries of zeros) not counted."""
+    if pixels.ndim < 5:
+        return len(pixels)
+    return int(pixels.flatten(0, -4).flatten(1).any(1).sum())
 
 
 def _runs(ids_BN: Tensor, visual_BN: Tensor) -> list[int]:

@@ -21,11 +21,12 @@ class SegmentCache(Cache):
     """A view on a cache for the layers of one segment.
 
     Layers have their absolute numbers. The model sizes its masks by the first layer of each kind, wherever that is; so
-    in this view a layer outside the segment is the segment's first of the same kind.
+    in this view a layer outside the segment is the segment's first of the same kind. A segment without an attention
+    layer (linear attention, convolutions) holds no keys; of its tokens only the number recorded of it is known.
     """
 
-    def __init__(self, cache: Cache, first: int, last: int) -> None:
-        self._cache, self._first, self._last = cache, first, last
+    def __init__(self, cache: Cache, first: int, last: int, recorded: int = 0) -> None:
+        self._cache, self._first, self._last, self._recorded = cache, first, last, recorded
         self._view: list[Any] = []
 
     @property
@@ -46,6 +47,19 @@ class SegmentCache(Cache):
         """The segment's first layer that holds keys and values, or None."""
         own = self._cache.layers[self._first : self._last]
         return next((layer for layer in own if isinstance(layer, CacheLayerMixin)), None)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the segment's cached tokens."""
+        attention = self.attention_layer
+        return self._recorded if attention is None else int(attention.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the keys of a layer with these queries, and the index of the first."""
+        layers = self.layers
+        if layer_idx < len(layers) and isinstance(layers[layer_idx], CacheLayerMixin):
+            sizes: tuple[int, int] = layers[layer_idx].get_mask_sizes(query_length)
+            return sizes
+        return self.get_seq_length() + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Write into the complete cache, which may make the layer first."""

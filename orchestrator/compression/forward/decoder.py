@@ -60,8 +60,9 @@ def keys_of(
         UsageError: the cache's rows or tokens are not those it was filled with.
     """
     device = flow.hidden_BND.device
-    view = SegmentCache(cache, segment.first, segment.last) if cache is not None else None
-    past = _past(view, record.masks[number] if record else None)
+    recorded = record.masks[number].shape[1] if record is not None else 0
+    view = SegmentCache(cache, segment.first, segment.last, recorded) if cache is not None else None
+    past = view.get_seq_length() if view is not None else 0
     mask_BK = _mask(flow, record.masks[number] if record else None, past, segment, padding_BK)
     sizes_BK = None
     past_sizes = record.sizes[number] if record is not None else None
@@ -81,18 +82,6 @@ def keys_of(
         blocks_BK=blocks_BK,
         sizes_BK=sizes_BK,
     )
-
-
-def _past(view: SegmentCache | None, recorded_BK: Tensor | None) -> int:
-    """Return the cached tokens of a segment; one without an attention layer (linear attention, convolutions) has only
-    what was recorded of it.
-    """
-    if view is None:
-        return 0
-    attention = view.attention_layer
-    if attention is not None:
-        return int(attention.get_seq_length())
-    return 0 if recorded_BK is None else recorded_BK.shape[1]
 
 
 def _mask(flow: Flow, recorded_BK: Tensor | None, past: int, segment: Segment, padding_BK: Tensor | None) -> Tensor:
@@ -229,7 +218,7 @@ class Decoder:
             more = self.family.segment_options(options, segment.first)
             coming = segments[number + 1].points if segment is not segments[-1] else ()
             with watched_layer(language_model, segment.last - 1, coming, flow):
-                output = run_layers(self.family, segment, flow, positions, mask, cache, more)
+                output = run_layers(self.family, segment, flow, positions, mask, keys.cache, more)
             # Held back: the model would count them by a mask of the length that came in.
             for logits in output.get("router_logits") or ():
                 real_M = keys.mask_BK[:, -flow.hidden_BND.shape[1] :].flatten()

@@ -17,7 +17,6 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.attention.stats import Records
 from orchestrator.compression.forward.apply_point import apply_point
-from orchestrator.compression.forward.cache import SegmentCache
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 
@@ -236,7 +235,7 @@ def run_layers(
         flow: Its hidden states are the input of the first layer.
         positions: Position ids, B x N or axes x B x N.
         mask: True where a token is, cached ones first (B x N), or ready-made masks (`Family.attention_mask`).
-        cache: The complete KV cache, or None.
+        cache: The segment's view of the KV cache, or None.
         options: Further keyword arguments of the model's forward.
     """
     language_model, hidden_BND = family.language_model, flow.hidden_BND
@@ -261,7 +260,7 @@ def run_layers(
         inputs_embeds=hidden_BND,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=SegmentCache(cache, segment.first, segment.last) if cache is not None else None,
+        past_key_values=cache,
         **options,
     )
     flow.layers_give_tuples = passage.gives_tuples

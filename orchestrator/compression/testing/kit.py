@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator import registry
 from orchestrator.compression import Attachment
+from orchestrator.compression.families import Family
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.method import global_random_state, method_errors, same_random_state
 from orchestrator.compression.testing.reference import Reference, draws, gradients
@@ -394,7 +395,7 @@ class Cell:
                 return
             batch, first_BV = found
             cached, recomputed = (
-                _generate(model, attachment, batch, self.bench, use_cache=choice) for choice in (True, False)
+                generate(model, attachment, batch, reference.family, use_cache=choice) for choice in (True, False)
             )
             yield from differs(f"{how}: first logits against the plain computation", cached.logits[0], first_BV, LOGITS)
             same_B = torch.ones(batch.rows, dtype=torch.bool)
@@ -487,11 +488,12 @@ def place_of(points: Sequence[CompressorSpec]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
 
-def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, use_cache: bool) -> Any:
+def generate(model: Any, attachment: Attachment, batch: Batch, family: Family, use_cache: bool) -> Any:
+    """Return a few greedy steps with their logits."""
     attachment.set_step(**draws(batch.rows))
     # Placeholders and their brackets must not be generated: they would announce images that are not there.
-    special = set(_special_tokens(model.config.to_dict()))
-    special |= set(batch.inputs["input_ids"][bench.family.visual_BN(batch.inputs["input_ids"])].tolist())
+    special = set(special_tokens(model.config.to_dict()))
+    special |= set(batch.inputs["input_ids"][family.visual_BN(batch.inputs["input_ids"])].tolist())
     return model.generate(
         **batch.inputs,
         max_new_tokens=_STEPS,
@@ -504,11 +506,11 @@ def _generate(model: Any, attachment: Attachment, batch: Batch, bench: Bench, us
     )
 
 
-def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
+def special_tokens(config: dict[Any, Any]) -> Iterator[int]:
     """Return all token ids that a config names."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _special_tokens(value)
+            yield from special_tokens(value)
         elif str(name).endswith(("token_id", "token_index")) and isinstance(value, int):
             yield value
 
