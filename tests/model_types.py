@@ -3,8 +3,8 @@
     python tests/model_types.py [TYPE ...] [--again] [--seconds 240]
 
 Types with an adapter are proven by the contract kit (`tests/compression`); every other one goes through the self-check
-of `attach`, in a process of its own with a time limit. Results are kept in `docs/reference/model_types.json`, so that an
-interrupted run goes on; `--again` checks anew what is there.
+of `attach`, in a process of its own with a time limit. Results are kept in `docs/reference/model_types.json`, so that
+an interrupted run goes on; `--again` checks anew what is there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import os
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "docs" / "reference" / "model_types.json"
+
+# What the defaults of a config class leave out or get wrong, and every published config says.
+AXES = {name: [8, 12, 12] for name in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")}
+AXES["paddleocr_vl"] = [16, 24, 24]
+SIZES = {"aya_vision": 364, "aria": 490, "qianfan_ocr": 448}
 
 
 def types() -> list[str]:
@@ -40,7 +45,13 @@ def check(model_type: str) -> dict[str, str]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        config = shrunk_config(AutoConfig.for_model(model_type), 4)
+        config = AutoConfig.for_model(model_type)
+        if model_type in AXES:  # every published config of these names the axes of its position ids
+            text = config.get_text_config()
+            text.rope_parameters = {**(text.rope_parameters or {}), "mrope_section": AXES[model_type]}
+        if model_type in SIZES:
+            config.vision_config.image_size = SIZES[model_type]
+        config = shrunk_config(config, 4)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except Exception as error:

@@ -85,11 +85,11 @@ class _ByKind(dict[str, Any]):
 
 
 def _mask(keys: Keys, layer: int, window: int | None, window_cuts_blocks: bool, attention: str) -> Any:
-    """Return the mask of layers like number `layer`, as the attention implementation wants it."""
+    """Return the mask of layers like the segment's layer number `layer`, as the attention implementation wants it."""
     hidden_BND, total = keys.hidden_BND, keys.mask_BK.shape[1]
     (rows, queries), device = hidden_BND.shape[:2], hidden_BND.device
     # A sliding layer's cache keeps the last tokens only.
-    count, offset = (total, 0) if keys.cache is None else keys.cache.get_mask_sizes(queries, layer)
+    count, offset = (total, 0) if keys.cache is None else keys.cache.get_mask_sizes(queries, keys.first + layer)
     sees = _rule(keys, window, window_cuts_blocks)
     if attention == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask

@@ -66,7 +66,7 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     sections = rope.get("mrope_section")
     if not sections:
         return rope
-    half = HEAD_DIM // 2
+    half = int(HEAD_DIM * (rope.get("partial_rotary_factor") or 1)) // 2
     small = [max(1, half * part // sum(sections)) for part in sections]
     small[0] += half - sum(small)
     return {**rope, "mrope_section": small}
@@ -75,7 +75,8 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 def _small_tower(vision: dict[str, Any], feature_layers: Any) -> dict[str, Any]:
     wanted = feature_layers if isinstance(feature_layers, list) else [feature_layers or -1]
     depth = max(2, *(-layer if layer < 0 else layer + 1 for layer in wanted))
-    small = vision | _per_layer(vision, vision.get("num_hidden_layers"), min(vision.get("num_hidden_layers") or 0, depth))
+    before = vision.get("num_hidden_layers") or 0
+    small = vision | _per_layer(vision, before, min(before, depth))
     for name in ("num_hidden_layers", "depth"):
         if name in vision:
             small[name] = min(vision[name], depth)

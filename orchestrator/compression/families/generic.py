@@ -93,8 +93,8 @@ class GenericFamily(Family):
             return [(Grid(h // side, w // side),) * t for t, h, w in torch.as_tensor(grid_thw).tolist()]
         if pixels is None or pixels.ndim < 3:
             raise self.cannot_serve(
-                f"where its {kind}s end cannot be told from the batch: it has neither {kind}_grid_thw nor pixels of one "
-                f"{kind} each"
+                f"where its {kind}s end cannot be told from the batch: it has neither {kind}_grid_thw nor pixels of "
+                f"one {kind} each"
             )
         runs, count = _runs(ids_BN, places_BN), _entries(pixels)
         if count != len(runs):
