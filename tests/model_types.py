@@ -15,7 +15,8 @@ import multiprocessing
 import os
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "docs" / "reference" / "model_types.json"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
+RESULTS = PAGE.with_name("model_types.json")
 
 # What the defaults of a config class leave out or get wrong, and every published config says.
 AXES = {name: [8, 12, 12] for name in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")}
@@ -30,13 +31,36 @@ def types() -> list[str]:
     return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def check(model_type: str) -> dict[str, str]:
-    """What a type shows: `adapter`, or each check of the self-check, or `refused` with the reason."""
+def built(model_type: str):
+    """A model of a type's default config, on the meta device; a small one where the default cannot be built."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from orchestrator.compression.families import FAMILIES, family_of
     from orchestrator.compression.shrink_config import shrunk_config
+
+    config = AutoConfig.for_model(model_type)
+    if model_type in AXES:
+        text = config.get_text_config()
+        text.rope_parameters = {**(text.rope_parameters or {}), "mrope_section": AXES[model_type]}
+    if model_type in SIZES:
+        config.vision_config.image_size = SIZES[model_type]
+    with torch.device("meta"):
+        try:
+            return AutoModelForImageTextToText.from_config(config)
+        except Exception:
+            return AutoModelForImageTextToText.from_config(shrunk_config(config, 4))
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def check(model_type: str) -> dict[str, str]:
+    """What a type shows: `adapter`, or each check of the self-check, or `refused` with the reason."""
+    import torch
+
+    from orchestrator.compression.families import FAMILIES, family_of
     from orchestrator.compression.testing.self_check import REQUIRED, self_check
     from orchestrator.errors import UsageError
 
@@ -45,17 +69,9 @@ def check(model_type: str) -> dict[str, str]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        config = AutoConfig.for_model(model_type)
-        if model_type in AXES:  # every published config of these names the axes of its position ids
-            text = config.get_text_config()
-            text.rope_parameters = {**(text.rope_parameters or {}), "mrope_section": AXES[model_type]}
-        if model_type in SIZES:
-            config.vision_config.image_size = SIZES[model_type]
-        config = shrunk_config(config, 4)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+        model = built(model_type)
     except Exception as error:
-        return {"not_built": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        return {"not_built": said(error)}
     try:
         family = family_of(model)
     except UsageError as error:
@@ -71,7 +87,7 @@ def _into(model_type: str, sender) -> None:
     try:
         sender.send(check(model_type))
     except BaseException as error:
-        sender.send({"not_built": f"{type(error).__name__}: {str(error)[:200]}"})
+        sender.send({"not_built": said(error)})
 
 
 def check_apart(model_type: str, seconds: float) -> dict[str, str]:
@@ -89,6 +105,38 @@ def check_apart(model_type: str, seconds: float) -> dict[str, str]:
     process.kill()
     process.join()
     return found
+
+
+COLUMNS = ("identity", "boundaries", "reference", "generation", "selection", "video")
+BEGIN, END = "<!-- types -->", "<!-- end of types -->"
+
+
+def table(known: dict[str, dict[str, str]]) -> str:
+    """The results in Markdown, the reasons below."""
+    lines = ["| `model_type` | " + " | ".join(COLUMNS) + " | |", "|---" * (len(COLUMNS) + 2) + "|"]
+    reasons: dict[str, int] = {}
+
+    def number(reason: str) -> str:
+        return f"({reasons.setdefault(reason.replace('|', '/').replace('<', '‹'), len(reasons) + 1)})"
+
+    for name, found in known.items():
+        if "adapter" in found:
+            cells = ["✓"] * 5 + [" ", f"adapter `{found['adapter']}`, proven by the contract kit"]
+        elif "not_built" in found:
+            cells = [" "] * 6 + [f"not built {number(found['not_built'])}"]
+        elif "refused" in found:
+            cells = [" "] * 6 + [f"refused at `attach` {number(found['refused'])}"]
+        else:
+            cells = ["✓" if found[one] == "proven" else f"– {number(found[one])}" for one in COLUMNS] + ["proven"]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{place}. {reason}" for reason, place in reasons.items())])
+
+
+def write_table(known: dict[str, dict[str, str]]) -> None:
+    """Put the table between its marks in docs/reference/models.md."""
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(f"{before}\n{table(known)}\n{after}")
 
 
 def main() -> None:
@@ -111,6 +159,7 @@ def main() -> None:
         part = RESULTS.with_suffix(".part")
         part.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
         part.replace(RESULTS)
+    write_table(known)
 
 
 if __name__ == "__main__":

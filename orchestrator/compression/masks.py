@@ -69,9 +69,7 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
     if unknown:
         raise UsageError(f"compression: masks of {', '.join(unknown)} layers cannot be made; known: {FULL}, {SLIDING}")
     masks = {
-        kind: _mask(
-            keys, keys.first + kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention
-        )
+        kind: _mask(keys, kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention)
         for kind in dict.fromkeys(kinds)
     }
     return _ByKind(masks) if keys.layer_types else masks[kinds[0]]

@@ -76,8 +76,8 @@ class GenericFamily(Family):
         is_video_BN = torch.zeros_like(ids_BN, dtype=torch.bool) if video is None else ids_BN == video
         if video == image:
             is_video_BN = is_video_BN & (inputs.get("pixel_values") is None)
-        if bool(is_video_BN.any()) and self.video_refused:
-            raise self.cannot_serve(f"the batch holds videos, and {self.video_refused}")
+        if self.video_refused and (bool(is_video_BN.any()) or inputs.get("pixel_values_videos") is not None):
+            raise self._unclear(f"the batch holds videos, and {self.video_refused}")
         is_image_BN = self.visual_BN(ids_BN) & ~is_video_BN
         images = self._units(inputs, "image", ids_BN, is_image_BN)
         videos = self._units(inputs, "video", ids_BN, is_video_BN)
@@ -92,7 +92,7 @@ class GenericFamily(Family):
             side = self.patches_per_side
             return [(Grid(h // side, w // side),) * t for t, h, w in torch.as_tensor(grid_thw).tolist()]
         if pixels is None or pixels.ndim < 3:
-            raise self.cannot_serve(
+            raise self._unclear(
                 f"where its {kind}s end cannot be told from the batch: it has neither {kind}_grid_thw nor pixels of "
                 f"one {kind} each"
             )
@@ -101,12 +101,18 @@ class GenericFamily(Family):
             tokens = int(places_BN.sum())
             share = tokens // count
             if count < len(runs) or tokens % count or any(run % share for run in runs):
-                raise self.cannot_serve(
+                raise self._unclear(
                     f"the batch's {count} {kind}s (tiles, frames) stand in {len(runs)} runs of {tokens} placeholders, "
                     "which do not say where one ends"
                 )
             runs = [share] * count
         return [(self._grid(run),) for run in runs]
+
+    def _unclear(self, reason: str) -> UsageError:
+        return UsageError(
+            f"compression: {type(self.model).__name__} has no adapter of its own: {reason}; it needs an adapter in "
+            "orchestrator/compression/families"
+        )
 
     @property
     def patches_per_side(self) -> int:

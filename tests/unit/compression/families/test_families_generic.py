@@ -78,19 +78,19 @@ def test_generation_sees_the_same_images_as_forward():
         assert torch.allclose(cached.logits[0], model(**batch).logits[:, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "mistral3"])
-def test_every_run_of_placeholders_is_an_image_or_holds_equal_ones(name):
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision", "mistral3"])
+def test_every_image_or_tile_is_a_run_of_placeholders_or_an_equal_share_of_one(name):
     tiny = TINY[name]
     rows = [[3, "image", 7], [4], [2, "image", "image", 5]]
     batch, model = tiny.batch(rows, "left", 0, 3), tiny.build("sdpa", 0)
     family = GenericFamily(model)
-    images = family.grids(batch, int(family.visual_BN(batch["input_ids"]).sum()))
-    expected = {
-        "llava": [Grid(3, 3)] * 3,
-        "internvl": [Grid(3, 3)] * 9,  # three tiles an image, in one run
-        "llava_onevision": [Grid(1, 27)] * 3,  # what the tiles are, nobody but its adapter knows
-        "mistral3": [Grid(2, 2)] * 9,  # its rows of four tokens stand apart
-    }
+    count = int(family.visual_BN(batch["input_ids"]).sum())
+    expected = {"llava": [Grid(3, 3)] * 3, "internvl": [Grid(3, 3)] * 9}  # three tiles an image, in one run
+    if name not in expected:  # packed tiles with newlines; rows of patches apart: nobody but an adapter knows
+        with pytest.raises(UsageError, match="which do not say where one ends"):
+            family.grids(batch, count)
+        return
+    images = family.grids(batch, count)
     assert images == expected[name]
     assert family.num_visual_tokens(batch) == sum(grid.tokens for grid in images)
 
