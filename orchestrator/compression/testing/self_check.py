@@ -26,10 +26,9 @@ from orchestrator.compression.attach import attach_family
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.families.images import flat_features, pair
 from orchestrator.compression.shrink_config import shrunk_config
-from orchestrator.compression.testing.tiny import Batch, gradients
-from orchestrator.compression.testing.kit import differs, generate, gradient_faults, special_tokens
-from orchestrator.compression.testing.reference import Reference, decoder_inputs
-from orchestrator.compression.testing.tiny import enlarge, pad_rows
+from orchestrator.compression.testing.kit import differs, generate, gradient_errors, special_tokens
+from orchestrator.compression.testing.reference import Reference, decoder_inputs, gradients
+from orchestrator.compression.testing.tiny import Batch, enlarge, pad_rows
 from orchestrator.errors import UsageError
 from orchestrator.plan.identity import cache_folder, digest, file_sha256
 from orchestrator.spec.components import Grid
@@ -397,7 +396,7 @@ class Probe:
             self.model.set_attn_implementation(attention)
             self.model.zero_grad()
         yield from differs(f"{how}: loss against the plain computation", loss, expected, _CLOSE)
-        yield from gradient_faults(how, found, wanted, 10 * _CLOSE)
+        yield from gradient_errors(how, found, wanted, 10 * _CLOSE)
 
     def generation(self) -> Iterator[str]:
         """Compare cached steps with recomputing everything."""
