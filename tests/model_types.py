@@ -98,7 +98,9 @@ def check_apart(model_type: str, seconds: float) -> dict[str, str]:
     process.start()
     sender.close()
     try:
-        found = receiver.recv() if receiver.poll(seconds) else {"refused": f"the check took more than {seconds:.0f} s"}
+        found = (
+            receiver.recv() if receiver.poll(seconds) else {"not_built": f"the check took more than {seconds:.0f} s"}
+        )
     except EOFError:
         process.join()
         found = {"not_built": f"the process ended with {process.exitcode}"}
@@ -123,7 +125,7 @@ def table(known: dict[str, dict[str, str]]) -> str:
         if "adapter" in found:
             cells = ["✓"] * 5 + [" ", f"adapter `{found['adapter']}`, proven by the contract kit"]
         elif "not_built" in found:
-            cells = [" "] * 6 + [f"not built {number(found['not_built'])}"]
+            cells = [" "] * 6 + [f"not tried {number(found['not_built'])}"]
         elif "refused" in found:
             cells = [" "] * 6 + [f"refused at `attach` {number(found['refused'])}"]
         else:
