@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from orchestrator import registry
+from orchestrator.compression.attention.recorder import attention_module
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
@@ -267,6 +268,8 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
             f"attach: {spec.kind} at layer {spec.layer}: it looks at what decoder layer K-1 saw, and none has run "
             "there; give it layer 1 or more"
         )
+    if {"queries", "keys"} & set(spec.needs):
+        attention_module(family.language_model.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}")
     if "cls" in spec.needs and family.cls_attention() is None:
         raise UsageError(
             f"attach: {spec.kind} needs the attention of the vision tower's CLS token, and this model's tower has none "
@@ -453,7 +456,7 @@ def restore(modules: Sequence[nn.Module]) -> None:
 
 
 def _encodes_in_forward(family: Family, points: Sequence[Point]) -> bool:
-    if points and not family.proven:  # ready features do not say where images end
+    if points and family.encodes_in_forward:
         return True
     return any(point.at_projector or point.spec.across_frames or "cls" in point.spec.needs for point in points)
 

@@ -22,7 +22,8 @@ class Family(ABC):
         language_model: The decoder stack: has `layers`, a norm after them, `rotary_emb`.
         norm_name: Attribute of the decoder stack that holds the norm after its layers.
         head_name: Path inside the top model of the LM head.
-        proven: The family has tests of its own; others are served after a self-check, and encode images in forward.
+        proven: The family has tests of its own; others are served after a self-check.
+        encodes_in_forward: Ready features do not say where images end, so `generate` leaves encoding to forward.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
@@ -32,6 +33,7 @@ class Family(ABC):
     """
 
     proven = True
+    encodes_in_forward = False
     remakes_masks = False
     window_cuts_blocks = True
 

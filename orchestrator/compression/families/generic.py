@@ -32,6 +32,7 @@ class GenericFamily(Family):
     """
 
     proven = False
+    encodes_in_forward = True
     video_refused = ""
 
     def find_language_model(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a base tile, then the tiles of any resolution as one grid; several images, video."""
+"""LLaVA-NeXT, its video model and LLaVA-OneVision: a base tile, then the tiles of any resolution as one grid; video."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ class LlavaNextFamily(ImagesFamily):
         tiles = image_size_to_num_patches(self.image_size, config.image_grid_pinpoints, self.image_size[0])
         pixels = self.blank(1, tiles, config.vision_config.num_channels, *self.image_size)
         return {"pixel_values": pixels, "image_sizes": [list(self.image_size)]}
+
+
+class LlavaNextVideoFamily(LlavaNextFamily):
+    """Images as in LLaVA-NeXT; the frames of a video are pooled, without newlines."""
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the frames, pooled by `spatial_pool_stride`; what it does not divide is cut off."""
+        pixels, features = inputs.get("pixel_values_videos"), ready_features(inputs, "video")
+        stride = int(self.model.config.spatial_pool_stride)
+        frame = Grid(self.usual_grid.height // stride, self.usual_grid.width // stride)
+        if pixels is not None:
+            return [(frame,) * pixels.shape[1]] * len(pixels)
+        return [(frame,) * len(one) for one in features] if features is not None else []
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size, position ids of three axes (M-RoPE).
+"""Qwen-VL from 2 to 3.5, GLM-4V: images and videos of any size, position ids of three axes (M-RoPE).
 
 The towers of the first two and the spacing of their temporal position ids differ, what the mechanism sees does not. In
 the third (with experts too) visual features also enter the first layers, DeepStack (Meng et al., 2024, section 3):
@@ -127,3 +127,12 @@ class Qwen3VLFamily(Qwen2VLFamily):
         output = self.model.model.get_image_features(**self.empty_image(), return_dict=True)
         deep = [feature for level in output.deepstack_features for feature in level]
         return torch.cat([*output.pooler_output, *deep])
+
+
+class Glm4vFamily(Qwen2VLFamily):
+    """Frames of a video have the placeholder of images, so a batch holds images or videos, not both; no DeepStack."""
+
+    @property
+    def token_ids(self) -> tuple[int | None, int | None]:
+        """The placeholder of images alone."""
+        return super().token_ids[0], None

@@ -27,6 +27,7 @@ from orchestrator.compression.testing.tiny import (
 )
 from orchestrator.spec.components import Grid
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _TEXT = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig}
 _NINE = [IMAGE] * 9
 _THREE = {"image": (Grid(3, 3),)}
@@ -115,11 +116,12 @@ _TILE_VISION = VISION_SIZES | {"image_size": _SIDE, "patch_size": 3}
 _TILES = {"image": 3, "small": 1, "video": 2}
 _APART = {kind: [SEPARATOR, *_NINE] * count for kind, count in _TILES.items()}
 _TILE_UNITS = {kind: (Grid(3, 3),) * count for kind, count in _TILES.items()}
+_APART_IMAGES, _TILE_IMAGES = ({kind: one[kind] for kind in ("image", "small")} for one in (_APART, _TILE_UNITS))
 
 
-def _tiles_in_one_run(draw: Draw) -> None:
+def _tiles_in_one_run(draw: Draw, side: int = _SIDE) -> None:
     if tiles := sum(_TILES[kind] for kind in draw.flat):
-        draw.inputs["pixel_values"] = draw.pixels(tiles, 3, _SIDE, _SIDE)
+        draw.inputs["pixel_values"] = draw.pixels(tiles, 3, side, side)
 
 
 def _tiles_by_row(draw: Draw) -> None:
@@ -183,9 +185,82 @@ def _patches(draw: Draw) -> None:
             draw.inputs[pixel_name] = draw.pixels(int(thw.prod(-1).sum()), 3 * 2 * 4 * 4)
 
 
+# Qwen 3.5: layers of linear attention between those of softmax attention.
+_LINEAR: dict[str, Any] = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": _ROPE | {"partial_rotary_factor": 1.0},
+}
+
+# GLM-4V: frames of a video have the placeholder of images, so a batch holds images or videos.
+_GLM_VIDEO = [7, 8, SEPARATOR, *[IMAGE] * 6, SEPARATOR, 7, 9, SEPARATOR, *[IMAGE] * 6, SEPARATOR]
+
+
+def _patches_of_frames(draw: Draw) -> None:
+    _patches(draw)
+    draw.inputs["mm_token_type_ids"] *= 2  # each an image's, by its placeholder
+
+
+def _glm(model_class: Any, video: bool = False, **text: Any) -> TinyFamily:
+    tokens, units = _QWEN_TOKENS, {kind: _QWEN_UNITS[kind] for kind in ("image", "small")}
+    if video:
+        tokens, units = {"video": _GLM_VIDEO}, {"video": _QWEN_UNITS["video"]}
+    return tiny(
+        model_class,
+        _QWEN_VISION | _QWEN_SIZES | {"image_size": 24},
+        {**TEXT_SIZES, "rope_parameters": _ROPE | {"partial_rotary_factor": 1.0}, **text},
+        tokens,
+        _patches_of_frames if video else _patches,
+        units=units,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+GLM4V_VIDEO = _glm(hf.Glm4vForConditionalGeneration, video=True)
+_GLM_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 8,
+}
+
+# VideoLLaMA3: how many patches along a side make a token comes with each image and video.
+_VIDEO_LLAMA_MERGES = {"image": 1, "small": 1, "video": 2}
+_VIDEO_LLAMA_THW = {"image": (1, 3, 4), "small": (1, 2, 2), "video": (2, 4, 6)}
+
+
+def _patches_and_merges(draw: Draw) -> None:
+    for kind, pixel_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        found = [one for one in draw.flat if (one == "video") == (kind == "video")]
+        if found:
+            thw = torch.tensor([_VIDEO_LLAMA_THW[one] for one in found])
+            draw.inputs[f"{kind}_grid_thw"] = thw
+            draw.inputs[f"{kind}_merge_sizes"] = torch.tensor([_VIDEO_LLAMA_MERGES[one] for one in found])
+            draw.inputs[pixel_name] = draw.pixels(int(thw.prod(-1).sum()), 3 * 4 * 4)
+
+
+# LFM2-VL: rows of patches, padded; 2 x 2 patches are one token.
+_LFM_SHAPES = {"image": (6, 8), "small": (4, 4)}
+
+
+def _rows_of_patches(draw: Draw) -> None:
+    if not draw.flat:
+        return
+    shapes = [_LFM_SHAPES[kind] for kind in draw.flat]
+    most = max(height * width for height, width in shapes)
+    draw.inputs["pixel_values"] = draw.pixels(len(shapes), most, 3 * 4 * 4)
+    draw.inputs["spatial_shapes"] = torch.tensor(shapes)
+    patches = torch.tensor([height * width for height, width in shapes])
+    draw.inputs["pixel_attention_mask"] = (torch.arange(most) < patches[:, None]).long()
+
+
 # PaliGemma (1 and 2) and Gemma 3: images that see themselves both ways, and sliding windows shorter than an image, so
 # that they cut within images and between image and answer.
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 _GEMMA = {**TEXT_SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7}
 
 
@@ -253,6 +328,22 @@ _FAMILIES = (
         image_grid_pinpoints=_PINPOINTS,
     ),
     tiny(
+        hf.LlavaNextVideoForConditionalGeneration,
+        _CLIP,
+        hf.LlamaConfig,
+        {"image": [IMAGE] * (9 + 4 * 7), "small": [IMAGE] * (9 + 6 * 2), "video": [VIDEO] * _FRAMES},
+        _tiles_of_sizes,
+        _frames,
+        units={
+            "image": (Grid(3, 3), Grid(4, 7)),
+            "small": (Grid(3, 3), Grid(6, 2)),
+            "video": tuple(Grid(1, 1, frame=frame) for frame in range(_FRAMES)),
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=_PINPOINTS,
+    ),
+    tiny(
         hf.LlavaOnevisionForConditionalGeneration,
         hf.SiglipVisionConfig(**VISION_SIZES, image_size=24, patch_size=8),
         hf.Qwen2Config,
@@ -304,6 +395,38 @@ _FAMILIES = (
         image_seq_length=9,
         tie_word_embeddings=False,
     ),
+    tiny(
+        hf.AyaVisionForConditionalGeneration,
+        hf.SiglipVisionConfig(**VISION_SIZES, image_size=24, patch_size=4, vision_use_head=False),
+        hf.Cohere2Config(**TEXT_SIZES, sliding_window=7, layer_types=[_SLIDING, _FULL, _SLIDING, _SLIDING]),
+        _APART_IMAGES,
+        partial(_tiles_in_one_run, side=24),
+        units=_TILE_IMAGES,
+        image_token_index=IMAGE,
+        alignment_intermediate_size=48,
+    ),
+    tiny(
+        hf.Cohere2VisionForConditionalGeneration,
+        hf.SiglipVisionConfig(**VISION_SIZES, image_size=24, patch_size=4, vision_use_head=False),
+        hf.Cohere2Config(**TEXT_SIZES, sliding_window=7, layer_types=[_SLIDING, _FULL, _SLIDING, _SLIDING]),
+        _APART_IMAGES,
+        partial(_tiles_in_one_run, side=24),
+        units=_TILE_IMAGES,
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+    ),
+    tiny(
+        hf.Ovis2ForConditionalGeneration,
+        {**VISION_SIZES, "image_size": 24, "patch_size": 4, "hidden_stride": 2, "vocab_size": 40},
+        hf.Qwen2Config,
+        _APART_IMAGES,
+        partial(_tiles_in_one_run, side=24),
+        units=_TILE_IMAGES,
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[SEPARATOR] * 5,
+        hidden_size=32,
+        vocab_size=TEXT_SIZES["vocab_size"],
+    ),
     _idefics(hf.Idefics3ForConditionalGeneration, ("image", "small")),
     _idefics(hf.SmolVLMForConditionalGeneration, ("image", "small", "video")),
     tiny(
@@ -323,6 +446,47 @@ _FAMILIES = (
     ),
     _qwen(hf.Qwen3VLForConditionalGeneration, _QWEN_3_VISION, third=True, head_dim=8),
     _qwen(hf.Qwen3VLMoeForConditionalGeneration, _QWEN_3_VISION, third=True, head_dim=8, **_EXPERTS),
+    _qwen(hf.Qwen3_5ForConditionalGeneration, _QWEN_SIZES | {"num_position_embeddings": 64}, third=True, **_LINEAR),
+    _qwen(
+        hf.Qwen3_5MoeForConditionalGeneration,
+        _QWEN_SIZES | {"num_position_embeddings": 64},
+        third=True,
+        **_LINEAR,
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+    ),
+    _glm(hf.Glm4vForConditionalGeneration),
+    _glm(hf.Glm4vMoeForConditionalGeneration, **_GLM_EXPERTS),
+    _glm(hf.Glm46VForConditionalGeneration, model_type="glm4v_text"),
+    _glm(hf.GlmOcrForConditionalGeneration, head_dim=8),
+    tiny(
+        hf.VideoLlama3ForConditionalGeneration,
+        {**VISION_SIZES, "patch_size": 4},
+        hf.Qwen2Config,
+        {
+            "image": [SEPARATOR, *[IMAGE] * 12, SEPARATOR],
+            "small": [SEPARATOR, *[IMAGE] * 4, SEPARATOR],
+            "video": [7, *[VIDEO] * 6, 8, *[VIDEO] * 6],  # a time stamp before each frame
+        },
+        _patches_and_merges,
+        units=_QWEN_UNITS,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    ),
+    tiny(
+        hf.Lfm2VlForConditionalGeneration,
+        hf.Siglip2VisionConfig(**VISION_SIZES, patch_size=4, num_patches=36, vision_use_head=False),
+        hf.Lfm2Config(
+            **TEXT_SIZES | {"num_hidden_layers": 4},
+            layer_types=["conv", "full_attention"] * 2,
+            block_auto_adjust_ff_dim=False,
+        ),
+        {kind: [IMAGE] * (h * w // 4) for kind, (h, w) in _LFM_SHAPES.items()},
+        _rows_of_patches,
+        units={"image": (Grid(3, 4),), "small": (Grid(2, 2),)},
+        image_token_id=IMAGE,
+        projector_hidden_size=32,
+    ),
     _paligemma(hf.GemmaConfig(**TEXT_SIZES, head_dim=8)),
     tiny(
         hf.Gemma3ForConditionalGeneration,
