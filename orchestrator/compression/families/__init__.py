@@ -29,6 +29,8 @@ FAMILIES = {
     "qwen3_vl_moe": "qwen_vl:Qwen3VLFamily",
     "qwen3_5": "qwen_vl:Qwen2VLFamily",
     "qwen3_5_moe": "qwen_vl:Qwen2VLFamily",
+    "qwen2_5_omni_thinker": "qwen_vl:Qwen2VLFamily",
+    "qwen3_omni_moe_thinker": "qwen_vl:Qwen3VLFamily",
     "glm4v": "qwen_vl:Glm4vFamily",
     "glm4v_moe": "qwen_vl:Glm4vFamily",
     "glm46v": "qwen_vl:Glm4vFamily",

@@ -67,7 +67,7 @@ class Qwen2VLFamily(ImagesFamily):
             )
         visual_BN = self.visual_BN(ids_BN)
         row_V, column_V = visual_BN.nonzero().unbind(1)
-        height_V, width_V = positions[-2:].cpu()[:, row_V, column_V]
+        height_V, width_V = positions[-2:].cpu().long()[:, row_V, column_V]
         return _raster_grids(row_V.tolist(), height_V.tolist(), width_V.tolist())
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:

@@ -52,7 +52,7 @@ class Flow:
 
     Attributes:
         hidden_BND: Hidden states.
-        meta_CBN: Per token: its A position ids, its block, the number of first tokens it stands for, its original
+        meta_CBN: Per token (real numbers where position ids are, as in Qwen3-Omni): its A position ids, its block, the number of first tokens it stands for, its original
             column.
         layout: Where text and images are; None where the forward brings no image.
         labels_BN: Labels on the host, or None.
@@ -79,17 +79,17 @@ class Flow:
     @property
     def blocks_BN(self) -> Tensor:
         """Blocks; -1 for a token that sees what is before it only."""
-        return self.meta_CBN[-3]
+        return self.meta_CBN[-3].long()
 
     @property
     def sizes_BN(self) -> Tensor:
         """How many first tokens each token stands for."""
-        return self.meta_CBN[-2]
+        return self.meta_CBN[-2].long()
 
     @property
     def origins_BN(self) -> Tensor:
         """Original columns; -1 at padding."""
-        return self.meta_CBN[-1]
+        return self.meta_CBN[-1].long()
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _context(flow: Flow, point: Point, draw: Draw, group: ImageGroup, meta_CIN: 
     return Context(
         layer=point.layer,
         positions_ABN=meta_CIN[:-OTHER_META],
-        sizes_BN=meta_CIN[-2],
+        sizes_BN=meta_CIN[-2].long(),
         hidden_RND=flow.hidden_BND,
         **fields,
     )

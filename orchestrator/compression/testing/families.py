@@ -154,7 +154,9 @@ _QWEN_3_VISION = _QWEN_SIZES | {"num_position_embeddings": 64, "deepstack_visual
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 
 
-def _qwen(model_class: Any, vision: dict[str, Any], third: bool = False, **text: Any) -> TinyFamily:
+def _qwen(
+    model_class: Any, vision: dict[str, Any], third: bool = False, config: Any = None, add: Any = None, **text: Any
+) -> TinyFamily:
     # Qwen2-VL writes a video as one run, Qwen3-VL each frame with its time stamp before it.
     video = [7, 8, *_FRAME, 7, 9, *_FRAME] if third else [SEPARATOR, *[VIDEO] * 12, SEPARATOR]
     return tiny(
@@ -162,13 +164,12 @@ def _qwen(model_class: Any, vision: dict[str, Any], third: bool = False, **text:
         _QWEN_VISION | vision,
         {**TEXT_SIZES, "rope_parameters": _ROPE, **text},
         _QWEN_TOKENS | {"video": video},
-        _patches,
+        add or _patches,
         units=_QWEN_UNITS,
-        first_layer=int(third),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        first_layer=len(vision.get("deepstack_visual_indexes", ())),
         vision_start_token_id=SEPARATOR,
         vision_end_token_id=SEPARATOR,
+        **(config or {"image_token_id": IMAGE, "video_token_id": VIDEO}),
     )
 
 
@@ -195,6 +196,19 @@ _LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "rope_parameters": _ROPE | {"partial_rotary_factor": 1.0},
 }
+
+# The thinkers of Qwen-Omni: vision as in Qwen-VL, a tower of audio beside it.
+_AUDIO = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16, "output_dim": 32}
+_OMNI: dict[str, Any] = {"audio_config": _AUDIO | {"num_mel_bins": 8, "downsample_hidden_size": 8}}
+_OMNI_2 = _OMNI | {"image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 60}
+_OMNI_3 = _OMNI | {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 60}
+
+
+def _patches_by_seconds(draw: Draw) -> None:
+    _patches(draw)
+    del draw.inputs["mm_token_type_ids"]
+    draw.inputs["video_second_per_grid"] = torch.full((draw.flat.count("video"),), 0.08)
+
 
 # GLM-4V: frames of a video have the placeholder of images, so a batch holds images or videos.
 _GLM_VIDEO = [7, 8, SEPARATOR, *[IMAGE] * 6, SEPARATOR, 7, 9, SEPARATOR, *[IMAGE] * 6, SEPARATOR]
@@ -454,6 +468,20 @@ _FAMILIES = (
         **_LINEAR,
         **_EXPERTS,
         shared_expert_intermediate_size=24,
+    ),
+    _qwen(
+        hf.Qwen2_5OmniThinkerForConditionalGeneration,
+        _QWEN_SIZES | {"window_size": 16, "fullatt_block_indexes": [1]},
+        config=_OMNI_2,
+        add=_patches_by_seconds,
+    ),
+    _qwen(
+        hf.Qwen3OmniMoeThinkerForConditionalGeneration,
+        _QWEN_3_VISION,
+        config=_OMNI_3,
+        add=_patches_by_seconds,
+        head_dim=8,
+        **_EXPERTS,
     ),
     _glm(hf.Glm4vForConditionalGeneration),
     _glm(hf.Glm4vMoeForConditionalGeneration, **_GLM_EXPERTS),
