@@ -12,6 +12,7 @@ FAMILIES = {
     # model_type: module and class; imported when the first model of that type is attached.
     "llava": "llava:LlavaFamily",
     "llava_next": "llava_next:LlavaNextFamily",
+    "granite4_vision": "llava_next:Granite4VisionFamily",
     "llava_next_video": "llava_next:LlavaNextVideoFamily",
     "llava_onevision": "llava_next:LlavaOnevisionFamily",
     "video_llava": "llava:VideoLlavaFamily",

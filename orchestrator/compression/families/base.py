@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Family(ABC):
         encodes_in_forward: Ready features do not say where images end, so `generate` leaves encoding to forward.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
+        deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
 
     Raises:
@@ -35,6 +36,7 @@ class Family(ABC):
     proven = True
     encodes_in_forward = False
     remakes_masks = False
+    deep_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -139,7 +141,9 @@ class Family(ABC):
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
         """Return the further arguments of the language model for the segment that begins at layer `first`."""
-        return options
+        if first == 0:
+            return options
+        return {name: value for name, value in options.items() if name not in self.deep_options}
 
     def enter(self) -> None:
         """Prepare the model when it is attached; most families have nothing to do."""

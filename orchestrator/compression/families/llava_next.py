@@ -1,12 +1,14 @@
-"""LLaVA-NeXT, its video model and LLaVA-OneVision: a base tile, then the tiles of any resolution as one grid; video."""
+"""LLaVA-NeXT, LLaVA-OneVision, Granite 4 Vision: a base tile, then the tiles of any resolution as one grid; video."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -48,6 +50,32 @@ class LlavaNextFamily(ImagesFamily):
         tiles = image_size_to_num_patches(self.image_size, config.image_grid_pinpoints, self.image_size[0])
         pixels = self.blank(1, tiles, config.vision_config.num_channels, *self.image_size)
         return {"pixel_values": pixels, "image_sizes": [list(self.image_size)]}
+
+
+class Granite4VisionFamily(LlavaNextFamily):
+    """Tiles as in LLaVA-NeXT, sampled down by a Q-Former; features of several kinds are added before several layers."""
+
+    sized = False
+    encodes_in_forward = True
+    deep_options = ("vision_mask", "deepstack_features")
+
+    @property
+    def usual_grid(self) -> Grid:
+        """The grid of a tile, by the config's `downsample_rate`."""
+        grid, rate = super().usual_grid, Fraction(self.model.config.downsample_rate)
+        return Grid(int(grid.height * rate), int(grid.width * rate))
+
+    @property
+    def first_layer(self) -> int:
+        """The layer after the last one that features are added before."""
+        config = self.model.config
+        deep = [layer for _, layer in config.deepstack_layer_map]
+        return int(max([*deep, *config.spatial_target_layers])) + 1
+
+    def idle_features(self) -> Tensor:
+        """Return the features of every kind."""
+        output = self.model.model.get_image_features(**self.empty_image(), return_dict=True)
+        return torch.cat([one for _, features in output.deepstack_features for one in features])
 
 
 class LlavaNextVideoFamily(LlavaNextFamily):

@@ -19,8 +19,6 @@ from orchestrator.compression.families.images import ImagesFamily, Units, pair, 
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
-_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
-
 
 class Qwen2VLFamily(ImagesFamily):
     """An image is a grid of merged patches, a video one such grid for each temporal patch (two frames)."""
@@ -111,16 +109,12 @@ def _raster_grids(rows: Sequence[int], heights: Sequence[int], widths: Sequence[
 class Qwen3VLFamily(Qwen2VLFamily):
     """Frames of a video are runs of their own, with a time stamp in text before each."""
 
+    deep_options = ("visual_pos_masks", "deepstack_visual_embeds")
+
     @property
     def first_layer(self) -> int:
         """The layer after the last one that DeepStack adds to."""
         return len(self.model.config.vision_config.deepstack_visual_indexes)
-
-    def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
-        """Give DeepStack's features to the first segment alone: a slice's layers are counted from 0 again."""
-        if first == 0:
-            return options
-        return {name: value for name, value in options.items() if name not in _DEEPSTACK}
 
     def idle_features(self) -> Tensor:
         """Return the features with those for DeepStack, whose mergers every rank must run too."""

@@ -97,6 +97,17 @@ _TILED = {"image": ((32, 48), 5), "small": ((48, 10), 3)}
 _PINPOINTS = [[24, 48], [48, 24], [48, 48]]
 
 
+_QFORMER = {
+    "model_type": "blip_2_qformer",
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "cross_attention_frequency": 1,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
 def _frames(draw: Draw) -> None:
     if videos := draw.flat.count("video"):
         draw.inputs["pixel_values_videos"] = draw.pixels(videos, _FRAMES, 3, 24, 24)
@@ -340,6 +351,22 @@ _FAMILIES = (
         units={"image": (Grid(3, 3), Grid(4, 7)), "small": (Grid(3, 3), Grid(6, 2))},
         image_token_id=IMAGE,
         image_grid_pinpoints=_PINPOINTS,
+    ),
+    tiny(
+        hf.Granite4VisionForConditionalGeneration,
+        hf.CLIPVisionConfig(**VISION_SIZES | {"hidden_size": 64}, image_size=24, patch_size=4).to_dict(),
+        {**TEXT_SIZES, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        {"image": [IMAGE] * (9 + 4 * 7), "small": [IMAGE] * (9 + 6 * 2)},
+        _tiles_of_sizes,
+        units={"image": (Grid(3, 3), Grid(4, 7)), "small": (Grid(3, 3), Grid(6, 2))},
+        first_layer=2,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=_PINPOINTS,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [-2, 1]],
+        spatial_target_layers=[0, 0, 1, 1],
+        projector_dropout=0.0,
+        qformer_config=_QFORMER,
     ),
     tiny(
         hf.LlavaNextVideoForConditionalGeneration,

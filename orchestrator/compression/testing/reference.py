@@ -178,10 +178,12 @@ def _row_of(mask_B1NN: Tensor, row: int, real_N: Tensor) -> Tensor:
 
 
 def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any]:
-    """Return a row's part of the decoder's other arguments by token, or by visual token (lists beside a mask)."""
+    """Return a row's part of the decoder's other arguments by token, or by visual token (several beside a mask)."""
     shape = given["inputs_embeds"].shape[:2]
     masks = [
-        one for one in given.values() if isinstance(one, Tensor) and one.dtype == torch.bool and one.shape == shape
+        one.flatten(1)
+        for one in given.values()
+        if isinstance(one, Tensor) and one.dtype == torch.bool and one.shape in (shape, (*shape, 1))
     ]
     extras: dict[str, Any] = {}
     for name, value in given.items():
@@ -192,6 +194,9 @@ def _extras(given: Mapping[str, Any], row: int, real_N: Tensor) -> dict[str, Any
         elif isinstance(value, list | tuple) and masks and all(isinstance(one, Tensor) for one in value):
             own = masks[0].nonzero()[:, 0] == row
             extras[name] = [one[own] for one in value]
+        elif isinstance(value, dict) and masks and all(isinstance(one, Tensor) for one in value.values()):
+            own = masks[0].nonzero()[:, 0] == row
+            extras[name] = {layer: one[own] for layer, one in value.items()}
     return extras
 
 
@@ -573,7 +578,10 @@ class Reference:
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """Return the top model's logits of final hidden states."""
         logits_NV: Tensor = self.family.model.get_output_embeddings()(hidden_ND)
-        cap = getattr(self.family.model.config.get_text_config(), "final_logit_softcapping", None)
+        config = self.family.model.config
+        if config.model_type == "granite4_vision":  # a Granite in another top model is not scaled
+            logits_NV = logits_NV / config.text_config.logits_scaling
+        cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
         return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
     def _through(self, state: RowState, points: Sequence[Point]) -> RowState:
