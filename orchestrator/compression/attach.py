@@ -20,6 +20,7 @@ from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
 from orchestrator.compression.forward.projector import expand_images
 from orchestrator.compression.forward.segments import Draw
+from orchestrator.compression.masks import check_layer_kinds
 from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
 from orchestrator.spec.base import validation_text
@@ -268,6 +269,8 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
             f"attach: {spec.kind} at layer {spec.layer}: it looks at what decoder layer K-1 saw, and none has run "
             "there; give it layer 1 or more"
         )
+    if getattr(spec, "size_bias", False):
+        check_layer_kinds(family.language_model.config, f"attach: {spec.kind} with size_bias")
     if {"queries", "keys"} & set(spec.needs):
         attention_module(family.language_model.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}")
     if "cls" in spec.needs and family.cls_attention() is None:

@@ -65,14 +65,22 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
         raise UsageError(f"compression: attn_implementation {attention!r} takes no mask of blocks; use eager or sdpa")
     window = getattr(keys.config, "sliding_window", None)
     kinds = keys.layer_types or ((SLIDING if window else FULL),)
-    unknown = sorted(set(kinds) - {FULL, SLIDING})
-    if unknown:
-        raise UsageError(f"compression: masks of {', '.join(unknown)} layers cannot be made; known: {FULL}, {SLIDING}")
+    check_layer_kinds(keys.config, "compression")
     masks = {
         kind: _mask(keys, kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention)
         for kind in dict.fromkeys(kinds)
     }
     return _ByKind(masks) if keys.layer_types else masks[kinds[0]]
+
+
+def check_layer_kinds(config: Any, what: str) -> None:
+    """Refuse a decoder that has layers of a kind whose masks cannot be made here (linear attention, convolutions).
+
+    Raises:
+        UsageError: it has one; the message names it.
+    """
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}):
+        raise UsageError(f"{what}: masks of {', '.join(unknown)} layers cannot be made; known: {FULL}, {SLIDING}")
 
 
 class _ByKind(dict[str, Any]):

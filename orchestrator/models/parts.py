@@ -12,6 +12,8 @@ from orchestrator.errors import UsageError
 
 VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, COMPRESSOR = "vision_tower", "projector", "language_model", "compressor"
 PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, COMPRESSOR)
+AUDIO_TOWER = "audio_tower"
+"""No part that trains: no data kind brings sound."""
 
 # First match wins; names are those of transformers' own vision-language models. A merger inside the vision module
 # (Qwen-VL) is what LLaVA calls the projector.
@@ -19,7 +21,12 @@ _PATTERNS = tuple(
     (part, re.compile(rf"(?:^|\.)(?:{names})(?:\.|$)"))
     for part, names in (
         (COMPRESSOR, "llavolta_compressors"),
-        (PROJECTOR, "multi_modal_projector|connector|merger|deepstack_merger_list|image_newline|aligner|embed_vision"),
+        (
+            PROJECTOR,
+            "multi_modal_projector|projector|layerwise_projectors|spatial_projectors|connector|merger|"
+            "deepstack_merger_list|image_newline|aligner|embed_vision|visual_embeddings_table",
+        ),
+        (AUDIO_TOWER, "audio_tower|embed_audio"),
         (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|video_tower|vision_encoder"),
         (LANGUAGE_MODEL, "language_model|text_model|lm_head"),
     )
@@ -27,8 +34,8 @@ _PATTERNS = tuple(
 
 
 def part_of(parameter_name: str) -> str:
-    """Return the part a parameter belongs to: `vision_tower`, `projector`, `language_model` (with its head) or
-    `compressor`.
+    """Return the part a parameter belongs to: `vision_tower`, `projector`, `language_model` (with its head),
+    `compressor` or `audio_tower`.
 
     Raises:
         UsageError: the name matches no part; the model's family is unknown.

@@ -52,8 +52,8 @@ class Flow:
 
     Attributes:
         hidden_BND: Hidden states.
-        meta_CBN: Per token (real numbers where position ids are, as in Qwen3-Omni): its A position ids, its block, the number of first tokens it stands for, its original
-            column.
+        meta_CBN: Per token: its A position ids, its block, the number of first tokens it stands for, its original
+            column. Real numbers where position ids are (Qwen3-Omni), else integers.
         layout: Where text and images are; None where the forward brings no image.
         labels_BN: Labels on the host, or None.
         blocked: Tokens of one non-negative block see one another both ways.

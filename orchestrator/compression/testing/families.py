@@ -127,7 +127,8 @@ _TILE_VISION = VISION_SIZES | {"image_size": _SIDE, "patch_size": 3}
 _TILES = {"image": 3, "small": 1, "video": 2}
 _APART = {kind: [SEPARATOR, *_NINE] * count for kind, count in _TILES.items()}
 _TILE_UNITS = {kind: (Grid(3, 3),) * count for kind, count in _TILES.items()}
-_APART_IMAGES, _TILE_IMAGES = ({kind: one[kind] for kind in ("image", "small")} for one in (_APART, _TILE_UNITS))
+_APART_IMAGES = {kind: _APART[kind] for kind in ("image", "small")}
+_TILE_IMAGES = {kind: _TILE_UNITS[kind] for kind in ("image", "small")}
 
 
 def _tiles_in_one_run(draw: Draw, side: int = _SIDE) -> None:
@@ -162,7 +163,12 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 
 _QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _QWEN_SIZES = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
 _QWEN_3_VISION = _QWEN_SIZES | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+}
 
 
 def _qwen(

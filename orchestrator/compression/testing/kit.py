@@ -413,10 +413,11 @@ class Cell:
         bare = Batch({name: value for name, value in batch.inputs.items() if name != "attention_mask"}, batch.units)
         plain = self.bench.model(self.bench.tiny.attentions[-1])
         with torch.no_grad():
-            without_mask = list(differs("", *(run(plain, None, one).loss for one in (bare, batch)), CLOSE))
+            loss, masked = (run(plain, None, one).loss for one in (bare, batch))
+            mask_matters = list(differs("the plain model", loss, masked, CLOSE))
         with self.bench.attached(self.bench.tiny.attentions[-1], points) as (model, attachment), torch.no_grad():
             loss, masked = (run(model, attachment, one).loss for one in (bare, batch))
-            if not without_mask:  # some models number positions of images only where there is a mask
+            if not mask_matters:  # some models number positions of images only where there is a mask
                 yield from differs(f"{how}: loss against the same with a mask of ones", loss, masked, CLOSE)
             other = {
                 name: value + 1.0 if isinstance(value, Tensor) and value.is_floating_point() else value

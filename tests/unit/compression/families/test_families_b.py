@@ -8,12 +8,14 @@ from reference import assert_same_gradients, generate, gradients, loss_of, refer
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
-from orchestrator.compression.testing.families import PALIGEMMA_2, TINY
+from orchestrator.compression.testing.families import GLM4V_VIDEO, PALIGEMMA_2
+from orchestrator.compression.testing.families import TINY as ALL
 from orchestrator.compression.testing.tiny import IMAGE, VIDEO
 from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
 
-GEMMA_3, PALIGEMMA, QWEN3_VL, QWEN3_VL_MOE = (TINY[n] for n in ("gemma3", "paligemma", "qwen3_vl", "qwen3_vl_moe"))
-QWEN2_5_VL, QWEN2_VL = TINY["qwen2_5_vl"], TINY["qwen2_vl"]
+GEMMA_3, PALIGEMMA, QWEN3_VL, QWEN3_VL_MOE = (ALL[n] for n in ("gemma3", "paligemma", "qwen3_vl", "qwen3_vl_moe"))
+QWEN2_5_VL, QWEN2_VL = ALL["qwen2_5_vl"], ALL["qwen2_vl"]
 
 
 QWEN = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_5_VL, "qwen3_vl": QWEN3_VL, "qwen3_vl_moe": QWEN3_VL_MOE}
@@ -267,3 +269,45 @@ def test_features_of_no_image_reach_tower_and_projector(name):
     parts = [inner.visual] if name in QWEN else [inner.multi_modal_projector]
     lacking = [n for part in parts for n, p in part.named_parameters() if p.grad is None]
     assert not lacking
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3_5", "linear_attention"), ("lfm2_vl", "conv")])
+def test_what_hybrid_layers_cannot_do_is_refused_at_attach(name, kind):
+    model = ALL[name].build("sdpa", 0)
+    with pytest.raises(UsageError, match=f"attach: average_pool with size_bias: masks of {kind} layers"):
+        attach(model, [pooled(1, size_bias=True)])
+    with pytest.raises(UsageError, match=r"attach: fastv at layer 1: .* has no attention module"):
+        attach(model, [{"kind": "fastv", "layer": 1, "keep_ratio": "1/2"}])
+    attach(model, [{"kind": "fastv", "layer": 2, "keep_ratio": "1/2"}]).detach()
+
+
+def test_frames_of_a_video_with_the_placeholder_of_images():
+    tiny = GLM4V_VIDEO
+    rows = [[3, "video", 7], [9], [2, "video", 1, "video", 6]]
+    batch = tiny.batch(rows, "left", 1, 3)
+    units = [grid for row in rows for part in row if part == "video" for grid in tiny.units["video"]]
+    model = tiny.build("sdpa", 1)
+    assert family_of(model).grids(batch, int((batch["input_ids"] == IMAGE).sum())) == units
+    plain = model(**batch).loss
+    attachment = attach(model, [pooled(2, stride=1)])
+    assert abs(float((model(**batch).loss - plain).detach())) < 1e-6
+    attachment.switch([pooled(2)])
+    assert torch.isfinite(model(**batch).loss)
+    assert attachment.last_visual_layer_tokens == 3 * (2 * 12 + 2 * 6)
+
+
+def test_frames_that_the_processor_thinned_out_are_rows_of_what_is_left():
+    tiny = ALL["video_llama_3"]
+    model = tiny.build("sdpa", 0)
+    batch = tiny.batch([[3, "video", 7]], "right", 0, 3)
+    batch["video_compression_mask"] = torch.tensor([True] * 6 + [True, False, False, True, True, False])
+    video = (batch["input_ids"][0] == VIDEO).nonzero().flatten()
+    kept = torch.ones_like(batch["input_ids"][0], dtype=torch.bool)
+    kept[video[~batch["video_compression_mask"]]] = False
+    for name in ("input_ids", "attention_mask", "labels"):
+        batch[name] = batch[name][:, kept]
+    family = family_of(model)
+    assert family.grids(batch, 9) == [Grid(2, 3), Grid(1, 3)]
+    plain = model(**batch).loss
+    attach(model, [pooled(1, stride=1)])
+    assert abs(float((model(**batch).loss - plain).detach())) < 1e-6

@@ -6,10 +6,10 @@ import pytest
 import torch
 from reference import assert_same_gradients, generate, gradients, reference_loss
 from transformers import (
-    AyaVisionForConditionalGeneration,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Cohere2Config,
+    DeepseekVLForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
     OPTConfig,
@@ -30,15 +30,14 @@ MIXED = [[3, "image", 7], [9], [2, "image", "image", 2, "image", 6]]
 HALF = [{"kind": "average_pool", "layer": 1, "stride": 2}]
 
 
-def aya_vision(seed=0, attention="sdpa"):
+def deepseek_vl(seed=0, attention="sdpa"):
     """A model without an adapter: a decoder with sliding layers, 2 x 2 tokens per image."""
-    vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8)
+    vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=16)
     text = Cohere2Config(**TEXT_SIZES, sliding_window=8)
-    sizes = {"downsample_factor": 2, "alignment_intermediate_size": 64}
-    return builder(AyaVisionForConditionalGeneration, vision, text, image_token_id=IMAGE, **sizes)(attention, seed)
+    return builder(DeepseekVLForConditionalGeneration, vision, text, image_token_id=IMAGE)(attention, seed)
 
 
-def aya_batch(padding="right", answer=3):
+def deepseek_batch(padding="right", answer=3):
     def pixels(draw):
         draw.inputs["pixel_values"] = draw.pixels(4, 3, 32, 32)
 
@@ -46,8 +45,8 @@ def aya_batch(padding="right", answer=3):
 
 
 def test_a_model_of_no_known_family_keeps_its_numbers():
-    model, batch = aya_vision(), aya_batch("left")
-    assert "aya_vision" not in FAMILIES
+    model, batch = deepseek_vl(), deepseek_batch("left")
+    assert "deepseek_vl" not in FAMILIES
     assert isinstance(family_of(model), GenericFamily)
     plain = float(model(**batch).loss.detach())
     attachment = attach(model, [])
@@ -57,11 +56,11 @@ def test_a_model_of_no_known_family_keeps_its_numbers():
 
 
 def test_a_model_of_no_known_family_equals_a_plain_loop():
-    batch, units = aya_batch(), [[4], [], [4] * 3]  # two of the images in one run
-    plain = aya_vision(attention="eager")
+    batch, units = deepseek_batch(), [[4], [], [4] * 3]  # two of the images in one run
+    plain = deepseek_vl(attention="eager")
     expected = reference_loss(plain, batch, [{"kind": "average_pool", "layer": 2, "stride": 2}], units=units)
     wanted = gradients(plain, expected)
-    model = aya_vision()
+    model = deepseek_vl()
     attach(model, [{"kind": "average_pool", "layer": 2, "stride": 2}])
     loss = model(**batch).loss
     assert abs(float(loss.detach() - expected.detach())) < 1e-5
@@ -69,7 +68,7 @@ def test_a_model_of_no_known_family_equals_a_plain_loop():
 
 
 def test_generation_sees_the_same_images_as_forward():
-    model, batch = aya_vision().eval(), aya_batch("left", 0)
+    model, batch = deepseek_vl().eval(), deepseek_batch("left", 0)
     del batch["labels"]
     attach(model, [{"kind": "average_pool_2d", "layer": 1, "keep_tokens": 2}])
     cached = generate(model, batch, 4)
@@ -96,7 +95,7 @@ def test_every_image_or_tile_is_a_run_of_placeholders_or_an_equal_share_of_one(n
 
 
 def test_what_belongs_to_single_tokens_is_refused():
-    family = GenericFamily(aya_vision())
+    family = GenericFamily(deepseek_vl())
     assert family.segment_options({"use_cache": False, "output_attentions": None}, 1)
     with pytest.raises(UsageError, match="per_token_features"):
         family.segment_options({"per_token_features": torch.zeros(2, 9)}, 1)

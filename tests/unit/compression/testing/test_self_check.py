@@ -7,8 +7,14 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, Cohere2Config, GraniteConfig, SiglipVisionConfig
-from transformers import AyaVisionForConditionalGeneration as AyaVision
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Cohere2Config,
+    DeepseekVLForConditionalGeneration,
+    GraniteConfig,
+    SiglipVisionConfig,
+)
 
 from orchestrator.compression import attach
 from orchestrator.compression.families.generic import GenericFamily
@@ -30,19 +36,18 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def aya(text):
-    """Return an Aya Vision, which has no adapter, with a text model of some type; 2 x 2 tokens per image."""
-    vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=8)
-    sizes = {"downsample_factor": 2, "alignment_intermediate_size": 64}
-    return builder(AyaVision, vision, text, image_token_id=IMAGE, **sizes)("sdpa", 0)
+def deepseek_vl(text):
+    """Return a DeepSeek-VL, which has no adapter, with a text model of some type; 2 x 2 tokens per image."""
+    vision = SiglipVisionConfig(**VISION_SIZES, image_size=32, patch_size=16)
+    return builder(DeepseekVLForConditionalGeneration, vision, text, image_token_id=IMAGE)("sdpa", 0)
 
 
 def granite():
-    return aya(GraniteConfig(**TEXT_SIZES, embedding_multiplier=12.0))
+    return deepseek_vl(GraniteConfig(**TEXT_SIZES, embedding_multiplier=12.0))
 
 
 def cohere():
-    return aya(Cohere2Config(**TEXT_SIZES, sliding_window=6))
+    return deepseek_vl(Cohere2Config(**TEXT_SIZES, sliding_window=6))
 
 
 def of_type(model_type):
@@ -121,7 +126,7 @@ def test_padding_that_is_seen_is_refused(monkeypatch):
 
 
 def test_frames_that_are_mixed_refuse_videos_alone(monkeypatch):
-    built = of_type("qwen3_5")
+    built = of_type("hyperclovax_vision_v2")
     right = GenericFamily._units
 
     def mixed(self, inputs, kind, *args):
@@ -139,7 +144,7 @@ def test_frames_that_are_mixed_refuse_videos_alone(monkeypatch):
 
 def test_attach_names_the_check_that_failed(monkeypatch):
     monkeypatch.setattr(decoder, "run_layers", naive_slices)
-    with pytest.raises(UsageError, match=r"aya_vision.* has no adapter of its own, .* at identity: all tokens kept"):
+    with pytest.raises(UsageError, match=r"deepseek_vl.* has no adapter of its own, .* at identity: all tokens kept"):
         attach(granite(), [])
 
 
@@ -150,7 +155,7 @@ def test_what_a_decoder_takes_beside_its_tokens_is_refused_at_attach():
 
 def test_a_config_is_checked_once(monkeypatch):
     attach(granite(), []).detach()
-    (file,) = (cache_folder() / "self_checks").glob("aya_vision-*.json")
+    (file,) = (cache_folder() / "self_checks").glob("deepseek_vl-*.json")
     monkeypatch.setattr(self_check, "self_check", lambda _: pytest.fail("checked again"))
     attach(granite(), []).detach()
     file.write_text("{")
