@@ -714,7 +714,10 @@ def run_layers(
         The row after them, and what the last of them saw, as far as it is needed: `attention` (tokens x tokens, mean
         over heads) and `keys` (tokens x heads side by side).
     """
-    cache = DynamicCache() if "keys" in needs else None
+    kinds = set(getattr(language_model.config, "layer_types", None) or ())
+    # A cache that knows the config keeps a window's keys alone, and layers without keys find no place in another.
+    known = {"config": language_model.config} if kinds - {"full_attention", "sliding_attention"} else {}
+    cache = DynamicCache(**known) if "keys" in needs else None
     maps: list[Tensor] = []
     count = len(state.sizes)
     positions = state.positions_AN.unsqueeze(1) if len(state.positions_AN) > 1 else state.positions_AN
