@@ -223,8 +223,6 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
             yield Finding((*where, "kind"), f"{point.kind} needs {reason}")
 
 
-
-
 def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
     if point.layer == "projector":
         return _PROJECTOR

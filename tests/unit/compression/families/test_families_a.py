@@ -12,7 +12,6 @@ from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
 from orchestrator.compression.testing.tiny import IMAGE, PAD
 from orchestrator.errors import UsageError
 from orchestrator.models.parts import AUDIO_TOWER, PARTS, PROJECTOR, VISION_TOWER, part_of, set_trainable
-from orchestrator.spec.components import Grid
 
 NAMES = (
     "llava",
