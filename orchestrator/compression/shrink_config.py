@@ -6,7 +6,26 @@ from typing import Any
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 32, 48, 4, 2
 HEAD_DIM = HIDDEN // HEADS
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
+_AT_MOST = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": INTERMEDIATE,
+    "shared_expert_intermediate_size": INTERMEDIATE,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+    "linear_num_key_heads": KV_HEADS,
+    "linear_num_value_heads": HEADS,
+}
+_AUDIO = {
+    "encoder_layers": 1,
+    "encoder_attention_heads": HEADS,
+    "encoder_ffn_dim": INTERMEDIATE,
+    "d_model": HIDDEN,
+    "output_dim": HIDDEN,
+    "downsample_hidden_size": HIDDEN,
+}
 
 
 def shrunk_config(config: Any, layers: int) -> Any:
@@ -21,7 +40,30 @@ def shrunk_config(config: Any, layers: int) -> Any:
     for name in ("hidden_size", "projection_dim"):  # PaliGemma repeats the widths of its parts
         if name in values:
             values[name] = HIDDEN
+    for name in ("alignment_intermediate_size", "projector_hidden_size"):
+        if name in values:
+            values[name] = INTERMEDIATE
+    if isinstance(values.get("audio_config"), dict):
+        audio = values["audio_config"]
+        values["audio_config"] = audio | {name: size for name, size in _AUDIO.items() if name in audio}
+    if isinstance(values.get("qformer_config"), dict):
+        _small_q_former(values, layers)
     return type(config).from_dict(values)
+
+
+def _small_q_former(values: dict[str, Any], layers: int) -> None:
+    """Shrink what is between the tower and the decoder of Granite 4 Vision, whose Q-Former has heads of 64."""
+    vision = values["vision_config"]
+    vision["hidden_size"] = 64
+    values["qformer_config"] = values["qformer_config"] | {"intermediate_size": INTERMEDIATE}
+    pairs, targets = values.get("deepstack_layer_map") or [], values.get("spatial_target_layers") or []
+    entered = sorted({*targets, *(layer for _, layer in pairs)})
+    place = {layer: min(number, max(0, layers - 2)) for number, layer in enumerate(entered)}
+    values["spatial_target_layers"] = [place[layer] for layer in targets]
+    depth = vision["num_hidden_layers"]
+    values["deepstack_layer_map"] = [
+        [state if -depth <= state < depth else -1, place[layer]] for state, layer in pairs
+    ] or None
 
 
 def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -32,7 +74,7 @@ def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
         small["num_key_value_heads"] = KV_HEADS if grouped else HEADS
     if "query_pre_attn_scalar" in text:
         small["query_pre_attn_scalar"] = HEAD_DIM
-    small |= {name: min(text[name], size) for name, size in _EXPERTS.items() if isinstance(text.get(name), int)}
+    small |= {name: min(text[name], size) for name, size in _AT_MOST.items() if isinstance(text.get(name), int)}
     small |= _per_layer(text, text.get("num_hidden_layers"), layers)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):
