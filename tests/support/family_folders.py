@@ -23,8 +23,8 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from orchestrator.compression.testing.families import TINY
 
-_SQUARE = {"height": 24, "width": 24}
-_PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+SQUARE = {"height": 24, "width": 24}
+PINPOINTS = [[24, 48], [48, 24], [48, 48]]
 _TEMPLATE = (
     "{%- for message in messages %}{{ '[' ~ message['role'] ~ '] ' }}"
     "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -68,7 +68,7 @@ _TILES = (
 
 
 def _clip() -> Any:
-    return CLIPImageProcessorPil(size=_SQUARE, crop_size=_SQUARE, do_center_crop=False)
+    return CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, do_center_crop=False)
 
 
 def _qwen(processor: str) -> Folder:
@@ -89,18 +89,18 @@ FOLDERS = {
     "vipllava": lambda: Folder("LlavaProcessor", _clip(), settings=_CLIP),
     "llava_next": lambda: Folder(
         "LlavaNextProcessor",
-        LlavaNextImageProcessorPil(size={"shortest_edge": 24}, crop_size=_SQUARE, image_grid_pinpoints=_PINPOINTS),
+        LlavaNextImageProcessorPil(size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS),
         settings=_CLIP,
     ),
     "llava_onevision": lambda: Folder(
         "LlavaOnevisionProcessor",
-        LlavaOnevisionImageProcessorPil(size=_SQUARE, image_grid_pinpoints=_PINPOINTS),
+        LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS),
         {"image_token": "<image>", "video_token": "<video>"},
         {"num_image_tokens": 9, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"},
     ),
     "video_llava": lambda: Folder(
         "VideoLlavaProcessor",
-        VideoLlavaImageProcessor(size={"shortest_edge": 24}, crop_size=_SQUARE),
+        VideoLlavaImageProcessor(size={"shortest_edge": 24}, crop_size=SQUARE),
         {"image_token": "<image>", "video_token": "<video>"},
         _CLIP,
     ),
@@ -133,7 +133,7 @@ FOLDERS = {
     "qwen3_vl": lambda: _qwen("Qwen3VLProcessor"),
     "qwen3_vl_moe": lambda: _qwen("Qwen3VLProcessor"),
     "paligemma": lambda: Folder(
-        "PaliGemmaProcessor", SiglipImageProcessorPil(size=_SQUARE, image_seq_length=9), image=None
+        "PaliGemmaProcessor", SiglipImageProcessorPil(size=SQUARE, image_seq_length=9), image=None
     ),
     "gemma3": lambda: Folder(
         "Gemma3Processor",
