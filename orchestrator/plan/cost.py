@@ -69,6 +69,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import isqrt
 from typing import Any
 
@@ -76,10 +77,51 @@ from orchestrator import registry
 from orchestrator.plan.jobs import Action
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.model_facts import ModelFacts
+from orchestrator.spec.phase import PhaseSpec
 
 _TERA = 1e12
 _ORDER = ("vision_tower", "projector", "language_model")
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """Rows of a data set that are alike.
+
+    Attributes:
+        share: Their share of all rows.
+        text_tokens: Text tokens, template and markers of images included.
+        label_tokens: Tokens that carry the loss.
+        images: What each image becomes.
+    """
+
+    share: float
+    text_tokens: float
+    label_tokens: float
+    images: tuple[ImageUnits, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRows:
+    """The rows of a data set, or of several as they are mixed; one object is equal to itself alone."""
+
+    rows: tuple[MeasuredRow, ...]
+
+    @cached_property
+    def images(self) -> tuple[tuple[float, ImageUnits], ...]:
+        """What images become, each kind with its share of all images; empty where no row has one."""
+        found: dict[ImageUnits, float] = {}
+        for row in self.rows:
+            for image in row.images:
+                found[image] = found.get(image, 0.0) + row.share
+        total = sum(found.values())
+        return tuple((share / total, image) for image, share in found.items())
+
+    @property
+    def image_tokens(self) -> float:
+        """Mean visual tokens of an image."""
+        return sum(share * image.tokens for share, image in self.images)
 
 
 @dataclass(frozen=True)
@@ -90,11 +132,30 @@ class Sample:
         text_tokens: Text tokens, template included.
         label_tokens: Tokens that carry the loss.
         images: Images (or frames, tiles) a sample.
+        rows: The rows it is the mean of, where images vary in size: attention is quadratic, so costs are means over
+            rows, not of a mean row. None where every image is the same number of tokens.
     """
 
     text_tokens: float
     label_tokens: float
     images: float = 1.0
+    rows: MeasuredRows | None = None
+
+
+def with_text(sample: Sample, text_tokens: float) -> Sample:
+    """Return a sample with other text, all of it labelled, in each of its rows."""
+    rows = sample.rows
+    if rows is not None:
+        other = (replace(row, text_tokens=text_tokens, label_tokens=text_tokens) for row in rows.rows)
+        rows = MeasuredRows(tuple(other))
+    return replace(sample, text_tokens=text_tokens, label_tokens=text_tokens, rows=rows)
+
+
+def unpriced(facts: ModelFacts, recipe: PhaseSpec) -> str | None:
+    """Return why the formula does not hold for a phase of this model; None where it does."""
+    if facts.unpriced is None and facts.decoder_layers and recipe.lora is not None:
+        return f"the adapters that LoRA puts into the layers of {facts.model_type} are not counted"
+    return facts.unpriced
 
 
 def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> list[int]:
@@ -124,11 +185,20 @@ def visual_layer_tokens(grid: Grid, points: Sequence[Mapping[str, Any]], num_lay
 
 def compression_ratio(grid: Grid, layer_tokens: float, num_layers: int) -> float:
     """Return `num_layers * visual tokens / visual layer-tokens`; 1.0 on full tokens (LLaVolta section 4.1)."""
-    return num_layers * grid.tokens / layer_tokens
+    return ratio_of(grid.tokens, layer_tokens, num_layers)
+
+
+def ratio_of(visual_tokens: float, layer_tokens: float, num_layers: int) -> float:
+    """Return the compression ratio of an image of so many visual tokens."""
+    return num_layers * visual_tokens / layer_tokens
 
 
 def linear_weights_per_layer(facts: ModelFacts) -> int:
-    """Return the weights of one decoder layer's linear maps: q, k, v, o and the MLP."""
+    """Return the weights of one decoder layer's linear maps a token passes: q, k, v, o and the MLP; of unequal layers
+    the mean.
+    """
+    if facts.decoder_layers:
+        return sum(layer.weights for layer in facts.decoder_layers) // len(facts.decoder_layers)
     d, heads = facts.hidden_size, facts.num_attention_heads * facts.head_dim
     keys = facts.num_key_value_heads * facts.head_dim
     return 2 * d * heads + 2 * d * keys + (3 if facts.gated_mlp else 2) * d * facts.intermediate_size
@@ -141,27 +211,84 @@ def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_t
 
 def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> dict[str, float]:
     """Forward operations of one sample by part: vision_tower, projector, compressor (learned), decoder, lm_head."""
-    specs = _specs(points)
-    visual = tokens_by_layer(specs, facts.num_layers, facts.image_grid)
-    pixels, features, learned = _before_decoder(facts, specs)
-    tokens = [sample.images * n + sample.text_tokens for n in visual]
-    attended = 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in tokens)
-    n = facts.vision_tokens - facts.image_grid.tokens + pixels
+    specs = tuple(_specs(points))
+    if sample.rows is not None:
+        return dict(_mean_tflops(facts, specs, sample.rows))
+    image = ImageUnits((facts.image_grid,), (facts.vision_tokens,), facts.image_grid.tokens)
+    return _row_tflops(facts, specs, [(sample.images, image)], sample.text_tokens, sample.label_tokens, {})
+
+
+@lru_cache(maxsize=512)
+def _mean_tflops(facts: ModelFacts, specs: tuple[CompressorSpec, ...], rows: MeasuredRows) -> dict[str, float]:
+    known: dict[Grid, _OfGrid] = {}
+    total: dict[str, float] = {}
+    for row in rows.rows:
+        images = [(1.0, image) for image in row.images]
+        for part, value in _row_tflops(facts, specs, images, row.text_tokens, row.label_tokens, known).items():
+            total[part] = total.get(part, 0.0) + row.share * value
+    return total
+
+
+@dataclass(frozen=True)
+class _OfGrid:
+    """What points make of a unit: tokens in each layer, tokens that leave the tower and that enter the projector,
+    operations of learned modules.
+    """
+
+    by_layer: list[int]
+    pixels: int
+    features: int
+    learned: int
+
+
+def _row_tflops(
+    facts: ModelFacts, specs: Sequence[CompressorSpec], images: Sequence[tuple[float, ImageUnits]], text_tokens: float,
+    label_tokens: float, known: dict[Grid, _OfGrid],
+) -> dict[str, float]:  # fmt: skip
+    """Return the forward operations of a row by part; `known` keeps what points make of each grid."""
+    tokens = [text_tokens] * facts.num_layers
+    vision = features = learned = 0.0
     size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
-    vision = facts.vision_layers * (n * (8 * size**2 + 4 * size * inner) + 4 * n * n * size)
+    weights = 8 * size**2 + (6 if facts.gated_tower else 4) * size * inner
+    whole = facts.vision_layers - facts.windowed_layers
+    for count, image in images:
+        fewer, entering = 0, image.features
+        for grid in image.grids:
+            if grid not in known:
+                by_layer = tokens_by_layer(specs, facts.num_layers, grid)
+                known[grid] = _OfGrid(by_layer, *_before_decoder(facts, specs, grid))
+            left = known[grid]
+            tokens = [before + count * n for before, n in zip(tokens, left.by_layer, strict=True)]
+            entering += left.features - grid.tokens
+            learned += count * left.learned
+            fewer += grid.tokens - left.pixels
+        features += count * entering
+        lengths = [n - fewer for n in image.tower]  # a method that shrinks the picture is for one that is seen once
+        squares = whole * sum(n * n for n in lengths) + facts.windowed_layers * sum(n * n for n in image.windows)
+        vision += count * (facts.vision_layers * sum(lengths) * weights + 4 * size * squares)
     flops = {
-        "vision_tower": sample.images * vision,
-        "projector": sample.images * features * 2 * facts.projector_weights,
-        "compressor": sample.images * learned,
-        "decoder": 2 * linear_weights_per_layer(facts) * sum(tokens) + attended,
-        "lm_head": 2 * facts.hidden_size * facts.vocab_size * sample.label_tokens,
+        "vision_tower": vision,
+        "projector": features * 2 * facts.projector_weights,
+        "compressor": learned,
+        "decoder": _decoder_flops(facts, tokens),
+        "lm_head": 2 * facts.hidden_size * facts.vocab_size * label_tokens,
     }
     return {part: value / _TERA for part, value in flops.items()}
 
 
-def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec]) -> tuple[int, int, int]:
-    """Return the tokens of an image that leave the tower, those that enter the projector, and learned operations."""
-    left, pixels, features, learned = facts.image_grid, facts.image_grid.tokens, facts.image_grid.tokens, 0
+def _decoder_flops(facts: ModelFacts, tokens: Sequence[float]) -> float:
+    """Return the operations of the decoder's layers, from the tokens in each."""
+    attended, layers = tokens, facts.decoder_layers
+    linear = linear_weights_per_layer(facts) * sum(tokens)
+    if layers:
+        linear = sum(layer.weights * n for layer, n in zip(layers, tokens, strict=True))
+        attended = [n for layer, n in zip(layers, tokens, strict=True) if layer.attends]
+    return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in attended)
+
+
+def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> tuple[int, int, int]:
+    """Return the tokens of a unit that leave the tower, those that enter the projector, and learned operations."""
+    left, pixels, features, learned = grid, grid.tokens, grid.tokens, 0
     for spec in sorted(specs, key=lambda spec: (spec.layer != "projector", spec.layer_index(facts.num_layers))):
         before = spec.layer == "projector" and facts.tokenwise_projector
         learned += spec.module_operations(left, facts.projector_in if before else facts.hidden_size)
@@ -208,9 +335,26 @@ def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, 
 def _lora_forward_tflops(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, lora: Mapping[str, Any]
 ) -> float:
-    visual = visual_layer_tokens(facts.image_grid, points, facts.num_layers)
-    tokens = sample.images * visual + sample.text_tokens * facts.num_layers
+    visual = sample.images * image_layer_tokens(facts, points, sample.rows)
+    tokens = visual + sample.text_tokens * facts.num_layers
     return 2 * tokens * lora_weights_per_layer(facts, lora) / _TERA
+
+
+def image_layer_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], rows: MeasuredRows | None) -> float:
+    """Return the visual tokens of an image summed over decoder layers; of measured rows the mean over their images."""
+    if rows is None:
+        return visual_layer_tokens(facts.image_grid, points, facts.num_layers)
+    return _mean_layer_tokens(facts.num_layers, tuple(_specs(points)), rows)
+
+
+@lru_cache(maxsize=512)
+def _mean_layer_tokens(num_layers: int, specs: tuple[CompressorSpec, ...], rows: MeasuredRows) -> float:
+    known: dict[Grid, int] = {}
+    for _, image in rows.images:
+        for grid in image.grids:
+            if grid not in known:
+                known[grid] = sum(tokens_by_layer(specs, num_layers, grid))
+    return sum(share * sum(known[grid] for grid in image.grids) for share, image in rows.images)
 
 
 def _passes(recipe: Mapping[str, Any]) -> dict[str, int]:
@@ -251,22 +395,30 @@ def stage_train_tflops(
     return float(total * recipe["global_batch_size"])
 
 
-def action_layer_tokens(facts: ModelFacts, action: Action) -> float:
-    """Return visual layer-tokens of one image in one step, mean over the passes that train."""
+def action_layer_tokens(facts: ModelFacts, action: Action, rows: MeasuredRows | None = None) -> float:
+    """Return visual layer-tokens of one image in one step, mean over the passes that train (and measured images)."""
     passes = action.trained_passes
-    tokens = sum(visual_layer_tokens(facts.image_grid, points, facts.num_layers) for points in passes)
+    tokens = sum(image_layer_tokens(facts, points, rows) for points in passes)
     return tokens / len(passes) if len(passes) > 1 else tokens
+
+
+def image_tokens(facts: ModelFacts, rows: MeasuredRows | None) -> float:
+    """Return the visual tokens of an image before compression; of measured rows the mean over their images."""
+    return facts.image_grid.tokens if rows is None else rows.image_tokens
 
 
 def parameter_count(facts: ModelFacts) -> dict[str, int]:
     """Return the weights by part (LLaVA-1.5-7B: 7.05e9), without norms and biases, with both embeddings."""
-    vision = facts.vision_layers * (4 * facts.vision_hidden_size**2)
-    vision += facts.vision_layers * 2 * facts.vision_hidden_size * facts.vision_intermediate_size
+    size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
+    vision = facts.towers * facts.vision_layers * (4 * size**2 + (3 if facts.gated_tower else 2) * size * inner)
     embeddings = 2 * facts.vocab_size * facts.hidden_size
+    decoder = facts.num_layers * linear_weights_per_layer(facts)
+    if facts.decoder_layers:
+        decoder = sum(layer.stored for layer in facts.decoder_layers)
     return {
         "vision_tower": vision,
         "projector": facts.projector_weights,
-        "language_model": facts.num_layers * linear_weights_per_layer(facts) + embeddings,
+        "language_model": decoder + embeddings,
     }
 
 

@@ -335,7 +335,9 @@ _Markers = Callable[[int], int]
 
 
 def _tiles(
-    count: Callable[[int, int, tuple[int, int], Settings], int], side: Callable[[Settings, Settings], int], markers: _Markers
+    count: Callable[[int, int, tuple[int, int], Settings], int],
+    side: Callable[[Settings, Settings], int],
+    markers: _Markers,
 ) -> Callable[[Settings, Settings, Settings], ImageRule]:
     """Return the rule of square tiles, and the whole image as one more where there are several.
 

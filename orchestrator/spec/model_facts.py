@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.spec.components import Grid
+from orchestrator.spec.image_units import ImageRule, image_rule, processor_settings
 
 _KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -45,6 +47,14 @@ def _vision(layers: int, width: int, inner: int, image: int, patch: int, **more:
     return {**sizes, "image_size": image, "patch_size": patch, **more}
 
 
+_WINDOWED = {
+    "depth": 32, "patch_size": 14, "out_hidden_size": 3584, "window_size": 112,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+}  # fmt: skip
+_QWEN3_VISION = {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "out_hidden_size": 3584,
+}  # fmt: skip
+
 VISION: dict[str, dict[str, Any]] = {
     "clip_vision_model": _vision(12, 768, 3072, 224, 32),
     "siglip_vision_model": _vision(12, 768, 3072, 224, 16),
@@ -53,13 +63,17 @@ VISION: dict[str, dict[str, Any]] = {
     "internvl_vision": _vision(24, 1024, 4096, 448, 14),
     "pixtral": _vision(24, 1024, 4096, 1024, 16),
     # Their sizes are called otherwise; any image size goes.
-    "qwen2_vl_vision": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "patch_size": 14},
-    "qwen2_5_vl_vision": {"depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "patch_size": 14},
-    "qwen3_vl_vision": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16},
+    "qwen2_vl_vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "patch_size": 14},
+    "qwen2_5_vl_vision": _WINDOWED | {"hidden_size": 3584, "intermediate_size": 3420},
+    "qwen3_vl_vision": _QWEN3_VISION | {"deepstack_visual_indexes": (8, 16, 24)},
 }
 
 _CLIP_L_336 = {"model_type": "clip_vision_model", **_vision(24, 1024, 4096, 336, 14)}
 _SO400M = {"model_type": "siglip_vision_model", **_vision(26, 1152, 4304, 384, 14)}
+
+
+Part = Mapping[str, Any]
+"""A config, or a part of one."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class FamilyDefaults:
         tokenwise: The projector maps token by token, so that methods at the projector act on what it takes.
         cls: The vision tower's CLS token is one for the tokens of a unit, so that methods may ask for its attention.
         offers: Further needs of methods the family can meet.
+        gated_tower: The MLP of the vision tower has three matrices.
+        towers: Vision towers of the same sizes, of which one sees an image.
+        projector: Weights that a token the projector gives has passed, of `(text, vision, config)`, where it is no one
+            or two linear maps.
     """
 
     text_type: str
@@ -90,11 +108,31 @@ class FamilyDefaults:
     tokenwise: bool = False
     cls: bool = False
     offers: frozenset[str] = frozenset()
+    gated_tower: bool = False
+    towers: int = 1
+    projector: Callable[[Part, Part, Part], int] | None = None
+
+
+def _merger(text: Part, vision: Part, top: Part) -> int:
+    """Qwen-VL: neighbours side by side, two linear maps; one such merger more for each level of DeepStack."""
+    merged = (vision.get("embed_dim") or vision["hidden_size"]) * vision.get("spatial_merge_size", 2) ** 2
+    given = vision.get("out_hidden_size") or vision["hidden_size"]
+    return int((1 + len(vision.get("deepstack_visual_indexes", ()))) * (merged * merged + merged * given))
+
+
+def _mistral3(text: Part, vision: Part, top: Part) -> int:
+    """Neighbours become one by a linear map, then two more."""
+    width, given = vision["hidden_size"], text["hidden_size"]
+    layers = top["vision_feature_layer"]
+    several = width * (len(layers) if isinstance(layers, list) else 1)
+    return int(width * width * top["spatial_merge_size"] ** 2 + several * given + given * given)
 
 
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 _VIP_LLAVA = {"vision_feature_layer": [-2, -5, -8, -11, 6]}
-_ONEVISION = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+_ONEVISION = {
+    "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+}  # fmt: skip
 _PIXTRAL = {"model_type": "pixtral", **_vision(24, 1024, 4096, 1540, 14)}
 _SO400M_224 = {"model_type": "siglip_vision_model", **_vision(27, 1152, 4096, 224, 14)}
 _MISTRAL3 = _text(40, 5120, 32768, 32, 8, 128, 131072)
@@ -106,12 +144,16 @@ def _idefics(vision_type: str) -> FamilyDefaults:
     return FamilyDefaults("llama", vision, "shuffled", top=top, tiled=True, tokenwise=True, projector_layers=1)
 
 
+def _qwen(text_type: str, vision_type: str, **more: Any) -> FamilyDefaults:
+    return FamilyDefaults(text_type, {"model_type": vision_type}, "varies", projector=_merger, **more)
+
+
 FAMILIES: dict[str, FamilyDefaults] = {
     "llava": FamilyDefaults(
         "llama", _CLIP_L_336, "patches", top=_LLAVA, tokenwise=True, cls=True, offers=frozenset({"pixels"})
     ),
     "vipllava": FamilyDefaults("llama", _CLIP_L_336, "patches", top=_VIP_LLAVA, tokenwise=True, cls=True),
-    "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, "patches", top=_LLAVA, tiled=True),
+    "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, "patches", top=_LLAVA, towers=2),
     "llava_next": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
     "llava_onevision": FamilyDefaults("qwen2", _SO400M, "varies", top=_ONEVISION, tiled=True),
     "internvl": FamilyDefaults(
@@ -124,10 +166,18 @@ FAMILIES: dict[str, FamilyDefaults] = {
     ),
     "idefics3": _idefics("idefics3_vision"),
     "smolvlm": _idefics("smolvlm_vision"),
-    "mistral3": FamilyDefaults("mistral", _PIXTRAL, "varies", text=_MISTRAL3),
-    "qwen2_vl": FamilyDefaults("qwen2_vl_text", {"model_type": "qwen2_vl_vision"}, "varies"),
-    "qwen2_5_vl": FamilyDefaults("qwen2_5_vl_text", {"model_type": "qwen2_5_vl_vision"}, "varies"),
-    "qwen3_vl": FamilyDefaults("qwen3_vl_text", {"model_type": "qwen3_vl_vision"}, "varies"),
+    "mistral3": FamilyDefaults(
+        "mistral",
+        _PIXTRAL,
+        "varies",
+        text=_MISTRAL3,
+        top={"vision_feature_layer": -1, "spatial_merge_size": 2},
+        gated_tower=True,
+        projector=_mistral3,
+    ),
+    "qwen2_vl": _qwen("qwen2_vl_text", "qwen2_vl_vision"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl_text", "qwen2_5_vl_vision", gated_tower=True),
+    "qwen3_vl": _qwen("qwen3_vl_text", "qwen3_vl_vision"),
     "paligemma": FamilyDefaults("gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True),
     "gemma3": FamilyDefaults(
         "gemma3_text",
@@ -137,6 +187,21 @@ FAMILIES: dict[str, FamilyDefaults] = {
         projector_layers=1,
     ),
 }
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer of its own kind.
+
+    Attributes:
+        weights: Weights of the linear maps that a token passes; of experts, those it is sent to.
+        stored: Weights of all linear maps.
+        attends: It attends to all tokens before (softmax); False: its work grows with the tokens alone.
+    """
+
+    weights: int
+    stored: int
+    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -167,6 +232,13 @@ class ModelFacts:
         tokenwise_projector: It maps token by token; methods at the projector act on what it takes.
         first_layer: First decoder layer before which a compressor may act (DeepStack adds visual features up to it).
         offers: Needs of methods the family meets beside attention: `cls`, `pixels`.
+        gated_tower: The MLP of the vision tower has three matrices.
+        windowed_layers: Of `vision_layers` those that attend within windows.
+        projector_size: Weights that a token the projector gives has passed, where it is no one or two linear maps of
+            the sizes above; 0 where it is.
+        decoder_layers: The decoder's layers where they are not all dense and of `intermediate_size`; else empty.
+        unpriced: Why its costs cannot be computed; None where they can.
+        towers: Vision towers of these sizes, of which one sees an image.
     """
 
     model_type: str
@@ -191,11 +263,17 @@ class ModelFacts:
     tokenwise_projector: bool = False
     first_layer: int = 0
     offers: frozenset[str] = frozenset()
+    gated_tower: bool = False
+    windowed_layers: int = 0
+    projector_size: int = 0
+    decoder_layers: tuple[DecoderLayer, ...] = ()
+    unpriced: str | None = None
+    towers: int = 1
 
     @property
     def priced(self) -> bool:
         """True where an image is always the same number of tokens, so that costs are known without the data."""
-        return self.visual_grid is not None and not self.tiled
+        return self.visual_grid is not None and not self.tiled and self.unpriced is None
 
     @property
     def image_grid(self) -> Grid:
@@ -211,6 +289,8 @@ class ModelFacts:
     @property
     def projector_weights(self) -> int:
         """Weights of the projector's linear maps."""
+        if self.projector_size:
+            return self.projector_size
         if self.projector_layers == 1:
             return self.projector_in * self.hidden_size
         return self.projector_in * self.projector_hidden + self.projector_hidden * self.hidden_size
@@ -277,6 +357,20 @@ def attention_dropout(model_name_or_path: str, revision: str | None = None) -> t
     return None
 
 
+def rule_of_images(folder: Path) -> ImageRule:
+    """Return what the model in a folder makes of an image of any size.
+
+    Raises:
+        ValueError: its type or its files do not say; the message has the reason.
+    """
+    config = read_config(str(folder)) or {}
+    family = FAMILIES.get(config.get("model_type", ""))
+    vision = None if family is None else _vision_part(config, family)
+    if family is None or vision is None:
+        raise ValueError(f"what an image becomes in {config.get('model_type', 'this model')} is not known here")
+    return image_rule({**family.top, **config}, vision, processor_settings(folder))
+
+
 @lru_cache(maxsize=64)
 def _facts_of(path: str, mtime_ns: int, size: int) -> ModelFacts | None:
     try:
@@ -330,7 +424,9 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     used = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
     side = _side(vision["image_size"]) // _side(vision["patch_size"]) if "image_size" in vision else 0
     heads = text["num_attention_heads"]
+    kind = vision["model_type"]
     cls = clip and family.cls
+    whole = vision.get("fullatt_block_indexes")
     return ModelFacts(
         model_type=config["model_type"],
         num_layers=text["num_hidden_layers"],
@@ -343,20 +439,27 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         vision_layers=used,
         vision_hidden_size=width,
         vision_intermediate_size=vision.get("intermediate_size") or int(width * vision["mlp_ratio"]),
-        vision_tokens=side * side + (vision["model_type"] in ("clip_vision_model", "internvl_vision")),
-        projector_in=width * len(layers),
+        vision_tokens=side * side + (kind in ("clip_vision_model", "internvl_vision")),
+        projector_in=width * len(layers) * (_shuffled(top) ** 2 if family.units == "shuffled" else 1),
         projector_hidden=text["hidden_size"],
-        visual_grid=_unit(top, family, side, clip),
+        visual_grid=None if kind == "pixtral" else _unit(top, family, side, clip),
         has_cls=cls,
         gated_mlp=True,
         tiled=family.tiled,
         tokenwise_projector=family.tokenwise,
         projector_layers=family.projector_layers,
-        first_layer=len(vision.get("deepstack_visual_indexes", (8, 16, 24)))
-        if config["model_type"] == "qwen3_vl"
-        else 0,
+        first_layer=len(vision.get("deepstack_visual_indexes", ())),
         offers=family.offers | ({"cls"} if cls else set()),
+        gated_tower=family.gated_tower or kind == "pixtral",
+        windowed_layers=0 if whole is None else depth - len({layer for layer in whole if layer < depth}),
+        towers=family.towers,
+        projector_size=0 if family.projector is None else family.projector(text, vision, top),
     )
+
+
+def _shuffled(top: Part) -> int:
+    """Return how many patches along a side lie in one token."""
+    return int(top["scale_factor"]) if "scale_factor" in top else round(1 / top["downsample_ratio"])
 
 
 def _unit(top: dict[str, Any], family: FamilyDefaults, side: int, clip: bool) -> Grid | None:
@@ -364,8 +467,7 @@ def _unit(top: dict[str, Any], family: FamilyDefaults, side: int, clip: bool) ->
     if family.units == "varies":
         return None
     if family.units == "shuffled":
-        factor = top["scale_factor"] if "scale_factor" in top else 1 / top["downsample_ratio"]
-        return Grid(int(side // factor), int(side // factor))
+        return Grid(side // _shuffled(top), side // _shuffled(top))
     if family.units == "stated":
         stated = isqrt(top["mm_tokens_per_image"])
         return Grid(stated, stated)

@@ -19,7 +19,7 @@ from orchestrator.plan.cells.compiled_schedule import (
 )
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
-from orchestrator.plan.cost import stage_train_tflops
+from orchestrator.plan.cost import stage_train_tflops, unpriced
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.spec.base import Spec
@@ -161,10 +161,12 @@ class _Resolver:
         if matched is None and target is None:
             return self._stated_steps(spec, name, recipe, sets)
         where = f"phases.{name}.{'max' if matched is None else 'match'}_train_tflops"
-        known = facts is not None and facts.priced
-        sample = self._samples.mean(spec, name, recipe, sets, facts) if facts is not None and known else None
+        reason = "its model's sizes are not known" if facts is None else unpriced(facts, recipe)
+        sample = self._samples.mean(spec, name, recipe, sets, facts) if facts is not None and reason is None else None
         if facts is None or sample is None:
-            raise UsageError(f"{where}: the cost of a step is not known here; give max_steps")
+            reason = reason or next((why for (_, phase), why in self._samples.missing.items() if phase == name), "")
+            because = f" ({reason})" if reason else ""
+            raise UsageError(f"{where}: the cost of a step is not known here{because}; give max_steps")
 
         def price(schedule: str | ScheduleSpec, steps: int) -> float | None:
             try:

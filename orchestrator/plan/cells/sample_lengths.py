@@ -1,31 +1,39 @@
-"""What one sample of a phase holds on average: the data's measured lengths, mixed as the phase mixes its sets."""
+"""What one sample of a phase holds on average: the data's measured lengths, mixed as the phase mixes its sets.
+
+Where images vary in size, the mean would say too little (attention is quadratic): then the measured rows stay apart.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator import registry
 from orchestrator.errors import LlavoltaError
 from orchestrator.plan.cells.identity_fields import data_identity
-from orchestrator.plan.cost import Sample
-from orchestrator.plan.identity import cache_folder, content_digest, digest
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
+from orchestrator.plan.identity import cache_folder, content_digest, digest, source_code
 from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.ledger.files import read_json, write_json
-from orchestrator.spec.components import DataSpec
+from orchestrator.spec.components import DataSpec, Grid
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.model_facts import ModelFacts
+from orchestrator.spec.image_units import ImageRule, ImageUnits
+from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images
 from orchestrator.spec.phase import PhaseSpec
 
 ROWS_READ = 2000
+_READ_AS_IMAGE = ("aya_vision", "ovis2")  # their processors put other tokens in the place of <image>
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
+_MODEL_FILES = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
 _TEMPLATES = "orchestrator.data.processing.templates"
+_IMAGE_SIZE = "orchestrator.data.records.image_files:image_size"
 
 
 @dataclass(frozen=True)
@@ -79,31 +87,146 @@ def _cached(file: Path) -> Lengths | None:
 
 
 def _measure(data: DataSpec, folder: Path, model_max_length: int, tokens_per_image: int) -> Lengths:
+    text = labels = images = count = 0
+    for row, tokens in _encoded_rows(_rows(data), data, folder):
+        shown, spoken = len(row.images), sum(map(bool, tokens))
+        most = max(0, model_max_length - shown * tokens_per_image)
+        length = len(tokens) - shown  # the placeholder stands where the visual tokens go
+        # A row that is cut loses its end, which is an answer.
+        text += min(length, most)
+        labels += max(0, spoken - max(0, length - most))
+        images += shown
+        count += 1
+    return Lengths(text / count, labels / count, images / count)
+
+
+def _rows(data: DataSpec) -> Sequence[Any]:
+    rows: Sequence[Any] = registry.load_object(data.implementation)(data).rows()
+    if not len(rows):
+        raise ValueError("no rows")
+    return rows
+
+
+def _encoded_rows(rows: Sequence[Any], data: DataSpec, folder: Path) -> Iterator[tuple[Any, list[bool | None]]]:
+    """Yield up to 2,000 rows, and of each token whether it is spoken; None: the placeholder of an image."""
     from tokenizers import Tokenizer
 
-    rows = registry.load_object(data.implementation)(data).rows()
     count = min(len(rows), ROWS_READ)
-    if not count:
-        raise ValueError("no rows")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     render = registry.load_object(f"{_TEMPLATES}:render")
     chat, template = _chat_format(folder), getattr(data, "conversation_template", "chat_template")
-    bos = _special(folder)[0]
-    text = labels = images = 0
+    bos, _, placeholder = _special(folder)
+    image_id = tokenizer.token_to_id(placeholder)
     for position in range(count):
         row = rows[position * len(rows) // count]
         rendered = render(template, row, chat)
         encoded = tokenizer.encode(rendered.text, add_special_tokens=not rendered.text.startswith(bos))
-        spoken = sum(
-            any(last > first and last > a and first < b for a, b in rendered.answers) for first, last in encoded.offsets
+        yield (
+            row,
+            [
+                None if token == image_id else any(last > first and last > a and first < b for a, b in rendered.answers)
+                for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
+            ],
         )
-        most = max(0, model_max_length - len(row.images) * tokens_per_image)
-        length = len(encoded.ids) - len(row.images)  # the placeholder stands where the visual tokens go
-        # A row that is cut loses its end, which is an answer.
-        text += min(length, most)
-        labels += max(0, spoken - max(0, length - most))
-        images += len(row.images)
-    return Lengths(text / count, labels / count, images / count)
+
+
+def measure_rows(data: DataSpec, data_id: str, model_folder: Path, model_max_length: int) -> MeasuredRows | str:
+    """Return up to 2,000 rows at equal distances with what their images become in the model; cached by content.
+
+    Args:
+        data: The data set.
+        data_id: Digest of its content and fields.
+        model_folder: Folder with the config, `tokenizer.json` and the processor's settings.
+        model_max_length: Longer rows are cut before an image or in a text, as in training.
+
+    Returns:
+        The reason where they cannot be measured.
+    """
+    if not data.implementation:
+        return "its kind of data has no implementation"
+    try:
+        rule = rule_of_images(model_folder)
+        parts = [content_digest(file) for name in _MODEL_FILES if (file := model_folder / name).is_file()]
+        made_by = source_code(__name__, "orchestrator.spec.image_units", "orchestrator.spec.model_facts")
+        key = digest([data_id, parts, _chat_template(model_folder), model_max_length, made_by])
+        file = cache_folder() / "lengths" / f"{key}.json"
+        if (found := _cached_rows(file)) is not None:
+            return found
+        rows = Counter(_fitting_rows(data, model_folder, model_max_length, rule))
+    except (ImportError, AttributeError, LlavoltaError, OSError, ValueError, KeyError) as error:
+        return " ".join(str(error).split()) or type(error).__name__  # an estimate must not stop a plan
+    if not rows:
+        return f"no row of those read fits into model_max_length {model_max_length}"
+    total = sum(rows.values())
+    found = MeasuredRows(tuple(MeasuredRow(count / total, *row) for row, count in rows.items()))
+    with contextlib.suppress(LlavoltaError):  # A cache that cannot be written costs only time.
+        write_json(file, {"rows": [asdict(row) for row in found.rows]})
+    return found
+
+
+def _cached_rows(file: Path) -> MeasuredRows | None:
+    try:
+        found = read_json(file)
+        return None if found is None else MeasuredRows(tuple(map(_row_of, found["rows"])))
+    except (TypeError, KeyError, LlavoltaError):
+        return None
+
+
+def _row_of(fields: Mapping[str, Any]) -> MeasuredRow:
+    images = tuple(
+        ImageUnits(
+            tuple(Grid(grid["height"], grid["width"]) for grid in image["grids"]),
+            tuple(image["tower"]), image["features"], image["markers"], tuple(image["windows"]),
+        )
+        for image in fields["images"]
+    )  # fmt: skip
+    return MeasuredRow(fields["share"], fields["text_tokens"], fields["label_tokens"], images)
+
+
+def _fitting_rows(
+    data: DataSpec, folder: Path, limit: int, rule: ImageRule
+) -> Iterator[tuple[int, int, tuple[ImageUnits, ...]]]:
+    """Yield text tokens, label tokens and images of each row, cut to `limit` tokens."""
+    rows = _rows(data)
+    images = getattr(getattr(rows, "origin", None), "images", None)
+    sizes: dict[str, tuple[int, int]] = {} if images is None else dict(images.sizes)  # of the row index
+    for row, tokens in _encoded_rows(rows, data, folder):
+        if tokens.count(None) != len(row.images):
+            raise ValueError(
+                f"row {row.index} has {len(row.images)} images, and its text {tokens.count(None)} placeholders"
+            )
+        for image in row.images:
+            if image.path not in sizes:
+                sizes[image.path] = registry.load_object(_IMAGE_SIZE)(image.path, image.reading)
+        shown, units = [sizes[image.path] for image in row.images], []
+        while True:
+            units = [rule(height, width, len(shown) == 1) for height, width in shown]
+            if any(image.tokens + image.markers >= limit for image in units):
+                break  # `run` refuses such a row
+            text, labels, kept = _fit(tokens, units, limit)
+            if kept == len(units):
+                yield text, labels, tuple(units)
+                break
+            shown, tokens = shown[:kept], tokens[: _place(tokens, kept)]  # what is left is read anew, as in training
+
+
+def _fit(tokens: Sequence[bool | None], units: Sequence[ImageUnits], limit: int) -> tuple[int, int, int]:
+    """Return the text tokens, label tokens and images before the first token, or image, that does not fit."""
+    text = labels = kept = total = 0
+    for spoken in tokens:
+        length = 1 if spoken is not None else units[kept].tokens + units[kept].markers
+        if total + length > limit:
+            break
+        total += length
+        text += length if spoken is not None else units[kept].markers
+        labels += spoken is True
+        kept += spoken is None
+    return text, labels, kept
+
+
+def _place(tokens: Sequence[bool | None], number: int) -> int:
+    """Return the position of an image's placeholder."""
+    return [position for position, spoken in enumerate(tokens) if spoken is None][number]
 
 
 def _special(folder: Path) -> tuple[str, str, str]:
@@ -115,8 +238,23 @@ def _special(folder: Path) -> tuple[str, str, str]:
         return str(value.get("content", otherwise)) if isinstance(value, Mapping) else str(value or otherwise)
 
     processor = read_json(folder / "processor_config.json") or {}
-    image = text("image_token", str(processor.get("image_token") or "<image>"))
+    image = text("image_token", str(processor.get("image_token") or _placeholder(folder, config)))
     return text("bos_token", "\0"), text("eos_token", ""), image
+
+
+def _placeholder(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the placeholder of an image where the files do not name it: the token of the model's own placeholder."""
+    named = config.get("extra_special_tokens")
+    named = {**config, **named} if isinstance(named, Mapping) else config
+    model = read_json(folder / "config.json") or {}
+    for name in ("image_token", "context_image_token"):
+        if isinstance(named.get(name), str):
+            return str(named[name])
+    if model.get("model_type") in _READ_AS_IMAGE:
+        return "<image>"
+    wanted = model.get("image_token_id", model.get("image_token_index"))
+    added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", ())
+    return next((str(token["content"]) for token in added if token.get("id") == wanted), "<image>")
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -159,12 +297,14 @@ class Samples:
     """Measures each data set once.
 
     Attributes:
-        missing: Data sets whose lengths are not known, by the phase that uses them.
+        missing: Data sets whose lengths are not known, by the phase that uses them, with the reason where it is known.
     """
 
     def __init__(self) -> None:
-        self.missing: dict[tuple[str, str], None] = {}
+        self.missing: dict[tuple[str, str], str] = {}
         self._means: dict[tuple[str, str, int], Lengths | None] = {}
+        self._rows: dict[tuple[str, str, int], MeasuredRows | str] = {}
+        self._mixed: dict[tuple[tuple[float, int], ...], Sample] = {}
 
     def mean(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float], facts: ModelFacts
@@ -176,13 +316,15 @@ class Samples:
             phase: Name of the phase.
             recipe: Its `model_max_length` cuts texts.
             sets: Name of each set to its share.
-            facts: The model's; an image counts as its visual tokens.
+            facts: The model's; an image counts as its visual tokens, or as what its own size becomes.
         """
+        if not facts.priced:
+            return self._measured(spec, phase, recipe, sets)
         weighed: list[tuple[float, Lengths]] = []
         for name, share in sets.items():
             found = self._lengths(spec, recipe, spec.data[name], facts)
             if found is None:
-                self.missing[name, phase] = None
+                self.missing[name, phase] = ""
                 return None
             weighed.append(((spec.data[name].num_rows() or 1) * share, found))
         total = sum(weight for weight, _ in weighed)
@@ -200,3 +342,48 @@ class Samples:
             tokens = facts.image_grid.tokens
             self._means[key] = None if notice else measure_lengths(data, digest(identity), folder, longest, tokens)
         return self._means[key]
+
+    def _measured(
+        self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float]
+    ) -> Sample | None:
+        weighed: list[tuple[float, MeasuredRows]] = []
+        for name, share in sets.items():
+            found = self._rows_of(spec, recipe, spec.data[name])
+            if isinstance(found, str):
+                self.missing[name, phase] = found
+                return None
+            weighed.append(((spec.data[name].num_rows() or 1) * share, found))
+        # Cells of other seeds mix the very same rows, and costs are known by the object.
+        key = tuple((weight, id(found)) for weight, found in weighed)
+        if key not in self._mixed:
+            self._mixed[key] = _mixed(weighed)
+        return self._mixed[key]
+
+    def _rows_of(self, spec: ExperimentSpec, recipe: PhaseSpec, data: DataSpec) -> MeasuredRows | str:
+        name, longest = spec.model.model_name_or_path, recipe.model_max_length
+        key = (data.model_dump_json(), f"{name}@{spec.model.revision}", longest)
+        if key not in self._rows:
+            identity, notice = data_identity(data)
+            config = find_config(name, spec.model.revision)
+            if notice or config is None:
+                self._rows[key] = notice or f"{name} is not here"
+            else:
+                self._rows[key] = measure_rows(data, digest(identity), config.parent, longest)
+        return self._rows[key]
+
+
+def _mixed(weighed: Sequence[tuple[float, MeasuredRows]]) -> Sample:
+    total = sum(weight for weight, _ in weighed)
+    rows = tuple(
+        replace(row, share=row.share * weight / total) for weight, measured in weighed for row in measured.rows
+    )
+
+    def mean(of: Callable[[MeasuredRow], float]) -> float:
+        return sum(row.share * of(row) for row in rows)
+
+    return Sample(
+        mean(lambda row: row.text_tokens),
+        mean(lambda row: row.label_tokens),
+        mean(lambda row: len(row.images)),
+        MeasuredRows(rows),
+    )

@@ -113,8 +113,10 @@ def tokens_in_tower(family: str, model: Any, given: dict[str, Any]) -> int:
     if "spatial_shapes" in given:
         return pixels.shape[0] * pixels.shape[1]
     *images, _, height, width = pixels.shape
-    patches = (height // vision.patch_size) * (width // vision.patch_size) if isinstance(vision.patch_size, int) else (
-        (height // vision.patch_size[0]) * (width // vision.patch_size[1])
+    patches = (
+        (height // vision.patch_size) * (width // vision.patch_size)
+        if isinstance(vision.patch_size, int)
+        else ((height // vision.patch_size[0]) * (width // vision.patch_size[1]))
     )
     cls = vision.model_type in ("clip_vision_model", "internvl_vision")
     return int(np.prod(images)) * (patches + cls)

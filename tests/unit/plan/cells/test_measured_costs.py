@@ -1,0 +1,118 @@
+"""Costs of models whose images vary in size are means over the rows of the data, not of a mean row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from family_folders import write_folder
+from sized_rows import sized_rows
+
+from orchestrator.errors import UsageError
+from orchestrator.plan import cost
+from orchestrator.plan.cells.sample_lengths import measure_rows
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
+from orchestrator.plan.documents import plan_document
+from orchestrator.plan.experiment_plan import prepare
+from orchestrator.spec.components import Grid
+from orchestrator.spec.image_units import ImageUnits
+
+TEXT = """\
+name: sized
+model: {model_name_or_path: model, weights: random, dtype: float32}
+data:
+  train: {kind: llava_json, data_path: rows.json, image_folder: ., conversation_template: chat_template}
+compressors:
+  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
+phases:
+  finetune:
+    data: train
+    train: [projector, language_model]
+    max_steps: 20
+    global_batch_size: 4
+    per_device_train_batch_size: 2
+    learning_rate: 1.0e-3
+    model_max_length: 2048
+    PHASE
+matrix:
+  phases.finetune.schedule: [full, half]
+"""
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    write_folder("qwen2_5_vl", tmp_path / "model")
+    sized_rows(tmp_path)
+
+    def plan(phase: str = "", text_tokens: float | None = None) -> tuple[Any, dict[str, Any]]:
+        file = tmp_path / "sized.yaml"
+        file.write_text(TEXT.replace("    PHASE\n", f"    {phase}\n" if phase else ""))
+        walk = prepare(file)
+        return walk, plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, text_tokens)
+
+    return plan
+
+
+def test_a_phase_costs_the_sum_of_its_rows(planned: Any, tmp_path: Path) -> None:
+    walk, document = planned()
+    rows = measure_rows(walk.loaded.spec.data["train"], "rows", tmp_path / "model", 2048)
+    assert isinstance(rows, MeasuredRows) and len({row.images for row in rows.rows}) > 3
+    for cell, shown in zip(walk.cells, document["cells"], strict=True):
+        (plan,) = cell.phases
+        points, recipe = plan.table[0].points, plan.recipe.model_dump()
+        each = [row.share * cost.train_tflops_per_sample(cell.facts, points, _alone(row), recipe) for row in rows.rows]
+        assert shown["cost"]["train_tflops"] == pytest.approx(20 * 4 * sum(each))
+    full, half = (cell["cost"] for cell in document["cells"])
+    assert full["compression_ratio"] == pytest.approx(1) and half["compression_ratio"] > 1.4
+    assert full["visual_layer_tokens"] == pytest.approx(walk.cells[0].facts.num_layers * rows.image_tokens)
+    (notice,) = [text for text in document["notices"] if "means over up to 2,000 rows" in text]
+    tokens = sorted(image.tokens for _, image in rows.images)
+    assert f"images of {tokens[0]} to {tokens[-1]} visual tokens (mean {rows.image_tokens:.1f})" in notice
+
+
+def _alone(row: MeasuredRow) -> Sample:
+    one = MeasuredRow(1.0, row.text_tokens, row.label_tokens, row.images)
+    return Sample(row.text_tokens, row.label_tokens, len(row.images), MeasuredRows((one,)))
+
+
+def test_the_mean_of_squares_is_more_than_the_square_of_the_mean(planned: Any) -> None:
+    walk, _ = planned()
+    facts = walk.cells[0].facts
+
+    def row(share: float, side: int) -> MeasuredRow:
+        return MeasuredRow(share, 8, 4, (ImageUnits((Grid(side, side),), (4 * side * side,), side * side),))
+
+    mixed = MeasuredRows((row(0.5, 10), row(0.5, 100)))
+    mean = 5050  # visual tokens
+    found = cost.forward_tflops(facts, [], Sample(8, 4, 1, mixed))["decoder"]
+    heads, linear = facts.num_attention_heads * facts.head_dim, cost.linear_weights_per_layer(facts)
+    exact = 2 * linear * (mean + 8) + 2 * heads * (0.5 * 108**2 + 0.5 * 10008**2)
+    assert found == pytest.approx(facts.num_layers * exact / 1e12)
+    assert found > 1.5 * facts.num_layers * (2 * linear * (mean + 8) + 2 * heads * (mean + 8) ** 2) / 1e12
+
+
+def test_text_tokens_take_the_place_of_each_rows_text(planned: Any) -> None:
+    shorter, longer = (planned(text_tokens=number)[1]["cells"][0]["cost"] for number in (10, 100))
+    assert longer["train_tflops"] > shorter["train_tflops"]
+    assert longer["visual_layer_tokens"] == shorter["visual_layer_tokens"]
+
+
+def test_equal_cost_and_a_budget(planned: Any) -> None:
+    walk, document = planned("match_train_tflops: full")
+    steps = [cell.phases[0].total_steps for cell in walk.cells]
+    full, half = (cell["cost"]["train_tflops"] for cell in document["cells"])
+    assert steps[0] == 20 < steps[1] and abs(full - half) <= half / steps[1]
+
+
+def test_what_cannot_be_measured_is_told_and_costs_nothing(planned: Any, tmp_path: Path) -> None:
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    (tmp_path / "model" / "processor_config.json").write_text("{}")
+    _, document = planned()
+    assert [cell["cost"]["train_tflops"] for cell in document["cells"]] == [None, None]
+    assert any("nor the cost of finetune: an image of qwen2_5_vl becomes" in text for text in document["notices"])
+    with pytest.raises(UsageError, match=r"the cost of a step is not known here \(an image of qwen2_5_vl"):
+        planned("match_train_tflops: full")

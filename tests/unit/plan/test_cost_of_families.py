@@ -1,0 +1,146 @@
+"""The formula is what torch counts in a forward pass of each family's tiny model, on images of several sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
+from orchestrator.compression.testing.tiny import TinyFamily
+from orchestrator.plan import cost
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
+from orchestrator.spec.components import Grid
+from orchestrator.spec.image_units import ImageUnits
+from orchestrator.spec.model_facts import FAMILIES, model_facts
+
+_QWEN = {
+    "image": ImageUnits((Grid(3, 4),), (48,), 12, windows=(16, 16, 8, 8)),
+    "small": ImageUnits((Grid(2, 2),), (16,), 4, windows=(16,)),
+}
+_ROWS_OF_PATCHES = {"image": ImageUnits((Grid(3, 4),), (48,), 12), "small": ImageUnits((Grid(2, 2),), (16,), 4)}
+
+
+def _tiles(inside: int) -> dict[str, ImageUnits]:
+    return {
+        "image": ImageUnits((Grid(3, 3),) * 3, (inside,) * 3, 27),
+        "small": ImageUnits((Grid(3, 3),), (inside,), 9),
+    }
+
+
+# What the kit's images of each family are, by hand.
+IMAGES: dict[str, dict[str, ImageUnits]] = {
+    **{name: {"image": ImageUnits((Grid(3, 3),), (10,), 9)} for name in ("llava", "vipllava", "video_llava")},
+    "paligemma": {"image": ImageUnits((Grid(3, 3),), (9,), 9)},
+    "gemma3": {"image": ImageUnits((Grid(3, 3),), (36,), 9)},
+    "llava_next": {
+        "image": ImageUnits((Grid(3, 3), Grid(4, 7)), (10,) * 5, 45),
+        "small": ImageUnits((Grid(3, 3), Grid(6, 2)), (10,) * 3, 27),
+    },
+    "llava_onevision": {
+        "image": ImageUnits((Grid(3, 3), Grid(3, 6)), (9,) * 5, 45),
+        "small": ImageUnits((Grid(3, 3), Grid(6, 2)), (9,) * 3, 27),
+    },
+    "internvl": _tiles(37),
+    "idefics3": _tiles(36),
+    "smolvlm": _tiles(36),
+    "mistral3": _ROWS_OF_PATCHES,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+}
+
+
+def facts_of(model: Any, folder: Path) -> Any:
+    config = model.config.to_dict()
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return model_facts(str(folder))
+
+
+_PART = r"\.(?:language_model|text_model|(?:vision|image|video)_tower|vision_model|visual)"
+_LAYER = re.compile(_PART + r"\.(?:[a-z_]+\.)*(?:layers?|blocks)\.(\d+)$")
+_INSIDE = re.compile(r"\.(?:layers?|blocks)\.\d+(?=\.)")
+_OTHER = re.compile(r"lm_head|embeddings|vision_tower\.head|_position")
+_LEFT_OUT = re.compile(r"patch_embed|patch_conv|rotary|pos_emb|vision_tower\.head$")
+
+
+def counted_flops(model: Any, batch: dict[str, Any], vision_layers: int) -> dict[str, float]:
+    """What torch counts by part: layers of the tower whose output is used, of the decoder, the LM head, and the rest,
+    which is the projector. Of a decoder's attention half, which is what a causal mask needs.
+    """
+    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+        model(**batch)
+    parts = dict.fromkeys(("vision_tower", "decoder", "lm_head", "projector"), 0.0)
+    outermost = ""
+    for name, by_op in sorted(counter.get_flop_counts().items()):
+        if name == "Global":
+            parts["projector"] += sum(by_op.values())
+        if outermost and name.startswith(f"{outermost}."):
+            continue
+        layer = _LAYER.search(name)
+        if layer or _LEFT_OUT.search(name) or name.endswith(".lm_head"):
+            outermost, flops = name, sum(by_op.values())
+            parts["projector"] -= flops
+            attention = sum(flops for op, flops in by_op.items() if "bmm" in str(op))
+            text = "language_model" in name or "text_model" in name
+            if layer and (text or int(layer[1]) < vision_layers):
+                parts["decoder" if text else "vision_tower"] += flops - (attention / 2 if text else 0)
+            elif name.endswith(".lm_head"):
+                parts["lm_head"] += flops
+    return parts
+
+
+@pytest.mark.parametrize("family", list(IMAGES))
+@pytest.mark.parametrize("row", [["image", 5], [3, "image", "small", 7]], ids=["one image", "two images"])
+def test_operations_are_those_torch_counts(family: str, row: list[Any], tmp_path: Path) -> None:
+    row = [part if part in (*IMAGES[family], *range(9)) else "image" for part in row]
+    if family == "mistral3" and "small" in row:
+        return  # eager attention runs over all images of a batch at once, and masks what is between them
+    check(TINY[family], IMAGES[family], row, tmp_path)
+
+
+def test_operations_of_a_pixtral_tower_under_llava(tmp_path: Path) -> None:
+    images = {"image": ImageUnits((Grid(3, 4),), (12,), 12)}
+    check(LLAVA_PIXTRAL, images, ["image", 5], tmp_path)
+
+
+def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folder: Path) -> None:
+    model = tiny.build("eager", 0).eval()
+    facts = facts_of(model, folder)
+    batch = dict(tiny.batch([row], "right", 0, 0))
+    batch.pop("labels")
+    shown = tuple(images[part] for part in row if isinstance(part, str))
+    length = batch["input_ids"].shape[1]
+    text = length - sum(image.tokens for image in shown)
+    rows = MeasuredRows((MeasuredRow(1.0, text, length, shown),))
+    formula = cost.forward_tflops(facts, [], Sample(text, length, len(shown), rows))
+    if facts.priced:
+        assert cost.forward_tflops(facts, [], Sample(text, length, len(shown))) == pytest.approx(formula)
+    assert formula.pop("compressor") == 0
+    counted = counted_flops(model, batch, facts.vision_layers)
+    assert {part: value * 1e12 for part, value in formula.items()} == pytest.approx(counted, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", sorted(set(TINY) & set(FAMILIES)))
+def test_weights_by_part_are_the_models(family: str, tmp_path: Path) -> None:
+    model = TINY[family].build("eager", 0)
+    facts = facts_of(model, tmp_path)
+    counts = cost.parameter_count(facts)
+    own = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    text = {name: n for name, n in own.items() if "language_model" in name or "text_model" in name}
+    embeddings = 2 * model.get_input_embeddings().weight.numel()
+    assert counts["language_model"] == sum(n for name, n in text.items() if ".layers." in name) + embeddings
+    inside = {
+        name: _LAYER.search(name[: found.end()])
+        for name in own
+        if name not in text and (found := _INSIDE.search(name)) is not None
+    }
+    used = [name for name, layer in inside.items() if layer and int(layer[1]) < facts.vision_layers]
+    assert counts["vision_tower"] == sum(own[name] for name in used)
+    rest = [name for name in own if name not in text and name not in inside and not _LEFT_OUT.search(name)]
+    assert counts["projector"] == sum(own[name] for name in rest if not _OTHER.search(name)), rest
