@@ -153,7 +153,7 @@ def with_text(sample: Sample, text_tokens: float) -> Sample:
 
 def unpriced(facts: ModelFacts, recipe: PhaseSpec) -> str | None:
     """Return why the formula does not hold for a phase of this model; None where it does."""
-    if facts.unpriced is None and facts.decoder_layers and recipe.lora is not None:
+    if facts.unpriced is None and facts.other_names and recipe.lora is not None:
         return f"the adapters that LoRA puts into the layers of {facts.model_type} are not counted"
     return facts.unpriced
 
@@ -281,7 +281,7 @@ def _decoder_flops(facts: ModelFacts, tokens: Sequence[float]) -> float:
     attended, layers = tokens, facts.decoder_layers
     linear = linear_weights_per_layer(facts) * sum(tokens)
     if layers:
-        linear = sum(layer.weights * n for layer, n in zip(layers, tokens, strict=True))
+        linear = sum((layer.weights + layer.recurrent / 2) * n for layer, n in zip(layers, tokens, strict=True))
         attended = [n for layer, n in zip(layers, tokens, strict=True) if layer.attends]
     return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in attended)
 

@@ -443,7 +443,7 @@ def _lfm2(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
     tolerated = most * factor**2 * float(settings["max_pixels_tolerance"])
     bounds = (int(settings["min_tiles"]), int(settings["max_tiles"]))
     splits = bool(settings["do_image_splitting"]) and bounds != (1, 1)
-    # Every row of patches is padded to the same length.
+    # Every row of patches is padded to this length.
     padded = max(most * merge**2, (tile // patch) ** 2 if settings["do_image_splitting"] else 0)
     tags = bool(settings["processor"]["use_image_special_tokens"])
     in_tile = Grid(tile // patch // merge, tile // patch // merge)
@@ -458,7 +458,8 @@ def _lfm2(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
         if large and splits and tiles == 1:
             grids = (in_tile,)
         markers = (2 + (len(grids) if tiles > 1 else 0)) if tags else 0
-        return ImageUnits(grids, (padded,) * len(grids), sum(grid.tokens for grid in grids), markers)
+        inside = tuple(max(padded, grid.tokens * merge**2) for grid in grids)
+        return ImageUnits(grids, inside, sum(grid.tokens for grid in grids), markers)
 
     return rule
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.spec.components import Grid
+from orchestrator.spec.decoder_layers import DecoderLayer, decoder_layers, inner_size
 from orchestrator.spec.image_units import ImageRule, image_rule, processor_settings
 
 _KEYS = (
@@ -27,6 +28,19 @@ def _text(*values: int | None) -> dict[str, Any]:
 _QWEN2_VL = _text(80, 8192, 29568, 64, 8, None, 152064)
 _GEMMA3 = _text(26, 2304, 9216, 8, 4, 256, 262208)
 
+_DELTA_RULE = {
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+_LFM2 = {
+    "conv_L_cache": 3, "block_auto_adjust_ff_dim": True, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+}  # fmt: skip
+
+
+def _routed(experts: int, of_a_token: int, inner: int) -> dict[str, Any]:
+    return {"num_experts": experts, "num_experts_per_tok": of_a_token, "moe_intermediate_size": inner}
+
+
 TEXT: dict[str, dict[str, Any]] = {
     "llama": _text(32, 4096, 11008, 32, None, None, 32000),
     "mistral": _text(32, 4096, 14336, 32, 8, None, 32000),
@@ -39,6 +53,22 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen3_vl_text": _text(32, 4096, 22016, 32, 32, 128, 151936),
+    "qwen3_vl_moe_text": _text(24, 2048, 5632, 16, 16, 128, 151936) | _routed(60, 4, 1408),
+    "qwen3_5_text": _text(32, 4096, 12288, 16, 4, 256, 248320) | _DELTA_RULE,
+    "qwen3_5_moe_text": _text(40, 2048, None, 16, 2, 256, 248320)
+    | _DELTA_RULE
+    | _routed(256, 8, 512)
+    | {"shared_expert_intermediate_size": 512},
+    "qwen2_5_omni_text": _text(28, 3584, 18944, 28, 4, None, 152064),
+    "qwen3_omni_moe_text": _text(28, 2048, 18944, 28, 4, None, 3584) | _routed(128, 8, 768),
+    "glm4v_text": _text(40, 4096, 13696, 32, 2, None, 151552),
+    "glm4v_moe_text": _text(46, 4096, 10944, 96, 8, None, 151424)
+    | _routed(128, 8, 1408)
+    | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "glm_ocr_text": _text(16, 1024, 4096, 16, 8, None, 59392),
+    "cohere2": _text(40, 8192, 22528, 64, None, None, 256000),
+    "lfm2": _text(32, 2560, 12288, 32, 8, None, 65536) | _LFM2,
+    "granite4_vision_text": _text(32, 4096, 11008, 32, None, None, 32000),
 }
 
 
@@ -55,6 +85,12 @@ _QWEN3_VISION = {
     "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 16, "out_hidden_size": 3584,
 }  # fmt: skip
 
+# Its positions are interpolated: `image_size` is only what they were made for.
+_GLM_VISION = {
+    "depth": 24, "hidden_size": 1536, "intermediate_size": 13696, "patch_size": 14, "out_hidden_size": 4096,
+    "in_channels": 3,
+}  # fmt: skip
+
 VISION: dict[str, dict[str, Any]] = {
     "clip_vision_model": _vision(12, 768, 3072, 224, 32),
     "siglip_vision_model": _vision(12, 768, 3072, 224, 16),
@@ -66,6 +102,17 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl_vision": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "patch_size": 14},
     "qwen2_5_vl_vision": _WINDOWED | {"hidden_size": 3584, "intermediate_size": 3420},
     "qwen3_vl_vision": _QWEN3_VISION | {"deepstack_visual_indexes": (8, 16, 24)},
+    "qwen3_vl_moe_vision": _QWEN3_VISION | {"deepstack_visual_indexes": (8, 16, 24)},
+    "qwen3_omni_moe_vision_encoder": _QWEN3_VISION | {"deepstack_visual_indexes": (8, 16, 24)},
+    "qwen3_5_vision": _QWEN3_VISION,
+    "qwen3_5_moe_vision": _QWEN3_VISION,
+    "qwen2_5_omni_vision_encoder": _WINDOWED | {"hidden_size": 3584, "intermediate_size": 3420},
+    "glm4v_vision": _GLM_VISION,
+    "glm4v_moe_vision": _GLM_VISION,
+    "glm_ocr_vision": _GLM_VISION | {"hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 1536},
+    "ovis2_vision": _vision(24, 1024, 2816, 224, 14, hidden_stride=1, vocab_size=16384, num_visual_indicator_tokens=5),
+    "video_llama_3_vision": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16},
+    "siglip2_vision_model": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16},
 }
 
 _CLIP_L_336 = {"model_type": "clip_vision_model", **_vision(24, 1024, 4096, 336, 14)}
@@ -94,6 +141,8 @@ class FamilyDefaults:
         offers: Further needs of methods the family can meet.
         gated_tower: The MLP of the vision tower has three matrices.
         towers: Vision towers of the same sizes, of which one sees an image.
+        other_names: The decoder's linear maps have other names than LLaMA's.
+        unpriced: Why its costs cannot be computed; None where they can.
         projector: Weights that a token the projector gives has passed, of `(text, vision, config)`, where it is no one
             or two linear maps.
     """
@@ -110,6 +159,8 @@ class FamilyDefaults:
     offers: frozenset[str] = frozenset()
     gated_tower: bool = False
     towers: int = 1
+    other_names: bool = False
+    unpriced: str | None = None
     projector: Callable[[Part, Part, Part], int] | None = None
 
 
@@ -126,6 +177,32 @@ def _mistral3(text: Part, vision: Part, top: Part) -> int:
     layers = top["vision_feature_layer"]
     several = width * (len(layers) if isinstance(layers, list) else 1)
     return int(width * width * top["spatial_merge_size"] ** 2 + several * given + given * given)
+
+
+def _glm(text: Part, vision: Part, top: Part) -> int:
+    """GLM-4V: neighbours become one by a convolution, then a linear map and a gated MLP."""
+    given, merge = vision["out_hidden_size"], vision.get("spatial_merge_size", 2)
+    ocr = top["model_type"] == "glm_ocr"
+    inner = given * vision["in_channels"] if ocr else vision["intermediate_size"]
+    return int(vision["hidden_size"] * given * merge**2 + given * given + 3 * given * inner)
+
+
+def _swiglu(text: Part, vision: Part, top: Part) -> int:
+    """Aya and Cohere2 Vision: neighbours side by side, a map to two halves of which one gates the other, a map."""
+    inner = top.get("alignment_intermediate_size", text["hidden_size"])
+    return int(vision["hidden_size"] * top["downsample_factor"] ** 2 * inner + inner // 2 * text["hidden_size"])
+
+
+def _visual_table(text: Part, vision: Part, top: Part) -> int:
+    """Ovis2: a probability over visual words, and the mean of their embeddings (arXiv 2405.20797, section 3.1)."""
+    words, width = vision["vocab_size"], vision["hidden_size"] * vision["hidden_stride"] ** 2
+    return int(width * (words - vision["num_visual_indicator_tokens"]) + words * text["hidden_size"])
+
+
+def _lfm2(text: Part, vision: Part, top: Part) -> int:
+    """LFM2-VL: neighbours side by side, two linear maps."""
+    inner = top["projector_hidden_size"]
+    return int(vision["hidden_size"] * top["downsample_factor"] ** 2 * inner + inner * text["hidden_size"])
 
 
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
@@ -146,6 +223,12 @@ def _idefics(vision_type: str) -> FamilyDefaults:
 
 def _qwen(text_type: str, vision_type: str, **more: Any) -> FamilyDefaults:
     return FamilyDefaults(text_type, {"model_type": vision_type}, "varies", projector=_merger, **more)
+
+
+def _glm4v(text_type: str, vision_type: str) -> FamilyDefaults:
+    return FamilyDefaults(
+        text_type, {"model_type": vision_type}, "varies", projector=_glm, gated_tower=True, other_names=True
+    )
 
 
 FAMILIES: dict[str, FamilyDefaults] = {
@@ -178,6 +261,52 @@ FAMILIES: dict[str, FamilyDefaults] = {
     "qwen2_vl": _qwen("qwen2_vl_text", "qwen2_vl_vision"),
     "qwen2_5_vl": _qwen("qwen2_5_vl_text", "qwen2_5_vl_vision", gated_tower=True),
     "qwen3_vl": _qwen("qwen3_vl_text", "qwen3_vl_vision"),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe_text", "qwen3_vl_moe_vision"),
+    "qwen3_5": _qwen("qwen3_5_text", "qwen3_5_vision"),
+    "qwen3_5_moe": _qwen("qwen3_5_moe_text", "qwen3_5_moe_vision"),
+    "qwen2_5_omni_thinker": _qwen("qwen2_5_omni_text", "qwen2_5_omni_vision_encoder", gated_tower=True),
+    "qwen3_omni_moe_thinker": _qwen("qwen3_omni_moe_text", "qwen3_omni_moe_vision_encoder"),
+    "glm4v": _glm4v("glm4v_text", "glm4v_vision"),
+    "glm4v_moe": _glm4v("glm4v_moe_text", "glm4v_moe_vision"),
+    "glm46v": _glm4v("glm4v_text", "glm4v_vision"),
+    "glm_ocr": _glm4v("glm_ocr_text", "glm_ocr_vision"),
+    "video_llama_3": FamilyDefaults("qwen2", {"model_type": "video_llama_3_vision"}, "varies"),
+    "aya_vision": FamilyDefaults(
+        "cohere2",
+        {"model_type": "siglip_vision_model", **_vision(26, 1152, 4304, 384, 14)},
+        "shuffled",
+        top={"downsample_factor": 2, "vision_feature_layer": -1},
+        tiled=True,
+        projector=_swiglu,
+    ),
+    "cohere2_vision": FamilyDefaults(
+        "cohere2",
+        {"model_type": "siglip_vision_model", **_vision(27, 1152, 3072, 512, 16)},
+        "shuffled",
+        top={"downsample_factor": 2, "alignment_intermediate_size": 36864},
+        tiled=True,
+        projector=_swiglu,
+    ),
+    "ovis2": FamilyDefaults(
+        "qwen2", {"model_type": "ovis2_vision"}, "shuffled", tiled=True, gated_tower=True, projector=_visual_table
+    ),
+    "lfm2_vl": FamilyDefaults(
+        "lfm2",
+        {"model_type": "siglip2_vision_model"},
+        "varies",
+        top={"downsample_factor": 2, "projector_hidden_size": 2560},
+        projector=_lfm2,
+        other_names=True,
+    ),
+    "llava_next_video": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
+    "granite4_vision": FamilyDefaults(
+        "granite4_vision_text",
+        {"model_type": "clip_vision_model"},
+        "varies",
+        top={"spatial_target_layers": (12, 15, 18, 21)},
+        tiled=True,
+        unpriced="the Q-Former between its tower and its decoder is not counted",
+    ),
     "paligemma": FamilyDefaults("gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True),
     "gemma3": FamilyDefaults(
         "gemma3_text",
@@ -187,21 +316,6 @@ FAMILIES: dict[str, FamilyDefaults] = {
         projector_layers=1,
     ),
 }
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """A decoder layer of its own kind.
-
-    Attributes:
-        weights: Weights of the linear maps that a token passes; of experts, those it is sent to.
-        stored: Weights of all linear maps.
-        attends: It attends to all tokens before (softmax); False: its work grows with the tokens alone.
-    """
-
-    weights: int
-    stored: int
-    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -239,6 +353,8 @@ class ModelFacts:
         decoder_layers: The decoder's layers where they are not all dense and of `intermediate_size`; else empty.
         unpriced: Why its costs cannot be computed; None where they can.
         towers: Vision towers of these sizes, of which one sees an image.
+        other_names: The decoder's linear maps have other names than LLaMA's; then LoRA's modules are checked when a
+            run starts, and its cost is not known.
     """
 
     model_type: str
@@ -269,6 +385,7 @@ class ModelFacts:
     decoder_layers: tuple[DecoderLayer, ...] = ()
     unpriced: str | None = None
     towers: int = 1
+    other_names: bool = False
 
     @property
     def priced(self) -> bool:
@@ -426,48 +543,71 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     heads = text["num_attention_heads"]
     kind = vision["model_type"]
     cls = clip and family.cls
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    layers_of_text = decoder_layers(text, head_dim)
     whole = vision.get("fullatt_block_indexes")
     return ModelFacts(
         model_type=config["model_type"],
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
-        intermediate_size=text["intermediate_size"],
+        intermediate_size=inner_size(text),
         num_attention_heads=heads,
         num_key_value_heads=text["num_key_value_heads"] or heads,
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        head_dim=head_dim,
         vocab_size=text["vocab_size"],
         vision_layers=used,
         vision_hidden_size=width,
-        vision_intermediate_size=vision.get("intermediate_size") or int(width * vision["mlp_ratio"]),
+        vision_intermediate_size=_tower_inner(vision, width),
         vision_tokens=side * side + (kind in ("clip_vision_model", "internvl_vision")),
-        projector_in=width * len(layers) * (_shuffled(top) ** 2 if family.units == "shuffled" else 1),
+        projector_in=width * len(layers) * (_shuffled(top, vision) ** 2 if family.units == "shuffled" else 1),
         projector_hidden=text["hidden_size"],
-        visual_grid=None if kind == "pixtral" else _unit(top, family, side, clip),
+        visual_grid=None if kind == "pixtral" else _unit(top, vision, family, side, clip),
         has_cls=cls,
         gated_mlp=True,
         tiled=family.tiled,
         tokenwise_projector=family.tokenwise,
         projector_layers=family.projector_layers,
-        first_layer=len(vision.get("deepstack_visual_indexes", ())),
+        first_layer=_first_layer(top, vision),
         offers=family.offers | ({"cls"} if cls else set()),
         gated_tower=family.gated_tower or kind == "pixtral",
         windowed_layers=0 if whole is None else depth - len({layer for layer in whole if layer < depth}),
+        decoder_layers=layers_of_text,
+        unpriced=family.unpriced,
         towers=family.towers,
+        other_names=family.other_names or bool(layers_of_text),
         projector_size=0 if family.projector is None else family.projector(text, vision, top),
     )
 
 
-def _shuffled(top: Part) -> int:
+def _tower_inner(vision: Part, width: int) -> int:
+    """Return the width of the tower's MLP; GLM-4V's is what its tower gives, GLM-OCR's the config's."""
+    if vision["model_type"] in ("glm4v_vision", "glm4v_moe_vision"):
+        return int(vision["out_hidden_size"])
+    return int(vision.get("intermediate_size") or width * vision["mlp_ratio"])
+
+
+def _first_layer(top: Part, vision: Part) -> int:
+    """Return the layer after the last one that visual features enter (DeepStack, Granite 4 Vision)."""
+    if "spatial_target_layers" in top:
+        deep = [layer for _, layer in top.get("deepstack_layer_map") or ()]
+        return int(max([*deep, *top["spatial_target_layers"]])) + 1
+    return len(vision.get("deepstack_visual_indexes", ()))
+
+
+def _shuffled(top: Part, vision: Part) -> int:
     """Return how many patches along a side lie in one token."""
-    return int(top["scale_factor"]) if "scale_factor" in top else round(1 / top["downsample_ratio"])
+    for name in ("scale_factor", "downsample_factor"):
+        if name in top:
+            return int(top[name])
+    return round(1 / top["downsample_ratio"]) if "downsample_ratio" in top else int(vision["hidden_stride"])
 
 
-def _unit(top: dict[str, Any], family: FamilyDefaults, side: int, clip: bool) -> Grid | None:
+def _unit(top: Part, vision: Part, family: FamilyDefaults, side: int, clip: bool) -> Grid | None:
     """Return the tokens of one image, tile or frame."""
     if family.units == "varies":
         return None
     if family.units == "shuffled":
-        return Grid(side // _shuffled(top), side // _shuffled(top))
+        return Grid(side // _shuffled(top, vision), side // _shuffled(top, vision))
     if family.units == "stated":
         stated = isqrt(top["mm_tokens_per_image"])
         return Grid(stated, stated)

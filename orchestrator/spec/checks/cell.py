@@ -180,7 +180,7 @@ def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterat
     if not phase.lora.target_modules:
         yield Finding(where, "LoRA without modules trains nothing", ", ".join(known))
     for index, name in enumerate(phase.lora.target_modules):
-        if facts is not None and name not in known:
+        if facts is not None and not facts.other_names and name not in known:
             yield Finding((*where, index), f"the language model has no linear layers `{name}`", ", ".join(known))
 
 

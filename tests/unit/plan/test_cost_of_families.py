@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from orchestrator.compression.families import FAMILIES as ADAPTERS
+from orchestrator.compression.families import family_of
 from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
 from orchestrator.compression.testing.tiny import TinyFamily
 from orchestrator.plan import cost
@@ -50,10 +53,16 @@ IMAGES: dict[str, dict[str, ImageUnits]] = {
     "idefics3": _tiles(36),
     "smolvlm": _tiles(36),
     "mistral3": _ROWS_OF_PATCHES,
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
+    **{name: _QWEN for name in TINY if name.startswith(("qwen", "glm"))},
+    "video_llama_3": {
+        "image": ImageUnits((Grid(3, 4),), (12,), 12),
+        "small": ImageUnits((Grid(2, 2),), (4,), 4),
+    },
+    **{name: _tiles(36) for name in ("aya_vision", "cohere2_vision", "ovis2")},
+    # Patches of the small one are padded to those of the other.
+    "lfm2_vl": {"image": ImageUnits((Grid(3, 4),), (48,), 12), "small": ImageUnits((Grid(2, 2),), (48,), 4)},
 }
+IMAGES["llava_next_video"] = IMAGES["llava_next"]
 
 
 def facts_of(model: Any, folder: Path) -> Any:
@@ -65,7 +74,7 @@ def facts_of(model: Any, folder: Path) -> Any:
 _PART = r"\.(?:language_model|text_model|(?:vision|image|video)_tower|vision_model|visual)"
 _LAYER = re.compile(_PART + r"\.(?:[a-z_]+\.)*(?:layers?|blocks)\.(\d+)$")
 _INSIDE = re.compile(r"\.(?:layers?|blocks)\.\d+(?=\.)")
-_OTHER = re.compile(r"lm_head|embeddings|vision_tower\.head|_position")
+_OTHER = re.compile(r"lm_head|\.embeddings\.|embed_tokens|vision_tower\.head\.|_position|pos_embed|audio_tower")
 _LEFT_OUT = re.compile(r"patch_embed|patch_conv|rotary|pos_emb|vision_tower\.head$")
 
 
@@ -75,9 +84,10 @@ def counted_flops(model: Any, batch: dict[str, Any], vision_layers: int) -> dict
     """
     with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
         model(**batch)
+    counted = counter.get_flop_counts()
     parts = dict.fromkeys(("vision_tower", "decoder", "lm_head", "projector"), 0.0)
     outermost = ""
-    for name, by_op in sorted(counter.get_flop_counts().items()):
+    for name, by_op in sorted(counted.items()):
         if name == "Global":
             parts["projector"] += sum(by_op.values())
         if outermost and name.startswith(f"{outermost}."):
@@ -87,6 +97,12 @@ def counted_flops(model: Any, batch: dict[str, Any], vision_layers: int) -> dict
             outermost, flops = name, sum(by_op.values())
             parts["projector"] -= flops
             attention = sum(flops for op, flops in by_op.items() if "bmm" in str(op))
+            mixing = sum(counted.get(f"{name}.linear_attn", {}).values())
+            if mixing:  # of linear attention the maps: how much its recurrence takes depends on the kernel
+                maps = [n for n in counted if n.startswith(f"{name}.linear_attn.") and "proj" in n]
+                flops, attention = flops - mixing + sum(sum(counted[n].values()) for n in maps), 0
+            elif layer:
+                flops -= sum(n for op, n in by_op.items() if "convolution" in str(op))
             text = "language_model" in name or "text_model" in name
             if layer and (text or int(layer[1]) < vision_layers):
                 parts["decoder" if text else "vision_tower"] += flops - (attention / 2 if text else 0)
@@ -111,7 +127,10 @@ def test_operations_of_a_pixtral_tower_under_llava(tmp_path: Path) -> None:
 
 def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folder: Path) -> None:
     model = tiny.build("eager", 0).eval()
+    model.set_experts_implementation("eager")  # torch does not count grouped products
     facts = facts_of(model, folder)
+    layers = tuple(replace(layer, recurrent=0) for layer in facts.decoder_layers)
+    facts = replace(facts, decoder_layers=layers)
     batch = dict(tiny.batch([row], "right", 0, 0))
     batch.pop("labels")
     shown = tuple(images[part] for part in row if isinstance(part, str))
@@ -131,7 +150,8 @@ def test_weights_by_part_are_the_models(family: str, tmp_path: Path) -> None:
     model = TINY[family].build("eager", 0)
     facts = facts_of(model, tmp_path)
     counts = cost.parameter_count(facts)
-    own = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    weights = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    own = {name: n for name, n in weights.items() if "conv.conv" not in name and "conv1d" not in name}  # by channel
     text = {name: n for name, n in own.items() if "language_model" in name or "text_model" in name}
     embeddings = 2 * model.get_input_embeddings().weight.numel()
     assert counts["language_model"] == sum(n for name, n in text.items() if ".layers." in name) + embeddings
@@ -143,4 +163,22 @@ def test_weights_by_part_are_the_models(family: str, tmp_path: Path) -> None:
     used = [name for name, layer in inside.items() if layer and int(layer[1]) < facts.vision_layers]
     assert counts["vision_tower"] == sum(own[name] for name in used)
     rest = [name for name in own if name not in text and name not in inside and not _LEFT_OUT.search(name)]
-    assert counts["projector"] == sum(own[name] for name in rest if not _OTHER.search(name)), rest
+    if facts.unpriced is None:
+        assert counts["projector"] == sum(own[name] for name in rest if not _OTHER.search(name)), rest
+
+
+@pytest.mark.parametrize("family", sorted(set(TINY) & set(FAMILIES)))
+def test_facts_are_those_of_the_adapter(family: str, tmp_path: Path) -> None:
+    model = TINY[family].build("eager", 0)
+    facts, adapter = facts_of(model, tmp_path), family_of(model)
+    assert (facts.num_layers, facts.hidden_size) == (adapter.num_layers, adapter.width)
+    assert facts.first_layer == adapter.first_layer == TINY[family].first_layer
+    assert facts.tokenwise_projector == (adapter.projector is not None)
+    if facts.tokenwise_projector:
+        assert facts.projector_in == adapter.vision_width
+    assert facts.has_cls == (adapter.cls_attention() is not None)
+    assert ("pixels" in facts.offers) <= (adapter.resizable_tower is not None)
+
+
+def test_every_adapter_has_facts() -> None:
+    assert set(FAMILIES) == set(ADAPTERS) == set(TINY)
