@@ -25,6 +25,7 @@ from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cost import Sample
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.figures import bench_figure
+from orchestrator.spec.components import adapts
 from orchestrator.spec.controls import control_points
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.model import ModelSpec
@@ -107,6 +108,11 @@ def _arms(cell: Cell, facts: ModelFacts) -> dict[str, Points | None]:
     """Return the plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that
     selects.
     """
+    if unsure := [name for name, points in cell.spec.compressors.items() if adapts(points)]:
+        raise UsageError(
+            f"compressors.{unsure[0]}: how many tokens it leaves depends on the image, and bench makes its images up; "
+            f"take it out (--set compressors.{unsure[0]}=null) and time it in a run"
+        )
     arms: dict[str, Points | None] = {PLAIN: None, FULL: ()}
     for name, points in cell.spec.compressors.items():
         arms[name] = resolve_points(points, facts.num_layers, facts.image_grid)

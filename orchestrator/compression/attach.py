@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any, Final
 
@@ -25,7 +27,7 @@ from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
 from orchestrator.spec.base import validation_text
 from orchestrator.spec.components import Compressor as CompressorField
-from orchestrator.spec.components import CompressorSpec
+from orchestrator.spec.components import CompressorSpec, cannot_follow
 
 PointLike = CompressorSpec | Mapping[str, Any]
 ALL_LEARNED_POINTS: Final = "all learned points"
@@ -154,7 +156,19 @@ class Attachment:
     def set_step(self, step: int = 0, seed: int = 0, sample_index: Sequence[int] | Tensor = ()) -> None:
         """Set what random methods draw from: the optimizer step, the phase's seed, the sample of each row."""
         rows = sample_index.tolist() if isinstance(sample_index, Tensor) else sample_index
-        self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows))
+        self._decoder.draw = Draw(seed, step, tuple(int(row) for row in rows), self._decoder.draw.fill)
+
+    @contextmanager
+    def largest(self) -> Iterator[None]:
+        """Let adaptive methods leave the most they may within the block, so that memory is measured at its largest.
+
+        They repeat tokens, so the numbers mean nothing.
+        """
+        self._decoder.draw = replace(self._decoder.draw, fill=True)
+        try:
+            yield
+        finally:
+            self._decoder.draw = replace(self._decoder.draw, fill=False)
 
     def detach(self) -> None:
         """Take everything out again; the model is as it was. Safe to call twice.
@@ -196,6 +210,8 @@ def check_together(points: Sequence[Point]) -> None:
     if sum(hasattr(point.compressor, "resize") for point in points) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
     for number, point in enumerate(points):
+        if (reason := cannot_follow(point.spec, [one.spec for one in points[:number]])) is not None:
+            raise UsageError(f"attach: {point.spec.kind} at {point.place}: {reason}")
         if not hasattr(point.compressor, "enter"):
             continue
         if not hasattr(point.compressor, "compress") and number + 1 < len(points):

@@ -75,6 +75,8 @@ class Kept:
         in_place: Tokens stand where their sources stood (rising, no two alike), not evenly spread over the image's
             columns: between the frames of a video may stand text.
         before: How many of the first M are new tokens that stand before the image's first (`Enters` alone).
+        counts_B: How many of its M tokens each image has, at least one, of a method whose spec is `adaptive`; what
+            stands behind them is padding, which is cut, and what is left is one row of tokens. None = all M.
     """
 
     hidden_BMD: Tensor
@@ -86,6 +88,7 @@ class Kept:
     size_bias: bool = False
     before: int = 0
     in_place: bool = False
+    counts_B: Tensor | None = None
 
 
 @runtime_checkable
@@ -109,7 +112,7 @@ class Compressor(Protocol):
             context: What else is known of the tokens.
 
         Returns:
-            `spec.kept_tokens(grid)` tokens of each image; `take` makes it of indices.
+            `spec.kept_tokens(grid)` tokens of each image, of an adaptive method at most; `take` makes it of indices.
 
         Raises:
             ValueError: the amount does not fit this grid.
@@ -166,21 +169,25 @@ class Resizes(Protocol):
         ...
 
 
-def take(visual_BND: Tensor, index_BM: Tensor, context: Context) -> Kept:
+def take(visual_BND: Tensor, index_BM: Tensor, context: Context, counts_B: Tensor | None = None) -> Kept:
     """Return the result of a method that keeps some tokens as they are.
 
     Args:
         visual_BND: Visual tokens.
         index_BM: The tokens kept of each image, in rising order; M alone where all images keep the same ones.
         context: The context given to the method.
+        counts_B: Of an adaptive method, how many of its M indices each image has; what stands behind them is padding.
     """
     index_BM = index_BM.expand(len(visual_BND), -1)
+    if counts_B is not None:  # `places_of` gives no place to what is not there
+        index_BM = index_BM.clamp(max=visual_BND.shape[1] - 1)
     axes_ABM = index_BM.unsqueeze(0).expand(context.positions_ABN.shape[0], -1, -1)
     return Kept(
         hidden_BMD=tokens_at(visual_BND, index_BM),
         positions_ABM=context.positions_ABN.gather(2, axes_ABM),
         sizes_BM=context.sizes_BN.gather(1, index_BM),
         sources_BM=index_BM,
+        counts_B=counts_B,
     )
 
 

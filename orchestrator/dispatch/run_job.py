@@ -253,7 +253,8 @@ class _Rehearsal:
         indices = longest_samples(data, size)
         set_accumulation(session.engine, size * distributed.world_size(), size, len(action.trained_passes))
         session.switch(action.points)
-        figures = run_step(session, one, step, [MicroBatch(indices, data.collate(indices))], should_stop=False)
+        with session.attachment.largest():
+            figures = run_step(session, one, step, [MicroBatch(indices, data.collate(indices))], should_stop=False)
         if not figures.is_finite:
             raise StageRunError(f"the loss of the first weights is {figures.loss}")
 

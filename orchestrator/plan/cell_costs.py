@@ -51,6 +51,11 @@ class Costs:
             self._prices[key] = self._price(cell, plan, sample, first, last)
         return dict(self._prices[key])
 
+    def at_most(self, plan: PhasePlan, first: int = 0, last: int | None = None) -> bool:
+        """Return whether the costs of a phase's steps are bounds (see `cost.at_most`)."""
+        steps = self._steps(plan, first, plan.total_steps if last is None else last)
+        return cost.at_most(action for _, action in steps.values())
+
     def _price(self, cell: Cell, plan: PhasePlan, sample: Sample, first: int, last: int) -> dict[str, float | None]:
         assert cell.facts is not None
         facts, flops, tokens = cell.facts, 0.0, 0.0

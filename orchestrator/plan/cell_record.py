@@ -23,6 +23,8 @@ from orchestrator.plan.step_history import Point, StepHistory, Stretch
 from orchestrator.plan.tree import StageTree
 
 _COSTS = Costs()  # one for the process: lengths of data are measured once
+AT_MOST = "costs_at_most"
+"""Tag of a cell whose operations and tokens by the formula are bounds: a method's tokens depend on the image."""
 _NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
@@ -69,6 +71,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
             "experiment_spec_sha": digest(resolved),
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
+            **({AT_MOST: "true"} if any(map(_COSTS.at_most, cell.phases)) else {}),
             **_fingerprint_tags(runs or ()),
             **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
             "tree_share": f"{_tree_share(cell, tree):.4f}",

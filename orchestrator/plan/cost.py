@@ -15,6 +15,9 @@ gated MLP, else 2.
 
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
 
+An adaptive method (`divt`) is counted at the most tokens it may leave of an image, so operations and memory are upper
+bounds, a compression ratio a lower one: `at_most`. What really ran is measured (`train/visual_tokens`).
+
 Training: forward 1x; backward 2x for a part that trains (gradients of inputs and of weights), 1x for a frozen part
 that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a
 trained vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights
@@ -67,7 +70,7 @@ stage 2 on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import isqrt
@@ -172,6 +175,16 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
         ValueError: a method cannot take its amount, or a point lies beyond the last layer.
     """
     return tokens_by_layer(_specs(points), num_layers, grid)
+
+
+def at_most(actions: Iterable[Action]) -> bool:
+    """Return whether costs of some actions are bounds: an adaptive method is counted at the most it may leave."""
+    passes = (
+        points
+        for action in actions
+        for points in (*action.trained_passes, *([action.distill.points] if action.distill is not None else []))
+    )
+    return any(registry.spec_class(registry.COMPRESSORS, point["kind"]).adaptive for one in passes for point in one)
 
 
 def _specs(points: Sequence[Mapping[str, Any]]) -> list[CompressorSpec]:

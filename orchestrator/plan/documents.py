@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from orchestrator.plan.status import TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import tokens_by_layer
-from orchestrator.spec.components import CompressorSpec
+from orchestrator.spec.components import CompressorSpec, adapts
 from orchestrator.spec.controls import AXIS, compressing_variants
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.loaded import LoadedExperiment
@@ -33,7 +33,8 @@ def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
     Returns:
         `name`, `control` (the method of a control arm, or None), `points` (`kind`, `layer`, `kept_tokens`),
-        `layer_average_tokens` and `compression_ratio`; figures are of one image, None where its tokens vary.
+        `layer_average_tokens` and `compression_ratio`; figures are of one image, None where its tokens vary. With
+        `at_most` they are bounds: how many tokens a method leaves depends on the image.
     """
     found: dict[str, dict[str, Any]] = {}
     seen: set[tuple[Any, ...]] = set()  # cells often hold the very same points
@@ -69,7 +70,12 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
             left = point.kept_grid(left)
             layer = point.layer if point.layer == "projector" else point.layer_index(facts.num_layers)
             shown.append({"kind": point.kind, "layer": layer, "kept_tokens": left.tokens})
-    return {"name": name, "control": control, "points": shown, **figures}
+    return {"name": name, "control": control, "points": shown, **figures, **_bound(adapts(points))}
+
+
+def _bound(is_bound: bool) -> dict[str, bool]:
+    """Return the key that says of figures that they are bounds; none where they are exact."""
+    return {"at_most": True} if is_bound else {}
 
 
 _GIB = 2**30
@@ -106,21 +112,36 @@ def plan_document(
     for job, cell, plan in with_plans(cells, tree):
         price = costs.stage_run(cell, plan, job.first_step, job.last_step)
         of = cell.spec.name if job.id not in own else None
+        price |= _bound(costs.at_most(plan, job.first_step, job.last_step))
         runs.append({**stage_run_document(job, plan, status), "of": of, "cost": price})
     alone: dict[str, float | None] = {}
     shown = []
     for cell in cells:
         price = costs.cell(cell)
         alone[cell.id] = _sum([price["train_tflops"], *(costs.cell(each)["train_tflops"] for each in cell.origins())])
+        price |= _bound(any(map(costs.at_most, cell.phases)))
         shown.append(_cell(cell, price, status, reasons))
+    variants = variant_documents(cells)
+    bounds = [
+        f"{one['name']}: how many tokens it leaves depends on the image; its costs count the most, and "
+        "train/visual_tokens is what ran"
+        for one in variants
+        if "at_most" in one
+    ]
     notices = dict.fromkeys(
-        (*loaded.notices, *(n for cell in cells for n in cell.notices), *costs.notices, *tested_differently(cells))
+        (
+            *loaded.notices,
+            *(n for cell in cells for n in cell.notices),
+            *costs.notices,
+            *tested_differently(cells),
+            *bounds,
+        )
     )
     return {
         "experiment": loaded.spec.name,
         "cells": shown,
         "stage_runs": runs,
-        "variants": variant_documents(cells),
+        "variants": variants,
         "totals": _totals(loaded, cells, status, alone, runs),
         "notices": list(notices),
     }
@@ -144,9 +165,12 @@ def _totals(
         "train_tflops_shared": cost_shared,
         "disk_peak_gib": disk_peak_gib(cells, tree),
     }
-    if cost_alone and cost_shared is not None:
+    if any("at_most" in run["cost"] for run in runs):
+        totals["at_most"] = True
+    elif cost_alone and cost_shared is not None:
         totals["train_ratio"] = cost_shared / cost_alone
-    return totals | hours_document(status, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster)
+    bounds = {run["id"] for run in runs if "at_most" in run["cost"]}
+    return totals | hours_document(status, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster, bounds)
 
 
 def with_plans(cells: Sequence[Cell], tree: StageTree) -> list[tuple[StageJob, Cell, PhasePlan]]:
@@ -268,6 +292,7 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
         job.id: costs.stage_run(cell, phase, job.first_step, job.last_step)["train_tflops"]
         for job, cell, phase in with_phases
     }
+    bounds = {job.id for job, _, phase in with_phases if costs.at_most(phase, job.first_step, job.last_step)}
     # The work is not exact here, so that hours come from what was measured alone.
     cluster = plan.loaded.spec.cluster.model_copy(update={"device_tflops": None})
     return {
@@ -286,7 +311,7 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
             "stage_runs_done": sum(run["state"] == "done" for run in runs),
             "evaluations": len(tests),
             "evaluations_done": sum(test["state"] == "done" for test in tests),
-            **hours_document(status, work, cluster),
+            **hours_document(status, work, cluster, bounds),
         },
     }
 
@@ -372,7 +397,9 @@ class _Speed:
     workers: int = 1
 
 
-def hours_document(status: TreeStatus, work: Mapping[str, float | None], cluster: ClusterSpec) -> dict[str, float]:
+def hours_document(
+    status: TreeStatus, work: Mapping[str, float | None], cluster: ClusterSpec, bounds: Collection[str] = ()
+) -> dict[str, float]:
     """Return the keys for `totals`; empty where nothing was measured yet and no device's speed is given.
 
     `gpu_hours_done` (or `worker_hours_done`): hours of all workers, stored work and work under way. Where a speed is
@@ -383,13 +410,14 @@ def hours_document(status: TreeStatus, work: Mapping[str, float | None], cluster
         status: What is done, and of which tree.
         work: Stage run to its work in any one unit (TFLOPs); None where that is not known.
         cluster: Lanes, their workers, and the speed of a device, which counts where no stage run of it was measured.
+        bounds: Stage runs whose work is an upper bound: their speed says nothing of the others'.
     """
     tree = status.tree
     # Lanes that hold something say more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in status.holders.values()}
     lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)
     workers = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers.min
-    speeds: dict[tuple[str, str], _Speed] = {}
+    speeds: dict[tuple[str, tuple[str, bool]], _Speed] = {}
     devices: set[str] = set()
     done, rest = 0.0, dict[str, float]()
     for job in tree.stage_runs.values():
@@ -397,7 +425,7 @@ def hours_document(status: TreeStatus, work: Mapping[str, float | None], cluster
         amount = work[job.id] or float((job.last_step - job.first_step) * job.recipe["global_batch_size"])
         done += seconds * number
         if seconds and share:
-            speed = speeds.setdefault((job.phase, _model(job)), _Speed())
+            speed = speeds.setdefault((job.phase, _alike(job, bounds)), _Speed())
             speed.seconds, speed.work = speed.seconds + seconds, speed.work + share * amount
             speed.workers = number
         if job.id in status.needed and job.id not in status.blocked:
@@ -409,7 +437,7 @@ def hours_document(status: TreeStatus, work: Mapping[str, float | None], cluster
     left: dict[str, tuple[float, int]] = {}
     given: dict[str, float] = {}
     for run, amount in rest.items():
-        known = _seconds(tree.stage_runs[run], amount, speeds)
+        known = _seconds(tree.stage_runs[run], amount, speeds, bounds)
         if known is None and cluster.device_tflops is not None and work[run]:
             known = amount / (cluster.device_tflops * workers), workers
             given = {"device_tflops": cluster.device_tflops}
@@ -434,16 +462,19 @@ def _measured(job: StageJob, status: TreeStatus, workers: int, devices: set[str]
     return seconds, share, workers
 
 
-def _seconds(job: StageJob, amount: float, speeds: Mapping[tuple[str, str], _Speed]) -> tuple[float, int] | None:
+def _seconds(
+    job: StageJob, amount: float, speeds: Mapping[tuple[str, tuple[str, bool]], _Speed], bounds: Collection[str]
+) -> tuple[float, int] | None:
     """Return the seconds and workers for some work, by the speed of its phase, else of its model's other phase."""
-    model = _model(job)
-    same_model = (speed for (_, other), speed in speeds.items() if other == model)
-    speed = speeds.get((job.phase, model)) or next(same_model, None)
+    alike = _alike(job, bounds)
+    same_model = (speed for (_, other), speed in speeds.items() if other == alike)
+    speed = speeds.get((job.phase, alike)) or next(same_model, None)
     return None if speed is None else (speed.seconds / speed.work * amount, speed.workers)
 
 
-def _model(job: StageJob) -> str:
-    return str(job.model.get("model_name_or_path"))
+def _alike(job: StageJob, bounds: Collection[str]) -> tuple[str, bool]:
+    """Return what stage runs of comparable speeds share: the model, and that their work is exact or a bound."""
+    return str(job.model.get("model_name_or_path")), job.id in bounds
 
 
 def _until_the_end(status: TreeStatus, seconds_of: Mapping[str, float], lanes: int) -> float:

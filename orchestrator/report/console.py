@@ -23,6 +23,7 @@ from orchestrator.report.pages import image_text, prompt_pieces, row_lengths, ro
 from orchestrator.report.table import Table, plain_table
 from orchestrator.report.units import (
     Operations,
+    bound,
     counted,
     counted_noun,
     hours_text,
@@ -163,9 +164,9 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
     console.print(Text(document["experiment"], style="bold"))
     unit = Operations.of(cell["cost"].get("train_tflops") for cell in cells)
     columns = {
-        f"train {unit.name}": lambda cell: unit.text(cell["cost"].get("train_tflops")),
-        "visual layer-tokens": lambda cell: number(cell["cost"].get("visual_layer_tokens"), 1),
-        "CR": lambda cell: number(cell["cost"].get("compression_ratio"), 3),
+        f"train {unit.name}": lambda cell: bound(unit.text(cell["cost"].get("train_tflops")), cell["cost"]),
+        "visual layer-tokens": lambda cell: bound(number(cell["cost"].get("visual_layer_tokens"), 1), cell["cost"]),
+        "CR": lambda cell: bound(number(cell["cost"].get("compression_ratio"), 3), cell["cost"], "≥"),
     }
     if cells:
         print_cells(cells, columns, console, right=tuple(columns))
@@ -221,7 +222,7 @@ def _planned_label(
         Text(f"{run['phase']} {run['first_step']}-{run['last_step']}{of}"),
         Text(run["variant"], style="bold"),
         state_text(run["state"]),
-        Text(f"{unit.text(run['cost'].get('train_tflops'))} {unit.name}"),
+        Text(f"{bound(unit.text(run['cost'].get('train_tflops')), run['cost'])} {unit.name}"),
         Text(whose(cells)),
         Text(_KEPT[run["keep"]], style="dim"),
     ]
@@ -240,7 +241,7 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
         f"{counted_noun(totals['cells'], 'cell')}: {runs} for {totals['stage_runs_alone']:,} alone, "
         f"{totals['stage_runs_done']:,} done; {tests} for {totals['evaluations_alone']:,} alone, "
         f"{totals['evaluations_done']:,} done",
-        f"train {unit.name} {unit.text(shared)} shared, {unit.text(alone)} alone{saved}; "
+        f"train {unit.name} {bound(unit.text(shared), totals)} shared, {bound(unit.text(alone), totals)} alone{saved}; "
         f"disk at most {number(totals.get('disk_peak_gib'))} GiB",
     ]
     return [*lines, hours] if (hours := hours_text(totals)) else lines
@@ -255,9 +256,9 @@ def _variants(variants: list[dict[str, Any]]) -> RichTable:
         grid.add_row(
             Text(variant["name"] + (f" (control {variant['control']})" if variant["control"] else "")),
             ", ".join(f"{point['kind']} at {point['layer']}" for point in points),
-            ", ".join(number(point["kept_tokens"], 0) for point in points),
-            number(variant["layer_average_tokens"], 1),
-            number(variant["compression_ratio"], 3),
+            ", ".join(bound(number(point["kept_tokens"], 0), variant) for point in points),
+            bound(number(variant["layer_average_tokens"], 1), variant),
+            bound(number(variant["compression_ratio"], 3), variant, "≥"),
         )
     return grid
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.trials import pareto_front
-from orchestrator.report.table import Table, header
+from orchestrator.report.table import BOUND, Table, header
 from orchestrator.report.units import Operations
 
 if TYPE_CHECKING:
@@ -47,11 +47,17 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
         points = [(row.values[cost] / unit.scale, row.values[score]) for row in shown]
-        front = sorted(points[index] for index in pareto_front(dict(enumerate(points)), ["min", "max"]))
-        panel.plot(*zip(*front, strict=True), color="0.75", zorder=1)
+        exact = {index: point for index, point in enumerate(points) if BOUND not in shown[index].marks}
+        front = sorted(points[index] for index in pareto_front(exact, ["min", "max"]))
+        panel.plot([x for x, _ in front], [y for _, y in front], color="0.75", zorder=1)
         for row, (x, y) in zip(shown, points, strict=True):
-            colour = colours(rows.index(row) % 10)
-            panel.errorbar(x, y, yerr=row.spread.get(score), fmt="o", capsize=3, color=colour, label=row.name)
+            colour, error = colours(rows.index(row) % 10), row.spread.get(score)
+            how = (
+                {"fmt": "<", "label": f"{row.name} ({BOUND})"}
+                if BOUND in row.marks
+                else {"fmt": "o", "label": row.name}
+            )
+            panel.errorbar(x, y, yerr=error, capsize=3, color=colour, **how)
         panel.set_title(header(score), fontsize=10)
         panel.set_xlabel(f"training cost ({unit.name})")
         panel.margins(0.15)

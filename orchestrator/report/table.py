@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from orchestrator.errors import shorten
-from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cell_record import AT_MOST, CellRecord
 from orchestrator.plan.cells.cell import tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.report.documents import Printed
@@ -147,6 +147,8 @@ class Table(Printed):
 
 # What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
 _BY_FORMULA = ("cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens")
+BOUND = "costs at most"
+"""Mark of a row whose figures by the formula are bounds."""
 _OPERATIONS = "cost/train_tflops"
 _COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
 _HEADERS = {
@@ -287,6 +289,8 @@ def _row(
         marks.append("baseline")
     if any(record.tags.get("pareto") == "true" for record in group):
         marks.append("pareto")
+    if any(AT_MOST in record.tags for record in group):
+        marks.append(BOUND)
     if len(distinct) > 1:
         marks.append(f"{len(finished)} of {len(distinct)} cells")
     states = {record.status for record in group}
@@ -304,8 +308,10 @@ def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row
 
 
 def _against(row: Row, base: Row) -> Row:
-    """Return the row with its differences from the baseline's."""
-    shown = {name: value - base.values[name] for name, value in row.values.items() if name in base.values}
+    """Return the row with its differences from the baseline's; a bound is compared with nothing."""
+    left_out = _BY_FORMULA if BOUND in (*row.marks, *base.marks) else ()
+    known = base.values.keys() - left_out
+    shown = {name: value - base.values[name] for name, value in row.values.items() if name in known}
     return replace(row, against=shown)
 
 
@@ -394,6 +400,8 @@ def _text(row: Row, column: str, unit: Operations) -> str:
     text = unit.text(value) if column == _OPERATIONS else number(column, value)
     if value is None:
         return text
+    if column in _BY_FORMULA and BOUND in row.marks:
+        text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
     spread = row.spread.get(column)
     if spread is not None and not (column in _BY_FORMULA and spread <= 1e-6 * abs(value)):
         text += f" ± {unit.text(spread) if column == _OPERATIONS else number(column, spread)}"
@@ -480,7 +488,14 @@ def html_table(head: Sequence[str], body: Iterable[Sequence[str]], caption: str 
 
 
 def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    escapes = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", **{c: "\\" + c for c in "&%$#_{}"}}
+    escapes = {
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+        "≤": r"$\leq$",
+        "≥": r"$\geq$",
+        "–": "--",
+        **{c: "\\" + c for c in "&%$#_{}"},
+    }
 
     def escape(text: str) -> str:
         return "".join(escapes.get(character, character) for character in text)

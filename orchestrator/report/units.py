@@ -121,6 +121,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}g}" if 0 < abs(value) < 0.1 else f"{value:,.{digits}f}"
 
 
+def bound(text: str, figures: Mapping[str, Any], sign: str = "≤") -> str:
+    """Return a figure's text with the sign of a bound where its document says `at_most`."""
+    return f"{sign} {text}" if figures.get("at_most") and text != "–" else text
+
+
 def hours_text(totals: Mapping[str, Any]) -> str | None:
     """Return `0.50 GPU-hours of training done, 1.20 left; about 1:12:00 to the end`; None where no speed is known."""
     for unit, name in (("gpu", "GPU"), ("worker", "worker")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -259,6 +259,10 @@ class CompressorSpec(Component):
     """It gets all frames of a video as one image, whose grid says how many frames it has; an image is one frame."""
     takes_amount: ClassVar[bool] = True
     """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
+    adaptive: ClassVar[bool] = False
+    """How many tokens it leaves depends on the image: the amount is the most (`kept_tokens`), and the implementation
+    says how many each image has (`Kept.counts_B`). Costs and memory count the most.
+    """
 
     layer: Layer = Field(examples=[2, "50%", "projector"])
     """Decoder layer before which it acts, or `projector`. Layers count from 0, the decoder's input; a share of the
@@ -283,10 +287,15 @@ class CompressorSpec(Component):
                 raise PydanticCustomError("no_amount", f"it takes no amount; drop {', '.join(given)}")
         elif len(given) != 1:
             raise PydanticCustomError("amount", f"the amount is exactly one of {', '.join(AMOUNTS)}")
+        elif self.adaptive and self.layer_average_tokens is not None:
+            raise PydanticCustomError(
+                "amount", "its mean over layers depends on the images; give the most it leaves of one, keep_tokens"
+            )
         return self
 
     def kept_tokens(self, grid: Grid) -> int:
-        """Return the visual tokens left of an image: ceil(tokens / stride), or the number or share asked for.
+        """Return the visual tokens left of an image: ceil(tokens / stride), or the number or share asked for; of an
+        adaptive method the most.
 
         Raises:
             ValueError: the method cannot take this amount on this grid.
@@ -300,7 +309,7 @@ class CompressorSpec(Component):
             ValueError: the method cannot take this amount on this grid.
         """
         kept = self.kept_tokens(grid)
-        return grid if kept == grid.tokens else Grid(1, kept)
+        return grid if kept == grid.tokens and not self.adaptive else Grid(1, kept)
 
     def tokens_before(self, grid: Grid) -> int:
         """Return the visual tokens of an image in the layers before the point: more where a method adds some."""
@@ -370,6 +379,24 @@ def adds_tokens(point: CompressorSpec) -> bool:
 def adds_for_good(point: CompressorSpec) -> bool:
     """Return whether the tokens it adds stay to the last layer: then it has `enter` and no `compress`."""
     return adds_tokens(point) and not point.takes_amount
+
+
+def adapts(points: Iterable[CompressorSpec]) -> bool:
+    """Return whether how many tokens a variant leaves depends on the image: its costs are then upper bounds."""
+    return any(point.adaptive for point in points)
+
+
+def cannot_follow(point: CompressorSpec, before: Iterable[CompressorSpec]) -> str | None:
+    """Return why a point cannot act on what the points before it leave; None where it can.
+
+    An adaptive method may leave fewer tokens than any fixed number, and frames of one video that differ.
+    """
+    kinds = [one.kind for one in before if one.adaptive]
+    if not kinds or not (point.across_frames or (point.keep_tokens is not None and not point.adaptive)):
+        return None
+    if point.across_frames:
+        return f"{point.kind} acts across frames, and {kinds[0]} before it leaves another number of each"
+    return f"{kinds[0]} before it may leave fewer than keep_tokens {point.keep_tokens}; give keep_ratio or stride"
 
 
 class ScheduleSpec(Component):
@@ -490,14 +517,14 @@ def amount_to_keep(spec: CompressorSpec, tokens: int) -> int:
     """Return the tokens kept of `tokens`: one a window of `stride`, `keep_tokens`, or `keep_ratio`, rounded.
 
     Raises:
-        ValueError: more tokens are asked for than there are.
+        ValueError: more tokens are asked for than there are, and not as the most (`adaptive`).
     """
     if spec.stride is not None:
         return -(-tokens // spec.stride)
     if spec.keep_tokens is not None:
-        if spec.keep_tokens > tokens:
+        if spec.keep_tokens > tokens and not spec.adaptive:
             raise ValueError(f"keep_tokens {spec.keep_tokens} is more than the image's {tokens} tokens")
-        return spec.keep_tokens
+        return min(spec.keep_tokens, tokens)
     if spec.keep_ratio is not None:
         return max(1, round(Fraction(spec.keep_ratio) * tokens))
     raise ValueError("layer_average_tokens is solved by the planner before a method sees it")

@@ -17,7 +17,7 @@ from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.budgets import layer_average
 from orchestrator.spec.checks.compression import ANY_STEPS, check_variant, schedule_of, used_variants
-from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec
+from orchestrator.spec.components import AMOUNTS, FULL, CompressorSpec, Grid, ScheduleSpec, adapts
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.model_facts import ModelFacts, model_facts
@@ -126,7 +126,11 @@ def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Point
     Raises:
         ValueError: the variant's budget is not known, or the method cannot meet it.
     """
+    if adapts(points):
+        raise ValueError("how many tokens it leaves depends on the image, so its budget is not known")
     method: type[CompressorSpec] = registry.spec_class(registry.COMPRESSORS, kind)
+    if method.adaptive:
+        raise ValueError(f"how many tokens {kind} leaves depends on the image, so it meets no budget")
     grid = facts.visual_grid if facts is not None else None
     if "decoder" not in method.points:
         if facts is None or grid is None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.components import FINAL, FULL, EvaluationSpec
+from orchestrator.spec.components import FINAL, FULL, EvaluationSpec, adapts
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
@@ -111,6 +111,11 @@ def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
             f"{spec.model.model_name_or_path} are not known here; set heavy_to_light: false"
         )
     names = dict.fromkeys(name for entry in staged for name in (*entry.variants, entry.last) if name is not None)
+    if unsure := [name for name in names if adapts(spec.compressors.get(name, ()))]:
+        raise ValueError(
+            f"which variant compresses more cannot be determined: how many tokens {', '.join(unsure)} leaves depends "
+            "on the image; set heavy_to_light: false"
+        )
     return {
         name: Fraction(grid.tokens) if name == FULL else layer_average(spec.compressors[name], facts.num_layers, grid)
         for name in names
@@ -174,8 +179,9 @@ def summary(value: Any) -> Any:
     return ", ".join([*(f"{stage['compressor']} {stage['share']}" for stage in before), last["compressor"]])
 
 
+BY_FORMULA = ("train_tflops", "visual_layer_tokens", "compression_ratio")
 COSTS = (
-    "train_tflops", "visual_layer_tokens", "compression_ratio", "train_seconds", "samples_per_second",
+    *BY_FORMULA, "train_seconds", "samples_per_second",
     "peak_memory_gib", *(f"{phase}/train_seconds" for phase in PHASES),
 )  # fmt: skip
 
@@ -250,6 +256,12 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
     """
     if spec.search is None:
         return []
+    bounds = [name for name, points in spec.compressors.items() if adapts(points)]
+    for name in spec.search.objectives:
+        if bounds and name.removeprefix("cost/") in BY_FORMULA:
+            text = f"it is known only as a bound: how many tokens {', '.join(bounds)} leaves depends on the image"
+            hint = "take cost/train_seconds, which is measured"
+            errors.append(error_at(root, ("search", "objectives", name), text, hint=hint))
     try:
         layer_tokens = variant_layer_tokens(spec)
     except ValueError as error:

@@ -64,9 +64,10 @@ def measure_trial(session: Session, job: StageJob, data: TrainData, action: Acti
     session.draws.enter(job.seed, job.first_step, indices)
     reset_peak_memory()
     batch = MicroBatch(indices, data.collate(indices))
-    for losses in forward_losses(session, action, batch, float(batch.label_tokens), seed=0):
-        session.engine.backward(losses.total * 0.0, scale_wrt_gas=False)
-        session.learned.collect()
+    with session.attachment.largest():
+        for losses in forward_losses(session, action, batch, float(batch.label_tokens), seed=0):
+            session.engine.backward(losses.total * 0.0, scale_wrt_gas=False)
+            session.learned.collect()
     if not torch.cuda.is_available():
         return 0.0
     return peak_memory_gib() * 2**30 / torch.cuda.get_device_properties(distributed.device()).total_memory

@@ -255,7 +255,7 @@ class Decoder:
         renumbered = False
         if segment.first == 0 and flow.layout is not None and current.projected is not None:
             flow = trim(flow, current.projected)
-            renumbered = any(one.renumber for one in current.projected)
+            renumbered = any(one.renumber for _, one in current.projected)
             if renumbered:
                 renumber(flow)
         for point in segment.points:

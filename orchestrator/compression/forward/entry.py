@@ -12,7 +12,7 @@ from orchestrator.compression.attention.recorder import Recording
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.forward.cache import CacheRecord
 from orchestrator.compression.forward.segments import Flow
-from orchestrator.compression.layout import Layout, build_layout
+from orchestrator.compression.layout import ImageGroup, Layout, build_layout
 from orchestrator.compression.protocol import IGNORED, Kept
 from orchestrator.errors import UsageError
 
@@ -29,7 +29,7 @@ class Pass:
         tower: What is recorded of the vision tower; None where no point needs it.
         idle: A training rank whose batch has no image: what learns is called all the same.
         located: Layout and labels on the host, once they are known.
-        projected: What points at the projector left of each group.
+        projected: What points at the projector left, and of which units.
         router_logits: Of each layer with experts what its router gave the tokens that ran, without padding.
     """
 
@@ -40,7 +40,7 @@ class Pass:
     tower: Recording | None = None
     idle: bool = False
     located: tuple[Layout | None, Tensor | None] | None = None
-    projected: list[Kept] | None = None
+    projected: list[tuple[ImageGroup, Kept]] | None = None
     router_logits: tuple[Tensor, ...] = ()
 
 

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from orchestrator.compression.attention.tower import cls_of_images, image_numbers
 from orchestrator.compression.families import Family
-from orchestrator.compression.forward.apply_point import apply_point, call_idle
-from orchestrator.compression.layout import Layout, build_layout
+from orchestrator.compression.forward.apply_point import apply_point, by_count, call_idle
+from orchestrator.compression.layout import ImageGroup, Layout, build_layout
 from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import Context, Kept, Point, Resizes
 from orchestrator.errors import UsageError
@@ -99,9 +99,11 @@ class AtProjector:
         units = self._units(layout, features)
         for point in self.points:
             inputs = [(unit.kept.hidden_BMD, unit.grid, self._context(point, unit)) for unit in units]
-            for unit, one in zip(units, apply_point(point, inputs, self.decoder.module_of(point)), strict=True):
-                unit.keep(one)
-        self.current.projected = [replace(unit.kept, hidden_BMD=unit.kept.hidden_BMD[..., :0]) for unit in units]
+            kept = apply_point(point, inputs, self.decoder.module_of(point), self.decoder.draw.fill)
+            units = [part for unit, one in zip(units, kept, strict=True) for part in unit.keep(one)]
+        self.current.projected = [
+            (unit.group, replace(unit.kept, hidden_BMD=unit.kept.hidden_BMD[..., :0])) for unit in units
+        ]
         first = [unit.offsets_I.unsqueeze(1) + torch.arange(unit.kept.hidden_BMD.shape[1]) for unit in units]
         places = torch.cat([places_IM.flatten() for places_IM in first]).to(features.device, non_blocking=True)
         self._padding = places, layout.visual_tokens, features.shape[:-2]
@@ -130,11 +132,11 @@ class AtProjector:
             index_IN = (starts_I.unsqueeze(1) + torch.arange(count)).to(features.device, non_blocking=True)
             place_IN = torch.arange(group.columns_IN.shape[1], device=features.device).expand(group.columns_IN.shape)
             kept = Kept(flat_LD[index_IN], place_IN.unsqueeze(0), torch.ones_like(place_IN), place_IN, group.grid)
-            units.append(_Units(kept, group.rows_I, numbers_I, offsets_I, place_IN.shape[1]))
+            units.append(_Units(kept, group, numbers_I, offsets_I, place_IN.shape[1]))
         return units
 
     def _context(self, point: Point, units: _Units) -> Context:
-        fields = self.decoder.draw.context_fields(units.rows_I)
+        fields = self.decoder.draw.context_fields(units.group.rows_I)
         if "cls" in point.spec.needs:  # what the CLS token saw, of the features that are left
             attention_IN, keys_IND = cls_of_images(self.current.tower, units.tokens, units.numbers_I)
             index_IM = units.sources_BM.clamp(min=0)
@@ -157,14 +159,14 @@ class _Units:
 
     Attributes:
         kept: What is left of them; positions (one axis) and sources count in each unit from 0.
-        rows_I: Row of each unit.
+        group: Where they stand in the rows.
         numbers_I: Which unit of the batch each is.
         offsets_I: Visual tokens of the batch before each.
         tokens: First features of each unit.
     """
 
     kept: Kept
-    rows_I: Tensor
+    group: ImageGroup
     numbers_I: Tensor
     offsets_I: Tensor
     tokens: int
@@ -181,12 +183,17 @@ class _Units:
         assert self.kept.sources_BM is not None
         return self.kept.sources_BM
 
-    def keep(self, kept: Kept) -> None:
-        """Continue with what a method kept, as `apply_point` returned it."""
+    def keep(self, kept: Kept) -> list[_Units]:
+        """Return the features to continue with, of what a method kept, as `apply_point` returned it."""
         assert kept.sources_BM is not None
         sources_BM = self.sources_BM.gather(1, kept.sources_BM.clamp(min=0)).masked_fill(kept.sources_BM < 0, -1)
         renumber, size_bias = kept.renumber or self.kept.renumber, kept.size_bias or self.kept.size_bias
-        self.kept = replace(kept, sources_BM=sources_BM, renumber=renumber, size_bias=size_bias)
+        kept = replace(kept, sources_BM=sources_BM, renumber=renumber, size_bias=size_bias)
+        parts = []
+        for images, left, number_I in by_count(self.group, kept):
+            of_I = number_I.cpu() if isinstance(number_I, Tensor) else number_I
+            parts.append(_Units(left, images, self.numbers_I[of_I], self.offsets_I[of_I], self.tokens))
+        return parts
 
 
 def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.attention.stats import Records
-from orchestrator.compression.forward.apply_point import apply_point
+from orchestrator.compression.forward.apply_point import apply_point, by_count
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 
@@ -94,11 +94,12 @@ class Flow:
 
 @dataclass(frozen=True)
 class Draw:
-    """What random methods draw from."""
+    """What random methods draw from; with `fill` adaptive methods leave the most they may (see `apply_point`)."""
 
     seed: int = 0
     step: int = 0
     sample_indices: tuple[int, ...] = ()
+    fill: bool = False
 
     def context_fields(self, rows_B: Tensor) -> dict[str, Any]:
         """Return the fields of `Context` for images of these rows."""
@@ -121,7 +122,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         visual_BND, meta_CIN = visuals_of(flow, group)
         groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
-    kept = apply_point(point, groups, module)
+    kept = apply_point(point, groups, module, draw.fill)
     flow = rejoin(flow, kept, metas)
     if point.spec.across_frames and flow.layout is not None:
         flow = replace(flow, layout=split_frames(flow.layout))
@@ -144,9 +145,15 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
     assert flow.layout is not None
     device, width = flow.hidden_BND.device, flow.hidden_BND.shape[-1]
     flat_hidden, flat_meta = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1)
+    parts = [
+        (images, left, meta_CIN[:, number_I])
+        for group, one, meta_CIN in zip(flow.layout.groups, kept, metas, strict=True)
+        for images, left, number_I in by_count(group, one)
+    ]
+    images, kept, metas = zip(*parts, strict=True)
     grids = [one.grid for one in kept if one.grid is not None]  # all of them: `apply_point` fills them in
     after, moves = rearrange(
-        flow.layout,
+        replace(flow.layout, groups=images),
         [one.hidden_BMD.shape[1] for one in kept],
         grids,
         [one.before for one in kept],
@@ -329,13 +336,14 @@ def _one_sequence(hidden_BND: Tensor, mask_BN: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds[0], "cu_seq_lens_k": bounds[1], "max_length_q": queries, "max_length_k": keys}
 
 
-def trim(flow: Flow, projected: Sequence[Kept]) -> Flow:
+def trim(flow: Flow, projected: Sequence[tuple[ImageGroup, Kept]]) -> Flow:
     """Return the rows without the padding after each unit's features: positions, sizes and sources as the points left
     them.
     """
     assert flow.layout is not None
+    flow = replace(flow, layout=replace(flow.layout, groups=tuple(group for group, _ in projected)))
     kept, metas = [], []
-    for group, one in zip(flow.layout.groups, projected, strict=True):
+    for group, one in projected:
         visual_BND, meta_CIN = visuals_of(flow, group)
         axes_ABM = one.positions_ABM.expand(len(meta_CIN) - OTHER_META, -1, -1)
         positions_ABM = meta_CIN[:-OTHER_META].gather(2, axes_ABM)

@@ -17,7 +17,12 @@ from orchestrator import registry
 from orchestrator.compression import Attachment
 from orchestrator.compression.families import Family
 from orchestrator.compression.testing.families import TINY
-from orchestrator.compression.testing.method import global_random_state, method_errors, same_random_state
+from orchestrator.compression.testing.method import (
+    always_alike,
+    global_random_state,
+    method_errors,
+    same_random_state,
+)
 from orchestrator.compression.testing.reference import Reference, draws, gradients
 from orchestrator.compression.testing.tiny import Batch, Bench, TinyFamily
 from orchestrator.errors import UsageError
@@ -28,6 +33,7 @@ from orchestrator.spec.components import CompressorSpec, Grid
 PROVEN = "proven"
 PointLike = CompressorSpec | type[CompressorSpec] | Mapping[str, Any] | Path
 _AMOUNTS: tuple[dict[str, Any], ...] = ({"stride": 2}, {"keep_ratio": "1/2"}, {"keep_tokens": 2}, {"keep_tokens": 1})
+_AMOUNTS_AT_MOST = ({"keep_ratio": "3/4"}, *_AMOUNTS)  # room for numbers that differ
 _AMOUNT_NAMES = ("stride", "keep_tokens", "keep_ratio")
 
 
@@ -67,8 +73,8 @@ def check_compressor(points: PointLike | str | Sequence[PointLike], families: It
     gradients equal a plain computation, row by row without padding, in mixed batches (text only, one, two and three
     images of unequal size, a video), padded left and right, eager and sdpa, with and without activation checkpointing;
     `generate` with a KV cache equals recomputing everything; without an attention mask the answer sees the image;
-    switch and detach leave no trace. The method itself must keep what its spec says, let every image be as it is
-    alone, remember nothing, and draw from the context's seed only.
+    switch and detach leave no trace. The method itself must keep what its spec says (an adaptive one at most, and not
+    of every image as much), let every image be as it is alone, remember nothing, and draw from the context's seed only.
 
     Args:
         points: A compressor as a mapping with a `kind`, a spec, a spec class or a plug-in file that defines one; or
@@ -251,7 +257,8 @@ def _complete(points: Sequence[Candidate], layers: Sequence[Any], grids: Sequenc
 
 def _with_amount(point: Candidate, more: Mapping[str, Any], grids: Sequence[Grid]) -> CompressorSpec:
     reason: Exception | None = None
-    for amount in ({},) if point.has_amount else _AMOUNTS:
+    amounts = _AMOUNTS_AT_MOST if point.cls.adaptive else _AMOUNTS
+    for amount in ({},) if point.has_amount else amounts:
         try:
             spec = point.spec(**more, **amount)
             for grid in grids:
@@ -341,6 +348,13 @@ class Cell:
             if errors:
                 yield from errors
                 return
+        for point in attachment.points:
+            calls = [call for call in reference.calls if call.spec is point.spec and not call.enters]
+            if point.spec.adaptive and always_alike(calls):
+                yield (
+                    f"{point.spec.kind}, {place_of([point.spec])}: its spec says `adaptive`, and it left as many "
+                    "tokens of every image; if its number does not depend on the image, do not say so"
+                )
 
     def _against_reference(self, setting: Setting) -> Iterator[str]:
         points = self.places[setting.place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +36,35 @@ class Call:
         """It is the part that adds tokens at the decoder's input."""
         return bool(getattr(self.method, "__name__", "") == "enter")
 
+    def image(self, number: int) -> Call:
+        """Return what it says of one of its images."""
+        visual_BND, kept = self.visual_BND[number : number + 1], one_of(self.kept, number)
+        return replace(self, visual_BND=visual_BND, context=_image_of(self.context, number), kept=kept)
+
+
+def one_of(kept: Kept, number: int) -> Kept:
+    """Return the kept tokens of one image: of an adaptive method as many as it says, which are one row."""
+    one, count = slice(number, number + 1), None if kept.counts_B is None else int(kept.counts_B[number])
+    return replace(
+        kept,
+        hidden_BMD=kept.hidden_BMD[one, :count],
+        positions_ABM=kept.positions_ABM[:, one, :count],
+        sizes_BM=kept.sizes_BM[one, :count],
+        sources_BM=kept.sources_BM[one, :count] if kept.sources_BM is not None else None,
+        grid=kept.grid if count is None else Grid(1, count),
+        counts_B=None,
+    )
+
 
 def method_errors(call: Call) -> Iterator[str]:
     """Yield the errors of a call, in words."""
-    yield from _shape_errors(call)
-    yield from _size_errors(call)
-    yield from _position_errors(call)
+    if (error := _count_error(call)) is not None:
+        yield error
+        return
+    for one in [call] if call.kept.counts_B is None else map(call.image, range(len(call.visual_BND))):
+        yield from _shape_errors(one)
+        yield from _size_errors(one)
+        yield from _position_errors(one)
     before = global_random_state()
     visual_BND, copy_BND = call.visual_BND.detach(), call.visual_BND.detach().clone()
     with torch.no_grad():
@@ -53,16 +76,74 @@ def method_errors(call: Call) -> Iterator[str]:
             "it draws from a global random state (torch, numpy or random); draw from a generator seeded by the "
             "context's seed, step and sample_indices"
         )
-    if again.hidden_BMD.shape != call.kept.hidden_BMD.shape:
+    if again.hidden_BMD.shape != call.kept.hidden_BMD.shape or counts_of(again) != counts_of(call.kept):
         yield (
-            f"called twice with the same tokens it kept {call.kept.hidden_BMD.shape[1]} and then "
-            f"{again.hidden_BMD.shape[1]} of {call.grid.tokens}"
+            f"called twice with the same tokens it kept {_numbers(call.kept)} and then {_numbers(again)} of "
+            f"{call.grid.tokens}"
         )
     elif not torch.equal(again.hidden_BMD, call.kept.hidden_BMD.detach()):
         yield "called twice with the same tokens it gave other ones; it remembers something, or draws without a seed"
     else:
         neighbours = list(_neighbour_errors(call))
         yield from neighbours or _tie_errors(call)
+
+
+def counts_of(kept: Kept) -> list[int]:
+    """Return how many tokens each image has."""
+    if kept.counts_B is None:
+        return [kept.hidden_BMD.shape[1]] * len(kept.hidden_BMD)
+    return [int(count) for count in kept.counts_B]
+
+
+def _numbers(kept: Kept) -> str:
+    return ", ".join(map(str, dict.fromkeys(counts_of(kept))))
+
+
+def _count_error(call: Call) -> str | None:
+    """Return what is wrong with how many tokens each image has, where a method says so and where it must."""
+    counts_B, most = call.kept.counts_B, call.kept.hidden_BMD.shape[1]
+    if not call.spec.adaptive or call.enters:
+        return "it gives counts_B, and its spec does not say `adaptive`" if counts_B is not None else None
+    if counts_B is None:
+        return "its spec says `adaptive`, and it gives no counts_B"
+    if counts_B.shape != (len(call.visual_BND),) or counts_B.is_floating_point():
+        return f"counts_B is {counts_B.dtype} of shape {tuple(counts_B.shape)}, not an integer for each image"
+    if most > (said := call.spec.kept_tokens(call.grid)):
+        return f"kept_tokens({call.grid}) says {said} tokens are the most, compress gave {most}"
+    if min(counts_of(call.kept)) < 1 or max(counts_of(call.kept)) > most:
+        return f"counts_B says {_numbers(call.kept)} of {most} tokens; an image keeps at least one and at most all"
+    if call.kept.sources_BM is None or call.kept.grid is not None:
+        return "an adaptive method gives sources_BM, and no grid"
+    return None
+
+
+def always_alike(calls: Sequence[Call]) -> bool:
+    """Return whether an adaptive method left as many tokens of all images of a grid: those of the calls, and images
+    of equal tokens, of unlike ones, and of a few that stand out.
+    """
+    found = set()
+    for call in calls:
+        size, generator = call.visual_BND.shape, torch.Generator().manual_seed(0)
+        unlike_BND = torch.randn(size, generator=generator).to(call.visual_BND)
+        few_BN1 = (torch.arange(size[1]) < max(1, size[1] // 8)).to(call.visual_BND).unsqueeze(1)
+        equal_BND = call.visual_BND.detach()[:, :1].expand(size)
+        with torch.no_grad():
+            for visual_BND in (equal_BND, unlike_BND, unlike_BND * (1 + 100 * few_BN1)):
+                kept = call.method(visual_BND, call.grid, with_values(call.context, _spread_as(visual_BND)))
+                found |= {(call.grid, count) for count in [*counts_of(kept), *counts_of(call.kept)]}
+    return len({grid for grid, _ in found}) == len(found)
+
+
+def _spread_as(visual_BND: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a change of a context's values that makes those of the visual tokens as unequal as the tokens are."""
+    norm_BN = visual_BND.norm(dim=2) / visual_BND.norm(dim=2).mean(1, keepdim=True)
+
+    def change(values: Tensor) -> Tensor:
+        if values.shape[:2] != norm_BN.shape:
+            return values.detach()
+        return values.detach() * norm_BN.reshape(*norm_BN.shape, *[1] * (values.ndim - 2))
+
+    return change
 
 
 def _shape_errors(call: Call) -> Iterator[str]:
@@ -87,7 +168,7 @@ def _shape_errors(call: Call) -> Iterator[str]:
             yield f"tokens_before({call.grid}) says {call.spec.tokens_before(call.grid)}, enter gave {count} tokens"
         return
     said = call.spec.kept_tokens(call.grid)
-    if count != said:
+    if count != said and not call.spec.adaptive:
         yield f"kept_tokens({call.grid}) says {said} tokens, compress gave {count}"
     if kept.grid is not None and kept.grid.tokens != count:
         yield f"the grid it returned, {kept.grid}, has {kept.grid.tokens} tokens, not {count}"
@@ -151,11 +232,12 @@ def _neighbour_errors(call: Call) -> Iterator[str]:
         for image in range(images):
             one = slice(image, image + 1)
             alone = call.method(call.visual_BND[one].detach(), call.grid, _image_of(apart, image))
-            differs = together.hidden_BMD.shape[1] != alone.hidden_BMD.shape[1]
+            mine, its = one_of(together, image), one_of(alone, 0)
+            differs = mine.hidden_BMD.shape[1] != its.hidden_BMD.shape[1]
             if not differs:
                 scale = max(1.0, float(call.visual_BND.detach().abs().max()))
-                gap = float((together.hidden_BMD[one] - alone.hidden_BMD).abs().max())
-                differs = gap > 1e-4 * scale or not torch.equal(together.positions_ABM[:, one], alone.positions_ABM)
+                gap = float((mine.hidden_BMD - its.hidden_BMD).abs().max())
+                differs = gap > 1e-4 * scale or not torch.equal(mine.positions_ABM, its.positions_ABM)
             if differs:
                 yield (
                     f"image {image} of {images} comes out otherwise than alone; an image must not depend on the "
@@ -172,21 +254,24 @@ def _tie_errors(call: Call) -> Iterator[str]:
         same = values.detach()[:, :1].expand_as(values)
         return same * (1 + _ROUNDING * (2 * torch.rand(same.shape, generator=generator).to(same) - 1))
 
-    first: Kept | None = None
+    first: list[Kept] | None = None
     for _ in range(_ROUNDINGS):
         with torch.no_grad():
             context = with_values(call.context, equal)
             kept = call.method(equal(call.visual_BND), call.grid, context)
-        first = first or kept
+        images = [one_of(kept, image) for image in range(len(call.visual_BND))]
+        first = first or images
         parts = ("sources_BM", "positions_ABM", "sizes_BM")
         if any(
-            getattr(kept, name) is not None and not torch.equal(getattr(kept, name), getattr(first, name))
+            getattr(one, name) is not None and not torch.equal(getattr(one, name), getattr(other, name))
+            for one, other in zip(images, first, strict=True)
             for name in parts
         ):
             yield (
                 "among equal tokens its choice hangs on the last bits, which differ from machine to machine; choose "
                 "with plugin.top_tokens, plugin.argmax or plugin.argmin (of equal ones the first), and give them "
-                "`scale` where a score can be near 0: 1 for cosines, the tokens' norm for distances"
+                "`scale` where a score can be near 0: 1 for cosines, the tokens' norm for distances; a score equals "
+                "a threshold where they differ by no more than plugin.TOLERANCE of that scale"
             )
             return
 

@@ -22,7 +22,7 @@ from orchestrator.compression.attach import MODULES_NAME
 from orchestrator.compression.families import Family
 from orchestrator.compression.forward.apply_point import kept_by
 from orchestrator.compression.protocol import IGNORED, Context, Enters, Kept, Point, Resizes
-from orchestrator.compression.testing.method import Call, with_values
+from orchestrator.compression.testing.method import Call, one_of, with_values
 from orchestrator.spec.components import Grid
 
 _OWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids", "use_cache")
@@ -458,31 +458,47 @@ def _kept(
     images, tokens = len(members), len(members[0].columns)
     place_BN = torch.arange(tokens).expand(images, -1)
     kept = Kept(visual_BND, place_BN.unsqueeze(0), torch.ones_like(place_BN), place_BN, members[0].grid)
+    left = [one_of(kept, image) for image in range(images)]
     for point in points:
-        context = Context(
-            layer=0,
-            positions_ABN=kept.positions_ABM,
-            sizes_BN=kept.sizes_BM,
-            rows_B=torch.zeros(images, dtype=torch.long),
-            sample_indices=(state.number,) * images,
+        # Units that an adaptive method left unequal are no longer one grid's.
+        for grid in dict.fromkeys(one.grid for one in left):
+            assert grid is not None
+            alike = [image for image in range(images) if left[image].grid == grid]
+            done = _one_point(state, [members[image] for image in alike], point, [left[i] for i in alike], grid, apply)
+            for image, one in zip(alike, done, strict=True):
+                left[image] = one
+    return list(zip(members, left, strict=True))
+
+
+def _one_point(
+    state: RowState, members: Sequence[Unit], point: Point, before: Sequence[Kept], grid: Grid, apply: Apply
+) -> list[Kept]:
+    """Return what one point leaves of some units of a grid, unit by unit, of what the points before it left."""
+    images = len(members)
+    context = Context(
+        layer=0,
+        positions_ABN=torch.cat([one.positions_ABM for one in before], dim=1),
+        sizes_BN=torch.cat([one.sizes_BM for one in before]),
+        rows_B=torch.zeros(images, dtype=torch.long),
+        sample_indices=(state.number,) * images,
+    )
+    context = _with_cls(context, point, state, torch.tensor([unit.columns for unit in members]))
+    kept = apply(point, torch.cat([one.hidden_BMD for one in before]), grid, context)
+    done = []
+    for image, old in enumerate(before):
+        one = one_of(kept, image)
+        assert old.sources_BM is not None
+        sources = [source_of(one, m, old.positions_ABM.shape[2]) for m in range(one.hidden_BMD.shape[1])]
+        done.append(
+            replace(
+                one,
+                grid=grid_left(one, grid),
+                sources_BM=old.sources_BM[:, sources],
+                renumber=one.renumber or old.renumber,
+                size_bias=one.size_bias or old.size_bias,
+            )
         )
-        context = _with_cls(context, point, state, torch.tensor([unit.columns for unit in members]))
-        before, grid = kept, kept.grid
-        assert grid is not None
-        kept = apply(point, kept.hidden_BMD, grid, context)
-        sources = [
-            [source_of(kept, m, before.positions_ABM.shape[2], image) for m in range(kept.hidden_BMD.shape[1])]
-            for image in range(images)
-        ]
-        assert before.sources_BM is not None
-        kept = replace(
-            kept,
-            grid=grid_left(kept, grid),
-            sources_BM=before.sources_BM.gather(1, torch.tensor(sources)),
-            renumber=kept.renumber or before.renumber,
-            size_bias=kept.size_bias or before.size_bias,
-        )
-    return [(unit, one_of(kept, image)) for image, unit in enumerate(members)]
+    return done
 
 
 def _with_cls(context: Context, point: Point, state: RowState, origins_BN: Tensor) -> Context:
@@ -499,18 +515,6 @@ def _mapped(state: RowState, unit: Unit, kept: Kept, projector: Any, factor: flo
         kept,
         hidden_BMD=factor * projector(kept.hidden_BMD),
         positions_ABM=positions_AN[:, kept.positions_ABM[0, 0]].unsqueeze(1),
-    )
-
-
-def one_of(kept: Kept, number: int) -> Kept:
-    """Return the kept tokens of one image."""
-    one = slice(number, number + 1)
-    return replace(
-        kept,
-        hidden_BMD=kept.hidden_BMD[one],
-        positions_ABM=kept.positions_ABM[:, one],
-        sizes_BM=kept.sizes_BM[one],
-        sources_BM=kept.sources_BM[one] if kept.sources_BM is not None else None,
     )
 
 
@@ -697,6 +701,8 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
 
     with torch.no_grad():
         other = method(moved(visual_BND), grid, with_values(context, moved))
+    if kept.counts_B is not None and (other.counts_B is None or not torch.equal(other.counts_B, kept.counts_B)):
+        return True
     if other.hidden_BMD.shape != kept.hidden_BMD.shape or not torch.equal(other.positions_ABM, kept.positions_ABM):
         return True
     if kept.sources_BM is not None and not torch.equal(other.sources_BM, kept.sources_BM):

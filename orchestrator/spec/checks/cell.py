@@ -12,6 +12,7 @@ from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.checks.compression import (
     check_learning,
+    check_matched_cost,
     check_schedule,
     check_tested_variants,
     check_variant,
@@ -154,6 +155,7 @@ class Checks:
             yield from check_schedule(phase, path, data, schedules, variants, facts, self.notices, complete)
             if complete:
                 yield from check_learning(phase, path, schedules, variants, self.notices)
+                yield from check_matched_cost(phase, path, schedules, variants)
 
 
 def _check_dropout(model: ModelSpec) -> Iterator[Finding]:

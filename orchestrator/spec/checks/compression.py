@@ -14,8 +14,10 @@ from orchestrator.spec.components import (
     Grid,
     ScheduleSpec,
     StageTable,
+    adapts,
     adds_for_good,
     adds_tokens,
+    cannot_follow,
     derive,
 )
 from orchestrator.spec.model_facts import ModelFacts
@@ -129,6 +131,25 @@ def check_learning(
         )
 
 
+def check_matched_cost(
+    phase: PhaseSpec, path: Path, schedules: Mapping[str, Any], variants: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Check that neither side of `match_train_tflops` costs an amount that only the images tell."""
+    if phase.match_train_tflops is None:
+        return
+    matched = phase.model_copy(update={"schedule": phase.match_train_tflops})
+    for side in (phase, matched):
+        for name in used_variants(side, schedules):
+            if adapts(variants.get(name, ())):
+                message = (
+                    f"what `{name}` costs is known only as the most: how many tokens it leaves depends on the image; "
+                    "equal costs cannot be promised"
+                )
+                hint = "give max_steps, or max_train_tflops, which it will not exceed"
+                yield Finding((*path, "match_train_tflops"), message, None, hint)
+                return
+
+
 def check_tested_variants(
     evaluate: Mapping[str, Any],
     phases: PhasesSpec,
@@ -183,6 +204,8 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
         if index and any(map(adds_for_good, points[:index])):
             message = f"{point.kind} would mix or drop the tokens that a point before it adds for good"
             yield Finding((*where, "kind"), message, None, "let the point that adds tokens be the variant's last")
+        if (reason := cannot_follow(point, points[:index])) is not None:
+            yield Finding((*where, "kind" if point.across_frames else "keep_tokens"), reason)
         if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
             message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
             yield Finding((*where, "kind"), message)

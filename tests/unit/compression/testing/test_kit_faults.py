@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 
+from orchestrator.compression.ops import TOLERANCE, is_top, places_of
 from orchestrator.compression.protocol import evenly_spaced, take, top_tokens
 from orchestrator.compression.testing import check_compressor
 from orchestrator.spec.components import CompressorSpec, amount_to_keep
@@ -143,7 +144,63 @@ class RaisesAnError(Sound):
         return take(visual_BND, torch.arange(99).expand(len(visual_BND), -1), context)
 
 
+class Adaptive(Sound):
+    """The tokens whose norm is at least the image's mean, of these at most as many as the amount says."""
+
+    def wanted(self, norm_BN):
+        return norm_BN >= norm_BN.mean(1, keepdim=True) * (1 - TOLERANCE)
+
+    def compress(self, visual_BND, grid, context):
+        most = self.spec.kept_tokens(grid)
+        norm_BN = visual_BND.detach().norm(dim=-1)
+        chosen_BN = is_top(norm_BN, most) & self.wanted(norm_BN)
+        return take(visual_BND, places_of(chosen_BN, most), context, chosen_BN.sum(1))
+
+
+class GivesNoCounts(Adaptive):
+    def compress(self, visual_BND, grid, context):
+        return replace(super().compress(visual_BND, grid, context), counts_B=None)
+
+
+class PassesTheMost(Adaptive):
+    def compress(self, visual_BND, grid, context):
+        return take(visual_BND, torch.arange(grid.tokens), context, torch.tensor([grid.tokens] * len(visual_BND)))
+
+
+class KeepsNothing(Adaptive):
+    def wanted(self, norm_BN):
+        return norm_BN > norm_BN.amax(1, keepdim=True)
+
+
+class CountsTheBatch(Adaptive):
+    def wanted(self, norm_BN):
+        largest_B1 = norm_BN.amax(1, keepdim=True)
+        return (norm_BN >= 0.7 * largest_B1.amax()) | (norm_BN >= largest_B1 * (1 - TOLERANCE))
+
+
+class ThresholdAsTheKernelsRound(Adaptive):
+    def wanted(self, norm_BN):
+        return norm_BN >= norm_BN.mean(1, keepdim=True) - 1e-8
+
+
+class AlwaysAsMany(Adaptive):
+    def wanted(self, norm_BN):
+        return torch.ones_like(norm_BN, dtype=torch.bool)
+
+
+ADAPTIVE_FAULTS = {
+    Sound: "its spec says `adaptive`, and it gives no counts_B",
+    GivesNoCounts: "its spec says `adaptive`, and it gives no counts_B",
+    PassesTheMost: "says 7 tokens are the most, compress gave 9",
+    KeepsNothing: "counts_B says 0 of 7 tokens",
+    CountsTheBatch: "must not depend on the others of the batch",
+    ThresholdAsTheKernelsRound: "a score equals a threshold where",
+    AlwaysAsMany: "it left as many tokens of every image",
+}
+
+
 FAULTS = {
+    Adaptive: "it gives counts_B, and its spec does not say `adaptive`",
     DropsWithoutPositions: "with the position id",
     PositionsOfAnotherImage: "outside of the image's own",
     MixesTwoImages: "must not depend on the others of the batch",
@@ -164,8 +221,10 @@ FAULTS = {
 }
 
 
-def spec_for(implementation):
+def spec_for(implementation, says_adaptive=False):
     class Spec(CompressorSpec):
+        adaptive: ClassVar[bool] = says_adaptive
+        keeps_all: ClassVar[bool] = not says_adaptive
         kind: Literal["broken"] = "broken"
 
         def kept_tokens(self, grid):
@@ -177,6 +236,16 @@ def spec_for(implementation):
 
 def test_the_sound_one_is_proven():
     assert check_compressor(spec_for(Sound), ["llava"]).proven == ("llava",)
+
+
+def test_the_sound_adaptive_one_is_proven():
+    assert check_compressor(spec_for(Adaptive, True), ["llava", "llava_next"]).proven == ("llava", "llava_next")
+
+
+@pytest.mark.parametrize("implementation", ADAPTIVE_FAULTS, ids=lambda cls: cls.__name__)
+def test_a_fault_of_an_adaptive_one_is_named(implementation):
+    with pytest.raises(AssertionError, match=ADAPTIVE_FAULTS[implementation]):
+        check_compressor(spec_for(implementation, True), ["llava"])
 
 
 @pytest.mark.parametrize("implementation", FAULTS, ids=lambda cls: cls.__name__)
