@@ -202,6 +202,8 @@ def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict
     Without ready features, transformers repeats image by image, which mixes the images of a row that has several.
     """
     visual_BN = family.visual_BN(input_ids_BN).cpu()
+    if not bool(visual_BN.any()):
+        return {}
     layout = build_layout(visual_BN, visual_BN, family.grids(inputs, int(visual_BN.sum())))
     places = torch.cat([group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups])
     row_U = places.sort().values // layout.length

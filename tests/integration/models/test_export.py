@@ -56,6 +56,8 @@ compressors:
   learned: {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}
   wide: {kind: average_pool, layer: 2, stride: 4}
   first: {kind: first_tokens, layer: 1, keep_tokens: 8}
+  clusters: {kind: divt, layer: 1, keep_ratio: 1/2}
+  groups: [{kind: token_grouping, layer: projector, keep_tokens: 8}, {kind: isolator}]
 schedules:
   up: {kind: stages, stages: [{share: 1/2}, {compressor: wide}]}
 phases:
@@ -74,7 +76,7 @@ evaluate:
   vqa: {kind: exact_match, data: mine, max_new_tokens: 4}
 cluster: {storage_path: runs}
 matrix:
-  phases.finetune.schedule: [up, learned, first]
+  phases.finetune.schedule: [up, learned, first, clusters, groups]
 """
 
 
@@ -147,7 +149,7 @@ def test_plain_transformers_loads_every_weight_and_is_the_model_on_full_tokens(h
     }
 
 
-@pytest.mark.parametrize("schedule", ["up", "learned"])
+@pytest.mark.parametrize("schedule", ["up", "learned", "clusters", "groups"])
 def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, schedule):
     folder = exported(home, schedule, tmp_path / "out")
     model, processor = load_exported(folder)

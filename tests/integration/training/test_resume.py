@@ -26,8 +26,15 @@ from training_workers import (
 
 from orchestrator.plan.jobs import Action, StageJob
 
+CLUSTERS = {"kind": "divt", "layer": "projector", "keep_ratio": "1/2", "heads": 2}
+GROUPS = {"kind": "token_grouping", "layer": "projector", "keep_tokens": 8}
+LEARNED: dict[str, tuple[tuple[dict[str, Any], ...], ...]] = {
+    "mixing": (MIXING, ({**MIXING[0], "variety": 1},)),
+    "built-in": ((CLUSTERS,), (GROUPS, {"kind": "isolator"})),
+}
 
-def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: bool = False) -> tuple[StageJob, StageJob]:
+
+def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: str = "") -> tuple[StageJob, StageJob]:
     """Two stage runs of one phase: three compressed steps, then three on full tokens.
 
     Or with a learned compressor that one of them begins with, and that the other one changes and comes back to.
@@ -36,12 +43,12 @@ def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: bool = Fa
     table: tuple[Action, ...] = (Action(0, 3, "heavy", HEAVY), Action(3, 6, "full"))
     train = ("projector", "language_model", *(("compressor",) if learned else ()))
     if learned:
-        other = ({**MIXING[0], "variety": 1},)
+        one, other = LEARNED[learned]
         table = (
-            Action(0, 3, "mix", MIXING),
+            Action(0, 3, "one", one),
             Action(3, 4, "full"),
             Action(4, 5, "other", other),
-            Action(5, 6, "m", MIXING),
+            Action(5, 6, "one again", one),
         )
     common: dict[str, Any] = {
         "data": uneven_data(rows),
@@ -94,7 +101,7 @@ def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _check(
-    made: tuple[Path, Path], alone: Any, folder: Path, zero: str, world_size: int, calls: list[int], learned: bool
+    made: tuple[Path, Path], alone: Any, folder: Path, zero: str, world_size: int, calls: list[int], learned: str
 ) -> None:
     found = launch(world_size, stopped_and_resumed, folder, _jobs(made, zero, learned=learned), calls)
     for call, (outcomes, digests, steps) in zip(calls, found, strict=True):
@@ -110,19 +117,26 @@ def _check(
 def test_stopped_and_resumed_is_left_alone(
     made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, calls: list[int]
 ) -> None:
-    _check(made, alone, tmp_path, zero, world_size, calls, learned=False)
+    _check(made, alone, tmp_path, zero, world_size, calls, learned="")
 
 
 def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], alone: Any, tmp_path: Path) -> None:
-    _check(made, alone, tmp_path, "zero2", 2, [1, 4], learned=True)
+    _check(made, alone, tmp_path, "zero2", 2, [1, 4], learned="mixing")
+
+
+def test_stopped_while_clusters_groups_and_an_isolator_learn(
+    made: tuple[Path, Path], alone: Any, tmp_path: Path
+) -> None:
+    """Noise, and numbers of tokens that differ from rank to rank, come out again."""
+    _check(made, alone, tmp_path, "zero3", 2, [1, 4], learned="built-in")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", ["", *LEARNED])
 def test_stopped_at_every_step_is_left_alone(
-    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, learned: bool
+    made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, learned: str
 ) -> None:
     _check(made, alone, tmp_path, zero, world_size, [0, 1, 2, 3, 4, 5], learned)
 
@@ -163,4 +177,4 @@ def test_killed_in_the_middle_of_a_step(
 ) -> None:
     jobs = _jobs(made, zero)
     launch(world_size, die_in_backward, tmp_path, jobs, batch, exit_codes=(9,))
-    assert launch(world_size, left_alone, tmp_path, jobs) == alone(zero, world_size, False)
+    assert launch(world_size, left_alone, tmp_path, jobs) == alone(zero, world_size, "")

@@ -17,6 +17,8 @@ MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 QUERIES = {"kind": "q_former", "layer": 2, "keep_tokens": 3, "heads": 2, "depth": 1}
 FEATURES = {"kind": "c_abstractor", "layer": "projector", "keep_tokens": 4, "depth": 1}
 REGISTERS = {"kind": "registers", "layer": 2, "keep_tokens": 2}
+CLUSTERS = {"kind": "divt", "layer": "projector", "keep_ratio": "3/4", "threshold": 0.5}
+GROUPS = {"kind": "token_grouping", "layer": "projector", "keep_tokens": 4, "noise": False}
 
 
 def parameters(attachment):
@@ -146,7 +148,7 @@ def test_registers_learn_like_a_plain_model():
     check([REGISTERS], batch, plain, module, loss_of(plain, hidden, batch["labels"]))
 
 
-@pytest.mark.parametrize("point", [QUERIES, FEATURES, REGISTERS])
+@pytest.mark.parametrize("point", [QUERIES, FEATURES, REGISTERS, CLUSTERS, GROUPS])
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_rows_alone_and_together_are_the_same(point, padding):
     model = tiny_llava("sdpa")
@@ -165,7 +167,7 @@ def test_rows_alone_and_together_are_the_same(point, padding):
     assert together == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize("point", [QUERIES, FEATURES, REGISTERS])
+@pytest.mark.parametrize("point", [QUERIES, FEATURES, REGISTERS, CLUSTERS, GROUPS])
 def test_a_rank_without_images_calls_all_that_learns(point, tmp_path):
     """In a process group the module takes part with zeros, in the order of a rank that has images."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from repository import ROOT
@@ -47,6 +49,14 @@ def test_the_docs_list_the_registered_methods_and_families():
     marks = read_marks(MODELS.read_text())
     assert sorted(marks) == sorted(METHODS)
     assert all(list(row) == list(TINY) for row in marks.values())
+
+
+def test_the_docs_say_what_each_method_was_compared_with():
+    lines = (ROOT / "docs" / "concepts" / "compressors.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0][-1] == "compared with" and all(len(row) == 5 and all(row) for row in rows)
+    named = [kind for row in rows[2:] for kind in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted(METHODS)
 
 
 def test_the_quick_cells_are_real_ones():
