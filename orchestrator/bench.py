@@ -115,10 +115,11 @@ def _arms(cell: Cell, facts: ModelFacts) -> dict[str, Points | None]:
         )
     arms: dict[str, Points | None] = {PLAIN: None, FULL: ()}
     for name, points in cell.spec.compressors.items():
-        arms[name] = resolve_points(points, facts.num_layers, facts.image_grid)
+        arms[name] = resolve_points(points, facts.num_layers, facts.image_grid, facts.vision_depth)
     known = {_budget(points, facts) for points in arms.values() if points and points[0]["kind"] == "stride"}
     for name, points in cell.spec.compressors.items():
-        control = resolve_points(control_points("stride", points, facts), facts.num_layers, facts.image_grid)
+        strided = control_points("stride", points, facts)
+        control = resolve_points(strided, facts.num_layers, facts.image_grid, facts.vision_depth)
         if _budget(control, facts) not in known:
             known.add(_budget(control, facts))
             arms[_CONTROL + name] = control
@@ -171,7 +172,10 @@ def _rows(
 
 
 def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts) -> tuple[int, ...]:
-    return tuple(cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
+    """Return an image's tokens in each layer, those of the vision tower as points inside of it leave them."""
+    inside = [point for point in points if str(point["layer"]).startswith("tower:")]
+    tower = cost.tower_tokens_by_layer(facts, inside)
+    return (*tower, *cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
 
 
 def _write(walk: ExperimentPlan, cell: Cell, document: dict[str, Any], chart: Path | None) -> None:

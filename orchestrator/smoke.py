@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,22 @@ class LayerMap:
         depth: Layers of the deep model.
         small_depth: Layers of the shallow one.
         at: Layer in use to its place.
+        tower_depth: Layers of the deep model's vision tower; None where no variant acts inside of it.
+        tower: Layer of the vision tower in use to its place.
     """
 
     depth: int
     small_depth: int
     at: dict[int, int]
+    tower_depth: int | None = None
+    tower: dict[int, int] = field(default_factory=dict)
+
+    def place(self, layer: int | str) -> int | str:
+        """Return the place of a resolved `layer` of a point."""
+        if isinstance(layer, int):
+            return self.at.get(layer, 0)
+        inside = layer.startswith("tower:") and layer.removeprefix("tower:")
+        return f"tower:{self.tower[int(inside)]}" if inside else layer
 
 
 @dataclass(frozen=True)
@@ -88,13 +99,26 @@ def map_layers(depth: int, used: Iterable[int]) -> LayerMap:
 def layers_in_use(spec: ExperimentSpec, depth: int) -> set[int]:
     """Return the decoder layers at which a cell's variants act, those a ramp moves between included."""
     points = [point for variant in spec.compressors.values() for point in variant]
-    found = {point.layer_index(depth) for point in points if point.layer != "projector"}
+    found = {point.layer_index(depth) for point in points if point.place == "decoder"}
     schedules = [*spec.schedules.values(), *(p.schedule for p in (spec.phases.pretrain, spec.phases.finetune) if p)]
     for schedule in schedules:
         fields = schedule.model_dump() if isinstance(schedule, ScheduleSpec) else {}
         if fields.get("kind") == "ramp" and fields["key"] == "layer":
             found |= {value for value in (fields["start"], fields["end"]) if isinstance(value, int)}
     return found
+
+
+def tower_layers_in_use(spec: ExperimentSpec, tower_depth: int) -> set[int]:
+    """Return the layers of a vision tower of `tower_depth` at which a cell's variants act."""
+    found = (point.tower_index(tower_depth) for variant in spec.compressors.values() for point in variant)
+    return {layer for layer in found if layer is not None}
+
+
+def map_tower_layers(used: Iterable[int]) -> dict[int, int]:
+    """Return where each layer in use of a vision tower lies in a small one: 0 stays 0, the others follow without
+    gaps.
+    """
+    return {layer: number for number, layer in enumerate(sorted({0, *used}))}
 
 
 def smoke_spec(cell: Cell, small: SmallModel, machine: Machine, storage: str, local: Path) -> ExperimentSpec:
@@ -178,10 +202,8 @@ def _points(cell: Cell, name: str, layers: LayerMap) -> list[dict[str, Any]]:
     """Return a variant's points at their new layers; the amounts are those of the full-size model."""
     points = cell.spec.compressors[name]
     grid = cell.facts.visual_grid if cell.facts is not None else None
-    return [
-        {**point, "layer": point["layer"] if point["layer"] == "projector" else layers.at.get(point["layer"], 0)}
-        for point in resolve_points(points, layers.depth, grid)
-    ]
+    resolved = resolve_points(points, layers.depth, grid, layers.tower_depth)
+    return [{**point, "layer": layers.place(point["layer"])} for point in resolved]
 
 
 def _phase(spec: ExperimentSpec, plan: PhasePlan, layers: LayerMap, workers: int) -> dict[str, Any]:
@@ -293,10 +315,15 @@ def _small_models(cells: Sequence[Cell], folder: Path) -> dict[str, SmallModel]:
     found: dict[str, SmallModel] = {}
     for key in dict.fromkeys(map(_model_key, cells)):
         some = [cell.spec for cell in cells if _model_key(cell) == key]
-        depth = int(load_config(some[0].model).get_text_config().num_hidden_layers)
+        config: Any = load_config(some[0].model)
+        depth = int(config.get_text_config().num_hidden_layers)
         layers = map_layers(depth, {layer for spec in some for layer in layers_in_use(spec, depth)})
+        if any(point.place == "tower" for spec in some for points in spec.compressors.values() for point in points):
+            tower_depth = int(getattr(getattr(config, "vision_config", None), "num_hidden_layers", 0))
+            used = {layer for spec in some for layer in tower_layers_in_use(spec, tower_depth)}
+            layers = replace(layers, tower_depth=tower_depth, tower=map_tower_layers(used))
         target = folder / f"{Path(some[0].model.model_name_or_path).name}-{key[:8]}"
-        shrink_model(some[0].model, layers.small_depth, target)
+        shrink_model(some[0].model, layers.small_depth, target, tower_layers=len(layers.tower))
         found[key] = SmallModel(target, layers)
     return found
 

@@ -26,8 +26,8 @@ from orchestrator.compression.masks import check_layer_kinds
 from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
 from orchestrator.spec.base import validation_text
+from orchestrator.spec.components import PLACES, CompressorSpec, cannot_follow
 from orchestrator.spec.components import Compressor as CompressorField
-from orchestrator.spec.components import CompressorSpec, cannot_follow
 
 PointLike = CompressorSpec | Mapping[str, Any]
 ALL_LEARNED_POINTS: Final = "all learned points"
@@ -224,6 +224,15 @@ def check_together(points: Sequence[Point]) -> None:
                 f"attach: {point.spec.kind} adds tokens at the decoder's input, which the points before it would mix "
                 "or drop; let it be the first point"
             )
+    inside = [point for point in points if point.tower_layer is not None]
+    needs = {need for point in points for need in point.spec.needs}
+    if inside and needs & {"cls", "pixels"}:
+        raise UsageError(
+            f"attach: {inside[0].spec.kind} acts inside the vision tower, which another point needs to see the whole "
+            "image (its needs: cls, pixels); let it act at the projector or a decoder layer"
+        )
+    if len({point.tower_layer for point in inside}) < len(inside):
+        raise UsageError("attach: one point acts before a layer of the vision tower, not several")
     learned = [point.module_name for point in points if point.module_name]
     if twice := sorted({name for name in learned if learned.count(name) > 1}):
         raise UsageError(
@@ -232,9 +241,10 @@ def check_together(points: Sequence[Point]) -> None:
         )
 
 
-def _order(point: Point) -> tuple[int, bool, bool]:
-    """Pixels first, then features before the projector, then the decoder's input and its layers."""
-    return point.layer, not hasattr(point.compressor, "resize"), point.spec.layer != "projector"
+def _order(point: Point) -> tuple[int, bool, int, int]:
+    """Pixels first, then the tower's layers, features before the projector, the decoder's input and its layers."""
+    resizes = hasattr(point.compressor, "resize")
+    return point.layer, not resizes, PLACES.index(point.spec.place), point.tower_layer or 0
 
 
 def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point:
@@ -262,14 +272,19 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
             f"attach: {spec.kind}: the vision tower of {type(family.model).__name__} cannot take images of another "
             "size (it must interpolate its position embeddings and give one token a patch)"
         )
-    return Point(layer, spec, implementation(spec), spec.module_name(family.num_layers), at_projector)
+    tower_layers = family.tower.depth if spec.place == "tower" else 0
+    name = spec.module_name(family.num_layers, tower_layers)
+    tower_layer = spec.tower_index(tower_layers)
+    return Point(layer, spec, implementation(spec), name, at_projector, tower_layer=tower_layer)
 
 
 def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
-    place = "projector" if spec.layer == "projector" else "decoder"
-    if place not in spec.points:
-        allowed = "layer: projector" if "decoder" not in spec.points else "a decoder layer"
+    if spec.place not in spec.points:
+        places = {"decoder": "a decoder layer", "projector": "layer: projector", "tower": "layer: tower:N"}
+        allowed = " or ".join(text for place, text in places.items() if place in spec.points)
         raise UsageError(f"attach: {spec.kind} cannot act at layer {spec.layer}; give {allowed}")
+    if spec.place == "tower":
+        _check_tower(spec, family)
     if layer >= family.num_layers:
         raise UsageError(
             f"attach: {spec.kind}: layer {spec.layer} does not exist; this model has layers 0 to "
@@ -293,6 +308,34 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
         raise UsageError(
             f"attach: {spec.kind} needs the attention of the vision tower's CLS token, and this model's tower has none "
             "that is used; use a method without this need"
+        )
+
+
+def _check_tower(spec: CompressorSpec, family: Family) -> None:
+    tower = family.tower
+    layer = spec.tower_index(tower.depth) or 0
+    if layer >= tower.limit:
+        raise UsageError(
+            f"attach: {spec.kind}: {spec.layer} is layer {layer} of {tower.depth} of the vision tower, and the model "
+            f"takes what layer {tower.limit - 1} gives; give tower:0 to tower:{tower.limit - 1}"
+        )
+    if layer == 0 and "tower_keys" in spec.needs:
+        raise UsageError(
+            f"attach: {spec.kind} at layer {spec.layer}: it looks at the keys of the tower layer before it, and none "
+            "has run there; give tower:1 or more"
+        )
+    if "tower_keys" in spec.needs:
+        attention_module(tower.encoder.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}")
+    if spec.adaptive:
+        raise UsageError(
+            f"attach: {spec.kind} leaves another number of tokens of each image, which run through the vision tower in "
+            "one batch; give projector or a decoder layer"
+        )
+    attention = tower.encoder.config._attn_implementation
+    if getattr(spec, "size_bias", False) and attention not in ("eager", "sdpa"):
+        raise UsageError(
+            f"attach: {spec.kind} with size_bias adds to the attention logits of the vision tower, which "
+            f"attn_implementation {attention!r} does not allow; use eager or sdpa, or size_bias: false"
         )
 
 
@@ -335,6 +378,8 @@ def create_modules(points: Sequence[Point], family: Family, seed: int) -> nn.Mod
             continue
         beside: Any = family.projector if point.at_projector else family.language_model
         width = family.vision_width if point.at_projector else family.width
+        if point.tower_layer is not None:
+            beside, width = family.tower.encoder, family.tower.width
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(_number(seed, point.module_name))
             assert isinstance(point.compressor, Learns) and width is not None
@@ -477,7 +522,7 @@ def restore(modules: Sequence[nn.Module]) -> None:
 def _encodes_in_forward(family: Family, points: Sequence[Point]) -> bool:
     if points and family.encodes_in_forward:
         return True
-    return any(point.at_projector or point.spec.across_frames or "cls" in point.spec.needs for point in points)
+    return any(point.before_decoder or point.spec.across_frames or "cls" in point.spec.needs for point in points)
 
 
 def _named(function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Context:
     """What a compressor may know beside the visual tokens; B counts the images of one grid in the batch.
 
     Attributes:
-        layer: 0-based decoder layer before which it acts.
+        layer: 0-based decoder layer before which it acts; 0 for one before the decoder.
         positions_ABN: Position ids of the visual tokens; A = 1, or one axis each for models with several (M-RoPE).
         sizes_BN: How many of the image's first visual tokens each token stands for (1 before any merging).
         rows_B: The batch's row that each image belongs to (on the host).
@@ -39,6 +39,8 @@ class Context:
         cls_attention_BN: What the vision tower's CLS token paid to each visual token in the last layer that is used,
             mean over heads (need `cls`).
         cls_keys_BND: Keys of the visual tokens in that layer, mean over heads (need `cls`).
+        tower_keys_BND: Inside the vision tower, keys of the visual tokens in the tower's layer before the point, mean
+            over heads (need `tower_keys`); elsewhere None.
     """
 
     layer: int
@@ -56,6 +58,7 @@ class Context:
     row_keys_RND: Tensor | None = None
     cls_attention_BN: Tensor | None = None
     cls_keys_BND: Tensor | None = None
+    tower_keys_BND: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Compressor(Protocol):
         """Turn the N visual tokens of each of B images of one grid into M <= N.
 
         Args:
-            visual_BND: Hidden states before the layer, or features before the projector; not to be written into.
+            visual_BND: Hidden states before the layer (the decoder's, or of patches in the vision tower), or features
+                before the projector; not to be written into.
             grid: Rows and columns of each image's tokens, in raster order; N = `grid.tokens`.
             context: What else is known of the tokens.
 
@@ -222,12 +226,13 @@ class Point:
     """A compressor at its place.
 
     Attributes:
-        layer: Decoder layer before which it acts, 0 for one at the projector.
+        layer: Decoder layer before which it acts, 0 for one before the decoder.
         spec: Its parameters.
         compressor: Its implementation.
         module_name: Name of its learned module, if it has one.
         at_projector: It acts on the features that enter the projector.
         enters: This is its first part, which acts at the decoder's input (`enter`).
+        tower_layer: Layer of the vision tower before which it acts; None outside of the tower.
     """
 
     layer: int
@@ -236,8 +241,16 @@ class Point:
     module_name: str | None = None
     at_projector: bool = False
     enters: bool = False
+    tower_layer: int | None = None
+
+    @property
+    def before_decoder(self) -> bool:
+        """It acts while images are encoded: in the vision tower, or on the features that enter the projector."""
+        return self.at_projector or self.tower_layer is not None
 
     @property
     def place(self) -> str:
         """Where it acts, in words."""
+        if self.tower_layer is not None:
+            return f"layer {self.tower_layer} of the vision tower"
         return "the projector" if self.spec.layer == "projector" else f"layer {self.layer}"

@@ -28,15 +28,17 @@ _AUDIO = {
 }
 
 
-def shrunk_config(config: Any, layers: int) -> Any:
-    """Return a config of the same type with `layers` narrow decoder layers and a small vision tower."""
+def shrunk_config(config: Any, layers: int, tower_layers: int = 0) -> Any:
+    """Return a config of the same type with `layers` narrow decoder layers and a small vision tower, of which the model
+    uses more than its first `tower_layers`.
+    """
     values = config.to_dict()
     values.pop("quantization_config", None)
     parts = {name: values[name] for name in ("text_config", "vision_config") if isinstance(values.get(name), dict)}
     if "text_config" in parts:
         values["text_config"] = _small_text(parts["text_config"], layers)
     if "vision_config" in parts:
-        values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"))
+        values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"), tower_layers)
     for name in ("hidden_size", "projection_dim"):  # PaliGemma repeats the widths of its parts
         if name in values:
             values[name] = HIDDEN
@@ -114,9 +116,9 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {**rope, "mrope_section": small}
 
 
-def _small_tower(vision: dict[str, Any], feature_layers: Any) -> dict[str, Any]:
+def _small_tower(vision: dict[str, Any], feature_layers: Any, used: int) -> dict[str, Any]:
     wanted = feature_layers if isinstance(feature_layers, list) else [feature_layers or -1]
-    depth = max(2, *(-layer if layer < 0 else layer + 1 for layer in wanted))
+    depth = max(2, *(used - layer if layer < 0 else layer + 1 for layer in wanted))
     before = vision.get("num_hidden_layers") or 0
     small = vision | _per_layer(vision, before, min(before, depth))
     for name in ("num_hidden_layers", "depth"):

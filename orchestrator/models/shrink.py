@@ -14,7 +14,7 @@ _PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
-def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
+def shrink_model(model: ModelSpec, layers: int, folder: Path, tower_layers: int = 0) -> None:
     """Write the config of a small model of the same type, and the processor's files, to a folder.
 
     Image and patch sizes stay, so that an image becomes as many visual tokens as before; so does the vocabulary.
@@ -23,11 +23,12 @@ def shrink_model(model: ModelSpec, layers: int, folder: Path) -> None:
         model: The full-size model.
         layers: Number of decoder layers.
         folder: Folder for `config.json` and the processor's files; it gets no weights.
+        tower_layers: Layers of the vision tower before which compressors act, counted from its input.
 
     Raises:
         UsageError: the model's config or processor cannot be read.
     """
-    config = shrunk_config(load_config(model), layers)
+    config = shrunk_config(load_config(model), layers, tower_layers)
     folder.mkdir(parents=True, exist_ok=True)
     copy_processor_files(model, folder)
     config.save_pretrained(folder)

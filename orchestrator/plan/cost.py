@@ -10,9 +10,10 @@ gated MLP, else 2.
 | attention       | `2 n^2 h a` a layer: scores and weighted sum, each `2 n^2 h a`, of which a causal mask needs half |
 | LM head         | `2 d V` a label token: logits are computed only where a label needs them                     |
 | projector       | `2 (p_in p_hidden + p_hidden d)` a token it takes (a point at the projector leaves it fewer) |
-| vision tower    | `n_v (8 D^2 + 4 D F) + 4 n_v^2 D` a layer that runs, `n_v` with the class token; full attention |
+| vision tower    | `n_v (8 D^2 + 4 D F) + 4 n_v^2 D` a layer that is used, `n_v` with the class token; full attention |
 | compressor      | a learned method's own count (`module_operations`); choosing and merging are left out |
 
+A point inside the vision tower (`tower:N`) leaves fewer `n_v` from layer N on, the projector and the decoder fewer too.
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
 
 An adaptive method (`divt`) is counted at the most tokens it may leave of an image, so operations and memory are upper
@@ -20,13 +21,13 @@ bounds, a compression ratio a lower one: `at_most`. What really ran is measured 
 
 Training: forward 1x; backward 2x for a part that trains (gradients of inputs and of weights), 1x for a frozen part
 that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a
-trained vision tower, under `gradient_checkpointing`. Frozen attention is counted 1x backward like the frozen weights
-beside it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen, `2 r (in +
-out)` a token and matrix is added for the adapters, which train. A teacher's pass (self-distillation) is one more
-forward pass of all parts, tower and LM head included, under the teacher's points; each student's pass (`sandwich`) is
-one more pass that trains. `gradient_checkpointing` is a
-fingerprint and does not decide what a cell is, but it is work the machine does, so `train_tflops` counts it; compare
-cells of one setting.
+trained vision tower, under `gradient_checkpointing`. Behind a compressor that trains inside a frozen vision tower, the
+tower's layers count 2x (and recompute), and a frozen projector too. Frozen attention is counted 1x backward like the
+frozen weights beside it, though its scores cost 2x (under 1.5 % of the decoder at 7B). LoRA: the base counts as frozen,
+`2 r (in + out)` a token and matrix is added for the adapters, which train. A teacher's pass (self-distillation) is one
+more forward pass of all parts, tower and LM head included, under the teacher's points; each student's pass (`sandwich`)
+is one more pass that trains. `gradient_checkpointing` is a fingerprint and does not decide what a cell is, but it is
+work the machine does, so `train_tflops` counts it; compare cells of one setting.
 
 Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576
 visual tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
@@ -55,7 +56,7 @@ up, activation, product), else 2:
 | embeddings    | `3 n_0 d s`                                                                                  |
 | logits        | `V (2 s + 12)` a label token, `12 V` where s = 4: logits, float32 copy, log-softmax, gradients |
 | projector     | `N (p_in + 2 p_hidden + d) s`                                                                |
-| vision tower  | `n_v (8 D + 4 F) s` a layer where it trains; else one layer's, before the decoder runs        |
+| vision tower  | `n_v (8 D + 4 F) s` a layer where it, or a compressor in it before, trains; else one layer's |
 | LoRA          | `n (in (s + 1) + r s)` a matrix and layer: dropped-out input, its mask, its product with A    |
 | teacher       | one decoder layer at its tokens; its logits, log-softmax and gradients beside the student's  |
 
@@ -227,8 +228,7 @@ def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sampl
     specs = tuple(_specs(points))
     if sample.rows is not None:
         return dict(_mean_tflops(facts, specs, sample.rows))
-    image = ImageUnits((facts.image_grid,), (facts.vision_tokens,), facts.image_grid.tokens)
-    return _row_tflops(facts, specs, [(sample.images, image)], sample.text_tokens, sample.label_tokens, {})
+    return _row_tflops(facts, specs, [(sample.images, _one_image(facts))], sample.text_tokens, sample.label_tokens, {})
 
 
 @lru_cache(maxsize=512)
@@ -244,14 +244,23 @@ def _mean_tflops(facts: ModelFacts, specs: tuple[CompressorSpec, ...], rows: Mea
 
 @dataclass(frozen=True)
 class _OfGrid:
-    """What points make of a unit: tokens in each layer, tokens that leave the tower and that enter the projector,
-    operations of learned modules.
+    """What points make of a unit.
+
+    Attributes:
+        by_layer: Tokens in each decoder layer.
+        fewer: By how many tokens each layer of the vision tower that is used runs less.
+        features: Tokens that enter the projector.
+        learned: Operations of learned modules.
+        learned_in_tower: Of these, those of modules inside the vision tower.
+        first_learned: The tower's layer before which the first of these stands; None without one.
     """
 
     by_layer: list[int]
-    pixels: int
+    fewer: list[int]
     features: int
     learned: int
+    learned_in_tower: int
+    first_learned: int | None
 
 
 def _row_tflops(
@@ -261,24 +270,18 @@ def _row_tflops(
     """Return the forward operations of a row by part; `known` keeps what points make of each grid."""
     tokens = [text_tokens] * facts.num_layers
     vision = features = learned = 0.0
-    size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
-    weights = 8 * size**2 + (6 if facts.gated_tower else 4) * size * inner
-    whole = facts.vision_layers - facts.windowed_layers
     for count, image in images:
-        fewer, entering = 0, image.features
+        fewer, entering = [0] * facts.vision_layers, image.features
         for grid in image.grids:
             if grid not in known:
-                by_layer = tokens_by_layer(specs, facts.num_layers, grid)
-                known[grid] = _OfGrid(by_layer, *_before_decoder(facts, specs, grid))
+                known[grid] = _of_grid(facts, specs, grid)
             left = known[grid]
             tokens = [before + count * n for before, n in zip(tokens, left.by_layer, strict=True)]
             entering += left.features - grid.tokens
             learned += count * left.learned
-            fewer += grid.tokens - left.pixels
+            fewer = [one + other for one, other in zip(fewer, left.fewer, strict=True)]
         features += count * entering
-        lengths = [n - fewer for n in image.tower]  # a method that shrinks the picture is for one that is seen once
-        squares = whole * sum(n * n for n in lengths) + facts.windowed_layers * sum(n * n for n in image.windows)
-        vision += count * (facts.vision_layers * sum(lengths) * weights + 4 * size * squares)
+        vision += count * sum(_tower_flops(facts, image, fewer))
     flops = {
         "vision_tower": vision,
         "projector": features * 2 * facts.projector_weights,
@@ -299,16 +302,58 @@ def _decoder_flops(facts: ModelFacts, tokens: Sequence[float]) -> float:
     return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in attended)
 
 
-def _before_decoder(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> tuple[int, int, int]:
-    """Return the tokens of a unit that leave the tower, those that enter the projector, and learned operations."""
-    left, pixels, features, learned = grid, grid.tokens, grid.tokens, 0
-    for spec in sorted(specs, key=lambda spec: (spec.layer != "projector", spec.layer_index(facts.num_layers))):
-        before = spec.layer == "projector" and facts.tokenwise_projector
-        learned += spec.module_operations(left, facts.projector_in if before else facts.hidden_size)
+def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> list[int]:
+    """Return the operations of each used layer of the vision tower over an image, of which it runs `fewer` tokens."""
+    size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
+    weights = 8 * size**2 + (6 if facts.gated_tower else 4) * size * inner
+
+    kinds = [(less, number < facts.windowed_layers) for number, less in enumerate(fewer)]
+    found = {}
+    for less, windowed in dict.fromkeys(kinds):
+        # A method that leaves the tower fewer tokens is for an image that it sees once, and whole.
+        lengths = [n - less for n in image.tower]
+        attended = image.windows if windowed else lengths
+        found[less, windowed] = sum(lengths) * weights + 4 * size * sum(n * n for n in attended)
+    return [found[kind] for kind in kinds]
+
+
+def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> _OfGrid:
+    left, features, fewer, first = grid, grid.tokens, [0] * facts.vision_layers, None
+    learned = learned_in_tower = 0
+    for spec in sorted(specs, key=lambda spec: spec.sort_key(facts.num_layers, facts.vision_depth)):
+        inside = spec.tower_index(facts.vision_depth)
+        if inside is not None and inside >= facts.tower_points:
+            raise ValueError(
+                f"{spec.kind} cannot act at {spec.layer}: {facts.tower_refusal or 'no such layer is used'}"
+            )
+        before = spec.place == "projector" and facts.tokenwise_projector
+        width = facts.projector_in if before else facts.hidden_size if inside is None else facts.vision_hidden_size
+        operations = spec.module_operations(left, width)
+        learned += operations
         left = spec.kept_grid(left)
-        features = left.tokens if before else features
-        pixels = left.tokens if "pixels" in spec.needs else pixels
-    return pixels, features, learned
+        features = left.tokens if before or inside is not None else features
+        if "pixels" in spec.needs:
+            fewer = [grid.tokens - left.tokens] * facts.vision_layers
+        if inside is not None:
+            learned_in_tower += operations
+            first = inside if spec.learns and first is None else first
+            fewer[inside:] = [grid.tokens - left.tokens] * (facts.vision_layers - inside)
+    by_layer = tokens_by_layer(specs, facts.num_layers, grid)
+    return _OfGrid(by_layer, fewer, features, learned, learned_in_tower, first)
+
+
+def _one_image(facts: ModelFacts) -> ImageUnits:
+    """Return what an image becomes where all are of one size."""
+    return ImageUnits((facts.image_grid,), (facts.vision_tokens,), facts.image_grid.tokens)
+
+
+def tower_tokens_by_layer(facts: ModelFacts, points: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the tokens of one image in each layer of the vision tower that is used, the class token included.
+
+    Raises:
+        ValueError: a point acts where the tower has no place for it, or a method cannot take its amount.
+    """
+    return [facts.vision_tokens - less for less in _of_grid(facts, _specs(points), facts.image_grid).fewer]
 
 
 def train_tflops_per_sample(
@@ -326,9 +371,35 @@ def train_tflops_per_sample(
         + forward["decoder"] * (passes["language_model"] + checkpointed)
         + forward["lm_head"] * passes["language_model"]
     )
+    total += _learned_in_tower_tflops(facts, points, sample, recipe)
     if recipe.get("lora"):
         total += (3 + checkpointed) * _lora_forward_tflops(facts, points, sample, recipe["lora"])
     return total
+
+
+def _learned_in_tower_tflops(
+    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
+) -> float:
+    """Return what a module inside the vision tower changes of a sample's training.
+
+    Where it trains, gradients pass the tower's layers after it and the projector, frozen or not, and checkpointed
+    layers run again. Where neither it nor the tower trains, no gradient passes the module.
+    """
+    specs = _specs(points)
+    if not any(spec.place == "tower" and spec.learns for spec in specs):
+        return 0.0
+    image = _of_grid(facts, specs, facts.image_grid)
+    assert image.first_learned is not None
+    passes, trained = _passes(recipe), set(recipe["train"])
+    operations = 0
+    if "compressor" in trained and "vision_tower" not in trained:
+        behind = sum(_tower_flops(facts, _one_image(facts), image.fewer)[image.first_learned :])
+        operations += behind * (2 if recipe.get("gradient_checkpointing") else 1)
+        operations += image.features * 2 * facts.projector_weights * max(0, 2 - passes["projector"])
+    if "compressor" not in trained:
+        own = 2 if "vision_tower" in trained else 1
+        operations += image.learned_in_tower * (own - passes["language_model"])
+    return sample.images * operations / _TERA
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:
@@ -505,18 +576,23 @@ def activation_bytes(
     logits = _logit_bytes(facts, longest, s)
     total = sum(n * size * s for n in tokens) + max(kept) if checkpointed else sum(kept)
     total += max(kept) + logits + 3 * tokens[0] * size * s
-    total += longest.visual_tokens * s * (facts.projector_in + 2 * facts.projector_hidden + size)
+    features = longest.visual_tokens * _tower_share(facts, action.points)
+    total += features * s * (facts.projector_in + 2 * facts.projector_hidden + size)
     if action.distill is not None:
         taught = tokens_in_layers(facts, action.distill.points, longest)
         total += max(_layer_bytes(facts, n, s, eager, trains=True) for n in taught) + 2 * logits
     if not longest.images:
         return total
-    tower = _tower_layer_bytes(facts, longest, s, eager)
-    if "vision_tower" not in recipe["train"]:
-        return max(total, tower)
+    tower = [_tower_layer_bytes(facts, n, longest, s, eager) for n in _tower_tokens(facts, action.points, longest)]
+    kept_from = 0 if "vision_tower" in recipe["train"] else None
+    if kept_from is None and "compressor" in recipe["train"] and facts.priced:
+        kept_from = _of_grid(facts, _specs(action.points), facts.image_grid).first_learned
+    if kept_from is None:
+        return max(total, *tower)
     if not checkpointed:
-        return total + facts.vision_layers * tower
-    return total + facts.vision_layers * _tower_tokens(facts, longest) * facts.vision_hidden_size * s + tower
+        return total + sum(tower[kept_from:])
+    inputs = _tower_tokens(facts, action.points, longest)[kept_from:]
+    return total + sum(inputs) * facts.vision_hidden_size * s + max(tower[kept_from:])
 
 
 def to_come_bytes(facts: ModelFacts, recipe: Mapping[str, Any], number_bytes: int, zero: int, world_size: int) -> float:
@@ -551,12 +627,23 @@ def _logit_bytes(facts: ModelFacts, longest: Longest, s: int) -> float:
     return longest.label_tokens * facts.vocab_size * (12 if s == 4 else 12 + 2 * s)
 
 
-def _tower_tokens(facts: ModelFacts, longest: Longest) -> int:
-    # A tower without a fixed image size sees about four patches for each visual token (Qwen-VL's merger).
-    return facts.vision_tokens * longest.images if facts.priced else 4 * longest.visual_tokens
+def _tower_share(facts: ModelFacts, points: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of an image's tokens that points in the vision tower leave."""
+    inside = [spec for spec in _specs(points) if spec.place == "tower"]
+    if not inside or not facts.priced:
+        return 1
+    return _of_grid(facts, inside, facts.image_grid).features / facts.image_grid.tokens
 
 
-def _tower_layer_bytes(facts: ModelFacts, longest: Longest, s: int, eager: bool) -> float:
-    n, width = _tower_tokens(facts, longest), facts.vision_hidden_size
+def _tower_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longest: Longest) -> list[int]:
+    """Return the tokens of the longest sample in each layer of the vision tower."""
+    if not facts.priced:  # of any size: about four patches for each visual token (Qwen-VL's merger)
+        return [4 * longest.visual_tokens] * facts.vision_layers
+    inside = [point for point in points if str(point["layer"]).startswith("tower:")]
+    return [tokens * longest.images for tokens in tower_tokens_by_layer(facts, inside)]
+
+
+def _tower_layer_bytes(facts: ModelFacts, n: int, longest: Longest, s: int, eager: bool) -> float:
+    width = facts.vision_hidden_size
     scores = n * n / longest.images * max(1, width // 64) * (4 if s == 4 else 4 + s) if eager else 0
     return n * (8 * width + 4 * facts.vision_intermediate_size) * s + scores

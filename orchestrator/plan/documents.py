@@ -58,7 +58,7 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
         shown = [{"kind": point.kind, "layer": point.layer, "kept_tokens": None} for point in points]
         figures: dict[str, Any] = {"layer_average_tokens": None, "compression_ratio": None}
     else:
-        resolved = resolve_points(points, facts.num_layers, grid)
+        resolved = resolve_points(points, facts.num_layers, grid, facts.vision_depth)
         solved = [type(point).model_validate(fields) for point, fields in zip(points, resolved, strict=True)]
         total = sum(tokens_by_layer(solved, facts.num_layers, grid))
         figures = {
@@ -68,7 +68,7 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
         shown, left = [], grid
         for point in solved:
             left = point.kept_grid(left)
-            layer = point.layer if point.layer == "projector" else point.layer_index(facts.num_layers)
+            layer = point.resolved_layer(facts.num_layers, facts.vision_depth)
             shown.append({"kind": point.kind, "layer": layer, "kept_tokens": left.tokens})
     return {"name": name, "control": control, "points": shown, **figures, **_bound(adapts(points))}
 

@@ -14,7 +14,7 @@ def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Gri
     """Return the visual tokens of one image in each decoder layer; each point acts on what the one before left.
 
     Args:
-        points: A variant's points; those at the projector act before layer 0.
+        points: A variant's points; those in the vision tower (in their order) and at the projector act before layer 0.
         num_layers: Decoder layers.
         grid: The image's visual tokens.
 
@@ -23,7 +23,7 @@ def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Gri
     """
     by_layer = [grid.tokens] * num_layers
     left = grid
-    for point in sorted(points, key=lambda point: (point.layer != "projector", point.layer_index(num_layers))):
+    for point in sorted(points, key=lambda point: point.sort_key(num_layers)):
         layer = point.layer_index(num_layers)
         if layer >= num_layers:
             raise ValueError(f"layer {layer} is beyond the model's {num_layers} layers")

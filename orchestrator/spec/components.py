@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -222,14 +223,24 @@ def _parse_layer(value: Any) -> int | str:
         return value
     if value == "projector":
         return "projector"
-    if isinstance(value, str) and value.endswith("%"):
-        if not 0 <= parse_share(value) < 1:
+    if isinstance(value, str) and (value.endswith("%") or TOWER_LAYER.fullmatch(value)):
+        if value.endswith("%") and not 0 <= parse_share(value.removeprefix("tower:")) < 1:
             raise ValueError("a share of the depth is at least 0% and less than 100%")
         return value
-    raise ValueError("a layer is a whole number, a share of the depth such as 50%, or projector")
+    raise ValueError(
+        "a layer is a whole number, a share of the depth such as 50%, projector, or in the vision tower tower:12 or "
+        "tower:50%"
+    )
+
+
+TOWER_LAYER = re.compile(r"tower:(0|[1-9][0-9]*)")
 
 
 Layer = Annotated[int | str, BeforeValidator(_parse_layer)]
+
+
+PLACES = ("tower", "projector", "decoder")
+"""Where a compressor may act, in order of depth."""
 
 
 class CompressorSpec(Component):
@@ -240,12 +251,15 @@ class CompressorSpec(Component):
 
     registry_group: ClassVar[str] = registry.COMPRESSORS
     points: ClassVar[tuple[str, ...]] = ("decoder",)
-    """Where it can act: `decoder` (before any layer), `projector` (features between vision tower and projector)."""
+    """Where it can act: `decoder` (before any layer), `projector` (features between vision tower and projector),
+    `tower` (patches before a layer of the vision tower).
+    """
     needs: ClassVar[tuple[str, ...]] = ()
     """What it looks at beside the visual tokens, recorded for it only: `queries` (attention of the prompt's last token
     in layer K-1, `Context.attention_BN`), `keys` (keys of layer K-1, `row_keys_RND`), `cls` (the vision tower's CLS
     token, `cls_attention_BN` and `cls_keys_BND`), `text` (where the prompt's text is, `text_RN`), `pixels` (it resizes
-    images). A model that cannot give it refuses the point with the reason.
+    images), `tower_keys` (inside the vision tower, and nowhere else: keys of the tower's layer before it,
+    `tower_keys_BND`). A model that cannot give it refuses the point with the reason.
     """
     learns: ClassVar[bool] = False
     """It has a module that trains: the implementation has `create_module`, and `train: [compressor]` trains it.
@@ -264,9 +278,9 @@ class CompressorSpec(Component):
     says how many each image has (`Kept.counts_B`). Costs and memory count the most.
     """
 
-    layer: Layer = Field(examples=[2, "50%", "projector"])
-    """Decoder layer before which it acts, or `projector`. Layers count from 0, the decoder's input; a share of the
-    depth such as `50%` is rounded down.
+    layer: Layer = Field(examples=[2, "50%", "projector", "tower:12"])
+    """Decoder layer before which it acts, `projector`, or `tower:N`: before layer N of the vision tower. Layers count
+    from 0, the decoder's (the tower's) input; a share of the depth such as `50%` or `tower:50%` is rounded down.
     """
     stride: Count | None = Field(default=None, examples=[8])
     """Amount as windows: every `stride` visual tokens become one, the number rounded up. The amount is exactly one of
@@ -330,26 +344,54 @@ class CompressorSpec(Component):
         """
         return 0
 
+    @property
+    def place(self) -> Literal["tower", "projector", "decoder"]:
+        """Where it acts, one of `points`."""
+        if isinstance(self.layer, str) and self.layer.startswith("tower:"):
+            return "tower"
+        return "projector" if self.layer == "projector" else "decoder"
+
     def layer_index(self, num_layers: int) -> int:
-        """Return the 0-based decoder layer it acts before: a share of the depth is rounded down, `projector` is 0."""
+        """Return the 0-based decoder layer it acts before: a share of the depth is rounded down; what acts before the
+        decoder is 0.
+        """
         if isinstance(self.layer, int):
             return self.layer
-        if self.layer == "projector":
-            return 0
-        return int(parse_share(self.layer) * num_layers)
+        return int(parse_share(self.layer) * num_layers) if self.place == "decoder" else 0
+
+    def tower_index(self, tower_layers: int) -> int | None:
+        """Return the 0-based layer of a vision tower of `tower_layers` it acts before; None outside of the tower."""
+        if self.place != "tower":
+            return None
+        value = str(self.layer).removeprefix("tower:")
+        return int(parse_share(value) * tower_layers) if value.endswith("%") else int(value)
+
+    def sort_key(self, num_layers: int, tower_layers: int | None = None) -> tuple[int, int]:
+        """Return what points are sorted by: place, then layer. Without `tower_layers`, those in the tower are equal."""
+        inside = self.tower_index(tower_layers) if tower_layers is not None else None
+        return PLACES.index(self.place), inside or self.layer_index(num_layers)
+
+    def resolved_layer(self, num_layers: int, tower_layers: int = 0) -> int | str:
+        """Return `layer` without shares: a number, `projector`, or `tower:N`."""
+        index = self.tower_index(tower_layers)
+        if index is not None:
+            return f"tower:{index}"
+        return self.layer if self.place == "projector" else self.layer_index(num_layers)
 
     def module_shape(self) -> dict[str, Any]:
         """Return what shapes the learned module; by default the method's own parameters, not its layer and amount."""
         return self.model_dump(mode="json", include=set(type(self).model_fields) - set(CompressorSpec.model_fields))
 
-    def module_name(self, num_layers: int) -> str | None:
-        """Return the name of its learned module in a model of `num_layers` layers; None where it does not learn.
+    def module_name(self, num_layers: int, tower_layers: int = 0) -> str | None:
+        """Return the name of its learned module in a model of `num_layers` decoder layers, and `tower_layers` in its
+        vision tower; None where it does not learn.
 
         Variants whose points are of one method at one place share a module if nothing that shapes it differs.
         """
         if not self.learns:
             return None
-        place = "projector" if self.layer == "projector" else f"layer{self.layer_index(num_layers)}"
+        layer = self.resolved_layer(num_layers, tower_layers)
+        place = f"layer{layer}" if isinstance(layer, int) else layer.replace(":", "")
         digest = hashlib.sha256(json.dumps(self.module_shape(), sort_keys=True).encode()).hexdigest()
         return f"{self.kind.replace('.', '_')}_{place}_{digest[:8]}"
 

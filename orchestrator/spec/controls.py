@@ -99,8 +99,8 @@ def _moved_variants(spec: ExperimentSpec) -> set[str]:
 def _stands_elsewhere(control: Points, points: Points) -> bool:
     """Return whether an amount means another budget in the control: it acts elsewhere, or adds tokens on the way."""
     return len(control) != len(points) or any(
-        (mine.layer == "projector") > (theirs.layer == "projector")
-        or (mine.layer != "projector" and bool(mine.layer_average_tokens) > bool(theirs.layer_average_tokens))
+        (mine.place != "decoder") > (theirs.place != "decoder")
+        or (mine.place == "decoder" and bool(mine.layer_average_tokens) > bool(theirs.layer_average_tokens))
         for mine, theirs in zip(control, points, strict=True)
     )
 
@@ -149,7 +149,9 @@ def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Point
 def _at_point(
     method: type[CompressorSpec], point: CompressorSpec, facts: ModelFacts | None, grid: Grid | None
 ) -> CompressorSpec:
-    layer = 0 if point.layer == "projector" and "projector" not in method.points else point.layer
+    layer = point.layer
+    if point.place != "decoder" and point.place not in method.points:  # the next place it can act at
+        layer = "projector" if "projector" in method.points else 0
     fields = {"kind": method.kind_name(), "layer": layer}
     kept = None if grid is None or point.layer_average_tokens is not None else point.kept_tokens(grid)
     amounts = {name: getattr(point, name) for name in AMOUNTS}

@@ -115,6 +115,9 @@ VISION: dict[str, dict[str, Any]] = {
     "siglip2_vision_model": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16},
 }
 
+PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose layers are blocks alike over one sequence of patches, with positions added at the input alone."""
+
 _CLIP_L_336 = {"model_type": "clip_vision_model", **_vision(24, 1024, 4096, 336, 14)}
 _SO400M = {"model_type": "siglip_vision_model", **_vision(26, 1152, 4304, 384, 14)}
 
@@ -145,6 +148,8 @@ class FamilyDefaults:
         unpriced: Why its costs cannot be computed; None where they can.
         projector: Weights that a token the projector gives has passed, of `(text, vision, config)`, where it is no one
             or two linear maps.
+        tower_refusal: Why no compressor may act inside the vision tower; empty where one may in a tower that is one of
+            `PLAIN_TOWERS`.
     """
 
     text_type: str
@@ -162,6 +167,7 @@ class FamilyDefaults:
     other_names: bool = False
     unpriced: str | None = None
     projector: Callable[[Part, Part, Part], int] | None = None
+    tower_refusal: str = "between it and the decoder the model merges, pools or arranges its patches by their grid"
 
 
 def _merger(text: Part, vision: Part, top: Part) -> int:
@@ -206,7 +212,7 @@ def _lfm2(text: Part, vision: Part, top: Part) -> int:
 
 
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-_VIP_LLAVA = {"vision_feature_layer": [-2, -5, -8, -11, 6]}
+_VIP_LLAVA = {"vision_feature_layer": [-2, -5, -8, -11, 6], "vision_feature_select_strategy": "default"}
 _ONEVISION = {
     "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
 }  # fmt: skip
@@ -233,9 +239,18 @@ def _glm4v(text_type: str, vision_type: str) -> FamilyDefaults:
 
 FAMILIES: dict[str, FamilyDefaults] = {
     "llava": FamilyDefaults(
-        "llama", _CLIP_L_336, "patches", top=_LLAVA, tokenwise=True, cls=True, offers=frozenset({"pixels"})
+        "llama",
+        _CLIP_L_336,
+        "patches",
+        top=_LLAVA,
+        tokenwise=True,
+        cls=True,
+        offers=frozenset({"pixels"}),
+        tower_refusal="",
     ),
-    "vipllava": FamilyDefaults("llama", _CLIP_L_336, "patches", top=_VIP_LLAVA, tokenwise=True, cls=True),
+    "vipllava": FamilyDefaults(
+        "llama", _CLIP_L_336, "patches", top=_VIP_LLAVA, tokenwise=True, cls=True, tower_refusal=""
+    ),
     "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, "patches", top=_LLAVA, towers=2),
     "llava_next": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
     "llava_onevision": FamilyDefaults("qwen2", _SO400M, "varies", top=_ONEVISION, tiled=True),
@@ -307,7 +322,9 @@ FAMILIES: dict[str, FamilyDefaults] = {
         tiled=True,
         unpriced="the Q-Former between its tower and its decoder is not counted",
     ),
-    "paligemma": FamilyDefaults("gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True),
+    "paligemma": FamilyDefaults(
+        "gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True, tower_refusal=""
+    ),
     "gemma3": FamilyDefaults(
         "gemma3_text",
         {"model_type": "siglip_vision_model"},
@@ -355,6 +372,9 @@ class ModelFacts:
         towers: Vision towers of these sizes, of which one sees an image.
         other_names: The decoder's linear maps have other names than LLaMA's; then LoRA's modules are checked when a
             run starts, and its cost is not known.
+        vision_depth: Layers of the vision tower, used or not; what a share of its depth is a share of.
+        tower_points: Layers 0 to this - 1 of the vision tower are those before which a compressor may act; 0 for none.
+        tower_refusal: Why none may.
     """
 
     model_type: str
@@ -386,6 +406,9 @@ class ModelFacts:
     unpriced: str | None = None
     towers: int = 1
     other_names: bool = False
+    vision_depth: int = 0
+    tower_points: int = 0
+    tower_refusal: str = ""
 
     @property
     def priced(self) -> bool:
@@ -538,7 +561,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     layers = top.get("vision_feature_layer", -1)
     layers = layers if isinstance(layers, list) else [layers]
     # hidden_states holds the embeddings and then each layer's output, so -2 is what all but the last layer give.
-    used = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    states = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
+    used = max(states)
     side = _side(vision["image_size"]) // _side(vision["patch_size"]) if "image_size" in vision else 0
     heads = text["num_attention_heads"]
     kind = vision["model_type"]
@@ -546,6 +570,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     layers_of_text = decoder_layers(text, head_dim)
     whole = vision.get("fullatt_block_indexes")
+    unit = None if kind == "pixtral" else _unit(top, vision, family, side, clip)
+    refusal = _tower_refusal(kind, family, unit, side)
     return ModelFacts(
         model_type=config["model_type"],
         num_layers=text["num_hidden_layers"],
@@ -561,7 +587,7 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         vision_tokens=side * side + (kind in ("clip_vision_model", "internvl_vision")),
         projector_in=width * len(layers) * (_shuffled(top, vision) ** 2 if family.units == "shuffled" else 1),
         projector_hidden=text["hidden_size"],
-        visual_grid=None if kind == "pixtral" else _unit(top, vision, family, side, clip),
+        visual_grid=unit,
         has_cls=cls,
         gated_mlp=True,
         tiled=family.tiled,
@@ -576,6 +602,9 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         towers=family.towers,
         other_names=family.other_names or bool(layers_of_text),
         projector_size=0 if family.projector is None else family.projector(text, vision, top),
+        vision_depth=depth,
+        tower_points=0 if refusal else max(0, min(states)),
+        tower_refusal=refusal,
     )
 
 
@@ -600,6 +629,17 @@ def _shuffled(top: Part, vision: Part) -> int:
         if name in top:
             return int(top[name])
     return round(1 / top["downsample_ratio"]) if "downsample_ratio" in top else int(vision["hidden_stride"])
+
+
+def _tower_refusal(tower: str, family: FamilyDefaults, unit: Grid | None, side: int) -> str:
+    """Return why no compressor may act inside a vision tower; empty where one may."""
+    if family.tower_refusal:
+        return family.tower_refusal
+    if tower not in PLAIN_TOWERS:
+        return f"it is a {tower}, not one of {', '.join(PLAIN_TOWERS)}, whose positions are added at the input"
+    if unit != Grid(side, side):
+        return "its visual tokens are not its patches one to one (vision_feature_select_strategy)"
+    return ""
 
 
 def _unit(top: Part, vision: Part, family: FamilyDefaults, side: int, clip: bool) -> Grid | None:

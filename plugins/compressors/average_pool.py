@@ -18,7 +18,7 @@ class AveragePoolSpec(plugin.CompressorSpec):
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool:AveragePool"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["average_pool"] = "average_pool"
     positions: Literal["mean", "first", "renumber"] = "mean"

@@ -21,7 +21,7 @@ class AveragePool2dSpec(plugin.BlockCompressorSpec):
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.average_pool_2d:AveragePool2d"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["average_pool_2d"] = "average_pool_2d"
     positions: Literal["mean", "first", "renumber"] = "mean"

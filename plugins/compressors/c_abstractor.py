@@ -21,7 +21,7 @@ class CAbstractorSpec(plugin.BlockCompressorSpec):
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.c_abstractor:CAbstractor"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
     learns: ClassVar[bool] = True
     keeps_all: ClassVar[bool] = False
 

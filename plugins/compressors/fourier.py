@@ -19,7 +19,7 @@ class FourierSpec(plugin.BlockCompressorSpec):
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.fourier:Fourier"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["fourier"] = "fourier"
 

@@ -19,7 +19,7 @@ class KMeansSpec(plugin.CompressorSpec):
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.k_means:KMeans"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["k_means"] = "k_means"
     iterations: plugin.Count = 10

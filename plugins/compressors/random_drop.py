@@ -17,7 +17,7 @@ class RandomDropSpec(plugin.CompressorSpec):
     """Keeps a random subset of an image's visual tokens, drawn anew at each step; the control to beat."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.random_drop:RandomDrop"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["random_drop"] = "random_drop"
 

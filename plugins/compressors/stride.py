@@ -14,7 +14,7 @@ class StrideSpec(plugin.CompressorSpec):
     """Keeps every `stride`-th visual token of an image, in raster order; or as many, evenly spaced."""
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.stride:Stride"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
 
     kind: Literal["stride"] = "stride"
 

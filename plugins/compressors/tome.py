@@ -13,18 +13,22 @@ if TYPE_CHECKING:
 class ToMeSpec(plugin.CompressorSpec):
     """Bipartite soft matching, repeated until ceil(tokens / `stride`) tokens, or the number asked for, are left.
 
-    The paper merges a few tokens in each block of the vision tower and measures likeness by the keys; this merges at
-    one point, in rounds of at most half of the tokens present, and measures by the hidden states, which every layer and
-    the projector have (Table 1a compares both; the keys did best there).
+    The paper merges a few tokens in each block of the vision tower, between its attention and its MLP, and measures
+    likeness by the keys of that attention, mean over heads. With `layer: tower:N` this merges between blocks N - 1 and
+    N, by the keys of block N - 1: the MLP of block N - 1 runs before the merging and not after it, which is what is
+    left of the difference where each block has a point that merges a few. In the decoder and at the projector likeness
+    is measured by the hidden states (Table 1a compares both; the keys did best there). At one point it merges in rounds
+    of at most half of the tokens present, a merged token's key being the size-weighted mean.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.tome:ToMe"
-    points: ClassVar[tuple[str, ...]] = ("decoder", "projector")
+    points: ClassVar[tuple[str, ...]] = ("decoder", "projector", "tower")
+    needs: ClassVar[tuple[str, ...]] = ("tower_keys",)
 
     kind: Literal["tome"] = "tome"
     size_bias: plugin.Flag = True
-    """Whether from here on attention adds the logarithm of a token's size to the logits of its key (section 3,
-    "proportional attention").
+    """Whether from here on, in the vision tower's later layers and in the decoder's, attention adds the logarithm of a
+    token's size to the logits of its key (section 3, "proportional attention").
     """
     positions: Literal["destination", "mean", "renumber"] = "destination"
     """Position id of a merged token: that of the token that others were merged into (`destination`), the mean of all it
@@ -47,7 +51,8 @@ class ToMe:
         from dataclasses import replace
 
         tokens, kept = grid.tokens, self.spec.kept_tokens(grid)
-        slots_BN, sources_BM = match(visual_BND.detach(), context.sizes_BN, kept)
+        alike_BND = visual_BND if context.tower_keys_BND is None else context.tower_keys_BND
+        slots_BN, sources_BM = match(alike_BND.detach(), context.sizes_BN, kept)
         result = replace(
             plugin.take(visual_BND, sources_BM, context),
             renumber=self.spec.positions == "renumber",

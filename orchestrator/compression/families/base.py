@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,32 @@ from torch import Tensor, nn
 from orchestrator.compression.masks import Keys, ready_masks
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
+from orchestrator.spec.model_facts import PLAIN_TOWERS
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower of plain blocks, between whose layers points may act: each patch becomes one visual token.
+
+    Attributes:
+        encoder: The module that runs the tower's `layers` one after the other.
+        front: Tokens before the patches (1 with a class token, else 0).
+        limit: Points may act before layers 0 to `limit` - 1; the model takes what later ones leave.
+    """
+
+    encoder: Any
+    front: int
+    limit: int
+
+    @property
+    def depth(self) -> int:
+        """Layers, used or not."""
+        return len(self.encoder.layers)
+
+    @property
+    def width(self) -> int:
+        """Hidden size."""
+        return int(self.encoder.config.hidden_size)
 
 
 class Family(ABC):
@@ -28,6 +55,7 @@ class Family(ABC):
             mask, so a segment's are made from these.
         deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
+        tower_refusal: Why no point may act inside the vision tower; empty where its type and the config decide.
 
     Raises:
         UsageError: the model lacks a part; the message names it.
@@ -38,6 +66,7 @@ class Family(ABC):
     remakes_masks = False
     deep_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
+    tower_refusal = "between it and the decoder the model merges, pools or arranges its patches by their grid"
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -170,6 +199,28 @@ class Family(ABC):
         It must give one visual token a patch, in raster order; else None.
         """
         return None
+
+    @property
+    def tower(self) -> Tower:
+        """The vision tower, where points may act inside of it.
+
+        Raises:
+            UsageError: none may; the message says why.
+        """
+        raise self.no_tower_points()
+
+    def no_tower_points(self) -> UsageError:
+        """Return the error for a point inside a vision tower where none may act."""
+        kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "tower of no known type")
+        reason = self.tower_refusal or (
+            f"it is a {kind}, not one of {', '.join(PLAIN_TOWERS)}, whose positions are added at the input"
+            if kind not in PLAIN_TOWERS
+            else "its visual tokens are not its patches one to one (vision_feature_select_strategy)"
+        )
+        return UsageError(
+            f"attach: no compressor acts inside the vision tower of {type(self.model).__name__}: {reason}; give "
+            "projector or a decoder layer"
+        )
 
     def cls_attention(self) -> Any:
         """Return the attention module of the vision tower's last used layer if the tower has a CLS token; else None."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from orchestrator.compression.families.base import Tower
 from orchestrator.compression.families.images import ImagesFamily
 from orchestrator.spec.components import Grid
 
@@ -19,6 +20,20 @@ class PaliGemmaFamily(ImagesFamily):
     projector_name: ClassVar[str | None] = "multi_modal_projector"
     remakes_masks = True
     window_cuts_blocks = False  # PaliGemma 2 opens the prefix in sliding layers too
+    tower_refusal = ""
+
+    @property
+    def tower(self) -> Tower:
+        """The SigLIP, whose last layer's patches are the visual tokens.
+
+        Raises:
+            UsageError: it is another tower.
+        """
+        if self.tower_refusal or self.model.config.vision_config.model_type != "siglip_vision_model":
+            raise self.no_tower_points()
+        tower = self.model.model.vision_tower
+        encoder = getattr(tower, "vision_model", tower).encoder
+        return Tower(encoder, 0, len(encoder.layers))
 
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return one block, the prefix; only where the model itself makes one (given `token_type_ids`, in the first
@@ -39,6 +54,7 @@ class Gemma3Family(PaliGemmaFamily):
     """
 
     projector_name: ClassVar[str | None] = None  # it pools the grid, so not token by token
+    tower_refusal = "its projector pools the square of patches"
     window_cuts_blocks = True
 
     def find_language_model(self) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from orchestrator.compression.families.base import Tower
 from orchestrator.compression.families.images import (
     ImagesFamily,
     Units,
@@ -17,14 +18,14 @@ from orchestrator.compression.families.images import (
     sizes_of_images,
 )
 from orchestrator.spec.components import Grid
-
-_RESIZABLE = ("clip_vision_model", "siglip_vision_model")
+from orchestrator.spec.model_facts import PLAIN_TOWERS
 
 
 class LlavaFamily(ImagesFamily):
     """Images are runs of `image_token_id`; their number of tokens follows from the pixels and the patch size."""
 
     sized = True
+    tower_refusal = ""
     projector_name: ClassVar[str | None] = "multi_modal_projector"
 
     def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
@@ -58,6 +59,23 @@ class LlavaFamily(ImagesFamily):
         return layers[max(states) - 1].self_attn if max(states) else None
 
     @property
+    def tower(self) -> Tower:
+        """A CLIP or SigLIP of which each patch is one visual token; all used layers lie behind the points.
+
+        Raises:
+            UsageError: the tower is another one, or gives other tokens than its patches.
+        """
+        config, kind = self.model.config, self.model.config.vision_config.model_type
+        front = int(kind == "clip_vision_model")
+        drops = getattr(config, "vision_feature_select_strategy", "default") == "default"
+        if self.tower_refusal or kind not in PLAIN_TOWERS or bool(front) != drops:
+            raise self.no_tower_points()
+        tower = self.model.model.vision_tower
+        encoder = getattr(tower, "vision_model", tower).encoder
+        states = len(encoder.layers) + 1
+        return Tower(encoder, front, min(state % states for state in self.feature_layers))
+
+    @property
     def vision_width(self) -> int | None:
         """Features of several tower layers lie side by side."""
         width = super().vision_width
@@ -66,7 +84,7 @@ class LlavaFamily(ImagesFamily):
     @property
     def resizable_tower(self) -> nn.Module | None:
         """CLIP and SigLIP interpolate their position embeddings; the CLS token is no patch."""
-        if self.model.config.vision_config.model_type not in _RESIZABLE or self.keeps_cls():
+        if self.model.config.vision_config.model_type not in PLAIN_TOWERS or self.keeps_cls():
             return None
         tower: nn.Module = self.model.model.vision_tower
         return tower
@@ -93,6 +111,7 @@ class VideoLlavaFamily(LlavaFamily):
     """Images as in LLaVA; a frame of a video is its CLS token, alone, and then the grid of its patches."""
 
     sized = False
+    tower_refusal = "images and videos have a tower each"
     projector_name: ClassVar[str | None] = None  # images pass it before videos, not in the order of the rows
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:

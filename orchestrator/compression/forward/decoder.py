@@ -183,7 +183,7 @@ class Decoder:
         return self.modules[point.module_name] if point.module_name and self.modules is not None else None
 
     def _learns(self) -> bool:
-        return any(point.module_name for point in self.points if not point.at_projector)
+        return any(point.module_name for point in self.points if not point.before_decoder)
 
     def _run(
         self,
@@ -245,11 +245,13 @@ class Decoder:
                 f"compression: {across[0]} acts across the frames of a video, and ready features do not tell them; "
                 "pass pixel_values_videos, not mm_encoder_outputs"
             )
-        if flow.layout is not None and current.projected is None and any(point.at_projector for point in points):
-            raise UsageError(
-                "compression: a point at the projector acts while the images are encoded; pass pixel_values, not ready "
-                "features (mm_encoder_outputs)"
-            )
+        if flow.layout is not None and current.projected is None:
+            early = next((point.place for point in points if point.before_decoder), None)
+            if early is not None:
+                raise UsageError(
+                    f"compression: a point at {early} acts while the images are encoded; pass pixel_values, not ready "
+                    "features (mm_encoder_outputs)"
+                )
 
     def _points(self, current: Pass, flow: Flow, segment: Segment) -> tuple[Flow, bool]:
         renumbered = False

@@ -144,7 +144,7 @@ def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[in
     current.idle = idle is not None
     record = record_of(inputs.get("past_key_values"))
     points: Sequence[Point] = record.points if record else decoder.points
-    at_projector = AtProjector(decoder, current, [point for point in points if point.at_projector])
+    at_projector = AtProjector(decoder, current, [point for point in points if point.before_decoder])
     try:
         with watched_tower(family, points) as current.tower, at_projector:
             if not has_labels and not decoder.points:

@@ -1,4 +1,5 @@
-"""Points at the projector: visual features get fewer before it maps them, and the decoder's rows follow.
+"""Points before the decoder: patches get fewer in the vision tower, or features before the projector maps them, and the
+decoder's rows follow.
 
 The unmodified model checks that there is a feature for every placeholder. So what the projector gives is padded back to
 the number it was, each unit's features first, and the decoder trims the rows before its first layer.
@@ -7,13 +8,14 @@ the number it was, each unit's features first, and the decoder trims the rows be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from orchestrator.compression.attention.recorder import Recording, attention_module, not_recorded, recording_of
 from orchestrator.compression.attention.tower import cls_of_images, image_numbers
 from orchestrator.compression.families import Family
 from orchestrator.compression.forward.apply_point import apply_point, by_count, call_idle
@@ -30,18 +32,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class AtProjector:
-    """The hooks of one forward on the projector, and on the tower where a method acts on pixels; a context manager.
+    """The hooks of one forward on the projector, and on the tower where a method acts in it or on pixels; a context
+    manager.
 
     Attributes:
         decoder: The attached model.
         current: The pass under way.
-        points: The points at the projector, in their order.
+        points: The points before the decoder, in their order.
     """
 
     decoder: Decoder
     current: Pass
     points: Sequence[Point]
-    _handles: list[RemovableHandle] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack)
+    _units: list[_Units] = field(default_factory=list)
+    _keys: dict[int, Recording] = field(default_factory=dict)
+    _front: int = 0
     _padding: tuple[Tensor, int, torch.Size] | None = None
 
     def __enter__(self) -> AtProjector:
@@ -50,18 +56,70 @@ class AtProjector:
         family = self.decoder.family
         projector = family.projector
         assert projector is not None
-        if any(hasattr(point.compressor, "resize") for point in self.points):
-            tower = family.resizable_tower
-            assert tower is not None
-            self._handles.append(tower.register_forward_pre_hook(self._resize, prepend=True, with_kwargs=True))
-        # In front of the others, so that ZeRO-3 sees a learned module before the projector, not inside of it.
-        self._handles.append(projector.register_forward_pre_hook(self._shorten, prepend=True))
-        self._handles.append(projector.register_forward_hook(self._pad))
+        with ExitStack() as undo:
+            if any(hasattr(point.compressor, "resize") for point in self.points):
+                tower = family.resizable_tower
+                assert tower is not None
+                undo.callback(tower.register_forward_pre_hook(self._resize, prepend=True, with_kwargs=True).remove)
+            if any(point.tower_layer is not None for point in self.points):
+                self._enter_tower(undo)
+            # In front of the others, so that ZeRO-3 sees a learned module before the projector, not inside of it.
+            undo.callback(projector.register_forward_pre_hook(self._shorten, prepend=True).remove)
+            undo.callback(projector.register_forward_hook(self._pad).remove)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._undo.close()
+
+    def _enter_tower(self, undo: ExitStack) -> None:
+        """Let the tower run its layers as `_TowerLayer`s: a point acts outside of the checkpoint of its layer."""
+        tower = self.decoder.family.tower
+        encoder, self._front = tower.encoder, tower.front
+        layers = list(encoder.layers)
+        for point in self.points:
+            number = point.tower_layer
+            if number is not None and "tower_keys" in point.spec.needs:
+                what = f"compression: {point.spec.kind} at {point.place}"
+                attention = attention_module(layers[number - 1], what)
+                self._keys[number] = undo.enter_context(recording_of(attention, Recording(wants_keys=True), what))
+        # In the instance's dict, where it hides the list of modules, which stays as it is.
+        encoder.__dict__["layers"] = [_TowerLayer(layer, number, self) for number, layer in enumerate(layers)]
+        undo.callback(encoder.__dict__.pop, "layers", None)
+
+    def before_tower_layer(self, number: int, hidden_BTD: Tensor, mask: Any) -> tuple[Tensor, Any]:
+        """Return what enters a layer of the tower after the points before it: hidden states and additive mask."""
+        points = [point for point in self.points if point.tower_layer == number]
+        layout = self.decoder.located(self.current)[0]
+        if layout is None:
+            return self._idle(points, hidden_BTD), mask
+        if points:
+            front_BTD, patches_BND = hidden_BTD[:, : self._front], hidden_BTD[:, self._front :]
+            if not self._units:
+                self._units = self._units_of(layout, patches_BND)
+            (units,) = self._units  # the tower's images are of one size
+            units.kept = replace(units.kept, hidden_BMD=patches_BND)
+            self._apply(points)
+            (units,) = self._units
+            hidden_BTD = torch.cat([front_BTD, units.kept.hidden_BMD.to(hidden_BTD.dtype)], 1)
+        if self._units and self._units[0].kept.size_bias:
+            sizes_BT = nn.functional.pad(self._units[0].kept.sizes_BM, (self._front, 0), value=1)
+            mask = sizes_BT[:, None, None].float().log().to(hidden_BTD.dtype)
+        return hidden_BTD, mask
+
+    def _idle(self, points: Sequence[Point], hidden: Tensor) -> Tensor:
+        """Pass hidden states of a rank without images by what points learned."""
+        for point in points:
+            module = self.decoder.module_of(point)
+            hidden = hidden if module is None else call_idle(module, hidden)
+        return hidden
+
+    def _apply(self, points: Sequence[Point]) -> None:
+        """Let points act on the features as they are, one after the other."""
+        for point in points:
+            inputs = [(unit.kept.hidden_BMD, unit.grid, self._context(point, unit)) for unit in self._units]
+            kept = apply_point(point, inputs, self.decoder.module_of(point), self.decoder.draw.fill)
+            self._units = [part for unit, one in zip(self._units, kept, strict=True) for part in unit.keep(one)]
 
     def _resize(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = self.decoder.located(self.current)[0]
@@ -90,17 +148,17 @@ class AtProjector:
     def _shorten(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         features, rest = args[0], args[1:]
         layout = self.decoder.located(self.current)[0]
+        points = [point for point in self.points if point.at_projector]
         self._padding = None
         if layout is None:
-            for point in self.points:
-                module = self.decoder.module_of(point)
-                features = features if module is None else call_idle(module, features)
-            return (features, *rest)
-        units = self._units(layout, features)
-        for point in self.points:
-            inputs = [(unit.kept.hidden_BMD, unit.grid, self._context(point, unit)) for unit in units]
-            kept = apply_point(point, inputs, self.decoder.module_of(point), self.decoder.draw.fill)
-            units = [part for unit, one in zip(units, kept, strict=True) for part in unit.keep(one)]
+            return (self._idle(points, features), *rest)
+        if self._units:  # on their way since the tower
+            (one,) = self._units
+            one.kept = replace(one.kept, hidden_BMD=features.flatten(0, -2).unflatten(0, one.kept.sizes_BM.shape))
+        else:
+            self._units = self._units_of(layout, features)
+        self._apply(points)
+        units, self._units = self._units, []
         self.current.projected = [
             (unit.group, replace(unit.kept, hidden_BMD=unit.kept.hidden_BMD[..., :0])) for unit in units
         ]
@@ -110,7 +168,7 @@ class AtProjector:
         flat_LD = torch.cat([unit.kept.hidden_BMD.flatten(0, 1).to(features.dtype) for unit in units])
         return (flat_LD if features.ndim == 2 else flat_LD.unsqueeze(0), *rest)
 
-    def _units(self, layout: Layout, features: Tensor) -> list[_Units]:
+    def _units_of(self, layout: Layout, features: Tensor) -> list[_Units]:
         """Return the features of each group: the tower's images and the units of the batch are in one order."""
         flat_LD = features.flatten(0, -2)
         number_U = torch.cat(image_numbers(layout.groups, layout.length))
@@ -121,8 +179,9 @@ class AtProjector:
         tokens = len(flat_LD) // len(number_U)
         if len(flat_LD) != (tokens * len(number_U) if resized else layout.visual_tokens):
             raise UsageError(
-                f"compression: {self.points[0].spec.kind} at the projector: the tower gave {len(flat_LD)} features for "
-                f"{len(number_U)} images of {layout.visual_tokens} visual tokens; give a decoder layer instead"
+                f"compression: {self.points[0].spec.kind} at {self.points[0].place}: the tower gave {len(flat_LD)} "
+                f"features for {len(number_U)} images of {layout.visual_tokens} visual tokens; give a decoder layer "
+                "instead"
             )
         units = []
         counts = [len(group.rows_I) for group in layout.groups]
@@ -142,6 +201,12 @@ class AtProjector:
             index_IM = units.sources_BM.clamp(min=0)
             fields["cls_attention_BN"] = attention_IN.gather(1, index_IM)
             fields["cls_keys_BND"] = tokens_at(keys_IND, index_IM)
+        if (recording := self._keys.get(-1 if point.tower_layer is None else point.tower_layer)) is not None:
+            if not recording.keys:
+                raise not_recorded(
+                    self.decoder.family.tower.encoder, f"compression: {point.spec.kind} at {point.place}"
+                )
+            fields["tower_keys_BND"] = recording.keys[-1].mean(1)[:, self._front :]
         return Context(point.layer, units.kept.positions_ABM, units.kept.sizes_BM, **fields)
 
     def _pad(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -151,6 +216,20 @@ class AtProjector:
         self._padding = None
         padded_LD = output.new_zeros(tokens, output.shape[-1])
         return padded_LD.index_copy(0, places, output.flatten(0, -2)).unflatten(0, (*leading, -1))
+
+
+class _TowerLayer:
+    """A layer of the vision tower at its place: the points before it act on what enters it."""
+
+    def __init__(self, layer: Any, number: int, at: AtProjector) -> None:
+        self._layer, self._number, self._at = layer, number, at
+
+    def __call__(self, hidden_BTD: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        hidden_BTD, attention_mask = self._at.before_tower_layer(self._number, hidden_BTD, attention_mask)
+        return self._layer(hidden_BTD, attention_mask, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
 
 
 @dataclass

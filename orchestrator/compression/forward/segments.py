@@ -32,7 +32,7 @@ class Segment:
 
 def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
     """Cut the depth at every point; points at one layer act in their order, then new tokens enter at layer 0."""
-    inside = [point for point in points if not point.at_projector]
+    inside = [point for point in points if not point.before_decoder]
     entering = [replace(point, layer=0, enters=True) for point in inside if hasattr(point.compressor, "enter")]
     acting = [point for point in inside if hasattr(point.compressor, "compress")]
     starts = sorted({0, *(point.layer for point in acting)})

@@ -41,7 +41,8 @@ def _square(draw: Draw, side: int = 24, name: str = "pixel_values") -> None:
 
 
 # LLaVA with a CLIP tower, its text model of several types, and with a Pixtral tower (images of any size).
-_CLIP = hf.CLIPVisionConfig(**VISION_SIZES, image_size=24, patch_size=8).to_dict()
+# Three layers, so that points may act before two of them where the second-last hidden state is used.
+_CLIP = hf.CLIPVisionConfig(**VISION_SIZES | {"num_hidden_layers": 3}, image_size=24, patch_size=8).to_dict()
 
 
 def tiny_llava(
@@ -88,7 +89,7 @@ LLAVA_PIXTRAL = tiny(
 _VIP_LAYERS = (
     "vision_feature_layer" if hasattr(hf.VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
 )
-_VIP: dict[str, Any] = {_VIP_LAYERS: [-1, -2, 1]}
+_VIP: dict[str, Any] = {_VIP_LAYERS: [-1, -2, 2]}
 _VIDEO_LLAVA = inspect.signature(hf.VideoLlavaForConditionalGeneration.forward).parameters
 _VIDEO_LLAVA_PIXELS = "pixel_values" if "pixel_values" in _VIDEO_LLAVA else "pixel_values_images"
 _FRAMES = 2

@@ -32,7 +32,13 @@ from orchestrator.spec.components import CompressorSpec, Grid
 
 PROVEN = "proven"
 PointLike = CompressorSpec | type[CompressorSpec] | Mapping[str, Any] | Path
-_AMOUNTS: tuple[dict[str, Any], ...] = ({"stride": 2}, {"keep_ratio": "1/2"}, {"keep_tokens": 2}, {"keep_tokens": 1})
+_AMOUNTS: tuple[dict[str, Any], ...] = (
+    {"stride": 2},
+    {"keep_ratio": "1/2"},
+    {"keep_tokens": 2},
+    {"keep_tokens": 1},
+    {"stride": 9},
+)
 _AMOUNTS_AT_MOST = ({"keep_ratio": "3/4"}, *_AMOUNTS)  # room for numbers that differ
 _AMOUNT_NAMES = ("stride", "keep_tokens", "keep_ratio")
 
@@ -237,7 +243,12 @@ def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
     if len(points) > 1:
         return [[min(first + number, tiny.layers - 1) for number in range(len(points))]]
     inside = dict.fromkeys([first, max(first, tiny.layers - 2)]) if "decoder" in cls.points else {}
-    return [[layer] for layer in [*inside, *(["projector"] if "projector" in cls.points else [])]]
+    early = [layer for place, layer in _EARLY.items() if place in cls.points]
+    return [[layer] for layer in [*inside, *early]]
+
+
+_EARLY = {"projector": "projector", "tower": "tower:1"}
+"""Where a point before the decoder acts; the kit's vision towers have two layers or more, one of them behind it."""
 
 
 def _complete(points: Sequence[Candidate], layers: Sequence[Any], grids: Sequence[Grid]) -> list[CompressorSpec]:

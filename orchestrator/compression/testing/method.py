@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.compression.protocol import Context, Kept
 from orchestrator.spec.components import CompressorSpec, Grid
 
-_VALUES = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND")
+_VALUES = ("hidden_RND", "attention_BN", "row_keys_RND", "cls_attention_BN", "cls_keys_BND", "tower_keys_BND")
 _ROUNDING, _ROUNDINGS = 5e-7, 3
 """Share by which equal values are moved, about what kernels of float32 differ by; and how often."""
 
@@ -292,7 +292,7 @@ def _row_of_each(context: Context) -> dict[str, Any]:
 
 def _image_of(context: Context, image: int) -> Context:
     one = slice(image, image + 1)
-    images = ("sizes_BN", "columns_BN", "attention_BN", "cls_attention_BN", "cls_keys_BND")
+    images = ("sizes_BN", "columns_BN", "attention_BN", "cls_attention_BN", "cls_keys_BND", "tower_keys_BND")
     values = {name: getattr(context, name)[one] for name in images if getattr(context, name) is not None}
     rows = {name: values[one] for name, values in _row_of_each(context).items()}
     return replace(

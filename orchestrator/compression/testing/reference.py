@@ -399,13 +399,13 @@ def tower_features(family: Family, batch: Mapping[str, Any], resize: Callable[[T
 def before_projector(
     family: Family, batch: Mapping[str, Any], states: Sequence[RowState], points: Sequence[Point], apply: Apply
 ) -> list[RowState]:
-    """Return the rows at the decoder's input after the points at the projector.
+    """Return the rows at the decoder's input after the points in the vision tower and at the projector.
 
     Args:
         family: Adapter of the plain model.
         batch: Keyword arguments of the model's forward.
         states: The rows as the plain model makes them.
-        points: The points at the projector, in their order.
+        points: The points before the decoder, in their order.
         apply: Calls a method: point, features (units x tokens x width), grid, context without a module.
     """
     if not any(state.units for state in states):
@@ -419,6 +419,9 @@ def before_projector(
         grid = next(unit.grid for state in states for unit in state.units)
         features_LD = tower_features(family, batch, lambda pixels: resizing[0].resize(pixels, grid))
     share = len(features_LD) / len(whole_LD)
+    inside = [point for point in points if point.tower_layer is not None]
+    behind = [point for point in points if point.tower_layer is None]
+    entering_ITD = _entering_tower(family, batch) if inside else None
     offset, done = 0, []
     for state in states:
         start_of = {}
@@ -432,10 +435,88 @@ def before_projector(
             visual_BND = torch.stack(
                 [features_LD[round(share * start) : round(share * (start + grid.tokens))] for start in starts]
             )
-            parts += _kept(state, members, visual_BND, points, apply)
+            whole = _whole(members, visual_BND)
+            if entering_ITD is not None:
+                own_BTD = entering_ITD[[start // grid.tokens for start in starts]]
+                whole = _through_tower(family, state, members, own_BTD, whole, inside, apply)
+            parts += _kept(state, members, whole, behind, apply)
         mapped = [(unit, _mapped(state, unit, kept, projector, factor)) for unit, kept in parts]
         done.append(spliced(state, mapped) if mapped else state)
     return done
+
+
+def _entering_tower(family: Family, batch: Mapping[str, Any]) -> Tensor:
+    """Return what enters the vision tower's first layer in a plain model: images x tokens x width."""
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise Reached
+
+    _run_until_reached(family.model, batch, [family.tower.encoder.layers[0].register_forward_pre_hook(stop)])
+    return seen[0]
+
+
+def _through_tower(
+    family: Family,
+    state: RowState,
+    members: Sequence[Unit],
+    hidden_BTD: Tensor,
+    whole: Sequence[Kept],
+    points: Sequence[Point],
+    apply: Apply,
+) -> list[Kept]:
+    """Return a row's images of one grid behind the tower: its layers are called one by one, and points act between.
+
+    Which hidden states the projector takes follows from the config: those of `vision_feature_layer`, else the last one
+    after the tower's final norm.
+
+    Args:
+        family: Adapter of the plain model.
+        state: The row.
+        members: Its images.
+        hidden_BTD: What enters the tower's first layer of them.
+        whole: All their patches.
+        points: The points in the tower.
+        apply: Calls a method.
+    """
+    left, front = list(whole), hidden_BTD.shape[1] - len(members[0].columns)
+    encoder = family.tower.encoder
+    hidden_states, keys_BTD = [hidden_BTD], None
+    for number, layer in enumerate(encoder.layers):
+        for point in points:
+            if point.tower_layer == number:
+                keys_BND = None
+                if keys_BTD is not None and "tower_keys" in point.spec.needs:
+                    heads = layer.self_attn.num_heads
+                    keys_BND = keys_BTD[:, front:].unflatten(2, (heads, -1)).mean(2)
+                left = [replace(one, hidden_BMD=hidden_BTD[n : n + 1, front:]) for n, one in enumerate(left)]
+                grid = left[0].grid
+                assert grid is not None
+                left = _one_point(state, members, point, left, grid, apply, keys_BND)
+                hidden_BTD = torch.cat([hidden_BTD[:, :front], torch.cat([one.hidden_BMD for one in left])], 1)
+        mask = None
+        if left[0].size_bias:
+            sizes_BM = torch.cat([one.sizes_BM for one in left])
+            sizes_BT = torch.cat([torch.ones(len(hidden_BTD), front, dtype=torch.long), sizes_BM], 1)
+            mask = sizes_BT.float().log()[:, None, None, :]
+        seen: list[Tensor] = []
+        handle = layer.self_attn.k_proj.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
+        try:
+            hidden_BTD = layer(hidden_BTD, mask)
+        finally:
+            handle.remove()
+        keys_BTD = seen[0].detach()
+        hidden_states.append(hidden_BTD)
+    config: Any = family.model.config
+    wanted = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    if wanted is None:
+        tower = family.model.model.vision_tower
+        features = [getattr(tower, "vision_model", tower).post_layernorm(hidden_states[-1])]
+    else:
+        features = [hidden_states[layer] for layer in (wanted if isinstance(wanted, list | tuple) else [wanted])]
+    features_BMD = torch.cat(features, -1)[:, front:]
+    return [replace(one, hidden_BMD=features_BMD[n : n + 1]) for n, one in enumerate(left)]
 
 
 def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
@@ -451,14 +532,19 @@ def _factor(states: Sequence[RowState], projected_LD: Tensor) -> float:
     return factor
 
 
-def _kept(
-    state: RowState, members: Sequence[Unit], visual_BND: Tensor, points: Sequence[Point], apply: Apply
-) -> list[tuple[Unit, Kept]]:
-    """Return the tokens left of a row's units of one grid, unit by unit; positions and sources count in the unit."""
+def _whole(members: Sequence[Unit], visual_BND: Tensor) -> list[Kept]:
+    """Return all tokens of a row's units of one grid, unit by unit; positions and sources count in the unit."""
     images, tokens = len(members), len(members[0].columns)
     place_BN = torch.arange(tokens).expand(images, -1)
     kept = Kept(visual_BND, place_BN.unsqueeze(0), torch.ones_like(place_BN), place_BN, members[0].grid)
-    left = [one_of(kept, image) for image in range(images)]
+    return [one_of(kept, image) for image in range(images)]
+
+
+def _kept(
+    state: RowState, members: Sequence[Unit], whole: Sequence[Kept], points: Sequence[Point], apply: Apply
+) -> list[tuple[Unit, Kept]]:
+    """Return the tokens that points leave of a row's units of one grid, unit by unit."""
+    images, left = len(members), list(whole)
     for point in points:
         # Units that an adaptive method left unequal are no longer one grid's.
         for grid in dict.fromkeys(one.grid for one in left):
@@ -471,7 +557,13 @@ def _kept(
 
 
 def _one_point(
-    state: RowState, members: Sequence[Unit], point: Point, before: Sequence[Kept], grid: Grid, apply: Apply
+    state: RowState,
+    members: Sequence[Unit],
+    point: Point,
+    before: Sequence[Kept],
+    grid: Grid,
+    apply: Apply,
+    keys_BND: Tensor | None = None,
 ) -> list[Kept]:
     """Return what one point leaves of some units of a grid, unit by unit, of what the points before it left."""
     images = len(members)
@@ -481,6 +573,7 @@ def _one_point(
         sizes_BN=torch.cat([one.sizes_BM for one in before]),
         rows_B=torch.zeros(images, dtype=torch.long),
         sample_indices=(state.number,) * images,
+        tower_keys_BND=keys_BND,
     )
     context = _with_cls(context, point, state, torch.tensor([unit.columns for unit in members]))
     kept = apply(point, torch.cat([one.hidden_BMD for one in before]), grid, context)
@@ -554,10 +647,10 @@ class Reference:
         with watched(self.family, any("cls" in point.spec.needs for point in points)) as (maps, keys):
             states = take_rows(self.family, batch, units)
         states = with_cls(states, maps, keys)
-        before = [point for point in points if point.at_projector]
+        before = [point for point in points if point.before_decoder]
         if before:
             states = before_projector(self.family, batch, states, before, self._at_projector)
-        inside = [point for point in points if not point.at_projector]
+        inside = [point for point in points if not point.before_decoder]
         done = [self._through(state, inside) for state in states]
         return [(state, self._logits(state.hidden_ND)) for state in done]
 

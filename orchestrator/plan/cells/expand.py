@@ -344,7 +344,7 @@ def _dump(spec: Spec) -> dict[str, Any]:
 
 def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
     try:
-        sizes = (None, None) if facts is None else (facts.num_layers, facts.visual_grid)
+        sizes = (None, None) if facts is None else (facts.num_layers, facts.visual_grid, facts.vision_depth)
         resolved = identity_fields.resolve_points(points, *sizes)
     except ValueError as error:
         raise UsageError(f"compressors.{name}: {error}") from error

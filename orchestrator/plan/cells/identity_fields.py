@@ -148,10 +148,13 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
         return {**reached(data), "content": None}, notice
 
 
-def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None) -> tuple[Any, ...]:
-    """Return the points as mappings for `attach`: `layer` a number, `layer_average_tokens` solved for `keep_tokens`.
+def resolve_points(
+    points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None, tower_layers: int | None = None
+) -> tuple[Any, ...]:
+    """Return the points as mappings for `attach`: `layer` without shares, `layer_average_tokens` solved for
+    `keep_tokens`.
 
-    Without model facts both stay as written.
+    Without model facts both stay as written; without `tower_layers`, a share of the vision tower's depth.
 
     Raises:
         ValueError: no number of tokens gives the wanted mean.
@@ -159,8 +162,8 @@ def resolve_points(points: Sequence[CompressorSpec], num_layers: int | None, gri
     resolved: list[dict[str, Any]] = []
     for point in points:
         fields = point.model_dump(mode="json")
-        if num_layers is not None and point.layer != "projector":
-            fields["layer"] = point.layer_index(num_layers)
+        if num_layers is not None and (point.place != "tower" or tower_layers is not None):
+            fields["layer"] = point.resolved_layer(num_layers, tower_layers or 0)
         if point.layer_average_tokens is not None and num_layers is not None:
             if grid is None:
                 raise ValueError("layer_average_tokens needs images of one size; give keep_ratio or stride instead")

@@ -162,39 +162,40 @@ def check_tested_variants(
     if facts is None or any(phase.start_from is not None for phase in used):
         return
     names = [name for phase in used for name in used_variants(phase, schedules)]
-    known = {module for name in names for module in _modules(variants.get(name, ()), facts.num_layers)}
+    known = {module for name in names for module in _modules(variants.get(name, ()), facts)}
     for key, evaluation in evaluate.items():
         for index, name in enumerate(evaluation.under):
-            if not known.issuperset(_modules(variants.get(name, ()), facts.num_layers)):
+            if not known.issuperset(_modules(variants.get(name, ()), facts)):
                 message = f"`{name}` learns, but no phase uses it: there is nothing to test"
                 yield Finding(("evaluate", key, "under", index), message, "variants that the schedules use")
 
 
-def _modules(points: Any, num_layers: int) -> set[str]:
-    return {name for point in points if (name := point.module_name(num_layers)) is not None}
+def _modules(points: Any, facts: ModelFacts) -> set[str]:
+    names = (point.module_name(facts.num_layers, facts.vision_depth) for point in points)
+    return {name for name in names if name is not None}
 
 
 _NEEDS = {
     "cls": "a CLS token that attends to the tokens of an image, which {model} does not have",
     "pixels": "a vision tower that takes images of another size, which {model} does not have",
 }
-_PROJECTOR = -1
 
 
 def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
     """Check that points are in order of depth, at layers the model has, with what they need and possible amounts."""
     grid: Grid | None = facts.visual_grid if facts is not None else None
-    last = _PROJECTOR
+    last, place = (-1, -1), ""
     for index, point in enumerate(points):
         where: Path = (*path, index)
         yield from _check_place(point, where, facts)
-        layer = _layer(point, facts)
-        if layer is not None:
-            if layer < last or layer == last != _PROJECTOR:
-                place = "the projector" if layer == _PROJECTOR else f"layer {layer}"
-                message = f"acts at {place}, not after the point before it at layer {last}"
-                yield Finding((*where, "layer"), message, f"more than {last}", "order the points by depth")
-            last = max(last, layer)
+        depth = _depth(point, facts)
+        if depth is not None:
+            if depth < last or (depth == last and point.place != "projector"):
+                message = f"acts at {_place(point, depth)}, not after the point before it at {place}"
+                allowed = f"more than {last[1]}" if place.startswith("layer") else f"behind {place}"
+                yield Finding((*where, "layer"), message, allowed, "order the points by depth")
+            if depth >= last:
+                last, place = depth, _place(point, depth)
         if point.across_frames:
             message = f"{point.kind} acts across the frames of a video, and no kind of data reads videos"
             yield Finding((*where, "kind"), message, None, "from Python, orchestrator.compression.attach takes it")
@@ -209,6 +210,9 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
         if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
             message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
             yield Finding((*where, "kind"), message)
+        if point.place == "tower" and {"cls", "pixels"} & {need for one in points for need in one.needs}:
+            message = f"{point.kind} acts inside the vision tower, which another point needs to see the whole image"
+            yield Finding((*where, "layer"), message, "the projector or a decoder layer")
         if point.layer_average_tokens is not None and len(points) > 1:
             message = "is for a variant of one point; give the other amounts instead"
             yield Finding((*where, "layer_average_tokens"), message)
@@ -220,22 +224,24 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
 
 
 def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    place = "projector" if point.layer == "projector" else "decoder"
     looks = sorted({"queries", "keys"} & set(point.needs))
-    if place not in point.points:
-        allowed = "a decoder layer" if "decoder" in point.points else "projector"
-        yield Finding((*where, "layer"), f"{point.kind} does not act at the {place}", allowed)
-    elif looks and (place == "projector" or point.layer == 0):
+    if point.place not in point.points:
+        places = {"decoder": "a decoder layer", "projector": "projector", "tower": "tower:N"}
+        allowed = " or ".join(text for place, text in places.items() if place in point.points)
+        yield Finding((*where, "layer"), f"{point.kind} does not act at the {_NAMES[point.place]}", allowed)
+    elif looks and (point.place == "projector" or point.layer == 0):
         message = f"{point.kind} looks at the {' and '.join(looks)} of the layer before it, and there is none"
         yield Finding((*where, "layer"), message, "a decoder layer from 1 on")
+    elif point.place == "tower":
+        yield from _check_tower(point, where, facts)
     if facts is None:
         return
     first, layer = facts.first_layer, point.layer_index(facts.num_layers)
     deep = f"{facts.model_type} adds visual features up to layer {first - 1} (DeepStack)"
-    if place == "decoder" and "decoder" in point.points and layer >= facts.num_layers:
+    if point.place == "decoder" and "decoder" in point.points and layer >= facts.num_layers:
         message = f"the model has {facts.num_layers} decoder layers, 0 to {facts.num_layers - 1}"
         yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
-    elif layer < first and (place == "projector" or "decoder" in point.points):
+    elif layer < first and (point.place == "projector" or "decoder" in point.points):
         yield Finding((*where, "layer"), deep, f"a decoder layer from {first} on")
     if first and adds_tokens(point):
         message = f"{point.kind} adds tokens at the decoder's input, but {deep}, which must find the tokens it knows"
@@ -246,12 +252,44 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
             yield Finding((*where, "kind"), f"{point.kind} needs {reason}")
 
 
-def _layer(point: CompressorSpec, facts: ModelFacts | None) -> int | None:
-    if point.layer == "projector":
-        return _PROJECTOR
-    if isinstance(point.layer, int):
-        return point.layer
-    return point.layer_index(facts.num_layers) if facts is not None else None
+_NAMES = {"tower": "vision tower", "projector": "projector", "decoder": "decoder"}
+
+
+def _check_tower(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
+    """Check a point inside the vision tower against the tower's layers, as far as these are known."""
+    layer = point.tower_index(facts.vision_depth if facts is not None else 0)
+    knows_layer = facts is not None or not str(point.layer).endswith("%")
+    if layer == 0 and knows_layer and "tower_keys" in point.needs:
+        message = f"{point.kind} looks at the keys of the tower layer before it, and there is none"
+        yield Finding((*where, "layer"), message, "tower:1 or more")
+    if point.adaptive:
+        message = (
+            f"{point.kind} leaves another number of tokens of each image, which run through the tower in one batch"
+        )
+        yield Finding((*where, "layer"), message, "the projector or a decoder layer")
+    if facts is None or layer is None:
+        return
+    if not facts.tower_points:
+        message = f"no compressor acts inside the vision tower of this {facts.model_type}: {facts.tower_refusal}"
+        yield Finding((*where, "layer"), message, "the projector or a decoder layer")
+    elif layer >= facts.tower_points:
+        message = (
+            f"{point.layer} is layer {layer} of {facts.vision_depth} of the vision tower, and the model takes what "
+            f"layer {facts.tower_points - 1} gives"
+        )
+        yield Finding((*where, "layer"), message, f"tower:0 to tower:{facts.tower_points - 1}")
+
+
+def _depth(point: CompressorSpec, facts: ModelFacts | None) -> tuple[int, int] | None:
+    """Return what a point's place is sorted by; None where a share's layer is not known."""
+    if facts is not None:
+        return point.sort_key(facts.num_layers, facts.vision_depth)
+    return None if str(point.layer).endswith("%") else point.sort_key(0, 0)
+
+
+def _place(point: CompressorSpec, depth: tuple[int, int]) -> str:
+    names = {"tower": f"tower layer {depth[1]}", "projector": "the projector", "decoder": f"layer {depth[1]}"}
+    return names[point.place]
 
 
 def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -> tuple[Finding | None, Grid | None]:

@@ -16,6 +16,12 @@ settings = dict(
         {{"kind": "q_former", "layer": 2, "keep_tokens": 2, "heads": 2, "depth": 1}},
     ],
     registers=[{{"kind": "registers", "layer": 2, "keep_tokens": 2}}],
+    tower=[{{"kind": "laco", "layer": "tower:1", "stride": 9}}],
+    tower_projector_and_decoder=[
+        {{"kind": "c_abstractor", "layer": "tower:1", "keep_tokens": 6, "depth": 1}},
+        {{"kind": "c_abstractor", "layer": "projector", "keep_tokens": 4, "depth": 1}},
+        {{"kind": "q_former", "layer": 2, "keep_tokens": 2, "heads": 2, "depth": 1}},
+    ],
 )
 results = {{}}
 for name, points in settings.items():

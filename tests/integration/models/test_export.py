@@ -53,7 +53,7 @@ data:
     {kind: llava_json, data_path: mine.json, image_folder: ., conversation_template: vicuna_v1, image_aspect_ratio: pad,
      on_bad_row: drop, max_bad_share: 0.5}
 compressors:
-  learned: {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}
+  learned: [{kind: laco, layer: tower:0%, stride: 4}, {kind: q_former, layer: 1, keep_tokens: 8, heads: 2}]
   wide: {kind: average_pool, layer: 2, stride: 4}
   first: {kind: first_tokens, layer: 1, keep_tokens: 8}
   clusters: {kind: divt, layer: 1, keep_ratio: 1/2}

@@ -93,20 +93,21 @@ BUILT_IN = (
     {"kind": "q_former", "layer": 1, "keep_tokens": 8, "heads": 2},
     {"kind": "divt", "layer": "projector", "keep_ratio": "1/2", "heads": 2},
     {"kind": "token_grouping", "layer": "projector", "keep_tokens": 8},
+    {"kind": "laco", "layer": "tower:0", "stride": 4},
 )
 
 
 @pytest.mark.parametrize(("zero", "world_size"), [pytest.param("zero2", 1, marks=pytest.mark.slow), ("zero3", 2)])
 def test_built_in_methods_take_turns(made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int) -> None:
     table = [Action(step, step + 1, point["kind"], (point,)) for step, point in enumerate(BUILT_IN, start=1)]
-    actions = (Action(0, 1, "full"), *table, Action(7, 8, "full"))
-    cuts = {"cut": (1, 2, 3, 4, 6, 8), "whole": (8,)}
+    actions = (Action(0, 1, "full"), *table, Action(8, 9, "full"))
+    cuts = {"cut": (1, 2, 3, 4, 6, 7, 9), "whole": (9,)}
     recipe = {"deepspeed": zero, "group_by_modality_length": False}  # no batch without an image
     runs = {name: chain(made, actions, steps, recipe=recipe) for name, steps in cuts.items()}
     found = launch(world_size, every_way, tmp_path, runs)
-    assert found["cut"]["state8"] == found["whole"]["state8"]
-    tensors, metadata = moments(tmp_path / "whole", "state8")
-    assert sorted(json.loads(metadata["steps"]).values()) == [1] * 6
+    assert found["cut"]["state9"] == found["whole"]["state9"]
+    tensors, metadata = moments(tmp_path / "whole", "state9")
+    assert sorted(json.loads(metadata["steps"]).values()) == [1] * 7
     for name in json.loads(metadata["steps"]):
         means = [tensor for key, tensor in tensors.items() if key.startswith(f"exp_avg.{name}.")]
         assert any(bool(tensor.any()) for tensor in means)

@@ -66,6 +66,7 @@ FROZEN = {
             "row_keys_RND",
             "cls_attention_BN",
             "cls_keys_BND",
+            "tower_keys_BND",
         ],
     ),
     "Kept": (
@@ -113,10 +114,14 @@ def test_what_a_compressor_spec_has():
         "module_shape",
         "nearest_amount",
         "needs",
+        "place",
         "points",
+        "resolved_layer",
+        "sort_key",
         "stride",
         "takes_amount",
         "tokens_before",
+        "tower_index",
     ]
 
 

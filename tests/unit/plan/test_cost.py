@@ -122,6 +122,61 @@ def test_frozen_parts_before_the_first_trained_one_cost_their_forward_alone() ->
     assert vision == pytest.approx(expected)
 
 
+TOWER = dataclasses.replace(FACTS, vision_depth=24, tower_points=23)
+POOLED = [{"kind": "average_pool_2d", "layer": "tower:25%", "keep_tokens": 144}]
+LACO = [{"kind": "laco", "layer": "tower:25%", "stride": 4}]
+
+
+def tower_layer(n: int) -> int:
+    """Operations of one layer of CLIP-L over n tokens: q, k, v, o; the MLP's two maps; scores and weighted sum."""
+    return 4 * 2 * n * 1024 * 1024 + 2 * 2 * n * 1024 * 4096 + 2 * 2 * n * n * 1024
+
+
+def test_points_in_the_tower_by_hand() -> None:
+    """LaCo at a quarter of CLIP-L's depth: 6 layers of 577 tokens, 17 of 145, 144 features for the projector."""
+    vision = (6 * tower_layer(577) + 17 * tower_layer(145)) / 1e12
+    assert f"{vision:.4f}" == "0.1588" and f"{23 * tower_layer(577) / 1e12:.4f}" == "0.3653"
+    assert cost.tower_tokens_by_layer(TOWER, LACO) == [577] * 6 + [145] * 17
+    for points, learned in ((POOLED, 0), (LACO, 144 * 2 * (4 * 1024 * 1024 + 1024 * 1024) / 1e12)):
+        full, parts = (cost.forward_tflops(TOWER, some, Sample(64, 64)) for some in ((), points))
+        assert parts["vision_tower"] == pytest.approx(vision)
+        assert parts["projector"] == pytest.approx(full["projector"] / 4)
+        assert parts["compressor"] == pytest.approx(learned)
+        at_zero = [{"kind": "average_pool", "layer": 0, "stride": 4}]
+        assert parts["decoder"] == cost.forward_tflops(TOWER, at_zero, Sample(64, 64))["decoder"]
+        assert cost.visual_tokens_by_layer(Grid(24, 24), points, 32) == [144] * 32
+    two = [*POOLED, {"kind": "average_pool", "layer": "projector", "stride": 2}]
+    assert cost.forward_tflops(TOWER, two, Sample(64, 64))["projector"] == pytest.approx(full["projector"] / 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_module_in_the_tower_pass_the_frozen_layers_behind_it(checkpointing: bool) -> None:
+    sample, again = Sample(64, 64), int(checkpointing)
+    forward = cost.forward_tflops(TOWER, LACO, sample)
+    before, after = 6 * tower_layer(577) / 1e12, 17 * tower_layer(145) / 1e12
+
+    def total(*train: str) -> float:
+        recipe = {"train": train, "gradient_checkpointing": checkpointing}
+        return cost.train_tflops_per_sample(TOWER, LACO, sample, recipe)
+
+    decoder, head = forward["decoder"], forward["lm_head"]
+    alone = before + (2 + again) * after + 3 * forward["compressor"] + 2 * forward["projector"]
+    assert total("compressor") == pytest.approx(alone + (2 + again) * decoder + 2 * head)
+    tuned = before + (2 + again) * after + 3 * forward["compressor"] + 3 * forward["projector"]
+    assert total("compressor", "projector", "language_model") == pytest.approx(tuned + (3 + again) * decoder + 3 * head)
+    everything = (3 + again) * forward["vision_tower"] + 3 * (forward["compressor"] + forward["projector"])
+    found = total("vision_tower", "compressor", "projector", "language_model")
+    assert found == pytest.approx(everything + (3 + again) * decoder + 3 * head)
+    idle = forward["vision_tower"] + forward["compressor"] + 3 * forward["projector"]
+    assert total("projector", "language_model") == pytest.approx(idle + (3 + again) * decoder + 3 * head)
+
+
+@pytest.mark.parametrize("layer", ["tower:23", "tower:99%"])
+def test_a_point_beyond_the_used_layers_of_the_tower_has_no_cost(layer: str) -> None:
+    with pytest.raises(ValueError, match="cannot act at tower:"):
+        cost.forward_tflops(TOWER, [{"kind": "average_pool", "layer": layer, "stride": 4}], Sample(64, 64))
+
+
 def test_lora_counts_the_base_as_frozen_and_the_adapters_as_trained() -> None:
     sample = Sample(64, 32)
     forward = cost.forward_tflops(FACTS, [], sample)

@@ -51,7 +51,7 @@ def test_a_pruned_pass_is_the_releases(positions):
     row = torch.cat([embeds[:, :3], module.tokens[None], visual, embeds[:, 12:]], 1)
     ids = torch.arange(row.shape[1])
     if positions == "shift":
-        ids = torch.cat([torch.arange(7), 7 + index, torch.arange(16, 23)])
+        ids = torch.cat([torch.arange(3), 3 + index[0] + torch.arange(4), 7 + index, torch.arange(16, 23)])
     logits = wanted.lm_head(
         wanted.model.language_model(
             inputs_embeds=row, position_ids=ids[None], attention_mask=torch.ones(1, row.shape[1])

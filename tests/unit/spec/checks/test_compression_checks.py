@@ -57,6 +57,70 @@ def test_a_projector_point_is_valid_whether_or_not_the_model_is_known(points: st
     load_experiment(path)
 
 
+@pytest.mark.parametrize(
+    ("points", "key", "message"),
+    [
+        ("{kind: average_pool, layer: tower:3, stride: 2}", "layer", "the model takes what layer 2 gives"),
+        ("{kind: average_pool, layer: tower:99%, stride: 2}", "layer", "tower:99% is layer 3 of 4"),
+        ("{kind: tome, layer: 'tower:0', stride: 2}", "layer", "keys of the tower layer before it"),
+        ("{kind: divprune, layer: 'tower:1', stride: 2}", "layer", "divprune does not act at the vision tower"),
+        (
+            f"[{PROJECTED}, {{kind: tome, layer: 'tower:1', stride: 2}}]",
+            "1.layer",
+            "not after the point before it at the p",
+        ),
+        (
+            "[{kind: tome, layer: 'tower:2', stride: 2}, {kind: stride, layer: 'tower:2', stride: 2}]",
+            "1.layer",
+            "tower layer 2, not",
+        ),
+        (
+            "[{kind: tome, layer: 'tower:1', stride: 2}, {kind: visionzip, layer: 2, keep_tokens: 8}]",
+            "0.layer",
+            "whole image",
+        ),
+        ("{kind: laco, layer: 'tower:1', stride: 9}", "stride", "windows of 3 x 3 (stride 9) do not fill 8 x 8 tokens"),
+        ("{kind: laco, layer: 'tower:1', stride: 2}", "", "give stride, a square number"),
+        ("{kind: average_pool, layer: 'tower:x', stride: 2}", "layer", "tower:12"),
+        ("{kind: average_pool, layer: 'tower:100%', stride: 2}", "layer", "less than 100%"),
+    ],
+)
+def test_points_in_the_vision_tower_that_do_not_fit(
+    points: str, key: str, message: str, small: str, write: Write
+) -> None:
+    path = write(with_variant(small, points))
+    config = path.parent / "tiny" / "config.json"
+    values = json.loads(config.read_text())
+    values["vision_config"]["num_hidden_layers"] = 4
+    config.write_text(json.dumps(values))
+    (error,) = errors_of(path)
+    assert error.path == f"compressors.v.{key}".rstrip(".")
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "internvl"}, "this internvl: between it and the decoder the model merges"),
+        ({"model_type": "gemma3"}, "this gemma3"),
+        ({"vision_feature_select_strategy": "full"}, "not its patches one to one"),
+        (
+            {"vision_config": {"model_type": "pixtral", "image_size": 32, "patch_size": 4}},
+            "it is a pixtral, not one of",
+        ),
+    ],
+)
+def test_models_without_points_in_the_tower_say_why(
+    changes: dict[str, object], message: str, small: str, write: Write
+) -> None:
+    path = write(with_variant(small, "{kind: average_pool, layer: 'tower:0', stride: 2}"))
+    load_experiment(path)
+    config = path.parent / "tiny" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    errors = [error for error in errors_of(path) if error.path == "compressors.v.layer"]
+    assert message in errors[0].message and "no compressor acts inside the vision tower" in errors[0].message
+
+
 def test_deepstack_forbids_a_method_that_adds_tokens(small: str, write: Write) -> None:
     path = write(
         with_variant(small, "{kind: registers, layer: 3, keep_tokens: 4}").replace(
