@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.plan import cost
 from orchestrator.plan.cells.cell import Cell, PhasePlan
 from orchestrator.plan.cells.sample_lengths import ROWS_READ, Samples
-from orchestrator.plan.cost import Sample, unpriced, with_text
+from orchestrator.plan.cost import MeasuredRows, Sample, unpriced, with_text
 from orchestrator.plan.identity import canonical_json
 from orchestrator.plan.jobs import Action
 from orchestrator.spec.model_facts import ModelFacts
@@ -48,13 +48,26 @@ class Costs:
         key = (id(cell.facts), id(plan.table), id(plan.recipe), sample, first, last)
         if key not in self._prices:
             self._alive.append(plan)  # so that an id stays its own
-            self._prices[key] = self._price(cell, plan, sample, first, last)
+            try:
+                self._prices[key] = self._price(cell, plan, sample, first, last)
+            except ValueError as error:
+                if sample.rows is None:
+                    raise
+                # Of images of several sizes some are too small for the amount.
+                text = f"costs of {plan.name} are not known: {error}; training stops at the first such image"
+                self.notices[text] = None
+                self._prices[key] = dict(_NO_COST)
         return dict(self._prices[key])
 
     def at_most(self, plan: PhasePlan, first: int = 0, last: int | None = None) -> bool:
         """Return whether the costs of a phase's steps are bounds (see `cost.at_most`)."""
         steps = self._steps(plan, first, plan.total_steps if last is None else last)
         return cost.at_most(action for _, action in steps.values())
+
+    def rows(self, cell: Cell) -> MeasuredRows | None:
+        """Return the measured rows of a cell's last phase, where its images vary in size."""
+        sample = self.sample(cell, cell.phases[-1]) if cell.facts is not None and cell.phases else None
+        return None if sample is None else sample.rows
 
     def _price(self, cell: Cell, plan: PhasePlan, sample: Sample, first: int, last: int) -> dict[str, float | None]:
         assert cell.facts is not None

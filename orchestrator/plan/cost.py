@@ -79,7 +79,7 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.plan.jobs import Action
-from orchestrator.spec.budgets import tokens_by_layer
+from orchestrator.spec.budgets import Images, mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.model_facts import ModelFacts
@@ -121,6 +121,11 @@ class MeasuredRows:
                 found[image] = found.get(image, 0.0) + row.share
         total = sum(found.values())
         return tuple((share / total, image) for image, share in found.items())
+
+    @property
+    def units(self) -> Images:
+        """The units of images, each kind with its share."""
+        return [(share, image.grids) for share, image in self.images]
 
     @property
     def image_tokens(self) -> float:
@@ -433,12 +438,7 @@ def image_layer_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], r
 
 @lru_cache(maxsize=512)
 def _mean_layer_tokens(num_layers: int, specs: tuple[CompressorSpec, ...], rows: MeasuredRows) -> float:
-    known: dict[Grid, int] = {}
-    for _, image in rows.images:
-        for grid in image.grids:
-            if grid not in known:
-                known[grid] = sum(tokens_by_layer(specs, num_layers, grid))
-    return sum(share * sum(known[grid] for grid in image.grids) for share, image in rows.images)
+    return num_layers * mean_layer_average(specs, num_layers, rows.units)
 
 
 def _passes(recipe: Mapping[str, Any]) -> dict[str, int]:

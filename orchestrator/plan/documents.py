@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell, PhasePlan, distinct_cells, tested_differently
 from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cells.start_from import start_text
-from orchestrator.plan.cost import compression_ratio, parameter_count
+from orchestrator.plan.cost import MeasuredRows, compression_ratio, parameter_count
 from orchestrator.plan.experiment_plan import ExperimentPlan, collector_paused
 from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
@@ -20,7 +20,7 @@ from orchestrator.plan.reasons import Reasons
 from orchestrator.plan.status import TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
-from orchestrator.spec.budgets import tokens_by_layer
+from orchestrator.spec.budgets import mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, adapts
 from orchestrator.spec.controls import AXIS, compressing_variants
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -28,12 +28,19 @@ from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.model_facts import ModelFacts
 
 
-def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def variant_documents(
+    cells: Sequence[Cell], rows_of: Callable[[Cell], MeasuredRows | None] = lambda cell: None
+) -> list[dict[str, Any]]:
     """Return one entry for each distinct variant the cells use.
+
+    Args:
+        cells: The cells.
+        rows_of: Measured rows of a cell's data, where images vary in size.
 
     Returns:
         `name`, `control` (the method of a control arm, or None), `points` (`kind`, `layer`, `kept_tokens`),
-        `layer_average_tokens` and `compression_ratio`; figures are of one image, None where its tokens vary. With
+        `layer_average_tokens` and `compression_ratio`; figures are of one image. Where its tokens vary `kept_tokens` is
+        None, and the other two are means over the measured images, None where none were measured. With
         `at_most` they are bounds: how many tokens a method leaves depends on the image.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -47,16 +54,21 @@ def variant_documents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             if key in seen:
                 continue
             seen.add(key)
-            entry = _entry(name, points, cell.facts, cell.axes.get(AXIS))
+            rows = rows_of(cell) if cell.facts is not None and cell.facts.visual_grid is None else None
+            entry = _entry(name, points, cell.facts, cell.axes.get(AXIS), rows)
             found.setdefault(repr(sorted(entry.items(), key=lambda item: item[0])), entry)
     return list(found.values())
 
 
-def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None, control: Any) -> dict[str, Any]:
+def _entry(
+    name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None, control: Any, rows: MeasuredRows | None
+) -> dict[str, Any]:
     grid = facts.visual_grid if facts is not None else None
     if facts is None or grid is None:
         shown = [{"kind": point.kind, "layer": point.layer, "kept_tokens": None} for point in points]
         figures: dict[str, Any] = {"layer_average_tokens": None, "compression_ratio": None}
+        if facts is not None and rows is not None and rows.images:
+            figures |= _mean_figures(points, facts, rows)
     else:
         resolved = resolve_points(points, facts.num_layers, grid, facts.vision_depth)
         solved = [type(point).model_validate(fields) for point, fields in zip(points, resolved, strict=True)]
@@ -71,6 +83,17 @@ def _entry(name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None
             layer = point.resolved_layer(facts.num_layers, facts.vision_depth)
             shown.append({"kind": point.kind, "layer": layer, "kept_tokens": left.tokens})
     return {"name": name, "control": control, "points": shown, **figures, **_bound(adapts(points))}
+
+
+def _mean_figures(points: Sequence[CompressorSpec], facts: ModelFacts, rows: MeasuredRows) -> dict[str, float]:
+    """Return a variant's figures over measured images; none where some are too small for its amount."""
+    try:
+        resolved = resolve_points(points, facts.num_layers, None, facts.vision_depth, rows.units)
+        solved = [type(point).model_validate(fields) for point, fields in zip(points, resolved, strict=True)]
+        average = mean_layer_average(solved, facts.num_layers, rows.units)
+    except ValueError:
+        return {}
+    return {"layer_average_tokens": average, "compression_ratio": rows.image_tokens / average}
 
 
 def _bound(is_bound: bool) -> dict[str, bool]:
@@ -121,7 +144,7 @@ def plan_document(
         alone[cell.id] = _sum([price["train_tflops"], *(costs.cell(each)["train_tflops"] for each in cell.origins())])
         price |= _bound(any(map(costs.at_most, cell.phases)))
         shown.append(_cell(cell, price, status, reasons))
-    variants = variant_documents(cells)
+    variants = variant_documents(cells, costs.rows)
     bounds = [
         f"{one['name']}: how many tokens it leaves depends on the image; its costs count the most, and "
         "train/visual_tokens is what ran"

@@ -8,6 +8,10 @@ from fractions import Fraction
 from orchestrator.spec.components import CompressorSpec, Grid
 
 TOLERANCE = Fraction(1, 50)
+SHARES = 1000
+
+Images = Sequence[tuple[float, Sequence[Grid]]]
+"""Images of several sizes: the share of each kind, and the units it becomes."""
 
 
 def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> list[int]:
@@ -73,3 +77,58 @@ def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> C
             f"{float(reached):.1f}, with keep_tokens {keep}"
         )
     return solved
+
+
+def mean_layer_average(points: Sequence[CompressorSpec], num_layers: int, images: Images) -> float:
+    """Return the visual tokens of an image, mean over decoder layers and images."""
+    known: dict[Grid, int] = {}
+    total = 0.0
+    for share, units in images:
+        for grid in units:
+            if grid not in known:
+                known[grid] = sum(tokens_by_layer(points, num_layers, grid))
+            total += share * known[grid]
+    return total / num_layers
+
+
+def solve_mean_layer_average(point: CompressorSpec, num_layers: int, images: Images) -> CompressorSpec:
+    """Return the point with `keep_ratio` (in thousandths) in place of `layer_average_tokens`, the mean over images of
+    several sizes; with `keep_tokens` for a method that takes no share.
+
+    Raises:
+        ValueError: no amount comes within 2 %.
+    """
+    average = point.layer_average_tokens
+    assert average is not None
+
+    def with_amount(name: str, value: int | str) -> CompressorSpec:
+        fields = point.model_dump(mode="json") | {"layer_average_tokens": None, name: value}
+        return type(point).model_validate(fields)
+
+    def keeping(number: int) -> CompressorSpec:
+        return with_amount("keep_ratio", str(Fraction(number, SHARES)))
+
+    most = SHARES
+    try:
+        keeping(most)
+    except ValueError:  # it takes tokens alone, and leaves no more than the smallest unit has
+        most = min(grid.tokens for _, units in images for grid in units)
+
+        def keeping(number: int) -> CompressorSpec:
+            return with_amount("keep_tokens", number)
+
+    def reached(number: int) -> float:
+        return mean_layer_average([keeping(number)], num_layers, images)
+
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reached(middle) < average else (low, middle)
+    number = min((low, high), key=lambda each: abs(reached(each) - average))
+    if abs(reached(number) - average) > TOLERANCE * average:
+        raise ValueError(
+            f"layer_average_tokens {average} cannot be reached at layer {point.layer_index(num_layers)} of "
+            f"{num_layers} within 2 %: over the measured images the mean lies between {reached(1):.1f} and "
+            f"{reached(most):.1f}, and the nearest is {reached(number):.1f}"
+        )
+    return keeping(number)

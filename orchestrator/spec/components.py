@@ -291,7 +291,9 @@ class CompressorSpec(Component):
     keep_ratio: Share | None = Field(default=None, examples=["1/4"])
     """Amount as the share of visual tokens kept: 1/4, 25% or 0.25."""
     layer_average_tokens: Count | None = Field(default=None, examples=[128])
-    """Amount as the mean number of visual tokens over all decoder layers; the planner solves it for `keep_tokens`."""
+    """Amount as the mean number of visual tokens over all decoder layers; the planner solves it for `keep_tokens`, or
+    for `keep_ratio` over the data's images where these vary in size.
+    """
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:

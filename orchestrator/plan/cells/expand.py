@@ -19,7 +19,7 @@ from orchestrator.plan.cells.compiled_schedule import (
 )
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
-from orchestrator.plan.cost import stage_train_tflops, unpriced
+from orchestrator.plan.cost import MeasuredRows, stage_train_tflops, unpriced
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.spec.base import Spec
@@ -292,14 +292,34 @@ class _Resolver:
         points = spec.compressors[name]
         if changes is not None:
             points = derive(points, changes)
-        near = (*map(id, points), id(facts))
+        images: MeasuredRows | str = ""
+        if facts is not None and facts.visual_grid is None and any(point.layer_average_tokens for point in points):
+            images = self._images(spec)
+        near = (*map(id, points), id(facts), id(images) if images else "")
         if near not in self._made:
-            far = (*((type(point), point.model_dump_json()) for point in points), id(facts))
+            far = (*((type(point), point.model_dump_json()) for point in points), *near[-2:])
             if far not in self._made:
-                self._made[far] = _variant_of(name, points, facts)
+                self._made[far] = _variant_of(name, points, facts, images)
             self._made[near] = self._made[far]
-            self._alive.append(points)
+            self._alive.append((points, images))
         return self._made[near]
+
+    def _images(self, spec: ExperimentSpec) -> MeasuredRows | str:
+        """Return the measured rows of the phase that is compared, `finetune` where there is one; else why there are
+        none.
+        """
+        name, recipe = next(reversed(spec.phases.by_name.items()), (None, None))
+        if name is None or recipe is None:
+            return "there is no phase"
+        key = ("images", id(spec.phases), id(spec.data), id(spec.model))
+        if key not in self._made:
+            sets = {recipe.data: 1.0} if isinstance(recipe.data, str) else recipe.data
+            unknown = next((each for each in sets if each not in spec.data), None)
+            if unknown is not None:
+                return f"there is no data set {unknown}"
+            self._made[key] = self._samples.measured(spec, recipe, sets)
+            self._alive += [spec.phases, spec.data, spec.model]
+        return self._made[key]
 
     def _evaluation(
         self, spec: ExperimentSpec, name: str, under: str, state: str, final: Variant, facts: ModelFacts | None,
@@ -342,10 +362,16 @@ def _dump(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
-def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None) -> Variant:
+def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None, images: MeasuredRows | str) -> Variant:
     try:
-        sizes = (None, None) if facts is None else (facts.num_layers, facts.visual_grid, facts.vision_depth)
-        resolved = identity_fields.resolve_points(points, *sizes)
+        measured = images if isinstance(images, str) else images.units
+        resolved = (
+            identity_fields.resolve_points(points, None, None)
+            if facts is None
+            else identity_fields.resolve_points(
+                points, facts.num_layers, facts.visual_grid, facts.vision_depth, measured
+            )
+        )
     except ValueError as error:
         raise UsageError(f"compressors.{name}: {error}") from error
     return Variant(resolved, identity_fields.points_identity(points, resolved))

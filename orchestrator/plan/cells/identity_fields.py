@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.plan.identity import content_digest, digest, files_digest
 from orchestrator.plan.io_retry import ABSENT, retry_io, stat_or_none
 from orchestrator.spec.base import Component, Spec
-from orchestrator.spec.budgets import solve_layer_average
+from orchestrator.spec.budgets import Images, solve_layer_average, solve_mean_layer_average
 from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import hub_repository
@@ -149,12 +149,24 @@ def data_identity(data: DataSpec) -> tuple[dict[str, Any], str | None]:
 
 
 def resolve_points(
-    points: Sequence[CompressorSpec], num_layers: int | None, grid: Grid | None, tower_layers: int | None = None
+    points: Sequence[CompressorSpec],
+    num_layers: int | None,
+    grid: Grid | None,
+    tower_layers: int | None = None,
+    images: Images | str = "",
 ) -> tuple[Any, ...]:
     """Return the points as mappings for `attach`: `layer` without shares, `layer_average_tokens` solved for
     `keep_tokens`.
 
     Without model facts both stay as written; without `tower_layers`, a share of the vision tower's depth.
+
+    Args:
+        points: The variant's.
+        num_layers: Decoder layers.
+        grid: An image's visual tokens; None where they vary with its size.
+        tower_layers: Layers of the vision tower.
+        images: Where images vary in size, those that were measured, over which the mean is taken, for a share of each;
+            or why there are none.
 
     Raises:
         ValueError: no number of tokens gives the wanted mean.
@@ -165,20 +177,39 @@ def resolve_points(
         if num_layers is not None and (point.place != "tower" or tower_layers is not None):
             fields["layer"] = point.resolved_layer(num_layers, tower_layers or 0)
         if point.layer_average_tokens is not None and num_layers is not None:
-            if grid is None:
-                raise ValueError("layer_average_tokens needs images of one size; give keep_ratio or stride instead")
+            if grid is None and (isinstance(images, str) or not images):
+                because = f" ({images})" if images else ""
+                raise ValueError(
+                    "layer_average_tokens needs images of one size, or data whose images are measured here"
+                    f"{because}; give keep_ratio or stride instead"
+                )
             if len(points) > 1:
                 raise ValueError("layer_average_tokens is for a variant of one point; give the other amounts instead")
-            fields["keep_tokens"] = solve_layer_average(point, num_layers, grid).keep_tokens
-            fields["layer_average_tokens"] = None
+            if grid is not None:
+                fields["keep_tokens"] = solve_layer_average(point, num_layers, grid).keep_tokens
+                fields["layer_average_tokens"] = None
+            else:
+                assert not isinstance(images, str)
+                solved = solve_mean_layer_average(point, num_layers, images).model_dump(mode="json")
+                fields |= {name: solved[name] for name in ("keep_tokens", "keep_ratio", "layer_average_tokens")}
         resolved.append(fields)
     return tuple(resolved)
 
 
 def points_identity(points: Sequence[CompressorSpec], resolved: Sequence[Mapping[str, Any]]) -> str:
     """Return the digest of a variant: resolved fields that count, component versions, plug-in sources; not its name."""
-    solved = ("layer", "keep_tokens", "layer_average_tokens")
-    return digest([{**reached(p), **{name: r[name] for name in solved}} for p, r in zip(points, resolved, strict=True)])
+    names = ("layer", "keep_tokens", "layer_average_tokens")
+
+    def fields(point: CompressorSpec, solved: Mapping[str, Any]) -> dict[str, Any]:
+        found = {**reached(point), **{name: solved[name] for name in names}}
+        # A share that a mean over measured images was solved for.
+        return found if point.keep_ratio is not None else found | _given({"keep_ratio": solved["keep_ratio"]})
+
+    return digest([fields(point, solved) for point, solved in zip(points, resolved, strict=True)])
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:

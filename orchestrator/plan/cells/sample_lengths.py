@@ -319,7 +319,11 @@ class Samples:
             facts: The model's; an image counts as its visual tokens, or as what its own size becomes.
         """
         if not facts.priced:
-            return self._measured(spec, phase, recipe, sets)
+            sample = self._measured(spec, recipe, sets)
+            if isinstance(sample, tuple):
+                self.missing[sample[0], phase] = sample[1]
+                return None
+            return sample
         weighed: list[tuple[float, Lengths]] = []
         for name, share in sets.items():
             found = self._lengths(spec, recipe, spec.data[name], facts)
@@ -343,15 +347,18 @@ class Samples:
             self._means[key] = None if notice else measure_lengths(data, digest(identity), folder, longest, tokens)
         return self._means[key]
 
-    def _measured(
-        self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float]
-    ) -> Sample | None:
+    def measured(self, spec: ExperimentSpec, recipe: PhaseSpec, sets: Mapping[str, float]) -> MeasuredRows | str:
+        """Return the rows of some sets as they are mixed, with what their images become; or why that is not known."""
+        sample = self._measured(spec, recipe, sets)
+        return sample[1] if isinstance(sample, tuple) else sample.rows or "no rows"
+
+    def _measured(self, spec: ExperimentSpec, recipe: PhaseSpec, sets: Mapping[str, float]) -> Sample | tuple[str, str]:
+        """Return the sample, or the name of a set and why its rows are not known."""
         weighed: list[tuple[float, MeasuredRows]] = []
         for name, share in sets.items():
             found = self._rows_of(spec, recipe, spec.data[name])
             if isinstance(found, str):
-                self.missing[name, phase] = found
-                return None
+                return name, found
             weighed.append(((spec.data[name].num_rows() or 1) * share, found))
         # Cells of other seeds mix the very same rows, and costs are known by the object.
         key = tuple((weight, id(found)) for weight, found in weighed)

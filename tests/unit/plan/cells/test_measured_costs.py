@@ -38,6 +38,7 @@ phases:
 matrix:
   phases.finetune.schedule: [full, half]
 """
+HALF = "{kind: average_pool, layer: 1, keep_ratio: 0.5}"
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     write_folder("qwen2_5_vl", tmp_path / "model")
     sized_rows(tmp_path)
 
-    def plan(phase: str = "", text_tokens: float | None = None) -> tuple[Any, dict[str, Any]]:
+    def plan(phase: str = "", text_tokens: float | None = None, half: str = HALF) -> tuple[Any, dict[str, Any]]:
         file = tmp_path / "sized.yaml"
-        file.write_text(TEXT.replace("    PHASE\n", f"    {phase}\n" if phase else ""))
+        file.write_text(TEXT.replace("    PHASE\n", f"    {phase}\n" if phase else "").replace(HALF, half))
         walk = prepare(file)
         return walk, plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, text_tokens)
 
@@ -116,3 +117,34 @@ def test_what_cannot_be_measured_is_told_and_costs_nothing(planned: Any, tmp_pat
     assert any("nor the cost of finetune: an image of qwen2_5_vl becomes" in text for text in document["notices"])
     with pytest.raises(UsageError, match=r"the cost of a step is not known here \(an image of qwen2_5_vl"):
         planned("match_train_tflops: full")
+
+
+def test_a_mean_over_layers_is_solved_over_the_images_of_the_data(planned: Any, tmp_path: Path) -> None:
+    walk, document = planned(half="{kind: average_pool, layer: 1, layer_average_tokens: 7}")
+    (variant,) = document["variants"]
+    assert variant["layer_average_tokens"] == pytest.approx(7, rel=0.02)
+    (point,) = walk.cells[1].phases[0].table[0].points
+    assert point["keep_tokens"] is None and point["layer_average_tokens"] is None
+    layers, tokens = walk.cells[1].facts.num_layers, document["cells"][1]["cost"]["visual_layer_tokens"]
+    assert tokens / layers == pytest.approx(7, rel=0.02)
+    written = f"{{kind: average_pool, layer: 1, keep_ratio: {point['keep_ratio']}}}"
+    assert planned(half=written)[0].cells[1].id == walk.cells[1].id  # what counts is the share itself
+    with pytest.raises(UsageError, match="layer_average_tokens 4000 cannot be reached at layer 1"):
+        planned(half="{kind: average_pool, layer: 1, layer_average_tokens: 4000}")
+    (tmp_path / "rows.json").unlink()
+    with pytest.raises(UsageError, match="needs images of one size, or data whose images are measured here"):
+        planned(half="{kind: average_pool, layer: 1, layer_average_tokens: 7}")
+
+
+def test_a_method_that_takes_tokens_alone_is_solved_for_them(planned: Any) -> None:
+    walk, document = planned(half="{kind: registers, layer: 2, layer_average_tokens: 14}")
+    (point,) = walk.cells[1].phases[0].table[0].points
+    assert point["keep_tokens"] >= 1 and point["keep_ratio"] is None
+    assert document["variants"][0]["layer_average_tokens"] == pytest.approx(14, rel=0.02)
+
+
+def test_an_amount_that_some_image_cannot_give_costs_nothing_and_is_told(planned: Any) -> None:
+    _, document = planned(half="{kind: average_pool, layer: 1, keep_tokens: 20}")
+    full, half = (cell["cost"]["train_tflops"] for cell in document["cells"])
+    assert full is not None and half is None
+    assert any("keep_tokens 20 is more than the image's" in text for text in document["notices"])
