@@ -188,11 +188,9 @@ def _totals(
         "train_tflops_shared": cost_shared,
         "disk_peak_gib": disk_peak_gib(cells, tree),
     }
-    if any("at_most" in run["cost"] for run in runs):
-        totals["at_most"] = True
-    elif cost_alone and cost_shared is not None:
-        totals["train_ratio"] = cost_shared / cost_alone
     bounds = {run["id"] for run in runs if "at_most" in run["cost"]}
+    if cost_alone and cost_shared is not None and not bounds:
+        totals["train_ratio"] = cost_shared / cost_alone
     return totals | hours_document(status, {run["id"]: run["cost"]["train_tflops"] for run in runs}, cluster, bounds)
 
 

@@ -185,7 +185,8 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
             crop=console.is_terminal,
         )
         console.print(tree)
-    for line in _totals(document["totals"]) if cells else ():
+    is_bound = any("at_most" in run["cost"] for run in document["stage_runs"])
+    for line in _totals(document["totals"], is_bound) if cells else ():
         console.print(line, highlight=False, markup=False)
     for notice in document.get("notices", ()):
         console.print(f"note: {notice}", highlight=False, markup=False)
@@ -229,10 +230,11 @@ def _planned_label(
     return Text("  ").join(part for part in parts if part)
 
 
-def _totals(totals: Mapping[str, Any]) -> list[str]:
+def _totals(totals: Mapping[str, Any], is_bound: bool) -> list[str]:
     """Return what sharing saves, what is done, and what it takes."""
     alone, shared, ratio = (totals.get(f"train_{name}") for name in ("tflops_alone", "tflops_shared", "ratio"))
     unit = Operations.of([alone, shared])
+    operations = [bound(unit.text(value), {"at_most": is_bound}) for value in (shared, alone)]
     saved = "" if ratio is None else f" (ratio {ratio:.3f}: sharing saves {max(0.0, 1 - ratio):.0%})"
     runs, tests = (
         counted_noun(totals[key], noun) for key, noun in (("stage_runs", "stage run"), ("evaluations", "evaluation"))
@@ -241,7 +243,7 @@ def _totals(totals: Mapping[str, Any]) -> list[str]:
         f"{counted_noun(totals['cells'], 'cell')}: {runs} for {totals['stage_runs_alone']:,} alone, "
         f"{totals['stage_runs_done']:,} done; {tests} for {totals['evaluations_alone']:,} alone, "
         f"{totals['evaluations_done']:,} done",
-        f"train {unit.name} {bound(unit.text(shared), totals)} shared, {bound(unit.text(alone), totals)} alone{saved}; "
+        f"train {unit.name} {operations[0]} shared, {operations[1]} alone{saved}; "
         f"disk at most {number(totals.get('disk_peak_gib'))} GiB",
     ]
     return [*lines, hours] if (hours := hours_text(totals)) else lines

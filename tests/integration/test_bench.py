@@ -47,6 +47,9 @@ def test_what_cannot_be_measured_is_refused(spec, llavolta):
     assert few.returncode == 2 and "greater than or equal to 7" in few.stderr
     without = llavolta("bench", "mine.yaml", "--set", "matrix=null", "--set", "phases=null")
     assert without.returncode == 2 and "there is none" in without.stderr + without.stdout
+    unsure = "compressors.choose={kind: divt, layer: projector, keep_tokens: 8}"
+    adaptive = llavolta("bench", "mine.yaml", "--set", unsure)
+    assert adaptive.returncode == 2 and "bench makes its images up" in adaptive.stderr
 
 
 def test_models_whose_images_vary_are_told(spec, llavolta, tmp_path):

@@ -120,6 +120,42 @@ def test_a_new_experiment(run: Run) -> None:
     assert totals["train_tflops_alone"] > totals["train_tflops_shared"] > 0 and totals["disk_peak_gib"] > 0
 
 
+def test_costs_of_tokens_that_depend_on_the_image_are_bounds(lab: Any, tmp_path: Path) -> None:
+    clusters = {"kind": "divt", "layer": 2, "stride": 2, "heads": 2}  # at most what `wide` keeps
+    train = ["projector", "language_model", "compressor"]
+    changes = {"phases__finetune__train": train, "phases__finetune__learning_rate": 1e-3}
+    exact = Run(lab, tmp_path / "exact", **changes).document()
+    run = Run(lab, tmp_path / "runs", **changes, compressors__wide=clusters)
+    document = run.document()
+    assert ["at_most" in cell["cost"] for cell in document["cells"]] == [False, True]
+    assert [one.get("at_most") for one in document["stage_runs"]] == [None] * 4
+    assert ["at_most" in one["cost"] for one in document["stage_runs"]] == [False, False, False, True]
+    assert {one["name"]: one.get("at_most") for one in document["variants"]} == {"heavy": None, "wide": True}
+    assert "train_ratio" not in document["totals"] and "train_ratio" in exact["totals"]
+    assert any("wide: how many tokens it leaves depends on the image" in notice for notice in document["notices"])
+    for name in ("visual_layer_tokens", "compression_ratio"):
+        assert document["cells"][1]["cost"][name] == exact["cells"][1]["cost"][name]
+    assert not any("at_most" in str(cell["cost"]) for cell in exact["cells"])
+    for job in run.tree.work(run.ledger):
+        run.finish(job)
+    full, wide = (cell_record(cell, run.tree, run.ledger) for cell in run.cells)
+    assert wide.tags["costs_at_most"] == "true" and "costs_at_most" not in full.tags
+    assert wide.summary["cost/visual_layer_tokens"] == document["cells"][1]["cost"]["visual_layer_tokens"]
+
+
+def test_the_speed_of_a_bound_is_no_one_elses(lab: Any, tmp_path: Path) -> None:
+    """A stage run that is counted at its most looks faster than it is: others go by another phase's speed."""
+    run = Run(lab, tmp_path / "runs", compressors__heavy={"kind": "divt", "layer": 2, "stride": 8, "heads": 2})
+    pretrain, heavy, *rest = run.tree.stage_runs.values()
+    for job in run.tree.work(run.ledger):
+        if job.id in (run.cells[0].root.id, pretrain.id, heavy.id):
+            run.finish(job)
+    document = run.document()
+    work = {one["id"]: one["cost"]["train_tflops"] for one in document["stage_runs"]}
+    left = sum(work[job.id] for job in rest) * 2.0 / work[pretrain.id]  # each took 2 seconds on 2 workers
+    assert document["totals"]["gpu_hours_left"] == pytest.approx(2 * left / 3600)
+
+
 def test_costs_are_the_formula_times_the_steps(run: Run) -> None:
     document, cell = run.document(), run.cells[1]
     facts, plan = cell.facts, cell.phases[1]

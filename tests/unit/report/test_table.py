@@ -51,6 +51,20 @@ def test_mean_over_seeds_gives_mean_and_deviation_and_marks_the_baseline():
     assert "0.700 ± 0.141" in table.render("md")
 
 
+def test_bounds_are_shown_as_such_and_compared_with_nothing(tmp_path):
+    adaptive = [replace(one, tags={**one.tags, "costs_at_most": "true"}) for one in RECORDS[2:]]
+    options = {"mean_over": ["seed"], "baseline": {"phases.finetune.schedule": "full"}}
+    exact, table = (ablation_table([*RECORDS[:2], *rest], AXES, **options) for rest in (RECORDS[2:], adaptive))
+    assert "cost/train_tflops" in exact.rows[1].against and "≤" not in exact.render("md")
+    row = table.rows[1]
+    assert "costs at most" in row.marks and row.against.keys() == exact.rows[1].against.keys() - {
+        "cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens"
+    }  # fmt: skip
+    assert "| ≤ 4.00 | ≥ 5.57 |" in table.render("md") or "| ≤ 4.000 | ≥ 5.57 |" in table.render("md")
+    assert r"$\leq$ 4.00" in table.render("latex")
+    assert grid_figure(table, "t", tmp_path / "grid.png") and (tmp_path / "grid.png").stat().st_size > 1000
+
+
 def test_a_failed_cell_leaves_its_group_failed_and_out_of_the_mean():
     records = [RECORDS[0], record("full1", 0.0, 0.0, status="failed")]
     (row,) = ablation_table(records, AXES, mean_over=["seed"]).rows
