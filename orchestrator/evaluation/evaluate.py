@@ -118,9 +118,12 @@ def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
     """
     if attachment_of(model) is None:
         return False
-    num_layers = model.config.get_text_config().num_hidden_layers
+    layers = (
+        model.config.get_text_config().num_hidden_layers,
+        getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", 0),
+    )
     specs = (registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(point) for point in points)
-    names = {spec.module_name(num_layers) for spec in specs} - {None}
+    names = {spec.module_name(*layers) for spec in specs} - {None}
     return not names <= learned_modules(model).keys()
 
 

@@ -20,6 +20,7 @@ TINY = ROOT / "experiments/models/tiny-llava"
 FACTS = model_facts(str(TINY))
 ALL = ("vision_tower", "projector", "language_model")
 FULL = Action(0, 1, "full")
+IN_TOWER = ({"kind": "average_pool", "layer": "tower:0", "stride": 4},)
 HEAVIER = ({"kind": "average_pool", "layer": 1, "stride": 16},)
 
 
@@ -59,7 +60,7 @@ def kept_by_autograd(points: tuple[Any, ...], attention: str, train: tuple[str, 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("points", [(), HEAVY])
+@pytest.mark.parametrize("points", [(), HEAVY, IN_TOWER])
 @pytest.mark.parametrize(
     ("train", "checkpointing", "most"),
     [(ALL, False, 1.4), (ALL[1:], False, 1.6), (ALL[1:2], False, 1.7), (ALL[1:], True, 7)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -47,6 +48,25 @@ def test_controls_are_cells_of_their_own_and_share_what_is_equal(small, write):
     assert two.id != control.id
     half = two.phases[0].total_steps // 2
     assert two.phases[0].state_at(half) == control.phases[0].state_at(half)
+
+
+def test_a_control_of_a_point_in_the_tower_acts_there_or_at_the_next_place_it_can(small, write):
+    small = small.replace("kind: average_pool, layer: 2", "kind: tome, layer: tower:1").replace(
+        "stride: 8", "stride: 4"
+    )
+    path = write(small + "controls: [stride, divprune, fastv]\n")
+    config = path.parent / "tiny" / "config.json"
+    values = json.loads(config.read_text())
+    values["vision_config"]["num_hidden_layers"] = 4
+    config.write_text(json.dumps(values))
+    with pytest.raises(SpecError, match="fastv cannot be the control of heavy"):
+        load_experiment(path)
+    path.write_text(path.read_text().replace(", fastv]", "]"))
+    layers = {
+        cell.name.partition("control=")[2]: cell.spec.compressors["heavy"][0].layer
+        for cell in load_experiment(path).cells
+    }
+    assert layers == {"": "tower:1", "stride": "tower:1", "divprune": "projector"}
 
 
 def test_what_acts_before_the_decoder_only_meets_the_mean_over_layers(small, write):

@@ -12,6 +12,7 @@ from PIL import Image
 from repository import MODELS
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from orchestrator.compression import attach
 from orchestrator.compression.testing.families import TINY
 from orchestrator.data.rows import open_data_set
 from orchestrator.errors import DataError, UsageError
@@ -24,8 +25,10 @@ from orchestrator.smoke import (
     changed_for,
     layers_in_use,
     map_layers,
+    map_tower_layers,
     prepare_smoke,
     smoke_spec,
+    tower_layers_in_use,
 )
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.model_facts import model_facts
@@ -189,6 +192,33 @@ def test_a_model_without_its_processor_is_reported_with_its_own_folder(tmp_path)
     path.write_text(TEXT)
     with pytest.raises(UsageError, match=r"no processor in .*llava-1\.5-7b"):
         prepare_smoke(load_experiment(path, [f"cluster.storage_path={tmp_path}"]))
+
+
+@pytest.mark.parametrize("family", ["llava", "vipllava", "paligemma"])
+def test_points_in_the_vision_tower_keep_their_order_in_a_small_one(family):
+    """Layers 0, 1, and two near one another far down: 0, 1, 2, 3, all of which the small model has a place for."""
+    tower = map_tower_layers({5, 1, 4})
+    assert tower == {0: 0, 1: 1, 4: 2, 5: 3}
+    config = TINY[family].build("eager", 0).config
+    config.vision_config.num_hidden_layers = 24
+    if family == "vipllava":
+        config.vision_feature_layer = [-2, -5, 6]
+    if family == "llava":
+        config.vision_feature_layer = -2
+    model = AutoModelForImageTextToText.from_config(shrunk_config(config, 4, tower_layers=len(tower)))
+    attach(model, [{"kind": "average_pool", "layer": f"tower:{place}", "keep_tokens": 4} for place in tower.values()])
+
+
+def test_a_point_in_the_vision_tower_has_its_place_in_the_small_one(tmp_path):
+    path = tmp_path / "large.yaml"
+    early = "  late: [{kind: average_pool_2d, layer: tower:25%, stride: 4}, {kind: laco, layer: tower:12, stride: 4}]"
+    path.write_text(TEXT.replace("  late: {kind: average_pool, layer: 30, keep_tokens: 144}", early))
+    cell = next(cell for cell in expand_cells(load_experiment(path)) if "counted" in cell.name)
+    used = tower_layers_in_use(cell.spec, 24)
+    assert used == {6, 12}
+    layers = replace(map_layers(32, layers_in_use(cell.spec, 32)), tower_depth=24, tower=map_tower_layers(used))
+    small = smoke_spec(cell, SmallModel(MODELS / "tiny-llava", layers), LAPTOP, str(tmp_path), tmp_path)
+    assert [point.layer for point in small.compressors["late"]] == ["tower:1", "tower:2"]
 
 
 def test_a_start_from_elsewhere_is_left_out_and_reported(cells, tmp_path):

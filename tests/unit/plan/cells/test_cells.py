@@ -180,6 +180,19 @@ def test_schedules_that_compile_to_the_same_table_are_the_same_cell(lab: Any) ->
     assert cells[3].id == cells[4].id != cells[0].id
 
 
+def test_a_layer_of_the_vision_tower_counts_by_its_number(lab: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["num_hidden_layers"] = 4
+    file.write_text(json.dumps(config))
+    half, two, one = (
+        lab.cell(compressors__heavy={"kind": "average_pool", "layer": layer, "stride": 2})
+        for layer in ("tower:50%", "tower:2", "tower:1")
+    )
+    assert half.id == two.id != one.id
+    assert half.phases[1].table[0].points[0]["layer"] == "tower:2"
+
+
 def test_two_names_of_one_variant_are_one_action(lab: Any) -> None:
     cell = lab.cell(compressors__again=HEAVY, phases__finetune__schedule={"kind": "stages", "stages": [
         {"share": "1/4", "compressor": "heavy"}, {"share": "1/4", "compressor": "again"}, {}]})  # fmt: skip
