@@ -54,7 +54,7 @@ class Costs:
                 if sample.rows is None:
                     raise
                 # Of images of several sizes some are too small for the amount.
-                text = f"costs of {plan.name} are not known: {error}; training stops at the first such image"
+                text = f"costs of {plan.name} are not known: {error}, and the data has such images"
                 self.notices[text] = None
                 self._prices[key] = dict(_NO_COST)
         return dict(self._prices[key])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from itertools import groupby, pairwise
+from itertools import combinations, groupby, pairwise
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
-from orchestrator.spec.components import FINAL, FULL, EvaluationSpec, adapts
+from orchestrator.spec.components import FINAL, FULL, CompressorSpec, EvaluationSpec, Grid, adapts
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
@@ -23,6 +23,9 @@ from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
 from orchestrator.spec.yaml.node import Mark, Node, node_of
 from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, name_error, unknown_name
+
+_SIDES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+"""Sides of the squares of visual tokens for which an order of variants must be the same."""
 
 
 def trial_name(number: int) -> str:
@@ -96,16 +99,18 @@ def draw(trial: Draws, search: SearchSpec, layer_tokens: Mapping[str, Fraction])
 def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
     """Return the visual tokens as the mean over layers, of each variant the staged spaces name.
 
+    Where images vary in size they are sums over squares of several sizes, which only give the order.
+
     Raises:
-        ValueError: an order from heavy to light is asked for, and the model's sizes are not known here.
+        ValueError: an order from heavy to light is asked for, and the model's sizes are not known here, or the order
+            depends on the size of an image.
     """
     assert spec.search is not None
     staged = [entry for entry in spec.search.space.values() if isinstance(entry, StagedSpaceSpec)]
     if not any(entry.heavy_to_light for entry in staged):
         return {}
     facts = model_facts(spec.model.model_name_or_path, spec.model.revision)
-    grid = facts.visual_grid if facts is not None else None
-    if facts is None or grid is None:
+    if facts is None:
         raise ValueError(
             "which variant compresses more cannot be determined: the visual tokens of "
             f"{spec.model.model_name_or_path} are not known here; set heavy_to_light: false"
@@ -116,10 +121,28 @@ def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
             f"which variant compresses more cannot be determined: how many tokens {', '.join(unsure)} leaves depends "
             "on the image; set heavy_to_light: false"
         )
-    return {
-        name: Fraction(grid.tokens) if name == FULL else layer_average(spec.compressors[name], facts.num_layers, grid)
-        for name in names
-    }
+    grid, layers = facts.visual_grid, facts.num_layers
+    variants = {name: () if name == FULL else spec.compressors[name] for name in names}
+    if grid is not None:
+        return {name: layer_average(points, layers, grid) for name, points in variants.items()}
+    return _order_at_any_size(variants, layers)
+
+
+def _order_at_any_size(variants: Mapping[str, Sequence[CompressorSpec]], num_layers: int) -> dict[str, Fraction]:
+    by_size = []
+    for side in _SIDES:
+        try:
+            grid = Grid(side, side)
+            by_size.append({name: layer_average(points, num_layers, grid) for name, points in variants.items()})
+        except ValueError:
+            continue  # an image too small for an amount
+    for one, other in combinations(variants, 2):
+        signs = {(found[one] > found[other]) - (found[one] < found[other]) for found in by_size}
+        if not by_size or {1, -1} <= signs:
+            raise ValueError(
+                f"which of {one} and {other} compresses more depends on the size of an image; set heavy_to_light: false"
+            )
+    return {name: sum((found[name] for found in by_size), Fraction(0)) for name in variants}
 
 
 def before_last(entry: StagedSpaceSpec, layer_tokens: Mapping[str, Fraction]) -> tuple[str, ...]:

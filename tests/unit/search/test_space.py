@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orchestrator_plugins.schedules.stages import StagesSpec
 
+from orchestrator import registry
 from orchestrator.errors import SpecError
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
@@ -110,6 +111,25 @@ def test_neighbours_that_are_equal_become_one_stage():
 
 def test_compression_is_compared_by_what_the_model_keeps(loaded):
     assert variant_layer_tokens(loaded.spec) == {"heavy": 22, "wide": 40, "light": 48, "full": 64}
+
+
+def order_of(spec, **variants):
+    kind = registry.spec_class(registry.COMPRESSORS, "average_pool")
+    points = {name: (kind.model_validate({"kind": "average_pool", **fields}),) for name, fields in variants.items()}
+    found = variant_layer_tokens(spec.model_copy(update={"compressors": spec.compressors | points}))
+    return sorted(found, key=found.__getitem__)
+
+
+def test_where_images_vary_in_size_the_order_is_one_that_holds_at_every_size(loaded, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    spec = loaded.spec.model_copy(
+        update={"model": loaded.spec.model.model_copy(update={"model_name_or_path": str(tmp_path)})}
+    )
+    shares = {"heavy": {"layer": 1, "stride": 8}, "wide": {"layer": 1, "stride": 4}}
+    assert order_of(spec, **shares, light={"layer": 40, "keep_ratio": "1/2"}) == ["heavy", "wide", "light", "full"]
+    kept = {"layer": 1, "keep_tokens": 64}  # an eighth of 512 tokens
+    with pytest.raises(ValueError, match="compresses more depends on the size of an image"):
+        order_of(spec, heavy={"layer": 1, "stride": 8}, wide=kept, light={"layer": 40, "keep_ratio": "1/2"})
 
 
 SPACE = "  space:\n"
