@@ -141,7 +141,13 @@ def _rows(
         labels = text_tokens if points is not None else text_tokens + facts.image_grid.tokens
         return rows * cost.train_tflops_per_sample(facts, points or (), Sample(text_tokens, labels), what)
 
-    full_seconds, full_tflops = timings[FULL].median_seconds, tflops(())
+    def run_tflops(name: str, points: Points | None) -> float:
+        if not timings[name].trims_last_layer:
+            return tflops(points)
+        unread = cost.unread_tflops_per_sample(facts, points or (), Sample(text_tokens, text_tokens), what)
+        return tflops(points) - rows * unread
+
+    full_seconds, full_tflops = timings[FULL].median_seconds, run_tflops(FULL, ())
     controls = {
         _budget(points, facts): name for name, points in arms.items() if points and points[0]["kind"] == "stride"
     }
@@ -149,7 +155,7 @@ def _rows(
     def row(name: str, points: Points | None) -> dict[str, Any]:
         timing, seconds = timings[name], timings[name].median_seconds
         control = controls.get(_budget(points, facts)) if points else None
-        speedup, predicted = full_seconds / seconds, full_tflops / tflops(points)
+        speedup, predicted = full_seconds / seconds, full_tflops / run_tflops(name, points)
         return {
             "name": name,
             "points": None if points is None else list(points),
@@ -158,6 +164,7 @@ def _rows(
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": timing.peak_memory_gib,
             "train_tflops": tflops(points),
+            "run_tflops": run_tflops(name, points),
             "visual_layer_tokens": cost.visual_layer_tokens(facts.image_grid, points or (), facts.num_layers),
             "speedup_measured": speedup,
             "speedup_predicted": predicted,
@@ -195,10 +202,12 @@ class Timing:
     Attributes:
         seconds: Wall-clock time of each forward and backward.
         peak_memory_gib: Largest GPU memory, or resident memory on the CPU, over its repeats.
+        trims_last_layer: The last decoder layer ran only for tokens whose logits a label needs.
     """
 
     seconds: list[float] = field(default_factory=list)
     peak_memory_gib: float = 0.0
+    trims_last_layer: bool = False
 
     @property
     def median_seconds(self) -> float:
@@ -272,7 +281,7 @@ def measure(
         on_round(number)
         # Another order each round: the state an arm leaves the allocator in costs the next one time.
         for name in random.Random(number).sample(list(arms), len(arms)):
-            seconds, peak_gib = _step(model, arms[name], batch, device)
+            seconds, peak_gib, timings[name].trims_last_layer = _step(model, arms[name], batch, device)
             if number:
                 timings[name].seconds.append(seconds)
                 timings[name].peak_memory_gib = max(timings[name].peak_memory_gib, peak_gib)
@@ -293,7 +302,9 @@ def _model(model_spec: ModelSpec, recipe: PhaseSpec, device: torch.device) -> An
     return model
 
 
-def _step(model: nn.Module, points: Points | None, batch: dict[str, Any], device: torch.device) -> tuple[float, float]:
+def _step(
+    model: nn.Module, points: Points | None, batch: dict[str, Any], device: torch.device
+) -> tuple[float, float, bool]:
     attachment = None if points is None else attach(model, list(points))
     try:
         model.zero_grad(set_to_none=True)
@@ -304,7 +315,7 @@ def _step(model: nn.Module, points: Points | None, batch: dict[str, Any], device
         _wait(device)
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak_bytes()
-        return seconds, peak / 2**30
+        return seconds, peak / 2**30, attachment is not None and attachment.trims_last_layer
     finally:
         if attachment is not None:
             attachment.detach()

@@ -98,6 +98,8 @@ class Attachment:
     Attributes:
         model: The unwrapped model.
         visual_tokens_per_layer: Visual tokens that ran in each decoder layer in the last forward, summed over rows.
+        trims_last_layer: In a forward with labels the last decoder layer computes queries, attention output and MLP
+            only for the tokens whose logits a label needs.
     """
 
     def __init__(self, family: Family, points: tuple[Point, ...], learned: tuple[Point, ...], seed: int = 0) -> None:
@@ -114,6 +116,7 @@ class Attachment:
         patch_generate(family.model, self._decoder)
         family.enter()
         announce(family, points)
+        self.trims_last_layer = self._decoder.trims  # shown now, not inside a training step
 
     @property
     def points(self) -> tuple[Point, ...]:

@@ -12,6 +12,7 @@ gated MLP, else 2.
 | projector       | `2 (p_in p_hidden + p_hidden d)` a token it takes (a point at the projector leaves it fewer) |
 | vision tower    | `n_v (8 D^2 + 4 D F) + 4 n_v^2 D` a layer that is used, `n_v` with the class token; full attention |
 | compressor      | a learned method's own count (`module_operations`); choosing and merging are left out |
+| last layer, unread | `2 u (W - 2 d h_kv a) + 2 u^2 h a`, `u` its tokens without a label: counted above, but not done |
 
 A point inside the vision tower (`tower:N`) leaves fewer `n_v` from layer N on, the projector and the decoder fewer too.
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
@@ -28,6 +29,12 @@ frozen weights beside it, though its scores cost 2x (under 1.5 % of the decoder 
 more forward pass of all parts, tower and LM head included, under the teacher's points; each student's pass (`sandwich`)
 is one more pass that trains. `gradient_checkpointing` is a fingerprint and does not decide what a cell is, but it is
 work the machine does, so `train_tflops` counts it; compare cells of one setting.
+
+In a pass with labels the last decoder layer computes keys and values of all tokens, the rest only for tokens whose
+logits a label needs (`compression/forward/queries.py`), where its class is shown to give the same numbers.
+`train_tflops` counts the model's operations all the same, every token in every layer: what a budget buys, which
+schedules cost the same, and with them a cell's identity do not hang on which layers a release can shorten.
+`unread_tflops_per_sample` is the difference, of which `bench` predicts.
 
 Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576
 visual tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
@@ -405,6 +412,29 @@ def _learned_in_tower_tflops(
         own = 2 if "vision_tower" in trained else 1
         operations += image.learned_in_tower * (own - passes["language_model"])
     return sample.images * operations / _TERA
+
+
+def unread_tflops_per_sample(
+    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
+) -> float:
+    """Return the operations that `train_tflops_per_sample` counts and training does not do, where the last decoder
+    layer runs for the tokens alone whose logits a label needs; where images are of one size.
+
+    A row of `n` tokens of which the last `L` are labelled has `L n - L^2 / 2` pairs of query and key under a causal
+    mask, so that `(n - L)^2 / 2` of the `n^2 / 2` are left out.
+    """
+    tokens = sample.images * visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)[-1] + sample.text_tokens
+    unread = max(0.0, tokens - sample.label_tokens)
+    keys = 2 * facts.hidden_size * facts.num_key_value_heads * facts.head_dim
+    weights = facts.decoder_layers[-1].weights if facts.decoder_layers else linear_weights_per_layer(facts)
+    linear = 2 * unread * (weights - keys)
+    attended = 2 * facts.num_attention_heads * facts.head_dim * unread**2
+    checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
+    total = (linear + attended) * (_passes(recipe)["language_model"] + checkpointed)
+    if lora := recipe.get("lora"):
+        adapted = {**lora, "target_modules": sorted(set(lora["target_modules"]) - {"k_proj", "v_proj"})}
+        total += (3 + checkpointed) * 2 * unread * lora_weights_per_layer(facts, adapted)
+    return total / _TERA
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:

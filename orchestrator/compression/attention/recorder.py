@@ -10,7 +10,7 @@ A checkpointed layer runs again in backward after the recording is off, as if no
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orchestrator.errors import UsageError
 
-RECORDED: Final = "llavolta_recorded"
+AROUND: Final = "llavolta_around"
 _ATTENTION_NAMES: Final = ("self_attn", "attention", "attn", "self_attention")
 
 
@@ -43,6 +43,21 @@ class Recording:
     attentions: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
 
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Return what the attention function gives, having looked at what goes in."""
+        self.add(module, query, key, attention_mask, options)
+        return function(module, query, key, value, attention_mask, *args, **options)
+
     def add(self, module: nn.Module, query_BHND: Tensor, key_BhKD: Tensor, mask: Any, options: dict[str, Any]) -> None:
         """Take one call of the attention function."""
         with torch.no_grad(), torch.autocast(query_BHND.device.type, enabled=False):
@@ -52,7 +67,7 @@ class Recording:
                 return
             rows = len(query_BHND)
             queries_BQ = self.queries_BQ.to(query_BHND.device).expand(rows, -1)
-            bias = _bias_rows(mask, module, queries_BQ, query_BHND.shape[2], key_BhKD.shape[2], options)
+            bias = _bias(mask_rows(mask, module, queries_BQ, query_BHND.shape[2], key_BhKD.shape[2], options))
             chosen_BHQD = _rows_of(query_BHND, queries_BQ)
             scaling = options.get("scaling")
             attention_BQK = attention_rows(
@@ -94,20 +109,31 @@ def _rows_of(values_BHND: Tensor, rows_BQ: Tensor) -> Tensor:
     return values_BHND.gather(2, index)
 
 
-def _bias_rows(
-    mask: Any, module: nn.Module, queries_BQ: Tensor, num_queries: int, num_keys: int, options: dict[str, Any]
+def mask_rows(
+    mask: Any, module: nn.Module, queries_BQ: Tensor, num_queries: int, num_keys: int, options: Mapping[str, Any]
 ) -> Tensor | None:
-    """Return the mask's addition to the logits of the query rows, from any form that attention implementations take."""
+    """Return the rows of some queries of a mask of any form that attention implementations take.
+
+    Args:
+        mask: As the attention function gets it: 4-D, flex attention's, 2-D padding (flash attention), or None.
+        module: The attention module, which says whether it is causal.
+        queries_BQ: The queries, by their number in the call.
+        num_queries: Queries of the call.
+        num_keys: Keys of the call; the queries are their last ones.
+        options: Further arguments of the attention function.
+
+    Returns:
+        B x 1 or H x Q x keys, True where a key is seen or what is added to its logit; None where all keys are seen.
+    """
     rows = len(queries_BQ)
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        rows_BHQK = _rows_of(mask[..., :num_keys].expand(rows, -1, -1, -1), queries_BQ)
-        return _bias(rows_BHQK) if mask.dtype == torch.bool else rows_BHQK.float()
+        return _rows_of(mask[..., :num_keys].expand(rows, -1, -1, -1), queries_BQ)
     device = queries_BQ.device
     key_K = torch.arange(num_keys, device=device)
     if hasattr(mask, "mask_mod"):  # flex attention
         row_B11 = torch.arange(rows, device=device)[:, None, None]
         visible_BQK = mask.mask_mod(row_B11, torch.zeros_like(row_B11), queries_BQ.unsqueeze(2), key_K[None, None])
-        return _bias(visible_BQK.expand(rows, queries_BQ.shape[1], num_keys).unsqueeze(1))
+        return visible_BQK.expand(rows, queries_BQ.shape[1], num_keys).unsqueeze(1)
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) and mask is None:
         return None
@@ -118,39 +144,44 @@ def _bias_rows(
         visible_BQK = visible_BQK & (key_K > place_BQ1 - options["sliding_window"])
     if isinstance(mask, Tensor) and mask.ndim == 2:
         visible_BQK = visible_BQK & mask[:, None, -num_keys:].bool()
-    return _bias(visible_BQK.unsqueeze(1))
+    return visible_BQK.unsqueeze(1)
 
 
-def _bias(visible: Tensor) -> Tensor:
-    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, torch.finfo(torch.float32).min)
+def _bias(rows: Tensor | None) -> Tensor | None:
+    """Return what a mask's rows add to the logits, in float32."""
+    if rows is None or rows.dtype != torch.bool:
+        return None if rows is None else rows.float()
+    return torch.zeros_like(rows, dtype=torch.float32).masked_fill(~rows, torch.finfo(torch.float32).min)
 
 
-class _RecordingConfig:
-    """A config as one attention module sees it while it is recorded: another attention function, all else the same."""
+class AroundAttention:
+    """A config as one attention module sees it while something is put around its attention function; else the same.
 
-    def __init__(self, config: Any, recording: Recording) -> None:
-        self.__dict__.update(llavolta_config=config, llavolta_recording=recording, llavolta_on=True)
+    Args:
+        config: The module's own config.
+        around: Called instead of the function, with the function and then its arguments.
+    """
+
+    def __init__(self, config: Any, around: Callable[..., Any]) -> None:
+        if AROUND not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(AROUND, _around_attention)
+        self.__dict__.update(llavolta_config=config, llavolta_around=around, llavolta_on=True)
 
     @property
     def _attn_implementation(self) -> Any:
         config = self.__dict__["llavolta_config"]
-        return RECORDED if self.__dict__["llavolta_on"] else config._attn_implementation
+        return AROUND if self.__dict__["llavolta_on"] else config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["llavolta_config"], name)
 
 
-def _recorded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **options: Any
-) -> Any:
-    """Return the attention function of a module under recording: its own, with a look at what goes in."""
-    proxy = module.config
-    assert isinstance(proxy, _RecordingConfig)
-    state = proxy.__dict__
+def _around_attention(module: nn.Module, *args: Any, **options: Any) -> Any:
+    """Return the attention function of a module, with what was put around it."""
+    state = module.config.__dict__
     state["llavolta_on"] = False  # flash attention's function asks the config for its own name
     try:
-        state["llavolta_recording"].add(module, query, key, attention_mask, options)
-        return _own_function(module)(module, query, key, value, attention_mask, *args, **options)
+        return state["llavolta_around"](_own_function(module), module, *args, **options)
     finally:
         state["llavolta_on"] = True
 
@@ -205,12 +236,10 @@ def recording_of(attention: Any, recording: Recording, what: str) -> Iterator[Re
     Raises:
         UsageError: the module has no config to be looked up by.
     """
-    if RECORDED not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(RECORDED, _recorded_attention)
     config = attention.__dict__.get("config")
     if config is None or not hasattr(config, "_attn_implementation"):
         raise not_recorded(attention, what)
-    attention.__dict__["config"] = _RecordingConfig(config, recording)
+    attention.__dict__["config"] = AroundAttention(config, recording)
     try:
         yield recording
     finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +20,21 @@ from orchestrator.compression.families.images import ready_features
 from orchestrator.compression.forward.apply_point import call_idle
 from orchestrator.compression.forward.cache import CacheRecord, SegmentCache, record_of, remember
 from orchestrator.compression.forward.entry import Pass, check_positions, entering, locate, padding_mask
+from orchestrator.compression.forward.queries import (
+    Queries,
+    label_queries,
+    layers_for,
+    runs_for_queries,
+    shows_queries,
+    view_of,
+)
 from orchestrator.compression.forward.segments import (
     OTHER_META,
     Draw,
     Flow,
     Segment,
     compress,
+    records_layers,
     renumber,
     run_layers,
     segments_of,
@@ -140,15 +150,45 @@ class Decoder:
         current = self.current
         if current is None or (record is None and not self.points):
             if record is None:
-                return type(language_model).forward(language_model, **arguments)
+                return self._plain(current, arguments)
             current = Pass({})
         check_positions(arguments)
         given = padding_mask(self.family, current, arguments)
         flow = entering(self.family, current, arguments, record, given, bool(self.points))
         if record is None and flow.layout is None and not (current.idle and self._learns()):
-            return type(language_model).forward(language_model, **arguments)
+            return self._plain(current, arguments)
         cache = self._cache(arguments, language_model)
         return self._run(current, flow, cache, record, arguments, given)
+
+    def _plain(self, current: Pass | None, arguments: dict[str, Any]) -> Any:
+        """Return the language model's own forward of what nothing compresses."""
+        language_model = self.family.language_model
+        queries = self._last_queries(current, None, arguments) if current is not None else None
+        view = language_model
+        if queries is not None:
+            view = view_of(language_model, {"layers": layers_for(language_model, queries)})
+        return type(language_model).forward(view, **arguments)
+
+    def _last_queries(self, current: Pass, flow: Flow | None, arguments: dict[str, Any]) -> Queries | None:
+        """Return the tokens whose logits a label needs, where nothing else that the last layer makes is read."""
+        asked = {**arguments, **current.inputs}
+        cached = arguments.get("past_key_values") is not None or arguments.get("use_cache") is not False
+        if not current.label_logits_only or cached or not self.trims:
+            return None
+        if any(records_layers(owner.config, asked) for owner in (self.family.language_model, self.family.model)):
+            return None
+        if not runs_for_queries(self.family.language_model.layers[-1]):
+            return None
+        current.queries = label_queries(current.targets_BN(flow).cpu())
+        if current.queries is not None:
+            columns_BQ = current.queries.columns_BQ.to(arguments["inputs_embeds"].device, non_blocking=True)
+            current.queries = replace(current.queries, columns_BQ=columns_BQ)
+        return current.queries
+
+    @functools.cached_property
+    def trims(self) -> bool:
+        """Whether the last layer runs only for tokens whose logits a label needs, in forwards that ask for no more."""
+        return shows_queries(self.family)
 
     def _cache(self, arguments: dict[str, Any], language_model: Any) -> Any:
         use_cache = arguments.get("use_cache")
@@ -218,7 +258,8 @@ class Decoder:
             more = self.family.segment_options(options, segment.first)
             coming = segments[number + 1].points if segment is not segments[-1] else ()
             with watched_layer(language_model, segment.last - 1, coming, flow):
-                output = run_layers(self.family, segment, flow, positions, mask, keys.cache, more)
+                queries = self._last_queries(current, flow, arguments) if segment is segments[-1] else None
+                output = run_layers(self.family, segment, flow, positions, mask, keys.cache, more, queries)
             # Held back: the model would count them by a mask of the length that came in.
             for logits in output.get("router_logits") or ():
                 real_M = keys.mask_BK[:, -flow.hidden_BND.shape[1] :].flatten()

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.compression.attention.recorder import Recording
 from orchestrator.compression.families.base import Family
 from orchestrator.compression.forward.cache import CacheRecord
+from orchestrator.compression.forward.queries import Queries
 from orchestrator.compression.forward.segments import Flow
 from orchestrator.compression.layout import ImageGroup, Layout, build_layout
 from orchestrator.compression.protocol import IGNORED, Kept
@@ -31,6 +32,9 @@ class Pass:
         located: Layout and labels on the host, once they are known.
         projected: What points at the projector left, and of which units.
         router_logits: Of each layer with experts what its router gave the tokens that ran, without padding.
+        shift_labels_BN: Labels already shifted by the caller, or None.
+        label_logits_only: Logits are computed only where a label needs them, so nothing else of the last layer is read.
+        queries: The tokens that the last layer ran for; None where it ran for all.
     """
 
     inputs: dict[str, Any]
@@ -42,6 +46,24 @@ class Pass:
     located: tuple[Layout | None, Tensor | None] | None = None
     projected: list[tuple[ImageGroup, Kept]] | None = None
     router_logits: tuple[Tensor, ...] = ()
+    shift_labels_BN: Tensor | None = None
+    label_logits_only: bool = False
+    queries: Queries | None = None
+
+    def targets_BN(self, flow: Flow | None) -> Tensor:
+        """Return what each token of the decoder's rows is to predict, `IGNORED` where nothing.
+
+        Args:
+            flow: The rows after all points; None where nothing was compressed.
+        """
+        if flow is not None and flow.labels_BN is not None and flow.layout is not None:
+            targets_BN = nn.functional.pad(flow.labels_BN[:, 1:], (0, 1), value=IGNORED)
+            # Padding predicts nothing (with padding on the left it stands before a row's first token).
+            return targets_BN.masked_fill(~flow.layout.real_BN, IGNORED)
+        if self.shift_labels_BN is not None:
+            return self.shift_labels_BN
+        assert self.labels_BN is not None
+        return nn.functional.pad(self.labels_BN[:, 1:], (0, 1), value=IGNORED)
 
 
 def entering(

@@ -32,7 +32,6 @@ class Head:
         head: The real LM head; called as a module, so that hooks (ZeRO-3) run.
         current: The pass under way.
         columns: Original length of the rows.
-        shift_labels_BN: Labels already shifted by the caller, or None.
         keep: `logits_to_keep` as the caller gave it.
         return_logits: Logits of all tokens although there are labels.
         rows_L: After the call: flat places of tokens that predict a label.
@@ -43,7 +42,6 @@ class Head:
     head: nn.Module
     current: Pass
     columns: int
-    shift_labels_BN: Tensor | None = None
     keep: Any = 0
     return_logits: bool = False
     rows_L: Tensor | None = None
@@ -52,7 +50,7 @@ class Head:
 
     def __call__(self, hidden_BMD: Tensor) -> Tensor:
         """Return the logits: L x vocabulary where labels ask for L of them, else B x tokens x vocabulary."""
-        if self.current.labels_BN is not None or self.shift_labels_BN is not None:
+        if self.current.labels_BN is not None:
             self._find_targets(hidden_BMD.device)
             assert self.rows_L is not None
             if not self.return_logits:
@@ -72,16 +70,9 @@ class Head:
         return logits_BKV.masked_fill((places_BK < 0).unsqueeze(-1), float("nan"))
 
     def _find_targets(self, device: torch.device) -> None:
-        flow = self.current.flow
-        if flow is not None and flow.labels_BN is not None and flow.layout is not None:
-            targets_BM = F.pad(flow.labels_BN[:, 1:], (0, 1), value=IGNORED)
-            # Padding predicts nothing (with padding on the left it stands before a row's first token).
-            targets_BM = targets_BM.masked_fill(~flow.layout.real_BN, IGNORED)
-        elif self.shift_labels_BN is not None:
-            targets_BM = self.shift_labels_BN
-        else:
-            assert self.current.labels_BN is not None
-            targets_BM = F.pad(self.current.labels_BN[:, 1:], (0, 1), value=IGNORED)
+        targets_BM = self.current.targets_BN(self.current.flow)
+        if self.current.queries is not None:
+            targets_BM = targets_BM.gather(1, self.current.queries.columns_BQ.to(targets_BM.device))
         flat = targets_BM.reshape(-1)
         rows_L = (flat != IGNORED).nonzero().squeeze(1)
         self.rows_L = rows_L.to(device, non_blocking=True)
@@ -169,7 +160,9 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
     inputs = dict(current.inputs)
     shifted = inputs.pop("shift_labels", None)
     if shifted is not None and current.labels_BN is None:
-        current.labels_BN = nn.functional.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
+        current.labels_BN = F.pad(shifted, (1, 0), value=IGNORED)[:, :-1]
+    current.shift_labels_BN = shifted
+    current.label_logits_only = current.labels_BN is not None and not return_logits
     num_items = inputs.pop("num_items_in_batch", None)
     keep = inputs.pop("logits_to_keep", 0)
     return_dict = inputs.pop("return_dict", None)
@@ -177,7 +170,7 @@ def _with_head(family: Family, current: Pass, return_logits: bool, label_logits:
         inputs["use_cache"] = False
     source = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     model: Any = family.model
-    head = Head(model.get_submodule(family.head_name), current, source.shape[1], shifted, keep, return_logits)
+    head = Head(model.get_submodule(family.head_name), current, source.shape[1], keep, return_logits)
     output = type(model).forward(_with_child(model, family.head_name, head), **inputs, return_dict=True)
     values = dict(output.items())
     if current.router_logits:

@@ -7,7 +7,7 @@ boundary of packed sequences and cuts image from text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.attention.stats import Records
 from orchestrator.compression.forward.apply_point import apply_point, by_count
+from orchestrator.compression.forward.queries import Queries, layers_for, view_of
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 
@@ -227,6 +228,7 @@ def run_layers(
     mask: Any,
     cache: Any,
     options: dict[str, Any],
+    queries: Queries | None = None,
 ) -> Any:
     """Return the language model's own forward over the layers of one segment.
 
@@ -244,22 +246,21 @@ def run_layers(
         mask: True where a token is, cached ones first (B x N), or ready-made masks (`Family.attention_mask`).
         cache: The segment's view of the KV cache, or None.
         options: Further keyword arguments of the model's forward.
+        queries: What the model's last layer and its norm are run for; None = all tokens.
     """
     language_model, hidden_BND = family.language_model, flow.hidden_BND
-    if any(options.get(name, getattr(language_model.config, name, False)) for name in _RECORDED):
+    if records_layers(language_model.config, options):
         maybe_install_capturing_hooks(language_model)  # once, on the model: on a view they would pile up
-    view: Any = object.__new__(type(language_model))
-    view.__dict__.update(language_model.__dict__)
-    modules = dict(language_model._modules)
     passage = _Passage(segment, hidden_BND, flow.layers_give_tuples)
-    modules["layers"] = [_Layer(layer, number, passage) for number, layer in enumerate(language_model.layers)]
+    layers = layers_for(language_model, queries)
+    modules: dict[str, Any] = {"layers": [_Layer(layer, number, passage) for number, layer in enumerate(layers)]}
     if segment.last != len(language_model.layers):
         modules[family.norm_name] = nn.Identity()
     if segment.first > 0:
         # Called past its hooks: ZeRO-3 gathers by the order of hooked calls, which must be one and the same for every
         # rank (one without images runs no segments) and every stage. It holds no parameters.
         modules["rotary_emb"] = _Unhooked(language_model.rotary_emb)
-    view.__dict__["_modules"] = modules
+    view = view_of(language_model, modules)
     if "flash" in str(view.config._attn_implementation) and len(hidden_BND) == 1:
         options = options | _one_sequence(hidden_BND, mask)
     output = type(language_model).forward(
@@ -278,6 +279,11 @@ def run_layers(
 
 # Arguments (or keys of the config) by which a forward is asked to record what its layers do.
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def records_layers(config: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether a forward with these arguments gives what its layers did."""
+    return any(bool(options.get(name, getattr(config, name, False))) for name in _RECORDED)
 
 
 class _Unhooked:

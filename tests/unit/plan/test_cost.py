@@ -187,6 +187,23 @@ def test_lora_counts_the_base_as_frozen_and_the_adapters_as_trained() -> None:
     assert found == pytest.approx(base + adapters)
 
 
+def test_what_the_last_layer_does_not_do() -> None:
+    once = 576 * 2 * (202.4e6 - 2 * 4096**2) / 1e12 + 2 * 576**2 * 4096 / 1e12
+    one = cost.unread_tflops_per_sample
+    assert one(FACTS, [], Sample(64, 64), {"train": ["language_model"]}) == pytest.approx(3 * once, rel=1e-3)
+    checkpointed = {"train": ["projector"], "gradient_checkpointing": True}
+    assert one(FACTS, [], Sample(64, 64), checkpointed) == pytest.approx(3 * once, rel=1e-3)
+    assert one(FACTS, [], Sample(64, 640), {"train": ["language_model"]}) == 0.0
+    lora = {"r": 128, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    adapters = 3 * 2 * 576 * 128 * (4096 + 4096 + 11008 + 4096) / 1e12
+    found = one(FACTS, [], Sample(64, 64), {"train": ["language_model"], "lora": lora})
+    assert found == pytest.approx(2 * once + adapters, rel=1e-3)
+    pooled = 72 * 2 * (202.4e6 - 2 * 4096**2) / 1e12 + 2 * 72**2 * 4096 / 1e12
+    assert one(FACTS, [pool(2, 8)], Sample(64, 64), {"train": ["language_model"]}) == pytest.approx(
+        3 * pooled, rel=1e-3
+    )
+
+
 def test_several_points_act_on_what_is_left() -> None:
     points = [pool(16, 2), pool("projector", 3), pool(0, 2), pool(8, 5)]
     # 576 / 3 = 192 at the projector, 96 at layer 0, ceil(96 / 5) = 20 from layer 8, 10 from layer 16
