@@ -95,7 +95,9 @@ def _run_layer(queries: Queries, layer: Any, *args: Any, **kwargs: Any) -> Any:
     attention = attention_module(layer, "compression")
 
     def to_all(value: Any) -> Any:
-        return all_BND if value is chosen_BQD else value
+        # The same memory, not the same object: hooks (ZeRO-3's) and checkpoints pass a layer's input on as another one.
+        same = isinstance(value, Tensor) and value.shape == chosen_BQD.shape
+        return all_BND if same and value.data_ptr() == chosen_BQD.data_ptr() else value
 
     def fitting(value: Any) -> Any:
         # What all tokens became by the first norm goes into attention, and on into an MLP beside it.

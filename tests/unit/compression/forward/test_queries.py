@@ -1,4 +1,4 @@
-"""The last layer runs only for tokens whose logits a label needs: same numbers, less work, and only where it is right."""
+"""The last layer runs only for tokens whose logits a label needs: same numbers, less work, only where it is right."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_labels_shifted_by_the_caller_and_none_at_all():
     batch = make_batch(MIXED)
     model = tiny_llava("sdpa").train()
     attach(model, [])
-    expected = model(**batch).loss
+    expected = model(**batch).loss.detach()
     shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    assert float(model(**rest, shift_labels=shifted).loss) == pytest.approx(float(expected), abs=1e-6)
+    assert float(model(**rest, shift_labels=shifted).loss.detach()) == pytest.approx(float(expected), abs=1e-6)
     loss = model(**rest, labels=torch.full_like(batch["labels"], -100)).loss
     loss.backward()
     assert float(loss.detach()) == 0.0
