@@ -251,7 +251,14 @@ FAMILIES: dict[str, FamilyDefaults] = {
     "vipllava": FamilyDefaults(
         "llama", _CLIP_L_336, "patches", top=_VIP_LLAVA, tokenwise=True, cls=True, tower_refusal=""
     ),
-    "video_llava": FamilyDefaults("llama", _CLIP_L_336 | {"image_size": 224}, "patches", top=_LLAVA, towers=2),
+    "video_llava": FamilyDefaults(
+        "llama",
+        _CLIP_L_336 | {"image_size": 224},
+        "patches",
+        top=_LLAVA,
+        towers=2,
+        tower_refusal="images and videos have a tower each",
+    ),
     "llava_next": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
     "llava_onevision": FamilyDefaults("qwen2", _SO400M, "varies", top=_ONEVISION, tiled=True),
     "internvl": FamilyDefaults(
@@ -331,6 +338,7 @@ FAMILIES: dict[str, FamilyDefaults] = {
         "stated",
         top={"mm_tokens_per_image": 256},
         projector_layers=1,
+        tower_refusal="its projector pools the square of patches",
     ),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orchestrator.compression.masks import Keys, ready_masks
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
-from orchestrator.spec.model_facts import PLAIN_TOWERS
+from orchestrator.spec.model_facts import FAMILIES, PLAIN_TOWERS
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Family(ABC):
             mask, so a segment's are made from these.
         deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
-        tower_refusal: Why no point may act inside the vision tower; empty where its type and the config decide.
 
     Raises:
         UsageError: the model lacks a part; the message names it.
@@ -66,7 +65,6 @@ class Family(ABC):
     remakes_masks = False
     deep_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
-    tower_refusal = "between it and the decoder the model merges, pools or arranges its patches by their grid"
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -199,6 +197,12 @@ class Family(ABC):
         It must give one visual token a patch, in raster order; else None.
         """
         return None
+
+    @property
+    def tower_refusal(self) -> str:
+        """Why no point may act inside the vision tower; empty where its type and the config decide."""
+        known = FAMILIES.get(self.model.config.model_type)
+        return "how its patches become visual tokens is not known" if known is None else known.tower_refusal
 
     @property
     def tower(self) -> Tower:

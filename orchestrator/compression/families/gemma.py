@@ -20,7 +20,6 @@ class PaliGemmaFamily(ImagesFamily):
     projector_name: ClassVar[str | None] = "multi_modal_projector"
     remakes_masks = True
     window_cuts_blocks = False  # PaliGemma 2 opens the prefix in sliding layers too
-    tower_refusal = ""
 
     @property
     def tower(self) -> Tower:
@@ -54,7 +53,6 @@ class Gemma3Family(PaliGemmaFamily):
     """
 
     projector_name: ClassVar[str | None] = None  # it pools the grid, so not token by token
-    tower_refusal = "its projector pools the square of patches"
     window_cuts_blocks = True
 
     def find_language_model(self) -> nn.Module:

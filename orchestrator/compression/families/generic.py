@@ -33,7 +33,6 @@ class GenericFamily(Family):
 
     proven = False
     encodes_in_forward = True
-    tower_refusal = "it has no adapter of its own, which says how patches become visual tokens"
     video_refused = ""
 
     def find_language_model(self) -> nn.Module:

@@ -25,7 +25,6 @@ class LlavaFamily(ImagesFamily):
     """Images are runs of `image_token_id`; their number of tokens follows from the pixels and the patch size."""
 
     sized = True
-    tower_refusal = ""
     projector_name: ClassVar[str | None] = "multi_modal_projector"
 
     def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
@@ -111,7 +110,6 @@ class VideoLlavaFamily(LlavaFamily):
     """Images as in LLaVA; a frame of a video is its CLS token, alone, and then the grid of its patches."""
 
     sized = False
-    tower_refusal = "images and videos have a tower each"
     projector_name: ClassVar[str | None] = None  # images pass it before videos, not in the order of the rows
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:

@@ -275,7 +275,8 @@ def _with_amount(point: Candidate, more: Mapping[str, Any], grids: Sequence[Grid
             for grid in grids:
                 spec.kept_tokens(grid)
         except (UsageError, ValueError) as error:
-            reason = reason or error
+            # What the images' grids forbid says more than that an amount is none of the method's.
+            reason = error if reason is None or isinstance(reason, UsageError) else reason
             continue
         return spec
     assert reason is not None

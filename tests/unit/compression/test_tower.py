@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.compression import attach
+from orchestrator.compression.families import family_of
 from orchestrator.compression.testing import check_compressor
 from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
 from orchestrator.errors import UsageError
@@ -58,6 +59,21 @@ def test_points_in_the_tower_are_the_plain_computation(points):
 def test_every_other_family_refuses(family):
     with pytest.raises(UsageError, match="no compressor acts inside the vision tower of"):
         attach(TINY[family].build("eager", 0), [POOLED])
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if name in FAMILIES])
+def test_the_planner_refuses_what_attach_refuses(family):
+    """By config alone: how deep the tower is, and before which of its layers points may act."""
+    model = TINY[family].build("eager", 0)
+    facts = _family_facts(model.config.to_dict(), FAMILIES[family])
+    try:
+        tower = family_of(model).tower
+    except UsageError as error:
+        assert facts.tower_points == 0 and facts.tower_refusal in str(error)
+    else:
+        assert (facts.vision_depth, facts.tower_points, facts.tower_refusal) == (tower.depth, tower.limit, "")
+        assert facts.vision_hidden_size == tower.width
+        assert facts.vision_tokens == facts.image_grid.tokens + tower.front
 
 
 def by_hand(model, pixels):
