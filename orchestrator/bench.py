@@ -11,25 +11,32 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from orchestrator.compression import attach
-from orchestrator.data.processing.encode import IGNORED_LABEL
-from orchestrator.errors import StorageError, UsageError
+from orchestrator.data.processing.encode import IGNORED_LABEL, collate
+from orchestrator.data.processing.encode import Sample as Encoded
+from orchestrator.data.processing.processor import load_processor
+from orchestrator.data.records.image_files import image_size
+from orchestrator.data.records.row_index import open_rows
+from orchestrator.data.rows import ImageRef
+from orchestrator.errors import DataError, StorageError, UsageError
 from orchestrator.models.build import compute_dtype, model_from_config
 from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.plan import cost
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.identity_fields import resolve_points
-from orchestrator.plan.cost import Sample
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.figures import bench_figure
-from orchestrator.spec.components import adapts
+from orchestrator.spec.components import CompressorSpec, adapts
 from orchestrator.spec.controls import control_points
+from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import ModelFacts
+from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training.engine import checkpoint_activations
 from orchestrator.training.metrics_log import processor_name, reset_peak_memory, resident_peak_bytes
@@ -37,6 +44,7 @@ from orchestrator.training.metrics_log import processor_name, reset_peak_memory,
 Points = tuple[dict[str, Any], ...]
 MIN_REPEATS = 7
 FULL, PLAIN = "full", "plain transformers"
+_PICTURE_ROWS = 500
 _CONTROL = "stride at the budget of "
 
 
@@ -55,7 +63,8 @@ def bench_experiment(
     Args:
         source: The experiment: its file, a mapping, or a loaded one.
         overrides: `--set` settings.
-        text_tokens: Text tokens of a sample, all labelled; beside them one image.
+        text_tokens: Text tokens of a sample, all labelled; beside them one image: made up, or where images vary in size
+            the one of median tokens among the data's.
         rows: Samples of the micro-batch; None takes the phase's.
         repeats: Rounds in which every variant is timed once; at least 7.
         chart: A PNG to draw it into; None: `STORAGE/bench/NAME.png`.
@@ -65,17 +74,20 @@ def bench_experiment(
         The document `bench --json` prints, also written to `STORAGE/bench/NAME.json`.
 
     Raises:
-        UsageError: the experiment has no phase, or its model's images are of no fixed size.
+        UsageError: the experiment has no phase, its model's costs are not known, or its images vary in size and none of
+            the data can be taken.
         StorageError: the document cannot be written.
     """
     walk = prepare(source, overrides)
     cell = walk.cells[0]
     recipe, facts = _what(walk.loaded.path, cell)
-    arms = _arms(cell, facts)
+    picture = None if facts.priced else _picture(cell, recipe)
+    arms = _arms(cell, facts, picture)
     rows = rows or (recipe.per_device_train_batch_size if isinstance(recipe.per_device_train_batch_size, int) else 1)
     timings = measure(
-        cell.spec.model, recipe, facts, arms, rows=rows, text_tokens=text_tokens, repeats=repeats, on_round=on_round
-    )
+        cell.spec.model, recipe, facts, arms,
+        rows=rows, text_tokens=text_tokens, repeats=repeats, on_round=on_round, picture=picture,
+    )  # fmt: skip
     document = {
         "experiment": cell.spec.name,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
@@ -83,10 +95,11 @@ def bench_experiment(
         "torch": torch.__version__,
         **cell.spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "rows": rows,
-        "visual_tokens": facts.image_grid.tokens,
+        "visual_tokens": _tokens(facts, picture),
+        **({} if picture is None else {"image_size": list(picture.size)}),
         "text_tokens": text_tokens,
         "repeats": repeats,
-        "variants": _rows(arms, timings, facts, recipe, rows, text_tokens),
+        "variants": _rows(arms, timings, facts, recipe, rows, text_tokens, picture),
     }
     _write(walk, cell, document, chart)
     return document
@@ -96,15 +109,69 @@ def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
     recipe = cell.spec.phases.finetune or cell.spec.phases.pretrain
     if recipe is None:
         raise UsageError(f"{path}: bench times the steps of a phase, and there is none")
-    if cell.facts is None or not cell.facts.priced:
+    facts, name = cell.facts, cell.spec.model.model_name_or_path
+    if facts is None or (reason := cost.unpriced(facts, recipe)) is not None:
+        why = "its sizes are not known" if facts is None else reason
+        raise UsageError(f"model.model_name_or_path: what a step of {name} should take is not known: {why}")
+    return recipe, facts
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the data, for models whose images vary in size.
+
+    Attributes:
+        image: The file.
+        size: Height and width in pixels.
+        units: What it becomes, alone in its row.
+    """
+
+    image: ImageRef
+    size: tuple[int, int]
+    units: ImageUnits
+
+    def sample(self, text_tokens: int, label_tokens: int) -> Sample:
+        """Return a row of it and some text."""
+        text = text_tokens + self.units.markers
+        rows = MeasuredRows((MeasuredRow(1.0, text, label_tokens, (self.units,)),))
+        return Sample(text, label_tokens, 1.0, rows)
+
+
+def _picture(cell: Cell, recipe: PhaseSpec) -> Picture:
+    """Return the image of median tokens among those of up to 500 rows of the phase's first data set."""
+    name, revision = cell.spec.model.model_name_or_path, cell.spec.model.revision
+    first = recipe.data if isinstance(recipe.data, str) else next(iter(recipe.data))
+    config = find_config(name, revision)
+    try:
+        if config is None:
+            raise ValueError(f"{name} is not here")
+        rule, rows = rule_of_images(config.parent), open_rows(cell.spec.data[first]).spread(_PICTURE_ROWS)
+        found = []
+        for image in dict.fromkeys(image for row in rows for image in row.images):
+            size = image_size(image.path, image.reading)
+            found.append(Picture(image, size, rule(*size, True)))
+        if not found:
+            raise ValueError(f"data.{first} has no image")
+    except (ValueError, OSError, DataError) as error:
         raise UsageError(
-            f"model.model_name_or_path: {cell.spec.model.model_name_or_path} has no fixed number of visual tokens an "
-            "image, so its batch cannot be made up; bench takes models whose images are of one size"
-        )
-    return recipe, cell.facts
+            f"model.model_name_or_path: {name} has no fixed number of visual tokens an image, and bench can take none "
+            f"of the data: {error}"
+        ) from error
+    return sorted(found, key=lambda one: one.units.tokens)[len(found) // 2]
 
 
-def _arms(cell: Cell, facts: ModelFacts) -> dict[str, Points | None]:
+def _tokens(facts: ModelFacts, picture: Picture | None) -> int:
+    return facts.image_grid.tokens if picture is None else picture.units.tokens
+
+
+def _resolved(points: Sequence[CompressorSpec], facts: ModelFacts, picture: Picture | None) -> Points:
+    if picture is None:
+        return resolve_points(points, facts.num_layers, facts.image_grid, facts.vision_depth)
+    images = [(1.0, picture.units.grids)]
+    return resolve_points(points, facts.num_layers, facts.visual_grid, facts.vision_depth, images)
+
+
+def _arms(cell: Cell, facts: ModelFacts, picture: Picture | None) -> dict[str, Points | None]:
     """Return the plain transformers, full tokens, every variant, and a plain drop at the budget of each variant that
     selects.
     """
@@ -115,13 +182,12 @@ def _arms(cell: Cell, facts: ModelFacts) -> dict[str, Points | None]:
         )
     arms: dict[str, Points | None] = {PLAIN: None, FULL: ()}
     for name, points in cell.spec.compressors.items():
-        arms[name] = resolve_points(points, facts.num_layers, facts.image_grid, facts.vision_depth)
-    known = {_budget(points, facts) for points in arms.values() if points and points[0]["kind"] == "stride"}
+        arms[name] = _resolved(points, facts, picture)
+    known = {_budget(points, facts, picture) for points in arms.values() if points and points[0]["kind"] == "stride"}
     for name, points in cell.spec.compressors.items():
-        strided = control_points("stride", points, facts)
-        control = resolve_points(strided, facts.num_layers, facts.image_grid, facts.vision_depth)
-        if _budget(control, facts) not in known:
-            known.add(_budget(control, facts))
+        control = _resolved(control_points("stride", points, facts), facts, picture)
+        if _budget(control, facts, picture) not in known:
+            known.add(_budget(control, facts, picture))
             arms[_CONTROL + name] = control
     return arms
 
@@ -133,28 +199,31 @@ def _rows(
     recipe: PhaseSpec,
     rows: int,
     text_tokens: int,
+    picture: Picture | None,
 ) -> list[dict[str, Any]]:
-    tokens, what = rows * (facts.image_grid.tokens + text_tokens), recipe.model_dump()
+    beside = 0 if picture is None else picture.units.markers
+    tokens, what = rows * (_tokens(facts, picture) + text_tokens + beside), recipe.model_dump()
+
+    def sample(labels: int) -> Sample:
+        return Sample(text_tokens, labels) if picture is None else picture.sample(text_tokens, labels)
 
     def tflops(points: Points | None) -> float:
         # The plain model computes logits for every token.
-        labels = text_tokens if points is not None else text_tokens + facts.image_grid.tokens
-        return rows * cost.train_tflops_per_sample(facts, points or (), Sample(text_tokens, labels), what)
+        labels = text_tokens if points is not None else tokens // rows
+        return rows * cost.train_tflops_per_sample(facts, points or (), sample(labels), what)
 
     def run_tflops(name: str, points: Points | None) -> float:
         if not timings[name].trims_last_layer:
             return tflops(points)
-        unread = cost.unread_tflops_per_sample(facts, points or (), Sample(text_tokens, text_tokens), what)
-        return tflops(points) - rows * unread
+        return tflops(points) - rows * cost.unread_tflops_per_sample(facts, points or (), sample(text_tokens), what)
 
     full_seconds, full_tflops = timings[FULL].median_seconds, run_tflops(FULL, ())
-    controls = {
-        _budget(points, facts): name for name, points in arms.items() if points and points[0]["kind"] == "stride"
-    }
+    dropped = {name: points for name, points in arms.items() if points and points[0]["kind"] == "stride"}
+    controls = {_budget(points, facts, picture): name for name, points in dropped.items()}
 
     def row(name: str, points: Points | None) -> dict[str, Any]:
         timing, seconds = timings[name], timings[name].median_seconds
-        control = controls.get(_budget(points, facts)) if points else None
+        control = controls.get(_budget(points, facts, picture)) if points else None
         speedup, predicted = full_seconds / seconds, full_tflops / run_tflops(name, points)
         return {
             "name": name,
@@ -165,7 +234,7 @@ def _rows(
             "peak_memory_gib": timing.peak_memory_gib,
             "train_tflops": tflops(points),
             "run_tflops": run_tflops(name, points),
-            "visual_layer_tokens": cost.visual_layer_tokens(facts.image_grid, points or (), facts.num_layers),
+            "visual_layer_tokens": round(cost.image_layer_tokens(facts, points or (), sample(0).rows)),
             "speedup_measured": speedup,
             "speedup_predicted": predicted,
             "ratio": speedup / predicted,
@@ -178,8 +247,11 @@ def _rows(
     return [row(name, points) for name, points in arms.items()]
 
 
-def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts) -> tuple[int, ...]:
+def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts, picture: Picture | None) -> tuple[int, ...]:
     """Return an image's tokens in each layer, those of the vision tower as points inside of it leave them."""
+    if picture is not None:
+        units = [cost.visual_tokens_by_layer(grid, points, facts.num_layers) for grid in picture.units.grids]
+        return tuple(map(sum, zip(*units, strict=True)))
     inside = [point for point in points if str(point["layer"]).startswith("tower:")]
     tower = cost.tower_tokens_by_layer(facts, inside)
     return (*tower, *cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
@@ -238,6 +310,39 @@ def synthetic_batch(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def processed_batch(
+    model_spec: ModelSpec, picture: Picture, vocab_size: int, rows: int, text_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    """Return rows of one image, as the model's own processor gives it, then `text_tokens` labelled text tokens
+    drawn at random.
+
+    Raises:
+        UsageError: the processor makes something else of the image than the cost formula counts.
+    """
+    processor = load_processor(model_spec)
+    (text,) = processor.images.texts([picture.image])
+    written = np.asarray(processor.tokenizer.encode(text.text, add_special_tokens=False))
+    placeholders = written == processor.image_token_id
+    if placeholders.sum() != len(text.runs) or text.num_visual_tokens != picture.units.tokens:
+        raise UsageError(
+            f"bench: the processor writes {text.num_visual_tokens} visual tokens for an image of {picture.size[0]} x "
+            f"{picture.size[1]} pixels, and the cost formula counts {picture.units.tokens}"
+        )
+    repeats = np.ones(len(written), dtype=np.int64)
+    repeats[placeholders] = text.runs
+    shown = np.repeat(written, repeats)
+    drawn = np.random.default_rng(0)
+    other = next(token for token in range(vocab_size) if token not in processor.placeholder_ids)
+    samples = []
+    for _ in range(rows):
+        spoken = drawn.integers(0, vocab_size, text_tokens)
+        spoken[np.isin(spoken, [*processor.placeholder_ids, *written])] = other
+        ids = np.concatenate([shown, spoken]).astype(np.int32)
+        labels = np.concatenate([np.full(len(shown), IGNORED_LABEL), spoken]).astype(np.int32)
+        samples.append(Encoded(ids, labels, (picture.image,), text.num_visual_tokens))
+    return {name: tensor.to(device) for name, tensor in collate(samples, processor).items()}
+
+
 def measure(
     model_spec: ModelSpec,
     recipe: PhaseSpec,
@@ -248,6 +353,7 @@ def measure(
     text_tokens: int,
     repeats: int,
     on_round: Callable[[int], None] = lambda number: None,
+    picture: Picture | None = None,
 ) -> dict[str, Timing]:
     """Time every arm once in each of `repeats` rounds, in another order each round, after a warm-up round.
 
@@ -263,6 +369,7 @@ def measure(
         text_tokens: Text tokens of a sample, all labelled.
         repeats: Rounds, at least 7.
         on_round: Called before each round with its number, 0 for the warm-up.
+        picture: Each sample's image where images vary in size; else one is made up.
 
     Returns:
         Timings by name.
@@ -274,7 +381,10 @@ def measure(
         raise UsageError(f"bench: {repeats} repeats are too few for a median; give at least {MIN_REPEATS}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(model_spec, recipe, device)
-    batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
+    if picture is None:
+        batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
+    else:
+        batch = processed_batch(model_spec, picture, facts.vocab_size, rows, text_tokens, device)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     timings = {name: Timing() for name in arms}
     for number in range(repeats + 1):

@@ -418,23 +418,39 @@ def unread_tflops_per_sample(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
     """Return the operations that `train_tflops_per_sample` counts and training does not do, where the last decoder
-    layer runs for the tokens alone whose logits a label needs; where images are of one size.
+    layer runs for the tokens alone whose logits a label needs.
 
     A row of `n` tokens of which the last `L` are labelled has `L n - L^2 / 2` pairs of query and key under a causal
     mask, so that `(n - L)^2 / 2` of the `n^2 / 2` are left out.
     """
-    tokens = sample.images * visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)[-1] + sample.text_tokens
-    unread = max(0.0, tokens - sample.label_tokens)
+    found = _unread_tokens(facts, points, sample)
+    unread, squares = (sum(share * n**power for share, n in found) for power in (1, 2))
     keys = 2 * facts.hidden_size * facts.num_key_value_heads * facts.head_dim
     weights = facts.decoder_layers[-1].weights if facts.decoder_layers else linear_weights_per_layer(facts)
     linear = 2 * unread * (weights - keys)
-    attended = 2 * facts.num_attention_heads * facts.head_dim * unread**2
+    attended = 2 * facts.num_attention_heads * facts.head_dim * squares
     checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
     total = (linear + attended) * (_passes(recipe)["language_model"] + checkpointed)
     if lora := recipe.get("lora"):
         adapted = {**lora, "target_modules": sorted(set(lora["target_modules"]) - {"k_proj", "v_proj"})}
         total += (3 + checkpointed) * 2 * unread * lora_weights_per_layer(facts, adapted)
     return total / _TERA
+
+
+def _unread_tokens(
+    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample
+) -> list[tuple[float, float]]:
+    """Return the tokens of the last decoder layer that no label needs, of each measured row with its share."""
+    if sample.rows is None:
+        visual = sample.images * visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)[-1]
+        return [(1.0, max(0.0, visual + sample.text_tokens - sample.label_tokens))]
+    grids = {grid for row in sample.rows.rows for image in row.images for grid in image.grids}
+    last = {grid: visual_tokens_by_layer(grid, points, facts.num_layers)[-1] for grid in grids}
+    found = []
+    for row in sample.rows.rows:
+        visual = sum(last[grid] for image in row.images for grid in image.grids)
+        found.append((row.share, max(0.0, visual + row.text_tokens - row.label_tokens)))
+    return found
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:

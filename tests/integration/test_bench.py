@@ -6,10 +6,13 @@ import json
 from statistics import median
 
 import pytest
+from family_folders import write_folder
+from sized_rows import SIZES_HW, sized_rows
 
 from orchestrator.plan import cost
-from orchestrator.plan.cost import Sample
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
 from orchestrator.plan.experiment_plan import prepare
+from orchestrator.spec.model_facts import rule_of_images
 
 
 @pytest.fixture
@@ -56,8 +59,53 @@ def test_what_cannot_be_measured_is_refused(spec, llavolta):
     assert adaptive.returncode == 2 and "bench makes its images up" in adaptive.stderr
 
 
-def test_models_whose_images_vary_are_told(spec, llavolta, tmp_path):
+SIZED = """
+name: sized
+model: {model_name_or_path: model, weights: random, dtype: float32}
+data:
+  train: {kind: llava_json, data_path: rows.json, image_folder: ., conversation_template: chat_template}
+compressors:
+  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
+phases:
+  finetune:
+    data: train
+    train: [projector, language_model]
+    max_steps: 2
+    global_batch_size: 2
+    per_device_train_batch_size: 2
+    learning_rate: 1.0e-3
+    schedule: half
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "idefics3"])
+def test_where_images_vary_in_size_an_image_of_the_data_is_timed(family, llavolta, tmp_path):
+    (tmp_path / "model").mkdir()
+    write_folder(family, tmp_path / "model")
+    sized_rows(tmp_path)
+    (tmp_path / "sized.yaml").write_text(SIZED)
+    done = llavolta("bench", "sized.yaml", "--json", "--text-tokens", "16")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    rule = rule_of_images(tmp_path / "model")
+    units = rule(*document["image_size"], True)
+    tokens = sorted(rule(height, width, True).tokens for height, width in SIZES_HW)
+    assert document["visual_tokens"] == units.tokens == tokens[len(tokens) // 2]
+    rows = {row["name"]: row for row in document["variants"]}
+    cell = prepare(tmp_path / "sized.yaml").cells[0]
+    text = 16 + units.markers
+    measured = MeasuredRows((MeasuredRow(1.0, text, 16, (units,)),))
+    what = cell.spec.phases.finetune.model_dump()
+    for name, points in (("full", []), ("half", rows["half"]["points"])):
+        each = cost.train_tflops_per_sample(cell.facts, points, Sample(text, 16, 1, measured), what)
+        assert rows[name]["train_tflops"] == pytest.approx(2 * each)
+    assert rows["half"]["visual_layer_tokens"] < rows["full"]["visual_layer_tokens"]
+    assert all(len(row["all_seconds"]) == 7 and min(row["all_seconds"]) > 0 for row in rows.values())
+
+
+def test_models_whose_images_vary_are_told_without_their_processor(spec, llavolta, tmp_path):
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen" / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     done = llavolta("bench", "mine.yaml", "--set", "model.model_name_or_path=qwen")
     assert done.returncode == 2 and "no fixed number of visual tokens" in done.stderr
+    assert "its processor" in done.stderr
