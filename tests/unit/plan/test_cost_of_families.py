@@ -139,10 +139,17 @@ def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folde
     rows = MeasuredRows((MeasuredRow(1.0, text, length, shown),))
     formula = cost.forward_tflops(facts, [], Sample(text, length, len(shown), rows))
     if facts.priced:
-        assert cost.forward_tflops(facts, [], Sample(text, length, len(shown))) == pytest.approx(formula)
+        plain, apart = Sample(text, 3, len(shown)), Sample(text, 3, len(shown), _labelled(rows, 3))
+        assert cost.forward_tflops(facts, [], plain) == pytest.approx(cost.forward_tflops(facts, [], apart))
+        unread = (cost.unread_tflops_per_sample(facts, [], one, {"train": ["language_model"]}) for one in (plain, apart))
+        assert next(unread) == pytest.approx(next(unread))
     assert formula.pop("compressor") == 0
     counted = counted_flops(model, batch, facts.vision_layers)
     assert {part: value * 1e12 for part, value in formula.items()} == pytest.approx(counted, rel=1e-9)
+
+
+def _labelled(rows: MeasuredRows, labels: int) -> MeasuredRows:
+    return MeasuredRows(tuple(replace(row, label_tokens=labels) for row in rows.rows))
 
 
 @pytest.mark.parametrize("family", sorted(set(TINY) & set(FAMILIES)))
