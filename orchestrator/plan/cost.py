@@ -437,9 +437,7 @@ def unread_tflops_per_sample(
     return total / _TERA
 
 
-def _unread_tokens(
-    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample
-) -> list[tuple[float, float]]:
+def _unread_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> list[tuple[float, float]]:
     """Return the tokens of the last decoder layer that no label needs, of each measured row with its share."""
     if sample.rows is None:
         visual = sample.images * visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)[-1]

@@ -141,7 +141,9 @@ def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folde
     if facts.priced:
         plain, apart = Sample(text, 3, len(shown)), Sample(text, 3, len(shown), _labelled(rows, 3))
         assert cost.forward_tflops(facts, [], plain) == pytest.approx(cost.forward_tflops(facts, [], apart))
-        unread = (cost.unread_tflops_per_sample(facts, [], one, {"train": ["language_model"]}) for one in (plain, apart))
+        unread = (
+            cost.unread_tflops_per_sample(facts, [], one, {"train": ["language_model"]}) for one in (plain, apart)
+        )
         assert next(unread) == pytest.approx(next(unread))
     assert formula.pop("compressor") == 0
     counted = counted_flops(model, batch, facts.vision_layers)
