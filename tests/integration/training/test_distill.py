@@ -87,6 +87,18 @@ def learned_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
     )
 
 
+CLUSTERS = ({"kind": "divt", "layer": "projector", "keep_ratio": "3/4", "heads": 2},)
+
+
+def adaptive_job(made: tuple[Path, Path], **recipe: Any) -> StageJob:
+    """As `learned_job`, under a compressor that leaves as many tokens as an image has clusters."""
+    job = learned_job(made, **recipe)
+    first, full, last = job.table
+    assert last.distill is not None
+    last = replace(last, distill=replace(last.distill, points=CLUSTERS))
+    return replace(job, table=(replace(first, points=CLUSTERS), full, last))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_distillation_is_the_sum_over_tokens_of_the_divergence(temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +230,7 @@ def test_micro_batches_do_not_change_what_is_learned(made: tuple[Path, Path], tm
     ("make", "zero"),
     [
         (make, zero)
-        for make in (taught_job, added, learned_job, sandwich_job, dualspeed_job)
+        for make in (taught_job, added, learned_job, adaptive_job, sandwich_job, dualspeed_job)
         for zero in ("zero2", "zero3")
     ],
 )
@@ -244,6 +256,18 @@ def test_a_learned_compressor_is_taught_and_teaches(made: tuple[Path, Path], tmp
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # A pass without gradient moves nothing: what only teaches stays as it is.
     assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+
+
+def test_numbers_of_tokens_are_the_images_own_in_any_micro_batch(made: tuple[Path, Path], tmp_path: Path) -> None:
+    jobs = {str(micro): adaptive_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
+    jobs["recomputed"] = adaptive_job(made, per_device_train_batch_size=3, gradient_checkpointing=True)
+    found = launch(1, trained, tmp_path, jobs)
+    _compare(found["3"], found["8"])
+    _compare(found["3"], found["recomputed"])
+    tokens = [[line["visual_tokens"] for line in found[name][1]] for name in jobs]
+    assert tokens[0] == tokens[1] == tokens[2]
+    most = 0.75 * tokens[0][2]  # of full tokens
+    assert all(0 < one < most for one in tokens[0][:2]) and tokens[0][0] != tokens[0][1]
 
 
 def resumed(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[str, str]:

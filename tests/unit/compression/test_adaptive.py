@@ -8,6 +8,7 @@ from orchestrator_plugins.compressors.divt import clusters
 from reference import make_batch, tiny_llava
 
 from orchestrator.compression import attach
+from orchestrator.compression.testing import check_compressor
 from orchestrator.compression.testing.families import TINY
 from orchestrator.compression.testing.tiny import move_parameters
 from orchestrator.errors import UsageError
@@ -73,6 +74,36 @@ def test_rows_generate_what_they_do_alone(points):
         alone |= {} if images is None else {"pixel_values": images}
         assert torch.equal(model.generate(**alone, **options)[0, -4:], together[row])
         assert torch.equal(model.generate(**alone, **options, num_beams=2)[0, -4:], beams[row])
+
+
+@pytest.mark.parametrize("layer", ["projector", 2])
+def test_logits_stand_at_the_centres(layer):
+    """Of a token that was dropped they are NaN; a cluster's stand where its centre stood."""
+    batch = make_batch([[2, "image", 3, "image", "image", 4]])
+    model, attachment = attached([divt(layer)])
+    seen = []
+    compress = attachment.points[0].compressor.compress
+    attachment.points[0].compressor.compress = lambda *given: (seen.append(compress(*given)), seen[-1])[1]
+    logits = model(**batch, return_logits=True).logits[0]
+    starts, columns = (2, 14, 23), {0, 1, 11, 12, 13, 32, 33, 34, 35}
+    (kept,) = seen
+    for start, sources, count in zip(starts, kept.sources_BM.tolist(), kept.counts_B.tolist(), strict=True):
+        columns |= {start + source for source in sources[:count]}
+    assert len(set(kept.counts_B.tolist())) > 1
+    assert set((~logits.isnan().any(1)).nonzero().flatten().tolist()) == columns
+
+
+@pytest.mark.parametrize(
+    ("family", "points"),
+    [
+        ("llava", [{"kind": "average_pool_2d", "layer": "tower:1", "keep_tokens": 6}, divt()]),
+        ("llava", [divt(), {"kind": "fastv", "layer": 2, "keep_ratio": "1/2"}, divt(3)]),
+        ("llava", [divt(), {"kind": "isolator", "layer": 0}]),
+        ("video_llava", [{"kind": "evs", "layer": 0}, divt(2)]),
+    ],
+)
+def test_beside_other_points(family, points):
+    assert check_compressor(points, [family]).proven
 
 
 def batch_of(batch):
