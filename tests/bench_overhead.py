@@ -1,12 +1,13 @@
-"""Measures what Ray and the orchestrator add to an optimizer step: the same DeepSpeed loop as a plain script, in turns.
+"""Measures what the orchestrator adds to an optimizer step, beside a plain DeepSpeed loop and transformers' Trainer.
 
-    python tests/bench_overhead.py --steps 60 --rounds 4 --output overhead.json
+    python tests/bench_overhead.py --steps 60 --rounds 5 --output overhead.json
 
 Arms: `plain` (a process of its own: the same model, weights, batches and rates, `deepspeed.initialize`, a loop),
-`run` (`llavolta run` with Ray, metrics, live view and MLflow, as a user starts it) and `local` (`run --local`). They
-take turns, each in fresh processes. Ray starts its workers with a niceness, which the other arms are given too. Told
-are medians of the seconds inside a step and from step to step, which counts what happens between them as well. The
-losses must be equal, or the arms did not do the same work.
+`trainer` (transformers' Trainer on the unmodified model, torch's AdamW, the same batches), `run` (`llavolta run` with
+Ray, metrics, live view and MLflow, as a user starts it) and `local` (`run --local`). They take turns, each in fresh
+processes; with `--busy` other processes keep so many cores busy meanwhile. Told are medians of the seconds inside a
+step and from step to step, which counts what happens between them as well. The losses must be equal, or the arms did
+not do the same work.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger import Ledger
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "experiments" / "quickstart.yaml"
-ARMS = ("plain", "run", "local")
+SCRIPTS = ("plain", "trainer")
+ARMS = (*SCRIPTS, "run", "local")
 LEFT_OUT = 5  # steps at the start, where caches are cold
 SPEC = """
 extends: {quickstart}
@@ -94,11 +96,72 @@ def plain(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
     dist.destroy_process_group()
 
 
-def plain_entry(spec: Path, weights: Path, metrics: Path, threads: int) -> None:
-    """What the process of the plain arm does."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+def trainer(job: StageJob, weights: Path, metrics: Path, threads: int) -> None:
+    """The same rows, tokens and recipe by transformers' Trainer; the model is as transformers makes it."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from orchestrator.models.build import build_model
+    from orchestrator.models.parts import set_trainable
+    from orchestrator.spec.model import ModelSpec
+    from orchestrator.spec.phase import PhaseSpec
+    from orchestrator.training.engine import TrainingMemory
+
+    torch.set_num_threads(threads)
+    recipe = PhaseSpec.model_validate(job.recipe)
+    size = recipe.global_batch_size
+    model = build_model(ModelSpec.model_validate(job.model), weights)
+    set_trainable(model, recipe.train, lora=False)
+    data = TrainingMemory().data(job)
+    steps = range(job.last_step)
+    rows = [i for step in steps for i in data.batch_indices(job.seed, step, size, recipe.group_by_modality_length)]
+    lines: list[dict[str, Any]] = []
+
+    class Clock(TrainerCallback):
+        start = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds = time.perf_counter() - self.start
+            lines.append({"step": len(lines), "step_seconds": seconds, "timestamp_ms": time.time() * 1000})
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                lines[-1]["loss"] = logs["loss"]
+
+    arguments = TrainingArguments(
+        output_dir=str(metrics.parent / "trainer"),
+        max_steps=job.last_step,
+        per_device_train_batch_size=size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_ratio,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=job.seed,
+    )
+    Trainer(model, arguments, data_collator=data.collate, train_dataset=rows, callbacks=[Clock()]).train()
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def script_entry(arm: str, spec: Path, weights: Path, metrics: Path, threads: int) -> None:
+    """What the process of an arm without orchestrator does."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     (job,) = prepare(spec).tree.stage_runs.values()
+    if arm == "trainer":
+        trainer(job, weights, metrics, threads)
+        return
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     plain(job, weights, metrics, threads)
 
 
@@ -117,10 +180,11 @@ class Bench:
         """Runs one arm in fresh processes; returns its step lines."""
         storage = self.folder / f"{arm}{number}"
         metrics = storage / "stage_runs" / self.state / "metrics.jsonl"
-        if arm == "plain":
-            metrics = self.folder / f"plain{number}.jsonl"
+        if arm in SCRIPTS:
+            metrics = self.folder / f"{arm}{number}.jsonl"
             weights = self.folder / "run0" / "stage_runs" / self.root / "weights" / "model.safetensors"
-            command = [__file__, "--threads", str(self.threads), "--plain", *map(str, (self.spec, weights, metrics))]
+            paths = map(str, (self.spec, weights, metrics))
+            command = [__file__, "--threads", str(self.threads), "--script", arm, *paths]
         else:
             command = ["-m", "orchestrator", "run", str(self.spec), *(["--local"] if arm == "local" else [])]
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
@@ -173,7 +237,12 @@ def summary(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             key: {
                 "seconds": round(median(one[key] for one in rounds), 4),
                 "rounds": [round(one[key], 4) for one in rounds],
-                "of_plain": round(median(a[key] / b[key] for a, b in zip(rounds, turns["plain"], strict=True)), 4),
+                **{
+                    f"of_{script}": round(
+                        median(a[key] / b[key] for a, b in zip(rounds, turns[script], strict=True)), 4
+                    )
+                    for script in SCRIPTS
+                },
             }
             for key in ("in_step", "step_to_step")
         }
@@ -188,11 +257,23 @@ def main() -> None:
     parser.add_argument("--variant", default="full", choices=("full", "heavy", "wide", "light"))
     parser.add_argument("--deepspeed", default="zero0", choices=("zero0", "zero1", "zero2"))
     parser.add_argument("--output", type=Path, help="JSON file with all numbers")
-    parser.add_argument("--plain", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy each")
+    parser.add_argument("--script", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.plain is not None:
-        plain_entry(*given.plain, given.threads)
+    if given.script is not None:
+        arm, *paths = given.script
+        script_entry(arm, *map(Path, paths), given.threads)
         return
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(given.busy)]
+    try:
+        measure(given)
+    finally:
+        for process in busy:
+            process.kill()
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Runs the arms in turns and prints what they took."""
     turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given)
@@ -203,14 +284,20 @@ def main() -> None:
                 lines = bench.run(arm, number)
                 losses[arm].add(tuple(line["loss"] for line in lines))
                 turns[arm].append(seconds_of(lines))
-                print(f"round {number} {arm:5} {turns[arm][-1]}", flush=True)
+                print(f"round {number} {arm:7} {turns[arm][-1]}", flush=True)
     ours = losses["run"] | losses["local"]
-    apart = max(abs(a - b) / b for one in losses["plain"] for other in ours for a, b in zip(other, one, strict=True))
+    scripts = losses["plain"] | losses["trainer"]
+    apart = max(abs(a - b) / b for one in scripts for other in ours for a, b in zip(other, one, strict=True))
     found = {"niceness": bench.niceness, "losses_equal": len(ours) == 1, "apart": apart, "arms": summary(turns)}
-    print(f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; from plain at most {apart:.1e}")
+    print(
+        f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; scripts {apart:.1e} apart"
+    )
     for arm, values in found["arms"].items():
-        told = ", ".join(f"{key} {v['seconds']:.4f} s ({v['of_plain'] - 1:+.1%})" for key, v in values.items())
-        print(f"{arm:5}  {told}")
+        told = ", ".join(
+            f"{key} {v['seconds']:.4f} s ({v['of_plain']:.3f} of plain, {v['of_trainer']:.3f} of trainer)"
+            for key, v in values.items()
+        )
+        print(f"{arm:7}  {told}")
     if given.output is not None:
         given.output.write_text(json.dumps(found, indent=1))
 
