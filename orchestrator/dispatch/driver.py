@@ -22,6 +22,10 @@ from orchestrator.spec.infrastructure import ClusterSpec
 
 _ENDINGS = ("finished", "failed", "skipped")
 
+# How long a thread of libgomp spins before it sleeps while others work: by default so long (300,000 turns) that a step
+# takes several times its time as soon as one core is busy with something else. It is read when torch is imported.
+PATIENCE = {"GOMP_SPINCOUNT": "10000"}
+
 
 class Hooks:
     """What a dispatcher calls in the driver's thread; a driver overrides what it needs.
@@ -180,7 +184,7 @@ def run_local(
     conductor = Conductor(ledger.url, new_driver(), Rules.of(cluster, fail_fast, hooks.replans))
     lane = _Lane(conductor, RunState(work, hooks), Ledger(ledger.url), hooks)
     try:
-        with _single_process_group(cluster):
+        with environment(PATIENCE, keep=True), _single_process_group(cluster):
             lane.work(executor)
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None

@@ -69,5 +69,6 @@ def run(job, ledger, memory, should_stop):
     dist.barrier()
     with (folder / "order").open("a") as order:
         line = f"{job.id} rank {rank} of {dist.get_world_size()} threads {os.environ.get('OMP_NUM_THREADS')}"
+        line += f" niceness {os.nice(0)} spins {os.environ.get('GOMP_SPINCOUNT')}"
         order.write(f"{line} memory {len(memory['jobs'])}\n")
     return "finished"

@@ -21,7 +21,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.dispatch.conductor import RESTART, STOP, WAIT, Conductor, Rules, new_driver
-from orchestrator.dispatch.driver import Outcome, RunState
+from orchestrator.dispatch.driver import PATIENCE, Outcome, RunState
 from orchestrator.dispatch.failures import one_line
 from orchestrator.dispatch.job_queue import parallel_width
 from orchestrator.dispatch.ray import compat
@@ -137,6 +137,7 @@ def _worker_environment(threads: int, use_gpu: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        **{name: os.environ.get(name, turns) for name, turns in PATIENCE.items()},
     }
     if not use_gpu:
         variables["DS_ACCELERATOR"] = "cpu"

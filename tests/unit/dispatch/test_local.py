@@ -44,6 +44,7 @@ def test_jobs_run_in_order_fail_alone_and_are_tried_again(ledger: Ledger) -> Non
     failure = ledger.failure("job1")
     assert failure is not None and failure["error"] == "row 7: the image is broken"
     assert "DataError: row 7" in Path(failure["log"]).read_text()
+    assert (ledger.storage / "marks" / "order").read_text().count("spins 10000") == 3
     assert not dist.is_initialized()
     assert dict(os.environ) == before
 
