@@ -289,9 +289,7 @@ def measure(given: argparse.Namespace) -> None:
     scripts = losses["plain"] | losses["trainer"]
     apart = max(abs(a - b) / b for one in scripts for other in ours for a, b in zip(other, one, strict=True))
     found = {"niceness": bench.niceness, "losses_equal": len(ours) == 1, "apart": apart, "arms": summary(turns)}
-    print(
-        f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; scripts {apart:.1e} apart"
-    )
+    print(f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; scripts {apart:.1e} apart")
     for arm, values in found["arms"].items():
         told = ", ".join(
             f"{key} {v['seconds']:.4f} s ({v['of_plain']:.3f} of plain, {v['of_trainer']:.3f} of trainer)"
