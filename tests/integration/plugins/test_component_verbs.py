@@ -147,7 +147,7 @@ def test_components_lists_every_sort(llavolta, built_in_only):
     (pool,) = (one for one in documents if one["kind"] == "average_pool")
     assert pool["fields"]["layer"] == {**pool["fields"]["layer"], "required": True, "default": None}
     assert pool["fields"]["positions"]["type"] == "mean | first | renumber"
-    assert pool["fields"]["size_bias"]["default"] is False and pool["points"] == ["decoder", "projector"]
+    assert pool["fields"]["size_bias"]["default"] is False and pool["points"] == ["decoder", "projector", "tower"]
 
 
 def test_components_of_one_kind_or_sort_and_of_plugins(llavolta, file, tmp_path, tiny_text):
