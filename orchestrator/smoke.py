@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell, PhasePlan
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cells.identity_fields import resolve_points
@@ -202,7 +203,9 @@ def _points(cell: Cell, name: str, layers: LayerMap) -> list[dict[str, Any]]:
     """Return a variant's points at their new layers; the amounts are those of the full-size model."""
     points = cell.spec.compressors[name]
     grid = cell.facts.visual_grid if cell.facts is not None else None
-    resolved = resolve_points(points, layers.depth, grid, layers.tower_depth)
+    averaged = grid is None and any(point.layer_average_tokens for point in points)
+    rows = Costs().rows(cell) if averaged else None
+    resolved = resolve_points(points, layers.depth, grid, layers.tower_depth, "" if rows is None else rows.units)
     return [{**point, "layer": layers.place(point["layer"])} for point in resolved]
 
 
