@@ -283,7 +283,7 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
     for name in spec.search.objectives:
         if bounds and name.removeprefix("cost/") in BY_FORMULA:
             text = f"it is known only as a bound: how many tokens {', '.join(bounds)} leaves depends on the image"
-            hint = "take cost/train_seconds, which is measured"
+            hint = "take cost/train_seconds, which is measured, or take the variant out of compressors"
             errors.append(error_at(root, ("search", "objectives", name), text, hint=hint))
     try:
         layer_tokens = variant_layer_tokens(spec)

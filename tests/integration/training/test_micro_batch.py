@@ -222,6 +222,39 @@ def limited_and_written(folder: Path, jobs: list[StageJob], limits: dict[str, in
     return {**found, "written": trained(folder / "written", written_out(jobs, sizes))}
 
 
+def at_the_most(folder: Path, job: StageJob) -> list[tuple[int, ...]]:
+    """Visual tokens by layer in a trial of a micro-batch, in a rehearsal's step, and in a real one."""
+    from orchestrator.dispatch.run_job import _Rehearsal
+    from orchestrator.plan.jobs import RehearsalJob
+    from orchestrator.training import micro_batch
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.step import run_step
+
+    ledger, memory, action = make_ledger(folder, job.model), TrainingMemory(), job.table[0]
+    rehearsal = _Rehearsal(RehearsalJob("try", job.parent, job, ("key",), (), (), False), ledger, memory)
+    rehearsal.act(action)
+    assert memory.session is not None
+    data, attachment = memory.data(job), memory.session.attachment
+    found = [attachment.visual_tokens_per_layer]
+    micro_batch.measure_trial(memory.session, job, data, action, 4)
+    found.append(attachment.visual_tokens_per_layer)
+    indices = micro_batch.longest_samples(data, 4)
+    batch = micro_batch.MicroBatch(indices, data.collate(indices))
+    run_step(memory.session, job, 0, [batch], should_stop=False)
+    return [*found, attachment.visual_tokens_per_layer]
+
+
+def test_memory_of_numbers_that_depend_on_the_image_is_tried_at_the_most(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    points = ({"kind": "divt", "layer": "projector", "keep_tokens": 60, "heads": 2},)
+    recipe = {"per_device_train_batch_size": 4, "global_batch_size": 4, "train": ("projector", "compressor")}
+    job = run_of(made, (Action(0, 1, "clusters", points),), recipe=recipe, total_steps=1)
+    rehearsed, tried, ran = launch(1, at_the_most, tmp_path, job)
+    assert rehearsed == tried and len(set(tried)) == 1 and tried[0] % 60 == 0 and tried[0] > 0
+    assert 0 < ran[0] < tried[0]
+
+
 @pytest.mark.parametrize("zero", ["zero2", *(pytest.param(zero, marks=SLOW) for zero in ("zero0", "zero3"))])
 def test_trials_find_the_size_and_leave_no_trace(made: tuple[Path, Path], tmp_path: Path, zero: str) -> None:
     jobs, sizes = two_stages(made, deepspeed=zero), {"state2": 12, "state6": 4}
