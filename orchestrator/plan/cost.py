@@ -20,6 +20,10 @@ Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 
 An adaptive method (`divt`) is counted at the most tokens it may leave of an image, so operations and memory are upper
 bounds, a compression ratio a lower one: `at_most`. What really ran is measured (`train/visual_tokens`).
 
+Where images vary in size (`Sample.rows`), every figure of a sample is the mean over measured rows, so that attention
+takes the mean of squares. Towers and decoders of other shapes (gated MLPs, windows, mergers, experts, linear attention)
+are in `docs/concepts/cost.md`; `ModelFacts` says which a model has.
+
 Training: forward 1x; backward 2x for a part that trains (gradients of inputs and of weights), 1x for a frozen part
 that gradients must pass, 0 for a frozen part before the first trained one; recompute 1x of the decoder, and of a
 trained vision tower, under `gradient_checkpointing`. Behind a compressor that trains inside a frozen vision tower, the

@@ -48,6 +48,10 @@ def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
     return tuple(resolver.cell(cell) for cell in loaded.cells)
 
 
+class _Undivided(UsageError):
+    """A phase's steps cannot be divided as its schedule wants."""
+
+
 class _Resolver:
     """Resolves cells; what cells have in common (digests, dumps, tables) is made once."""
 
@@ -171,9 +175,12 @@ class _Resolver:
         def price(schedule: str | ScheduleSpec, steps: int) -> float | None:
             try:
                 compiled = self._compiled(spec, name, recipe.model_copy(update={"schedule": schedule}), steps, facts)
-            except UsageError:
+            except _Undivided:
                 return None  # so few steps cannot be divided into its stages
-            return stage_train_tflops(facts, compiled.actions, sample, recipe.model_dump())
+            try:
+                return stage_train_tflops(facts, compiled.actions, sample, recipe.model_dump())
+            except ValueError as error:  # images of the data are too small for an amount
+                raise UsageError(f"{where}: the cost of a step is not known here: {error}; give max_steps") from error
 
         if target is None:
             assert matched is not None
@@ -260,7 +267,7 @@ class _Resolver:
                 )
             return self._resolved(spec, kind, table, total_steps, facts)
         except ValueError as error:
-            raise UsageError(f"phases.{phase}.schedule: {error}") from error
+            raise _Undivided(f"phases.{phase}.schedule: {error}") from error
 
     def _resolved(
         self, spec: ExperimentSpec, kind: str, table: StageTable, total_steps: int, facts: ModelFacts | None

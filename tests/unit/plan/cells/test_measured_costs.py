@@ -148,3 +148,10 @@ def test_an_amount_that_some_image_cannot_give_costs_nothing_and_is_told(planned
     full, half = (cell["cost"]["train_tflops"] for cell in document["cells"])
     assert full is not None and half is None
     assert any("keep_tokens 20 is more than the image's" in text for text in document["notices"])
+
+
+def test_lengths_by_cost_end_where_a_variant_has_no_amount_or_no_cost(planned: Any) -> None:
+    with pytest.raises(UsageError, match=r"compressors\.half: layer_average_tokens 4000 cannot be reached"):
+        planned("match_train_tflops: full", half="{kind: average_pool, layer: 1, layer_average_tokens: 4000}")
+    with pytest.raises(UsageError, match="the cost of a step is not known here: keep_tokens 20 is more than"):
+        planned("match_train_tflops: full", half="{kind: average_pool, layer: 1, keep_tokens: 20}")
