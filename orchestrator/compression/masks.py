@@ -4,7 +4,7 @@ both ways, and keys weighed by how many tokens they stand for."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Keys:
     sizes_BK: Tensor | None = None
 
 
-def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
+def ready_masks(keys: Keys, window_cuts_blocks: bool, blocks_in_full: bool = True) -> Any:
     """Return the `attention_mask` of a segment's forward: 4-D masks, by kind of layer where there are several.
 
     A sliding window counts the tokens that are left (their index in the shortened row), as transformers would on a row
@@ -49,6 +49,7 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
     Args:
         keys: The segment's keys.
         window_cuts_blocks: A token does not see a token of its block that is farther back than the window.
+        blocks_in_full: Blocks hold in layers of full attention too; else these are causal.
 
     Raises:
         UsageError: the attention implementation takes no such mask, or a kind of layer is not known.
@@ -66,8 +67,10 @@ def ready_masks(keys: Keys, window_cuts_blocks: bool) -> Any:
     window = getattr(keys.config, "sliding_window", None)
     kinds = keys.layer_types or ((SLIDING if window else FULL),)
     check_layer_kinds(keys.config, "compression")
+    causal = keys if blocks_in_full else replace(keys, blocks_BK=None)
+    of_kind = {FULL: (causal, None), SLIDING: (keys, window)}
     masks = {
-        kind: _mask(keys, kinds.index(kind), window if kind == SLIDING else None, window_cuts_blocks, attention)
+        kind: _mask(of_kind[kind][0], kinds.index(kind), of_kind[kind][1], window_cuts_blocks, attention)
         for kind in dict.fromkeys(kinds)
     }
     return _ByKind(masks) if keys.layer_types else masks[kinds[0]]

@@ -54,7 +54,10 @@ class Family(ABC):
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
         deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
+        token_options: Arguments of the language model with one number for each token, which go on with those that are
+            left (a token that a method adds, and padding, get 0).
         window_cuts_blocks: In a sliding layer a token sees no farther back than the window, not even in its own block.
+        blocks_in_full: Tokens of a block see one another in layers of full attention too, not in sliding ones alone.
 
     Raises:
         UsageError: the model lacks a part; the message names it.
@@ -64,11 +67,14 @@ class Family(ABC):
     encodes_in_forward = False
     remakes_masks = False
     deep_options: ClassVar[tuple[str, ...]] = ()
+    token_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
+    blocks_in_full = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.language_model: Any = self.find_language_model()
+        self._refuse_layers_of_other_lengths()
         lacking = [name for name in ("layers", "rotary_emb") if not hasattr(self.language_model, name)]
         if lacking:
             raise self.cannot_serve(
@@ -82,6 +88,19 @@ class Family(ABC):
     def cannot_serve(self, reason: str) -> UsageError:
         """Return the error for a model without a needed part."""
         return UsageError(f"attach: {type(self.model).__name__} cannot be served: {reason}")
+
+    def _refuse_layers_of_other_lengths(self) -> None:
+        config = self.language_model.config
+        if size := getattr(config, "hidden_size_per_layer_input", None):
+            raise self.cannot_serve(
+                f"every layer of its decoder adds an embedding of each token that came in (hidden_size_per_layer_input "
+                f"{size}), and what a token that stands for several gets is not defined"
+            )
+        if shared := getattr(config, "num_kv_shared_layers", None):
+            raise self.cannot_serve(
+                f"the last {shared} layers of its decoder read keys and values of an earlier layer "
+                "(num_kv_shared_layers), which holds more tokens than they do where some are compressed in between"
+            )
 
     def _find_norm(self) -> str:
         """Return `norm`, or the decoder stack's only norm by another name."""
@@ -164,7 +183,7 @@ class Family(ABC):
         """
         if keys.blocks_BK is None and keys.sizes_BK is None:
             return keys.mask_BK
-        return ready_masks(keys, self.window_cuts_blocks)
+        return ready_masks(keys, self.window_cuts_blocks, self.blocks_in_full)
 
     def segment_options(self, options: dict[str, Any], first: int) -> dict[str, Any]:
         """Return the further arguments of the language model for the segment that begins at layer `first`."""
@@ -199,10 +218,8 @@ class Family(ABC):
         return None
 
     @property
-    def tower_refusal(self) -> str:
         """Why no point may act inside the vision tower; empty where its type and the config decide."""
         known = FAMILIES.get(self.model.config.model_type)
-        return "how its patches become visual tokens is not known" if known is None else known.tower_refusal
 
     @property
     def tower(self) -> Tower:
@@ -216,7 +233,6 @@ class Family(ABC):
     def no_tower_points(self) -> UsageError:
         """Return the error for a point inside a vision tower where none may act."""
         kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "tower of no known type")
-        reason = self.tower_refusal or (
             f"it is a {kind}, not one of {', '.join(PLAIN_TOWERS)}, whose positions are added at the input"
             if kind not in PLAIN_TOWERS
             else "its visual tokens are not its patches one to one (vision_feature_select_strategy)"

@@ -1,16 +1,18 @@
-"""PaliGemma (1 and 2) and Gemma 3: images of one grid, which see themselves both ways; sliding and full layers."""
+"""PaliGemma (1 and 2), Gemma 3 and 4: images that see themselves both ways; sliding and full layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.compression.families.base import Tower
-from orchestrator.compression.families.images import ImagesFamily
+from orchestrator.compression.families.images import ImagesFamily, Units, ready_features
+from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
 
 
@@ -69,8 +71,72 @@ class Gemma3Family(PaliGemmaFamily):
     def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the runs of `token_type_ids` 1, numbered from 0 in each row; without these the model is causal."""
         types_BN = inputs.get("token_type_ids")
-        if types_BN is None:
+        return None if types_BN is None else _runs(types_BN == 1)
+
+
+class Gemma4Family(ImagesFamily):
+    """Images and frames of any size, the patches of each with their places; a square of patches is one token.
+
+    In sliding layers alone the tokens of an image see one another, and there only in models that say so
+    (`use_bidirectional_attention: vision`).
+    """
+
+    one_size = False
+    encodes_in_forward = True
+    remakes_masks = True
+    blocks_in_full = False
+
+    def find_language_model(self) -> nn.Module:
+        """Return `model.language_model`."""
+        if self.model.config.get_text_config().use_bidirectional_attention == "all":
+            raise self.cannot_serve("its text sees itself both ways (use_bidirectional_attention)")
+        return super().find_language_model()
+
+    def block_ids_BN(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the runs of `mm_token_type_ids` 1 (images) and 2 (frames), numbered from 0 in each row."""
+        types_BN = inputs.get("mm_token_type_ids")
+        if types_BN is None or self.model.config.get_text_config().use_bidirectional_attention is None:
             return None
-        image_BN = types_BN == 1
-        starts_BN = image_BN & ~nn.functional.pad(image_BN, (1, 0), value=False)[:, :-1]
-        return torch.where(image_BN, starts_BN.long().cumsum(1) - 1, -1)
+        return _runs((types_BN == 1) | (types_BN == 2))
+
+    @property
+    def patches_per_side(self) -> int:
+        """The tower's `pooling_kernel_size`."""
+        return int(self.model.config.vision_config.pooling_kernel_size)
+
+    def _grids_of_places(self, places: Any) -> list[Grid]:
+        """Return the grid of each image or frame from the places (x, y) of its patches; padding stands at -1."""
+        if places is None:
+            return []
+        side = self.patches_per_side
+        return [Grid((y + 1) // side, (x + 1) // side) for x, y in torch.as_tensor(places).amax(1).tolist()]
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the units by `image_position_ids`.
+
+        Raises:
+            UsageError: images come encoded, without these.
+        """
+        places = inputs.get("image_position_ids")
+        if places is None and (inputs.get("pixel_values") is not None or ready_features(inputs, "image") is not None):
+            raise UsageError("compression: the sizes of the images are not known; pass image_position_ids")
+        return [(grid,) for grid in self._grids_of_places(places)]
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the frames of each video by `video_position_ids` and `num_frames_per_video`."""
+        frames = iter(self._grids_of_places(inputs.get("video_position_ids")))
+        counts = inputs.get("num_frames_per_video")
+        return [] if counts is None else [tuple(islice(frames, n)) for n in torch.as_tensor(counts).tolist()]
+
+    def empty_image(self) -> dict[str, Any]:
+        """Return a blank image of one token."""
+        side, patch = self.patches_per_side, self.model.config.vision_config.patch_size
+        pixels = self.blank(1, side * side, 3 * patch**2)
+        places = torch.cartesian_prod(*[torch.arange(side, device=pixels.device)] * 2).reshape(1, -1, 2)
+        return {"pixel_values": pixels, "image_position_ids": places}
+
+
+def _runs(image_BN: Tensor) -> Tensor:
+    """Return the numbers of runs of visual tokens in each row, -1 elsewhere."""
+    starts_BN = image_BN & ~nn.functional.pad(image_BN, (1, 0), value=False)[:, :-1]
+    return torch.where(image_BN, starts_BN.long().cumsum(1) - 1, -1)

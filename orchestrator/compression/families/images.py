@@ -43,10 +43,14 @@ class ImagesFamily(Family):
     sized = False
     one_size = True
 
+    @property
+    def inner(self) -> Any:
+        """What holds tower, projector and decoder: the model inside the top model, or itself where there is none."""
+        return getattr(self.model, "model", self.model)
+
     def find_language_model(self) -> nn.Module:
         """Return `model.<language_name>`."""
-        inner = getattr(self.model, "model", None)
-        language_model = getattr(inner, self.language_name, None)
+        language_model = getattr(self.inner, self.language_name, None)
         if not isinstance(language_model, nn.Module):
             raise self.cannot_serve(f"it has no model.{self.language_name}")
         if self.token_ids[0] is None:
@@ -61,7 +65,7 @@ class ImagesFamily(Family):
     @property
     def projector(self) -> nn.Module | None:
         """The module named by `projector_name`."""
-        return None if self.projector_name is None else self.model.model.get_submodule(self.projector_name)
+        return None if self.projector_name is None else self.inner.get_submodule(self.projector_name)
 
     @property
     def vision_width(self) -> int | None:
@@ -149,16 +153,16 @@ class ImagesFamily(Family):
 
     def idle_features(self) -> Tensor:
         """Return the features of a blank image."""
-        return flat_features(self.model.model.get_image_features(**self.empty_image()))
+        return flat_features(self.inner.get_image_features(**self.empty_image()))
 
     def enter(self) -> None:
         """Features of an image are to carry its size."""
         if self.sized:
-            _remember_sizes(self.model.model)
+            _remember_sizes(self.inner)
 
     def leave(self) -> None:
         """Take that out again."""
-        self.model.model.__dict__.pop("get_image_features", None)
+        self.inner.__dict__.pop("get_image_features", None)
 
 
 def numbered(units: Units) -> Units:

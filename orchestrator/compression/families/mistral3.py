@@ -1,4 +1,4 @@
-"""Mistral 3 (`Mistral3ForConditionalGeneration`): images of any size, a break token after each row of patches."""
+"""Mistral 3 and LightOn OCR: images of any size, in Mistral 3 a break token after each row of patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.compression.families.images import ImagesFamily, Units, sizes_
 
 
 class Mistral3Family(ImagesFamily):
-    """An image is one unit of merged patches; break tokens are text between its rows."""
+    """An image is one unit of merged patches; break tokens, where there are any, are text between its rows."""
 
     sized = True
     one_size = False

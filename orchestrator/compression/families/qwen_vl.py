@@ -1,4 +1,4 @@
-"""Qwen-VL from 2 to 3.5, GLM-4V: images and videos of any size, position ids of three axes (M-RoPE).
+"""Qwen-VL from 2 to 3.5, GLM-4V, ERNIE 4.5 VL: images and videos of any size, position ids of three axes (M-RoPE).
 
 The towers of the first two and the spacing of their temporal position ids differ, what the mechanism sees does not. In
 the third (with experts too) visual features also enter the first layers, DeepStack (Meng et al., 2024, section 3):
@@ -130,3 +130,26 @@ class Glm4vFamily(Qwen2VLFamily):
     def token_ids(self) -> tuple[int | None, int | None]:
         """The placeholder of images alone."""
         return super().token_ids[0], None
+
+
+class Ernie45VLFamily(Qwen2VLFamily):
+    """As Qwen2-VL; two frames of a video become one grid, and visual tokens go to experts of their own."""
+
+    token_options = ("moe_mm_token_type_ids",)
+
+    def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the units by `video_grid_thw` and the config's `temporal_merge_size`."""
+        merged = int(self.model.config.vision_config.temporal_merge_size)
+        return [units[: len(units) // merged] for units in super().video_units(inputs)]
+
+    def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
+        """Return the tokens of all units; of ready features as many as there are."""
+        merged, pixels = int(self.model.config.vision_config.temporal_merge_size), inputs.get("pixel_values_videos")
+        more = 0 if pixels is None else len(pixels) // self.patches_per_side**2
+        return super().num_visual_tokens(inputs) - more + more // merged
+
+    def empty_image(self) -> dict[str, Any]:
+        """Return a blank image of one token; a patch is of one frame."""
+        vision, side = self.model.config.vision_config, self.patches_per_side
+        pixels = self.blank(side * side, vision.in_channels * pair(vision.patch_size)[0] ** 2)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=pixels.device)}

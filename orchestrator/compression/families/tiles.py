@@ -1,8 +1,15 @@
-"""InternVL, Aya Vision, Cohere2 Vision, Ovis2: tiles of images and frames of videos, each a square of tokens."""
+"""Tiles of images and frames of videos as images of their own: InternVL, Aya Vision, Llama 4, GOT-OCR 2 and others."""
 
 from __future__ import annotations
 
-from orchestrator.compression.families.images import ImagesFamily
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features
+from orchestrator.spec.components import Grid
 
 
 class InternVLFamily(ImagesFamily):
@@ -32,3 +39,68 @@ class Ovis2Family(ImagesFamily):
     def patches_per_side(self) -> int:
         """The tower's `hidden_stride`."""
         return int(self.model.config.vision_config.hidden_stride)
+
+
+class Llama4Family(ImagesFamily):
+    """Every entry of `pixel_values` is one unit; tower, projector and a causal LM stand side by side in the top model.
+
+    Some layers attend within chunks of `attention_chunk_size` tokens, counted in the tokens that are left.
+    """
+
+    projector_name = "multi_modal_projector"
+
+    def find_language_model(self) -> nn.Module:
+        """Return the decoder inside the causal LM."""
+        decoder: nn.Module = super().find_language_model().get_submodule("model")
+        return decoder
+
+    @property
+    def patches_per_side(self) -> int:
+        """One over the tower's `pixel_shuffle_ratio`."""
+        return round(1 / self.model.config.vision_config.pixel_shuffle_ratio)
+
+    @property
+    def vision_width(self) -> int:
+        """Width of what the tower's own adapter gives."""
+        return int(self.model.config.vision_config.vision_output_dim)
+
+    def idle_features(self) -> Tensor:
+        """Return the features of a blank image; the projector is called beside `get_image_features`."""
+        features: Tensor = self.model.multi_modal_projector(self.model.vision_model(**self.empty_image()).last_hidden_state)
+        return features.flatten(0, -2)
+
+
+class GotOcr2Family(ImagesFamily):
+    """Every entry of `pixel_values` is one unit; two convolutions of stride 2 merge neighbours, the last ones too."""
+
+    def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
+        """Return the grid of an image; what four patches do not divide is rounded up."""
+        height, width = pair(self.model.config.vision_config.patch_size)
+        return Grid(-(-height_pixels // height // 4), -(-width_pixels // width // 4))
+
+
+class Step3p7Family(GotOcr2Family):
+    """An image is its local views, each one unit, and then the whole."""
+
+    encodes_in_forward = True
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return the units of each image by `num_local_patches`."""
+        counts, whole = inputs.get("num_local_patches"), super().image_units(inputs)
+        if counts is None or inputs.get("pixel_values_local") is None:
+            return whole
+        view = self.grid_of(*inputs["pixel_values_local"].shape[-2:])
+        return [(view,) * count + units for count, units in zip(torch.as_tensor(counts).tolist(), whole, strict=True)]
+
+
+class AriaFamily(ImagesFamily):
+    """Every entry of `pixel_values` is one unit of as many queries as the config has for its patches, in one row."""
+
+    def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
+        """Return the queries by `projector_patch_to_query_dict`."""
+        return Grid(1, self.model.config.projector_patch_to_query_dict[super().grid_of(height_pixels, width_pixels).tokens])
+
+    def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
+        """Return one unit for each entry of `pixel_values`, or of ready features."""
+        features = ready_features(inputs, "image")
+        return super().image_units(inputs) if features is None else [(Grid(1, len(one)),) for one in features]

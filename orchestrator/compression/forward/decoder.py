@@ -242,7 +242,7 @@ class Decoder:
         axes = given is not None and given.ndim == 3
         options = {name: value for name, value in arguments.items() if name not in _PER_SEGMENT}
         self._watch(current, flow, points, after.seen_tokens - flow.hidden_BND.shape[1])
-        last_ids_AB = _last_ids(flow)
+        last_ids_AB, columns = _last_ids(flow), flow.hidden_BND.shape[1]
         before_shift: Tensor | None = None
         counts, outputs = [], []
         for number, segment in enumerate(segments):
@@ -256,6 +256,7 @@ class Decoder:
             mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
             more = self.family.segment_options(options, segment.first)
+            more = more | _of_tokens(options, self.family.token_options, flow, columns)
             coming = segments[number + 1].points if segment is not segments[-1] else ()
             with watched_layer(language_model, segment.last - 1, coming, flow):
                 queries = self._last_queries(current, flow, arguments) if segment is segments[-1] else None
@@ -312,6 +313,21 @@ class Decoder:
                 renumber(flow)
             renumbered = renumbered or wants_numbers or point.enters
         return flow, renumbered
+
+
+def _of_tokens(options: dict[str, Any], names: Sequence[str], flow: Flow, columns: int) -> dict[str, Any]:
+    """Return the arguments that hold a number for each of `columns` tokens, for the tokens that are left.
+
+    Without a KV cache, `generate` gives those of the prompt alone; the tokens after it are text, 0.
+    """
+    given = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
+    origins_BM = flow.origins_BN
+    return {
+        name: nn.functional.pad(value_BN, (0, columns - value_BN.shape[1]))
+        .gather(1, origins_BM.clamp(min=0))
+        .masked_fill(origins_BM < 0, 0)
+        for name, value_BN in given.items()
+    }
 
 
 def _record_after(points: tuple[Point, ...], flow: Flow, cache: Any, record: CacheRecord | None) -> CacheRecord:

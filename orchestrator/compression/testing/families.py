@@ -291,9 +291,75 @@ def _rows_of_patches(draw: Draw) -> None:
     draw.inputs["pixel_attention_mask"] = (torch.arange(most) < patches[:, None]).long()
 
 
+# Molmo 2: an image in low resolution, then in high; what begins, divides and ends it sees the image both ways, too. By
+# kind the grid in high resolution and the crops (36 patches each); the frames of a video are crops, too.
+_MOLMO_LOW = Grid(3, 3)
+_MOLMO_HIGH = {"image": (Grid(3, 4), 2), "small": (Grid(2, 2), 1)}
+
+
+def _marked(*grids: Grid) -> list[int]:
+    return [token for grid in grids for token in [SEPARATOR, *([IMAGE] * grid.width + [SEPARATOR]) * grid.height]]
+
+
+def _pooled_patches(draw: Draw, kind_name: str = "image") -> None:
+    """Add crops, and which four patches become each token."""
+    ids = draw.inputs["input_ids"]
+    draw.inputs["mm_token_type_ids"] = ((ids == IMAGE) | (ids == SEPARATOR)).long()
+    crops, pooled = 0, []
+    for kind in draw.flat:
+        grids, more = [_MOLMO_LOW], _FRAMES - 1
+        if kind != "video":
+            grid, more = _MOLMO_HIGH[kind]
+            grids = [_MOLMO_LOW, grid]
+        for first, grid in zip((0, 36), [*grids, _MOLMO_LOW] if kind == "video" else grids, strict=True):
+            pooled.append(36 * crops + first + torch.arange(4 * grid.tokens).view(-1, 4))
+        crops += 1 + more
+    if not crops:
+        return
+    if kind_name == "video":
+        draw.inputs["video_grids"] = torch.tensor([[_FRAMES, 3, 3]] * len(draw.flat))
+    else:
+        high = [_MOLMO_HIGH[kind][0] for kind in draw.flat]
+        draw.inputs["image_grids"] = torch.tensor([[3, 3, grid.height, grid.width] for grid in high])
+    ending = "s_videos" if kind_name == "video" else "s"
+    draw.inputs[f"{kind_name}_token_pooling"] = torch.cat(pooled)
+    draw.inputs[f"pixel_value{ending}"] = draw.pixels(crops, 36, 3 * 4 * 4)
+
+
+def _molmo(video: bool = False) -> TinyFamily:
+    heads: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8}
+    images = {kind: (_MOLMO_LOW, grid) for kind, (grid, _) in _MOLMO_HIGH.items()}
+    frames = {"video": tuple(Grid(3, 3, frame=frame) for frame in range(_FRAMES))}
+    units = frames if video else images
+    return tiny(
+        hf.Molmo2ForConditionalGeneration,
+        {**VISION_SIZES, **heads, "image_size": [24, 24], "patch_size": 4},
+        {**TEXT_SIZES, "head_dim": 8, "additional_vocab_size": 4, "rope_parameters": _PLAIN_ROPE},
+        {kind: _marked(*grids) for kind, grids in units.items()},
+        partial(_pooled_patches, kind_name="video" if video else "image"),
+        units=units,
+        adapter_config={**SIZES, **heads, "vision_feature_layer": [-1, -2], "text_hidden_size": 32},
+        image_patch_id=IMAGE,
+    )
+
+
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MOLMO2_VIDEO = _molmo(video=True)
+
 # PaliGemma (1 and 2) and Gemma 3: images that see themselves both ways, and sliding windows shorter than an image, so
 # that they cut within images and between image and answer.
 _GEMMA = {**TEXT_SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7}
+
+
+_GEMMA_4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 7,
+    "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
+    "use_bidirectional_attention": "vision",
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 5.0,
+}
 
 
 def _siglip(side: int) -> Any:
@@ -327,6 +393,30 @@ def _gemma_types(draw: Draw) -> None:
     draw.inputs["token_type_ids"] = (draw.inputs["input_ids"] == IMAGE).long()
 
 
+# Gemma 4: patches with their places; 2 x 2 of them are one token.
+_PLACES = {"image": (6, 8), "small": (4, 4), "video": (4, 4)}
+
+
+def _placed(draw: Draw) -> None:
+    """Add patches, padded to 48, and their places (x, y) in images and in the frames of videos."""
+    ids = draw.inputs["input_ids"]
+    draw.inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    images, videos = ([kind for kind in draw.flat if (kind == "video") == one] for one in (False, True))
+    for pixel_name, place_name, kinds in (
+        ("pixel_values", "image_position_ids", images),
+        ("pixel_values_videos", "video_position_ids", [kind for kind in videos for _ in range(_FRAMES)]),
+    ):
+        if kinds:
+            places = torch.full((len(kinds), 48, 2), -1)
+            for number, kind in enumerate(kinds):
+                height, width = _PLACES[kind]
+                places[number, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
+            draw.inputs[place_name] = places
+            draw.inputs[pixel_name] = draw.pixels(len(kinds), 48, 3 * 4 * 4)
+    if videos:
+        draw.inputs["num_frames_per_video"] = torch.full((len(videos),), _FRAMES)
+
+
 def _gemma_projection(model: Any) -> None:
     with torch.no_grad():  # the model starts it at zero
         model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=0.1)
@@ -340,6 +430,102 @@ PALIGEMMA_2 = _paligemma(
         final_logit_softcapping=5.0,
     ),
     attentions=("eager",),  # Gemma 2 has no sdpa
+)
+
+
+# GOT-OCR 2: a SAM tower, then two convolutions of stride 2.
+_GOT_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 36,
+    "patch_size": 4,
+    "window_size": 5,
+    "global_attn_indexes": [1],
+    "mlp_dim": 48,
+    "initializer_range": 0.02,
+}
+
+
+def _got_ocr(config: Any) -> TinyFamily:
+    return tiny(
+        _of_config(hf.GotOcr2ForConditionalGeneration, config),
+        _GOT_VISION,
+        hf.Qwen2Config,
+        {kind: _NINE * _TILES[kind] for kind in ("image", "small")},
+        partial(_tiles_in_one_run, side=36),
+        units=_TILE_IMAGES,
+        image_token_index=IMAGE,
+        attentions=("eager",),  # it has no sdpa
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+
+
+def _of_config(model_class: Any, config: Any) -> Any:
+    """Return a model class as it is built from another class of config (as `AutoModel` does for some types)."""
+    return type(model_class.__name__, (model_class,), {"config_class": config, "__module__": model_class.__module__})
+
+
+# Step 3.7: an image as local views and then the whole.
+def _views(draw: Draw) -> None:
+    if draw.flat:
+        counts = [2 if kind == "image" else 0 for kind in draw.flat]
+        draw.inputs["pixel_values"] = draw.pixels(len(draw.flat), 3, 48, 48)
+        draw.inputs["num_local_patches"] = counts
+        if any(counts):
+            draw.inputs["pixel_values_local"] = draw.pixels(sum(counts), 3, 24, 24)
+
+
+def _aria_queries(model: Any) -> None:
+    with torch.no_grad():  # the model starts them at zero
+        model.model.multi_modal_projector.query.normal_(std=0.1)
+
+
+# ERNIE 4.5 VL: experts for visual tokens, and for those that begin and end them; patches of one frame each.
+def _patches_and_experts(draw: Draw) -> None:
+    _patches(draw)
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in draw.inputs:
+            draw.inputs[name] = draw.inputs[name][:, :48]
+    ids = draw.inputs["input_ids"]
+    draw.inputs["moe_mm_token_type_ids"] = draw.inputs["mm_token_type_ids"] | (ids == SEPARATOR).int()
+
+
+def _tiles_of_images(draw: Draw) -> None:
+    """Add images, each of two tiles: those of a batch have one number of them."""
+    if images := sum(kind != "video" for kind in draw.flat):
+        draw.inputs["pixel_values"] = draw.pixels(images, 2, 3, 24, 24)
+
+
+PERCEPTION_LM = tiny(  # not in TINY, since its tower needs timm
+    hf.PerceptionLMForConditionalGeneration,
+    {
+        "model_type": "timm_wrapper",
+        "architecture": "vit_pe_core_tiny_patch16_384",
+        "do_pooling": False,
+        "model_args": {
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 4,
+            "img_size": [24, 24],
+            "patch_size": 4,
+            "ref_feat_shape": [6, 6],
+            "global_pool": "",
+        },
+    },
+    hf.LlamaConfig,
+    {"image": _NINE * 2, "video": [VIDEO] * 9 * _FRAMES},
+    _tiles_of_images,
+    _frames,
+    units={
+        "image": (Grid(3, 3),) * 2,
+        "video": tuple(Grid(3, 3, frame=frame) for frame in range(_FRAMES)),
+    },
+    image_token_id=IMAGE,
+    video_token_id=VIDEO,
+    projector_pooling_ratio=2,
 )
 
 _FAMILIES = (
@@ -563,6 +749,120 @@ _FAMILIES = (
         image_token_index=IMAGE,
         boi_token_index=SEPARATOR,
         eoi_token_index=SEPARATOR,
+    ),
+    tiny(
+        hf.Gemma4ForConditionalGeneration,
+        {**VISION_SIZES, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
+        {
+            **TEXT_SIZES,
+            **_GEMMA_4,
+        },
+        {
+            "image": [SEPARATOR, *[IMAGE] * 12, SEPARATOR],
+            "small": [SEPARATOR, *[IMAGE] * 4, SEPARATOR],
+            "video": [7, *[VIDEO] * 4, 8, *[VIDEO] * 4],  # a time stamp before each frame
+        },
+        _placed,
+        units={
+            "image": (Grid(3, 4),),
+            "small": (Grid(2, 2),),
+            "video": tuple(Grid(2, 2, frame=frame) for frame in range(_FRAMES)),
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=60,
+    ),
+    tiny(
+        hf.Llama4ForConditionalGeneration,
+        {
+            **VISION_SIZES,
+            "intermediate_size": 128,  # what its adapter takes: four patches side by side
+            "image_size": 24,
+            "patch_size": 4,
+            "projector_input_dim": 24,
+            "projector_output_dim": 24,
+            "vision_output_dim": 24,
+        },
+        {
+            **TEXT_SIZES,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 7,
+            "rope_parameters": _PLAIN_ROPE,
+        },
+        {kind: _NINE * count for kind, count in _TILES.items() if kind != "video"},
+        partial(_tiles_in_one_run, side=24),
+        units=_TILE_IMAGES,
+        image_token_index=IMAGE,
+    ),
+    _molmo(),
+    _got_ocr(hf.GotOcr2Config),
+    _got_ocr(hf.PPChart2TableConfig),
+    tiny(
+        hf.Step3p7ForConditionalGeneration,
+        {**VISION_SIZES, "image_size": 48, "patch_size": 4, "mlp_ratio": 1.5, "max_position_embeddings": 144},
+        {
+            **TEXT_SIZES,
+            "head_dim": 8,
+            "layer_types": [_SLIDING, _FULL] * 2,
+            "sliding_window": 7,
+            "num_sliding_attention_heads": 8,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "share_expert_dim": 24,
+        },
+        {"image": [*[IMAGE] * 4, SEPARATOR, *[IMAGE] * 4, SEPARATOR, *_NINE], "small": _NINE},
+        _views,
+        units={"image": (Grid(2, 2), Grid(2, 2), Grid(3, 3)), "small": (Grid(3, 3),)},
+        image_token_id=IMAGE,
+    ),
+    tiny(
+        hf.AriaForConditionalGeneration,
+        {**_TILE_VISION, "model_type": "idefics3_vision"},
+        {**TEXT_SIZES, "head_dim": 8, "moe_num_experts": 4, "moe_num_shared_experts": 1},
+        {kind: [IMAGE] * 6 * _TILES[kind] for kind in ("image", "small")},
+        _tiles_in_one_run,
+        units={kind: (Grid(1, 6),) * _TILES[kind] for kind in ("image", "small")},
+        after=_aria_queries,
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={36: 6, 144: 12},
+    ),
+    tiny(
+        hf.LightOnOcrForConditionalGeneration,
+        hf.PixtralVisionConfig(**VISION_SIZES, image_size=32, patch_size=4),
+        {**TEXT_SIZES, "model_type": "qwen3", "head_dim": 8},
+        {kind: [IMAGE] * grid.tokens for kind, (grid,) in _MISTRAL_UNITS.items()},
+        partial(_sized, sizes={kind: (8 * g.height, 8 * g.width) for kind, (g,) in _MISTRAL_UNITS.items()}),
+        units=_MISTRAL_UNITS,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+    ),
+    tiny(
+        hf.Ernie4_5_VLMoeForConditionalGeneration,
+        {"hidden_size": 32, "intermediate_size": 48, **_QWEN_VISION},
+        {
+            **TEXT_SIZES,
+            "rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]},
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": [24, 12],
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+        },
+        _QWEN_TOKENS | {"video": [SEPARATOR, *[VIDEO] * 6, SEPARATOR]},
+        _patches_and_experts,
+        units=_QWEN_UNITS | {"video": (Grid(2, 3),)},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=SEPARATOR,
+        image_end_token_id=SEPARATOR,
+        video_start_token_id=SEPARATOR,
+        video_end_token_id=SEPARATOR,
     ),
 )
 TINY: dict[str, TinyFamily] = {family.model_type: family for family in _FAMILIES}

@@ -50,6 +50,7 @@ class RowState:
         units: Images, tiles and frames in order.
         sees_NN: Who sees whom in the plain model, by original column.
         window_cuts: In the plain model a sliding window also ends what tokens of one image see of each other.
+        sliding_NN: Who sees whom in its sliding layers if there were no window, by original column.
         ready_made: The plain model hands its decoder ready-made masks.
         size_bias: Attention logits of a key are raised by the logarithm of its size.
         extras: Further keyword arguments for the first layers (features that enter there).
@@ -65,6 +66,7 @@ class RowState:
     labels: tuple[int, ...]
     units: tuple[Unit, ...]
     sees_NN: Tensor
+    sliding_NN: Tensor
     window_cuts: bool = True
     ready_made: bool = False
     size_bias: bool = False
@@ -124,7 +126,7 @@ def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence
     for row in range(rows):
         real_N = batch["attention_mask"][row].bool() if "attention_mask" in batch else torch.ones(columns).bool()
         count = int(real_N.sum())
-        sees_NN, window_cuts = _plain_mask(mask, row, real_N)
+        sees_NN, sliding_NN, window_cuts = _plain_mask(mask, row, real_N)
         states.append(
             RowState(
                 number=row,
@@ -136,6 +138,7 @@ def take_rows(family: Family, batch: Mapping[str, Any], units: Sequence[Sequence
                 labels=tuple(labels_BN[row, real_N].tolist()),
                 units=_units(visual_BN[row, real_N].tolist(), units[row], row),
                 sees_NN=sees_NN,
+                sliding_NN=sliding_NN,
                 window_cuts=window_cuts,
                 ready_made=isinstance(mask, dict),
                 extras=_extras(given, row, real_N),
@@ -158,18 +161,21 @@ def _units(visual: Sequence[bool], grids: Sequence[Grid], row: int) -> tuple[Uni
     return tuple(found)
 
 
-def _plain_mask(mask: Any, row: int, real_N: Tensor) -> tuple[Tensor, bool]:
-    """Return who sees whom in a row, and whether a sliding window cuts what tokens of one block see."""
+def _plain_mask(mask: Any, row: int, real_N: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Return who sees whom in a row, likewise in sliding layers if there were no window, and whether a sliding window
+    cuts what tokens of one block see.
+    """
     count = int(real_N.sum())
     causal_NN = torch.ones(count, count, dtype=torch.bool).tril()
     full = mask.get("full_attention") if isinstance(mask, dict) else mask
     sees_NN = causal_NN if not isinstance(full, Tensor) or full.ndim != 4 else _row_of(full, row, real_N)
     sliding = mask.get("sliding_attention") if isinstance(mask, dict) else None
     if not isinstance(sliding, Tensor):
-        return sees_NN, True
-    both_NN = sees_NN & sees_NN.T & ~torch.eye(count, dtype=torch.bool)
-    lost_NN = both_NN & ~_row_of(sliding, row, real_N)
-    return sees_NN, bool(lost_NN.any()) or not bool(both_NN.any())
+        return sees_NN, sees_NN, True
+    cut_NN = _row_of(sliding, row, real_N)
+    sliding_NN = causal_NN | cut_NN  # no window cuts what a token sees of those after it
+    both_NN = sliding_NN & sliding_NN.T & ~torch.eye(count, dtype=torch.bool)
+    return sees_NN, sliding_NN, bool((both_NN & ~cut_NN).any()) or not bool(both_NN.any())
 
 
 def _row_of(mask_B1NN: Tensor, row: int, real_N: Tensor) -> Tensor:
@@ -821,6 +827,7 @@ def run_layers(
     count = len(state.sizes)
     positions = state.positions_AN.unsqueeze(1) if len(state.positions_AN) > 1 else state.positions_AN
     extras = state.extras if first == 0 and len(state.origins) == len(state.sees_NN) else {}
+    extras = {**extras, **_numbers_of_tokens(state)}
     layers = language_model.layers
     handles = []
     if "queries" in needs:
@@ -846,6 +853,16 @@ def run_layers(
     if cache is not None:
         seen["keys"] = cache.layers[last - 1].keys[0].transpose(0, 1).reshape(count, -1).detach()
     return replace(state, hidden_ND=left[0][0]), seen
+
+
+def _numbers_of_tokens(state: RowState) -> dict[str, Tensor]:
+    """Return the arguments that hold a whole number for each token; a token that was added has 0."""
+    origin_N = torch.tensor(state.origins)
+    return {
+        name: value[:, origin_N.clamp(min=0)] * (origin_N >= 0)
+        for name, value in state.extras.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int32, torch.int64)
+    }
 
 
 @contextmanager
@@ -889,18 +906,23 @@ def _mask(config: Any, state: RowState) -> Any:
     causal_NN = torch.ones(count, count, dtype=torch.bool).tril()
     origin_N = torch.tensor(state.origins).clamp(min=0)
     there_N = torch.tensor(state.origins) >= 0
-    seen_NN = state.sees_NN[origin_N][:, origin_N] & there_N & there_N.unsqueeze(1)
-    both_NN = seen_NN & seen_NN.T
+
+    def left(plain_NN: Tensor) -> Tensor:
+        """Return what is left of who sees whom both ways."""
+        seen_NN = plain_NN[origin_N][:, origin_N] & there_N & there_N.unsqueeze(1)
+        return seen_NN & seen_NN.T
+
+    both_NN = left(state.sliding_NN)
     bias_N = torch.tensor(state.sizes).clamp(min=1).float().log() if state.size_bias else torch.zeros(count)
 
     def additive(visible_NN: Tensor) -> Tensor:
         return torch.where(visible_NN, bias_N, torch.finfo(torch.float32).min)[None, None]
 
-    full_NN = causal_NN | both_NN
+    full_NN = causal_NN | left(state.sees_NN)
     window = getattr(config, "sliding_window", None)
     place_N = torch.arange(count)
     near_NN = place_N.unsqueeze(1) - place_N < (window or count)
-    sliding_NN = full_NN & near_NN if state.window_cuts else (causal_NN & near_NN) | both_NN
+    sliding_NN = (causal_NN | both_NN) & near_NN if state.window_cuts else (causal_NN & near_NN) | both_NN
     if state.ready_made or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return {"full_attention": additive(full_NN), "sliding_attention": additive(sliding_NN)}
     return additive(sliding_NN if window and not getattr(config, "layer_types", None) else full_NN)
