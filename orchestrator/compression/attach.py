@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator import registry
 from orchestrator.compression.attention.recorder import attention_module
+from orchestrator.compression.attention.stats import turning
 from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
@@ -306,7 +307,11 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
     if getattr(spec, "size_bias", False):
         check_layer_kinds(family.language_model.config, f"attach: {spec.kind} with size_bias")
     if {"queries", "keys"} & set(spec.needs):
-        attention_module(family.language_model.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}")
+        attention = attention_module(
+            family.language_model.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}"
+        )
+        if "keys" in spec.needs:
+            turning(attention)
     if "cls" in spec.needs and family.cls_attention() is None:
         raise UsageError(
             f"attach: {spec.kind} needs the attention of the vision tower's CLS token, and this model's tower has none "

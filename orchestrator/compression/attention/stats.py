@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orchestrator.compression.layout import ImageGroup, Layout
 from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import IGNORED, Point
+from orchestrator.errors import UsageError
 
 
 def counted_from_zero(
@@ -32,10 +33,9 @@ def counted_from_zero(
         layer: Number of the keys' layer.
         attention: The attention module the keys are from.
     """
-    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     rotary = getattr(language_model, "rotary_emb", None)
     parameters = getattr(language_model.config, "rope_parameters", None) or {}
-    if turn is None or rotary is None or "mrope_section" in parameters:
+    if rotary is None or "mrope_section" in parameters or not _rotates(attention):
         return keys_BhND
     kinds = {}
     if "layer_type" in inspect.signature(rotary.forward).parameters:
@@ -43,11 +43,46 @@ def counted_from_zero(
     with torch.no_grad(), torch.autocast(keys_BhND.device.type, enabled=False):
         back_B1 = -firsts_B.unsqueeze(1)
         # Past the module's hooks, by which ZeRO-3 counts calls; it holds no parameters.
-        cos_B1D, sin_B1D = rotary.forward(keys_BhND, back_B1, **kinds)
-        scale_B1D, _ = rotary.forward(keys_BhND, torch.zeros_like(back_B1), **kinds)  # YaRN lengthens
-        cos_B1D, sin_B1D = cos_B1D / scale_B1D, sin_B1D / scale_B1D
-        turned: Tensor = turn(keys_BhND, keys_BhND, cos_B1D, sin_B1D)[1]
-        return turned
+        angles = rotary.forward(keys_BhND, back_B1, **kinds)
+        scale = rotary.forward(keys_BhND, torch.zeros_like(back_B1), **kinds)  # YaRN lengthens
+        if isinstance(angles, Tensor):  # complex
+            return turning(attention)(keys_BhND, angles / scale)
+        return turning(attention)(keys_BhND, (angles[0] / scale[0], angles[1] / scale[0]))
+
+
+_UNROTATED: dict[str, Callable[[Any], bool]] = {
+    "modeling_cohere2": lambda attention: attention.sliding_window is None,
+    "modeling_cohere2_moe": lambda attention: attention.sliding_window is None and not attention.force_rope,
+    "modeling_exaone4": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
+}
+
+
+def _rotates(attention: Any) -> bool:
+    """Return whether a layer rotates its keys; some models do so in some of their layers alone."""
+    unrotated = _UNROTATED.get(type(attention).__module__.rpartition(".")[2])
+    return not unrotated(attention) if unrotated is not None else bool(getattr(attention, "use_rope", True))
+
+
+def turning(attention: nn.Module) -> Callable[[Tensor, Any], Tensor]:
+    """Return how the file of an attention module turns keys (B x heads x N x size) by what its rotary embedding gives.
+
+    Raises:
+        UsageError: it has no function of a known form.
+    """
+    file = sys.modules[type(attention).__module__]
+    real, complex_ = (getattr(file, name, None) for name in ("apply_rotary_pos_emb", "apply_rotary_emb"))
+    if real is not None:
+        names = list(inspect.signature(real).parameters)
+        if names[:4] == ["q", "k", "cos", "sin"]:
+            return lambda keys, angles: real(keys, keys, *angles)[1]
+        if {*names[1:3]} == {"cos", "sin"}:
+            return lambda keys, angles: real(keys, cos=angles[0], sin=angles[1])
+    elif complex_ is not None and "freqs_cis" in inspect.signature(complex_).parameters:
+        return lambda keys, angles: complex_(keys.transpose(1, 2), keys.transpose(1, 2), angles)[1].transpose(1, 2)
+    raise UsageError(
+        f"compression: how {type(attention).__name__} rotates its keys is not known (its file has no apply_rotary_pos_emb "
+        "of q, k, cos, sin), so they cannot be counted from a row's first token; use a method that needs no keys"
+    )
 
 
 @dataclass(frozen=True)

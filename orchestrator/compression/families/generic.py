@@ -100,8 +100,9 @@ class GenericFamily(Family):
         runs, count = _runs(ids_BN, places_BN), _entries(pixels)
         if count != len(runs):
             tokens = int(places_BN.sum())
-            share = tokens // count
-            if count < len(runs) or tokens % count or any(run % share for run in runs):
+            share, sizes = tokens // count, inputs.get(f"{kind}_sizes")
+            unequal = sizes is not None and len(set(map(tuple, torch.as_tensor(sizes).tolist()))) > 1
+            if unequal or count < len(runs) or tokens % count or any(run % share for run in runs):
                 raise self._unclear(
                     f"the batch's {count} {kind}s (tiles, frames) stand in {len(runs)} runs of {tokens} placeholders, "
                     "which do not say where one ends"

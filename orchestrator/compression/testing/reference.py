@@ -821,7 +821,8 @@ def run_layers(
     """
     kinds = set(getattr(language_model.config, "layer_types", None) or ())
     # A cache that knows the config keeps a window's keys alone, and layers without keys find no place in another.
-    known = {"config": language_model.config} if kinds - {"full_attention", "sliding_attention"} else {}
+    softmax = {"full_attention", "sliding_attention", "chunked_attention"}
+    known = {"config": language_model.config} if kinds - softmax else {}
     cache = DynamicCache(**known) if "keys" in needs else None
     maps: list[Tensor] = []
     count = len(state.sizes)

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,8 @@ _LAYERS = 4
 _VOCABULARY = 160
 _MOST_PARAMETERS = 300e6
 _MOST_TOKENS = 2500
+_MOST_SECONDS = 180.0
+_PATCHES = 16  # along a side of an image, where its config asks for more
 _ROWS: tuple[tuple[int | str, ...], ...] = ((3, "image", 7), (9,), (2, "image", 1, "small", 2, "image", 6))
 _VIDEO_ROWS: tuple[tuple[int | str, ...], ...] = ((1, "video", 5), (3, "image", 4))
 _ANSWER, _FRAMES = 3, 3
@@ -62,6 +65,11 @@ def check_family(family: Any) -> None:
                 f"attach: {type(family.model).__name__} (model type {family.model.config.model_type}) has no adapter "
                 f"of its own, and the self-check of a tiny copy of its config failed at {name}: {found[name]}"
             )
+    if wrong := next(against_processor(family), ""):
+        raise UsageError(
+            f"attach: {type(family.model).__name__} (model type {family.model.config.model_type}) has no adapter of "
+            f"its own, and what its processor makes of images is not what the model is taken to see: {wrong}"
+        )
     family.video_refused = "" if found["video"] == PROVEN else f"they are not proven for its type: {found['video']}"
 
 
@@ -75,7 +83,8 @@ def verdict(model: Any) -> dict[str, str]:
         pass
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _default_dtype():
         found = self_check(model)
-    _store(file, found)
+    if not any(_LATE in reason for reason in found.values()):  # another time the machine may be less busy
+        _store(file, found)
     return found
 
 
@@ -123,10 +132,15 @@ def self_check(model: Any) -> dict[str, str]:
         model: A model of any image-text-to-text type; only its class and config are looked at.
     """
     names = (*REQUIRED, "video", "selection")
-    try:
-        probe = Probe(tiny_copy(model))
-    except Exception as error:
-        return dict.fromkeys(names, f"no batch can be made for it: {_said(error)}")
+    reasons = []
+    for config in small_configs(model):
+        try:
+            probe = Probe(tiny_copy(model, config))
+            break
+        except Exception as error:
+            reasons.append(_said(error))
+    else:
+        return dict.fromkeys(names, f"no batch can be made for it: {reasons[-1]}")
     checks: dict[str, Callable[[], Iterator[str]]] = {name: getattr(probe, name) for name in names}
     found: dict[str, str] = {}
     for name, check in checks.items():
@@ -145,14 +159,28 @@ def _said(error: Exception) -> str:
     return said[:300] if isinstance(error, UsageError) else f"{type(error).__name__}: {said[:300]}"
 
 
-def tiny_copy(model: Any) -> Any:
-    """Return a small random model of a model's class and config, in float32 on the CPU.
+def small_configs(model: Any) -> Iterator[Any]:
+    """Yield smaller configs of a model: with images of few patches where its own have many, and with its own."""
+    values = _renamed(shrunk_config(model.config, _LAYERS).to_dict(), {})
+    vision = values.get("vision_config")
+    if isinstance(vision, dict) and vision.get("image_size") and vision.get("patch_size"):
+        sides = [min(size, _PATCHES * patch) for size, patch in zip(pair(vision["image_size"]), pair(vision["patch_size"]))]
+        if sides != list(pair(vision["image_size"])):
+            size = sides if isinstance(vision["image_size"], (list, tuple)) else sides[0]
+            yield type(model.config).from_dict({**values, "vision_config": {**vision, "image_size": size}})
+    yield type(model.config).from_dict(values)
+
+
+def tiny_copy(model: Any, config: Any) -> Any:
+    """Return a small random model of a model's class, in float32 on the CPU, that stops when the check takes too long.
+
+    Args:
+        model: The model that is asked about.
+        config: A small config (`small_configs`).
 
     Raises:
-        UsageError: its config cannot be made small.
+        UsageError: it is not small.
     """
-    values = shrunk_config(model.config, _LAYERS).to_dict()
-    config = type(model.config).from_dict(_renamed(values, {}))
     with torch.device("meta"):
         parameters = sum(one.numel() for one in type(model)(config).parameters())
     if parameters > _MOST_PARAMETERS:
@@ -165,7 +193,18 @@ def tiny_copy(model: Any) -> Any:
         for parameter in tiny.parameters():
             if parameter.ndim > 1 and not bool(parameter.any()):  # a projection that starts at zero would hide all
                 parameter.normal_(std=0.1)
+    end = time.monotonic() + _MOST_SECONDS
+
+    def stop(*_: Any) -> None:
+        if time.monotonic() > end:
+            raise UsageError(f"{_LATE} ({_MOST_SECONDS:.0f} s on a tiny copy); it needs an adapter of its own")
+
+    for module in tiny.modules():
+        module.register_forward_pre_hook(stop)
     return tiny
+
+
+_LATE = "the check took too long"
 
 
 def _renamed(values: dict[Any, Any], tokens: dict[int, int]) -> dict[Any, Any]:
@@ -446,6 +485,61 @@ class Probe:
         return next(iter(faults), "")
 
 
+_SIZES_WH = ((128, 96), (70, 150), (128, 96))
+
+
+def against_processor(family: Any) -> Iterator[str]:
+    """Hold the units an adapter finds in what the model's own processor makes of pictures against the placeholders.
+
+    Three pictures of two sizes, in two rows and each alone: an image must have as many placeholders as its units have
+    tokens, and the same units whatever stands beside it. Nothing where no processor is at hand: it is looked for in
+    the model's folder (or the hub's local cache), and may need a package that is not installed.
+
+    Args:
+        family: The generic adapter of the model.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(family.model.config._name_or_path, local_files_only=True)
+        tokenizer = processor.tokenizer
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        pictures = [_picture(size) for size in _SIZES_WH]
+        batch = _processed(processor, [[pictures[0]], pictures[1:]])
+        alone = [_processed(processor, [[picture]]) for picture in pictures]
+    except Exception:
+        return
+    try:
+        units = [family.grids(one, int(family.visual_BN(one["input_ids"]).sum())) for one in (batch, *alone)]
+    except UsageError as error:
+        yield _said(error)
+        return
+    for number, (one, grids) in enumerate(zip((batch, *alone), units, strict=True)):
+        placeholders, tokens = int(family.visual_BN(one["input_ids"]).sum()), sum(grid.tokens for grid in grids)
+        if tokens != placeholders:
+            what = "three pictures" if number == 0 else f"a picture of {'x'.join(map(str, _SIZES_WH[number - 1]))} pixels"
+            yield f"{what} have {placeholders} placeholders, and units of {tokens} tokens"
+    if units[0] != [grid for grids in units[1:] for grid in grids]:
+        yield f"three pictures have the units {units[0]} together, and {units[1:]} each alone"
+
+
+def _picture(size: tuple[int, int]) -> Any:
+    from PIL import Image
+
+    return Image.frombytes("RGB", size, bytes(_draw(size[1], size[0], 3).mul(40).add(128).clamp(0, 255).byte().flatten()))
+
+
+def _processed(processor: Any, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return a processor's output for rows of pictures, with some text."""
+    told = {"type": "text", "text": "What is it?"}
+    contents = [[*({"type": "image"} for _ in pictures), told] for pictures in rows]
+    if getattr(processor, "chat_template", None):
+        text = [processor.apply_chat_template([{"role": "user", "content": content}]) for content in contents]
+    else:
+        text = [processor.image_token * len(pictures) + told["text"] for pictures in rows]
+    return dict(processor(text=text, images=[list(row) for row in rows], padding=True, return_tensors="pt"))
+
+
 def _vision(probe: Probe) -> Any:
     vision = getattr(probe.model.config, "vision_config", None)
     if vision is None:
@@ -510,7 +604,7 @@ def _plain(probe: Probe) -> Callable[[Sequence[str]], Pixels]:
 
     def make(kinds: Sequence[str]) -> Pixels:
         height, width = _size(probe)
-        sized = "image_sizes" in inspect.signature(probe.owner_of("get_image_features")).parameters
+        sized = "image_sizes" in inspect.signature(probe.owner_of("get_image_features").get_image_features).parameters
         if sized:  # images of any size, then; a few tokens are enough
             side = getattr(probe.model.config, "spatial_merge_size", 1) * pair(_vision(probe).patch_size)[0]
             height, width = 2 * side, 3 * side
