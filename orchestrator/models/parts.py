@@ -24,7 +24,8 @@ _PATTERNS = tuple(
         (
             PROJECTOR,
             "multi_modal_projector|projector|layerwise_projectors|spatial_projectors|connector|merger|"
-            "deepstack_merger_list|image_newline|aligner|embed_vision|visual_embeddings_table",
+            "deepstack_merger_list|image_newline|aligner|embed_vision|visual_embeddings_table|vision_projection|"
+            "resampler_model",
         ),
         (AUDIO_TOWER, "audio_tower|embed_audio"),
         (VISION_TOWER, "vision_tower|visual|vision_model|image_tower|video_tower|vision_encoder"),

@@ -13,6 +13,7 @@ class Idefics3Family(ImagesFamily):
 
     language_name = "text_model"
     projector_name = "connector.modality_projection"
+    pixels_by_row = True
 
     @property
     def patches_per_side(self) -> int:

@@ -36,12 +36,14 @@ class ImagesFamily(Family):
         sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
             model is attached each image's features carry its size.
         one_size: Images of which a batch holds placeholders only have the size the tower is made for.
+        pixels_by_row: An entry of `pixel_values` is a row's images, padded to those of the row with most.
     """
 
     language_name = "language_model"
     projector_name: ClassVar[str | None] = None
     sized = False
     one_size = True
+    pixels_by_row = False
 
     @property
     def inner(self) -> Any:

@@ -124,7 +124,13 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
 
 class Glm4vFamily(Qwen2VLFamily):
-    """Frames of a video have the placeholder of images, so a batch holds images or videos, not both; no DeepStack."""
+    """Frames of a video have the placeholder of images, so a batch holds images or videos, not both; no DeepStack.
+
+    `generate` of transformers repeats ready features of the images of a row in another order than their placeholders
+    (beams), so forward encodes them.
+    """
+
+    encodes_in_forward = True
 
     @property
     def token_ids(self) -> tuple[int | None, int | None]:

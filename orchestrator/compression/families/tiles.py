@@ -48,6 +48,7 @@ class Llama4Family(ImagesFamily):
     """
 
     projector_name = "multi_modal_projector"
+    encodes_in_forward = True
 
     def find_language_model(self) -> nn.Module:
         """Return the decoder inside the causal LM."""

@@ -275,17 +275,57 @@ class _Units:
         return parts
 
 
-def expand_images(family: Family, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:
+def expand_images(family: Any, input_ids_BN: Tensor, times: int, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs of `generate` with the images of each row repeated as a whole, as its rows are (beams).
 
     Without ready features, transformers repeats image by image, which mixes the images of a row that has several.
+
+    Args:
+        family: Adapter of a model whose images are units of `image_units`.
+        input_ids_BN: Rows before they are repeated.
+        times: How often.
+        inputs: The other arguments of the forward.
+
+    Raises:
+        UsageError: an argument is neither by image, by unit, by row nor packed patches.
     """
     visual_BN = family.visual_BN(input_ids_BN).cpu()
     if not bool(visual_BN.any()):
         return {}
+    given = {name: value for name, value in inputs.items() if name.startswith(_OF_IMAGES) and value is not None}
+    inputs = {**inputs, "input_ids": input_ids_BN}
+    units = [len(one) for one in family.image_units(inputs)]
     layout = build_layout(visual_BN, visual_BN, family.grids(inputs, int(visual_BN.sum())))
     places = torch.cat([group.rows_I * layout.length + group.columns_IN[:, 0] for group in layout.groups])
     row_U = places.sort().values // layout.length
-    wanted = torch.cat([(row_U == row).nonzero().squeeze(1).repeat(times) for row in range(len(visual_BN))])
-    names = [name for name in ("pixel_values", "image_sizes") if isinstance(inputs.get(name), Tensor)]
-    return {name: inputs[name][wanted.to(inputs[name].device)] for name in names}
+    image_U = torch.arange(len(units)).repeat_interleave(torch.tensor(units))
+    row_I = row_U[torch.cat([torch.ones(1, dtype=torch.bool), image_U[1:] != image_U[:-1]])] if len(units) else row_U
+    thw = inputs.get("image_grid_thw")
+    patches_I = None if thw is None else torch.as_tensor(thw).prod(1).cpu()
+    expanded = {}
+    for name, value in given.items():
+        count = len(value) if isinstance(value, Tensor) else -1
+        if name == "pixel_values" and family.pixels_by_row and count == len(visual_BN):
+            wanted = torch.arange(count).repeat_interleave(times)
+        elif count == len(row_I) and len(row_U) == len(image_U):
+            wanted = _of_rows(row_I, len(visual_BN), times)
+        elif count == len(row_U) and len(row_U) == len(image_U):
+            wanted = _of_rows(row_U, len(visual_BN), times)
+        elif name == "pixel_values" and patches_I is not None and count == int(patches_I.sum()):
+            wanted = _of_rows(row_I.repeat_interleave(patches_I), len(visual_BN), times)
+        else:
+            raise UsageError(
+                f"generate: {type(family.model).__name__} takes {name} by neither image nor tile, so several beams or "
+                "answers at once cannot repeat it; give num_beams=1 and num_return_sequences=1"
+            )
+        expanded[name] = value[wanted.to(value.device)]
+    return expanded
+
+
+# By their names, what belongs to images or videos and not to the tokens of rows.
+_OF_IMAGES = ("pixel_", "image_", "video_", "spatial_", "num_local_", "num_frames_")
+
+
+def _of_rows(row_K: Tensor, rows: int, times: int) -> Tensor:
+    """Return the numbers of what stands in each row, row by row, each row `times` times."""
+    return torch.cat([(row_K == row).nonzero().squeeze(1).repeat(times) for row in range(rows)])

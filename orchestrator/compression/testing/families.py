@@ -307,11 +307,8 @@ def _pooled_patches(draw: Draw, kind_name: str = "image") -> None:
     draw.inputs["mm_token_type_ids"] = ((ids == IMAGE) | (ids == SEPARATOR)).long()
     crops, pooled = 0, []
     for kind in draw.flat:
-        grids, more = [_MOLMO_LOW], _FRAMES - 1
-        if kind != "video":
-            grid, more = _MOLMO_HIGH[kind]
-            grids = [_MOLMO_LOW, grid]
-        for first, grid in zip((0, 36), [*grids, _MOLMO_LOW] if kind == "video" else grids, strict=True):
+        second, more = (_MOLMO_LOW, _FRAMES - 1) if kind_name == "video" else _MOLMO_HIGH[kind]
+        for first, grid in zip((0, 36), (_MOLMO_LOW, second), strict=True):
             pooled.append(36 * crops + first + torch.arange(4 * grid.tokens).view(-1, 4))
         crops += 1 + more
     if not crops:
@@ -329,7 +326,7 @@ def _pooled_patches(draw: Draw, kind_name: str = "image") -> None:
 def _molmo(video: bool = False) -> TinyFamily:
     heads: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8}
     images = {kind: (_MOLMO_LOW, grid) for kind, (grid, _) in _MOLMO_HIGH.items()}
-    frames = {"video": tuple(Grid(3, 3, frame=frame) for frame in range(_FRAMES))}
+    frames = {"image": tuple(Grid(3, 3, frame=frame) for frame in range(_FRAMES))}
     units = frames if video else images
     return tiny(
         hf.Molmo2ForConditionalGeneration,
@@ -415,6 +412,38 @@ def _placed(draw: Draw) -> None:
             draw.inputs[pixel_name] = draw.pixels(len(kinds), 48, 3 * 4 * 4)
     if videos:
         draw.inputs["num_frames_per_video"] = torch.full((len(videos),), _FRAMES)
+
+
+def _gemma_4(**text: Any) -> TinyFamily:
+    return tiny(
+        hf.Gemma4ForConditionalGeneration,
+        {**VISION_SIZES, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
+        {**TEXT_SIZES, **_GEMMA_4, **text},
+        {
+            "image": [SEPARATOR, *[IMAGE] * 12, SEPARATOR],
+            "small": [SEPARATOR, *[IMAGE] * 4, SEPARATOR],
+            "video": [7, *[VIDEO] * 4, 8, *[VIDEO] * 4],  # a time stamp before each frame
+        },
+        _placed,
+        units={
+            "image": (Grid(3, 4),),
+            "small": (Grid(2, 2),),
+            "video": tuple(Grid(2, 2, frame=frame) for frame in range(_FRAMES)),
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=60,
+    )
+
+
+GEMMA_4_CAUSAL = _gemma_4(  # as the smaller ones are, with the experts and the one projection of the larger
+    use_bidirectional_attention=None,
+    enable_moe_block=True,
+    num_experts=4,
+    top_k_experts=2,
+    moe_intermediate_size=24,
+    attention_k_eq_v=True,
+)
 
 
 def _gemma_projection(model: Any) -> None:
@@ -750,28 +779,7 @@ _FAMILIES = (
         boi_token_index=SEPARATOR,
         eoi_token_index=SEPARATOR,
     ),
-    tiny(
-        hf.Gemma4ForConditionalGeneration,
-        {**VISION_SIZES, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
-        {
-            **TEXT_SIZES,
-            **_GEMMA_4,
-        },
-        {
-            "image": [SEPARATOR, *[IMAGE] * 12, SEPARATOR],
-            "small": [SEPARATOR, *[IMAGE] * 4, SEPARATOR],
-            "video": [7, *[VIDEO] * 4, 8, *[VIDEO] * 4],  # a time stamp before each frame
-        },
-        _placed,
-        units={
-            "image": (Grid(3, 4),),
-            "small": (Grid(2, 2),),
-            "video": tuple(Grid(2, 2, frame=frame) for frame in range(_FRAMES)),
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=60,
-    ),
+    _gemma_4(),
     tiny(
         hf.Llama4ForConditionalGeneration,
         {
