@@ -21,7 +21,7 @@ RESULTS = PAGE.with_name("model_types.json")
 # What the defaults of a config class leave out or get wrong, and every published config says.
 AXES = {name: [8, 12, 12] for name in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")}
 AXES["paddleocr_vl"] = [16, 24, 24]
-SIZES = {"aya_vision": 364, "aria": 490, "qianfan_ocr": 448}
+SIZES = {"aya_vision": 364, "qianfan_ocr": 448}
 
 
 def types() -> list[str]:

@@ -11,6 +11,14 @@ _AT_MOST = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "intermediate_size_mlp": INTERMEDIATE,
+    "share_expert_dim": INTERMEDIATE,
+    "hidden_size_per_layer_input": HEAD_DIM,
+    "vocab_size_per_layer_input": 1024,
     "moe_intermediate_size": INTERMEDIATE,
     "shared_expert_intermediate_size": INTERMEDIATE,
     "linear_key_head_dim": HEAD_DIM,
@@ -18,6 +26,8 @@ _AT_MOST = {
     "linear_num_key_heads": KV_HEADS,
     "linear_num_value_heads": HEADS,
 }
+# Where a config may leave out how the axes of position ids share a head, what the model then takes.
+_SECTIONS: dict[str, dict[str, Any]] = {"ernie4_5_vl_moe_text": {"mrope_section": [22, 22, 20]}}
 _AUDIO = {
     "encoder_layers": 1,
     "encoder_attention_heads": HEADS,
@@ -38,7 +48,13 @@ def shrunk_config(config: Any, layers: int, tower_layers: int = 0) -> Any:
     if "text_config" in parts:
         values["text_config"] = _small_text(parts["text_config"], layers)
     if "vision_config" in parts:
-        values["vision_config"] = _small_tower(parts["vision_config"], values.get("vision_feature_layer"), tower_layers)
+        adapter = values.get("adapter_config") or {}  # of Molmo 2
+        feature_layers = values.get("vision_feature_layer", adapter.get("vision_feature_layer"))
+        values["vision_config"] = _small_tower(parts["vision_config"], feature_layers, tower_layers)
+        if adapter:
+            small = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "text_hidden_size": HIDDEN}
+            heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM}
+            values["adapter_config"] = adapter | small | heads
     for name in ("hidden_size", "projection_dim"):  # PaliGemma repeats the widths of its parts
         if name in values:
             values[name] = HIDDEN
@@ -78,9 +94,11 @@ def _small_text(text: dict[str, Any], layers: int) -> dict[str, Any]:
         small["query_pre_attn_scalar"] = HEAD_DIM
     small |= {name: min(text[name], size) for name, size in _AT_MOST.items() if isinstance(text.get(name), int)}
     small |= _per_layer(text, text.get("num_hidden_layers"), layers)
+    if isinstance(text.get("moe_intermediate_size"), list):  # of text and of what is seen (ERNIE)
+        small["moe_intermediate_size"] = [min(size, INTERMEDIATE) for size in text["moe_intermediate_size"]]
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):
-            small[name] = _small_rope(text[name])
+            small[name] = _small_rope(_SECTIONS.get(str(text.get("model_type")), {}) | text[name])
     if isinstance(text.get("max_window_layers"), int):
         small["max_window_layers"] = min(text["max_window_layers"], layers)
     return small
@@ -93,8 +111,14 @@ def _per_layer(values: dict[str, Any], before: Any, layers: int) -> dict[str, An
         if isinstance(value, list) and len(value) == before:
             kinds = all(isinstance(one, str) for one in value)
             small[name] = _pattern(value, layers) if kinds else value[:layers]
-        elif name == "per_layer_config" and isinstance(value, dict):
-            small[name] = {number: one for number, one in value.items() if int(number) < layers}
+    if isinstance(values.get("per_layer_config"), dict):
+        own = {int(number): one for number, one in values["per_layer_config"].items()}
+        small["per_layer_config"] = {number: one for number, one in own.items() if number < layers}
+        if "layer_types" not in small:
+            return small
+        small["layer_types"][-1] = values["layer_types"][-1]  # Gemma 4 wants it so
+        first = [values["layer_types"].index(kind) for kind in small["layer_types"]]
+        small["per_layer_config"] = {number: own[like] for number, like in enumerate(first) if like in own}
     return small
 
 
@@ -133,6 +157,11 @@ def _small_tower(vision: dict[str, Any], feature_layers: Any, used: int) -> dict
             small[name] = HIDDEN
     if "intermediate_size" in vision:
         small["intermediate_size"] = INTERMEDIATE
+    if "pixel_shuffle_ratio" in vision:  # Llama 4's own adapter takes patches side by side
+        small["intermediate_size"] = HIDDEN * round(1 / vision["pixel_shuffle_ratio"]) ** 2
+        small |= dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), INTERMEDIATE)
+    if "num_key_value_heads" in vision:
+        small["num_key_value_heads"] = HEADS
     if "head_dim" in vision:
         small["head_dim"] = HEAD_DIM
     if "fullatt_block_indexes" in vision:

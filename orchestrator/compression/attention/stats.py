@@ -50,17 +50,28 @@ def counted_from_zero(
         return turning(attention)(keys_BhND, (angles[0] / scale[0], angles[1] / scale[0]))
 
 
+# Models that rotate keys in some of their layers alone, by the file of their attention: where they do not.
 _UNROTATED: dict[str, Callable[[Any], bool]] = {
-    "modeling_cohere2": lambda attention: attention.sliding_window is None,
+    **dict.fromkeys(("modeling_cohere2", "modeling_flint"), lambda attention: attention.sliding_window is None),
     "modeling_cohere2_moe": lambda attention: attention.sliding_window is None and not attention.force_rope,
-    "modeling_exaone4": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
+    "modeling_afmoe": lambda attention: not attention.is_local_attention,
+    **dict.fromkeys(
+        ("modeling_exaone4", "modeling_exaone4_5", "modeling_exaone_moe", "modeling_kolibri1"),
+        lambda attention: attention.sliding_window is not None and not attention.is_sliding,
+    ),
 }
+_BY_LAYERS = ("granite_swa", "granitemoe_swa", "granitemoehybrid", "olmo_hybrid", "muse_glimmer", "muse_spark")
+"""Models whose decoder, not their attention, knows which layers rotate."""
 
 
 def _rotates(attention: Any) -> bool:
     """Return whether a layer rotates its keys; some models do so in some of their layers alone."""
-    unrotated = _UNROTATED.get(type(attention).__module__.rpartition(".")[2])
+    unrotated = _UNROTATED.get(_file_of(attention))
     return not unrotated(attention) if unrotated is not None else bool(getattr(attention, "use_rope", True))
+
+
+def _file_of(attention: Any) -> str:
+    return type(attention).__module__.rpartition(".")[2]
 
 
 def turning(attention: nn.Module) -> Callable[[Tensor, Any], Tensor]:
@@ -71,6 +82,8 @@ def turning(attention: nn.Module) -> Callable[[Tensor, Any], Tensor]:
     """
     file = sys.modules[type(attention).__module__]
     real, complex_ = (getattr(file, name, None) for name in ("apply_rotary_pos_emb", "apply_rotary_emb"))
+    if _file_of(attention).removeprefix("modeling_") in _BY_LAYERS:
+        real = complex_ = None
     if real is not None:
         names = list(inspect.signature(real).parameters)
         if names[:4] == ["q", "k", "cos", "sin"]:

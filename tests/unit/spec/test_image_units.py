@@ -22,6 +22,7 @@ from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.spec.image_units import ImageUnits, image_rule, processor_settings
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_facts import FAMILIES
 
 _QWEN = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 _GLM = {**_QWEN, "size": {"shortest_edge": 256, "longest_edge": 4096}}
@@ -58,7 +59,7 @@ PROCESSORS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 NEEDS_TORCHVISION = ("cohere2_vision", "lfm2_vl")
 FIXED = ("llava", "vipllava", "video_llava", "paligemma", "gemma3")  # every image the same number of tokens
-VARYING = [name for name in TINY if name not in FIXED]
+VARYING = [name for name in TINY if name in FAMILIES and name not in FIXED]
 
 
 def sizes(count: int, most: int = 90) -> list[tuple[int, int]]:

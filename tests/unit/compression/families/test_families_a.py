@@ -166,7 +166,7 @@ def test_detach_takes_out_what_families_put_in(tiny):
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_every_parameter_has_a_part(name):
-    model = TINY[name].build("sdpa", 0)
+    model = TINY[name].build(TINY[name].attentions[-1], 0)
     found = {part_of(parameter) for parameter, _ in model.named_parameters()}
     assert found - {AUDIO_TOWER} == {VISION_TOWER, PROJECTOR, "language_model"}
     set_trainable(model, PARTS, lora=False)
