@@ -218,8 +218,10 @@ class Family(ABC):
         return None
 
     @property
+    def tower_refusal(self) -> str:
         """Why no point may act inside the vision tower; empty where its type and the config decide."""
         known = FAMILIES.get(self.model.config.model_type)
+        return "how its patches become visual tokens is not known" if known is None else known.tower_refusal
 
     @property
     def tower(self) -> Tower:
@@ -233,6 +235,7 @@ class Family(ABC):
     def no_tower_points(self) -> UsageError:
         """Return the error for a point inside a vision tower where none may act."""
         kind = getattr(getattr(self.model.config, "vision_config", None), "model_type", "tower of no known type")
+        reason = self.tower_refusal or (
             f"it is a {kind}, not one of {', '.join(PLAIN_TOWERS)}, whose positions are added at the input"
             if kind not in PLAIN_TOWERS
             else "its visual tokens are not its patches one to one (vision_feature_select_strategy)"
