@@ -136,7 +136,9 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
         return rope
     half = int(HEAD_DIM * (rope.get("partial_rotary_factor") or 1)) // 2
     small = [max(1, half * part // sum(sections)) for part in sections]
-    apart = next((place for place, part in enumerate(sections) if sections.count(part) == 1), 0)  # heights are as widths
+    apart = next(
+        (place for place, part in enumerate(sections) if sections.count(part) == 1), 0
+    )  # heights are as widths
     small[apart] += half - sum(small)
     return {**rope, "mrope_section": small}
 

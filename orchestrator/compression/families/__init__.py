@@ -50,7 +50,6 @@ FAMILIES = {
     "gemma4": "gemma:Gemma4Family",
     "molmo2": "molmo2:Molmo2Family",
     "perception_lm": "perception_lm:PerceptionLMFamily",
-    "perception_lm": "perception_lm:PerceptionLMFamily",
 }
 _GENERIC = "generic:GenericFamily"
 

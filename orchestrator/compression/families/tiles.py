@@ -67,7 +67,9 @@ class Llama4Family(ImagesFamily):
 
     def idle_features(self) -> Tensor:
         """Return the features of a blank image; the projector is called beside `get_image_features`."""
-        features: Tensor = self.model.multi_modal_projector(self.model.vision_model(**self.empty_image()).last_hidden_state)
+        features: Tensor = self.model.multi_modal_projector(
+            self.model.vision_model(**self.empty_image()).last_hidden_state
+        )
         return features.flatten(0, -2)
 
 
@@ -99,7 +101,9 @@ class AriaFamily(ImagesFamily):
 
     def grid_of(self, height_pixels: int, width_pixels: int) -> Grid:
         """Return the queries by `projector_patch_to_query_dict`."""
-        return Grid(1, self.model.config.projector_patch_to_query_dict[super().grid_of(height_pixels, width_pixels).tokens])
+        return Grid(
+            1, self.model.config.projector_patch_to_query_dict[super().grid_of(height_pixels, width_pixels).tokens]
+        )
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return one unit for each entry of `pixel_values`, or of ready features."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from orchestrator.compression.attention.recorder import Recording, attention_module, not_recorded, recording_of
 from orchestrator.compression.attention.tower import cls_of_images, image_numbers
-from orchestrator.compression.families import Family
 from orchestrator.compression.forward.apply_point import apply_point, by_count, call_idle
 from orchestrator.compression.layout import ImageGroup, Layout, build_layout
 from orchestrator.compression.ops import tokens_at

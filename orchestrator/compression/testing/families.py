@@ -407,7 +407,9 @@ def _placed(draw: Draw) -> None:
             places = torch.full((len(kinds), 48, 2), -1)
             for number, kind in enumerate(kinds):
                 height, width = _PLACES[kind]
-                places[number, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
+                places[number, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(
+                    1
+                )
             draw.inputs[place_name] = places
             draw.inputs[pixel_name] = draw.pixels(len(kinds), 48, 3 * 4 * 4)
     if videos:

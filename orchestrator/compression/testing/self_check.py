@@ -164,8 +164,9 @@ def small_configs(model: Any) -> Iterator[Any]:
     values = _renamed(shrunk_config(model.config, _LAYERS).to_dict(), {})
     vision = values.get("vision_config")
     if isinstance(vision, dict) and vision.get("image_size") and vision.get("patch_size"):
-        sides = [min(size, _PATCHES * patch) for size, patch in zip(pair(vision["image_size"]), pair(vision["patch_size"]))]
-        if sides != list(pair(vision["image_size"])):
+        given, patches = pair(vision["image_size"]), pair(vision["patch_size"])
+        sides = [min(size, _PATCHES * patch) for size, patch in zip(given, patches, strict=True)]
+        if sides != list(given):
             size = sides if isinstance(vision["image_size"], (list, tuple)) else sides[0]
             yield type(model.config).from_dict({**values, "vision_config": {**vision, "image_size": size}})
     yield type(model.config).from_dict(values)
@@ -517,7 +518,9 @@ def against_processor(family: Any) -> Iterator[str]:
     for number, (one, grids) in enumerate(zip((batch, *alone), units, strict=True)):
         placeholders, tokens = int(family.visual_BN(one["input_ids"]).sum()), sum(grid.tokens for grid in grids)
         if tokens != placeholders:
-            what = "three pictures" if number == 0 else f"a picture of {'x'.join(map(str, _SIZES_WH[number - 1]))} pixels"
+            what = (
+                "three pictures" if number == 0 else f"a picture of {'x'.join(map(str, _SIZES_WH[number - 1]))} pixels"
+            )
             yield f"{what} have {placeholders} placeholders, and units of {tokens} tokens"
     if units[0] != [grid for grids in units[1:] for grid in grids]:
         yield f"three pictures have the units {units[0]} together, and {units[1:]} each alone"
@@ -526,7 +529,9 @@ def against_processor(family: Any) -> Iterator[str]:
 def _picture(size: tuple[int, int]) -> Any:
     from PIL import Image
 
-    return Image.frombytes("RGB", size, bytes(_draw(size[1], size[0], 3).mul(40).add(128).clamp(0, 255).byte().flatten()))
+    return Image.frombytes(
+        "RGB", size, bytes(_draw(size[1], size[0], 3).mul(40).add(128).clamp(0, 255).byte().flatten())
+    )
 
 
 def _processed(processor: Any, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:

@@ -165,8 +165,13 @@ def test_beams_begin_as_the_row_alone_does(name, layer):
     cached, again = (
         model.generate(
             **batch,
-            **{"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 2},
-            **{"suppress_tokens": [60, 61, 62, 63], "return_dict_in_generate": True, "output_scores": True},
+            max_new_tokens=2,
+            min_new_tokens=2,
+            num_beams=2,
+            do_sample=False,
+            suppress_tokens=[60, 61, 62, 63],
+            return_dict_in_generate=True,
+            output_scores=True,
             use_cache=use,
         )
         for use in (True, False)
