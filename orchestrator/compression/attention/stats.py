@@ -94,7 +94,8 @@ def turning(attention: nn.Module) -> Callable[[Tensor, Any], Tensor]:
         return lambda keys, angles: complex_(keys.transpose(1, 2), keys.transpose(1, 2), angles)[1].transpose(1, 2)
     raise UsageError(
         f"compression: how {type(attention).__name__} rotates its keys is not known (its file has no "
-        "apply_rotary_pos_emb of q, k, cos, sin), so they cannot be counted from a row's first token; use a method that needs no keys"
+        "apply_rotary_pos_emb of q, k, cos, sin), so they cannot be counted from a row's first token; "
+        "use a method that needs no keys"
     )
 
 
