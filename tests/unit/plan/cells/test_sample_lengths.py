@@ -6,17 +6,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from family_folders import FOLDERS, write_folder
 from sized_rows import sized_rows
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder
+from orchestrator.compression import attach
+from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder, collate
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.errors import DataError
+from orchestrator.plan import cost
 from orchestrator.plan.cells.sample_lengths import measure_rows
 from orchestrator.plan.cost import MeasuredRows
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import FAMILIES
+from orchestrator.spec.model_facts import FAMILIES, model_facts
 
 FIXED = ("llava", "vipllava", "video_llava", "paligemma", "gemma3")
 
@@ -57,3 +61,30 @@ def test_rows_are_measured_as_training_encodes_them(
     assert sorted(found) == sorted(wanted)
     again = measure_rows(data, "rows", folder, limit)
     assert isinstance(again, MeasuredRows) and again.rows == measured.rows
+
+
+@pytest.mark.parametrize("family", [name for name in FOLDERS if name in FAMILIES and name not in FIXED])
+def test_tokens_in_layers_are_those_the_model_runs(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = {"smolvlm": "num2words", "mistral3": "torchvision"}.get(family)
+    if package is not None and find_spec(package) is None:
+        pytest.skip(f"its processor needs {package}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    folder = write_folder(family, tmp_path / "model")
+    data = sized_rows(tmp_path)
+    measured, facts = measure_rows(data, "rows", folder, 4096), model_facts(str(folder))
+    assert isinstance(measured, MeasuredRows) and facts is not None
+
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    points = [{"kind": "average_pool", "layer": max(1, facts.first_layer), "keep_ratio": "1/3"}]
+    attachment = attach(model, points)
+    processor = load_processor(ModelSpec(model_name_or_path=str(folder)))
+    encoder = Encoder(processor, "chat_template", 4096)
+    rows = open_rows(data)
+    with torch.no_grad():
+        model(**collate([encoder.encode(row) for row in rows], processor), use_cache=False)
+    images = sum(len(row.images) for row in rows)
+    planned = images * cost.image_layer_tokens(facts, points, measured)
+    assert attachment.last_visual_layer_tokens == pytest.approx(planned)
