@@ -20,6 +20,7 @@ import typer
 import orchestrator as llv
 from orchestrator.dispatch.signals import ended_by_signals
 from orchestrator.errors import ErrorDetail, LlavoltaError, SpecError, UsageError, shorten
+from orchestrator.plan.experiment_plan import OTHER_STORAGE
 from orchestrator.redaction import redacted
 
 if TYPE_CHECKING:
@@ -222,7 +223,10 @@ def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
     if as_json:
         print_json({"cell": found.name, "id": found.id, "weights": str(weights), "exists": weights.exists()})
     elif not weights.exists():
-        raise UsageError(f"cell {found.name} has no weights yet: {weights} does not exist; run the experiment first")
+        raise UsageError(
+            f"cell {found.name} has no weights yet: {weights} does not exist; run the experiment first, or "
+            f"{OTHER_STORAGE}"
+        )
     else:
         print(weights)
 

@@ -15,7 +15,7 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell as PlannedCell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import plan_document, status_document
-from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import print_bench, print_check, print_plan, print_predictions, print_row, print_status
 from orchestrator.report.documents import Document
@@ -341,7 +341,9 @@ class Cell:
             UsageError: it has not run.
         """
         if not (files := self.log_files):
-            raise UsageError(f"cell {self.name} has no log yet: it has not run in {self.plan.ledger.url}")
+            raise UsageError(
+                f"cell {self.name} has no log yet: it has not run in {self.plan.ledger.url}; {OTHER_STORAGE}"
+            )
         return "\n".join(f"==> {path} <==\n{path.read_text(errors='replace')}" for path in files)
 
     @property

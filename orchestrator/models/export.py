@@ -37,7 +37,7 @@ from orchestrator.models.parts import LANGUAGE_MODEL, part_of_or_none
 from orchestrator.models.shrink import copy_processor_files
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan
 from orchestrator.plan.ledger.files import storage_errors
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import LoraSpec
@@ -107,7 +107,8 @@ def _weights_of(walk: ExperimentPlan, cell: Cell, record: CellRecord) -> Path:
     """Return the cell's weights file, downloaded and checked."""
     if not walk.ledger.is_done(cell.state):
         raise UsageError(
-            f"export: cell {cell.name} is not trained yet (it is {record.status}); run the experiment first"
+            f"export: cell {cell.name} is not trained yet (it is {record.status} in the storage {walk.ledger.url}); "
+            f"run the experiment first, or {OTHER_STORAGE}"
         )
     if not walk.ledger.has(cell.state, "weights"):
         raise UsageError(

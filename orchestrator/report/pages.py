@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.registry import nearest
 
@@ -45,7 +45,8 @@ def predictions_document(
         raise UsageError(
             f"{where} failed: {failure.get('error')}"
             if failure
-            else f"{where} is not done yet; run the experiment first"
+            else f"{where} is not done yet in the storage {plan.ledger.url}; run the experiment first, or "
+            f"{OTHER_STORAGE}"
         )
     found = plan.ledger.predictions(job.id)
     if found is None:

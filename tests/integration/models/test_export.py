@@ -249,7 +249,7 @@ def test_weights_that_are_not_there_are_told_apart(home, tmp_path, built_in_only
     with pytest.raises(DamagedStateError):
         export_cell(prepare(copy / "mine.yaml"), learned, tmp_path / "out")
     other = prepare(copy / "mine.yaml", ["seed=5"])
-    with pytest.raises(UsageError, match="is not trained yet"):
+    with pytest.raises(UsageError, match=rf"is not trained yet \(it is new in the storage {other.ledger.url}\)"):
         export_cell(other, other.find("schedule=up"), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -68,7 +68,7 @@ def test_a_picture_that_is_gone_is_named_in_its_place(evaluated):
         ((), r"several evaluations.*vqa, colours, later"),
         (("vqaa",), r"^evaluation vqaa: .*did you mean vqa\?"),
         (("vqa", "light"), r"^under light: .*there are final, heavy"),
-        (("later",), r"evaluate.later under final .* is not done yet"),
+        (("later",), r"evaluate.later under final .* is not done yet in the storage /.*LLAVOLTA_STORAGE"),
     ],
 )
 def test_what_there_is_not_is_reported(evaluated, arguments, message):
