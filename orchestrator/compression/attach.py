@@ -22,6 +22,7 @@ from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
 from orchestrator.compression.forward.projector import expand_images
+from orchestrator.compression.forward.queries import shows_queries
 from orchestrator.compression.forward.segments import Draw
 from orchestrator.compression.masks import check_layer_kinds
 from orchestrator.compression.protocol import Learns, Point
@@ -312,6 +313,14 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
         )
         if "keys" in spec.needs:
             turning(attention)
+    if spec.keys_only:
+        for held in family.language_model.layers[layer:]:
+            attention_module(held, f"attach: {spec.kind} with keys_only")
+        if not shows_queries(family):
+            raise UsageError(
+                f"attach: {spec.kind} with keys_only: a {type(family.language_model.layers[-1]).__name__} run for some "
+                "tokens does not give them what it gives them among all; drop keys_only"
+            )
     if "cls" in spec.needs and family.cls_attention() is None:
         raise UsageError(
             f"attach: {spec.kind} needs the attention of the vision tower's CLS token, and this model's tower has none "

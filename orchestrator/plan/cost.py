@@ -8,6 +8,7 @@ gated MLP, else 2.
 |-----------------|-------------------------------------------------------------------------------------------|
 | decoder linear  | `2 n W` a layer, `W = d (h + 2 h_kv) a + h a d + m d f` |
 | attention       | `2 n^2 h a` a layer: scores and weighted sum, each `2 n^2 h a`, of which a causal mask needs half |
+| keys alone      | `4 k d h_kv a + 4 n k h a` a layer, `k` tokens that a `keys_only` point dropped               |
 | LM head         | `2 d V` a label token: logits are computed only where a label needs them                     |
 | projector       | `2 (p_in p_hidden + p_hidden d)` a token it takes (a point at the projector leaves it fewer) |
 | vision tower    | `n_v (8 D^2 + 4 D F) + 4 n_v^2 D` a layer that is used, `n_v` with the class token; full attention |
@@ -90,7 +91,7 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.plan.jobs import Action
-from orchestrator.spec.budgets import Images, mean_layer_average, tokens_by_layer
+from orchestrator.spec.budgets import Images, keys_by_layer, mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.model_facts import ModelFacts
@@ -234,6 +235,11 @@ def linear_weights_per_layer(facts: ModelFacts) -> int:
     return 2 * d * heads + 2 * d * keys + (3 if facts.gated_mlp else 2) * d * facts.intermediate_size
 
 
+def _key_weights(facts: ModelFacts) -> int:
+    """Return the weights of one decoder layer that make keys and values."""
+    return 2 * facts.hidden_size * facts.num_key_value_heads * facts.head_dim
+
+
 def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_tokens: float) -> float:
     """Return the paper's figure: linear layers of the decoder over visual and text tokens, one sample, forward."""
     return (layer_tokens + text_tokens * facts.num_layers) * 2 * linear_weights_per_layer(facts) / _TERA
@@ -264,6 +270,7 @@ class _OfGrid:
 
     Attributes:
         by_layer: Tokens in each decoder layer.
+        keys: Tokens that are keys and values alone in each.
         fewer: By how many tokens each layer of the vision tower that is used runs less.
         features: Tokens that enter the projector.
         learned: Operations of learned modules.
@@ -272,6 +279,7 @@ class _OfGrid:
     """
 
     by_layer: list[int]
+    keys: list[int]
     fewer: list[int]
     features: int
     learned: int
@@ -284,7 +292,7 @@ def _row_tflops(
     label_tokens: float, known: dict[Grid, _OfGrid],
 ) -> dict[str, float]:  # fmt: skip
     """Return the forward operations of a row by part; `known` keeps what points make of each grid."""
-    tokens = [text_tokens] * facts.num_layers
+    tokens, keys = [text_tokens] * facts.num_layers, [0.0] * facts.num_layers
     vision = features = learned = 0.0
     for count, image in images:
         fewer, entering = [0] * facts.vision_layers, image.features
@@ -293,6 +301,7 @@ def _row_tflops(
                 known[grid] = _of_grid(facts, specs, grid)
             left = known[grid]
             tokens = [before + count * n for before, n in zip(tokens, left.by_layer, strict=True)]
+            keys = [before + count * k for before, k in zip(keys, left.keys, strict=True)]
             entering += left.features - grid.tokens
             learned += count * left.learned
             fewer = [one + other for one, other in zip(fewer, left.fewer, strict=True)]
@@ -302,20 +311,22 @@ def _row_tflops(
         "vision_tower": vision,
         "projector": features * 2 * facts.projector_weights,
         "compressor": learned,
-        "decoder": _decoder_flops(facts, tokens),
+        "decoder": _decoder_flops(facts, tokens, keys),
         "lm_head": 2 * facts.hidden_size * facts.vocab_size * label_tokens,
     }
     return {part: value / _TERA for part, value in flops.items()}
 
 
-def _decoder_flops(facts: ModelFacts, tokens: Sequence[float]) -> float:
-    """Return the operations of the decoder's layers, from the tokens in each."""
-    attended, layers = tokens, facts.decoder_layers
+def _decoder_flops(facts: ModelFacts, tokens: Sequence[float], keys: Sequence[float]) -> float:
+    """Return the operations of the decoder's layers, from the tokens in each and those that are keys alone."""
+    layers = facts.decoder_layers
+    attended = pairs = [n * (n + 2 * k) for n, k in zip(tokens, keys, strict=True)]
     linear = linear_weights_per_layer(facts) * sum(tokens)
     if layers:
         linear = sum((layer.weights + layer.recurrent / 2) * n for layer, n in zip(layers, tokens, strict=True))
-        attended = [n for layer, n in zip(layers, tokens, strict=True) if layer.attends]
-    return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(n * n for n in attended)
+        attended = [each for layer, each in zip(layers, pairs, strict=True) if layer.attends]
+    linear += _key_weights(facts) * sum(keys)
+    return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(attended)
 
 
 def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> list[int]:
@@ -355,7 +366,8 @@ def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> 
             first = inside if spec.learns and first is None else first
             fewer[inside:] = [grid.tokens - left.tokens] * (facts.vision_layers - inside)
     by_layer = tokens_by_layer(specs, facts.num_layers, grid)
-    return _OfGrid(by_layer, fewer, features, learned, learned_in_tower, first)
+    keys = keys_by_layer(specs, facts.num_layers, grid)
+    return _OfGrid(by_layer, keys, fewer, features, learned, learned_in_tower, first)
 
 
 def _one_image(facts: ModelFacts) -> ImageUnits:
@@ -428,11 +440,11 @@ def unread_tflops_per_sample(
     mask, so that `(n - L)^2 / 2` of the `n^2 / 2` are left out.
     """
     found = _unread_tokens(facts, points, sample)
-    unread, squares = (sum(share * n**power for share, n in found) for power in (1, 2))
-    keys = 2 * facts.hidden_size * facts.num_key_value_heads * facts.head_dim
+    unread = sum(share * n for share, n, _ in found)
+    pairs = sum(share * n * (n + 2 * held) for share, n, held in found)
     weights = facts.decoder_layers[-1].weights if facts.decoder_layers else linear_weights_per_layer(facts)
-    linear = 2 * unread * (weights - keys)
-    attended = 2 * facts.num_attention_heads * facts.head_dim * squares
+    linear = 2 * unread * (weights - _key_weights(facts))
+    attended = 2 * facts.num_attention_heads * facts.head_dim * pairs
     checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
     total = (linear + attended) * (_passes(recipe)["language_model"] + checkpointed)
     if lora := recipe.get("lora"):
@@ -441,17 +453,28 @@ def unread_tflops_per_sample(
     return total / _TERA
 
 
-def _unread_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> list[tuple[float, float]]:
-    """Return the tokens of the last decoder layer that no label needs, of each measured row with its share."""
+def _unread_tokens(
+    facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample
+) -> list[tuple[float, float, float]]:
+    """Return the tokens of the last decoder layer that no label needs, and those that are keys alone there, of each
+    measured row with its share.
+    """
+    specs = _specs(points)
+
+    def last(grids: Iterable[Grid]) -> dict[Grid, tuple[int, ...]]:
+        kinds = (tokens_by_layer, keys_by_layer)
+        return {grid: tuple(each(specs, facts.num_layers, grid)[-1] for each in kinds) for grid in grids}
+
     if sample.rows is None:
-        visual = sample.images * visual_tokens_by_layer(facts.image_grid, points, facts.num_layers)[-1]
-        return [(1.0, max(0.0, visual + sample.text_tokens - sample.label_tokens))]
-    grids = {grid for row in sample.rows.rows for image in row.images for grid in image.grids}
-    last = {grid: visual_tokens_by_layer(grid, points, facts.num_layers)[-1] for grid in grids}
+        ((visual, held),) = last([facts.image_grid]).values()
+        unread = sample.images * visual + sample.text_tokens - sample.label_tokens
+        return [(1.0, max(0.0, unread), sample.images * held)]
+    known = last({grid for row in sample.rows.rows for image in row.images for grid in image.grids})
     found = []
     for row in sample.rows.rows:
-        visual = sum(last[grid] for image in row.images for grid in image.grids)
-        found.append((row.share, max(0.0, visual + row.text_tokens - row.label_tokens)))
+        of_row = [known[grid] for image in row.images for grid in image.grids]
+        unread = sum(n for n, _ in of_row) + row.text_tokens - row.label_tokens
+        found.append((row.share, max(0.0, unread), float(sum(held for _, held in of_row))))
     return found
 
 
@@ -474,7 +497,13 @@ def _lora_forward_tflops(
 ) -> float:
     visual = sample.images * image_layer_tokens(facts, points, sample.rows)
     tokens = visual + sample.text_tokens * facts.num_layers
-    return 2 * tokens * lora_weights_per_layer(facts, lora) / _TERA
+    images: Images = [(1.0, (facts.image_grid,))] if sample.rows is None else sample.rows.units
+    specs = _specs(points)
+    each = (share * sum(keys_by_layer(specs, facts.num_layers, grid)) for share, grids in images for grid in grids)
+    held = sample.images * sum(each)
+    of_keys = {**lora, "target_modules": sorted({"k_proj", "v_proj"} & set(lora["target_modules"]))}
+    weights = tokens * lora_weights_per_layer(facts, lora) + held * lora_weights_per_layer(facts, of_keys)
+    return 2 * weights / _TERA
 
 
 def image_layer_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], rows: MeasuredRows | None) -> float:
@@ -585,7 +614,9 @@ def tokens_in_layers(facts: ModelFacts, points: Sequence[Mapping[str, Any]], lon
             grid = Grid(side, side)
         try:
             units = longest.visual_tokens / grid.tokens
-            visual = [units * tokens for tokens in visual_tokens_by_layer(grid, points, facts.num_layers)]
+            held = keys_by_layer(_specs(points), facts.num_layers, grid)  # their hidden states stay, too
+            tokens = visual_tokens_by_layer(grid, points, facts.num_layers)
+            visual = [units * (n + k) for n, k in zip(tokens, held, strict=True)]
         except ValueError:
             pass
     return [tokens + longest.text_tokens for tokens in visual]

@@ -38,6 +38,19 @@ def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Gri
     return by_layer
 
 
+def keys_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> list[int]:
+    """Return the visual tokens of one image that are keys and values alone in each decoder layer (`keys_only`)."""
+    by_layer = [0] * num_layers
+    left = grid
+    for point in sorted(points, key=lambda point: point.sort_key(num_layers)):
+        kept = point.kept_grid(left)
+        if point.keys_only:
+            layer = point.layer_index(num_layers)
+            by_layer[layer:] = [tokens + left.tokens - kept.tokens for tokens in by_layer[layer:]]
+        left = kept
+    return by_layer
+
+
 def layer_average(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> Fraction:
     """Return the visual tokens of one image, mean over decoder layers."""
     return Fraction(sum(tokens_by_layer(points, num_layers, grid)), num_layers)

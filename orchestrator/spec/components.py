@@ -271,6 +271,9 @@ class CompressorSpec(Component):
     """
     across_frames: ClassVar[bool] = False
     """It gets all frames of a video as one image, whose grid says how many frames it has; an image is one frame."""
+    added_later: ClassVar[frozenset[str]] = frozenset({"keys_only"})
+    """Fields that count only where they are not their default: what was written before there were such stays the same.
+    """
     takes_amount: ClassVar[bool] = True
     """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
     adaptive: ClassVar[bool] = False
@@ -294,6 +297,10 @@ class CompressorSpec(Component):
     """Amount as the mean number of visual tokens over all decoder layers; the planner solves it for `keep_tokens`, or
     for `keep_ratio` over the data's images where these vary in size.
     """
+    keys_only: Flag = False
+    """Whether the tokens that are dropped stay as keys and values: as they are at the point, every later layer makes
+    its keys and values of them, but no queries, attention output or MLP.
+    """
 
     @model_validator(mode="after")
     def _one_amount(self) -> CompressorSpec:
@@ -308,6 +315,28 @@ class CompressorSpec(Component):
                 "amount", "its mean over layers depends on the images; give the most it leaves of one, keep_tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def _held_as_keys(self) -> CompressorSpec:
+        if not self.keys_only:
+            return self
+        reasons = {
+            "it acts before the decoder, where there are no keys": self.place != "decoder",
+            "it makes new tokens": self.learns or not self.takes_amount,
+            "it acts across the frames of a video": self.across_frames,
+            "how many tokens it leaves depends on the image": self.adaptive,
+            "size_bias counts what is still there twice": getattr(self, "size_bias", False),
+            "tokens that stay keep their numbers": getattr(self, "positions", None) == "renumber",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise PydanticCustomError("keys_only", f"keys_only is not possible here: {reason}; drop it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in self.added_later}
+        return {name: value for name, value in dump(self).items() if name not in defaults or value != defaults[name]}
 
     def kept_tokens(self, grid: Grid) -> int:
         """Return the visual tokens left of an image: ceil(tokens / stride), or the number or share asked for; of an

@@ -176,9 +176,19 @@ class AroundAttention:
         return getattr(self.__dict__["llavolta_config"], name)
 
 
+def attention_config(config: Any, around: Callable[..., Any]) -> AroundAttention:
+    """Return a config with something put right around the attention function, inside of what is around it already."""
+    if not isinstance(config, AroundAttention):
+        return AroundAttention(config, around)
+    outer = config.__dict__
+    return AroundAttention(attention_config(outer["llavolta_config"], around), outer["llavolta_around"])
+
+
 def _around_attention(module: nn.Module, *args: Any, **options: Any) -> Any:
     """Return the attention function of a module, with what was put around it."""
     state = module.config.__dict__
+    while not state["llavolta_on"]:  # that one is under way: what is inside of it comes next
+        state = state["llavolta_config"].__dict__
     state["llavolta_on"] = False  # flash attention's function asks the config for its own name
     try:
         return state["llavolta_around"](_own_function(module), module, *args, **options)

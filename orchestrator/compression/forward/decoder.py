@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ from orchestrator.compression.forward.cache import CacheRecord, SegmentCache, re
 from orchestrator.compression.forward.entry import Pass, check_positions, entering, locate, padding_mask
 from orchestrator.compression.forward.queries import (
     Queries,
-    label_queries,
-    layers_for,
+    for_queries,
     runs_for_queries,
     shows_queries,
     view_of,
@@ -42,7 +41,7 @@ from orchestrator.compression.forward.segments import (
 )
 from orchestrator.compression.layout import Layout
 from orchestrator.compression.masks import Keys
-from orchestrator.compression.protocol import Point
+from orchestrator.compression.protocol import IGNORED, Point
 from orchestrator.errors import UsageError
 
 
@@ -166,7 +165,8 @@ class Decoder:
         queries = self._last_queries(current, None, arguments) if current is not None else None
         view = language_model
         if queries is not None:
-            view = view_of(language_model, {"layers": layers_for(language_model, queries)})
+            *layers, last = language_model.layers
+            view = view_of(language_model, {"layers": [*layers, for_queries(last, queries)]})
         return type(language_model).forward(view, **arguments)
 
     def _last_queries(self, current: Pass, flow: Flow | None, arguments: dict[str, Any]) -> Queries | None:
@@ -179,10 +179,8 @@ class Decoder:
             return None
         if not runs_for_queries(self.family.language_model.layers[-1]):
             return None
-        current.queries = label_queries(current.targets_BN(flow).cpu())
-        if current.queries is not None:
-            columns_BQ = current.queries.columns_BQ.to(arguments["inputs_embeds"].device, non_blocking=True)
-            current.queries = replace(current.queries, columns_BQ=columns_BQ)
+        queries = Queries.of(current.targets_BN(flow).cpu() != IGNORED)
+        current.queries = None if queries is None else queries.to(arguments["inputs_embeds"].device)
         return current.queries
 
     @functools.cached_property
@@ -239,6 +237,11 @@ class Decoder:
         segments = segments_of(points, self.family.num_layers)
         after = _record_after(points, flow, cache, record)
         given = arguments.get("position_ids")
+        if any(point.spec.keys_only for point in points) and records_layers(language_model.config, arguments):
+            raise UsageError(
+                "compression: what layers do with tokens that are keys alone (keys_only) cannot be recorded; do not "
+                "ask for hidden states, attentions or router logits"
+            )
         axes = given is not None and given.ndim == 3
         options = {name: value for name, value in arguments.items() if name not in _PER_SEGMENT}
         self._watch(current, flow, points, after.seen_tokens - flow.hidden_BND.shape[1])

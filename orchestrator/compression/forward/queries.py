@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from orchestrator.compression.attention.recorder import AroundAttention, attention_module, mask_rows
+from orchestrator.compression.attention.recorder import attention_config, attention_module, mask_rows
 from orchestrator.compression.families.base import Family
-from orchestrator.compression.protocol import IGNORED
 from orchestrator.compression.shrink_config import shrunk_config
 from orchestrator.errors import UsageError
 
@@ -36,6 +35,25 @@ class Queries:
 
     columns_BQ: Tensor
     length: int
+
+    @classmethod
+    def of(cls, wanted_BN: Tensor) -> Queries | None:
+        """Return the wanted tokens, where these are not all; a row with fewer than another is filled up with its last
+        ones.
+
+        Args:
+            wanted_BN: True at them; on the host.
+        """
+        columns = wanted_BN.shape[1]
+        most = max(1, int(wanted_BN.sum(1).max()))
+        if most >= columns:
+            return None
+        rank_BN = wanted_BN * columns + torch.arange(columns)
+        return cls(rank_BN.topk(most, dim=1).indices.sort(1).values, columns)
+
+    def to(self, device: torch.device) -> Queries:
+        """Move it to another device."""
+        return replace(self, columns_BQ=self.columns_BQ.to(device, non_blocking=True))
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -54,23 +72,6 @@ class Queries:
         return flat.index_copy(0, self.places, values_BQ.flatten(0, 1)).unflatten(0, (rows, self.length))
 
 
-def label_queries(targets_BN: Tensor) -> Queries | None:
-    """Return the tokens whose logits a label needs, where these are not all.
-
-    A row with fewer of them than another is filled up with its last tokens, whose logits nobody reads.
-
-    Args:
-        targets_BN: What each token is to predict, `IGNORED` where nothing; on the host.
-    """
-    columns = targets_BN.shape[1]
-    wanted_BN = targets_BN != IGNORED
-    most = max(1, int(wanted_BN.sum(1).max()))
-    if most >= columns:
-        return None
-    rank_BN = wanted_BN * columns + torch.arange(columns)
-    return Queries(rank_BN.topk(most, dim=1).indices.sort(1).values, columns)
-
-
 class _StandIn:
     """Something called in the place of a module, whose attributes are there to be read."""
 
@@ -87,6 +88,31 @@ class _StandIn:
 def for_queries(layer: Any, queries: Queries) -> Any:
     """Return a stand-in for a decoder layer that is given all tokens and returns the chosen ones."""
     return _StandIn(layer, functools.partial(_run_layer, queries))
+
+
+def holding(layer: Any, held_BN: Tensor, queries: Queries | None) -> Any:
+    """Return a stand-in for a decoder layer that leaves some tokens as they are, and makes only keys and values of
+    them.
+
+    Args:
+        layer: The layer.
+        held_BN: True at these tokens.
+        queries: The other tokens, with some of these where a row has fewer others than the next; None = all.
+    """
+    return _StandIn(layer, functools.partial(_run_holding, held_BN.unsqueeze(2), queries))
+
+
+def _run_holding(held_BN1: Tensor, queries: Queries | None, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    before_BND = args[0] if args else kwargs["hidden_states"]
+    if queries is not None and runs_for_queries(layer):
+        output = _run_layer(queries, layer, *args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        first = before_BND.flatten(0, 1).index_copy(0, queries.places, first.flatten(0, 1)).view_as(before_BND)
+    else:
+        output = layer(*args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+    first = torch.where(held_BN1, before_BND, first)
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def _run_layer(queries: Queries, layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,12 +150,6 @@ def view_of(module: nn.Module, parts: Mapping[str, Any]) -> Any:
     return view
 
 
-def layers_for(language_model: Any, queries: Queries | None) -> list[Any]:
-    """Return the decoder layers, the last one run for some tokens; None = all."""
-    *layers, last = language_model.layers
-    return [*layers, last if queries is None else for_queries(last, queries)]
-
-
 def _call_as(module: nn.Module, view: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module, with its hooks, on the forward of a view of it."""
     module.__dict__["forward"] = functools.partial(type(module).forward, view)
@@ -164,7 +184,7 @@ def _attention_view(attention: Any, queries: Queries) -> Any:
         output_BQHD = function(module, chosen_BHQD, key, value, mask_BHQK, *args, **options)[0]
         return queries.put(output_BQHD), None
 
-    view.__dict__["config"] = AroundAttention(attention.config, around)
+    view.__dict__["config"] = attention_config(attention.config, around)
     return view
 
 

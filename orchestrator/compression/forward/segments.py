@@ -17,9 +17,10 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.attention.stats import Records
 from orchestrator.compression.forward.apply_point import apply_point, by_count
-from orchestrator.compression.forward.queries import Queries, layers_for, view_of
+from orchestrator.compression.forward.queries import Queries, for_queries, holding, view_of
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
+from orchestrator.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Flow:
         size_bias: Attention logits of a key are raised by the logarithm of its size.
         records: What attention saw, for points that need it; None where none does.
         layers_give_tuples: The decoder's layers return tuples that begin with hidden states, as far as is known yet.
+        held_BN: True at tokens that are keys and values alone from here on (`keys_only`), on the host; None where
+            there is none.
     """
 
     hidden_BND: Tensor
@@ -71,6 +74,7 @@ class Flow:
     size_bias: bool = False
     records: Records | None = None
     layers_give_tuples: bool = False
+    held_BN: Tensor | None = None
 
     @property
     def positions_ABN(self) -> Tensor:
@@ -124,7 +128,7 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
     kept = apply_point(point, groups, module, draw.fill)
-    flow = rejoin(flow, kept, metas)
+    flow = hold(flow, kept, metas, point) if point.spec.keys_only else rejoin(flow, kept, metas)
     if point.spec.across_frames and flow.layout is not None:
         flow = replace(flow, layout=split_frames(flow.layout))
     return flow, any(one.renumber for one in kept)
@@ -172,18 +176,60 @@ def rejoin(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor]) -> Flow:
         meta[:, to] = _meta_of(one, meta_CIN)
     if moves_device.added is not None:
         meta[:-OTHER_META] += moves_device.added
-    labels = None
-    if flow.labels_BN is not None:
-        labels = flow.labels_BN.new_full((rows * after.length,), IGNORED)
-        labels[moves.text_to] = flow.labels_BN.flatten()[moves.text_from]
-        labels = labels.unflatten(0, (rows, after.length))
+
+    def moved(values_BN: Tensor | None, elsewhere: Any) -> Tensor | None:
+        if values_BN is None:
+            return None
+        values = values_BN.new_full((rows * after.length,), elsewhere)
+        values[moves.text_to] = values_BN.flatten()[moves.text_from]
+        return values.unflatten(0, (rows, after.length))
+
     return replace(
         flow,
         hidden_BND=hidden.unflatten(0, (rows, -1)),
         meta_CBN=meta.unflatten(1, (rows, -1)),
         layout=after,
-        labels_BN=labels,
+        labels_BN=moved(flow.labels_BN, IGNORED),
+        held_BN=moved(flow.held_BN, False),
         size_bias=flow.size_bias or any(one.size_bias for one in kept),
+    )
+
+
+def hold(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor], point: Point) -> Flow:
+    """Return the rows with what is left of each group where its sources stood, all others staying as keys and values.
+
+    What stays so has no original column any more, like a dropped token; it is no visual token of the layout.
+
+    Raises:
+        UsageError: the method's tokens do not stand in the place of one token each, or it renumbers or weighs them.
+    """
+    assert flow.layout is not None
+    layout, device, width = flow.layout, flow.hidden_BND.device, flow.hidden_BND.shape[-1]
+    held = torch.zeros(layout.real_BN.numel(), dtype=torch.bool) if flow.held_BN is None else flow.held_BN.flatten()
+    hidden, meta, groups = flow.hidden_BND.reshape(-1, width), flow.meta_CBN.flatten(1).clone(), []
+    for group, one, meta_CIN in zip(layout.groups, kept, metas, strict=True):
+        assert one.sources_BM is not None and one.grid is not None  # `apply_point` fills them in
+        sources_IM = one.sources_BM.cpu()
+        several = bool((sources_IM.sort(1).values.diff(dim=1) <= 0).any())
+        if several or bool((sources_IM < 0).any()) or one.renumber or one.size_bias or flow.size_bias:
+            raise UsageError(
+                f"compression: {point.spec.kind} at {point.place}: with keys_only each token stands where one token "
+                "stood (`sources_BM` without repeats or -1), unweighed and under its number"
+            )
+        after = replace(group, grid=one.grid, columns_IN=group.columns_IN.gather(1, sources_IM))
+        held = held.index_fill(0, group.places(layout.length), True).index_fill(0, after.places(layout.length), False)
+        to = after.places(layout.length).to(device, non_blocking=True)
+        hidden = hidden.index_copy(0, to, one.hidden_BMD.reshape(-1, width).to(hidden.dtype))
+        meta[:, to] = _meta_of(one, meta_CIN)
+        groups.append(after)
+    held_BN = held.view_as(layout.real_BN)
+    meta[-1].masked_fill_(held.to(device, non_blocking=True), -1)
+    return replace(
+        flow,
+        hidden_BND=hidden.view_as(flow.hidden_BND),
+        meta_CBN=meta.view_as(flow.meta_CBN),
+        layout=replace(layout, groups=tuple(groups)),
+        held_BN=held_BN if bool(held_BN.any()) else None,
     )
 
 
@@ -252,7 +298,7 @@ def run_layers(
     if records_layers(language_model.config, options):
         maybe_install_capturing_hooks(language_model)  # once, on the model: on a view they would pile up
     passage = _Passage(segment, hidden_BND, flow.layers_give_tuples)
-    layers = layers_for(language_model, queries)
+    layers = layers_for(language_model, segment, flow, queries)
     modules: dict[str, Any] = {"layers": [_Layer(layer, number, passage) for number, layer in enumerate(layers)]}
     if segment.last != len(language_model.layers):
         modules[family.norm_name] = nn.Identity()
@@ -275,6 +321,20 @@ def run_layers(
     if segment.last != len(language_model.layers):
         output.last_hidden_state = passage.left_BND
     return output
+
+
+def layers_for(language_model: Any, segment: Segment, flow: Flow, queries: Queries | None) -> list[Any]:
+    """Return the decoder layers, those of a segment as they are to be run."""
+    layers = list(language_model.layers)
+    if flow.held_BN is not None and flow.layout is not None:
+        others = Queries.of(flow.layout.real_BN & ~flow.held_BN)
+        held_BN, device = flow.held_BN.to(flow.hidden_BND.device, non_blocking=True), flow.hidden_BND.device
+        others = None if others is None else others.to(device)
+        inside = layers[segment.first : segment.last]
+        layers[segment.first : segment.last] = [holding(layer, held_BN, others) for layer in inside]
+    if queries is not None:
+        layers[-1] = for_queries(language_model.layers[-1], queries)
+    return layers
 
 
 # Arguments (or keys of the config) by which a forward is asked to record what its layers do.

@@ -56,6 +56,7 @@ class RowState:
         extras: Further keyword arguments for the first layers (features that enter there).
         cls_N: What the tower's CLS token paid to each visual token, by original column; None where it is not needed.
         cls_keys_Nd: Their keys in the tower, likewise.
+        held: Places of tokens that layers make keys and values of, and leave as they are.
     """
 
     number: int
@@ -73,6 +74,7 @@ class RowState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     cls_N: Tensor | None = None
     cls_keys_Nd: Tensor | None = None
+    held: frozenset[int] = frozenset()
 
     @property
     def visual(self) -> frozenset[int]:
@@ -214,6 +216,7 @@ class _Token(NamedTuple):
     size: int
     origin: int
     label: int
+    held: bool = False
 
 
 def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
@@ -232,7 +235,7 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
         unit = unit_at.get(column)
         if unit is None or unit.columns not in kept_of:
             position_A = state.positions_AN[:, column] + moved
-            facts = state.sizes[column], state.origins[column], state.labels[column]
+            facts = state.sizes[column], state.origins[column], state.labels[column], column in state.held
             found = [_Token(state.hidden_ND[column], position_A, *facts)]
         else:
             kept = kept_of[unit.columns]
@@ -261,6 +264,38 @@ def spliced(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
         labels=tuple(token.label for token in tokens),
         units=tuple(units),
         size_bias=state.size_bias or any(kept.size_bias for _, kept in parts),
+        held=frozenset(place for place, token in enumerate(tokens) if token.held),
+    )
+
+
+def held_back(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
+    """Return the row with what is left of each unit where its source stood; its other tokens stay, and are held."""
+    kept_at: dict[int, tuple[Unit, Any, int]] = {}
+    held, units = set(state.held), []
+    kept_of = {unit.columns: kept for unit, kept in parts}
+    for unit in state.units:
+        kept = kept_of.get(unit.columns)
+        if kept is None:
+            units.append(unit)
+            continue
+        sources = [source_of(kept, m, len(unit.columns)) for m in range(kept.hidden_BMD.shape[1])]
+        columns = tuple(unit.columns[source] for source in sources)
+        kept_at |= {column: (unit, kept, m) for m, column in enumerate(columns)}
+        held |= set(unit.columns) - set(columns)
+        units.append(Unit(grid_left(kept, unit.grid), columns))
+    tokens = [
+        _kept_token(state, *kept_at[column], 0)
+        if column in kept_at
+        else _Token(state.hidden_ND[column], state.positions_AN[:, column], size, state.origins[column], label)
+        for column, (size, label) in enumerate(zip(state.sizes, state.labels, strict=True))
+    ]
+    return replace(
+        state,
+        hidden_ND=torch.stack([token.hidden_D for token in tokens]),
+        positions_AN=torch.stack([token.position_A for token in tokens], dim=1),
+        sizes=tuple(token.size for token in tokens),
+        units=tuple(units),
+        held=frozenset(held),
     )
 
 
@@ -720,7 +755,8 @@ class Reference:
             method = compressor.enter if enters and isinstance(compressor, Enters) else compressor.compress
             kept = self._call(point, method, visual_BND, grid, context)
             parts += [(unit, one_of(kept, number)) for number, unit in enumerate(members)]
-        state = spliced(state, parts) if parts else state
+        if parts:
+            state = held_back(state, parts) if point.spec.keys_only else spliced(state, parts)
         return replace(state, units=_frames(state.units)) if point.spec.across_frames else state
 
     def _at_projector(self, point: Point, visual_BND: Tensor, grid: Grid, context: Context) -> Kept:
@@ -738,7 +774,8 @@ class Reference:
     def _context(self, state: RowState, point: Point, members: Sequence[Unit], module: nn.Module | None) -> Context:
         columns_BN = torch.tensor([unit.columns for unit in members])
         sizes_N = torch.tensor(state.sizes)
-        text = [place not in state.visual and state.labels[place] == IGNORED for place in range(len(state.sizes))]
+        other = state.visual | state.held
+        text = [place not in other and state.labels[place] == IGNORED for place in range(len(state.sizes))]
         context = Context(
             layer=point.layer,
             positions_ABN=state.positions_AN[:, columns_BN],
@@ -834,6 +871,8 @@ def run_layers(
     if "queries" in needs:
         attention = next(child for name, child in layers[last - 1].named_children() if "attn" in name)
         handles.append(attention.register_forward_hook(lambda _, args, output: maps.append(output[1])))
+    if state.held:
+        handles += [layer.register_forward_hook(_as_they_were(state), with_kwargs=True) for layer in layers[first:last]]
     try:
         with only_layers(layers, first, last, state.hidden_ND.unsqueeze(0)) as left:
             output = language_model(
@@ -864,6 +903,19 @@ def _numbers_of_tokens(state: RowState) -> dict[str, Tensor]:
         for name, value in state.extras.items()
         if isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int32, torch.int64)
     }
+
+
+def _as_they_were(state: RowState) -> Callable[..., Any]:
+    """Return a hook that gives a layer's held tokens the hidden states they had before it."""
+
+    def restore(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before_1ND = args[0] if args else kwargs["hidden_states"]
+        after_1ND = output[0] if isinstance(output, tuple) else output
+        rows = [before_1ND[:, n] if n in state.held else after_1ND[:, n] for n in range(after_1ND.shape[1])]
+        restored = torch.stack(rows, dim=1)
+        return (restored, *output[1:]) if isinstance(output, tuple) else restored
+
+    return restore
 
 
 @contextmanager

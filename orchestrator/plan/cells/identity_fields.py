@@ -41,6 +41,8 @@ def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
     """
     if isinstance(value, Spec):
         names = type(value).model_fields.keys() - type(value).not_identity - leave
+        if isinstance(value, CompressorSpec):
+            names -= value.added_later - set(value.model_dump())
         fields = {name: reached(getattr(value, name)) for name in names}
         if isinstance(value, Component):
             fields["@version"] = type(value).version

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
-from orchestrator.compression.forward.queries import label_queries, runs_for_queries, shows_queries
+from orchestrator.compression.forward.queries import Queries, runs_for_queries, shows_queries
 from orchestrator.compression.testing.families import TINY
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Sample
@@ -144,12 +144,12 @@ def test_rows_with_fewer_labels_are_filled_up_without_repeats():
     targets = torch.full((3, 6), -100)
     targets[0, [1, 2, 4]] = 7
     targets[1, 3] = 7
-    queries = label_queries(targets)
+    queries = Queries.of(targets != -100)
     assert queries.columns_BQ.tolist() == [[1, 2, 4], [3, 4, 5], [3, 4, 5]]
     values = torch.randn(3, 6, 2)
     back = queries.put(queries.take(values))
     assert bool((back == values).sum() >= 3 * 3 * 2) and not bool(back[0, [0, 3, 5]].any())
-    assert label_queries(torch.zeros(1, 4, dtype=torch.long)) is None
+    assert Queries.of(torch.ones(1, 4, dtype=torch.bool)) is None
 
 
 def test_dropout_that_draws_by_place_keeps_the_whole_layer():
