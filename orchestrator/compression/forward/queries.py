@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -224,6 +225,7 @@ _CHOSEN = ((2, 5, 8), (4, 7, 8))
 _PADDED = 3
 _CLOSE = 1e-4
 _shown: dict[str, bool] = {}
+_asked: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()  # a config's text takes its time
 
 
 def shows_queries(family: Family) -> bool:
@@ -232,6 +234,14 @@ def shows_queries(family: Family) -> bool:
     Held on a tiny decoder of the model's class and config with random weights: its output at the tokens and the
     gradients of its input and of all parameters, on rows with and without padding. Known per process and config.
     """
+    about = type(family.language_model.layers[-1]), family.language_model.config._attn_implementation
+    known = _asked.get(family.language_model)
+    if known is None or known[0] != about:
+        known = _asked[family.language_model] = about, _shows(family)
+    return known[1]
+
+
+def _shows(family: Family) -> bool:
     layer = family.language_model.layers[-1]
     try:
         config = _tiny_config(family)

@@ -131,7 +131,8 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
     flow = hold(flow, kept, metas, point) if point.spec.keys_only else rejoin(flow, kept, metas)
     if point.spec.across_frames and flow.layout is not None:
         flow = replace(flow, layout=split_frames(flow.layout))
-    return flow, any(one.renumber for one in kept)
+    # Where no token leaves the row its numbers have no gaps.
+    return flow, not point.spec.keys_only and any(one.renumber for one in kept)
 
 
 def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
@@ -201,7 +202,7 @@ def hold(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor], point: Point
     What stays so has no original column any more, like a dropped token; it is no visual token of the layout.
 
     Raises:
-        UsageError: the method's tokens do not stand in the place of one token each, or it renumbers or weighs them.
+        UsageError: the method's tokens do not stand in the place of one token each, or it weighs them.
     """
     assert flow.layout is not None
     layout, device, width = flow.layout, flow.hidden_BND.device, flow.hidden_BND.shape[-1]
@@ -211,10 +212,10 @@ def hold(flow: Flow, kept: Sequence[Kept], metas: Sequence[Tensor], point: Point
         assert one.sources_BM is not None and one.grid is not None  # `apply_point` fills them in
         sources_IM = one.sources_BM.cpu()
         several = bool((sources_IM.sort(1).values.diff(dim=1) <= 0).any())
-        if several or bool((sources_IM < 0).any()) or one.renumber or one.size_bias or flow.size_bias:
+        if several or bool((sources_IM < 0).any()) or one.size_bias or flow.size_bias:
             raise UsageError(
                 f"compression: {point.spec.kind} at {point.place}: with keys_only each token stands where one token "
-                "stood (`sources_BM` without repeats or -1), unweighed and under its number"
+                "stood (`sources_BM` without repeats or -1), and weighs as one"
             )
         after = replace(group, grid=one.grid, columns_IN=group.columns_IN.gather(1, sources_IM))
         held = held.index_fill(0, group.places(layout.length), True).index_fill(0, after.places(layout.length), False)

@@ -105,6 +105,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
         "keep_tokens": ({"compressors__heavy": {**HEAVY, "stride": None, "keep_tokens": 4}}, []),
         "keep_ratio": ({"compressors__heavy": {**HEAVY, "stride": None, "keep_ratio": "1/4"}}, []),
         "layer_average_tokens": ({"compressors__heavy": {**HEAVY, "stride": None, "layer_average_tokens": 40}}, []),
+        "keys_only": ({"compressors__heavy__keys_only": True}, [{"compressors__heavy__keys_only": False}]),
         "positions": ({"compressors__heavy__positions": "first"}, [{"compressors__heavy__positions": "mean"}]),
         "size_bias": ({"compressors__heavy__size_bias": True}, [{"compressors__heavy__size_bias": False}]),
     },
