@@ -32,6 +32,8 @@ from orchestrator.errors import shorten
 from orchestrator.spec.base import Component, Count, Flag, Positive, Share, Spec, parse_share
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
+# Fields of points that count only where they are not their default: what was written before them stays the same.
+ADDED_LATER = ("keys_only",)
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
 
 
@@ -271,9 +273,6 @@ class CompressorSpec(Component):
     """
     across_frames: ClassVar[bool] = False
     """It gets all frames of a video as one image, whose grid says how many frames it has; an image is one frame."""
-    added_later: ClassVar[frozenset[str]] = frozenset({"keys_only"})
-    """Fields that count only where they are not their default: what was written before there were such stays the same.
-    """
     takes_amount: ClassVar[bool] = True
     """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
     adaptive: ClassVar[bool] = False
@@ -335,7 +334,7 @@ class CompressorSpec(Component):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {name: type(self).model_fields[name].default for name in self.added_later}
+        defaults = {name: type(self).model_fields[name].default for name in ADDED_LATER}
         return {name: value for name, value in dump(self).items() if name not in defaults or value != defaults[name]}
 
     def kept_tokens(self, grid: Grid) -> int:

@@ -14,7 +14,7 @@ from orchestrator.plan.identity import content_digest, digest, files_digest
 from orchestrator.plan.io_retry import ABSENT, retry_io, stat_or_none
 from orchestrator.spec.base import Component, Spec
 from orchestrator.spec.budgets import Images, solve_layer_average, solve_mean_layer_average
-from orchestrator.spec.components import CompressorSpec, DataSpec, EvaluationSpec, Grid
+from orchestrator.spec.components import ADDED_LATER, CompressorSpec, DataSpec, EvaluationSpec, Grid
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import hub_repository
 from orchestrator.spec.phase import PhaseSpec
@@ -42,7 +42,7 @@ def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
     if isinstance(value, Spec):
         names = type(value).model_fields.keys() - type(value).not_identity - leave
         if isinstance(value, CompressorSpec):
-            names -= value.added_later - set(value.model_dump())
+            names -= set(ADDED_LATER) - set(value.model_dump())
         fields = {name: reached(getattr(value, name)) for name in names}
         if isinstance(value, Component):
             fields["@version"] = type(value).version

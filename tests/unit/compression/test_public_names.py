@@ -105,6 +105,7 @@ def test_what_a_compressor_spec_has():
         "keeps_all",
         "kept_grid",
         "kept_tokens",
+        "keys_only",
         "layer",
         "layer_average_tokens",
         "layer_index",
