@@ -45,7 +45,7 @@ FROZEN = {
     ),
     "attach": (lambda: parameters(compression.attach), ["model", "points", "modules", "seed"]),
     "attachment_of": (lambda: parameters(compression.attachment_of), ["model"]),
-    "take": (lambda: parameters(compression.take), ["visual_BND", "index_BM", "context"]),
+    "take": (lambda: parameters(compression.take), ["visual_BND", "index_BM", "context", "counts_B"]),
     "check_compressor": (lambda: parameters(testing.check_compressor), ["points", "families"]),
     "Report": (lambda: names_of(testing.Report) + fields(testing.Report), ["lines", "proven", "refused", "families"]),
     "Context": (
@@ -73,7 +73,7 @@ FROZEN = {
         lambda: fields(compression.Kept),
         [
             *("hidden_BMD", "positions_ABM", "sizes_BM", "sources_BM", "grid"),
-            *("renumber", "size_bias", "before", "in_place"),
+            *("renumber", "size_bias", "before", "in_place", "counts_B"),
         ],
     ),
     "Grid": (lambda: fields(Grid), ["height", "width", "frames", "frame"]),
@@ -100,6 +100,7 @@ def test_what_a_compressor_spec_has():
 
     assert names_of(CompressorSpec, Component) == [
         "across_frames",
+        "adaptive",
         "keep_ratio",
         "keep_tokens",
         "keeps_all",
