@@ -29,7 +29,7 @@ for stage in {stages}:
         attachment = attach(engine, [])
     losses = []
     for step in range(6):
-        attachment.switch([{{"kind": "average_pool", "layer": 1, "stride": 2}}] if step % 2 else [])
+        attachment.switch([{{"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": {keys_only}}}] if step % 2 else [])
         parts = [make_batch(part, seed=step) for part in rows]
         for part in ([parts[rank]] if world == 2 else parts):
             loss = engine(**part, num_items_in_batch=12).loss * (2 if world == 2 else 1)
@@ -43,21 +43,23 @@ if rank == 0:
 """
 
 
-def run_zero(world, stages, attach_first, tmp_path):
-    return result_of_rank_0(ZERO.format(stages=stages, attach_first=attach_first), world, tmp_path)
+def run_zero(world, stages, attach_first, tmp_path, keys_only=False):
+    script = ZERO.format(stages=stages, attach_first=attach_first, keys_only=keys_only)
+    return result_of_rank_0(script, world, tmp_path)
 
 
-def test_zero3_gives_the_losses_of_zero0(tmp_path):
-    losses = run_zero(1, [0, 3], False, tmp_path)
+@pytest.mark.parametrize("keys_only", [False, True])
+def test_zero3_gives_the_losses_of_zero0(tmp_path, keys_only):
+    losses = run_zero(1, [0, 3], False, tmp_path, keys_only)
     assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)
     assert len({round(loss, 4) for loss in losses["0"]}) > 6, "training must move the loss"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_one_without_images(tmp_path, stage):
+@pytest.mark.parametrize(("stage", "keys_only"), [(2, False), (3, False), (3, True)])
+def test_two_ranks_one_without_images(tmp_path, stage, keys_only):
     """Rank 1 never has an image; it must still take part in what rank 0's tower and projector do."""
-    losses = run_zero(2, [0, stage], True, tmp_path)
+    losses = run_zero(2, [0, stage], True, tmp_path, keys_only)
     assert losses[str(stage)] == pytest.approx(losses["0"], abs=1e-4)
 
 
