@@ -29,7 +29,8 @@ for stage in {stages}:
         attachment = attach(engine, [])
     losses = []
     for step in range(6):
-        attachment.switch([{{"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": {keys_only}}}] if step % 2 else [])
+        point = {{"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": {keys_only}}}
+        attachment.switch([point] if step % 2 else [])
         parts = [make_batch(part, seed=step) for part in rows]
         for part in ([parts[rank]] if world == 2 else parts):
             loss = engine(**part, num_items_in_batch=12).loss * (2 if world == 2 else 1)
