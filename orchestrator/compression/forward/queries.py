@@ -286,7 +286,7 @@ def _agrees(decoder_class: Any, layer_class: type, config: Any) -> bool:
             chosen_BQD = output.last_hidden_state
             if layers is decoder.layers:
                 chosen_BQD = queries.take(chosen_BQD)
-            leaves = [inputs_BND, *decoder.parameters()]
+            leaves = [inputs_BND, *(one for one in decoder.parameters() if one.requires_grad)]
             found = torch.autograd.grad((chosen_BQD * weights_BQD).sum(), leaves, allow_unused=True)
             values.append([chosen_BQD, *(torch.zeros(()) if one is None else one for one in found)])
         return all(one.shape == other.shape and _close(one, other) for one, other in zip(*values, strict=True))

@@ -22,9 +22,7 @@ from orchestrator.spec.model_facts import ModelFacts
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 POOLED = [{"kind": "average_pool", "layer": 1, "stride": 2}]
 ANSWER = 3
-WHOLE = {
-    "gemma3n": "its layers carry several streams",
-}
+WHOLE = {"ernie4_5_vl_moe"}  # its layers ask for the class of their MLP
 
 
 def last_layer(model):
