@@ -60,6 +60,7 @@ compressors:
   groups: [{kind: token_grouping, layer: projector, keep_tokens: 8}, {kind: isolator}]
 schedules:
   up: {kind: stages, stages: [{share: 1/2}, {compressor: wide}]}
+  passes: {kind: sandwich, heaviest: clusters, compressors: [groups], final: clusters}
 phases:
   finetune:
     data: mine
@@ -76,7 +77,7 @@ evaluate:
   vqa: {kind: exact_match, data: mine, max_new_tokens: 4}
 cluster: {storage_path: runs}
 matrix:
-  phases.finetune.schedule: [up, learned, first, clusters, groups]
+  phases.finetune.schedule: [up, learned, first, passes, groups]
 """
 
 
@@ -149,7 +150,7 @@ def test_plain_transformers_loads_every_weight_and_is_the_model_on_full_tokens(h
     }
 
 
-@pytest.mark.parametrize("schedule", ["up", "learned", "clusters", "groups"])
+@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups"])
 def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, schedule):
     folder = exported(home, schedule, tmp_path / "out")
     model, processor = load_exported(folder)
