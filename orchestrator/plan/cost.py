@@ -174,9 +174,9 @@ def with_text(sample: Sample, text_tokens: float) -> Sample:
 
 def unpriced(facts: ModelFacts, recipe: PhaseSpec) -> str | None:
     """Return why the formula does not hold for a phase of this model; None where it does."""
-    if facts.unpriced is None and facts.other_names and recipe.lora is not None:
+    if facts.other_names and recipe.lora is not None:
         return f"the adapters that LoRA puts into the layers of {facts.model_type} are not counted"
-    return facts.unpriced
+    return None
 
 
 def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_layers: int) -> list[int]:
@@ -578,7 +578,7 @@ def parameter_count(facts: ModelFacts) -> dict[str, int]:
         decoder = sum(layer.stored for layer in facts.decoder_layers)
     return {
         "vision_tower": vision,
-        "projector": facts.projector_weights,
+        "projector": facts.projector_stored or facts.projector_weights,
         "language_model": decoder + embeddings,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
@@ -145,9 +145,8 @@ class FamilyDefaults:
         gated_tower: The MLP of the vision tower has three matrices.
         towers: Vision towers of the same sizes, of which one sees an image.
         other_names: The decoder's linear maps have other names than LLaMA's.
-        unpriced: Why its costs cannot be computed; None where they can.
         projector: Weights that a token the projector gives has passed, of `(text, vision, config)`, where it is no one
-            or two linear maps.
+            or two linear maps; and its weights, where these are others.
         tower_refusal: Why no compressor may act inside the vision tower; empty where one may in a tower that is one of
             `PLAIN_TOWERS`.
     """
@@ -165,8 +164,7 @@ class FamilyDefaults:
     gated_tower: bool = False
     towers: int = 1
     other_names: bool = False
-    unpriced: str | None = None
-    projector: Callable[[Part, Part, Part], int] | None = None
+    projector: Callable[[Part, Part, Part], int | tuple[int, int]] | None = None
     tower_refusal: str = "between it and the decoder the model merges, pools or arranges its patches by their grid"
 
 
@@ -209,6 +207,35 @@ def _lfm2(text: Part, vision: Part, top: Part) -> int:
     """LFM2-VL: neighbours side by side, two linear maps."""
     inner = top["projector_hidden_size"]
     return int(vision["hidden_size"] * top["downsample_factor"] ** 2 * inner + inner * text["hidden_size"])
+
+
+def _spatial_layers(top: Part) -> Sequence[int]:
+    return top.get("spatial_target_layers") or (12, 15, 18, 21)
+
+
+def _window_q_former(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+    """Granite 4 Vision: for each kind of feature a Q-Former within windows, whose queries are the tokens it gives.
+
+    In a window of `w x w` patches and `q x q` queries each query attends to the queries and to the patches, of which
+    `w^2 / q^2` fall to it; operations of attention count as weights that a token passes.
+    """
+    if not top.get("downsample_rate"):
+        return 0, 0  # no such model can be built
+    queries, patches = (int(side) ** 2 for side in top["downsample_rate"].split("/"))
+    former = {"num_hidden_layers": 1, "intermediate_size": 3072, "cross_attention_frequency": 1}
+    former |= top.get("qformer_config") or {}
+    width, given = vision["hidden_size"], text["hidden_size"]
+    every = former["cross_attention_frequency"]
+    passed = stored = width * given
+    for layer in range(former["num_hidden_layers"]):
+        own = 4 * width * width + 2 * width * former["intermediate_size"]
+        passed, stored = passed + own + 2 * queries * width, stored + own
+        if layer % every == 0:
+            keys = 2 * width * width
+            passed += 2 * width * width + keys * patches // queries + 2 * patches * width
+            stored += 2 * width * width + keys
+    several = len(top.get("deepstack_layer_map") or ()) + len(_spatial_layers(top))
+    return several * passed, several * stored
 
 
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
@@ -325,9 +352,8 @@ FAMILIES: dict[str, FamilyDefaults] = {
         "granite4_vision_text",
         {"model_type": "clip_vision_model"},
         "varies",
-        top={"spatial_target_layers": (12, 15, 18, 21)},
         tiled=True,
-        unpriced="the Q-Former between its tower and its decoder is not counted",
+        projector=_window_q_former,
     ),
     "paligemma": FamilyDefaults(
         "gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True, tower_refusal=""
@@ -375,8 +401,8 @@ class ModelFacts:
         windowed_layers: Of `vision_layers` those that attend within windows.
         projector_size: Weights that a token the projector gives has passed, where it is no one or two linear maps of
             the sizes above; 0 where it is.
+        projector_stored: Its weights, where these are others; else 0.
         decoder_layers: The decoder's layers where they are not all dense and of `intermediate_size`; else empty.
-        unpriced: Why its costs cannot be computed; None where they can.
         towers: Vision towers of these sizes, of which one sees an image.
         other_names: The decoder's linear maps have other names than LLaMA's; then LoRA's modules are checked when a
             run starts, and its cost is not known.
@@ -410,8 +436,8 @@ class ModelFacts:
     gated_tower: bool = False
     windowed_layers: int = 0
     projector_size: int = 0
+    projector_stored: int = 0
     decoder_layers: tuple[DecoderLayer, ...] = ()
-    unpriced: str | None = None
     towers: int = 1
     other_names: bool = False
     vision_depth: int = 0
@@ -421,7 +447,7 @@ class ModelFacts:
     @property
     def priced(self) -> bool:
         """True where an image is always the same number of tokens, so that costs are known without the data."""
-        return self.visual_grid is not None and not self.tiled and self.unpriced is None
+        return self.visual_grid is not None and not self.tiled
 
     @property
     def image_grid(self) -> Grid:
@@ -568,6 +594,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     depth = vision.get("depth") or vision["num_hidden_layers"]
     layers = top.get("vision_feature_layer", -1)
     layers = layers if isinstance(layers, list) else [layers]
+    if top["model_type"] == "granite4_vision":
+        layers = [top.get("spatial_vision_layer", -1), *(layer for layer, _ in top.get("deepstack_layer_map") or ())]
     # hidden_states holds the embeddings and then each layer's output, so -2 is what all but the last layer give.
     states = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
     used = max(states)
@@ -577,6 +605,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     cls = clip and family.cls
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     layers_of_text = decoder_layers(text, head_dim)
+    passed = 0 if family.projector is None else family.projector(text, vision, top)
+    passed, stored = passed if isinstance(passed, tuple) else (passed, 0)
     whole = vision.get("fullatt_block_indexes")
     unit = None if kind == "pixtral" else _unit(top, vision, family, side, clip)
     refusal = _tower_refusal(kind, family, unit, side)
@@ -606,10 +636,10 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         gated_tower=family.gated_tower or kind == "pixtral",
         windowed_layers=0 if whole is None else depth - len({layer for layer in whole if layer < depth}),
         decoder_layers=layers_of_text,
-        unpriced=family.unpriced,
         towers=family.towers,
         other_names=family.other_names or bool(layers_of_text),
-        projector_size=0 if family.projector is None else family.projector(text, vision, top),
+        projector_size=passed,
+        projector_stored=stored,
         vision_depth=depth,
         tower_points=0 if refusal else max(0, min(states)),
         tower_refusal=refusal,
@@ -625,9 +655,9 @@ def _tower_inner(vision: Part, width: int) -> int:
 
 def _first_layer(top: Part, vision: Part) -> int:
     """Return the layer after the last one that visual features enter (DeepStack, Granite 4 Vision)."""
-    if "spatial_target_layers" in top:
+    if top["model_type"] == "granite4_vision":
         deep = [layer for _, layer in top.get("deepstack_layer_map") or ()]
-        return int(max([*deep, *top["spatial_target_layers"]])) + 1
+        return int(max([*deep, *_spatial_layers(top)])) + 1
     return len(vision.get("deepstack_visual_indexes", ()))
 
 
