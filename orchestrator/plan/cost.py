@@ -98,7 +98,8 @@ from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
 
 _TERA = 1e12
-_ORDER = ("vision_tower", "projector", "language_model")
+_BEFORE_PROJECTOR = ("vision_tower", "compressor", "projector", "language_model")
+_IN_DECODER = ("vision_tower", "projector", "language_model", "compressor")
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,7 @@ class _OfGrid:
         fewer: By how many tokens each layer of the vision tower that is used runs less.
         features: Tokens that enter the projector.
         learned: Operations of learned modules.
-        learned_in_tower: Of these, those of modules inside the vision tower.
-        first_learned: The tower's layer before which the first of these stands; None without one.
+        first_learned: The tower's layer before which the first module inside it stands; None without one.
     """
 
     by_layer: list[int]
@@ -283,7 +283,6 @@ class _OfGrid:
     fewer: list[int]
     features: int
     learned: int
-    learned_in_tower: int
     first_learned: int | None
 
 
@@ -346,7 +345,7 @@ def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> 
 
 def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> _OfGrid:
     left, features, fewer, first = grid, grid.tokens, [0] * facts.vision_layers, None
-    learned = learned_in_tower = 0
+    learned = 0
     for spec in sorted(specs, key=lambda spec: spec.sort_key(facts.num_layers, facts.vision_depth)):
         inside = spec.tower_index(facts.vision_depth)
         if inside is not None and inside >= facts.tower_points:
@@ -355,19 +354,17 @@ def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> 
             )
         before = spec.place == "projector" and facts.tokenwise_projector
         width = facts.projector_in if before else facts.hidden_size if inside is None else facts.vision_hidden_size
-        operations = spec.module_operations(left, width)
-        learned += operations
+        learned += spec.module_operations(left, width)
         left = spec.kept_grid(left)
         features = left.tokens if before or inside is not None else features
         if "pixels" in spec.needs:
             fewer = [grid.tokens - left.tokens] * facts.vision_layers
         if inside is not None:
-            learned_in_tower += operations
             first = inside if spec.learns and first is None else first
             fewer[inside:] = [grid.tokens - left.tokens] * (facts.vision_layers - inside)
     by_layer = tokens_by_layer(specs, facts.num_layers, grid)
     keys = keys_by_layer(specs, facts.num_layers, grid)
-    return _OfGrid(by_layer, keys, fewer, features, learned, learned_in_tower, first)
+    return _OfGrid(by_layer, keys, fewer, features, learned, first)
 
 
 def _one_image(facts: ModelFacts) -> ImageUnits:
@@ -389,45 +386,35 @@ def train_tflops_per_sample(
 ) -> float:
     """Forward, backward and recompute of one sample under a phase's recipe (`PhaseSpec` as a mapping)."""
     forward = forward_tflops(facts, points, sample)
-    passes = _passes(recipe)
+    passes = _passes(recipe, _learns_before_projector(facts, _specs(points)))
     checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
     vision = passes["vision_tower"] + (checkpointed if "vision_tower" in recipe["train"] else 0)
     total = (
         forward["vision_tower"] * vision
         + forward["projector"] * passes["projector"]
-        + forward["compressor"] * (3 if "compressor" in recipe["train"] else passes["language_model"])
+        + forward["compressor"] * passes["compressor"]
         + forward["decoder"] * (passes["language_model"] + checkpointed)
         + forward["lm_head"] * passes["language_model"]
     )
-    total += _learned_in_tower_tflops(facts, points, sample, recipe)
+    total += _behind_module_in_tower_tflops(facts, points, sample, recipe)
     if recipe.get("lora"):
         total += (3 + checkpointed) * _lora_forward_tflops(facts, points, sample, recipe["lora"])
     return total
 
 
-def _learned_in_tower_tflops(
+def _behind_module_in_tower_tflops(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
-    """Return what a module inside the vision tower changes of a sample's training.
-
-    Where it trains, gradients pass the tower's layers after it and the projector, frozen or not, and checkpointed
-    layers run again. Where neither it nor the tower trains, no gradient passes the module.
+    """Return what gradients cost in the layers of a frozen vision tower behind a module inside it that trains, and
+    their recomputation under checkpointing.
     """
-    specs = _specs(points)
-    if not any(spec.place == "tower" and spec.learns for spec in specs):
+    specs, trained = _specs(points), set(recipe["train"])
+    inside = any(spec.place == "tower" and spec.learns for spec in specs)
+    if not inside or "compressor" not in trained or "vision_tower" in trained:
         return 0.0
     image = _of_grid(facts, specs, facts.image_grid)
-    assert image.first_learned is not None
-    passes, trained = _passes(recipe), set(recipe["train"])
-    operations = 0
-    if "compressor" in trained and "vision_tower" not in trained:
-        behind = sum(_tower_flops(facts, _one_image(facts), image.fewer)[image.first_learned :])
-        operations += behind * (2 if recipe.get("gradient_checkpointing") else 1)
-        operations += image.features * 2 * facts.projector_weights * max(0, 2 - passes["projector"])
-    if "compressor" not in trained:
-        own = 2 if "vision_tower" in trained else 1
-        operations += image.learned_in_tower * (own - passes["language_model"])
-    return sample.images * operations / _TERA
+    behind = sum(_tower_flops(facts, _one_image(facts), image.fewer)[image.first_learned :])
+    return sample.images * behind * (2 if recipe.get("gradient_checkpointing") else 1) / _TERA
 
 
 def unread_tflops_per_sample(
@@ -518,12 +505,23 @@ def _mean_layer_tokens(num_layers: int, specs: tuple[CompressorSpec, ...], rows:
     return num_layers * mean_layer_average(specs, num_layers, rows.units)
 
 
-def _passes(recipe: Mapping[str, Any]) -> dict[str, int]:
-    """Forward plus backward of each part, in units of its forward."""
+def _learns_before_projector(facts: ModelFacts, specs: Sequence[CompressorSpec]) -> bool:
+    places = {spec.place for spec in specs if spec.learns}
+    return "tower" in places or ("projector" in places and facts.tokenwise_projector)
+
+
+def _passes(recipe: Mapping[str, Any], learns_before_projector: bool = False) -> dict[str, int]:
+    """Return forward plus backward of each part, in units of its forward.
+
+    Args:
+        recipe: The phase's recipe.
+        learns_before_projector: The compressor's module stands before the projector; else in the decoder, where
+            gradients pass it if anything trains.
+    """
     trained = set(recipe["train"])
     lora = bool(recipe.get("lora"))
     upstream, passes = False, {}
-    for part in _ORDER:
+    for part in _BEFORE_PROJECTOR if learns_before_projector else _IN_DECODER:
         own = part in trained and not (part == "language_model" and lora)
         upstream = upstream or part in trained or (part == "language_model" and (lora or "compressor" in trained))
         passes[part] = 3 if own else 2 if upstream else 1

@@ -171,6 +171,25 @@ def test_gradients_of_a_module_in_the_tower_pass_the_frozen_layers_behind_it(che
     assert total("projector", "language_model") == pytest.approx(idle + (3 + again) * decoder + 3 * head)
 
 
+@pytest.mark.parametrize(("layer", "tuned", "frozen"), [("projector", 2, 1), (2, 1, 2)])
+def test_gradients_pass_what_is_frozen_behind_a_module_that_trains(layer: int | str, tuned: int, frozen: int) -> None:
+    """Parts in times their forward: the frozen projector behind the module, and a frozen module before what trains."""
+    points = [{"kind": "c_abstractor", "layer": layer, "keep_tokens": 144}]
+    sample = Sample(64, 64)
+    forward = cost.forward_tflops(TOWER, points, sample)
+
+    def total(*train: str) -> float:
+        return cost.train_tflops_per_sample(TOWER, points, sample, {"train": train})
+
+    decoder = forward["decoder"] + forward["lm_head"]
+    alone = forward["vision_tower"] + tuned * forward["projector"] + 3 * forward["compressor"] + 2 * decoder
+    assert total("compressor") == pytest.approx(alone)
+    idle = forward["vision_tower"] + forward["projector"] + frozen * forward["compressor"] + 3 * decoder
+    assert total("language_model") == pytest.approx(idle)
+    passed = forward["vision_tower"] + 3 * forward["projector"] + frozen * forward["compressor"] + 2 * decoder
+    assert total("projector") == pytest.approx(passed)
+
+
 @pytest.mark.parametrize("layer", ["tower:23", "tower:99%"])
 def test_a_point_beyond_the_used_layers_of_the_tower_has_no_cost(layer: str) -> None:
     with pytest.raises(ValueError, match="cannot act at tower:"):
