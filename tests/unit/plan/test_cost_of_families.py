@@ -76,7 +76,7 @@ def facts_of(model: Any, folder: Path) -> Any:
 
 _PART = r"\.(?:language_model|text_model|(?:vision|image|video)_tower|vision_model|visual)"
 _LAYER = re.compile(_PART + r"\.(?:[a-z_]+\.)*(?:layers?|blocks)\.(\d+)$")
-_INSIDE = re.compile(r"^(?!.*former).*\.(?:layers?|blocks)\.\d+(?=\.)")
+_INSIDE = re.compile(r"^(?!.*qformer).*\.(?:layers?|blocks)\.\d+(?=\.)")
 _OTHER = re.compile(
     r"lm_head|\.embeddings\.|embed_tokens|vision_tower\.head\.|_position|pos_embed|audio_tower|\.query$"
 )
