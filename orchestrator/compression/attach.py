@@ -22,7 +22,7 @@ from orchestrator.compression.families import Family, family_of
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
 from orchestrator.compression.forward.projector import expand_images
-from orchestrator.compression.forward.queries import shows_queries
+from orchestrator.compression.forward.queries import has_attention, shows_queries
 from orchestrator.compression.forward.segments import Draw
 from orchestrator.compression.masks import check_layer_kinds
 from orchestrator.compression.protocol import Learns, Point
@@ -314,8 +314,12 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
         if "keys" in spec.needs:
             turning(attention)
     if spec.keys_only:
-        for held in family.language_model.layers[layer:]:
-            attention_module(held, f"attach: {spec.kind} with keys_only")
+        others = {type(one).__name__ for one in family.language_model.layers[layer:] if not has_attention(one)}
+        if others:
+            raise UsageError(
+                f"attach: {spec.kind} with keys_only: of the layers from {layer} on some ({', '.join(sorted(others))}) "
+                "make no keys and values (linear attention, convolutions); drop keys_only"
+            )
         if not shows_queries(family):
             raise UsageError(
                 f"attach: {spec.kind} with keys_only: a {type(family.language_model.layers[-1]).__name__} run for some "

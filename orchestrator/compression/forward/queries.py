@@ -196,6 +196,15 @@ def _output_name(attention: nn.Module) -> str:
     return next(name for name in _OUTPUT_NAMES if name in attention._modules)
 
 
+def has_attention(layer: Any) -> bool:
+    """Return whether a layer has an attention module whose function is looked up by its config."""
+    try:
+        attention_module(layer, "compression")
+    except UsageError:
+        return False
+    return True
+
+
 def runs_for_queries(layer: Any) -> bool:
     """Return whether a layer that has shown to be right (`shows_queries`) can be run for some tokens as it is set up
     now.
