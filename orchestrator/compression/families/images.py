@@ -36,6 +36,7 @@ class ImagesFamily(Family):
         sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
             model is attached each image's features carry its size.
         one_size: Images of which a batch holds placeholders only have the size the tower is made for.
+        two_towers: Videos pass a tower of their own.
         pixels_by_row: An entry of `pixel_values` is a row's images, padded to those of the row with most.
     """
 
@@ -44,6 +45,7 @@ class ImagesFamily(Family):
     sized = False
     one_size = True
     pixels_by_row = False
+    two_towers = False
 
     @property
     def inner(self) -> Any:
@@ -156,6 +158,12 @@ class ImagesFamily(Family):
     def idle_features(self) -> Tensor:
         """Return the features of a blank image."""
         return flat_features(self.inner.get_image_features(**self.empty_image()))
+
+    def idle_video_features(self) -> Tensor:
+        """Return features that are computed by the modules a video passes, in their order: most families have the same
+        for both.
+        """
+        return self.idle_features()
 
     def enter(self) -> None:
         """Features of an image are to carry its size."""

@@ -110,6 +110,7 @@ class VideoLlavaFamily(LlavaFamily):
     """Images as in LLaVA; a frame of a video is its CLS token, alone, and then the grid of its patches."""
 
     sized = False
+    two_towers = True
     projector_name: ClassVar[str | None] = None  # images pass it before videos, not in the order of the rows
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
@@ -137,3 +138,8 @@ class VideoLlavaFamily(LlavaFamily):
     def idle_features(self) -> Tensor:
         """Return the features of a blank image; the tower of videos is another one."""
         return flat_features(self.model.model.get_image_features(self.empty_image()["pixel_values"]))
+
+    def idle_video_features(self) -> Tensor:
+        """Return the features of a video of one blank frame."""
+        pixels = self.empty_image()["pixel_values"].unsqueeze(1)
+        return flat_features(self.model.model.get_video_features(pixels))

@@ -15,7 +15,14 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features, sizes_of_images
+from orchestrator.compression.families.images import (
+    ImagesFamily,
+    Units,
+    flat_features,
+    pair,
+    ready_features,
+    sizes_of_images,
+)
 from orchestrator.spec.components import Grid
 
 _NEWLINE = Grid(1, 1)
@@ -89,6 +96,11 @@ class LlavaNextVideoFamily(LlavaNextFamily):
         if pixels is not None:
             return [(frame,) * pixels.shape[1]] * len(pixels)
         return [(frame,) * len(one) for one in features] if features is not None else []
+
+    def idle_video_features(self) -> Tensor:
+        """Return the features of a video of one blank frame, which a pooler of its own may learn to pool."""
+        pixels = self.blank(1, 1, self.model.config.vision_config.num_channels, *self.image_size)
+        return flat_features(self.inner.get_video_features(pixels))
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):

@@ -132,6 +132,7 @@ class Decoder:
         modules: Learned modules by name.
         current: The pass of the top model that is under way.
         prompt_columns: Columns of the prompt while `generate` runs, else None.
+        kinds_seen: Whether any training rank has had images, and videos, so far; of a family with a tower for each.
     """
 
     family: Family
@@ -140,6 +141,7 @@ class Decoder:
     modules: nn.ModuleDict | None = None
     current: Pass | None = None
     prompt_columns: int | None = None
+    kinds_seen: tuple[bool, bool] = (False, False)
 
     def forward(self, arguments: dict[str, Any]) -> Any:
         """Return the language model's forward; `arguments` are its keyword arguments."""

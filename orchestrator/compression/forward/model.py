@@ -131,11 +131,12 @@ def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[in
     has_labels = labels is not None or inputs.get("shift_labels") is not None
     current = Pass(inputs, labels)
     decoder.current = current
-    idle = _idle_images(family) if has_labels and _lacks_images(family, inputs) else None
-    current.idle = idle is not None
+    image, video = _kinds_to_idle(decoder, inputs) if has_labels else (False, False)
+    current.idle = (image or video) and family.num_visual_tokens(inputs) == 0
     record = record_of(inputs.get("past_key_values"))
     points: Sequence[Point] = record.points if record else decoder.points
     at_projector = AtProjector(decoder, current, [point for point in points if point.before_decoder])
+    idle = _idle_calls(family, image, video)
     try:
         with watched_tower(family, points) as current.tower, at_projector:
             if not has_labels and not decoder.points:
@@ -144,8 +145,8 @@ def forward_top(decoder: Decoder, inputs: dict[str, Any]) -> tuple[Any, tuple[in
                 output = _with_head(family, current, return_logits, label_logits)
     finally:
         decoder.current = None
-        if idle is not None:
-            idle.remove()
+        for handle in idle:
+            handle.remove()
     counted = current.visual_tokens_per_layer
     return output, counted or (family.num_visual_tokens(inputs),) * family.num_layers
 
@@ -229,27 +230,58 @@ def _balance_weight(family: Family) -> float:
 _EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
 
 
-def _lacks_images(family: Family, inputs: dict[str, Any]) -> bool:
-    """Return whether a rank without an image must call the tower: other ranks do, and wait for it."""
+def _kinds_to_idle(decoder: Decoder, inputs: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether a training rank must call the tower for images, and for videos, that its batch does not hold:
+    other ranks do, and wait for it.
+
+    Ranks of a family that takes videos tell each other what their batches hold: by images alone nobody knows who
+    calls a tower twice. A tower of videos alone is called from then on in every batch.
+    """
+    family: Any = decoder.family
     # One rank alone does it too: parameters without a gradient would move differently than among several, and
     # ZeRO-3 would take their gradient of the step before.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not (family.model.training and distributed):
-        return False
-    return family.num_visual_tokens(inputs) == 0
+        return False, False
+    if not family.knows_videos:
+        return family.num_visual_tokens(inputs) == 0, False
+    image, video = (any(inputs.get(name) is not None for name in names) for names in (_IMAGES, _VIDEOS))
+    anywhere = torch.tensor([image, video], dtype=torch.int, device=next(family.model.parameters()).device)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    images, videos = anywhere.bool().tolist()
+    if family.two_towers:
+        decoder.kinds_seen = images, videos = images or decoder.kinds_seen[0], videos or decoder.kinds_seen[1]
+    return (images or not videos) and not image, videos and not video
 
 
-def _idle_images(family: Family) -> RemovableHandle:
-    """Run the vision tower on an empty image, without effect on the numbers.
+_IMAGES, _VIDEOS = ("pixel_values", "pixel_values_images"), ("pixel_values_videos",)
 
-    A hook in front of all others of the language model, so that modules are called in the order of a batch with
-    images (token embedding, tower, projector, decoder): ZeRO-3 gathers parameters in that order on every rank.
+
+def _idle_calls(family: Any, image: bool, video: bool) -> list[RemovableHandle]:
+    """Run the vision tower on an empty image, on an empty video, without effect on the numbers.
+
+    Hooks, so that modules are called in the order of a batch that has both (token embedding, tower, projector for
+    images, for videos, decoder): ZeRO-3 gathers parameters in that order on every rank. That of an image comes after
+    the token embedding where a video is encoded later; all others in front of other hooks of the language model.
     """
 
-    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def of_embedding(_: nn.Module, args: tuple[Any, ...], embeds_BND: Tensor) -> Tensor:
+        return embeds_BND + 0.0 * family.idle_features().sum().to(embeds_BND)
+
+    def of_decoder(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         embeds_BND = kwargs["inputs_embeds"]
-        kwargs["inputs_embeds"] = embeds_BND + 0.0 * family.idle_features().sum().to(embeds_BND)
+        if image and video:
+            embeds_BND = embeds_BND + 0.0 * family.idle_features().sum().to(embeds_BND)
+        features = family.idle_video_features() if video else family.idle_features()
+        kwargs["inputs_embeds"] = embeds_BND + 0.0 * features.sum().to(embeds_BND)
         return args, kwargs
 
-    handle: RemovableHandle = family.language_model.register_forward_pre_hook(add, prepend=True, with_kwargs=True)
-    return handle
+    handles: list[RemovableHandle] = []
+    if image and not video and family.knows_videos:
+        handles.append(family.model.get_input_embeddings().register_forward_hook(of_embedding))
+    elif image or video:
+        handles.append(family.language_model.register_forward_pre_hook(of_decoder, prepend=True, with_kwargs=True))
+    return handles

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 import torch
+from repository import MODELS
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     Cohere2Config,
     DeepseekVLForConditionalGeneration,
+    DeepseekVLProcessor,
     GraniteConfig,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
 from orchestrator.compression import attach
 from orchestrator.compression.families.generic import GenericFamily
@@ -165,6 +170,76 @@ def test_a_config_is_checked_once(monkeypatch):
     monkeypatch.setattr(self_check, "self_check", lambda _: REQUIRED | {"identity": "another", "video": ""})
     with pytest.raises(UsageError, match=r"identity: another"):
         attach(cohere(), [])
+
+
+@pytest.fixture
+def with_processor(tmp_path):
+    """A DeepSeek-VL and the folder of its processor: images of 32 pixels, four tokens each."""
+    base = runpy.run_path(str(MODELS / "make_tiny_llava.py"))["make_tokenizer"]()
+    base.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
+    )
+    images = DeepseekVLImageProcessorPil(size={"height": 32, "width": 32})
+    DeepseekVLProcessor(images, tokenizer, num_image_tokens=4).save_pretrained(tmp_path / "model")
+    built = granite()
+    built.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    built.config.save_pretrained(tmp_path / "model")
+    built.config._name_or_path = str(tmp_path / "model")
+    return GenericFamily(built)
+
+
+def test_units_are_held_against_what_the_processor_makes(with_processor, monkeypatch):
+    processed, seen = self_check._processed, []
+    monkeypatch.setattr(self_check, "_processed", lambda *args: seen.append(processed(*args)) or seen[-1])
+    assert list(self_check.against_processor(with_processor)) == []
+    assert [int(with_processor.visual_BN(one["input_ids"]).sum()) for one in seen] == [12, 4, 4, 4]
+    right = GenericFamily._units
+
+    def mixed(self, inputs, kind, ids, places):
+        found = right(self, inputs, kind, ids, places)
+        return found if len(found) < 3 else [*found[:1], (Grid(1, 8),)]
+
+    monkeypatch.setattr(GenericFamily, "_units", mixed)
+    assert "together" in next(self_check.against_processor(with_processor))
+    monkeypatch.setattr(self_check, "verdict", lambda _: REQUIRED | {"video": "proven"})
+    with pytest.raises(UsageError, match=r"what its processor makes of images is not what .* together, and .* alone"):
+        self_check.check_family(with_processor)
+    monkeypatch.setattr(GenericFamily, "_units", lambda *_: [(Grid(1, 3),)])
+    assert "have 12 placeholders, and units of 3 tokens" in next(self_check.against_processor(with_processor))
+
+
+def test_without_a_processor_there_is_nothing_to_hold_against():
+    assert list(self_check.against_processor(GenericFamily(granite()))) == []
+
+
+def test_a_check_that_takes_too_long_is_an_error_and_is_not_kept(monkeypatch):
+    monkeypatch.setattr(self_check, "_MOST_SECONDS", 0.0)
+    with pytest.raises(UsageError, match="failed at identity: .*the check took too long"):
+        attach(granite(), [])
+    assert not list((cache_folder() / "self_checks").glob("*"))
+    monkeypatch.undo()
+
+
+def test_large_images_and_large_configs(monkeypatch):
+    """Images are made small first; what stays large is an error."""
+    vision = SiglipVisionConfig(**VISION_SIZES, image_size=1600, patch_size=16)
+    text = GraniteConfig(**TEXT_SIZES)
+    large = builder(DeepseekVLForConditionalGeneration, vision, text, image_token_id=IMAGE)("sdpa", 0)
+    sizes = [config.vision_config.image_size for config in self_check.small_configs(large)]
+    assert sizes == [256, 1600]
+    monkeypatch.setattr(self_check, "_MOST_PARAMETERS", 1000)
+    assert "its config stays large when shrunk" in failed(large)["identity"]
+
+
+def test_images_of_several_sizes_in_one_run_have_no_known_ends():
+    family = GenericFamily(granite())
+    ids = torch.tensor([[5, *[IMAGE] * 8, 5]])
+    sizes = torch.tensor([[32, 32], [32, 64]])
+    inputs = {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 32, 64)}
+    assert len(family.grids(inputs, 8)) == 2
+    with pytest.raises(UsageError, match="do not say where one ends"):
+        family.grids(inputs | {"image_sizes": sizes}, 8)
 
 
 def test_families_with_an_adapter_are_not_checked(monkeypatch):

@@ -1,0 +1,46 @@
+"""Ranks whose batches hold other kinds of visual input under ZeRO-3: none waits for a call that others do not make."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import result_of_rank_0
+
+SCRIPT = """
+from orchestrator.compression import attach
+from orchestrator.compression.testing.families import TINY
+tiny = TINY[sys.argv[1]]
+model = tiny.build("sdpa", 0).train()
+attachment = attach(model, [{"kind": "average_pool", "layer": 1, "stride": 2}])
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+    "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    "zero_force_ds_cpu_optimizer": False})
+PARTS = [
+    ([[3, "image", 2, "video", 5]], [[9]]),
+    ([[3, "video", 5]], [[2, "image", 7]]),
+    ([[4]], [[3, "image", 2, "video", 5]]),
+    ([[4]], [[7]]),
+    ([[3, "image", 5]], [[2, "video", "image", 7]]),
+]
+losses = []
+for step, parts in enumerate(PARTS):
+    total = torch.zeros(())
+    batches = [tiny.batch(rows, "right", step, 3) for rows in parts]
+    for number in [rank] if world == 2 else [0, 1]:
+        loss = engine(**batches[number], num_items_in_batch=6).loss * (2 if world == 2 else 1)
+        total += loss.detach()
+        engine.backward(loss)
+    engine.step()
+    torch.distributed.all_reduce(total)
+    losses.append(float(total) / world)
+if rank == 0:
+    print("RESULT", json.dumps(losses))
+"""
+
+
+# One tower for both kinds, and one for each.
+@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("video_llava", marks=pytest.mark.slow)])
+def test_images_and_videos_on_one_rank_and_text_on_the_other(family, tmp_path):
+    one, two = (result_of_rank_0(SCRIPT, ranks, tmp_path, family) for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=1e-4)
+    assert len({round(loss, 4) for loss in one}) == len(one)
