@@ -215,7 +215,7 @@ def test_without_a_processor_there_is_nothing_to_hold_against():
 
 def test_a_check_that_takes_too_long_is_an_error_and_is_not_kept(monkeypatch):
     monkeypatch.setattr(self_check, "_MOST_SECONDS", 0.0)
-    with pytest.raises(UsageError, match="failed at identity: .*the check took too long"):
+    with pytest.raises(UsageError, match=r"failed at identity: .*the check took too long"):
         attach(granite(), [])
     assert not list((cache_folder() / "self_checks").glob("*"))
     monkeypatch.undo()
