@@ -206,7 +206,7 @@ def smaller_size(job: StageJob, session: Any, data: TrainData, action: Action, s
     """
     most = size // 2
     facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
-    if facts is not None:
+    if facts is not None and not facts.decoder_layers:
         each = _sample_bytes(facts, job, session, longest_of(data), action)
         most = min(most, int(_allowed_bytes(facts, job, session) / each))
     smaller = even_size(job.recipe["global_batch_size"], distributed.world_size(), most)
@@ -273,10 +273,11 @@ def _first_notes(
     if not missing:
         return known
     facts = model_facts(job.model["model_name_or_path"], job.model.get("revision"))
-    if facts is None:
+    if facts is None or facts.decoder_layers:
+        unknown = "sizes" if facts is None else "activations of the layers (experts, linear attention)"
         raise UsageError(
-            f"per_device_train_batch_size: auto: the sizes of {job.model['model_name_or_path']} are not known, so the "
-            "memory of its micro-batches cannot be estimated; give a number"
+            f"per_device_train_batch_size: auto: the {unknown} of {job.model['model_name_or_path']} are not known, "
+            "so the memory of its micro-batches cannot be estimated; give a number"
         )
     longest, attention = longest_of(data), _attention(job)
     if allowed is None:

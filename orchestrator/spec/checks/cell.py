@@ -191,10 +191,11 @@ def check_batch(
 ) -> Iterator[Finding]:
     """Check that a global batch divides into micro-batches on all workers, and that `auto` can be computed."""
     micro, total = phase.per_device_train_batch_size, phase.global_batch_size
-    if micro == "auto" and facts is None and model is not None:
+    if micro == "auto" and model is not None and (facts is None or facts.decoder_layers):
         config = read_config(model.model_name_or_path, model.revision) or {}
         if config.get("model_type"):  # it is here, so that sizes which are not known now will not be known later
-            message = f"nothing says what the micro-batches of {model.model_name_or_path} take: its sizes are not known"
+            why = "its sizes are not known" if facts is None else "its layers have experts, or do not all attend"
+            message = f"nothing says what the micro-batches of {model.model_name_or_path} take: {why}"
             yield Finding((*path, "per_device_train_batch_size"), message, "a number")
     if workers is None:
         return

@@ -129,6 +129,9 @@ def test_auto_needs_a_model_whose_sizes_are_known(places: Path, write: Callable[
     assert load_experiment(write(text)).cells
     with pytest.raises(SpecError, match="its sizes are not known"):
         load_experiment(write(text.replace("model_name_or_path: tiny", "model_name_or_path: other")))
+    (places / "other" / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
+    with pytest.raises(SpecError, match="its layers have experts, or do not all attend"):
+        load_experiment(write(text.replace("model_name_or_path: tiny", "model_name_or_path: other")))
 
 
 def test_weights_that_are_not_here_yet_are_noted(write: Callable[..., Path], small: str) -> None:
