@@ -632,7 +632,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         tokenwise_projector=family.tokenwise,
         projector_layers=family.projector_layers,
         first_layer=_first_layer(top, vision),
-        offers=family.offers | ({"cls"} if cls else set()),
+        # Pixtral's tower has no positions that could be interpolated for a smaller image.
+        offers=(family.offers if kind != "pixtral" else frozenset()) | ({"cls"} if cls else set()),
         gated_tower=family.gated_tower or kind == "pixtral",
         windowed_layers=0 if whole is None else depth - len({layer for layer in whole if layer < depth}),
         decoder_layers=layers_of_text,

@@ -128,6 +128,8 @@ def test_operations_are_those_torch_counts(family: str, row: list[Any], tmp_path
 def test_operations_of_a_pixtral_tower_under_llava(tmp_path: Path) -> None:
     images = {"image": ImageUnits((Grid(3, 4),), (12,), 12)}
     check(LLAVA_PIXTRAL, images, ["image", 5], tmp_path)
+    facts = model_facts(str(tmp_path))
+    assert facts is not None and not facts.priced and not facts.offers
 
 
 def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folder: Path) -> None:
