@@ -28,7 +28,7 @@ from orchestrator.compression.masks import check_layer_kinds
 from orchestrator.compression.protocol import Learns, Point
 from orchestrator.errors import UsageError
 from orchestrator.spec.base import validation_text
-from orchestrator.spec.components import PLACES, CompressorSpec, cannot_follow
+from orchestrator.spec.components import PLACES, CompressorSpec, cannot_follow, text_only_problem
 from orchestrator.spec.components import Compressor as CompressorField
 
 PointLike = CompressorSpec | Mapping[str, Any]
@@ -210,8 +210,11 @@ def check_together(points: Sequence[Point]) -> None:
     """Refuse points that cannot act in one forward; those of several stages may well be alike.
 
     Raises:
-        UsageError: two of them resize the image or have one learned module, or one acts on tokens that another adds.
+        UsageError: two of them resize the image or have one learned module, one acts on tokens that another adds, or
+            where another keeps the image out.
     """
+    if problem := text_only_problem([point.spec for point in points], [point.layer for point in points]):
+        raise UsageError(f"attach: {problem[1]}")
     if sum(hasattr(point.compressor, "resize") for point in points) > 1:
         raise UsageError("attach: an image is resized by one point, not by several")
     for number, point in enumerate(points):
@@ -299,6 +302,11 @@ def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
         raise UsageError(
             f"attach: {spec.kind}: layer {spec.layer} is too early; {type(family.model).__name__} adds visual features "
             f"up to layer {family.first_layer - 1} (DeepStack), so give a layer from {family.first_layer} on"
+        )
+    if spec.enters_late and family.first_layer > 0:
+        raise UsageError(
+            f"attach: {spec.kind} keeps images out of the first layers, but {type(family.model).__name__} adds visual "
+            f"features up to layer {family.first_layer - 1} (DeepStack), which must find the tokens it knows"
         )
     if layer == 0 and {"queries", "keys"} & set(spec.needs):
         raise UsageError(

@@ -64,8 +64,16 @@ class Layout:
     @property
     def tail(self) -> int:
         """Columns after the last visual token of any row."""
-        last = max((int(group.columns_IN.max()) for group in self.groups), default=-1)
+        last = max((int(group.columns_IN.max()) for group in self.groups if group.tokens), default=-1)
         return self.length - 1 - last
+
+    @property
+    def text_BN(self) -> Tensor:
+        """True at text: neither padding nor visual tokens."""
+        text_BN = self.real_BN.clone()
+        for group in self.groups:
+            text_BN[group.rows_I.unsqueeze(1), group.columns_IN] = False
+        return text_BN
 
     @property
     def visual_tokens(self) -> int:
@@ -185,9 +193,7 @@ def rearrange(
     than it had, `before` of the new ones stand before its first and the others follow its last. Kept tokens stand where
     their `sources` (I x M, on the host) stood, or evenly spread over the image's columns.
     """
-    text_BN = layout.real_BN.clone()
-    for group in layout.groups:
-        text_BN[group.rows_I.unsqueeze(1), group.columns_IN] = False
+    text_BN = layout.text_BN
     stays_BN = text_BN.long()
     lead_BN, extra_BN = torch.zeros_like(stays_BN), torch.zeros_like(stays_BN)
     slots = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import takewhile
 
 from orchestrator.spec.components import CompressorSpec, Grid
 
@@ -56,10 +57,18 @@ def layer_average(points: Sequence[CompressorSpec], num_layers: int, grid: Grid)
     return Fraction(sum(tokens_by_layer(points, num_layers, grid)), num_layers)
 
 
-def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> CompressorSpec:
+def solve_layer_average(
+    point: CompressorSpec, num_layers: int, grid: Grid, variant: Sequence[CompressorSpec] = ()
+) -> CompressorSpec:
     """Return the point with `keep_tokens` in place of `layer_average_tokens`, as near to it as the method can come.
 
     `(layer * tokens before + (num_layers - layer) * keep) / num_layers = average`, exactly or to the nearest amount.
+
+    Args:
+        point: The point.
+        num_layers: Decoder layers.
+        grid: The image's visual tokens.
+        variant: All points of the variant where there are others, which take no amount; the mean is the variant's.
 
     Raises:
         ValueError: the layers before the point alone hold more, more tokens are asked for than there are, or the
@@ -72,9 +81,17 @@ def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> C
     def keeping(keep: int) -> CompressorSpec:
         return point.model_copy(update={"keep_tokens": keep, "layer_average_tokens": None})
 
+    def average_with(keep: int) -> Fraction:
+        points = [keeping(keep) if one is point else one for one in variant or [point]]
+        return layer_average(points, num_layers, whole)
+
+    whole = grid
+    for other in takewhile(lambda one: one is not point, variant):
+        grid = other.kept_grid(grid)
+
     # The mean is a straight line over the amount, also where a method adds tokens in proportion to it on the way.
     few, many = point.nearest_amount(1, grid), point.nearest_amount(grid.tokens, grid)
-    least, most = (layer_average([keeping(keep)], num_layers, grid) for keep in (few, many))
+    least, most = (average_with(keep) for keep in (few, many))
     if not least <= average <= most:
         raise ValueError(
             f"layer_average_tokens {average} cannot be reached at layer {layer} of {num_layers}: "
@@ -82,14 +99,13 @@ def solve_layer_average(point: CompressorSpec, num_layers: int, grid: Grid) -> C
         )
     wanted = few + (average - least) * (many - few) / (most - least) if many > few else Fraction(few)
     keep = point.nearest_amount(int(wanted + Fraction(1, 2)), grid)
-    solved = keeping(keep)
-    reached = layer_average([solved], num_layers, grid)
+    reached = average_with(keep)
     if abs(reached - average) > TOLERANCE * average:
         raise ValueError(
             f"{point.kind} at layer {layer} cannot come within 2 % of layer_average_tokens {average}: the nearest is "
             f"{float(reached):.1f}, with keep_tokens {keep}"
         )
-    return solved
+    return keeping(keep)
 
 
 def mean_layer_average(points: Sequence[CompressorSpec], num_layers: int, images: Images) -> float:
@@ -104,7 +120,9 @@ def mean_layer_average(points: Sequence[CompressorSpec], num_layers: int, images
     return total / num_layers
 
 
-def solve_mean_layer_average(point: CompressorSpec, num_layers: int, images: Images) -> CompressorSpec:
+def solve_mean_layer_average(
+    point: CompressorSpec, num_layers: int, images: Images, variant: Sequence[CompressorSpec] = ()
+) -> CompressorSpec:
     """Return the point with `keep_ratio` (in thousandths) in place of `layer_average_tokens`, the mean over images of
     several sizes; with `keep_tokens` for a method that takes no share.
 
@@ -131,7 +149,8 @@ def solve_mean_layer_average(point: CompressorSpec, num_layers: int, images: Ima
             return with_amount("keep_tokens", number)
 
     def reached(number: int) -> float:
-        return mean_layer_average([keeping(number)], num_layers, images)
+        points = [keeping(number) if one is point else one for one in variant or [point]]
+        return mean_layer_average(points, num_layers, images)
 
     low, high = 1, most
     while high - low > 1:

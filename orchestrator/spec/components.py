@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -273,6 +273,12 @@ class CompressorSpec(Component):
     """
     across_frames: ClassVar[bool] = False
     """It gets all frames of a video as one image, whose grid says how many frames it has; an image is one frame."""
+    enters_late: ClassVar[bool] = False
+    """Visual tokens wait outside of the decoder until its layer, which then gets what layer 0 would have: the layers
+    below see text only."""
+    keeps_none: ClassVar[bool] = False
+    """No visual token is left, units of one token (newlines) included: from its layer on the decoder sees text only. It
+    overrides `kept_tokens`."""
     takes_amount: ClassVar[bool] = True
     """It leaves as many tokens as its amount says. False for a method that has none; it overrides `kept_tokens`."""
     adaptive: ClassVar[bool] = False
@@ -356,8 +362,10 @@ class CompressorSpec(Component):
         return grid if kept == grid.tokens and not self.adaptive else Grid(1, kept)
 
     def tokens_before(self, grid: Grid) -> int:
-        """Return the visual tokens of an image in the layers before the point: more where a method adds some."""
-        return grid.tokens
+        """Return the visual tokens of an image in the layers before the point: more where a method adds some, none
+        where it keeps the image out of them.
+        """
+        return 0 if self.enters_late else grid.tokens
 
     def nearest_amount(self, keep: int, grid: Grid) -> int:
         """Return the `keep_tokens` nearest to `keep` that the method can take on this grid."""
@@ -469,6 +477,38 @@ def cannot_follow(point: CompressorSpec, before: Iterable[CompressorSpec]) -> st
     if point.across_frames:
         return f"{point.kind} acts across frames, and {kinds[0]} before it leaves another number of each"
     return f"{kinds[0]} before it may leave fewer than keep_tokens {point.keep_tokens}; give keep_ratio or stride"
+
+
+def text_only_problem(points: Sequence[CompressorSpec], layers: Sequence[int]) -> tuple[int, str] | None:
+    """Return the number of the first point that layers without visual tokens forbid, and why; None where none is.
+
+    Args:
+        points: The points of one variant in the order in which they act.
+        layers: The decoder layer of each; 0 for the projector.
+    """
+    enters = next((number for number, point in enumerate(points) if point.enters_late), None)
+    ends = next((number for number, point in enumerate(points) if point.keeps_none), None)
+    for number, (point, layer) in enumerate(zip(points, layers, strict=True)):
+        if ends is not None and number > ends:
+            where = f"{points[ends].kind} takes all visual tokens out at layer {layers[ends]}"
+            return number, f"{where}, so {point.kind} after it has none; let {points[ends].kind} be the last point"
+        first = 0
+        if enters is not None and number != enters:
+            first, where = layers[enters], f"{points[enters].kind} lets visual tokens in at layer {layers[enters]}"
+            if point.enters_late:
+                return number, f"{where}, and {point.kind} cannot a second time; let one point do it"
+            if adds_tokens(point):
+                return number, f"{where}, and {point.kind} adds tokens beside them at the decoder's input; drop one"
+            if number < enters and layer > 0:
+                return number, f"{where}, and {point.kind} acts before it; give it layer 0, or let it act after"
+            if number > enters and layer <= first and {"queries", "keys"} & set(point.needs):
+                return number, f"{where}, and {point.kind} looks at the layer before its own; give it {first + 1} or more"
+        if point.keys_only and (ends is not None or (enters is not None and number <= enters)):
+            seen = points[ends if ends is not None else enters or 0].kind
+            return number, f"{seen} has layers that see text alone, and keys_only keeps keys of the image; drop one"
+        if point.keeps_none and layer <= first:
+            return number, f"{point.kind} at layer {layer}: no layer would see the image; give it {first + 1} or more"
+    return None
 
 
 class ScheduleSpec(Component):

@@ -20,7 +20,7 @@ Visuals = tuple[Tensor, Grid, Context]
 def apply_point(point: Point, groups: Sequence[Visuals], module: nn.Module | None, fill: bool = False) -> list[Kept]:
     """Return the tokens that a method keeps of each group of units, sources and grids filled in.
 
-    Units of one token stay as they are.
+    Units of one token stay as they are, but for a method that keeps none.
 
     Args:
         point: The method at its place.
@@ -33,7 +33,8 @@ def apply_point(point: Point, groups: Sequence[Visuals], module: nn.Module | Non
         UsageError: the method cannot take a grid, or returned something that is no compression.
     """
     kept = [_whole(*group) for group in groups]
-    chosen = [number for number, (_, _, context) in enumerate(groups) if context.sizes_BN.shape[1] > 1]
+    least = 1 if point.spec.keeps_none else 2
+    chosen = [number for number, (_, _, context) in enumerate(groups) if context.sizes_BN.shape[1] >= least]
     if module is None:
         for number in chosen:
             kept[number] = _one(point, *groups[number], fill)
@@ -145,10 +146,11 @@ def _one(point: Point, visual_BND: Tensor, grid: Grid, context: Context, fill: b
     except ValueError as error:
         raise UsageError(f"compression: {point.spec.kind} at {point.place}: {error}") from error
     count, tokens = kept.hidden_BMD.shape[1], visual_BND.shape[1]
-    if count < 1 or (count > tokens and not point.enters):
+    least = 0 if point.spec.keeps_none else 1
+    if count < least or (count > tokens and not point.enters):
         raise UsageError(
             f"compression: {point.spec.kind} at {point.place} returned {count} tokens of {tokens}; a method keeps at "
-            "least one and at most all"
+            "least one (unless its spec says `keeps_none`) and at most all"
         )
     said = count if point.enters else point.spec.kept_tokens(grid)
     if point.spec.adaptive and not point.enters:

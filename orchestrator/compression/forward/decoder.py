@@ -33,10 +33,12 @@ from orchestrator.compression.forward.segments import (
     Flow,
     Segment,
     compress,
+    let_in,
     records_layers,
     renumber,
     run_layers,
     segments_of,
+    set_aside,
     trim,
 )
 from orchestrator.compression.layout import Layout
@@ -247,16 +249,20 @@ class Decoder:
         axes = given is not None and given.ndim == 3
         options = {name: value for name, value in arguments.items() if name not in _PER_SEGMENT}
         self._watch(current, flow, points, after.seen_tokens - flow.hidden_BND.shape[1])
-        last_ids_AB, columns = _last_ids(flow), flow.hidden_BND.shape[1]
+        last_ids_AB, columns, entering = _last_ids(flow), flow.hidden_BND.shape[1], flow.layout
         before_shift: Tensor | None = None
         counts, outputs = [], []
         for number, segment in enumerate(segments):
+            if flow.waiting is not None:
+                flow = let_in(flow, self._entered(flow, flow.waiting, options, axes, columns))
             shift = record.shifts[number] if record is not None else None
             _move_ids(flow, before_shift, shift)
             before_shift = shift
             if flow.layout is not None and number:
                 shift = after.shifts[-1]
-            flow, renumbered = self._points(current, flow, segment)
+            flow, renumbered_AB = self._points(current, flow, segment)
+            if segment.text_only and flow.layout is not None:
+                flow = set_aside(flow, segments[1].points[0])
             keys = keys_of(language_model.config, flow, cache, segment, record, number, padding_BK)
             mask = self.family.attention_mask(keys)
             positions = flow.positions_ABN if axes else flow.positions_ABN[0]
@@ -275,12 +281,28 @@ class Decoder:
             flow.hidden_BND = output.last_hidden_state
             after.masks.append(keys.mask_BK)
             after.sizes.append(keys.sizes_BK)
-            after.shifts.append(last_ids_AB - _last_ids(flow) if renumbered else shift)
+            after.shifts.append(last_ids_AB - renumbered_AB if renumbered_AB is not None else shift)
             counts += [flow.layout.visual_tokens if flow.layout else 0] * (segment.last - segment.first)
+        if self.prompt_columns is not None:
+            _check_last(entering, flow, points, columns - 1)
         if cache is not None:
             remember(cache, after)
         current.flow, current.visual_tokens_per_layer = flow, tuple(counts)
         return _joined(outputs, cache)
+
+    def _entered(self, text: Flow, waiting: Flow, options: dict[str, Any], axes: bool, columns: int) -> Tensor:
+        """Return rows that wait as they would have entered layer 0: as the text, which did, they are mostly unchanged."""
+        if not text.input_changed:
+            return waiting.hidden_BND
+        assert waiting.layout is not None
+        waiting.layers_give_tuples = text.layers_give_tuples
+        positions = waiting.positions_ABN if axes else waiting.positions_ABN[0]
+        mask_BN = waiting.layout.real_BN.to(waiting.hidden_BND.device, non_blocking=True)
+        more = self.family.segment_options(options, 0) | {"use_cache": False}
+        more |= _of_tokens(options, self.family.token_options, waiting, columns)
+        output = run_layers(self.family, Segment(0, 0, ()), waiting, positions, mask_BN, None, more)
+        entered_BND: Tensor = output.last_hidden_state
+        return entered_BND
 
     def _watch(self, current: Pass, flow: Flow, points: Sequence[Point], seen: int) -> None:
         """Prepare what points ask to see of tower and layers; `seen` tokens came before."""
@@ -300,13 +322,16 @@ class Decoder:
                     "features (mm_encoder_outputs)"
                 )
 
-    def _points(self, current: Pass, flow: Flow, segment: Segment) -> tuple[Flow, bool]:
-        renumbered = False
+    def _points(self, current: Pass, flow: Flow, segment: Segment) -> tuple[Flow, Tensor | None]:
+        """Return the flow after a segment's points, and where they gave other position ids the rows' highest (axes x
+        B).
+        """
+        highest_AB: Tensor | None = None
         if segment.first == 0 and flow.layout is not None and current.projected is not None:
             flow = trim(flow, current.projected)
-            renumbered = any(one.renumber for _, one in current.projected)
-            if renumbered:
+            if any(one.renumber for _, one in current.projected):
                 renumber(flow)
+                highest_AB = _last_ids(flow)
         for point in segment.points:
             module = self.module_of(point)
             if flow.layout is None:
@@ -316,8 +341,9 @@ class Decoder:
             flow, wants_numbers = compress(flow, point, self.draw, module)
             if wants_numbers:
                 renumber(flow)
-            renumbered = renumbered or wants_numbers or point.enters
-        return flow, renumbered
+            if wants_numbers or point.enters:
+                highest_AB = _last_ids(flow)
+        return flow, highest_AB
 
 
 def _of_tokens(options: dict[str, Any], names: Sequence[str], flow: Flow, columns: int) -> dict[str, Any]:
@@ -345,6 +371,24 @@ def _record_after(points: tuple[Point, ...], flow: Flow, cache: Any, record: Cac
     after = CacheRecord(points, seen + columns, [], [], [])
     after.tail = flow.layout.tail if flow.layout else columns + (record.tail if record else 0)
     return after
+
+
+def _check_last(entering: Layout | None, left: Flow, points: Sequence[Point], last: int) -> None:
+    """Refuse a prompt that ends with a visual token which was dropped: the next token would follow from nothing.
+
+    Raises:
+        UsageError: a row does.
+    """
+    groups = entering.groups if entering is not None else ()
+    rows = torch.cat([group.rows_I[(group.columns_IN == last).any(1)] for group in groups]) if groups else None
+    if rows is None or not len(rows):  # elsewhere nothing waits for the device
+        return
+    if not bool((left.origins_BN[rows.to(left.origins_BN.device)] == last).any(1).all()):
+        kinds = ", ".join(dict.fromkeys(point.spec.kind for point in points))
+        raise UsageError(
+            f"generate: a prompt ends with an image, and {kinds} dropped its last token, whose logits are the answer's "
+            "first; let prompts end with text"
+        )
 
 
 def _last_ids(flow: Flow) -> Tensor:

@@ -21,15 +21,24 @@ from orchestrator.compression.forward.queries import Queries, for_queries, holdi
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 from orchestrator.errors import UsageError
+from orchestrator.spec.components import Grid
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Decoder layers `first` to `last` (half open) and the points that act before `first`."""
+    """Decoder layers `first` to `last` (half open) and the points that act before `first`.
+
+    Attributes:
+        first: Its first layer.
+        last: The layer after its last.
+        points: The points.
+        text_only: Visual tokens wait outside of it until the next segment.
+    """
 
     first: int
     last: int
     points: tuple[Point, ...]
+    text_only: bool = False
 
 
 def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
@@ -39,8 +48,9 @@ def segments_of(points: Sequence[Point], num_layers: int) -> list[Segment]:
     acting = [point for point in inside if hasattr(point.compressor, "compress")]
     starts = sorted({0, *(point.layer for point in acting)})
     ends = [*starts[1:], num_layers]
+    late = any(point.spec.enters_late and point.layer > 0 for point in acting)
     return [
-        Segment(first, last, tuple(point for point in [*acting, *entering] if point.layer == first))
+        Segment(first, last, tuple(p for p in [*acting, *entering] if p.layer == first), late and first == 0)
         for first, last in zip(starts, ends, strict=True)
     ]
 
@@ -64,6 +74,8 @@ class Flow:
         layers_give_tuples: The decoder's layers return tuples that begin with hidden states, as far as is known yet.
         held_BN: True at tokens that are keys and values alone from here on (`keys_only`), on the host; None where
             there is none.
+        input_changed: What reached layer 0 was not what the decoder's forward was given (it scales it, for instance).
+        waiting: In segments of text alone the rows as they came, visual tokens included.
     """
 
     hidden_BND: Tensor
@@ -75,6 +87,8 @@ class Flow:
     records: Records | None = None
     layers_give_tuples: bool = False
     held_BN: Tensor | None = None
+    input_changed: bool = False
+    waiting: Flow | None = None
 
     @property
     def positions_ABN(self) -> Tensor:
@@ -128,11 +142,80 @@ def compress(flow: Flow, point: Point, draw: Draw, module: nn.Module | None) -> 
         groups.append((visual_BND, group.grid, _context(flow, point, draw, group, meta_CIN)))
         metas.append(meta_CIN)
     kept = apply_point(point, groups, module, draw.fill)
+    before = flow
     flow = hold(flow, kept, metas, point) if point.spec.keys_only else rejoin(flow, kept, metas)
+    if point.spec.keeps_none:
+        check_text(before, flow, point)
     if point.spec.across_frames and flow.layout is not None:
         flow = replace(flow, layout=split_frames(flow.layout))
     # Where no token leaves the row its numbers have no gaps.
     return flow, not point.spec.keys_only and any(one.renumber for one in kept)
+
+
+def set_aside(flow: Flow, point: Point) -> Flow:
+    """Return the rows' text alone; the rows as they are wait until layer `point.layer` (`let_in`)."""
+    assert flow.layout is not None
+    kept, metas = [], []
+    for group in flow.layout.groups:
+        visual_BND, meta_CIN = visuals_of(flow, group)
+        ids_AB0, sizes_B0 = meta_CIN[:-OTHER_META, :, :0], meta_CIN[-2, :, :0]
+        kept.append(Kept(visual_BND[:, :0], ids_AB0, sizes_B0, sizes_B0.long(), Grid(1, 0)))
+        metas.append(meta_CIN)
+    text = replace(rejoin(flow, kept, metas), waiting=flow)
+    _check_length(text, point)
+    return text
+
+
+def let_in(flow: Flow, entered_BND: Tensor) -> Flow:
+    """Return the rows with the visual tokens that wait, where they stood, between the text as it is now.
+
+    Args:
+        flow: The text alone.
+        entered_BND: The rows that wait as they would have entered layer 0.
+    """
+    whole = flow.waiting
+    assert flow.layout is not None and whole is not None and whole.layout is not None
+    device, hidden_BND = flow.hidden_BND.device, flow.hidden_BND
+    # Row by row the text stands in one order in both.
+    present, places = (
+        mask_BN.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        for mask_BN in (flow.layout.text_BN, whole.layout.text_BN)
+    )
+    text_LD = hidden_BND.flatten(0, 1).index_select(0, present)
+    hidden = entered_BND.to(hidden_BND.dtype).flatten(0, 1).index_copy(0, places, text_LD)
+    hidden_BND = hidden.unflatten(0, entered_BND.shape[:2])
+    return replace(whole, hidden_BND=hidden_BND, layers_give_tuples=flow.layers_give_tuples)
+
+
+def check_text(before: Flow, after: Flow, point: Point) -> None:
+    """Refuse a batch whose answers cannot be predicted once its images are gone.
+
+    Raises:
+        UsageError: nothing is left, or a token with a label is now the first of its row.
+    """
+    _check_length(after, point)
+    if _predicted(before) != _predicted(after):
+        raise UsageError(
+            f"compression: {point.spec.kind} at {point.place}: a row begins with an image, and the token after it has a "
+            "label, which nothing would predict; let rows begin with text (a BOS token), or label it -100"
+        )
+
+
+def _check_length(text: Flow, point: Point) -> None:
+    assert text.layout is not None
+    if not text.layout.length:
+        raise UsageError(
+            f"compression: {point.spec.kind} at {point.place}: the rows hold images alone, and some layers see text "
+            "only; give every prompt or turn text"
+        )
+
+
+def _predicted(flow: Flow) -> int:
+    """Return the number of tokens with a label that another one stands before."""
+    if flow.labels_BN is None or flow.layout is None:
+        return 0
+    real_BN = flow.layout.real_BN
+    return int(((flow.labels_BN != IGNORED) & real_BN & (real_BN.cumsum(1) > 1)).sum())
 
 
 def visuals_of(flow: Flow, group: ImageGroup) -> tuple[Tensor, Tensor]:
@@ -279,6 +362,8 @@ def run_layers(
 ) -> Any:
     """Return the language model's own forward over the layers of one segment.
 
+    Of a segment without layers only what layer 0 would get is computed.
+
     It runs on a shallow view of the model (same parameters and submodules, another list of layers), so the model itself
     is never changed, not even when something fails. The view has a place for every layer, so that whatever the forward
     reads by a layer's number is right; layers outside the segment do nothing there. What the forward does to its input
@@ -303,7 +388,7 @@ def run_layers(
     modules: dict[str, Any] = {"layers": [_Layer(layer, number, passage) for number, layer in enumerate(layers)]}
     if segment.last != len(language_model.layers):
         modules[family.norm_name] = nn.Identity()
-    if segment.first > 0:
+    if segment.first > 0 or segment.last == 0:
         # Called past its hooks: ZeRO-3 gathers by the order of hooked calls, which must be one and the same for every
         # rank (one without images runs no segments) and every stage. It holds no parameters.
         modules["rotary_emb"] = _Unhooked(language_model.rotary_emb)
@@ -319,6 +404,7 @@ def run_layers(
         **options,
     )
     flow.layers_give_tuples = passage.gives_tuples
+    flow.input_changed = flow.input_changed or passage.input_changed
     if segment.last != len(language_model.layers):
         output.last_hidden_state = passage.left_BND
     return output
@@ -362,12 +448,21 @@ class _Unhooked:
 
 @dataclass
 class _Passage:
-    """One pass through the layers of a segment: what goes in, and what reached the layer after its last."""
+    """One pass through the layers of a segment: what goes in, and what reached the layer after its last.
+
+    Attributes:
+        segment: The segment.
+        entering_BND: Input of its first layer; of layer 0 what the forward makes of it is.
+        gives_tuples: Layers return tuples.
+        left_BND: What reached the layer after its last.
+        input_changed: What reached layer 0 was another tensor than what came in.
+    """
 
     segment: Segment
     entering_BND: Tensor
     gives_tuples: bool
     left_BND: Tensor | None = None
+    input_changed: bool = False
 
 
 class _Layer:
@@ -378,8 +473,10 @@ class _Layer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         passage, segment = self._passage, self._passage.segment
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._number == 0 and segment.first == 0:
+            passage.input_changed = hidden is not passage.entering_BND
         if not segment.first <= self._number < segment.last:
-            hidden = args[0] if args else kwargs["hidden_states"]
             if self._number == segment.last:
                 passage.left_BND = hidden
             return (hidden, None) if passage.gives_tuples else hidden

@@ -237,7 +237,8 @@ def _layers(points: Sequence[Candidate], tiny: TinyFamily) -> list[list[Any]]:
     cls = points[0].cls
     implementation = registry.load_object(cls.implementation)
     enters = hasattr(implementation, "enter") and hasattr(implementation, "compress")
-    first = max(tiny.first_layer, 1 if {"queries", "keys"} & set(cls.needs) or enters else 0)
+    above = {"queries", "keys"} & set(cls.needs) or enters or cls.enters_late or cls.keeps_none
+    first = max(tiny.first_layer, 1 if above else 0)
     if not hasattr(implementation, "compress"):  # what it adds stays
         return [[0] * len(points)]
     if len(points) > 1:

@@ -179,7 +179,7 @@ def _shape_errors(call: Call) -> Iterator[str]:
 
 def _size_errors(call: Call) -> Iterator[str]:
     sizes_BM, before_BN = call.kept.sizes_BM, call.context.sizes_BN
-    if sizes_BM.shape != call.kept.hidden_BMD.shape[:2] or call.enters:
+    if sizes_BM.shape != call.kept.hidden_BMD.shape[:2] or call.enters or not sizes_BM.numel():
         return
     if int(sizes_BM.min()) < 1:
         yield f"sizes_BM holds {int(sizes_BM.min())}; every token stands for at least one"
@@ -223,7 +223,7 @@ def _position_errors(call: Call) -> Iterator[str]:
 def _neighbour_errors(call: Call) -> Iterator[str]:
     """Compare every image among others with itself alone; the images here are of different rows and samples."""
     images = len(call.visual_BND)
-    if images < 2:
+    if images < 2 or not call.kept.hidden_BMD.numel():
         return
     rows = torch.arange(images)
     apart = replace(call.context, rows_B=rows, sample_indices=tuple(range(5, 5 + images)), **_row_of_each(call.context))

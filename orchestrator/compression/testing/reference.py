@@ -299,6 +299,27 @@ def held_back(state: RowState, parts: Sequence[tuple[Unit, Any]]) -> RowState:
     )
 
 
+def _text_of(state: RowState) -> RowState:
+    """Return a row without its visual tokens."""
+    columns = [column for column in range(len(state.origins)) if column not in state.visual]
+    return replace(
+        state,
+        hidden_ND=state.hidden_ND[columns],
+        positions_AN=state.positions_AN[:, columns],
+        sizes=tuple(state.sizes[column] for column in columns),
+        origins=tuple(state.origins[column] for column in columns),
+        labels=tuple(state.labels[column] for column in columns),
+        units=(),
+    )
+
+
+def _with_visual(text: RowState, whole: RowState) -> RowState:
+    """Return a whole row whose text is that of a row of text alone."""
+    now = iter(text.hidden_ND)
+    tokens = [whole.hidden_ND[n] if n in whole.visual else next(now) for n in range(len(whole.origins))]
+    return replace(whole, hidden_ND=torch.stack(tokens))
+
+
 def _videos(units: Sequence[Unit]) -> tuple[Unit, ...]:
     """Return the units of a row with the frames of each video as one."""
     found: list[Unit] = []
@@ -725,8 +746,12 @@ class Reference:
     def _through(self, state: RowState, points: Sequence[Point]) -> RowState:
         num_layers = self.family.num_layers
         waiting = [*points]
+        late = [point for point in points if point.spec.enters_late and point.layer > 0]
+        whole = state
         start = 0
         while start < num_layers:
+            if late and start == late[0].layer:
+                state = _with_visual(state, whole)
             here = [point for point in waiting if point.layer <= start]
             for point in here:
                 if hasattr(point.compressor, "compress"):
@@ -734,6 +759,10 @@ class Reference:
             entering = [point for point in points if start == 0 and hasattr(point.compressor, "enter")]
             for point in entering:
                 state = self._act(state, point, enters=True)
+            if late and start == 0:
+                # As layer 0 would have got them: a forward may scale its input.
+                whole = run_layers(self.family.language_model, state, 0, 0, set())[0]
+                state = _text_of(state)
             waiting = [point for point in waiting if point not in here]
             end = min((point.layer for point in waiting), default=num_layers)
             needs = {need for point in waiting if point.layer == end for need in point.spec.needs}
@@ -747,8 +776,9 @@ class Reference:
         if point.spec.across_frames:
             state = replace(state, units=_videos(state.units))
         parts: list[tuple[Unit, Kept]] = []
-        for grid in dict.fromkeys(unit.grid for unit in state.units if len(unit.columns) > 1):
-            members = [unit for unit in state.units if unit.grid == grid and len(unit.columns) > 1]
+        units = [unit for unit in state.units if len(unit.columns) > 1 or point.spec.keeps_none]
+        for grid in dict.fromkeys(unit.grid for unit in units):
+            members = [unit for unit in units if unit.grid == grid]
             context = self._context(state, point, members, module)
             visual_BND = torch.stack([state.hidden_ND[list(unit.columns)] for unit in members])
             compressor = point.compressor
@@ -835,6 +865,8 @@ def is_unstable(method: Any, visual_BND: Tensor, grid: Grid, context: Context, k
         noise = torch.sin(1e5 * values + torch.arange(values.shape[-1]) * (values.ndim > 2))
         return values * (1 + NUDGE * noise)
 
+    if not kept.hidden_BMD.numel():
+        return False
     with torch.no_grad():
         other = method(moved(visual_BND), grid, with_values(context, moved))
     if kept.counts_B is not None and (other.counts_B is None or not torch.equal(other.counts_B, kept.counts_B)):

@@ -185,14 +185,14 @@ def resolve_points(
                     "layer_average_tokens needs images of one size, or data whose images are measured here"
                     f"{because}; give keep_ratio or stride instead"
                 )
-            if len(points) > 1:
-                raise ValueError("layer_average_tokens is for a variant of one point; give the other amounts instead")
+            if any(other.takes_amount for other in points if other is not point):
+                raise ValueError("layer_average_tokens is for a variant of one amount; give the other amounts instead")
             if grid is not None:
-                fields["keep_tokens"] = solve_layer_average(point, num_layers, grid).keep_tokens
+                fields["keep_tokens"] = solve_layer_average(point, num_layers, grid, points).keep_tokens
                 fields["layer_average_tokens"] = None
             else:
                 assert not isinstance(images, str)
-                solved = solve_mean_layer_average(point, num_layers, images).model_dump(mode="json")
+                solved = solve_mean_layer_average(point, num_layers, images, points).model_dump(mode="json")
                 fields |= {name: solved[name] for name in ("keep_tokens", "keep_ratio", "layer_average_tokens")}
         resolved.append(fields)
     return tuple(resolved)

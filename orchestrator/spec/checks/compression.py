@@ -19,6 +19,7 @@ from orchestrator.spec.components import (
     adds_tokens,
     cannot_follow,
     derive,
+    text_only_problem,
 )
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec, known_steps
@@ -184,13 +185,14 @@ _NEEDS = {
 def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
     """Check that points are in order of depth, at layers the model has, with what they need and possible amounts."""
     grid: Grid | None = facts.visual_grid if facts is not None else None
-    last, place = (-1, -1), ""
+    last, place, ordered = (-1, -1), "", True
     for index, point in enumerate(points):
         where: Path = (*path, index)
         yield from _check_place(point, where, facts)
         depth = _depth(point, facts)
         if depth is not None:
             if depth < last or (depth == last and point.place != "projector"):
+                ordered = False
                 message = f"acts at {_place(point, depth)}, not after the point before it at {place}"
                 allowed = f"more than {last[1]}" if place.startswith("layer") else f"behind {place}"
                 yield Finding((*where, "layer"), message, allowed, "order the points by depth")
@@ -213,14 +215,19 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
         if point.place == "tower" and {"cls", "pixels"} & {need for one in points for need in one.needs}:
             message = f"{point.kind} acts inside the vision tower, which another point needs to see the whole image"
             yield Finding((*where, "layer"), message, "the projector or a decoder layer")
-        if point.layer_average_tokens is not None and len(points) > 1:
-            message = "is for a variant of one point; give the other amounts instead"
+        if point.layer_average_tokens is not None and any(one.takes_amount for one in points if one is not point):
+            message = "is for a variant of one amount; give the other amounts instead"
             yield Finding((*where, "layer_average_tokens"), message)
             return
         if grid is not None and facts is not None:
-            finding, grid = _amount(point, where, grid, facts)
+            finding, grid = _amount(point, where, grid, facts, points)
             if finding is not None:
                 yield finding
+    known = [depth for point in points if (depth := _depth(point, facts)) is not None]
+    if ordered and len(known) == len(points):
+        layers = [depth[1] if point.place == "decoder" else 0 for point, depth in zip(points, known, strict=True)]
+        if problem := text_only_problem(points, layers):
+            yield Finding((*path, problem[0], "kind"), problem[1])
 
 
 def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:
@@ -243,9 +250,9 @@ def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
         yield Finding((*where, "layer"), message, f"0 to {facts.num_layers - 1}, or a share of the depth such as 50%")
     elif layer < first and (point.place == "projector" or "decoder" in point.points):
         yield Finding((*where, "layer"), deep, f"a decoder layer from {first} on")
-    if first and adds_tokens(point):
-        message = f"{point.kind} adds tokens at the decoder's input, but {deep}, which must find the tokens it knows"
-        yield Finding((*where, "kind"), message)
+    if first and (adds_tokens(point) or point.enters_late):
+        does = "adds tokens at the decoder's input" if adds_tokens(point) else "keeps images out of the first layers"
+        yield Finding((*where, "kind"), f"{point.kind} {does}, but {deep}, which must find the tokens it knows")
     for need in point.needs:
         if need in _NEEDS and need not in facts.offers:
             reason = _NEEDS[need].format(model=f"this {facts.model_type}")
@@ -292,16 +299,19 @@ def _place(point: CompressorSpec, depth: tuple[int, int]) -> str:
     return names[point.place]
 
 
-def _amount(point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts) -> tuple[Finding | None, Grid | None]:
+def _amount(
+    point: CompressorSpec, where: Path, grid: Grid, facts: ModelFacts, points: Any
+) -> tuple[Finding | None, Grid | None]:
     amount = next((name for name in AMOUNTS if getattr(point, name) is not None), "kind")
     if point.stride is not None and point.stride > grid.tokens:
         message = f"a stride of {point.stride} is more than the {grid.tokens} visual tokens there are"
         return Finding((*where, amount), message, f"1 to {grid.tokens}"), None
     try:
         if point.layer_average_tokens is not None:
-            if point.layer_index(facts.num_layers) >= facts.num_layers:
+            if any(one.layer_index(facts.num_layers) >= facts.num_layers for one in points):
                 return None, None  # reported as a layer the model does not have
-            point = solve_layer_average(point, facts.num_layers, grid)
+            assert facts.visual_grid is not None
+            point = solve_layer_average(point, facts.num_layers, facts.visual_grid, points)
         return None, point.kept_grid(grid)
     except (ValueError, LlavoltaError) as error:
         return Finding((*where, amount), str(error)), None

@@ -10,6 +10,7 @@ import pytest
 from repository import ROOT
 
 from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.documents import variant_documents
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.loader import load_experiment
 
@@ -25,6 +26,7 @@ CELLS = {
     "llava15_7b/base.yaml": 1,
     "llava15_7b/schedules.yaml": 7,
     "llava15_7b/fixed.yaml": 7,
+    "llava15_7b/hidrop.yaml": 3,
 }
 # LLaVolta, Table 1: layer/stride of each stage; None is full tokens.
 SCHEMES = {
@@ -137,6 +139,15 @@ def test_7b_fixed_compresses_both_phases_alike():
     pairs = [(places(cell.phases[0]), places(cell.phases[1])) for cell in cells]
     assert all(first == second for first, second in pairs)
     assert [first[0] for first, _ in pairs] == [None, (16, 2), (16, 4), (16, 8), (2, 2), (2, 4), (2, 8)]
+
+
+def test_7b_hidrop_has_the_published_means_over_the_layers():
+    """2 * 576 + 4 * 87 + 2 * 10 + 2 * 5 + 6 * 1 = 1536 = 32 * 48; with 215 instead of 87 it is 32 * 64."""
+    cells = expand_cells(load_experiment(SEVEN_B / "hidrop.yaml"))
+    documents = variant_documents(cells)
+    assert {one["name"]: one["layer_average_tokens"] for one in documents} == {"hidrop_48": 48.0, "hidrop_64": 64.0}
+    assert [one["compression_ratio"] for one in documents] == [12.0, 9.0]
+    assert [one["kept_tokens"] for one in documents[0]["points"]] == [576, 87, 10, 5, 1, 0]
 
 
 def test_7b_recipe_is_the_papers():

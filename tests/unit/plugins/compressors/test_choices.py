@@ -54,6 +54,7 @@ def test_last_bits(wanted, noise):
 def test_every_method_that_chooses_is_here():
     """A built-in that keeps tokens by their values is among those above; others look at places alone."""
     by_place = {"average_pool", "average_pool_2d", "downsample", "fourier", "frame_pool", "stride"}
+    by_place |= {"early_exit", "late_injection"}
     learned = {"c_abstractor", "divt", "isolator", "laco", "q_former", "registers", "token_grouping"}
     ours = {e.name for e in entry_points(group=registry.COMPRESSORS) if e.value.startswith("orchestrator_plugins.")}
     assert ours == set(METHODS) | by_place | learned

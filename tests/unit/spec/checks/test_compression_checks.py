@@ -213,6 +213,41 @@ def test_an_isolator_stands_last_in_a_variant(small: str, write: Write) -> None:
         load_experiment(write(text))
 
 
+@pytest.mark.parametrize(
+    ("points", "key", "message"),
+    [
+        ("[{kind: late_injection, layer: 2}, {kind: fastv, layer: 3, keep_tokens: 8}]", None, ""),
+        ("[{kind: average_pool, layer: projector, stride: 2}, {kind: late_injection, layer: 50%}]", None, ""),
+        ("[{kind: late_injection, layer: 1}, {kind: average_pool, layer: 2, layer_average_tokens: 20}]", None, ""),
+        (f"[{POOLED}, {{kind: late_injection, layer: 2}}]", "0.kind", "average_pool acts before it"),
+        ("[{kind: late_injection, layer: 2}, {kind: early_exit, layer: 50%}]", "1.layer", "not after the point before"),
+        ("[{kind: early_exit, layer: 2}, {kind: fastv, layer: 3, keep_tokens: 8}]", "1.kind", "fastv after it has none"),
+        ("[{kind: early_exit, layer: 0%}]", "0.kind", "no layer would see the image"),
+        (
+            "[{kind: stride, layer: 1, stride: 2}, {kind: average_pool, layer: 2, layer_average_tokens: 20}]",
+            "1.layer_average_tokens",
+            "is for a variant of one amount",
+        ),
+    ],
+)
+def test_layers_of_text_alone(points: str, key: str | None, message: str, small: str, write: Write) -> None:
+    path = write(with_variant(small, points))
+    if key is None:
+        assert load_experiment(path).cells
+        return
+    errors = errors_of(path)
+    assert [error.path for error in errors][:1] == [f"compressors.v.{key}"] and message in errors[0].message
+
+
+def test_deepstack_forbids_late_injection(small: str, write: Write) -> None:
+    text = with_variant(small, "{kind: late_injection, layer: 3}").replace("layer: 2, stride", "layer: 3, stride")
+    path = write(text)
+    load_experiment(path)
+    (path.parent / "tiny" / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    (error,) = errors_of(path)
+    assert error.path == "compressors.v.kind" and "keeps images out of the first layers" in error.message
+
+
 def test_a_phase_that_trains_compressors_alone_has_one_that_learns(small: str, write: Write) -> None:
     nothing = small.replace("max_steps: 100", "max_steps: 100\n    train: [compressor]")
     with pytest.raises(SpecError, match="nothing trains: no variant of the phase's schedule learns") as error:
