@@ -652,7 +652,7 @@ def activation_bytes(
     kept = [_layer_bytes(facts, n, s, eager, trains) + _lora_bytes(facts, n, recipe, s) for n in tokens]
     logits = _logit_bytes(facts, longest, s)
     total = sum(n * size * s for n in tokens) + max(kept) if checkpointed else sum(kept)
-    total += max(kept) + logits + 3 * tokens[0] * size * s
+    total += max(kept) + logits + 3 * max(tokens) * size * s
     features = longest.visual_tokens * _tower_share(facts, action.points)
     total += features * s * (facts.projector_in + 2 * facts.projector_hidden + size)
     if action.distill is not None:

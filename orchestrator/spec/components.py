@@ -502,7 +502,10 @@ def text_only_problem(points: Sequence[CompressorSpec], layers: Sequence[int]) -
             if number < enters and layer > 0:
                 return number, f"{where}, and {point.kind} acts before it; give it layer 0, or let it act after"
             if number > enters and layer <= first and {"queries", "keys"} & set(point.needs):
-                return number, f"{where}, and {point.kind} looks at the layer before its own; give it {first + 1} or more"
+                return (
+                    number,
+                    f"{where}, and {point.kind} looks at the layer before its own; give it {first + 1}",
+                )
         if point.keys_only and (ends is not None or (enters is not None and number <= enters)):
             seen = points[ends if ends is not None else enters or 0].kind
             return number, f"{seen} has layers that see text alone, and keys_only keeps keys of the image; drop one"

@@ -291,7 +291,7 @@ class Decoder:
         return _joined(outputs, cache)
 
     def _entered(self, text: Flow, waiting: Flow, options: dict[str, Any], axes: bool, columns: int) -> Tensor:
-        """Return rows that wait as they would have entered layer 0: as the text, which did, they are mostly unchanged."""
+        """Return rows that wait as they would have entered layer 0: unchanged, where the text was."""
         if not text.input_changed:
             return waiting.hidden_BND
         assert waiting.layout is not None

@@ -196,8 +196,8 @@ def check_text(before: Flow, after: Flow, point: Point) -> None:
     _check_length(after, point)
     if _predicted(before) != _predicted(after):
         raise UsageError(
-            f"compression: {point.spec.kind} at {point.place}: a row begins with an image, and the token after it has a "
-            "label, which nothing would predict; let rows begin with text (a BOS token), or label it -100"
+            f"compression: {point.spec.kind} at {point.place}: a row begins with an image, and the token after it has "
+            "a label, which nothing would predict; let rows begin with text (a BOS token), or label it -100"
         )
 
 

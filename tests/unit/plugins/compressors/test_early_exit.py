@@ -35,8 +35,8 @@ def published(first):
 def plain_loop(model, batch, steps):
     """One row through the layers one by one; `steps` maps a layer to what is done before it.
 
-    `text`: only text goes on; `image`: the image's tokens join where they stood; a number: so many of them stay, by what
-    the token before the answer paid them in the layer before, mean over heads. Attention is written out.
+    `text`: only text goes on; `image`: the image's tokens join where they stood; a number: so many of them stay, by
+    what the token before the answer paid them in the layer before, mean over heads. Attention is written out.
     """
     language_model = model.model.language_model
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
@@ -67,9 +67,7 @@ def plain_loop(model, batch, steps):
         counts.append(len(set(columns) & set(visual)))
     logits = model.lm_head(language_model.norm(torch.stack([row[c] for c in columns])))
     losses = [
-        -torch.log_softmax(logits[n], 0)[labels[after]]
-        for n, after in enumerate(columns[1:])
-        if labels[after] != -100
+        -torch.log_softmax(logits[n], 0)[labels[after]] for n, after in enumerate(columns[1:]) if labels[after] != -100
     ]
     return torch.stack(losses).mean(), tuple(counts), attention
 
@@ -195,7 +193,7 @@ def test_an_answer_that_nothing_would_predict_is_refused():
         ([EXIT, EXIT], "early_exit after it has none"),
         ([EXIT, {"kind": "late_injection", "layer": 3}], "early_exit acts before it"),
         ([LATE, {"kind": "late_injection", "layer": 2}], "cannot a second time"),
-        ([{"kind": "late_injection", "layer": 2}, {"kind": "stride", "layer": 1, "stride": 2}], "stride acts before it"),
+        ([{"kind": "late_injection", "layer": 2}, {"kind": "stride", "layer": 1, "stride": 2}], "stride acts before"),
         ([{"kind": "late_injection", "layer": 2}, fastv(2, 3)], "fastv looks at the layer before its own"),
         ([{"kind": "late_injection", "layer": 2}, {"kind": "dart", "layer": 1, "keep_tokens": 3}], "dart acts before"),
         ([LATE, {"kind": "registers", "layer": 2, "keep_tokens": 3}], "registers adds tokens beside them"),
@@ -219,7 +217,9 @@ def test_the_planner_counts_what_runs():
 
 
 def test_an_amount_between_them_is_solved_for_the_mean():
-    late, _, last = (point.spec for point in attach(tiny_llava(layers=32), [published(9)[n] for n in (0, 1, -1)]).points)
+    late, _, last = (
+        point.spec for point in attach(tiny_llava(layers=32), [published(9)[n] for n in (0, 1, -1)]).points
+    )
     pooled = {"kind": "average_pool", "layer": 10, "layer_average_tokens": 96}
     kind = type(attach(tiny_llava(), [{"kind": "average_pool", "layer": 1, "stride": 2}]).points[0].spec)
     point = kind.model_validate(pooled)

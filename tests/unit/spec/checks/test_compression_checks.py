@@ -221,7 +221,11 @@ def test_an_isolator_stands_last_in_a_variant(small: str, write: Write) -> None:
         ("[{kind: late_injection, layer: 1}, {kind: average_pool, layer: 2, layer_average_tokens: 20}]", None, ""),
         (f"[{POOLED}, {{kind: late_injection, layer: 2}}]", "0.kind", "average_pool acts before it"),
         ("[{kind: late_injection, layer: 2}, {kind: early_exit, layer: 50%}]", "1.layer", "not after the point before"),
-        ("[{kind: early_exit, layer: 2}, {kind: fastv, layer: 3, keep_tokens: 8}]", "1.kind", "fastv after it has none"),
+        (
+            "[{kind: early_exit, layer: 2}, {kind: fastv, layer: 3, keep_tokens: 8}]",
+            "1.kind",
+            "fastv after it has none",
+        ),
         ("[{kind: early_exit, layer: 0%}]", "0.kind", "no layer would see the image"),
         (
             "[{kind: stride, layer: 1, stride: 2}, {kind: average_pool, layer: 2, layer_average_tokens: 20}]",
