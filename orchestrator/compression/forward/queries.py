@@ -91,7 +91,7 @@ def for_queries(layer: Any, queries: Queries) -> Any:
     return _StandIn(layer, functools.partial(_run_layer, queries))
 
 
-def holding(layer: Any, held_BN: Tensor, queries: Queries | None) -> Any:
+def holding(layer: Any, held_BN: Tensor, queries: Queries | None, exact: bool) -> Any:
     """Return a stand-in for a decoder layer that leaves some tokens as they are, and makes only keys and values of
     them.
 
@@ -99,20 +99,23 @@ def holding(layer: Any, held_BN: Tensor, queries: Queries | None) -> Any:
         layer: The layer.
         held_BN: True at these tokens.
         queries: The other tokens, with some of these where a row has fewer others than the next; None = all.
+        exact: None of these is among `queries`.
     """
-    return _StandIn(layer, functools.partial(_run_holding, held_BN.unsqueeze(2), queries))
+    return _StandIn(layer, functools.partial(_run_holding, held_BN.unsqueeze(2), queries, exact))
 
 
-def _run_holding(held_BN1: Tensor, queries: Queries | None, layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_holding(held_BN1: Tensor, queries: Queries | None, exact: bool, layer: Any, *args: Any, **kwargs: Any) -> Any:
     before_BND = args[0] if args else kwargs["hidden_states"]
-    if queries is not None and runs_for_queries(layer):
+    if runs := queries is not None and runs_for_queries(layer):
+        assert queries is not None
         output = _run_layer(queries, layer, *args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         first = before_BND.flatten(0, 1).index_copy(0, queries.places, first.flatten(0, 1)).view_as(before_BND)
     else:
         output = layer(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
-    first = torch.where(held_BN1, before_BND, first)
+    if not (exact and runs):
+        first = torch.where(held_BN1, before_BND, first)
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
 

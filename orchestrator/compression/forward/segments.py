@@ -416,9 +416,10 @@ def layers_for(language_model: Any, segment: Segment, flow: Flow, queries: Queri
     if flow.held_BN is not None and flow.layout is not None:
         others = Queries.of(flow.layout.real_BN & ~flow.held_BN)
         held_BN, device = flow.held_BN.to(flow.hidden_BND.device, non_blocking=True), flow.hidden_BND.device
+        exact = others is not None and not bool(flow.held_BN.gather(1, others.columns_BQ).any())
         others = None if others is None else others.to(device)
         inside = layers[segment.first : segment.last]
-        layers[segment.first : segment.last] = [holding(layer, held_BN, others) for layer in inside]
+        layers[segment.first : segment.last] = [holding(layer, held_BN, others, exact) for layer in inside]
     if queries is not None:
         layers[-1] = for_queries(language_model.layers[-1], queries)
     return layers

@@ -55,6 +55,27 @@ def test_each_layer_projects_queries_of_what_is_left_alone():
         assert shapes[f"{layer}.self_attn.q_proj"] == shapes[f"{layer}.mlp"] == (rows, left)
 
 
+@pytest.mark.parametrize("beside", [[3, "image", 2], [9], [30]])  # as many others in a row, fewer, all of a row
+def test_a_row_is_what_it_is_alone(beside):
+    model = tiny_llava("sdpa").train()
+    attach(model, [point("average_pool", 1, keep_tokens=3)])
+    row = [3, "image", 7]
+    alone, both = make_batch([row]), make_batch([row, beside])
+    length = alone["input_ids"].shape[1]
+    both["input_ids"][0, :length] = alone["input_ids"][0]
+    both["labels"][0, :length] = alone["labels"][0]
+    both["labels"][1] = -100
+    both["pixel_values"][0] = alone["pixel_values"][0]
+    found = []
+    for batch in (alone, both):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        weight = model.model.language_model.layers[0].mlp.up_proj.weight
+        found.append((loss.detach(), weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
 def test_dropped_tokens_have_no_logits():
     model, batch = tiny_llava("sdpa").eval(), make_batch([[3, "image", 7]])
     attach(model, [point(layer=2, keep_tokens=3)])
