@@ -502,7 +502,11 @@ def against_processor(family: Any) -> Iterator[str]:
     from transformers import AutoProcessor
 
     try:
-        processor: Any = AutoProcessor.from_pretrained(family.model.config._name_or_path, local_files_only=True)
+        processor: Any = AutoProcessor.from_pretrained(
+            family.model.config._name_or_path,
+            local_files_only=True,
+            trust_remote_code=False,  # else it may ask, and wait for an answer
+        )
         tokenizer = processor.tokenizer
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         pictures = [_picture(size) for size in _SIZES_WH]
