@@ -205,8 +205,8 @@ def test_units_are_held_against_what_the_processor_makes(with_processor, monkeyp
     monkeypatch.setattr(self_check, "verdict", lambda _: REQUIRED | {"video": "proven"})
     with pytest.raises(UsageError, match=r"what its processor makes of images is not what .* together, and .* alone"):
         self_check.check_family(with_processor)
-    monkeypatch.setattr(GenericFamily, "_units", lambda *_: [(Grid(1, 3),)])
-    assert "have 12 placeholders, and units of 3 tokens" in next(self_check.against_processor(with_processor))
+    monkeypatch.setattr(GenericFamily, "_units", lambda _, inputs, kind, *places: [(Grid(1, 16),)] * (kind == "image"))
+    assert "have 12 placeholders, and units of 16 tokens" in next(self_check.against_processor(with_processor))
 
 
 def test_without_a_processor_there_is_nothing_to_hold_against():
