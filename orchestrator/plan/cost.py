@@ -421,7 +421,7 @@ def unread_tflops_per_sample(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:
     """Return the operations that `train_tflops_per_sample` counts and training does not do, where the last decoder
-    layer runs for the tokens alone whose logits a label needs.
+    layer runs for the tokens alone whose logits a label needs, and the one before `early_exit` for the text.
 
     A row of `n` tokens of which the last `L` are labelled has `L n - L^2 / 2` pairs of query and key under a causal
     mask, so that `(n - L)^2 / 2` of the `n^2 / 2` are left out.
@@ -444,24 +444,29 @@ def _unread_tokens(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample
 ) -> list[tuple[float, float, float]]:
     """Return the tokens of the last decoder layer that no label needs, and those that are keys alone there, of each
-    measured row with its share.
+    measured row with its share; then the visual tokens of the layer after which all leave.
     """
-    specs = _specs(points)
+    specs, depth = _specs(points), facts.num_layers
+    end = next((spec.layer_index(depth) for spec in specs if spec.keeps_none), 0)
 
-    def last(grids: Iterable[Grid]) -> dict[Grid, tuple[int, ...]]:
-        kinds = (tokens_by_layer, keys_by_layer)
-        return {grid: tuple(each(specs, facts.num_layers, grid)[-1] for each in kinds) for grid in grids}
+    def counts(grids: Iterable[Grid]) -> dict[Grid, tuple[int, int, int]]:
+        by_layer = {grid: tokens_by_layer(specs, depth, grid) for grid in grids}
+        return {
+            grid: (each[-1], keys_by_layer(specs, depth, grid)[-1], each[end - 1] if end else 0)
+            for grid, each in by_layer.items()
+        }
 
     if sample.rows is None:
-        ((visual, held),) = last([facts.image_grid]).values()
+        ((visual, held, leaving),) = counts([facts.image_grid]).values()
         unread = sample.images * visual + sample.text_tokens - sample.label_tokens
-        return [(1.0, max(0.0, unread), sample.images * held)]
-    known = last({grid for row in sample.rows.rows for image in row.images for grid in image.grids})
+        return [(1.0, max(0.0, unread), sample.images * held), (1.0, sample.images * leaving, 0.0)]
+    known = counts({grid for row in sample.rows.rows for image in row.images for grid in image.grids})
     found = []
     for row in sample.rows.rows:
         of_row = [known[grid] for image in row.images for grid in image.grids]
-        unread = sum(n for n, _ in of_row) + row.text_tokens - row.label_tokens
-        found.append((row.share, max(0.0, unread), float(sum(held for _, held in of_row))))
+        visual, held, leaving = (sum(each) for each in zip(*of_row, strict=True)) if of_row else (0, 0, 0)
+        found.append((row.share, max(0.0, visual + row.text_tokens - row.label_tokens), float(held)))
+        found.append((row.share, float(leaving), 0.0))
     return found
 
 

@@ -23,6 +23,7 @@ from orchestrator.compression.forward.entry import Pass, check_positions, enteri
 from orchestrator.compression.forward.queries import (
     Queries,
     for_queries,
+    has_attention,
     runs_for_queries,
     shows_queries,
     view_of,
@@ -187,6 +188,16 @@ class Decoder:
         current.queries = None if queries is None else queries.to(arguments["inputs_embeds"].device)
         return current.queries
 
+    def _leaves(self, coming: Sequence[Point], layer: int, arguments: dict[str, Any]) -> bool:
+        """Return whether all visual tokens leave after a layer that can be run for the others alone."""
+        language_model = self.family.language_model
+        if not any(point.spec.keeps_none for point in coming) or not self.trims:
+            return False
+        before, last = language_model.layers[layer], language_model.layers[-1]
+        if type(before) is not type(last) or not has_attention(before):
+            return False
+        return not records_layers(language_model.config, arguments)
+
     @functools.cached_property
     def trims(self) -> bool:
         """Whether the last layer runs only for tokens whose logits a label needs, in forwards that ask for no more."""
@@ -271,7 +282,8 @@ class Decoder:
             coming = segments[number + 1].points if segment is not segments[-1] else ()
             with watched_layer(language_model, segment.last - 1, coming, flow):
                 queries = self._last_queries(current, flow, arguments) if segment is segments[-1] else None
-                output = run_layers(self.family, segment, flow, positions, mask, keys.cache, more, queries)
+                leaving = self._leaves(coming, segment.last - 1, arguments)
+                output = run_layers(self.family, segment, flow, positions, mask, keys.cache, more, queries, leaving)
             # Held back: the model would count them by a mask of the length that came in.
             for logits in output.get("router_logits") or ():
                 real_M = keys.mask_BK[:, -flow.hidden_BND.shape[1] :].flatten()

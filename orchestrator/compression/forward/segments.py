@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from orchestrator.compression.attention.stats import Records
 from orchestrator.compression.forward.apply_point import apply_point, by_count
-from orchestrator.compression.forward.queries import Queries, for_queries, holding, view_of
+from orchestrator.compression.forward.queries import Queries, for_queries, holding, runs_for_queries, view_of
 from orchestrator.compression.layout import ImageGroup, Layout, join_frames, rearrange, split_frames
 from orchestrator.compression.protocol import IGNORED, Context, Kept, Point
 from orchestrator.errors import UsageError
@@ -359,6 +359,7 @@ def run_layers(
     cache: Any,
     options: dict[str, Any],
     queries: Queries | None = None,
+    leaving: bool = False,
 ) -> Any:
     """Return the language model's own forward over the layers of one segment.
 
@@ -379,12 +380,13 @@ def run_layers(
         cache: The segment's view of the KV cache, or None.
         options: Further keyword arguments of the model's forward.
         queries: What the model's last layer and its norm are run for; None = all tokens.
+        leaving: All visual tokens leave after the segment: nobody reads what its last layer makes of them.
     """
     language_model, hidden_BND = family.language_model, flow.hidden_BND
     if records_layers(language_model.config, options):
         maybe_install_capturing_hooks(language_model)  # once, on the model: on a view they would pile up
     passage = _Passage(segment, hidden_BND, flow.layers_give_tuples)
-    layers = layers_for(language_model, segment, flow, queries)
+    layers = layers_for(language_model, segment, flow, queries, leaving)
     modules: dict[str, Any] = {"layers": [_Layer(layer, number, passage) for number, layer in enumerate(layers)]}
     if segment.last != len(language_model.layers):
         modules[family.norm_name] = nn.Identity()
@@ -410,7 +412,7 @@ def run_layers(
     return output
 
 
-def layers_for(language_model: Any, segment: Segment, flow: Flow, queries: Queries | None) -> list[Any]:
+def layers_for(language_model: Any, segment: Segment, flow: Flow, queries: Queries | None, leaving: bool) -> list[Any]:
     """Return the decoder layers, those of a segment as they are to be run."""
     layers = list(language_model.layers)
     if flow.held_BN is not None and flow.layout is not None:
@@ -420,6 +422,14 @@ def layers_for(language_model: Any, segment: Segment, flow: Flow, queries: Queri
         others = None if others is None else others.to(device)
         inside = layers[segment.first : segment.last]
         layers[segment.first : segment.last] = [holding(layer, held_BN, others, exact) for layer in inside]
+    if leaving and flow.layout is not None and runs_for_queries(layers[segment.last - 1]):
+        visual_BN = torch.zeros_like(flow.layout.real_BN)
+        for group in flow.layout.groups:
+            visual_BN[group.rows_I.unsqueeze(1), group.columns_IN] = True
+        text, device = Queries.of(flow.layout.real_BN & ~visual_BN), flow.hidden_BND.device
+        if text is not None:
+            last = holding(layers[segment.last - 1], visual_BN.to(device), text.to(device), exact=True)
+            layers[segment.last - 1] = last
     if queries is not None:
         layers[-1] = for_queries(language_model.layers[-1], queries)
     return layers

@@ -217,6 +217,8 @@ def test_what_the_last_layer_does_not_do() -> None:
     adapters = 3 * 2 * 576 * 128 * (4096 + 4096 + 11008 + 4096) / 1e12
     found = one(FACTS, [], Sample(64, 64), {"train": ["language_model"], "lora": lora})
     assert found == pytest.approx(2 * once + adapters, rel=1e-3)
+    leaving = [{"kind": "early_exit", "layer": 24}]  # of 640 tokens 576 leave after layer 23; no others are unread
+    assert one(FACTS, leaving, Sample(64, 64), {"train": ["language_model"]}) == pytest.approx(3 * once, rel=1e-3)
     pooled = 72 * 2 * (202.4e6 - 2 * 4096**2) / 1e12 + 2 * 72**2 * 4096 / 1e12
     assert one(FACTS, [pool(2, 8)], Sample(64, 64), {"train": ["language_model"]}) == pytest.approx(
         3 * pooled, rel=1e-3

@@ -126,6 +126,21 @@ def test_modules_are_called_once_and_in_the_same_order(points):
     assert called == plain
 
 
+def test_where_all_visual_tokens_leave_the_layer_before_runs_for_the_text():
+    model, batch = tiny_llava("sdpa").train(), make_batch([[3, "image", 7], [4, "image", 6]])
+    rows, columns = batch["input_ids"].shape
+    attach(model, [{"kind": "early_exit", "layer": 3}])
+    shapes = {}
+    for name, module in model.model.language_model.layers.named_modules():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: shapes.update({name: tuple(args[0].shape[:2])}) if args else None
+        )
+    model(**batch)
+    assert shapes["1.mlp"] == (rows, columns)
+    assert shapes["2.self_attn.k_proj"] == (rows, columns) and shapes["2.mlp"] == (rows, columns - 9)
+    assert shapes["3.self_attn.k_proj"] == (rows, columns - 9) and shapes["3.mlp"] == (rows, ANSWER)
+
+
 def test_label_logits_keep_their_order():
     batch = make_batch([[3, "image", 7], [2, "image", 2, "image", 9]])
     batch["labels"][0, 14:18] = batch["input_ids"][0, 14:18]
