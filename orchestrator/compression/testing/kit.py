@@ -294,6 +294,7 @@ def _all_kept(points: Sequence[Candidate], bench: Bench) -> list[list[Compressor
 EXACT, CLOSE, GRADIENTS, LOGITS = 1e-6, 1e-5, 3e-5, 1e-4
 _SEEDS = range(8)
 _STEPS = 4
+_LAST_BIT = 6e-8  # of float32
 
 
 @dataclass(frozen=True)
@@ -376,12 +377,23 @@ class Cell:
             reference = self.bench.reference(attachment)
             resolved = attachment.points
         rows = self.bench.rows(setting.other)
-        found = steady_batch(self.bench, reference, resolved, rows, setting.padding)
-        if found is None:
-            yield f"{where}: {_NEVER_STEADY}"
+        for seed in _SEEDS:
+            found = steady_batch(self.bench, reference, resolved, rows, setting.padding, seeds=(seed,))
+            if found is None:
+                continue
+            batch, expected = found
+            wanted = reference.gradients(expected)
+            errors = list(self._compared(setting, where, batch, expected, wanted))
+            if errors and seed != _SEEDS[-1] and hangs_on_rounding(reference, batch, resolved, wanted):
+                continue
+            yield from errors
             return
-        batch, expected = found
-        wanted = reference.gradients(expected)
+        yield f"{where}: {_NEVER_STEADY}"
+
+    def _compared(
+        self, setting: Setting, where: str, batch: Batch, expected: Tensor, wanted: dict[str, Tensor]
+    ) -> Iterator[str]:
+        points = self.places[setting.place]
         for attention, checkpointing in setting.runs:
             how = f"{where}, {attention}, checkpointing {'on' if checkpointing else 'off'}"
             with self.bench.attached(attention, points) as (model, attachment), checkpointed(model, checkpointing):
@@ -495,14 +507,20 @@ _NEVER_STEADY = (
 
 
 def steady_batch(
-    bench: Bench, reference: Reference, points: Sequence[Any], rows: Any, padding: str, answer: int = 3
+    bench: Bench,
+    reference: Reference,
+    points: Sequence[Any],
+    rows: Any,
+    padding: str,
+    answer: int = 3,
+    seeds: Sequence[int] = _SEEDS,
 ) -> tuple[Batch, Tensor] | None:
     """Return the first batch on which no method's choice is a near-tie, with the plain computation's loss.
 
     Without labels (`answer` 0) the last token's logits of each row take the loss's place. None where every batch is
     a near-tie.
     """
-    for seed in _SEEDS:
+    for seed in seeds:
         batch = bench.batch(rows, padding, seed, answer)
         if answer:
             expected = reference.loss(batch.inputs, batch.units, points)
@@ -512,6 +530,26 @@ def steady_batch(
         if not reference.unstable:
             return batch, expected
     return None
+
+
+def hangs_on_rounding(reference: Reference, batch: Batch, points: Sequence[Any], wanted: Mapping[str, Tensor]) -> bool:
+    """Return whether the plain computation's gradients move by more than half of what is allowed between two exact
+    computations when its parameters move by half a unit in their last place: then they hang on the last bits.
+    """
+    parameters = list(reference.family.model.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1 + _LAST_BIT * torch.sign(torch.sin(1e5 * parameter)))
+    try:
+        moved = reference.gradients(reference.loss(batch.inputs, batch.units, points))
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+    scale = max([1.0, *(float(one.abs().max()) for one in wanted.values())])
+    gap = max((float((one - wanted[name]).abs().max()) for name, one in moved.items() if name in wanted), default=0.0)
+    return gap > GRADIENTS * scale / 2
 
 
 def place_of(points: Sequence[CompressorSpec]) -> str:
