@@ -19,8 +19,7 @@ import typer
 
 import orchestrator as llv
 from orchestrator.dispatch.signals import ended_by_signals
-from orchestrator.errors import ErrorDetail, LlavoltaError, SpecError, UsageError, shorten
-from orchestrator.plan.experiment_plan import OTHER_STORAGE
+from orchestrator.errors import OTHER_STORAGE, ErrorDetail, LlavoltaError, SpecError, UsageError, shorten
 from orchestrator.redaction import redacted
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from orchestrator.redaction import HIDDEN, is_secret_name, redacted
 
+OTHER_STORAGE = "run this command in the folder it ran in, or set cluster.storage_path or $LLAVOLTA_STORAGE"
+"""What to do where results are searched in another storage than they are in; ends a message that names the storage."""
 LONGEST_VALUE = 80
 _LONGEST_LIST = 600
 _QUOTED = re.compile(r"`([^`]+)`")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import OTHER_STORAGE, UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell as PlannedCell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import plan_document, status_document
-from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan, prepare
+from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import print_bench, print_check, print_plan, print_predictions, print_row, print_status
 from orchestrator.report.documents import Document

@@ -21,7 +21,7 @@ from orchestrator.compression.attach import unwrap
 from orchestrator.data.processing.processor import VisionTextProcessor, load_processor
 from orchestrator.data.processing.templates import jinja_of
 from orchestrator.data.rows import data_spec, template_of
-from orchestrator.errors import StageRunError, UsageError
+from orchestrator.errors import OTHER_STORAGE, StageRunError, UsageError
 from orchestrator.models.build import (
     build_model,
     cast_parameters,
@@ -37,7 +37,7 @@ from orchestrator.models.parts import LANGUAGE_MODEL, part_of_or_none
 from orchestrator.models.shrink import copy_processor_files
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.ledger.files import storage_errors
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import LoraSpec

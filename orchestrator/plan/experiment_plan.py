@@ -127,10 +127,6 @@ class ExperimentPlan:
         raise UsageError(f"cell {misfit(self.cells, fits, wanted)}")
 
 
-OTHER_STORAGE = "run this command in the folder it ran in, or set cluster.storage_path or $LLAVOLTA_STORAGE"
-"""What to do where results are searched in another storage than they are in; ends a message that names the storage."""
-
-
 def storage_path(given: str | os.PathLike[str] | None) -> str | Path:
     """Return a storage: the one given, $LLAVOLTA_STORAGE, or ./runs; a folder, or a URL.
 

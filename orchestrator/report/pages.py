@@ -9,9 +9,9 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import OTHER_STORAGE, UsageError
 from orchestrator.plan.cells.cell import Cell
-from orchestrator.plan.experiment_plan import OTHER_STORAGE, ExperimentPlan
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.registry import nearest
 

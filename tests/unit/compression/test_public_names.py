@@ -101,9 +101,11 @@ def test_what_a_compressor_spec_has():
     assert names_of(CompressorSpec, Component) == [
         "across_frames",
         "adaptive",
+        "enters_late",
         "keep_ratio",
         "keep_tokens",
         "keeps_all",
+        "keeps_none",
         "kept_grid",
         "kept_tokens",
         "keys_only",

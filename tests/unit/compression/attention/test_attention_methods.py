@@ -86,9 +86,9 @@ def test_checkpointing_changes_nothing(name):
 @names
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
 def test_generation_with_a_cache_equals_recomputing(name, options):
-    """A row whose prompt ends with an image too: the tokens that are added ask for nothing."""
+    """The tokens that are added ask for nothing."""
     model = tiny_llava("sdpa").eval()
-    batch = make_batch([*ROWS, [2, "image"]], "left")
+    batch = make_batch(ROWS, "left")
     batch.pop("labels")
     attach(model, POINTS[name])
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE], **options}

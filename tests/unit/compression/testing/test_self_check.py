@@ -67,7 +67,7 @@ def failed(built):
     return {name: found[name] for name in self_check.REQUIRED if found[name] != "proven"}
 
 
-def naive_slices(family, segment, flow, positions, mask, cache, options, queries=None):
+def naive_slices(family, segment, flow, positions, mask, cache, options, *further):
     """A segment as slices of the layers alone: what the forward does to its input, and what it reads by a layer's
     number, is wrong there.
     """
