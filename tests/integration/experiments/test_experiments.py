@@ -21,6 +21,7 @@ CELLS = {
     "quickstart.yaml": 3,
     "easy_vqa.yaml": 14,
     "bench.yaml": 1,
+    "equal_cost.yaml": 15,
     "search_easy_vqa.yaml": 1,  # the base of its trials
     "base/tiny_llava.yaml": 1,
     "llava15_7b/base.yaml": 1,
