@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 from family_folders import write_folder
-from sized_rows import SIZES_HW, sized_rows
+from sized_rows import SIZED, SIZES_HW, sized_rows
 
 from orchestrator.plan import cost
 from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
@@ -59,31 +59,12 @@ def test_what_cannot_be_measured_is_refused(spec, llavolta):
     assert adaptive.returncode == 2 and "bench makes its images up" in adaptive.stderr
 
 
-SIZED = """
-name: sized
-model: {model_name_or_path: model, weights: random, dtype: float32}
-data:
-  train: {kind: llava_json, data_path: rows.json, image_folder: ., conversation_template: chat_template}
-compressors:
-  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
-phases:
-  finetune:
-    data: train
-    train: [projector, language_model]
-    max_steps: 2
-    global_batch_size: 2
-    per_device_train_batch_size: 2
-    learning_rate: 1.0e-3
-    schedule: half
-"""
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "idefics3"])
 def test_where_images_vary_in_size_an_image_of_the_data_is_timed(family, llavolta, tmp_path):
     (tmp_path / "model").mkdir()
     write_folder(family, tmp_path / "model")
     sized_rows(tmp_path)
-    (tmp_path / "sized.yaml").write_text(SIZED)
+    (tmp_path / "sized.yaml").write_text(f"{SIZED}    max_steps: 2\n    global_batch_size: 2\n    schedule: half\n")
     done = llavolta("bench", "sized.yaml", "--json", "--text-tokens", "16")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

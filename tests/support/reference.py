@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from orchestrator.compression.testing.families import TINY, tiny_llava
 from orchestrator.compression.testing.tiny import IMAGE, PAD, VIDEO
+from orchestrator.spec.components import Grid
+from orchestrator.spec.model_facts import ModelFacts
 
 __all__ = ["IMAGE", "PAD", "tiny_llava"]
 
@@ -233,3 +236,16 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
             assert float(wanted.abs().max()) == 0, name
             continue
         assert float((got[name] - wanted).abs().max()) <= tolerance * max(1.0, scale), name
+
+
+def decoder_facts(text: Any) -> ModelFacts:
+    """What the planner would know of a tiny LLaVA with this text config; one vision layer of nine patches and a class
+    token.
+    """
+    return ModelFacts(
+        model_type="llava", num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size, num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads, head_dim=text.hidden_size // text.num_attention_heads,
+        vocab_size=64, vision_layers=1, vision_hidden_size=32, vision_intermediate_size=64, vision_tokens=10,
+        projector_in=32, projector_hidden=32, visual_grid=Grid(3, 3), has_cls=True, gated_mlp=True,
+    )  # fmt: skip

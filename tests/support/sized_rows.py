@@ -13,6 +13,21 @@ from orchestrator import registry
 
 SIZES_HW = [(30, 44), (50, 21), (24, 24), (60, 66), (90, 20), (48, 48)]
 QUESTIONS = ["what is it?", "which of the shapes is red, and which is blue?", "is there a circle?"]
+# An experiment on them; its phase's last lines are the test's.
+SIZED = """\
+name: sized
+model: {model_name_or_path: model, weights: random, dtype: float32}
+data:
+  train: {kind: llava_json, data_path: rows.json, image_folder: ., conversation_template: chat_template}
+compressors:
+  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
+phases:
+  finetune:
+    data: train
+    train: [projector, language_model]
+    per_device_train_batch_size: 2
+    learning_rate: 1.0e-3
+"""
 
 
 def sized_rows(folder: Path) -> Any:

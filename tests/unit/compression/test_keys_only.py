@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from reference import make_batch, tiny_llava
+from reference import decoder_facts, make_batch, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator import registry
@@ -16,8 +14,6 @@ from orchestrator.errors import UsageError
 from orchestrator.plan import cost
 from orchestrator.plan.cells.identity_fields import points_identity, reached, resolve_points
 from orchestrator.plan.cost import Sample
-from orchestrator.spec.components import Grid
-from orchestrator.spec.model_facts import ModelFacts
 
 FEW = ["gemma3", "llava", "paligemma", "qwen2_5_vl"]
 
@@ -125,23 +121,9 @@ def test_the_formula_counts_what_runs():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**bare)
         found[name] = counter.get_total_flops()
-    facts = replace(FACTS, **_sizes(model.config.text_config))
+    facts = decoder_facts(model.config.text_config)
     sample = Sample(columns - 9, 0)
     full, keys = (cost.forward_tflops(facts, points, sample)["decoder"] * 1e12 for points in ([], points))
     left, heads = columns - 6, facts.num_attention_heads * facts.head_dim
     above = 2 * heads * (4 * columns**2), 2 * heads * (2 * columns**2 + 2 * left**2)
     assert found["full"] - found["keys"] == pytest.approx(full + above[0] - keys - above[1], rel=1e-6)
-
-
-def _sizes(text):
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    sizes = {name: getattr(text, name) for name in names}
-    return sizes | {"num_layers": text.num_hidden_layers, "head_dim": text.hidden_size // text.num_attention_heads}
-
-
-FACTS = ModelFacts(
-    model_type="llava", num_layers=4, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=8, vocab_size=64, vision_layers=1, vision_hidden_size=32,
-    vision_intermediate_size=64, vision_tokens=10, projector_in=32, projector_hidden=32, visual_grid=Grid(3, 3),
-    has_cls=True, gated_mlp=True,
-)  # fmt: skip

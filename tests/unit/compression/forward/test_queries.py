@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from reference import assert_same_gradients, gradients, make_batch, tiny_llava
+from reference import assert_same_gradients, decoder_facts, gradients, make_batch, tiny_llava
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,8 +14,6 @@ from orchestrator.compression.forward.queries import Queries, runs_for_queries, 
 from orchestrator.compression.testing.families import TINY
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Sample
-from orchestrator.spec.components import Grid
-from orchestrator.spec.model_facts import ModelFacts
 
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 POOLED = [{"kind": "average_pool", "layer": 1, "stride": 2}]
@@ -222,21 +218,9 @@ def test_what_is_not_done_is_what_the_formula_says():
             model(**batch)
         counts.append(counter.get_total_flops())
     text = model.config.text_config
-    facts = replace(
-        FACTS, num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size, num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads, head_dim=text.hidden_size // text.num_attention_heads,
-    )  # fmt: skip
+    facts = decoder_facts(text)
     sample = Sample(columns - 9, ANSWER)
     unread = columns - ANSWER
     once = cost.unread_tflops_per_sample(facts, [], sample, {"train": []}) * 1e12
     scores = facts.num_attention_heads * facts.head_dim * (4 * unread * columns - 2 * unread**2)
     assert counts[1] - counts[0] == pytest.approx(rows * (once + scores), rel=1e-6)
-
-
-FACTS = ModelFacts(
-    model_type="llava", num_layers=4, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=8, vocab_size=64, vision_layers=1, vision_hidden_size=32,
-    vision_intermediate_size=64, vision_tokens=10, projector_in=32, projector_hidden=32, visual_grid=Grid(3, 3),
-    has_cls=True, gated_mlp=True,
-)  # fmt: skip

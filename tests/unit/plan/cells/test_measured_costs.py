@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from family_folders import write_folder
-from sized_rows import sized_rows
+from sized_rows import SIZED, sized_rows
 
 from orchestrator.errors import UsageError
 from orchestrator.plan import cost
@@ -18,21 +18,8 @@ from orchestrator.plan.experiment_plan import prepare
 from orchestrator.spec.components import Grid
 from orchestrator.spec.image_units import ImageUnits
 
-TEXT = """\
-name: sized
-model: {model_name_or_path: model, weights: random, dtype: float32}
-data:
-  train: {kind: llava_json, data_path: rows.json, image_folder: ., conversation_template: chat_template}
-compressors:
-  half: {kind: average_pool, layer: 1, keep_ratio: 0.5}
-phases:
-  finetune:
-    data: train
-    train: [projector, language_model]
-    max_steps: 20
+TEXT = f"""{SIZED}    max_steps: 20
     global_batch_size: 4
-    per_device_train_batch_size: 2
-    learning_rate: 1.0e-3
     model_max_length: 2048
     PHASE
 matrix:

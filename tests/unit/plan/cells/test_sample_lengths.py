@@ -25,18 +25,22 @@ from orchestrator.spec.model_facts import FAMILIES, model_facts
 FIXED = ("llava", "vipllava", "video_llava", "paligemma", "gemma3")
 
 
-@pytest.mark.parametrize("limit", [4096, 60])
-@pytest.mark.parametrize("family", [name for name in FOLDERS if name in FAMILIES and name not in FIXED])
-def test_rows_are_measured_as_training_encodes_them(
-    family: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = {"smolvlm": "num2words", "mistral3": "torchvision"}.get(family)
+@pytest.fixture(params=[name for name in FOLDERS if name in FAMILIES and name not in FIXED])
+def family(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A family whose images vary in size; its folder is `model`."""
+    name = str(request.param)
+    package = {"smolvlm": "num2words", "mistral3": "torchvision"}.get(name)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"its processor needs {package}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
-    folder = write_folder(family, tmp_path / "model")
-    data = sized_rows(tmp_path)
+    write_folder(name, tmp_path / "model")
+    return name
+
+
+@pytest.mark.parametrize("limit", [4096, 60])
+def test_rows_are_measured_as_training_encodes_them(family: str, limit: int, tmp_path: Path) -> None:
+    folder, data = tmp_path / "model", sized_rows(tmp_path)
     measured = measure_rows(data, "rows", folder, limit)
     assert isinstance(measured, MeasuredRows), measured
 
@@ -63,17 +67,8 @@ def test_rows_are_measured_as_training_encodes_them(
     assert isinstance(again, MeasuredRows) and again.rows == measured.rows
 
 
-@pytest.mark.parametrize("family", [name for name in FOLDERS if name in FAMILIES and name not in FIXED])
-def test_tokens_in_layers_are_those_the_model_runs(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = {"smolvlm": "num2words", "mistral3": "torchvision"}.get(family)
-    if package is not None and find_spec(package) is None:
-        pytest.skip(f"its processor needs {package}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "model").mkdir()
-    folder = write_folder(family, tmp_path / "model")
-    data = sized_rows(tmp_path)
+def test_tokens_in_layers_are_those_the_model_runs(family: str, tmp_path: Path) -> None:
+    folder, data = tmp_path / "model", sized_rows(tmp_path)
     measured, facts = measure_rows(data, "rows", folder, 4096), model_facts(str(folder))
     assert isinstance(measured, MeasuredRows) and facts is not None
 
