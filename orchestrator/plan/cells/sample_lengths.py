@@ -30,8 +30,8 @@ from orchestrator.spec.phase import PhaseSpec
 ROWS_READ = 2000
 _READ_AS_IMAGE = ("aya_vision", "ovis2")  # their processors put other tokens in the place of <image>
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-# Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
 _MODEL_FILES = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
+# Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
 _TEMPLATES = "orchestrator.data.processing.templates"
 _IMAGE_SIZE = "orchestrator.data.records.image_files:image_size"
 
