@@ -225,6 +225,8 @@ class Session(Hooks):
         """Write the cells' folders and queue every record that MLflow does not have as it stands."""
         assert self._recorder is not None
         walk = self.walk
+        # Asked before MLflow is read: a record that was made earlier (of an earlier front) may come after.
+        waiting = self._recorder.waiting()
         seen = read_state(walk.tracking_uri, walk.experiment_name)
         lacking, tracked = [], {cell.name for cell in distinct_cells(walk.cells)}
         for cell in walk.cells:
@@ -236,7 +238,8 @@ class Session(Hooks):
             if cell.name not in tracked:
                 continue
             drawn = _with_figure(walk, cell, record, draw=False)
-            if drawn is None or seen is None or not has_record(seen.runs.get(cell.id), drawn):
+            known = seen.runs.get(cell.id) if seen is not None and cell.id not in waiting else None
+            if drawn is None or not has_record(known, drawn):
                 lacking.append(cell)
         self._queue(lacking)
         if seen is not None and not lacking and abandoned(seen, self._lives):

@@ -398,6 +398,9 @@ class UploadQueue:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self.unsent: dict[str, MakeRecord] = {}
         self.problem: str | None = None
+        # The newest reader that was queued of each cell, and the last whose record was sent.
+        self._queued: dict[str, MakeRecord] = {}
+        self._sent: dict[str, MakeRecord] = {}
 
     @property
     def notes(self) -> list[str]:
@@ -415,7 +418,12 @@ class UploadQueue:
             cell_id: Its id.
             make: Reads its record from the ledger; called in the thread.
         """
+        self._queued[cell_id] = make
         self._queue.put((cell_id, make))
+
+    def waiting(self) -> set[str]:
+        """Return the cells of which a record is queued or on its way: what MLflow has of them may still change."""
+        return {cell_id for cell_id, make in self._queued.items() if self._sent.get(cell_id) is not make}
 
     def end_abandoned(self) -> None:
         """End the runs that dead drivers left behind: open the tracker even if no record is queued."""
@@ -481,6 +489,7 @@ class UploadQueue:
             with self._noted(cell_id, failed):
                 if self._opened().log_some(record, POINTS_PER_TURN):
                     del self.unsent[cell_id]
+                    self._sent[cell_id] = make
                 self._turns += 1
             if len(failed) >= _FAILURES_OF_A_SERVER:
                 break

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 from rich.console import Console
 
+from orchestrator import run
 from orchestrator.errors import TrackingError
+from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.trials import TrialNotes
 from orchestrator.search.search import SearchSession
@@ -77,6 +80,25 @@ def test_a_storage_that_cannot_be_written_is_no_trials_fault_and_ends_the_search
     session.on_event(event("skipped", work[1].id, "not run", "Skipped"))
     session.newer_work()
     assert session.broken == "no space left" and not desk.answers
+
+
+def test_a_record_of_an_earlier_front_that_is_on_its_way_is_not_the_last(begun, monkeypatch):
+    """MLflow was read before it came, and said what the present front says."""
+    session, _ = begun
+    session.newer_work()
+    cell = session.walk.cells[0]
+    monkeypatch.setattr(ExperimentPlan, "record", lambda _, each: CellRecord(each.id, each.name, "finished"))
+    monkeypatch.setattr(run, "write_cell_folder", lambda *_: None)
+    monkeypatch.setattr(run, "read_state", lambda *_: SimpleNamespace(runs={cell.id: "as it should be"}))
+    monkeypatch.setattr(run, "has_record", lambda known, _: known == "as it should be")
+    monkeypatch.setattr(run, "abandoned", lambda *_: [])
+    queued: list[str] = []
+    monkeypatch.setattr(session, "_queue", lambda cells: queued.extend(each.id for each in cells))
+    session._record_all()
+    assert queued == []
+    session._recorder.put(cell.id, lambda: CellRecord(cell.id, cell.name, "finished"))  # never sent: there is no server
+    session._record_all()
+    assert queued == [cell.id]
 
 
 def test_what_is_not_proposed_yet_is_counted_by_the_number_of_trials(begun):

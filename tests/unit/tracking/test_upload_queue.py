@@ -106,6 +106,24 @@ def test_two_hundred_running_cells_are_all_shown_in_each_round_and_read_in_the_t
     assert threads == {"tracking"}
 
 
+def test_a_cell_waits_until_its_newest_record_is_sent() -> None:
+    """Also while an earlier one is on its way, which MLflow may get after it was read."""
+    server, begun, go_on = Server(), threading.Event(), threading.Event()
+
+    def slow() -> CellRecord:
+        begun.set()
+        assert go_on.wait(60)
+        return CellRecord("a", "a", "finished")
+
+    with UploadQueue(lambda: server) as recorder:
+        assert recorder.waiting() == set()
+        recorder.put("a", slow)
+        assert begun.wait(60) and recorder.waiting() == {"a"}
+        recorder.put("a", lambda: CellRecord("a", "a", "finished"))
+        go_on.set()
+    assert server.took == ["a", "a"] and recorder.waiting() == set()
+
+
 def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 1.5)
     monkeypatch.setattr(mlflow_tracker, "_QUIET_SECONDS", 0.1)
