@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import re
 import sys
 import tempfile
 import threading
@@ -69,6 +70,9 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Two drivers that write the same at one moment: MLflow reads what is there, then inserts, and its database refuses the
+# second insert. Asked again, MLflow finds it there.
+_WRITTEN_TWICE = re.compile("IntegrityError|UniqueViolation|Duplicate entry")
 # Opens the experiment in the dashboard's view for model training, not the one for chat applications.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -247,12 +251,17 @@ class CellTracker:
         from mlflow.entities import Metric, Param, RunTag
 
         tags = tags or {}
-        self._client().log_batch(
-            run.run_id,
-            metrics=[Metric(*metric) for metric in metrics],
-            params=[Param(key, text) for key, text in params],
-            tags=[RunTag(key, text) for key, text in tags.items()],
-        )
+        batch = {
+            "metrics": [Metric(*metric) for metric in metrics],
+            "params": [Param(key, text) for key, text in params],
+            "tags": [RunTag(key, text) for key, text in tags.items()],
+        }
+        try:
+            self._client().log_batch(run.run_id, **batch)
+        except Exception as error:
+            if not _WRITTEN_TWICE.search(str(error)):
+                raise
+            self._client().log_batch(run.run_id, **batch)
         run.params |= dict(params)
         run.tags |= tags
         for name, value, timestamp_ms, step in metrics:

@@ -273,6 +273,27 @@ def test_two_drivers_on_one_storage_make_no_twins(tracker: Tracker, tmp_path: Pa
     assert store.names("leases") == [] or not any(store.names(f"leases/{name}") for name in store.names("leases"))
 
 
+def test_a_parameter_that_another_driver_writes_at_the_same_moment_is_no_error(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.tracking import sqlalchemy_store
+
+    wanted, made = record(), sqlalchemy_store.SqlParam
+    tracker.open_runs([wanted])
+    (run,) = tracker._client().search_runs([tracker.experiment()])
+    written: list[str] = []
+
+    def while_another_writes_it(**columns: Any) -> Any:  # MLflow has looked by now, and found none
+        if not written:
+            sql(tracker, f"INSERT INTO params (key, value, run_uuid) VALUES ('seed', '0', '{run.info.run_id}')")
+            written.append(columns["key"])
+        return made(**columns)
+
+    monkeypatch.setattr(sqlalchemy_store, "SqlParam", while_another_writes_it)
+    tracker.log(wanted)
+    assert written == ["seed"] and is_there(tracker, wanted)
+
+
 def test_a_server_is_asked_twice_for_twenty_cells_with_nothing_new(gate: Gate) -> None:
     tracker = Tracker(f"http://{gate.place}", "twenty")
     records = [record(chr(ord("a") + number)) for number in range(20)]
