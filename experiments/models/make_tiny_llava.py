@@ -1,8 +1,9 @@
-"""Writes the tiny-llava folder: config, tokenizer, processor and chat template of a LLaVA for easy-VQA, no weights.
+"""Writes config, tokenizer, processor and chat template of two LLaVAs for easy-VQA, no weights.
 
-Run it as `python experiments/models/make_tiny_llava.py`; it overwrites the folder beside it with the same bytes.
+Run it as `python experiments/models/make_tiny_llava.py`; it overwrites tiny-llava and tiny-llava-16 beside it with the
+same bytes; they differ in their number of decoder layers alone.
 The shapes: 64x64 pixels in patches of 8 give 64 visual tokens; width 64 everywhere; one vision layer that runs
-(`vision_feature_layer: -1`; LLaVA's -2 would hold one more that never runs) and four decoder layers.
+(`vision_feature_layer: -1`; LLaVA's -2 would hold one more that never runs) and four or 16 decoder layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-FOLDER = Path(__file__).parent / "tiny-llava"
+FOLDER = Path(__file__).parent
+LAYERS = {"tiny-llava": 4, "tiny-llava-16": 16}
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 256
 IMAGE_PIXELS = 64
@@ -74,7 +76,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlavaConfig:
     """Return shapes. At width 64 an initialisation of 0.02 leaves the layers nearly silent: learning starts late."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -89,7 +91,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -111,7 +113,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write the folder."""
+    """Write both model folders into a folder."""
     tokenizer = make_tokenizer()
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
@@ -128,9 +130,10 @@ def main(folder: Path = FOLDER) -> None:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    processor.save_pretrained(folder)
-    make_config(tokenizer).save_pretrained(folder)
+    for name, layers in LAYERS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        processor.save_pretrained(folder / name)
+        make_config(tokenizer, layers).save_pretrained(folder / name)
 
 
 if __name__ == "__main__":

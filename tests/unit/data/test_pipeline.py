@@ -146,8 +146,10 @@ def test_the_tiny_folder_loads_and_its_answers_are_single_tokens(processor):
     assert processor.tokenizer.decode(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_the_tiny_folder_is_what_its_script_writes(tmp_path):
-    script = runpy.run_path(str(MODELS / "make_tiny_llava.py"))
-    script["main"](tmp_path)
-    for file in sorted(path.name for path in (MODELS / "tiny-llava").iterdir()):
-        assert (tmp_path / file).read_text() == (MODELS / "tiny-llava" / file).read_text(), file
+def test_the_tiny_folders_are_what_their_script_writes(tmp_path):
+    runpy.run_path(str(MODELS / "make_tiny_llava.py"))["main"](tmp_path)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert {path.parts[0] for path in written} == {"tiny-llava", "tiny-llava-16"}
+    assert written == sorted(path.relative_to(MODELS) for path in MODELS.glob("tiny-llava*/*"))
+    for file in written:
+        assert (tmp_path / file).read_text() == (MODELS / file).read_text(), file
