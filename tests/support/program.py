@@ -6,9 +6,11 @@ import atexit
 import gc
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,12 +48,28 @@ def run_anew(
 
 
 def run_forked(
-    arguments: Sequence[str | Path], folder: Path, timeout: float = 300, **more: str
+    arguments: Sequence[str | Path],
+    folder: Path,
+    timeout: float = 300,
+    *,
+    program: str = "llavolta",
+    merged: bool = False,
+    **more: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program like `run_anew`; what it imports is there already."""
-    words = [*map(str, arguments)]
+    """Run the program like `run_anew`; what it imports is there already.
+
+    Args:
+        arguments: Its arguments.
+        folder: Where it runs.
+        timeout: Seconds.
+        program: `llavolta`; or `python`, whose arguments are a file and its own, or `-c` and a text.
+        merged: Whether standard output has the errors too, in the order in which they were printed.
+        **more: Of its environment.
+    """
+    words = [program, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as printed:
-        output, errors = Path(printed) / "output", Path(printed) / "errors"
+        output = Path(printed) / "output"
+        errors = output if merged else Path(printed) / "errors"
         process = forks.Process(target=_program, args=(words, folder, environment(**more), output, errors))
         process.start()
         process.join(timeout)
@@ -60,7 +78,9 @@ def run_forked(
             process.join()
             raise subprocess.TimeoutExpired(words, timeout, output.read_text(), errors.read_text())
         assert process.exitcode is not None
-        return subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
+        return subprocess.CompletedProcess(
+            words, process.exitcode, output.read_text(), "" if merged else errors.read_text()
+        )
 
 
 def _program(words: list[str], folder: Path, env: dict[str, str], output: Path, errors: Path) -> None:
@@ -71,11 +91,18 @@ def _program(words: list[str], folder: Path, env: dict[str, str], output: Path, 
     for descriptor, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.path.insert(0, str(folder))
-    sys.argv = ["llavolta", *words]
-    from orchestrator.cli import main
-
+    program, *sys.argv = words
     try:
-        main()
+        if program == "llavolta":
+            from orchestrator.cli import main
+
+            sys.argv.insert(0, program)
+            main()
+        elif sys.argv[0] == "-c":
+            sys.modules["__main__"] = module = types.ModuleType("__main__")
+            exec(compile(sys.argv.pop(1), "<string>", "exec"), vars(module))
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a forked process leaves them out
         sys.stdout.flush()

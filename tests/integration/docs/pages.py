@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from program import environment
+from program import run_forked
 from repository import ROOT
 
 _FENCE = re.compile(r"^```([\w-]*) *(?:title=\"([^\"]+)\")?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -47,7 +45,7 @@ def run_page(page: Path, folder: Path, then: str = "") -> None:
         elif block.language == "python":
             program.append(block.text)
     if program:
-        done = _start([sys.executable, "-c", "\n".join([*program, then])], folder)
+        done = run_forked(["-c", "\n".join([*program, then])], folder, program="python", merged=True)
         assert done.returncode == 0, done.stdout
 
 
@@ -59,19 +57,11 @@ def run_console(text: str, folder: Path) -> None:
         command, _, shown = part.partition("\n")
         command, _, remark = command.partition("#")
         code = re.search(r"exit code (\d+)", remark)
-        words = shlex.split(command)
-        program = {"llavolta": [sys.executable, "-m", "orchestrator"], "python": [sys.executable]}[words[0]]
-        done = _start([*program, *words[1:]], folder)
+        program, *words = shlex.split(command)
+        done = run_forked(words, folder, program=program, merged=True)
         assert done.returncode == int(code[1] if code else 0), f"$ {command}\n{done.stdout}"
         told = f"$ {command}\nprinted\n{done.stdout}\nwhich does not match\n{shown}"
         assert _pattern(shown).fullmatch(done.stdout.strip() + "\n"), told
-
-
-def _start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=folder, env=environment(), timeout=300, check=False, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
 
 
 def _pattern(shown: str) -> re.Pattern[str]:
