@@ -14,7 +14,7 @@ KILLED = {
     "SIGKILL of the lane's Train controller": "kill:ray::TrainController optimizer 8",
     "SIGKILL of the conductor": "kill:ray::Conductor optimizer 8",
 }
-SLOW = ("SIGKILL amid the write of a checkpoint", "SIGKILL of the lane's Train controller")
+SLOW = {*KILLED} - {"SIGKILL of a worker"}
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.mark.parametrize("mode", ["disabled", "token"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "token"])
 def test_joined_and_left_running(tmp_path: Path, mode: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": str(SUPPORT), "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}

@@ -28,7 +28,7 @@ def both_ways(folder: Path, runs: dict[str, list[StageJob]]) -> dict[str, dict[s
     ("zero", "world_size"),
     [
         pytest.param("zero0", 1, marks=pytest.mark.slow),
-        ("zero2", 1),
+        pytest.param("zero2", 1, marks=pytest.mark.slow),
         pytest.param("zero2", 2, marks=pytest.mark.slow),
         ("zero3", 2),
     ],

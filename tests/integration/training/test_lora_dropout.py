@@ -11,7 +11,8 @@ from training_workers import HEAVY, launch, model_of, recipe_of, stage, uneven_d
 from orchestrator.plan.jobs import Action
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_micro_batches_and_workers_do_not_change_what_lora_learns(
     made: tuple[Path, Path], tmp_path: Path, checkpointing: bool
 ) -> None:

@@ -55,7 +55,7 @@ def trained(folder: Path, jobs: list[StageJob], stop_at: int | None = None) -> l
 @pytest.mark.parametrize(
     ("zero", "before", "after"),
     [
-        ("zero2", 2, 1),
+        pytest.param("zero2", 2, 1, marks=pytest.mark.slow),
         ("zero3", 1, 2),
         pytest.param("zero0", 1, 2, marks=pytest.mark.slow),
         pytest.param("zero1", 1, 2, marks=pytest.mark.slow),

@@ -77,6 +77,7 @@ def test_a_good_spec_passes_once_leaves_only_notes_and_trains_to_the_same_bits(l
     assert weights_of(tmp_path) == weights_of(tmp_path / "plain") and len(weights_of(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_in_the_last_stage_fails_its_cell_before_anything_is_trained(llavolta, tmp_path, faulty):
     done = llavolta("run", faulty, "--local")
     assert done.returncode == 1, done.stdout + done.stderr

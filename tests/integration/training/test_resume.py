@@ -112,7 +112,13 @@ def _check(
 
 
 @pytest.mark.parametrize(
-    ("zero", "world_size", "calls"), [("zero0", 1, [0, 4]), ("zero2", 2, [1, 3]), ("zero3", 2, [4]), ("zero3", 1, [3])]
+    ("zero", "world_size", "calls"),
+    [
+        pytest.param("zero0", 1, [0, 4], marks=pytest.mark.slow),
+        ("zero2", 2, [1, 3]),
+        ("zero3", 2, [4]),
+        pytest.param("zero3", 1, [3], marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_resumed_is_left_alone(
     made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, calls: list[int]
@@ -171,7 +177,9 @@ def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -
         stage_module.train_stage(job, ledger, memory, never)
 
 
-@pytest.mark.parametrize(("zero", "world_size", "batch"), [("zero2", 1, 11), ("zero3", 2, 11)])
+@pytest.mark.parametrize(
+    ("zero", "world_size", "batch"), [pytest.param("zero2", 1, 11, marks=pytest.mark.slow), ("zero3", 2, 11)]
+)
 def test_killed_in_the_middle_of_a_step(
     made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, batch: int
 ) -> None:
