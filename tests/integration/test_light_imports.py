@@ -43,8 +43,9 @@ def test_specs_and_rows_import_no_torch():
     code = (
         "import sys; from orchestrator_plugins.data.easy_vqa import EasyVqaSpec, EasyVqa;"
         "from orchestrator_plugins.data.llava_json import LlavaJsonSpec;"
+        "from orchestrator_plugins.data.digit_grid import DigitGridSpec, DigitGrid;"
         "from orchestrator_plugins.evaluations.exact_match import ExactMatchSpec;"
-        "EasyVqa(EasyVqaSpec(split='test')).rows();"
+        "EasyVqa(EasyVqaSpec(split='test')).rows(); DigitGridSpec().content_digest();"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -156,6 +156,7 @@ def test_a_sound_one_keeps_its_contract(folder):
 def test_built_in_data_kinds_keep_their_contract(folder):
     report = plugin.check_data({"kind": "easy_vqa", "split": "test", "max_samples": 40})
     assert report.skipped == ("content_digest changes with the content: the spec has no path_fields to change",)
+    assert plugin.check_data({"kind": "digit_grid", "num_pictures": 8}).skipped == report.skipped
     conversation = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]
     records = [{"image": f"images/{number}.png", "conversations": conversation} for number in range(4)]
     images = Path(folder) / "images"
