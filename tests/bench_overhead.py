@@ -1,6 +1,6 @@
 """Measures what the orchestrator adds to an optimizer step, beside a plain DeepSpeed loop and transformers' Trainer.
 
-    python tests/bench_overhead.py --steps 60 --rounds 5 --output overhead.json
+    python tests/bench_overhead.py --output overhead.json
 
 Arms: `plain` (a process of its own: the same model, weights, batches and rates, `deepspeed.initialize`, a loop),
 `trainer` (transformers' Trainer on the unmodified model, torch's AdamW, the same batches), `run` (`llavolta run` with
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,11 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import StageJob
-from orchestrator.plan.ledger import Ledger
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "experiments" / "quickstart.yaml"
 SCRIPTS = ("plain", "trainer")
@@ -172,9 +170,9 @@ class Bench:
         self.folder, self.threads = folder, given.threads
         self.spec = folder / "overhead.yaml"
         self.spec.write_text(SPEC.format(quickstart=QUICKSTART, **vars(given)))
-        self.niceness: int | None = None
         (self.state,) = prepare(self.spec).tree.stage_runs
         (self.root,) = prepare(self.spec).tree.roots
+        self.first = folder / "run0"
 
     def run(self, arm: str, number: int) -> list[dict[str, Any]]:
         """Runs one arm in fresh processes; returns its step lines."""
@@ -182,42 +180,26 @@ class Bench:
         metrics = storage / "stage_runs" / self.state / "metrics.jsonl"
         if arm in SCRIPTS:
             metrics = self.folder / f"{arm}{number}.jsonl"
-            weights = self.folder / "run0" / "stage_runs" / self.root / "weights" / "model.safetensors"
+            weights = self.first / "stage_runs" / self.root / "weights" / "model.safetensors"
             paths = map(str, (self.spec, weights, metrics))
             command = [__file__, "--threads", str(self.threads), "--script", arm, *paths]
         else:
+            if storage != self.first:  # what is known of the rows is read once
+                shutil.copytree(self.first / "cache", storage / "cache")
             command = ["-m", "orchestrator", "run", str(self.spec), *(["--local"] if arm == "local" else [])]
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        process = subprocess.Popen(
+        done = subprocess.run(
             [sys.executable, *command],
             cwd=self.folder,
             env={**os.environ, **threads, "LLAVOLTA_STORAGE": str(storage)},
-            preexec_fn=None if arm == "run" else self._be_nice,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            check=False,
         )
-        if arm == "run" and self.niceness is None:
-            self._learn_niceness(process, Ledger(storage))
-        output, _ = process.communicate()
-        if process.returncode:
-            raise SystemExit(f"{arm}: {output}")
+        if done.returncode:
+            raise SystemExit(f"{arm}: {done.stdout}")
         return [json.loads(line) for line in metrics.read_text().splitlines()]
-
-    def _be_nice(self) -> None:
-        os.nice(self.niceness or 0)
-
-    def _learn_niceness(self, process: subprocess.Popen[str], ledger: Ledger) -> None:
-        """Asks the system how nice the lane's worker is, while it trains."""
-        while process.poll() is None and self.niceness is None:
-            time.sleep(0.2)
-            if ledger.metrics_file(self.state).exists():
-                workers = [
-                    child.nice()
-                    for child in psutil.Process(process.pid).children(recursive=True)
-                    if child.name().startswith("ray::") and child.cpu_times().user > 1 and "Worker" in child.name()
-                ]
-                self.niceness = max(workers, default=None)
 
 
 def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -230,7 +212,7 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def summary(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians over the rounds, and of each round's ratio to the plain arm of that round."""
+    """Medians over the rounds, and of each round's ratio to the scripts of that round."""
     found: dict[str, Any] = {}
     for arm, rounds in turns.items():
         found[arm] = {
@@ -242,6 +224,7 @@ def summary(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
                         median(a[key] / b[key] for a, b in zip(rounds, turns[script], strict=True)), 4
                     )
                     for script in SCRIPTS
+                    if script in turns
                 },
             }
             for key in ("in_step", "step_to_step")
@@ -251,8 +234,9 @@ def summary(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of one turn")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each arm")
+    parser.add_argument("--arms", nargs="+", default=["trainer", "local", "run"], choices=ARMS)
+    parser.add_argument("--steps", type=int, default=45, help="optimizer steps of one turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
     parser.add_argument("--threads", type=int, default=2, help="of a worker")
     parser.add_argument("--variant", default="full", choices=("full", "heavy", "wide", "light"))
     parser.add_argument("--deepspeed", default="zero0", choices=("zero0", "zero1", "zero2"))
@@ -274,28 +258,28 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Runs the arms in turns and prints what they took."""
-    turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    turns: dict[str, list[dict[str, float]]] = {arm: [] for arm in given.arms}
+    losses: dict[str, set[tuple[float, ...]]] = {arm: set() for arm in given.arms}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given)
-        losses: dict[str, set[tuple[float, ...]]] = {arm: set() for arm in ARMS}
-        bench.run("run", 0)  # warms the file cache, writes the root and tells the niceness
+        bench.run("run", 0)  # warms the file cache and writes the root
         for number in range(1, given.rounds + 1):
-            for arm in ARMS if number % 2 else ARMS[::-1]:
+            for arm in given.arms if number % 2 else given.arms[::-1]:
                 lines = bench.run(arm, number)
                 losses[arm].add(tuple(line["loss"] for line in lines))
                 turns[arm].append(seconds_of(lines))
                 print(f"round {number} {arm:7} {turns[arm][-1]}", flush=True)
-    ours = losses["run"] | losses["local"]
-    scripts = losses["plain"] | losses["trainer"]
-    apart = max(abs(a - b) / b for one in scripts for other in ours for a, b in zip(other, one, strict=True))
-    found = {"niceness": bench.niceness, "losses_equal": len(ours) == 1, "apart": apart, "arms": summary(turns)}
-    print(f"niceness {bench.niceness}; losses of run and local equal: {len(ours) == 1}; scripts {apart:.1e} apart")
+    ours = set().union(*(losses[arm] for arm in given.arms if arm not in SCRIPTS))
+    scripts = set().union(*(losses[arm] for arm in given.arms if arm in SCRIPTS))
+    apart = max(
+        (abs(a - b) / b for one in scripts for other in ours for a, b in zip(other, one, strict=True)), default=0
+    )
+    found = {"losses_equal": len(ours) <= 1, "apart": apart, "arms": summary(turns)}
+    print(f"losses of all our runs equal: {len(ours) <= 1}; those of scripts {apart:.1e} apart from them")
     for arm, values in found["arms"].items():
-        told = ", ".join(
-            f"{key} {v['seconds']:.4f} s ({v['of_plain']:.3f} of plain, {v['of_trainer']:.3f} of trainer)"
-            for key, v in values.items()
-        )
-        print(f"{arm:7}  {told}")
+        for key, value in values.items():
+            ratios = [f"{value[f'of_{script}']:.3f} of {script}" for script in SCRIPTS if script in turns]
+            print(f"{arm:7} {key:12} {value['seconds']:.4f} s  {', '.join(ratios)}")
     if given.output is not None:
         given.output.write_text(json.dumps(found, indent=1))
 

@@ -127,6 +127,7 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         for name in ("COLUMNS", "LINES"):
             patch.delenv(name, raising=False)
         patch.setenv("RAY_worker_niceness", "0")  # else whatever runs beside a test starves Ray's workers
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a lane's end is noticed sooner
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         yield
 

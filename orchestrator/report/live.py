@@ -224,7 +224,7 @@ def _seconds_left(jobs: Mapping[str, Job], rest: Mapping[str, float], rates: Map
 
 
 _PLAIN_INTERVAL_SECONDS = 15.0
-_REFRESH_SECONDS = 0.5
+_REFRESH_SECONDS = 1.0
 _WIDE = 120
 _LANES_SHOWN = 32
 

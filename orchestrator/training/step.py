@@ -117,6 +117,14 @@ def _micro_batch_seed(seed: int, step: int, first_sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _seed(seed: int) -> None:
+    """Seed torch's generators; without a GPU the CPU's alone, since torch's own notes a stack trace for others."""
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def run_step(
     session: Session, job: StageJob, step: int, micro_batches: Sequence[MicroBatch], should_stop: bool
 ) -> StepFigures:
@@ -196,7 +204,7 @@ def forward_losses(
     elif action.students is not None:
         yield from _sandwich_losses(session, action, action.students, tensors, num_items, seed)
     else:
-        torch.manual_seed(seed)
+        _seed(seed)
         loss: torch.Tensor = session.engine(**tensors, use_cache=False, num_items_in_batch=num_items).loss
         yield Losses(loss, loss)
 
@@ -209,11 +217,11 @@ def _taught_losses(
     Both draw from the same seed, so that the student's pass draws what it would draw without a teacher.
     """
     session.switch(distill.points)
-    torch.manual_seed(seed)
+    _seed(seed)
     with torch.no_grad():
         teacher_LV = session.engine(**tensors, use_cache=False, label_logits=True).logits
     session.switch(action.points)
-    torch.manual_seed(seed)
+    _seed(seed)
     output = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
     _check_same_tokens(action.variant, output.logits, distill.teacher, teacher_LV)
     soft = distillation_sum(output.logits, teacher_LV, distill.temperature) / num_items
@@ -231,14 +239,14 @@ def _sandwich_losses(
     passes in this order, all of the same seed.
     """
     session.switch(action.points)
-    torch.manual_seed(seed)
+    _seed(seed)
     output = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items)
     teacher_LV = output.logits.detach()
     yield Losses(output.loss, output.loss)
     del output
     for variant, points in zip(students.variants, students.points, strict=True):
         session.switch(points)
-        torch.manual_seed(seed)
+        _seed(seed)
         logits_LV = session.engine(**tensors, use_cache=False, label_logits=True, num_items_in_batch=num_items).logits
         _check_same_tokens(variant, logits_LV, action.variant, teacher_LV)
         soft = distillation_sum(logits_LV, teacher_LV, students.temperature) / num_items

@@ -14,9 +14,12 @@ from types import FrameType
 from typing import Any
 
 import ray
+import ray._private.node
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from orchestrator.redaction import is_secret_variable
 
@@ -32,7 +35,57 @@ class LaneTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, UNWANTED_CALLBACKS)]
+        wanted = [callback for callback in callbacks if not isinstance(callback, UNWANTED_CALLBACKS)]
+        # Where a machine is about to be taken away Ray itself asks the actor; a Ray of our own does not watch for that.
+        is_watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+        return wanted if is_watched else [*wanted, _EndSynchronization()]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if type(options["scaling_policy"]) is FixedScalingPolicy:
+            options["scaling_policy"] = _FixedWorkers(self.scaling_config)
+        return super()._initialize_and_run_controller(**options)
+
+
+class _EndSynchronization(WorkerGroupCallback):
+    """Ends the actor at which the workers of a group meet for `ray.train.report`, which no lane calls."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """End it; the group's own end does so again, which does nothing."""
+        ray.kill(worker_group.get_worker_group_state().sync_actor)
+
+
+class _FixedWorkers(FixedScalingPolicy):
+    """Workers whose number stays, asked for by their placement group alone.
+
+    Ray's own policy tells Ray Data's coordinator of them as well, an actor that imports Ray Data for it and wakes up
+    for as long as the run lasts; a lane's first worker would wait for it.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Register nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Renew nothing."""
+
+
+# What a Ray of our own does without: the autoscaler (its one node stays), what brings logs to a driver (who reads them
+# where they are), and the web server of a dashboard that is off. Each is a Python process that starts and wakes up
+# beside training.
+UNWANTED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+
+
+@contextlib.contextmanager
+def few_processes() -> Iterator[None]:
+    """Let a Ray that starts in the block start without `UNWANTED_SERVICES`."""
+    node = ray._private.node.Node
+    before = {name: getattr(node, name) for name in UNWANTED_SERVICES}
+    try:
+        for name in before:
+            setattr(node, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(node, name, start)
 
 
 def current_placement_group() -> str | None:

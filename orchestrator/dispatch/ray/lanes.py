@@ -35,6 +35,8 @@ from orchestrator.plan.ledger.process import start_ticks, this_process
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 
 POLL_SECONDS = 0.1
+# While nothing happens the conductor is asked ever more rarely: each call takes time from all processes around it.
+LONGEST_POLL_SECONDS = 0.8
 ABORT_SECONDS = 10.0
 LEAVE_SECONDS = 5.0
 KILL_SECONDS = 20.0
@@ -171,6 +173,8 @@ class Lanes:
         self._conductor = _conductor(ledger.url, rules)
         self._url = ledger.url
         self._asked = False
+        self._poll_at = 0.0
+        self._pause_seconds = POLL_SECONDS
         self._given_up: dict[str, str] = {}
         threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
         work = {"conductor": self._conductor, "storage": ledger.url, "executor": executor, "threads": threads}
@@ -192,8 +196,23 @@ class Lanes:
 
     def _turn(self) -> bool:
         """Take and pass on what is new; False once no lane is left."""
+        if time.monotonic() >= self._poll_at:
+            self._poll()
+        if self._state.refresh():
+            self._send()
+        if self._stop_asked() and not self._asked:
+            self._asked = True
+            self._get(self._conductor.interrupt.remote())
+        return self._restart_lanes()
+
+    def _poll(self) -> None:
+        """Take what the conductor knows that is new, and set when to ask it again."""
         state = self._state
         news = self._get(self._conductor.poll.remote(state.epoch, state.seen))
+        # A search waits for what has ended before it says what comes next.
+        is_quiet = state.is_closed and news["epoch"] == state.epoch and not news["events"]
+        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_POLL_SECONDS) if is_quiet else POLL_SECONDS
+        self._poll_at = time.monotonic() + self._pause_seconds
         if news["epoch"] != state.epoch:
             # It has just been started, for the first time or again, and knows nothing yet.
             state.epoch, state.seen = news["epoch"], 0
@@ -204,18 +223,13 @@ class Lanes:
         self._given_up = news["given_up"]
         if news["hung"]:
             end_processes(news["hung"], self._url)
-        if state.refresh():
-            self._send()
-        if self._stop_asked() and not self._asked:
-            self._asked = True
-            self._get(self._conductor.interrupt.remote())
-        return self._restart_lanes()
 
     def _restart_lanes(self) -> bool:
         for lane in self._lanes:
             if not lane.has_ended():
                 continue
             has_begun = self._get(self._conductor.lane_ended.remote(lane.name))
+            self._poll()
             is_done = self._state.is_closed and not self._state.outcome(False).left
             # Workers that never came up will not the next time.
             if has_begun and lane.may_start_again and not (self._asked or is_done):
@@ -292,7 +306,7 @@ def end_processes(ranks: Sequence[Mapping[str, Any]], url: str) -> None:
     ray.wait(done, num_returns=len(done), timeout=KILL_SECONDS)
 
 
-HEARTBEAT_SECONDS = 0.3
+HEARTBEAT_SECONDS = 1.0
 
 
 class Heartbeat:

@@ -41,8 +41,16 @@ _ENVIRONMENT = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
 _LOCAL_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # What a dashboard would show, which is off: events of every call, metrics, what processes take of the machine.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "600000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "600",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    # Workers kept ready for calls without an environment of their own; a lane's workers have one.
+    "RAY_prestart_worker_first_driver": "0",
     # Ray's own 15 leaves a worker a thirtieth of a core that another process keeps busy.
     "RAY_worker_niceness": "0",
 }
@@ -131,15 +139,18 @@ def _token_mode(address: str) -> dict[str, str]:
 def _connect(address: str | None) -> None:
     import ray
 
+    from orchestrator.dispatch.ray.compat import few_processes
+
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
-            ray.init(
-                address="local",  # never join a Ray that happens to run here, not even one named by RAY_ADDRESS
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            with few_processes():
+                ray.init(
+                    address="local",  # never join a Ray that happens to run here, not even one named by RAY_ADDRESS
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
         else:
             ray.init(address=address, **quiet)
     except Exception as error:

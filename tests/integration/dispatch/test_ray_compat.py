@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import ray._private.worker
+from ray._private.node import Node
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from orchestrator.dispatch.ray.compat import (
     UNWANTED_CALLBACKS,
+    UNWANTED_SERVICES,
     LaneTrainer,
+    few_processes,
     keep_credentials_from_trials,
     silence_driver,
 )
@@ -29,6 +32,15 @@ def test_a_lane_starts_without_the_stock_cleaner_and_data_sets() -> None:
         assert sum(isinstance(callback, unwanted) for callback in stock) == 1
         assert not any(isinstance(callback, unwanted) for callback in ours)
     assert len(ours) == len(stock) - len(UNWANTED_CALLBACKS)
+
+
+def test_a_ray_of_our_own_starts_without_services_nobody_asks_and_is_itself_again_after_it() -> None:
+    before = {name: getattr(Node, name) for name in UNWANTED_SERVICES}
+    source = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
+    assert all(f"self.{name}(" in source for name in UNWANTED_SERVICES)
+    with few_processes():
+        assert all(getattr(Node, name) is not start for name, start in before.items())
+    assert {name: getattr(Node, name) for name in UNWANTED_SERVICES} == before
 
 
 def test_rays_own_message_about_a_dead_worker_goes_through_the_name_we_replace(monkeypatch, capsys) -> None:

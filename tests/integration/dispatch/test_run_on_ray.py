@@ -120,6 +120,19 @@ def test_a_stop_leaves_at_a_checkpoint_and_frees_the_resources(shared_ray: None,
     assert states == {"REMOVED"}
 
 
+def test_beside_a_lane_runs_only_what_it_needs(shared_ray: None, ledger: Ledger) -> None:
+    """Every further process wakes up all the time and takes from the cores that train."""
+    from ray._private.state import actors
+
+    assert run_on_ray(work(""), ledger, TWO_WORKERS, Hooks(), executor="lane_jobs:run").finished == ("job0",)
+    kinds = {actor["ActorClassName"].rpartition(".")[2] for actor in actors().values()}
+    assert kinds == {"Conductor", "TrainController", "RayTrainWorker", "SynchronizationActor"}
+    ends = {actor["ActorClassName"].rpartition(".")[2]: actor["EndTime"] for actor in actors().values()}
+    assert 0 < ends["SynchronizationActor"] < ends["RayTrainWorker"]
+    programs = {Path(word).name for child in psutil.Process().children() for word in child.cmdline()}
+    assert "gcs_server" in programs and not programs & {"monitor.py", "log_monitor.py", "dashboard.py"}
+
+
 def test_many_jobs_are_done_in_their_order_by_every_rank(shared_ray: None, ledger: Ledger) -> None:
     hooks = Recorded()
     run_on_ray(work(*[""] * 30), ledger, TWO_WORKERS, hooks, executor="lane_jobs:run")
