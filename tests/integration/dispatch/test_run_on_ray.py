@@ -125,10 +125,11 @@ def test_beside_a_lane_runs_only_what_it_needs(shared_ray: None, ledger: Ledger)
     from ray._private.state import actors
 
     assert run_on_ray(work(""), ledger, TWO_WORKERS, Hooks(), executor="lane_jobs:run").finished == ("job0",)
-    kinds = {actor["ActorClassName"].rpartition(".")[2] for actor in actors().values()}
-    assert kinds == {"Conductor", "TrainController", "RayTrainWorker", "SynchronizationActor"}
-    ends = {actor["ActorClassName"].rpartition(".")[2]: actor["EndTime"] for actor in actors().values()}
-    assert 0 < ends["SynchronizationActor"] < ends["RayTrainWorker"]
+    ends: dict[str, list[int]] = {}
+    for actor in sorted(actors().values(), key=lambda actor: actor["StartTime"]):
+        ends.setdefault(actor["ActorClassName"].rpartition(".")[2], []).append(actor["EndTime"])
+    assert ends.keys() == {"Conductor", "TrainController", "RayTrainWorker", "SynchronizationActor"}
+    assert 0 < ends["SynchronizationActor"][-1] < ends["RayTrainWorker"][-1]
     programs = {Path(word).name for child in psutil.Process().children() for word in child.cmdline()}
     assert "gcs_server" in programs and not programs & {"monitor.py", "log_monitor.py", "dashboard.py"}
 
