@@ -6,18 +6,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import Any, ClassVar, Literal
 
 from orchestrator import plugin
-from orchestrator.data.records.conversations import RecordOptions, error_lines, parse_record
+from orchestrator.data.records.conversations import RecordOptions, parse_record
 from orchestrator.data.records.json_records import BadRow, read_records
-from orchestrator.data.rows import dropped_text
+from orchestrator.data.records.record_set import RecordSet, RecordsSpec
 from orchestrator.plan.identity import source_code
 
 _READERS = tuple(
@@ -26,7 +25,7 @@ _READERS = tuple(
 )
 
 
-class LlavaJsonSpec(plugin.DataSpec):
+class LlavaJsonSpec(RecordsSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
     `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
@@ -34,7 +33,6 @@ class LlavaJsonSpec(plugin.DataSpec):
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.llava_json:LlavaJson"
     path_fields: ClassVar[tuple[str, ...]] = ("data_path", "image_folder")
-    not_identity: ClassVar[frozenset[str]] = frozenset({"num_samples", "max_bad_share"})
 
     kind: Literal["llava_json"] = "llava_json"
     data_path: str
@@ -43,35 +41,23 @@ class LlavaJsonSpec(plugin.DataSpec):
     """Folder that image paths are relative to; null takes the folder of `data_path`. Links in it are followed."""
     allow_outside_image_folder: bool = False
     """Whether image paths may be absolute or hold `..`; for files you trust."""
-    image_aspect_ratio: Literal["pad"] | None = None
-    """How an image becomes square. `pad`: padded with the processor's mean colour, as LLaVA-1.5 does in finetuning and
-    tests; null: the processor's own way, which may cut an image's sides off.
-    """
-    ambiguous_images: Literal["fail", "load_image", "viewer"] = "fail"
-    """What to do with images that transformers' `load_image` and a viewer show differently, by transparency or by
-    several frames: `fail` (a bad row), `load_image` (colours beneath transparency, first frame), `viewer` (on white,
-    first frame).
-    """
-    ignore_keys: tuple[str, ...] = ()
-    """Keys of rows and turns that may be left out; any other unknown key with content is an error."""
-    conversation_template: Literal["plain", "vicuna_v1", "chat_template"] = "chat_template"
-    """How turns become text: `plain` (LLaVA's pretraining), `vicuna_v1` (LLaVA-1.5), or the tokenizer's own."""
-    on_bad_row: Literal["fail", "drop"] = "fail"
-    """What to do with rows that cannot be used: `fail`, or `drop` them and report how many."""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """With `on_bad_row: drop`, the largest share of rows that may be dropped; more is an error."""
-    num_samples: plugin.Count | None = None
-    """Rows of the file, so that `plan` works without it; checked where the file is present. null counts them."""
 
-    def num_rows(self) -> int | None:
-        """Return `num_samples` where it is given; else usable rows of the file, None where there is no file."""
-        if self.num_samples is not None:
-            return len(plugin.evenly_spread(self.num_samples, self.max_samples))
-        if not Path(self.data_path).is_file():
-            return None
-        found = LlavaJson(self).index()
-        usable = len(found.good) if self.on_bad_row == "drop" else len(found)
-        return len(plugin.evenly_spread(usable, self.max_samples))
+    @property
+    def source(self) -> str:
+        """The records file."""
+        return self.data_path
+
+    def is_here(self) -> bool:
+        """Return whether the records file is on this machine."""
+        return Path(self.data_path).is_file()
+
+    def source_digest(self) -> str:
+        """Return the SHA-256 of the records file."""
+        return plugin.content_digest(self.data_path)
+
+    def record_options(self) -> RecordOptions:
+        """Return how records and images are read."""
+        return replace(super().record_options(), allow_outside_image_folder=self.allow_outside_image_folder)
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
         """Return the first rows in a file of their own, so that no other image is looked at.
@@ -87,25 +73,9 @@ class LlavaJsonSpec(plugin.DataSpec):
         changes = {"data_path": str(small), "image_folder": str(_image_folder(self)), "num_samples": None}
         return self.model_copy(update={**changes, "max_samples": None, "max_bad_share": 1.0})
 
-    def content_digest(self) -> str:
-        """Return the SHA-256 over the file's content, each image's relative path and content, and which rows are
-        dropped.
-        """
-        return LlavaJson(self).index().digest(plugin.content_digest(self.data_path), self.on_bad_row == "drop")
 
-    def remarks(self) -> list[str]:
-        """Return how many rows are dropped, which, and why."""
-        if self.on_bad_row == "fail" or not Path(self.data_path).is_file():
-            return []
-        found = LlavaJson(self).index()
-        return [dropped_text(found.bad, len(found))] if found.bad else []
-
-
-class LlavaJson:
+class LlavaJson(RecordSet[LlavaJsonSpec]):
     """The rows of one file."""
-
-    def __init__(self, spec: LlavaJsonSpec) -> None:
-        self._spec = spec
 
     def index(self) -> plugin.RowIndex:
         """Return the file's rows, good and bad, as they are now.
@@ -114,7 +84,7 @@ class LlavaJson:
             DataError: the file cannot be read as what it should be.
             OSError: the storage fails.
         """
-        spec, folder, options = self._spec, _image_folder(self._spec), record_options(self._spec)
+        spec, folder, options = self._spec, _image_folder(self._spec), self._spec.record_options()
         path = Path(spec.data_path)
         before = os.stat(path)
         if not stat.S_ISREG(before.st_mode):
@@ -135,47 +105,6 @@ class LlavaJson:
             raise plugin.DataError(f"{spec.data_path} has no rows")
         return found
 
-    def rows(self) -> plugin.IndexedRows:
-        """Return the usable rows, `max_samples` of them; bad ones dropped where the spec says so.
-
-        Raises:
-            DataError: the file cannot be read, or has more bad rows than the spec allows.
-        """
-        try:
-            found = self.index()
-        except FileNotFoundError as error:
-            raise plugin.DataError(_not_there(self._spec)) from error
-        drop = self._spec.on_bad_row == "drop"
-        plugin.raise_for_errors(self._spec.data_path, self._errors(found, found.bad if drop else found.unreadable))
-        return plugin.IndexedRows(found, found.good if drop else found.parsed).spread(self._spec.max_samples)
-
-    def check(self, every_row: bool = True) -> list[str]:
-        """Return the errors that forbid a training run, by row index; with `every_row` those of images too."""
-        try:
-            found = self.index()
-        except plugin.DataError as error:
-            return [str(error)]
-        except FileNotFoundError:
-            return [_not_there(self._spec)]
-        errors = self._errors(found, found.bad if every_row else found.unreadable)
-        wanted = self._spec.num_samples
-        if wanted is not None and wanted != len(found):
-            errors.insert(0, f"num_samples is {wanted}, the file has {len(found)} rows; correct it or leave it out")
-        return errors
-
-    def _errors(self, found: plugin.RowIndex, bad: Mapping[int, str]) -> list[str]:
-        errors = error_lines(bad, len(found))
-        if self._spec.on_bad_row == "fail" or not errors:
-            return errors
-        allowed = self._spec.max_bad_share
-        if len(bad) < len(found) and len(bad) <= allowed * len(found):
-            return []
-        return [f"{len(bad) / len(found):.2%} of the rows are bad, max_bad_share allows {allowed:.2%}", *errors]
-
-
-def _not_there(spec: LlavaJsonSpec) -> str:
-    return f"{spec.data_path} cannot be read: there is no such file"
-
 
 def _entry(
     index: int, record: Any, folder: Path, template: str, options: RecordOptions
@@ -188,9 +117,3 @@ def _entry(
 
 def _image_folder(spec: LlavaJsonSpec) -> Path:
     return Path(spec.image_folder) if spec.image_folder is not None else Path(spec.data_path).parent
-
-
-def record_options(spec: LlavaJsonSpec) -> RecordOptions:
-    """Return a spec's options of records and images."""
-    reading = plugin.ImageReading(spec.image_aspect_ratio == "pad", spec.ambiguous_images)
-    return RecordOptions(spec.ignore_keys, spec.allow_outside_image_folder, reading)

@@ -94,6 +94,11 @@ class ImageTable:
         """SHA-256 over names and contents."""
         return self._columns.metadata["digest"]
 
+    def not_named_by_content(self) -> list[bytes]:
+        """Return the names of which the last part is not the file's SHA-256: it is missing, or another file."""
+        pairs = zip(self._columns.column("name").to_pylist(), self._columns.column("sha256").to_pylist(), strict=True)
+        return [name for name, sha in pairs if name.rsplit(b"/", 1)[-1] != (sha or "").encode()]
+
     @cached_property
     def errors(self) -> dict[bytes, str]:
         """By name, the error of each image that cannot be used."""

@@ -1,0 +1,315 @@
+"""`hf_dataset`: a Hugging Face data set (Parquet and what else the library `datasets` reads), its columns mapped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator import plugin
+from orchestrator.data.records.conversations import RecordOptions, parse_record, short
+from orchestrator.data.records.json_records import BadRow
+from orchestrator.data.records.record_set import RecordSet, RecordsSpec
+from orchestrator.plan.identity import cache_folder, digest, shared_cache_folder, source_code
+from orchestrator.spec.model_facts import hub_repository
+
+_READERS = tuple(f"orchestrator.data.{name}" for name in ("rows", "records.json_records", "records.conversations"))
+ROWS_AT_ONCE = 32
+_SPLIT = re.compile(r"[A-Za-z0-9_.]+")
+_SLICED = re.compile(r"[A-Za-z0-9_.]+(\[[^\]]*\])?(\+[A-Za-z0-9_.]+(\[[^\]]*\])?)*")
+
+
+class ColumnNames(plugin.Spec):
+    """Which columns are read, as what; all others are left unread."""
+
+    image: str | None = Field(default=None, examples=["image"])
+    """An image or a list of images, embedded in the data; null: text-only rows."""
+    conversations: str | None = Field(default=None, examples=["conversations"])
+    """Turns, LLaVA's (`from`, `value`) or with `role` and `content`; or give `question` and `answer`."""
+    question: str | None = Field(default=None, examples=["question"])
+    """A question; the marks of the row's images are put before it unless it has them."""
+    answer: str | None = Field(default=None, examples=["answer"])
+    """Its answer, or a list of answers, of which the most frequent is taken, the first of equally frequent ones."""
+    system: str | None = Field(default=None, examples=["system"])
+    """A system text."""
+    id: str | None = Field(default=None, examples=["question_id"])
+    """Names a row in messages, beside its number."""
+
+    @model_validator(mode="after")
+    def _turns(self) -> ColumnNames:
+        pair = [self.question, self.answer]
+        if (self.conversations is None) == (None in pair) or (self.conversations is not None and any(pair)):
+            raise PydanticCustomError("columns", "give `conversations`, or `question` and `answer`")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        return list(dict.fromkeys(name for name in self.model_dump().values() if name is not None))
+
+
+class HfDatasetSpec(RecordsSpec):
+    """Rows of a data set that the library `datasets` reads from a folder, a file, or the hub's cache on this machine.
+
+    Rows are numbered in the library's order. They are read once; embedded images are put into the cache, each under its
+    own SHA-256. A hub's data set is never downloaded silently: `hf download --repo-type dataset NAME` fetches it.
+    """
+
+    implementation: ClassVar[str] = "orchestrator_plugins.data.hf_dataset:HfDataset"
+    path_fields: ClassVar[tuple[str, ...]] = ("data_path",)
+    not_identity: ClassVar[frozenset[str]] = frozenset(
+        {"num_samples", "max_bad_share", "streaming", "repo_id", "revision"}
+    )
+
+    kind: Literal["hf_dataset"] = "hf_dataset"
+    data_path: str | None = Field(default=None, examples=["data/my_set"])
+    """Folder laid out as a hub's data set, or one file (`.parquet`, `.arrow`, `.json`, `.csv`); or give `repo_id`."""
+    repo_id: str | None = Field(default=None, examples=["HuggingFaceM4/ChartQA"])
+    """Name of a data set on the hub, read from the hub's cache on this machine."""
+    revision: str = "main"
+    """Branch, tag or commit of `repo_id`, as it is in the cache."""
+    name: str | None = None
+    """Configuration, where the data set has several."""
+    split: str = Field(default="train", examples=["train[:95%]"])
+    """Split, or a part of it in the library's notation: `train[:95%]`, `train[100:200]`, `train+validation`."""
+    columns: ColumnNames = ColumnNames(image="image", conversations="conversations")
+    """Which columns are read."""
+    streaming: plugin.Flag = False
+    """Whether the library reads rows as a stream, without the copy of the data that it else makes in the cache. The row
+    index fixes their order either way. A stream has no parts: `split` is then a whole split.
+    """
+
+    @model_validator(mode="after")
+    def _one_source(self) -> HfDatasetSpec:
+        if (self.data_path is None) == (self.repo_id is None):
+            raise PydanticCustomError("hf_source", "give either `data_path` or `repo_id`")
+        if not _SLICED.fullmatch(self.split):
+            raise PydanticCustomError("hf_split", "a split is written `train`, `train[:95%]` or `train+validation`")
+        if self.streaming and not _SPLIT.fullmatch(self.split):
+            text = "a stream has no parts, its length is not known; give a whole split, or `streaming: false`"
+            raise PydanticCustomError("hf_streaming", text)
+        return self
+
+    @property
+    def source(self) -> str:
+        """The folder, file, or the data set's name on the hub."""
+        return self.data_path or f"{self.repo_id} (revision {self.revision})"
+
+    def folder(self) -> Path:
+        """Return the folder or file that is read.
+
+        Raises:
+            FileNotFoundError: the hub's cache does not have it.
+        """
+        if self.data_path is not None:
+            return Path(self.data_path)
+        kept = _hub_cache(str(self.repo_id))
+        try:
+            commit = (kept / "refs" / self.revision).read_text().strip()
+        except (FileNotFoundError, NotADirectoryError):
+            commit = self.revision
+        found = kept / "snapshots" / commit
+        if not found.is_dir():
+            raise FileNotFoundError(found)
+        return found
+
+    def is_here(self) -> bool:
+        """Return whether the data is on this machine."""
+        try:
+            return self.folder().exists()
+        except FileNotFoundError:
+            return False
+
+    def source_digest(self) -> str:
+        """Return the SHA-256 over the files' names and contents."""
+        return plugin.content_digest(self.folder())
+
+
+def _hub_cache(repo_id: str) -> Path:
+    models = hub_repository(repo_id)
+    return models.with_name(models.name.replace("models--", "datasets--", 1))
+
+
+class HfDataset(RecordSet[HfDatasetSpec]):
+    """The rows of one split."""
+
+    def index(self) -> plugin.RowIndex:
+        """Return the split's rows, good and bad, in the library's order.
+
+        Raises:
+            DataError: `datasets` is not installed or cannot read the data, or a column is missing.
+            FileNotFoundError: the data is not on this machine.
+            OSError: the storage fails.
+        """
+        spec, options, content = self._spec, self._spec.record_options(), self._spec.source_digest()
+        columns = spec.columns.model_dump()
+        pictures = _pictures_folder()
+        about = {"kind": spec.kind, "plain": spec.conversation_template == "plain", "options": repr(options)}
+        about |= {"name": spec.name, "split": spec.split, "columns": columns}
+        source = {**about, "content": content, "code": source_code(__name__, *_READERS)}
+
+        def entries() -> Iterator[Callable[[], plugin.Row | tuple[int, str]]]:
+            for number, values in enumerate(_values_of(spec, content)):
+                entry = _entry(number, values, spec.columns, pictures, spec.conversation_template, options)
+                yield partial(_itself, entry)
+            if spec.source_digest() != content:
+                raise plugin.DataError(f"{spec.source} changes while it is read; wait until it is complete")
+
+        found = plugin.row_index(source, entries, str(pictures), options.reading)
+        if found.images.not_named_by_content():
+            # Somebody emptied or damaged the cache: the pictures are written again.
+            for _ in entries():
+                pass
+            found = plugin.row_index(source, entries, str(pictures), options.reading)
+        if not len(found):
+            raise plugin.DataError(f"{spec.source} has no rows in {spec.split}")
+        return found
+
+    def _not_there(self) -> str:
+        if self._spec.repo_id is None:
+            return super()._not_there()
+        spec = self._spec
+        return (
+            f"{spec.source} is not in the hub's cache ({_hub_cache(str(spec.repo_id))}); fetch it with "
+            f"`hf download --repo-type dataset {spec.repo_id} --revision {spec.revision}`"
+        )
+
+
+def _itself(entry: plugin.Row | tuple[int, str]) -> plugin.Row | tuple[int, str]:
+    return entry
+
+
+def _pictures_folder() -> Path:
+    """Return the first cache that can be written, shared by all nodes if there is one."""
+    for base in dict.fromkeys((shared_cache_folder(), cache_folder())):
+        folder = base / "pictures"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise plugin.DataError(
+        f"hf_dataset: embedded images cannot be written to {cache_folder()}; set XDG_CACHE_HOME to a writable folder"
+    )
+
+
+def _values_of(spec: HfDatasetSpec, content: str) -> Iterator[Mapping[str, Any]]:
+    """Return the mapped columns of each row, images as bytes, in order.
+
+    Raises:
+        DataError: `datasets` is not installed or cannot read it, or a column is missing.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise plugin.DataError(
+            "hf_dataset: the package datasets is not installed; pip install 'llavolta-orchestrator[data]'"
+        )
+    import datasets
+
+    folder = spec.folder()
+    # The library knows its copy of local files by path and time; ours is told apart by their content.
+    place = {"cache_dir": str(cache_folder() / "datasets" / digest([content])[:16])}
+    if folder.is_file():
+        kinds = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+        kind = kinds.get(folder.suffix.lower())
+        if kind is None:
+            raise plugin.DataError(f"{folder}: a file is one of {', '.join(kinds)}")
+        where: dict[str, Any] = {"path": kind, "data_files": {"train": str(folder)}}
+    else:
+        where = {"path": str(folder), "name": spec.name}
+    try:
+        rows = datasets.load_dataset(**where, **place, split=spec.split, streaming=spec.streaming)
+        features = rows.features or {}
+        missing = [name for name in spec.columns.names if name not in features]
+        if missing:
+            raise plugin.DataError(
+                f"{spec.source} has no column {', '.join(missing)}; it has {', '.join(features) or 'no names of them'}"
+            )
+        # As Arrow, where an image is the bytes that it was stored as.
+        for table in rows.select_columns(spec.columns.names).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            yield from table.to_pylist()
+    except (plugin.DataError, FileNotFoundError, MemoryError):
+        raise
+    # Whatever a library says of a file that it cannot read.
+    except Exception as error:
+        raise plugin.DataError(f"{spec.source}, split {spec.split}, cannot be read by datasets: {error}") from error
+
+
+def _entry(
+    number: int, values: Mapping[str, Any], columns: ColumnNames, pictures: Path, template: str, options: RecordOptions
+) -> plugin.Row | tuple[int, str]:
+    """Return the row, or its number and why it cannot be used."""
+    try:
+        return parse_record(number, _record(values, columns, pictures), pictures, template, options)
+    except BadRow as error:
+        named = f" ({columns.id} {short(values[columns.id])})" if columns.id is not None else ""
+        return number, f"{error}{named}"
+
+
+def _record(values: Mapping[str, Any], columns: ColumnNames, pictures: Path) -> dict[str, Any]:
+    """Return a row as a record in LLaVA's format, its images in the cache.
+
+    Raises:
+        BadRow: an image is none, or there is no answer.
+    """
+    given = values[columns.image] if columns.image is not None else None
+    images = [] if given is None else given if isinstance(given, list) else [given]
+    record: dict[str, Any] = {"image": [_picture(image, str(columns.image), pictures) for image in images]}
+    if columns.system is not None and values[columns.system] is not None:
+        record["system"] = values[columns.system]
+    if columns.conversations is not None:
+        turns = values[columns.conversations]
+        if isinstance(turns, dict) and all(isinstance(part, list) for part in turns.values()):  # a struct of lists
+            turns = [dict(zip(turns, parts, strict=False)) for parts in zip(*turns.values(), strict=False)]
+        return {**record, "conversations": turns}
+    question, answer = values[str(columns.question)], _answer(values[str(columns.answer)], str(columns.answer))
+    if not isinstance(question, str):
+        raise BadRow(f"`{columns.question}` is {short(question)}, not a text")
+    if plugin.IMAGE_MARK not in question:
+        question = f"{plugin.IMAGE_MARK}\n" * len(images) + question
+    return {**record, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def _answer(value: Any, column: str) -> str:
+    answers: Sequence[Any] = value if isinstance(value, list) else [value]
+    if not answers:
+        raise BadRow(f"`{column}` is empty: the row has no answer")
+    if not all(isinstance(answer, str) for answer in answers):
+        raise BadRow(f"`{column}` is {short(value)}, neither a text nor a list of texts")
+    return str(max(answers, key=answers.count))  # the first of equally frequent ones
+
+
+def _picture(image: Any, column: str, pictures: Path) -> str:
+    """Put an image into the cache under its SHA-256, unless it is there; return its name there.
+
+    Raises:
+        BadRow: it is no image that is embedded.
+    """
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(image, dict) and data is None and image.get("path"):
+        try:
+            data = Path(image["path"]).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise BadRow(f"the image {image['path']} is missing") from error
+    if not isinstance(data, bytes):
+        raise BadRow(f"`{column}` is {short(image)}, not an embedded image")
+    name = sha256(data).hexdigest()
+    path = pictures / name[:2] / name
+    try:
+        if sha256(path.read_bytes()).hexdigest() == name:
+            return f"{name[:2]}/{name}"
+    except FileNotFoundError:
+        path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f"{name}.{os.getpid()}.{secrets.token_hex(4)}")
+    aside.write_bytes(data)
+    aside.replace(path)
+    return f"{name[:2]}/{name}"
