@@ -213,9 +213,9 @@ def _rows(
         return rows * cost.train_tflops_per_sample(facts, points or (), sample(labels), what)
 
     def run_tflops(name: str, points: Points | None) -> float:
-        if not timings[name].trims_last_layer:
-            return tflops(points)
-        return tflops(points) - rows * cost.unread_tflops_per_sample(facts, points or (), sample(text_tokens), what)
+        one = sample(text_tokens)
+        unread = cost.unread_tflops_per_sample(facts, points or (), one, what) if timings[name].trims_last_layer else 0
+        return tflops(points) + rows * (cost.unused_tower_tflops_per_sample(facts, points or (), one) - unread)
 
     full_seconds, full_tflops = timings[FULL].median_seconds, run_tflops(FULL, ())
     dropped = {name: points for name, points in arms.items() if points and points[0]["kind"] == "stride"}

@@ -39,7 +39,9 @@ In a pass with labels the last decoder layer computes keys and values of all tok
 logits a label needs (`compression/forward/queries.py`), where its class is shown to give the same numbers.
 `train_tflops` counts the model's operations all the same, every token in every layer: what a budget buys, which
 schedules cost the same, and with them a cell's identity do not hang on which layers a release can shorten.
-`unread_tflops_per_sample` is the difference, of which `bench` predicts.
+`unread_tflops_per_sample` is the difference, of which `bench` predicts. The other way round, the layers of a vision
+tower behind the last one whose output is used (one where `vision_feature_layer` is -2) are no work of the model, but
+transformers runs them: `unused_tower_tflops_per_sample`, which `bench` adds.
 
 Worked numbers, LLaVA-1.5-7B: N = 32 layers, d = 4096, f = 11008, W = 4 * 4096^2 + 3 * 4096 * 11008 = 202.4e6, 576
 visual tokens, 62 text tokens. `forward_decoder_linear_tflops` = (visual layer-tokens + 62 * 32) * 2 * W / 1e12:
@@ -468,6 +470,26 @@ def _unread_tokens(
         found.append((row.share, max(0.0, visual + row.text_tokens - row.label_tokens), float(held)))
         found.append((row.share, float(leaving), 0.0))
     return found
+
+
+def unused_tower_tflops_per_sample(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> float:
+    """Return the operations of the vision tower's layers behind the last one whose output is used.
+
+    `train_tflops_per_sample` leaves them out; transformers runs them, forward alone: nothing reads what they give.
+    """
+    behind = facts.vision_depth - facts.vision_layers
+    if behind < 1:
+        return 0.0
+    specs, total = _specs(points), 0.0
+    if sample.rows is None:
+        images = [(sample.images, _one_image(facts))]
+    else:
+        images = [(row.share, image) for row in sample.rows.rows for image in row.images]
+    for count, image in images:
+        fewer = [_of_grid(facts, specs, grid).fewer for grid in image.grids]
+        less = sum(each[-1] for each in fewer if each)
+        total += count * sum(_tower_flops(facts, image, [less] * behind))
+    return total / _TERA
 
 
 def action_tflops_per_sample(facts: ModelFacts, action: Action, sample: Sample, recipe: Mapping[str, Any]) -> float:

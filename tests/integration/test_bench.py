@@ -34,6 +34,8 @@ def test_every_variant_stands_beside_the_formula(spec, llavolta, tmp_path):
     per_sample = cost.train_tflops_per_sample(cell.facts, rows["heavy"]["points"], Sample(16, 16), what)
     assert rows["heavy"]["train_tflops"] == pytest.approx(2 * per_sample)
     unread = cost.unread_tflops_per_sample(cell.facts, rows["heavy"]["points"], Sample(16, 16), what)
+    # The tiny model's tower has one layer, whose output is used.
+    assert cost.unused_tower_tflops_per_sample(cell.facts, (), Sample(16, 16)) == 0
     assert rows["heavy"]["run_tflops"] == pytest.approx(2 * (per_sample - unread)) and unread > 0
     assert rows["plain transformers"]["run_tflops"] == rows["plain transformers"]["train_tflops"]
     assert rows["heavy"]["speedup_predicted"] == pytest.approx(rows["full"]["run_tflops"] / rows["heavy"]["run_tflops"])

@@ -119,6 +119,12 @@ class ImageTable:
             if reason is None
         }
 
+    def sizes_of(self, names: pa.Array) -> np.ndarray:
+        """Return height and width of images by name (M, 2)."""
+        known = self._columns.column("name").combine_chunks()
+        places = np.asarray(pc.index_in(names, value_set=known), dtype=np.int64)
+        return np.stack([self._columns.numpy("height")[places], self._columns.numpy("width")[places]], axis=1)
+
 
 def path_of(folder: str, name: bytes) -> str:
     """Return the path of an image by its name in the table."""
@@ -330,6 +336,11 @@ class RowIndex:
         """Number of images of each row, by position."""
         return np.asarray(pc.list_value_length(self._columns.column("images")).to_numpy())
 
+    def image_sizes(self, positions: np.ndarray) -> np.ndarray:
+        """Return height and width of all images of some rows, in order (M, 2)."""
+        names = self._columns.column("images").take(pa.array(positions)).combine_chunks()
+        return self.images.sizes_of(pc.list_flatten(names))
+
     @cached_property
     def unanswered(self) -> np.ndarray:
         """Whether a row ends with a question without an answer, by position."""
@@ -402,6 +413,11 @@ class IndexedRows(Sequence[Row]):
     def num_images(self) -> np.ndarray:
         """Number of images of each row (N,)."""
         return self.origin.num_images[self.positions]
+
+    @property
+    def image_sizes(self) -> np.ndarray:
+        """Height and width in pixels of the images of all rows, row after row (M, 2)."""
+        return self.origin.image_sizes(self.positions)
 
     @property
     def numbers(self) -> np.ndarray:

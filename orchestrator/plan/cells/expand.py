@@ -17,6 +17,7 @@ from orchestrator.plan.cells.compiled_schedule import (
     next_state,
     resolve_schedule,
 )
+from orchestrator.plan.cells.image_amounts import SizedImages, images_by_size, unfit_images
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
 from orchestrator.plan.cost import MeasuredRows, stage_train_tflops, unpriced
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 Made = TypeVar("Made")
+Points = tuple[dict[str, Any], ...]
 _ROWS_SHOWN = 20
 _NOT_HASHED = set(identity_fields.RESOLVED)
 
@@ -129,6 +131,9 @@ class _Resolver:
         found.sort(key=lambda entry: entry[:2])
         total_steps = self._total_steps(spec, name, recipe, sets, facts)
         schedule = self._compiled(spec, name, recipe, total_steps, facts)
+        if facts is not None and facts.visual_grid is None:
+            for *_, entry in found:
+                self._check_amounts(spec, f"phases.{name}.schedule", _variants_of(schedule), entry, facts)
         seed = spec.seed if recipe.seed is None else recipe.seed
         lineage = digest(
             {
@@ -249,6 +254,36 @@ class _Resolver:
             identity, entry = digest([identity, left_out]), {**entry, "left_out": left_out}
         return identity, entry, notes
 
+    def _check_amounts(
+        self, spec: ExperimentSpec, where: str, variants: Mapping[str, Points], entry: Mapping[str, Any],
+        facts: ModelFacts,
+    ) -> None:  # fmt: skip
+        """Refuse a variant that asks some image of a data set, whose sizes vary, for more tokens than it has.
+
+        Raises:
+            UsageError: with the variant, the amount, how many images are too small, and the smallest.
+        """
+        if entry["content"] is None:
+            return  # the data is not here
+        for name, points in variants.items():
+            if not any(point.get("keep_tokens") for point in points):
+                continue
+            images = self._sized_images(spec, entry)
+            key = ("amounts", id(points), id(images))
+            if key not in self._made:
+                self._made[key] = unfit_images(points, facts.num_layers, images)
+                self._alive += [points, images]
+            if (reason := self._made[key]) is not None:
+                raise UsageError(f"{where}: {name} does not fit the images of data.{entry['name']}: {reason}")
+
+    def _sized_images(self, spec: ExperimentSpec, entry: Mapping[str, Any]) -> tuple[SizedImages, ...]:
+        data, left_out = spec.data[entry["name"]], entry.get("left_out", ())
+        key = ("sized", self._once(_data, data)[0], digest(list(left_out)), id(self._once(_dump, spec.model)))
+        if key not in self._made:
+            self._made[key] = images_by_size(data, left_out, spec.model)
+        found: tuple[SizedImages, ...] = self._made[key]
+        return found
+
     def _compiled(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, total_steps: int, facts: ModelFacts | None
     ) -> CompiledSchedule:
@@ -338,6 +373,9 @@ class _Resolver:
         length = entry.model_max_length or (2048 if recipe is None else recipe.model_max_length)
         data_id, data, notes = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
         notices += notes
+        if facts is not None and facts.visual_grid is None:
+            tested = {"name": entry.data, **data}
+            self._check_amounts(spec, f"evaluate.{name}.under", {under: variant.points}, tested, facts)
         entry_id, dump = self._once(_evaluation, entry)
         identity = digest(
             {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
@@ -347,6 +385,18 @@ class _Resolver:
             identity, state, name, under, variant.points, dump, data["spec"], model, length, tuple(spec.plugins),
             data["content"], tuple(data.get("left_out", ())),
         )  # fmt: skip
+
+
+def _variants_of(schedule: CompiledSchedule) -> dict[str, Points]:
+    """Return the points of every pass of a schedule's steps, teachers' and students' too, and of its end, by name."""
+    found: dict[str, Points] = {}
+    for action in schedule.actions:
+        found[action.variant] = action.points
+        if action.distill is not None:
+            found[action.distill.teacher] = action.distill.points
+        if action.students is not None:
+            found |= zip(action.students.variants, action.students.points, strict=True)
+    return found
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:

@@ -84,13 +84,13 @@ _LEFT_OUT = re.compile(r"patch_embed|patch_conv|rotary|pos_emb|vision_tower\.hea
 
 
 def counted_flops(model: Any, batch: dict[str, Any], vision_layers: int) -> dict[str, float]:
-    """What torch counts by part: layers of the tower whose output is used, of the decoder, the LM head, and the rest,
-    which is the projector. Of a decoder's attention half, which is what a causal mask needs.
+    """What torch counts by part: layers of the tower whose output is used, those behind them, of the decoder, the LM
+    head, and the rest, which is the projector. Of a decoder's attention half, which is what a causal mask needs.
     """
     with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
         model(**batch)
     counted = counter.get_flop_counts()
-    parts = dict.fromkeys(("vision_tower", "decoder", "lm_head", "projector"), 0.0)
+    parts = dict.fromkeys(("vision_tower", "unused", "decoder", "lm_head", "projector"), 0.0)
     outermost = ""
     for name, by_op in sorted(counted.items()):
         if name == "Global":
@@ -109,8 +109,9 @@ def counted_flops(model: Any, batch: dict[str, Any], vision_layers: int) -> dict
             elif layer:
                 flops -= sum(n for op, n in by_op.items() if "convolution" in str(op))
             text = "language_model" in name or "text_model" in name
-            if layer and (text or int(layer[1]) < vision_layers):
-                parts["decoder" if text else "vision_tower"] += flops - (attention / 2 if text else 0)
+            if layer:
+                part = "decoder" if text else "vision_tower" if int(layer[1]) < vision_layers else "unused"
+                parts[part] += flops - (attention / 2 if text else 0)
             elif name.endswith(".lm_head"):
                 parts["lm_head"] += flops
     return parts
@@ -153,8 +154,30 @@ def check(tiny: TinyFamily, images: dict[str, ImageUnits], row: list[Any], folde
         )
         assert next(unread) == pytest.approx(next(unread))
     assert formula.pop("compressor") == 0
+    formula["unused"] = cost.unused_tower_tflops_per_sample(facts, [], Sample(text, length, len(shown), rows))
+    if facts.priced:
+        assert formula["unused"] == pytest.approx(cost.unused_tower_tflops_per_sample(facts, [], plain))
     counted = counted_flops(model, batch, facts.vision_layers)
     assert {part: value * 1e12 for part, value in formula.items()} == pytest.approx(counted, rel=1e-9)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1, [-2, -3], [2, -2]])
+@pytest.mark.parametrize("family", ["llava", "vipllava", "video_llava", "llava_next"])
+def test_all_layers_of_a_tower_run_whichever_is_used(family: str, layer: Any, tmp_path: Path) -> None:
+    tiny = TINY[family].build("eager", 0)
+    tiny.config.vision_feature_layer = layer
+    model = type(tiny)(tiny.config).eval()
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if _LAYER.search(name) and "language_model" not in name and "video_tower" not in name:
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    batch = dict(TINY[family].batch([["image", 5]], "right", 0, 0))
+    batch.pop("labels")
+    with torch.no_grad():
+        model(**batch)
+    facts = facts_of(model, tmp_path)
+    last = max(index if index >= 0 else 4 + index for index in (layer if isinstance(layer, list) else [layer]))
+    assert (facts.vision_layers, facts.vision_depth, len(ran)) == (last, 3, 3)
 
 
 def _labelled(rows: MeasuredRows, labels: int) -> MeasuredRows:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from family_folders import write_folder
-from sized_rows import SIZED, sized_rows
+from sized_rows import SIZED, SIZES_HW, sized_rows
 
 from orchestrator.errors import UsageError
 from orchestrator.plan import cost
@@ -17,6 +18,7 @@ from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.spec.components import Grid
 from orchestrator.spec.image_units import ImageUnits
+from orchestrator.spec.model_facts import rule_of_images
 
 TEXT = f"""{SIZED}    max_steps: 20
     global_batch_size: 4
@@ -130,11 +132,59 @@ def test_a_method_that_takes_tokens_alone_is_solved_for_them(planned: Any) -> No
     assert document["variants"][0]["layer_average_tokens"] == pytest.approx(14, rel=0.02)
 
 
-def test_an_amount_that_some_image_cannot_give_costs_nothing_and_is_told(planned: Any) -> None:
-    _, document = planned(half="{kind: average_pool, layer: 1, keep_tokens: 20}")
-    full, half = (cell["cost"]["train_tflops"] for cell in document["cells"])
-    assert full is not None and half is None
-    assert any("keep_tokens 20 is more than the image's" in text for text in document["notices"])
+def test_an_amount_that_some_image_cannot_give_is_refused(planned: Any, tmp_path: Path) -> None:
+    rule, small, rows = rule_of_images(tmp_path / "model"), 0, []
+    for number in range(18):
+        shown = [SIZES_HW[(number + i) % len(SIZES_HW)] for i in range((0, 1, 1, 2)[number % 4])]
+        few = [hw for hw in shown if rule(*hw, len(shown) == 1).tokens < 12]
+        small, rows = small + len(few), rows + [number] * bool(few)
+    tokens, (height, width) = min((rule(*hw, True).tokens, hw) for hw in SIZES_HW)
+    assert 5 < len(rows) <= small < 17 and tokens < 12
+    some = ", ".join(map(str, rows[:5]))
+    expected = (
+        f"phases.finetune.schedule: half does not fit the images of data.train: keep_tokens 12 is more than the "
+        f"image's {tokens} tokens: so it is for {small} of 17 images, in {len(rows)} rows (row {some}, ...); the "
+        f"smallest has {height} x {width} pixels; give keep_ratio or stride"
+    )
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        planned(half="{kind: average_pool, layer: 1, keep_tokens: 12}")
+    walk, document = planned(half=f"{{kind: average_pool, layer: 1, keep_tokens: {tokens}}}")
+    assert len(walk.cells) == 2 and document["cells"][1]["cost"]["train_tflops"] is not None
+
+
+def test_the_amount_of_a_second_point_is_held_against_what_the_first_leaves(planned: Any) -> None:
+    half = "[{kind: average_pool, layer: 1, stride: 2}, {kind: random_drop, layer: 2, keep_tokens: 5}]"
+    with pytest.raises(UsageError, match=r"half does not fit the images of data.train: keep_tokens 5 is more than"):
+        planned(half=half)
+
+
+TAUGHT = "{kind: ramp, compressor: less, key: keep_ratio, start: 0.5, end: 0.2, moves: 2, distill: {teacher: half}}"
+
+
+@pytest.mark.parametrize(
+    ("schedules", "more", "where"),
+    [
+        (f"[full, {TAUGHT}]", "", "phases.finetune.schedule"),
+        ("[full]", "evaluate: {vqa: {kind: exact_match, data: train, under: [half]}}\n", "evaluate.vqa.under"),
+    ],
+    ids=["teacher", "test"],
+)
+def test_every_pass_is_held_against_the_images(
+    schedules: str, more: str, where: str, planned: Any, tmp_path: Path
+) -> None:
+    text = TEXT.replace("    PHASE\n", "").replace("[full, half]", schedules)
+    text = text.replace(HALF, f"{{kind: average_pool, layer: 1, keep_tokens: 12}}\n  less: {HALF}")
+    (tmp_path / "passes.yaml").write_text(text + more)
+    with pytest.raises(UsageError, match=f"{where}: half does not fit the images of data.train: keep_tokens 12"):
+        prepare(tmp_path / "passes.yaml")
+
+
+def test_validate_reads_no_data_and_what_is_not_here_is_not_refused(planned: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").unlink()
+    walk, document = planned(half="{kind: average_pool, layer: 1, keep_tokens: 20}")
+    assert [cell["cost"]["train_tflops"] for cell in document["cells"]] == [None, None]
+    assert any("cannot be read here" in text for text in document["notices"])
+    assert len(walk.loaded.cells) == 2
 
 
 def test_lengths_by_cost_end_where_a_variant_has_no_amount_or_no_cost(planned: Any) -> None:
