@@ -95,6 +95,7 @@ from orchestrator import registry
 from orchestrator.plan.jobs import Action
 from orchestrator.spec.budgets import Images, keys_by_layer, mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, Grid
+from orchestrator.spec.decoder_layers import DecoderLayer
 from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
@@ -238,8 +239,10 @@ def linear_weights_per_layer(facts: ModelFacts) -> int:
     return 2 * d * heads + 2 * d * keys + (3 if facts.gated_mlp else 2) * d * facts.intermediate_size
 
 
-def _key_weights(facts: ModelFacts) -> int:
+def _key_weights(facts: ModelFacts, layer: DecoderLayer | None = None) -> int:
     """Return the weights of one decoder layer that make keys and values."""
+    if layer is not None and layer.heads:
+        return layer.keys
     return 2 * facts.hidden_size * facts.num_key_value_heads * facts.head_dim
 
 
@@ -307,7 +310,7 @@ def _row_tflops(
             learned += count * left.learned
             fewer = [one + other for one, other in zip(fewer, left.fewer, strict=True)]
         features += count * entering
-        vision += count * sum(_tower_flops(facts, image, fewer))
+        vision += count * (sum(_tower_flops(facts, image, fewer)) + image.features * 2 * facts.tower_adapter)
     flops = {
         "vision_tower": vision,
         "projector": features * 2 * facts.projector_weights,
@@ -321,19 +324,25 @@ def _row_tflops(
 def _decoder_flops(facts: ModelFacts, tokens: Sequence[float], keys: Sequence[float]) -> float:
     """Return the operations of the decoder's layers, from the tokens in each and those that are keys alone."""
     layers = facts.decoder_layers
-    attended = pairs = [n * (n + 2 * k) for n, k in zip(tokens, keys, strict=True)]
-    linear = linear_weights_per_layer(facts) * sum(tokens)
-    if layers:
-        linear = sum((layer.weights + layer.recurrent / 2) * n for layer, n in zip(layers, tokens, strict=True))
-        attended = [each for layer, each in zip(layers, pairs, strict=True) if layer.attends]
-    linear += _key_weights(facts) * sum(keys)
-    return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(attended)
+    pairs = [n * (n + 2 * k) for n, k in zip(tokens, keys, strict=True)]
+    if not layers:
+        linear = linear_weights_per_layer(facts) * sum(tokens) + _key_weights(facts) * sum(keys)
+        return 2 * linear + 2 * facts.num_attention_heads * facts.head_dim * sum(pairs)
+    linear = sum((layer.weights + layer.recurrent / 2) * n for layer, n in zip(layers, tokens, strict=True))
+    linear += sum(_key_weights(facts, layer) * k for layer, k in zip(layers, keys, strict=True))
+    attended = (_heads(facts, layer) * each for layer, each in zip(layers, pairs, strict=True) if layer.attends)
+    return 2 * linear + 2 * sum(attended)
+
+
+def _heads(facts: ModelFacts, layer: DecoderLayer | None) -> int:
+    """Return the width of a layer's query heads together."""
+    return (layer.heads if layer else 0) or facts.num_attention_heads * facts.head_dim
 
 
 def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> list[int]:
     """Return the operations of each used layer of the vision tower over an image, of which it runs `fewer` tokens."""
     size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
-    weights = 8 * size**2 + (6 if facts.gated_tower else 4) * size * inner
+    maps, mlp = 8 * size**2, (6 if facts.gated_tower else 4) * size * inner
 
     kinds = [(less, number < facts.windowed_layers) for number, less in enumerate(fewer)]
     found = {}
@@ -341,7 +350,10 @@ def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> 
         # A method that leaves the tower fewer tokens is for an image that it sees once, and whole.
         lengths = [n - less for n in image.tower]
         attended = image.windows if windowed else lengths
-        found[less, windowed] = sum(lengths) * weights + 4 * size * sum(n * n for n in attended)
+        # Windows that are padded are attended with their padding; the MLP sees the tokens alone.
+        found[less, windowed] = sum(attended) * maps + sum(lengths) * mlp + 4 * size * sum(n * n for n in attended)
+        if facts.relative_positions:  # a query and the places of its row and of its column
+            found[less, windowed] += 4 * size * sum(n * isqrt(n) for n in attended)
     return [found[kind] for kind in kinds]
 
 
@@ -431,9 +443,10 @@ def unread_tflops_per_sample(
     found = _unread_tokens(facts, points, sample)
     unread = sum(share * n for share, n, _ in found)
     pairs = sum(share * n * (n + 2 * held) for share, n, held in found)
-    weights = facts.decoder_layers[-1].weights if facts.decoder_layers else linear_weights_per_layer(facts)
-    linear = 2 * unread * (weights - _key_weights(facts))
-    attended = 2 * facts.num_attention_heads * facts.head_dim * pairs
+    last = facts.decoder_layers[-1] if facts.decoder_layers else None
+    weights = linear_weights_per_layer(facts) if last is None else last.weights
+    linear = 2 * unread * (weights - _key_weights(facts, last))
+    attended = 2 * _heads(facts, last) * pairs
     checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
     total = (linear + attended) * (_passes(recipe)["language_model"] + checkpointed)
     if lora := recipe.get("lora"):
@@ -597,6 +610,7 @@ def parameter_count(facts: ModelFacts) -> dict[str, int]:
     """Return the weights by part (LLaVA-1.5-7B: 7.05e9), without norms and biases, with both embeddings."""
     size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
     vision = facts.towers * facts.vision_layers * (4 * size**2 + (3 if facts.gated_tower else 2) * size * inner)
+    vision += facts.tower_adapter
     embeddings = 2 * facts.vocab_size * facts.hidden_size
     decoder = facts.num_layers * linear_weights_per_layer(facts)
     if facts.decoder_layers:
@@ -741,8 +755,8 @@ def _tower_share(facts: ModelFacts, points: Sequence[Mapping[str, Any]]) -> floa
 
 def _tower_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longest: Longest) -> list[int]:
     """Return the tokens of the longest sample in each layer of the vision tower."""
-    if not facts.priced:  # of any size: about four patches for each visual token (Qwen-VL's merger)
-        return [4 * longest.visual_tokens] * facts.vision_layers
+    if not facts.priced:
+        return [facts.patches_per_token * longest.visual_tokens] * facts.vision_layers
     inside = [point for point in points if str(point["layer"]).startswith("tower:")]
     return [tokens * longest.images for tokens in tower_tokens_by_layer(facts, inside)]
 

@@ -1,9 +1,9 @@
-"""Decoder layers that are not all alike: experts, linear attention, convolutions, from a language model's config."""
+"""Decoder layers that are not all alike: experts, linear attention, convolutions, heads, from a model's config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -14,16 +14,24 @@ class DecoderLayer:
     """A decoder layer of its own kind.
 
     Attributes:
-        weights: Weights of the linear maps that a token passes; of experts, those it is sent to.
+        weights: Weights of the linear maps that a token passes; of experts, those that compute on it.
         stored: Weights of all linear maps.
         attends: It attends to all tokens before (softmax); False: its work grows with the tokens alone.
         recurrent: Operations a token beside the linear maps, where it does not attend.
+        heads: Width of all its query heads together; 0 for the model's.
+        keys: Weights of the maps to keys and values; 0 for those of the model's sizes.
     """
 
     weights: int
     stored: int
     attends: bool = True
     recurrent: int = 0
+    heads: int = 0
+    keys: int = 0
+
+
+_OF_OTHER_SIZES = ("global_head_dim", "share_expert_dim", "intermediate_size_mlp")
+"""Keys of Gemma 4, Step 3.7 and Llama 4, whose layers differ in their heads or MLPs."""
 
 
 def decoder_layers(text: Config, head_dim: int) -> tuple[DecoderLayer, ...]:
@@ -35,6 +43,9 @@ def decoder_layers(text: Config, head_dim: int) -> tuple[DecoderLayer, ...]:
     """
     number = range(text["num_hidden_layers"])
     kinds = _kinds(text)
+    for key, layer_of in zip(_OF_OTHER_SIZES, (_gemma4, _step, _llama4), strict=True):
+        if key in text:
+            return tuple(layer_of(text, layer, kinds[layer]) for layer in number)
     if not _experts(text) and all(kind in ("full_attention", "sliding_attention") for kind in kinds):
         return ()
     return tuple(_layer(text, head_dim, layer, kinds[layer]) for layer in number)
@@ -42,6 +53,8 @@ def decoder_layers(text: Config, head_dim: int) -> tuple[DecoderLayer, ...]:
 
 def inner_size(text: Config) -> int:
     """Return the width of the MLP a token passes: its own, or that of its experts together."""
+    if any(key in text for key in _OF_OTHER_SIZES):
+        return _dense(text)
     if _experts(text):
         routed = text["num_experts_per_tok"] * text["moe_intermediate_size"]
         return int(routed + _shared(text))
@@ -73,6 +86,8 @@ def _kinds(text: Config) -> list[str]:
     if text.get("layer_types"):
         return list(text["layer_types"])
     number = range(text["num_hidden_layers"])
+    if "global_head_dim" in text:  # Gemma 4
+        return ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in number]
     if "linear_num_value_heads" in text:  # Qwen3.5
         every = text.get("full_attention_interval", 4)
         return ["linear_attention" if (layer + 1) % every else "full_attention" for layer in number]
@@ -113,3 +128,71 @@ def _mixing(text: Config, head_dim: int, kind: str) -> tuple[int, int]:
     heads, keys = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
     gates = 1 if "linear_num_value_heads" in text else 0  # Qwen3.5 gates what each head gives
     return size * (2 + gates) * heads + 2 * size * keys, 0
+
+
+def _attention(size: int, heads: int, keys: int, key_maps: int = 2) -> DecoderLayer:
+    """Return the attention of a layer whose query heads are `heads` wide together, its keys `keys`."""
+    held = key_maps * size * keys
+    return DecoderLayer(2 * size * heads + held, 2 * size * heads + held, heads=heads, keys=held)
+
+
+def _with(layer: DecoderLayer, passed: int, stored: int | None = None) -> DecoderLayer:
+    return replace(layer, weights=layer.weights + passed, stored=layer.stored + (passed if stored is None else stored))
+
+
+def _own(text: Config, layer: int, name: str) -> int | None:
+    """Return a layer's own value, where its config is written by transformers."""
+    return (text.get("per_layer_config") or {}).get(str(layer), {}).get(name)  # type: ignore[no-any-return]
+
+
+def _gemma4(text: Config, layer: int, kind: str) -> DecoderLayer:
+    """Gemma 4: full layers have wider heads, and may take their keys for values; experts stand beside the MLP."""
+    size, full = text["hidden_size"], kind == "full_attention"
+    as_values = bool(text["attention_k_eq_v"] and full)
+    head = _own(text, layer, "head_dim") or (text["global_head_dim"] if full else text["head_dim"])
+    others = text.get("num_global_key_value_heads") if as_values else None
+    keys = _own(text, layer, "num_key_value_heads") or others or text["num_key_value_heads"]
+    shares = layer >= text["num_hidden_layers"] - text["num_kv_shared_layers"]  # reads those of an earlier layer
+    found = _attention(size, text["num_attention_heads"] * head, keys * head, 0 if shares else 1 if as_values else 2)
+    wide = 2 if shares and text.get("use_double_wide_mlp") else 1
+    # The gate and the map of each layer's own embedding of a token, and its share of the map that makes these.
+    found = _with(found, 3 * size * text["intermediate_size"] * wide + 3 * size * text["hidden_size_per_layer_input"])
+    if not text["enable_moe_block"]:
+        return found
+    router, expert = size * text["num_experts"], 3 * size * text["moe_intermediate_size"]
+    return _with(found, router + text["top_k_experts"] * expert, router + text["num_experts"] * expert)
+
+
+def _step(text: Config, layer: int, kind: str) -> DecoderLayer:
+    """Step 3.7: sliding layers have more heads, each head a gate; a shared expert beside those a token is sent to."""
+    size, heads = text["hidden_size"], text["num_attention_heads"]
+    if kind == "sliding_attention":
+        other = (text.get("attention_other_setting") or {}).get("num_attention_heads")
+        heads = text.get("num_sliding_attention_heads") or other or heads
+    found = _attention(size, heads * text["head_dim"], text["num_key_value_heads"] * text["head_dim"])
+    found = _with(found, size * heads)
+    if not _is_sparse(text, layer):
+        return _with(found, 3 * size * text["intermediate_size"])
+    experts, expert = text["n_routed_experts"], 3 * size * text["moe_intermediate_size"]
+    always = size * experts + 3 * size * text["share_expert_dim"]
+    return _with(found, always + text["num_experts_per_tok"] * expert, always + experts * expert)
+
+
+def _is_sparse(text: Config, layer: int) -> bool:
+    if text.get("mlp_layer_types"):
+        return bool(text["mlp_layer_types"][layer] == "sparse")
+    named = text.get("moe_layers_enum")
+    if named is None:
+        return layer >= 3
+    return layer in {int(each) for each in (named.split(",") if isinstance(named, str) else named) if str(each).strip()}
+
+
+def _llama4(text: Config, layer: int, kind: str) -> DecoderLayer:
+    """Llama 4: some layers have experts and a shared one; transformers sends every token through all of them."""
+    size, head = text["hidden_size"], text["head_dim"]
+    found = _attention(size, text["num_attention_heads"] * head, text["num_key_value_heads"] * head)
+    sparse = text.get("moe_layers")
+    every = text["interleave_moe_layer_step"]
+    if layer not in sparse if sparse is not None else (layer + 1) % every:
+        return _with(found, 3 * size * text["intermediate_size_mlp"])
+    return _with(found, size * _experts(text) + (_experts(text) + 1) * 3 * size * text["intermediate_size"])

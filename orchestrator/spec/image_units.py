@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ def image_rule(config: Settings, vision: Settings, processor: Settings | None) -
         ValueError: the type's arithmetic is not known, or the settings are not here or not what it is for.
     """
     kind = config["model_type"]
-    rule = _PIXTRAL if vision.get("model_type") == "pixtral" else _RULES.get(kind)
+    rule = _PIXTRAL if vision.get("model_type") == "pixtral" and kind != "lighton_ocr" else _RULES.get(kind)
     if rule is None:
         raise ValueError(f"what an image becomes in {kind} is not known here")
     if processor is None:
@@ -227,7 +228,8 @@ def _pixtral(config: Settings, vision: Settings, settings: Settings) -> ImageRul
             height, width = math.floor(height / ratio), math.floor(width / ratio)
         rows, columns = -(-height // factor) * factor // patch, -(-width // factor) * factor // patch
         grid = Grid(rows // merge, columns // merge)
-        return ImageUnits((grid,), (rows * columns,), grid.tokens, markers=grid.height)  # a break or end for each row
+        breaks = grid.height if settings["processor"]["breaks"] else 0  # a break or end for each row
+        return ImageUnits((grid,), (rows * columns,), grid.tokens, markers=breaks)
 
     return rule
 
@@ -351,7 +353,7 @@ def _tiles(
         size, merge = _pair(settings["size"]), side(config, vision)
         patch = _pair(vision["patch_size"])
         rows, columns = size[0] // patch[0], size[1] // patch[1]
-        inside = rows * columns + (vision["model_type"] == "internvl_vision")
+        inside = rows * columns + (vision["model_type"] in ("internvl_vision", "llama4_vision_model"))
         grid = Grid(rows // merge, columns // merge)
         crops = settings["crop_to_patches"] and int(settings["max_patches"]) > 1
 
@@ -475,6 +477,133 @@ def _lfm2_resized(height: int, width: int, factor: int, least: int, most: int) -
     return rows, columns
 
 
+def _gemma4(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
+    patch, pool = int(settings["patch_size"]), int(settings["pooling_kernel_size"])
+    side, most = patch * pool, int(settings["max_soft_tokens"])
+    patches = most * pool**2  # of the tower, padding included
+
+    def rule(height: int, width: int, alone: bool) -> ImageUnits:
+        factor = math.sqrt(patches * patch**2 / (height * width))
+        rows, columns = math.floor(factor * height / side), math.floor(factor * width / side)
+        if not rows and not columns:
+            raise ValueError(
+                f"an image of {height} x {width} pixels is refused by its processor: nothing is left of it"
+            )
+        if not rows:
+            rows, columns = 1, min(width // height, most)
+        elif not columns:
+            rows, columns = min(height // width, most), 1
+        grid = Grid(rows, columns)
+        return ImageUnits((grid,), (patches,), grid.tokens, markers=2)
+
+    return rule
+
+
+def _single(value: float) -> float:
+    """Return a number in single precision, in which some processors compare."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def _llama4_tiles(height: int, width: int, size: tuple[int, int], settings: Settings) -> int:
+    """Return the tiles of the canvas that an image must be enlarged least to fill, or else shrunk least."""
+    scales = []
+    for columns, rows in _arrangements(1, int(settings["max_patches"])):
+        scales.append((_single(min(rows * size[0] / height, columns * size[1] / width)), columns * rows))
+    larger = [scale for scale, _ in scales if scale >= 1]
+    best = (max if settings["resize_to_max_canvas"] else min)(larger) if larger else max(scales)[0]
+    return min(tiles for scale, tiles in scales if scale == best)
+
+
+def _step(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
+    whole, local, patch = _pair(settings["size"])[0], int(settings["patch_size"]), _pair(vision["patch_size"])[0]
+    largest = int(settings["max_image_size"])
+    if whole // patch % 4 or local // patch % 4:
+        raise ValueError(f"views of {whole} and {local} pixels are no multiples of four patches of {patch}")
+    view, full = Grid(*(local // patch // 4,) * 2), Grid(*(whole // patch // 4,) * 2)
+
+    def rule(height: int, width: int, alone: bool) -> ImageUnits:
+        columns, rows = _step_views(width, height, whole, local, largest)
+        count = columns * rows
+        grids = (view,) * count + (full,)
+        inside = tuple(16 * grid.tokens for grid in grids)
+        # Each view begins and ends, and so does the whole; a newline ends each row of views but the last.
+        markers = 2 * len(grids) + max(0, rows - 1)
+        return ImageUnits(grids, inside, sum(grid.tokens for grid in grids), markers)
+
+    return rule
+
+
+def _step_views(width: int, height: int, whole: int, local: int, largest: int) -> tuple[int, int]:
+    """Return the columns and rows of an image's local views; 0, 0 where it is the whole alone."""
+    if min(width, height) < 32 and max(width / height, height / width) > 4:
+        width = height = max(width, height)
+    if max(height, width) > largest:
+        scale = largest / max(height, width)
+        width, height = int(width * scale), int(height * scale)
+    short, long = min(height, width), max(height, width)
+    if long <= whole:
+        window = short if long / short > 1.5 else 0
+    else:
+        window = min(short, local) if long / short > 4 else local
+    if not window:
+        return 0, 0
+    columns, rows = (
+        max(1, size // window + (size >= window and size % window > 0.2 * window)) for size in (width, height)
+    )
+    return columns, rows
+
+
+def _sam(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
+    size, patch = _pair(settings["size"]), _pair(vision["patch_size"])[0]
+    side, window = size[0] // patch, int(vision["window_size"])
+    grid = Grid(-(-side // 4), -(-side // 4))
+    crops = settings["crop_to_patches"] and int(settings["max_patches"]) > 1
+
+    def rule(height: int, width: int, alone: bool) -> ImageUnits:
+        tiles = _by_shape(height, width, size, settings) if crops else 1
+        units = tiles + (tiles > 1)
+        windows = (window * window,) * (units * (-(-side // window)) ** 2)
+        return ImageUnits((grid,) * units, (side * side,) * units, units * grid.tokens, windows=windows)
+
+    return rule
+
+
+def _molmo2(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
+    crop, patch = _pair(settings["size"])[0], int(settings["patch_size"])
+    if tuple(settings["pooling_size"]) != (2, 2):
+        raise ValueError(f"Molmo 2 pools {settings['pooling_size']} patches here, and the cost of 2 x 2 alone is known")
+    side, margin = crop // patch, sum(settings["overlap_margins"])
+    low, most = Grid(*(-(-side // 2),) * 2), int(settings["max_crops"])
+    ends = bool(settings["processor"]["image_use_col_tokens"])  # of rows, by tokens of text
+    single = settings["processor"]["use_single_crop_col_tokens"]
+    ends_low = ends if single is None else bool(single)
+
+    def rule(height: int, width: int, alone: bool) -> ImageUnits:
+        rows, columns = _crops_of(height - margin * patch, width - margin * patch, (side - margin) * patch, most)
+        high = Grid(*(-(-(number * (side - margin) + margin) // 2) for number in (rows, columns)))
+        crops = 1 + rows * columns
+        markers = 4 + (low.height if ends_low else 0) + (high.height if ends else 0)
+        return ImageUnits((low, high), (side * side,) * crops, low.tokens + high.tokens, markers)
+
+    return rule
+
+
+def _crops_of(height: int, width: int, window: int, most: int) -> tuple[int, int]:
+    """Return the rows and columns of crops: those an image must be enlarged least to fill, or else shrunk least."""
+
+    def scale(length: int, size: int) -> float:
+        return _single(length / size) if size else math.inf
+
+    found = sorted((rows * columns, rows, columns) for columns, rows in _arrangements(1, most))
+    scales = [min(scale(rows * window, height), scale(columns * window, width)) for _, rows, columns in found]
+    if all(each < 1 for each in scales):
+        best = scales.index(max(scales))
+    else:
+        wanted = [1e10 if each < 1 else each for each in scales]
+        best = wanted.index(min(wanted))
+    return found[best][1:]
+
+
 _QWEN_SETTINGS = {
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
     "patch_size": 14,
@@ -493,8 +622,12 @@ _GLM = _Rule(
     ("Glm46VImageProcessor", "Glm4vImageProcessor"),
 )
 _PIXTRAL = _Rule(
-    _pixtral, {"size": {"longest_edge": 1024}}, ("PixtralImageProcessor",), {"patch_size": 16, "spatial_merge_size": 1}
+    _pixtral,
+    {"size": {"longest_edge": 1024}},
+    ("PixtralImageProcessor",),
+    {"patch_size": 16, "spatial_merge_size": 1, "breaks": True},
 )
+_LIGHTON = replace(_PIXTRAL, own={"patch_size": 14, "spatial_merge_size": 2, "breaks": False})
 _NEXT = _Rule(_next, {}, ("LlavaNextImageProcessor",))
 _CROPS = {"size": {"height": 384, "width": 384}, "crop_to_patches": False, "min_patches": 1, "max_patches": 12}
 
@@ -570,5 +703,39 @@ _RULES: dict[str, _Rule] = {
     ),
     "idefics3": _Rule(_idefics, _IDEFICS_SETTINGS, ("Idefics3ImageProcessor",)),
     "smolvlm": _Rule(_idefics, _IDEFICS_SETTINGS, ("SmolVLMImageProcessor",)),
+    "lighton_ocr": _LIGHTON,
+    "gemma4": _Rule(
+        _gemma4, {"patch_size": 16, "max_soft_tokens": 280, "pooling_kernel_size": 3}, ("Gemma4ImageProcessor",)
+    ),
+    "llama4": _crops(
+        _llama4_tiles,
+        lambda config, vision: round(1 / vision["pixel_shuffle_ratio"]),
+        # Begin, whole and end; a separator after each tile.
+        lambda units: 3 if units == 1 else units + 2,
+        "Llama4ImageProcessor",
+        _ALWAYS,
+        size={"height": 336, "width": 336},
+        max_patches=16,
+        resize_to_max_canvas=False,
+    ),
+    "step3p7": _Rule(
+        _step,
+        {"size": {"height": 728, "width": 728}, "patch_size": 504, "max_image_size": 3024},
+        ("Step3p7ImageProcessor",),
+    ),
+    "got_ocr2": _Rule(_sam, _CROPS | {"size": {"height": 1024, "width": 1024}}, ("GotOcr2ImageProcessor",)),
+    "pp_chart2table": _Rule(
+        _sam,
+        _CROPS | {"size": {"height": 1024, "width": 1024}},
+        ("PPChart2TableImageProcessor",),
+        forced={"crop_to_patches": False},
+    ),
+    "molmo2": _Rule(
+        _molmo2,
+        {"size": {"height": 378, "width": 378}, "patch_size": 14, "pooling_size": (2, 2), "max_crops": 8}
+        | {"overlap_margins": (4, 4)},
+        ("Molmo2ImageProcessor",),
+        {"image_use_col_tokens": True, "use_single_crop_col_tokens": None},
+    ),
     "lfm2_vl": _Rule(_lfm2, _LFM2_SETTINGS, ("Lfm2VlImageProcessor",), {"use_image_special_tokens": True}),
 }

@@ -69,6 +69,14 @@ TEXT: dict[str, dict[str, Any]] = {
     "cohere2": _text(40, 8192, 22528, 64, None, None, 256000),
     "lfm2": _text(32, 2560, 12288, 32, 8, None, 65536) | _LFM2,
     "granite4_vision_text": _text(32, 4096, 11008, 32, None, None, 32000),
+    "gemma4_text": _text(30, 2304, 9216, 8, 4, 256, 262144)
+    | {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
+    | {"attention_k_eq_v": False, "enable_moe_block": False},
+    "llama4_text": _text(48, 5120, 8192, 40, 8, 128, 202048)
+    | {"intermediate_size_mlp": 16384, "num_local_experts": 16, "interleave_moe_layer_step": 1},
+    "molmo2_text": _text(36, 4096, 12288, 32, 8, 128, 151936),
+    "step3p5": _text(45, 4096, 11264, 64, 8, 128, 128815)
+    | {"n_routed_experts": 288, "num_experts_per_tok": 8, "moe_intermediate_size": 1280, "share_expert_dim": 1280},
 }
 
 
@@ -113,6 +121,21 @@ VISION: dict[str, dict[str, Any]] = {
     "ovis2_vision": _vision(24, 1024, 2816, 224, 14, hidden_stride=1, vocab_size=16384, num_visual_indicator_tokens=5),
     "video_llama_3_vision": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16},
     "siglip2_vision_model": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16},
+}
+
+_SAM = {
+    **_vision(12, 768, 3072, 1024, 16),
+    "output_channels": 256, "window_size": 14, "global_attn_indexes": (2, 5, 8, 11), "mlp_dim": 3072,
+}  # fmt: skip
+VISION |= {
+    "gemma4_vision": {"num_hidden_layers": 16, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16}
+    | {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "pooling_kernel_size": 3},
+    "llama4_vision_model": _vision(34, 768, 5632, 448, 14, pixel_shuffle_ratio=0.5, vision_output_dim=7680)
+    | {"projector_input_dim": 4096, "projector_output_dim": 4096},
+    "molmo2_vision": _vision(25, 1152, 4304, 378, 14, num_attention_heads=16, num_key_value_heads=16, head_dim=72),
+    "step3p5_vision": _vision(47, 1536, 0, 728, 14, mlp_ratio=8960 / 1536),
+    "got_ocr2_vision": _SAM,
+    "pp_chart2table_vision": _SAM,
 }
 
 PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -238,6 +261,47 @@ def _window_q_former(text: Part, vision: Part, top: Part) -> tuple[int, int]:
     return several * passed, several * stored
 
 
+def _vision_adapter(text: Part, vision: Part, top: Part) -> int:
+    """Llama 4: what a linear map takes; the tower's own adapter before it is the tower's."""
+    return int(vision["vision_output_dim"] * text["hidden_size"])
+
+
+def _downsampler(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+    """Step 3.7: two convolutions of 3 x 3 and stride 2, each to twice the width, then a linear map."""
+    width = vision["hidden_size"]
+    first, second, last = 9 * width * 2 * width, 9 * 2 * width * 4 * width, 4 * width * text["hidden_size"]
+    return int(4 * first + second + last), int(first + second + last)
+
+
+def _sam_neck(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+    """GOT-OCR 2: two convolutions over all patches, two of stride 2, of which edges are rounded up, a linear map."""
+    width, channels, given = vision["hidden_size"], vision["output_channels"], text["hidden_size"]
+    side = _side(vision["image_size"]) // _side(vision["patch_size"])
+    half, quarter = -(-side // 2), -(-side // 4)
+    parts = (width * channels + 9 * channels**2, 9 * channels * 2 * channels, 9 * 2 * channels * given + given**2)
+    counts = (side, half, quarter)
+    done = sum(count**2 * part for count, part in zip(counts, parts, strict=True))
+    return round(done / max(1, quarter) ** 2), sum(parts)
+
+
+def _attention_pooling(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+    """Molmo 2: a query attends to the 2 x 2 patches it is the mean of, of several layers; then a gated MLP.
+
+    Operations of attention count as weights that a token passes.
+    """
+    adapter = _MOLMO2_ADAPTER | (top.get("adapter_config") or {})
+    width, inner, patches = adapter["hidden_size"], adapter["intermediate_size"], 4
+    heads = adapter["num_attention_heads"] * adapter["head_dim"]
+    keys = 2 * adapter["num_key_value_heads"] * adapter["head_dim"]
+    taken = width * len(adapter["vision_feature_layer"])
+    after = heads * width + 2 * width * inner + inner * adapter["text_hidden_size"]
+    return taken * (heads + patches * keys) + 2 * patches * heads + after, taken * (heads + keys) + after
+
+
+_MOLMO2_ADAPTER: dict[str, Any] = {
+    "vision_feature_layer": [24, 18], "hidden_size": 1152, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "head_dim": 72, "intermediate_size": 18944, "text_hidden_size": 3584,
+}  # fmt: skip
 _LLAVA = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 _VIP_LLAVA = {"vision_feature_layer": [-2, -5, -8, -11, 6], "vision_feature_select_strategy": "default"}
 _ONEVISION = {
@@ -262,6 +326,11 @@ def _glm4v(text_type: str, vision_type: str) -> FamilyDefaults:
     return FamilyDefaults(
         text_type, {"model_type": vision_type}, "varies", projector=_glm, gated_tower=True, other_names=True
     )
+
+
+def _got_ocr(vision_type: str) -> FamilyDefaults:
+    text = _text(24, 1024, 2816, 16, 16, None, 151860)
+    return FamilyDefaults("qwen2", {"model_type": vision_type}, "varies", text=text, tiled=True, projector=_sam_neck)
 
 
 FAMILIES: dict[str, FamilyDefaults] = {
@@ -355,6 +424,34 @@ FAMILIES: dict[str, FamilyDefaults] = {
         tiled=True,
         projector=_window_q_former,
     ),
+    "lighton_ocr": FamilyDefaults(
+        "qwen3",
+        _PIXTRAL,
+        "varies",
+        text=_text(28, 1024, 3072, 16, 8, 128, 151936),
+        top={"vision_feature_layer": -1, "spatial_merge_size": 2},
+        gated_tower=True,
+        projector=_mistral3,
+    ),
+    "llama4": FamilyDefaults(
+        "llama4_text",
+        {"model_type": "llama4_vision_model"},
+        "shuffled",
+        tiled=True,
+        tokenwise=True,
+        projector=_vision_adapter,
+    ),
+    "step3p7": FamilyDefaults(
+        "step3p5", {"model_type": "step3p5_vision"}, "varies", tiled=True, projector=_downsampler
+    ),
+    "got_ocr2": _got_ocr("got_ocr2_vision"),
+    "pp_chart2table": _got_ocr("pp_chart2table_vision"),
+    "molmo2": FamilyDefaults(
+        "molmo2_text", {"model_type": "molmo2_vision"}, "varies", tiled=True, projector=_attention_pooling
+    ),
+    "gemma4": FamilyDefaults(
+        "gemma4_text", {"model_type": "gemma4_vision"}, "varies", gated_tower=True, projector_layers=1
+    ),
     "paligemma": FamilyDefaults(
         "gemma", _SO400M_224, "patches", text=_PALIGEMMA, projector_layers=1, tokenwise=True, tower_refusal=""
     ),
@@ -409,6 +506,10 @@ class ModelFacts:
         vision_depth: Layers of the vision tower, used or not; what a share of its depth is a share of.
         tower_points: Layers 0 to this - 1 of the vision tower are those before which a compressor may act; 0 for none.
         tower_refusal: Why none may.
+        tower_adapter: Weights that a feature passes behind the tower's layers, before what points at the projector
+            leave of it.
+        relative_positions: Each layer of the tower adds a product of queries and relative places (SAM).
+        patches_per_token: Tokens of the tower for a visual token, where images vary in size: about, and rather more.
     """
 
     model_type: str
@@ -443,6 +544,9 @@ class ModelFacts:
     vision_depth: int = 0
     tower_points: int = 0
     tower_refusal: str = ""
+    tower_adapter: int = 0
+    relative_positions: bool = False
+    patches_per_token: int = 4
 
     @property
     def priced(self) -> bool:
@@ -567,15 +671,30 @@ def _text_part(config: dict[str, Any], family: FamilyDefaults) -> dict[str, Any]
     if given is None and config["model_type"].startswith("qwen2") and "num_hidden_layers" in config:
         given = {**config, "model_type": family.text_type}  # files of before transformers 4.52 hold it flat
     given = family.text if given is None else given
+    if config["model_type"] == "step3p7":  # its files call some of them otherwise, and the type by its own name
+        given = {_STEP_NAMES.get(name, name): value for name, value in given.items()} | {"model_type": "step3p5"}
     known = TEXT.get(given.get("model_type", family.text_type))
     return None if known is None else {**known, **given}
 
 
+_STEP_NAMES = {
+    "num_attention_groups": "num_key_value_heads", "moe_num_experts": "n_routed_experts",
+    "moe_top_k": "num_experts_per_tok", "share_expert_dims": "share_expert_dim",
+    "width": "hidden_size", "layers": "num_hidden_layers",
+}  # fmt: skip
+
+
 def _vision_part(config: dict[str, Any], family: FamilyDefaults) -> dict[str, Any] | None:
     given = config.get("vision_config")
+    if given is None and config["model_type"] == "gemma4":
+        return None  # then it has no tower
     given = family.vision if given is None else {"model_type": family.vision["model_type"], **given}
     if given["model_type"] == config["model_type"]:  # Qwen-VL's own files name the whole model here
         given = {**given, "model_type": family.vision["model_type"]}
+    if config["model_type"] == "step3p7":
+        given = {_STEP_NAMES.get(name, name): value for name, value in given.items()} | family.vision
+    if "vit_config" in config:
+        return None  # Molmo 2's own files name layers and sizes otherwise, for transformers to translate
     known = VISION.get(given["model_type"])
     return None if known is None else {**known, **given}
 
@@ -586,7 +705,7 @@ def _side(value: Any) -> int:
 
 def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts | None:
     text, vision = _text_part(config, family), _vision_part(config, family)
-    if text is None or vision is None:
+    if text is None or vision is None or not _square_heads(vision):
         return None
     top = {**family.top, **config}
     clip = vision["model_type"] == "clip_vision_model"
@@ -596,6 +715,9 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     layers = layers if isinstance(layers, list) else [layers]
     if top["model_type"] == "granite4_vision":
         layers = [top.get("spatial_vision_layer", -1), *(layer for layer, _ in top.get("deepstack_layer_map") or ())]
+    if top["model_type"] == "molmo2":  # these count layers, not hidden states
+        chosen = (_MOLMO2_ADAPTER | (top.get("adapter_config") or {}))["vision_feature_layer"]
+        layers = [layer + 1 if layer >= 0 else layer for layer in chosen]
     # hidden_states holds the embeddings and then each layer's output, so -2 is what all but the last layer give.
     states = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
     used = max(states)
@@ -607,7 +729,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     layers_of_text = decoder_layers(text, head_dim)
     passed = 0 if family.projector is None else family.projector(text, vision, top)
     passed, stored = passed if isinstance(passed, tuple) else (passed, 0)
-    whole = vision.get("fullatt_block_indexes")
+    whole = vision.get("fullatt_block_indexes", vision.get("global_attn_indexes"))
+    adapted = vision.get("vision_output_dim", 0)
     unit = None if kind == "pixtral" else _unit(top, vision, family, side, clip)
     refusal = _tower_refusal(kind, family, unit, side)
     return ModelFacts(
@@ -622,8 +745,9 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         vision_layers=used,
         vision_hidden_size=width,
         vision_intermediate_size=_tower_inner(vision, width),
-        vision_tokens=side * side + (kind in ("clip_vision_model", "internvl_vision")),
-        projector_in=width * len(layers) * (_shuffled(top, vision) ** 2 if family.units == "shuffled" else 1),
+        vision_tokens=side * side + (kind in ("clip_vision_model", "internvl_vision", "llama4_vision_model")),
+        projector_in=adapted
+        or width * len(layers) * (_shuffled(top, vision) ** 2 if family.units == "shuffled" else 1),
         projector_hidden=text["hidden_size"],
         visual_grid=unit,
         has_cls=cls,
@@ -644,13 +768,41 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         vision_depth=depth,
         tower_points=0 if refusal else max(0, min(states)),
         tower_refusal=refusal,
+        tower_adapter=_adapter(vision),
+        relative_positions="global_attn_indexes" in vision and bool(vision.get("use_rel_pos", True)),
+        patches_per_token=_patches_per_token(vision),
     )
+
+
+def _patches_per_token(vision: Part) -> int:
+    """Return how many patches become a token: Qwen-VL's merger has four, and most have no more."""
+    if vision["model_type"] == "step3p5_vision" or "mlp_dim" in vision:
+        return 16  # two convolutions of stride 2
+    return int(vision.get("pooling_kernel_size", 2)) ** 2
+
+
+def _adapter(vision: Part) -> int:
+    """Return the weights of the tower's own adapter: Llama 4's two linear maps over patches side by side."""
+    if "vision_output_dim" not in vision:
+        return 0
+    return int(vision["intermediate_size"] * vision["projector_input_dim"] + vision["projector_output_dim"] ** 2)
+
+
+def _square_heads(vision: Part) -> bool:
+    """Return whether the tower's heads together are as wide as the tower, which its cost takes for granted."""
+    heads, head = vision.get("num_attention_heads"), vision.get("head_dim")
+    wide = not (heads and head) or heads * head == vision["hidden_size"]
+    return wide and (vision.get("num_key_value_heads") or heads) == heads
 
 
 def _tower_inner(vision: Part, width: int) -> int:
     """Return the width of the tower's MLP; GLM-4V's is what its tower gives, GLM-OCR's the config's."""
     if vision["model_type"] in ("glm4v_vision", "glm4v_moe_vision"):
         return int(vision["out_hidden_size"])
+    if "mlp_dim" in vision:  # SAM
+        return int(vision["mlp_dim"])
+    if vision["model_type"] == "step3p5_vision":
+        return int(width * vision["mlp_ratio"])
     return int(vision.get("intermediate_size") or width * vision["mlp_ratio"])
 
 
@@ -667,7 +819,10 @@ def _shuffled(top: Part, vision: Part) -> int:
     for name in ("scale_factor", "downsample_factor"):
         if name in top:
             return int(top[name])
-    return round(1 / top["downsample_ratio"]) if "downsample_ratio" in top else int(vision["hidden_stride"])
+    for part, name in ((top, "downsample_ratio"), (vision, "pixel_shuffle_ratio")):
+        if name in part:
+            return round(1 / part[name])
+    return int(vision["hidden_stride"])
 
 
 def _tower_refusal(tower: str, family: FamilyDefaults, unit: Grid | None, side: int) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from orchestrator.compression.families import family_of
 from orchestrator.compression.testing.families import LLAVA_PIXTRAL, TINY
 from orchestrator.data.processing.processor import load_processor
+from orchestrator.spec.components import Grid
 from orchestrator.spec.image_units import ImageUnits, image_rule, processor_settings
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import FAMILIES
@@ -51,14 +52,29 @@ PROCESSORS: dict[str, tuple[str, str, dict[str, Any]]] = {
             {"size": {"shortest_edge": 24}, "crop_size": SQUARE, "image_grid_pinpoints": PINPOINTS},
         ),
     ),
+    "gemma4": ("gemma4", "Gemma4ImageProcessorPil", {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}),
+    "got_ocr2": (
+        "got_ocr2",
+        "GotOcr2ImageProcessorPil",
+        {"size": {"height": 36, "width": 36}, "crop_to_patches": True, "max_patches": 4},
+    ),
+    "lighton_ocr": ("pixtral", "PixtralImageProcessorPil", {"size": {"longest_edge": 64}, "patch_size": 8}),
+    "llama4": ("llama4", "Llama4ImageProcessor", {"size": SQUARE, "max_patches": 6}),
+    "molmo2": (
+        "molmo2",
+        "Molmo2ImageProcessor",
+        {"size": SQUARE, "patch_size": 4, "overlap_margins": [1, 1], "max_crops": 6},
+    ),
+    "step3p7": ("step3p7", "Step3p7ImageProcessor", {"size": {"height": 48, "width": 48}, "patch_size": 32}),
     "lfm2_vl": (
         "lfm2_vl",
         "Lfm2VlImageProcessor",
         {"encoder_patch_size": 4, "tile_size": 24, "min_image_tokens": 2, "max_image_tokens": 9, "max_tiles": 6},
     ),
 }
-NEEDS_TORCHVISION = ("cohere2_vision", "lfm2_vl")
-FIXED = ("llava", "vipllava", "video_llava", "paligemma", "gemma3")  # every image the same number of tokens
+NEEDS_TORCHVISION = ("cohere2_vision", "lfm2_vl", "llama4", "molmo2", "step3p7")
+# Every image the same number of tokens.
+FIXED = ("llava", "vipllava", "video_llava", "paligemma", "gemma3", "pp_chart2table")
 VARYING = [name for name in TINY if name in FAMILIES and name not in FIXED]
 
 
@@ -82,6 +98,8 @@ def processor_of(family: str, folder: Path) -> Any:
         module = f"transformers.models.{module}.image_processing_{'pil_' if name.endswith('Pil') else ''}{module}"
         processor = getattr(__import__(module, fromlist=[name]), name)(**settings)
     processor.save_pretrained(folder)
+    if family == "lighton_ocr":
+        (folder / "processor_config.json").write_text(json.dumps({"patch_size": 4, "spatial_merge_size": 2}))
     return processor
 
 
@@ -94,7 +112,11 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8))
 
 
-FORCED = {"internvl": {"crop_to_patches": True}, "mistral3": {"patch_size": 8}}  # what their processors add
+# What their processors add.
+FORCED = {
+    "internvl": {"crop_to_patches": True},
+    **{name: {"patch_size": 8} for name in ("mistral3", "lighton_ocr")},
+}
 
 
 def adapters_grids(family: str, model: Any, given: dict[str, Any]) -> list[Any]:
@@ -111,15 +133,19 @@ def tokens_in_tower(family: str, model: Any, given: dict[str, Any]) -> int:
     pixels, vision = given["pixel_values"], model.config.vision_config
     if "image_grid_thw" in given:
         return len(pixels)
-    if "spatial_shapes" in given:
+    if family in ("gemma4", "lfm2_vl", "molmo2"):  # patches
         return pixels.shape[0] * pixels.shape[1]
+    if "pixel_values_local" in given:
+        return (
+            sum(each.shape[0] * each.shape[2] * each.shape[3] for each in (pixels, given["pixel_values_local"])) // 16
+        )
     *images, _, height, width = pixels.shape
     patches = (
         (height // vision.patch_size) * (width // vision.patch_size)
         if isinstance(vision.patch_size, int)
         else ((height // vision.patch_size[0]) * (width // vision.patch_size[1]))
     )
-    cls = vision.model_type in ("clip_vision_model", "internvl_vision")
+    cls = vision.model_type in ("clip_vision_model", "internvl_vision", "llama4_vision_model")
     return int(np.prod(images)) * (patches + cls)
 
 
@@ -160,6 +186,18 @@ def test_a_pixtral_tower_under_llava(tmp_path: Path) -> None:
     for height, width in sizes(30):
         given = dict(processor([picture(height, width)], return_tensors="pt"))
         assert list(rule(height, width, True).grids) == adapters_grids("llava", model, given), (height, width)
+
+
+def test_views_that_patches_do_not_divide_are_refused(tmp_path: Path) -> None:
+    vision = {"model_type": "step3p5_vision", "patch_size": 14}
+    for size, known in ((504, True), (490, False)):
+        settings = {"image_processor": {"patch_size": size}}
+        try:
+            units = image_rule({"model_type": "step3p7"}, vision, settings)(2000, 1000, True)
+        except ValueError as error:
+            assert not known and "no multiples of four patches" in str(error)
+        else:
+            assert known and units.grids == (Grid(9, 9),) * 8 + (Grid(13, 13),)
 
 
 @pytest.mark.parametrize("family", [name for name in FOLDERS if name in VARYING])
