@@ -142,7 +142,7 @@ def _with(layer: DecoderLayer, passed: int, stored: int | None = None) -> Decode
 
 def _own(text: Config, layer: int, name: str) -> int | None:
     """Return a layer's own value, where its config is written by transformers."""
-    return (text.get("per_layer_config") or {}).get(str(layer), {}).get(name)  # type: ignore[no-any-return]
+    return (text.get("per_layer_config") or {}).get(str(layer), {}).get(name)
 
 
 def _gemma4(text: Config, layer: int, kind: str) -> DecoderLayer:

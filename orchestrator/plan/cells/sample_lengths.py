@@ -28,7 +28,8 @@ from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_image
 from orchestrator.spec.phase import PhaseSpec
 
 ROWS_READ = 2000
-_READ_AS_IMAGE = ("aya_vision", "ovis2")  # their processors put other tokens in the place of <image>
+# What stands for an image in a text, where the processor puts other tokens in its place.
+_READ_AS = {"aya_vision": "<image>", "ovis2": "<image>", "llama4": "<|image|>", "molmo2": "<|image|>"}
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _MODEL_FILES = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
 # Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
@@ -250,8 +251,8 @@ def _placeholder(folder: Path, config: Mapping[str, Any]) -> str:
     for name in ("image_token", "context_image_token"):
         if isinstance(named.get(name), str):
             return str(named[name])
-    if model.get("model_type") in _READ_AS_IMAGE:
-        return "<image>"
+    if model.get("model_type") in _READ_AS:
+        return _READ_AS[model["model_type"]]
     wanted = model.get("image_token_id", model.get("image_token_index"))
     added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", ())
     return next((str(token["content"]) for token in added if token.get("id") == wanted), "<image>")
