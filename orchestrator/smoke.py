@@ -20,7 +20,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, storage_path
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.spec.components import ScheduleSpec
+from orchestrator.spec.components import Points, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 from orchestrator.spec.loaded import LoadedExperiment, resolved_yaml
@@ -99,7 +99,7 @@ def map_layers(depth: int, used: Iterable[int]) -> LayerMap:
 
 def layers_in_use(spec: ExperimentSpec, depth: int) -> set[int]:
     """Return the decoder layers at which a cell's variants act, those a ramp moves between included."""
-    points = [point for variant in spec.compressors.values() for point in variant]
+    points = [point for variant in _variants(spec).values() for point in variant]
     found = {point.layer_index(depth) for point in points if point.place == "decoder"}
     schedules = [*spec.schedules.values(), *(p.schedule for p in (spec.phases.pretrain, spec.phases.finetune) if p)]
     for schedule in schedules:
@@ -111,7 +111,7 @@ def layers_in_use(spec: ExperimentSpec, depth: int) -> set[int]:
 
 def tower_layers_in_use(spec: ExperimentSpec, tower_depth: int) -> set[int]:
     """Return the layers of a vision tower of `tower_depth` at which a cell's variants act."""
-    found = (point.tower_index(tower_depth) for variant in spec.compressors.values() for point in variant)
+    found = (point.tower_index(tower_depth) for variant in _variants(spec).values() for point in variant)
     return {layer for layer in found if layer is not None}
 
 
@@ -142,12 +142,14 @@ def smoke_spec(cell: Cell, small: SmallModel, machine: Machine, storage: str, lo
     values["cluster"] = {**values["cluster"], **cluster, "storage_path": storage}
     values["tracking"] = {"tracking_uri": f"sqlite:///{local / 'mlflow.db'}"}
     values["model"] |= _model(values["model"], small, machine)
-    values["compressors"] = {name: _points(cell, name, small.layers) for name in spec.compressors}
+    variants = _variants(spec)
+    values["compressors"] = {name: _points(cell, points, small.layers) for name, points in variants.items()}
     for plan in cell.phases:
         values["phases"][plan.name] = _phase(spec, plan, small.layers, workers)
     for name, entry in spec.data.items():
         values["data"][name] = entry.first_rows(ROWS, local / "data").model_dump(mode="json")
-    for entry in values["evaluate"].values():
+    for name, entry in values["evaluate"].items():
+        entry["under"] = list(spec.evaluate[name].tested_variants)
         entry |= {name: min(entry[name], most) for name, most in _LIMITS.items() if isinstance(entry.get(name), int)}
     for grid in ("matrix", "zip", "include", "exclude", "controls", "search"):
         values.pop(grid)
@@ -199,9 +201,14 @@ def _model(model: dict[str, Any], small: SmallModel, machine: Machine) -> dict[s
     }  # fmt: skip
 
 
-def _points(cell: Cell, name: str, layers: LayerMap) -> list[dict[str, Any]]:
+def _variants(spec: ExperimentSpec) -> dict[str, Points]:
+    """Return the points of all variants by name, those of sweeps under evaluations included."""
+    swept = {name: (point,) for test in spec.evaluate.values() for name, point in test.tested_variants.items() if point}
+    return {**spec.compressors, **swept}
+
+
+def _points(cell: Cell, points: Points, layers: LayerMap) -> list[dict[str, Any]]:
     """Return a variant's points at their new layers; the amounts are those of the full-size model."""
-    points = cell.spec.compressors[name]
     grid = cell.facts.visual_grid if cell.facts is not None else None
     averaged = grid is None and any(point.layer_average_tokens for point in points)
     rows = Costs().rows(cell) if averaged else None
@@ -321,7 +328,7 @@ def _small_models(cells: Sequence[Cell], folder: Path) -> dict[str, SmallModel]:
         config: Any = load_config(some[0].model)
         depth = int(config.get_text_config().num_hidden_layers)
         layers = map_layers(depth, {layer for spec in some for layer in layers_in_use(spec, depth)})
-        if any(point.place == "tower" for spec in some for points in spec.compressors.values() for point in points):
+        if any(point.place == "tower" for spec in some for points in _variants(spec).values() for point in points):
             tower_depth = int(getattr(getattr(config, "vision_config", None), "num_hidden_layers", 0))
             used = {layer for spec in some for layer in tower_layers_in_use(spec, tower_depth)}
             layers = replace(layers, tower_depth=tower_depth, tower=map_tower_layers(used))

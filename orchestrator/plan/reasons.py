@@ -13,6 +13,7 @@ from orchestrator.errors import shorten
 from orchestrator.plan.cells.cell import Cell, PhasePlan
 from orchestrator.plan.cells.identity_fields import RESOLVED, draws_weights, plugin_file
 from orchestrator.plan.identity import canonical_json, content_digest, digest
+from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.ledger.files import read_json
 from orchestrator.plan.ledger.leases import Holder
 from orchestrator.plan.status import TreeStatus
@@ -230,8 +231,7 @@ class Reasons:
         if runs := sum(job in status.tree.stage_runs for job in first):
             reasons.append(f"{runs} stage run{'s' if runs > 1 else ''} of the cell it starts from first")
         if not needed:
-            missing = (job for job in cell.evaluations if status.evaluation(job.id) != "done")
-            reasons += [f"evaluation {job.name} under {job.under} is missing" for job in missing]
+            reasons += _missing(cell, [job for job in cell.evaluations if status.evaluation(job.id) != "done"])
         return reasons or ["new"]
 
     def _failure(self, cell: Cell) -> Iterable[str]:
@@ -254,6 +254,17 @@ class Reasons:
         if passed:
             steps = sum(job.last_step - job.first_step for job in passed)
             yield f"leaves finished work at step {passed[-1].last_step}, not stored: {steps:,} steps again"
+
+
+def _missing(cell: Cell, tests: Sequence[EvaluationJob]) -> list[str]:
+    """Return what evaluations are missing; the variants of an evaluation's sweeps are counted."""
+    found: dict[str, int] = {}
+    for job in tests:
+        swept = cell.spec.evaluate[job.name].tested_variants[job.under] is not None
+        what = f"evaluation {job.name} under {'{}' if swept else job.under}"
+        found[what] = found.get(what, 0) + 1
+    return [f"{what.format(f'{count} swept variants' if count > 1 else 'a swept variant')} is missing"
+            for what, count in found.items()]
 
 
 def _elsewhere(holders: Iterable[Holder]) -> list[str]:

@@ -9,12 +9,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -30,6 +31,7 @@ from pydantic_core import PydanticCustomError
 from orchestrator import registry
 from orchestrator.errors import shorten
 from orchestrator.spec.base import Component, Count, Flag, Positive, Share, Spec, parse_share
+from orchestrator.spec.sweep import Sweep, check_sweeps, swept
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
 # Fields of points that count only where they are not their default: what was written before them stays the same.
@@ -566,10 +568,8 @@ class DataSpec(Component):
         return []
 
 
-def _as_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        raise PydanticCustomError("not_built", "a sweep mapping is not built yet; name variants, `final` or `full`")
-    return (value,) if isinstance(value, str) else value
+def _as_entries(value: Any) -> Any:
+    return (value,) if isinstance(value, str | dict) else value
 
 
 class EvaluationSpec(Component):
@@ -584,12 +584,25 @@ class EvaluationSpec(Component):
 
     data: str = Field(examples=["test"])
     """Data set to test on, by its name under `data`."""
-    under: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = Field(
-        default=("final",), examples=[["final", "full"]]
+    under: Annotated[
+        tuple[str | Sweep, ...], BeforeValidator(_as_entries), Field(min_length=1), AfterValidator(check_sweeps)
+    ] = Field(
+        default=("final",),
+        examples=[["final", "full"], {"kind": ["average_pool", "fastv"], "layer": [2, 8, 16], "stride": [2, 4, 8]}],
     )
-    """What the model is tested under: `final` (the last stage's variant), `full` (no compression), or variants."""
+    """What the model is tested under: `final` (the last stage's variant), `full` (no compression), or variants. A
+    mapping is a sweep: a compressor's keys with a value or a list of values each, every combination a variant.
+    """
     model_max_length: Count | None = None
     """Longest test prompt in tokens, counted before compression; null takes the last phase's."""
+
+    @cached_property
+    def tested_variants(self) -> dict[str, CompressorSpec | None]:
+        """What the model is tested under by name: a sweep's variants with their point, others with None."""
+        found: dict[str, CompressorSpec | None] = {}
+        for entry in self.under:
+            found |= {entry: None} if isinstance(entry, str) else swept(entry)
+        return found
 
 
 def _component(group: str) -> Callable[[Any], Any]:

@@ -20,6 +20,7 @@ from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES
 from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
+from orchestrator.spec.sweep import swept_names
 from orchestrator.spec.yaml.node import Mark, Node, node_of
 from orchestrator.spec.yaml.schema import find_path
 from orchestrator.spec.yaml.validation_errors import check_path, error_at, explain, locate, name_error, unknown_name
@@ -266,7 +267,10 @@ def _under(entry: Node) -> list[Any]:
     under = entry.get("under")
     if under is None:
         return [FINAL]
-    return [item.value for item in under.value] if under.is_list else [under.value]
+    names: list[Any] = []
+    for item in under.value if under.is_list else [under]:
+        names += swept_names(item.plain()) if item.is_mapping else [item.value]
+    return names
 
 
 def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> list[Assignment]:

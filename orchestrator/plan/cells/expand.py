@@ -24,7 +24,7 @@ from orchestrator.plan.cost import MeasuredRows, stage_train_tflops, unpriced
 from orchestrator.plan.identity import SEMANTICS_VERSION, digest
 from orchestrator.plan.jobs import FULL, EvaluationJob, RootJob
 from orchestrator.spec.base import Spec
-from orchestrator.spec.components import EvaluationSpec, ScheduleSpec, StageTable, derive
+from orchestrator.spec.components import FINAL, CompressorSpec, EvaluationSpec, ScheduleSpec, StageTable, derive
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
@@ -90,7 +90,7 @@ class _Resolver:
         evaluations = [
             self._evaluation(spec, name, under, state, final, facts, notices)
             for name, entry in spec.evaluate.items()
-            for under in dict.fromkeys(entry.under)
+            for under in entry.tested_variants
         ]
         return Cell(
             cell_id(phases, root), cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state,
@@ -334,6 +334,11 @@ class _Resolver:
         points = spec.compressors[name]
         if changes is not None:
             points = derive(points, changes)
+        return self._resolved_variant(spec, f"compressors.{name}", points, facts)
+
+    def _resolved_variant(
+        self, spec: ExperimentSpec, where: str, points: tuple[CompressorSpec, ...], facts: ModelFacts | None
+    ) -> Variant:
         images: MeasuredRows | str = ""
         if facts is not None and facts.visual_grid is None and any(point.layer_average_tokens for point in points):
             images = self._images(spec)
@@ -341,7 +346,7 @@ class _Resolver:
         if near not in self._made:
             far = (*((type(point), point.model_dump_json()) for point in points), *near[-2:])
             if far not in self._made:
-                self._made[far] = _variant_of(name, points, facts, images)
+                self._made[far] = _variant_of(where, points, facts, images)
             self._made[near] = self._made[far]
             self._alive.append((points, images))
         return self._made[near]
@@ -368,7 +373,11 @@ class _Resolver:
         notices: list[str],
     ) -> EvaluationJob:  # fmt: skip
         entry = spec.evaluate[name]
-        variant = final if under == "final" else self._variant(spec, under, facts)
+        point = entry.tested_variants[under]
+        if point is not None:
+            variant = self._resolved_variant(spec, f"evaluate.{name}.under: {under}", (point,), facts)
+        else:
+            variant = final if under == FINAL else self._variant(spec, under, facts)
         recipe = spec.phases.finetune or spec.phases.pretrain
         length = entry.model_max_length or (2048 if recipe is None else recipe.model_max_length)
         data_id, data, notes = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
@@ -419,7 +428,7 @@ def _dump(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
-def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None, images: MeasuredRows | str) -> Variant:
+def _variant_of(where: str, points: tuple[Any, ...], facts: ModelFacts | None, images: MeasuredRows | str) -> Variant:
     try:
         measured = images if isinstance(images, str) else images.units
         resolved = (
@@ -430,7 +439,7 @@ def _variant_of(name: str, points: tuple[Any, ...], facts: ModelFacts | None, im
             )
         )
     except ValueError as error:
-        raise UsageError(f"compressors.{name}: {error}") from error
+        raise UsageError(f"{where}: {error}") from error
     return Variant(resolved, identity_fields.points_identity(points, resolved))
 
 

@@ -14,6 +14,7 @@ from orchestrator.spec.checks.compression import (
     check_learning,
     check_matched_cost,
     check_schedule,
+    check_sweeps,
     check_tested_variants,
     check_variant,
 )
@@ -82,6 +83,8 @@ class Checks:
         own_or_bare = model or self._bare_model(tree())
         if variants and own_or_bare is not None:
             yield from self._once(self._find_variants, variants, own_or_bare)
+        if evaluate and own_or_bare is not None:
+            yield from self._once(check_sweeps, evaluate, variants, self._readable_facts(own_or_bare))
         if phases is not None:
             yield from self._once(self._find_phases, phases, data, schedules, variants, own_or_bare, complete)
             if model is not None and phases.by_name:
@@ -168,10 +171,15 @@ def _check_dropout(model: ModelSpec) -> Iterator[Finding]:
 
 
 def _as_written(root: Node, path: Path) -> Path:
-    """Return the path as written: a variant's only point may stand without a list, and then its path has no index."""
-    if path[0] == "compressors" and len(path) > 2 and (node := root.at(path[:2])) is not None and node.is_mapping:
-        return (*path[:2], *path[3:])
-    return path
+    """Return the path as written: an only point, sweep or value may stand without a list, and then has no index."""
+    found: list[str | int] = []
+    node: Node | None = root
+    for step in path:
+        if isinstance(step, int) and node is not None and not node.is_list:
+            continue
+        found.append(step)
+        node = node.get(step) if node is not None else None
+    return tuple(found)
 
 
 def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:

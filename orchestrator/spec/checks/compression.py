@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import LlavoltaError
@@ -23,6 +24,7 @@ from orchestrator.spec.components import (
 )
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec, PhasesSpec, known_steps
+from orchestrator.spec.sweep import combinations
 from orchestrator.spec.yaml.node import Path
 from orchestrator.spec.yaml.validation_errors import Finding
 
@@ -166,9 +168,29 @@ def check_tested_variants(
     known = {module for name in names for module in _modules(variants.get(name, ()), facts)}
     for key, evaluation in evaluate.items():
         for index, name in enumerate(evaluation.under):
-            if not known.issuperset(_modules(variants.get(name, ()), facts)):
+            if isinstance(name, str) and not known.issuperset(_modules(variants.get(name, ()), facts)):
                 message = f"`{name}` learns, but no phase uses it: there is nothing to test"
                 yield Finding(("evaluate", key, "under", index), message, "variants that the schedules use")
+
+
+def check_sweeps(
+    evaluate: Mapping[str, Any], variants: Mapping[str, Any] | None, facts: ModelFacts | None
+) -> Iterator[Finding]:
+    """Check that the model can run under each combination of a sweep, and that none has another variant's name."""
+    for name, evaluation in evaluate.items():
+        found: dict[Finding, None] = {}
+        for number, sweep in enumerate(evaluation.under):
+            if isinstance(sweep, str):
+                continue
+            path: Path = ("evaluate", name, "under", number)
+            for each in combinations(sweep):
+                point = each.point()
+                if (own := each.name(point)) in (variants or ()):
+                    message = f"`{own}` of this sweep is also a variant under `compressors`; rename that one"
+                    found[Finding(path, message)] = None
+                for finding in check_variant((point,), (), facts):
+                    found[replace(finding, path=(*path, *each.place(str(finding.path[-1]))))] = None
+        yield from found
 
 
 def _modules(points: Any, facts: ModelFacts) -> set[str]:

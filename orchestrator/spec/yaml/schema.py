@@ -242,7 +242,7 @@ def experiment_schema() -> dict[str, Any]:
 
 
 def _accept_short_forms(schema: dict[str, Any]) -> None:
-    """Accept a variant's only point without a list, an `under` of one name, and a null stage."""
+    """Accept a variant's only point without a list, an `under` of one name or sweep, and a null stage."""
     point = {"$ref": "#/$defs/CompressorSpec"}
     variants = schema["properties"]["compressors"]["patternProperties"]
     for name in variants:
@@ -251,7 +251,7 @@ def _accept_short_forms(schema: dict[str, Any]) -> None:
         under = part.get("properties", {}).get("under")
         if under is not None and under.get("type") == "array":
             notes = {key: under.pop(key) for key in _ANNOTATIONS if key in under}
-            part["properties"]["under"] = {"anyOf": [{"type": "string"}, under], **notes}
+            part["properties"]["under"] = {"anyOf": [*under["items"]["anyOf"], under], **notes}
         stages = part.get("properties", {}).get("stages")
         if stages is not None:
             stages["items"] = {"anyOf": [stages["items"], {"type": "null"}]}

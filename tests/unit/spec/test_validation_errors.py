@@ -107,7 +107,7 @@ WRONG = [
     ("learning_rate: 1e-3", "train: [projector]\n    lora: {r: 8}", (19, 11), "phases.finetune.lora", "does not train", "language_model"),
     ("data: test}", "data: tset}", (20, 34), "evaluate.vqa.data", "no data set `tset`", "test"),
     ("data: test}", "data: test, under: [final, wid]}", (20, 55), "evaluate.vqa.under.1", "no variant `wid` to test under", "wide"),
-    ("data: test}", "data: test, under: {layer: [1, 2]}}", (20, 47), "evaluate.vqa.under", "not built yet", None),
+    ("data: test}", "data: test, under: {layer: [1, 2]}}", (20, 47), "evaluate.vqa.under", "needs the key `kind`", None),
     ("data: test}", "data: test}\ncluster: {num_worker: 2}", (21, 11), "cluster.num_worker", "unknown key", "num_workers"),
     ("data: test}", "data: test}\ncluster: {keep: {leaf: ful}}", (21, 24), "cluster.keep.leaf", "not one of", "full"),
     ("data: test}", "data: test}\nreport: {baseline: {seed: 3}}", (21, 20), "report.baseline", "no cell of the grid is", None),
