@@ -149,6 +149,27 @@ def run(
 
 
 @app.command()
+def evaluate(
+    spec: Spec,
+    cell: Annotated[
+        str | None,
+        typer.Option("--cell", metavar="CELL", help="One cell: its name, its id's beginning, or axis=value."),
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
+    retry_failed: RetryFailed = False,
+    fail_fast: FailFast = False,
+) -> None:
+    """Run the evaluations that trained cells lack, and train nothing; cells that are not trained yet are named."""
+    experiment = llv.load(spec, set_ or ())
+    outcome = experiment.evaluate(
+        cell, local=local, retry_failed=retry_failed, fail_fast=fail_fast, console=terminal(error=as_json)
+    )
+    _end(outcome, as_json)
+
+
+@app.command()
 def search(
     spec: Spec,
     set_: Set = None,

@@ -21,7 +21,7 @@ from orchestrator.report.console import print_bench, print_check, print_plan, pr
 from orchestrator.report.documents import Document
 from orchestrator.report.pages import predictions_document, predictions_page, row_page
 from orchestrator.report.table import Table, html_table, table_of
-from orchestrator.run import RunOutcome, run_experiment
+from orchestrator.run import RunOutcome, evaluate_experiment, run_experiment
 from orchestrator.search.search import search_experiment
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment, Source, resolved_yaml
@@ -168,6 +168,33 @@ class Experiment:
             self.loaded, local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
             smoke=smoke, console=console,
         )  # fmt: skip
+
+    def evaluate(
+        self,
+        cell: str | None = None,
+        *,
+        local: bool = False,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
+        console: Console | None = None,
+    ) -> RunOutcome:
+        """Run the evaluations that trained cells lack; nothing is trained, and cells that are not trained are named.
+
+        Args:
+            cell: Name, unique beginning of the id, or `axis=value` of the one cell to test; None tests all.
+            local: In this process, without Ray, for a debugger.
+            retry_failed: Runs again what failed before.
+            fail_fast: Stops at the first failure.
+            console: Where progress is shown; None takes standard output.
+
+        Raises:
+            UsageError: the cell is not there or not trained yet, or this is a search.
+            DataError: rows or images cannot be used.
+            Interrupted: Ctrl-C or a signal stopped it; finished work stays.
+        """
+        return evaluate_experiment(
+            self.loaded, cell, local=local, retry_failed=retry_failed, fail_fast=fail_fast, console=console
+        )
 
     def search(
         self,
@@ -322,10 +349,14 @@ class Cell:
         return self.record.summary
 
     def history(self) -> pandas.DataFrame:
-        """Return the training curves: one row an optimizer step, cumulative over phases, one column a metric."""
+        """Return the curves of training and of evaluations along the way: one row an optimizer step, cumulative over
+        phases, one column a metric.
+        """
         import pandas
 
-        points = pandas.DataFrame(iter(self.record.history), columns=["metric", "value", "step", "time"])
+        points = pandas.DataFrame(
+            [*self.record.history, *self.record.along], columns=["metric", "value", "step", "time"]
+        )
         frame = points.pivot_table(index="step", columns="metric", values="value", aggfunc="last")
         return frame.rename_axis(columns=None)
 

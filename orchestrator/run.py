@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
@@ -57,23 +57,119 @@ def run_experiment(
     """
     console, deadline = console or Console(), deadline_after(max_hours)
 
-    def planned() -> tuple[ExperimentPlan, list[Job]]:
+    def prepared() -> ExperimentPlan:
         walk = _smoke_walk(loaded, console) if smoke else prepare(loaded)
         if walk.loaded.spec.search is not None:
             raise UsageError(f"{loaded.path}: there is a `search` in it: `llavolta search` runs it, `run` does grids")
-        return walk, walk.tree.work(walk.ledger, retry_failed=retry_failed)
+        return walk
 
-    walk, work = planned()
+    def work_of(walk: ExperimentPlan) -> list[Job]:
+        return walk.tree.work(walk.ledger, retry_failed=retry_failed)
+
+    return _run_grid(prepared, work_of, console, local=local, fail_fast=fail_fast, deadline=deadline)
+
+
+def evaluate_experiment(
+    loaded: LoadedExperiment,
+    cell: str | None = None,
+    *,
+    local: bool = False,
+    retry_failed: bool = False,
+    fail_fast: bool = False,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Run the evaluations that trained cells lack, record them, and return the table.
+
+    Arguments and errors are those of `Experiment.evaluate`, which passes them on.
+    """
+    console = console or Console()
+
+    def prepared() -> ExperimentPlan:
+        walk = prepare(loaded)
+        if walk.loaded.spec.search is not None:
+            raise UsageError(
+                f"{loaded.path}: there is a `search` in it: `llavolta search` runs it, `evaluate` does grids"
+            )
+        return walk
+
+    walk = prepared()
+    chosen = {walk.find(cell).name} if cell is not None else {each.name for each in walk.cells}
+    open_ = [each.name for each in walk.cells if each.name in chosen and not _is_trained(walk, each)]
+    if open_ and cell is not None:
+        raise UsageError(f"cell {open_[0]} is not trained yet: `llavolta run` trains it")
+    needed = walk.tree.needed(walk.ledger)
+    lost = [
+        each.name
+        for each in walk.cells
+        if each.name in chosen and each.phases and each.name not in open_
+        if any(test.state in needed and walk.ledger.evaluation(test.id) is None for test in each.tests)
+    ]
+    notes = {
+        "not trained yet, and left out: {}; `llavolta run` trains them": open_,
+        "states to be tested were not kept: {}; `llavolta run` trains up to them again": lost,
+    }
+    for text, names in notes.items():
+        if names:
+            note = f"note: {text.format(', '.join(names))}"
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+    def work_of(walk: ExperimentPlan) -> list[Job]:
+        return tests_of_trained(walk, chosen, retry_failed=retry_failed)
+
+    left_out = frozenset(each.name for each in walk.cells) - chosen | frozenset(open_)
+    return _run_grid(lambda: prepare(loaded), work_of, console, local=local, fail_fast=fail_fast, left_out=left_out)
+
+
+def tests_of_trained(walk: ExperimentPlan, cells: Collection[str], *, retry_failed: bool = False) -> list[Job]:
+    """Return the evaluations of cells whose states are stored; of a cell without phases its initial weights too.
+
+    Args:
+        walk: The plan.
+        cells: Names of the cells.
+        retry_failed: Those that failed are done again.
+    """
+    chosen = [cell for cell in walk.cells if cell.name in cells]
+    tests = {test.id for cell in chosen for test in cell.tests}
+    needed = walk.tree.needed(walk.ledger)
+    roots = {cell.root.id for cell in chosen if not cell.phases}
+    work = walk.tree.work(walk.ledger, retry_failed=retry_failed)
+    return [
+        job
+        for job in work
+        if job.id in roots
+        or (isinstance(job, EvaluationJob) and job.id in tests and (job.state not in needed or job.state in roots))
+    ]
+
+
+def _is_trained(walk: ExperimentPlan, cell: Cell) -> bool:
+    return not cell.phases or walk.ledger.is_done(cell.state)
+
+
+def _run_grid(
+    prepared: Callable[[], ExperimentPlan],
+    work_of: Callable[[ExperimentPlan], list[Job]],
+    console: Console,
+    *,
+    local: bool,
+    fail_fast: bool,
+    deadline: float = math.inf,
+    left_out: frozenset[str] = frozenset(),
+) -> RunOutcome:
+    """Do the work of a grid's cells, record it, and return how it ended; cells that are left out wait for nothing."""
+    walk = prepared()
+    work = work_of(walk)
     if check_data(work, lambda text: console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)):
-        walk, work = planned()
-    session = GridSession(walk, console, retry_failed, deadline)
+        walk = prepared()
+        work = work_of(walk)
+    session = GridSession(walk, console, work_of, deadline)
     session.show(work)
     with session.recording():
         if work:
             session.execute(work, local=local, fail_fast=fail_fast)
     walk = session.walk
-    failed = walk.failures()
-    open_cells = [cell for cell in walk.cells if cell.name not in failed and walk.status(cell) != "finished"]
+    failed = {name: reason for name, reason in walk.failures().items() if name not in left_out}
+    done = {*failed, *left_out}
+    open_cells = [cell for cell in walk.cells if cell.name not in done and walk.status(cell) != "finished"]
     problems = session.problems
     waiting = {c.name: next((problems[i] for i in walk.jobs_of(c) if i in problems), "") for c in open_cells}
     return session.outcome(failed, waiting)
@@ -377,9 +473,15 @@ def _relative_cost(job: Job) -> float:
 class GridSession(Session):
     """The session of a grid: the work is known from the start, and planned again where a stored state is damaged."""
 
-    def __init__(self, walk: ExperimentPlan, console: Console, retry_failed: bool, deadline: float = math.inf) -> None:
+    def __init__(
+        self,
+        walk: ExperimentPlan,
+        console: Console,
+        work_of: Callable[[ExperimentPlan], list[Job]],
+        deadline: float = math.inf,
+    ) -> None:
         super().__init__(walk, console, deadline)
-        self._retry_failed = retry_failed
+        self._work_of = work_of
 
     def newer_work(self) -> Sequence[Job] | None:
         """Return the plan made anew after damage: what needs the state is planned with it."""
@@ -387,7 +489,7 @@ class GridSession(Session):
             return None
         self.is_damaged = False
         self.walk = replace(self.walk, tree=build_stage_tree(self.walk.cells, self.walk.ledger))
-        work = self.walk.tree.work(self.walk.ledger, retry_failed=self._retry_failed)
+        work = self._work_of(self.walk)
         self.show(work)
         return work
 

@@ -18,10 +18,10 @@ from orchestrator import registry
 from orchestrator.data.train_data import TrainData
 from orchestrator.dispatch.failures import one_line
 from orchestrator.errors import StageRunError, StorageError
-from orchestrator.evaluation.evaluate import answer_one, evaluate_state, lacks_modules
+from orchestrator.evaluation.evaluate import answer_one, evaluate_state, lacks_modules, state_model
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.models.initial_weights import write_initial_weights, write_start_weights
-from orchestrator.plan.identity import share_caches
+from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Action, EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import dump_json, parse_json, write_json
@@ -55,6 +55,8 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
     for reference in job.plugins:
         registry.load_plugin(reference, Path.cwd())  # absolute already, or a module
     training: TrainingMemory = memory.setdefault("training", TrainingMemory())
+    if not isinstance(job, EvaluationJob):
+        memory.pop(_TESTED, None)
     if isinstance(job, RootJob | StartJob):
         distributed.decide(partial(_write_weights, job, ledger))
     elif isinstance(job, RehearsalJob):
@@ -65,6 +67,8 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
             return "interrupted"
     else:
         model = model_for_evaluation(training, job.points, job.state)
+        if model is None:
+            model = _tested_model(job, ledger, memory)
         if evaluate_state(job, ledger, model=model, should_stop=should_stop) is None:
             return "interrupted"
     return "finished"
@@ -174,6 +178,18 @@ def model_for_evaluation(
             return model
     memory.release()
     return None
+
+
+_TESTED = "tested"
+
+
+def _tested_model(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> Any:
+    """Return the model of an evaluation's state; evaluations of one state that follow each other load it once."""
+    key = (job.state, digest(job.model))
+    if memory.get(_TESTED, (None,))[0] != key:
+        memory.pop(_TESTED, None)  # before the next one is loaded
+        memory[_TESTED] = key, state_model(job, ledger)
+    return memory[_TESTED][1]
 
 
 def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, memory: TrainingMemory) -> str | None:

@@ -61,9 +61,7 @@ def evaluate_state(
 
     data = replace(evaluation_data(job), should_stop=stop)
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
-    if model is None:
-        _fetch(job, ledger, workers)
-        model = load_model(job, weights, workers.device)
+    model = state_model(job, ledger) if model is None else model
     outcome = run_under(job, model, data, workers, weights)
     if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
@@ -85,6 +83,17 @@ def evaluate_state(
     if workers.rank == 0:
         ledger.write_evaluation(job.id, result, outcome.predictions)
     return result
+
+
+def state_model(job: EvaluationJob, ledger: Ledger) -> PreTrainedModel:
+    """Return the model of an evaluation's state, from the ledger, without an attachment. Every rank calls it.
+
+    Raises:
+        DamagedStateError: the state's weights are missing or damaged.
+    """
+    workers = Workers.here()
+    _fetch(job, ledger, workers)
+    return load_model(job, ledger.state_folder(job.state) / WEIGHTS_FILE, workers.device)
 
 
 def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:

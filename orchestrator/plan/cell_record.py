@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import yaml
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import canonical_json, digest
-from orchestrator.plan.jobs import Action
+from orchestrator.plan.jobs import Action, EvaluationJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
 from orchestrator.plan.status import CellStatus, cell_status
-from orchestrator.plan.step_history import Point, StepHistory, Stretch
+from orchestrator.plan.step_history import Point, StepHistory, Stretch, last_metrics
 from orchestrator.plan.tree import StageTree
 
 _COSTS = Costs()  # one for the process: lengths of data are measured once
@@ -41,6 +41,7 @@ class CellRecord:
         last_step: Step they are written at: the last of the cell's way, trained or not.
         artifacts: File name to text, bytes or a file to copy.
         tested: Ids of its evaluations; with the cell's id they say which cells are one measurement.
+        along: Points of evaluations along the way, by step, as in `history`. They come later than the steps' own.
     """
 
     cell_id: str
@@ -53,6 +54,7 @@ class CellRecord:
     last_step: int = 0
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict, repr=False)
     tested: tuple[str, ...] = ()
+    along: tuple[Point, ...] = ()
 
 
 def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
@@ -81,6 +83,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
         last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
         tested=tuple(test.id for test in cell.evaluations),
+        along=tuple(_along(cell, ledger)),
     )
 
 
@@ -187,9 +190,7 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool)
     """Return the scores that are there, and with `with_costs` what the cell cost."""
     summary: dict[str, float] = {}
     for test in cell.evaluations:
-        place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
-        for metric, value in ((ledger.evaluation(test.id) or {}).get("metrics") or {}).items():
-            summary[f"{place}/{metric}"] = float(value)
+        summary |= _scores(test, ledger)
     if not with_costs:
         return summary
     for name, price in _COSTS.cell(cell).items():
@@ -209,6 +210,23 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool)
         summary["cost/samples_per_second"] = samples / total
     summary["cost/peak_memory_gib"] = max(float(result.get("peak_memory_gib", 0.0)) for _, result in runs)
     return summary
+
+
+def _scores(test: EvaluationJob, ledger: Ledger) -> dict[str, float]:
+    """Return what an evaluation measured under the names of MLflow; nothing before it is done."""
+    place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
+    found = (ledger.evaluation(test.id) or {}).get("metrics") or {}
+    return {f"{place}/{metric}": float(value) for metric, value in found.items()}
+
+
+def _along(cell: Cell, ledger: Ledger) -> Iterator[Point]:
+    """Return the points of the evaluations along the way; a point's time is that of the last step before it."""
+    for each in cell.along:
+        scores = _scores(each.job, ledger)
+        if scores:
+            line = last_metrics(ledger.metrics_file(each.job.state)) or {}
+            for name, value in scores.items():
+                yield name, value, each.last_step, int(line.get("timestamp_ms", 0))
 
 
 def _step_tables(cell: Cell) -> dict[str, str]:

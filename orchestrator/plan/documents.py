@@ -182,7 +182,7 @@ def _totals(
         "stage_runs_alone": sum(map(len, tree.cells_of.values())),
         "stage_runs_done": sum(run["state"] == "done" for run in runs),
         "evaluations": len(tree.evaluations),
-        "evaluations_alone": sum(len({job.id for job in cell.evaluations}) for cell in distinct),
+        "evaluations_alone": sum(len({job.id for job in cell.tests}) for cell in distinct),
         "evaluations_done": sum(status.evaluation(job) == "done" for job in tree.evaluations),
         "train_tflops_alone": cost_alone,
         "train_tflops_shared": cost_shared,
@@ -256,6 +256,16 @@ def _cell(cell: Cell, price: dict[str, float | None], status: TreeStatus, reason
         "evaluations": [
             {"name": job.name, "under": job.under, "id": job.id, "state": status.evaluation(job.id)}
             for job in cell.evaluations
+        ]
+        + [
+            {
+                "name": each.job.name,
+                "under": each.job.under,
+                "id": each.job.id,
+                "state": status.evaluation(each.job.id),
+                "step": each.last_step,
+            }
+            for each in cell.along
         ],
         "reasons": why,
         "reason": "; ".join(why),
@@ -303,7 +313,7 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
     runs = [_stage_run_status(status, job, phase, busy) for job, _, phase in with_phases]
     wanted: dict[str, list[str]] = {}
     for cell in plan.cells:
-        for test in dict.fromkeys(job.id for job in cell.evaluations):
+        for test in dict.fromkeys(job.id for job in cell.tests):
             wanted.setdefault(test, []).append(cell.id)
     tests = [_evaluation_status(status, job, wanted[job.id]) for job in plan.tree.evaluations.values()]
     reasons = Reasons(status, plan.cells, None)
@@ -342,7 +352,7 @@ def _cell_status(
 ) -> dict[str, Any]:
     path = status.tree.path_of[cell.id]
     done, state = sum(steps[run] for run in path), str(status.cell(cell))
-    if state == "new" and (done or any(status.evaluation(job.id) == "done" for job in cell.evaluations)):
+    if state == "new" and (done or any(status.evaluation(job.id) == "done" for job in cell.tests)):
         state = "waiting" if busy else "interrupted" if status.needed_of(cell) else "trained"
     failure = status.failure(cell)
     return {
@@ -352,7 +362,7 @@ def _cell_status(
         "steps_done": done,
         "steps": sum(plan.total_steps for plan in cell.phases),
         "stage_runs": list(path),
-        "evaluations": [job.id for job in cell.evaluations],
+        "evaluations": [job.id for job in cell.tests],
         "error": failure[1] if failure else None,
         "log": str(status.ledger.log_file(failure[0])) if failure else None,
         "reasons": reasons.of(cell),

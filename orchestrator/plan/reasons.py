@@ -225,13 +225,20 @@ class Reasons:
         elif needed and not untouched:
             reasons.append(f"{len(path) - len(needed)} of {len(path)} stage runs are done")
         reasons += [*self._again(needed), *begun]
-        if needed and self._nearest is not None and (difference := self._nearest.reason(cell)) is not None:
+        if (
+            cell.state in needed
+            and self._nearest is not None
+            and (difference := self._nearest.reason(cell)) is not None
+        ):
             reasons.append(difference)
         first = [job for job in status.tree.origins_of.get(cell.id, ()) if job in status.needed and needed]
         if runs := sum(job in status.tree.stage_runs for job in first):
             reasons.append(f"{runs} stage run{'s' if runs > 1 else ''} of the cell it starts from first")
         if not needed:
             reasons += _missing(cell, [job for job in cell.evaluations if status.evaluation(job.id) != "done"])
+        if cell.state not in needed and (open_ := [e for e in cell.along if status.evaluation(e.job.id) != "done"]):
+            names = ", ".join(dict.fromkeys(each.job.name for each in open_))
+            reasons.append(f"{len(open_)} evaluations along the way are missing ({names})")
         return reasons or ["new"]
 
     def _failure(self, cell: Cell) -> Iterable[str]:
@@ -263,8 +270,10 @@ def _missing(cell: Cell, tests: Sequence[EvaluationJob]) -> list[str]:
         swept = cell.spec.evaluate[job.name].tested_variants[job.under] is not None
         what = f"evaluation {job.name} under {'{}' if swept else job.under}"
         found[what] = found.get(what, 0) + 1
-    return [f"{what.format(f'{count} swept variants' if count > 1 else 'a swept variant')} is missing"
-            for what, count in found.items()]
+    return [
+        f"{what.format(f'{count} swept variants' if count > 1 else 'a swept variant')} is missing"
+        for what, count in found.items()
+    ]
 
 
 def _elsewhere(holders: Iterable[Holder]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
@@ -22,7 +21,7 @@ def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> CellStatus:
     driver works on the tree; where none does, `trained` if only evaluations are missing, else `interrupted`.
     """
     path = tree.path_of[cell.id]
-    tests = [ledger.evaluation(job.id) is not None for job in cell.evaluations]
+    tests = [ledger.evaluation(job.id) is not None for job in cell.tests]
     trained = not path or ledger.is_done(cell.state)
     if all(tests) and trained:
         return "finished"
@@ -92,8 +91,13 @@ class TreeStatus:
 
     def needed_of(self, cell: Cell) -> tuple[str, ...]:
         """Return the stage runs a cell waits for, in order; what lies before a stored state is not its business."""
-        path = self.tree.path_of[cell.id]
-        return tuple(itertools.takewhile(self.needed.__contains__, reversed(path)))[::-1]
+        ends = {cell.state, *(each.job.state for each in cell.along if self.evaluation(each.job.id) != "done")}
+        found: list[str] = []
+        waits = False
+        for run in reversed(self.tree.path_of[cell.id]):  # from each state that it wants back to a stored one
+            waits = run in self.needed and (waits or run in ends)
+            found += [run] if waits else []
+        return tuple(found[::-1])
 
     def jobs(self, cell: Cell) -> tuple[str, ...]:
         """Return all that a cell waits for, in order; other experiments' states that it starts from included."""
@@ -108,7 +112,7 @@ class TreeStatus:
         if key not in self._cells:
             path, needed, tests = self.tree.path_of[cell.id], self.needed_of(cell), self._evaluations
             before = self.tree.before(cell) if len(needed) == len(path) else ()
-            open_tests = (job.id for job in cell.evaluations if tests[job.id] != "done")
+            open_tests = (job.id for job in cell.tests if tests[job.id] != "done")
             jobs = (*(state for state in before if state in self.needed), *needed, *open_tests)
             states = {tests[job] if job in tests else self.state(job) for job in jobs}
             order: tuple[State, ...] = ("failed", "running", "new")

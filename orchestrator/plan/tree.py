@@ -286,7 +286,7 @@ class StageTree:
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Return ids of all that a cell needs, in order: what it stands on, its stage runs, its evaluations."""
-        tests = (job.id for job in cell.evaluations)
+        tests = (job.id for job in cell.tests)
         return tuple(dict.fromkeys((*self.before(cell), *self.path_of[cell.id], *tests)))
 
     def job_of(self, state: str) -> RootJob | StartJob | StageJob:
@@ -302,11 +302,10 @@ class StageTree:
 
     def needed(self, ledger: Ledger) -> set[str]:
         """Return the states to be written: results that are missing, and what must be stored to get to them."""
-        wanted: dict[str, Keep] = {}
-        for state in set(self.state_of.values()):
-            missing = any(ledger.evaluation(job.id) is None for job in self.evaluations_of.get(state, ()))
-            if missing or state not in self.roots:
-                wanted[state] = "weights" if missing else "none"
+        wanted: dict[str, Keep] = {state: "none" for state in self.state_of.values() if state not in self.roots}
+        for state, jobs in self.evaluations_of.items():
+            if any(ledger.evaluation(job.id) is None for job in jobs):
+                wanted[state] = "weights"
         needed: set[str] = set()
         # Children first: a state's level is known once all of its children have asked for it.
         for state in reversed(self.order):
@@ -332,7 +331,7 @@ class StageTree:
 
 
 def build_stage_tree(cells: Sequence[Cell], ledger: Ledger | None = None) -> StageTree:
-    """Merge the cells' equal beginnings; cuts at every stage's end and wherever another cell leaves.
+    """Merge the cells' equal beginnings; cuts at every stage's end, where another cell leaves, and where one is tested.
 
     A policy that mixes variants step by step is one stage run; its beginning is shared up to the end of a stage of
     another cell that does the same until there.
@@ -357,6 +356,7 @@ class _Builder:
         self.origins: dict[str, list[str]] = {cell.id: [] for cell in self.cells if cell.starts or cell.sources}
         self.lineages = {cell.id: {plan.lineage for plan in cell.phases} for cell in self.cells}
         self.used_in_starts: set[str] = set()
+        self.tested_steps = sorted({each.step for cell in cells for each in cell.along})
         self.starting: dict[str, dict[str, dict[str, Branch]]] = {}
         self.recipes: dict[str, PhaseSpec] = {}  # of each lineage; the cells keep them alive, so that ids stay theirs
         self.dumps: dict[int, dict[str, Any]] = {}
@@ -405,7 +405,7 @@ class _Builder:
         found: dict[str, dict[str, EvaluationJob]] = {}
         # Cells of one id may be tested differently only under another spec; all entries of all names count.
         for cell in self.all_cells:
-            for job in cell.evaluations:
+            for job in cell.tests:
                 self.tree.evaluations.setdefault(job.id, job)
                 found.setdefault(job.state, {}).setdefault(job.id, job)
         self.tree.evaluations_of = {state: tuple(jobs.values()) for state, jobs in found.items()}
@@ -417,6 +417,7 @@ class _Builder:
             group, step, parent = stack.pop()
             plan = group[0].plan
             end = min(branch.stage_end for branch in group)
+            end = self._tested_step_between(plan, step, end) or end
             end = self._stored_step_between(plan, step, end) or end
             state = plan.state_at(end)
             self._add(group, step, end, parent, state)
@@ -432,6 +433,11 @@ class _Builder:
         for branches in reversed(list(self.starting.get(state, {}).values())):
             groups += [(part, 0, state) for part in split(list(branches.values()))]
         return groups
+
+    def _tested_step_between(self, plan: PhasePlan, first: int, last: int) -> int | None:
+        """Return the next step whose state is tested: it is cut there, which changes no state's identity."""
+        steps = (step for step in self.tested_steps if first < step < last)
+        return next((step for step in steps if plan.state_at(step) in self.tree.evaluations_of), None)
 
     def _stored_step_between(self, plan: PhasePlan, first: int, last: int) -> int | None:
         if not self.stored:

@@ -572,6 +572,13 @@ def _as_entries(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
 
 
+class EveryStepsSpec(Spec):
+    """Tests along the way: after every so many optimizer steps of each phase."""
+
+    every_steps: Count = Field(examples=[500])
+    """Optimizer steps from one test to the next; a test is also a full checkpoint."""
+
+
 class EvaluationSpec(Component):
     """A named evaluation of finished cells."""
 
@@ -595,6 +602,18 @@ class EvaluationSpec(Component):
     """
     model_max_length: Count | None = None
     """Longest test prompt in tokens, counted before compression; null takes the last phase's."""
+    at: Literal["end", "stage_ends"] | EveryStepsSpec = Field(default="end", examples=[{"every_steps": 500}])
+    """When it tests: at the `end` alone, or along the way too: at `stage_ends`, or after every so many steps."""
+    cells: Annotated[dict[str, Any], Field(min_length=1)] | None = Field(
+        default=None, examples=[{"phases.finetune.schedule": "full"}]
+    )
+    """Axes of the grid and their values: only the cells that have them are tested; null tests all."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before there were these, so that experiments without them keep their digests.
+        defaults = {"at": "end", "cells": None}
+        return {name: value for name, value in dump(self).items() if name not in defaults or value != defaults[name]}
 
     @cached_property
     def tested_variants(self) -> dict[str, CompressorSpec | None]:

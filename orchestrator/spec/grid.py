@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.checks.cell import Checks
+from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import ResolvedCell
 from orchestrator.spec.yaml.file_paths import absolute_paths
@@ -223,6 +224,29 @@ def check_report(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[Er
     for index, node in enumerate(root.items("report", "mean_over")):
         if isinstance(node.value, str):
             check_path(root, node.value, ("report", "mean_over", index), errors)
+    return errors
+
+
+def check_tested_cells(root: Node, axes: Axes, cells: Sequence[Assignment]) -> list[ErrorDetail]:
+    """Check that `cells` of an evaluation names axes of the grid and values that some cell has."""
+    errors: list[ErrorDetail] = []
+    for name in root.entries("evaluate"):
+        path: Path = ("evaluate", name, "cells")
+        wanted: dict[str, str] = {}
+        before = len(errors)
+        for key, node in root.entries(*path).items():
+            axis = check_path(root, key, (*path, key), errors)
+            values = axes.values.get(dotted(axis), []) if axis is not None else []
+            if axis is not None and not values:
+                allowed, hint = unknown_name(key, tuple(axes.values))
+                errors.append(error_at(root, (*path, key), "the grid has no such axis", allowed, hint, key=True))
+            elif axis is not None and all(value_key(node) != value.key for value in values):
+                allowed = ", ".join(value.node.written() for value in values)
+                errors.append(error_at(root, (*path, key), f"the axis {key} never has this value", allowed))
+            elif axis is not None:
+                wanted[dotted(axis)] = value_key(node)
+        if wanted and len(errors) == before and not any(_matches(root, cell, wanted) for cell in cells):
+            errors.append(error_at(root, path, "no cell of the grid has all of these values"))
     return errors
 
 
@@ -472,8 +496,20 @@ class GridBuilder:
             by_value[key], by_name[name] = name, cell
             changed = {str(setting.path[0]) for setting in cell}
             spec = base.model_copy(update={section: parts[section].value for section in changed})
+            tests = {name: test for name, test in spec.evaluate.items() if self._is_tested(cell, test)}
+            if len(tests) < len(spec.evaluate):
+                spec = spec.model_copy(update={"evaluate": tests})
             cells.append(ResolvedCell(name, {s.axis: s.node.plain() for s in cell}, spec))
         return tuple(cells)
+
+    def _is_tested(self, cell: Assignment, test: EvaluationSpec) -> bool:
+        if test.cells is None:
+            return True
+        wanted = {
+            dotted(find_path(self.root, axis)): json.dumps(value, sort_keys=True, default=str)
+            for axis, value in test.cells.items()
+        }
+        return _matches(self.root, cell, wanted)
 
     def examine(self, cell: Assignment) -> bool:
         """Collect the errors of a cell; True where it has some."""

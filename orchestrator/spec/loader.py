@@ -16,7 +16,7 @@ from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.checks.unsupported import check_unsupported
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report
+from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report, check_tested_cells
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.search_space import check_search, space_corners
 from orchestrator.spec.yaml.file_paths import absolute_paths
@@ -99,7 +99,9 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     cluster = parts.get("cluster", ()).value
     builder = GridBuilder(root, axes, parts, Checks(cluster, notices, starts))
     found = builder.cells()
-    errors += [*(check_report(root, axes, found) if axes_are_valid else []), *check_search(root)]
+    if axes_are_valid:
+        errors += [*check_report(root, axes, found), *check_tested_cells(root, axes, found)]
+    errors += check_search(root)
     errors += [*check_cluster(root), *check_tracking(root), *check_unsupported(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     errors += [error for error in base_errors if not _is_given(error.path, everywhere)]

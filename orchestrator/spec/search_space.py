@@ -232,6 +232,10 @@ def _check_grid(root: Node) -> Iterator[ErrorDetail]:
         if name != "seed":
             message = "beside a search the matrix may hold only `seed`; put this axis into search.space"
             yield name_error(root, ("matrix", name), message, "seed")
+    for name in root.entries("evaluate"):
+        if root.at(("evaluate", name, "cells")) is not None:
+            message = "beside a search every cell is tested: a trial is the mean over all of its seeds"
+            yield error_at(root, ("evaluate", name, "cells"), message, hint="take it out")
     for key in ("zip", "include", "exclude", "controls"):
         if (node := root.get(key)) is not None and node.value:
             message = f"beside a search there is no `{key}`: its trials are proposed one by one"

@@ -267,6 +267,7 @@ def shortened(text: str, most_characters: int) -> str:
 
 
 ARTIFACTS_DIGEST = "artifacts_sha256"
+ALONG_DIGEST = "evaluations_along_sha256"
 CHANGED_PARAM = "changed_param."
 DRIVER = "storage_driver"
 POINTS = "storage_points"
@@ -295,6 +296,7 @@ def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
         and not changed_summary(run, record)
         and not lost_points(run)
         and has_artifacts(run, record)
+        and has_along(run, record)
         and next(fresh_points(run, record), None) is None
     )
 
@@ -347,7 +349,24 @@ def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
 def changed_summary(run: TrackedRun, record: CellRecord) -> dict[str, float]:
     """Return the final metrics of a record that a run lacks or has with another value."""
     numbers = {accepted_name(key): accepted_value(value) for key, value in record.summary.items()}
-    return {n: v for n, v in numbers.items() if v is not None and (n not in run.metrics or run.metrics[n][0] != v)}
+    # A score along the way that is the final one is no final one.
+    along = {accepted_name(key) for key, *_ in record.along}
+
+    def is_there(name: str, value: float) -> bool:
+        known, step, _ = run.metrics.get(name, (None, -1, 0))
+        return known == value and (name not in along or step >= record.last_step)
+
+    return {name: value for name, value in numbers.items() if value is not None and not is_there(name, value)}
+
+
+def along_digest(record: CellRecord) -> str:
+    """Return the digest of a record's points along the way, the tag of a run that has them; empty without any."""
+    return hashlib.sha256(repr(list(sent_points(record.along))).encode()).hexdigest() if record.along else ""
+
+
+def has_along(run: TrackedRun, record: CellRecord) -> bool:
+    """Return whether a run has a record's points along the way."""
+    return not record.along or run.tags.get(ALONG_DIGEST) == along_digest(record)
 
 
 def sent_points(points: Iterable[Point]) -> Iterator[SentPoint]:

@@ -28,6 +28,7 @@ from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.ledger.process import this_process
 from orchestrator.redaction import redacted
 from orchestrator.tracking.mlflow_state import (
+    ALONG_DIGEST,
     ARTIFACTS_DIGEST,
     CELL_ID,
     DRIVER,
@@ -39,10 +40,12 @@ from orchestrator.tracking.mlflow_state import (
     SentPoint,
     TrackedRun,
     abandoned,
+    along_digest,
     changed_summary,
     file_contents,
     files_digest,
     fresh_points,
+    has_along,
     has_artifacts,
     lost_points,
     make_database,
@@ -237,6 +240,7 @@ class CellTracker:
         self._log_params_and_tags(run, record)
         if not self._log_history(run, record, points):
             return False
+        self._log_along(run, record)
         self._log_summary(run, record)
         self._log_artifacts(run, record)
         if STATUS[record.status] not in OPEN and run.points is not None and run.tags.get(POINTS) != str(run.points):
@@ -309,6 +313,7 @@ class CellTracker:
         """Return points that were deleted from a run's history; this alone reads complete histories."""
         known: dict[str, set[int]] = {}
         missing = []
+        run.tags.pop(ALONG_DIGEST, None)
         for name, value, timestamp_ms, step in sent_points(record.history):
             if name not in known:
                 known[name] = {point.step for point in self._client().get_metric_history(run.run_id, name)}
@@ -316,6 +321,22 @@ class CellTracker:
                 missing.append((name, value, timestamp_ms, step))
         run.tags.pop(POINTS, None)  # once: if there are still fewer, those were not points of the history
         return iter(missing)
+
+    def _log_along(self, run: TrackedRun, record: CellRecord) -> None:
+        """Send the points along the way that the run lacks: they may come long after later steps."""
+        if has_along(run, record):
+            return
+        known: dict[str, set[int]] = {}
+        missing = []
+        for name, value, timestamp_ms, step in sent_points(record.along):
+            if name not in known:
+                history = self._client().get_metric_history(run.run_id, name) if name in run.metrics else ()
+                known[name] = {point.step for point in history}
+            if step not in known[name]:
+                missing.append((name, value, timestamp_ms, step))
+        for batch in chunks(missing, METRICS_PER_REQUEST):
+            self._send(run, batch)
+        self._send(run, tags={ALONG_DIGEST: along_digest(record)})
 
     def _log_summary(self, run: TrackedRun, record: CellRecord) -> None:
         changed = changed_summary(run, record)

@@ -99,7 +99,7 @@ def begun(tiny_experiment, monkeypatch):
     monkeypatch.chdir(tiny_experiment.parent)
     walk = prepare(tiny_experiment)
     work = walk.tree.work(walk.ledger)
-    return walk, work, GridSession(walk, Console(quiet=True), False)
+    return walk, work, GridSession(walk, Console(quiet=True), lambda walk: walk.tree.work(walk.ledger))
 
 
 def test_a_record_that_cannot_be_read_stops_no_training(tiny_experiment, monkeypatch):

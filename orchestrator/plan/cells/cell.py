@@ -60,6 +60,20 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
+class Along:
+    """An evaluation of a state on a cell's way, before its end.
+
+    Attributes:
+        step: Optimizer steps of the phase that the state has behind it.
+        last_step: The last of them, counted from the cell's first step: where its result stands in a curve.
+    """
+
+    step: int
+    last_step: int
+    job: EvaluationJob
+
+
+@dataclass(frozen=True)
 class Cell:
     """One recipe of the grid.
 
@@ -67,11 +81,12 @@ class Cell:
         id: Hash of the values it reaches; cells of one id are the same work under several names.
         spec: The experiment as this cell sees it, its axis values applied.
         state: The state whose weights are the cell's result; the root where there is no phase.
-        evaluations: One job for each entry and each `under`; jobs of equal setting share their id.
+        evaluations: One job for each entry and each `under`; jobs of equal setting share their id. Of the final state.
         notices: What could not be resolved here.
         starts: What is put together for phases to start from.
         sources: Cells of other experiments that phases start from, each up to the phase after which its weights are
             taken.
+        along: Evaluations of states before the final one, by step.
     """
 
     id: str
@@ -86,6 +101,12 @@ class Cell:
     notices: tuple[str, ...] = ()
     starts: tuple[StartJob, ...] = ()
     sources: tuple[Cell, ...] = ()
+    along: tuple[Along, ...] = ()
+
+    @property
+    def tests(self) -> tuple[EvaluationJob, ...]:
+        """All of its evaluations: those along the way, then those of the final state."""
+        return (*(each.job for each in self.along), *self.evaluations)
 
     def __repr__(self) -> str:
         return f"<Cell {self.name} of {self.spec.name}: {self.id[:12]}>"
@@ -118,7 +139,7 @@ def tested_differently(cells: Iterable[Cell]) -> list[str]:
         f"{cell.name} is {one.name} tested in another way: the table has both, MLflow one run with the scores of the "
         f"latter"
         for cell, one in pairs
-        if {test.id for test in cell.evaluations} != {test.id for test in one.evaluations}
+        if {test.id for test in cell.tests} != {test.id for test in one.tests}
     ]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import registry
 from orchestrator.errors import UsageError
 from orchestrator.plan.cells import identity_fields
-from orchestrator.plan.cells.cell import Cell, PhasePlan, cell_id
+from orchestrator.plan.cells.cell import Along, Cell, PhasePlan, cell_id
 from orchestrator.plan.cells.compiled_schedule import (
     CHAINED,
     FULL_TOKENS,
@@ -96,6 +96,7 @@ class _Resolver:
             cell_id(phases, root), cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state,
             facts, tuple(dict.fromkeys(notices)), tuple(start.job for start in starts if start.job is not None),
             tuple(start.source for start in starts if start.source is not None),
+            self._along(spec, phases, final, facts, notices),
         )  # fmt: skip
 
     def _root(self, spec: ExperimentSpec) -> RootJob:
@@ -368,6 +369,35 @@ class _Resolver:
             self._alive += [spec.phases, spec.data, spec.model]
         return self._made[key]
 
+    def _along(
+        self, spec: ExperimentSpec, phases: list[PhasePlan], final: Variant, facts: ModelFacts | None,
+        notices: list[str],
+    ) -> tuple[Along, ...]:  # fmt: skip
+        """Return the evaluations of states before the final one, by step.
+
+        Raises:
+            UsageError: a learned compressor would be tested before any stage used it.
+        """
+        found: list[Along] = []
+        before, modules = 0, _Modules(spec, facts)
+        for plan in phases:
+            for name, entry in spec.evaluate.items():
+                if entry.at == "end":
+                    continue
+                every = None if entry.at == "stage_ends" else entry.at.every_steps
+                steps = range(every, plan.total_steps + 1, every) if every else plan.schedule.stage_ends
+                for step in steps:
+                    if plan is phases[-1] and step == plan.total_steps:
+                        continue  # the final state's
+                    state = plan.state_at(step)
+                    for under in entry.tested_variants:
+                        job = self._evaluation(spec, name, under, state, final, facts, notices)
+                        modules.check(job, plan, step)
+                        found.append(Along(step, before + step - 1, job))
+            modules.pass_through(plan)
+            before += plan.total_steps
+        return tuple(sorted(found, key=lambda each: each.last_step))
+
     def _evaluation(
         self, spec: ExperimentSpec, name: str, under: str, state: str, final: Variant, facts: ModelFacts | None,
         notices: list[str],
@@ -406,6 +436,42 @@ def _variants_of(schedule: CompiledSchedule) -> dict[str, Points]:
         if action.students is not None:
             found |= zip(action.students.variants, action.students.points, strict=True)
     return found
+
+
+class _Modules:
+    """Learned modules that have weights, phase after phase; where weights may bring their own, nothing is known."""
+
+    def __init__(self, spec: ExperimentSpec, facts: ModelFacts | None) -> None:
+        brings = spec.model.weights == "pretrained" or any(
+            p.start_from is not None for p in spec.phases.by_name.values()
+        )
+        self._known: set[str] | None = None if brings else set()
+        self._layers = (0, 0) if facts is None else (facts.num_layers, facts.vision_depth)
+
+    def check(self, job: EvaluationJob, plan: PhasePlan, step: int) -> None:
+        """Check that a state has weights for what an evaluation attaches.
+
+        Raises:
+            UsageError: no stage has used a learned compressor of its points yet.
+        """
+        if self._known is None or not (wanted := self._of(job.points)):
+            return
+        used = (action for action in plan.table if action.first_step < step)
+        if not wanted <= self._known.union(*(self._of(action.all_points) for action in used)):
+            raise UsageError(
+                f"evaluate.{job.name}.at: after step {step} of phases.{plan.name} no stage has used the learned "
+                f"compressor that `{job.under}` attaches, which has no weights yet; test under `full` or another "
+                "variant along the way, and under this one in an evaluation of its own `at: end`"
+            )
+
+    def pass_through(self, plan: PhasePlan) -> None:
+        """Take in what a phase uses."""
+        if self._known is not None:
+            self._known.update(*(self._of(action.all_points) for action in plan.table))
+
+    def _of(self, points: Iterable[Mapping[str, Any]]) -> set[str]:
+        specs = (registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(point) for point in points)
+        return {name for spec in specs if (name := spec.module_name(*self._layers)) is not None}
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
@@ -464,7 +530,8 @@ def _data(data: Any) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _evaluation(entry: EvaluationSpec) -> tuple[str, dict[str, Any]]:
-    return digest(identity_fields.evaluation_identity(entry)), _dump(entry)
+    # When it tests, and which cells, is nothing that a worker asks for.
+    return digest(identity_fields.evaluation_identity(entry)), entry.model_dump(mode="json", exclude={"at", "cells"})
 
 
 def steps_of_cost(target: float, price: Callable[[int], float | None], at_most: bool) -> int:

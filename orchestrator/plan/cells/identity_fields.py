@@ -227,5 +227,6 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
 
 def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
     """Return the evaluation's own fields; its data, points and length are hashed beside it."""
-    fields: dict[str, Any] = reached(evaluation, leave=frozenset({"data", "under", "model_max_length"}))
+    beside = frozenset({"data", "under", "model_max_length", "at", "cells"})
+    fields: dict[str, Any] = reached(evaluation, leave=beside)
     return fields

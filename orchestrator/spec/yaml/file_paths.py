@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from orchestrator import registry
@@ -12,7 +13,7 @@ from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import hint_for_value
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.schema import NAMED, class_at
+from orchestrator.spec.yaml.schema import NAMED, UnknownPathError, class_at, find_path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -52,6 +53,10 @@ def _rule(root: Node, path: Path) -> Rule | None:
         return _anywhere
     if path[0] == "plugins":
         return _plugin
+    if path[0] == "evaluate" and path[2:3] == ("cells",):
+        with suppress(UnknownPathError):  # reported where the grid is checked
+            return _rule(root, find_path(root, str(path[3])))
+        return None
     if path[0] in NAMED and len(path) >= 3:
         depth = 2 if not isinstance(path[2], int) else 3
         cls = class_at(root, path[:depth])

@@ -16,7 +16,7 @@ from mlflow_servers import Gate, free_port
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import mlflow_tracker
+from orchestrator.tracking import mlflow_state, mlflow_tracker
 
 KEYS = ("train/loss", "train/learning_rate", "train/visual_tokens", "train/step_seconds")
 SUMMARY = {
@@ -232,3 +232,24 @@ def test_a_server_that_is_down_costs_seconds_and_loses_nothing(server: str) -> N
         (run,) = runs_of(tracker)
         assert points_of(tracker, run_id) == sorted(history(30))
         assert run.info.status == "FINISHED"
+
+
+def test_scores_along_the_way_may_come_late_and_once_and_the_last_one_is_the_end(tracker: Tracker) -> None:
+    name = "eval/vqa/accuracy"
+    along = tuple((name, value, step, 1_700_000_000_000 + 250 * step) for value, step in ((0.3, 9), (0.81, 19)))
+    tracker.log(cell(status="running", along=along[:1]))
+    run_id = tracker.log(cell(along=along, last_step=29))
+
+    def points() -> dict[int, float]:
+        found = tracker._client().get_metric_history(run_id, name)
+        assert len(found) == len({point.step for point in found})
+        return {point.step: point.value for point in found}
+
+    assert points() == {9: 0.3, 19: 0.81, 29: 0.81}, "a final score that equals the one before is there too"
+    later = (*along, (name, 0.5, 24, 1_700_000_006_000))
+    for _ in range(2):
+        tracker.log(cell(along=later, last_step=29))
+    assert points() == {9: 0.3, 19: 0.81, 24: 0.5, 29: 0.81}
+    state = mlflow_tracker.read_state(tracker._uri, tracker._experiment_name)
+    assert state is not None and mlflow_state.has_record(state.runs["c" * 64], cell(along=later, last_step=29))
+    assert not mlflow_state.has_record(state.runs["c" * 64], cell(along=later[1:], last_step=29))

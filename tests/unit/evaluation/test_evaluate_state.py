@@ -9,10 +9,11 @@ from evaluated_state import HEAVY, MODEL, STATE, job, ledger_of
 from orchestrator_plugins.evaluations import exact_match
 
 from orchestrator.compression import attach
+from orchestrator.dispatch.run_job import execute
 from orchestrator.errors import DamagedStateError, StageRunError
 from orchestrator.evaluation.evaluate import evaluate_state, load_model
 from orchestrator.models.build import build_model, cast_parameters
-from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.plan.jobs import EvaluationJob, RootJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.model import ModelSpec
 
@@ -109,3 +110,16 @@ def test_computes_in_the_models_type(ledger):
     types = {name.rpartition(".")[2]: buffer.dtype for name, buffer in loaded.named_buffers()}
     assert types["inv_freq"] == torch.float32 and types["position_ids"] == torch.int64
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_evaluations_of_one_state_load_it_once_and_answer_as_if_alone(ledger):
+    memory, models = {}, []
+    for number, points in enumerate((HEAVY, (), HEAVY)):
+        test = job(points, id=str(number) * 16)
+        assert execute(test, ledger, memory, lambda: False) == "finished"
+        alone = evaluate_state(job(points, id="c" * 16), ledger)
+        assert answers(ledger.evaluation(test.id)) == answers(alone)
+        models.append(memory["tested"][1])
+    assert models[0] is models[1] is models[2] and "forward" not in vars(models[0])
+    execute(RootJob(STATE, MODEL, seed=0), ledger, memory, lambda: False)
+    assert "tested" not in memory, "training gets all of the memory"

@@ -238,3 +238,55 @@ def test_ten_thousand_cells_in_seconds(matrix: dict[str, Any], small: str, write
     assert len(loaded.cells) == 10_000
     # About 2 at most; the bound leaves room for a slower processor.
     assert seconds < 8, f"{seconds:.2f} s of processor time"
+
+
+GRID = """\
+matrix: {phases.finetune.schedule: [two, heavy], seed: [0, 1]}
+exclude: [{phases.finetune.schedule: two, seed: 1}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("cells", "tested"),
+    [
+        ("{phases.finetune.schedule: heavy}", [False, True, True]),
+        ("{phases.finetune.schedule: heavy, seed: 1}", [False, False, True]),
+        ("null", [True, True, True]),
+    ],
+)
+def test_only_the_cells_it_names_are_tested(cells: str, tested: list[bool], small: str, write: Write) -> None:
+    text = small.replace("data: test}", f"data: test}}\n  more: {{kind: exact_match, data: test, cells: {cells}}}")
+    found = load_experiment(write(text + GRID)).cells
+    assert ["more" in cell.spec.evaluate for cell in found] == tested
+    assert all("vqa" in cell.spec.evaluate for cell in found)
+
+
+@pytest.mark.parametrize(
+    ("cells", "path", "message"),
+    [
+        (
+            "{phases.finetune.schedule: wide}",
+            ".phases.finetune.schedule",
+            "the axis phases.finetune.schedule never has",
+        ),
+        ("{phases.finetune.max_steps: 100}", ".phases.finetune.max_steps", "the grid has no such axis"),
+        ("{phases.finetune.schedul: two}", ".phases.finetune.schedul", "`schedul` is not known under phases.finetune"),
+        ("{phases.finetune.schedule: two, seed: 1}", "", "no cell of the grid has all of these values"),
+        ("{}", "", "at least 1 entry is needed"),
+    ],
+)
+def test_cells_that_are_not_there_cannot_be_tested(
+    cells: str, path: str, message: str, small: str, write: Write
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_experiment(write(small.replace("data: test}", f"data: test, cells: {cells}}}") + GRID))
+    (error,) = caught.value.errors
+    assert error.path == f"evaluate.vqa.cells{path}" and message in error.message and error.line == 20
+
+
+def test_beside_a_search_every_cell_is_tested(small: str, write: Write) -> None:
+    text = small.replace("data: test}", "data: test, cells: {seed: 0}}")
+    space = "{phases.finetune.learning_rate: {kind: choice, values: [1.0e-3]}}"
+    search = f"search: {{objectives: {{eval/vqa/accuracy: max}}, space: {space}}}\n"
+    with pytest.raises(SpecError, match="beside a search every cell is tested"):
+        load_experiment(write(text + "matrix: {seed: [0, 1]}\n" + search))
