@@ -71,6 +71,7 @@ CALLS = [
     ("validate", "tiny.yaml"),
     ("plan", "tiny.yaml"),
     ("run", "tiny.yaml", "--local"),
+    ("evaluate", "tiny.yaml", "--local"),
     ("status", "tiny.yaml"),
     ("table", "tiny.yaml"),
     ("table", "tiny.yaml", "--format", "json"),

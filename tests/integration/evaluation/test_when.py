@@ -97,7 +97,7 @@ def test_what_is_added_to_a_finished_grid_runs_alone_into_the_same_runs(plain: P
     (plain / "more.yaml").write_text(changed)
     plan = llv.load(plain / "more.yaml", [f"cluster.storage_path={plain / 'runs'}"]).plan()
     heavy = next(cell for cell in plan["cells"] if "heavy" in cell["name"])
-    assert "leaves finished work at step 2, not stored: 2 steps again" in heavy["reason"]
+    assert "leaves finished work at step 4, not stored: 3 steps again" in heavy["reason"]
     assert "2 evaluations along the way are missing (steps)" in heavy["reason"]
     told = call(plain, "evaluate", "more.yaml", "--local")
     assert "not trained yet, and left out: schedule=full;" in told

@@ -13,7 +13,7 @@ from orchestrator.dispatch.run_job import execute
 from orchestrator.errors import DamagedStateError, StageRunError
 from orchestrator.evaluation.evaluate import evaluate_state, load_model
 from orchestrator.models.build import build_model, cast_parameters
-from orchestrator.plan.jobs import EvaluationJob, RootJob
+from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.spec.model import ModelSpec
 
@@ -121,5 +121,3 @@ def test_evaluations_of_one_state_load_it_once_and_answer_as_if_alone(ledger):
         assert answers(ledger.evaluation(test.id)) == answers(alone)
         models.append(memory["tested"][1])
     assert models[0] is models[1] is models[2] and "forward" not in vars(models[0])
-    execute(RootJob(STATE, MODEL, seed=0), ledger, memory, lambda: False)
-    assert "tested" not in memory, "training gets all of the memory"
