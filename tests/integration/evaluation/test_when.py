@@ -99,7 +99,9 @@ def test_what_is_added_to_a_finished_grid_runs_alone_into_the_same_runs(plain: P
     heavy = next(cell for cell in plan["cells"] if "heavy" in cell["name"])
     assert "leaves finished work at step 4, not stored: 3 steps again" in heavy["reason"]
     assert "2 evaluations along the way are missing (steps)" in heavy["reason"]
-    told = call(plain, "evaluate", "more.yaml", "--local")
+    done = run_forked(["evaluate", "more.yaml", "--local"], plain)
+    told = done.stdout + done.stderr
+    assert done.returncode == 1, "two states are not there to be tested"
     assert "not trained yet, and left out: schedule=full;" in told
     assert "states to be tested were not kept: schedule=heavy, schedule=two_stage;" in told
     assert sorted(path.name for path in (plain / "runs" / "stage_runs").iterdir()) == trained, "nothing is trained"
