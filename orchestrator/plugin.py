@@ -53,13 +53,20 @@ if TYPE_CHECKING:
     from orchestrator.data.rows import file_exists as file_exists
     from orchestrator.data.rows import raise_for_errors as raise_for_errors
     from orchestrator.errors import DataError as DataError
+    from orchestrator.errors import StageRunError as StageRunError
     from orchestrator.errors import UsageError as UsageError
+    from orchestrator.evaluation.evaluate import AnswerLoss as AnswerLoss
+    from orchestrator.evaluation.evaluate import answer_losses as answer_losses
     from orchestrator.evaluation.evaluate import greedy_answers as greedy_answers
     from orchestrator.evaluation.protocol import Evaluation as Evaluation
     from orchestrator.evaluation.protocol import EvaluationData as EvaluationData
     from orchestrator.evaluation.protocol import Outcome as Outcome
     from orchestrator.evaluation.protocol import Workers as Workers
+    from orchestrator.evaluation.protocol import last_answer as last_answer
+    from orchestrator.evaluation.protocol import mean_scores as mean_scores
+    from orchestrator.evaluation.protocol import outcome_of as outcome_of
     from orchestrator.evaluation.protocol import prediction as prediction
+    from orchestrator.evaluation.protocol import text_column as text_column
     from orchestrator.plan.identity import content_digest as content_digest
     from orchestrator.spec.base import Count as Count
     from orchestrator.spec.base import Flag as Flag
@@ -75,6 +82,7 @@ if TYPE_CHECKING:
     from orchestrator.spec.components import DataSpec as DataSpec
     from orchestrator.spec.components import DistillSpec as DistillSpec
     from orchestrator.spec.components import EvaluationSpec as EvaluationSpec
+    from orchestrator.spec.components import GenerationSpec as GenerationSpec
     from orchestrator.spec.components import Grid as Grid
     from orchestrator.spec.components import ScheduleSpec as ScheduleSpec
     from orchestrator.spec.components import StageTable as StageTable
@@ -101,14 +109,16 @@ _NAMES = {
     "orchestrator.data.rows": (
         "IMAGE_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
     ),
-    "orchestrator.errors": "DataError UsageError",
-    "orchestrator.evaluation.evaluate": "greedy_answers",
-    "orchestrator.evaluation.protocol": "Evaluation EvaluationData Outcome Workers prediction",
+    "orchestrator.errors": "DataError StageRunError UsageError",
+    "orchestrator.evaluation.evaluate": "AnswerLoss answer_losses greedy_answers",
+    "orchestrator.evaluation.protocol": (
+        "Evaluation EvaluationData Outcome Workers last_answer mean_scores outcome_of prediction text_column"
+    ),
     "orchestrator.plan.identity": "content_digest",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
     "orchestrator.spec.components": (
-        "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec Grid ScheduleSpec StageTable Students "
-        "Teaching amount_to_keep block_to_keep merge_actions teachers_of"
+        "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec GenerationSpec Grid ScheduleSpec "
+        "StageTable Students Teaching amount_to_keep block_to_keep merge_actions teachers_of"
     ),
     "orchestrator.testing.contract": "check_data check_schedule",
     "orchestrator.testing.evaluation": "check_evaluation",

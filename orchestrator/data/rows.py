@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -60,12 +60,14 @@ class Row:
         images: In the order of the marks in the turns.
         turns: User and assistant alternating, the user first; before them the system text, if there is one.
         answer_type: Group for accuracies, e.g. `color`; None where the set has no groups.
+        columns: What else the data says of the row, for evaluations alone: JSON values by name, such as `answers`.
     """
 
     index: int
     images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     answer_type: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def num_words(self) -> int:

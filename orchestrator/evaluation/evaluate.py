@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from orchestrator import registry
 from orchestrator.compression import attach, attachment_of
-from orchestrator.data.processing.encode import Encoder, collate
+from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder, Sample, collate
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
 from orchestrator.data.rows import Row, data_spec, template_of
@@ -219,7 +221,7 @@ def answer_one(job: EvaluationJob, ledger: Ledger, state: str, model: PreTrained
     longest = data.rows[int(num_words(data.rows).argmax())]
     workers = Workers.here()
     model = load_model(job, weights, workers.device) if model is None else model
-    run_under(job, model, replace(data, rows=[longest]), workers, weights)
+    run_under(job, model, replace(data, rows=[longest], trial=True), workers, weights)
 
 
 def greedy_answers(
@@ -245,10 +247,7 @@ def greedy_answers(
             break
         part = order[first : first + batch_size]
         batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
-        moved = {
-            name: value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
-            for name, value in batch.items()
-        }
+        moved = _moved(batch, weight)
         if attachment is not None:
             # Random methods draw by row, so that answers do not depend on the batch size.
             attachment.set_step(sample_index=[rows[i].index for i in part])
@@ -267,6 +266,86 @@ def greedy_answers(
         for i, text in zip(part, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
     return answers
+
+
+class AnswerLoss(NamedTuple):
+    """What a model thinks of a row's answers.
+
+    Attributes:
+        nats: Sum over their tokens of the cross-entropy: minus the log-probability, natural logarithm.
+        tokens: Number of these tokens.
+    """
+
+    nats: float
+    tokens: int
+
+
+def answer_losses(
+    model: Any, rows: Sequence[Row], data: EvaluationData, batch_size: int, last_only: bool = False
+) -> list[AnswerLoss]:
+    """Return the cross-entropy of each row's answers given what stands before them, in the order of `rows`.
+
+    The tokens are those that training learns (`conversation_template`; an answer's end is one of them). Logits are
+    taken in float32, sums in float64. When `data.should_stop` is true, what remains has no tokens.
+
+    Args:
+        model: The model, in evaluation mode.
+        rows: The rows, answers included.
+        data: Their encoder and processor.
+        batch_size: Rows of a forward; it changes nothing but rounding.
+        last_only: Of rows of several turns take the last answer only.
+
+    Raises:
+        DataError: a row is longer than the model may take: answers cut off would count as well known.
+    """
+    samples = [_whole(row, data.encoder, last_only) for row in rows]
+    order = sorted(range(len(samples)), key=lambda i: (bool(samples[i].images), len(samples[i]), i))
+    found = [AnswerLoss(0.0, 0)] * len(rows)
+    weight, attachment = next(model.parameters()), attachment_of(model)
+    for first in range(0, len(order), batch_size):
+        if data.should_stop():
+            break
+        part = order[first : first + batch_size]
+        moved = _moved(collate([samples[i] for i in part], data.processor), weight)
+        targets_BN = moved["labels"][:, 1:]
+        asked_BN = targets_BN != IGNORED_LABEL
+        if attachment is not None:
+            attachment.set_step(sample_index=[rows[i].index for i in part])
+            # Of the tokens that predict a label, row by row, whatever was dropped between them.
+            logits_LV = model(**moved, label_logits=True).logits
+        else:
+            del moved["labels"]
+            logits_LV = model(**moved).logits[:, :-1][asked_BN]
+        nats_L = F.cross_entropy(logits_LV.float(), targets_BN[asked_BN], reduction="none").double().cpu()
+        of_row_L = asked_BN.nonzero()[:, 0].cpu()
+        nats_B = torch.zeros(len(part), dtype=torch.float64).index_add_(0, of_row_L, nats_L)
+        counts = torch.bincount(of_row_L, minlength=len(part)).tolist()
+        for i, nats, tokens in zip(part, nats_B.tolist(), counts, strict=True):
+            found[i] = AnswerLoss(nats, tokens)
+    return found
+
+
+def _whole(row: Row, encoder: Encoder, last_only: bool) -> Sample:
+    sample, lengths = encoder.encode(row), encoder.lengths(row, prompt_only=False)
+    if lengths.kept_tokens < lengths.tokens:
+        raise DataError(
+            f"row {row.index}: it has {lengths.tokens} tokens, model_max_length is {encoder.model_max_length}; raise "
+            "the evaluation's own model_max_length (nothing is trained again) or leave the row out"
+        )
+    if last_only and (asked := np.flatnonzero(sample.labels != IGNORED_LABEL)).size:
+        # Between two answers stands a question, which has no labels.
+        begin = asked[np.flatnonzero(np.diff(asked, prepend=-2) > 1)[-1]]
+        labels = np.where(np.arange(len(sample)) >= begin, sample.labels, IGNORED_LABEL)
+        return replace(sample, labels=labels.astype(sample.labels.dtype))
+    return sample
+
+
+def _moved(batch: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a batch on a parameter's device, what is no integer in its type."""
+    return {
+        name: value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
+        for name, value in batch.items()
+    }
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -8,16 +8,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import VisionTextProcessor
+from orchestrator.data.records.row_index import num_words
 from orchestrator.data.rows import Row
+from orchestrator.errors import DataError
 from orchestrator.spec.components import EvaluationSpec
 
+_Result = TypeVar("_Result")
+EXAMPLES = 20
 _LEGAL = re.compile(r"[A-Za-z0-9_. /-]+")
 """What MLflow allows in the name of a metric; `:` is left out, which Windows cannot store."""
 
@@ -64,6 +68,29 @@ class Workers:
         dist.all_gather_object(lists, values)
         return [value for one in lists for value in one]
 
+    def divide(self, rows: Sequence[Row], work: Callable[[list[Row]], Sequence[_Result]]) -> list[_Result]:
+        """Return what `work` gives for each row, in the order of the rows, on every rank.
+
+        Every rank calls it, and works on every n-th of the rows by length, so that all end at about the same time.
+
+        Args:
+            rows: All rows.
+            work: Returns a result for each of the rows it gets, in their order.
+
+        Raises:
+            Exception: of any kind, on every rank: the first that `work` raised on one.
+        """
+        mine = num_words(rows).argsort(kind="stable").tolist()[self.rank :: self.count]
+        failed: list[Exception] = []
+        found: list[tuple[int, _Result]] = []
+        try:
+            found = list(zip(mine, work([rows[i] for i in mine]), strict=True))
+        except Exception as error:  # of any kind: no rank may wait for one that failed
+            failed.append(error)
+        if all_failed := self.gather(failed):
+            raise failed[0] if failed else all_failed[0]
+        return [result for _, result in sorted(self.gather(found), key=lambda pair: pair[0])]
+
 
 @dataclass(frozen=True)
 class EvaluationData:
@@ -75,12 +102,15 @@ class EvaluationData:
         processor: The model's processor.
         should_stop: Asked between batches; once true, an evaluation may skip the remaining rows and return: its outcome
             is discarded, and the next run evaluates again.
+        trial: A try on a single row before training, whose outcome is discarded: what only a whole set has (both
+            questions of a pair, rows of each answer) may be missing.
     """
 
     rows: Sequence[Row]
     encoder: Encoder
     processor: VisionTextProcessor
     should_stop: Callable[[], bool] = lambda: False
+    trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,8 +159,54 @@ def prediction(row: Row, answer: str, expected: str, right: bool) -> dict[str, A
     return {**said, "images": images}
 
 
+def outcome_of(metrics: dict[str, float], predictions: list[dict[str, Any]]) -> Outcome:
+    """Return the outcome of predictions of all rows: the first 20 are its examples, without the paths of images."""
+    examples = [{key: each[key] for key in each if key != "images"} for each in predictions[:EXAMPLES]]
+    return Outcome(metrics, len(predictions), examples, predictions)
+
+
+def mean_scores(name: str, scores: Sequence[float], rows: Sequence[Row]) -> dict[str, float]:
+    """Return the mean of the rows' scores as `name`, and as `name_TYPE` those of the rows of each answer type."""
+    groups: dict[str, list[float]] = {name: list(scores)}
+    for row_type in sorted({row.answer_type for row in rows if row.answer_type is not None}):
+        of_type = [score for row, score in zip(rows, scores, strict=True) if row.answer_type == row_type]
+        groups[f"{name}_{row_type}"] = of_type
+    return {name: math.fsum(some) / len(some) for name, some in groups.items() if some}
+
+
+def last_answer(row: Row) -> str:
+    """Return the right answer of a row: its assistant's last turn.
+
+    Raises:
+        DataError: it has none.
+    """
+    for turn in reversed(row.turns):
+        if turn.role == "assistant":
+            return turn.text
+    raise DataError(f"row {row.index}: no answer to compare with")
+
+
+def text_column(row: Row, name: str) -> list[str]:
+    """Return a column that is a list of texts, or as in VQA's annotations of mappings with an `answer`.
+
+    Raises:
+        DataError: the row does not have it, or it is something else.
+    """
+    value = row.columns.get(name)
+    if isinstance(value, list) and value:
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in value]
+        if all(isinstance(text, str) for text in texts):
+            return texts
+    told = "is missing" if value is None else f"is {str(value)[:60]!r}"
+    raise DataError(f"row {row.index}: `{name}` {told}; it is a list of texts, which the data's `columns` names")
+
+
 class Evaluation(Protocol):
-    """What `EvaluationSpec.implementation` names: a class built with the spec. Every rank calls `run`."""
+    """What `EvaluationSpec.implementation` names: a class built with the spec. Every rank calls `run`.
+
+    Where not any row will do (answers are yes or no, rows come in pairs), it also has a static method `example_rows`,
+    which makes rows that it takes of the contract kit's.
+    """
 
     def __init__(self, spec: EvaluationSpec) -> None: ...
 

@@ -567,6 +567,13 @@ class DataSpec(Component):
         """Return what a reader of results should know of the rows, such as how many were left out, and why."""
         return []
 
+    def column_names(self) -> tuple[str, ...] | None:
+        """Return the columns that every row has beside its conversation; None where that is not known before reading.
+
+        An evaluation that needs another one is then an error at once.
+        """
+        return None
+
 
 def _as_entries(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
@@ -588,6 +595,9 @@ class EvaluationSpec(Component):
     metric_names: ClassVar[tuple[str, ...] | None] = None
     """All metrics it can report, so that an unknown one in `search.objectives` is an error before anything is trained;
     `*` stands for what only the data says (`accuracy_*`). None: not known before it has run."""
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Columns that it needs of every row, such as `answers`: `validate` refuses data that does not have them."""
 
     data: str = Field(examples=["test"])
     """Data set to test on, by its name under `data`."""
@@ -622,6 +632,17 @@ class EvaluationSpec(Component):
         for entry in self.under:
             found |= {entry: None} if isinstance(entry, str) else swept(entry)
         return found
+
+
+class GenerationSpec(EvaluationSpec):
+    """An evaluation of generated answers: greedy, one an answer, prompts of like length together."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+    batch_size: Count = 256
+    """Prompts generated for at once on each worker; it changes no score."""
+    max_new_tokens: Count = 16
+    """Longest answer in tokens; generation ends earlier where every answer has ended."""
 
 
 def _component(group: str) -> Callable[[Any], Any]:

@@ -30,6 +30,10 @@ class EasyVqaSpec(plugin.DataSpec):
         """Return the questions in use."""
         return len(plugin.evenly_spread(len(_questions(self.split)), self.max_samples))
 
+    def column_names(self) -> tuple[str, ...]:
+        """Return none: a row is its question and its answer."""
+        return ()
+
     def content_digest(self) -> str:
         """Return the SHA-256 over the split's questions and image files."""
         return _split_digest(self.split)

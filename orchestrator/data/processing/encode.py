@@ -122,7 +122,7 @@ class Encoder:
     def __init__(self, processor: VisionTextProcessor, template: str, model_max_length: int) -> None:
         if template not in TEMPLATES:
             raise UsageError(f"conversation_template: {template!r} is none of {', '.join(TEMPLATES)}")
-        self._processor, self._template, self._max_length = processor, template, model_max_length
+        self._processor, self._template, self.model_max_length = processor, template, model_max_length
         # Rows repeat texts (easy-VQA: 38,575 rows, 1,300 texts), so a text is tokenised once.
         self._seen: BoundedCache[_Encoded] = BoundedCache(SAMPLE_CACHE_BYTES)
 
@@ -215,7 +215,7 @@ class Encoder:
             known: Number of images that may be kept.
             prompt_only: Whether the row is a prompt, which must not be cut.
         """
-        limit = self._max_length
+        limit = self.model_max_length
         if total <= limit and known == len(spans):
             return total, known
         if prompt_only:

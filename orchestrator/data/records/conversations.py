@@ -12,11 +12,12 @@ Every other key with content is an error, unless it is known not to matter (`HAR
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,14 +32,15 @@ HARMLESS = {
 }
 """Keys of records and turns that do not change what is learned; keys that begin with `meta` count too."""
 IMAGE_KEYS, TURN_KEYS, SYSTEM_KEYS = ("image", "images"), ("conversations", "messages"), ("system", "system_prompt")
-_READ = (*IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS)
+READ_KEYS = (*IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS)
 _FOREIGN = {
     "videos are not read": "video videos video_path",
     "sounds are not read": "audio audios",
     "this looks like Alpaca's format": "instruction input output",
     "this looks like an old ms-swift format": "query response history",
     "this looks like pairs of preferences": "prompt chosen rejected rejected_response rejected_messages label",
-    "this looks like questions and answers": "question answer answers",
+    "this looks like questions and answers": "question answer",
+    "an evaluation reads them where columns names them": "answers options",
     "this looks like plain text": "text caption",
     "tools are not read": "tools tool_calls functions function_call",
     "places in an image are not read": "bbox bboxes boxes objects mask masks",
@@ -49,7 +51,7 @@ _WHY = {key: why for why, keys in _FOREIGN.items() for key in keys.split()}
 
 def why_not(key: str) -> str:
     """Return why a key is not read, or which key may be meant; empty if neither is known."""
-    return _WHY.get(key) or did_you_mean(key, list(_READ)) or ""
+    return _WHY.get(key) or did_you_mean(key, list(READ_KEYS)) or ""
 
 
 def no_foreign_keys(record: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def no_foreign_keys(record: dict[str, Any]) -> None:
     Raises:
         BadRow: there is one; the message says what the record looks like.
     """
-    foreign = [key for key in record if key not in _READ and says_something(key, record[key])]
+    foreign = [key for key in record if key not in READ_KEYS and says_something(key, record[key])]
     if not foreign:
         return
     hint = why_not(foreign[0])
@@ -235,11 +237,13 @@ class RecordOptions:
         ignore_keys: Keys of records and turns to ignore.
         allow_outside_image_folder: Whether paths may be absolute or hold `..`.
         reading: How images are read.
+        columns: Keys of records that evaluations read; every record has them.
     """
 
     ignore_keys: tuple[str, ...] = ()
     allow_outside_image_folder: bool = False
     reading: ImageReading = AS_IT_IS
+    columns: tuple[str, ...] = field(default=(), repr=False)
 
 
 _NO_OPTIONS = RecordOptions()
@@ -265,7 +269,8 @@ def parse_record(
     if not isinstance(record, dict):
         raise BadRow(f"a record is a mapping, this is {'null' if record is None else f'a {type(record).__name__}'}")
     no_repeats(record, "the record")
-    record = {key: value for key, value in record.items() if key not in options.ignore_keys}
+    columns = _columns(record, options.columns)
+    record = {key: value for key, value in record.items() if key not in (*options.ignore_keys, *options.columns)}
     no_foreign_keys(record)
     key = _one_of(record, TURN_KEYS)
     if key is None:
@@ -292,7 +297,8 @@ def parse_record(
             f"plain takes one question with an image and one answer; {len(turns)} turns{system}, {len(names)} images"
         )
     images = tuple(ImageRef(_path(name, image_folder, options), options.reading) for name in names)
-    return Row(index, images, turns)
+    category = columns.get("category")
+    return Row(index, images, turns, category if isinstance(category, str) else None, columns)
 
 
 def error_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
@@ -320,6 +326,19 @@ def error_lines(bad: Mapping[int, str], num_records: int) -> list[str]:
 def _kind(reason: str) -> str:
     """Return an error without the words that differ from row to row: paths, numbers, quoted values."""
     return " ".join(word for word in reason.split() if not re.search(r"[\d/\\'\"]|\.\w{2,4}$", word))
+
+
+def _columns(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what evaluations read of a record.
+
+    Raises:
+        BadRow: a column is missing.
+    """
+    for name in names:
+        if record.get(name) is None:
+            raise BadRow(f"`{cut(name)}` is missing, which columns names; the record has {listed(record)}")
+        readable(json.dumps(record[name], ensure_ascii=False), f"`{cut(name)}`")
+    return {name: record[name] for name in names}
 
 
 def _one_of(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:

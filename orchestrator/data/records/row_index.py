@@ -6,6 +6,7 @@ Planning, checks, training and evaluation read it, so that all see the same rows
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
@@ -261,10 +262,11 @@ _SCHEMA = pa.schema(
         ("roles", pa.list_(pa.string())),
         ("texts", pa.list_(pa.string())),
         ("answer_type", pa.string()),
+        ("columns", pa.string()),
         ("checksum", pa.int64()),
     ]
 )
-_ROW = ("index", "images", "roles", "texts", "answer_type", "checksum")
+_ROW = ("index", "images", "roles", "texts", "answer_type", "columns", "checksum")
 # Few bytes per row, verified whenever an index is opened. The rest is verified row by row, when a row is read.
 _ALWAYS_CHECKED = ("index", "reason", "words", "images", "checksum")
 
@@ -363,12 +365,12 @@ class RowIndex:
             DataError: the index is damaged; it is deleted, so that it is built again.
         """
         values: list[Any] = self._columns.values(position, *_ROW)
-        index, names, roles, texts, answer_type, checksum = values
-        if _checksum(index, names, roles, texts, answer_type) != checksum:
+        index, names, roles, texts, answer_type, columns, checksum = values
+        if _checksum(index, names, roles, texts, answer_type, columns) != checksum:
             self._columns.file.unlink(missing_ok=True)
             raise DataError(f"{self._columns.file}: the index of the rows is damaged; run again to rebuild it")
         images = tuple(ImageRef(path_of(self._folder, name), self._reading) for name in names)
-        return Row(index, images, tuple(map(Turn, roles, texts)), answer_type)
+        return Row(index, images, tuple(map(Turn, roles, texts)), answer_type, json.loads(columns or "{}"))
 
     def digest(self, source: str, with_bad_rows: bool) -> str:
         """Return a digest of the data set: of its source, its images, and which rows are dropped.
@@ -578,7 +580,7 @@ def _values(entry: Entry, folder: str, reading: ImageReading) -> tuple[Any, ...]
     """Return what the index holds of an entry, column by column."""
     if not isinstance(entry, Row):
         index, reason = entry
-        return index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, 0
+        return index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, None, 0
     if any(image.reading != reading for image in entry.images):
         raise DataError(f"row {entry.index}: its images have another `ImageReading` than the data set")
     inside = os.path.join(folder, "") if folder else ""
@@ -588,6 +590,7 @@ def _values(entry: Entry, folder: str, reading: ImageReading) -> tuple[Any, ...]
         for turn in entry.turns:
             turn.text.encode()
     except UnicodeEncodeError as error:
-        return entry.index, f"it holds text that is not Unicode: {error.reason}", 0, [], [], [], None, 0
-    kept = (names, [turn.role for turn in entry.turns], [turn.text for turn in entry.turns], entry.answer_type)
+        return entry.index, f"it holds text that is not Unicode: {error.reason}", 0, [], [], [], None, None, 0
+    columns = json.dumps(dict(entry.columns)) if entry.columns else None
+    kept = (names, [turn.role for turn in entry.turns], [turn.text for turn in entry.turns], entry.answer_type, columns)
     return entry.index, None, entry.num_words, *kept, _checksum(entry.index, *kept)

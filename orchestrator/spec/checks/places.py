@@ -88,6 +88,18 @@ def check_data(sets: Mapping[str, Any], notices: list[str]) -> Iterator[Finding]
                 notices.append(f"{'.'.join(path)}: {value} does not exist yet; it is checked again by `run`")
 
 
+def check_columns(evaluate: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check that the data of each evaluation has the columns it needs, where that is known."""
+    for name, evaluation in evaluate.items():
+        given = data[evaluation.data].column_names() if evaluation.data in data else None
+        missing = [] if given is None else [column for column in evaluation.columns if column not in given]
+        if missing:
+            of = f"data.{evaluation.data}"
+            message = f"{evaluation.kind} needs {', '.join(missing)} of every row, which {of} does not give"
+            hint = f"add `columns: [{', '.join(evaluation.columns)}]` to {of}, a llava_json whose records have them"
+            yield Finding(("evaluate", name, "data"), message, None, hint)
+
+
 def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
     """Find folders that only look like a model's (an adapter, GGUF, a text model), and incomplete weights."""
     name = model.model_name_or_path

@@ -22,6 +22,16 @@ rank = int(sys.argv[4])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2,
                         timeout=datetime.timedelta(seconds=120))
 evaluate_state(job(HEAVY, id="c" * 16), Ledger(Path(sys.argv[2])))
+from orchestrator.evaluation.protocol import Workers
+def work(mine):
+    if rank == 1:
+        raise ValueError("on one rank")
+    return mine
+try:
+    Workers.here().divide([], work)
+    sys.exit(9)
+except ValueError as error:
+    assert str(error) == "on one rank", "no rank waits for one that failed"
 dist.barrier()
 dist.destroy_process_group()
 """

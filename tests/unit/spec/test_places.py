@@ -21,6 +21,7 @@ TABLE = [
     ((ROWS, JSON.format("https://host/rows.json")), "not from an address"),
     ((ROWS, JSON.format("s3://bucket/rows.json")), "not from an address"),
     ((ROWS, JSON.format("hf://datasets/org/rows.json")), "not from an address"),
+    (("kind: exact_match", "kind: anls"), "anls needs answers of every row, which data.test does not give"),
     ((ROWS, JSON.format("rows.parquet")), "`.parquet` files are not read"),
     ((ROWS, JSON.format("rows.CSV")), "`.CSV` files are not read"),
     ((ROWS, JSON.format("tiny")), "expected a file, got a folder"),

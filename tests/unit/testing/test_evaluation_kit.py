@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
+from judge_server import judge_server
 
 from orchestrator import plugin
 from orchestrator.compression.testing.families import TINY
@@ -91,6 +92,39 @@ def test_a_sound_one_keeps_its_contract():
     report = plugin.check_evaluation(Lengths)
     assert report.component == "lengths" and "num_samples counts the rows" in report.held
     assert plugin.check_evaluation({"kind": "exact_match", "max_new_tokens": 3}).component == "exact_match"
+
+
+KINDS = {
+    "vqa_accuracy": {"max_new_tokens": 3},
+    "anls": {"max_new_tokens": 3},
+    "pope": {"max_new_tokens": 3},
+    "mme": {"max_new_tokens": 3},
+    "multiple_choice": {"by": "likelihood"},
+    "loss": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_built_in_ones_keep_it_on_rows_that_they_take(kind):
+    held = plugin.check_evaluation({"kind": kind, **KINDS[kind]}).held
+    assert ("a row without an image alone can be tested" in held) is (kind != "mme")
+
+
+def test_a_judge_keeps_it_too(monkeypatch):
+    with judge_server() as server:
+        report = plugin.check_evaluation({"kind": "judge", "url": server.url, "model": "stub", "max_new_tokens": 3})
+    assert "run again it gives the same" in report.held
+
+
+class Columned(Lengths):
+    """Needs a column that the kit does not have."""
+
+    columns: ClassVar[tuple[str, ...]] = ("shades",)
+
+
+def test_a_column_that_the_kit_lacks_is_named():
+    with pytest.raises(AssertionError, match=r"columns names shades, which the kit's rows do not have; add them in"):
+        plugin.check_evaluation(Columned)
 
 
 def test_a_silent_model_answers_nothing_and_is_put_back(tmp_path):

@@ -8,6 +8,7 @@ from orchestrator_plugins.data.llava_json import LlavaJson, LlavaJsonSpec
 from PIL import Image
 
 from orchestrator.errors import DataError
+from orchestrator.plan.cells.identity_fields import data_identity
 
 GOOD = [
     {"id": "a", "image": "0.png", "conversations": say("<image>\nWhat is it?", "A square.")},
@@ -174,3 +175,38 @@ def test_plain_takes_one_image_question_and_one_caption(conversation_file, pictu
     spec = spec_of(conversation_file(GOOD), pictures, conversation_template="plain")
     (fault,) = LlavaJson(spec).check()
     assert fault.startswith("4 of 5 rows, the first is row 1: plain takes one question")
+
+
+ASKED = {"image": "0.png", "conversations": say("<image>\nHow many?", "2")}
+
+
+def test_columns_are_for_evaluations_and_change_no_training(conversation_file, pictures):
+    path = conversation_file([{**ASKED, "answers": ["2", "two"], "category": "count"}] * 2, "data.json")
+    plain = spec_of(path, pictures, ignore_keys=("answers",))
+    with_columns = spec_of(path, pictures, columns=("answers", "category"))
+    row, other = LlavaJson(with_columns).rows()[1], LlavaJson(plain).rows()[1]
+    assert row.columns == {"answers": ["2", "two"], "category": "count"} and row.answer_type == "count"
+    assert other.columns == {} and other.answer_type is None and (row.turns, row.images) == (other.turns, other.images)
+    assert plain.content_digest() == with_columns.content_digest()
+    identities = [data_identity(spec_of(path, pictures, columns=names))[0] for names in ((), ("answers",))]
+    assert identities[0] == identities[1], "training reads no column, so no state is another"
+    assert "columns" not in plain.model_dump() and with_columns.model_dump()["columns"] == ("answers", "category")
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "told"),
+    [
+        ({**ASKED, "answers": ["2"]}, (), "`answers` is not read: an evaluation reads them where columns names them"),
+        (ASKED, ("answers",), "`answers` is missing, which columns names; the record has image, conversations"),
+        ({**ASKED, "answers": None}, ("answers",), "`answers` is missing"),
+        ({**ASKED, "answers": ["\ud800"]}, ("answers",), "`answers` holds"),
+    ],
+)
+def test_rows_without_a_column_are_bad(record, columns, told, conversation_file, pictures):
+    spec = spec_of(conversation_file([record, record], "data.json"), pictures, columns=columns)
+    assert told in "\n".join(LlavaJson(spec).check())
+
+
+def test_a_column_is_no_part_of_the_conversation(pictures):
+    with pytest.raises(ValueError, match="image is read as the conversation; a column is another key"):
+        spec_of("data.json", pictures, columns=("image",))
