@@ -14,7 +14,7 @@ from orchestrator import plugin
 class AnlsSpec(plugin.GenerationSpec):
     """Greedy answers scored by their edit distance to the nearest right answer, 0 below a threshold.
 
-    Biten et al. (arXiv:1907.00490, section 4): 1 - distance / longer length. Case and runs of blanks do not count. A
+    Biten et al. (arXiv:1907.00490): 1 - distance / longer length. Case and runs of blanks do not count. A
     similarity of exactly the threshold counts, as in the challenge's own script; the paper's formula leaves it out.
     """
 

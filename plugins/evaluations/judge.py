@@ -50,7 +50,7 @@ def _prompt(text: str) -> str:
 class JudgeSpec(plugin.GenerationSpec):
     """Greedy answers graded by a judge: right or not, and a score from 0 to 5, beside the question and right answer.
 
-    The form of the judgement is that of Video-ChatGPT's questions (Maaz et al., arXiv:2306.05424, section 4.2), by
+    The form of the judgement is that of Video-ChatGPT's questions (Maaz et al., arXiv:2306.05424), by
     which Video-LLaVA and LLaVolta score MSVD-QA, MSRVTT-QA and ActivityNet-QA; their wording goes into `prompt`. Scores
     of two judges, or of two prompts, do not compare. Every judgement is kept beside its answer.
     """
@@ -109,10 +109,10 @@ class Judge:
             StageRunError: the key is not in the environment, or the judge gives no judgement.
         """
         spec, rows = self._spec, list(data.rows)
-        key = _key(spec)
         expected = {row.index: plugin.last_answer(row) for row in rows}
 
         def judged(mine: list[plugin.Row]) -> list[tuple[str, dict[str, Any]]]:
+            key = _key(spec)  # here, since one machine may lack what the others have
             answers = plugin.greedy_answers(model, mine, data, spec.batch_size, spec.max_new_tokens)
             if data.trial:
                 return [(answer, {"pred": "no", "score": 0}) for answer in answers]

@@ -15,7 +15,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 class MmeSpec(plugin.GenerationSpec):
-    """Greedy answers read as yes or no, two questions a picture (Fu et al., arXiv:2306.13394, section 2.2).
+    """Greedy answers read as yes or no, two questions a picture (Fu et al., arXiv:2306.13394).
 
     A subtask's score is 100 (accuracy + accuracy+), where accuracy+ is the share of pictures with both questions right;
     `perception` and `cognition` are sums over their subtasks, reported where all of these are there. The data's

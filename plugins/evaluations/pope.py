@@ -12,7 +12,7 @@ MEASURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 class PopeSpec(plugin.GenerationSpec):
-    """Greedy answers read as yes or no, with yes as what is looked for (Li et al., arXiv:2305.10355, section 5.1).
+    """Greedy answers read as yes or no, with yes as what is looked for (Li et al., arXiv:2305.10355).
 
     An answer is no where its first sentence has one of the words `No`, `no` and `not`, else yes, as the authors' and
     LLaVA's scripts read it. `f1_mean` is the mean of the categories' F1, the figure of LLaVA-1.5's table; without

@@ -29,7 +29,8 @@ def test_a_judge_that_is_down_costs_its_evaluation_alone(llavolta, tmp_path, tin
         again = llavolta("run", "tiny.yaml", "--local", "--retry-failed", STUB_KEY=KEY)
         assert again.returncode == 0, again.stdout + again.stderr
         assert len(server.requests) == 40 and server.requests[0]["Authorization"] == f"Bearer {KEY}"
-    found = llavolta("predictions", "tiny.yaml", "--cell", "full", "--evaluation", "graded")
+    (cell,) = (tmp_path / "runs" / "cells" / "tiny").iterdir()
+    found = llavolta("predictions", "tiny.yaml", "--cell", cell.name, "--evaluation", "graded")
     first = json.loads(found.stdout.splitlines()[0])
     assert first["judgement"] == {"pred": "yes", "score": 4.0, "reply": '{"pred": "yes", "score": 4}'}
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
