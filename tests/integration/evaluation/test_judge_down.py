@@ -29,8 +29,8 @@ def test_a_judge_that_is_down_costs_its_evaluation_alone(llavolta, tmp_path, tin
         again = llavolta("run", "tiny.yaml", "--local", "--retry-failed", STUB_KEY=KEY)
         assert again.returncode == 0, again.stdout + again.stderr
         assert len(server.requests) == 40 and server.requests[0]["Authorization"] == f"Bearer {KEY}"
-    (cell,) = (tmp_path / "runs" / "cells" / "tiny").iterdir()
-    found = llavolta("predictions", "tiny.yaml", "--cell", cell.name, "--evaluation", "graded")
+    (weights,) = (tmp_path / "runs" / "cells" / "tiny").glob("*/weights")
+    found = llavolta("predictions", "tiny.yaml", "--cell", weights.parent.name, "--evaluation", "graded")
     first = json.loads(found.stdout.splitlines()[0])
     assert first["judgement"] == {"pred": "yes", "score": 4.0, "reply": '{"pred": "yes", "score": 4}'}
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

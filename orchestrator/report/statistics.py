@@ -1,0 +1,173 @@
+"""What a difference of scores is worth: intervals over seeds, paired tests by image and seed, Holm's correction.
+
+Pure functions over numbers and over the records that evaluations keep (`Outcome.predictions`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval that holds the true one at a level.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end; None of a single value, which says nothing of its spread.
+        high: Upper end, or None.
+        count: Number of values.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean of independent values, one a seed, and its t-interval (Student 1908).
+
+    Args:
+        values: At least one.
+        level: Share of such intervals that hold the true mean, if values are normal.
+    """
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    reach = _quantile(level, count - 1) * spread / math.sqrt(count)
+    return Interval(mean, mean - reach, mean + reach, count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mean difference of two cells' scores on the same questions, and whether it is more than chance.
+
+    Attributes:
+        difference: Mean over seeds and questions of the first cell's score less the second's.
+        standard_error: Of the difference, questions of one image and answers of one seed taken together.
+        low: Lower end of the interval at the level asked for.
+        high: Upper end.
+        p_value: Two-sided, of no difference.
+        questions: Questions compared.
+        images: Clusters of questions: those about the same images.
+        seeds: Seeds; with one, nothing is said of another training.
+    """
+
+    difference: float
+    standard_error: float
+    low: float
+    high: float
+    p_value: float
+    questions: int
+    images: int
+    seeds: int
+
+
+def compare(
+    first: Sequence[Sequence[Mapping[str, Any]]],
+    second: Sequence[Sequence[Mapping[str, Any]]],
+    level: float = 0.95,
+) -> Comparison:
+    """Return the paired comparison of two cells' records, a list a seed, in the same order of seeds.
+
+    The standard error is clustered two ways, by image and by seed (Cameron, Gelbach and Miller 2011): the two clustered
+    variances less that of each image and seed alone, each times its number of clusters over one less; with one seed by
+    image. Where the sum is less than one of its two parts, as few seeds may make it, the larger part is taken. It is
+    compared with Student's t, whose degrees of freedom weigh images and seeds by their share in the variance
+    (Satterthwaite 1946): three seeds alone would have two, and call nearly nothing a difference.
+
+    Args:
+        first: Records of the first cell: `row`, `images`, and `score` or `right`.
+        second: Records of the second cell, of the same rows.
+        level: Of the interval.
+
+    Raises:
+        UsageError: seeds or rows differ, or there are too few images.
+    """
+    scores_ASQ, images_Q = _scores(first, second)
+    differences_SQ = scores_ASQ[0] - scores_ASQ[1]
+    seeds, questions = differences_SQ.shape
+    _, of_Q = np.unique(np.asarray(images_Q, dtype=object), return_inverse=True)
+    images = int(of_Q.max()) + 1
+    if images < 2:
+        raise UsageError("all questions are about one image: there is nothing to tell chance from difference")
+    mean = float(differences_SQ.mean())
+    rest_SQ = differences_SQ - mean
+    by_image_SI = np.stack([np.bincount(of_Q, weights=row_Q, minlength=images) for row_Q in rest_SQ])
+    variance = _variance(by_image_SI.sum(0))
+    degrees = float(images - 1)
+    if seeds > 1:
+        by_image, by_seed = variance, _variance(by_image_SI.sum(1))
+        variance = max(by_image, by_seed, by_image + by_seed - _variance(by_image_SI.ravel()))
+        parts = by_image**2 / (images - 1) + by_seed**2 / (seeds - 1)
+        degrees = variance**2 / parts if parts else degrees
+    error = math.sqrt(variance) / rest_SQ.size
+    reach = _quantile(level, degrees) * error
+    p_value = _p_value(mean, error, degrees)
+    return Comparison(mean, error, mean - reach, mean + reach, p_value, questions, images, seeds)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, in the same order (Holm 1979): the k-th smallest of m times
+    m - k + 1, none less than the one before it, none above 1.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _scores(
+    first: Sequence[Sequence[Mapping[str, Any]]], second: Sequence[Sequence[Mapping[str, Any]]]
+) -> tuple[np.ndarray, list[str]]:
+    """Return the scores of two cells (2, S seeds, Q questions), and for each question which images it is about."""
+    if len(first) != len(second) or not first:
+        raise UsageError(f"the cells have {len(first)} and {len(second)} seeds; compare the same seeds of both")
+    rows = [record["row"] for record in first[0]]
+    for cell in (first, second):
+        for records in cell:
+            if [record["row"] for record in records] != rows:
+                raise UsageError("the cells were tested on different rows; compare them on the same data")
+    scores = [[[_score(one) for one in records] for records in cell] for cell in (first, second)]
+    images = ["\n".join(map(str, record.get("images") or (f"row {record['row']}",))) for record in first[0]]
+    return np.asarray(scores, dtype=np.float64), images
+
+
+def _score(record: Mapping[str, Any]) -> float:
+    value = record.get("score", record.get("right"))
+    if value is None:
+        raise UsageError(f"row {record['row']}: its record has neither `score` nor `right`")
+    return float(value)
+
+
+def _variance(sums: np.ndarray) -> float:
+    """Return the variance of the sum over clusters, whose residuals sum to these, corrected for their number."""
+    return float(len(sums) / (len(sums) - 1) * np.square(sums).sum())
+
+
+def _p_value(mean: float, error: float, degrees: float) -> float:
+    from scipy.special import stdtr
+
+    if mean == 0:
+        return 1.0
+    if error == 0:  # the same difference everywhere: as sure as signs drawn by cluster can be
+        return float(2.0**-degrees)
+    return float(2 * stdtr(degrees, -abs(mean) / error))
+
+
+def _quantile(level: float, degrees: float) -> float:
+    """Return the bound that Student's t stays within, on both sides, with probability `level`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + level) / 2))
