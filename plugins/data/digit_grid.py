@@ -104,6 +104,10 @@ class DigitGridSpec(plugin.DataSpec):
         """Return the rows in use."""
         return len(plugin.evenly_spread(self.pictures * self.rows_each, self.max_samples))
 
+    def column_names(self) -> tuple[str, ...]:
+        """Return none: a row is its questions and their answers."""
+        return ()
+
     def content_digest(self) -> str:
         """Return the SHA-256 over the split's questions and pixels."""
         return _content(_drawn_from(self))
