@@ -195,8 +195,8 @@ def text_column(row: Row, name: str) -> list[str]:
     value = row.columns.get(name)
     if isinstance(value, list) and value:
         texts = [one.get("answer") if isinstance(one, dict) else one for one in value]
-        if all(isinstance(text, str) for text in texts):
-            return texts
+        if len(found := [text for text in texts if isinstance(text, str)]) == len(texts):
+            return found
     told = "is missing" if value is None else f"is {str(value)[:60]!r}"
     raise DataError(f"row {row.index}: `{name}` {told}; it is a list of texts, which the data's `columns` names")
 
