@@ -19,6 +19,8 @@ from orchestrator.spec.infrastructure import ClusterSpec
 _STACKS_SECONDS = 15.0
 # A group that still lives this long after it was to be killed is reported again.
 _REPORT_AGAIN_SECONDS = 30.0
+_NEWS_SECONDS = 2.0
+_LOOK_SECONDS = 0.05
 
 
 @dataclass
@@ -324,6 +326,15 @@ class Conductor:
                 hung += attempt.to_kill(now, stall)
         events = self._queue.events[seen if epoch == self._epoch else 0 :]
         return {"epoch": self._epoch, "events": events, "hung": hung, "given_up": dict(self._given_up)}
+
+    def wait_for_news(self, epoch: str, seen: int) -> None:
+        """Return once `poll` has an event for a driver that heard `seen` of them, or after 2 seconds.
+
+        Called beside the other calls, in a thread of its own: it only looks how many events there are.
+        """
+        end = time.monotonic() + _NEWS_SECONDS
+        while epoch == self._epoch and len(self._queue.events) <= seen and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
 
     def placement_groups(self, lane: str) -> list[str]:
         """Return the ids of the placement groups that worker groups of a lane have held."""

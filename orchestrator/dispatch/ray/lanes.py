@@ -35,8 +35,8 @@ from orchestrator.plan.ledger.process import start_ticks, this_process
 from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
 
 POLL_SECONDS = 0.1
-# While nothing happens the conductor is asked ever more rarely: each call takes time from all processes around it.
-LONGEST_POLL_SECONDS = 0.8
+# Calls of this group run in the conductor beside the others, one at a time.
+_NEWS = "news"
 ABORT_SECONDS = 10.0
 LEAVE_SECONDS = 5.0
 KILL_SECONDS = 20.0
@@ -173,8 +173,7 @@ class Lanes:
         self._conductor = _conductor(ledger.url, rules)
         self._url = ledger.url
         self._asked = False
-        self._poll_at = 0.0
-        self._pause_seconds = POLL_SECONDS
+        self._news: Any = None
         self._given_up: dict[str, str] = {}
         threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
         work = {"conductor": self._conductor, "storage": ledger.url, "executor": executor, "threads": threads}
@@ -196,7 +195,8 @@ class Lanes:
 
     def _turn(self) -> bool:
         """Take and pass on what is new; False once no lane is left."""
-        if time.monotonic() >= self._poll_at:
+        # A call takes time from all processes around it: the conductor is asked when it has something to tell.
+        if self._news is None or ray.wait([self._news], timeout=0)[0]:
             self._poll()
         if self._state.refresh():
             self._send()
@@ -206,13 +206,9 @@ class Lanes:
         return self._restart_lanes()
 
     def _poll(self) -> None:
-        """Take what the conductor knows that is new, and set when to ask it again."""
+        """Take what the conductor knows that is new, and wait for more."""
         state = self._state
         news = self._get(self._conductor.poll.remote(state.epoch, state.seen))
-        # A search waits for what has ended before it says what comes next.
-        is_quiet = state.is_closed and news["epoch"] == state.epoch and not news["events"]
-        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_POLL_SECONDS) if is_quiet else POLL_SECONDS
-        self._poll_at = time.monotonic() + self._pause_seconds
         if news["epoch"] != state.epoch:
             # It has just been started, for the first time or again, and knows nothing yet.
             state.epoch, state.seen = news["epoch"], 0
@@ -223,6 +219,8 @@ class Lanes:
         self._given_up = news["given_up"]
         if news["hung"]:
             end_processes(news["hung"], self._url)
+        waits = self._conductor.wait_for_news.options(concurrency_group=_NEWS)
+        self._news = waits.remote(state.epoch, state.seen)
 
     def _restart_lanes(self) -> bool:
         for lane in self._lanes:
@@ -276,7 +274,9 @@ class Lanes:
 def _conductor(url: str, rules: Rules) -> Any:
     """Start the conductor's actor near its driver, whose storage it uses; Ray restarts it when it dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Conductor)
+    actor = ray.remote(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, concurrency_groups={_NEWS: 1}
+    )(Conductor)
     return actor.remote(url, new_driver(), rules, asdict(this_process()))
 
 

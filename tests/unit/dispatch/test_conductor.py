@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,22 @@ def test_work_is_handed_out_in_order_and_every_rank_gets_the_same(tmp_path: Path
     assert settled(made) == ["a", "b", "e"]
     assert [e["event"] for e in made.poll("", 0)["events"][4:]] == ["started", "finished"]
     assert {e["lane"] for e in made.poll("", 0)["events"]} == {"lane"}
+
+
+def test_a_driver_that_waits_for_news_hears_of_an_event_at_once_and_of_none_later(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"))
+    epoch, group = made.poll("", 0)["epoch"], Group(made)
+
+    def seconds(epoch: str, seen: int) -> float:
+        begun = time.monotonic()
+        made.wait_for_news(epoch, seen)
+        return time.monotonic() - begun
+
+    assert seconds("an earlier life's", 0) < 1
+    assert seconds(epoch, 0) >= 2  # nothing has happened
+    threading.Timer(0.1, group.ask).start()
+    assert 0.1 <= seconds(epoch, 0) < 1.5
+    assert told(made) == [("started", "a")]
 
 
 def test_what_starts_from_a_failed_job_is_not_run_and_siblings_go_on(tmp_path: Path) -> None:
