@@ -15,7 +15,7 @@ class DecoderLayer:
 
     Attributes:
         weights: Weights of the linear maps that a token passes; of experts, those that compute on it.
-        stored: Weights of all linear maps.
+        stored: Weights of all linear maps, and of a table of embeddings where the layer has its own.
         attends: It attends to all tokens before (softmax); False: its work grows with the tokens alone.
         recurrent: Operations a token beside the linear maps, where it does not attend.
         heads: Width of all its query heads together; 0 for the model's.
@@ -155,8 +155,10 @@ def _gemma4(text: Config, layer: int, kind: str) -> DecoderLayer:
     shares = layer >= text["num_hidden_layers"] - text["num_kv_shared_layers"]  # reads those of an earlier layer
     found = _attention(size, text["num_attention_heads"] * head, keys * head, 0 if shares else 1 if as_values else 2)
     wide = 2 if shares and text.get("use_double_wide_mlp") else 1
-    # The gate and the map of each layer's own embedding of a token, and its share of the map that makes these.
-    found = _with(found, 3 * size * text["intermediate_size"] * wide + 3 * size * text["hidden_size_per_layer_input"])
+    found = _with(found, 3 * size * text["intermediate_size"] * wide)
+    # The gate and the map of each layer's own embedding of a token, its share of the map that makes these, its table.
+    own = text["hidden_size_per_layer_input"]
+    found = _with(found, 3 * size * own, (3 * size + text["vocab_size_per_layer_input"]) * own)
     if not text["enable_moe_block"]:
         return found
     router, expert = size * text["num_experts"], 3 * size * text["moe_intermediate_size"]

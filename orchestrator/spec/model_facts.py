@@ -70,7 +70,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "lfm2": _text(32, 2560, 12288, 32, 8, None, 65536) | _LFM2,
     "granite4_vision_text": _text(32, 4096, 11008, 32, None, None, 32000),
     "gemma4_text": _text(30, 2304, 9216, 8, 4, 256, 262144)
-    | {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0}
+    | {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144}
+    | {"num_kv_shared_layers": 0}
     | {"attention_k_eq_v": False, "enable_moe_block": False},
     "llama4_text": _text(48, 5120, 8192, 40, 8, 128, 202048)
     | {"intermediate_size_mlp": 16384, "num_local_experts": 16, "interleave_moe_layer_step": 1},

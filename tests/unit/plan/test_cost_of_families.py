@@ -222,15 +222,26 @@ def _labelled(rows: MeasuredRows, labels: int) -> MeasuredRows:
 
 @pytest.mark.parametrize("family", sorted(set(TINY) & set(FAMILIES)))
 def test_weights_by_part_are_the_models(family: str, tmp_path: Path) -> None:
-    model = TINY[family].build("eager", 0)
-    facts = facts_of(model, tmp_path)
+    check_weights(TINY[family].build("eager", 0), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "got_ocr2", "lighton_ocr", "llava", "llava_onevision"])
+def test_weights_of_the_default_sizes(family: str, tmp_path: Path) -> None:
+    tiny = TINY[family].build("eager", 0)
+    with torch.device("meta"):
+        check_weights(type(tiny)(type(tiny.config)(text_config={}, vision_config={})), tmp_path)
+
+
+def check_weights(model: Any, folder: Path) -> None:
+    facts = facts_of(model, folder)
     counts = cost.parameter_count(facts)
     weights = {f".{name}": parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    of_layers = re.compile(r"\.layers\.|per_layer")
     by_channel = re.compile(r"conv\.conv|conv1d|rel_pos_")
     own = {name: n for name, n in weights.items() if not by_channel.search(name)}
     text = {name: n for name, n in own.items() if "language_model" in name or "text_model" in name}
     embeddings = 2 * model.get_output_embeddings().weight.numel()
-    assert counts["language_model"] == sum(n for name, n in text.items() if ".layers." in name) + embeddings
+    assert counts["language_model"] == sum(n for name, n in text.items() if of_layers.search(name)) + embeddings
     inside = {
         name: _LAYER.search(name[: found.end()])
         for name in own
