@@ -79,7 +79,7 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
      "check_compressor check_schedule check_data check_evaluation"),
     ("Fields of a spec", "Types for the fields of a spec, beside Python's own and `Literal`. A wrong value is reported "
      "at its line of the experiment file.", "Spec Count Whole Integer Positive NonNegative Share Flag parse_share"),
-    ("Errors", "See [exit codes](exit-codes.md).", "DataError UsageError"),
+    ("Errors", "See [exit codes](exit-codes.md).", "DataError StageRunError UsageError"),
 )  # fmt: skip
 FIELD_TYPES = {
     "Count": "A whole number, 1 or more.",
