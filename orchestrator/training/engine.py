@@ -16,7 +16,9 @@ import torch
 
 from orchestrator import registry
 from orchestrator.compression import Attachment, attach
+from orchestrator.compression.families import family_of
 from orchestrator.data.train_data import TrainData, build_train_data
+from orchestrator.errors import UsageError
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
@@ -26,7 +28,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import distributed
 from orchestrator.training.batches import accumulation_steps, even_size
-from orchestrator.training.deepspeed_config import deepspeed_config
+from orchestrator.training.deepspeed_config import deepspeed_config, zero_stage
 from orchestrator.training.dropout import Draws, draw_by_sample
 from orchestrator.training.learned_compressors import LearnedCompressors
 
@@ -150,7 +152,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
 
     Raises:
         UsageError: the model, a part, LoRA's modules or the DeepSpeed configuration do not fit, or the model has
-            dropout that cannot be drawn by sample.
+            dropout that cannot be drawn by sample, or several workers under ZeRO-3 would not call its modules alike.
         StorageError: the weights cannot be read.
         StageRunError: the weights are not the model's.
     """
@@ -170,6 +172,12 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     draw_by_sample(model, draws)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
+    if zero_stage(config) == 3 and world_size > 1 and not family_of(model).calls_alike:
+        raise UsageError(
+            f"deepspeed: under ZeRO-3 all workers call the same modules, and {type(model).__name__} calls some of its "
+            "vision modules once for each image or only for some images, so that workers would wait for one another "
+            "for ever; use zero2 (or zero2_offload), or one worker"
+        )
     attachment = attach(model, [])  # learned compressors come through LearnedCompressors, unknown to the engine
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]

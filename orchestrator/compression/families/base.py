@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Family(ABC):
         encodes_in_forward: Ready features do not say where images end, so `generate` leaves encoding to forward.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
+        calls_alike: Modules are called equally often for every batch, with a blank image where there is none; ZeRO-3
+            needs it of several ranks.
         deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
         token_options: Arguments of the language model with one number for each token, which go on with those that are
             left (a token that a method adds, and padding, get 0).
@@ -66,6 +68,7 @@ class Family(ABC):
     proven = True
     encodes_in_forward = False
     remakes_masks = False
+    calls_alike = True
     deep_options: ClassVar[tuple[str, ...]] = ()
     token_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
@@ -135,6 +138,11 @@ class Family(ABC):
     @abstractmethod
     def find_language_model(self) -> nn.Module:
         """Return the decoder stack."""
+
+    @property
+    def outer_language_model(self) -> nn.Module:
+        """The module that the top model calls with embedded tokens: the decoder stack, or what holds it."""
+        return cast(nn.Module, self.language_model)
 
     @property
     @abstractmethod

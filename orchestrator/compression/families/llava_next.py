@@ -80,9 +80,9 @@ class Granite4VisionFamily(LlavaNextFamily):
         return int(max([*deep, *config.spatial_target_layers])) + 1
 
     def idle_features(self) -> Tensor:
-        """Return the features of every kind."""
+        """Return the features of every kind that a layer gets: of several of one layer, the last."""
         output = self.model.model.get_image_features(**self.empty_image(), return_dict=True)
-        return torch.cat([one for _, features in output.deepstack_features for one in features])
+        return torch.cat([one for features in dict(output.deepstack_features).values() for one in features])
 
 
 class LlavaNextVideoFamily(LlavaNextFamily):

@@ -143,6 +143,21 @@ class Ernie45VLFamily(Qwen2VLFamily):
 
     token_options = ("moe_mm_token_type_ids",)
 
+    def enter(self) -> None:
+        """Let ZeRO-3 gather all experts of a layer at once: those of visual tokens are not called without an image."""
+        super().enter()
+        for block in self._expert_blocks():
+            block._z3_leaf = True
+
+    def leave(self) -> None:
+        """Take that out again."""
+        super().leave()
+        for block in self._expert_blocks():
+            block.__dict__.pop("_z3_leaf", None)
+
+    def _expert_blocks(self) -> list[Any]:
+        return [layer.mlp for layer in self.language_model.layers if hasattr(layer.mlp, "vision_moe")]
+
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the units by `video_grid_thw` and the config's `temporal_merge_size`."""
         merged = int(self.model.config.vision_config.temporal_merge_size)

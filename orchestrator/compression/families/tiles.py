@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.compression.families.images import ImagesFamily, Units, pair, ready_features
+from orchestrator.compression.families.images import ImagesFamily, Units, flat_features, pair, ready_features
 from orchestrator.spec.components import Grid
 
 
@@ -40,6 +40,11 @@ class Ovis2Family(ImagesFamily):
         """The tower's `hidden_stride`."""
         return int(self.model.config.vision_config.hidden_stride)
 
+    def idle_features(self) -> Tensor:
+        """Return the features of a blank image and of the indicators, which are made with them."""
+        output = self.inner.get_image_features(**self.empty_image())
+        return torch.cat([flat_features(output), output.visual_indicator_features.flatten(0, -2)])
+
 
 class Llama4Family(ImagesFamily):
     """Every entry of `pixel_values` is one unit; tower, projector and a causal LM stand side by side in the top model.
@@ -52,8 +57,13 @@ class Llama4Family(ImagesFamily):
 
     def find_language_model(self) -> nn.Module:
         """Return the decoder inside the causal LM."""
-        decoder: nn.Module = super().find_language_model().get_submodule("model")
+        decoder: nn.Module = self.outer_language_model.get_submodule("model")
         return decoder
+
+    @property
+    def outer_language_model(self) -> nn.Module:
+        """The causal LM."""
+        return super().find_language_model()
 
     @property
     def patches_per_side(self) -> int:
@@ -86,6 +96,7 @@ class Step3p7Family(GotOcr2Family):
     """An image is its local views, each one unit, and then the whole."""
 
     encodes_in_forward = True
+    calls_alike = False  # a second call of the tower where an image has local views
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the units of each image by `num_local_patches`."""

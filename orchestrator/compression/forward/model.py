@@ -283,5 +283,6 @@ def _idle_calls(family: Any, image: bool, video: bool) -> list[RemovableHandle]:
     if image and not video and family.knows_videos:
         handles.append(family.model.get_input_embeddings().register_forward_hook(of_embedding))
     elif image or video:
-        handles.append(family.language_model.register_forward_pre_hook(of_decoder, prepend=True, with_kwargs=True))
+        hooked = family.outer_language_model
+        handles.append(hooked.register_forward_pre_hook(of_decoder, prepend=True, with_kwargs=True))
     return handles

@@ -392,8 +392,9 @@ def run_layers(
         modules[family.norm_name] = nn.Identity()
     if segment.first > 0 or segment.last == 0:
         # Called past its hooks: ZeRO-3 gathers by the order of hooked calls, which must be one and the same for every
-        # rank (one without images runs no segments) and every stage. It holds no parameters.
-        modules["rotary_emb"] = _Unhooked(language_model.rotary_emb)
+        # rank (one without images runs no segments) and every stage. They hold no parameters.
+        beside = {name: child for name, child in language_model._modules.items() if name not in modules}
+        modules |= {name: _Unhooked(child) for name, child in beside.items() if _holds_nothing(child)}
     view = view_of(language_model, modules)
     if "flash" in str(view.config._attn_implementation) and len(hidden_BND) == 1:
         options = options | _one_sequence(hidden_BND, mask)
@@ -442,6 +443,10 @@ _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits"
 def records_layers(config: Any, options: Mapping[str, Any]) -> bool:
     """Return whether a forward with these arguments gives what its layers did."""
     return any(bool(options.get(name, getattr(config, name, False))) for name in _RECORDED)
+
+
+def _holds_nothing(module: nn.Module | None) -> bool:
+    return module is not None and next(module.parameters(), None) is None
 
 
 class _Unhooked:

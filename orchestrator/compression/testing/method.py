@@ -65,6 +65,7 @@ def method_errors(call: Call) -> Iterator[str]:
         yield from _shape_errors(one)
         yield from _size_errors(one)
         yield from _position_errors(one)
+        yield from _source_errors(one)
     before = global_random_state()
     visual_BND, copy_BND = call.visual_BND.detach(), call.visual_BND.detach().clone()
     with torch.no_grad():
@@ -203,21 +204,47 @@ def _position_errors(call: Call) -> Iterator[str]:
             f"image's own ({int(before_ABN.min())} to {int(before_ABN.max())})"
         )
         return
-    if call.visual_BND.shape[1] != before_ABN.shape[2]:
-        return  # features of a smaller image: other tokens than those the context speaks of
-    if call.visual_BND.shape[1] != call.grid.tokens:  # of a resized image: no token is one of the first ones
-        return
     # A token that is kept as it was keeps its position id.
-    same_BMN = (call.kept.hidden_BMD.detach().unsqueeze(2) == call.visual_BND.detach().unsqueeze(1)).all(3)
-    for image, place, token in same_BMN.nonzero().tolist():
-        if int(same_BMN[image, place].sum()) == 1 and bool(
-            (positions_ABM[:, image, place] != before_ABN[:, image, token]).any()
-        ):
+    for image, place, token in _kept_as_they_were(call):
+        if bool((positions_ABM[:, image, place] != before_ABN[:, image, token]).any()):
             yield (
                 f"token {token} is kept as it was but with the position id {positions_ABM[:, image, place].tolist()} "
                 f"instead of {before_ABN[:, image, token].tolist()}; gather positions with the tokens (protocol.take)"
             )
             return
+
+
+def _source_errors(call: Call) -> Iterator[str]:
+    sources_BM, tokens = call.kept.sources_BM, call.context.sizes_BN.shape[1]
+    if sources_BM is None or sources_BM.shape != call.kept.hidden_BMD.shape[:2] or not sources_BM.numel():
+        return
+    if int(sources_BM.min()) < -1 or int(sources_BM.max()) >= tokens:
+        yield (
+            f"sources_BM holds numbers from {int(sources_BM.min())} to {int(sources_BM.max())}; each is one of the "
+            f"image's {tokens} tokens (0 to {tokens - 1}), or -1 for a new token"
+        )
+        return
+    steps_BM = sources_BM.diff(dim=1)
+    if call.kept.in_place and (int(sources_BM.min()) < 0 or bool((steps_BM <= 0).any())):
+        yield f"it says in_place, and sources_BM of an image, {sources_BM[0].tolist()}, does not rise from 0 on"
+        return
+    for image, place, token in _kept_as_they_were(call):
+        if int(sources_BM[image, place]) != token:
+            yield (
+                f"token {token} is kept as it was, and sources_BM says that it stands in place of token "
+                f"{int(sources_BM[image, place])}; gather sources with the tokens (protocol.take)"
+            )
+            return
+
+
+def _kept_as_they_were(call: Call) -> Iterator[tuple[int, int, int]]:
+    """Yield image, place and number of each token that is kept as it was and has no equal among the image's."""
+    if not call.visual_BND.shape[1] == call.context.positions_ABN.shape[2] == call.grid.tokens:
+        return  # features of a smaller or resized image: other tokens than those the context speaks of
+    same_BMN = (call.kept.hidden_BMD.detach().unsqueeze(2) == call.visual_BND.detach().unsqueeze(1)).all(3)
+    for image, place, token in same_BMN.nonzero().tolist():
+        if int(same_BMN[image, place].sum()) == 1:
+            yield image, place, token
 
 
 def _neighbour_errors(call: Call) -> Iterator[str]:

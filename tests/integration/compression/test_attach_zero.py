@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ranks import result_of_rank_0
 from reference import make_batch, tiny_llava
 
 from orchestrator.compression import attach
+from orchestrator.compression.testing.families import TINY
 
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 HEAVY = [{"kind": "average_pool", "layer": 1, "stride": 4}]
@@ -79,3 +81,45 @@ def test_every_stage_calls_the_same_modules_in_the_same_order():
         called.clear()
         model(**batch)
         assert called == plain
+
+
+@pytest.fixture(scope="module")
+def group_of_one(tmp_path_factory):
+    """A process group, as training has one: a batch without an image then calls the tower all the same."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_batch_of_a_family_calls_the_same_modules_in_the_same_order(name, group_of_one):
+    """Forward and backward: what ranks of ZeRO-3 need, and what `calls_alike` says of a family."""
+    tiny = TINY[name]
+    model = tiny.build(tiny.attentions[-1], 0).train()
+    called = []
+    # To ZeRO-3 a leaf is one module.
+    attachment = attach(model, [])
+    leaves = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "_z3_leaf", False))
+    for module_name, module in model.named_modules():
+        if module_name and not module_name.startswith(leaves):
+            module.register_forward_pre_hook(lambda _, args, name=module_name: called.append(name))
+            if next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_hook(lambda _, args, output, name=module_name: told(name, output))
+
+    def told(name, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda _: called.append(f"backward of {name}"))
+
+    images = [kind for kind in tiny.units if kind != "video"]
+    batches = ([[3, images[0], 7], [2]], [[9], [6]], [[2, images[0], 1, images[-1], 3], [1, images[-1], 4]])
+    found = []
+    for points in ([], [{"kind": "average_pool", "layer": max(1, tiny.first_layer), "stride": 2}]):
+        attachment.switch(points)
+        for rows in batches[: 2 if points else 3]:
+            called.clear()
+            model(**tiny.batch(rows, "right", 0, 3), use_cache=False).loss.backward()
+            found.append(called.copy())
+    alike = all(one == found[0] for one in found)
+    assert alike == attachment._decoder.family.calls_alike

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from orchestrator.compression import attach, attachment_of
+from orchestrator.data.records.image_files import pad_to_square
 from orchestrator.errors import DamagedStateError, UsageError
 from orchestrator.evaluation.evaluate import load_model
 from orchestrator.models.build import model_from_config
@@ -58,9 +59,22 @@ compressors:
   first: {kind: first_tokens, layer: 1, keep_tokens: 8}
   clusters: {kind: divt, layer: 1, keep_ratio: 1/2}
   groups: [{kind: token_grouping, layer: projector, keep_tokens: 8}, {kind: isolator}]
+  deep:
+    - {kind: late_injection, layer: 1}
+    - {kind: pyramid_drop, layer: 2, keep_tokens: 8}
+    - {kind: early_exit, layer: 3}
+  keys: {kind: fastv, layer: 1, keep_ratio: 1/2, keys_only: true}
+  fast: [{kind: divprune, layer: projector, keep_ratio: 1/4}, {kind: isolator}]
 schedules:
   up: {kind: stages, stages: [{share: 1/2}, {compressor: wide}]}
   passes: {kind: sandwich, heaviest: clusters, compressors: [groups], final: clusters}
+  annealed: {kind: stages, stages: [{compressor: keys, anneal: {key: keep_ratio, start: 1, end: 1/4, moves: 2}}]}
+  dual:
+    kind: interleaved
+    compressor: fast
+    full_share: 1/2
+    final: fast
+    distill: {teacher: fast, weight: 1.0, added: true}
 phases:
   finetune:
     data: mine
@@ -77,7 +91,7 @@ evaluate:
   vqa: {kind: exact_match, data: mine, max_new_tokens: 4}
 cluster: {storage_path: runs}
 matrix:
-  phases.finetune.schedule: [up, learned, first, passes, groups]
+  phases.finetune.schedule: [up, learned, first, passes, groups, deep, keys, annealed, dual]
 """
 
 
@@ -150,7 +164,7 @@ def test_plain_transformers_loads_every_weight_and_is_the_model_on_full_tokens(h
     }
 
 
-@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups"])
+@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups", "deep", "keys", "annealed", "dual"])
 def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, schedule):
     folder = exported(home, schedule, tmp_path / "out")
     model, processor = load_exported(folder)
@@ -161,6 +175,29 @@ def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, 
     assert not torch.allclose(here, full, atol=1e-3)  # the compressor acts
     attachment_of(model).switch([])
     assert torch.allclose(logits(model, inputs), full, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups", "deep", "keys", "annealed", "dual"])
+def test_load_exported_answers_as_the_cell_was_evaluated(home, tmp_path, schedule):
+    model, processor = load_exported(exported(home, schedule, tmp_path / "out"))
+    walk = prepare(home / "mine.yaml")
+    (job,) = walk.find(f"schedule={schedule}").evaluations
+    answers = [one["answer"] for one in walk.ledger.predictions(job.id)]
+    mean = tuple(int(255 * value) for value in processor.image_processor.image_mean)
+    found = []
+    for number in range(4):
+        picture = pad_to_square(Image.open(home / f"{number}.png").convert("RGB"), mean)
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", "image": picture}, *MESSAGES[0]["content"][1:]]}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        new = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[processor.image_token_id],
+            eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id,
+        )  # fmt: skip
+        new = new[0, inputs["input_ids"].shape[1] :]
+        found.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert found == answers[:4] and any(answers)
 
 
 def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):

@@ -28,9 +28,14 @@ from orchestrator.plan.jobs import Action, StageJob
 
 CLUSTERS = {"kind": "divt", "layer": "projector", "keep_ratio": "1/2", "heads": 2}
 GROUPS = {"kind": "token_grouping", "layer": "projector", "keep_tokens": 8}
+PIXELS = {"kind": "laco", "layer": "tower:0", "stride": 4}
+KEYS = {"kind": "fastv", "layer": 1, "keep_ratio": "1/2", "keys_only": True}
+POOLED = {"kind": "average_pool", "layer": "projector", "stride": 2}
+# Points that a learned run begins with, changes to, and those in between (full tokens where there are none).
 LEARNED: dict[str, tuple[tuple[dict[str, Any], ...], ...]] = {
     "mixing": (MIXING, ({**MIXING[0], "variety": 1},)),
     "built-in": ((CLUSTERS,), (GROUPS, {"kind": "isolator"})),
+    "places": ((PIXELS, {"kind": "late_injection", "layer": 1}), (POOLED, {"kind": "early_exit", "layer": 1}), (KEYS,)),
 }
 
 
@@ -43,10 +48,10 @@ def _jobs(made: tuple[Path, Path], zero: str, every: int = 2, learned: str = "")
     table: tuple[Action, ...] = (Action(0, 3, "heavy", HEAVY), Action(3, 6, "full"))
     train = ("projector", "language_model", *(("compressor",) if learned else ()))
     if learned:
-        one, other = LEARNED[learned]
+        one, other, *between = LEARNED[learned]
         table = (
             Action(0, 3, "one", one),
-            Action(3, 4, "full"),
+            Action(3, 4, "between", *between),
             Action(4, 5, "other", other),
             Action(5, 6, "one again", one),
         )
@@ -135,6 +140,12 @@ def test_stopped_while_clusters_groups_and_an_isolator_learn(
 ) -> None:
     """Noise, and numbers of tokens that differ from rank to rank, come out again."""
     _check(made, alone, tmp_path, "zero3", 2, [1, 4], learned="built-in")
+
+
+def test_stopped_where_tokens_enter_late_leave_early_or_stay_as_keys(
+    made: tuple[Path, Path], alone: Any, tmp_path: Path
+) -> None:
+    _check(made, alone, tmp_path, "zero2", 1, [1, 3, 4], learned="places")
 
 
 @pytest.mark.slow

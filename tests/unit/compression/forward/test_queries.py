@@ -10,13 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.compression import attach
 from orchestrator.compression.families import family_of
+from orchestrator.compression.forward import decoder, queries, segments
 from orchestrator.compression.forward.queries import Queries, runs_for_queries, shows_queries
 from orchestrator.compression.testing.families import TINY
+from orchestrator.models.lora import add_lora
 from orchestrator.plan import cost
 from orchestrator.plan.cost import Sample
+from orchestrator.spec.phase import LoraSpec
+from orchestrator.training.dropout import Draws, draw_by_sample
 
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 POOLED = [{"kind": "average_pool", "layer": 1, "stride": 2}]
+EXIT = [{"kind": "early_exit", "layer": 3}]
+KEYS = [{"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": True}]
 ANSWER = 3
 WHOLE = {"ernie4_5_vl_moe"}  # its layers ask for the class of their MLP
 
@@ -168,6 +174,51 @@ def test_dropout_that_draws_by_place_keeps_the_whole_layer():
     layer.mlp.add_module("lora_dropout", nn.Dropout(0.1))
     assert not runs_for_queries(layer)
     assert runs_for_queries(layer.eval())
+
+
+def adapted(dropout):
+    """A model with adapters that do something, whose dropout draws by sample as in training."""
+    model = tiny_llava("sdpa").train()
+    add_lora(model, LoraSpec(r=2, alpha=4, dropout=dropout), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    draws = Draws()
+    draw_by_sample(model, draws)
+    draws.enter(seed=0, step=1, samples=range(len(MIXED)))
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("points", [[], POOLED, EXIT, KEYS])
+def test_adapters_give_what_they_give_in_whole_layers(points, dropout, seen, monkeypatch):
+    batch = make_batch(MIXED)
+    model = adapted(dropout)
+    attach(model, points)
+    shapes = seen(model)
+    loss = model(**batch).loss
+    found = gradients(model, loss)
+    shortened = shapes["mlp"][0][1] < shapes["input_layernorm"][0][1]
+    assert shortened == (dropout == 0.0)  # dropout draws by the place in a row
+    for module in (decoder, queries, segments):
+        monkeypatch.setattr(module, "runs_for_queries", lambda layer: False)
+    whole = adapted(dropout)
+    attach(whole, points)
+    expected = whole(**batch).loss
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    wanted = gradients(whole, expected)
+    assert any("lora_A" in name and bool(one.any()) for name, one in wanted.items())
+    assert_same_gradients(found, wanted, 3e-6)
+    if not points:
+        plain = adapted(dropout)
+        assert float(plain(**batch).loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_flex_attention_keeps_the_whole_layer():
+    model = tiny_llava("flex_attention").train()
+    assert not runs_for_queries(last_layer(model))
 
 
 class Mixing(nn.Module):

@@ -38,6 +38,24 @@ class PositionsOfAnotherImage(Sound):
         return replace(kept, positions_ABM=torch.zeros_like(kept.positions_ABM) + torch.arange(1000, 1001))
 
 
+class SourcesOfOthers(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, sources_BM=kept.sources_BM.roll(1, 1))
+
+
+class SourcesOutside(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, sources_BM=kept.sources_BM + grid.tokens)
+
+
+class InPlaceWithoutOrder(Sound):
+    def compress(self, visual_BND, grid, context):
+        kept = super().compress(visual_BND, grid, context)
+        return replace(kept, hidden_BMD=2 * kept.hidden_BMD, sources_BM=kept.sources_BM.flip(1), in_place=True)
+
+
 class MixesTwoImages(Sound):
     def compress(self, visual_BND, grid, context):
         kept = super().compress(visual_BND, grid, context)
@@ -204,6 +222,9 @@ FAULTS = {
     Adaptive: "it gives counts_B, and its spec does not say `adaptive`",
     DropsWithoutPositions: "with the position id",
     PositionsOfAnotherImage: "outside of the image's own",
+    SourcesOfOthers: "kept as it was, and sources_BM says that it stands in place of token",
+    SourcesOutside: "or -1 for a new token",
+    InPlaceWithoutOrder: "does not rise",
     MixesTwoImages: "must not depend on the others of the batch",
     DependsOnBatchMates: "must not depend on the others of the batch",
     ChoosesForTheWholeBatch: "must not depend on the others of the batch",
