@@ -47,7 +47,7 @@ class SourcesOfOthers(Sound):
 class SourcesOutside(Sound):
     def compress(self, visual_BND, grid, context):
         kept = super().compress(visual_BND, grid, context)
-        return replace(kept, sources_BM=kept.sources_BM + grid.tokens)
+        return replace(kept, sources_BM=kept.sources_BM - 2)
 
 
 class InPlaceWithoutOrder(Sound):
