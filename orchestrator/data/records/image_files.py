@@ -16,11 +16,14 @@ EXIF orientation is applied, colour profiles are not, as in `load_image`.
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from hashlib import sha256
+from typing import IO, Any
 
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
@@ -39,8 +42,46 @@ _SIDEWAYS = range(5, 9)
 _STEPS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
+_PART = re.compile(r"(.+)::[^/]*@(\d+)\+(\d+)", re.DOTALL)
+
+
 class BadImage(ValueError):
     """A file that cannot be used; the message follows its path: `is missing`."""
+
+
+def part_of_file(file: str, name: str, offset: int, length: int) -> str:
+    """Return the path of an image that is a part of a file, such as a member of a tar: `FILE::NAME@OFFSET+LENGTH`."""
+    return f"{file}::{name}@{offset}+{length}"
+
+
+def file_of(path: str) -> str:
+    """Return the file that an image is in: itself, or the file that it is a part of."""
+    found = _PART.fullmatch(path)
+    return path if found is None else found[1]
+
+
+def part_sha256(path: str) -> str | None:
+    """Return the SHA-256 of an image that is a part of a file; None if it is a file of its own.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if _PART.fullmatch(path) is None:
+        return None
+    with _bytes_of(path) as file:
+        return sha256(file.read()).hexdigest()
+
+
+def _bytes_of(path: str) -> IO[bytes]:
+    """Open an image's bytes. A file object, not a path: Pillow would map a path into memory, where a failing disk kills
+    the process.
+    """
+    found = _PART.fullmatch(path)
+    if found is None:
+        return open(path, "rb")
+    with open(found[1], "rb") as file:
+        file.seek(int(found[2]))
+        return io.BytesIO(file.read(int(found[3])))
 
 
 def open_image(path: str, reading: ImageReading = AS_IT_IS) -> Image.Image:
@@ -84,8 +125,8 @@ def verify_image(path: str, reading: ImageReading = AS_IT_IS) -> None:
         if image.format == "PNG":
             image.verify()
         elif image.format == "WEBP":
-            with open(path, "rb") as file:
-                file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+            with _bytes_of(path) as file:
+                file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
                 if not file.read().strip(b"\0"):
                     raise BadImage("is damaged: it ends in zeros")
 
@@ -107,13 +148,12 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
     # Some libraries set this for the whole process; half a picture is an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        kind = os.stat(path).st_mode
+        kind = os.stat(file_of(path)).st_mode
         if stat.S_ISDIR(kind):
             raise BadImage("is a folder, not an image")
         if not stat.S_ISREG(kind):
             raise BadImage("is no regular file")
-        # A file object, not a path: Pillow would map a path into memory, where a failing disk kills the process.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with _bytes_of(path) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if min(width, height) < 1:
                 raise BadImage(f"has {width}x{height} pixels")
@@ -144,7 +184,7 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
 
 
 def _unknown(path: str) -> str:
-    with open(path, "rb") as file:
+    with _bytes_of(path) as file:
         head = file.read(HEAD_BYTES)
     if not head:
         return "is empty"

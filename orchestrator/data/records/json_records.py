@@ -82,7 +82,7 @@ def _of_lines(path: Path, file: IO[str]) -> Iterator[Any]:
     for line in file:
         if not line.strip(_BLANKS):
             continue
-        record = _parse(line)
+        record = parse_json(line)
         if first:
             first = False
             if isinstance(record, BadRow) and (keys := _keys_of_mapping(path)) is not None:
@@ -94,12 +94,12 @@ def _not_a_list(path: Path, file: IO[str]) -> str:
     """Return the error message for a `.json` file that begins with a mapping."""
     line = next((line for line in file if line.strip(_BLANKS)), "")
     rest = next((line for line in file if line.strip(_BLANKS)), "")
-    if rest and isinstance(_parse(line), dict):
+    if rest and isinstance(parse_json(line), dict):
         return f"{path}: this is JSON lines, one record a line, not a JSON list; name it .jsonl"
     keys = _keys_of_mapping(path)
     if keys is not None:
         return f"{path} holds a dict of {keys}; LLaVA's format is a list of records"
-    return f"{path} is not JSON, nor one record a line: {_parse(line)}"
+    return f"{path} is not JSON, nor one record a line: {parse_json(line)}"
 
 
 def _keys_of_mapping(path: Path) -> str | None:
@@ -195,8 +195,9 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return repeated
 
 
-def _parse(line: str) -> Any:
+def parse_json(text: str, what: str = "the line") -> Any:
+    """Return the value of a text, with repeated keys noticed; a BadRow where it is not JSON."""
     try:
-        return json.loads(line, object_pairs_hook=_mapping)
+        return json.loads(text, object_pairs_hook=_mapping)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"the line is not JSON: {error}")
+        return BadRow(f"{what} is not JSON: {error}")

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from orchestrator.data.progress import progress
 from orchestrator.data.records import image_files
 from orchestrator.data.records.columns import Chunks, Columns, batch, build_columns, keep_columns, open_columns
-from orchestrator.data.records.image_files import BadImage, image_size, verify_image
+from orchestrator.data.records.image_files import BadImage, file_of, image_size, part_sha256, verify_image
 from orchestrator.data.rows import (
     AS_IT_IS,
     DataSet,
@@ -175,7 +175,7 @@ def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
 
 def _stat(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        found = os.stat(file_of(path))
     except ValueError:  # a name that no file can have
         return _MISSING
     except OSError as error:
@@ -238,7 +238,7 @@ def _entry(path: str, reading: ImageReading) -> _Entry:
     height = width = 0
     sha = None
     if before != _MISSING:
-        sha = file_sha256(path)
+        sha = part_sha256(path) or file_sha256(path)
         if reason is None:
             try:
                 height, width = image_size(path, reading)
