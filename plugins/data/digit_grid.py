@@ -267,7 +267,7 @@ def _grid(made: _Made, number: int, pools: Sequence[Sequence[int]]) -> Grid:
     One digit is in no cell, so that there is always one to ask for in vain.
     """
     cells = made.size**2
-    draws = _Draws(4 * cells + 20, "digit_grid", made.split, made.size, made.seed, number)
+    draws = _Draws(5 * cells + 40, "digit_grid", made.split, made.size, made.seed, number)
     names = draws.shuffled(range(10))
     counted, rest = names[: made.count], names[made.count : 9]
     # Numbers and answers go round, picture by picture, so that each is as frequent as the others.
@@ -278,7 +278,6 @@ def _grid(made: _Made, number: int, pools: Sequence[Sequence[int]]) -> Grid:
     images = [draws.one_of(pools[digit]) for digit in digits]
     order, asked = draws.shuffled(range(10)), []
     present, absent = [d for d in order if d in digits], [d for d in order if d not in digits]
-    # In a joined conversation no answer stands before a question that it would answer.
     for turn in range(made.identity):
         yes = (number * made.identity + turn) % 2 == 0
         # Where a picture has no more digits of one sort, the other is asked for; each digit once.
@@ -290,7 +289,8 @@ def _grid(made: _Made, number: int, pools: Sequence[Sequence[int]]) -> Grid:
     for cell in draws.shuffled(range(cells))[: made.place]:
         row, column = divmod(cell, made.size)
         asked.append((f"What digit is in row {row + 1}, column {column + 1}?", str(digits[cell]), "place"))
-    return Grid(tuple(digits), tuple(images), tuple(asked))
+    # Mixed, so that neither a place in a joined conversation nor every n-th row goes with one type.
+    return Grid(tuple(digits), tuple(images), tuple(asked[turn] for turn in draws.shuffled(range(len(asked)))))
 
 
 @cache

@@ -63,6 +63,10 @@ class RecordsSpec(DataSpec):
             FileNotFoundError: it does not exist.
         """
 
+    def column_names(self) -> tuple[str, ...]:
+        """Return none, unless a kind reads more of a record than its conversation."""
+        return ()
+
     def num_rows(self) -> int | None:
         """Return `num_samples` where it is given; else usable rows of the data, None where it is not here."""
         if self.num_samples is not None:
