@@ -115,7 +115,7 @@ class WebDataset(RecordSet[WebDatasetSpec]):
         spec, options = self._spec, self._spec.record_options()
         shards, folder = spec.shards(), spec.folder
         content = spec.source_digest()
-        about = {"kind": spec.kind, "text": spec.text, "plain": spec.conversation_template == "plain"}
+        about: dict[str, Any] = {"kind": spec.kind, "text": spec.text, "plain": spec.conversation_template == "plain"}
         about |= {"options": repr(options), "shards": content, "code": source_code(__name__, *_READERS)}
 
         def entries() -> Iterator[Callable[[], plugin.Row | tuple[int, str]]]:
