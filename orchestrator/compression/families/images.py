@@ -36,7 +36,7 @@ class ImagesFamily(Family):
         sized: Tokens follow from `image_sizes`. `generate` hands the model ready features without these, so while a
             model is attached each image's features carry its size.
         one_size: Images of which a batch holds placeholders only have the size the tower is made for.
-        two_towers: Videos pass a tower of their own.
+        two_towers: Images or videos pass parameters that the others do not.
         pixels_by_row: An entry of `pixel_values` is a row's images, padded to those of the row with most.
     """
 

@@ -88,6 +88,8 @@ class Granite4VisionFamily(LlavaNextFamily):
 class LlavaNextVideoFamily(LlavaNextFamily):
     """Images as in LLaVA-NeXT; the frames of a video are pooled, without newlines."""
 
+    two_towers = True  # the newline is of images alone: in a batch of videos ZeRO stages would move it differently
+
     def video_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the frames, pooled by `spatial_pool_stride`; what it does not divide is cut off."""
         pixels, features = inputs.get("pixel_values_videos"), ready_features(inputs, "video")
