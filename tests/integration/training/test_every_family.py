@@ -108,6 +108,8 @@ def plain_loop(folder: Path, job: StageJob, family: str) -> list[float]:
     model = build_model(ModelSpec.model_validate(job.model), ledger.state_folder("root") / WEIGHTS_FILE).train()
     attachment = attach(model, [])
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.recipe["learning_rate"], weight_decay=0.0)
+    for parameter in model.parameters():  # what has no gradient yet counts its steps too, as in DeepSpeed's flat groups
+        parameter.grad = torch.zeros_like(parameter)
     losses = []
     for step in range(job.last_step):
         attachment.switch(job.action_at(step).points)
@@ -121,7 +123,7 @@ def plain_loop(folder: Path, job: StageJob, family: str) -> list[float]:
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), job.recipe["max_grad_norm"])
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         losses.append(total)
     return losses
 
