@@ -301,7 +301,14 @@ def drop_nulls(node: Node, path: Path = ()) -> Node:
     """Take out entries that are null, which puts a key back to its default; an axis' null is a value and stays."""
     if node.is_mapping and path and path[-1] in _KEEPS_NULL:
         return node
-    if node.is_mapping and not (len(path) == 2 and path[0] in ("zip", "include", "exclude")):
+    if node.is_mapping and not _picks_cells(path):
         entries = {key: child for key, child in node.value.items() if child.value is not None}
         node = Node(entries, node.mark, keys={key: node.keys[key] for key in entries}, size=node.size)
     return node.map(lambda key, child: drop_nulls(child, (*path, key)))
+
+
+def _picks_cells(path: Path) -> bool:
+    """Whether the mapping at this path is one of axes and their values."""
+    if len(path) == 2:
+        return path[0] in ("zip", "include", "exclude") or path == ("report", "baseline")
+    return len(path) == 3 and (path[0], path[2]) == ("evaluate", "cells")

@@ -110,6 +110,16 @@ def test_a_null_on_an_axis_is_the_default(grid: Callable[[str], LoadedExperiment
     assert loaded.cells[0].name == "lora=null,learning_rate=null"
 
 
+def test_a_null_picks_the_cells_of_that_value(small: str, write: Write) -> None:
+    """It is a value of the axis: left out, one of two axes would pick more cells without a word."""
+    text = small.replace("data: test}", "data: test, cells: {phases.finetune.lora: null, seed: 1}}")
+    text += "report: {baseline: {phases.finetune.lora: null, seed: 1}}\n"
+    loaded = load_experiment(write(text + "matrix: {phases.finetune.lora: [null, {r: 8}], seed: [0, 1]}\n"))
+    picked = {"phases.finetune.lora": None, "seed": 1}
+    assert loaded.spec.report.baseline == picked
+    assert [cell.axes for cell in loaded.cells if cell.spec.evaluate] == [picked]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
