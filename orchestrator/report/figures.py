@@ -51,7 +51,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         front = sorted(points[index] for index in pareto_front(exact, ["min", "max"]))
         panel.plot([x for x, _ in front], [y for _, y in front], color="0.75", zorder=1)
         for row, (x, y) in zip(shown, points, strict=True):
-            colour, error = colours(rows.index(row) % 10), row.spread.get(score)
+            colour, error = colours(rows.index(row) % 10), row.ci95.get(score)
             how = (
                 {"fmt": "<", "label": f"{row.name} ({BOUND})"}
                 if BOUND in row.marks

@@ -116,6 +116,13 @@ def compare(
     return Comparison(mean, error, mean - reach, mean + reach, p_value, questions, images, seeds)
 
 
+def scores_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return of records what `compare` needs, as `row`, `images` and `score`; None where one has no score."""
+    if not all("row" in one and ("score" in one or "right" in one) for one in records):
+        return None
+    return [{"row": one["row"], "images": one.get("images"), "score": _score(one)} for one in records]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number, in the same order (Holm 1979): the k-th smallest of m times
     m - k + 1, none less than the one before it, none above 1.

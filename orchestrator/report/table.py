@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import html
 import io
@@ -9,18 +10,20 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from orchestrator.errors import shorten
+from orchestrator.errors import StorageError, UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, CellRecord
-from orchestrator.plan.cells.cell import tested_differently
+from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.report.documents import Printed
+from orchestrator.report.statistics import Comparison, compare, holm, mean_interval, scores_of
 from orchestrator.report.units import Operations, legend
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
@@ -39,6 +42,9 @@ class Row:
         spread: Metric name to standard deviation, where it stands for several finished cells.
         against: Metric name to the difference from the baseline's row that it is compared with.
         marks: Remarks such as `failed` or `baseline`.
+        base: Names of the cells of that row.
+        ci95: Metric name to half of the 95 % interval of its mean, where it stands for several finished cells.
+        tests: Metric name to the paired test of that difference, where both kept the score of every question.
     """
 
     name: str
@@ -49,6 +55,9 @@ class Row:
     status: str
     marks: tuple[str, ...] = ()
     against: dict[str, float] = field(default_factory=dict)
+    base: tuple[str, ...] = ()
+    ci95: dict[str, float] = field(default_factory=dict)
+    tests: dict[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,17 +77,32 @@ class Table(Printed):
         rows = [
             {
                 "name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values,
-                "std": r.spread, "marks": r.marks, "to_baseline": r.against,
+                "std": r.spread, "ci95": r.ci95, "marks": r.marks, "to_baseline": r.against, "tests": tests,
             }
-            for r in self.rows
+            for r, tests in zip(self.rows, self.tests(), strict=True)
         ]  # fmt: skip
         return {"rows": rows, "warnings": self.warnings}
+
+    def tests(self) -> list[dict[str, dict[str, float]]]:
+        """Return of each row, by metric, its paired test, with `p_corrected` for their number (Holm 1979)."""
+        distinct = self._distinct_tests()
+        corrected = dict(zip(distinct, holm([test.p_value for _, test in distinct]), strict=True))
+        return [
+            {name: {**asdict(test), "p_corrected": corrected[number, test]} for name, test in row.tests.items()}
+            for number, row in enumerate(self.rows)
+        ]
+
+    def _distinct_tests(self) -> list[tuple[int, Comparison]]:
+        """Return the tests by row; what was evaluated once and stands in two columns is one."""
+        return list(
+            dict.fromkeys((number, test) for number, row in enumerate(self.rows) for test in row.tests.values())
+        )
 
     def to_frame(self) -> pandas.DataFrame:
         """Return it as a frame with one row a cell (or group of cells), values not rounded.
 
-        The columns are the status, the axes, the metrics; `METRIC/std` where a row stands for several cells, and
-        `METRIC/to_baseline` where there is a baseline.
+        The columns are the status, the axes, the metrics; `METRIC/std` and `METRIC/ci95` where a row stands for
+        several cells, and `METRIC/to_baseline` and `METRIC/p_corrected` where there is a baseline.
         """
         import pandas
 
@@ -124,8 +148,16 @@ class Table(Printed):
     def explanations(self) -> str | None:
         """Return one line that says what short heads and brackets mean; None where there are none."""
         heads = text_cells(self)[0]
+        interval = "±: half of the 95% interval over a row's cells" if any(row.ci95 for row in self.rows) else None
         brackets = "in brackets: difference from the baseline" if any(row.against for row in self.rows) else None
-        return "; ".join(filter(None, (legend(heads), brackets))) or None
+        number = len(self._distinct_tests())
+        tests = (
+            f"* more than chance, ns not (p < {_LEVEL:g}, paired by question, clustered by image and seed, "
+            f"corrected for {number} test{'s' if number != 1 else ''})"
+            if number
+            else None
+        )
+        return "; ".join(filter(None, (legend(heads), interval, brackets, tests))) or None
 
     def _repr_html_(self) -> str:
         notes = [*filter(None, [self.explanations()]), *(f"note: {warning}" for warning in self.warnings)]
@@ -135,15 +167,21 @@ class Table(Printed):
         """Return head and rows of the table with every figure as it is, None where there is none."""
         spread = [name for name in self.columns if any(name in row.spread for row in self.rows)]
         against = [name for name in self.columns if any(name in row.against for row in self.rows)]
-        head = ["cell", "status", *axes, *self.columns]
-        lines: list[list[Any]] = [
-            [*head, *(f"{name}/std" for name in spread), *(f"{name}/to_baseline" for name in against)]
-        ]
-        for row in self.rows:
-            figures = [*map(row.values.get, self.columns), *map(row.spread.get, spread), *map(row.against.get, against)]
-            lines.append([row.name, row.status, *map(row.axes.get, axes), *figures])
+        tested = [name for name in self.columns if any(name in row.tests for row in self.rows)]
+        kinds = (("std", spread), ("ci95", spread), ("to_baseline", against), ("p_corrected", tested))
+        further = [f"{name}/{kind}" for kind, names in kinds for name in names]
+        lines: list[list[Any]] = [["cell", "status", *axes, *self.columns, *further]]
+        for row, tests in zip(self.rows, self.tests(), strict=True):
+            p_values = {name: test["p_corrected"] for name, test in tests.items()}
+            found = zip((row.spread, row.ci95, row.against, p_values), kinds, strict=True)
+            figures = [value.get(name) for value, (_, names) in found for name in names]
+            lines.append([row.name, row.status, *map(row.axes.get, axes), *map(row.values.get, self.columns), *figures])
         return lines
 
+
+_LEVEL = 0.05
+# Every answer of both cells is read for a test; beyond this many a table would keep its reader waiting.
+MOST_TESTS = 1000
 
 # What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
 _BY_FORMULA = ("cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens")
@@ -174,7 +212,7 @@ def ablation_table(
     Args:
         records: One record a cell, also where several cells are the same work.
         axes: Cell name to the cell's axes.
-        mean_over: Axes averaged over (mean and standard deviation).
+        mean_over: Axes averaged over (mean, standard deviation, 95 % interval).
         baseline: Axis values of the row the others are compared with.
         all_metrics: Show every metric, not the headline ones.
         shown_axes: Axes with a column of their own, where names do not show them.
@@ -204,6 +242,7 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
         rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
         ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
+        notes += [f"{name}: {note}" for note in _tested(rows, plan, mean_over)]
         keys = [frozenset(map(ids.__getitem__, row.cells)) for row in rows]
         repeated = [row.name for row, key in zip(rows, keys, strict=True) if row not in earlier.get(key, [row])]
         if repeated:
@@ -269,6 +308,7 @@ def _row(
     finished = [record for record in distinct if record.status == "finished"]
     values: dict[str, float] = {}
     spread: dict[str, float] = {}
+    ci95: dict[str, float] = {}
     # A cell of its own shows what it has, whatever failed beside it; a mean is over finished cells only.
     counted = finished if len(distinct) > 1 else distinct
     for name in dict.fromkeys(name for record in counted for name in record.summary):
@@ -282,6 +322,8 @@ def _row(
             values[name] = mean(numbers)
         if len(numbers) > 1:
             spread[name] = stdev(numbers)
+            interval = mean_interval(numbers)
+            ci95[name] = float(interval.high or 0.0) - interval.mean
     marks = []
     if "control" in own:
         marks.append("control")
@@ -297,7 +339,7 @@ def _row(
     worst = (state for state in ("failed", "running", "interrupted", "trained") if state in states)
     status = states.pop() if len(states) == 1 else next(worst, "unfinished")
     name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes)
-    return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks))
+    return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks), ci95=ci95)
 
 
 def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row | None:
@@ -312,7 +354,66 @@ def _against(row: Row, base: Row) -> Row:
     left_out = _BY_FORMULA if BOUND in (*row.marks, *base.marks) else ()
     known = base.values.keys() - left_out
     shown = {name: value - base.values[name] for name, value in row.values.items() if name in known}
-    return replace(row, against=shown)
+    return replace(row, against=shown, base=base.cells)
+
+
+def _tested(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str]) -> list[str]:
+    """Add to rows the paired tests of their differences from the baseline, question by question.
+
+    A metric is tested where it is the mean of the scores that both sides kept, of the same questions and the same
+    seeds; of others, such as an F1, no question has a share.
+
+    Returns:
+        What was not tested, and why, but for metrics that cannot be.
+    """
+    cells = {cell.name: cell for cell in plan.cells}
+    scores: dict[str, list[dict[str, Any]] | None] = {}
+    notes: list[str] = []
+
+    def seeds(names: Sequence[str]) -> dict[tuple[str, ...], Cell]:
+        return {tuple(str(cells[name].axes.get(axis)) for axis in mean_over): cells[name] for name in names}
+
+    def records(job: EvaluationJob, metric: str) -> list[dict[str, Any]] | None:
+        """Return the scores of an evaluation whose mean is this metric."""
+        result = plan.ledger.evaluation(job.id)
+        if job.id not in scores:
+            try:
+                scores[job.id] = scores_of(plan.ledger.predictions(job.id) or ())
+            except StorageError as error:
+                scores[job.id] = None
+                notes.append(f"not tested: {error}")
+        found, value = scores[job.id], (result or {}).get("metrics", {}).get(metric)
+        is_mean = found and value is not None and abs(mean(each["score"] for each in found) - value) < 1e-9
+        return found if is_mean else None
+
+    pairs = [
+        (number, name, metric, [_job(cell, name) for cell in own.values()], [_job(base[seed], name) for seed in own])
+        for number, row in enumerate(rows)
+        if row.status == "finished" and row.base
+        for own, base in [(seeds(row.cells), seeds(row.base))]
+        if own.keys() == base.keys() and len(own) == len(row.cells)
+        for name in row.against
+        if name.startswith("eval/")
+        for metric in [name.rpartition("/")[2]]
+    ]
+    if len(pairs) > MOST_TESTS:
+        return [f"{len(pairs):,} differences from the baseline are not tested, which is done for up to {MOST_TESTS:,}"]
+    for number, name, metric, ours, theirs in pairs:
+        # Cells that are the same work are one measurement.
+        both = {(a.id, b.id): (a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None}
+        sides = [[records(job, metric) for job in side] for side in zip(*both.values(), strict=True)]
+        is_paired = all(len(set(side)) == len(both) for side in zip(*both, strict=True))
+        if is_paired and len(sides) == 2 and all(each is not None for side in sides for each in side):
+            with contextlib.suppress(UsageError):  # other rows, or all about one image
+                rows[number].tests[name] = compare(*sides)  # type: ignore[arg-type]
+    return notes
+
+
+def _job(cell: Cell, column: str) -> EvaluationJob | None:
+    """Return the evaluation of the final state that a metric is of."""
+    _, evaluation, *under = column.split("/")
+    tested = under[0].removeprefix("under_") if len(under) == 2 else "final"
+    return next((job for job in cell.evaluations if (job.name, job.under) == (evaluation, tested)), None)
 
 
 def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes: Sequence[str]) -> str:
@@ -392,8 +493,8 @@ def _unit(table: Table) -> Operations:
     return Operations.of(row.values.get(_OPERATIONS) for row in table.rows)
 
 
-def _text(row: Row, column: str, unit: Operations) -> str:
-    """Return a value, its deviation, and how it differs from the baseline: in points of a score, in per cent of a
+def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) -> str:
+    """Return a value, its interval, and how it differs from the baseline: in points of a score, in per cent of a
     cost.
     """
     value = row.values.get(column)
@@ -402,15 +503,16 @@ def _text(row: Row, column: str, unit: Operations) -> str:
         return text
     if column in _BY_FORMULA and BOUND in row.marks:
         text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
-    spread = row.spread.get(column)
-    if spread is not None and not (column in _BY_FORMULA and spread <= 1e-6 * abs(value)):
-        text += f" ± {unit.text(spread) if column == _OPERATIONS else number(column, spread)}"
+    half = row.ci95.get(column)
+    if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
+        text += f" ± {unit.text(half) if column == _OPERATIONS else number(column, half)}"
     difference = row.against.get(column)
     if difference is None:
         return text
     # Zero added: what rounds to nothing has no minus.
     if column.startswith("eval/"):
-        return f"{text} ({round(difference, 3) + 0.0:+.3f})"
+        sure = "" if p_corrected is None else " *" if p_corrected < _LEVEL else " ns"
+        return f"{text} ({round(difference, 3) + 0.0:+.3f}{sure})"
     if column.startswith("cost/") and column != "cost/compression_ratio" and value != difference:
         return f"{text} ({round(difference / (value - difference), 2) + 0.0:+.0%})"
     return text
@@ -437,11 +539,11 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in table.columns]
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
     body = []
-    for row in table.rows:
+    for row, tests in zip(table.rows, table.tests(), strict=True):
         drawn = map(row.axes.get, table.axes)
         values = [f"{value:.4g}" if isinstance(value, float) else shorten(as_yaml(value)) for value in drawn]
         for column in table.columns:
-            values.append(_text(row, column, unit))
+            values.append(_text(row, column, unit, tests.get(column, {}).get("p_corrected")))
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
         body.append([row.name, *values, status])
     return head, body

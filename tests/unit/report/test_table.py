@@ -42,13 +42,17 @@ def test_a_row_a_cell_in_the_order_of_the_file():
     assert table.columns[:2] == ("eval/vqa/accuracy", "eval/vqa/under_full/accuracy")
 
 
-def test_mean_over_seeds_gives_mean_and_deviation_and_marks_the_baseline():
+def test_mean_over_seeds_gives_mean_and_interval_and_marks_the_baseline():
     table = ablation_table(RECORDS, AXES, mean_over=["seed"], baseline={"phases.finetune.schedule": "full"})
     full, heavy = table.rows
     assert full.values["eval/vqa/accuracy"] == pytest.approx(0.7)
     assert full.spread["eval/vqa/accuracy"] == pytest.approx(0.1414, abs=1e-4)
     assert "baseline" in full.marks and "baseline" not in heavy.marks
-    assert "0.700 ± 0.141" in table.render("md")
+    # Two values: Student's t with one degree of freedom is 12.706.
+    assert full.ci95["eval/vqa/accuracy"] == pytest.approx(12.706 * 0.1, rel=1e-4)
+    assert "0.700 ± 1.271" in table.render("md") and "±: half of the 95% interval" in str(table.explanations())
+    head = table.render("csv").splitlines()[0]
+    assert "eval/vqa/accuracy/std" in head and "eval/vqa/accuracy/ci95" in head
 
 
 def test_bounds_are_shown_as_such_and_compared_with_nothing(tmp_path):
@@ -133,10 +137,10 @@ def test_no_difference_is_shown_where_no_baseline_fits():
 
 def test_what_the_formula_gives_has_no_deviation_of_nothing():
     text = ablation_table(RECORDS, AXES, mean_over=["seed"]).render("md")
-    assert "± 0.141" in text and "10.00 |" in text and "5.57 |" in text
+    assert "± 1.271" in text and "10.00 |" in text and "5.57 |" in text
     assert "± 0.00" not in text and "± 0 " not in text
     moved = [record("full0", 0.8, 10), record("full1", 0.6, 12)]
-    assert "11.00 ± 1.414" in ablation_table(moved, AXES, mean_over=["seed"]).render("md")
+    assert "11.00 ± 12.71" in ablation_table(moved, AXES, mean_over=["seed"]).render("md")
 
 
 def test_operations_are_shown_in_a_unit_that_fits():

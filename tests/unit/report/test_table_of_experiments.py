@@ -14,7 +14,9 @@ from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.trials import Trial
+from orchestrator.report import table as tables
 from orchestrator.report.console import print_plan, print_status
+from orchestrator.report.statistics import compare
 from orchestrator.report.table import table_of
 
 STRIDES = "matrix:\n  compressors.heavy.stride: [8, 4]\n"
@@ -115,3 +117,65 @@ def test_a_headline_that_no_result_has_is_named(tmp_path: Path, grid: str, monke
     monkeypatch.setattr(type(plan.cells[0].spec.evaluate["vqa"]), "headline", ("acuracy", "accuracy"))
     (warning,) = table_of([plan]).warnings
     assert warning.startswith("evaluate.vqa has no metric acuracy")
+
+
+def answers(plan: ExperimentPlan, right: dict[str, list[int]], *, apart: bool = False) -> None:
+    """Keeps for every evaluation the answers of its cell's schedule: `right` holds 1 and 0, two questions a picture.
+
+    With `apart` the metric of the heavy cells under full is not the mean of their scores.
+    """
+    for cell in plan.cells:
+        for job in cell.evaluations:
+            schedule = cell.axes["phases.finetune.schedule"]
+            scores, is_apart = right[schedule], apart and (schedule, job.under) == ("heavy", "full")
+            metrics = {"accuracy": sum(scores) / len(scores) + (0.01 if is_apart else 0)}
+            said = [{"row": i, "images": [f"{i // 2}.png"], "right": bool(one)} for i, one in enumerate(scores)]
+            plan.ledger.write_evaluation(job.id, {"metrics": metrics, "seconds": 1.0}, said)
+
+
+SEEDS = "matrix:\n  seed: [3, 4, 5]\n"
+# Of 40 questions about 20 pictures: heavy loses ten pictures, two_stage one question and wins another.
+RIGHT = {"full": [1] * 39 + [0], "heavy": [0] * 20 + [1] * 19 + [0], "two_stage": [0] + [1] * 39}
+
+
+def test_what_differs_from_the_baseline_is_marked(tmp_path: Path, tiny_text: str) -> None:
+    text = tiny_text.replace("matrix:\n", SEEDS) + BASELINE.replace("}}", "}, mean_over: [seed]}")
+    plan = finished(tmp_path / "seeds.yaml", text)
+    answers(plan, RIGHT, apart=True)
+    table = table_of([plan])
+    full, heavy, two_stage = table.rows
+    final, under_full = "eval/vqa/accuracy", "eval/vqa/under_full/accuracy"
+    # What is not the mean of its scores is compared and not tested; the last stage of two_stage is full.
+    assert full.tests == {} and heavy.tests.keys() == {final} and two_stage.tests.keys() == {final, under_full}
+    by_hand = compare(*([_records(RIGHT[name])] * 3 for name in ("heavy", "full")))
+    assert heavy.tests[final] == by_hand and (by_hand.images, by_hand.seeds) == (20, 3)
+    found = [row["tests"][final] for row in table.document()["rows"][1:]]
+    p_values = [each["p_value"] for each in found]
+    assert [each["p_corrected"] for each in found] == [2 * p_values[0], p_values[1]] and p_values[1] == 1
+    shown = table.render("md").splitlines()
+    assert "0.475 ± 0.000 (-0.500 *)" in shown[3] and "(+0.000 ns)" in shown[4]
+    assert "0.485 ± 0.000 (-0.490) |" in shown[3] and "corrected for 2 tests" in str(table.explanations())
+
+
+def _records(right: list[int]) -> list[dict[str, object]]:
+    return [{"row": i, "images": [f"{i // 2}.png"], "right": bool(one)} for i, one in enumerate(right)]
+
+
+def test_what_cannot_be_tested_says_so_or_has_no_mark(
+    tmp_path: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tiny_text.replace("matrix:\n", SEEDS) + BASELINE.replace("}}", "}, mean_over: [seed]}")
+    plan = finished(tmp_path / "seeds.yaml", text)
+    assert not any(row.tests for row in table_of([plan]).rows)  # no answers were kept
+    answers(plan, RIGHT | {"heavy": [1] * 38})
+    assert [len(row.tests) for row in table_of([plan]).rows] == [0, 0, 2]  # other questions
+    answers(plan, RIGHT)
+    job = next(cell for cell in plan.cells if cell.axes["phases.finetune.schedule"] == "heavy").evaluations[0]
+    plan.ledger.store.write(f"predictions/{job.id}.jsonl.gz", b"torn")
+    table = table_of([plan])
+    assert [len(row.tests) for row in table.rows] == [0, 1, 2]
+    (warning,) = table.warnings
+    assert warning.startswith("tiny: not tested: ") and "damaged" in warning
+    monkeypatch.setattr(tables, "MOST_TESTS", 3)
+    (warning,) = table_of([plan]).warnings
+    assert "4 differences from the baseline are not tested" in warning
