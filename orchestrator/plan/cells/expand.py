@@ -378,6 +378,8 @@ class _Resolver:
         Raises:
             UsageError: a learned compressor would be tested before any stage used it.
         """
+        if all(entry.at == "end" for entry in spec.evaluate.values()):
+            return ()
         found: list[Along] = []
         before, modules = 0, _Modules(spec, facts)
         for plan in phases:
@@ -447,6 +449,8 @@ class _Modules:
         )
         self._known: set[str] | None = None if brings else set()
         self._layers = (0, 0) if facts is None else (facts.num_layers, facts.vision_depth)
+        # By the point itself, which the actions of a policy share: there may be thousands.
+        self._names: dict[int, tuple[Mapping[str, Any], str | None]] = {}
 
     def check(self, job: EvaluationJob, plan: PhasePlan, step: int) -> None:
         """Check that a state has weights for what an evaluation attaches.
@@ -470,8 +474,13 @@ class _Modules:
             self._known.update(*(self._of(action.all_points) for action in plan.table))
 
     def _of(self, points: Iterable[Mapping[str, Any]]) -> set[str]:
-        specs = (registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(point) for point in points)
-        return {name for spec in specs if (name := spec.module_name(*self._layers)) is not None}
+        return {name for point in points if (name := self._name(point)) is not None}
+
+    def _name(self, point: Mapping[str, Any]) -> str | None:
+        if id(point) not in self._names:
+            spec = registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(point)
+            self._names[id(point)] = point, spec.module_name(*self._layers)
+        return self._names[id(point)][1]
 
 
 def _weights_seed(spec: ExperimentSpec) -> int:
