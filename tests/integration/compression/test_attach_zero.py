@@ -51,7 +51,7 @@ def run_zero(world, stages, attach_first, tmp_path, keys_only=False):
     return result_of_rank_0(script, world, tmp_path)
 
 
-@pytest.mark.parametrize("keys_only", [False, True])
+@pytest.mark.parametrize("keys_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_zero3_gives_the_losses_of_zero0(tmp_path, keys_only):
     losses = run_zero(1, [0, 3], False, tmp_path, keys_only)
     assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)

@@ -39,7 +39,8 @@ if rank == 0:
 
 
 # One tower for both kinds, and one for each.
-@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("video_llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_vl", "video_llava"])
 def test_images_and_videos_on_one_rank_and_text_on_the_other(family, tmp_path):
     one, two = (result_of_rank_0(SCRIPT, ranks, tmp_path, family) for ranks in (1, 2))
     assert two == pytest.approx(one, abs=1e-4)

@@ -123,6 +123,7 @@ def test_a_lane_whose_controller_is_killed_is_started_again_and_the_other_goes_o
     assert sorted(outcome.finished) == [f"job{n}" for n in range(4)] and not outcome.failed
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_found_its_stacks_kept_and_the_job_done(ledger: Ledger) -> None:
     run = Run(ledger)
     two_ranks = ONE.model_copy(update={"num_workers": 2, "stall_minutes": 0.2, "max_failures": 1})

@@ -120,6 +120,7 @@ class Letters:
 """
 
 
+@pytest.mark.slow
 def test_a_search_stops_after_the_first_trial_that_lacks_an_objective(search_text, tmp_path):
     (tmp_path / "letters.py").write_text(LETTERS)
     text = search_text.replace("vqa: {kind: exact_match, ", "vqa: {kind: letters, ")

@@ -241,6 +241,7 @@ def test_workers_do_not_change_what_is_learned(made: tuple[Path, Path], tmp_path
     _compare(alone["job"], pair["job"])
 
 
+@pytest.mark.slow
 def test_a_learned_compressor_is_taught_and_teaches(made: tuple[Path, Path], tmp_path: Path) -> None:
     jobs = {str(micro): learned_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
     early = replace(jobs["8"], table=(replace(jobs["8"].table[0], last_step=1),), last_step=1)
@@ -377,6 +378,7 @@ def untrained(folder: Path, job: StageJob) -> str:
     return str(make_ledger(folder, job.model).state_folder("root") / "weights/model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [sandwich_job, dualspeed_job])
 def test_passes_resume_as_if_left_alone(made: tuple[Path, Path], tmp_path: Path, make: Any) -> None:
     job = make(made, per_device_train_batch_size=3)

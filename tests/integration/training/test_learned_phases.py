@@ -97,6 +97,7 @@ BUILT_IN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "world_size"), [pytest.param("zero2", 1, marks=pytest.mark.slow), ("zero3", 2)])
 def test_built_in_methods_take_turns(made: tuple[Path, Path], tmp_path: Path, zero: str, world_size: int) -> None:
     table = [Action(step, step + 1, point["kind"], (point,)) for step, point in enumerate(BUILT_IN, start=1)]

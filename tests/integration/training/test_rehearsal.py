@@ -95,6 +95,7 @@ def test_a_method_that_fails_in_the_last_stage_fails_its_cell_before_anything_is
     assert variants_trained(tmp_path) == {"full", "heavy", "faulty"}
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_a_smaller_micro_batch_that_then_passes(llavolta, tmp_path, faulty):
     faulty.write_text(faulty.read_text().replace("stride: 2}\n  heavy", "stride: 2, most: 4}\n  heavy"))
     done = llavolta("run", faulty, "--local")
@@ -107,6 +108,7 @@ def test_out_of_memory_names_a_smaller_micro_batch_that_then_passes(llavolta, tm
     assert again.returncode == 0, again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_a_real_limit_on_memory_is_met_by_the_rehearsal(llavolta, tmp_path, faulty):
     # Far more than any machine has is asked for by torch itself.
     (tmp_path / "faulty.py").write_text(

@@ -120,7 +120,7 @@ def _check(
     ("zero", "world_size", "calls"),
     [
         pytest.param("zero0", 1, [0, 4], marks=pytest.mark.slow),
-        ("zero2", 2, [1, 3]),
+        pytest.param("zero2", 2, [1, 3], marks=pytest.mark.slow),
         ("zero3", 2, [4]),
         pytest.param("zero3", 1, [3], marks=pytest.mark.slow),
     ],
@@ -131,10 +131,12 @@ def test_stopped_and_resumed_is_left_alone(
     _check(made, alone, tmp_path, zero, world_size, calls, learned="")
 
 
+@pytest.mark.slow
 def test_stopped_while_a_compressor_learns(made: tuple[Path, Path], alone: Any, tmp_path: Path) -> None:
     _check(made, alone, tmp_path, "zero2", 2, [1, 4], learned="mixing")
 
 
+@pytest.mark.slow
 def test_stopped_while_clusters_groups_and_an_isolator_learn(
     made: tuple[Path, Path], alone: Any, tmp_path: Path
 ) -> None:
