@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def compare(
     Raises:
         UsageError: seeds or rows differ, or there are too few images.
     """
+    import numpy as np
+
     scores_ASQ, images_Q = _scores(first, second)
     differences_SQ = scores_ASQ[0] - scores_ASQ[1]
     seeds, questions = differences_SQ.shape
@@ -139,6 +142,8 @@ def _scores(
     first: Sequence[Sequence[Mapping[str, Any]]], second: Sequence[Sequence[Mapping[str, Any]]]
 ) -> tuple[np.ndarray, list[str]]:
     """Return the scores of two cells (2, S seeds, Q questions), and for each question which images it is about."""
+    import numpy as np
+
     if len(first) != len(second) or not first:
         raise UsageError(f"the cells have {len(first)} and {len(second)} seeds; compare the same seeds of both")
     rows = [record["row"] for record in first[0]]
@@ -160,6 +165,8 @@ def _score(record: Mapping[str, Any]) -> float:
 
 def _variance(sums: np.ndarray) -> float:
     """Return the variance of the sum over clusters, whose residuals sum to these, corrected for their number."""
+    import numpy as np
+
     return float(len(sums) / (len(sums) - 1) * np.square(sums).sum())
 
 
