@@ -18,7 +18,7 @@ from rich.tree import Tree
 
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
-from orchestrator.report.figures import grid_figure
+from orchestrator.report.figures import grid_figure, sweep_figure
 from orchestrator.report.pages import image_text, prompt_pieces, row_lengths, row_settings, row_title
 from orchestrator.report.table import Table, plain_table
 from orchestrator.report.units import (
@@ -545,6 +545,10 @@ def print_ending(
     figure = plan.ledger.storage / "cells" / plan.loaded.spec.name / "grid.png"
     if grid_figure(table, plan.loaded.spec.name, figure):
         _say(console, f"figure: {figure}")
+    for (evaluation, metric), sweeps in groupby(table.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
+        swept = figure.with_name(f"sweep_{evaluation}_{metric}.png")
+        if sweep_figure(list(sweeps), swept):
+            _say(console, f"figure: {swept}")
     uri = plan.tracking_uri
     if uri.startswith("http"):
         line = f"MLflow: {redacted(uri)}, experiment {plan.experiment_name}"

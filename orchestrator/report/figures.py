@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.trials import pareto_front
+from orchestrator.report.sweeps import Sweep, Swept
 from orchestrator.report.table import BOUND, Table, header
 from orchestrator.report.units import Operations
 
@@ -34,7 +36,8 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         False, with nothing written, where no finished cell has both figures.
     """
     cost = "cost/train_tflops"
-    scores = [column for column in table.columns if column.startswith("eval/")]
+    swept = {score.column for sweep in table.sweeps for score in sweep.scores if score.values}
+    scores = [column for column in table.columns if column.startswith("eval/") and column not in swept]
     rows = [row for row in table.rows if cost in row.values and any(score in row.values for score in scores)]
     if not rows:
         return False
@@ -66,6 +69,55 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
+    _save(figure, path, 150)
+    return True
+
+
+def sweep_figure(sweeps: Sequence[Sweep], path: Path) -> bool:
+    """Draw a metric over the amount of compression at test time, one panel a row of the table, as PNG.
+
+    Every method and layer is a curve with its intervals, full tokens a line across with its own.
+
+    Args:
+        sweeps: Those of one metric of one evaluation.
+        path: The file to write.
+
+    Returns:
+        False, with nothing written, where neither amount nor layer varies.
+    """
+    along = next((sweep.along for sweep in sweeps if sweep.along), None)
+    if along is None:
+        return False
+    figure = _figure(1.2 + 4.4 * len(sweeps), 4.2)
+    panels = figure.subplots(1, len(sweeps), squeeze=False, sharey=True)[0]
+    for sweep, panel in zip(sweeps, panels, strict=True):
+        curves: dict[str, list[Swept]] = {}
+        for score in sweep.scores:
+            if score.values:
+                rest = {key: value for key, value in score.values.items() if key not in (along, "kind")}
+                name = ", ".join([score.values["kind"], *(f"{key} {value}" for key, value in rest.items())])
+                curves.setdefault(name, []).append(score)
+            else:
+                panel.axhline(score.mean, color="0.4", linewidth=1, linestyle="--", label="full tokens")
+                if score.ci95 is not None:
+                    panel.axhspan(
+                        score.mean - score.ci95, score.mean + score.ci95, color="0.5", alpha=0.15, linewidth=0
+                    )
+        places = [str(value) for value in dict.fromkeys(s.values[along] for s in sweep.scores if along in s.values)]
+        for number, (name, scores) in enumerate(curves.items()):
+            # Beside each other, so that intervals do not hide one another.
+            shift = (number - (len(curves) - 1) / 2) * min(0.08, 0.5 / len(curves))
+            at = [places.index(str(score.values[along])) + shift for score in scores]
+            errors = [score.ci95 or 0.0 for score in scores]
+            panel.errorbar(at, [score.mean for score in scores], yerr=errors, marker="o", capsize=3, label=name)
+        panel.set_xticks(range(len(places)), places)
+        panel.set_xlabel(f"{along.replace('_', ' ')} at test time")
+        panel.set_title(sweep.row, fontsize=10)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel(sweeps[0].metric)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    figure.suptitle(f"{sweeps[0].evaluation}: {sweeps[0].metric} by what the model is tested under", fontsize=11)
     _save(figure, path, 150)
     return True
 

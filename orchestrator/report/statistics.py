@@ -94,29 +94,34 @@ def compare(
     Raises:
         UsageError: seeds or rows differ, or there are too few images.
     """
-    import numpy as np
-
     scores_ASQ, images_Q = _scores(first, second)
-    differences_SQ = scores_ASQ[0] - scores_ASQ[1]
-    seeds, questions = differences_SQ.shape
-    _, of_Q = np.unique(np.asarray(images_Q, dtype=object), return_inverse=True)
-    images = int(of_Q.max()) + 1
-    if images < 2:
-        raise UsageError("all questions are about one image: there is nothing to tell chance from difference")
-    mean = float(differences_SQ.mean())
-    rest_SQ = differences_SQ - mean
-    by_image_SI = np.stack([np.bincount(of_Q, weights=row_Q, minlength=images) for row_Q in rest_SQ])
-    variance = _variance(by_image_SI.sum(0))
-    degrees = float(images - 1)
-    if seeds > 1:
-        by_image, by_seed = variance, _variance(by_image_SI.sum(1))
-        variance = max(by_image, by_seed, by_image + by_seed - _variance(by_image_SI.ravel()))
-        parts = by_image**2 / (images - 1) + by_seed**2 / (seeds - 1)
-        degrees = variance**2 / parts if parts else degrees
-    error = math.sqrt(variance) / rest_SQ.size
+    mean, error, degrees, images = _clustered(scores_ASQ[0] - scores_ASQ[1], images_Q)
     reach = _quantile(level, degrees) * error
     p_value = _p_value(mean, error, degrees)
-    return Comparison(mean, error, mean - reach, mean + reach, p_value, questions, images, seeds)
+    return Comparison(mean, error, mean - reach, mean + reach, p_value, len(images_Q), images, scores_ASQ.shape[1])
+
+
+def score_interval(records: Sequence[Mapping[str, Any]], level: float = 0.95) -> Interval | None:
+    """Return the mean score of one model's answers and its interval over questions, those about one image together.
+
+    It says how far another draw of images and questions might move the score; nothing of another training.
+
+    Args:
+        records: `row`, `images`, and `score` or `right` of each answer.
+        level: Of the interval.
+
+    Returns:
+        None where the answers do not tell: all scores are equal, or all questions are about one image.
+    """
+    import numpy as np
+
+    scores_Q = np.asarray([_score(one) for one in records], dtype=np.float64)
+    images_Q = _images(records)
+    if len(set(images_Q)) < 2 or (scores_Q == scores_Q[0]).all():
+        return None
+    mean, error, degrees, _ = _clustered(scores_Q[None], images_Q)
+    reach = _quantile(level, degrees) * error
+    return Interval(mean, mean - reach, mean + reach, len(scores_Q))
 
 
 def scores_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -152,8 +157,38 @@ def _scores(
             if [record["row"] for record in records] != rows:
                 raise UsageError("the cells were tested on different rows; compare them on the same data")
     scores = [[[_score(one) for one in records] for records in cell] for cell in (first, second)]
-    images = ["\n".join(map(str, record.get("images") or (f"row {record['row']}",))) for record in first[0]]
-    return np.asarray(scores, dtype=np.float64), images
+    return np.asarray(scores, dtype=np.float64), _images(first[0])
+
+
+def _images(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which images each answer is about; one about none is alone."""
+    return ["\n".join(map(str, one.get("images") or (f"row {one['row']}",))) for one in records]
+
+
+def _clustered(values_SQ: np.ndarray, images_Q: Sequence[str]) -> tuple[float, float, float, int]:
+    """Return the mean of values, its standard error clustered by image and seed, degrees of freedom, and the images.
+
+    Raises:
+        UsageError: all questions are about one image.
+    """
+    import numpy as np
+
+    seeds = len(values_SQ)
+    _, of_Q = np.unique(np.asarray(images_Q, dtype=object), return_inverse=True)
+    images = int(of_Q.max()) + 1
+    if images < 2:
+        raise UsageError("all questions are about one image: there is nothing to tell chance from difference")
+    mean = float(values_SQ.mean())
+    rest_SQ = values_SQ - mean
+    by_image_SI = np.stack([np.bincount(of_Q, weights=row_Q, minlength=images) for row_Q in rest_SQ])
+    variance = _variance(by_image_SI.sum(0))
+    degrees = float(images - 1)
+    if seeds > 1:
+        by_image, by_seed = variance, _variance(by_image_SI.sum(1))
+        variance = max(by_image, by_seed, by_image + by_seed - _variance(by_image_SI.ravel()))
+        parts = by_image**2 / (images - 1) + by_seed**2 / (seeds - 1)
+        degrees = variance**2 / parts if parts else degrees
+    return mean, math.sqrt(variance) / rest_SQ.size, degrees, images
 
 
 def _score(record: Mapping[str, Any]) -> float:

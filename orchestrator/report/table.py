@@ -11,19 +11,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from orchestrator.errors import StorageError, UsageError, shorten
+from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, CellRecord
 from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.report.documents import Printed
-from orchestrator.report.statistics import Comparison, compare, holm, mean_interval, scores_of
+from orchestrator.report.scores import Scores, job_of
+from orchestrator.report.statistics import Comparison, holm, mean_interval
+from orchestrator.report.sweeps import LEVEL, Sweep, sweeps_of, texts
 from orchestrator.report.units import Operations, legend
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
@@ -62,12 +64,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table(Printed):
-    """Rows, the metrics and axes shown, and what makes the rows unequal to compare."""
+    """Rows, the metrics and axes shown, what makes the rows unequal to compare, and sweeps of evaluations.
+
+    Scores under a sweep's variants have a table of their own where people read it; in CSV and frames they are columns.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Table: {len(self.rows)} rows, {len(self.columns)} metrics>"
@@ -81,7 +87,7 @@ class Table(Printed):
             }
             for r, tests in zip(self.rows, self.tests(), strict=True)
         ]  # fmt: skip
-        return {"rows": rows, "warnings": self.warnings}
+        return {"rows": rows, "warnings": self.warnings, "sweeps": [sweep.document() for sweep in self.sweeps]}
 
     def tests(self) -> list[dict[str, dict[str, float]]]:
         """Return of each row, by metric, its paired test, with `p_corrected` for their number (Holm 1979)."""
@@ -124,12 +130,15 @@ class Table(Printed):
     def to_markdown(self) -> str:
         """Return it as a Markdown table, as the screen shows it."""
         head, body = text_cells(self)
-        lines = [head, ["---"] + ["---:"] * (len(head) - 2) + ["---"], *body]
-        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        blocks = [_markdown(head, body, ["---"] + ["---:"] * (len(head) - 2) + ["---"])]
+        for title, head, body in self._swept():
+            blocks += [f"**{title}**", _markdown(head, body, ["---"] * (len(head) - 1) + ["---:"])]
+        return "\n\n".join(blocks)
 
     def to_latex(self) -> str:
-        """Return it as a LaTeX tabular (package booktabs), as the screen shows it."""
-        return _latex(*text_cells(self))
+        """Return it as a LaTeX tabular (package booktabs), as the screen shows it; one more for each swept metric."""
+        swept = (f"% {title}\n{_latex(head, body)}" for title, head, body in self._swept())
+        return "\n\n".join([_latex(*text_cells(self)), *swept])
 
     def render(self, form: str) -> str:
         """Return it as `md`, `csv`, `latex` or `json`."""
@@ -140,6 +149,11 @@ class Table(Printed):
         console = console or Console()
         for number, grid in enumerate(_grids(*text_cells(self), console.width)):
             console.print(*([""] if number else []), grid, sep="\n")
+        for title, head, body in self._swept():
+            grid = plain_table(head, right=head[-1:])
+            for line in body:
+                grid.add_row(*line)
+            console.print("", f"[bold]{title}[/bold]", grid, sep="\n", highlight=False)
         if (legend_line := self.explanations()) is not None:
             console.print(legend_line, style="dim", highlight=False, markup=False)
         for warning in self.warnings:
@@ -148,11 +162,17 @@ class Table(Printed):
     def explanations(self) -> str | None:
         """Return one line that says what short heads and brackets mean; None where there are none."""
         heads = text_cells(self)[0]
-        interval = "±: half of the 95% interval over a row's cells" if any(row.ci95 for row in self.rows) else None
+        several = any(row.spread for row in self.rows)
+        alone = any(row.ci95.keys() - row.spread.keys() for row in self.rows)
+        over = [
+            *(["a row's cells"] if several else []),
+            *(["questions, by image, of a row of one cell"] if alone else []),
+        ]
+        interval = f"±: half of the 95% interval over {' or '.join(over)}" if over else None
         brackets = "in brackets: difference from the baseline" if any(row.against for row in self.rows) else None
         number = len(self._distinct_tests())
         tests = (
-            f"* more than chance, ns not (p < {_LEVEL:g}, paired by question, clustered by image and seed, "
+            f"* more than chance, ns not (p < {LEVEL:g}, paired by question, clustered by image and seed, "
             f"corrected for {number} test{'s' if number != 1 else ''})"
             if number
             else None
@@ -161,7 +181,19 @@ class Table(Printed):
 
     def _repr_html_(self) -> str:
         notes = [*filter(None, [self.explanations()]), *(f"note: {warning}" for warning in self.warnings)]
-        return html_table(*text_cells(self)) + "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+        tables = [
+            html_table(*text_cells(self)),
+            *(html_table(head, body, title) for title, head, body in self._swept()),
+        ]
+        return "".join(tables) + "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+
+    def _swept(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """Yield title, head and body of the table of each swept metric."""
+        for _, found in groupby(self.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
+            sweeps = list(found)
+            tests = sum(score.test is not None for score in sweeps[0].scores)
+            marks = f"; in brackets: difference from full, corrected for {tests} tests" if tests else ""
+            yield f"{sweeps[0].evaluation}: {sweeps[0].metric} by what the model is tested under{marks}", *texts(sweeps)
 
     def _unrounded(self, axes: Sequence[str]) -> list[list[Any]]:
         """Return head and rows of the table with every figure as it is, None where there is none."""
@@ -179,7 +211,6 @@ class Table(Printed):
         return lines
 
 
-_LEVEL = 0.05
 # Every answer of both cells is read for a test; beyond this many a table would keep its reader waiting.
 MOST_TESTS = 1000
 
@@ -234,6 +265,7 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
     shown: list[tuple[str, Row]] = []
     earlier: dict[frozenset[tuple[str, tuple[str, ...]]], list[Row]] = {}
     shown_axes: dict[str, None] = {}
+    blocks: list[Sweep] = []
     for plan in plans:
         report, search, name = plan.loaded.spec.report, plan.loaded.spec.search, plan.loaded.spec.name
         own = [plan.record(cell) for cell in plan.cells]
@@ -242,7 +274,9 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
         rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
         ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
-        notes += [f"{name}: {note}" for note in _tested(rows, plan, mean_over)]
+        scores = Scores(plan.ledger)
+        notes += [f"{name}: {note}" for note in (*_judged(rows, plan, mean_over, scores), *scores.notes)]
+        blocks += sweeps_of(plan, rows, scores)
         keys = [frozenset(map(ids.__getitem__, row.cells)) for row in rows]
         repeated = [row.name for row, key in zip(rows, keys, strict=True) if row not in earlier.get(key, [row])]
         if repeated:
@@ -255,7 +289,8 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         shown_axes |= dict.fromkeys(drawn)
     counts = Counter(row.name for _, row in shown)
     named = [row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown]
-    return _table(records, named, dict.fromkeys(remarks), all_metrics, tuple(shown_axes), headlines)
+    table = _table(records, named, dict.fromkeys(remarks), all_metrics, tuple(shown_axes), headlines)
+    return replace(table, sweeps=tuple(sorted(blocks, key=lambda sweep: (sweep.evaluation, sweep.metric))))
 
 
 def _table(
@@ -357,63 +392,51 @@ def _against(row: Row, base: Row) -> Row:
     return replace(row, against=shown, base=base.cells)
 
 
-def _tested(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str]) -> list[str]:
-    """Add to rows the paired tests of their differences from the baseline, question by question.
+def _judged(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str], scores: Scores) -> list[str]:
+    """Add to rows what their kept answers say: paired tests of differences from the baseline, and where a row is one
+    cell its interval over questions.
 
     A metric is tested where it is the mean of the scores that both sides kept, of the same questions and the same
     seeds; of others, such as an F1, no question has a share.
 
     Returns:
-        What was not tested, and why, but for metrics that cannot be.
+        What was not tested for its number.
     """
     cells = {cell.name: cell for cell in plan.cells}
-    scores: dict[str, list[dict[str, Any]] | None] = {}
-    notes: list[str] = []
+    finished = [(number, row) for number, row in enumerate(rows) if row.status == "finished"]
 
     def seeds(names: Sequence[str]) -> dict[tuple[str, ...], Cell]:
         return {tuple(str(cells[name].axes.get(axis)) for axis in mean_over): cells[name] for name in names}
 
-    def records(job: EvaluationJob, metric: str) -> list[dict[str, Any]] | None:
-        """Return the scores of an evaluation whose mean is this metric."""
-        result = plan.ledger.evaluation(job.id)
-        if job.id not in scores:
-            try:
-                scores[job.id] = scores_of(plan.ledger.predictions(job.id) or ())
-            except StorageError as error:
-                scores[job.id] = None
-                notes.append(f"not tested: {error}")
-        found, value = scores[job.id], (result or {}).get("metrics", {}).get(metric)
-        is_mean = found and value is not None and abs(mean(each["score"] for each in found) - value) < 1e-9
-        return found if is_mean else None
-
     pairs = [
-        (number, name, metric, [_job(cell, name) for cell in own.values()], [_job(base[seed], name) for seed in own])
-        for number, row in enumerate(rows)
-        if row.status == "finished" and row.base
+        (number, name, [job_of(cell, name) for cell in own.values()], [job_of(base[seed], name) for seed in own])
+        for number, row in finished
+        if row.base
         for own, base in [(seeds(row.cells), seeds(row.base))]
         if own.keys() == base.keys() and len(own) == len(row.cells)
         for name in row.against
         if name.startswith("eval/")
-        for metric in [name.rpartition("/")[2]]
     ]
+    alone = [
+        (number, name, job)
+        for number, row in finished
+        for name in row.values
+        if name.startswith("eval/") and name not in row.ci95
+        if (job := job_of(cells[row.cells[0]], name)) is not None
+    ]
+    notes = []
     if len(pairs) > MOST_TESTS:
-        return [f"{len(pairs):,} differences from the baseline are not tested, which is done for up to {MOST_TESTS:,}"]
-    for number, name, metric, ours, theirs in pairs:
-        # Cells that are the same work are one measurement.
-        both = {(a.id, b.id): (a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None}
-        sides = [[records(job, metric) for job in side] for side in zip(*both.values(), strict=True)]
-        is_paired = all(len(set(side)) == len(both) for side in zip(*both, strict=True))
-        if is_paired and len(sides) == 2 and all(each is not None for side in sides for each in side):
-            with contextlib.suppress(UsageError):  # other rows, or all about one image
-                rows[number].tests[name] = compare(*sides)  # type: ignore[arg-type]
+        text = "differences from the baseline are not tested, which is done for up to"
+        notes.append(f"{len(pairs):,} {text} {MOST_TESTS:,}")
+        pairs = []
+    for number, name, ours, theirs in pairs:
+        with contextlib.suppress(UsageError):  # other rows, or all about one image
+            if (test := scores.compared(ours, theirs, name.rpartition("/")[2])) is not None:
+                rows[number].tests[name] = test
+    for number, name, job in alone if len(alone) <= MOST_TESTS else ():
+        if (interval := scores.interval(job, name.rpartition("/")[2])) is not None:
+            rows[number].ci95[name] = interval
     return notes
-
-
-def _job(cell: Cell, column: str) -> EvaluationJob | None:
-    """Return the evaluation of the final state that a metric is of."""
-    _, evaluation, *under = column.split("/")
-    tested = under[0].removeprefix("under_") if len(under) == 2 else "final"
-    return next((job for job in cell.evaluations if (job.name, job.under) == (evaluation, tested)), None)
 
 
 def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes: Sequence[str]) -> str:
@@ -511,7 +534,7 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
         return text
     # Zero added: what rounds to nothing has no minus.
     if column.startswith("eval/"):
-        sure = "" if p_corrected is None else " *" if p_corrected < _LEVEL else " ns"
+        sure = "" if p_corrected is None else " *" if p_corrected < LEVEL else " ns"
         return f"{text} ({round(difference, 3) + 0.0:+.3f}{sure})"
     if column.startswith("cost/") and column != "cost/compression_ratio" and value != difference:
         return f"{text} ({round(difference / (value - difference), 2) + 0.0:+.0%})"
@@ -536,13 +559,15 @@ def number(column: str, value: float | None) -> str:
 def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Return the head and body of the table as text."""
     unit = _unit(table)
-    heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in table.columns]
+    apart = {score.column for sweep in table.sweeps for score in sweep.scores if score.values}
+    columns = [column for column in table.columns if column not in apart]
+    heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in columns]
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
     body = []
     for row, tests in zip(table.rows, table.tests(), strict=True):
         drawn = map(row.axes.get, table.axes)
         values = [f"{value:.4g}" if isinstance(value, float) else shorten(as_yaml(value)) for value in drawn]
-        for column in table.columns:
+        for column in columns:
             values.append(_text(row, column, unit, tests.get(column, {}).get("p_corrected")))
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
         body.append([row.name, *values, status])
@@ -587,6 +612,11 @@ def html_table(head: Sequence[str], body: Iterable[Sequence[str]], caption: str 
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     rows = "".join(line(row, "td") for row in body)
     return f"<table>{title}<thead>{line(head, 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+def _markdown(head: Sequence[str], body: Iterable[Sequence[str]], align: Sequence[str]) -> str:
+    lines = [head, align, *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

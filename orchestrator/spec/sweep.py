@@ -80,6 +80,16 @@ def swept(sweep: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return {each.name(point): point for each, point in points}
 
 
+def given(sweep: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Return what a sweep without errors gives of each of its variants, by name: `kind` first, then its other keys."""
+    found = {}
+    for each in combinations(sweep):
+        point = each.point()
+        values = {key: getattr(point, key) for key in each.values}
+        found[each.name(point)] = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
+    return found
+
+
 def swept_names(value: Any) -> list[str]:
     """Return the names of a sweep as it stands in a file; none where it has errors."""
     try:
