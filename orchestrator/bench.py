@@ -23,6 +23,7 @@ from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, StorageError, UsageError
+from orchestrator.machine import processor_name, reset_peak_memory, resident_peak_bytes
 from orchestrator.models.build import compute_dtype, model_from_config
 from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.plan import cost
@@ -39,7 +40,6 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training.engine import checkpoint_activations
-from orchestrator.training.metrics_log import processor_name, reset_peak_memory, resident_peak_bytes
 
 Points = tuple[dict[str, Any], ...]
 MIN_REPEATS = 7

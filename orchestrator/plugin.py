@@ -56,8 +56,11 @@ if TYPE_CHECKING:
     from orchestrator.errors import StageRunError as StageRunError
     from orchestrator.errors import UsageError as UsageError
     from orchestrator.evaluation.evaluate import AnswerLoss as AnswerLoss
+    from orchestrator.evaluation.evaluate import PromptBatch as PromptBatch
     from orchestrator.evaluation.evaluate import answer_losses as answer_losses
+    from orchestrator.evaluation.evaluate import generate as generate
     from orchestrator.evaluation.evaluate import greedy_answers as greedy_answers
+    from orchestrator.evaluation.evaluate import prompt_batch as prompt_batch
     from orchestrator.evaluation.protocol import Evaluation as Evaluation
     from orchestrator.evaluation.protocol import EvaluationData as EvaluationData
     from orchestrator.evaluation.protocol import Outcome as Outcome
@@ -67,6 +70,9 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.protocol import outcome_of as outcome_of
     from orchestrator.evaluation.protocol import prediction as prediction
     from orchestrator.evaluation.protocol import text_column as text_column
+    from orchestrator.machine import Load as Load
+    from orchestrator.machine import device_name as device_name
+    from orchestrator.machine import peak_bytes as peak_bytes
     from orchestrator.plan.identity import content_digest as content_digest
     from orchestrator.spec.base import Count as Count
     from orchestrator.spec.base import Flag as Flag
@@ -110,10 +116,11 @@ _NAMES = {
         "IMAGE_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
     ),
     "orchestrator.errors": "DataError StageRunError UsageError",
-    "orchestrator.evaluation.evaluate": "AnswerLoss answer_losses greedy_answers",
+    "orchestrator.evaluation.evaluate": "AnswerLoss PromptBatch answer_losses generate greedy_answers prompt_batch",
     "orchestrator.evaluation.protocol": (
         "Evaluation EvaluationData Outcome Workers last_answer mean_scores outcome_of prediction text_column"
     ),
+    "orchestrator.machine": "Load device_name peak_bytes",
     "orchestrator.plan.identity": "content_digest",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
     "orchestrator.spec.components": (

@@ -66,6 +66,8 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
         if train_stage(replace(job, rehearsed=None), ledger, training, should_stop) == "stopped":
             return "interrupted"
     else:
+        if registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).is_measurement:
+            training.release()
         model = model_for_evaluation(training, job.points, job.state)
         if model is None:
             model = _tested_model(job, ledger, memory)

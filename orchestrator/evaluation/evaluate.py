@@ -21,6 +21,7 @@ from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
 from orchestrator.data.rows import Row, data_spec, template_of
 from orchestrator.errors import DataError, StageRunError
+from orchestrator.evaluation.fingerprint import fingerprint
 from orchestrator.evaluation.protocol import EvaluationData, Outcome, Workers, headline_problem, metric_problem
 from orchestrator.models.build import WEIGHTS_FILE, build_model, cast_parameters, compute_dtype
 from orchestrator.models.compressor_weights import learned_modules, load_learned
@@ -46,7 +47,8 @@ def evaluate_state(
         should_stop: Asked between batches; when true on any rank, the evaluation ends without a result.
 
     Returns:
-        The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`; None when it was stopped.
+        The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`, `fingerprint`,
+        `notices`; None when it was stopped.
 
     Raises:
         DamagedStateError: the state's weights are missing or damaged.
@@ -81,6 +83,8 @@ def evaluate_state(
         "num_samples": outcome.num_samples,
         "seconds": round(time.monotonic() - started, 3),
         "examples": outcome.examples,
+        "fingerprint": {**fingerprint(job, data, model, workers), **outcome.fingerprint},
+        "notices": list(outcome.notices),
     }
     if workers.rank == 0:
         ledger.write_evaluation(job.id, result, outcome.predictions)
@@ -241,31 +245,74 @@ def greedy_answers(
     order = sorted(range(len(prompts)), key=lambda i: (bool(prompts[i].images), len(prompts[i]), i))
     tokenizer = data.processor.tokenizer
     answers = [""] * len(rows)
-    weight, attachment = next(model.parameters()), attachment_of(model)
     for first in range(0, len(order), batch_size):
         if data.should_stop():
             break
         part = order[first : first + batch_size]
-        batch = collate([prompts[i] for i in part], data.processor, padding_side="left", with_labels=False)
-        moved = _moved(batch, weight)
-        if attachment is not None:
-            # Random methods draw by row, so that answers do not depend on the batch size.
-            attachment.set_step(sample_index=[rows[i].index for i in part])
-        generated = model.generate(
-            **moved,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=end_tokens(model, tokenizer),
-            pad_token_id=data.processor.pad_token_id,
-            # An untrained model may generate the placeholder, which would count as an image without pixels.
-            suppress_tokens=data.processor.placeholder_ids,
-        )
-        new_tokens = generated[:, moved["input_ids"].shape[1] :]
+        batch = _prompt_batch(model, [rows[i] for i in part], [prompts[i] for i in part], data)
+        new_tokens = generate(model, batch, data, max_new_tokens)[:, batch.length :]
         for i, text in zip(part, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
     return answers
+
+
+class PromptBatch(NamedTuple):
+    """Prompts as the model takes them, on its device.
+
+    Attributes:
+        inputs: Arguments of its forward, padded on the left.
+        rows: Indices of the rows.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    rows: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt, visual ones included."""
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def prompt_batch(model: Any, rows: Sequence[Row], data: EvaluationData) -> PromptBatch:
+    """Return the prompts of rows as one batch.
+
+    Raises:
+        DataError: a prompt is longer than the model may take, or an image cannot be read.
+    """
+    return _prompt_batch(model, rows, [data.encoder.encode_prompt(row) for row in rows], data)
+
+
+def _prompt_batch(model: Any, rows: Sequence[Row], prompts: Sequence[Sample], data: EvaluationData) -> PromptBatch:
+    batch = collate(prompts, data.processor, padding_side="left", with_labels=False)
+    return PromptBatch(_moved(batch, next(model.parameters())), tuple(row.index for row in rows))
+
+
+def generate(model: Any, batch: PromptBatch, data: EvaluationData, max_new_tokens: int, **options: Any) -> Any:
+    """Return what the model's `generate` gives for a batch of prompts: greedy, with a KV cache.
+
+    Args:
+        model: The model, in evaluation mode.
+        batch: The prompts.
+        data: What they are of.
+        max_new_tokens: Longest answer; generation ends earlier where every answer has ended.
+        options: Further ones of `generate`.
+    """
+    attachment = attachment_of(model)
+    if attachment is not None:
+        # Random methods draw by row, so that answers do not depend on the batch size.
+        attachment.set_step(sample_index=batch.rows)
+    return model.generate(
+        **batch.inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=end_tokens(model, data.processor.tokenizer),
+        pad_token_id=data.processor.pad_token_id,
+        # An untrained model may generate the placeholder, which would count as an image without pixels.
+        suppress_tokens=data.processor.placeholder_ids,
+        **options,
+    )
 
 
 class AnswerLoss(NamedTuple):

@@ -122,12 +122,17 @@ class Outcome:
         num_samples: Rows tested.
         examples: A few predictions, kept beside the metrics.
         predictions: All of them, in the order of the rows: `prediction` makes one, further keys are kept as well.
+        fingerprint: What of the evaluation's fingerprint is otherwise than usual, or more: `toolkit`, `task`, `prompt`
+            of another toolkit. JSON values; a table flags cells in which one differs.
+        notices: What a reader of the scores should know, in sentences: a table shows them with the cells' names.
     """
 
     metrics: dict[str, float]
     num_samples: int
     examples: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def metric_problem(metrics: Any) -> str | None:

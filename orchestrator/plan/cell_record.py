@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from orchestrator.plan.tree import StageTree
 _COSTS = Costs()  # one for the process: lengths of data are measured once
 AT_MOST = "costs_at_most"
 """Tag of a cell whose operations and tokens by the formula are bounds: a method's tokens depend on the image."""
+EVALUATION_TAG = "fingerprint.eval."
 _NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
 
@@ -42,6 +43,9 @@ class CellRecord:
         artifacts: File name to text, bytes or a file to copy.
         tested: Ids of its evaluations; with the cell's id they say which cells are one measurement.
         along: Points of evaluations along the way, by step, as in `history`. They come later than the steps' own.
+        evaluated: How each finished evaluation was done (its fingerprint), by `eval/<name>` as metrics are named; empty
+            where it was done before there were any.
+        evaluation_notices: What readers of its scores should know, by evaluation.
     """
 
     cell_id: str
@@ -55,6 +59,8 @@ class CellRecord:
     artifacts: dict[str, str | bytes | Path] = field(default_factory=dict, repr=False)
     tested: tuple[str, ...] = ()
     along: tuple[Point, ...] = ()
+    evaluated: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    evaluation_notices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
@@ -63,6 +69,8 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
     resolved = cell.spec.model_dump(mode="json")
     runs = _trained_runs(cell, tree, ledger)
     trained = ledger.is_done(cell.state) if cell.phases else status == "finished"
+    results = [(test, found) for test in cell.evaluations if (found := ledger.evaluation(test.id)) is not None]
+    evaluated = {_place(test): found.get("fingerprint") or {} for test, found in results}
     return CellRecord(
         cell_id=cell.id,
         cell_name=cell.name,
@@ -75,6 +83,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
             **({"control": "true"} if "control" in cell.axes else {}),
             **({AT_MOST: "true"} if any(map(_COSTS.at_most, cell.phases)) else {}),
             **_fingerprint_tags(runs or ()),
+            **_evaluation_tags(evaluated),
             **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
             "tree_share": f"{_tree_share(cell, tree):.4f}",
         },
@@ -84,6 +93,8 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
         artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
         tested=tuple(test.id for test in cell.evaluations),
         along=tuple(_along(cell, ledger)),
+        evaluated=evaluated,
+        evaluation_notices=_evaluation_notices(results),
     )
 
 
@@ -174,6 +185,38 @@ def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
+def _evaluation_tags(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return one tag an evaluation: how it was done, but for the compressor, as far as all its variants agree."""
+    marks: dict[str, list[dict[str, Any]]] = {}
+    for place, found in evaluated.items():
+        if found:
+            marks.setdefault(place.split("/")[1], []).append(flat(found))
+    shared = {
+        name: {key: value for key, value in one.items() if all(other.get(key) == value for other in rest)}
+        for name, (one, *rest) in marks.items()
+    }
+    return {
+        f"{EVALUATION_TAG}{name}": ", ".join(f"{key} {value}" for key, value in same.items() if key != "compressor")
+        for name, same in shared.items()
+    }
+
+
+def _evaluation_notices(results: Sequence[tuple[EvaluationJob, Mapping[str, Any]]]) -> dict[str, tuple[str, ...]]:
+    """Return the notices of results by evaluation, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for test, result in results:
+        found.setdefault(test.name, {}).update(dict.fromkeys(result.get("notices") or ()))
+    return {name: tuple(notices) for name, notices in found.items() if notices}
+
+
+def flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint without levels: `settings.max_new_tokens`."""
+    found: dict[str, Any] = {}
+    for key, value in fingerprint.items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
 def _tree_share(cell: Cell, tree: StageTree) -> float:
     """Return a cell's share of its own cost when each stage run is split evenly over the cells that use it."""
     plans = {plan.name: plan for plan in cell.phases}
@@ -212,9 +255,13 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool)
     return summary
 
 
+def _place(test: EvaluationJob) -> str:
+    return f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
+
+
 def _scores(test: EvaluationJob, ledger: Ledger) -> dict[str, float]:
     """Return what an evaluation measured under the names of MLflow; nothing before it is done."""
-    place = f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
+    place = _place(test)
     found = (ledger.evaluation(test.id) or {}).get("metrics") or {}
     return {f"{place}/{metric}": float(value) for metric, value in found.items()}
 

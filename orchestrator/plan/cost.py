@@ -395,6 +395,25 @@ def tower_tokens_by_layer(facts: ModelFacts, points: Sequence[Mapping[str, Any]]
     return [facts.vision_tokens - less for less in _of_grid(facts, _specs(points), facts.image_grid).fewer]
 
 
+def kv_cache_bytes(facts: ModelFacts, points: Sequence[Mapping[str, Any]], number_bytes: int) -> int | None:
+    """Return the bytes that the visual tokens of one image hold in the KV cache: `2 h_kv a` numbers a token and layer.
+
+    What a `keys_only` point dropped is held too. None where layers are not all alike: they hold no keys, or others.
+    Text tokens hold as much each, in every layer.
+
+    Args:
+        facts: The model.
+        points: Resolved points.
+        number_bytes: 4 in float32, else 2.
+    """
+    if facts.decoder_layers:
+        return None
+    specs = _specs(points)
+    tokens = sum(tokens_by_layer(specs, facts.num_layers, facts.image_grid))
+    held = sum(keys_by_layer(specs, facts.num_layers, facts.image_grid))
+    return (tokens + held) * 2 * facts.num_key_value_heads * facts.head_dim * number_bytes
+
+
 def train_tflops_per_sample(
     facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample, recipe: Mapping[str, Any]
 ) -> float:

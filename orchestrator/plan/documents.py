@@ -11,7 +11,7 @@ from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell, PhasePlan, distinct_cells, tested_differently
 from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cells.start_from import start_text
-from orchestrator.plan.cost import MeasuredRows, compression_ratio, parameter_count
+from orchestrator.plan.cost import MeasuredRows, compression_ratio, kv_cache_bytes, parameter_count
 from orchestrator.plan.experiment_plan import ExperimentPlan, collector_paused
 from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
@@ -39,9 +39,9 @@ def variant_documents(
 
     Returns:
         `name`, `control` (the method of a control arm, or None), `points` (`kind`, `layer`, `kept_tokens`),
-        `layer_average_tokens` and `compression_ratio`; figures are of one image. Where its tokens vary `kept_tokens` is
-        None, and the other two are means over the measured images, None where none were measured. With
-        `at_most` they are bounds: how many tokens a method leaves depends on the image.
+        `layer_average_tokens`, `compression_ratio` and, where it is known, `kv_cache_bytes`; figures are of one image.
+        Where its tokens vary `kept_tokens` is None, and the other two are means over the measured images, None where
+        none were measured. With `at_most` they are bounds: how many tokens a method leaves depends on the image.
     """
     found: dict[str, dict[str, Any]] = {}
     seen: set[tuple[Any, ...]] = set()  # cells often hold the very same points
@@ -50,19 +50,21 @@ def variant_documents(
             points = cell.spec.compressors.get(name)
             if points is None:
                 continue
-            key = (name, *map(id, points), id(cell.facts), cell.axes.get(AXIS))
+            dtype = cell.spec.model.dtype
+            key = (name, *map(id, points), id(cell.facts), dtype, cell.axes.get(AXIS))
             if key in seen:
                 continue
             seen.add(key)
             rows = rows_of(cell) if cell.facts is not None and cell.facts.visual_grid is None else None
-            entry = _entry(name, points, cell.facts, cell.axes.get(AXIS), rows)
+            entry = _entry(name, points, cell.facts, cell.axes.get(AXIS), rows, _NUMBER_BYTES.get(dtype))
             found.setdefault(repr(sorted(entry.items(), key=lambda item: item[0])), entry)
     return list(found.values())
 
 
 def _entry(
-    name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None, control: Any, rows: MeasuredRows | None
-) -> dict[str, Any]:
+    name: str, points: Sequence[CompressorSpec], facts: ModelFacts | None, control: Any, rows: MeasuredRows | None,
+    number_bytes: int | None,
+) -> dict[str, Any]:  # fmt: skip
     grid = facts.visual_grid if facts is not None else None
     if facts is None or grid is None:
         shown = [{"kind": point.kind, "layer": point.layer, "kept_tokens": None} for point in points]
@@ -77,6 +79,8 @@ def _entry(
             "layer_average_tokens": total / facts.num_layers,
             "compression_ratio": compression_ratio(grid, total, facts.num_layers),
         }
+        if number_bytes and not facts.tiled and (size := kv_cache_bytes(facts, resolved, number_bytes)) is not None:
+            figures["kv_cache_bytes"] = size
         shown, left = [], grid
         for point in solved:
             left = point.kept_grid(left)
@@ -102,6 +106,7 @@ def _bound(is_bound: bool) -> dict[str, bool]:
 
 
 _GIB = 2**30
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BYTES_WEIGHT = 4  # safetensors in float32
 _BYTES_TRAINED = 12  # float32 master weights and two Adam states
 

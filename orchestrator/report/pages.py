@@ -61,6 +61,7 @@ def predictions_document(
     return {
         "experiment": plan.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
         "under": job.under, "metrics": result["metrics"], "num_samples": result["num_samples"], "only_wrong": wrong,
+        "fingerprint": result.get("fingerprint") or {},
         "predictions": found,
     }  # fmt: skip
 

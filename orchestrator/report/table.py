@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from orchestrator.errors import UsageError, shorten
-from orchestrator.plan.cell_record import AT_MOST, CellRecord
+from orchestrator.plan.cell_record import AT_MOST, EVALUATION_TAG, CellRecord, flat
 from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
 from orchestrator.report.sweeps import LEVEL, Sweep, sweeps_of, texts
-from orchestrator.report.units import Operations, legend
+from orchestrator.report.units import Operations, legend, size_text
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
 
@@ -302,7 +302,13 @@ def _table(
     headlines: Mapping[str, Sequence[str]],
 ) -> Table:
     columns = _columns(records, all_metrics, headlines)
-    warnings = (*_unequal(records), *remarks, *_lacking(columns, headlines))
+    warnings = (
+        *_unequal(records),
+        *_unequal_evaluations(records),
+        *_notices(records),
+        *remarks,
+        *_lacking(columns, headlines),
+    )
     return Table(columns, tuple(rows), warnings, tuple(shown_axes))
 
 
@@ -490,7 +496,7 @@ def _unequal(records: Sequence[CellRecord]) -> list[str]:
     for record in records:
         if record.status == "finished":
             for tag, value in record.tags.items():
-                if tag.startswith("fingerprint."):
+                if tag.startswith("fingerprint.") and not tag.startswith(EVALUATION_TAG):
                     seen.setdefault(tag, {}).setdefault(value, []).append(record.cell_name)
     return [
         f"unequal comparison: {tag.removeprefix('fingerprint.')} differs ("
@@ -499,6 +505,53 @@ def _unequal(records: Sequence[CellRecord]) -> list[str]:
         for tag, values in seen.items()
         if len(values) > 1
     ]
+
+
+def _unequal_evaluations(records: Sequence[CellRecord]) -> list[str]:
+    """Return one sentence for each part of an evaluation's fingerprint in which cells differ.
+
+    What the cells were tested under is theirs in `final`, and an axis may say what a variant is; a named one is else to
+    be the same.
+    """
+    seen: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
+    without: dict[str, dict[str, None]] = {}
+    varied = any(name.partition(".")[0] == "compressors" for record in records for name in record.params)
+    for record in records:
+        for place, found in record.evaluated.items():
+            evaluation = place.split("/")[1]
+            if not found:
+                without.setdefault(evaluation, {})[record.cell_name] = None
+            for part, value in flat(found).items():
+                if part != "compressor" or not (varied or "/under_" not in place):
+                    values = seen.setdefault((evaluation, part), {}).setdefault(place, {})
+                    values.setdefault(str(value), []).append(record.cell_name)
+    sentences = []
+    for (evaluation, part), places in seen.items():
+        unlike: dict[str, dict[str, None]] = {}
+        for values in places.values():
+            for value, names in values.items() if len(values) > 1 else ():
+                unlike.setdefault(value, {}).update(dict.fromkeys(names))
+        if unlike:
+            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in unlike.items())
+            sentences.append(f"unequal comparison: {part} of evaluate.{evaluation} differs ({shown})")
+    known = {evaluation for evaluation, _ in seen}
+    sentences += [
+        f"unequal comparison: how evaluate.{evaluation} was done is not recorded of {', '.join(names)}, tested by an "
+        "older version"
+        for evaluation, names in without.items()
+        if evaluation in known
+    ]
+    return sentences
+
+
+def _notices(records: Sequence[CellRecord]) -> list[str]:
+    """Return what evaluations say of their scores, with the cells of which they do."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for evaluation, notices in record.evaluation_notices.items():
+            for notice in notices:
+                found.setdefault(f"evaluate.{evaluation}: {notice}", {})[record.cell_name] = None
+    return [f"{text} ({', '.join(names)})" for text, names in found.items()]
 
 
 def header(column: str) -> str:
@@ -533,23 +586,31 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
     if difference is None:
         return text
     # Zero added: what rounds to nothing has no minus.
-    if column.startswith("eval/"):
+    if _is_score(column):
         sure = "" if p_corrected is None else " *" if p_corrected < LEVEL else " ns"
         return f"{text} ({round(difference, 3) + 0.0:+.3f}{sure})"
-    if column.startswith("cost/") and column != "cost/compression_ratio" and value != difference:
+    if column != "cost/compression_ratio" and value != difference:
         return f"{text} ({round(difference / (value - difference), 2) + 0.0:+.0%})"
     return text
+
+
+def _is_score(column: str) -> bool:
+    """Return whether a column is of scores, whose differences are points; of what is measured they are per cent."""
+    measured = ("_bytes", "_gib", "_milliseconds", "_seconds", "_per_second")
+    return column.startswith("eval/") and not column.removesuffix("_iqr").endswith(measured)
 
 
 def number(column: str, value: float | None) -> str:
     """Return a value with the digits that mean something for its column."""
     if value is None:
         return "–"
-    if column.startswith("eval/"):
+    if column.endswith("_bytes"):
+        return size_text(value)
+    if _is_score(column):
         return f"{value:.3f}"
     if column.endswith("compression_ratio"):
         return f"{value:.2f}"
-    if column.endswith("seconds"):
+    if column.endswith("seconds") and not column.endswith("milliseconds"):
         return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
     if 0 < abs(value) < 0.01:
         return f"{value:.2g}"

@@ -574,6 +574,10 @@ class DataSpec(Component):
         """
         return None
 
+    def column_sources(self) -> Mapping[str, str]:
+        """Return by column what it is called in the data; an evaluation is another one where that is another."""
+        return {name: name for name in self.column_names() or ()}
+
 
 def _as_entries(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
@@ -598,6 +602,9 @@ class EvaluationSpec(Component):
 
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns that it needs of every row, such as `answers`: `validate` refuses data that does not have them."""
+    is_measurement: ClassVar[bool] = False
+    """Whether it measures the machine: run again it finds other numbers. It gets the state's weights alone, without the
+    optimizer that training may have left in memory, and need not test every row."""
 
     data: str = Field(examples=["test"])
     """Data set to test on, by its name under `data`."""

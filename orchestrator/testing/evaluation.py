@@ -125,7 +125,7 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
         if problem := headline_problem(type(spec), outcomes[0].metrics):
             raise Broken(problem)
     with contract.promise("num_samples counts the rows"):
-        if outcomes[0].num_samples != len(rows):
+        if outcomes[0].num_samples != len(rows) and not spec.is_measurement:
             raise Broken(f"it is {outcomes[0].num_samples} of {len(rows)} rows; count every rank's (workers.sum)")
     with contract.promise("examples and predictions are mappings of JSON values"):
         for kept in (outcomes[0].examples, outcomes[0].predictions):
@@ -140,7 +140,9 @@ def _check_runs(contract: Contract, spec: EvaluationSpec, rows: list[Row]) -> No
         random.seed(1)
         torch.manual_seed(1)
         again = run(data)
-        if again.metrics != outcomes[0].metrics:
+        if again.metrics.keys() != outcomes[0].metrics.keys():
+            raise Broken(f"first {', '.join(outcomes[0].metrics)}, then {', '.join(again.metrics)}")
+        if again.metrics != outcomes[0].metrics and not spec.is_measurement:
             raise Broken(f"first {outcomes[0].metrics}, then {again.metrics}; draw from a seed of the spec, if at all")
     with contract.promise("the model is as it was"):
         changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import platform
-import resource
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.machine import processor_name, resident_peak_bytes
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger.files import log_path, storage_errors
 from orchestrator.plan.step_history import read_metrics
@@ -26,41 +25,10 @@ from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
 
 
-def reset_peak_memory() -> None:
-    """Reset the peak, so that a stage run is not charged for the one before it in the same process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def peak_memory_gib() -> float:
     """Return the largest memory of any worker since `reset_peak_memory`: GPU memory, or resident memory on the CPU."""
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak_bytes()
     return distributed.reduce_values([peak / 2**30], largest=True)[0]
-
-
-def resident_peak_bytes() -> int:
-    """Return the largest resident memory of this process since `reset_peak_memory`."""
-    if peak := _field_of("/proc/self/status", "VmHWM"):
-        return int(peak.split()[0]) * 1024
-    scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def processor_name() -> str:
-    """Return the CPU model, which decides how kernels round; the architecture where the system does not report it."""
-    return _field_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-
-
-def _field_of(file: str, name: str) -> str | None:
-    """Return the first value of a field in a file of /proc; None where the system has none."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
-            if line.startswith(name):
-                return line.partition(":")[2].strip()
-    return None
 
 
 def fingerprint(job: StageJob, session: Session) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from orchestrator.data.train_data import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
+from orchestrator.machine import reset_peak_memory
 from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.jobs import Action, StageJob, action_digest
@@ -30,7 +31,7 @@ from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch, accumulation_steps, even_size
 from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session, TrainingMemory
-from orchestrator.training.metrics_log import LOGGER, peak_memory_gib, reset_peak_memory
+from orchestrator.training.metrics_log import LOGGER, peak_memory_gib
 from orchestrator.training.step import forward_losses
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from orchestrator.errors import StageRunError, StorageError
+from orchestrator.machine import reset_peak_memory
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
@@ -24,7 +25,6 @@ from orchestrator.training.metrics_log import (
     MetricsLog,
     fingerprint,
     peak_memory_gib,
-    reset_peak_memory,
     stage_log,
     stage_result,
 )

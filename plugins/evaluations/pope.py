@@ -14,9 +14,11 @@ MEASURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 class PopeSpec(plugin.GenerationSpec):
     """Greedy answers read as yes or no, with yes as what is looked for (Li et al., arXiv:2305.10355).
 
-    An answer is no where its first sentence has one of the words `No`, `no` and `not`, else yes, as the authors' and
-    LLaVA's scripts read it. `f1_mean` is the mean of the categories' F1, the figure of LLaVA-1.5's table; without
-    categories it is `f1`.
+    An answer is no where its first sentence has one of the words `No`, `no` and `not`, else yes, as the authors'
+    `evaluate.py` and LLaVA's `eval_pope.py` read it. Both print the five measures of one category at a time.
+    `f1_mean` is the mean of the categories' F1, which LLaVA-1.5's table has (haotian-liu/LLaVA#626: .8718, .8629 and
+    .8450 give the 85.9 of its 7B model); without categories it is `f1`. lmms-eval's `pope` takes F1 and accuracy over
+    all rows: `f1`, `accuracy`.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.evaluations.pope:Pope"

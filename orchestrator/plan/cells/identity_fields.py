@@ -121,6 +121,19 @@ def settings_identity(model: ModelSpec) -> dict[str, Any]:
     return {**fields, "source": _source(model.model_name_or_path, model.revision, [_SETTINGS])}
 
 
+def processor_identity(model: ModelSpec) -> dict[str, Any]:
+    """Return a model's tokenizer and processor by content, those of a hub id by commit."""
+    files = [pattern for pattern in _SETTINGS if pattern not in ("config.json", "generation_config.json", "*.py")]
+    found: dict[str, Any] = _source(model.model_name_or_path, model.revision, [files])
+    return found
+
+
+def data_digest(data: DataSpec, content: str | None, left_out: Sequence[int]) -> str:
+    """Return the digest of the rows of a data set that was read: its content and the fields that change rows."""
+    fields = reached(data, leave=frozenset(type(data).path_fields))
+    return digest({**fields, "content": content, "left_out": list(left_out)})
+
+
 def folder_identity(folder: str) -> dict[str, Any]:
     """Return a folder of weights by content."""
     identity: dict[str, Any] = _source(folder, None, [_SETTINGS, _weight_patterns(folder)])

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
+from judge_server import judge_server
 from orchestrator_plugins.data.easy_vqa import EasyVqaSpec
 from orchestrator_plugins.evaluations.multiple_choice import MultipleChoice, MultipleChoiceSpec
 from repository import TINY_LLAVA
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from orchestrator import registry
 from orchestrator.compression import attach
 from orchestrator.data.processing.encode import Encoder
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.rows import Turn, open_data_set
 from orchestrator.evaluation.evaluate import answer_losses, evaluation_mode, greedy_answers
 from orchestrator.evaluation.protocol import EvaluationData, Workers
+from orchestrator.registry import load_object
+from orchestrator.spec.components import GenerationSpec
 from orchestrator.spec.model import ModelSpec
 
+GENERATING = {
+    kind: spec
+    for kind in registry.kinds(registry.EVALUATIONS)
+    if issubclass(spec := registry.spec_class(registry.EVALUATIONS, kind), GenerationSpec)
+}
 UNDER = {
     "full": [],
     "heavy": [{"kind": "average_pool", "layer": 1, "stride": 8}],
@@ -43,14 +54,20 @@ def data():
     return EvaluationData(rows, Encoder(processor, "chat_template", 2048), processor)
 
 
-@pytest.fixture(scope="module", params=UNDER)
-def model(request):
-    """Untrained, drawn so wide that answers differ from row to row."""
+@cache
+def untrained(under):
+    """Drawn so wide that answers differ from row to row."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(TINY_LLAVA)
     config.text_config.initializer_range = 0.6
     model = AutoModelForImageTextToText.from_config(config).eval()
-    attach(model, UNDER[request.param])
+    attach(model, UNDER[under])
+    return model
+
+
+@pytest.fixture(scope="module", params=UNDER)
+def model(request):
+    model = untrained(request.param)
     with evaluation_mode(model):
         yield model
 
@@ -59,6 +76,35 @@ def test_generated_answers(model, data):
     alone = greedy_answers(model, data.rows, data, 1, 4)
     assert greedy_answers(model, data.rows, data, 16, 4) == alone
     assert len(set(alone)) > 5, "a model that always says the same would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A judge whose judgement follows from what it is asked."""
+    with judge_server(lambda _, body: json.dumps({"pred": "yes", "score": len(str(body)) % 6})) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("judge", "mme"))) for kind in sorted(GENERATING)],
+)
+def test_every_kind_that_generates(kind, data, server):
+    """All that a kind kept of every row, and its metrics."""
+    fields = {"data": "test", "max_new_tokens": 4, **({"url": server.url, "model": "stub"} if kind == "judge" else {})}
+    rows = [replace(row, turns=row.turns[:2], columns={}) for row in data.rows[:17]]
+    implementation = load_object(GENERATING[kind].implementation)
+    rows = list(implementation.example_rows(rows)) if hasattr(implementation, "example_rows") else rows
+    model = untrained("heavy")
+    with evaluation_mode(model):
+        found = [
+            implementation(GENERATING[kind](**fields, batch_size=batch_size)).run(
+                model, replace(data, rows=rows), Workers()
+            )
+            for batch_size in (1, 16)
+        ]
+    assert found[0].predictions == found[1].predictions and found[0].metrics == found[1].metrics
+    assert len({each["answer"] for each in found[0].predictions}) > 3
 
 
 def test_losses(model, data):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def test_a_result_is_written_whole(ledger):
     assert result["id"] == "b" * 16 and result["name"] == "vqa" and result["under"] == "final"
     assert result["num_samples"] == 30 and result["seconds"] > 0 and len(result["examples"]) == 20
     assert set(result["metrics"]) == {"accuracy", "accuracy_yes_no", "accuracy_shape", "accuracy_color"}
+
+
+def test_how_a_state_was_tested_is_kept(ledger):
+    full, heavy = evaluate_state(job(), ledger)["fingerprint"], evaluate_state(job(HEAVY), ledger)["fingerprint"]
+    assert full["task"] == "exact_match 1" and full["batch_size"] == 10 and full["dtype"] == "float32"
+    assert full["settings"] == {"max_new_tokens": 2, "ignore_case": True, "ignore_punctuation": True}
+    assert full["world_size"] == 1 and full["torch"] == version("torch") and full["device"]
+    assert full["prompt"].startswith("chat_template ") and len(full["processor"]) == 12
+    assert full["compressor"] == "none" and heavy["compressor"] == "average_pool 1 (layer 1, stride 8)"
+    assert {**heavy, "compressor": "none"} == full
+    other = replace(job(), spec={**job().spec, "batch_size": 3}, data={**job().data, "max_samples": 29})
+    differs = evaluate_state(other, ledger)["fingerprint"]
+    assert {name for name in full if full[name] != differs[name]} == {"batch_size", "data"}
 
 
 def test_a_state_is_tested_under_its_points(ledger):

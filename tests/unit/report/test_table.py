@@ -83,6 +83,31 @@ def test_cells_of_unequal_fingerprint_are_flagged():
     assert ablation_table(RECORDS, AXES).warnings == ()
 
 
+def test_evaluations_done_unlike_are_flagged_with_what_differs():
+    def tested(number: int, **marks) -> CellRecord:
+        marks = {"batch_size": 16, "settings": {"max_new_tokens": 8}, "compressor": f"stride {number}", **marks}
+        evaluated = {"eval/vqa": marks, "eval/vqa/under_full": {**marks, "compressor": "none"}}
+        return replace(RECORDS[number], evaluated=evaluated)
+
+    same = [tested(0), tested(1)]
+    assert ablation_table(same, AXES).warnings == (), "what cells are trained for differs in `final`, and may"
+    (warning,) = ablation_table([*same, tested(2, settings={"max_new_tokens": 4})], AXES).warnings
+    assert warning == (
+        "unequal comparison: settings.max_new_tokens of evaluate.vqa differs "
+        "(8: cell-full0, cell-full1; 4: cell-heavy0)"
+    )
+    named = [
+        replace(one, evaluated={"eval/vqa/under_heavy": {"compressor": f"stride {number}"}})
+        for number, one in enumerate(RECORDS[:2])
+    ]
+    (warning,) = ablation_table(named, AXES).warnings
+    assert warning.startswith("unequal comparison: compressor of evaluate.vqa differs (stride 0: cell-full0")
+    by_axis = [replace(one, params={"compressors.heavy.stride": "8"}) for one in named]
+    assert ablation_table(by_axis, AXES).warnings == ()
+    (warning,) = ablation_table([same[0], replace(RECORDS[1], evaluated={"eval/vqa": {}})], AXES).warnings
+    assert "not recorded of cell-full1" in warning
+
+
 def test_csv_and_json_hold_unrounded_values_and_agree():
     table = ablation_table(RECORDS, AXES)
     lines = list(csv.DictReader(io.StringIO(table.render("csv"))))

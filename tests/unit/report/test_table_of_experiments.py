@@ -65,6 +65,20 @@ def test_every_name_that_was_asked_for_has_a_row(tmp_path: Path, grid: str) -> N
     assert plan.find(plan.cells[0].id[:8]).name == plan.find("schedule=full").name == NAMES[0]
 
 
+def test_an_evaluation_that_was_done_unlike_is_flagged(tmp_path: Path, grid: str) -> None:
+    plan = finished(tmp_path / "grid.yaml", grid)
+    jobs = [job for cell in plan.cells for job in cell.evaluations if job.under == "final"]
+    for job in jobs:
+        size = 1 if job is jobs[-1] else 16
+        marks = {"batch_size": size, "settings": {"max_new_tokens": 8}, "compressor": "none"}
+        plan.ledger.write_evaluation(job.id, {"metrics": {"accuracy": 0.5}, "fingerprint": marks})
+    plan = prepare(tmp_path / "grid.yaml")
+    (warning,) = (text for text in table_of([plan]).document()["warnings"] if "batch_size" in text)
+    assert "batch_size of evaluate.vqa differs (16: " in warning and f"; 1: {plan.cells[-1].name})" in warning
+    tags = plan.record(plan.cells[-1]).tags
+    assert tags["fingerprint.eval.vqa"] == "batch_size 1, settings.max_new_tokens 8"
+
+
 def test_the_trees_show_a_shared_stage_run_as_all_its_cells(tmp_path: Path, grid: str) -> None:
     plan = finished(tmp_path / "grid.yaml", grid)
     console = Console(file=io.StringIO(), width=200)
