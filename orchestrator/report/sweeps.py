@@ -12,6 +12,7 @@ from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm
+from orchestrator.report.units import difference_text, metric_text
 from orchestrator.spec.sweep import given
 
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
@@ -127,11 +128,11 @@ def texts(sweeps: Sequence[Sweep]) -> tuple[list[str], list[list[str]]]:
 
 def _text(score: Swept) -> str:
     """Return a score, its interval, and its difference from full tokens."""
-    text = f"{score.mean:.3f}" + (f" ± {score.ci95:.3f}" if score.ci95 is not None else "")
-    if score.to_full is None:
-        return text
+    text = metric_text(score.column, score.mean)
+    text += f" ± {metric_text(score.column, score.ci95)}" if score.ci95 is not None else ""
+    shown = None if score.to_full is None else difference_text(score.column, score.mean, score.to_full)
     sure = "" if score.p_corrected is None else " *" if score.p_corrected < LEVEL else " ns"
-    return f"{text} ({round(score.to_full, 3) + 0.0:+.3f}{sure})"
+    return text if shown is None else f"{text} ({shown}{sure})"
 
 
 def sweeps_of(plan: ExperimentPlan, rows: Sequence[_Row], scores: Scores) -> list[Sweep]:

@@ -26,7 +26,7 @@ from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
 from orchestrator.report.sweeps import LEVEL, Sweep, sweeps_of, texts
-from orchestrator.report.units import Operations, legend, size_text
+from orchestrator.report.units import Operations, difference_text, legend, metric_text
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.yaml.node import as_yaml
 
@@ -574,47 +574,20 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
     cost.
     """
     value = row.values.get(column)
-    text = unit.text(value) if column == _OPERATIONS else number(column, value)
+    text = unit.text(value) if column == _OPERATIONS else metric_text(column, value)
     if value is None:
         return text
     if column in _BY_FORMULA and BOUND in row.marks:
         text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
     half = row.ci95.get(column)
     if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
-        text += f" ± {unit.text(half) if column == _OPERATIONS else number(column, half)}"
+        text += f" ± {unit.text(half) if column == _OPERATIONS else metric_text(column, half)}"
     difference = row.against.get(column)
     if difference is None:
         return text
-    # Zero added: what rounds to nothing has no minus.
-    if _is_score(column):
-        sure = "" if p_corrected is None else " *" if p_corrected < LEVEL else " ns"
-        return f"{text} ({round(difference, 3) + 0.0:+.3f}{sure})"
-    if column != "cost/compression_ratio" and value != difference:
-        return f"{text} ({round(difference / (value - difference), 2) + 0.0:+.0%})"
-    return text
-
-
-def _is_score(column: str) -> bool:
-    """Return whether a column is of scores, whose differences are points; of what is measured they are per cent."""
-    measured = ("_bytes", "_gib", "_milliseconds", "_seconds", "_per_second")
-    return column.startswith("eval/") and not column.removesuffix("_iqr").endswith(measured)
-
-
-def number(column: str, value: float | None) -> str:
-    """Return a value with the digits that mean something for its column."""
-    if value is None:
-        return "–"
-    if column.endswith("_bytes"):
-        return size_text(value)
-    if _is_score(column):
-        return f"{value:.3f}"
-    if column.endswith("compression_ratio"):
-        return f"{value:.2f}"
-    if column.endswith("seconds") and not column.endswith("milliseconds"):
-        return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-    if 0 < abs(value) < 0.01:
-        return f"{value:.2g}"
-    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    sure = "" if p_corrected is None else " *" if p_corrected < LEVEL else " ns"
+    shown = None if column == "cost/compression_ratio" else difference_text(column, value, difference)
+    return text if shown is None else f"{text} ({shown}{sure})"
 
 
 def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:

@@ -121,6 +121,38 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}g}" if 0 < abs(value) < 0.1 else f"{value:,.{digits}f}"
 
 
+def is_score(column: str) -> bool:
+    """Return whether a column is of scores, whose differences are points; of what is measured they are per cent."""
+    measured = ("_bytes", "_gib", "_milliseconds", "_seconds", "_per_second")
+    return column.startswith("eval/") and not column.removesuffix("_iqr").endswith(measured)
+
+
+def metric_text(column: str, value: float | None) -> str:
+    """Return a value with the digits that mean something for its column."""
+    if value is None:
+        return "–"
+    if column.endswith("_bytes"):
+        return size_text(value)
+    if is_score(column):
+        return f"{value:.3f}"
+    if column.endswith("compression_ratio"):
+        return f"{value:.2f}"
+    if column.endswith("seconds") and not column.endswith("milliseconds"):
+        return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def difference_text(column: str, value: float, difference: float) -> str | None:
+    """Return how a value differs from another: a score in points, what is measured in per cent; None from nothing."""
+    # Zero added: what rounds to nothing has no minus.
+    if is_score(column):
+        return f"{round(difference, 3) + 0.0:+.3f}"
+    before = value - difference
+    return f"{round(difference / before, 2) + 0.0:+.0%}" if before else None
+
+
 def bound(text: str, figures: Mapping[str, Any], sign: str = "≤") -> str:
     """Return a figure's text with the sign of a bound where its document says `at_most`."""
     return f"{sign} {text}" if figures.get("at_most") and text != "–" else text

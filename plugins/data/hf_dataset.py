@@ -7,16 +7,17 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import plugin
-from orchestrator.data.records.conversations import RecordOptions, parse_record, short
+from orchestrator.data.records.conversations import READ_KEYS, RecordOptions, parse_record, short
 from orchestrator.data.records.json_records import BadRow
 from orchestrator.data.records.record_set import RecordSet, RecordsSpec
 from orchestrator.plan.identity import cache_folder, digest, shared_cache_folder, source_code
@@ -26,6 +27,9 @@ _READERS = tuple(f"orchestrator.data.{name}" for name in ("rows", "records.json_
 ROWS_AT_ONCE = 32
 _SPLIT = re.compile(r"[A-Za-z0-9_.]+")
 _SLICED = re.compile(r"[A-Za-z0-9_.]+(\[[^\]]*\])?(\+[A-Za-z0-9_.]+(\[[^\]]*\])?)*")
+
+
+_FOR_EVALUATIONS = ("answers", "options", "category")
 
 
 class ColumnNames(plugin.Spec):
@@ -43,18 +47,44 @@ class ColumnNames(plugin.Spec):
     """A system text."""
     id: str | None = Field(default=None, examples=["question_id"])
     """Names a row in messages, beside its number."""
+    answers: str | None = Field(default=None, examples=["answers"])
+    """For evaluations: a list of answers, all of which are kept."""
+    options: str | None = Field(default=None, examples=["choices"])
+    """For evaluations: a list of the options of a choice."""
+    category: str | None = Field(default=None, examples=["question_type"])
+    """For evaluations: a text, which groups accuracies."""
+    others: dict[str, str] = Field(default={}, examples=[{"difficulty": "level"}])
+    """For evaluations of your own: what they read a column as, and the column."""
+
+    # What evaluations read of a row changes no training; they count it themselves.
+    not_identity: ClassVar[frozenset[str]] = frozenset({*_FOR_EVALUATIONS, "others"})
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before evaluations read columns, so that experiments without them keep their records.
+        return {name: value for name, value in dump(self).items() if name not in self.not_identity or value}
 
     @model_validator(mode="after")
     def _turns(self) -> ColumnNames:
         pair = [self.question, self.answer]
         if (self.conversations is None) == (None in pair) or (self.conversations is not None and any(pair)):
             raise PydanticCustomError("columns", "give `conversations`, or `question` and `answer`")
+        if taken := [name for name in self.others if name in (*READ_KEYS, *type(self).model_fields)]:
+            text = "{names} has a place of its own; `others` is for what it does not name"
+            raise PydanticCustomError("columns_others", text, {"names": ", ".join(taken)})
         return self
 
     @property
     def names(self) -> list[str]:
         """The columns that are read."""
-        return list(dict.fromkeys(name for name in self.model_dump().values() if name is not None))
+        of_conversation = [value for name, value in self.model_dump().items() if name not in self.not_identity]
+        return list(dict.fromkeys(name for name in (*of_conversation, *self.evaluated.values()) if name is not None))
+
+    @property
+    def evaluated(self) -> dict[str, str]:
+        """What evaluations read, and the column it is read from."""
+        named = {name: getattr(self, name) for name in _FOR_EVALUATIONS}
+        return {name: column for name, column in named.items() if column is not None} | self.others
 
 
 class HfDatasetSpec(RecordsSpec):
@@ -98,6 +128,18 @@ class HfDatasetSpec(RecordsSpec):
             text = "a stream has no parts, its length is not known; give a whole split, or `streaming: false`"
             raise PydanticCustomError("hf_streaming", text)
         return self
+
+    def column_names(self) -> tuple[str, ...]:
+        """Return what evaluations can read."""
+        return tuple(self.columns.evaluated)
+
+    def column_sources(self) -> dict[str, str]:
+        """Return the data's column of each."""
+        return self.columns.evaluated
+
+    def record_options(self) -> RecordOptions:
+        """Return how records and images are read."""
+        return replace(super().record_options(), columns=self.column_names())
 
     @property
     def source(self) -> str:
@@ -263,20 +305,25 @@ def _record(values: Mapping[str, Any], columns: ColumnNames, pictures: Path) -> 
     """
     given = values[columns.image] if columns.image is not None else None
     images = [] if given is None else given if isinstance(given, list) else [given]
-    record: dict[str, Any] = {"image": [_picture(image, str(columns.image), pictures) for image in images]}
+    record: dict[str, Any] = {name: _by_row(values[column]) for name, column in columns.evaluated.items()}
+    record["image"] = [_picture(image, str(columns.image), pictures) for image in images]
     if columns.system is not None and values[columns.system] is not None:
         record["system"] = values[columns.system]
     if columns.conversations is not None:
-        turns = values[columns.conversations]
-        if isinstance(turns, dict) and all(isinstance(part, list) for part in turns.values()):  # a struct of lists
-            turns = [dict(zip(turns, parts, strict=False)) for parts in zip(*turns.values(), strict=False)]
-        return {**record, "conversations": turns}
+        return {**record, "conversations": _by_row(values[columns.conversations])}
     question, answer = values[str(columns.question)], _answer(values[str(columns.answer)], str(columns.answer))
     if not isinstance(question, str):
         raise BadRow(f"`{columns.question}` is {short(question)}, not a text")
     if plugin.IMAGE_MARK not in question:
         question = f"{plugin.IMAGE_MARK}\n" * len(images) + question
     return {**record, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def _by_row(value: Any) -> Any:
+    """Return a struct of lists, as the library makes of a list of mappings, as that list."""
+    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+        return [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+    return value
 
 
 def _answer(value: Any, column: str) -> str:

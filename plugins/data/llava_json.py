@@ -11,14 +11,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from typing import Any, ClassVar, Literal
 
 from orchestrator import plugin
-from orchestrator.data.records.conversations import READ_KEYS, RecordOptions, parse_record
+from orchestrator.data.records.conversations import RecordOptions, parse_record
 from orchestrator.data.records.json_records import BadRow, read_records
-from orchestrator.data.records.record_set import RecordSet, RecordsSpec
+from orchestrator.data.records.record_set import ColumnsSpec, RecordSet
 from orchestrator.plan.identity import source_code
 
 _READERS = tuple(
@@ -27,13 +25,7 @@ _READERS = tuple(
 )
 
 
-def _free_keys(names: tuple[str, ...]) -> tuple[str, ...]:
-    if taken := [name for name in names if name in READ_KEYS]:
-        raise ValueError(f"{', '.join(taken)} is read as the conversation; a column is another key of the records")
-    return names
-
-
-class LlavaJsonSpec(RecordsSpec):
+class LlavaJsonSpec(ColumnsSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
     `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
@@ -41,8 +33,6 @@ class LlavaJsonSpec(RecordsSpec):
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.llava_json:LlavaJson"
     path_fields: ClassVar[tuple[str, ...]] = ("data_path", "image_folder")
-    # What evaluations read of a row changes no training; they count it themselves.
-    not_identity: ClassVar[frozenset[str]] = RecordsSpec.not_identity | {"columns"}
 
     kind: Literal["llava_json"] = "llava_json"
     data_path: str
@@ -51,21 +41,6 @@ class LlavaJsonSpec(RecordsSpec):
     """Folder that image paths are relative to; null takes the folder of `data_path`. Links in it are followed."""
     allow_outside_image_folder: bool = False
     """Whether image paths may be absolute or hold `..`; for files you trust."""
-    columns: Annotated[tuple[str, ...], AfterValidator(_free_keys)] = Field(
-        default=(), examples=[["answers"], ["category"]]
-    )
-    """Further keys that every record has, for evaluations: `answers` (a list), `options` (a list), `category` (a text,
-    which also groups accuracies). Training does not read them.
-    """
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What it was before there were columns, so that experiments without them keep their records.
-        return {name: value for name, value in dump(self).items() if name != "columns" or value}
-
-    def column_names(self) -> tuple[str, ...]:
-        """Return `columns`."""
-        return self.columns
 
     @property
     def source(self) -> str:
@@ -82,8 +57,7 @@ class LlavaJsonSpec(RecordsSpec):
 
     def record_options(self) -> RecordOptions:
         """Return how records and images are read."""
-        outside = self.allow_outside_image_folder
-        return replace(super().record_options(), allow_outside_image_folder=outside, columns=self.columns)
+        return replace(super().record_options(), allow_outside_image_folder=self.allow_outside_image_folder)
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
         """Return the first rows in a file of their own, so that no other image is looked at.

@@ -20,7 +20,7 @@ from orchestrator.data.records.conversations import IMAGE_KEYS, RecordOptions, p
 from orchestrator.data.records.file_kinds import HEAD_BYTES, looks_like
 from orchestrator.data.records.image_files import part_of_file
 from orchestrator.data.records.json_records import BadRow, parse_json
-from orchestrator.data.records.record_set import RecordSet, RecordsSpec
+from orchestrator.data.records.record_set import ColumnsSpec, RecordSet
 from orchestrator.plan.identity import digest, source_code
 
 _READERS = tuple(f"orchestrator.data.{name}" for name in ("rows", "records.json_records", "records.conversations"))
@@ -31,7 +31,7 @@ _META = re.compile("__[^/]*__")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-class WebDatasetSpec(RecordsSpec):
+class WebDatasetSpec(ColumnsSpec):
     """Samples of tar shards: a `json` member in LLaVA's format (`conversations`) and the images beside it.
 
     Neighbouring members with one key are a sample, as in the library `webdataset`; rows are numbered through the
@@ -116,6 +116,7 @@ class WebDataset(RecordSet[WebDatasetSpec]):
         shards, folder = spec.shards(), spec.folder
         content = spec.source_digest()
         about: dict[str, Any] = {"kind": spec.kind, "text": spec.text, "plain": spec.conversation_template == "plain"}
+        about |= {"columns": list(spec.columns)} if spec.columns else {}
         about |= {"options": repr(options), "shards": content, "code": source_code(__name__, *_READERS)}
 
         def entries() -> Iterator[Callable[[], plugin.Row | tuple[int, str]]]:

@@ -337,7 +337,11 @@ def _columns(record: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         if record.get(name) is None:
             raise BadRow(f"`{cut(name)}` is missing, which columns names; the record has {listed(record)}")
-        readable(json.dumps(record[name], ensure_ascii=False), f"`{cut(name)}`")
+        try:
+            text = json.dumps(record[name], ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BadRow(f"`{cut(name)}` is {short(record[name])}, which no JSON holds") from error
+        readable(text, f"`{cut(name)}`")
     return {name: record[name] for name in names}
 
 

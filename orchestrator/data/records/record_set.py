@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
-from orchestrator.data.records.conversations import RecordOptions, error_lines
+from orchestrator.data.records.conversations import READ_KEYS, RecordOptions, error_lines
 from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, open_data_set, raise_for_errors
 from orchestrator.errors import DataError
 from orchestrator.spec.base import Count
@@ -95,6 +96,39 @@ class RecordsSpec(DataSpec):
 
     def _set(self) -> Any:
         return open_data_set(self)
+
+
+def _free_keys(names: tuple[str, ...]) -> tuple[str, ...]:
+    if taken := [name for name in names if name in READ_KEYS]:
+        raise ValueError(f"{', '.join(taken)} is read as the conversation; a column is another key of the records")
+    return names
+
+
+class ColumnsSpec(RecordsSpec):
+    """A data set of records whose further keys evaluations may read."""
+
+    # What evaluations read of a row changes no training; they count it themselves.
+    not_identity: ClassVar[frozenset[str]] = RecordsSpec.not_identity | {"columns"}
+
+    columns: Annotated[tuple[str, ...], AfterValidator(_free_keys)] = Field(
+        default=(), examples=[["answers"], ["category"]]
+    )
+    """Further keys that every record has, for evaluations: `answers` (a list), `options` (a list), `category` (a text,
+    which also groups accuracies). Training does not read them.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before there were columns, so that experiments without them keep their records.
+        return {name: value for name, value in dump(self).items() if name != "columns" or value}
+
+    def column_names(self) -> tuple[str, ...]:
+        """Return `columns`."""
+        return self.columns
+
+    def record_options(self) -> RecordOptions:
+        """Return how records and images are read."""
+        return replace(super().record_options(), columns=self.columns)
 
 
 _Spec = TypeVar("_Spec", bound=RecordsSpec)

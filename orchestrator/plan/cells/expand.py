@@ -419,8 +419,9 @@ class _Resolver:
             self._check_amounts(spec, f"evaluate.{name}.under", {under: variant.points}, tested, facts)
         entry_id, dump = self._once(_evaluation, entry)
         about = {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
-        columns = spec.data[entry.data].column_names()
-        identity = digest({**about, "columns": sorted(columns)} if columns else about)
+        columns = spec.data[entry.data].column_sources()
+        renamed = any(name != source for name, source in columns.items())
+        identity = digest({**about, "columns": columns if renamed else sorted(columns)} if columns else about)
         model = self._once(_dump, spec.model)
         return EvaluationJob(
             identity, state, name, under, variant.points, dump, data["spec"], model, length, tuple(spec.plugins),

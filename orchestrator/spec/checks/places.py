@@ -96,7 +96,8 @@ def check_columns(evaluate: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
         if missing:
             of = f"data.{evaluation.data}"
             message = f"{evaluation.kind} needs {', '.join(missing)} of every row, which {of} does not give"
-            hint = f"add `columns: [{', '.join(evaluation.columns)}]` to {of}, a llava_json whose records have them"
+            names = ", ".join(evaluation.columns)
+            hint = f"add `columns: [{names}]` to {of}, whose records have them; of hf_dataset `columns` maps each"
             yield Finding(("evaluate", name, "data"), message, None, hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from evaluated_experiment import TINY_LLAVA
 from PIL import Image
 
@@ -35,3 +36,25 @@ def test_columns_move_the_evaluation_and_no_state(tmp_path):
     assert without.id == having.id and without.evaluations[0].state == having.evaluations[0].state
     assert without.evaluations[0].id != having.evaluations[0].id
     assert "columns" not in without.evaluations[0].data and having.evaluations[0].data["columns"] == ["category"]
+
+
+def test_another_column_read_as_the_same_is_another_evaluation(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    rows = [{"q": "Red?", "a": "yes", "first": "one", "second": "two"}] * 4
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    columns = {"conversations": None, "image": None, "question": "q", "answer": "a"}
+    cells = []
+    for category in ("first", "second"):
+        spec = {
+            "schema_version": 1,
+            "name": "columns",
+            "model": {"model_name_or_path": str(TINY_LLAVA), "weights": "random", "dtype": "float32"},
+            "data": {"mine": {"kind": "hf_dataset", "data_path": "rows.parquet",
+                              "columns": {**columns, "category": category}}},
+            "phases": {},
+            "evaluate": {"pope": {"kind": "pope", "data": "mine"}},
+        }  # fmt: skip
+        (tmp_path / "columns.yaml").write_text(json.dumps(spec))
+        cells.append(prepare(tmp_path / "columns.yaml").cells[0])
+    assert cells[0].id == cells[1].id and cells[0].evaluations[0].id != cells[1].evaluations[0].id

@@ -227,3 +227,34 @@ def test_the_contract_of_a_data_kind_holds(tmp_path):
     folder = write(tmp_path / "set", [record(number) for number in range(6)])
     report = plugin.check_data({"kind": "hf_dataset", "data_path": str(folder), "columns": COLUMNS})
     assert "counting and reading rows loads no torch" in report.held
+
+
+def test_columns_for_evaluations_change_no_training(tmp_path):
+    more = {"people": [{"answer": "one", "id": 1}, {"answer": "1", "id": 2}], "kind": "count", "choices": ["1", "2"]}
+    folder = write(tmp_path / "set", [{**record(number), **more, "level": number} for number in range(4)])
+    plain = spec_of(folder)
+    having = spec_of(
+        folder,
+        columns={
+            **COLUMNS, "answers": "people", "category": "kind", "options": "choices", "others": {"difficulty": "level"},
+        },
+    )  # fmt: skip
+    assert having.column_names() == ("answers", "options", "category", "difficulty") and plain.column_names() == ()
+    row, other = HfDataset(having).rows()[2], HfDataset(plain).rows()[2]
+    assert row.columns == {
+        "answers": more["people"], "options": ["1", "2"], "category": "count", "difficulty": 2
+    }  # fmt: skip
+    assert row.answer_type == "count" and plugin.text_column(row, "answers") == ["one", "1"]
+    assert other.columns == {} and (row.turns, row.images) == (other.turns, other.images)
+    assert data_identity(having) == data_identity(plain), "no state is trained again"
+    assert plain.model_dump(mode="json")["columns"].keys() == {*COLUMNS, "system"}
+    with pytest.raises(ValidationError, match="answers has a place of its own"):
+        spec_of(folder, columns={**COLUMNS, "others": {"answers": "people"}})
+
+
+def test_rows_without_a_column_for_evaluations_are_bad(tmp_path):
+    folder = write(tmp_path / "set", [{**record(number), "kind": "count" if number else None} for number in range(3)])
+    (error,) = HfDataset(spec_of(folder, columns={**COLUMNS, "category": "kind"})).check()
+    assert error.startswith("row 0: `category` is missing, which columns names")
+    (error,) = HfDataset(spec_of(folder, columns={**COLUMNS, "category": "typ"})).check()
+    assert "has no column typ; it has picture, q, a, key, unread, kind" in error

@@ -231,3 +231,24 @@ def test_a_row_is_trained_on_as_it_would_be_from_files(shards, processor, tmp_pa
 def test_the_contract_of_a_data_kind_holds(shards):
     report = plugin.check_data({"kind": "webdataset", "data_path": str(shards)})
     assert "content_digest changes with the content of an image" in report.held and not report.skipped
+
+
+def test_columns_for_evaluations_change_no_training(tmp_path):
+    more = {"answers": ["a", "b"], "category": "count"}
+    members = [
+        member
+        for number in range(3)
+        for member in ((f"{number}.json", record(number, **more)), (f"{number}.png", picture(number)))
+    ]
+    write(tmp_path / "shards" / "0.tar", members)
+    plain, having = (
+        spec_of(tmp_path / "shards", ignore_keys=("answers",)),
+        spec_of(tmp_path / "shards", columns=("answers", "category"), ignore_keys=("answers",)),
+    )
+    row = WebDataset(having).rows()[1]
+    assert row.columns == more and row.answer_type == "count"
+    other = WebDataset(plain).rows()[1]
+    assert other.columns == {} and other.answer_type is None and (row.turns, row.images) == (other.turns, other.images)
+    assert plain.content_digest() == having.content_digest() and "columns" not in plain.model_dump()
+    missing = spec_of(tmp_path / "shards", columns=("options",), ignore_keys=("answers",))
+    assert "`options` is missing, which columns names" in WebDataset(missing).check()[0]
