@@ -63,7 +63,7 @@ def evaluate_state(
             stopped.append(True)
         return bool(stopped)
 
-    data = replace(evaluation_data(job), should_stop=stop)
+    data = replace(evaluation_data(job), should_stop=stop, identity=job.id)
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     model = state_model(job, ledger) if model is None else model
     outcome = run_under(job, model, data, workers, weights)

@@ -104,6 +104,8 @@ class EvaluationData:
             is discarded, and the next run evaluates again.
         trial: A try on a single row before training, whose outcome is discarded: what only a whole set has (both
             questions of a pair, rows of each answer) may be missing.
+        identity: What tells this evaluation of this state from all others; what an attempt cannot have again for
+            nothing may be kept under it, until it is done. Empty in a trial.
     """
 
     rows: Sequence[Row]
@@ -111,6 +113,7 @@ class EvaluationData:
     processor: VisionTextProcessor
     should_stop: Callable[[], bool] = lambda: False
     trial: bool = False
+    identity: str = ""
 
 
 @dataclass(frozen=True)

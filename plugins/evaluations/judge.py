@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,11 +15,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from http.client import HTTPException
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from orchestrator import plugin
+from orchestrator.plan.identity import digest, shared_cache_folder
 from orchestrator.redaction import HIDDEN, is_secret_variable
 
 PROMPT = """\
@@ -111,6 +116,8 @@ class Judge:
         spec, rows = self._spec, list(data.rows)
         expected = {row.index: plugin.last_answer(row) for row in rows}
 
+        kept = shared_cache_folder() / "judgements" / data.identity if data.identity else None
+
         def judged(mine: list[plugin.Row]) -> list[tuple[str, dict[str, Any]]]:
             key = _key(spec)  # here, since one machine may lack what the others have
             answers = plugin.greedy_answers(model, mine, data, spec.batch_size, spec.max_new_tokens)
@@ -120,9 +127,11 @@ class Judge:
                 plugin.prediction(row, answer, expected[row.index], False)
                 for row, answer in zip(mine, answers, strict=True)
             ]
-            return list(zip(answers, _judgements(spec, asked, key, data.should_stop), strict=True))
+            return list(zip(answers, _judgements(spec, asked, key, data.should_stop, kept), strict=True))
 
         found = workers.divide(rows, judged)
+        if kept is not None and not data.should_stop():  # all ranks have them all
+            shutil.rmtree(kept, ignore_errors=True)
         right = [one["pred"] == "yes" for _, one in found]
         scores = [float(one["score"]) for _, one in found]
         predictions = [
@@ -146,16 +155,36 @@ def _key(spec: JudgeSpec) -> str | None:
 
 
 def _judgements(
-    spec: JudgeSpec, asked: Sequence[dict[str, Any]], key: str | None, should_stop: Callable[[], bool]
+    spec: JudgeSpec,
+    asked: Sequence[dict[str, Any]],
+    key: str | None,
+    should_stop: Callable[[], bool],
+    kept: Path | None,
 ) -> list[dict[str, Any]]:
-    """Return a judgement of each answer; a failure ends what has not begun."""
+    """Return a judgement of each answer; a failure ends what has not begun.
+
+    Args:
+        spec: The judge.
+        asked: What it is asked of.
+        key: Its key.
+        should_stop: Whether to ask no more.
+        kept: Folder of what earlier attempts at the same evaluation were told; each new judgement is added at once.
+    """
     failed: list[plugin.StageRunError] = []
+    told = {} if kept is None else _told(kept)
 
     def judge(one: dict[str, Any]) -> dict[str, Any]:
         if failed or should_stop():
             return {"pred": "no", "score": 0}  # the outcome is discarded
+        request = _request(spec, one)
+        name = digest([spec.url, request])
+        if name in told:
+            return told[name]
         try:
-            return _judgement(spec, one, key)
+            found = _judgement(spec, request, one["row"], key)
+            if kept is not None:
+                _keep(kept / f"{name}.json", found)
+            return found
         except plugin.StageRunError as error:
             failed.append(error)
             return {"pred": "no", "score": 0}
@@ -167,22 +196,44 @@ def _judgements(
     return found
 
 
-def _judgement(spec: JudgeSpec, one: dict[str, Any], key: str | None) -> dict[str, Any]:
-    """Return `pred`, `score` and the judge's whole `reply` to one answer.
+def _told(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the judgements in a folder by the digest of what was asked; one that was cut off is asked for again."""
+    found = {}
+    for file in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
-    Raises:
-        StageRunError: there is none after all attempts.
-    """
+
+def _keep(file: Path, judgement: dict[str, Any]) -> None:
+    """Write a judgement under another name, then rename it; where that fails the evaluation goes on without."""
+    part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(judgement), encoding="utf-8")
+        part.replace(file)
+
+
+def _request(spec: JudgeSpec, one: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of the request about one answer."""
     text = spec.prompt
     values = {**one, "question": one["question"].replace(plugin.IMAGE_MARK, "").strip()}
     # One pass, so that braces in a question or an answer stay what they are.
     text = re.sub(r"\{(question|expected|answer)\}", lambda found: str(values[found[1]]), text)
-    request = {
+    return {
         "model": spec.model,
         "messages": [{"role": "system", "content": spec.system}, {"role": "user", "content": text}],
         "temperature": 0,
         "max_tokens": spec.max_judge_tokens,
     }
+
+
+def _judgement(spec: JudgeSpec, request: dict[str, Any], row: int, key: str | None) -> dict[str, Any]:
+    """Return `pred`, `score` and the judge's whole `reply` to a request.
+
+    Raises:
+        StageRunError: there is none after all attempts.
+    """
     reason = ""
     for attempt in range(spec.max_retries + 1):
         wait: float | None = None
@@ -200,7 +251,7 @@ def _judgement(spec: JudgeSpec, one: dict[str, Any], key: str | None) -> dict[st
         if attempt < spec.max_retries:
             time.sleep(min(60.0, spec.backoff_seconds * 2**attempt if wait is None else wait))
     raise plugin.StageRunError(
-        f"judge: no judgement of row {one['row']} from {spec.url} ({spec.model}) after {attempt + 1} "
+        f"judge: no judgement of row {row} from {spec.url} ({spec.model}) after {attempt + 1} "
         f"attempt{'s' * (attempt > 0)}: {reason}; training is kept: when the judge is there, --retry-failed"
     )
 

@@ -5,12 +5,14 @@ import time
 
 import pytest
 from judge_server import GOOD, judge_server
-from orchestrator_plugins.evaluations.judge import JudgeSpec, read_verdict
+from orchestrator_plugins.evaluations.judge import Judge, JudgeSpec, read_verdict
 from pydantic import ValidationError
 from said_answers import outcome, row
 
+from orchestrator import plugin
 from orchestrator.dispatch.failures import describe
 from orchestrator.errors import StageRunError
+from orchestrator.evaluation.protocol import EvaluationData, Workers
 
 KEY = "kept-in-the-environment-1234"
 
@@ -135,3 +137,33 @@ def test_settings_that_cannot_work_are_refused(fields, told):
 )  # fmt: skip
 def test_verdicts_are_read(reply, verdict):
     assert read_verdict(reply) == verdict
+
+
+def test_an_interrupted_evaluation_does_not_pay_twice(monkeypatch, tmp_path):
+    """The judge fails at the third request; the next attempt asks for what is missing, of the same evaluation alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = {one.index: answer for one, answer in zip(ROWS, ["red", "two", "2"], strict=True)}
+    monkeypatch.setattr(plugin, "greedy_answers", lambda _, mine, *__: [said[one.index] for one in mine])
+    kept = tmp_path / "llavolta" / "judgements"
+
+    def run(server, identity="e" * 16, **fields):
+        wanted = spec(server.url, num_requests=1, max_retries=0, **fields)
+        return Judge(wanted).run(None, EvaluationData(ROWS, None, None, identity=identity), Workers())
+
+    replies = [GOOD, GOOD, (500, "down", {}), *[GOOD] * 20]
+    with judge_server(lambda number, _: replies[number]) as server:
+        with pytest.raises(StageRunError, match="500"):
+            run(server)
+        assert len(server.requests) == 3 and len(list((kept / ("e" * 16)).glob("*.json"))) == 2
+        next((kept / ("e" * 16)).glob("*.json")).write_text('{"pred"')  # cut off: asked for again
+        found = run(server)
+        assert len(server.requests) == 5 and found.metrics["score"] == 4 and not list(kept.iterdir())
+        run(server)
+        assert len(server.requests) == 8, "what is done is not kept"
+        with pytest.raises(StageRunError):
+            replies[9:10] = [(500, "down", {})]
+            run(server)
+        run(server, identity="f" * 16)
+        assert len(server.requests) == 13, "another evaluation asks for itself"
+        run(server, system="Grade more strictly.")
+        assert len(server.requests) == 16, "and another question is another one"
