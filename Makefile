@@ -9,6 +9,8 @@ EXTRAS ?= [dev]
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Without what it declares: torchvision has no CPU build for this torch, and another would replace it.
+LMMS_EVAL = --no-deps lmms-eval==0.7.2
 SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 # 3.11 is what the tests run on here, so it is preferred over what `python3` happens to be.
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
@@ -29,7 +31,7 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
 	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py
 
-.PHONY: help install quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs lock clean
+.PHONY: help install benchmarks quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
@@ -45,9 +47,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv '$(VENV)' || { echo 'make: $(PYTHON) has no venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT='$(CURDIR)/constraints.txt'; \
 	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) torch; \
-	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.$(EXTRAS)'
+	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.$(EXTRAS)'; \
+	if [[ '$(EXTRAS)' == *dev* ]]; then '$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) $(LMMS_EVAL); fi
 	@touch '$@'
 	@echo 'Installed. The program is $(BIN)/llavolta.'
+
+benchmarks: $(STAMP)  ## add lmms-eval, for evaluations of `kind: lmms_eval` (the development environment has it)
+	@PIP_CONSTRAINT='$(CURDIR)/constraints.txt' '$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.[benchmarks]'
+	@'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) $(LMMS_EVAL)
 
 quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and print the grid (minutes)
 	@'$(BIN)/llavolta' run experiments/quickstart.yaml

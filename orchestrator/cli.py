@@ -170,6 +170,36 @@ def evaluate(
 
 
 @app.command()
+def record(
+    spec: Spec,
+    scores: Annotated[
+        list[str], typer.Argument(metavar="METRIC=VALUE...", help="As in MLflow: eval/NAME/accuracy=78.5.")
+    ],
+    cell: CellName,
+    source: Annotated[str, typer.Option("--source", metavar="TEXT", help="Where the scores are from.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Record scores that a benchmark's server or someone else gave a cell; the table marks them."""
+    experiment = llv.load(spec, set_ or ())
+    outcome = experiment.record(cell, dict(map(_score, scores)), source=source, console=terminal(error=as_json))
+    if as_json:
+        print_json(outcome.document())
+    else:
+        outcome.table.print(terminal())
+    warn_unsent(outcome.unsent, outcome.tracking_problem, outcome.tracking_notes)
+
+
+def _score(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        what = f"{value!r} is no number" if equals else "there is no `=`"
+        raise UsageError(f"{text}: {what}; write eval/NAME/METRIC=VALUE") from None
+
+
+@app.command()
 def search(
     spec: Spec,
     set_: Set = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from orchestrator.report.console import print_bench, print_check, print_plan, pr
 from orchestrator.report.documents import Document
 from orchestrator.report.pages import predictions_document, predictions_page, row_page
 from orchestrator.report.table import Table, html_table, table_of
-from orchestrator.run import RunOutcome, evaluate_experiment, run_experiment
+from orchestrator.run import RunOutcome, evaluate_experiment, record_scores, run_experiment
 from orchestrator.search.search import search_experiment
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment, Source, resolved_yaml
@@ -195,6 +195,25 @@ class Experiment:
         return evaluate_experiment(
             self.loaded, cell, local=local, retry_failed=retry_failed, fail_fast=fail_fast, console=console
         )
+
+    def record(
+        self, cell: str, scores: Mapping[str, float], *, source: str, console: Console | None = None
+    ) -> RunOutcome:
+        """Record scores that someone else measured, such as a benchmark's server, in the ledger and in MLflow.
+
+        The table marks them. Recording one again replaces it.
+
+        Args:
+            cell: Name, unique beginning of the id, or `axis=value` of the cell.
+            scores: Names as MLflow has them to values: `{"eval/bench/vqav2_test/accuracy": 78.5}`.
+            source: Where they are from.
+            console: Where remarks are shown; None takes standard output.
+
+        Raises:
+            UsageError: the cell or the evaluation is not there or not done, the metric was measured, or a value is
+                not finite.
+        """
+        return record_scores(self.loaded, cell, scores, source, console)
 
     def search(
         self,

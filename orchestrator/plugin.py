@@ -133,7 +133,12 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
 # Used by the data kinds that come with the package, and not promised to others.
-_MODULE_OF |= dict.fromkeys(("IndexedRows", "RowIndex", "row_index"), "orchestrator.data.records.row_index")
+_MODULE_OF |= dict.fromkeys(("IndexedRows", "RowIndex", "row_index"), "orchestrator.data.records.row_index") | {
+    "Encoder": "orchestrator.data.processing.encode",
+    "VisionTextProcessor": "orchestrator.data.processing.processor",
+    "load_exported": "orchestrator.models.export",
+    "nearest": "orchestrator.registry",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
 from orchestrator.plan.ledger.process import Process
 from orchestrator.plan.tree import build_stage_tree
+from orchestrator.registry import nearest
 from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.console import nothing_done, print_ending
 from orchestrator.report.figures import training_figure
@@ -118,6 +120,60 @@ def evaluate_experiment(
 
     left_out = frozenset(each.name for each in walk.cells) - chosen | frozenset(open_)
     return _run_grid(lambda: prepare(loaded), work_of, console, local=local, fail_fast=fail_fast, left_out=left_out)
+
+
+def record_scores(
+    loaded: LoadedExperiment, cell: str, scores: Mapping[str, float], source: str, console: Console | None = None
+) -> RunOutcome:
+    """Record scores of a cell that someone else measured, in the ledger and in MLflow, and return the table.
+
+    Arguments and errors are those of `Experiment.record`, which passes them on.
+    """
+    console = console or Console()
+    walk = prepare(loaded)
+    if walk.loaded.spec.search is not None:
+        raise UsageError(f"{loaded.path}: there is a `search` in it: scores are recorded of the cells of grids")
+    if not source.strip():
+        raise UsageError("source: say where the scores are from, such as a server's name and the submission's date")
+    chosen = walk.find(cell)
+    found = [(*_scored(walk, chosen, name), value) for name, value in scores.items()]
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise UsageError(f"{name} is {value}; a score is a finite number")
+    for job, metric, value in found:
+        score = {"value": float(value), "source": source.strip(), "when": time.time()}
+        walk.ledger.record_score(job.id, metric, score)
+    everyone = frozenset(each.name for each in walk.cells)
+    return _run_grid(lambda: prepare(loaded), lambda _: [], console, local=True, fail_fast=False, left_out=everyone)
+
+
+_METRIC = re.compile(r"[A-Za-z0-9_. -]+(/[A-Za-z0-9_. -]+)*")
+
+
+def _scored(walk: ExperimentPlan, cell: Cell, name: str) -> tuple[EvaluationJob, str]:
+    """Return the finished evaluation that a score is of, and the metric's name in it.
+
+    Raises:
+        UsageError: there is no such evaluation, it is not done, or it has measured that metric itself.
+    """
+    fits = [job for job in cell.evaluations if name.startswith(f"{job.place}/")]
+    job = max(fits, key=lambda job: len(job.place), default=None)
+    metric = name.removeprefix(f"{job.place}/") if job is not None else ""
+    if job is None or not _METRIC.fullmatch(metric):
+        places = [f"{each.place}/METRIC" for each in cell.evaluations]
+        near = nearest(name.rpartition("/")[0], [each.place for each in cell.evaluations])
+        hint = f"; did you mean {near}/{name.rpartition('/')[2]}?" if near else ""
+        raise UsageError(
+            f"{name}: cell {cell.name} has no such evaluation{hint}; there are {', '.join(places) or 'none'}"
+        )
+    result = walk.ledger.evaluation(job.id)
+    if result is None:
+        failure = walk.ledger.failure(job.id)
+        why = f"it failed: {failure.get('error')}" if failure else "it is not done yet; `llavolta evaluate` does it"
+        raise UsageError(f"{name}: the score belongs to what evaluate.{job.label} under {job.under} wrote, and {why}")
+    if metric in result["metrics"]:
+        raise UsageError(f"{name}: it was measured, {result['metrics'][metric]:g}; record a score under another name")
+    return job, metric
 
 
 def tests_of_trained(walk: ExperimentPlan, cells: Collection[str], *, retry_failed: bool = False) -> list[Job]:

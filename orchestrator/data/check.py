@@ -303,7 +303,7 @@ def uses_of_jobs(work: Iterable[Job]) -> Iterator[Use]:
             recipe = job.recipe
             train = tuple(recipe["train"])
             yield Use(f"phases.{job.phase}", job.data, job.model, recipe["model_max_length"], train)
-        elif isinstance(job, EvaluationJob):
+        elif isinstance(job, EvaluationJob) and job.data:
             yield _of_test(job)
 
 
@@ -313,7 +313,7 @@ def uses_of_cells(cells: Iterable[Cell]) -> Iterator[Use]:
         for plan in cell.phases:
             length, train = plan.recipe.model_max_length, tuple(plan.recipe.train)
             yield Use(f"phases.{plan.name}", plan.data, cell.root.model, length, train)
-        yield from map(_of_test, cell.evaluations)
+        yield from (_of_test(job) for job in cell.evaluations if job.data)
 
 
 def _of_test(job: EvaluationJob) -> Use:

@@ -70,7 +70,7 @@ def evaluate_state(
     if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
     if problem := metric_problem(outcome.metrics):
-        raise StageRunError(f"evaluation {job.name} ({job.spec['kind']}): {problem}")
+        raise StageRunError(f"evaluation {job.label} ({job.spec['kind']}): {problem}")
     spec: type[EvaluationSpec] = registry.spec_class(registry.EVALUATIONS, job.spec["kind"])
     problem = headline_problem(spec, outcome.metrics)
     if problem is not None and outcome.metrics.keys().isdisjoint(spec.headline):
@@ -85,9 +85,11 @@ def evaluate_state(
         "examples": outcome.examples,
         "fingerprint": {**fingerprint(job, data, model, workers), **outcome.fingerprint},
         "notices": list(outcome.notices),
+        **({"part": job.part} if job.part else {}),
+        **({"files": sorted(outcome.files)} if outcome.files else {}),
     }
     if workers.rank == 0:
-        ledger.write_evaluation(job.id, result, outcome.predictions)
+        ledger.write_evaluation(job.id, result, outcome.predictions, outcome.files)
     return result
 
 
@@ -167,11 +169,14 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
 
 
 def evaluation_data(job: EvaluationJob) -> EvaluationData:
-    """Return the job's rows, and the encoder and processor for its prompts.
+    """Return the job's rows, and the encoder and processor for its prompts; no rows for one that brings its own data.
 
     Raises:
         DataError: there are no rows, or they cannot be read.
     """
+    if not job.data:
+        processor = load_processor(ModelSpec.model_validate(job.model))
+        return EvaluationData((), Encoder(processor, "chat_template", job.model_max_length), processor)
     spec = data_spec(job.data)
     rows = open_rows(spec, job.content, job.left_out)
     if not len(rows):
@@ -222,10 +227,10 @@ def answer_one(job: EvaluationJob, ledger: Ledger, state: str, model: PreTrained
         return
     data = evaluation_data(job)
     weights = ledger.state_folder(state) / WEIGHTS_FILE
-    longest = data.rows[int(num_words(data.rows).argmax())]
+    longest = [data.rows[int(num_words(data.rows).argmax())]] if len(data.rows) else []
     workers = Workers.here()
     model = load_model(job, weights, workers.device) if model is None else model
-    run_under(job, model, replace(data, rows=[longest], trial=True), workers, weights)
+    run_under(job, model, replace(data, rows=longest, trial=True), workers, weights)
 
 
 def greedy_answers(
@@ -321,10 +326,12 @@ class AnswerLoss(NamedTuple):
     Attributes:
         nats: Sum over their tokens of the cross-entropy: minus the log-probability, natural logarithm.
         tokens: Number of these tokens.
+        greedy: Whether each of them is the model's likeliest next token.
     """
 
     nats: float
     tokens: int
+    greedy: bool = True
 
 
 def answer_losses(
@@ -367,8 +374,10 @@ def answer_losses(
         of_row_L = asked_BN.nonzero()[:, 0].cpu()
         nats_B = torch.zeros(len(part), dtype=torch.float64).index_add_(0, of_row_L, nats_L)
         counts = torch.bincount(of_row_L, minlength=len(part)).tolist()
-        for i, nats, tokens in zip(part, nats_B.tolist(), counts, strict=True):
-            found[i] = AnswerLoss(nats, tokens)
+        wrong_L = (logits_LV.argmax(-1) != targets_BN[asked_BN]).cpu()
+        greedy = (torch.bincount(of_row_L[wrong_L], minlength=len(part)) == 0).tolist()
+        for i, *row in zip(part, nats_B.tolist(), counts, greedy, strict=True):
+            found[i] = AnswerLoss(*row)
     return found
 
 

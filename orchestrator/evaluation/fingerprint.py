@@ -34,15 +34,17 @@ def fingerprint(job: EvaluationJob, data: EvaluationData, model: Any, workers: W
         workers: The ranks that share it.
     """
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
-    rows, parameter = data_spec(job.data), next(model.parameters())
+    rows, parameter = data_spec(job.data) if job.data else None, next(model.parameters())
+    # One that brings its own data says itself how prompts are made of it.
+    template = template_of(rows) if rows is not None else getattr(spec, "conversation_template", None)
     settings = spec.model_dump(mode="json", exclude=_BESIDE | spec.not_identity)
     return {
         "toolkit": f"llavolta {version('llavolta-orchestrator')}",
         "task": f"{spec.kind} {spec.version}",
         "settings": settings,
         "batch_size": getattr(spec, "batch_size", None),
-        "data": data_digest(rows, job.content, job.left_out)[:_DIGITS],
-        "prompt": _prompt(template_of(rows), data),
+        **({} if rows is None else {"data": data_digest(rows, job.content, job.left_out)[:_DIGITS]}),
+        "prompt": _prompt(template or "chat_template", data),
         "model_max_length": job.model_max_length,
         "processor": digest(processor_identity(ModelSpec.model_validate(job.model)))[:_DIGITS],
         "compressor": " + ".join(map(_point, job.points)) or "none",

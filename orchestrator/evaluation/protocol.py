@@ -128,6 +128,7 @@ class Outcome:
         fingerprint: What of the evaluation's fingerprint is otherwise than usual, or more: `toolkit`, `task`, `prompt`
             of another toolkit. JSON values; a table flags cells in which one differs.
         notices: What a reader of the scores should know, in sentences: a table shows them with the cells' names.
+        files: What goes elsewhere, such as a benchmark's submission: file name to content; artifacts of the run.
     """
 
     metrics: dict[str, float]
@@ -136,6 +137,7 @@ class Outcome:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 def metric_problem(metrics: Any) -> str | None:

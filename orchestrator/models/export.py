@@ -133,6 +133,7 @@ def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec
         "compressor_weights": None,
         "base_model": None,
         "dtype": compute_dtype(model),
+        "image_aspect_ratio": _aspect_ratio(cell),
         "plugins": [Path(reference).name for reference in cell.root.plugins],
         "scores": summary["eval"],
         "cost": summary["cost"],
@@ -140,6 +141,12 @@ def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec
         "trained_with": {name: record.tags[name] for name in ("hardware", "versions") if name in record.tags},
         "written_with": {name: version(name) for name in _WRITERS},
     }
+
+
+def _aspect_ratio(cell: Cell) -> str | None:
+    """Return `pad` where the last phase was trained on images that were padded to a square, else None."""
+    entries = cell.phases[-1].data if cell.phases else ()
+    return next((found for entry in entries if (found := entry["spec"].get("image_aspect_ratio"))), None)
 
 
 def _write_model(cell: Cell, model: ModelSpec, weights: Path, folder: Path) -> None:

@@ -15,12 +15,13 @@ import yaml
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.identity import canonical_json, digest
-from orchestrator.plan.jobs import Action, EvaluationJob
+from orchestrator.plan.jobs import Action, EvaluationJob, place_of
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
 from orchestrator.plan.status import CellStatus, cell_status
 from orchestrator.plan.step_history import Point, StepHistory, Stretch, last_metrics
 from orchestrator.plan.tree import StageTree
+from orchestrator.spec.components import FINAL, EvaluationSpec
 
 _COSTS = Costs()  # one for the process: lengths of data are measured once
 AT_MOST = "costs_at_most"
@@ -46,6 +47,7 @@ class CellRecord:
         evaluated: How each finished evaluation was done (its fingerprint), by `eval/<name>` as metrics are named; empty
             where it was done before there were any.
         evaluation_notices: What readers of its scores should know, by evaluation.
+        recorded: Metrics that someone else measured (`llavolta record`), and the source of each.
     """
 
     cell_id: str
@@ -61,16 +63,25 @@ class CellRecord:
     along: tuple[Point, ...] = ()
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     evaluation_notices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    recorded: dict[str, str] = field(default_factory=dict)
 
 
-def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
-    """Return a cell as its ledger holds it, with what it costs by the formula and the data's measured means."""
+def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | None = None) -> CellRecord:
+    """Return a cell as its ledger holds it, with what it costs by the formula and the data's measured means.
+
+    Args:
+        cell: The cell.
+        tree: The tree it is in.
+        ledger: Where it is stored.
+        baseline: The cell that it is compared with, for evaluations whose summary needs it.
+    """
     status = cell_status(cell, tree, ledger)
     resolved = cell.spec.model_dump(mode="json")
     runs = _trained_runs(cell, tree, ledger)
     trained = ledger.is_done(cell.state) if cell.phases else status == "finished"
     results = [(test, found) for test in cell.evaluations if (found := ledger.evaluation(test.id)) is not None]
-    evaluated = {_place(test): found.get("fingerprint") or {} for test, found in results}
+    evaluated = {test.place: found.get("fingerprint") or {} for test, found in results}
+    recorded = _recorded(cell, ledger)
     return CellRecord(
         cell_id=cell.id,
         cell_name=cell.name,
@@ -85,16 +96,22 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger) -> CellRecord:
             **_fingerprint_tags(runs or ()),
             **_evaluation_tags(evaluated),
             **({"notices": "\n".join(cell.notices)[:_NOTICE_CHARACTERS]} if cell.notices else {}),
+            **({"recorded": canonical_json(recorded)[:_NOTICE_CHARACTERS]} if recorded else {}),
             "tree_share": f"{_tree_share(cell, tree):.4f}",
         },
         history=() if runs is None else _history(cell, tree, ledger, runs),
-        summary=_summary(cell, ledger, runs or (), with_costs=trained and runs is not None),
+        summary=_summary(cell, ledger, runs or (), baseline, with_costs=trained and runs is not None),
         last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
-        artifacts={"cell.yaml": yaml.safe_dump(resolved, sort_keys=False), **_step_tables(cell)},
+        artifacts={
+            "cell.yaml": yaml.safe_dump(resolved, sort_keys=False),
+            **_step_tables(cell),
+            **_files(cell, ledger),
+        },
         tested=tuple(test.id for test in cell.evaluations),
         along=tuple(_along(cell, ledger)),
         evaluated=evaluated,
         evaluation_notices=_evaluation_notices(results),
+        recorded=recorded,
     )
 
 
@@ -229,11 +246,12 @@ def _tree_share(cell: Cell, tree: StageTree) -> float:
     return shared / alone if alone else 1.0
 
 
-def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool) -> dict[str, float]:
+def _summary(
+    cell: Cell, ledger: Ledger, runs: Sequence[_Run], baseline: Cell | None, with_costs: bool
+) -> dict[str, float]:
     """Return the scores that are there, and with `with_costs` what the cell cost."""
-    summary: dict[str, float] = {}
-    for test in cell.evaluations:
-        summary |= _scores(test, ledger)
+    scores = _all_scores(cell, ledger)
+    summary = {**_summaries(cell, ledger, scores, baseline), **scores}
     if not with_costs:
         return summary
     for name, price in _COSTS.cell(cell).items():
@@ -255,15 +273,56 @@ def _summary(cell: Cell, ledger: Ledger, runs: Sequence[_Run], with_costs: bool)
     return summary
 
 
-def _place(test: EvaluationJob) -> str:
-    return f"eval/{test.name}" if test.under == "final" else f"eval/{test.name}/under_{test.under}"
+def _all_scores(cell: Cell, ledger: Ledger) -> dict[str, float]:
+    return {name: value for test in cell.evaluations for name, value in _scores(test, ledger).items()}
+
+
+def _summaries(cell: Cell, ledger: Ledger, scores: Mapping[str, float], baseline: Cell | None) -> dict[str, float]:
+    """Return what evaluations make of the scores of their parts, such as a suite's average."""
+    found: dict[str, float] = {}
+    theirs: dict[str, float] | None = None
+    for name, entry in cell.spec.evaluate.items():
+        if type(entry).summary is EvaluationSpec.summary:
+            continue
+        if entry.needs_baseline and baseline is not None and theirs is None:
+            theirs = _all_scores(baseline, ledger)
+        known = None if theirs is None else _below(place_of(name, FINAL), theirs)
+        for under in entry.tested_variants:
+            place = place_of(name, under)
+            summary = entry.summary(_below(place, scores), known)
+            found |= {f"{place}/{metric}": value for metric, value in summary.items()}
+    return found
+
+
+def _below(place: str, scores: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(f"{place}/"): value for name, value in scores.items() if name.startswith(f"{place}/")}
 
 
 def _scores(test: EvaluationJob, ledger: Ledger) -> dict[str, float]:
-    """Return what an evaluation measured under the names of MLflow; nothing before it is done."""
-    place = _place(test)
-    found = (ledger.evaluation(test.id) or {}).get("metrics") or {}
-    return {f"{place}/{metric}": float(value) for metric, value in found.items()}
+    """Return what an evaluation measured under the names of MLflow, or others of it; nothing before it is done."""
+    if (result := ledger.evaluation(test.id)) is None:
+        return {}
+    recorded = {metric: score["value"] for metric, score in result.get("recorded", {}).items()}
+    found = {**(result.get("metrics") or {}), **recorded}
+    return {f"{test.place}/{metric}": float(value) for metric, value in found.items()}
+
+
+def _recorded(cell: Cell, ledger: Ledger) -> dict[str, str]:
+    return {
+        f"{test.place}/{metric}": str(score["source"])
+        for test in cell.evaluations
+        for metric, score in (ledger.evaluation(test.id) or {}).get("recorded", {}).items()
+    }
+
+
+def _files(cell: Cell, ledger: Ledger) -> dict[str, bytes]:
+    """Return what evaluations wrote for elsewhere, under the places of their metrics."""
+    return {
+        f"{test.place}/{name}": content
+        for test in cell.evaluations
+        if (ledger.evaluation(test.id) or {}).get("files")
+        for name, content in ledger.evaluation_files(test.id).items()
+    }
 
 
 def _along(cell: Cell, ledger: Ledger) -> Iterator[Point]:

@@ -259,12 +259,12 @@ def _cell(cell: Cell, price: dict[str, float | None], status: TreeStatus, reason
             for plan in cell.phases
         ],
         "evaluations": [
-            {"name": job.name, "under": job.under, "id": job.id, "state": status.evaluation(job.id)}
+            {"name": job.label, "under": job.under, "id": job.id, "state": status.evaluation(job.id)}
             for job in cell.evaluations
         ]
         + [
             {
-                "name": each.job.name,
+                "name": each.job.label,
                 "under": each.job.under,
                 "id": each.job.id,
                 "state": status.evaluation(each.job.id),
@@ -393,7 +393,7 @@ def _stage_run_status(status: TreeStatus, job: StageJob, phase: PhasePlan, busy:
 
 def _evaluation_status(status: TreeStatus, job: EvaluationJob, cells: list[str]) -> dict[str, Any]:
     state = status.evaluation(job.id)
-    about = {"id": job.id, "name": job.name, "under": job.under, "of": job.state, "state": state, "cells": cells}
+    about = {"id": job.id, "name": job.label, "under": job.under, "of": job.state, "state": state, "cells": cells}
     return {**about, **_about(status, job.id, state)}
 
 

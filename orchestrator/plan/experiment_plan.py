@@ -85,13 +85,26 @@ class ExperimentPlan:
 
         One that lacks an objective is failed, since its trial is.
         """
-        record, search = cell_record(cell, self.tree, self.ledger), self.loaded.spec.search
+        record = cell_record(cell, self.tree, self.ledger, self._baseline_of(cell))
+        search = self.loaded.spec.search
         if search is None or record.status != "finished":
             return record
         has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
         if has_failed and not search.objectives.keys() <= record.summary.keys():
             return replace(record, status="failed")
         return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
+
+    def _baseline_of(self, cell: Cell) -> Cell | None:
+        """Return the baseline's cell that has all other axes in common, such as the seed; the only one there is else.
+
+        It is looked for where an evaluation asks for it alone.
+        """
+        wanted = self.loaded.spec.report.baseline
+        if not wanted or not any(entry.needs_baseline for entry in cell.spec.evaluate.values()):
+            return None
+        axes = {**cell.axes, **wanted}
+        bases = [one for one in self.cells if all(one.axes.get(axis) == value for axis, value in wanted.items())]
+        return next((one for one in bases if one.axes == axes), bases[0] if len(bases) == 1 else None)
 
     def status(self, cell: Cell) -> CellStatus:
         """Return a cell's state; quick, no metrics are read."""

@@ -194,9 +194,10 @@ class EvaluationJob:
         under: `final`, `full` or a variant's name, as the user asked.
         points: Points the model is tested under; empty for full tokens.
         spec: `EvaluationSpec` as a mapping.
-        data: `DataSpec` as a mapping, paths absolute.
+        data: `DataSpec` as a mapping, paths absolute; empty where the evaluation brings its own.
         content: Digest of its content when it was planned; None: it could not be read.
         left_out: Indices of rows that are left out, since the model cannot use them.
+        part: Which part of the entry it is, such as a benchmark of a suite; empty where it is one piece.
     """
 
     id: str
@@ -211,6 +212,17 @@ class EvaluationJob:
     plugins: tuple[str, ...] = field(default=())
     content: str | None = None
     left_out: tuple[int, ...] = ()
+    part: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its entry's name, and after a slash its part."""
+        return f"{self.name}/{self.part}" if self.part else self.name
+
+    @property
+    def place(self) -> str:
+        """What stands before its metrics in MLflow."""
+        return "/".join(filter(None, (place_of(self.name, self.under), self.part)))
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,11 @@ _KINDS: dict[str, type[Any]] = {
 }  # fmt: skip
 
 
+def place_of(evaluation: str, under: str) -> str:
+    """Return what stands in MLflow before the metrics of an evaluation under a variant."""
+    return f"eval/{evaluation}" if under == "final" else f"eval/{evaluation}/under_{under}"
+
+
 def needs_of(job: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the states that a job, as `job_to_json` writes it, starts from, then the rehearsals it waits for."""
     states = tuple(job[name] for name in ("parent", "state", "base", "source") if job.get(name) is not None)
@@ -271,6 +288,8 @@ def _shortened(fields: dict[str, Any]) -> dict[str, Any]:
             del action["distill"]["added"]
     if "rehearsed" in fields and fields["rehearsed"] is None:
         del fields["rehearsed"]
+    if fields.get("part") == "":
+        del fields["part"]
     if "stage" in fields:
         _shortened(fields["stage"])
     return fields

@@ -268,7 +268,7 @@ def _missing(cell: Cell, tests: Sequence[EvaluationJob]) -> list[str]:
     found: dict[str, int] = {}
     for job in tests:
         swept = cell.spec.evaluate[job.name].tested_variants[job.under] is not None
-        what = f"evaluation {job.name} under {'{}' if swept else job.under}"
+        what = f"evaluation {job.label} under {'{}' if swept else job.under}"
         found[what] = found.get(what, 0) + 1
     return [
         f"{what.format(f'{count} swept variants' if count > 1 else 'a swept variant')} is missing"

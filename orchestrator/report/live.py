@@ -319,7 +319,7 @@ class LiveView:
         if isinstance(job, StageJob):
             return f"train {cells}: {job.phase} steps {job.first_step}-{job.last_step} under {_variants(job)}"
         if isinstance(job, EvaluationJob):
-            return f"evaluate {cells}: {job.name} under {job.under}"
+            return f"evaluate {cells}: {job.label} under {job.under}"
         return _other(job)
 
     def _closing(self, job: Job) -> str:
@@ -404,7 +404,7 @@ def _other(job: Job) -> str:
 def _what(job: Job) -> str:
     if isinstance(job, StageJob):
         return f"{job.phase} {job.first_step}-{job.last_step} {_variants(job)}"
-    return f"evaluate {job.name} under {job.under}" if isinstance(job, EvaluationJob) else _other(job)
+    return f"evaluate {job.label} under {job.under}" if isinstance(job, EvaluationJob) else _other(job)
 
 
 def _figures(line: LaneLine, short: bool = False) -> str:

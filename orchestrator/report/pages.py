@@ -38,7 +38,7 @@ def predictions_document(
         StorageError: the answers are damaged.
     """
     job = _job_of(cell, evaluation, under)
-    where = f"evaluate.{job.name} under {job.under} of cell {cell.name}"
+    where = f"evaluate.{job.label} under {job.under} of cell {cell.name}"
     result = plan.ledger.evaluation(job.id)
     if result is None:
         failure = plan.ledger.failure(job.id)
@@ -59,7 +59,7 @@ def predictions_document(
             raise UsageError(f"wrong: evaluations of kind {job.spec['kind']} do not say which answers are right")
         found = [each for each in found if not each["right"]]
     return {
-        "experiment": plan.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.name,
+        "experiment": plan.loaded.spec.name, "cell": cell.name, "id": cell.id, "evaluation": job.label,
         "under": job.under, "metrics": result["metrics"], "num_samples": result["num_samples"], "only_wrong": wrong,
         "fingerprint": result.get("fingerprint") or {},
         "predictions": found,
@@ -67,13 +67,13 @@ def predictions_document(
 
 
 def _job_of(cell: Cell, evaluation: str | None, under: str | None) -> EvaluationJob:
-    names = list(dict.fromkeys(job.name for job in cell.evaluations))
+    names = list(dict.fromkeys(job.label for job in cell.evaluations))
     if not names:
         raise UsageError(f"cell {cell.name} has no evaluation; name one under `evaluate` and run the experiment")
     if evaluation is None and len(names) > 1:
         raise UsageError(f"cell {cell.name} has several evaluations; name one: {', '.join(names)}")
     name = names[0] if evaluation is None else evaluation
-    jobs = {job.under: job for job in cell.evaluations if job.name == name}
+    jobs = {job.under: job for job in cell.evaluations if job.label == name}
     if not jobs:
         raise _unknown("evaluation", name, names, cell)
     chosen = under or ("final" if "final" in jobs or len(jobs) > 1 else next(iter(jobs)))

@@ -15,9 +15,8 @@ from orchestrator.report.statistics import Comparison, compare, score_interval, 
 
 def job_of(cell: Cell, column: str) -> EvaluationJob | None:
     """Return the evaluation of the final state that a metric, by its tracked name, is of."""
-    _, evaluation, *under = column.split("/")
-    tested = under[0].removeprefix("under_") if len(under) == 2 else "final"
-    return next((job for job in cell.evaluations if (job.name, job.under) == (evaluation, tested)), None)
+    fits = [job for job in cell.evaluations if column.startswith(f"{job.place}/")]
+    return max(fits, key=lambda job: len(job.place), default=None)
 
 
 class Scores:

@@ -150,7 +150,7 @@ def sweeps_of(plan: ExperimentPlan, rows: Sequence[_Row], scores: Scores) -> lis
         for evaluation, spec in own[0].spec.evaluate.items():
             swept = (given(under) for under in spec.under if not isinstance(under, str))
             variants = {name: values for each in swept for name, values in each.items()}
-            for metric in spec.headline if variants else ():
+            for metric in spec.shown if variants else ():
                 columns = {name: f"eval/{evaluation}/under_{name}/{metric}" for name in (FULL, *variants)}
                 shown = [name for name, column in columns.items() if column in row.values]
                 measured = [_score(row, own, scores, name, columns, variants.get(name, {})) for name in shown]

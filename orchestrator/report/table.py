@@ -47,6 +47,7 @@ class Row:
         base: Names of the cells of that row.
         ci95: Metric name to half of the 95 % interval of its mean, where it stands for several finished cells.
         tests: Metric name to the paired test of that difference, where both kept the score of every question.
+        recorded: Metrics that someone else measured, and the source of each.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     base: tuple[str, ...] = ()
     ci95: dict[str, float] = field(default_factory=dict)
     tests: dict[str, Comparison] = field(default_factory=dict)
+    recorded: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Table(Printed):
             {
                 "name": r.name, "cells": r.cells, "axes": r.axes, "status": r.status, "metrics": r.values,
                 "std": r.spread, "ci95": r.ci95, "marks": r.marks, "to_baseline": r.against, "tests": tests,
+                **({"recorded": r.recorded} if r.recorded else {}),
             }
             for r, tests in zip(self.rows, self.tests(), strict=True)
         ]  # fmt: skip
@@ -177,7 +180,9 @@ class Table(Printed):
             if number
             else None
         )
-        return "; ".join(filter(None, (legend(heads), interval, brackets, tests))) or None
+        sources = dict.fromkeys(source for row in self.rows for source in row.recorded.values())
+        recorded = f"{RECORDED} recorded, not measured here: {'; '.join(sources)}" if sources else None
+        return "; ".join(filter(None, (legend(heads), interval, brackets, tests, recorded))) or None
 
     def _repr_html_(self) -> str:
         notes = [*filter(None, [self.explanations()]), *(f"note: {warning}" for warning in self.warnings)]
@@ -218,6 +223,8 @@ MOST_TESTS = 1000
 _BY_FORMULA = ("cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens")
 BOUND = "costs at most"
 """Mark of a row whose figures by the formula are bounds."""
+RECORDED = "†"
+"""Mark of a score that someone else measured, such as a benchmark's server."""
 _OPERATIONS = "cost/train_tflops"
 _COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
 _HEADERS = {
@@ -269,7 +276,7 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
     for plan in plans:
         report, search, name = plan.loaded.spec.report, plan.loaded.spec.search, plan.loaded.spec.name
         own = [plan.record(cell) for cell in plan.cells]
-        headlines |= {test: entry.headline for cell in plan.cells for test, entry in cell.spec.evaluate.items()}
+        headlines |= {test: entry.shown for cell in plan.cells for test, entry in cell.spec.evaluate.items()}
         drawn = () if search is None else tuple(search.space)
         mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
         rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
@@ -380,7 +387,9 @@ def _row(
     worst = (state for state in ("failed", "running", "interrupted", "trained") if state in states)
     status = states.pop() if len(states) == 1 else next(worst, "unfinished")
     name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes)
-    return Row(name, tuple(r.cell_name for r in group), own, values, spread, status, tuple(marks), ci95=ci95)
+    cells = tuple(record.cell_name for record in group)
+    recorded = {metric: source for record in counted for metric, source in record.recorded.items()}
+    return Row(name, cells, own, values, spread, status, tuple(marks), ci95=ci95, recorded=recorded)
 
 
 def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row | None:
@@ -469,17 +478,17 @@ def _columns(
     shown: list[str] = []
     for evaluation, found in scores.items():
         wanted = headlines.get(evaluation, ("accuracy",))
-        chosen = [name for name in found if name.rpartition("/")[2] in wanted]
+        chosen = [name for name in found if any(fnmatchcase(_split(name)[2], pattern) for pattern in wanted)]
         shown += chosen or [name for name in found if name.count("/") == 2]  # of one without its headline: all
     return (*shown, *(name for name in _COSTS if name in names))
 
 
 def _lacking(columns: Sequence[str], headlines: Mapping[str, Sequence[str]]) -> list[str]:
     """Return one sentence for each evaluation whose results lack a metric of its own headline."""
-    shown = [name.split("/") for name in columns if name.startswith("eval/")]
-    found = {evaluation: {path[-1] for path in shown if path[1] == evaluation} for evaluation in headlines}
+    shown = [_split(name) for name in columns if name.startswith("eval/")]
+    found = {evaluation: {metric for name, _, metric in shown if name == evaluation} for evaluation in headlines}
     lacking = {
-        evaluation: [name for name in wanted if name not in found[evaluation]]
+        evaluation: [name for name in wanted if "*" not in name and name not in found[evaluation]]
         for evaluation, wanted in headlines.items()
         if found[evaluation] and tuple(wanted) != ("accuracy",)
     }
@@ -554,15 +563,21 @@ def _notices(records: Sequence[CellRecord]) -> list[str]:
     return [f"{text} ({', '.join(names)})" for text, names in found.items()]
 
 
+def _split(column: str) -> tuple[str, str, str]:
+    """Return the evaluation, the variant and the metric (of a suite `PART/METRIC`) that a score's column is of."""
+    _, evaluation, *rest = column.split("/")
+    under = rest.pop(0).removeprefix("under_") if rest[0].startswith("under_") and len(rest) > 1 else "final"
+    return evaluation, under, "/".join(rest)
+
+
 def header(column: str) -> str:
     """Return a metric's name as a column head: `eval/vqa/under_full/accuracy` becomes `vqa accuracy (full)`."""
     if column in _HEADERS:
         return _HEADERS[column]
-    parts = column.split("/")
-    if parts[0] != "eval":
+    if not column.startswith("eval/"):
         return column
-    under = parts[2].removeprefix("under_") if len(parts) == 4 else "final"
-    return f"{parts[1]} {parts[-1]} ({under})"
+    evaluation, under, metric = _split(column)
+    return f"{evaluation} {metric.replace('/', ' ')} ({under})"
 
 
 def _unit(table: Table) -> Operations:
@@ -579,6 +594,8 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
         return text
     if column in _BY_FORMULA and BOUND in row.marks:
         text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
+    if column in row.recorded:
+        text += RECORDED
     half = row.ci95.get(column)
     if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
         text += f" ± {unit.text(half) if column == _OPERATIONS else metric_text(column, half)}"
@@ -659,6 +676,7 @@ def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
         "±": r"$\pm$",
         "≤": r"$\leq$",
         "≥": r"$\geq$",
+        "†": r"$\dagger$",
         "–": "--",
         **{c: "\\" + c for c in "&%$#_{}"},
     }

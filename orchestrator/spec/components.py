@@ -640,6 +640,46 @@ class EvaluationSpec(Component):
             found |= {entry: None} if isinstance(entry, str) else swept(entry)
         return found
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What the table shows of it: names of metrics, `*` in them stands for any part; the headline by default."""
+        return self.headline
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether `summary` needs the baseline's scores, so that `report.baseline` must name one."""
+        return False
+
+    def faults(self) -> Iterable[tuple[str, str, str | None]]:
+        """Return what forbids it here, as field, message and hint: a package that is not installed, an unknown task."""
+        return ()
+
+    def parts(self, trained_on: Sequence[DataSpec]) -> Mapping[str, EvaluationSpec]:
+        """Return what is tested, kept and resumed on its own, by the name that stands before its metrics.
+
+        By default it is one piece, without a name.
+
+        Args:
+            trained_on: The data sets of the last phase.
+
+        Raises:
+            ValueError: they do not say what a part needs of them.
+        """
+        return {"": self}
+
+    def source_digest(self) -> str | None:
+        """Return the SHA-256 of code that the user names for it; None where there is none."""
+        return None
+
+    def summary(self, scores: Mapping[str, float], baseline: Mapping[str, float] | None) -> dict[str, float]:
+        """Return further metrics, of the scores of all its parts under one variant.
+
+        Args:
+            scores: `PART/METRIC` to value; parts that are not done yet are missing.
+            baseline: The same of the baseline's cell under `final`; None where there is none.
+        """
+        return {}
+
 
 class GenerationSpec(EvaluationSpec):
     """An evaluation of generated answers: greedy, one an answer, prompts of like length together."""

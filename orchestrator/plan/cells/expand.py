@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import registry
@@ -88,9 +89,9 @@ class _Resolver:
             state = phases[-1].end
         final = phases[-1].schedule.final if phases else FULL_TOKENS
         evaluations = [
-            self._evaluation(spec, name, under, state, final, facts, notices)
+            self._evaluation(spec, (name, *part), under, state, final, facts, notices)
             for name, entry in spec.evaluate.items()
-            for under in entry.tested_variants
+            for under, part in product(entry.tested_variants, self._parts(spec, name, entry))
         ]
         return Cell(
             cell_id(phases, root), cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state,
@@ -392,19 +393,44 @@ class _Resolver:
                     if plan is phases[-1] and step == plan.total_steps:
                         continue  # the final state's
                     state = plan.state_at(step)
-                    for under in entry.tested_variants:
-                        job = self._evaluation(spec, name, under, state, final, facts, notices)
+                    for under, part in product(entry.tested_variants, self._parts(spec, name, entry)):
+                        job = self._evaluation(spec, (name, *part), under, state, final, facts, notices)
                         modules.check(job, plan, step)
                         found.append(Along(step, before + step - 1, job))
             modules.pass_through(plan)
             before += plan.total_steps
         return tuple(sorted(found, key=lambda each: each.last_step))
 
+    def _parts(self, spec: ExperimentSpec, name: str, entry: EvaluationSpec) -> list[tuple[str, EvaluationSpec]]:
+        """Return what is tested of an entry on its own: (name of the part, the entry cut to it).
+
+        Raises:
+            UsageError: a part needs to know more than the last phase's data says.
+        """
+        if entry.needs_baseline and not spec.report.baseline:
+            raise UsageError(
+                f"evaluate.{name}: it needs the scores of a baseline, and `report.baseline` names none; add for "
+                "instance report: {baseline: {phases.finetune.schedule: full}}"
+            )
+        if type(entry).parts is EvaluationSpec.parts:
+            return [("", entry)]
+        last = spec.phases.finetune or spec.phases.pretrain
+        names = () if last is None else (last.data,) if isinstance(last.data, str) else tuple(last.data)
+        sets = [spec.data[each] for each in names if each in spec.data]
+        key = ("parts", id(entry), *map(id, sets))
+        if key not in self._made:
+            try:
+                self._made[key] = list(entry.parts(sets).items())
+            except ValueError as error:
+                raise UsageError(f"evaluate.{name}: {error}") from error
+            self._alive += [entry, *sets]
+        return self._made[key]
+
     def _evaluation(
-        self, spec: ExperimentSpec, name: str, under: str, state: str, final: Variant, facts: ModelFacts | None,
-        notices: list[str],
+        self, spec: ExperimentSpec, which: tuple[str, str, EvaluationSpec], under: str, state: str, final: Variant,
+        facts: ModelFacts | None, notices: list[str],
     ) -> EvaluationJob:  # fmt: skip
-        entry = spec.evaluate[name]
+        name, part, entry = which
         point = entry.tested_variants[under]
         if point is not None:
             variant = self._resolved_variant(spec, f"evaluate.{name}.under: {under}", (point,), facts)
@@ -412,20 +438,25 @@ class _Resolver:
             variant = final if under == FINAL else self._variant(spec, under, facts)
         recipe = spec.phases.finetune or spec.phases.pretrain
         length = entry.model_max_length or (2048 if recipe is None else recipe.model_max_length)
+        entry_id, dump = self._once(_evaluation, entry)
+        about = {"state": state, "evaluation": entry_id, "points": variant.id, "length": length}
+        model, plugins = self._once(_dump, spec.model), tuple(spec.plugins)
+        if entry.data is None:  # it brings its own
+            return EvaluationJob(
+                digest(about), state, name, under, variant.points, dump, {}, model, length, plugins, part=part
+            )
         data_id, data, notes = self._data(spec, entry.data, f"evaluate.{name}.data", length, prompts=True)
         notices += notes
         if facts is not None and facts.visual_grid is None:
             tested = {"name": entry.data, **data}
             self._check_amounts(spec, f"evaluate.{name}.under", {under: variant.points}, tested, facts)
-        entry_id, dump = self._once(_evaluation, entry)
-        about = {"state": state, "evaluation": entry_id, "data": data_id, "points": variant.id, "length": length}
+        about["data"] = data_id
         columns = spec.data[entry.data].column_sources()
         renamed = any(name != source for name, source in columns.items())
         identity = digest({**about, "columns": columns if renamed else sorted(columns)} if columns else about)
-        model = self._once(_dump, spec.model)
         return EvaluationJob(
-            identity, state, name, under, variant.points, dump, data["spec"], model, length, tuple(spec.plugins),
-            data["content"], tuple(data.get("left_out", ())),
+            identity, state, name, under, variant.points, dump, data["spec"], model, length, plugins,
+            data["content"], tuple(data.get("left_out", ())), part,
         )  # fmt: skip
 
 

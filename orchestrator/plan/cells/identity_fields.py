@@ -241,5 +241,7 @@ def recipe_identity(recipe: PhaseSpec) -> dict[str, Any]:
 def evaluation_identity(evaluation: EvaluationSpec) -> dict[str, Any]:
     """Return the evaluation's own fields; its data, points and length are hashed beside it."""
     beside = frozenset({"data", "under", "model_max_length", "at", "cells"})
-    fields: dict[str, Any] = reached(evaluation, leave=beside)
+    fields: dict[str, Any] = reached(evaluation, leave=beside | frozenset(type(evaluation).path_fields))
+    if (code := evaluation.source_digest()) is not None:
+        fields["@code"] = code
     return fields

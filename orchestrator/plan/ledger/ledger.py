@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -277,10 +278,17 @@ class Ledger:
         return self._note("evaluations", evaluation)
 
     def write_evaluation(
-        self, evaluation: str, result: dict[str, Any], predictions: Sequence[Mapping[str, Any]] = ()
+        self,
+        evaluation: str,
+        result: dict[str, Any],
+        predictions: Sequence[Mapping[str, Any]] = (),
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Record a finished evaluation, its answers before its result: where there is a result, they are there."""
+        """Record a finished evaluation, its answers and files before its result: where there is one, they are there."""
         self.store.share_progress(checked(evaluation))
+        if files:
+            texts = {name: base64.b64encode(content).decode() for name, content in files.items()}
+            self.store.write(_files_key(evaluation), gzip.compress(dump_json(texts), mtime=0))
         if predictions:
             lines = "".join(json.dumps(each) + "\n" for each in predictions)
             self.store.write(_predictions_key(evaluation), gzip.compress(lines.encode(), mtime=0))
@@ -298,6 +306,28 @@ class Ledger:
             return None if data is None else [json.loads(line) for line in gzip.decompress(data).splitlines()]
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise StorageError(f"{self.url}/{key} is damaged ({error}); take it away and evaluate again") from error
+
+    def evaluation_files(self, evaluation: str) -> dict[str, bytes]:
+        """Return the files that a finished evaluation wrote, such as a benchmark's submission, by name."""
+        data = self.store.read(_files_key(evaluation))
+        try:
+            texts = {} if data is None else json.loads(gzip.decompress(data))
+            return {name: base64.b64decode(text) for name, text in texts.items()}
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            place = f"{self.url}/{_files_key(evaluation)}"
+            raise StorageError(f"{place} is damaged ({error}); take it away and evaluate again") from error
+
+    def record_score(self, evaluation: str, metric: str, score: Mapping[str, Any]) -> None:
+        """Add a score that someone else measured to a finished evaluation; an earlier one of that metric gives way.
+
+        Args:
+            evaluation: Its id.
+            metric: The metric's name.
+            score: `value`, `source` and `when` (seconds since 1970).
+        """
+        result = self.evaluation(evaluation) or {}
+        recorded = {**result.get("recorded", {}), metric: dict(score)}
+        self._write_note("evaluations", evaluation, {**result, "recorded": recorded})
 
     def failure(self, job: str) -> dict[str, Any] | None:
         """Return why a stage run or an evaluation failed; None where it did not."""
@@ -330,6 +360,10 @@ def as_name(text: str) -> str:
     """Return a folder's name; what cannot stand in one is replaced, and a short hash keeps two such names apart."""
     safe = re.sub(r"[^A-Za-z0-9._=,+%-]", "-", text)[:150].lstrip(".") or "_"
     return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _files_key(evaluation: str) -> str:
+    return f"evaluation_files/{checked(evaluation)}.json.gz"
 
 
 def _predictions_key(evaluation: str) -> str:

@@ -19,7 +19,13 @@ from orchestrator.spec.checks.compression import (
     check_variant,
 )
 from orchestrator.spec.checks.deepspeed import file_findings
-from orchestrator.spec.checks.places import check_columns, check_data, check_implementations, check_model
+from orchestrator.spec.checks.places import (
+    check_columns,
+    check_data,
+    check_implementations,
+    check_model,
+    check_possible,
+)
 from orchestrator.spec.checks.start_from import Starts
 from orchestrator.spec.components import FINAL, FULL
 from orchestrator.spec.infrastructure import ClusterSpec
@@ -99,6 +105,8 @@ class Checks:
             yield from self._once(check_data, data, self.notices)
         if data and evaluate:
             yield from self._once(check_columns, evaluate, data)
+        if evaluate:
+            yield from self._once(check_possible, evaluate)
         for name in ("data", "compressors", "evaluate"):
             if parts[name]:
                 yield from self._once(check_implementations, name, parts[name])

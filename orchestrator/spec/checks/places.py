@@ -101,6 +101,13 @@ def check_columns(evaluate: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
             yield Finding(("evaluate", name, "data"), message, None, hint)
 
 
+def check_possible(evaluate: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check that this installation can do each evaluation."""
+    for name, evaluation in evaluate.items():
+        for field, message, hint in evaluation.faults():
+            yield Finding(("evaluate", name, field), message, None, hint)
+
+
 def check_model(model: ModelSpec, notices: list[str]) -> Iterator[Finding]:
     """Find folders that only look like a model's (an adapter, GGUF, a text model), and incomplete weights."""
     name = model.model_name_or_path

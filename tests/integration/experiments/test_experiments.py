@@ -65,8 +65,19 @@ def test_llava_15_pads_in_finetuning_and_tests_alone():
     assert {name: spec.image_aspect_ratio for name, spec in data.items()} == {
         "blip558k": None,
         "mix665k": "pad",
-        "gqa_testdev": "pad",
     }
+
+
+def test_llava_15_is_tested_on_the_papers_benchmarks_as_it_was_trained():
+    pytest.importorskip("lmms_eval")
+    for file in sorted(SEVEN_B.glob("*.yaml")):
+        for cell in expand_cells(load_experiment(file)):
+            tests = {job.part: job for job in cell.evaluations if job.name == "bench"}
+            assert len(tests) == 13 and {"gqa", "mme", "mmbench_cn_dev", "mmmu_val"} <= tests.keys()
+            for job in tests.values():
+                spec = job.spec
+                assert (spec["conversation_template"], spec["image_aspect_ratio"]) == ("vicuna_v1", "pad")
+                assert job.points == cell.phases[-1].table[-1].points and job.model_max_length == 2048
 
 
 def test_all_files_are_known():

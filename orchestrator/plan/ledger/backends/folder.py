@@ -63,7 +63,9 @@ _KEY = re.compile(r"(?!\.)[^/\\]+(/(?!\.)[^/\\]+)*")
 _ASIDE = re.compile(r"\.([A-Za-z0-9_-]{1,128})\.[0-9a-f]{12}\.aside")
 _LOG = re.compile(r"log(_rank.*)?\.txt")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_NOTES = ("evaluations", "experiments", "failures", "leases", "owners", "predictions", "searches")
+_NOTES = (
+    "evaluation_files", "evaluations", "experiments", "failures", "leases", "owners", "predictions", "searches",
+)  # fmt: skip
 
 
 class FolderBackend(Backend):
