@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from orchestrator_plugins.benchmarks import tasks, templates
+from orchestrator_plugins.benchmarks.model import Answers, Model, SimpleModel, Stopped, reading_of
 from orchestrator_plugins.benchmarks.spec import LmmsEvalSpec
 from orchestrator_plugins.benchmarks.suites import SCORES, Score
 
@@ -46,8 +47,6 @@ class LmmsEval:
         Raises:
             StageRunError: the task cannot be evaluated: its data is not there, its judge does not reply.
         """
-        from orchestrator_plugins.benchmarks.model import Answers, Stopped, reading_of
-
         spec = self._spec
         encoder = plugin.Encoder(data.processor, str(spec.conversation_template), data.encoder.model_max_length)
         reading = reading_of(spec.image_aspect_ratio)
@@ -137,8 +136,6 @@ def _manager(places: list[str], left_out: Iterable[str]) -> Any:
 
 def _model_class(manager: Any, name: str) -> Any:
     """Return the class for a task's requests: lmms-eval compares given answers in its older form only."""
-    from orchestrator_plugins.benchmarks.model import Model, SimpleModel
-
     kinds = _output_types(manager, name)
     if not kinds & _CHOICES:
         return Model
