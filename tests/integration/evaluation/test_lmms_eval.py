@@ -335,6 +335,7 @@ def test_a_submission_becomes_an_artifact_and_its_score_is_recorded(grid):
     assert run(other).executed == 0, "a recorded score is no reason to run anything"
 
 
+@pytest.mark.slow
 def test_own_tasks_are_part_of_the_identity_by_their_source(grid):
     file, *_ = grid
     folder = write_own(file.parent / "mine")
@@ -347,6 +348,7 @@ def test_own_tasks_are_part_of_the_identity_by_their_source(grid):
     assert run(other).executed == 2
 
 
+@pytest.mark.slow
 def test_choices_are_compared_by_their_likelihood(grid):
     """Which choice the toolkit took, against the losses of plain rows."""
     file, *_ = grid
