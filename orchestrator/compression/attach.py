@@ -126,6 +126,11 @@ class Attachment:
         return self._decoder.points
 
     @property
+    def zero3_refusal(self) -> str:
+        """Why several workers under ZeRO-3 would wait for one another; empty where all call the same modules."""
+        return self._decoder.family.zero3_refusal
+
+    @property
     def last_visual_layer_tokens(self) -> int:
         """Visual tokens summed over decoder layers and rows, as they ran in the last forward."""
         return sum(self.visual_tokens_per_layer)
@@ -282,8 +287,8 @@ def _resolve(value: CompressorSpec | Mapping[str, Any], family: Family) -> Point
         )
     tower_layers = family.tower.depth if spec.place == "tower" else 0
     name = spec.module_name(family.num_layers, tower_layers)
-    tower_layer = spec.tower_index(tower_layers)
-    return Point(layer, spec, implementation(spec), name, at_projector, tower_layer=tower_layer)
+    tower_layer, inside = spec.tower_index(tower_layers), getattr(spec, "inside_layer", False)
+    return Point(layer, spec, implementation(spec), name, at_projector, tower_layer=tower_layer, inside_layer=inside)
 
 
 def _check_place(spec: CompressorSpec, layer: int, family: Family) -> None:
@@ -348,13 +353,15 @@ def _check_tower(spec: CompressorSpec, family: Family) -> None:
             f"attach: {spec.kind}: {spec.layer} is layer {layer} of {tower.depth} of the vision tower, and the model "
             f"takes what layer {tower.limit - 1} gives; give tower:0 to tower:{tower.limit - 1}"
         )
-    if layer == 0 and "tower_keys" in spec.needs:
+    inside = getattr(spec, "inside_layer", False)
+    if layer == 0 and "tower_keys" in spec.needs and not inside:
         raise UsageError(
             f"attach: {spec.kind} at layer {spec.layer}: it looks at the keys of the tower layer before it, and none "
             "has run there; give tower:1 or more"
         )
     if "tower_keys" in spec.needs:
-        attention_module(tower.encoder.layers[layer - 1], f"attach: {spec.kind} at layer {spec.layer}")
+        seen = tower.encoder.layers[layer if inside else layer - 1]
+        attention_module(seen, f"attach: {spec.kind} at layer {spec.layer}")
     if spec.adaptive:
         raise UsageError(
             f"attach: {spec.kind} leaves another number of tokens of each image, which run through the vision tower in "

@@ -39,8 +39,8 @@ class Context:
         cls_attention_BN: What the vision tower's CLS token paid to each visual token in the last layer that is used,
             mean over heads (need `cls`).
         cls_keys_BND: Keys of the visual tokens in that layer, mean over heads (need `cls`).
-        tower_keys_BND: Inside the vision tower, keys of the visual tokens in the tower's layer before the point, mean
-            over heads (need `tower_keys`); elsewhere None.
+        tower_keys_BND: Inside the vision tower, keys of the visual tokens in the attention before the point, mean over
+            heads (need `tower_keys`); elsewhere None.
     """
 
     layer: int
@@ -233,6 +233,7 @@ class Point:
         at_projector: It acts on the features that enter the projector.
         enters: This is its first part, which acts at the decoder's input (`enter`).
         tower_layer: Layer of the vision tower before which it acts; None outside of the tower.
+        inside_layer: It acts inside this layer instead, between its attention and its MLP.
     """
 
     layer: int
@@ -242,6 +243,7 @@ class Point:
     at_projector: bool = False
     enters: bool = False
     tower_layer: int | None = None
+    inside_layer: bool = False
 
     @property
     def before_decoder(self) -> bool:

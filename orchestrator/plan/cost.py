@@ -15,7 +15,8 @@ gated MLP, else 2.
 | compressor      | a learned method's own count (`module_operations`); choosing and merging are left out |
 | last layer, unread | `2 u (W - 2 d h_kv a) + 2 u^2 h a`, `u` its tokens without a label: counted above, but not done |
 
-A point inside the vision tower (`tower:N`) leaves fewer `n_v` from layer N on, the projector and the decoder fewer too.
+A point inside the vision tower (`tower:N`) leaves fewer `n_v` from layer N on (with `inside_layer` from its MLP on),
+the projector and the decoder fewer too.
 Left out: embeddings, the patch convolution, norms, softmax (together under 0.5 % at 7B), padding.
 
 An adaptive method (`divt`) is counted at the most tokens it may leave of an image, so operations and memory are upper
@@ -63,20 +64,25 @@ up, activation, product), else 2:
 
 | part          | bytes kept for backward                                                                      |
 |---------------|----------------------------------------------------------------------------------------------|
-| decoder layer | `n (2 d (4 + 2 s) + (2 h + 2 h_kv) a s + m f s)`: two norms, input in float32; q, k, v, o; MLP |
-| frozen layer  | `n (8 d + (2 h + 2 h_kv) a s + (m - 1) f s)`: what only gradients of weights need is not kept  |
-| eager scores  | `n^2 h (4 + s)` a layer, `4` where s = 4; sdpa and flash keep none                            |
+| decoder layer | `n (2 d (4 + 2 s) + 4 h a s + m f s)`: two norms, input in float32; q, k, v, o; MLP          |
+| frozen layer  | `n (8 d + 4 h a s + (m - 1) f s)`: what only gradients of weights need is not kept            |
+| more norms    | Gemma 2 and 3 5, Gemma 3, GLM-4V 4 in place of 2; of heads `n (h + h_kv) a (4 + s)` (Qwen3)   |
+| eager scores  | `n^2 h (4 + s)` a layer, `4` where s = 4; of sdpa the mask of padding, `n^2 s`                |
 | checkpointing | `n d s` a layer instead of both, and one layer, the largest, at a time                       |
 | embeddings    | `3 n_0 d s`                                                                                  |
 | logits        | `V (2 s + 12)` a label token, `12 V` where s = 4: logits, float32 copy, log-softmax, gradients |
-| projector     | `N (p_in + 2 p_hidden + d) s`                                                                |
-| vision tower  | `n_v (8 D + 4 F) s` a layer where it, or a compressor in it before, trains; else one layer's |
+| projector     | `N (3 p_in + 2 p_hidden + d) s`; of other kinds `ModelFacts.projector_kept`                  |
+| vision tower  | `n_v (8 D + 4 F) s` a layer where it, or a compressor in it before, trains; else one layer's; |
+|               | `8 n_v D` more with root-mean-square norms, `3 D` or more in Qwen-VL, GLM-4V and Ovis2; norms |
+|               | around its layers                                                                            |
 | LoRA          | `n (in (s + 1) + r s)` a matrix and layer: dropped-out input, its mask, its product with A    |
 | teacher       | one decoder layer at its tokens; its logits, log-softmax and gradients beside the student's  |
 
-On top comes one more decoder layer, the largest: what its backward works in. Held against what autograd really keeps in
-`test_micro_batch.py`: equal to a few per cent where all parts train without checkpointing, up to
-two fifths more where parts are frozen or the decoder is checkpointed.
+Keys and values count for every query head: where rows are padded, attention repeats them. Norms, activations and
+scores also keep a number or two a token and head (4 bytes each). On top comes one more decoder layer, the largest: what
+its backward works in. Held against what autograd really keeps in `test_memory_formula.py`, part by part and in every
+family in `test_memory_of_families.py`. What grows with the square of a micro-batch is left out: the mask between all
+its images that Pixtral's tower makes for sdpa and eager attention.
 
 Gradients and optimizer (`to_come_bytes`): ZeRO, Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: 8 bytes of Adam
 a trained weight and 4 of its master below float32, shared by the workers from stage 1 on; 4 bytes of gradient, from
@@ -277,7 +283,8 @@ class _OfGrid:
     Attributes:
         by_layer: Tokens in each decoder layer.
         keys: Tokens that are keys and values alone in each.
-        fewer: By how many tokens each layer of the vision tower that is used runs less.
+        fewer: By how many tokens the attention of each layer of the vision tower that is used runs less.
+        fewer_mlp: By how many its MLP does: more where a point acts between the two.
         features: Tokens that enter the projector.
         learned: Operations of learned modules.
         first_learned: The tower's layer before which the first module inside it stands; None without one.
@@ -286,6 +293,7 @@ class _OfGrid:
     by_layer: list[int]
     keys: list[int]
     fewer: list[int]
+    fewer_mlp: list[int]
     features: int
     learned: int
     first_learned: int | None
@@ -299,7 +307,7 @@ def _row_tflops(
     tokens, keys = [text_tokens] * facts.num_layers, [0.0] * facts.num_layers
     vision = features = learned = 0.0
     for count, image in images:
-        fewer, entering = [0] * facts.vision_layers, image.features
+        fewer, entering = [(0, 0)] * facts.vision_layers, image.features
         for grid in image.grids:
             if grid not in known:
                 known[grid] = _of_grid(facts, specs, grid)
@@ -308,7 +316,8 @@ def _row_tflops(
             keys = [before + count * k for before, k in zip(keys, left.keys, strict=True)]
             entering += left.features - grid.tokens
             learned += count * left.learned
-            fewer = [one + other for one, other in zip(fewer, left.fewer, strict=True)]
+            both = zip(fewer, left.fewer, left.fewer_mlp, strict=True)
+            fewer = [(before + one, after + other) for (before, after), one, other in both]
         features += count * entering
         vision += count * (sum(_tower_flops(facts, image, fewer)) + image.features * 2 * facts.tower_adapter)
     flops = {
@@ -339,8 +348,10 @@ def _heads(facts: ModelFacts, layer: DecoderLayer | None) -> int:
     return (layer.heads if layer else 0) or facts.num_attention_heads * facts.head_dim
 
 
-def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> list[int]:
-    """Return the operations of each used layer of the vision tower over an image, of which it runs `fewer` tokens."""
+def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the operations of each used layer of the vision tower over an image, of whose tokens its attention and its
+    MLP run `fewer`.
+    """
     size, inner = facts.vision_hidden_size, facts.vision_intermediate_size
     maps, mlp = 8 * size**2, (6 if facts.gated_tower else 4) * size * inner
 
@@ -348,18 +359,18 @@ def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[int]) -> 
     found = {}
     for less, windowed in dict.fromkeys(kinds):
         # A method that leaves the tower fewer tokens is for an image that it sees once, and whole.
-        lengths = [n - less for n in image.tower]
+        lengths, seen = [n - less[0] for n in image.tower], sum(n - less[1] for n in image.tower)
         attended = image.windows if windowed else lengths
         # Windows that are padded are attended with their padding; the MLP sees the tokens alone.
-        found[less, windowed] = sum(attended) * maps + sum(lengths) * mlp + 4 * size * sum(n * n for n in attended)
+        found[less, windowed] = sum(attended) * maps + seen * mlp + 4 * size * sum(n * n for n in attended)
         if facts.relative_positions:  # a query and the places of its row and of its column
             found[less, windowed] += 4 * size * sum(n * isqrt(n) for n in attended)
     return [found[kind] for kind in kinds]
 
 
 def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> _OfGrid:
-    left, features, fewer, first = grid, grid.tokens, [0] * facts.vision_layers, None
-    learned = 0
+    left, features, first, learned = grid, grid.tokens, None, 0
+    fewer, fewer_mlp = [0] * facts.vision_layers, [0] * facts.vision_layers
     for spec in sorted(specs, key=lambda spec: spec.sort_key(facts.num_layers, facts.vision_depth)):
         inside = spec.tower_index(facts.vision_depth)
         if inside is not None and inside >= facts.tower_points:
@@ -371,14 +382,15 @@ def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> 
         learned += spec.module_operations(left, width)
         left = spec.kept_grid(left)
         features = left.tokens if before or inside is not None else features
-        if "pixels" in spec.needs:
-            fewer = [grid.tokens - left.tokens] * facts.vision_layers
-        if inside is not None:
+        begins = 0 if "pixels" in spec.needs else inside
+        if begins is not None:
             first = inside if spec.learns and first is None else first
-            fewer[inside:] = [grid.tokens - left.tokens] * (facts.vision_layers - inside)
+            attends = begins + getattr(spec, "inside_layer", False)
+            fewer[attends:] = [grid.tokens - left.tokens] * (facts.vision_layers - attends)
+            fewer_mlp[begins:] = [grid.tokens - left.tokens] * (facts.vision_layers - begins)
     by_layer = tokens_by_layer(specs, facts.num_layers, grid)
     keys = keys_by_layer(specs, facts.num_layers, grid)
-    return _OfGrid(by_layer, keys, fewer, features, learned, first)
+    return _OfGrid(by_layer, keys, fewer, fewer_mlp, features, learned, first)
 
 
 def _one_image(facts: ModelFacts) -> ImageUnits:
@@ -387,7 +399,7 @@ def _one_image(facts: ModelFacts) -> ImageUnits:
 
 
 def tower_tokens_by_layer(facts: ModelFacts, points: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the tokens of one image in each layer of the vision tower that is used, the class token included.
+    """Return the tokens of one image that enter each layer of the vision tower that is used, the class token included.
 
     Raises:
         ValueError: a point acts where the tower has no place for it, or a method cannot take its amount.
@@ -446,7 +458,8 @@ def _behind_module_in_tower_tflops(
     if not inside or "compressor" not in trained or "vision_tower" in trained:
         return 0.0
     image = _of_grid(facts, specs, facts.image_grid)
-    behind = sum(_tower_flops(facts, _one_image(facts), image.fewer)[image.first_learned :])
+    fewer = list(zip(image.fewer, image.fewer_mlp, strict=True))
+    behind = sum(_tower_flops(facts, _one_image(facts), fewer)[image.first_learned :])
     return sample.images * behind * (2 if recipe.get("gradient_checkpointing") else 1) / _TERA
 
 
@@ -518,9 +531,9 @@ def unused_tower_tflops_per_sample(facts: ModelFacts, points: Sequence[Mapping[s
     else:
         images = [(row.share, image) for row in sample.rows.rows for image in row.images]
     for count, image in images:
-        fewer = [_of_grid(facts, specs, grid).fewer for grid in image.grids]
+        fewer = [_of_grid(facts, specs, grid).fewer_mlp for grid in image.grids]
         less = sum(each[-1] for each in fewer if each)
-        total += count * sum(_tower_flops(facts, image, [less] * behind))
+        total += count * sum(_tower_flops(facts, image, [(less, less)] * behind))
     return total / _TERA
 
 
@@ -714,7 +727,9 @@ def activation_bytes(
     total = sum(n * size * s for n in tokens) + max(kept) if checkpointed else sum(kept)
     total += max(kept) + logits + 3 * max(tokens) * size * s
     features = longest.visual_tokens * _tower_share(facts, action.points)
-    total += features * s * (facts.projector_in + 2 * facts.projector_hidden + size)
+    # What enters it and its norm; of two maps, what is between them, too.
+    projected = facts.projector_kept or 3 * facts.projector_in + 2 * facts.projector_hidden
+    total += features * s * (projected + size)
     if action.distill is not None:
         taught = tokens_in_layers(facts, action.distill.points, longest)
         total += max(_layer_bytes(facts, n, s, eager, trains=True) for n in taught) + 2 * logits
@@ -726,6 +741,7 @@ def activation_bytes(
         kept_from = _of_grid(facts, _specs(action.points), facts.image_grid).first_learned
     if kept_from is None:
         return max(total, *tower)
+    total += _tower_tokens(facts, action.points, longest)[0] * _tower_norms_bytes(facts, s)  # around its layers
     if not checkpointed:
         return total + sum(tower[kept_from:])
     inputs = _tower_tokens(facts, action.points, longest)[kept_from:]
@@ -743,11 +759,14 @@ def to_come_bytes(facts: ModelFacts, recipe: Mapping[str, Any], number_bytes: in
 
 
 def _layer_bytes(facts: ModelFacts, n: float, s: int, eager: bool, trains: bool) -> float:
-    heads = 2 * (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
+    heads = 4 * facts.num_attention_heads * facts.head_dim
     mlp = ((4 if facts.gated_mlp else 2) - (0 if trains else 1)) * facts.intermediate_size
-    norms = 2 * facts.hidden_size * (4 + (2 * s if trains else 0))
-    scores = n * n * facts.num_attention_heads * (4 if s == 4 else 4 + s) if eager else 0
-    return n * (norms + (heads + mlp) * s) + scores
+    norms = facts.decoder_norms * (facts.hidden_size * (4 + (2 * s if trains else 0)) + 4)
+    if facts.head_norms:
+        number = facts.num_attention_heads + facts.num_key_value_heads
+        norms += number * (facts.head_dim * (4 + (s if trains else 0)) + 4)
+    scores = n * n * facts.num_attention_heads * (4 if s == 4 else 4 + s) if eager else n * n * s
+    return n * (norms + (heads + mlp) * s + 4 * facts.num_attention_heads) + scores
 
 
 def _lora_bytes(facts: ModelFacts, n: float, recipe: Mapping[str, Any], s: int) -> float:
@@ -783,4 +802,12 @@ def _tower_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longes
 def _tower_layer_bytes(facts: ModelFacts, n: int, longest: Longest, s: int, eager: bool) -> float:
     width = facts.vision_hidden_size
     scores = n * n / longest.images * max(1, width // 64) * (4 if s == 4 else 4 + s) if eager else 0
-    return n * (8 * width + 4 * facts.vision_intermediate_size) * s + scores
+    kept = (4 + facts.tower_copies) * width + 4 * facts.vision_intermediate_size
+    return n * (_tower_norms_bytes(facts, s) + kept * s + 4 * max(1, width // 64)) + scores
+
+
+def _tower_norms_bytes(facts: ModelFacts, s: int) -> int:
+    """Return what two norms of the vision tower keep for a patch: what they were given and what they gave, and root
+    mean squares, which gated towers have, what was normed.
+    """
+    return 2 * facts.vision_hidden_size * (2 * s + (4 if facts.gated_tower else 0)) + 16

@@ -35,7 +35,7 @@ from orchestrator.spec.sweep import Sweep, check_sweeps, swept
 
 FULL, FINAL = "full", "final"  # reserved names of variants: no compressor, and the last stage's
 # Fields of points that count only where they are not their default: what was written before them stays the same.
-ADDED_LATER = ("keys_only",)
+ADDED_LATER = ("keys_only", "inside_layer")
 AMOUNTS = ("stride", "keep_tokens", "keep_ratio", "layer_average_tokens")
 
 
@@ -262,7 +262,7 @@ class CompressorSpec(Component):
     """What it looks at beside the visual tokens, recorded for it only: `queries` (attention of the prompt's last token
     in layer K-1, `Context.attention_BN`), `keys` (keys of layer K-1, `row_keys_RND`), `cls` (the vision tower's CLS
     token, `cls_attention_BN` and `cls_keys_BND`), `text` (where the prompt's text is, `text_RN`), `pixels` (it resizes
-    images), `tower_keys` (inside the vision tower, and nowhere else: keys of the tower's layer before it,
+    images), `tower_keys` (inside the vision tower, and nowhere else: keys of the attention before it,
     `tower_keys_BND`). A model that cannot give it refuses the point with the reason.
     """
     learns: ClassVar[bool] = False
@@ -342,7 +342,8 @@ class CompressorSpec(Component):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {name: type(self).model_fields[name].default for name in ADDED_LATER}
+        fields = type(self).model_fields
+        defaults = {name: fields[name].default for name in ADDED_LATER if name in fields}
         return {name: value for name, value in dump(self).items() if name not in defaults or value != defaults[name]}
 
     def kept_tokens(self, grid: Grid) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from orchestrator.spec.components import Grid
 from orchestrator.spec.decoder_layers import DecoderLayer, decoder_layers, inner_size
@@ -139,6 +139,19 @@ VISION |= {
     "pp_chart2table_vision": _SAM,
 }
 
+# Norms of a decoder layer where they are not two; Gemma's keep what they normed in float32, as a fifth one would.
+_NORMS = {"gemma": 3, "gemma2": 5, "gemma3_text": 5, "gemma4_text": 5, "glm4v_text": 4, "glm_ocr_text": 4}
+_HEAD_NORMS = (
+    "qwen3", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text", "qwen3_5_text", "qwen3_5_moe_text",
+    "gemma3_text", "gemma4_text", "molmo2_text", "lfm2",
+)  # fmt: skip
+# Values are a view of what one map gives for queries, keys and values; what pieces of a row give is joined once more;
+# GLM-OCR norms queries and keys, GLM-4V its patches before and after they are merged.
+_TOWER_COPIES = {
+    **dict.fromkeys((name for name in VISION if name.startswith("qwen")), 3), "ovis2_vision": 3,
+    "video_llama_3_vision": 1, "glm4v_vision": 4, "glm4v_moe_vision": 4, "glm_ocr_vision": 9,
+}  # fmt: skip
+
 PLAIN_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose layers are blocks alike over one sequence of patches, with positions added at the input alone."""
 
@@ -148,6 +161,21 @@ _SO400M = {"model_type": "siglip_vision_model", **_vision(26, 1152, 4304, 384, 1
 
 Part = Mapping[str, Any]
 """A config, or a part of one."""
+
+
+class Projector(NamedTuple):
+    """A projector of its own kind.
+
+    Attributes:
+        passed: Weights that a token it gives has passed.
+        kept: Numbers that training keeps for each of these tokens: what linear maps, norms and activations were given.
+            A norm counts for three of its width, what it was given once in float32 (two numbers) and normed.
+        stored: Its weights, where these are others; else 0.
+    """
+
+    passed: int
+    kept: int
+    stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,10 +197,12 @@ class FamilyDefaults:
         gated_tower: The MLP of the vision tower has three matrices.
         towers: Vision towers of the same sizes, of which one sees an image.
         other_names: The decoder's linear maps have other names than LLaMA's.
-        projector: Weights that a token the projector gives has passed, of `(text, vision, config)`, where it is no one
-            or two linear maps; and its weights, where these are others.
+        projector: The projector, of `(text, vision, config)`, where it is no one or two linear maps.
         tower_refusal: Why no compressor may act inside the vision tower; empty where one may in a tower that is one of
             `PLAIN_TOWERS`.
+        zero3_refusal: What of a batch decides how often some modules are called, so that several workers under ZeRO-3,
+            which gathers a module whenever any of them calls it, would wait for one another; empty where every batch
+            calls the same ones.
     """
 
     text_type: str
@@ -188,63 +218,69 @@ class FamilyDefaults:
     gated_tower: bool = False
     towers: int = 1
     other_names: bool = False
-    projector: Callable[[Part, Part, Part], int | tuple[int, int]] | None = None
+    projector: Callable[[Part, Part, Part], Projector] | None = None
     tower_refusal: str = "between it and the decoder the model merges, pools or arranges its patches by their grid"
+    zero3_refusal: str = ""
 
 
-def _merger(text: Part, vision: Part, top: Part) -> int:
+def _merger(text: Part, vision: Part, top: Part) -> Projector:
     """Qwen-VL: neighbours side by side, two linear maps; one such merger more for each level of DeepStack."""
     merged = (vision.get("embed_dim") or vision["hidden_size"]) * vision.get("spatial_merge_size", 2) ** 2
     given = vision.get("out_hidden_size") or vision["hidden_size"]
-    return int((1 + len(vision.get("deepstack_visual_indexes", ()))) * (merged * merged + merged * given))
+    levels = 1 + len(vision.get("deepstack_visual_indexes", ()))
+    return Projector(levels * (merged * merged + merged * given), levels * 6 * merged)
 
 
-def _mistral3(text: Part, vision: Part, top: Part) -> int:
+def _mistral3(text: Part, vision: Part, top: Part) -> Projector:
     """Neighbours become one by a linear map, then two more."""
     width, given = vision["hidden_size"], text["hidden_size"]
     layers = top["vision_feature_layer"]
-    several = width * (len(layers) if isinstance(layers, list) else 1)
-    return int(width * width * top["spatial_merge_size"] ** 2 + several * given + given * given)
+    several, merged = width * (len(layers) if isinstance(layers, list) else 1), width * top["spatial_merge_size"] ** 2
+    return Projector(width * merged + several * given + given * given, 5 * merged + several + 2 * given)
 
 
-def _glm(text: Part, vision: Part, top: Part) -> int:
+def _glm(text: Part, vision: Part, top: Part) -> Projector:
     """GLM-4V: neighbours become one by a convolution, then a linear map and a gated MLP."""
     given, merge = vision["out_hidden_size"], vision.get("spatial_merge_size", 2)
     ocr = top["model_type"] == "glm_ocr"
     inner = given * vision["in_channels"] if ocr else vision["intermediate_size"]
-    return int(vision["hidden_size"] * given * merge**2 + given * given + 3 * given * inner)
+    merged = vision["hidden_size"] * merge**2
+    return Projector(merged * given + given * given + 3 * given * inner, 9 * merged + 6 * given + 4 * inner)
 
 
-def _swiglu(text: Part, vision: Part, top: Part) -> int:
+def _swiglu(text: Part, vision: Part, top: Part) -> Projector:
     """Aya and Cohere2 Vision: neighbours side by side, a map to two halves of which one gates the other, a map."""
     inner = top.get("alignment_intermediate_size", text["hidden_size"])
-    return int(vision["hidden_size"] * top["downsample_factor"] ** 2 * inner + inner // 2 * text["hidden_size"])
+    merged = vision["hidden_size"] * top["downsample_factor"] ** 2
+    return Projector(merged * inner + inner // 2 * text["hidden_size"], 4 * merged + 2 * inner)
 
 
-def _visual_table(text: Part, vision: Part, top: Part) -> int:
+def _visual_table(text: Part, vision: Part, top: Part) -> Projector:
     """Ovis2: a probability over visual words, and the mean of their embeddings (arXiv 2405.20797, section 3.1)."""
     words, width = vision["vocab_size"], vision["hidden_size"] * vision["hidden_stride"] ** 2
-    return int(width * (words - vision["num_visual_indicator_tokens"]) + words * text["hidden_size"])
+    passed = width * (words - vision["num_visual_indicator_tokens"]) + words * text["hidden_size"]
+    return Projector(passed, 4 * width + 6 * words)
 
 
-def _lfm2(text: Part, vision: Part, top: Part) -> int:
+def _lfm2(text: Part, vision: Part, top: Part) -> Projector:
     """LFM2-VL: neighbours side by side, two linear maps."""
     inner = top["projector_hidden_size"]
-    return int(vision["hidden_size"] * top["downsample_factor"] ** 2 * inner + inner * text["hidden_size"])
+    merged = vision["hidden_size"] * top["downsample_factor"] ** 2
+    return Projector(merged * inner + inner * text["hidden_size"], 4 * merged + 2 * inner)
 
 
 def _spatial_layers(top: Part) -> Sequence[int]:
     return top.get("spatial_target_layers") or (12, 15, 18, 21)
 
 
-def _window_q_former(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+def _window_q_former(text: Part, vision: Part, top: Part) -> Projector:
     """Granite 4 Vision: for each kind of feature a Q-Former within windows, whose queries are the tokens it gives.
 
     In a window of `w x w` patches and `q x q` queries each query attends to the queries and to the patches, of which
     `w^2 / q^2` fall to it; operations of attention count as weights that a token passes.
     """
     if not top.get("downsample_rate"):
-        return 0, 0  # no such model can be built
+        return Projector(0, 0)  # no such model can be built
     queries, patches = (int(side) ** 2 for side in top["downsample_rate"].split("/"))
     former = {"num_hidden_layers": 1, "intermediate_size": 3072, "cross_attention_frequency": 1}
     former |= top.get("qformer_config") or {}
@@ -259,22 +295,26 @@ def _window_q_former(text: Part, vision: Part, top: Part) -> tuple[int, int]:
             passed += 2 * width * width + keys * patches // queries + 2 * patches * width
             stored += 2 * width * width + keys
     several = len(top.get("deepstack_layer_map") or ()) + len(_spatial_layers(top))
-    return several * passed, several * stored
+    # Two attentions with their norms over queries, keys and values of the patches, the MLP; windows and their means.
+    kept = former["num_hidden_layers"] * ((20 + 3 * patches // queries) * width + 3 * former["intermediate_size"])
+    kept += 4 * patches // queries * width + width
+    return Projector(several * passed, several * kept, several * stored)
 
 
-def _vision_adapter(text: Part, vision: Part, top: Part) -> int:
+def _vision_adapter(text: Part, vision: Part, top: Part) -> Projector:
     """Llama 4: what a linear map takes; the tower's own adapter before it is the tower's."""
-    return int(vision["vision_output_dim"] * text["hidden_size"])
+    inside = vision["intermediate_size"] + 2 * vision["projector_input_dim"] + vision["projector_output_dim"]
+    return Projector(vision["vision_output_dim"] * text["hidden_size"], inside + vision["vision_output_dim"])
 
 
-def _downsampler(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+def _downsampler(text: Part, vision: Part, top: Part) -> Projector:
     """Step 3.7: two convolutions of 3 x 3 and stride 2, each to twice the width, then a linear map."""
     width = vision["hidden_size"]
     first, second, last = 9 * width * 2 * width, 9 * 2 * width * 4 * width, 4 * width * text["hidden_size"]
-    return int(4 * first + second + last), int(first + second + last)
+    return Projector(4 * first + second + last, (16 + 4 * 2 + 4) * width, first + second + last)
 
 
-def _sam_neck(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+def _sam_neck(text: Part, vision: Part, top: Part) -> Projector:
     """GOT-OCR 2: two convolutions over all patches, two of stride 2, of which edges are rounded up, a linear map."""
     width, channels, given = vision["hidden_size"], vision["output_channels"], text["hidden_size"]
     side = _side(vision["image_size"]) // _side(vision["patch_size"])
@@ -282,10 +322,12 @@ def _sam_neck(text: Part, vision: Part, top: Part) -> tuple[int, int]:
     parts = (width * channels + 9 * channels**2, 9 * channels * 2 * channels, 9 * 2 * channels * given + given**2)
     counts = (side, half, quarter)
     done = sum(count**2 * part for count, part in zip(counts, parts, strict=True))
-    return round(done / max(1, quarter) ** 2), sum(parts)
+    kept = side**2 * (width + 6 * channels) + half**2 * 2 * channels
+    each = max(1, quarter) ** 2
+    return Projector(round(done / each), round(kept / each) + 2 * given, sum(parts))
 
 
-def _attention_pooling(text: Part, vision: Part, top: Part) -> tuple[int, int]:
+def _attention_pooling(text: Part, vision: Part, top: Part) -> Projector:
     """Molmo 2: a query attends to the 2 x 2 patches it is the mean of, of several layers; then a gated MLP.
 
     Operations of attention count as weights that a token passes.
@@ -296,7 +338,9 @@ def _attention_pooling(text: Part, vision: Part, top: Part) -> tuple[int, int]:
     keys = 2 * adapter["num_key_value_heads"] * adapter["head_dim"]
     taken = width * len(adapter["vision_feature_layer"])
     after = heads * width + 2 * width * inner + inner * adapter["text_hidden_size"]
-    return taken * (heads + patches * keys) + 2 * patches * heads + after, taken * (heads + keys) + after
+    passed = taken * (heads + patches * keys) + 2 * patches * heads + after
+    kept = taken * (2 + patches) + 3 * heads + patches * keys + width + 4 * inner
+    return Projector(passed, kept, taken * (heads + keys) + after)
 
 
 _MOLMO2_ADAPTER: dict[str, Any] = {
@@ -416,6 +460,7 @@ FAMILIES: dict[str, FamilyDefaults] = {
         top={"downsample_factor": 2, "projector_hidden_size": 2560},
         projector=_lfm2,
         other_names=True,
+        zero3_refusal="its projector is called once for each image",
     ),
     "llava_next_video": FamilyDefaults("llama", _CLIP_L_336, "varies", top=_LLAVA, tiled=True),
     "granite4_vision": FamilyDefaults(
@@ -443,7 +488,12 @@ FAMILIES: dict[str, FamilyDefaults] = {
         projector=_vision_adapter,
     ),
     "step3p7": FamilyDefaults(
-        "step3p5", {"model_type": "step3p5_vision"}, "varies", tiled=True, projector=_downsampler
+        "step3p5",
+        {"model_type": "step3p5_vision"},
+        "varies",
+        tiled=True,
+        projector=_downsampler,
+        zero3_refusal="its vision tower is called a second time where an image has local views",
     ),
     "got_ocr2": _got_ocr("got_ocr2_vision"),
     "pp_chart2table": _got_ocr("pp_chart2table_vision"),
@@ -465,6 +515,23 @@ FAMILIES: dict[str, FamilyDefaults] = {
         tower_refusal="its projector pools the square of patches",
     ),
 }
+
+
+WITHOUT_FACTS = (
+    "perception_lm",  # its tower's sizes stand in timm
+    "aria",  # its projector's keys are of patches, whose number for a query differs
+    "ernie4_5_vl_moe",  # visual tokens, and those around them, go to experts of another size
+)
+"""Types that have an adapter of their own, and whose costs are not known."""
+
+UNCHECKED_CALLS = "it has no adapter of its own, and its self-check does not compare the calls of batches"
+
+
+def zero3_refusal(model_type: str) -> str:
+    """Return why several workers cannot train a type of model under ZeRO-3; empty where they can."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].zero3_refusal
+    return "" if model_type in WITHOUT_FACTS else UNCHECKED_CALLS
 
 
 @dataclass(frozen=True)
@@ -500,6 +567,10 @@ class ModelFacts:
         projector_size: Weights that a token the projector gives has passed, where it is no one or two linear maps of
             the sizes above; 0 where it is.
         projector_stored: Its weights, where these are others; else 0.
+        projector_kept: Numbers that training keeps for a token it gives, where it is no one or two linear maps.
+        decoder_norms: Norms of a decoder layer, by what training keeps for them.
+        head_norms: Queries and keys of the decoder are normed head by head.
+        tower_copies: Widths that training keeps for a patch in each layer of the tower beside those of a plain block.
         decoder_layers: The decoder's layers where they are not all dense and of `intermediate_size`; else empty.
         towers: Vision towers of these sizes, of which one sees an image.
         other_names: The decoder's linear maps have other names than LLaMA's; then LoRA's modules are checked when a
@@ -539,6 +610,10 @@ class ModelFacts:
     windowed_layers: int = 0
     projector_size: int = 0
     projector_stored: int = 0
+    projector_kept: int = 0
+    decoder_norms: int = 2
+    head_norms: bool = False
+    tower_copies: int = 0
     decoder_layers: tuple[DecoderLayer, ...] = ()
     towers: int = 1
     other_names: bool = False
@@ -728,8 +803,8 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
     cls = clip and family.cls
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     layers_of_text = decoder_layers(text, head_dim)
-    passed = 0 if family.projector is None else family.projector(text, vision, top)
-    passed, stored = passed if isinstance(passed, tuple) else (passed, 0)
+    text_type = text.get("model_type", family.text_type)
+    projector = Projector(0, 0) if family.projector is None else family.projector(text, vision, top)
     whole = vision.get("fullatt_block_indexes", vision.get("global_attn_indexes"))
     adapted = vision.get("vision_output_dim", 0)
     unit = None if kind == "pixtral" else _unit(top, vision, family, side, clip)
@@ -764,19 +839,25 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
         decoder_layers=layers_of_text,
         towers=family.towers,
         other_names=family.other_names or bool(layers_of_text),
-        projector_size=passed,
-        projector_stored=stored,
+        projector_size=projector.passed,
+        projector_stored=projector.stored,
+        projector_kept=projector.kept,
+        decoder_norms=_NORMS.get(text_type, 2),
+        head_norms=text_type in _HEAD_NORMS,
+        tower_copies=_TOWER_COPIES.get(kind, 0),
         vision_depth=depth,
         tower_points=0 if refusal else max(0, min(states)),
         tower_refusal=refusal,
         tower_adapter=_adapter(vision),
         relative_positions="global_attn_indexes" in vision and bool(vision.get("use_rel_pos", True)),
-        patches_per_token=_patches_per_token(vision),
+        patches_per_token=_patches_per_token(top, vision),
     )
 
 
-def _patches_per_token(vision: Part) -> int:
+def _patches_per_token(top: Part, vision: Part) -> int:
     """Return how many patches become a token: Qwen-VL's merger has four, and most have no more."""
+    if top["model_type"] in ("llava_next", "llava_next_video"):
+        return 2  # one, and others are of the margin around the image
     if vision["model_type"] == "step3p5_vision" or "mlp_dim" in vision:
         return 16  # two convolutions of stride 2
     return int(vision.get("pooling_kernel_size", 2)) ** 2

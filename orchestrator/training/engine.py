@@ -16,13 +16,13 @@ import torch
 
 from orchestrator import registry
 from orchestrator.compression import Attachment, attach
-from orchestrator.compression.families import family_of
 from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.errors import UsageError
 from orchestrator.models.build import build_model, compute_dtype
 from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
+from orchestrator.spec.checks.deepspeed import WITHOUT_ZERO3, zero3_problem
 from orchestrator.spec.components import CompressorSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
@@ -172,13 +172,10 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     draw_by_sample(model, draws)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    if zero_stage(config) == 3 and world_size > 1 and not family_of(model).calls_alike:
-        raise UsageError(
-            f"deepspeed: under ZeRO-3 all workers call the same modules, and {type(model).__name__} calls some of its "
-            "vision modules once for each image or only for some images, so that workers would wait for one another "
-            "for ever; use zero2 (or zero2_offload), or one worker"
-        )
     attachment = attach(model, [])  # learned compressors come through LearnedCompressors, unknown to the engine
+    if zero_stage(config) == 3 and world_size > 1 and attachment.zero3_refusal:
+        problem = zero3_problem(model.config.model_type, attachment.zero3_refusal)
+        raise UsageError(f"deepspeed: {problem}; use {WITHOUT_ZERO3}")
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]

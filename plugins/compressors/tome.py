@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
 from orchestrator import plugin
 
 if TYPE_CHECKING:
@@ -14,11 +17,11 @@ class ToMeSpec(plugin.CompressorSpec):
     """Bipartite soft matching, repeated until ceil(tokens / `stride`) tokens, or the number asked for, are left.
 
     The paper merges a few tokens in each block of the vision tower, between its attention and its MLP, and measures
-    likeness by the keys of that attention, mean over heads. With `layer: tower:N` this merges between blocks N - 1 and
-    N, by the keys of block N - 1: the MLP of block N - 1 runs before the merging and not after it, which is what is
-    left of the difference where each block has a point that merges a few. In the decoder and at the projector likeness
-    is measured by the hidden states (Table 1a compares both; the keys did best there). At one point it merges in rounds
-    of at most half of the tokens present, a merged token's key being the size-weighted mean.
+    likeness by the keys of that attention, mean over heads (section 3): `inside_layer` with `layer: tower:N` is this
+    place. Without it `tower:N` merges before block N by the keys of block N - 1, so that the MLP of block N - 1 runs on
+    all tokens. In the decoder and at the projector likeness is measured by the hidden states (Table 1a compares both;
+    the keys did best there). At one point it merges in rounds of at most half of the tokens present, a merged token's
+    key being the size-weighted mean.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.compressors.tome:ToMe"
@@ -30,10 +33,20 @@ class ToMeSpec(plugin.CompressorSpec):
     """Whether from here on, in the vision tower's later layers and in the decoder's, attention adds the logarithm of a
     token's size to the logits of its key (section 3, "proportional attention").
     """
+    inside_layer: plugin.Flag = False
+    """Whether at `tower:N` it merges inside block N, between its attention and its MLP and by its keys, the paper's
+    place; else before block N.
+    """
     positions: Literal["destination", "mean", "renumber"] = "destination"
     """Position id of a merged token: that of the token that others were merged into (`destination`), the mean of all it
     stands for, weighted by size and rounded down, or `renumber`: ids without gaps.
     """
+
+    @model_validator(mode="after")
+    def _in_a_tower(self) -> ToMeSpec:
+        if self.inside_layer and self.place != "tower":
+            raise PydanticCustomError("inside_layer", "inside_layer is for a layer of the vision tower: give tower:N")
+        return self
 
 
 class ToMe:

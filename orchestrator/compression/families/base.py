@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orchestrator.compression.masks import Keys, ready_masks
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
-from orchestrator.spec.model_facts import FAMILIES, PLAIN_TOWERS
+from orchestrator.spec.model_facts import FAMILIES, PLAIN_TOWERS, zero3_refusal
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Family(ABC):
         encodes_in_forward: Ready features do not say where images end, so `generate` leaves encoding to forward.
         remakes_masks: Masks of the full length that the top model makes follow from `block_ids_BN` and the padding
             mask, so a segment's are made from these.
-        calls_alike: Modules are called equally often for every batch, with a blank image where there is none; ZeRO-3
-            needs it of several ranks.
         deep_options: Arguments of the language model that bring visual features into layers before `first_layer`.
         token_options: Arguments of the language model with one number for each token, which go on with those that are
             left (a token that a method adds, and padding, get 0).
@@ -68,7 +66,6 @@ class Family(ABC):
     proven = True
     encodes_in_forward = False
     remakes_masks = False
-    calls_alike = True
     deep_options: ClassVar[tuple[str, ...]] = ()
     token_options: ClassVar[tuple[str, ...]] = ()
     window_cuts_blocks = True
@@ -224,6 +221,13 @@ class Family(ABC):
         It must give one visual token a patch, in raster order; else None.
         """
         return None
+
+    @property
+    def zero3_refusal(self) -> str:
+        """Why several ranks cannot train it under ZeRO-3; empty where all batches call the same modules, with a blank
+        image where there is none.
+        """
+        return zero3_refusal(self.model.config.model_type)
 
     @property
     def tower_refusal(self) -> str:

@@ -13,6 +13,7 @@ from orchestrator.compression.families.base import Family
 from orchestrator.compression.families.images import Units, flat_features, interleaved, pair
 from orchestrator.errors import UsageError
 from orchestrator.spec.components import Grid
+from orchestrator.spec.model_facts import UNCHECKED_CALLS
 
 _DECODERS = ("language_model", "text_model")
 _IMAGE_NAMES = ("image_token_id", "image_token_index")
@@ -34,6 +35,7 @@ class GenericFamily(Family):
     proven = False
     encodes_in_forward = True
     video_refused = ""
+    zero3_refusal = UNCHECKED_CALLS
 
     def find_language_model(self) -> nn.Module:
         """Return the result of `get_decoder`, or an attribute of the usual names."""

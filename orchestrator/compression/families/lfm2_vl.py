@@ -17,7 +17,6 @@ class Lfm2VlFamily(ImagesFamily):
 
     one_size = False
     encodes_in_forward = True
-    calls_alike = False  # the projector is called once for each image
 
     @property
     def patches_per_side(self) -> int:

@@ -96,7 +96,6 @@ class Step3p7Family(GotOcr2Family):
     """An image is its local views, each one unit, and then the whole."""
 
     encodes_in_forward = True
-    calls_alike = False  # a second call of the tower where an image has local views
 
     def image_units(self, inputs: Mapping[str, Any]) -> list[Units]:
         """Return the units of each image by `num_local_patches`."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from orchestrator.compression.attention.recorder import Recording, attention_module, not_recorded, recording_of
 from orchestrator.compression.attention.tower import cls_of_images, image_numbers
-from orchestrator.compression.forward.apply_point import apply_point, by_count, call_idle
+from orchestrator.compression.forward.apply_point import apply_point, by_count, call_idle, call_once
+from orchestrator.compression.forward.queries import recomputes_views, view_of
 from orchestrator.compression.layout import ImageGroup, Layout, build_layout
 from orchestrator.compression.ops import tokens_at
 from orchestrator.compression.protocol import Context, Kept, Point, Resizes
@@ -80,15 +81,18 @@ class AtProjector:
             number = point.tower_layer
             if number is not None and "tower_keys" in point.spec.needs:
                 what = f"compression: {point.spec.kind} at {point.place}"
-                attention = attention_module(layers[number - 1], what)
+                attention = attention_module(layers[number if point.inside_layer else number - 1], what)
                 self._keys[number] = undo.enter_context(recording_of(attention, Recording(wants_keys=True), what))
         # In the instance's dict, where it hides the list of modules, which stays as it is.
         encoder.__dict__["layers"] = [_TowerLayer(layer, number, self) for number, layer in enumerate(layers)]
         undo.callback(encoder.__dict__.pop, "layers", None)
 
-    def before_tower_layer(self, number: int, hidden_BTD: Tensor, mask: Any) -> tuple[Tensor, Any]:
-        """Return what enters a layer of the tower after the points before it: hidden states and additive mask."""
-        points = [point for point in self.points if point.tower_layer == number]
+    def at_tower_layer(self, number: int, inside: bool) -> list[Point]:
+        """Return the points before a layer of the tower, or those inside of it."""
+        return [point for point in self.points if point.tower_layer == number and point.inside_layer == inside]
+
+    def through_points(self, points: Sequence[Point], hidden_BTD: Tensor, mask: Any) -> tuple[Tensor, Any]:
+        """Return the hidden states that points of one place in the tower leave, and the additive mask from there on."""
         layout = self.decoder.located(self.current)[0]
         if layout is None:
             return self._idle(points, hidden_BTD), mask
@@ -218,17 +222,50 @@ class AtProjector:
 
 
 class _TowerLayer:
-    """A layer of the vision tower at its place: the points before it act on what enters it."""
+    """A layer of the vision tower at its place: the points before it act on what enters it, those inside of it between
+    its attention and its MLP.
+    """
 
     def __init__(self, layer: Any, number: int, at: AtProjector) -> None:
         self._layer, self._number, self._at = layer, number, at
 
     def __call__(self, hidden_BTD: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        hidden_BTD, attention_mask = self._at.before_tower_layer(self._number, hidden_BTD, attention_mask)
-        return self._layer(hidden_BTD, attention_mask, *args, **kwargs)
+        at, layer = self._at, self._layer
+        before, inside = (at.at_tower_layer(self._number, inside) for inside in (False, True))
+        hidden_BTD, attention_mask = at.through_points(before, hidden_BTD, attention_mask)
+        if not inside:
+            return layer(hidden_BTD, attention_mask, *args, **kwargs)
+        if not recomputes_views(layer):
+            raise UsageError(
+                f"compression: {inside[0].spec.kind} inside {inside[0].place}: this activation checkpointing would run "
+                "the whole layer again; use transformers 5.23 or later and use_reentrant=False, or inside_layer: false"
+            )
+        # The layer's own forward twice, each time on a view of it in which the other half adds nothing; one call of the
+        # layer and of each module in it, in their usual order (ZeRO-3 gathers parameters by it).
+        attending = view_of(layer, {"layer_norm2": _unchanged, "mlp": _nothing})
+        behind = view_of(layer, {"layer_norm1": _unchanged, "self_attn": _no_attention})
+
+        def halves(hidden_BTD: Tensor) -> Any:
+            hidden_BTD = type(layer).forward(attending, hidden_BTD, attention_mask, *args, **kwargs)
+            hidden_BTD, _ = at.through_points(inside, hidden_BTD, attention_mask)
+            return type(layer).forward(behind, hidden_BTD, None, *args, **kwargs)
+
+        return call_once(layer, halves, hidden_BTD)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
+
+
+def _unchanged(hidden_BTD: Tensor) -> Tensor:
+    return hidden_BTD
+
+
+def _nothing(hidden_BTD: Tensor) -> Tensor:
+    return hidden_BTD.new_zeros(())
+
+
+def _no_attention(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    return hidden_states.new_zeros(()), None
 
 
 @dataclass

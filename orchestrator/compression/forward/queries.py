@@ -219,6 +219,11 @@ def runs_for_queries(layer: Any) -> bool:
         return False
     if "forward" in layer.__dict__ or "forward" in attention.__dict__:  # replaced by something else
         return False
+    return recomputes_views(layer)
+
+
+def recomputes_views(layer: Any) -> bool:
+    """Return whether activation checkpointing, where it is on, runs what stood for a layer's forward again."""
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return True
     # Before transformers 5.23 a checkpoint is around the call, not the forward, and would run the whole layer again; a

@@ -528,7 +528,7 @@ def _through_tower(
     points: Sequence[Point],
     apply: Apply,
 ) -> list[Kept]:
-    """Return a row's images of one grid behind the tower: its layers are called one by one, and points act between.
+    """Return a row's images of one grid behind the tower: its layers are written out, points act between and in them.
 
     Which hidden states the projector takes follows from the config: those of `vision_feature_layer`, else the last one
     after the tower's final norm.
@@ -544,19 +544,25 @@ def _through_tower(
     """
     left, front = list(whole), hidden_BTD.shape[1] - len(members[0].columns)
     encoder = family.tower.encoder
-    hidden_states, keys_BTD = [hidden_BTD], None
-    for number, layer in enumerate(encoder.layers):
+    hidden_states = [hidden_BTD]
+    keys_BTD: Tensor | None = None
+
+    def act(number: int, inside: bool, hidden_BTD: Tensor, left: list[Kept]) -> tuple[Tensor, list[Kept]]:
         for point in points:
-            if point.tower_layer == number:
+            if (point.tower_layer, point.inside_layer) == (number, inside):
                 keys_BND = None
                 if keys_BTD is not None and "tower_keys" in point.spec.needs:
-                    heads = layer.self_attn.num_heads
+                    heads = encoder.layers[number].self_attn.num_heads
                     keys_BND = keys_BTD[:, front:].unflatten(2, (heads, -1)).mean(2)
                 left = [replace(one, hidden_BMD=hidden_BTD[n : n + 1, front:]) for n, one in enumerate(left)]
                 grid = left[0].grid
                 assert grid is not None
                 left = _one_point(state, members, point, left, grid, apply, keys_BND)
                 hidden_BTD = torch.cat([hidden_BTD[:, :front], torch.cat([one.hidden_BMD for one in left])], 1)
+        return hidden_BTD, left
+
+    for number, layer in enumerate(encoder.layers):
+        hidden_BTD, left = act(number, False, hidden_BTD, left)
         mask = None
         if left[0].size_bias:
             sizes_BM = torch.cat([one.sizes_BM for one in left])
@@ -564,11 +570,14 @@ def _through_tower(
             mask = sizes_BT.float().log()[:, None, None, :]
         seen: list[Tensor] = []
         handle = layer.self_attn.k_proj.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
-        try:
-            hidden_BTD = layer(hidden_BTD, mask)
+        try:  # a block, written out
+            normed_BTD = layer.layer_norm1(hidden_BTD)
+            hidden_BTD = hidden_BTD + layer.self_attn(hidden_states=normed_BTD, attention_mask=mask)[0]
         finally:
             handle.remove()
         keys_BTD = seen[0].detach()
+        hidden_BTD, left = act(number, True, hidden_BTD, left)
+        hidden_BTD = hidden_BTD + layer.mlp(layer.layer_norm2(hidden_BTD))
         hidden_states.append(hidden_BTD)
     config: Any = family.model.config
     wanted = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))

@@ -18,7 +18,7 @@ from orchestrator.spec.checks.compression import (
     check_tested_variants,
     check_variant,
 )
-from orchestrator.spec.checks.deepspeed import file_findings
+from orchestrator.spec.checks.deepspeed import file_findings, zero3_findings
 from orchestrator.spec.checks.places import (
     check_columns,
     check_data,
@@ -156,6 +156,7 @@ class Checks:
         facts = self._readable_facts(model) if model is not None else None
         workers = self.cluster.num_workers if self.cluster is not None else None
         workers = workers if isinstance(workers, int) else None
+        config = read_config(model.model_name_or_path, model.revision) if model is not None else None
         for name, phase in phases.by_name.items():
             path: Path = ("phases", name)
             yield from check_length(phase, path)
@@ -163,6 +164,8 @@ class Checks:
             yield from check_lora(phase, path, facts)
             yield from check_batch(phase, path, workers, model, facts)
             for finding in file_findings(phase, model.dtype if model is not None else "auto", workers):
+                yield finding.inside(path)
+            for finding in zero3_findings(phase, (config or {}).get("model_type"), workers):
                 yield finding.inside(path)
             yield from self.starts.check(phases, name, facts)
             yield from check_schedule(phase, path, data, schedules, variants, facts, self.notices, complete)

@@ -288,7 +288,8 @@ def _check_tower(point: CompressorSpec, where: Path, facts: ModelFacts | None) -
     """Check a point inside the vision tower against the tower's layers, as far as these are known."""
     layer = point.tower_index(facts.vision_depth if facts is not None else 0)
     knows_layer = facts is not None or not str(point.layer).endswith("%")
-    if layer == 0 and knows_layer and "tower_keys" in point.needs:
+    before = not getattr(point, "inside_layer", False)
+    if layer == 0 and knows_layer and before and "tower_keys" in point.needs:
         message = f"{point.kind} looks at the keys of the tower layer before it, and there is none"
         yield Finding((*where, "layer"), message, "tower:1 or more")
     if point.adaptive:

@@ -1,4 +1,6 @@
-"""Keys a DeepSpeed configuration may hold: those that change how a phase is computed, and none that change what."""
+"""Keys a DeepSpeed configuration may hold: those that change how a phase is computed, and none that change what; and
+what a type of model cannot do under one.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from orchestrator import registry
+from orchestrator.spec.model_facts import zero3_refusal
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 from orchestrator.spec.yaml.node import Path, dotted
@@ -117,6 +120,44 @@ def config_findings(config: Any, phase: PhaseSpec, dtype: str, num_workers: int 
         if dtype != "auto" and enabled != AUTO and enabled != (dtype == name):
             message = f"{key}.enabled: {enabled} contradicts model.dtype: {dtype}"
             yield Finding((key, "enabled"), message, AUTO, "leave it out; model.dtype says it")
+
+
+WITHOUT_ZERO3 = "zero2 (or zero2_offload), or one worker"
+
+
+def zero3_problem(model_type: str, reason: str) -> str:
+    """Return why several workers cannot train a type of model under ZeRO-3, of the reason its family states."""
+    return (
+        "under ZeRO-3 all workers call the same modules, or wait for one another for ever, and a batch of "
+        f"{model_type} may decide which: {reason}"
+    )
+
+
+def zero3_findings(phase: PhaseSpec, model_type: str | None, num_workers: int | None) -> Iterator[Finding]:
+    """Return why ZeRO-3 may not spread a type of model over several workers.
+
+    Args:
+        phase: The recipe.
+        model_type: The model's; None where its config is not at hand.
+        num_workers: None where it is not known yet.
+    """
+    reason = zero3_refusal(model_type) if model_type else ""
+    if not model_type or not reason or (num_workers or 1) < 2:
+        return
+    given, config = phase.deepspeed, phase.deepspeed
+    if isinstance(given, str):
+        config = {"zero_optimization": {"stage": 3}} if given.startswith("zero3") else _content(FilePath(given))
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    if isinstance(zero, Mapping) and zero.get("stage") == 3:
+        message = zero3_problem(model_type, reason)
+        yield Finding(("deepspeed",), message, "zero0, zero1, zero2, zero2_offload", f"use {WITHOUT_ZERO3}")
+
+
+def _content(file: FilePath) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None  # reported where its keys are checked
 
 
 def _unknown(config: Mapping[str, Any], allowed: Mapping[str, Any], path: Path) -> Iterator[Finding]:

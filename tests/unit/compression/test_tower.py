@@ -40,6 +40,10 @@ def point(kind, layer="tower:1", **more):
         [point("tome", stride=2)],
         [point("tome", keep_tokens=6, size_bias=False)],
         [point("tome", keep_tokens=2)],  # several rounds
+        [  # a few in each block, between its attention and its MLP
+            point("tome", "tower:0", keep_tokens=7, inside_layer=True),
+            point("tome", keep_tokens=5, inside_layer=True),
+        ],
         # Merged twice in the tower (proportional attention between), pooled at the projector, dropped in the decoder.
         [
             point("average_pool", "tower:0", keep_tokens=7, size_bias=True),
@@ -107,6 +111,32 @@ def test_one_row_by_hand():
     assert attachment.visual_tokens_per_layer == (3, 3, 3, 3)
 
 
+def test_merging_inside_a_block_by_hand():
+    """ToMe's place: residual and attention, merging by the keys of that attention, then the MLP on what is left."""
+    batch = make_batch([[3, "image", 7]])
+    plain, model = tiny_llava("sdpa").eval(), tiny_llava("sdpa").eval()
+    attach(model, [point("tome", "tower:0", keep_tokens=5, inside_layer=True, size_bias=False)])
+    given: list[torch.Tensor] = []
+    model.model.vision_tower.encoder.layers[1].register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    tower = plain.model.vision_tower
+    block, hidden_BTD = tower.encoder.layers[0], tower.pre_layrnorm(tower.embeddings(batch["pixel_values"]))
+    normed_BTD = block.layer_norm1(hidden_BTD)
+    hidden_BTD = hidden_BTD + block.self_attn(hidden_states=normed_BTD, attention_mask=None)[0]
+    keys_ND = block.self_attn.k_proj(normed_BTD)[0, 1:].unflatten(1, (block.self_attn.num_heads, -1)).mean(1)
+    alike_AC = nn.functional.normalize(keys_ND, dim=1)[::2] @ nn.functional.normalize(keys_ND, dim=1)[1::2].T
+    merged = sorted(alike_AC.amax(1).argsort(descending=True)[:4].tolist())  # four of nine go
+    members = {2 * one + 1: [2 * one + 1] for one in range(4)}
+    for one in merged:
+        members[2 * int(alike_AC[one].argmax()) + 1].append(2 * one)
+    members |= {2 * one: [2 * one] for one in range(5) if one not in merged}
+    left = [hidden_BTD[0, 1:][members[place]].mean(0) for place in sorted(members)]
+    hidden_BTD = torch.cat([hidden_BTD[:, :1], torch.stack(left).unsqueeze(0)], 1)
+    hidden_BTD = hidden_BTD + block.mlp(block.layer_norm2(hidden_BTD))
+    with torch.no_grad():
+        model(**batch)
+    torch.testing.assert_close(given[0], hidden_BTD, atol=1e-5, rtol=1e-5)
+
+
 def test_the_tower_is_as_it_was_after_a_forward_and_after_an_error():
     model = tiny_llava("sdpa")
     attach(model, [point("tome", keep_tokens=4)])
@@ -139,20 +169,26 @@ def test_cached_generation_equals_recomputing_everything(options):
     assert torch.equal(cached, recomputed)
 
 
-def test_the_tower_runs_what_the_cost_formula_counts():
+@pytest.mark.parametrize(
+    ("points", "entering"),
+    [([POOLED], [10, 4]), ([point("tome", "tower:0", keep_tokens=3, inside_layer=True)], [10, 4])],
+    ids=["before a layer", "inside one"],
+)
+def test_the_tower_runs_what_the_cost_formula_counts(points, entering):
     """Operations that torch counts in each used layer of four images' tower, and in the projector."""
     config = tiny_llava().config
     facts = _family_facts(config.to_dict(), FAMILIES["llava"])
     model, batch = tiny_llava("eager"), make_batch(MIXED)
-    attach(model, [POOLED])
+    attach(model, points)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**batch)
     counts = counter.get_flop_counts()
     inside = [f"LlavaForConditionalGeneration.model.vision_tower.encoder.layers.{number}" for number in range(2)]
-    layers = [sum(counts[name].values()) for name in inside]
-    parts = cost.forward_tflops(facts, [POOLED], Sample(0, 0, images=4))
-    assert cost.tower_tokens_by_layer(facts, [POOLED]) == [10, 4]
-    assert sum(layers) == pytest.approx(1e12 * parts["vision_tower"]) and layers[1] < layers[0] / 2
+    halves = ("self_attn", "mlp")  # choosing is not counted
+    layers = [sum(sum(counts[f"{name}.{half}"].values()) for half in halves) for name in inside]
+    parts = cost.forward_tflops(facts, points, Sample(0, 0, images=4))
+    assert cost.tower_tokens_by_layer(facts, points) == entering
+    assert sum(layers) == pytest.approx(1e12 * parts["vision_tower"]) and layers[1] < layers[0]
     projected = counts["LlavaForConditionalGeneration.model.multi_modal_projector"]
     assert sum(projected.values()) == pytest.approx(1e12 * parts["projector"])
 
@@ -177,6 +213,7 @@ def test_a_module_in_the_tower_has_its_width_and_a_name_of_its_layer():
         ([point("average_pool", "tower:2", stride=3)], "takes what layer 1 gives; give tower:0 to tower:1"),
         ([point("average_pool", "tower:99%", stride=3)], "tower:99% is layer 2 of 3"),
         ([point("tome", "tower:0", keep_tokens=3)], "give tower:1 or more"),
+        ([point("tome", 1, keep_tokens=3, inside_layer=True)], "inside_layer is for a layer of the vision tower"),
         ([point("divprune", keep_tokens=3)], "cannot act at layer tower:1; give a decoder layer or layer: projector"),
         ([point("laco", 1, stride=9)], "give layer: projector or layer: tower:N"),
         ([POOLED, POOLED], "one point acts before a layer"),

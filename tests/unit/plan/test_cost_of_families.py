@@ -20,7 +20,7 @@ from orchestrator.plan import cost
 from orchestrator.plan.cost import MeasuredRow, MeasuredRows, Sample
 from orchestrator.spec.components import Grid
 from orchestrator.spec.image_units import ImageUnits
-from orchestrator.spec.model_facts import FAMILIES, model_facts
+from orchestrator.spec.model_facts import FAMILIES, WITHOUT_FACTS, model_facts
 
 _QWEN = {
     "image": ImageUnits((Grid(3, 4),), (48,), 12, windows=(16, 16, 8, 8)),
@@ -268,14 +268,6 @@ def test_facts_are_those_of_the_adapter(family: str, tmp_path: Path) -> None:
     assert ("pixels" in facts.offers) <= (adapter.resizable_tower is not None)
 
 
-# Their costs are not known to `plan`, as those of a type without an adapter.
-WITHOUT_FACTS = {
-    "perception_lm",  # its tower's sizes stand in timm
-    "aria",  # its projector's keys are of patches, whose number for a query differs
-    "ernie4_5_vl_moe",  # visual tokens, and those around them, go to experts of another size
-}
-
-
 def test_every_adapter_has_facts_or_is_known_to_have_none() -> None:
-    assert set(ADAPTERS) - WITHOUT_FACTS == set(FAMILIES)
+    assert set(ADAPTERS) - set(WITHOUT_FACTS) == set(FAMILIES)
     assert set(ADAPTERS) - {"perception_lm"} == set(TINY)

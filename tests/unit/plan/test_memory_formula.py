@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kept_bytes import kept_bytes
 from repository import ROOT
 from training_workers import HEAVY, recipe_of
 
@@ -43,34 +44,23 @@ def kept_by_autograd(points: tuple[Any, ...], attention: str, train: tuple[str, 
     if checkpointing:
         model.gradient_checkpointing_enable()
     attach(model, list(points))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held = []
-    for rows in (2, 4):
-        seen: dict[int, torch.Tensor] = {}
-
-        def keep(tensor: torch.Tensor, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**synthetic_batch(FACTS, model.config, rows, 40, torch.device("cpu")), use_cache=False).loss
-        assert loss.requires_grad
-        held.append(sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights))
-    return (held[1] - held[0]) / 2
+    device = torch.device("cpu")
+    return kept_bytes(model, lambda rows: synthetic_batch(FACTS, model.config, rows, 40, device))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("points", [(), HEAVY, IN_TOWER])
 @pytest.mark.parametrize(
     ("train", "checkpointing", "most"),
-    [(ALL, False, 1.4), (ALL[1:], False, 1.6), (ALL[1:2], False, 1.7), (ALL[1:], True, 7)],
+    [(ALL, False, 1.6), (ALL[1:], False, 1.9), (ALL[1:2], False, 2.0), (ALL[1:], True, 8)],
 )
 def test_formula_covers_what_autograd_keeps(
     attention: str, points: tuple[Any, ...], train: tuple[str, ...], checkpointing: bool, most: float
 ) -> None:
     real = kept_by_autograd(points, attention, train, checkpointing)
     told = formula(points, Longest(40, 39, 64, 1), attention, train=train, gradient_checkpointing=checkpointing)
-    # Above it by what backward works in: one layer of the four, under checkpointing two, which are most of it here.
+    # Above it by what backward works in: one layer of the four, under checkpointing two, which are most of it here; and
+    # by the mask that padded rows have in each layer.
     # On some processors `linear` keeps the tower's features as a view, not as a copy (16 KiB of the 240 here).
     assert real < told < most * real
 

@@ -125,3 +125,28 @@ def test_dropout_inside_attention_is_refused(tmp_path: Path) -> None:
         load_experiment(file)
     (error,) = caught.value.errors
     assert "text_config.attention_dropout is 0.1" in error.message and error.line == 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("lfm2_vl", "once for each image"), ("step3p7", "local views"), ("idefics2", "no adapter of its own")],
+)
+@pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload", "{zero_optimization: {stage: 3}}", "./ds.json"])
+def test_workers_that_would_wait_for_one_another_are_refused(
+    tmp_path: Path, model_type: str, reason: str, deepspeed: str
+) -> None:
+    file = experiment(tmp_path, deepspeed)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    one = file.read_text().replace(str(TINY_LLAVA), "./model").replace("train_batch_size: 4", "train_batch_size: 2")
+    several = one.replace("num_workers: 1", "num_workers: 2")
+    file.write_text(several)
+    with pytest.raises(SpecError) as caught:
+        load_experiment(file)
+    (error,) = caught.value.errors
+    assert error.path == "phases.finetune.deepspeed" and error.line == 11 and "zero2" in (error.allowed or "")
+    assert "under ZeRO-3 all workers call the same modules" in error.message and reason in error.message
+    for allowed in (one, several.replace(f"deepspeed: {deepspeed}", "deepspeed: zero2")):
+        file.write_text(allowed)
+        load_experiment(file)
