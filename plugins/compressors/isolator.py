@@ -52,23 +52,8 @@ class Isolator:
         self.spec = spec
 
     def create_module(self, width: int) -> nn.Module:
-        """Return the tokens, drawn like token embeddings (deviation 0.02)."""
-        import torch
-        from torch import nn
-
-        count = self.spec.tokens
-
-        class Table(nn.Module):
-            """The tokens for a number of images."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.tokens = nn.Parameter(0.02 * torch.randn(count, width))
-
-            def forward(self, images: int) -> Tensor:
-                return self.tokens.expand(images, -1, -1)
-
-        return Table()
+        """Return the tokens."""
+        return build_table("tokens", self.spec.tokens, width)
 
     def enter(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
         """Return the learned tokens, then the visual tokens; see `plugin.Enters`."""
@@ -88,3 +73,29 @@ class Isolator:
             before=count,
             renumber=self.spec.positions == "renumber",
         )
+
+
+def build_table(name: str, count: int, width: int) -> nn.Module:
+    """Return a module that maps a number of images to B x `count` x `width`: learned tokens, for each image the same.
+
+    They are drawn like token embeddings (deviation 0.02).
+
+    Args:
+        name: Name of the parameter, by which it is saved.
+        count: Tokens of an image.
+        width: Their width.
+    """
+    import torch
+    from torch import nn
+
+    class Table(nn.Module):
+        """Learned tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(0.02 * torch.randn(count, width)))
+
+        def forward(self, images: int) -> Tensor:
+            return self.get_parameter(name).expand(images, -1, -1)
+
+    return Table()

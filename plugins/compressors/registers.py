@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from orchestrator_plugins.compressors.isolator import build_table
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
@@ -53,23 +54,8 @@ class Registers:
         self.spec = spec
 
     def create_module(self, width: int) -> nn.Module:
-        """Return the registers, `keep_tokens` x width, drawn like token embeddings (deviation 0.02)."""
-        import torch
-        from torch import nn
-
-        count = self.spec.keep_tokens or 0  # never 0: the spec has no other amount
-
-        class Table(nn.Module):
-            """Registers for a number of images."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.registers = nn.Parameter(0.02 * torch.randn(count, width))
-
-            def forward(self, images: int) -> Tensor:
-                return self.registers.expand(images, -1, -1)
-
-        return Table()
+        """Return the registers, `keep_tokens` x width."""
+        return build_table("registers", self.spec.keep_tokens or 0, width)  # never 0: the spec has no other amount
 
     def enter(self, visual_BND: Tensor, grid: plugin.Grid, context: plugin.Context) -> plugin.Kept:
         """Return the visual tokens, then the registers; see `plugin.Compressor`.
