@@ -19,6 +19,7 @@ from orchestrator import registry
 from orchestrator.compression.attention.recorder import attention_module
 from orchestrator.compression.attention.stats import turning
 from orchestrator.compression.families import Family, family_of
+from orchestrator.compression.features import SharedFeatures
 from orchestrator.compression.forward.decoder import Decoder
 from orchestrator.compression.forward.model import forward_top
 from orchestrator.compression.forward.projector import expand_images
@@ -179,6 +180,26 @@ class Attachment:
             yield
         finally:
             self._decoder.draw = replace(self._decoder.draw, fill=False)
+
+    @contextmanager
+    def sharing(self, features: SharedFeatures | None) -> Iterator[None]:
+        """Let the model find features of images that it computed before, where no point acts on how images are encoded
+        or watches it, and its family is proven; else nothing is shared.
+
+        Args:
+            features: What it computed before, of the very same weights; None shares nothing.
+        """
+        family = self._decoder.family
+        inner = getattr(family, "inner", None)
+        changed = any(
+            point.before_decoder or point.spec.across_frames or {"cls", "pixels"} & set(point.spec.needs)
+            for point in self.points
+        )
+        if features is None or inner is None or not family.proven or changed:
+            yield
+            return
+        with features.of(inner):
+            yield
 
     def detach(self) -> None:
         """Take everything out again; the model is as it was. Safe to call twice.

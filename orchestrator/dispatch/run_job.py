@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from orchestrator import registry
+from orchestrator.compression.features import SharedFeatures
 from orchestrator.data.train_data import TrainData
 from orchestrator.dispatch.failures import one_line
 from orchestrator.errors import StageRunError, StorageError
@@ -57,6 +58,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
     training: TrainingMemory = memory.setdefault("training", TrainingMemory())
     if not isinstance(job, EvaluationJob):
         memory.pop(_TESTED, None)
+        memory.pop(_FEATURES, None)
     if isinstance(job, RootJob | StartJob):
         distributed.decide(partial(_write_weights, job, ledger))
     elif isinstance(job, RehearsalJob):
@@ -71,7 +73,8 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
         model = model_for_evaluation(training, job.points, job.state)
         if model is None:
             model = _tested_model(job, ledger, memory)
-        if evaluate_state(job, ledger, model=model, should_stop=should_stop) is None:
+        features = _features_of(job, memory)
+        if evaluate_state(job, ledger, model=model, should_stop=should_stop, features=features) is None:
             return "interrupted"
     return "finished"
 
@@ -182,7 +185,16 @@ def model_for_evaluation(
     return None
 
 
-_TESTED = "tested"
+_TESTED, _FEATURES = "tested", "features"
+
+
+def _features_of(job: EvaluationJob, memory: dict[str, Any]) -> SharedFeatures:
+    """Return the features of images that evaluations of this state have computed; another state's are forgotten."""
+    key = (job.state, digest(job.model))
+    if memory.get(_FEATURES, (None,))[0] != key:
+        memory[_FEATURES] = key, SharedFeatures()
+    found: SharedFeatures = memory[_FEATURES][1]
+    return found
 
 
 def _tested_model(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) -> Any:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from orchestrator import registry
 from orchestrator.compression import attach, attachment_of
+from orchestrator.compression.attach import Attachment
+from orchestrator.compression.features import SharedFeatures
 from orchestrator.data.processing.encode import IGNORED_LABEL, Encoder, Sample, collate
 from orchestrator.data.processing.processor import load_processor
 from orchestrator.data.records.row_index import num_words, open_rows
@@ -36,6 +38,7 @@ def evaluate_state(
     ledger: Ledger,
     model: PreTrainedModel | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    features: SharedFeatures | None = None,
 ) -> dict[str, Any] | None:
     """Test a state's weights under the job's points. Every rank calls it; rank 0 writes the result.
 
@@ -45,6 +48,8 @@ def evaluate_state(
         model: The state's model if it is in memory; its attachment is switched and restored. None loads the model from
             the ledger.
         should_stop: Asked between batches; when true on any rank, the evaluation ends without a result.
+        features: Features of images that earlier evaluations of the same state computed; None computes all. What
+            measures the machine computes all in any case.
 
     Returns:
         The result: `id`, `name`, `under`, `metrics`, `num_samples`, `seconds`, `examples`, `fingerprint`,
@@ -66,7 +71,7 @@ def evaluate_state(
     data = replace(evaluation_data(job), should_stop=stop, identity=job.id)
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     model = state_model(job, ledger) if model is None else model
-    outcome = run_under(job, model, data, workers, weights)
+    outcome = run_under(job, model, data, workers, weights, features)
     if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
     if problem := metric_problem(outcome.metrics):
@@ -104,7 +109,14 @@ def state_model(job: EvaluationJob, ledger: Ledger) -> PreTrainedModel:
     return load_model(job, ledger.state_folder(job.state) / WEIGHTS_FILE, workers.device)
 
 
-def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Workers, weights: Path) -> Outcome:
+def run_under(
+    job: EvaluationJob,
+    model: Any,
+    data: EvaluationData,
+    workers: Workers,
+    weights: Path,
+    features: SharedFeatures | None = None,
+) -> Outcome:
     """Run an evaluation with the job's points attached, and detach them again.
 
     Args:
@@ -113,13 +125,16 @@ def run_under(job: EvaluationJob, model: Any, data: EvaluationData, workers: Wor
         data: Its rows.
         workers: The ranks that share it.
         weights: The state's weights file, with its learned compressors.
+        features: Features of images that may be shared.
 
     Raises:
         StageRunError: it returned something else than an outcome.
     """
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
     evaluation = registry.load_object(spec.implementation)(spec)
-    with _points(model, job.points, weights), evaluation_mode(model):
+    if spec.is_measurement:
+        features = None
+    with _points(model, job.points, weights) as attachment, evaluation_mode(model), attachment.sharing(features):
         outcome = evaluation.run(model, data, workers)
     if not isinstance(outcome, Outcome):
         raise StageRunError(
@@ -145,7 +160,7 @@ def lacks_modules(model: Any, points: tuple[dict[str, Any], ...]) -> bool:
 
 
 @contextmanager
-def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> Iterator[None]:
+def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> Iterator[Attachment]:
     """Switch the model to these points, and afterwards back to those it had, so that training can continue."""
     attachment = attachment_of(model)
     if attachment is None:
@@ -155,7 +170,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
             for module in learned_modules(model).values():
                 cast_parameters(module.to(parameter.device), parameter.dtype)
             load_learned(model, weights)
-            yield
+            yield attachment
         finally:
             attachment.detach()
         return
@@ -163,7 +178,7 @@ def _points(model: Any, points: tuple[dict[str, Any], ...], weights: Path) -> It
     attachment.switch([dict(point) for point in points])
     attachment.set_step()  # random draws must not depend on training's samples
     try:
-        yield
+        yield attachment
     finally:
         attachment.switch(before)
 

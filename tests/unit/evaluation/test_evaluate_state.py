@@ -135,3 +135,9 @@ def test_evaluations_of_one_state_load_it_once_and_answer_as_if_alone(ledger):
         assert answers(ledger.evaluation(test.id)) == answers(alone)
         models.append(memory["tested"][1])
     assert models[0] is models[1] is models[2] and "forward" not in vars(models[0])
+    # 30 rows in batches of 10: the first evaluation computed the pictures' features, the others found them.
+    features = memory["features"][1]
+    assert (features.made, features.found) == (3, 6) and "get_image_features" not in vars(models[0].model)
+    speed = replace(job(id="9" * 16), spec={"kind": "latency", "data": "test", "new_tokens": 2, "repeats": 1})
+    assert execute(speed, ledger, memory, lambda: False) == "finished"
+    assert (features.made, features.found) == (3, 6), "what measures the machine computes all"
