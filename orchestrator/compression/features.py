@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 _METHODS = ("get_image_features", "get_video_features")
 # The tower's own states, layer by layer: many times the features, and read by none but a method that watches the tower.
-_NOT_KEPT = ("last_hidden_state", "hidden_states", "attentions")
+_STATES = ("last_hidden_state", "hidden_states", "attentions")
 _MOST_BYTES = 4 * 2**30
 _FREE_SHARE = 1 / 4
 
@@ -84,7 +84,7 @@ def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"{tuple(value.shape)} {value.dtype} {value.device}".encode())
-            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
         elif isinstance(value, list | tuple):
             found.update(f"[{len(value)}]".encode())
             for one in value:
@@ -104,7 +104,8 @@ def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes:
 def _without_states(output: Any) -> Any:
     if not isinstance(output, ModelOutput):
         return output
-    return type(output)(**{name: value for name, value in output.items() if name not in _NOT_KEPT})
+    states = _STATES if output.get("pooler_output") is not None else _STATES[1:]
+    return type(output)(**{name: value for name, value in output.items() if name not in states})
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -113,12 +113,13 @@ def _measured(spec: LatencySpec, model: Any, rows: Sequence[plugin.Row], data: p
     record = {
         "rows": [row.index for row in rows],
         "device": plugin.device_name(device),
+        "others": others,
         "prompt_tokens": batch.length,
         "kv_cache_bytes_by_layer": by_layer,
         "prefill_milliseconds": [round(1000 * seconds, 3) for seconds in prefill],
         "decode_milliseconds": [round(1000 * seconds, 3) for seconds in decode],
     }
-    notices = (f"times were measured while other processes used {others} of the machine",) if others else ()
+    notices = ("times were measured while other processes used the machine",) if others else ()
     return plugin.Outcome(metrics, len(rows), [record], notices=notices)
 
 

@@ -85,6 +85,7 @@ class Gemma4Family(ImagesFamily):
     encodes_in_forward = True
     remakes_masks = True
     blocks_in_full = False
+    sizes_name = "image_position_ids"
 
     def find_language_model(self) -> nn.Module:
         """Return `model.language_model`."""

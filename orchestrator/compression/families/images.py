@@ -38,6 +38,7 @@ class ImagesFamily(Family):
         one_size: Images of which a batch holds placeholders only have the size the tower is made for.
         two_towers: Images or videos pass parameters that the others do not.
         pixels_by_row: An entry of `pixel_values` is a row's images, padded to those of the row with most.
+        sizes_name: The argument that holds the images' sizes, where units cannot be told without it.
     """
 
     language_name = "language_model"
@@ -46,6 +47,7 @@ class ImagesFamily(Family):
     one_size = True
     pixels_by_row = False
     two_towers = False
+    sizes_name: ClassVar[str | None] = None
 
     @property
     def inner(self) -> Any:
@@ -143,7 +145,11 @@ class ImagesFamily(Family):
         return list(interleaved(images, videos, is_video))
 
     def num_visual_tokens(self, inputs: Mapping[str, Any]) -> int:
-        """Return the tokens of all units."""
+        """Return the tokens of all units; of images that `generate` encoded before, whose sizes (`sizes_name`) it
+        leaves out, the placeholders.
+        """
+        if self.sizes_name and inputs.get(self.sizes_name) is None and ready_features(inputs, "image") is not None:
+            return int(self.visual_BN(inputs["input_ids"]).sum())
         return sum(grid.tokens for units in self.image_units(inputs) + self.video_units(inputs) for grid in units)
 
     def empty_image(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Lfm2VlFamily(ImagesFamily):
 
     one_size = False
     encodes_in_forward = True
+    sizes_name = "spatial_shapes"
 
     @property
     def patches_per_side(self) -> int:

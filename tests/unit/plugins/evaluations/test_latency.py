@@ -153,6 +153,6 @@ def test_what_others_did_meanwhile_is_told():
 
 def test_a_measurement_beside_other_work_says_so(model, data, monkeypatch):
     monkeypatch.setattr(Load, "others_since", lambda *_: "1.7 processors")
-    assert measured(model, data).notices == (
-        "times were measured while other processes used 1.7 processors of the machine",
-    )
+    found = measured(model, data)
+    assert found.notices == ("times were measured while other processes used the machine",)
+    assert found.examples[0]["others"] == "1.7 processors"
