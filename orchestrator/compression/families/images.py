@@ -148,7 +148,8 @@ class ImagesFamily(Family):
         """Return the tokens of all units; of images that `generate` encoded before, whose sizes (`sizes_name`) it
         leaves out, the placeholders.
         """
-        if self.sizes_name and inputs.get(self.sizes_name) is None and ready_features(inputs, "image") is not None:
+        is_ready = any(ready_features(inputs, kind) is not None for kind in ("image", "video"))
+        if self.sizes_name and inputs.get(self.sizes_name) is None and is_ready:
             return int(self.visual_BN(inputs["input_ids"]).sum())
         return sum(grid.tokens for units in self.image_units(inputs) + self.video_units(inputs) for grid in units)
 

@@ -18,6 +18,7 @@ class Molmo2Family(ImagesFamily):
 
     one_size = False
     encodes_in_forward = True
+    sizes_name = "image_grids"
     remakes_masks = True
 
     @property
