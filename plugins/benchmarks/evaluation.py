@@ -96,7 +96,8 @@ class LmmsEval:
             return _tried(adapter, manager, name)
         output = folder / "output"
         output.mkdir()
-        evaluator.get_git_commit_hash = evaluator.get_git_branch_name = lambda: None  # of the working directory
+        for name_of_call in ("get_git_commit_hash", "get_git_branch_name", "get_lmms_eval_version_string"):
+            setattr(evaluator, name_of_call, lambda: None)  # they start git in the working directory
         found = evaluator.simple_evaluate(
             model=adapter, tasks=[name], task_manager=manager, batch_size=spec.batch_size, limit=spec.limit,
             bootstrap_iters=0, log_samples=True, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
