@@ -230,18 +230,20 @@ def test_missing_data_costs_its_task_alone(grid, monkeypatch):
 
     monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
     file, *_ = grid
-    other = with_entry(file, "absent", tasks=["scienceqa", "pope"], limit=2)
+    write_own(file.parent / "own")
+    other = with_entry(file, "absent", tasks=["own_absent", "pope"], include_path="own", limit=2)
     outcome = run(other)
     assert outcome.exit_code == 1
     (reason,) = set(outcome.failed.values())
-    assert "task scienceqa" in reason and "lmms-lab/ScienceQA" in reason and "working directory" in reason
+    assert "task own_absent" in reason and "nowhere/absent" in reason and "working directory" in reason
     for cell in llv.load(other).cells:
         assert cell.metrics["eval/vqa/accuracy"] >= 0 and "eval/absent/pope/pope_accuracy" in cell.metrics
 
 
 OWN = """
 task: own_{name}
-dataset_path: lmms-lab/POPE
+dataset_path: {data}
+dataset_kwargs: {loading}
 test_split: test
 output_type: {kind}
 doc_to_visual: !function utils.visual
@@ -278,12 +280,22 @@ def write_own(folder: Path, utils: str = UTILS) -> Path:
     (folder / "utils.py").write_text(utils)
     scored = "process_results: !function utils.score"
     greedy = "{max_new_tokens: 4, do_sample: false}"
-    same = {"kind": "generate_until", "target": "answer", "choices": "null", "generation": greedy, "results": scored}
+    hub = {"data": "lmms-lab/POPE", "loading": "null"}
+    same = {
+        **hub,
+        "kind": "generate_until",
+        "target": "answer",
+        "choices": "null",
+        "generation": greedy,
+        "results": scored,
+    }
     tasks = {
         "nan": {**same, "metric": "own", "aggregation": "!function utils.nan"},
         "submit": {**same, "metric": "submission", "aggregation": "!function utils.submit"},
         "sampled": {**same, "metric": "own", "aggregation": "mean", "generation": "{do_sample: true, temperature: 1}"},
-        "choice": {"kind": "multiple_choice", "target": "answer", "choices": '["yes", "no"]', "results": "",
+        "absent": {**same, "metric": "own", "aggregation": "mean", "data": "nowhere/absent",
+                   "loading": "{load_from_disk: true}"},
+        "choice": {**hub, "kind": "multiple_choice", "target": "answer", "choices": '["yes", "no"]', "results": "",
                    "generation": "null", "metric": "acc", "aggregation": "mean"},
     }  # fmt: skip
     for name, fields in tasks.items():
