@@ -56,7 +56,8 @@ benchmarks: $(STAMP)  ## add lmms-eval, for evaluations of `kind: lmms_eval` (th
 	@PIP_CONSTRAINT='$(CURDIR)/constraints.txt' '$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.[benchmarks]'
 	@'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) $(LMMS_EVAL)
 
-quickstart: $(STAMP)  ## train three schedules of a tiny LLaVA on real data and print the grid (minutes)
+quickstart: $(STAMP)  ## test a trained tiny LLaVA on fewer visual tokens, then train three schedules (minutes)
+	@'$(BIN)/llavolta' run experiments/redundancy.yaml
 	@'$(BIN)/llavolta' run experiments/quickstart.yaml
 
 test-unit: $(STAMP)  ## single modules in one process (3 minutes)

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cost import visual_layer_tokens
 from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.registry import COMPRESSORS, spec_class
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm
 from orchestrator.report.units import difference_text, metric_text
@@ -47,6 +49,8 @@ class Swept:
         ci95: Half of its 95 % interval: over seeds, of one seed over questions; None where there is none.
         test: The paired test of its difference from `full`; None where that was not tested under.
         p_corrected: Its p-value, corrected for the number of tests of this sweep (Holm 1979).
+        token_share: Visual layer-tokens that are left of an image, as a share of all; None where images vary in size or
+            the method's tokens depend on the image.
     """
 
     column: str
@@ -58,6 +62,7 @@ class Swept:
     to_full: float | None = None
     test: Comparison | None = None
     p_corrected: float | None = None
+    token_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,10 @@ def texts(sweeps: Sequence[Sweep]) -> tuple[list[str], list[list[str]]]:
     body = []
     for sweep in sweeps:
         for score in sweep.scores:
-            values = (
-                [str(score.values.get(key, "")) for key in keys] if score.values else [FULL, *("" for _ in keys[1:])]
-            )
-            body.append([sweep.row, *values, _text(score)])
-    return ["cell", *keys, sweeps[0].metric], body
+            values = [score.values.get(key, "") for key in keys] if score.values else [FULL, *("" for _ in keys[1:])]
+            share = "–" if score.token_share is None else f"{score.token_share:.0%}"
+            body.append([sweep.row, *map(str, values), share, _text(score)])
+    return ["cell", *keys, "tokens", sweeps[0].metric], body
 
 
 def _text(score: Swept) -> str:
@@ -168,14 +172,27 @@ def _score(
     values: Mapping[str, Any],
 ) -> Swept:
     column, full = columns[name], row.values.get(columns[FULL])
-    mean, spread = row.values[column], row.spread.get(column)
+    score = Swept(
+        column, name, values, row.values[column], row.spread.get(column), row.ci95.get(column),
+        token_share=_token_share(cells[0], column),
+    )  # fmt: skip
     if name == FULL or full is None:
-        return Swept(column, name, values, mean, spread, row.ci95.get(column))
+        return score
     test = None
     with contextlib.suppress(UsageError):  # other rows, or all about one image
         ours, theirs = ([job_of(cell, each) for cell in cells] for each in (column, columns[FULL]))
         test = scores.compared(ours, theirs, column.rpartition("/")[2])
-    return Swept(column, name, values, mean, spread, row.ci95.get(column), mean - full, test)
+    return replace(score, to_full=score.mean - full, test=test)
+
+
+def _token_share(cell: Cell, column: str) -> float | None:
+    job, facts = job_of(cell, column), cell.facts
+    if job is None or facts is None or facts.visual_grid is None:
+        return None
+    if any(spec_class(COMPRESSORS, point["kind"]).adaptive for point in job.points):
+        return None
+    kept = visual_layer_tokens(facts.visual_grid, job.points, facts.num_layers)
+    return kept / visual_layer_tokens(facts.visual_grid, (), facts.num_layers)
 
 
 def _corrected(measured: Sequence[Swept]) -> Iterator[Swept]:

@@ -136,7 +136,7 @@ class Table(Printed):
         head, body = text_cells(self)
         blocks = [_markdown(head, body, ["---"] + ["---:"] * (len(head) - 2) + ["---"])]
         for title, head, body in self._swept():
-            blocks += [f"**{title}**", _markdown(head, body, ["---"] * (len(head) - 1) + ["---:"])]
+            blocks += [f"**{title}**", _markdown(head, body, ["---"] * (len(head) - 2) + ["---:"] * 2)]
         return "\n\n".join(blocks)
 
     def to_latex(self) -> str:
@@ -154,7 +154,7 @@ class Table(Printed):
         for number, grid in enumerate(_grids(*text_cells(self), console.width)):
             console.print(*([""] if number else []), grid, sep="\n")
         for title, head, body in self._swept():
-            grid = plain_table(head, right=head[-1:])
+            grid = plain_table(head, right=head[-2:])
             for line in body:
                 grid.add_row(*line)
             console.print("", f"[bold]{title}[/bold]", grid, sep="\n", highlight=False)
@@ -199,6 +199,7 @@ class Table(Printed):
             sweeps = list(found)
             tests = sum(score.test is not None for score in sweeps[0].scores)
             marks = f"; in brackets: difference from full, corrected for {tests} tests" if tests else ""
+            marks = f"; tokens: visual tokens left, mean over decoder layers{marks}"
             yield f"{sweeps[0].evaluation}: {sweeps[0].metric} by what the model is tested under{marks}", *texts(sweeps)
 
     def _unrounded(self, axes: Sequence[str]) -> list[list[Any]]:

@@ -19,6 +19,8 @@ FILES = sorted([*EXPERIMENTS.rglob("*.yaml"), *EXPERIMENTS.rglob("*.yml")])
 SEVEN_B = EXPERIMENTS / "llava15_7b"
 CELLS = {
     "quickstart.yaml": 3,
+    "redundancy.yaml": 1,
+    "redundancy_easy_vqa.yaml": 3,
     "easy_vqa.yaml": 14,
     "bench.yaml": 1,
     "equal_cost.yaml": 15,

@@ -75,12 +75,14 @@ def test_one_model_is_judged_by_its_questions(tmp_path: Path, tiny_text: str) ->
     lines = printed.file.getvalue().splitlines()
     assert lines[0].split()[:5] == ["cell", "vqa", "accuracy", "(full)", "train"] and "stride8" not in lines[0]
     assert [line.split()[1:] for line in lines if line.split()[2:4] == ["1", "8"]] == [
-        ["average_pool", "1", "8", "0.550", "±", f"{worst.ci95:.3f}", "(-0.400", "*)"]
+        ["average_pool", "1", "8", "34%", "0.550", "±", f"{worst.ci95:.3f}", "(-0.400", "*)"]
     ]
     assert "corrected for 4 tests" in printed.file.getvalue() and "questions, by image" in str(table.explanations())
     assert "eval/vqa/under_average_pool_layer1_stride8/accuracy" in table.render("csv").splitlines()[0]
     document = json.loads(table.render("json"))["sweeps"][0]
     assert document["scores"][2]["values"] == {"kind": "average_pool", "layer": 1, "stride": 8}
+    # 64 tokens in the layer before, 8 in the three behind.
+    assert document["scores"][2]["token_share"] == (64 + 3 * 8) / 256 and document["scores"][0]["token_share"] == 1
     assert document["scores"][2]["test"]["images"] == 20 and document["cells"] == list(table.rows[0].cells)
     for form in ("md", "latex"):
         assert table.render(form).count("0.550") == 1
