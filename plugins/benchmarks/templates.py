@@ -2,7 +2,7 @@
 
 On PyPI it has no file whose name does not end in `.yaml`: the `_default_template*_yaml` that 755 of its tasks include.
 These stand in for seven of them. Data sets, functions and metrics are lmms-eval's; the questions are asked in LLaVA's
-words (haotian-liu/LLaVA, docs/Evaluation.md), answers are greedy, at most 128 tokens (`model_vqa_loader.py`), for
+words (haotian-liu/LLaVA, its page on evaluation), answers are greedy, at most 128 tokens (`model_vqa_loader.py`), for
 MMBench 1024 (`model_vqa_mmbench.py`). Where the installed package has the file, it is used.
 """
 
