@@ -546,7 +546,7 @@ def print_ending(
     if grid_figure(table, plan.loaded.spec.name, figure):
         _say(console, f"figure: {figure}")
     for (evaluation, metric), sweeps in groupby(table.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
-        swept = figure.with_name(f"sweep_{evaluation}_{metric}.png")
+        swept = figure.with_name(f"sweep_{evaluation}_{metric.replace('/', '_')}.png")
         if sweep_figure(list(sweeps), swept):
             _say(console, f"figure: {swept}")
     uri = plan.tracking_uri

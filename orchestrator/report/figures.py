@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from orchestrator.report.units import Operations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_MOST_PANELS = 24
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -83,14 +86,18 @@ def sweep_figure(sweeps: Sequence[Sweep], path: Path) -> bool:
         path: The file to write.
 
     Returns:
-        False, with nothing written, where neither amount nor layer varies.
+        False, with nothing written, where neither amount nor layer varies, or there are too many rows to be seen.
     """
     along = next((sweep.along for sweep in sweeps if sweep.along), None)
-    if along is None:
+    if along is None or len(sweeps) > _MOST_PANELS:
         return False
-    figure = _figure(1.2 + 4.4 * len(sweeps), 4.2)
-    panels = figure.subplots(1, len(sweeps), squeeze=False, sharey=True)[0]
-    for sweep, panel in zip(sweeps, panels, strict=True):
+    across = min(4, len(sweeps))
+    down = -(-len(sweeps) // across)
+    figure = _figure(1.2 + 4.4 * across, 4.2 * down)
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for panel in panels[len(sweeps) :]:
+        panel.remove()
+    for sweep, panel in zip(sweeps, panels, strict=False):
         curves: dict[str, list[Swept]] = {}
         for score in sweep.scores:
             if score.values:
@@ -108,13 +115,14 @@ def sweep_figure(sweeps: Sequence[Sweep], path: Path) -> bool:
             # Beside each other, so that intervals do not hide one another.
             shift = (number - (len(curves) - 1) / 2) * min(0.08, 0.5 / len(curves))
             at = [places.index(str(score.values[along])) + shift for score in scores]
-            errors = [score.ci95 or 0.0 for score in scores]
+            errors = [math.nan if score.ci95 is None else score.ci95 for score in scores]
             panel.errorbar(at, [score.mean for score in scores], yerr=errors, marker="o", capsize=3, label=name)
         panel.set_xticks(range(len(places)), places)
         panel.set_xlabel(f"{along.replace('_', ' ')} at test time")
         panel.set_title(sweep.row, fontsize=10)
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel(sweeps[0].metric)
+    for first in range(0, len(sweeps), across):
+        panels[first].set_ylabel(sweeps[0].metric)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     figure.suptitle(f"{sweeps[0].evaluation}: {sweeps[0].metric} by what the model is tested under", fontsize=11)

@@ -68,7 +68,8 @@ class Scores:
         both = {(a.id, b.id): (a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None}
         if not both or not all(len(set(side)) == len(both) for side in zip(*both, strict=True)):
             return None
-        first, second = ([self.behind(job, metric) for job in side] for side in zip(*both.values(), strict=True))
-        if any(each is None for each in (*first, *second)):
-            return None
-        return compare(first, second)  # type: ignore[arg-type]
+        first, second = (
+            [found for job in side if (found := self.behind(job, metric)) is not None]
+            for side in zip(*both.values(), strict=True)
+        )
+        return compare(first, second) if len(first) == len(second) == len(both) else None

@@ -46,7 +46,7 @@ class Row:
         against: Metric name to the difference from the baseline's row that it is compared with.
         marks: Remarks such as `failed` or `baseline`.
         base: Names of the cells of that row.
-        ci95: Metric name to half of the 95 % interval of its mean, where it stands for several finished cells.
+        ci95: Metric name to half of its 95 % interval: of the mean over several finished cells, of one over questions.
         tests: Metric name to the paired test of that difference, where both kept the score of every question.
         recorded: Metrics that someone else measured, and the source of each.
     """
@@ -111,8 +111,9 @@ class Table(Printed):
     def to_frame(self) -> pandas.DataFrame:
         """Return it as a frame with one row a cell (or group of cells), values not rounded.
 
-        The columns are the status, the axes, the metrics; `METRIC/std` and `METRIC/ci95` where a row stands for
-        several cells, and `METRIC/to_baseline` and `METRIC/p_corrected` where there is a baseline.
+        The columns are the status, the axes, the metrics; `METRIC/std` where a row stands for several cells,
+        `METRIC/ci95` where there is an interval, and `METRIC/to_baseline` and `METRIC/p_corrected` where there is a
+        baseline.
         """
         import pandas
 
@@ -197,8 +198,9 @@ class Table(Printed):
         """Yield title, head and body of the table of each swept metric."""
         for _, found in groupby(self.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
             sweeps = list(found)
-            tests = sum(score.test is not None for score in sweeps[0].scores)
-            marks = f"; in brackets: difference from full, corrected for {tests} tests" if tests else ""
+            tests = sorted({sum(score.test is not None for score in sweep.scores) for sweep in sweeps} - {0})
+            number = " or ".join(map(str, tests))
+            marks = f"; in brackets: difference from full, corrected for {number} tests a row" if tests else ""
             marks = f"; tokens: visual tokens left, mean over decoder layers{marks}"
             yield f"{sweeps[0].evaluation}: {sweeps[0].metric} by what the model is tested under{marks}", *texts(sweeps)
 
@@ -435,11 +437,12 @@ def _judged(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str], sco
         if name.startswith("eval/")
     ]
     alone = [
-        (number, name, job)
+        (number, name, jobs[0])
         for number, row in finished
         for name in row.values
         if name.startswith("eval/") and name not in row.ci95
-        if (job := job_of(cells[row.cells[0]], name)) is not None
+        for jobs in [[job_of(cells[cell], name) for cell in row.cells]]
+        if len({job and job.id for job in jobs}) == 1
     ]
     notes = []
     if len(pairs) > MOST_TESTS:
@@ -451,7 +454,7 @@ def _judged(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str], sco
             if (test := scores.compared(ours, theirs, name.rpartition("/")[2])) is not None:
                 rows[number].tests[name] = test
     for number, name, job in alone if len(alone) <= MOST_TESTS else ():
-        if (interval := scores.interval(job, name.rpartition("/")[2])) is not None:
+        if job is not None and (interval := scores.interval(job, name.rpartition("/")[2])) is not None:
             rows[number].ci95[name] = interval
     return notes
 

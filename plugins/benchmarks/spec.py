@@ -30,6 +30,7 @@ class LmmsEvalSpec(plugin.EvaluationSpec):
     not_identity: ClassVar[frozenset[str]] = frozenset({"batch_size", "suite", "average"})
 
     kind: Literal["lmms_eval"] = "lmms_eval"
+    # Narrower than the base's name of a data set, which mypy takes for a mistake: there is none to name here.
     data: None = Field(default=None)  # type: ignore[assignment]
     """Nothing: a task brings its own data."""
     tasks: Annotated[tuple[str, ...], Field(examples=[["gqa", "pope"]])] = ()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,4 +116,6 @@ def test_its_figure_is_drawn_along_what_varies(tmp_path: Path, tiny_text: str) -
     assert sweep_figure([sweep], tmp_path / "sweep.png") and (tmp_path / "sweep.png").stat().st_size > 10_000
     assert grid_figure(table, "t", tmp_path / "grid.png")
     (one,) = table_of([swept(tmp_path, tiny_text, under="[full, {kind: average_pool, layer: 1, stride: 8}]")]).sweeps
+    many = [replace(sweep, row=f"row {number}") for number in range(25)]
+    assert not sweep_figure(many, tmp_path / "none.png") and sweep_figure(many[:5], tmp_path / "five.png")
     assert one.along is None and not sweep_figure([one], tmp_path / "none.png") and not (tmp_path / "none.png").exists()

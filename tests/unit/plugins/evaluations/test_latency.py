@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from orchestrator_plugins.data.easy_vqa import EasyVqaSpec
+from orchestrator_plugins.evaluations import latency
 from orchestrator_plugins.evaluations.latency import Latency, LatencySpec, middle_rows
 from repository import TINY_LLAVA
 from said_answers import row
@@ -85,12 +86,14 @@ def test_the_cache_holds_what_points_keep_and_the_formula_says(model, data, unde
     assert found.examples[0]["kv_cache_bytes_by_layer"] == [tokens * a_token for tokens in kept]
 
 
-def test_times_are_the_models(model, data):
-    """A layer that takes 100 ms longer: once in the prompt's pass, once in each of the two steps after it."""
-    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.1))
+def test_times_are_the_models(model, data, monkeypatch):
+    """A layer that takes 100 ms by a clock of the test: in the prompt's pass, and in each of the two steps after it."""
+    passes: list[None] = []
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: len(passes) / 10))
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: passes.append(None))
     slow = measured(model, data, warmup=0, repeats=1).metrics
     hook.remove()
-    assert 100 <= slow["prefill_milliseconds"] < 200 and 5 < slow["decode_tokens_per_second"] <= 10
+    assert slow["prefill_milliseconds"] == pytest.approx(100) and slow["decode_tokens_per_second"] == pytest.approx(10)
     assert slow["prefill_milliseconds_iqr"] == slow["decode_tokens_per_second_iqr"] == 0
 
 
