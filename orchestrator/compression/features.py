@@ -60,7 +60,7 @@ class SharedFeatures:
         @functools.wraps(compute.__func__)  # generate() reads the signature
         def finding(_: Any, *args: Any, **kwargs: Any) -> Any:
             key = _digest(name, args, kwargs)
-            known = self._kept.get(key)
+            known = None if key is None else self._kept.get(key)
             # Whoever changed features in place would have changed them for all.
             if known is not None and known[1] == _versions(known[0]):
                 self.found += 1
@@ -69,7 +69,7 @@ class SharedFeatures:
             self.made += 1
             kept = _without_states(output)
             size = sum(tensor.nbytes for tensor in _tensors(kept))
-            if size and size <= self._left and _has_room(_tensors(kept)[0].device):
+            if key is not None and size and size <= self._left and _has_room(_tensors(kept)[0].device):
                 self._left -= size
                 self._kept[key] = kept, _versions(kept)
             return output
@@ -77,11 +77,14 @@ class SharedFeatures:
         return finding
 
 
-def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes:
-    """Return what tells the arguments of one call from those of another: every tensor's content, all else as text."""
-    found = blake2b(name.encode(), digest_size=32)
+def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes | None:
+    """Return what tells the arguments of one call from those of another, by content; None where an argument is of a kind
+    whose text may leave a part of it out.
+    """
+    found, whole = blake2b(name.encode(), digest_size=32), True
 
     def add(value: Any) -> None:
+        nonlocal whole
         if isinstance(value, Tensor):
             found.update(f"{tuple(value.shape)} {value.dtype} {value.device}".encode())
             found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
@@ -94,11 +97,12 @@ def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes:
                 found.update(f"{key}=".encode())
                 add(value[key])
         else:
+            whole &= value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
             found.update(repr(value).encode())
 
     add(args)
     add(kwargs)
-    return found.digest()
+    return found.digest() if whole else None
 
 
 def _without_states(output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,19 @@ def test_every_variant_answers_as_if_it_had_computed(name):
             for wanted, got in zip(alone, shared, strict=True):
                 assert (wanted is None and got is None) or torch.equal(wanted.nan_to_num(), got.nan_to_num())
     assert features.found >= features.made > 0, "the first variant computes, the others find"
+
+
+def test_what_its_text_may_not_tell_apart_is_computed():
+    """numpy's text leaves out the middle of a long array."""
+
+    class Inner:
+        def get_image_features(self, pixels, sizes):
+            return torch.tensor(float(sizes.sum()))
+
+    inner, features = Inner(), SharedFeatures()
+    one, other = np.zeros(5000), np.zeros(5000)
+    other[2500] = 1
+    assert repr(one) == repr(other)
+    with features.of(inner):
+        found = [float(inner.get_image_features(torch.zeros(1), sizes)) for sizes in (one, other, one)]
+    assert found == [0, 1, 0] and features.found == 0
