@@ -78,8 +78,8 @@ class SharedFeatures:
 
 
 def _digest(name: str, args: Any, kwargs: Mapping[str, Any]) -> bytes | None:
-    """Return what tells the arguments of one call from those of another, by content; None where an argument is of a kind
-    whose text may leave a part of it out.
+    """Return what tells the arguments of one call from those of another, by content; None where an argument's text may
+    leave a part of it out.
     """
     found, whole = blake2b(name.encode(), digest_size=32), True
 
