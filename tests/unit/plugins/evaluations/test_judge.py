@@ -13,6 +13,7 @@ from orchestrator import plugin
 from orchestrator.dispatch.failures import describe
 from orchestrator.errors import StageRunError
 from orchestrator.evaluation.protocol import EvaluationData, Workers
+from orchestrator.plan.identity import share_caches
 
 KEY = "kept-in-the-environment-1234"
 
@@ -142,6 +143,7 @@ def test_verdicts_are_read(reply, verdict):
 def test_an_interrupted_evaluation_does_not_pay_twice(monkeypatch, tmp_path):
     """The judge fails at the third request; the next attempt asks for what is missing, of the same evaluation alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    share_caches(None)  # an experiment that another test loaded in this process has a storage of its own
     said = {one.index: answer for one, answer in zip(ROWS, ["red", "two", "2"], strict=True)}
     monkeypatch.setattr(plugin, "greedy_answers", lambda _, mine, *__: [said[one.index] for one in mine])
     kept = tmp_path / "llavolta" / "judgements"
