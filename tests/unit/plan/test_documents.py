@@ -285,7 +285,8 @@ def test_checkpointing_is_counted_and_does_not_decide_what_a_cell_is(lab: Any, t
 def test_the_7b_experiment_gives_the_papers_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LLaVolta, Tables 2 and 5: decoder TFLOPs, tokens and compression ratio of each fixed layer and stride."""
     monkeypatch.setenv("LLAVOLTA_STORAGE", str(tmp_path / "runs"))
-    walk = prepare(ROOT / "experiments" / "llava15_7b" / "fixed.yaml")
+    # Without its benchmarks, which need a package that is not everywhere.
+    walk = prepare(ROOT / "experiments" / "llava15_7b" / "fixed.yaml", ["evaluate.bench=null"])
     document = plan_document(walk.loaded, walk.cells, walk.tree, walk.ledger, 62)
     found = {
         run["variant"]: (f"{run['cost']['forward_decoder_linear_tflops']:.2f}", run["cost"]["visual_layer_tokens"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -66,8 +65,7 @@ def test_retained_is_the_mean_of_shares_of_the_baseline():
 
 
 def test_an_absent_package_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None if name in ("lmms_eval", "loguru") else find(name))
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None if name in ("lmms_eval", "loguru") else name)
     told = refusal(tmp_path, tasks=["pope"])
     assert "not installed: lmms_eval, loguru" in told and "evaluate.bench.kind" in told
     assert "pip install --no-deps lmms-eval==0.7.2" in told and "make benchmarks" in told
