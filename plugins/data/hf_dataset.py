@@ -33,7 +33,7 @@ _FOR_EVALUATIONS = ("answers", "options", "category")
 
 
 class ColumnNames(plugin.Spec):
-    """Which columns are read, as what; all others are left unread."""
+    """Which columns are read, as what; all others are left unread. Class labels are read as their names."""
 
     image: str | None = Field(default=None, examples=["image"])
     """An image or a list of images, embedded in the data; null: text-only rows."""
@@ -42,7 +42,9 @@ class ColumnNames(plugin.Spec):
     question: str | None = Field(default=None, examples=["question"])
     """A question; the marks of the row's images are put before it unless it has them."""
     answer: str | None = Field(default=None, examples=["answer"])
-    """Its answer, or a list of answers, of which the most frequent is taken, the first of equally frequent ones."""
+    """Its answer, or a list of answers, of which the most frequent is taken, the first of equally frequent ones. An
+    integer is taken as its digits; beside `options` it is refused, since it may count them from 0 or from 1.
+    """
     system: str | None = Field(default=None, examples=["system"])
     """A system text."""
     id: str | None = Field(default=None, examples=["question_id"])
@@ -277,13 +279,28 @@ def _values_of(spec: HfDatasetSpec, content: str) -> Iterator[Mapping[str, Any]]
                 f"{spec.source} has no column {', '.join(missing)}; it has {', '.join(features) or 'no names of them'}"
             )
         # As Arrow, where an image is the bytes that it was stored as.
+        labels = _class_names(features, spec.columns.names)
         for table in rows.select_columns(spec.columns.names).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-            yield from table.to_pylist()
+            for values in table.to_pylist():
+                yield values | {name: _named(values[name], classes) for name, classes in labels.items()}
     except (plugin.DataError, FileNotFoundError, MemoryError):
         raise
     # Whatever a library says of a file that it cannot read.
     except Exception as error:
         raise plugin.DataError(f"{spec.source}, split {spec.split}, cannot be read by datasets: {error}") from error
+
+
+def _class_names(features: Mapping[str, Any], columns: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of classes of each column that holds class labels, alone or in lists."""
+    labels = {name: getattr(features[name], "feature", features[name]) for name in columns}
+    return {name: list(label.names) for name, label in labels.items() if hasattr(label, "names")}
+
+
+def _named(given: Any, classes: Sequence[str]) -> Any:
+    """Return a class label's name, or a list's; None for one that no class has, as the -1 of a hidden answer."""
+    if isinstance(given, list):
+        return [_named(one, classes) for one in given]
+    return classes[given] if given is not None and 0 <= given < len(classes) else None
 
 
 def _entry(
@@ -311,7 +328,8 @@ def _record(values: Mapping[str, Any], columns: ColumnNames, pictures: Path) -> 
         record["system"] = values[columns.system]
     if columns.conversations is not None:
         return {**record, "conversations": _by_row(values[columns.conversations])}
-    question, answer = values[str(columns.question)], _answer(values[str(columns.answer)], str(columns.answer))
+    question = values[str(columns.question)]
+    answer = _answer(values[str(columns.answer)], str(columns.answer), columns.options)
     if not isinstance(question, str):
         raise BadRow(f"`{columns.question}` is {short(question)}, not a text")
     if plugin.IMAGE_MARK not in question:
@@ -326,12 +344,20 @@ def _by_row(value: Any) -> Any:
     return value
 
 
-def _answer(value: Any, column: str) -> str:
+def _answer(value: Any, column: str, options: str | None) -> str:
     answers: Sequence[Any] = value if isinstance(value, list) else [value]
     if not answers:
         raise BadRow(f"`{column}` is empty: the row has no answer")
+    # A yes or no that is stored as a truth value may be asked for in other words.
+    if all(isinstance(answer, int) and not isinstance(answer, bool) for answer in answers):
+        if options is not None:
+            raise BadRow(
+                f"`{column}` is {short(value)}, a number, and the row has options (`{options}`), which it may count "
+                "from 0 or from 1; give a column that holds the option's text or its letter"
+            )
+        answers = [str(answer) for answer in answers]
     if not all(isinstance(answer, str) for answer in answers):
-        raise BadRow(f"`{column}` is {short(value)}, neither a text nor a list of texts")
+        raise BadRow(f"`{column}` is {short(value)}, neither a text, an integer nor a list of them")
     return str(max(answers, key=answers.count))  # the first of equally frequent ones
 
 

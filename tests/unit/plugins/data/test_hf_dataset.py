@@ -114,6 +114,41 @@ def test_of_several_answers_the_most_frequent(tmp_path):
     assert spec.remarks() == ["1 of 3 rows dropped; row 2: `a` is empty: the row has no answer (key 'k2')"]
 
 
+def test_an_integer_is_its_digits_and_a_class_label_its_name(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{**record(n), "a": n, "sort": n % 2, "picks": [1, 0, 1]} for n in range(3)]
+    folder = write(tmp_path / "numbers", rows, parts=1)
+    assert [row.turns[1].text for row in HfDataset(spec_of(folder)).rows()] == ["0", "1", "2"]
+
+    classes = datasets.ClassLabel(names=["cat", "dog"])
+    labelled = datasets.Dataset.from_list([*rows, {**rows[0], "picks": [-1]}])  # as a hidden test set has it
+    labelled = labelled.cast_column("sort", classes).cast_column("picks", datasets.List(classes))
+    (tmp_path / "labels").mkdir()
+    labelled.to_parquet(tmp_path / "labels" / "train-00000-of-00001.parquet")
+    columns = {**COLUMNS, "answer": "picks", "category": "sort"}
+    named = HfDataset(spec_of(tmp_path / "labels", columns=columns, on_bad_row="drop", max_bad_share=0.5))
+    assert [(row.turns[1].text, row.answer_type) for row in named.rows()] == [
+        ("dog", kind) for kind in ("cat", "dog", "cat")
+    ]
+    assert "`picks` is [None], neither a text, an integer nor a list of them" in named._spec.remarks()[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "more", "told"),
+    [
+        (1, {"choices": ["x", "y"]}, "a number, and the row has options"),
+        (True, {}, "`a` is True, neither a text, an integer nor a list of them"),
+        (0.5, {}, "`a` is 0.5, neither"),
+        (None, {}, "`a` is None, neither"),
+    ],
+)
+def test_an_answer_that_may_be_read_in_two_ways_is_refused(tmp_path, answer, more, told):
+    folder = write(tmp_path / "set", [{**record(0), "a": answer, **more}], parts=1)
+    columns = {**COLUMNS, **({"options": "choices"} if more else {})}
+    (error,) = HfDataset(spec_of(folder, columns=columns)).check()
+    assert told in error
+
+
 def test_bad_rows_are_told_and_dropped_up_to_the_allowed_share(tmp_path):
     records = [record(number) for number in range(8)]
     records[1]["picture"] = {"bytes": png(1)[:40], "path": None}
