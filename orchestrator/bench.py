@@ -217,14 +217,16 @@ def _rows(
         unread = cost.unread_tflops_per_sample(facts, points or (), one, what) if timings[name].trims_last_layer else 0
         return tflops(points) + rows * (cost.unused_tower_tflops_per_sample(facts, points or (), one) - unread)
 
-    full_seconds, full_tflops = timings[FULL].median_seconds, run_tflops(FULL, ())
+    full, full_tflops = timings[FULL].seconds, run_tflops(FULL, ())
     dropped = {name: points for name, points in arms.items() if points and points[0]["kind"] == "stride"}
     controls = {_budget(points, facts, picture): name for name, points in dropped.items()}
 
     def row(name: str, points: Points | None) -> dict[str, Any]:
         timing, seconds = timings[name], timings[name].median_seconds
         control = controls.get(_budget(points, facts, picture)) if points else None
-        speedup, predicted = full_seconds / seconds, full_tflops / run_tflops(name, points)
+        # Round by round, since a machine's speed drifts by more than what is to be told.
+        speedup = median(one / own for one, own in zip(full, timing.seconds, strict=True))
+        predicted = full_tflops / run_tflops(name, points)
         return {
             "name": name,
             "points": None if points is None else list(points),
@@ -241,7 +243,10 @@ def _rows(
             # What choosing costs: the same tokens dropped by position, in the same rounds.
             "overhead": None
             if control in (None, name)
-            else (seconds - timings[str(control)].median_seconds) / full_seconds,
+            else median(
+                (own - dropping) / one
+                for own, dropping, one in zip(timing.seconds, timings[str(control)].seconds, full, strict=True)
+            ),
         }
 
     return [row(name, points) for name, points in arms.items()]

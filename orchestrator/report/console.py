@@ -454,7 +454,7 @@ def print_bench(document: dict[str, Any], console: Console) -> None:
         )
     console.print(grid)
     console.print(
-        "speed-up: against full tokens; by formula: from operations alone; overhead: beyond dropping "
+        "speed-up: against full tokens in the same round; by formula: from operations alone; overhead: beyond dropping "
         "as many tokens by position, as a share of the full step",
         highlight=False,
     )
