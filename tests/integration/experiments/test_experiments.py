@@ -30,7 +30,14 @@ CELLS = {
     "llava15_7b/schedules.yaml": 7,
     "llava15_7b/fixed.yaml": 7,
     "llava15_7b/hidrop.yaml": 3,
+    "llava15_7b/compressors.yaml": 5,
+    "llava15_7b/learned.yaml": 3,
+    "llava15_7b/depth.yaml": 3,
+    "llava15_7b/shares.yaml": 6,
+    "llava15_7b/redundancy.yaml": 1,
+    "llava15_7b/13b.yaml": 2,
 }
+AS_IT_COMES = {"redundancy.yaml", "llava15_7b/redundancy.yaml"}  # nothing is trained
 # LLaVolta, Table 1: layer/stride of each stage; None is full tokens.
 SCHEMES = {
     "full": [None],
@@ -72,14 +79,16 @@ def test_llava_15_pads_in_finetuning_and_tests_alone():
 
 def test_llava_15_is_tested_on_the_papers_benchmarks_as_it_was_trained():
     pytest.importorskip("lmms_eval")
-    for file in sorted(SEVEN_B.glob("*.yaml")):
+    for file in sorted(file for file in SEVEN_B.glob("*.yaml") if relative(file) not in AS_IT_COMES):
         for cell in expand_cells(load_experiment(file)):
-            tests = {job.part: job for job in cell.evaluations if job.name == "bench"}
-            assert len(tests) == 13 and {"gqa", "mme", "mmbench_cn_dev", "mmmu_val"} <= tests.keys()
-            for job in tests.values():
+            tests = [job for job in cell.evaluations if job.name == "bench"]
+            parts = {job.part for job in tests}
+            assert len(parts) == 13 and {"gqa", "mme", "mmbench_cn_dev", "mmmu_val"} <= parts
+            for job in tests:
                 spec = job.spec
                 assert (spec["conversation_template"], spec["image_aspect_ratio"]) == ("vicuna_v1", "pad")
-                assert job.points == cell.phases[-1].table[-1].points and job.model_max_length == 2048
+                assert job.model_max_length == 2048
+                assert job.points == (() if job.under == "full" else cell.phases[-1].table[-1].points)
 
 
 def test_all_files_are_known():
@@ -96,7 +105,7 @@ def test_validates_and_plans(file):
     assert set(tree.path_of) == {cell.id for cell in cells}
     assert not [notice for notice in loaded.notices if "alias" in notice]
     for cell in cells:
-        assert tree.path_of[cell.id] or relative(file) == "redundancy.yaml"  # a model as it comes
+        assert tree.path_of[cell.id] or relative(file) in AS_IT_COMES
         assert cell.evaluations or relative(file) == "bench.yaml"  # which trains nothing
 
 
@@ -164,6 +173,52 @@ def test_7b_hidrop_has_the_published_means_over_the_layers():
     assert [one["kept_tokens"] for one in documents[0]["points"]] == [576, 87, 10, 5, 1, 0]
 
 
+def test_7b_compressors_leave_as_many_tokens_in_training_and_at_test_time():
+    """LLaVolta, Table 3: 3,312 visual tokens over the layers, 556 %."""
+    cells = {
+        cell.axes["phases.finetune.schedule"]: cell
+        for cell in expand_cells(load_experiment(SEVEN_B / "compressors.yaml"))
+    }
+    documents = variant_documents(list(cells.values()))
+    assert {one["name"]: 32 * one["layer_average_tokens"] for one in documents} == dict.fromkeys(
+        ("random_drop", "k_means", "fastv", "average_pool"), 3312
+    )
+    tested = {name: {job.under for job in cell.evaluations if job.name == "test_only"} for name, cell in cells.items()}
+    assert tested.pop("full") == {"random_drop", "k_means", "fastv", "average_pool"} and not any(tested.values())
+
+
+def test_7b_learned_and_depth_have_the_papers_tokens():
+    """LLaVolta, Tables 4 and 7; of `one` the paper prints 266 %, which is not layer 8 and stride 8."""
+    tokens = {"q_former": 1024, "k1_s64": 855, "one": 6336, "several": 6912}
+    found = {}
+    for file in ("learned.yaml", "depth.yaml"):
+        documents = variant_documents(expand_cells(load_experiment(SEVEN_B / file)))
+        found |= {one["name"]: 32 * one["layer_average_tokens"] for one in documents}
+    assert found == tokens
+
+
+def test_7b_shares_train_every_compressed_step_once():
+    """LLaVolta, Table 9, with the author's pivots (1300, 2600, 3900, about 4600 of 5198)."""
+    phases = by_schedule(SEVEN_B / "shares.yaml")
+    ends = {name: phase.table[0].last_step for name, phase in phases.items()}
+    assert ends == {"full": 5198, "share_25": 1300, "share_50": 2599, "share_75": 3899, "share_90": 4678, "k2_s8": 5198}
+    cells = expand_cells(load_experiment(SEVEN_B / "shares.yaml"))
+    runs = [run for run in build_stage_tree(cells).stage_runs.values() if run.phase == "finetune"]
+    compressed = sorted((run.first_step, run.last_step) for run in runs if run.table[-1].points)
+    assert compressed == [(0, 1300), (1300, 2599), (2599, 3899), (3899, 4678), (4678, 5198)]
+    (always,) = (cell for cell in cells if cell.axes["phases.finetune.schedule"] == "k2_s8")
+    assert {job.under for job in always.evaluations} == {"final", "full"}
+
+
+def test_7b_redundancy_sweeps_the_papers_layers_and_strides():
+    pytest.importorskip("lmms_eval")
+    (cell,) = expand_cells(load_experiment(SEVEN_B / "redundancy.yaml"))
+    found = {(job.part, *((p["layer"], p["stride"]) for p in job.points)) for job in cell.evaluations}
+    places = [(layer, stride) for layer in (1, 2, 8, 16) for stride in (4, 8, 16, 64)]
+    tasks = ("gqa", "scienceqa", "mmvet", "llava_in_the_wild")
+    assert found == {(task, *place) for task in tasks for place in [(), *((one,) for one in places)]}
+
+
 def test_7b_recipe_is_the_papers():
     spec = load_experiment(SEVEN_B / "base.yaml").spec
     pretrain, finetune = spec.phases.pretrain, spec.phases.finetune
@@ -203,14 +258,22 @@ def test_7b_plan_gives_the_papers_figures(tmp_path):
     }
 
 
-def test_7b_config_is_llava_15_7b():
-    """Built by transformers without memory: 6,738,939,904 (Vicuna, 32,064 words) + 303,507,456 + 20,979,712."""
+@pytest.mark.parametrize(
+    ("folder", "parameters"),
+    [
+        # Vicuna with 32,064 words, the vision tower, the projector.
+        ("llava-1.5-7b", 6_738_939_904 + 303_507_456 + 20_979_712),
+        ("llava-1.5-13b", 13_016_519_680 + 303_507_456 + 31_467_520),
+    ],
+)
+def test_configs_are_those_of_llava_15(folder, parameters):
+    """Built by transformers without memory."""
     import torch
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
-    config = AutoConfig.from_pretrained(EXPERIMENTS / "models" / "llava-1.5-7b")
+    config = AutoConfig.from_pretrained(EXPERIMENTS / "models" / folder)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 7_063_427_072
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert (config.image_token_index, config.vision_feature_layer) == (32000, -2)
     assert config.vision_feature_select_strategy == "default"
