@@ -26,7 +26,7 @@ INTEGRATION = tests/integration tests/golden
 
 # What `test-python` installs and runs under each other Python: all that needs no torch.
 PYTHONS = 3.10 3.11 3.12 3.13
-LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa scikit-learn jinja2 pyarrow \
+LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy-vqa scikit-learn jinja2 pyarrow av \
 	pytest pytest-timeout hypothesis jsonschema tomli
 LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
 	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py

@@ -147,7 +147,7 @@ def _picture(cell: Cell, recipe: PhaseSpec) -> Picture:
             raise ValueError(f"{name} is not here")
         rule, rows = rule_of_images(config.parent), open_rows(cell.spec.data[first]).spread(_PICTURE_ROWS)
         found = []
-        for image in dict.fromkeys(image for row in rows for image in row.images):
+        for image in dict.fromkeys(image for row in rows for image in row.images if not image.video):
             size = image_size(image.path, image.reading)
             found.append(Picture(image, size, rule(*size, True)))
         if not found:

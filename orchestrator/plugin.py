@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from orchestrator.compression.testing import check_compressor as check_compressor
     from orchestrator.data.records.row_index import num_words as num_words
     from orchestrator.data.rows import IMAGE_MARK as IMAGE_MARK
+    from orchestrator.data.rows import VIDEO_MARK as VIDEO_MARK
     from orchestrator.data.rows import DataSet as DataSet
     from orchestrator.data.rows import ImageReading as ImageReading
     from orchestrator.data.rows import ImageRef as ImageRef
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.protocol import last_answer as last_answer
     from orchestrator.evaluation.protocol import mean_scores as mean_scores
     from orchestrator.evaluation.protocol import outcome_of as outcome_of
+    from orchestrator.evaluation.protocol import pictures_of as pictures_of
     from orchestrator.evaluation.protocol import prediction as prediction
     from orchestrator.evaluation.protocol import text_column as text_column
     from orchestrator.machine import Load as Load
@@ -113,12 +115,13 @@ _NAMES = {
     "orchestrator.compression.testing": "check_compressor",
     "orchestrator.data.records.row_index": "num_words",
     "orchestrator.data.rows": (
-        "IMAGE_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
+        "IMAGE_MARK VIDEO_MARK DataSet ImageReading ImageRef Row Turn evenly_spread file_exists raise_for_errors"
     ),
     "orchestrator.errors": "DataError StageRunError UsageError",
     "orchestrator.evaluation.evaluate": "AnswerLoss PromptBatch answer_losses generate greedy_answers prompt_batch",
     "orchestrator.evaluation.protocol": (
-        "Evaluation EvaluationData Outcome Workers last_answer mean_scores outcome_of prediction text_column"
+        "Evaluation EvaluationData Outcome Workers last_answer mean_scores outcome_of pictures_of prediction "
+        "text_column"
     ),
     "orchestrator.machine": "Load device_name peak_bytes",
     "orchestrator.plan.identity": "content_digest",

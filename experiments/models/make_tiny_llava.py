@@ -9,6 +9,7 @@ The shapes: 64x64 pixels in patches of 8 give 64 visual tokens; width 64 everywh
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import easy_vqa
@@ -45,20 +46,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE over printable ASCII: any such text survives a round trip, the rest becomes `<unk>`."""
+def easy_vqa_texts() -> list[str]:
+    """Return the questions and answers that LLaVAs for easy-VQA read."""
     questions, answers, _ = easy_vqa.get_train_questions()
-    texts = [f"USER: \n{q} ASSISTANT: {a}" for q, a in zip(questions, answers, strict=True)]
+    return [f"USER: \n{q} ASSISTANT: {a}" for q, a in zip(questions, answers, strict=True)]
+
+
+def make_tokenizer(
+    texts: Sequence[str] | None = None, named: Sequence[str] = ("image",), template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE over printable ASCII: any such text survives a round trip, the rest becomes `<unk>`.
+
+    Args:
+        texts: What it is trained on; None for easy-VQA's.
+        named: Placeholders, `<image>` the first.
+        template: The chat template.
+    """
+    special_tokens = [*SPECIAL_TOKENS, *(f"<{name}>" for name in named[1:])]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     # Byte-level BPE writes a space and a line end as these two letters.
     alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.train_from_iterator(easy_vqa_texts() if texts is None else texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -68,11 +82,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={f"{name}_token": f"<{name}>" for name in named},
         model_max_length=2048,
         padding_side="right",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 

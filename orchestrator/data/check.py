@@ -5,7 +5,7 @@ The outcome of a check is cached. Reading a cached one needs no torch; checking 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from orchestrator.data.records.columns import Columns, batch, build_columns, ope
 from orchestrator.data.records.conversations import error_lines
 from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import IndexedRows, open_rows
+from orchestrator.data.records.video_files import frames_of
 from orchestrator.data.rows import (
     Row,
     data_spec,
@@ -212,7 +213,9 @@ class _RowChecker:
         self._sizes = rows.origin.images.sizes if rows.num_images.any() else {}
         if self._sizes:
             processor.images.know_sizes(self._sizes)
-        self._errors_by_size: dict[tuple[int, int] | None, str | None] = {}
+        if clips := rows.origin.images.clips if rows.num_images.any() else {}:
+            processor.images.know_clips(clips)
+        self._errors_by_size: dict[Hashable, str | None] = {}
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
         """Return the entries of some rows."""
@@ -237,9 +240,11 @@ class _RowChecker:
             yield (row.index, *[0] * (len(_COUNTS) - 1), reason)
 
     def _image_error(self, row: Row) -> str | None:
-        """Return the processor's error for an image of a row; it depends on sizes only, in all processors."""
+        """Return the processor's error for an image of a row; it depends on sizes only, in all processors, and that for
+        a video on the frames that are taken too.
+        """
         for image in row.images:
-            size = self._sizes.get(image.path)
+            size = self._processor.images.shapes([image])[0] if image.video else self._sizes.get(image.path)
             if size not in self._errors_by_size:
                 try:
                     self._processor.images.tensors([[image]])
@@ -492,9 +497,10 @@ def row_document(cells: Sequence[Cell], name: str | None = None, number: int | N
 
     Returns:
         `set`, `where`, `kind`, `row`, `rows` (how many can be used), `sampled` (whether `max_samples` takes this one),
-        `model`, `template`, `model_max_length`, `images` (path, size, visual tokens), `prompt` and `learned` (character
-        ranges of it), `expected` of a test row, `lengths`, `tokens` (runs of visual tokens as one entry with a
-        `count`).
+        `model`, `template`, `model_max_length`, `images` (path, size, visual tokens; of a video also `frames`, the
+        numbers of those that the model gets, and `frame_rate`, those of the file a second), `prompt` and `learned`
+        (character ranges of it), `expected` of a test row, `lengths`, `tokens` (runs of visual tokens as one entry with
+        a `count`).
 
     Raises:
         UsageError: there is no such set or row.
@@ -565,17 +571,22 @@ def _expected(row: Row) -> str | None:
 def _images(row: Row, processor: VisionTextProcessor, kept: int) -> list[dict[str, Any]]:
     found = []
     for place, (image, text) in enumerate(zip(row.images, processor.images.texts(row.images), strict=True)):
-        height, width = image_size(image.path, image.reading)
-        seen = {"visual_tokens": text.num_visual_tokens, "seen": place < kept}
+        seen: dict[str, Any] = {"visual_tokens": text.num_visual_tokens, "seen": place < kept}
+        if image.video:
+            clip = processor.images.clip(image)
+            height, width = clip.height, clip.width
+            seen |= {"frames": list(frames_of(clip, image.reading)), "frame_rate": clip.rate}
+        else:
+            height, width = image_size(image.path, image.reading)
         found.append({"path": image.path, "width": width, "height": height, **seen})
     return found
 
 
 def _tokens(sample: Sample, processor: VisionTextProcessor) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    visual = processor.image_token_id
+    visual = processor.placeholder_ids
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
-        if token == visual and found and found[-1]["id"] == visual:
+        if token in visual and found and found[-1]["id"] == token:
             found[-1]["count"] += 1
             continue
         text = processor.tokenizer.convert_ids_to_tokens(token)

@@ -1,4 +1,4 @@
-"""Rows: conversations with images, as plain values; what a data set yields. Imports no torch."""
+"""Rows: conversations with images and videos, as plain values; what a data set yields. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,32 @@ from orchestrator.spec.components import DataSpec
 
 IMAGE_MARK = "<image>"
 """Marks the place of an image in a turn's text, whatever the model's own placeholder is."""
+VIDEO_MARK = "<video>"
+"""Marks the place of a video likewise, in rows that have one; in others it is text."""
+NUM_FRAMES = 8
+"""Frames of a video where nothing else is said, as in Video-LLaVA (arXiv 2311.10122, section 4.1)."""
 ERRORS_SHOWN = 20
 DROPPED_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReading:
-    """How a data set's image files become the pictures that the model's processor gets.
+    """How a data set's image and video files become the pictures that the model's processor gets.
 
     Attributes:
-        pad: Whether to pad to a square with the processor's mean colour, as LLaVA-1.5 (`image_aspect_ratio: pad`).
+        pad: Whether to pad to a square with the processor's mean colour, as LLaVA-1.5 (`image_aspect_ratio: pad`);
+            videos are never padded.
         ambiguous: What to do where transformers' `load_image` and a viewer show different pictures: `fail`, or follow
             one of them.
+        num_frames: Frames taken of a video; with `fps` the most.
+        fps: Frames taken of a second of a video; None takes `num_frames` of any video.
     """
 
     pad: bool = False
     ambiguous: Literal["fail", "load_image", "viewer"] = "fail"
+    # Not what a file is, but which of its frames are taken: no index depends on it.
+    num_frames: int = field(default=NUM_FRAMES, repr=False)
+    fps: float | None = field(default=None, repr=False)
 
 
 AS_IT_IS = ImageReading()
@@ -37,15 +47,16 @@ AS_IT_IS = ImageReading()
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image file and how to read it; opened when its pixels are needed."""
+    """An image or video file and how to read it; opened when its pixels are needed."""
 
     path: str
     reading: ImageReading = AS_IT_IS
+    video: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `text` has an `IMAGE_MARK` at the place of an image."""
+    """One turn of a conversation; `text` has an `IMAGE_MARK` (`VIDEO_MARK`) at the place of an image (video)."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -57,7 +68,7 @@ class Row:
 
     Attributes:
         index: The row's index in its file, before rows are dropped or sampled; error messages name it.
-        images: In the order of the marks in the turns.
+        images: Images and videos in the order of the marks in the turns.
         turns: User and assistant alternating, the user first; before them the system text, if there is one.
         answer_type: Group for accuracies, e.g. `color`; None where the set has no groups.
         columns: What else the data says of the row, for evaluations alone: JSON values by name, such as `answers`.
@@ -68,6 +79,11 @@ class Row:
     turns: tuple[Turn, ...]
     answer_type: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What marks the places of its images and videos, each once: `<video>` is text where there is no video."""
+        return (IMAGE_MARK, VIDEO_MARK) if any(image.video for image in self.images) else (IMAGE_MARK,)
 
     @property
     def num_words(self) -> int:

@@ -196,6 +196,8 @@ def build_train_data(
         rows = open_rows(spec, entry.get("content"), entry.get("left_out", ()))
         if not len(rows):
             raise DataError(f"data.{entry['name']}: no rows")
+        if clips := rows.origin.images.clips:
+            processor.images.know_clips(clips)
         _images_fit(entry["name"], rows, processor, model_max_length)
         encoder = Encoder(processor, template_of(spec), model_max_length)
         _answers_fit(entry["name"], rows, encoder, model_max_length)

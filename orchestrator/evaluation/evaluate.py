@@ -197,6 +197,8 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
     if not len(rows):
         raise DataError(f"evaluate.{job.name}: the data set has no rows")
     processor = load_processor(ModelSpec.model_validate(job.model))
+    if clips := rows.origin.images.clips:
+        processor.images.know_clips(clips)
     return EvaluationData(rows, Encoder(processor, template_of(spec), job.model_max_length), processor)
 
 

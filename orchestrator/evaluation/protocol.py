@@ -162,16 +162,28 @@ def headline_problem(spec: type[EvaluationSpec], metrics: Mapping[str, float]) -
 
 
 def prediction(row: Row, answer: str, expected: str, right: bool) -> dict[str, Any]:
-    """Return an answer beside its row's last question, the right answer and the paths of the row's images."""
+    """Return an answer beside its row's last question, the right answer and the row's pictures (`pictures_of`)."""
     question = next((turn.text for turn in reversed(row.turns) if turn.role == "user"), "")
-    images = [image.path for image in row.images]
     said = {"row": row.index, "question": question, "expected": expected, "answer": answer, "right": right}
-    return {**said, "images": images}
+    return {**said, **pictures_of(row)}
+
+
+def pictures_of(row: Row) -> dict[str, Any]:
+    """Return `images`, the paths of a row's images, and `videos` where it has some: of each `path`, and `num_frames`
+    and `fps` by which its frames are taken.
+    """
+    found: dict[str, Any] = {"images": [image.path for image in row.images if not image.video]}
+    videos = [
+        {"path": image.path, "num_frames": image.reading.num_frames, "fps": image.reading.fps}
+        for image in row.images
+        if image.video
+    ]
+    return found | ({"videos": videos} if videos else {})
 
 
 def outcome_of(metrics: dict[str, float], predictions: list[dict[str, Any]]) -> Outcome:
-    """Return the outcome of predictions of all rows: the first 20 are its examples, without the paths of images."""
-    examples = [{key: each[key] for key in each if key != "images"} for each in predictions[:EXAMPLES]]
+    """Return the outcome of predictions of all rows: the first 20 are its examples, without the paths of pictures."""
+    examples = [{key: each[key] for key in each if key not in ("images", "videos")} for each in predictions[:EXAMPLES]]
     return Outcome(metrics, len(predictions), examples, predictions)
 
 

@@ -168,7 +168,7 @@ def _write_processor(cell: Cell, model: ModelSpec, folder: Path) -> VisionTextPr
     processor = load_processor(model)
     entries = cell.phases[-1].data if cell.phases else ()
     found = {template_of(data_spec(entry["spec"])) for entry in entries}
-    template = jinja_of(found.pop(), processor.image_token) if len(found) == 1 else None
+    template = jinja_of(found.pop(), processor.image_token, processor.video_token) if len(found) == 1 else None
     if template is not None:
         (folder / "chat_template.json").unlink(missing_ok=True)  # the old name of the same thing
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

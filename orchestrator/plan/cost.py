@@ -99,7 +99,14 @@ from typing import Any
 
 from orchestrator import registry
 from orchestrator.plan.jobs import Action
-from orchestrator.spec.budgets import Images, keys_by_layer, mean_layer_average, tokens_by_layer
+from orchestrator.spec.budgets import (
+    Images,
+    kept_grid,
+    keys_by_layer,
+    mean_layer_average,
+    tokens_by_layer,
+    units_for,
+)
 from orchestrator.spec.components import CompressorSpec, Grid
 from orchestrator.spec.decoder_layers import DecoderLayer
 from orchestrator.spec.image_units import ImageUnits
@@ -308,7 +315,7 @@ def _row_tflops(
     vision = features = learned = 0.0
     for count, image in images:
         fewer, entering = [(0, 0)] * facts.vision_layers, image.features
-        for grid in image.grids:
+        for grid in units_for(specs, image.grids):
             if grid not in known:
                 known[grid] = _of_grid(facts, specs, grid)
             left = known[grid]
@@ -379,8 +386,8 @@ def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> 
             )
         before = spec.place == "projector" and facts.tokenwise_projector
         width = facts.projector_in if before else facts.hidden_size if inside is None else facts.vision_hidden_size
-        learned += spec.module_operations(left, width)
-        left = spec.kept_grid(left)
+        learned += left.frames * spec.module_operations(Grid(left.height // left.frames, left.width), width)
+        left = kept_grid(spec, left)
         features = left.tokens if before or inside is not None else features
         begins = 0 if "pixels" in spec.needs else inside
         if begins is not None:
@@ -507,10 +514,11 @@ def _unread_tokens(
         ((visual, held, leaving),) = counts([facts.image_grid]).values()
         unread = sample.images * visual + sample.text_tokens - sample.label_tokens
         return [(1.0, max(0.0, unread), sample.images * held), (1.0, sample.images * leaving, 0.0)]
-    known = counts({grid for row in sample.rows.rows for image in row.images for grid in image.grids})
+    shown = [[grid for image in row.images for grid in units_for(specs, image.grids)] for row in sample.rows.rows]
+    known = counts({grid for grids in shown for grid in grids})
     found = []
-    for row in sample.rows.rows:
-        of_row = [known[grid] for image in row.images for grid in image.grids]
+    for row, grids in zip(sample.rows.rows, shown, strict=True):
+        of_row = [known[grid] for grid in grids]
         visual, held, leaving = (sum(each) for each in zip(*of_row, strict=True)) if of_row else (0, 0, 0)
         found.append((row.share, max(0.0, visual + row.text_tokens - row.label_tokens), float(held)))
         found.append((row.share, float(leaving), 0.0))
@@ -531,7 +539,7 @@ def unused_tower_tflops_per_sample(facts: ModelFacts, points: Sequence[Mapping[s
     else:
         images = [(row.share, image) for row in sample.rows.rows for image in row.images]
     for count, image in images:
-        fewer = [_of_grid(facts, specs, grid).fewer_mlp for grid in image.grids]
+        fewer = [_of_grid(facts, specs, grid).fewer_mlp for grid in units_for(specs, image.grids)]
         less = sum(each[-1] for each in fewer if each)
         total += count * sum(_tower_flops(facts, image, [(less, less)] * behind))
     return total / _TERA
@@ -558,7 +566,11 @@ def _lora_forward_tflops(
     tokens = visual + sample.text_tokens * facts.num_layers
     images: Images = [(1.0, (facts.image_grid,))] if sample.rows is None else sample.rows.units
     specs = _specs(points)
-    each = (share * sum(keys_by_layer(specs, facts.num_layers, grid)) for share, grids in images for grid in grids)
+    each = (
+        share * sum(keys_by_layer(specs, facts.num_layers, grid))
+        for share, grids in images
+        for grid in units_for(specs, grids)
+    )
     held = sample.images * sum(each)
     of_keys = {**lora, "target_modules": sorted({"k_proj", "v_proj"} & set(lora["target_modules"]))}
     weights = tokens * lora_weights_per_layer(facts, lora) + held * lora_weights_per_layer(facts, of_keys)
@@ -796,7 +808,8 @@ def _tower_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longes
     if not facts.priced:
         return [facts.patches_per_token * longest.visual_tokens] * facts.vision_layers
     inside = [point for point in points if str(point["layer"]).startswith("tower:")]
-    return [tokens * longest.images for tokens in tower_tokens_by_layer(facts, inside)]
+    units = max(longest.images, longest.visual_tokens / facts.image_grid.tokens)  # a video has several
+    return [round(tokens * units) for tokens in tower_tokens_by_layer(facts, inside)]
 
 
 def _tower_layer_bytes(facts: ModelFacts, n: int, longest: Longest, s: int, eager: bool) -> float:

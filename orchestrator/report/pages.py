@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from orchestrator.errors import OTHER_STORAGE, UsageError
+from orchestrator.errors import OTHER_STORAGE, DataError, UsageError
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.jobs import EvaluationJob
@@ -112,7 +112,9 @@ def predictions_page(document: Mapping[str, Any], limit: int = SHOWN) -> str:
 
 def _card(each: Mapping[str, Any]) -> str:
     pictures = "".join(picture(path) for path in each.get("images", ()))
-    question = str(each.get("question", "")).replace("<image>", "").strip()
+    pictures += "".join(map(_strip, each.get("videos", ())))
+    question = str(each.get("question", "")).replace("<image>", "")
+    question = (question.replace("<video>", "") if each.get("videos") else question).strip()
     values = {
         "row": (str(each.get("row", "")), ""),
         "answer": (str(each.get("answer", "")), "answer"),
@@ -128,7 +130,7 @@ PICTURE_PIXELS = 640
 def row_page(document: Mapping[str, Any]) -> str:
     """Return a row as a page, its pictures in it; what is learned is marked."""
     pictures = "".join(
-        f'<div class="card">{picture(each["path"], PICTURE_PIXELS)}{escape(each["path"])}<br>{image_text(each)}</div>'
+        f'<div class="card">{_row_picture(each)}{escape(each["path"])}<br>{image_text(each)}</div>'
         for each in document["images"]
     )
     prompt = "".join(_marked(text, learned) for text, learned in prompt_pieces(document))
@@ -153,6 +155,12 @@ def row_page(document: Mapping[str, Any]) -> str:
     return page(row_title(document), "\n".join(body))
 
 
+def _row_picture(image: Mapping[str, Any]) -> str:
+    if "frames" not in image:
+        return picture(image["path"], PICTURE_PIXELS)
+    return _strip(image)
+
+
 def row_title(document: Mapping[str, Any]) -> str:
     """Return which row it is, and what uses it."""
     use = f"as {document['where']} gets it" if document["where"] else "which nothing in this experiment uses"
@@ -170,7 +178,11 @@ def row_settings(document: Mapping[str, Any]) -> str:
 def image_text(image: Mapping[str, Any]) -> str:
     """Return a picture's size, in pixels and tokens."""
     lost = "" if image["seen"] else ", cut off by model_max_length"
-    return f"{image['width']} x {image['height']} pixels, {image['visual_tokens']} visual tokens{lost}"
+    frames = ""
+    if "frames" in image:
+        rate = f" of a video of {image['frame_rate']:.4g} a second" if image["frame_rate"] else " of a video"
+        frames = f"{len(image['frames'])} frames ({', '.join(map(str, image['frames']))}){rate}, "
+    return f"{frames}{image['width']} x {image['height']} pixels, {image['visual_tokens']} visual tokens{lost}"
 
 
 def row_lengths(document: Mapping[str, Any]) -> dict[str, str]:
@@ -198,6 +210,8 @@ def _marked(text: str, learned: bool) -> str:
 
 
 THUMBNAIL_PIXELS = 180
+FRAME_PIXELS = 96
+"""Height of a frame of a video; a page shrinks the strip to its card."""
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 24px; }
 h1 { font-size: 20px; margin: 0 0 4px; } .muted { color: #656d76; }
@@ -229,8 +243,36 @@ def picture(path: str, pixels: int = THUMBNAIL_PIXELS) -> str:
     try:
         image = open_image(path)
     except (BadImage, OSError) as error:
-        return f'<div class="missing">{escape(path)} {escape(str(error))}</div>'
+        return _missing(path, error)
     image.thumbnail((pixels, pixels))
+    return _shown(path, image)
+
+
+def _strip(video: Mapping[str, Any]) -> str:
+    """Return the frames of a video that the model got, side by side; words where it cannot be read.
+
+    Args:
+        video: `path`, and `frames` (their numbers), or `num_frames` and `fps` by which they are taken.
+    """
+    from orchestrator.data.records.image_files import BadImage
+    from orchestrator.data.records.video_files import clip_of, frames_of, open_frames, strip_of
+    from orchestrator.data.rows import ImageReading
+
+    path = video["path"]
+    try:
+        clip = clip_of(path)
+        reading = ImageReading(num_frames=video.get("num_frames", 1), fps=video.get("fps"))
+        frames = video.get("frames") or frames_of(clip, reading)
+        return _shown(path, strip_of(open_frames(path, frames, clip), FRAME_PIXELS))
+    except (BadImage, OSError, DataError) as error:
+        return _missing(path, error)
+
+
+def _missing(path: str, error: Exception) -> str:
+    return f'<div class="missing">{escape(path)} {escape(str(error))}</div>'
+
+
+def _shown(path: str, image: Any) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
     code = base64.b64encode(data.getvalue()).decode()

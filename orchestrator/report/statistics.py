@@ -128,7 +128,7 @@ def scores_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | No
     """Return of records what `compare` needs, as `row`, `images` and `score`; None where one has no score."""
     if not all("row" in one and ("score" in one or "right" in one) for one in records):
         return None
-    return [{"row": one["row"], "images": one.get("images"), "score": _score(one)} for one in records]
+    return [{"row": one["row"], "images": _seen(one) or one.get("images"), "score": _score(one)} for one in records]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -161,8 +161,13 @@ def _scores(
 
 
 def _images(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return which images each answer is about; one about none is alone."""
-    return ["\n".join(map(str, one.get("images") or (f"row {one['row']}",))) for one in records]
+    """Return which images and videos each answer is about; one about none is alone."""
+    return ["\n".join(map(str, _seen(one) or (f"row {one['row']}",))) for one in records]
+
+
+def _seen(record: Mapping[str, Any]) -> list[Any]:
+    """Return the paths of the images and videos that an answer is about."""
+    return [*(record.get("images") or ()), *(video["path"] for video in record.get("videos") or ())]
 
 
 def _clustered(values_SQ: np.ndarray, images_Q: Sequence[str]) -> tuple[float, float, float, int]:

@@ -57,13 +57,20 @@ class Spec(BaseModel):
     """A part of an experiment file: frozen, unknown keys refused, every field described by the docstring below it.
 
     `aliases` maps other frameworks' names to the canonical ones; the loader renames them and says so.
-    `not_identity` names fields that never change what a cell is (docs/concepts/identity.md).
+    `not_identity` names fields that never change what a cell is (docs/concepts/identity.md), `added_later` those that
+    do not while they have their defaults, so that what was trained before there were such fields is still the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     aliases: ClassVar[dict[str, str]] = {}
     not_identity: ClassVar[frozenset[str]] = frozenset()
+    added_later: ClassVar[frozenset[str]] = frozenset()
+
+    def as_before(self) -> frozenset[str]:
+        """Return the fields of `added_later` that have their defaults."""
+        fields = type(self).model_fields
+        return frozenset(name for name in self.added_later if getattr(self, name) == fields[name].default)
 
 
 class Component(Spec):

@@ -15,6 +15,35 @@ Images = Sequence[tuple[float, Sequence[Grid]]]
 """Images of several sizes: the share of each kind, and the units it becomes."""
 
 
+def units_for(points: Sequence[CompressorSpec], grids: Sequence[Grid]) -> Sequence[Grid]:
+    """Return the units of an image or a video as a variant's points get them: where one acts across frames, the
+    numbered frames of a video are one unit, one below the other.
+    """
+    if not any(grid.frame for grid in grids) or not any(point.across_frames for point in points):
+        return grids
+    frames = [grid for grid in grids if grid.tokens > 1]
+    whole = Grid(sum(grid.height for grid in frames), frames[0].width, len(frames))
+    return [whole, *(grid for grid in grids if grid.tokens == 1)]
+
+
+def kept_grid(point: CompressorSpec, grid: Grid) -> Grid:
+    """Return what a point leaves of a unit; of several frames of a video, frame by frame unless it acts across them."""
+    if grid.frames == 1 or point.across_frames:
+        return point.kept_grid(grid)
+    one = point.kept_grid(_frame(grid))
+    return Grid(one.height * grid.frames, one.width, grid.frames)
+
+
+def _tokens_before(point: CompressorSpec, grid: Grid) -> int:
+    if grid.frames == 1 or point.across_frames:
+        return point.tokens_before(grid)
+    return point.tokens_before(_frame(grid)) * grid.frames
+
+
+def _frame(grid: Grid) -> Grid:
+    return Grid(grid.height // grid.frames, grid.width)
+
+
 def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid) -> list[int]:
     """Return the visual tokens of one image in each decoder layer; each point acts on what the one before left.
 
@@ -32,8 +61,8 @@ def tokens_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Gri
         layer = point.layer_index(num_layers)
         if layer >= num_layers:
             raise ValueError(f"layer {layer} is beyond the model's {num_layers} layers")
-        more = point.tokens_before(left) - left.tokens
-        left = point.kept_grid(left)
+        more = _tokens_before(point, left) - left.tokens
+        left = kept_grid(point, left)
         by_layer[:layer] = [tokens + more for tokens in by_layer[:layer]]
         by_layer[layer:] = [left.tokens] * (num_layers - layer)
     return by_layer
@@ -44,7 +73,7 @@ def keys_by_layer(points: Sequence[CompressorSpec], num_layers: int, grid: Grid)
     by_layer = [0] * num_layers
     left = grid
     for point in sorted(points, key=lambda point: point.sort_key(num_layers)):
-        kept = point.kept_grid(left)
+        kept = kept_grid(point, left)
         if point.keys_only:
             layer = point.layer_index(num_layers)
             by_layer[layer:] = [tokens + left.tokens - kept.tokens for tokens in by_layer[layer:]]
@@ -113,7 +142,7 @@ def mean_layer_average(points: Sequence[CompressorSpec], num_layers: int, images
     known: dict[Grid, int] = {}
     total = 0.0
     for share, units in images:
-        for grid in units:
+        for grid in units_for(points, units):
             if grid not in known:
                 known[grid] = sum(tokens_by_layer(points, num_layers, grid))
             total += share * known[grid]

@@ -564,6 +564,10 @@ class DataSpec(Component):
             OSError: the storage fails, which says nothing about the data.
         """
 
+    def has_videos(self) -> bool | None:
+        """Return whether a row has a video; None where that is not known before the data is read."""
+        return False
+
     def remarks(self) -> list[str]:
         """Return what a reader of results should know of the rows, such as how many were left out, and why."""
         return []

@@ -1,4 +1,4 @@
-"""What an image of any size becomes in a model: its units of visual tokens, by plain arithmetic on the model's files.
+"""What an image or a video becomes in a model: its units of visual tokens, by plain arithmetic on the model's files.
 
 Each function repeats what an image processor of transformers and the model do to an image of height x width, without
 either; tests hold them to both, on many sizes. The settings come from `processor_config.json` or
@@ -26,14 +26,15 @@ _MAX_SIDE = 4096  # of Idefics3's and SmolVLM's processors, in pixels
 
 @dataclass(frozen=True)
 class ImageUnits:
-    """An image as the model gets it.
+    """An image, or a video, as the model gets it.
 
     Attributes:
-        grids: Its units of visual tokens (tiles, the whole image), in the order of their placeholders.
+        grids: Its units of visual tokens (tiles, the whole image, frames), in the order of their placeholders.
         tower: Tokens inside the vision tower, one number for each sequence that attends to itself.
         features: Tokens the projector gives, before any are cut off and newlines added.
         markers: Text tokens that the processor writes beside the placeholders (ends of rows, names of tiles).
         windows: Tokens of each window, where layers of the tower attend within windows.
+        frames: Units that are frames of a video (their grids say which); 0 of an image.
     """
 
     grids: tuple[Grid, ...]
@@ -41,6 +42,7 @@ class ImageUnits:
     features: int
     markers: int = 0
     windows: tuple[int, ...] = ()
+    frames: int = 0
 
     @property
     def tokens(self) -> int:
@@ -70,6 +72,42 @@ def image_rule(config: Settings, vision: Settings, processor: Settings | None) -
     if processor is None:
         raise ValueError(f"an image of {kind} becomes what its processor makes of it, whose settings are not here")
     return rule.make(config, vision, rule.settings(processor))
+
+
+VideoRule = Callable[[int, int, int], ImageUnits]
+"""`(frames, height, width)`: frames that are taken of a video, and their pixels."""
+
+
+def video_rule(config: Settings, vision: Settings, videos: Settings | None) -> VideoRule:
+    """Return what a model makes of a video.
+
+    Args:
+        config: The model's config with the defaults of its class.
+        vision: Its vision config, likewise.
+        videos: The settings of `video_settings`; None where the files are not here.
+
+    Raises:
+        ValueError: the type's arithmetic is not known, or the settings are not here or not what it is for.
+    """
+    kind = config["model_type"]
+    make = _VIDEO_RULES.get(kind)
+    if make is None:
+        raise ValueError(f"what a video becomes in {kind} is not known here")
+    if videos is None:
+        raise ValueError(f"a video of {kind} becomes what its processor makes of it, whose settings are not here")
+    if videos.get("do_resize") is False:
+        raise ValueError("the video processor does not resize frames here (do_resize: false)")
+    return make(config, vision, videos)
+
+
+def video_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of a folder's video processor: as transformers reads them, those in `processor_config.json`
+    before `video_preprocessor_config.json` before `preprocessor_config.json`. None where there is none.
+    """
+    found = (_read(folder / "processor_config.json") or {}).get("video_processor")
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        found = found if isinstance(found, dict) else _read(folder / name)
+    return None if found is None else {name: value for name, value in found.items() if value is not None}
 
 
 def processor_settings(folder: Path) -> dict[str, Any] | None:
@@ -283,6 +321,14 @@ def _next(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
         return ImageUnits((tile, Grid(rows, columns + 1)), (inside,) * tiles, tiles * tile.tokens)
 
     return rule
+
+
+def _fixed(config: Settings, vision: Settings, settings: Settings) -> ImageRule:
+    side = _pair(vision["image_size"])[0] // _pair(vision["patch_size"])[0]
+    if config["vision_feature_select_strategy"] != "default":
+        raise ValueError("the CLS token of an image is a visual token here (vision_feature_select_strategy)")
+    image = ImageUnits((Grid(side, side),), (side * side + 1,), side * side)
+    return lambda height, width, alone: image
 
 
 @lru_cache(maxsize=16)
@@ -677,6 +723,7 @@ _RULES: dict[str, _Rule] = {
     "llava_next_video": _NEXT,
     "granite4_vision": _NEXT,
     "llava_onevision": _Rule(_next, {}, ("LlavaOnevisionImageProcessor",)),
+    "video_llava": _Rule(_fixed, {}, ("VideoLlavaImageProcessor", "CLIPImageProcessor")),
     "internvl": _crops(
         _by_shape,
         lambda config, vision: round(1 / config["downsample_ratio"]),
@@ -739,3 +786,94 @@ _RULES: dict[str, _Rule] = {
     ),
     "lfm2_vl": _Rule(_lfm2, _LFM2_SETTINGS, ("Lfm2VlImageProcessor",), {"use_image_special_tokens": True}),
 }
+
+
+def _frames(grid: Grid, frames: int) -> tuple[Grid, ...]:
+    """Return the frames of a video, numbered."""
+    return tuple(replace(grid, frame=frame) for frame in range(frames))
+
+
+def _frame_side(vision: Settings, videos: Settings, default: Settings) -> int:
+    """Return the patches along a side of a frame.
+
+    Raises:
+        ValueError: frames are not of the size that the vision tower is made for, so that the model refuses them.
+    """
+    size = {**default, **videos}
+    final = size["crop_size"] if size.get("do_center_crop") else size["size"]
+    pixels = _pair(vision["image_size"])
+    found = _pair(final) if not isinstance(final, Mapping) or "height" in final else None
+    if found != pixels:
+        raise ValueError(
+            f"the video processor makes frames of {final}, and the vision tower takes {pixels[0]} x {pixels[1]} pixels"
+        )
+    return pixels[0] // _pair(vision["patch_size"])[0]
+
+
+_CROPPED = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+
+
+def _onevision_video(config: Settings, vision: Settings, videos: Settings) -> VideoRule:
+    side = _frame_side(vision, videos, {"size": {"height": 384, "width": 384}})
+    frame = Grid(-(-side // 2), -(-side // 2))  # pooled by two, what that does not divide rounded up
+
+    def rule(frames: int, height: int, width: int) -> ImageUnits:
+        patches = side * side
+        return ImageUnits((*_frames(frame, frames), _NEWLINE), (patches,) * frames, frames * patches, frames=frames)
+
+    return rule
+
+
+def _next_video(config: Settings, vision: Settings, videos: Settings) -> VideoRule:
+    side = _frame_side(vision, videos, _CROPPED)
+    if config.get("spatial_pool_mode", "average") not in ("average", "max"):
+        raise ValueError("its video pooling learns, and the cost of that is not known")
+    pooled = side // int(config.get("spatial_pool_stride", 2))
+    frame = Grid(pooled, pooled)
+
+    def rule(frames: int, height: int, width: int) -> ImageUnits:
+        inside = side * side + ("clip" in vision["model_type"])
+        return ImageUnits(_frames(frame, frames), (inside,) * frames, frames * frame.tokens, frames=frames)
+
+    return rule
+
+
+def _video_llava(config: Settings, vision: Settings, videos: Settings) -> VideoRule:
+    side = _frame_side(vision, videos, _CROPPED)
+
+    def rule(frames: int, height: int, width: int) -> ImageUnits:
+        # Of each frame the CLS token, alone, and its patches.
+        grids = tuple(unit for grid in _frames(Grid(side, side), frames) for unit in (_NEWLINE, grid))
+        inside = side * side + 1
+        return ImageUnits(grids, (inside,) * frames, frames * inside, frames=frames)
+
+    return rule
+
+
+def _qwen2_video(config: Settings, vision: Settings, videos: Settings) -> VideoRule:
+    settings = {"size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}, "patch_size": 14, **videos}
+    patch, merge = int(settings["patch_size"]), int(settings.get("merge_size", 2))
+    every = int(settings.get("temporal_patch_size", 2))
+    least, most = _bounds(settings)
+    if settings.get("cap_pixels_per_frame"):
+        raise ValueError("cap_pixels_per_frame bounds a video's pixels by its length, and that is not known here")
+    windows = vision.get("window_size")
+
+    def rule(frames: int, height: int, width: int) -> ImageUnits:
+        rows, columns = _within(height, width, patch * merge, least, most)
+        one = _merged(rows // patch, columns // patch, merge, windows and windows // merge // patch)
+        times = -(-frames // every)  # the last frame is repeated to fill a temporal patch
+        grids = _frames(one.grids[0], times)
+        return ImageUnits(grids, one.tower * times, times * one.features, windows=one.windows * times, frames=times)
+
+    return rule
+
+
+_VIDEO_RULES: dict[str, Callable[[Settings, Settings, Settings], VideoRule]] = {
+    "llava_onevision": _onevision_video,
+    "llava_next_video": _next_video,
+    "video_llava": _video_llava,
+    "qwen2_vl": _qwen2_video,
+    "qwen2_5_vl": _qwen2_video,
+}
+"""Types whose videos are counted. Qwen3-VL writes time stamps between frames, whose tokens depend on the file."""

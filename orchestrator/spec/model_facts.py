@@ -13,7 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from orchestrator.spec.components import Grid
 from orchestrator.spec.decoder_layers import DecoderLayer, decoder_layers, inner_size
-from orchestrator.spec.image_units import ImageRule, image_rule, processor_settings
+from orchestrator.spec.image_units import (
+    ImageRule,
+    VideoRule,
+    image_rule,
+    processor_settings,
+    video_rule,
+    video_settings,
+)
 
 _KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -717,12 +724,26 @@ def rule_of_images(folder: Path) -> ImageRule:
     Raises:
         ValueError: its type or its files do not say; the message has the reason.
     """
+    return image_rule(*_config_parts(folder, "an image"), processor_settings(folder))
+
+
+def rule_of_videos(folder: Path) -> VideoRule:
+    """Return what the model in a folder makes of a video.
+
+    Raises:
+        ValueError: its type or its files do not say; the message has the reason.
+    """
+    return video_rule(*_config_parts(folder, "a video"), video_settings(folder))
+
+
+def _config_parts(folder: Path, what: str) -> tuple[Part, Part]:
+    """Return the config of the model in a folder and that of its vision tower, with the defaults of their classes."""
     config = read_config(str(folder)) or {}
     family = FAMILIES.get(config.get("model_type", ""))
     vision = None if family is None else _vision_part(config, family)
     if family is None or vision is None:
-        raise ValueError(f"what an image becomes in {config.get('model_type', 'this model')} is not known here")
-    return image_rule({**family.top, **config}, vision, processor_settings(folder))
+        raise ValueError(f"what {what} becomes in {config.get('model_type', 'this model')} is not known here")
+    return {**family.top, **config}, vision
 
 
 @lru_cache(maxsize=64)
@@ -856,7 +877,7 @@ def _family_facts(config: dict[str, Any], family: FamilyDefaults) -> ModelFacts 
 
 def _patches_per_token(top: Part, vision: Part) -> int:
     """Return how many patches become a token: Qwen-VL's merger has four, and most have no more."""
-    if top["model_type"] in ("llava_next", "llava_next_video"):
+    if top["model_type"] == "llava_next":
         return 2  # one, and others are of the margin around the image
     if vision["model_type"] == "step3p5_vision" or "mlp_dim" in vision:
         return 16  # two convolutions of stride 2

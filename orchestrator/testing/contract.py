@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from orchestrator import registry
 from orchestrator.data.records.image_files import BadImage, file_of, open_image
-from orchestrator.data.rows import IMAGE_MARK, DataSet, ImageRef, Row, Turn, evenly_spread, open_data_set
+from orchestrator.data.records.video_files import clip_of, frames_of
+from orchestrator.data.rows import VIDEO_MARK, DataSet, ImageRef, Row, Turn, evenly_spread, open_data_set
 from orchestrator.errors import DataError, UsageError, shorten
 from orchestrator.plan.identity import digest
 from orchestrator.spec.base import Component, validation_text
@@ -375,16 +376,21 @@ def _check_row(place: int, row: Row) -> None:
         )
     if not all(isinstance(turn.text, str) for turn in row.turns):
         raise Broken(f"{where} has a turn whose text is no str")
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in row.turns)
-    if marks != len(row.images):
-        raise Broken(f"{where} has {len(row.images)} images and {marks} marks {IMAGE_MARK}; put a mark for each image")
+    for mark in row.marks:
+        what, count = mark.strip("<>"), sum(image.video == (mark == VIDEO_MARK) for image in row.images)
+        marks = sum(turn.text.count(mark) for turn in row.turns)
+        if marks != count:
+            raise Broken(f"{where} has {count} {what}s and {marks} marks {mark}; put a mark for each {what}")
     if not (row.answer_type is None or isinstance(row.answer_type, str)):
         raise Broken(f"{where} has the answer_type {row.answer_type!r}; it is a str or None")
 
 
 def _open(image: ImageRef) -> None:
     try:
-        open_image(image.path, image.reading)
+        if image.video:
+            frames_of(clip_of(image.path), image.reading)
+        else:
+            open_image(image.path, image.reading)
     except BadImage as error:
         raise Broken(f"{image.path} {error}; leave such rows out, or report them in check()") from error
 

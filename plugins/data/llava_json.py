@@ -1,4 +1,4 @@
-"""`llava_json`: LLaVA's conversation format, JSON or JSONL, one image, several, or none a row."""
+"""`llava_json`: LLaVA's conversation format, JSON or JSONL; images, videos, both or none in a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from orchestrator import plugin
 from orchestrator.data.records.conversations import RecordOptions, parse_record
 from orchestrator.data.records.json_records import BadRow, read_records
-from orchestrator.data.records.record_set import ColumnsSpec, RecordSet
+from orchestrator.data.records.record_set import ColumnsSpec, RecordSet, VideosSpec
 from orchestrator.plan.identity import source_code
 
 _READERS = tuple(
@@ -25,22 +25,26 @@ _READERS = tuple(
 )
 
 
-class LlavaJsonSpec(ColumnsSpec):
+class LlavaJsonSpec(ColumnsSpec, VideosSpec):
     """Records of `image` (a path, a list, or absent) and `conversations` of `from: human|gpt` and `value`.
 
-    `images`, `messages` of `role` and `content`, and `system` are read too. Any other key with content is a fault.
+    `video` (a path or a list), `images`, `messages` of `role` and `content`, and `system` are read too. Any other key
+    with content is a fault.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.llava_json:LlavaJson"
-    path_fields: ClassVar[tuple[str, ...]] = ("data_path", "image_folder")
+    path_fields: ClassVar[tuple[str, ...]] = ("data_path", "image_folder", "video_folder")
+    added_later: ClassVar[frozenset[str]] = ColumnsSpec.added_later | {"video_folder", "num_frames", "fps"}
 
     kind: Literal["llava_json"] = "llava_json"
     data_path: str
     """Records file, `.json` or `.jsonl`."""
     image_folder: str | None = None
     """Folder that image paths are relative to; null takes the folder of `data_path`. Links in it are followed."""
+    video_folder: str | None = None
+    """Folder that paths of videos are relative to; null takes that of images."""
     allow_outside_image_folder: bool = False
-    """Whether image paths may be absolute or hold `..`; for files you trust."""
+    """Whether paths of images and videos may be absolute or hold `..`; for files you trust."""
 
     @property
     def source(self) -> str:
@@ -56,8 +60,21 @@ class LlavaJsonSpec(ColumnsSpec):
         return plugin.content_digest(self.data_path)
 
     def record_options(self) -> RecordOptions:
-        """Return how records and images are read."""
-        return replace(super().record_options(), allow_outside_image_folder=self.allow_outside_image_folder)
+        """Return how records, images and videos are read."""
+        options = super().record_options()
+        return replace(
+            options,
+            allow_outside_image_folder=self.allow_outside_image_folder,
+            reading=replace(options.reading, num_frames=self.num_frames, fps=self.fps),
+            video_folder=_video_folder(self),
+        )
+
+    def has_videos(self) -> bool | None:
+        """Return whether a row has a video; None where the file is not here or cannot be read."""
+        try:
+            return bool(LlavaJson(self).index().images.num_videos) if self.is_here() else None
+        except (plugin.DataError, OSError):
+            return None
 
     def first_rows(self, count: int, folder: Path) -> LlavaJsonSpec:
         """Return the first rows in a file of their own, so that no other image is looked at.
@@ -71,6 +88,7 @@ class LlavaJsonSpec(ColumnsSpec):
         folder.mkdir(parents=True, exist_ok=True)
         small.write_text(text, encoding="utf-8")
         changes = {"data_path": str(small), "image_folder": str(_image_folder(self)), "num_samples": None}
+        changes |= {"video_folder": str(_video_folder(self))}
         return self.model_copy(update={**changes, "max_samples": None, "max_bad_share": 1.0})
 
 
@@ -101,7 +119,7 @@ class LlavaJson(RecordSet[LlavaJsonSpec]):
         about = {"kind": spec.kind, "plain": plain, "options": repr(options)}
         about |= {"columns": list(spec.columns)} if spec.columns else {}
         source = {**about, "file": plugin.content_digest(path), "code": source_code(__name__, *_READERS)}
-        found = plugin.row_index(source, entries, str(folder), options.reading)
+        found = plugin.row_index(source, entries, str(folder), options.reading, str(options.video_folder))
         if not len(found):
             raise plugin.DataError(f"{spec.data_path} has no rows")
         return found
@@ -118,3 +136,7 @@ def _entry(
 
 def _image_folder(spec: LlavaJsonSpec) -> Path:
     return Path(spec.image_folder) if spec.image_folder is not None else Path(spec.data_path).parent
+
+
+def _video_folder(spec: LlavaJsonSpec) -> Path:
+    return Path(spec.video_folder) if spec.video_folder is not None else _image_folder(spec)

@@ -47,7 +47,7 @@ class Loss:
         perplexity = math.exp(loss) if loss < 709 else math.inf
         predictions = [
             {"row": row.index, "expected": plugin.last_answer(row), "nats": one.nats, "tokens": one.tokens,
-             "images": [image.path for image in row.images]}
+             **plugin.pictures_of(row)}
             for row, one in zip(rows, found, strict=True)
         ]  # fmt: skip
         return plugin.outcome_of({"loss": loss, "perplexity": perplexity, "tokens": tokens}, predictions)

@@ -29,7 +29,8 @@ _TEMPLATE = (
     "{%- for message in messages %}{{ '[' ~ message['role'] ~ '] ' }}"
     "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{%- if part['type'] == 'image' %}IMAGE{% elif part['type'] == 'video' %}VIDEO"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{%- endfor %}{% endif %}{{ eos_token ~ '\\n' }}{% endfor %}"
     "{%- if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
@@ -47,6 +48,7 @@ class Folder:
         visual: The token that stands once for every visual token.
         image: An image in the chat template; None for a model without a template.
         more: Further special tokens.
+        videos: Settings of its video processor; None for a folder that reads images alone.
     """
 
     processor: str
@@ -56,8 +58,10 @@ class Folder:
     visual: str = "<image>"
     image: str | None = "<image>"
     more: tuple[str, ...] = ()
+    videos: dict[str, Any] | None = None
 
 
+_CROPPED = {"size": {"shortest_edge": 24}, "crop_size": SQUARE, "do_center_crop": True}
 _CLIP = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 _QWEN = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 _QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
@@ -76,7 +80,9 @@ def _qwen(processor: str) -> Folder:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 128, "longest_edge": 1024}
     )
     wrapped = f"{_QWEN_MARKS[0]}<|image_pad|>{_QWEN_MARKS[1]}"
-    return Folder(processor, images, _QWEN, {}, "<|image_pad|>", wrapped, _QWEN_MARKS)
+    videos = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "cap_pixels_per_frame": False}
+    videos |= {"size": {"shortest_edge": 128, "longest_edge": 4096}}
+    return Folder(processor, images, _QWEN, {}, "<|image_pad|>", wrapped, _QWEN_MARKS, videos)
 
 
 def _tiled(processor: str, image_processor: Any) -> Folder:
@@ -84,6 +90,18 @@ def _tiled(processor: str, image_processor: Any) -> Folder:
     return Folder(processor, images, settings={"image_seq_len": 9}, more=_TILES)
 
 
+_LARGER = [[32, 64], [64, 32], [64, 64]]
+_LARGE = {"height": 32, "width": 32}
+# Beside FOLDERS, whose families are tried on images.
+_OF_VIDEOS = {
+    "llava_next_video": lambda: Folder(
+        "LlavaNextVideoProcessor",
+        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=_LARGE, image_grid_pinpoints=_LARGER),
+        {"image_token": "<image>", "video_token": "<video>"},
+        _CLIP,
+        videos={"size": {"shortest_edge": 32}, "crop_size": _LARGE, "do_center_crop": True},
+    ),
+}
 FOLDERS = {
     "llava": lambda: Folder("LlavaProcessor", _clip(), settings=_CLIP),
     "vipllava": lambda: Folder("LlavaProcessor", _clip(), settings=_CLIP),
@@ -97,12 +115,14 @@ FOLDERS = {
         LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS),
         {"image_token": "<image>", "video_token": "<video>"},
         {"num_image_tokens": 9, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"},
+        videos={"size": SQUARE},
     ),
     "video_llava": lambda: Folder(
         "VideoLlavaProcessor",
         VideoLlavaImageProcessor(size={"shortest_edge": 24}, crop_size=SQUARE),
         {"image_token": "<image>", "video_token": "<video>"},
         _CLIP,
+        videos=_CROPPED,
     ),
     "internvl": lambda: Folder(
         "InternVLProcessor",
@@ -148,7 +168,7 @@ FOLDERS = {
 
 def write_folder(family: str, folder: Path) -> Path:
     """Writes a family's folder, without weights."""
-    holds = FOLDERS[family]()
+    holds = (FOLDERS | _OF_VIDEOS)[family]()
     base = runpy.run_path(str(MODELS / "make_tiny_llava.py"))["make_tokenizer"]()
     base.add_special_tokens({"additional_special_tokens": [*holds.tokens.values(), *holds.more]})
     tokenizer = PreTrainedTokenizerFast(
@@ -165,8 +185,14 @@ def write_folder(family: str, folder: Path) -> Path:
     settings = {"processor_class": holds.processor, **holds.settings}
     (folder / "processor_config.json").write_text(json.dumps(settings))
     if holds.image is not None:
-        (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("IMAGE", json.dumps(holds.image)[1:-1]))
+        video = holds.image.replace(holds.visual, holds.tokens.get("video_token", ""))
+        template = _TEMPLATE.replace("IMAGE", json.dumps(holds.image)[1:-1]).replace("VIDEO", json.dumps(video)[1:-1])
+        (folder / "chat_template.jinja").write_text(template)
+    if holds.videos is not None:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(holds.videos))
     config = TINY[family].build("eager", 0).config
+    if family in _OF_VIDEOS:  # frames of 4 x 4 patches, which two by two pool without a rest
+        config.vision_config.image_size, config.image_grid_pinpoints = 32, _LARGER
     ids = {name.removesuffix("_token"): token for name, token in holds.tokens.items()} | {"image": holds.visual}
     for name, token in ids.items():
         for attribute in (f"{name}_token_id", f"{name}_token_index"):

@@ -94,8 +94,8 @@ class Sample:
     Attributes:
         input_ids: (T,) int32, the image placeholder once per visual token, between the family's markers.
         labels: (T,) int32, the ids where the assistant speaks, -100 elsewhere.
-        images: Images whose tokens are in `input_ids`, in order.
-        num_visual_tokens: Visual tokens of all images, before compression.
+        images: Images and videos whose tokens are in `input_ids`, in order.
+        num_visual_tokens: Visual tokens of them all, before compression.
     """
 
     input_ids: np.ndarray
@@ -173,9 +173,9 @@ class Encoder:
 
     def _tokenize(self, row: Row, texts: tuple[ImageText, ...], prompt_only: bool) -> _Encoded:
         """Return the part of a row that fits; an image beyond `texts` ends it."""
-        chat, visual_id = self._processor.chat, self._processor.image_token_id
+        chat = self._processor.chat
         rendered = render(self._template, row, chat, prompt_only)
-        expanded = expand(rendered, chat.image_token, [text.text for text in texts])
+        expanded = expand(rendered, chat.tokens_of(row), [text.text for text in texts])
         tokens = self._processor.tokenize(expanded.text)
         spoken, of_image = np.zeros(len(tokens.ids), dtype=bool), np.zeros(len(tokens.ids), dtype=bool)
         for first, last in expanded.answers:
@@ -186,7 +186,8 @@ class Encoder:
             of_image[block] = True
         # An image beyond `texts` is not expanded, and the row ends before it.
         known = len(tokens.ids) if len(blocks) == len(texts) else int(blocks[len(texts)][0])
-        visual, runs = np.flatnonzero(tokens.ids[:known] == visual_id), [run for text in texts for run in text.runs]
+        visual = np.flatnonzero(np.isin(tokens.ids[:known], self._processor.placeholder_ids))
+        runs = [run for text in texts for run in text.runs]
         if len(visual) != len(runs):
             raise DataError(f"row {row.index}: {len(visual)} image placeholders after tokenising, {len(runs)} expected")
         repeats = np.ones(len(tokens.ids), dtype=np.int64)

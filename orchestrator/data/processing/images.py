@@ -1,4 +1,4 @@
-"""A row's images through the model's own processor: the text that stands for each, and the tensors."""
+"""A row's images and videos through the model's own processor: the text that stands for each, and the tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 
 from orchestrator.data.processing.templates import takes_suffix
 from orchestrator.data.records.image_files import BadImage, image_size, open_image, pad_to_square
+from orchestrator.data.records.video_files import Clip, clip_of, frames_of, open_frames
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, UsageError
 
@@ -26,6 +28,7 @@ TEXT_CACHE_BYTES = 64 * 2**20
 IMAGE_THREADS = 4
 # Any two differ in every respect that may matter to an image processor.
 _PROBE_SIZES = ((336, 336), (100, 700), (1500, 1000))
+_SECONDS = "second_per_grid_ts"
 # Outputs of a processor that are not image inputs.
 _OF_THE_TEXT = {
     "input_ids",
@@ -38,6 +41,25 @@ _OF_THE_TEXT = {
 
 Tensors = dict[str, torch.Tensor]
 Sizes = tuple[tuple[int, int], ...]
+
+
+class Placeholders(NamedTuple):
+    """What stands for images, or for videos, in texts.
+
+    Attributes:
+        whole: Stands for one of them in a text that the processor reads.
+        visual: Stands for one visual token in the text that it writes.
+    """
+
+    whole: str
+    visual: str
+
+
+class _Sampled(NamedTuple):
+    """What the text that stands for a video depends on: the frames that are taken, and of what clip."""
+
+    frames: tuple[int, ...]
+    clip: Clip
 
 
 class BoundedCache(Generic[Value]):
@@ -75,10 +97,10 @@ class BoundedCache(Generic[Value]):
 
 @dataclass(frozen=True)
 class ImageText:
-    """The text that stands for one image, each run of visual placeholders written as a single one.
+    """The text that stands for one image or video, each run of visual placeholders written as a single one.
 
     Attributes:
-        text: Placeholders and the family's markers: separators of tiles or rows, begin and end.
+        text: Placeholders and the family's markers: separators of tiles or rows, begin and end, time stamps.
         runs: Number of visual tokens that each placeholder of `text` stands for.
     """
 
@@ -87,7 +109,7 @@ class ImageText:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Number of visual tokens of the image."""
+        """Number of its visual tokens."""
         return sum(self.runs)
 
 
@@ -95,18 +117,19 @@ class RowImages:
     """Runs the processor on the images of one row at a time, since some processors treat a single image differently.
 
     Outputs of rows are joined to what the processor would give for all of them: families differ in the axis that they
-    pad (tiles, pixels), and all pad at the end and with zeros.
+    pad (tiles, pixels), and all pad at the end and with zeros. Videos of several lengths are joined where the processor
+    makes patches of them, and refused where a batch has one length.
 
     Args:
         processor: The processor from `AutoProcessor`.
-        image_token: Stands for one image in a text that the processor reads.
-        visual_token: Stands for one visual token in the text that it writes.
+        images: What stands for images.
+        videos: What stands for videos; None where the processor reads none.
     """
 
-    def __init__(self, processor: Any, image_token: str, visual_token: str) -> None:
-        self._processor, self._image_token, self._visual_token = processor, image_token, visual_token
-        self._run = re.compile(f"(?:{re.escape(visual_token)})+")
+    def __init__(self, processor: Any, images: Placeholders, videos: Placeholders | None = None) -> None:
+        self._processor, self._images, self._videos = processor, images, videos
         self._sizes: Mapping[str, tuple[int, int]] = {}
+        self._clips: Mapping[str, Clip] = {}
         self._tensors: BoundedCache[Tensors] = BoundedCache(PIXEL_CACHE_BYTES)
         self._texts: BoundedCache[tuple[ImageText, ...]] = BoundedCache(TEXT_CACHE_BYTES)
 
@@ -114,9 +137,22 @@ class RowImages:
         """Set height and width of images by path, so that their files need not be opened for it."""
         self._sizes = sizes
 
+    def know_clips(self, clips: Mapping[str, Clip]) -> None:
+        """Say what videos hold, by path, so that their files need not be decoded for it; earlier ones stay known."""
+        self._clips = {**self._clips, **clips}
+
+    def clip(self, video: ImageRef) -> Clip:
+        """Return what a video holds.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with _as_data_error(video):
+            return self._clips.get(video.path) or clip_of(video.path)
+
     @cached_property
     def fixed_text(self) -> ImageText | None:
-        """The text that stands for an image, if it is the same for all images; else None."""
+        """The text that stands for an image, if it is the same for all images; else None. Videos are others."""
         rows: list[Sizes] = [*((size,) for size in _PROBE_SIZES), _PROBE_SIZES[:2]]
         found = {text for row in rows for text in self._apply([_grey(size) for size in row])[1]}
         return found.pop() if len(found) == 1 else None
@@ -131,8 +167,8 @@ class RowImages:
         except (ValueError, TypeError, AttributeError):
             return False
 
-    def _alone(self, images: list[Image.Image]) -> Any:
-        return self._processor(images=[images], images_kwargs={"return_tensors": "pt"})
+    def _alone(self, images: Sequence[Image.Image | _Video]) -> Any:
+        return self._processor(images=[list(images)], images_kwargs={"return_tensors": "pt"})
 
     @cached_property
     def _one_entry_per_row(self) -> bool:
@@ -151,18 +187,34 @@ class RowImages:
         return "token_type_ids" if says else None
 
     def texts(self, images: Sequence[ImageRef]) -> tuple[ImageText, ...]:
-        """Return the text for each image of a row; it depends on their sizes only, in all processors.
+        """Return the text for each image of a row; it depends on their sizes only, in all processors, and that of a
+        video on the frames that are taken too.
 
         Raises:
             DataError: an image cannot be read.
         """
         if not images:
             return ()
-        if self.fixed_text is not None:
+        if self.fixed_text is not None and not any(image.video for image in images):
             return (self.fixed_text,) * len(images)
-        found = self._texts.get(tuple(self._sizes.get(image.path) or _size_of(image) for image in images))
+        found = self._texts.get(self.shapes(images))
         # The pixels are needed soon after, so the row itself is processed rather than blank images of its sizes.
         return self._read(tuple(images))[1] if found is None else found
+
+    def shapes(self, images: Sequence[ImageRef]) -> tuple[Hashable, ...]:
+        """Return what the text of each image and video depends on.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        return tuple(
+            self._sampled(image) if image.video else self._sizes.get(image.path) or _size_of(image) for image in images
+        )
+
+    def _sampled(self, video: ImageRef) -> _Sampled:
+        clip = self.clip(video)
+        with _as_data_error(video):
+            return _Sampled(frames_of(clip, video.reading), clip)
 
     def tensors(self, rows: Sequence[Sequence[ImageRef]]) -> Tensors:
         """Return the model's image inputs of a batch; empty if no row has an image.
@@ -179,13 +231,24 @@ class RowImages:
             return {}
         missing = [row for row, tensors in known.items() if tensors is None]
         known |= dict(zip(missing, self._read_all(missing), strict=True))
-        parts = [known[row] for row in wanted if row]
-        first = parts[0]
-        assert first is not None
-        if len(parts) < len(rows) and self._one_entry_per_row:
-            empty = {name: value.new_zeros((1, *[0] * (value.ndim - 1))) for name, value in first.items()}
-            parts = [known[row] if row else empty for row in wanted]
-        return {name: _join([part[name] for part in parts if part is not None]) for name in first}
+        parts = [known[row] or {} if row else {} for row in wanted]
+        examples: Tensors = {}
+        for part in parts:
+            examples = {**part, **examples}
+        if not all(parts) and self._one_entry_per_row:
+            empty = {name: value.new_zeros((1, *[0] * (value.ndim - 1))) for name, value in examples.items()}
+            parts = [part or empty for part in parts]
+        joined: Tensors = {}
+        for name in examples:
+            values = [part[name] for part in parts if name in part]
+            if name.endswith("_videos") and len({value.shape[1:] for value in values}) > 1:
+                lengths = ", ".join(str(length) for length in sorted({value.shape[1] for value in values}))
+                raise DataError(
+                    f"videos of {lengths} frames in one batch, of which {type(self._processor).__name__} takes one "
+                    "length; leave fps out, or give one num_frames"
+                )
+            joined[name] = _join(values)
+        return joined
 
     def _read_all(self, rows: Sequence[tuple[ImageRef, ...]]) -> list[Tensors]:
         if len(rows) < 2:
@@ -195,16 +258,16 @@ class RowImages:
             return [tensors for tensors, _ in pool.map(self._read, rows)]
 
     def _read(self, row: tuple[ImageRef, ...]) -> tuple[Tensors, tuple[ImageText, ...]]:
-        images = [self._open(image) for image in row]
+        images = [self._frames(image) if image.video else self._open(image) for image in row]
         try:
-            if self._reads_images_alone and self.fixed_text is not None:
+            if self._reads_images_alone and self.fixed_text is not None and not any(image.video for image in row):
                 tensors, texts = _tensors_of(self._alone(images)), (self.fixed_text,) * len(images)
             else:
                 tensors, texts = self._apply(images)
         except (OSError, ValueError) as error:
             paths = ", ".join(image.path for image in row)
             raise DataError(f"{paths} cannot be read by the model's processor: {error}") from error
-        sizes = tuple((image.height, image.width) for image in images)
+        sizes = tuple(image.told if isinstance(image, _Video) else (image.height, image.width) for image in images)
         self._texts.put(sizes, texts, sum(len(text.text) + 8 * len(text.runs) for text in texts))
         self._tensors.put(row, tensors, sum(value.nbytes for value in tensors.values()))
         return tensors, texts
@@ -213,6 +276,16 @@ class RowImages:
         with _as_data_error(image):
             opened = open_image(image.path, image.reading)
         return pad_to_square(opened, self._mean_colour) if image.reading.pad else opened
+
+    def _frames(self, video: ImageRef) -> _Video:
+        if self._videos is None:
+            raise DataError(
+                f"{video.path} is a video, and {type(self._processor).__name__} reads none here: the model takes none, "
+                "or its video processor needs torchvision"
+            )
+        told = self._sampled(video)
+        with _as_data_error(video):
+            return _Video(open_frames(video.path, told.frames, told.clip), told)
 
     @cached_property
     def _mean_colour(self) -> tuple[int, ...]:
@@ -229,24 +302,40 @@ class RowImages:
             )
         return tuple(int(value * 255) for value in mean)
 
-    def _apply(self, images: list[Image.Image]) -> tuple[Tensors, tuple[ImageText, ...]]:
-        """Return the tensors and texts of a row's images."""
+    def _apply(self, images: Sequence[Image.Image | _Video]) -> tuple[Tensors, tuple[ImageText, ...]]:
+        """Return the tensors and texts of a row's images and videos."""
         given = self._given(images)
         written = [entry["replacement"] for entry in given["text_replacement_offsets"][0]]
-        return _tensors_of(given), tuple(map(self._image_text, written))
+        kinds = [self._kind(image) for image in images]
+        return _tensors_of(given), tuple(map(self._image_text, written, kinds))
 
-    def _given(self, images: list[Image.Image]) -> Any:
-        """Return the processor's output for a row of images alone.
+    def _kind(self, image: Image.Image | _Video) -> Placeholders:
+        found = self._videos if isinstance(image, _Video) else self._images
+        assert found is not None  # or the video would not have been opened
+        return found
+
+    def _given(self, images: Sequence[Image.Image | _Video]) -> Any:
+        """Return the processor's output for a row of images and videos alone.
 
         Raises:
             UsageError: it does not report what it writes for an image.
         """
+        videos = [image for image in images if isinstance(image, _Video)]
+        pictures = [image for image in images if not isinstance(image, _Video)]
+        inputs: dict[str, Any] = {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}} if pictures else {}
+        if videos:
+            inputs["videos"] = [torch.from_numpy(video.frames_THWC).permute(0, 3, 1, 2) for video in videos]
+            inputs["videos_kwargs"] = {
+                "return_tensors": "pt",
+                "do_sample_frames": False,  # they are, by the data's own settings
+                "input_data_format": "channels_first",
+                "video_metadata": [video.metadata for video in videos],
+            }
         try:
             given = self._processor(
-                text=[self._image_token * len(images)],
-                images=[images],
+                text=["".join(self._kind(image).whole for image in images)],
                 return_text_replacement_offsets=True,
-                images_kwargs={"return_tensors": "pt"},
+                **inputs,
             )
             if len(given["text_replacement_offsets"][0]) == len(images):
                 return given
@@ -259,20 +348,41 @@ class RowImages:
             "images need a processor that returns `text_replacement_offsets` (transformers 5.20 and later)"
         )
 
-    def _image_text(self, text: str) -> ImageText:
-        runs = tuple(len(found.group()) // len(self._visual_token) for found in self._run.finditer(text))
+    def _image_text(self, text: str, kind: Placeholders) -> ImageText:
+        run = re.compile(f"(?:{re.escape(kind.visual)})+")
+        runs = tuple(len(found.group()) // len(kind.visual) for found in run.finditer(text))
         if not runs:
             raise UsageError(
-                f"model: {type(self._processor).__name__} writes {text[:80]!r} for an image, without the model's "
-                f"placeholder {self._visual_token!r}; processor and config do not match"
+                f"model: {type(self._processor).__name__} writes {text[:80]!r} for {kind.whole}, without the model's "
+                f"placeholder {kind.visual!r}; processor and config do not match"
             )
-        return ImageText(self._run.sub(lambda _: self._visual_token, text), runs)
+        return ImageText(run.sub(lambda _: kind.visual, text), runs)
+
+
+class _Video(NamedTuple):
+    """A video as the processor gets it: the frames that are taken (T, height, width, 3) uint8, and what they are of."""
+
+    frames_THWC: np.ndarray
+    told: _Sampled
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Which frames of the file they are, and its frames a second: some processors write it into the text."""
+        return {
+            "total_num_frames": self.told.clip.frames,
+            "fps": self.told.clip.rate or None,
+            "frames_indices": list(self.told.frames),
+        }
 
 
 def _tensors_of(given: Any) -> Tensors:
-    return {
-        name: value for name, value in given.items() if name not in _OF_THE_TEXT and isinstance(value, torch.Tensor)
-    }
+    found = {}
+    for name, value in given.items():
+        if name == _SECONDS:  # Qwen2.5-VL gives a list
+            value = torch.tensor([float(each) for each in value], dtype=torch.float32)
+        if name not in _OF_THE_TEXT and isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""A model's own tokenizer and image processor behind one interface: text to ids, images to pixels and token counts."""
+"""A model's own tokenizer and processor behind one interface: text to ids, images and videos to pixels and counts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.processing.images import RowImages
+from orchestrator.data.processing.images import Placeholders, RowImages
 from orchestrator.data.processing.templates import ChatFormat, suffix_format, takes_suffix
+from orchestrator.data.processing.video_processors import without_torchvision
 from orchestrator.errors import DataError, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -59,28 +61,33 @@ def _load(where: str | Path, config: Any, options: dict[str, Any]) -> Any:
     known = PROCESSOR_MAPPING.get(type(config), None)
     if known is None or _VIDEO not in known.get_attributes() or is_torchvision_available():
         return AutoProcessor.from_pretrained(where, **options)
-    return _without_videos(known, where, options)
+    return _without_torchvision(known, config.model_type, where, options)
 
 
-def _without_videos(known: Any, where: str | Path, options: dict[str, Any]) -> Any:
-    """Return a processor of this class without its video processor, which in transformers needs torchvision."""
+def _without_torchvision(known: Any, model_type: str, where: str | Path, options: dict[str, Any]) -> Any:
+    """Return a processor of this class whose video processor needs no torchvision, or which has none where the model
+    type's is not known to do the same without.
+    """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    class ImagesOnly(known):
+    class Own(known):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == _VIDEO and argument is None:
+            if argument_name == _VIDEO:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
-    ImagesOnly.__name__ = known.__name__
+    Own.__name__ = known.__name__
     loaders = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-    parts = {
-        name: None if name == _VIDEO else loaders[name].from_pretrained(where, **options)
-        for name in known.get_attributes()
+    parts: dict[str, Any] = {
+        name: loaders[name].from_pretrained(where, **options) for name in known.get_attributes() if name in loaders
     }
+    parts[_VIDEO] = None
+    if (videos := without_torchvision(model_type)) is not None:
+        with suppress(OSError):  # a folder without its settings reads images alone
+            parts[_VIDEO] = videos.from_pretrained(where, **options)
     settings, _ = known.get_processor_dict(where, **options)
     plain = {name: value for name, value in settings.items() if name not in (*parts, "processor_class", "auto_map")}
-    return ImagesOnly(**parts, **plain)
+    return Own(**parts, **plain)
 
 
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -141,6 +148,16 @@ class VisionTextProcessor:
         found = _token_id(self._config, "image")
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token)) if found is None else found
 
+    @cached_property
+    def video_token(self) -> str | None:
+        """Placeholder of one video in a text; None where the processor reads no videos, or has none of its own for
+        them.
+        """
+        token = getattr(self.processor, "video_token", None)
+        if getattr(self.processor, _VIDEO, None) is None or token in (None, self.image_token):
+            return None
+        return str(token)
+
     @property
     def placeholder_ids(self) -> list[int]:
         """Ids that the model takes for visual tokens, videos included; no answer may contain one."""
@@ -159,7 +176,11 @@ class VisionTextProcessor:
                 f"model: {type(self.processor).__name__} has no image processor, or no token for the model's "
                 f"placeholder id {self.image_token_id}; use a folder with a processor or preprocessor config"
             )
-        return RowImages(self.processor, self.image_token, visual_token)
+        images, video_id = Placeholders(self.image_token, visual_token), _token_id(self._config, "video")
+        if self.video_token is None or video_id is None:
+            return RowImages(self.processor, images)
+        written = self.tokenizer.convert_ids_to_tokens(video_id)
+        return RowImages(self.processor, images, Placeholders(self.video_token, written))
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -192,7 +213,9 @@ class VisionTextProcessor:
             )
             return texts[0], [(int(first), int(last)) for first, last in ranges[0]]
 
-        return ChatFormat(self.image_token, self.tokenizer.eos_token, render, render_marked if marked else None)
+        return ChatFormat(
+            self.image_token, self.tokenizer.eos_token, render, render_marked if marked else None, self.video_token
+        )
 
     def tokenize(self, text: str) -> TokenizedText:
         """Return the ids of a text, with the tokenizer's first token unless the text begins with it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from orchestrator.data.rows import IMAGE_MARK, Row, Turn
+from orchestrator.data.rows import IMAGE_MARK, VIDEO_MARK, Row, Turn
 from orchestrator.errors import DataError
 
 
@@ -38,9 +38,9 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: With the model's own placeholder for an image, one each until it is expanded.
+        text: With the model's own placeholder for an image or a video, one each until it is expanded.
         answers: Character ranges `[first, last)` that carry the loss, in order.
-        images: Character ranges of the text of each image; set by `expand`.
+        images: Character ranges of the text of each image and video; set by `expand`.
     """
 
     text: str
@@ -57,12 +57,28 @@ class ChatFormat:
         eos_token: Ends an answer.
         render: `(messages, add_generation_prompt) -> text` by the tokenizer's own chat template.
         render_marked: `messages -> (text, answer ranges)` if the template itself marks generation, else None.
+        video_token: Placeholder of one video; None where the model reads none.
     """
 
     image_token: str
     eos_token: str
     render: Callable[[Sequence[dict[str, Any]], bool], str]
     render_marked: Callable[[Sequence[dict[str, Any]]], tuple[str, list[tuple[int, int]]]] | None = None
+    video_token: str | None = None
+
+    def token_of(self, mark: str) -> str:
+        """Return the model's placeholder for what a mark stands for."""
+        return self.video_token if mark == VIDEO_MARK and self.video_token is not None else self.image_token
+
+    def tokens_of(self, row: Row) -> tuple[str, ...]:
+        """Return the placeholders of a row's images and videos, in order.
+
+        Raises:
+            DataError: it has a video, and the model reads none.
+        """
+        if self.video_token is None and any(image.video for image in row.images):
+            raise DataError(f"row {row.index}: it has a video, and this model's processor reads none here")
+        return tuple(self.token_of(VIDEO_MARK if image.video else IMAGE_MARK) for image in row.images)
 
 
 def suffix_format(image_token: str, bos_token: str, eos_token: str) -> ChatFormat:
@@ -82,7 +98,7 @@ def suffix_format(image_token: str, bos_token: str, eos_token: str) -> ChatForma
                 "give its processor a chat template"
             )
         parts = messages[0]["content"]
-        images = image_token * sum(part["type"] == "image" for part in parts)
+        images = image_token * sum(part["type"] == "image" for part in parts)  # no such model takes videos
         question = " ".join(part["text"] for part in parts if part["type"] == "text")
         text = f"{images}{bos_token}{question}\n"
         if len(messages) == 1:
@@ -109,32 +125,41 @@ def render(template: str, row: Row, chat: ChatFormat, prompt_only: bool = False)
     if prompt_only:
         last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
         turns = turns[:last]
+    tokens = chat.tokens_of(row)
     rendered = _TEMPLATES[template](row, turns, chat, prompt_only)
-    if rendered.text.count(chat.image_token) != len(row.images):
+    known = {chat.token_of(mark): mark.strip("<>") for mark in row.marks}
+    for token, called in known.items():
+        if rendered.text.count(token) != tokens.count(token):
+            raise DataError(
+                f"row {row.index}: {rendered.text.count(token)} {called} placeholders in the text rendered by "
+                f"{template}, {tokens.count(token)} {called}s"
+            )
+    if len(known) > 1 and re.findall("|".join(map(re.escape, known)), rendered.text) != list(tokens):
         raise DataError(
-            f"row {row.index}: {rendered.text.count(chat.image_token)} image placeholders in the text rendered by "
-            f"{template}, {len(row.images)} images"
+            f"row {row.index}: {template} of this model writes images and videos in another order than the row has "
+            "them; write the row in that order"
         )
     return rendered
 
 
-def expand(rendered: Rendered, image_token: str, texts: Sequence[str]) -> Rendered:
-    """Replace each image's placeholder by the processor's text for it, and shift the ranges of answers accordingly.
+def expand(rendered: Rendered, tokens: Sequence[str], texts: Sequence[str]) -> Rendered:
+    """Replace each image's and video's placeholder by the processor's text for it, and shift the ranges of answers
+    accordingly.
 
     Args:
         rendered: A row's text.
-        image_token: Placeholder of one image.
-        texts: The text of each image; placeholders of further images stay.
+        tokens: The placeholders in it, in order.
+        texts: The text of each; placeholders of further ones stay.
     """
-    pieces = rendered.text.split(image_token)
-    found = [*texts, *[image_token] * (len(pieces) - 1 - len(texts))]
     before, after, images, position, place = [0], [0], [], 0, 0
     written = []
-    for piece, text in zip(pieces, [*found, ""], strict=True):
-        position, place = position + len(piece), place + len(piece)
+    for token, text in zip([*tokens, ""], [*texts, *tokens[len(texts) :], ""], strict=True):
+        start = rendered.text.index(token, position) if token else len(rendered.text)
+        piece = rendered.text[position:start]
+        position, place = start, place + len(piece)
         written += [piece, text]
         images.append((place, place + len(text)))
-        position, place = position + len(image_token), place + len(text)
+        position, place = position + len(token), place + len(text)
         before.append(position)
         after.append(place)
 
@@ -152,7 +177,7 @@ def _plain(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool)
         raise DataError(
             f"row {row.index}: plain takes one question with an image and one answer (the caption), no system text"
         )
-    images = chat.image_token * len(row.images)
+    images = "".join(chat.tokens_of(row))
     if prompt_only:
         return Rendered(images, ())
     text = f"{images}{turns[1].text}\n"
@@ -169,7 +194,7 @@ def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: b
         if turn.role == "system":
             continue
         if turn.role == "user":
-            text += f"USER: {_image_first(turn.text, chat.image_token)} "
+            text += f"USER: {_image_first(turn.text, row.marks, chat)} "
         else:
             text += "ASSISTANT:"
             first = len(text)
@@ -178,14 +203,17 @@ def _vicuna_v1(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: b
     return Rendered(text + "ASSISTANT:" if prompt_only else text, tuple(answers))
 
 
-def _image_first(text: str, image_token: str) -> str:
-    """Move a single image to the front of its turn, as `preprocess_multimodal` does; several stay in place.
+def _image_first(text: str, marks: Sequence[str], chat: ChatFormat) -> str:
+    """Move a single image (or video) to the front of its turn, as `preprocess_multimodal` does; several stay in place.
 
     LLaVA's own code would merge several images of a turn into one.
     """
-    if text.count(IMAGE_MARK) == 1:
-        text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
-    return text.replace(IMAGE_MARK, image_token)
+    found = [mark for mark in marks for _ in range(text.count(mark))]
+    if len(found) == 1:
+        text = f"{found[0]}\n{text.replace(found[0], '').strip()}".strip()
+    for mark in marks:
+        text = text.replace(mark, chat.token_of(mark))
+    return text
 
 
 def _system_of(turns: Sequence[Turn]) -> str | None:
@@ -193,7 +221,7 @@ def _system_of(turns: Sequence[Turn]) -> str | None:
 
 
 def _chat_template(row: Row, turns: Sequence[Turn], chat: ChatFormat, prompt_only: bool) -> Rendered:
-    messages: list[dict[str, Any]] = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": _parts(turn.text, row.marks)} for turn in turns]
     system = _system_of(turns)
     if system is not None:
         messages[0]["content"], refusal = _system_content(system, chat)
@@ -228,7 +256,7 @@ def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
 
     A template may omit the text, refuse it, or write it as the user's.
     """
-    question, refusal = {"role": "user", "content": _parts("Hello")}, "leaves it out"
+    question, refusal = {"role": "user", "content": _parts("Hello", (IMAGE_MARK,))}, "leaves it out"
     for content in ([{"type": "text", "text": system}], system):
         try:
             text = chat.render([{"role": "system", "content": content}, question], True)
@@ -247,14 +275,15 @@ def _system_content(system: str, chat: ChatFormat) -> tuple[Any, str]:
     return None, refusal
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    """Return a turn's text and images in order; templates put their own newlines around an image."""
+def _parts(text: str, marks: Sequence[str]) -> list[dict[str, str]]:
+    """Return a turn's text, images and videos in order; templates put their own newlines around an image."""
     parts: list[dict[str, str]] = []
-    for piece in re.split(f"({re.escape(IMAGE_MARK)})", text):
-        if piece == IMAGE_MARK:
-            parts.append({"type": "image"})
+    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    for piece in pieces:
+        if piece in marks:
+            parts.append({"type": piece.strip("<>")})
         elif piece.strip():
-            parts.append({"type": "text", "text": piece.strip() if IMAGE_MARK in text else piece})
+            parts.append({"type": "text", "text": piece.strip() if len(pieces) > 1 else piece})
     return parts
 
 
@@ -300,8 +329,25 @@ _JINJA = {
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
 }
 
+_TOKEN_OF = "('VIDEO_TOKEN' if {part}['type'] == 'video' else 'IMAGE_TOKEN')"
+_WITH_VIDEOS = {
+    "{% if part['type'] == 'image' %}IMAGE_TOKEN{% endif %}": (
+        "{% if part['type'] in ('image', 'video') %}{{ " + _TOKEN_OF.format(part="part") + " }}{% endif %}"
+    ),
+    "selectattr('type', 'equalto', 'image')": "selectattr('type', 'in', ['image', 'video'])",
+    "('IMAGE_TOKEN\\n' + text(": f"({_TOKEN_OF.format(part='images[0]')} ~ '\\n' ~ text(",
+    "'IMAGE_TOKEN' if part['type'] == 'image' else part['text']": (
+        f"part['text'] if part['type'] == 'text' else {_TOKEN_OF.format(part='part')}"
+    ),
+}
+"""What the templates become for models that read videos too."""
 
-def jinja_of(template: str, image_token: str) -> str | None:
+
+def jinja_of(template: str, image_token: str, video_token: str | None = None) -> str | None:
     """Return a chat template for transformers that writes what `render` does; None for the tokenizer's own."""
     source = _JINJA.get(template)
+    if source is not None and video_token is not None:
+        for alone, both in _WITH_VIDEOS.items():
+            source = source.replace(alone, both)
+        source = source.replace("VIDEO_TOKEN", video_token)
     return source and source.replace("SYSTEM", VICUNA_SYSTEM).replace("IMAGE_TOKEN", image_token)

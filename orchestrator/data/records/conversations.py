@@ -4,7 +4,9 @@ Formats are read where they are unambiguous:
 
 - LLaVA: `image` (a path, or several), `conversations` of `from: human|gpt` and `value`;
 - LLaMA-Factory and ms-swift: `images`, `messages` of `role: user|assistant` and `content`, `system`;
-- OpenAI: `content` as a list of `{type: text}` and `{type: image|image_url}`.
+- OpenAI: `content` as a list of `{type: text}` and `{type: image|image_url}`;
+- with `video` (`videos`), where the data kind reads videos: `<video>` marks its place. A row of videos alone may mark
+  it by `<image>`, as LLaVA-Video's data does (LLaVA-NeXT, `llava/train/train.py`).
 
 Every other key with content is an error, unless it is known not to matter (`HARMLESS`) or the user says so
 (`ignore_keys`): silently dropping a key would train on another row than the file holds.
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.data.records.json_records import BadRow, RepeatedKeys
-from orchestrator.data.rows import AS_IT_IS, IMAGE_MARK, ImageReading, ImageRef, Row, Turn
+from orchestrator.data.rows import AS_IT_IS, IMAGE_MARK, VIDEO_MARK, ImageReading, ImageRef, Row, Turn
 from orchestrator.registry import did_you_mean
 
 HARMLESS = {
@@ -32,7 +34,9 @@ HARMLESS = {
 }
 """Keys of records and turns that do not change what is learned; keys that begin with `meta` count too."""
 IMAGE_KEYS, TURN_KEYS, SYSTEM_KEYS = ("image", "images"), ("conversations", "messages"), ("system", "system_prompt")
+VIDEO_KEYS = ("video", "videos")
 READ_KEYS = (*IMAGE_KEYS, *TURN_KEYS, *SYSTEM_KEYS)
+"""Keys that every kind of records reads; those that read videos read `VIDEO_KEYS` too."""
 _FOREIGN = {
     "videos are not read": "video videos video_path",
     "sounds are not read": "audio audios",
@@ -54,13 +58,17 @@ def why_not(key: str) -> str:
     return _WHY.get(key) or did_you_mean(key, list(READ_KEYS)) or ""
 
 
-def no_foreign_keys(record: dict[str, Any]) -> None:
+def no_foreign_keys(record: dict[str, Any], read: tuple[str, ...] = READ_KEYS) -> None:
     """Refuse keys with content that are not read.
+
+    Args:
+        record: The record.
+        read: The keys that are.
 
     Raises:
         BadRow: there is one; the message says what the record looks like.
     """
-    foreign = [key for key in record if key not in READ_KEYS and says_something(key, record[key])]
+    foreign = [key for key in record if key not in read and says_something(key, record[key])]
     if not foreign:
         return
     hint = why_not(foreign[0])
@@ -236,14 +244,16 @@ class RecordOptions:
     Attributes:
         ignore_keys: Keys of records and turns to ignore.
         allow_outside_image_folder: Whether paths may be absolute or hold `..`.
-        reading: How images are read.
+        reading: How images and videos are read.
         columns: Keys of records that evaluations read; every record has them.
+        video_folder: Folder that paths of videos are relative to; None where videos are not read.
     """
 
     ignore_keys: tuple[str, ...] = ()
     allow_outside_image_folder: bool = False
     reading: ImageReading = AS_IT_IS
     columns: tuple[str, ...] = field(default=(), repr=False)
+    video_folder: Path | None = field(default=None, repr=False)
 
 
 _NO_OPTIONS = RecordOptions()
@@ -271,7 +281,7 @@ def parse_record(
     no_repeats(record, "the record")
     columns = _columns(record, options.columns)
     record = {key: value for key, value in record.items() if key not in (*options.ignore_keys, *options.columns)}
-    no_foreign_keys(record)
+    no_foreign_keys(record, READ_KEYS if options.video_folder is None else (*READ_KEYS, *VIDEO_KEYS))
     key = _one_of(record, TURN_KEYS)
     if key is None:
         raise BadRow(f"it has {listed(record)}; `conversations` is missing (LLaVA's format: conversations, image)")
@@ -281,22 +291,28 @@ def parse_record(
         raise BadRow(f"`{key}` is empty")
     parts = [turn_of(number, turn, options.ignore_keys) for number, turn in enumerate(record[key])]
     turns = _with_system(record, in_order([turn for turn, _ in parts]))
-    names = _image_names(record, [name for _, in_turn in parts for name in in_turn])
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks != len(names):
-        given = _one_of(record, IMAGE_KEYS)
-        raise BadRow(
-            f"{marks} {IMAGE_MARK} in the conversation, {len(names)} images" + (f" in `{given}`" * bool(given))
-        )
-    for role, called in (("assistant", "an answer"), ("system", "the system text")):
-        if any(IMAGE_MARK in turn.text for turn in turns if turn.role == role):
-            raise BadRow(f"{called} holds {IMAGE_MARK}")
-    if template == "plain" and (len(turns) != 2 or not names):
+    names = _names(record, IMAGE_KEYS, [name for _, in_turn in parts for name in in_turn])
+    videos = _names(record, VIDEO_KEYS, []) if options.video_folder is not None else []
+    if videos and not names and not any(VIDEO_MARK in turn.text for turn in turns):
+        turns = tuple(Turn(turn.role, turn.text.replace(IMAGE_MARK, VIDEO_MARK)) for turn in turns)
+    wanted = {IMAGE_MARK: (names, IMAGE_KEYS, "images")}
+    wanted |= {VIDEO_MARK: (videos, VIDEO_KEYS, "videos")} if videos else {}
+    for mark, (given, keys, called) in wanted.items():
+        marks = sum(turn.text.count(mark) for turn in turns)
+        if marks != len(given):
+            key = _one_of(record, keys)
+            raise BadRow(f"{marks} {mark} in the conversation, {len(given)} {called}" + (f" in `{key}`" * bool(key)))
+        for role, called in (("assistant", "an answer"), ("system", "the system text")):
+            if any(mark in turn.text for turn in turns if turn.role == role):
+                raise BadRow(f"{called} holds {mark}")
+    if template == "plain" and (len(turns) != 2 or not (names or videos)):
         system = " with a system text" if turns[0].role == "system" else ""
         raise BadRow(
             f"plain takes one question with an image and one answer; {len(turns)} turns{system}, {len(names)} images"
         )
-    images = tuple(ImageRef(_path(name, image_folder, options), options.reading) for name in names)
+    left = {mark: iter(given) for mark, (given, *_) in wanted.items()}
+    found = re.findall("|".join(map(re.escape, wanted)), "".join(turn.text for turn in turns))
+    images = tuple(_ref(next(left[mark]), mark == VIDEO_MARK, image_folder, options) for mark in found)
     category = columns.get("category")
     return Row(index, images, turns, category if isinstance(category, str) else None, columns)
 
@@ -367,8 +383,8 @@ def _with_system(record: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn,
     return (Turn("system", text), *turns)
 
 
-def _image_names(record: dict[str, Any], in_turns: list[Any]) -> list[str]:
-    key = _one_of(record, IMAGE_KEYS)
+def _names(record: dict[str, Any], keys: tuple[str, ...], in_turns: list[Any]) -> list[str]:
+    key = _one_of(record, keys)
     value = record[key] if key is not None else None
     names = [] if value is None else value if isinstance(value, list) else [value]
     if names and in_turns:
@@ -379,20 +395,22 @@ def _image_names(record: dict[str, Any], in_turns: list[Any]) -> list[str]:
     return names or in_turns
 
 
-def _path(name: str, folder: Path, options: RecordOptions) -> str:
-    """Return the path of an image.
+def _ref(name: str, video: bool, image_folder: Path, options: RecordOptions) -> ImageRef:
+    """Return an image or a video by its name in the file.
 
-    Links in the image folder are followed: the user put them there, while paths come from the data file.
+    Links in the folder are followed: the user put them there, while paths come from the data file.
     """
-    readable(name, "the image's path")
+    what, folder = ("video", options.video_folder) if video else ("image", image_folder)
+    assert folder is not None  # or videos are not read
+    readable(name, f"the {what}'s path")
     if _URL.match(name):
-        raise BadRow(f"the image {cut(name)} is not a path; download it into image_folder")
+        raise BadRow(f"the {what} {cut(name)} is not a path; download it into {what}_folder")
     if _WINDOWS.match(name):
-        raise BadRow(f"the image {cut(name)} is a Windows path; write it with / and relative to image_folder")
+        raise BadRow(f"the {what} {cut(name)} is a Windows path; write it with / and relative to {what}_folder")
     within = name.startswith(os.path.join(folder, "")) if name.startswith("/") else True
     if not options.allow_outside_image_folder and (not within or ".." in name.split("/")):
         raise BadRow(
-            f"the image {cut(name)} lies outside image_folder; "
+            f"the {what} {cut(name)} lies outside {what}_folder; "
             "set allow_outside_image_folder: true where you trust the file"
         )
-    return os.path.join(folder, name)
+    return ImageRef(os.path.join(folder, name), options.reading, video)

@@ -35,8 +35,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 """Largest picture, after padding: Pillow warns of a decompression bomb from here on."""
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", *(b"P%d" % n for n in range(1, 7)))
-_ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
-_ABSENT[errno.ELOOP] = "is a link to itself"
+ABSENT = {errno.ENOENT: "is missing", errno.ENOTDIR: "is missing", errno.ENAMETOOLONG: "has too long a name"}
+ABSENT[errno.ELOOP] = "is a link to itself"
 _SIDEWAYS = range(5, 9)
 # Scale of a PNG's transparent value to 8 bits: Pillow scales the pixels, but not this value.
 _STEPS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
@@ -173,8 +173,8 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
         raise BadImage(f"is too large: {error}") from error
     except OSError as error:
         # Pillow's own errors have no errno; those of the system do.
-        if error.errno in _ABSENT:
-            raise BadImage(_ABSENT[error.errno]) from error
+        if error.errno in ABSENT:
+            raise BadImage(ABSENT[error.errno]) from error
         if error.errno is not None:
             raise
         raise BadImage(f"is damaged: {error}") from error

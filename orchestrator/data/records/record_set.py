@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Ty
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from orchestrator.data.records.conversations import READ_KEYS, RecordOptions, error_lines
-from orchestrator.data.rows import ImageReading, dropped_text, evenly_spread, open_data_set, raise_for_errors
+from orchestrator.data.rows import (
+    NUM_FRAMES,
+    ImageReading,
+    dropped_text,
+    evenly_spread,
+    open_data_set,
+    raise_for_errors,
+)
 from orchestrator.errors import DataError
-from orchestrator.spec.base import Count
+from orchestrator.spec.base import Count, Positive
 from orchestrator.spec.components import DataSpec
 
 if TYPE_CHECKING:
@@ -117,10 +124,12 @@ class ColumnsSpec(RecordsSpec):
     which also groups accuracies). Training does not read them.
     """
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"columns"})
+
     @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What it was before there were columns, so that experiments without them keep their records.
-        return {name: value for name, value in dump(self).items() if name != "columns" or value}
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What it was before there were such fields, so that experiments without them keep their records.
+        return {name: value for name, value in dump(self).items() if name not in self.as_before()}
 
     def column_names(self) -> tuple[str, ...]:
         """Return `columns`."""
@@ -129,6 +138,19 @@ class ColumnsSpec(RecordsSpec):
     def record_options(self) -> RecordOptions:
         """Return how records and images are read."""
         return replace(super().record_options(), columns=self.columns)
+
+
+class VideosSpec(DataSpec):
+    """A data set whose rows may have videos."""
+
+    num_frames: Count = NUM_FRAMES
+    """Frames taken of a video, at equal distances from the first to the last (LLaVA-NeXT: `numpy.linspace`, rounded
+    down); of a shorter one some twice. With `fps`, the most.
+    """
+    fps: Positive | None = None
+    """Frames taken of a second of a video, from the first on, where these are no more than `num_frames`; null takes
+    `num_frames` of any video. Only models that take videos of several lengths in a batch take it (Qwen-VL).
+    """
 
 
 _Spec = TypeVar("_Spec", bound=RecordsSpec)

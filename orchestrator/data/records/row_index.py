@@ -1,4 +1,4 @@
-"""The index of a data set's rows and images: built once, cached by content, mapped into memory by all readers.
+"""The index of a data set's rows, images and videos: built once, cached by content, mapped into memory by all readers.
 
 Planning, checks, training and evaluation read it, so that all see the same rows, and none parses the data again.
 """
@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import count, islice, takewhile
@@ -24,9 +25,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.data.progress import progress
-from orchestrator.data.records import image_files
+from orchestrator.data.records import image_files, video_files
 from orchestrator.data.records.columns import Chunks, Columns, batch, build_columns, keep_columns, open_columns
 from orchestrator.data.records.image_files import BadImage, file_of, image_size, part_sha256, verify_image
+from orchestrator.data.records.video_files import Clip, frames_of, read_clip
 from orchestrator.data.rows import (
     AS_IT_IS,
     DataSet,
@@ -60,6 +62,43 @@ def image_error(path: str, reading: ImageReading = AS_IT_IS) -> str | None:
     return None
 
 
+_VIDEO = b"\0"
+"""Begins the name of a video in the index; no path holds it."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a data set's files are: paths below a folder are stored relative to it, so that the data may move.
+
+    Attributes:
+        images: Of images.
+        videos: Of videos.
+    """
+
+    images: str = ""
+    videos: str = ""
+
+    def name_of(self, image: ImageRef) -> bytes:
+        """Return the name of an image or a video in the index.
+
+        Raises:
+            UnicodeEncodeError: its path is not Unicode.
+        """
+        folder = self.videos if image.video else self.images
+        path = "." if image.path == folder else image.path.removeprefix(os.path.join(folder, "") if folder else "")
+        return (_VIDEO if image.video else b"") + os.fsencode(path)
+
+    def path_of(self, name: bytes) -> str:
+        """Return the path of an image or a video by its name in the index."""
+        folder = self.videos if is_video(name) else self.images
+        return os.path.join(folder, os.fsdecode(name.removeprefix(_VIDEO)))
+
+
+def is_video(name: bytes) -> bool:
+    """Return whether a name in the index is of a video."""
+    return name.startswith(_VIDEO)
+
+
 CHUNK_IMAGES = 1024
 _THREADS = 8
 _RACY_NS = 2 * 10**9
@@ -74,21 +113,23 @@ _IMAGE_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("frames", pa.int32()),
+        ("rate", pa.float64()),
         ("reason", pa.string()),
     ]
 )
 
 
 class ImageTable:
-    """The images of a data set.
+    """The images and videos of a data set.
 
     Args:
-        columns: The table, sorted by name.
-        folder: Folder that names are relative to.
+        columns: The table, sorted by name; of an image `frames` and `rate` are 0.
+        folders: What names are relative to.
     """
 
-    def __init__(self, columns: Columns, folder: str) -> None:
-        self._columns, self._folder = columns, folder
+    def __init__(self, columns: Columns, folders: Folders) -> None:
+        self._columns, self._folders = columns, folders
 
     @property
     def digest(self) -> str:
@@ -112,32 +153,44 @@ class ImageTable:
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """By path, height and width of each image that can be used."""
-        names, errors = self._columns.column("name").to_pylist(), self._columns.column("reason").to_pylist()
-        heights, widths = self._columns.numpy("height").tolist(), self._columns.numpy("width").tolist()
-        return {
-            path_of(self._folder, name): (height, width)
-            for name, reason, height, width in zip(names, errors, heights, widths, strict=True)
-            if reason is None
-        }
+        return {path: (clip.height, clip.width) for path, clip in self._usable(videos=False)}
 
-    def sizes_of(self, names: pa.Array) -> np.ndarray:
-        """Return height and width of images by name (M, 2)."""
+    @cached_property
+    def clips(self) -> dict[str, Clip]:
+        """By path, what each video that can be used holds."""
+        return dict(self._usable(videos=True))
+
+    def _usable(self, videos: bool) -> list[tuple[str, Clip]]:
+        fields = [self._columns.column(name).to_pylist() for name in ("name", "reason", *Clip._fields)]
+        return [
+            (self._folders.path_of(name), Clip(*clip))
+            for name, reason, *clip in zip(*fields, strict=True)
+            if reason is None and is_video(name) == videos
+        ]
+
+    @cached_property
+    def num_videos(self) -> int:
+        """Number of videos, usable or not."""
+        return sum(map(is_video, self._columns.column("name").to_pylist()))
+
+    def shapes_of(self, names: pa.Array, reading: ImageReading) -> np.ndarray:
+        """Return of images and videos by name the frames that are taken (0 of an image), height and width (M, 3)."""
         known = self._columns.column("name").combine_chunks()
         places = np.asarray(pc.index_in(names, value_set=known), dtype=np.int64)
-        return np.stack([self._columns.numpy("height")[places], self._columns.numpy("width")[places]], axis=1)
+        shapes = np.stack([self._columns.numpy(name)[places] for name in ("frames", "height", "width")], axis=1)
+        rates = self._columns.numpy("rate")[places]
+        for number in np.flatnonzero(shapes[:, 0]).tolist():
+            frames, height, width = shapes[number].tolist()
+            shapes[number, 0] = len(frames_of(Clip(frames, height, width, float(rates[number])), reading))
+        return shapes
 
 
-def path_of(folder: str, name: bytes) -> str:
-    """Return the path of an image by its name in the table."""
-    return os.path.join(folder, os.fsdecode(name))
-
-
-def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
+def image_table(key: str, folders: Folders, names: Callable[[], list[bytes]], reading: ImageReading) -> ImageTable:
     """Return the current table of a data set's images; files that changed since they were last read are read again.
 
     Args:
         key: Key of the rows that name them.
-        folder: Folder that names are relative to.
+        folders: What names are relative to.
         names: Returns their sorted names; called if there is no table yet.
         reading: How they are read.
 
@@ -145,19 +198,20 @@ def image_table(key: str, folder: str, names: Callable[[], list[bytes]], reading
         OSError: the storage fails, which says nothing about the images.
         DataError: the storage fails while an image is decoded, or an image changes while it is read.
     """
-    code = source_code(__name__, image_files.__name__)
-    file = f"images-{digest([code, key, os.path.abspath(folder) if folder else '', repr(reading)])}.arrow"
+    code = source_code(__name__, image_files.__name__, video_files.__name__)
+    places = [os.path.abspath(folder) if folder else "" for folder in (folders.images, folders.videos)]
+    file = f"images-{digest([code, key, places, repr(reading)])}.arrow"
     known = open_columns(file, _IMAGE_SCHEMA)
     wanted: list[bytes] = known.column("name").to_pylist() if known is not None else names()
-    now = _stats(folder, wanted)
+    now = _stats(folders, wanted)
     if known is not None:
         then = np.stack([known.numpy("size"), known.numpy("mtime_ns")], axis=1)
         if np.array_equal(then, now):
-            return ImageTable(known, folder)
-    return ImageTable(_refresh(file, folder, wanted, now, known, reading), folder)
+            return ImageTable(known, folders)
+    return ImageTable(_refresh(file, folders, wanted, now, known, reading), folders)
 
 
-def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
+def _stats(folders: Folders, names: Sequence[bytes]) -> np.ndarray:
     """Return size and time of each file (N, 2), (-1, -1) for a missing one.
 
     Raises:
@@ -165,7 +219,7 @@ def _stats(folder: str, names: Sequence[bytes]) -> np.ndarray:
     """
 
     def some(part: Sequence[bytes]) -> list[tuple[int, int]]:
-        return [_stat(path_of(folder, name)) for name in part]
+        return [_stat(folders.path_of(name)) for name in part]
 
     each = max(1, -(-len(names) // _THREADS))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -185,11 +239,11 @@ def _stat(path: str) -> tuple[int, int]:
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else _MISSING
 
 
-_Entry = tuple[int, int, str | None, int, int, str | None]
+_Entry = tuple[int, int, str | None, int, int, int, float, str | None]
 
 
 def _refresh(
-    file: str, folder: str, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
+    file: str, folders: Folders, names: list[bytes], now: np.ndarray, known: Columns | None, reading: ImageReading
 ) -> Columns:
     """Read new and changed images, in chunks that survive an interruption, and write the table."""
     chunks = Chunks(file, _IMAGE_SCHEMA)
@@ -206,7 +260,7 @@ def _refresh(
     with progress("images read", len(stale)) as advance:
         for number, first in enumerate(range(0, len(stale), CHUNK_IMAGES), start=len(earlier)):
             some = stale[first : first + CHUNK_IMAGES]
-            found = _look(folder, some, reading)
+            found = _look(folders, some, reading)
             entries.update(zip(some, found, strict=True))
             if len(stale) > CHUNK_IMAGES:
                 chunks.put(number, _image_batch(some, found))
@@ -226,30 +280,32 @@ def _image_batch(names: Sequence[bytes], entries: Sequence[_Entry]) -> pa.Record
     return batch(_IMAGE_SCHEMA, columns)
 
 
-def _look(folder: str, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
+def _look(folders: Folders, names: Sequence[bytes], reading: ImageReading) -> list[_Entry]:
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         warnings.simplefilter("ignore")  # of Pillow: what it warns of is refused, or harmless
-        return list(pool.map(lambda name: _entry(path_of(folder, name), reading), names))
+        return list(pool.map(lambda name: _entry(folders.path_of(name), is_video(name), reading), names))
 
 
-def _entry(path: str, reading: ImageReading) -> _Entry:
+def _entry(path: str, video: bool, reading: ImageReading) -> _Entry:
     before = _stat(path)
-    reason = image_error(path, reading)
-    height = width = 0
+    clip, reason = Clip(0, 0, 0, 0.0), None if video else image_error(path, reading)
     sha = None
     if before != _MISSING:
         sha = part_sha256(path) or file_sha256(path)
-        if reason is None:
-            try:
-                height, width = image_size(path, reading)
-            except BadImage as error:
-                reason = str(error)
+    if reason is None:
+        try:
+            clip = read_clip(path) if video else Clip(0, *image_size(path, reading), 0.0)
+        except BadImage as error:
+            reason = str(error)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if _stat(path) != before:
         raise DataError(f"{path} changes while it is read; wait until it is complete, then try again")
     size, mtime_ns = before
     # A file written just now may be written again within the clock's resolution: do not trust its time yet.
     trusted = mtime_ns if before == _MISSING or time.time_ns() - mtime_ns > _RACY_NS else -2
-    return size, trusted, sha, height, width, reason or ("is missing" if before == _MISSING else None)
+    shape = (clip.height, clip.width, clip.frames, clip.rate)
+    return size, trusted, sha, *shape, reason or ("is missing" if before == _MISSING else None)
 
 
 CHUNK_ROWS = 32_768
@@ -279,13 +335,13 @@ class RowIndex:
 
     Args:
         columns: One entry per row, in the order of the file.
-        images: Their images.
-        folder: Folder that image names are relative to.
-        reading: How images are read.
+        images: Their images and videos.
+        folders: What their names are relative to.
+        reading: How they are read.
     """
 
-    def __init__(self, columns: Columns, images: ImageTable, folder: str, reading: ImageReading) -> None:
-        self._columns, self.images, self._folder, self._reading = columns, images, folder, reading
+    def __init__(self, columns: Columns, images: ImageTable, folders: Folders, reading: ImageReading) -> None:
+        self._columns, self.images, self._folders, self._reading = columns, images, folders, reading
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -316,7 +372,7 @@ class RowIndex:
         names: Any
         (names,) = self._columns.values(position, "images")
         name = next(name for name in names if name in self.images.errors)
-        return f"{path_of(self._folder, name)} {self.images.errors[name]}"
+        return f"{self._folders.path_of(name)} {self.images.errors[name]}"
 
     @cached_property
     def good(self) -> np.ndarray:
@@ -335,13 +391,13 @@ class RowIndex:
 
     @cached_property
     def num_images(self) -> np.ndarray:
-        """Number of images of each row, by position."""
+        """Number of images and videos of each row, by position."""
         return np.asarray(pc.list_value_length(self._columns.column("images")).to_numpy())
 
-    def image_sizes(self, positions: np.ndarray) -> np.ndarray:
-        """Return height and width of all images of some rows, in order (M, 2)."""
+    def image_shapes(self, positions: np.ndarray) -> np.ndarray:
+        """Return frames (0 of an image), height and width of all images and videos of some rows, in order (M, 3)."""
         names = self._columns.column("images").take(pa.array(positions)).combine_chunks()
-        return self.images.sizes_of(pc.list_flatten(names))
+        return self.images.shapes_of(pc.list_flatten(names), self._reading)
 
     @cached_property
     def unanswered(self) -> np.ndarray:
@@ -369,7 +425,7 @@ class RowIndex:
         if _checksum(index, names, roles, texts, answer_type, columns) != checksum:
             self._columns.file.unlink(missing_ok=True)
             raise DataError(f"{self._columns.file}: the index of the rows is damaged; run again to rebuild it")
-        images = tuple(ImageRef(path_of(self._folder, name), self._reading) for name in names)
+        images = tuple(ImageRef(self._folders.path_of(name), self._reading, is_video(name)) for name in names)
         return Row(index, images, tuple(map(Turn, roles, texts)), answer_type, json.loads(columns or "{}"))
 
     def digest(self, source: str, with_bad_rows: bool) -> str:
@@ -417,9 +473,11 @@ class IndexedRows(Sequence[Row]):
         return self.origin.num_images[self.positions]
 
     @property
-    def image_sizes(self) -> np.ndarray:
-        """Height and width in pixels of the images of all rows, row after row (M, 2)."""
-        return self.origin.image_sizes(self.positions)
+    def image_shapes(self) -> np.ndarray:
+        """Frames that are taken (0 of an image), height and width in pixels of the images and videos of all rows, row
+        after row (M, 3).
+        """
+        return self.origin.image_shapes(self.positions)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -524,7 +582,8 @@ def _index_of(spec: DataSpec, implementation: DataSet) -> IndexedRows:
     rows, content = implementation.rows(), sha256()
     for row in rows:
         content.update(repr(row).encode("utf-8", "backslashreplace") + b"\n")
-    found = row_index({"rows": content.hexdigest()}, lambda: (partial(_itself, row) for row in rows))
+    reading = next((image.reading for row in rows for image in row.images), AS_IT_IS)
+    found = row_index({"rows": content.hexdigest()}, lambda: (partial(_itself, row) for row in rows), reading=reading)
     raise_for_errors(f"data of kind {spec.kind}", [f"row {number}: {why}" for number, why in found.bad.items()])
     return IndexedRows(found, found.good)
 
@@ -538,6 +597,7 @@ def row_index(
     entries: Callable[[], Iterable[Callable[[], Entry]]],
     folder: str = "",
     reading: ImageReading = AS_IT_IS,
+    video_folder: str = "",
 ) -> RowIndex:
     """Return the index of some rows, cached or newly built, with the current state of their images.
 
@@ -545,19 +605,21 @@ def row_index(
         source: All that the rows depend on, such as the digest of their file.
         entries: Reads the rows: returns for each a function that makes its entry, not called for rows that are cached.
         folder: Image paths below it are stored relative to it, so that the data may move.
-        reading: How images are read.
+        reading: How images and videos are read.
+        video_folder: Likewise the paths of videos.
 
     Raises:
         DataError: the rows cannot be read.
         OSError: the storage fails.
     """
+    folders = Folders(folder, video_folder)
     key = digest([source_code(__name__), source])
     name = f"rows-{key}.arrow"
     columns = open_columns(name, _SCHEMA, _ALWAYS_CHECKED)
     if columns is None:
         stream = iter(entries())
         parts = iter(lambda: list(islice(stream, CHUNK_ROWS)), [])
-        columns = build_columns(name, _SCHEMA, parts, partial(_batch, folder, reading), "rows read", None)
+        columns = build_columns(name, _SCHEMA, parts, partial(_batch, folders, reading), "rows read", None)
 
     def names() -> list[bytes]:
         found: set[bytes] = set()
@@ -565,28 +627,26 @@ def row_index(
             found.update(pc.unique(pc.list_flatten(chunk)).to_pylist())
         return sorted(found)
 
-    return RowIndex(columns, image_table(key, folder, names, reading), folder, reading)
+    return RowIndex(columns, image_table(key, folders, names, reading), folders, reading)
 
 
 def _checksum(*values: Any) -> int:
     return zlib.crc32(repr(values).encode())
 
 
-def _batch(folder: str, reading: ImageReading, readers: Sequence[Callable[[], Entry]]) -> pa.RecordBatch:
-    return batch(_SCHEMA, zip(*(_values(read(), folder, reading) for read in readers), strict=True))
+def _batch(folders: Folders, reading: ImageReading, readers: Sequence[Callable[[], Entry]]) -> pa.RecordBatch:
+    return batch(_SCHEMA, zip(*(_values(read(), folders, reading) for read in readers), strict=True))
 
 
-def _values(entry: Entry, folder: str, reading: ImageReading) -> tuple[Any, ...]:
+def _values(entry: Entry, folders: Folders, reading: ImageReading) -> tuple[Any, ...]:
     """Return what the index holds of an entry, column by column."""
     if not isinstance(entry, Row):
         index, reason = entry
         return index, reason.encode("utf-8", "backslashreplace").decode(), 0, [], [], [], None, None, 0
     if any(image.reading != reading for image in entry.images):
         raise DataError(f"row {entry.index}: its images have another `ImageReading` than the data set")
-    inside = os.path.join(folder, "") if folder else ""
     try:
-        paths = ["." if image.path == folder else image.path.removeprefix(inside) for image in entry.images]
-        names = [os.fsencode(path) for path in paths]
+        names = [folders.name_of(image) for image in entry.images]
         for turn in entry.turns:
             turn.text.encode()
     except UnicodeEncodeError as error:

@@ -40,7 +40,7 @@ def reached(value: Any, leave: frozenset[str] = frozenset()) -> Any:
     plug-in file the digest of that file.
     """
     if isinstance(value, Spec):
-        names = type(value).model_fields.keys() - type(value).not_identity - leave
+        names = type(value).model_fields.keys() - type(value).not_identity - leave - value.as_before()
         if isinstance(value, CompressorSpec):
             names -= set(ADDED_LATER) - set(value.model_dump())
         fields = {name: reached(getattr(value, name)) for name in names}

@@ -1,26 +1,28 @@
-"""Amounts that some image of the data cannot give: found in the row index before anything runs."""
+"""Amounts that some image or video of the data cannot give: found in the row index before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from orchestrator import registry
 from orchestrator.errors import LlavoltaError
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, DataSpec, Grid
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import find_config, rule_of_images
+from orchestrator.spec.model_facts import find_config, rule_of_images, rule_of_videos
 
 # Found by name: the data layer lies above this one, and needs no torch for this.
 _OPEN_ROWS = "orchestrator.data.records.row_index:open_rows"
 _ROWS_SHOWN = 5
+_Rule = TypeVar("_Rule")
 
 
 @dataclass(frozen=True)
 class SizedImages:
-    """The images of a data set that are of one size, and so become the same units in a model.
+    """The images (or videos) of a data set that are of one size, and so become the same units in a model.
 
     Attributes:
         height: In pixels.
@@ -45,28 +47,44 @@ def images_by_size(data: DataSpec, left_out: Iterable[int], model: ModelSpec) ->
     left out.
     """
     config = find_config(model.model_name_or_path, model.revision)
+    if config is None:
+        return ()
+    of_images, of_videos = _or_none(rule_of_images, config.parent), _or_none(rule_of_videos, config.parent)
+    if of_images is None and of_videos is None:
+        return ()
     try:
-        if config is None:
-            return ()
-        rule = rule_of_images(config.parent)
         rows = registry.load_object(_OPEN_ROWS)(data, None, left_out)
+        shapes = iter(rows.image_shapes.tolist())
     except (ImportError, LlavoltaError, OSError, ValueError):
         return ()
     # In some models an image among others becomes less than it does alone.
-    found: dict[tuple[int, int, bool], list[int]] = {}
-    sizes = iter(rows.image_sizes.tolist())
+    found: dict[tuple[int, int, int, bool], list[int]] = {}
     for number, shown in zip(rows.numbers.tolist(), rows.num_images.tolist(), strict=True):
-        for _ in range(shown):
-            height, width = next(sizes)
-            found.setdefault((height, width, shown == 1), []).append(number)
+        of_row = [next(shapes) for _ in range(shown)]
+        alone = sum(not frames for frames, *_ in of_row) == 1
+        for frames, height, width in of_row:
+            found.setdefault((frames, height, width, alone), []).append(number)
     images = []
-    for (height, width, alone), numbers in found.items():
+    for (frames, height, width, alone), numbers in found.items():
         try:
-            grids = tuple(dict.fromkeys(rule(height, width, alone).grids))
+            if frames:
+                units = None if of_videos is None else of_videos(frames, height, width)
+            else:
+                units = None if of_images is None else of_images(height, width, alone)
         except ValueError:
+            units = None
+        if units is None:
             continue
+        grids = tuple(dict.fromkeys(units.grids))
         images.append(SizedImages(height, width, grids, len(numbers), tuple(dict.fromkeys(numbers))))
     return tuple(images)
+
+
+def _or_none(rule_of: Callable[[Path], _Rule], folder: Path) -> _Rule | None:
+    try:
+        return rule_of(folder)
+    except ValueError:
+        return None
 
 
 def unfit_images(points: Sequence[Mapping[str, Any]], num_layers: int, images: Sequence[SizedImages]) -> str | None:

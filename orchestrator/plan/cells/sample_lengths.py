@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,22 @@ from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.ledger.files import read_json, write_json
 from orchestrator.spec.components import DataSpec, Grid
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.image_units import ImageRule, ImageUnits
-from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images
+from orchestrator.spec.image_units import ImageRule, ImageUnits, VideoRule
+from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images, rule_of_videos
 from orchestrator.spec.phase import PhaseSpec
 
 ROWS_READ = 2000
 # What stands for an image in a text, where the processor puts other tokens in its place.
 _READ_AS = {"aya_vision": "<image>", "ovis2": "<image>", "llama4": "<|image|>", "molmo2": "<|image|>"}
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_MODEL_FILES = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
+_MODEL_FILES = (
+    "config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
 # Found by name like a component's implementation: the data layer lies above this one, and needs no torch for this.
 _TEMPLATES = "orchestrator.data.processing.templates"
 _IMAGE_SIZE = "orchestrator.data.records.image_files:image_size"
+_CLIP_OF, _FRAMES_OF = (f"orchestrator.data.records.video_files:{name}" for name in ("clip_of", "frames_of"))
 
 
 @dataclass(frozen=True)
@@ -109,23 +114,24 @@ def _rows(data: DataSpec) -> Sequence[Any]:
 
 
 def _encoded_rows(rows: Sequence[Any], data: DataSpec, folder: Path) -> Iterator[tuple[Any, list[bool | None]]]:
-    """Yield up to 2,000 rows, and of each token whether it is spoken; None: the placeholder of an image."""
+    """Yield up to 2,000 rows, and of each token whether it is spoken; None: the placeholder of an image or a video."""
     from tokenizers import Tokenizer
 
     count = min(len(rows), ROWS_READ)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     render = registry.load_object(f"{_TEMPLATES}:render")
     chat, template = _chat_format(folder), getattr(data, "conversation_template", "chat_template")
-    bos, _, placeholder = _special(folder)
-    image_id = tokenizer.token_to_id(placeholder)
+    bos = _special(folder)[0]
+    image_id, video_id = (tokenizer.token_to_id(token) for token in (chat.image_token, chat.video_token))
     for position in range(count):
         row = rows[position * len(rows) // count]
         rendered = render(template, row, chat)
         encoded = tokenizer.encode(rendered.text, add_special_tokens=not rendered.text.startswith(bos))
+        places = {image_id, video_id} if any(image.video for image in row.images) else {image_id}
         yield (
             row,
             [
-                None if token == image_id else any(last > first and last > a and first < b for a, b in rendered.answers)
+                None if token in places else any(last > first and last > a and first < b for a, b in rendered.answers)
                 for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True)
             ],
         )
@@ -146,14 +152,14 @@ def measure_rows(data: DataSpec, data_id: str, model_folder: Path, model_max_len
     if not data.implementation:
         return "its kind of data has no implementation"
     try:
-        rule = rule_of_images(model_folder)
+        rules = _Rules(model_folder)
         parts = [content_digest(file) for name in _MODEL_FILES if (file := model_folder / name).is_file()]
         made_by = source_code(__name__, "orchestrator.spec.image_units", "orchestrator.spec.model_facts")
         key = digest([data_id, parts, _chat_template(model_folder), model_max_length, made_by])
         file = cache_folder() / "lengths" / f"{key}.json"
         if (found := _cached_rows(file)) is not None:
             return found
-        rows = Counter(_fitting_rows(data, model_folder, model_max_length, rule))
+        rows = Counter(_fitting_rows(data, model_folder, model_max_length, rules))
     except (ImportError, AttributeError, LlavoltaError, OSError, ValueError, KeyError) as error:
         return " ".join(str(error).split()) or type(error).__name__  # an estimate must not stop a plan
     if not rows:
@@ -176,32 +182,70 @@ def _cached_rows(file: Path) -> MeasuredRows | None:
 def _row_of(fields: Mapping[str, Any]) -> MeasuredRow:
     images = tuple(
         ImageUnits(
-            tuple(Grid(grid["height"], grid["width"]) for grid in image["grids"]),
-            tuple(image["tower"]), image["features"], image["markers"], tuple(image["windows"]),
+            tuple(Grid(grid["height"], grid["width"], frame=grid["frame"]) for grid in image["grids"]),
+            tuple(image["tower"]), image["features"], image["markers"], tuple(image["windows"]), image["frames"],
         )
         for image in fields["images"]
     )  # fmt: skip
     return MeasuredRow(fields["share"], fields["text_tokens"], fields["label_tokens"], images)
 
 
+class _Rules:
+    """What the model in a folder makes of images and videos; a rule is looked for when the first of them comes.
+
+    Args:
+        folder: The model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _images(self) -> ImageRule:
+        return rule_of_images(self._folder)
+
+    @cached_property
+    def _videos(self) -> VideoRule:
+        return rule_of_videos(self._folder)
+
+    def units(self, shape: tuple[int, int, int], alone: bool) -> ImageUnits:
+        """Return what becomes of one by its frames (0 of an image), height and width.
+
+        Raises:
+            ValueError: that is not known here.
+        """
+        frames, height, width = shape
+        return self._videos(frames, height, width) if frames else self._images(height, width, alone)
+
+
 def _fitting_rows(
-    data: DataSpec, folder: Path, limit: int, rule: ImageRule
+    data: DataSpec, folder: Path, limit: int, rules: _Rules
 ) -> Iterator[tuple[int, int, tuple[ImageUnits, ...]]]:
     """Yield text tokens, label tokens and images of each row, cut to `limit` tokens."""
     rows = _rows(data)
     images = getattr(getattr(rows, "origin", None), "images", None)
     sizes: dict[str, tuple[int, int]] = {} if images is None else dict(images.sizes)  # of the row index
+    clips: dict[str, Any] = {} if images is None else dict(images.clips)
+
+    def shape_of(image: Any) -> tuple[int, int, int]:
+        if not image.video:
+            if image.path not in sizes:
+                sizes[image.path] = registry.load_object(_IMAGE_SIZE)(image.path, image.reading)
+            return (0, *sizes[image.path])
+        if image.path not in clips:
+            clips[image.path] = registry.load_object(_CLIP_OF)(image.path)
+        clip = clips[image.path]
+        return len(registry.load_object(_FRAMES_OF)(clip, image.reading)), clip.height, clip.width
+
     for row, tokens in _encoded_rows(rows, data, folder):
         if tokens.count(None) != len(row.images):
             raise ValueError(
                 f"row {row.index} has {len(row.images)} images, and its text {tokens.count(None)} placeholders"
             )
-        for image in row.images:
-            if image.path not in sizes:
-                sizes[image.path] = registry.load_object(_IMAGE_SIZE)(image.path, image.reading)
-        shown, units = [sizes[image.path] for image in row.images], []
+        shown, units = [shape_of(image) for image in row.images], []
         while True:
-            units = [rule(height, width, len(shown) == 1) for height, width in shown]
+            alone = sum(not frames for frames, *_ in shown) == 1
+            units = [rules.units(shape, alone) for shape in shown]
             if any(image.tokens + image.markers >= limit for image in units):
                 break  # `run` refuses such a row
             text, labels, kept = _fit(tokens, units, limit)
@@ -272,7 +316,20 @@ def _chat_template(folder: Path) -> str | None:
 
 def _chat_format(folder: Path) -> Any:
     bos, eos, image = _special(folder)
-    return registry.load_object(f"{_TEMPLATES}:ChatFormat")(image, eos, _renderer(_chat_template(folder), bos, eos))
+    renderer = _renderer(_chat_template(folder), bos, eos)
+    return registry.load_object(f"{_TEMPLATES}:ChatFormat")(image, eos, renderer, None, _video_placeholder(folder))
+
+
+def _video_placeholder(folder: Path) -> str:
+    """Return the placeholder of a video: as the processor or the tokenizer names it, or the model's own by its id."""
+    config, model = read_json(folder / "tokenizer_config.json") or {}, read_json(folder / "config.json") or {}
+    named = config.get("extra_special_tokens")
+    for source in (read_json(folder / "processor_config.json") or {}, named, config):
+        if isinstance(source, Mapping) and isinstance(source.get("video_token"), str):
+            return str(source["video_token"])
+    wanted = model.get("video_token_id", model.get("video_token_index"))
+    added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens", ())
+    return next((str(token["content"]) for token in added if token.get("id") == wanted), "<video>")
 
 
 def _renderer(template: str | None, bos: str, eos: str) -> Callable[[Sequence[dict[str, Any]], bool], str]:
@@ -306,6 +363,7 @@ class Samples:
         self._means: dict[tuple[str, str, int], Lengths | None] = {}
         self._rows: dict[tuple[str, str, int], MeasuredRows | str] = {}
         self._mixed: dict[tuple[tuple[float, int], ...], Sample] = {}
+        self._with_videos: dict[str, bool | None] = {}
 
     def mean(
         self, spec: ExperimentSpec, phase: str, recipe: PhaseSpec, sets: Mapping[str, float], facts: ModelFacts
@@ -317,9 +375,9 @@ class Samples:
             phase: Name of the phase.
             recipe: Its `model_max_length` cuts texts.
             sets: Name of each set to its share.
-            facts: The model's; an image counts as its visual tokens, or as what its own size becomes.
+            facts: The model's; an image counts as its visual tokens, or as what its own size becomes; so do videos.
         """
-        if not facts.priced:
+        if not facts.priced or any(self.has_videos(spec.data[name]) for name in sets):
             sample = self._measured(spec, recipe, sets)
             if isinstance(sample, tuple):
                 self.missing[sample[0], phase] = sample[1]
@@ -338,6 +396,13 @@ class Samples:
             return sum(weight * of(lengths) for weight, lengths in weighed) / total
 
         return Sample(mean(lambda x: x.text_tokens), mean(lambda x: x.label_tokens), mean(lambda x: x.images))
+
+    def has_videos(self, data: DataSpec) -> bool | None:
+        """Return whether a data set has videos, asked once."""
+        key = data.model_dump_json()
+        if key not in self._with_videos:
+            self._with_videos[key] = data.has_videos()
+        return self._with_videos[key]
 
     def _lengths(self, spec: ExperimentSpec, recipe: PhaseSpec, data: DataSpec, facts: ModelFacts) -> Lengths | None:
         folder, longest = spec.model.model_name_or_path, recipe.model_max_length

@@ -88,9 +88,9 @@ class Checks:
         model, data, variants, schedules, phases, evaluate = (parts[name] for name in names)
         own_or_bare = model or self._bare_model(tree())
         if variants and own_or_bare is not None:
-            yield from self._once(self._find_variants, variants, own_or_bare)
+            yield from self._once(self._find_variants, variants, own_or_bare, data)
         if evaluate and own_or_bare is not None:
-            yield from self._once(check_sweeps, evaluate, variants, self._readable_facts(own_or_bare))
+            yield from self._once(check_sweeps, evaluate, variants, self._readable_facts(own_or_bare), data)
         if phases is not None:
             yield from self._once(self._find_phases, phases, data, schedules, variants, own_or_bare, complete)
             if model is not None and phases.by_name:
@@ -126,14 +126,14 @@ class Checks:
             return None
         return self._bare_models.setdefault(name.value, ModelSpec(model_name_or_path=name.value))
 
-    def _find_variants(self, variants: dict[str, Any], model: ModelSpec) -> Iterator[Finding]:
+    def _find_variants(self, variants: dict[str, Any], model: ModelSpec, data: Any) -> Iterator[Finding]:
         try:
             facts = self._facts(model)
         except ValueError as error:
             yield Finding(("model", "model_name_or_path"), str(error))
             return
         for name, points in variants.items():
-            yield from check_variant(points, ("compressors", name), facts)
+            yield from check_variant(points, ("compressors", name), facts, data)
 
     def _facts(self, model: ModelSpec) -> ModelFacts | None:
         facts = model_facts(model.model_name_or_path, model.revision)

@@ -174,7 +174,10 @@ def check_tested_variants(
 
 
 def check_sweeps(
-    evaluate: Mapping[str, Any], variants: Mapping[str, Any] | None, facts: ModelFacts | None
+    evaluate: Mapping[str, Any],
+    variants: Mapping[str, Any] | None,
+    facts: ModelFacts | None,
+    data: Mapping[str, Any] | None,
 ) -> Iterator[Finding]:
     """Check that the model can run under each combination of a sweep, and that none has another variant's name."""
     for name, evaluation in evaluate.items():
@@ -188,7 +191,7 @@ def check_sweeps(
                 if (own := each.name(point)) in (variants or ()):
                     message = f"`{own}` of this sweep is also a variant under `compressors`; rename that one"
                     found[Finding(path, message)] = None
-                for finding in check_variant((point,), (), facts):
+                for finding in check_variant((point,), (), facts, data):
                     found[replace(finding, path=(*path, *each.place(str(finding.path[-1]))))] = None
         yield from found
 
@@ -204,8 +207,13 @@ _NEEDS = {
 }
 
 
-def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator[Finding]:
-    """Check that points are in order of depth, at layers the model has, with what they need and possible amounts."""
+def check_variant(
+    points: Any, path: Path, facts: ModelFacts | None, data: Mapping[str, Any] | None = None
+) -> Iterator[Finding]:
+    """Check that points are in order of depth, at layers the model has, with what they need and possible amounts.
+
+    Where points act across frames, some set of `data` must have videos; None leaves that out.
+    """
     grid: Grid | None = facts.visual_grid if facts is not None else None
     last, place, ordered = (-1, -1), "", True
     for index, point in enumerate(points):
@@ -220,9 +228,9 @@ def check_variant(points: Any, path: Path, facts: ModelFacts | None) -> Iterator
                 yield Finding((*where, "layer"), message, allowed, "order the points by depth")
             if depth >= last:
                 last, place = depth, _place(point, depth)
-        if point.across_frames:
-            message = f"{point.kind} acts across the frames of a video, and no kind of data reads videos"
-            yield Finding((*where, "kind"), message, None, "from Python, orchestrator.compression.attach takes it")
+        if point.across_frames and data is not None and all(one.has_videos() is False for one in data.values()):
+            message = f"{point.kind} acts across the frames of a video, and no data here has videos"
+            yield Finding((*where, "kind"), message, None, "give data with videos, or a method that acts on images")
         if index and adds_tokens(point) and not adds_for_good(point):
             message = f"{point.kind} adds tokens at the decoder's input, which the points before it would mix or drop"
             yield Finding((*where, "kind"), message, None, "let it be the first point of the variant")

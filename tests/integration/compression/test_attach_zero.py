@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from ranks import result_of_rank_0
@@ -94,25 +96,59 @@ def group_of_one(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_every_batch_of_a_family_calls_the_same_modules_in_the_same_order(name, group_of_one):
-    """Forward and backward: what ranks of ZeRO-3 need, and what `zero3_refusal` says of a family."""
-    tiny = TINY[name]
-    model = tiny.build(tiny.attentions[-1], 0).train()
+def calls_of(model):
+    """The names of modules that are called from now on, forward and backward."""
     called = []
+
+    def told(name, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda _: called.append(f"backward of {name}"))
+
     # To ZeRO-3 a leaf is one module.
-    attachment = attach(model, [])
     leaves = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "_z3_leaf", False))
     for module_name, module in model.named_modules():
         if module_name and not module_name.startswith(leaves):
             module.register_forward_pre_hook(lambda _, args, name=module_name: called.append(name))
             if next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_hook(lambda _, args, output, name=module_name: told(name, output))
+    return called
 
-    def told(name, output):
-        if isinstance(output, torch.Tensor) and output.requires_grad:
-            output.register_hook(lambda _: called.append(f"backward of {name}"))
 
+OF_KINDS = {"text": [[9], [6]], "image": [[3, "image", 7], [2]], "video": [[3, "video", 7], [2]]}
+OF_KINDS["both"] = [[3, "video", 7], [2, "image", 4]]
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision", "qwen2_vl", "qwen3_vl", "video_llava"])
+def test_ranks_that_see_text_images_or_videos_call_the_same_modules_in_the_same_order(name, group_of_one, monkeypatch):
+    """What the other of two ranks says its batch holds is put in; test_kinds_zero.py runs two, under ZeRO-3."""
+    tiny = TINY[name]
+    model = tiny.build(tiny.attentions[-1], 0).train()
+    attachment = attach(model, [])
+    called, elsewhere = calls_of(model), [0, 0]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, op: tensor.copy_(tensor.maximum(torch.tensor(elsewhere).int()))
+    )
+    says = {"text": [0, 0], "image": [1, 0], "video": [0, 1], "both": [1, 1]}
+    for points in ([], [{"kind": "evs", "layer": max(1, tiny.first_layer)}]):
+        attachment.switch(points)
+        for one, other in itertools.combinations_with_replacement(OF_KINDS, 2):
+            found = []
+            for mine, others in ((one, other), (other, one)):
+                elsewhere[:] = says[others]
+                called.clear()
+                model(**tiny.batch(OF_KINDS[mine], "right", 0, 3), use_cache=False).loss.backward()
+                found.append(called.copy())
+            assert found[0] == found[1], (one, other)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_batch_of_a_family_calls_the_same_modules_in_the_same_order(name, group_of_one):
+    """Forward and backward: what ranks of ZeRO-3 need, and what `zero3_refusal` says of a family."""
+    tiny = TINY[name]
+    model = tiny.build(tiny.attentions[-1], 0).train()
+    attachment = attach(model, [])
+    called = calls_of(model)
     images = [kind for kind in tiny.units if kind != "video"]
     batches = ([[3, images[0], 7], [2]], [[9], [6]], [[2, images[0], 1, images[-1], 3], [1, images[-1], 4]])
     found = []

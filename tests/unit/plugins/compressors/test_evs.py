@@ -6,6 +6,8 @@ import pytest
 import torch
 from orchestrator_plugins.compressors.evs import Evs, EvsSpec
 from orchestrator_plugins.compressors.frame_pool import FramePool, FramePoolSpec
+from orchestrator_plugins.data.easy_vqa import EasyVqaSpec
+from orchestrator_plugins.data.moving_shapes import MovingShapesSpec
 from pydantic import ValidationError
 
 from orchestrator.compression import Context, attach
@@ -102,8 +104,10 @@ def test_what_cannot_tell_videos_is_refused():
     batch = tiny.batch([[3, "video", 7]], "right", 0, 0)
     with pytest.raises(UsageError, match="give num_beams=1"):
         model.generate(**batch, num_beams=2, max_new_tokens=2)
-    (finding,) = check_variant([EvsSpec(layer=0)], ("compressors", "v"), None)
-    assert finding.path == ("compressors", "v", 0, "kind") and "no kind of data reads videos" in finding.message
+    images = {"train": EasyVqaSpec()}
+    (finding,) = check_variant([EvsSpec(layer=0)], ("compressors", "v"), None, images)
+    assert finding.path == ("compressors", "v", 0, "kind") and "no data here has videos" in finding.message
+    assert not list(check_variant([EvsSpec(layer=0)], ("compressors", "v"), None, {**images, "t": MovingShapesSpec()}))
     with pytest.raises(ValidationError, match="less than 1"):
         EvsSpec(layer=0, pruning_rate=1.0)
     with pytest.raises(ValidationError, match="takes no amount"):

@@ -69,7 +69,7 @@ FAULTS = {
     "turn is text": ({"conversations": ["hello"]}, "turn 0 is a mapping"),
     "row is a list": ([1, 2], "a record is a mapping"),
     "image in a list is null": ({"image": ["0.png", None], "conversations": say("<image><image>", "a")}, "None"),
-    "video": ({"video": "a.mp4", "conversations": say("<video>", "a")}, "`video` is not read: videos are not read"),
+    "sound": ({"audio": "a.wav", "conversations": say("What?", "a")}, "`audio` is not read: sounds are not read"),
 }
 
 
