@@ -8,7 +8,7 @@
 
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
-cli > starter > experiment > storage > search > run, bench > smoke > session > report > dispatch
+cli > starter, llava_scripts > experiment > storage > search > run, bench > smoke > session > report > dispatch
 > training, evaluation, tracking > models > machine > data > compression > plan > spec > registry > errors.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.experiment import Experiment as Experiment
     from orchestrator.experiment import load as load
     from orchestrator.experiment import table as table
+    from orchestrator.llava_scripts import import_llavolta as import_llavolta
     from orchestrator.models.export import load_exported as load_exported
     from orchestrator.report.documents import components as components
     from orchestrator.report.documents import compressors as compressors
@@ -39,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("Interrupted", "LlavoltaError", "SpecError", "UsageError"), "orchestrator.errors"),
     **dict.fromkeys(("components", "compressors"), "orchestrator.report.documents"),
     "check_file": "orchestrator.testing.contract",
+    "import_llavolta": "orchestrator.llava_scripts",
     "init": "orchestrator.starter",
     "load_exported": "orchestrator.models.export",
     "RunOutcome": "orchestrator.run",

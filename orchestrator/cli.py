@@ -90,6 +90,34 @@ def init(
         print(f"note: data.test is {data} as well, which is trained on; put rows there that are not", file=sys.stderr)
 
 
+@app.command("import-llavolta")
+def import_llavolta(
+    scripts: Annotated[list[Path], typer.Argument(metavar="SCRIPT...", help="Training scripts, read as one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="NAME.yaml", help="File to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The LLaVA they train, where it is not LLaVA-1.5.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs they run on, where they do not say.")] = 8,
+    define: Annotated[
+        list[str] | None, typer.Option("--define", metavar="NAME=VALUE", help="A variable's value; repeatable.")
+    ] = None,
+    drop_unreachable: Annotated[
+        bool, typer.Option("--drop-unreachable", help="Leaves out stages that a script never reaches.")
+    ] = False,
+) -> None:
+    """Write the experiment that training scripts of LLaVA or LLaVolta describe; they are read, not run."""
+    pairs = [one.partition("=") for one in define or ()]
+    if wrong := next((name for name, equals, _ in pairs if not (name and equals)), None):
+        raise UsageError(f"--define {wrong}: write NAME=VALUE")
+    experiment, notes = llv.import_llavolta(
+        scripts, output, model=model, gpus=gpus, drop_unreachable=drop_unreachable,
+        define={name: value for name, _, value in pairs},
+    )  # fmt: skip
+    for note in (*notes, *experiment.notices):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{output}: {len(experiment.loaded.cells)} cell; next: llavolta plan {output}")
+
+
 @app.command()
 def validate(
     spec: Spec,

@@ -103,7 +103,9 @@ def test_a_document_and_nothing_else(folder: Path, finished: dict, call: tuple[s
 
 def test_every_verb_is_tried() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names - {call[0] for call in CALLS} == {"search", "init", "record"}, "a new verb belongs into CALLS"
+    assert names - {call[0] for call in CALLS} == {"search", "init", "import-llavolta", "record"}, (
+        "a new verb belongs into CALLS"
+    )
 
 
 def test_a_run_says_what_it_did(finished: dict) -> None:
