@@ -2,7 +2,7 @@
 
 Run it as `python experiments/models/make_tiny_onevision.py`; it overwrites tiny-onevision beside it with the same
 bytes.
-The shapes: frames of 64x64 pixels in patches of 8 give 64 tokens, pooled to 16 a frame; width 64 everywhere; one vision
+The shapes: frames of 64x64 pixels in patches of 16 give 16 tokens, pooled to 4 a frame; width 64 everywhere; one vision
 layer and four decoder layers, as in tiny-llava.
 """
 
@@ -20,7 +20,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 FOLDER = Path(__file__).parent
 TINY_LLAVA: dict[str, Any] = runpy.run_path(str(FOLDER / "make_tiny_llava.py"))
-PIXELS, PATCH_PIXELS, WIDTH = (TINY_LLAVA[name] for name in ("IMAGE_PIXELS", "PATCH_PIXELS", "WIDTH"))
+PIXELS, WIDTH = TINY_LLAVA["IMAGE_PIXELS"], TINY_LLAVA["WIDTH"]
+PATCH_PIXELS = 16
 SIZE = {"height": PIXELS, "width": PIXELS}
 PIXEL_SETTINGS = {"size": SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
 CHAT_TEMPLATE = TINY_LLAVA["CHAT_TEMPLATE"].replace(

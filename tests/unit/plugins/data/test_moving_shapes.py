@@ -1,4 +1,4 @@
-"""moving_shapes: clips read back from their files show what the rows say, and no frame alone does."""
+"""moving_shapes: clips read back from their files show what the rows say, and a frame alone does not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("av")
 from orchestrator_plugins.data import moving_shapes
 from orchestrator_plugins.data.moving_shapes import COLOURS, DIRECTIONS, MovingShapes, MovingShapesSpec
+from pydantic import ValidationError
 
 from orchestrator import plugin
 from orchestrator.data.records.video_files import clip_of, frames_of, open_frames
@@ -33,11 +34,11 @@ def shown(row):
 
 
 def direction_of(frames, colour):
-    """Which way the pixels of a colour move, found by shifting each frame onto the next, edges joined."""
+    """Which way the pixels of a colour move, found by shifting each frame onto the next."""
     at_TYX = (frames == COLOURS[colour]).all(axis=-1)
     fits = {}
     for name, (right, down) in DIRECTIONS.items():
-        shifted_TYX = np.roll(at_TYX[:-1], (4 * down, 4 * right), axis=(1, 2))
+        shifted_TYX = np.roll(at_TYX[:-1], (2 * down, 2 * right), axis=(1, 2))
         fits[name] = (shifted_TYX == at_TYX[1:]).mean()
     return max(fits, key=fits.get)
 
@@ -56,6 +57,7 @@ def test_files_show_what_rows_say():
 
 def test_files_hold_every_pixel_that_was_drawn():
     spec = MovingShapesSpec(num_clips=3, pixels=80, frames=5, speed=3, shapes=4)
+    assert spec.travel == 12
     made = moving_shapes._drawn_from(spec)
     for row, scene in zip(MovingShapes(spec).rows(), moving_shapes._scenes(made), strict=True):
         drawn = np.stack([np.asarray(frame) for frame in moving_shapes.frames_of(scene, 80, 5, 3)])
@@ -63,21 +65,37 @@ def test_files_hold_every_pixel_that_was_drawn():
         assert clip_of(row.images[0].path).rate == moving_shapes.RATE
 
 
-def test_no_frame_alone_tells_the_answer():
-    """Where the shape is in a frame is as likely anywhere for each direction: halves and quarters of the picture."""
-    scenes = moving_shapes._scenes(moving_shapes._drawn_from(MovingShapesSpec()))
-    for frame in (0, 5, 12):
-        for direction, (right, down) in DIRECTIONS.items():
-            of = [scene.shapes[0] for scene in scenes if scene.answer == direction]
-            assert len(of) == 1000
-            for place in (
-                [(shape.column + 4 * frame * right) % 64 for shape in of],
-                [(shape.row + 4 * frame * down) % 64 for shape in of],
-            ):
-                counts = Counter(value // 16 for value in place)
-                # Of 1,000 in four quarters; 5 standard errors of a binomial.
-                assert all(abs(counts[quarter] - 250) < 5 * sqrt(1000 * 0.25 * 0.75) for quarter in range(4))
-            assert all(abs(sum(s.colour == c for s in of) - 250) < 5 * sqrt(1000 * 0.25 * 0.75) for c in COLOURS)
+def test_a_frame_alone_does_not_tell_the_answer():
+    """Who knows how clips are drawn, and where the shape is in one frame, is right in half of them at most.
+
+    A shape may be at 49 x 49 places, at 25 of 49 one way in each frame of its direction; in the middle frame those of
+    all directions are a cross of 25 x 49 and 49 x 25.
+    """
+    scenes = moving_shapes._scenes(moving_shapes._drawn_from(MovingShapesSpec(num_clips=40_000)))
+    ends, middle = 49 * 49 / (4 * 25 * 49), (2 * 25 * 49 - 25 * 25) / (4 * 25 * 49)
+    for frame, most in ((0, ends), (6, middle), (12, ends)):
+        at = Counter()
+        for scene in scenes:
+            shape = scene.shapes[0]
+            right, down = DIRECTIONS[shape.direction]
+            place = shape.column + 2 * right * frame, shape.row + 2 * down * frame
+            assert all(8 <= value <= 56 for value in place)
+            at[place[0] // 7, place[1] // 7, shape.direction] += 1
+        best = Counter()
+        for (*place, _), count in at.items():
+            best[tuple(place)] = max(best[tuple(place)], count)
+        found = sum(best.values()) / len(scenes)
+        assert most - 0.02 < found < most + 0.02, (frame, found)
+    first = [scene.shapes[0] for scene in scenes]
+    assert Counter(shape.direction for shape in first) == dict.fromkeys(DIRECTIONS, 10_000)
+    for colour in COLOURS:
+        assert abs(sum(shape.colour == colour for shape in first) - 10_000) < 5 * sqrt(40_000 * 0.25 * 0.75)
+
+
+def test_shapes_that_would_leave_the_picture_are_refused():
+    with pytest.raises(ValidationError, match="shapes move 60 pixels in 13 frames, and the picture has room for 48"):
+        MovingShapesSpec(speed=5)
+    assert MovingShapesSpec(speed=4).travel == 48
 
 
 def test_training_and_test_clips_are_others():
@@ -85,7 +103,7 @@ def test_training_and_test_clips_are_others():
         set(moving_shapes._scenes(moving_shapes._drawn_from(MovingShapesSpec(split=split))))
         for split in ("train", "test")
     )
-    assert len(train) == 4000 and len(test) == 400 and not train & test
+    assert len(train) == 12_000 and len(test) == 400 and not train & test
     assert MovingShapesSpec(seed=1).content_digest() != MovingShapesSpec().content_digest()
 
 
@@ -113,4 +131,4 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         MovingShapes(MovingShapesSpec(num_clips=4)).rows()
 
 
-CONTENT = "ef0dc9a7e69298848f21167fa47714abdfbca82181d072e0c60fa50eeb9160f8"
+CONTENT = "159dd14debd64661163e1ea8462b4e11bf49372ef2456dab1e1a99a7efced294"
