@@ -22,6 +22,7 @@ CELLS = {
     "redundancy.yaml": 1,
     "redundancy_easy_vqa.yaml": 3,
     "easy_vqa.yaml": 14,
+    "moving_shapes.yaml": 1,
     "bench.yaml": 1,
     "equal_cost.yaml": 15,
     "search_easy_vqa.yaml": 1,  # the base of its trials
