@@ -27,6 +27,7 @@ CELLS = {
     "equal_cost.yaml": 15,
     "search_easy_vqa.yaml": 1,  # the base of its trials
     "base/tiny_llava.yaml": 1,
+    "smollm2/redundancy.yaml": 1,
     "llava15_7b/base.yaml": 1,
     "llava15_7b/schedules.yaml": 7,
     "llava15_7b/fixed.yaml": 7,
