@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -125,26 +125,41 @@ def record_of(cache: Any) -> CacheRecord | None:
 def remember(cache: Cache, record: CacheRecord) -> None:
     """Give a cache its record; from then on the record follows whatever happens to the cache's rows.
 
-    It is kept on the cache itself, so that a deep copy (a prompt cached once, used often) takes it along.
+    It is kept on the cache itself, so that a deep copy (a prompt cached once, used often) takes it along. What follows
+    are methods of the cache's class: methods bound to the cache and kept on it would hold each batch's keys and values
+    until Python looks for circles, which is seldom.
     """
+    if _RECORD not in cache.__dict__:
+        cache.__class__ = _following(type(cache))
     cache.__dict__[_RECORD] = record
-    for name, follow in _FOLLOW.items():
-        if hasattr(type(cache), name):
-            cache.__dict__[name] = MethodType(follow, cache)
+
+
+@functools.cache
+def _following(kind: type[Cache]) -> type[Cache]:
+    """Return the class of a kind of cache that a record follows."""
+    made: type[Cache] = type(
+        kind.__name__, (kind,), {name: way for name, way in _FOLLOW.items() if hasattr(kind, name)}
+    )
+    return made
+
+
+def _plain(cache: Any) -> Any:
+    """Return a cache as its own class acts on it."""
+    return super(type(cache), cache)
 
 
 def _reorder(cache: Any, beam_idx: Tensor) -> None:
-    type(cache).reorder_cache(cache, beam_idx)
+    _plain(cache).reorder_cache(beam_idx)
     cache.__dict__[_RECORD].select(beam_idx)
 
 
 def _select(cache: Any, indices: Tensor) -> None:
-    type(cache).batch_select_indices(cache, indices)
+    _plain(cache).batch_select_indices(indices)
     cache.__dict__[_RECORD].select(indices)
 
 
 def _repeat(cache: Any, repeats: int) -> None:
-    type(cache).batch_repeat_interleave(cache, repeats)
+    _plain(cache).batch_repeat_interleave(repeats)
     record = cache.__dict__[_RECORD]
     record.select(torch.arange(len(record.masks[0])).repeat_interleave(repeats))
 
@@ -155,7 +170,7 @@ def _crop(cache: Any, tokens_to_remove: int) -> None:
             "compression: a KV cache is cropped by a negative number of tokens; its layers differ in length"
         )
     cache.__dict__[_RECORD].crop(-tokens_to_remove)
-    type(cache).crop(cache, tokens_to_remove)
+    _plain(cache).crop(tokens_to_remove)
 
 
 def _length(cache: Any, layer_idx: int | None = None) -> int:
@@ -163,13 +178,13 @@ def _length(cache: Any, layer_idx: int | None = None) -> int:
     if layer_idx is None:
         seen: int = cache.__dict__[_RECORD].seen_tokens
         return seen
-    return int(type(cache).get_seq_length(cache, layer_idx))
+    return int(_plain(cache).get_seq_length(layer_idx))
 
 
 def _reset(cache: Any) -> None:
-    type(cache).reset(cache)
-    for name in (_RECORD, *_FOLLOW):
-        cache.__dict__.pop(name, None)
+    _plain(cache).reset()
+    cache.__dict__.pop(_RECORD, None)
+    cache.__class__ = type(cache).__base__
 
 
 _FOLLOW: dict[str, Callable[..., Any]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ def step(model, batch, cache, index, tokens=(5,)):
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     return output.logits[:, -1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_keys_and_values_go_with_the_last_who_holds_them(name):
+    """In a circle they would stay, a batch's after another's, until Python looks for circles."""
+    model, batch, cache = filled(name)
+    step(model, batch, cache, [0, 1, 2])
+    gc.disable()
+    try:
+        kept = [weakref.ref(cache), weakref.ref(cache.layers[-1])]
+        del cache
+        assert [one() for one in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", TINY)
