@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from orchestrator.compression.protocol import Point
 from orchestrator.errors import UsageError
 
 _RECORD = "llavolta_record"
+_KINDS: dict[Any, Any] = {}
 
 
 class SegmentCache(Cache):
@@ -134,13 +134,12 @@ def remember(cache: Cache, record: CacheRecord) -> None:
     cache.__dict__[_RECORD] = record
 
 
-@functools.cache
-def _following(kind: type[Cache]) -> type[Cache]:
+def _following(kind: Any) -> Any:
     """Return the class of a kind of cache that a record follows."""
-    made: type[Cache] = type(
-        kind.__name__, (kind,), {name: way for name, way in _FOLLOW.items() if hasattr(kind, name)}
-    )
-    return made
+    if kind not in _KINDS:
+        ways = {name: way for name, way in _FOLLOW.items() if hasattr(kind, name)}
+        _KINDS[kind] = type(kind.__name__, (kind,), ways)
+    return _KINDS[kind]
 
 
 def _plain(cache: Any) -> Any:
