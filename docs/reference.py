@@ -71,10 +71,10 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
     ("Schedules", "See [a schedule of your own](../tutorials/own-schedule.md).",
      "ScheduleSpec StageTable merge_actions DistillSpec Teaching Students teachers_of"),
     ("Data kinds", "See [a data kind of your own](../tutorials/own-data-kind.md).", "DataSpec DataSet Row Turn "
-     "IMAGE_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
+     "IMAGE_MARK VIDEO_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
     ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
      "EvaluationSpec GenerationSpec Evaluation EvaluationData Workers Outcome prediction greedy_answers answer_losses "
-     "AnswerLoss outcome_of mean_scores last_answer text_column prompt_batch PromptBatch generate Load device_name "
+     "AnswerLoss outcome_of pictures_of mean_scores last_answer text_column prompt_batch PromptBatch generate Load device_name "
      "peak_bytes"),
     ("Contract kits", "What `llavolta check FILE.py` runs, for tests of your own.",
      "check_compressor check_schedule check_data check_evaluation"),
@@ -91,6 +91,7 @@ FIELD_TYPES = {
     "Share": "A share from 0 to 1, exact: `1/4`, `25%` or `0.25`.",
     "Flag": "A choice: `true` or `false`.",
     "IMAGE_MARK": "What stands in a turn's text at the place of an image.",
+    "VIDEO_MARK": "What stands in a turn's text at the place of a video, in a row that has one.",
     "TOLERANCE": "Scores that differ by no more than this share of their scale are equal.",
 }
 _LLAVOLTA = "2406.20092"
