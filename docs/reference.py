@@ -74,8 +74,8 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
      "IMAGE_MARK VIDEO_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
     ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
      "EvaluationSpec GenerationSpec Evaluation EvaluationData Workers Outcome prediction greedy_answers answer_losses "
-     "AnswerLoss outcome_of pictures_of mean_scores last_answer text_column prompt_batch PromptBatch generate Load device_name "
-     "peak_bytes"),
+     "AnswerLoss outcome_of pictures_of mean_scores last_answer text_column prompt_batch PromptBatch generate Load "
+     "device_name peak_bytes"),
     ("Contract kits", "What `llavolta check FILE.py` runs, for tests of your own.",
      "check_compressor check_schedule check_data check_evaluation"),
     ("Fields of a spec", "Types for the fields of a spec, beside Python's own and `Literal`. A wrong value is reported "
