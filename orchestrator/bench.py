@@ -23,7 +23,7 @@ from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, StorageError, UsageError
-from orchestrator.machine import freed_memory_kept, processor_name, reset_peak_memory, resident_peak_bytes
+from orchestrator.machine import processor_name, reset_peak_memory, resident_peak_bytes
 from orchestrator.models.build import compute_dtype, model_from_config
 from orchestrator.models.parts import COMPRESSOR, set_trainable
 from orchestrator.plan import cost
@@ -278,7 +278,7 @@ class Timing:
 
     Attributes:
         seconds: Wall-clock time of each forward and backward.
-        peak_memory_gib: Largest GPU memory, or resident memory on the CPU, in the warm-up round.
+        peak_memory_gib: Largest GPU memory, or resident memory on the CPU, over its repeats.
         trims_last_layer: The last decoder layer ran only for tokens whose logits a label needs.
     """
 
@@ -363,8 +363,7 @@ def measure(
     """Time every arm once in each of `repeats` rounds, in another order each round, after a warm-up round.
 
     A step is the forward and backward pass of one micro-batch of a randomly initialised model under the phase's
-    recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are excluded, and on a CPU
-    what the C library takes to give memory back and get it again (`freed_memory_kept`).
+    recipe (what trains, checkpointing, dtype); optimizer, communication and data loading are excluded.
 
     Args:
         model_spec: The model.
@@ -393,24 +392,14 @@ def measure(
         batch = processed_batch(model_spec, picture, facts.vocab_size, rows, text_tokens, device)
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     timings = {name: Timing() for name in arms}
-
-    def run_all(number: int) -> None:
+    for number in range(repeats + 1):
         on_round(number)
         # Another order each round: the state an arm leaves the allocator in costs the next one time.
         for name in random.Random(number).sample(list(arms), len(arms)):
             seconds, peak_gib, timings[name].trims_last_layer = _step(model, arms[name], batch, device)
-            # What is kept of one arm would count as the memory of another, so that only the warm-up tells it.
-            if number == 0:
-                timings[name].peak_memory_gib = peak_gib
-            else:
+            if number:
                 timings[name].seconds.append(seconds)
-
-    run_all(0)
-    with freed_memory_kept():
-        for arm in arms.values():  # once more, for what they keep
-            _step(model, arm, batch, device)
-        for number in range(1, repeats + 1):
-            run_all(number)
+                timings[name].peak_memory_gib = max(timings[name].peak_memory_gib, peak_gib)
     return timings
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,28 +40,6 @@ def resident_peak_bytes() -> int:
         return int(peak.split()[0]) * 1024
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-@contextlib.contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Keep what is freed in the process meanwhile, as a GPU's allocator does, where the C library is glibc.
-
-    glibc gives large blocks back to the system and gets them again page by page: up to a fifth of a step's time, more
-    or less of it from step to step (752,876 page faults or none in one and the same step).
-    """
-    library = ctypes.CDLL(None)
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, -1)
-    try:
-        yield
-    finally:
-        library.mallopt(mmap_max, 65536)  # glibc's own values
-        library.mallopt(trim_threshold, 128 * 1024)
-        library.malloc_trim(0)
 
 
 def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:

@@ -69,14 +69,14 @@ def test_every_row_is_tried_and_one_is_shown_as_the_model_gets_it(experiment):
     cells = prepare(experiment()).cells
     mine = check_document(cells)["sets"][0]
     assert mine["errors"] == [] and mine["rows"] == 3
-    assert mine["lengths"]["visual_tokens"]["max"] == 64 + 8 * 9  # the image's base tile, and its rows with newlines
+    assert mine["lengths"]["visual_tokens"]["max"] == 16 + 4 * 5  # the image's base tile, and its rows with newlines
     found = row_document(cells, "mine", 0)
     (video,) = found["images"]
-    assert (video["frames"], video["frame_rate"], video["visual_tokens"]) == ([0, 2, 5, 8], 3.0, 4 * 16 + 1)
+    assert (video["frames"], video["frame_rate"], video["visual_tokens"]) == ([0, 2, 5, 8], 3.0, 4 * 4 + 1)
     assert (video["width"], video["height"]) == (60, 40)
-    assert [token["count"] for token in found["tokens"] if token["text"] == "<video>"] == [65]
+    assert [token["count"] for token in found["tokens"] if token["text"] == "<video>"] == [17]
     text = Document(found, print_row).to_text()
-    assert "4 frames (0, 2, 5, 8) of a video of 3 a second, 60 x 40 pixels, 65 visual tokens" in text
+    assert "4 frames (0, 2, 5, 8) of a video of 3 a second, 60 x 40 pixels, 17 visual tokens" in text
     assert strips(row_page(found)) == [(4 * (144 + 2) - 2, 96)]
 
 
@@ -99,14 +99,14 @@ def test_broken_clips_are_told_by_row_with_file_and_fault(experiment, tmp_path):
 
 
 def test_costs_count_frames_and_what_methods_leave_of_them(experiment):
-    """Means over the video (4 frames of 4 x 4 tokens, a newline) and the image (8 x 8, and 8 rows of 9)."""
+    """Means over the video (4 frames of 2 x 2 tokens, a newline) and the image (4 x 4, and 4 rows of 5)."""
     documents = variant_documents(prepare(experiment()).cells, Costs().rows)
     found = {one["name"]: one["layer_average_tokens"] for one in documents}
-    image, layers = 64 + 72, 4
-    # ceil(16 / 3) of a frame, 22 and 24 of the image
-    assert found["pooled"] == pytest.approx((4 * 6 + 1 + 22 + 24) / 2)
-    assert found["changed"] == pytest.approx((32 + 1 + image) / 2)  # half of all frames' tokens
-    still = (layers / 2 * (32 + 1 + image) + layers / 2 * (2 * 6 + 1 + 22 + 24)) / layers
+    image, layers = 16 + 20, 4
+    # ceil(4 / 3) of a frame, 6 and 7 of the image
+    assert found["pooled"] == pytest.approx((4 * 2 + 1 + 6 + 7) / 2)
+    assert found["changed"] == pytest.approx((8 + 1 + image) / 2)  # half of all frames' tokens
+    still = (layers / 2 * (8 + 1 + image) + layers / 2 * (2 * 2 + 1 + 6 + 7)) / layers
     assert found["still"] == pytest.approx(still / 2)
 
 
