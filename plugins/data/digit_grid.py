@@ -12,19 +12,18 @@ import importlib.util
 import io
 import os
 import secrets
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from hashlib import sha256, shake_256
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
+from orchestrator_plugins.data.drawn import files_in_cache, random_numbers, reasons
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import plugin
-from orchestrator.plan.identity import cache_folder, digest
 
 DIGIT_PIXELS = 8
 WHITE = 16
@@ -158,11 +157,7 @@ class DigitGrid:
 
     def check(self, every_row: bool = True) -> list[str]:
         """Return why the rows cannot be had, if they cannot."""
-        try:
-            self.rows()
-        except plugin.DataError as error:
-            return [str(error)]
-        return []
+        return reasons(self)
 
 
 @dataclass(frozen=True)
@@ -236,7 +231,7 @@ def images_of(split: str) -> list[list[int]]:
 
 
 class _Draws:
-    """Random numbers of a purpose, 64 bits each: a hash (SHAKE-256), the same everywhere.
+    """Random choices for a purpose.
 
     Args:
         count: How many there are at most.
@@ -244,7 +239,7 @@ class _Draws:
     """
 
     def __init__(self, count: int, *purpose: object) -> None:
-        self._numbers = iter(struct.unpack(f">{count}Q", shake_256(repr(purpose).encode()).digest(8 * count)))
+        self._numbers = random_numbers(count, *purpose)
 
     def one_of(self, values: Sequence[int]) -> int:
         """Return one of these values."""
@@ -327,20 +322,12 @@ def _content(made: _Made) -> str:
 @lru_cache(maxsize=8)
 def _pictures(made: _Made, numbers: tuple[int, ...]) -> dict[int, str]:
     """Return the paths of some pictures in the cache; what is missing or damaged there is written again."""
-    folder, grids = cache_folder() / "digit_grid" / digest([_content(made)])[:16], _grids(made)
-    paths = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in numbers:
-            path = folder / f"{number:06}.bmp"
-            _write(path, _bitmap(pixels_of(grids[number], made.size, made.cell_pixels), made.size * made.cell_pixels))
-            paths[number] = str(path)
-    except OSError as error:
-        raise plugin.DataError(
-            f"digit_grid: its pictures cannot be written to {folder}: {error.strerror or error}; set XDG_CACHE_HOME "
-            "to a folder that is writable"
-        ) from error
-    return paths
+    grids = _grids(made)
+
+    def write(path: Path, number: int) -> None:
+        _write(path, _bitmap(pixels_of(grids[number], made.size, made.cell_pixels), made.size * made.cell_pixels))
+
+    return files_in_cache("digit_grid", _content(made), numbers, ".bmp", "its pictures", write)
 
 
 def _bitmap(pixels: bytes, side: int) -> bytes:

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import os
 import secrets
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from hashlib import sha256, shake_256
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
+from orchestrator_plugins.data.drawn import files_in_cache, random_numbers, reasons
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from orchestrator import plugin
 from orchestrator.data.records.record_set import VideosSpec
-from orchestrator.plan.identity import cache_folder, digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,11 +163,7 @@ class MovingShapes:
 
     def check(self, every_row: bool = True) -> list[str]:
         """Return why the rows cannot be had, if they cannot."""
-        try:
-            self.rows()
-        except plugin.DataError as error:
-            return [str(error)]
-        return []
+        return reasons(self)
 
 
 @dataclass(frozen=True)
@@ -195,11 +190,11 @@ def _scenes(made: _Made) -> tuple[Scene, ...]:
 
 def _scene(made: _Made, number: int) -> Scene:
     """Return a clip. Answers go round, clip by clip, so that each is as frequent as the others; all else is drawn from
-    a hash (SHAKE-256), the same everywhere.
+    a hash, the same everywhere.
     """
     count = 8 + 4 * made.shapes
     purpose = ("moving_shapes", made.split, made.shapes, made.pixels, made.frames, made.speed, made.seed, number)
-    numbers = iter(struct.unpack(f">{count}Q", shake_256(repr(purpose).encode()).digest(8 * count)))
+    numbers = random_numbers(count, *purpose)
     colours = sorted(COLOURS, key=lambda _: next(numbers))
     directions = list(DIRECTIONS)
     shapes = []
@@ -266,22 +261,13 @@ def _content(made: _Made) -> str:
 @lru_cache(maxsize=8)
 def _files(made: _Made, numbers: tuple[int, ...]) -> dict[int, str]:
     """Return the paths of some clips in the cache; what is missing there is drawn."""
-    folder, scenes = cache_folder() / "moving_shapes" / digest([_content(made)])[:16], _scenes(made)
-    paths = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {entry.name for entry in os.scandir(folder)}
-        for number in numbers:
-            path = folder / f"{number:06}.mov"
-            if path.name not in there:
-                _write(path, frames_of(scenes[number], made.pixels, made.frames, made.speed))
-            paths[number] = str(path)
-    except OSError as error:
-        raise plugin.DataError(
-            f"moving_shapes: its clips cannot be written to {folder}: {error.strerror or error}; set XDG_CACHE_HOME to "
-            "a folder that is writable"
-        ) from error
-    return paths
+    scenes = _scenes(made)
+
+    def write(path: Path, number: int) -> None:
+        if not path.exists():
+            _write(path, frames_of(scenes[number], made.pixels, made.frames, made.speed))
+
+    return files_in_cache("moving_shapes", _content(made), numbers, ".mov", "its clips", write)
 
 
 def _write(path: Path, frames: Sequence[Image.Image]) -> None:

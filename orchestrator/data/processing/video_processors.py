@@ -95,43 +95,46 @@ def _qwen2_vl() -> Any:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, SizeDict
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    class Qwen2VLVideoProcessor(_own("qwen3_vl", "Qwen3VLVideoProcessor")):  # type: ignore[misc]
-        size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}  # noqa: RUF012  (transformers' own way)
-        image_mean = OPENAI_CLIP_MEAN
-        image_std = OPENAI_CLIP_STD
-        patch_size = 14
-        do_sample_frames = False
-        max_video_tokens = 128000
-        fps = None
+    base = _own("qwen3_vl", "Qwen3VLVideoProcessor")
+    standard = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
 
-        def __init__(self, **kwargs: Any) -> None:
-            size = dict(kwargs.pop("size", None) or self.size)
-            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-                if (pixels := kwargs.pop(name, None)) is not None:
-                    size[edge] = pixels
-            super().__init__(size=size, **kwargs)
+    def start(self: Any, **kwargs: Any) -> None:
+        size = dict(kwargs.pop("size", None) or standard)
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if (pixels := kwargs.pop(name, None)) is not None:
+                size[edge] = pixels
+        base.__init__(self, size=size, **kwargs)
 
-        def resize(
-            self,
-            videos: torch.Tensor,
-            size: Any,
-            resample: Any,
-            factor: int,
-            temporal_factor: int = 2,
-            cap_pixels_per_frame: bool | None = None,
-            **_: Any,
-        ) -> torch.Tensor:
-            most = size.longest_edge
-            if cap_pixels_per_frame:
-                total = int(self.max_video_tokens * factor * factor * 0.9)
-                most = max(min(most, total * temporal_factor // videos.shape[1]), int(size.shortest_edge * 1.05))
-            height, width = smart_resize(*videos.shape[-2:], factor, size.shortest_edge, most)
-            resized: torch.Tensor = _plain_tensors().resize(
-                self, videos, SizeDict(height=height, width=width), resample=resample
-            )
-            return resized
+    def resize(
+        self: Any,
+        videos: torch.Tensor,
+        size: Any,
+        resample: Any,
+        factor: int,
+        temporal_factor: int = 2,
+        cap_pixels_per_frame: bool | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        most = size.longest_edge
+        if cap_pixels_per_frame:
+            total = int(self.max_video_tokens * factor * factor * 0.9)
+            most = max(min(most, total * temporal_factor // videos.shape[1]), int(size.shortest_edge * 1.05))
+        height, width = smart_resize(*videos.shape[-2:], factor, size.shortest_edge, most)
+        resized: torch.Tensor = _plain_tensors().resize(
+            self, videos, SizeDict(height=height, width=width), resample=resample
+        )
+        return resized
 
-    return Qwen2VLVideoProcessor
+    settings = {
+        "size": standard,
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
+        "patch_size": 14,
+        "do_sample_frames": False,
+        "max_video_tokens": 128000,
+        "fps": None,
+    }
+    return type("Qwen2VLVideoProcessor", (base,), {**settings, "__init__": start, "resize": resize})
 
 
 _MADE_BY: dict[str, Callable[[], Any]] = {

@@ -142,17 +142,27 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return square
 
 
+def check_regular(path: str, what: str) -> None:
+    """Raise unless a path is a regular file: others may never end.
+
+    Raises:
+        BadImage: it is something else than `what`.
+        OSError: there is none, or the storage fails.
+    """
+    kind = os.stat(path).st_mode
+    if stat.S_ISDIR(kind):
+        raise BadImage(f"is a folder, not {what}")
+    if not stat.S_ISREG(kind):
+        raise BadImage("is no regular file")
+
+
 @contextmanager
 def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
     """Open an image and read its header; errors inside the block become BadImage too."""
     # Some libraries set this for the whole process; half a picture is an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        kind = os.stat(file_of(path)).st_mode
-        if stat.S_ISDIR(kind):
-            raise BadImage("is a folder, not an image")
-        if not stat.S_ISREG(kind):
-            raise BadImage("is no regular file")
+        check_regular(file_of(path), "an image")
         with _bytes_of(path) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if min(width, height) < 1:

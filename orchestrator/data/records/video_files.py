@@ -11,7 +11,6 @@ trained by): see `frames_of`.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from orchestrator.data.records.file_kinds import HEAD_BYTES, looks_like
-from orchestrator.data.records.image_files import ABSENT, MAX_PIXELS, BadImage
+from orchestrator.data.records.image_files import ABSENT, MAX_PIXELS, BadImage, check_regular
 from orchestrator.data.rows import ImageReading
 from orchestrator.errors import DataError
 
@@ -217,17 +216,13 @@ def _decoded(path: str) -> Iterator[tuple[Any, Any]]:
 def _regular(path: str) -> Iterator[IO[bytes]]:
     """Open a regular file; a file object, not a path, so that FFmpeg reads nothing else."""
     try:
-        kind = os.stat(path).st_mode
-        if stat.S_ISDIR(kind):
-            raise BadImage("is a folder, not a video")
-        if not stat.S_ISREG(kind):
-            raise BadImage("is no regular file")
-        file = open(path, "rb")  # noqa: SIM115  (closed below; what is wrong with a video is not wrong with opening)
+        check_regular(path, "a video")
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         if error.errno in ABSENT:
             raise BadImage(ABSENT[error.errno]) from error
         raise
-    with file:
+    with os.fdopen(descriptor, "rb") as file:
         yield file
 
 
