@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
 import traceback
@@ -281,6 +280,27 @@ def table(
         print_document(found.render("json" if as_json else form or "md"))
     else:
         found.print(terminal())
+
+
+@app.command()
+def report(
+    specs: Specs,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.html", help="The file (default: in short, on screen)."),
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    answers: Annotated[
+        int, typer.Option("--answers", min=0, metavar="N", help="Wrong answers shown of each row, with pictures.")
+    ] = 8,
+) -> None:
+    """Write one HTML file about one or several experiments: figures, table, tests, stage tree; it works offline."""
+    first, *others = (llv.load(spec, set_ or ()) for spec in specs)
+    document = first.report(beside=others, answers=answers)
+    if output is not None:
+        write_document(document.to_html(), output)
+    show_document(document, as_json)
 
 
 @app.command()
@@ -588,7 +608,9 @@ def print_json(document: Any) -> None:
     try:
         text = json.dumps(document, default=str, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(document), default=str)
+        from orchestrator.report.documents import finite
+
+        text = json.dumps(finite(document), default=str)
     print_document(text)
 
 
@@ -611,14 +633,6 @@ def write_document(text: str, file: Path | None) -> None:
         print(text, end="", flush=True)
     else:
         file.write_text(text, encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def terminal(*, error: bool = False) -> Console:

@@ -19,6 +19,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
 from orchestrator.report.console import print_bench, print_check, print_plan, print_predictions, print_row, print_status
 from orchestrator.report.documents import Document
+from orchestrator.report.experiment_report import ANSWERS, print_report, report_document, report_page
 from orchestrator.report.pages import predictions_document, predictions_page, row_page
 from orchestrator.report.table import Table, html_table, table_of
 from orchestrator.run import RunOutcome, evaluate_experiment, record_scores, run_experiment
@@ -138,6 +139,19 @@ class Experiment:
             all_metrics: Every metric, not the headline ones.
         """
         return table([self], all_metrics=all_metrics)
+
+    def report(self, *, beside: Sequence[Experiment] = (), answers: int = ANSWERS) -> Document:
+        """Return all that is known of the experiment; `to_html()` is one file that works offline.
+
+        Args:
+            beside: Other experiments in the same report.
+            answers: Wrong answers shown of each row, with their pictures; 0 for none.
+        """
+        plans = [each.planned() for each in (self, *beside)]
+        with ExitStack() as stack:
+            for plan in plans:
+                stack.enter_context(plan.ledger.snapshot())
+            return Document(report_document(plans, answers=answers), print_report, report_page)
 
     def run(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -92,6 +93,15 @@ class Documents(Printed, list[dict[str, Any]]):
 
     def __repr__(self) -> str:
         return f"<Documents: {len(self)}>"
+
+
+def finite(value: Any) -> Any:
+    """Return a document with null for what is no number, which JSON has not: a loss may have diverged."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compressors() -> Documents:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
-from orchestrator.plan.trials import pareto_front
+from orchestrator.report.front import PALETTE, differing_front, lower_is_better, palette_key
 from orchestrator.report.sweeps import Sweep, Swept
 from orchestrator.report.table import BOUND, Table, header
 from orchestrator.report.units import Operations
@@ -32,8 +32,17 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
     figure.savefig(path, dpi=dpi)
 
 
-def grid_figure(table: Table, title: str, path: Path) -> bool:
-    """Draw accuracy over training TFLOPs, one panel an evaluation setting, and writes it as PNG.
+def grid_figure(table: Table, title: str, path: Path, cells: Mapping[str, Mapping[str, float]] | None = None) -> bool:
+    """Draw accuracy over training cost, one panel an evaluation setting, as PNG; the report's figure on paper.
+
+    One colour a schedule, rows with their intervals, their cells faint, the baseline a line across; a front only
+    through rows that differ (`differing_front`).
+
+    Args:
+        table: Its rows are drawn.
+        title: Stands above.
+        path: The file to write.
+        cells: Metrics of each cell by its name; None leaves the cells of a row out.
 
     Returns:
         False, with nothing written, where no finished cell has both figures.
@@ -45,35 +54,61 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     if not rows:
         return False
     unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
-    from matplotlib import colormaps
-
+    keys = list(dict.fromkeys(map(palette_key, rows)))
     figure = _figure(5.2 * len(scores), 4.2)
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=len(metrics) == 1)
-    colours = colormaps["tab10"]
+    named: dict[str, Any] = {}
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
-        points = [(row.values[cost] / unit.scale, row.values[score]) for row in shown]
-        exact = {index: point for index, point in enumerate(points) if BOUND not in shown[index].marks}
-        front = sorted(points[index] for index in pareto_front(exact, ["min", "max"]))
-        panel.plot([x for x, _ in front], [y for _, y in front], color="0.75", zorder=1)
-        for row, (x, y) in zip(shown, points, strict=True):
-            colour, error = colours(rows.index(row) % 10), row.ci95.get(score)
-            how = (
-                {"fmt": "<", "label": f"{row.name} ({BOUND})"}
-                if BOUND in row.marks
-                else {"fmt": "o", "label": row.name}
+        exact = [
+            (row.values[cost] / unit.scale, row.values[score], row.ci95.get(score)) if BOUND not in row.marks else None
+            for row in shown
+        ]
+        front = differing_front(exact, lower_is_better(score))
+        panel.plot(
+            [shown[n].values[cost] / unit.scale for n in front], [shown[n].values[score] for n in front], color="0.6",
+            zorder=1,
+        )  # fmt: skip
+        for row in shown:
+            colour, x, y = PALETTE[keys.index(palette_key(row)) % len(PALETTE)], row.values[cost], row.values[score]
+            own = [cells[name] for name in row.cells] if cells and len(row.cells) > 1 else []
+            both = [(cell[cost] / unit.scale, cell[score]) for cell in own if {cost, score} <= cell.keys()]
+            panel.scatter([x for x, _ in both], [y for _, y in both], color=colour, alpha=0.35, s=14, linewidths=0)
+            is_base = "baseline" in row.marks
+            if is_base:
+                panel.axhline(y, color="0.6", linewidth=1, linestyle="--", zorder=0)
+            marker = "<" if BOUND in row.marks else "D" if is_base else "o"
+            drawn = panel.errorbar(
+                x / unit.scale, y, yerr=row.ci95.get(score), capsize=3, color=colour, fmt=marker, markersize=7
             )
-            panel.errorbar(x, y, yerr=error, capsize=3, color=colour, **how)
+            name = f"{palette_key(row)} ({BOUND})" if BOUND in row.marks else palette_key(row)
+            named.setdefault(name, drawn)
         panel.set_title(header(score), fontsize=10)
         panel.set_xlabel(f"training cost ({unit.name})")
-        panel.margins(0.15)
+        _widen(panel, [row.values[cost] / unit.scale for row in shown])
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel(next(iter(metrics)) if len(metrics) == 1 else "")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    figure.legend(
+        list(named.values()),
+        list(named),
+        loc="outside lower center",
+        ncols=min(3, len(named)),
+        fontsize=8,
+        frameon=False,
+    )
     figure.suptitle(title, fontsize=11)
     _save(figure, path, 150)
     return True
+
+
+def _widen(panel: Any, costs: Sequence[float]) -> None:
+    """Give a panel room, so that it makes no difference of costs or scores larger than it is."""
+    panel.margins(0.15)
+    low, high = panel.get_ylim()
+    room = max(0.0, (0.1 * abs(low + high) / 2 - (high - low)) / 2)
+    panel.set_ylim(low - room, high + room)
+    room = max(0.15 * (max(costs) - min(costs)), (0.1 * max(costs) - (max(costs) - min(costs))) / 2)
+    panel.set_xlim(min(costs) - room, max(costs) + room)
 
 
 def sweep_figure(sweeps: Sequence[Sweep], path: Path) -> bool:

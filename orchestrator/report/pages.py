@@ -106,11 +106,12 @@ def predictions_page(document: Mapping[str, Any], limit: int = SHOWN) -> str:
     )
     choice = '<input type="checkbox" id="only-wrong"><label for="only-wrong"> only wrong ones</label>'
     body = [f'<p class="muted">{escape(head)}</p>', *([] if document["only_wrong"] else [choice])]
-    body += ['<div class="grid">', *map(_card, shown), "</div>"]
+    body += ['<div class="grid">', *map(card, shown), "</div>"]
     return page(f"{document['experiment']}: {document['evaluation']}", "\n".join(body))
 
 
-def _card(each: Mapping[str, Any]) -> str:
+def card(each: Mapping[str, Any]) -> str:
+    """Return an answer with its pictures, its question and the right answer."""
     pictures = "".join(picture(path) for path in each.get("images", ()))
     pictures += "".join(map(_strip, each.get("videos", ())))
     question = str(each.get("question", "")).replace("<image>", "")

@@ -49,6 +49,7 @@ class Row:
         ci95: Metric name to half of its 95 % interval: of the mean over several finished cells, of one over questions.
         tests: Metric name to the paired test of that difference, where both kept the score of every question.
         recorded: Metrics that someone else measured, and the source of each.
+        origin: Which of the table's experiments it is of, counted from 0.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Row:
     ci95: dict[str, float] = field(default_factory=dict)
     tests: dict[str, Comparison] = field(default_factory=dict)
     recorded: dict[str, str] = field(default_factory=dict)
+    origin: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -277,13 +279,14 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
     earlier: dict[frozenset[tuple[str, tuple[str, ...]]], list[Row]] = {}
     shown_axes: dict[str, None] = {}
     blocks: list[Sweep] = []
-    for plan in plans:
+    for origin, plan in enumerate(plans):
         report, search, name = plan.loaded.spec.report, plan.loaded.spec.search, plan.loaded.spec.name
         own = [plan.record(cell) for cell in plan.cells]
         headlines |= {test: entry.shown for cell in plan.cells for test, entry in cell.spec.evaluate.items()}
         drawn = () if search is None else tuple(search.space)
         mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
         rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
+        rows = [replace(row, origin=origin) for row in rows]
         ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
         scores = Scores(plan.ledger)
         notes += [f"{name}: {note}" for note in (*_judged(rows, plan, mean_over, scores), *scores.notes)]

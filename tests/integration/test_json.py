@@ -75,6 +75,7 @@ CALLS = [
     ("status", "tiny.yaml"),
     ("table", "tiny.yaml"),
     ("table", "tiny.yaml", "--format", "json"),
+    ("report", "tiny.yaml"),
     ("logs", "tiny.yaml", "--cell", "schedule=two_stage"),
     ("path", "tiny.yaml", "--cell", "schedule=two_stage"),
     ("show", "tiny.yaml"),

@@ -1,0 +1,53 @@
+"""What figures draw through points: the front of those that differ, and one colour a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.report.table import Row
+from orchestrator.report.units import is_score
+
+PALETTE = (
+    *("#4c78d0", "#e8833a", "#3aa655", "#d6455d", "#8f6cc9"),
+    *("#9c755f", "#d982b5", "#7f8c8d", "#b5a642", "#2fa5b5"),
+)
+"""Colours that can be told apart on white and on black, in the order in which they are given."""
+_LOWER = ("loss", "perplexity", "unread")
+
+
+def lower_is_better(column: str) -> bool:
+    """Return whether less of a metric is better: losses, and what is measured but speeds."""
+    metric = column.rpartition("/")[2]
+    return metric in _LOWER or (not is_score(column) and not metric.endswith("_per_second"))
+
+
+def differing_front(points: Sequence[tuple[float, float, float | None] | None], lower: bool = False) -> list[int]:
+    """Return which points are the front by cost, cheapest first, where each is surely better than the one before.
+
+    A point joins where its 95 % interval does not overlap that of the last that joined: between others a line would
+    show a gain that may be chance. Where fewer than two join there is no front.
+
+    Args:
+        points: Cost, score, and half of the score's interval (None: not known, so it never joins); None is left out.
+        lower: Whether a smaller score is better.
+    """
+    sign = -1.0 if lower else 1.0
+    known = [
+        (cost, sign * score, half, number)
+        for number, point in enumerate(points)
+        if point is not None
+        for cost, score, half in [point]
+        if half is not None
+    ]
+    front: list[tuple[float, float, float, int]] = []
+    for cost, score, half, number in sorted(known, key=lambda point: (point[0], -point[1])):
+        if not front or score - half > front[-1][1] + front[-1][2]:
+            front.append((cost, score, half, number))
+    return [number for *_, number in front] if len(front) > 1 else []
+
+
+def palette_key(row: Row) -> str:
+    """Return what rows of one colour share: the schedule, or where no axis is one the row itself."""
+    schedules = [str(value) for axis, value in row.axes.items() if axis.rpartition(".")[2] == "schedule"]
+    control = [str(row.axes["control"])] if row.axes.get("control") else []
+    return ", ".join([*schedules, *control]) or row.name
