@@ -22,7 +22,7 @@ from orchestrator.plan.ledger.inventory import FOLDER, Recorded
 from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
-from orchestrator.plan.trials import Trial, TrialNotes, cells_of_trials, front_of, search_id
+from orchestrator.plan.trials import ADDED, Trial, TrialNotes, cells_of_trials, front_of, search_id
 from orchestrator.redaction import secret_in
 from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
@@ -81,7 +81,7 @@ class ExperimentPlan:
         return self.ledger.cell_folder(self.loaded.spec.name, cell.name)
 
     def record(self, cell: Cell) -> CellRecord:
-        """Return a cell as it stands in the ledger; a trial's says whether it is on the front.
+        """Return a cell as it stands in the ledger; a trial's says whether it is on the front, and what it added.
 
         One that lacks an objective is failed, since its trial is.
         """
@@ -92,7 +92,13 @@ class ExperimentPlan:
         has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
         if has_failed and not search.objectives.keys() <= record.summary.keys():
             return replace(record, status="failed")
-        return replace(record, tags={**record.tags, "pareto": str(cell.id in self.front).lower()})
+        tags = {**record.tags, "pareto": str(cell.id in self.front).lower()}
+        # Later trials of the same cells share them and add nothing.
+        trial = next((each for each in self.trials if cell.id in each.cells), None)
+        if trial is None or trial.added_train_tflops is None:
+            return replace(record, tags=tags)
+        added = {ADDED: trial.added_train_tflops / len(trial.cells)}  # a row is the mean over its cells
+        return replace(record, tags=tags, summary={**record.summary, **added})
 
     def _baseline_of(self, cell: Cell) -> Cell | None:
         """Return the baseline's cell that has all other axes in common, such as the seed; the only one there is else.

@@ -46,6 +46,8 @@ def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
+ADDED = "cost/added_train_tflops"
+"""Metric of a trial's cells: an equal part of what the trial added to the work that was stored or planned."""
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""
 
@@ -62,6 +64,10 @@ class Trial:
         cells: Ids of its cells, one a seed; none where the recipe cannot be a cell.
         objectives: Mean over its cells.
         error: Why it failed.
+        added_train_tflops: Planned operations of the stage runs that were neither stored nor planned when it was
+            proposed; None where they are not known.
+        stored_gpu_hours: Measured hours of the stage runs that it found stored, of which no earlier trial made use;
+            noted where hours are limited.
     """
 
     number: int
@@ -71,6 +77,8 @@ class Trial:
     cells: tuple[str, ...] = ()
     objectives: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    added_train_tflops: float | None = None
+    stored_gpu_hours: float = 0.0
 
     def failed(self, error: str) -> Trial:
         """Return the trial once it failed."""

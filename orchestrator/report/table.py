@@ -23,6 +23,7 @@ from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, EVALUATION_TAG, CellRecord, flat
 from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.trials import ADDED
 from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
@@ -226,15 +227,17 @@ class Table(Printed):
 MOST_TESTS = 1000
 
 # What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
-_BY_FORMULA = ("cost/train_tflops", "cost/compression_ratio", "cost/visual_layer_tokens")
+_BY_FORMULA = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/visual_layer_tokens")
 BOUND = "costs at most"
 """Mark of a row whose figures by the formula are bounds."""
 RECORDED = "†"
 """Mark of a score that someone else measured, such as a benchmark's server."""
-_OPERATIONS = "cost/train_tflops"
-_COSTS = ("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds")
+_OPERATIONS = {"cost/train_tflops": "train", ADDED: "added"}
+"""Columns in the table's unit of operations, and what of them they are."""
+_COSTS = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/train_seconds")
 _HEADERS = {
     "cost/train_tflops": "train TFLOPs",
+    ADDED: "added TFLOPs",
     "cost/compression_ratio": "CR",
     "cost/train_seconds": "seconds",
     "cost/visual_layer_tokens": "visual layer-tokens",
@@ -589,7 +592,7 @@ def header(column: str) -> str:
 
 
 def _unit(table: Table) -> Operations:
-    return Operations.of(row.values.get(_OPERATIONS) for row in table.rows)
+    return Operations.of(row.values.get("cost/train_tflops") for row in table.rows)
 
 
 def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) -> str:
@@ -597,7 +600,7 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
     cost.
     """
     value = row.values.get(column)
-    text = unit.text(value) if column == _OPERATIONS else metric_text(column, value)
+    text = unit.text(value) if column in _OPERATIONS else metric_text(column, value)
     if value is None:
         return text
     if column in _BY_FORMULA and BOUND in row.marks:
@@ -606,7 +609,7 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
         text += RECORDED
     half = row.ci95.get(column)
     if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
-        text += f" ± {unit.text(half) if column == _OPERATIONS else metric_text(column, half)}"
+        text += f" ± {unit.text(half) if column in _OPERATIONS else metric_text(column, half)}"
     difference = row.against.get(column)
     if difference is None:
         return text
@@ -620,7 +623,7 @@ def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     unit = _unit(table)
     apart = {score.column for sweep in table.sweeps for score in sweep.scores if score.values}
     columns = [column for column in table.columns if column not in apart]
-    heads = [f"train {unit.name}" if column == _OPERATIONS else header(column) for column in columns]
+    heads = [f"{_OPERATIONS[column]} {unit.name}" if column in _OPERATIONS else header(column) for column in columns]
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
     body = []
     for row, tests in zip(table.rows, table.tests(), strict=True):

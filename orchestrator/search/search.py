@@ -21,6 +21,7 @@ from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.run import RunOutcome, Session, check_data
+from orchestrator.search.budget import Budget, most_trials
 from orchestrator.search.trial_mailbox import FAILED
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
@@ -37,7 +38,7 @@ def search_experiment(
     max_hours: float | None = None,
     console: Console | None = None,
 ) -> RunOutcome:
-    """Propose and run trials until there are `num_trials`, mark the front, and return the table.
+    """Propose and run trials up to `num_trials` or a budget, mark the front, and return the table.
 
     Arguments and errors are those of `Experiment.search`, which passes them on.
     """
@@ -53,7 +54,7 @@ def search_experiment(
         if (error := unmeasured(session.walk)) is not None:
             raise StageRunError(error)
         with session.recording():
-            if (left := search.num_trials - session.num_ended) > 0:
+            if (left := most_trials(search) - session.num_ended) > 0:
                 session.search(left, fail_fast)
             else:
                 console.print(_all_ended(session.walk), highlight=False)
@@ -114,6 +115,9 @@ class SearchSession(Session):
     Attributes:
         broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
         unmeasured: The objective that the first trial lacks, and so would every other.
+
+    Raises:
+        UsageError: a limit of the search's budget cannot be kept.
     """
 
     def __init__(self, walk: ExperimentPlan, notes: TrialNotes, console: Console, deadline: float = math.inf) -> None:
@@ -121,6 +125,9 @@ class SearchSession(Session):
         self.broken: str | None = None
         self.unmeasured: str | None = None
         self._notes = notes
+        self._budget = Budget(walk.loaded)
+        self._posted: list[Trial] = []
+        self._is_over = False
         self._tuning: Tuning | None = None
         self._interrupt = DeferredInterrupt()
         self._asked: set[int] = set()
@@ -197,13 +204,13 @@ class SearchSession(Session):
     def newer_work(self) -> Sequence[Job] | None:
         """Return the newest plan where something was proposed; answers the trials that have ended."""
         assert self._tuning is not None
-        new = [] if self.unmeasured is not None else self._tuning.take()
-        self._num_taken += len(new)
-        for proposal in new:
-            self._take(Trial(**proposal))
+        if self.unmeasured is None:
+            self._posted += [Trial(**proposal) for proposal in self._tuning.take()]
+        is_planned = self.is_damaged
+        while self._posted and (self._is_over or not self._budget.must_wait(self.walk)):
+            is_planned |= self._take(self._posted.pop(0), self._tuning)
         if self.is_damaged:
             self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
-        is_planned = bool(new) or self.is_damaged
         self.is_damaged = False
         if is_planned:
             self._check_and_show()
@@ -217,16 +224,35 @@ class SearchSession(Session):
         assert self._tuning is not None
         return self._tuning.ended
 
-    def _take(self, proposed: Trial) -> None:
-        trials = {trial.number: trial for trial in self.walk.trials} | {proposed.number: proposed}
-        self.walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
-        trial = next(trial for trial in self.walk.trials if trial.number == proposed.number)
+    def _take(self, proposed: Trial, tuning: Tuning) -> bool:
+        """Plan a trial and note it, before it runs; return False where a budget does not allow for it.
+
+        The search stops there: it says so, and takes no further trial.
+        """
+        trials = {trial.number: trial for trial in self.walk.trials}
+        is_noted = proposed.number in trials
+        trials.setdefault(proposed.number, proposed)
+        walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
+        trial = next(trial for trial in walk.trials if trial.number == proposed.number)
+        if not is_noted:
+            trial = self._budget.priced(trial, self.walk, walk)
+            why = None if self._is_over else self._budget.refusal(trial, self.walk, walk)
+            if why is not None:
+                self.view.say(f"the search stops: {why}")
+                self._is_over, self._num_trials = True, self._num_taken
+                tuning.stop()
+            if self._is_over:
+                tuning.answer(trial.number, {FAILED: "over budget"})
+                return False
+        self._num_taken += 1
+        self.walk = walk.with_trial(trial)
         self._notes.write(trial)
         self._asked.add(trial.number)
         values = ", ".join(f"{path.rpartition('.')[2]} {summary(value)}" for path, value in trial.values.items())
         same = next((t for t in self.walk.trials if t.cells == trial.cells and t.number < trial.number), None)
         equal = f" (the same as {trial_name(same.number)})" if trial.cells and same is not None else ""
         self.view.say(f"proposed {trial_name(trial.number)}: {values}{equal}")
+        return True
 
     def _check_and_show(self) -> None:
         work = self.walk.tree.work(self.walk.ledger)

@@ -191,9 +191,13 @@ class Tuning:
         """End a trial: with its objectives, or with `failed` and the reason."""
         ray.get(self._mailbox.answer.remote(number, dict(answer)))
 
+    def stop(self) -> None:
+        """Propose nothing more; what was proposed may still be answered."""
+        self._proposer.closed = True
+
     def close(self) -> None:
         """Let the trials that wait go, so that Tune ends by itself while Ray is still there."""
-        self._proposer.closed = True
+        self.stop()
         ray.get(self._mailbox.close.remote())
         self._thread.join(CLOSE_SECONDS)
 

@@ -32,14 +32,17 @@ class SchedulerSpec(Spec):
 
 
 class BudgetSpec(Spec):
-    """Limits of a search: it stops before the trial that would exceed one of them."""
+    """Limits of a search: it stops before the trial that would exceed one of them, and goes on once they are raised."""
 
     train_tflops: Positive | None = None
-    """Most training cost of all trials together, in 10^12 operations; null sets no limit."""
+    """Most training operations that all trials together add, in 10^12 by the cost formula; null sets no limit. A trial
+    adds the stage runs that were neither stored nor planned when it was proposed, each counted once: what it shares
+    with earlier trials or with a grid costs nothing, attempts after a failure are not counted again."""
     trials: Count | None = None
-    """Most trials; null sets no limit."""
+    """Most trials, if that is fewer than `num_trials`; null sets no limit."""
     gpu_hours: Positive | None = None
-    """Most hours of all workers' devices together; null sets no limit."""
+    """Most hours of training of all workers' devices together that trials add, those still to come estimated by the
+    speed measured so far (until it is known one trial runs alone); null sets no limit. Evaluations are not counted."""
 
 
 class StagedSpaceSpec(Spec):
@@ -108,7 +111,7 @@ class SearchSpec(Spec):
     num_trials: Count = 24
     """Trials in all; equal trials are trained once."""
     budget: BudgetSpec | None = None
-    """Limits beside the number of trials; null sets none."""
+    """Limits beside `num_trials`; null sets none."""
     constraints: dict[str, str] = Field(default_factory=dict, examples=[{"eval/vqa/accuracy": ">= full - 0.005"}])
     """Conditions that a trial must meet, by metric."""
     space: dict[str, SpaceEntry] = Field(

@@ -44,6 +44,9 @@ def test_a_killed_search_started_again_loses_no_trial_and_trains_none_twice(kill
     repeated = {name for name, counts in steps.items() if max(counts.values(), default=1) > 1}
     assert len(repeated) <= 1 and not repeated & set(finished)
     assert sum(len(counts) for counts in steps.values()) >= 8
+    _, planned, _ = search.run("--json", verb="plan")
+    added = sum(trial["added_train_tflops"] for trial in trials)
+    assert added == pytest.approx(json.loads(planned)["totals"]["train_tflops_shared"])
     assert not search.alive() and "Traceback" not in errors and "WARNING" not in errors, errors
     assert not list((search.storage / "ray").glob("search-*"))
 
@@ -66,6 +69,7 @@ def test_the_front_in_mlflow_is_the_one_of_the_ledger(killed):
     for trial in search.trials():
         measured = runs[trial["cells"][0]].data.metrics
         assert {name: measured[name] for name in trial["objectives"]} == trial["objectives"]
+        assert measured["cost/added_train_tflops"] == trial["added_train_tflops"]
 
 
 def test_a_finished_search_has_nothing_to_do_and_shows_its_front(killed):

@@ -1,0 +1,120 @@
+"""What each trial of a search adds to the work that is stored, and the limits of `search.budget`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from orchestrator.errors import UsageError
+from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.documents import hours_document, with_plans
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.status import TreeStatus
+from orchestrator.plan.trials import Trial
+from orchestrator.spec.loaded import LoadedExperiment
+from orchestrator.spec.search import BudgetSpec, SearchSpec
+from orchestrator.spec.search_space import trial_name
+
+_ROUNDING = 1 + 1e-9
+
+
+def most_trials(search: SearchSpec) -> int:
+    """Return how many trials there may be."""
+    limit = None if search.budget is None else search.budget.trials
+    return search.num_trials if limit is None else min(search.num_trials, limit)
+
+
+class Budget:
+    """The limits of one search, and what counts against them.
+
+    Args:
+        loaded: The experiment, with its search.
+
+    Raises:
+        UsageError: a limit on operations is given, and the formula does not know what the experiment costs.
+    """
+
+    def __init__(self, loaded: LoadedExperiment) -> None:
+        assert loaded.spec.search is not None
+        self._limits = loaded.spec.search.budget or BudgetSpec()
+        self._cluster = loaded.spec.cluster
+        self._costs = Costs()
+        if self._limits.train_tflops is not None:
+            for cell in expand_cells(loaded):
+                if self._costs.cell(cell)["train_tflops"] is None:
+                    why = "; ".join(self._costs.notices) or "the model's sizes are not known here"
+                    raise UsageError(
+                        f"{loaded.path}: search.budget.train_tflops cannot be kept: {why}; give gpu_hours or trials"
+                    )
+
+    def priced(self, trial: Trial, before: ExperimentPlan, after: ExperimentPlan) -> Trial:
+        """Return a new trial with what it adds.
+
+        Args:
+            trial: The trial, its cells known.
+            before: The plan without it.
+            after: The plan with it.
+        """
+        # In this order: what is finished in between counts as work in both, and cancels.
+        then = TreeStatus(before.tree, before.ledger)
+        now = TreeStatus(after.tree, after.ledger)
+        parts: list[float | None] = []
+        for job, cell, plan in with_plans(after.cells, after.tree):
+            earlier = before.tree.stage_runs.get(job.id)
+            if earlier is not None and job.id in then.needed:
+                # It is trained for others. Cut in two, its beginning is a stage run of its own, which is counted as
+                # such; where it is under way in one piece already, that beginning is trained once more.
+                under_way = job.id in then.begun or job.id in then.holders
+                if earlier.first_step < job.first_step and not under_way:
+                    price = self._costs.stage_run(cell, plan, earlier.first_step, job.first_step)["train_tflops"]
+                    parts.append(None if price is None else -price)
+            elif job.id in now.needed:
+                parts.append(self._costs.stage_run(cell, plan, job.first_step, job.last_step)["train_tflops"])
+        known = [part for part in parts if part is not None]
+        added = max(0.0, math.fsum(known)) if len(known) == len(parts) else None
+        if self._limits.gpu_hours is None:
+            return replace(trial, added_train_tflops=added)
+        stored = max(0.0, self._hours(after, now)[0] - self._hours(before, then)[0])
+        return replace(trial, added_train_tflops=added, stored_gpu_hours=stored)
+
+    def refusal(self, trial: Trial, before: ExperimentPlan, after: ExperimentPlan) -> str | None:
+        """Return which limit a new trial, with what it adds, would exceed; None where it may run."""
+        name, limit = trial_name(trial.number), self._limits.train_tflops
+        if limit is not None and trial.cells:
+            spent, added = math.fsum(self._counted(each, before) for each in before.trials), self._counted(trial, after)
+            if spent + added > limit * _ROUNDING:
+                return (
+                    f"{name} would add {added:.4g} TFLOPs; {spent:.4g} of search.budget.train_tflops {limit:g} are used"
+                )
+        limit = self._limits.gpu_hours
+        if limit is not None:
+            done, left = self._hours(after, TreeStatus(after.tree, after.ledger))
+            hours = done + (left or 0.0) - math.fsum(each.stored_gpu_hours for each in (*before.trials, trial))
+            if hours > limit * _ROUNDING:
+                return f"with {name} there would be {hours:.3g} hours; search.budget.gpu_hours is {limit:g}"
+        return None
+
+    def must_wait(self, plan: ExperimentPlan) -> bool:
+        """Return whether no trial may be added yet: hours are limited, and the first ones' speed is not known."""
+        if self._limits.gpu_hours is None or all(trial.state != "proposed" for trial in plan.trials):
+            return False
+        return self._hours(plan, TreeStatus(plan.tree, plan.ledger))[1] is None
+
+    def _counted(self, trial: Trial, plan: ExperimentPlan) -> float:
+        """Return the operations a trial added; where that was not noted yet, what it costs alone, which is more."""
+        if trial.added_train_tflops is not None:
+            return trial.added_train_tflops
+        return math.fsum(self._costs.cell(c)["train_tflops"] or 0.0 for c in plan.cells if c.id in trial.cells)
+
+    def _hours(self, plan: ExperimentPlan, status: TreeStatus) -> tuple[float, float | None]:
+        """Return the hours of all workers measured in a tree, and those to come; None while no speed is known."""
+        work, bounds = dict[str, float | None](), set[str]()
+        for job, cell, phase in with_plans(plan.cells, plan.tree):
+            work[job.id] = self._costs.stage_run(cell, phase, job.first_step, job.last_step)["train_tflops"]
+            if self._costs.at_most(phase, job.first_step, job.last_step):
+                bounds.add(job.id)
+        found = {
+            key.partition("_")[2]: hours for key, hours in hours_document(status, work, self._cluster, bounds).items()
+        }
+        return found.get("hours_done", 0.0), found.get("hours_left")
