@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import StageRunError, UsageError
 from orchestrator.plan.cell_record import CellRecord, cell_record
 from orchestrator.plan.cells.cell import Cell, distinct_cells, find_cells
 from orchestrator.plan.cells.expand import expand_cells
@@ -22,7 +24,7 @@ from orchestrator.plan.ledger.inventory import FOLDER, Recorded
 from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
-from orchestrator.plan.trials import ADDED, Trial, TrialNotes, cells_of_trials, front_of, search_id
+from orchestrator.plan.trials import ADDED, Trial, TrialNotes, cells_of_trials, front_of, reference_cells, search_id
 from orchestrator.redaction import secret_in
 from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
@@ -38,6 +40,7 @@ class ExperimentPlan:
         cells: The grid's; of a search, those of the trials noted so far.
         trials: Of a search, by number.
         front: Ids of the cells on the search's Pareto front.
+        references: Of a search, what its constraints compare with: the schedule's name to the ids of its cells.
     """
 
     loaded: LoadedExperiment
@@ -46,6 +49,7 @@ class ExperimentPlan:
     ledger: Ledger
     trials: tuple[Trial, ...] = ()
     front: frozenset[str] = frozenset()
+    references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<ExperimentPlan of {self.loaded.spec.name}: {len(self.cells)} cells, {self.ledger.url}>"
@@ -70,6 +74,29 @@ class ExperimentPlan:
         trials = tuple(trial if each.number == trial.number else each for each in self.trials)
         return replace(self, trials=trials, front=frozenset(front_of(trials, self.loaded.spec.search)))
 
+    def reference_values(self) -> dict[str, float] | None:
+        """Return what each constraint of a search compares with, by metric; None while it is not trained.
+
+        Raises:
+            StageRunError: it failed, or lacks the metric.
+        """
+        assert self.loaded.spec.search is not None
+        found = {}
+        for metric, constraint in self.loaded.spec.search.constraints.items():
+            cells = [cell for cell in self.cells if cell.id in self.references.get(constraint.reference or "", ())]
+            failures = (failure_of(cell, self.tree, self.ledger) for cell in cells)
+            if (failure := next((each for each in failures if each is not None), None)) is not None:
+                text = f"the search stopped: {constraint.reference}, which search.constraints compares with, failed"
+                raise StageRunError(f"{text}: {failure[1]}; --retry-failed takes it up again")
+            if any(self.status(cell) != "finished" for cell in cells):
+                return None
+            values = [self.record(cell).summary.get(metric, math.nan) for cell in cells]
+            if not all(map(math.isfinite, values)):
+                text = f"the search stopped: {constraint.reference}, which search.constraints compares with, has no"
+                raise StageRunError(f"{text} {metric}; mend search.constraints or the evaluation")
+            found[metric] = mean(values) if values else 0.0
+        return found
+
     def repeated_trials(self) -> list[str]:
         """Return a sentence for each trial of a search that is the same as an earlier one, whose cells it shares."""
         first: dict[tuple[str, ...], int] = {}
@@ -90,11 +117,13 @@ class ExperimentPlan:
         if search is None or record.status != "finished":
             return record
         has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
-        if has_failed and not search.objectives.keys() <= record.summary.keys():
+        if has_failed and not {*search.objectives, *search.constraints} <= record.summary.keys():
             return replace(record, status="failed")
         tags = {**record.tags, "pareto": str(cell.id in self.front).lower()}
         # Later trials of the same cells share them and add nothing.
         trial = next((each for each in self.trials if cell.id in each.cells), None)
+        if trial is not None and trial.violated:
+            tags["violates"] = ", ".join(trial.violated)
         if trial is None or trial.added_train_tflops is None:
             return replace(record, tags=tags)
         added = {ADDED: trial.added_train_tflops / len(trial.cells)}  # a row is the mean over its cells
@@ -197,10 +226,13 @@ def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial
     """
     assert loaded.spec.search is not None
     found = list(cells_of_trials(loaded, trials))
-    cells = distinct_cells(cell for _, some in found for cell in some)
+    references = reference_cells(loaded)
+    # They come first, so that they are trained first: no trial is judged before.
+    cells = distinct_cells(cell for some in (*references.values(), *(some for _, some in found)) for cell in some)
     planned = tuple(trial for trial, _ in found)
     front = frozenset(front_of(planned, loaded.spec.search))
-    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front)
+    ids = {name: tuple(cell.id for cell in some) for name, some in references.items()}
+    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front, ids)
 
 
 def reach_of(plan: ExperimentPlan) -> Recorded:

@@ -17,7 +17,7 @@ from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.backends import Backend
 from orchestrator.registry import did_you_mean
 from orchestrator.spec.search import SearchSpec
-from orchestrator.spec.search_space import trial_cells
+from orchestrator.spec.search_space import reference_path, trial_cells, trial_name
 
 if TYPE_CHECKING:
     from orchestrator.spec.loaded import LoadedExperiment
@@ -63,6 +63,7 @@ class Trial:
         state: `finished` once all objectives are there.
         cells: Ids of its cells, one a seed; none where the recipe cannot be a cell.
         objectives: Mean over its cells.
+        excess: By how much it is beyond the limit of each constraint; at most 0 where it meets it.
         error: Why it failed.
         added_train_tflops: Planned operations of the stage runs that were neither stored nor planned when it was
             proposed; None where they are not known.
@@ -76,26 +77,41 @@ class Trial:
     state: Literal["proposed", "finished", "failed"] = "proposed"
     cells: tuple[str, ...] = ()
     objectives: dict[str, float] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     added_train_tflops: float | None = None
     stored_gpu_hours: float = 0.0
 
+    @property
+    def violated(self) -> tuple[str, ...]:
+        """Metrics whose constraints it does not meet."""
+        return tuple(metric for metric, excess in self.excess.items() if excess > 0)
+
     def failed(self, error: str) -> Trial:
         """Return the trial once it failed."""
-        return replace(self, state="failed", objectives={}, error=error)
+        return replace(self, state="failed", objectives={}, excess={}, error=error)
 
-    def ended(self, records: Sequence[CellRecord], search: SearchSpec) -> Trial:
-        """Return the trial once all its cells are finished."""
+    def ended(self, records: Sequence[CellRecord], search: SearchSpec, references: Mapping[str, float]) -> Trial:
+        """Return the trial once all its cells are finished.
+
+        Args:
+            records: Its cells.
+            search: The search.
+            references: What each constraint compares with, by metric; 0 where that is a plain number.
+        """
         found: dict[str, float] = {}
-        for name in search.objectives:
+        for name in (*search.objectives, *search.constraints):
             numbers = [record.summary.get(name, math.nan) for record in records]
             if not all(map(math.isfinite, numbers)):
                 measured = sorted(records[0].summary)
                 hints = [hint for hint in [did_you_mean(name, measured)] if hint]
                 has = f"this trial has {', '.join(measured)}"
-                return self.failed("; ".join([f"the objective {name} was not measured", has, *hints]))
+                what = "objective" if name in search.objectives else "constraint's metric"
+                return self.failed("; ".join([f"the {what} {name} was not measured", has, *hints]))
             found[name] = mean(numbers)
-        return replace(self, state="finished", objectives=found, error=None)
+        objectives = {name: found[name] for name in search.objectives}
+        excess = {name: each.excess(found[name], references[name]) for name, each in search.constraints.items()}
+        return replace(self, state="finished", objectives=objectives, excess=excess, error=None)
 
 
 class TrialNotes:
@@ -129,6 +145,8 @@ def search_id(loaded: LoadedExperiment) -> str:
     search = loaded.spec.search
     assert search is not None
     asked = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
+    if search.constraints:
+        asked |= search.model_dump(mode="json", include={"constraints"})
     base = [cell.id for cell in expand_cells(loaded)]
     return digest({"search": asked, "base": base, "space_version": SPACE_VERSION})[:16]
 
@@ -137,7 +155,7 @@ def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterat
     """Return each trial with its cells; one whose recipe cannot be a cell comes back failed and has none."""
     for trial in trials:
         try:
-            resolved = trial_cells(loaded, trial.number, trial.values)
+            resolved = trial_cells(loaded, trial_name(trial.number), trial.values)
             cells = expand_cells(replace(loaded, cells=resolved))
         except LlavoltaError as error:
             yield trial.failed(str(error)), ()
@@ -145,9 +163,21 @@ def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterat
             yield replace(trial, cells=tuple(cell.id for cell in cells)), cells
 
 
+def reference_cells(loaded: LoadedExperiment) -> dict[str, tuple[Cell, ...]]:
+    """Return the cells that constraints compare with, one a seed, by the name of their schedule."""
+    search = loaded.spec.search
+    assert search is not None
+    found: dict[str, tuple[Cell, ...]] = {}
+    for name in [each.reference for each in search.constraints.values()]:
+        if name is not None and name not in found:
+            resolved = trial_cells(loaded, name, {reference_path(loaded.spec): name})
+            found[name] = expand_cells(replace(loaded, cells=resolved))
+    return found
+
+
 def front_of(trials: Sequence[Trial], search: SearchSpec) -> set[str]:
-    """Return the ids of the cells of the trials that no other finished one beats."""
-    finished = {trial.number: trial for trial in trials if trial.state == "finished"}
+    """Return the ids of the cells of the trials that meet all constraints and that no other such one beats."""
+    finished = {trial.number: trial for trial in trials if trial.state == "finished" and not trial.violated}
     points = {number: [trial.objectives[name] for name in search.objectives] for number, trial in finished.items()}
     best = pareto_front(points, list(search.objectives.values()))
     return {identity for number in best for identity in finished[number].cells}

@@ -389,6 +389,9 @@ def _row(
         marks.append("baseline")
     if any(record.tags.get("pareto") == "true" for record in group):
         marks.append("pareto")
+    marks += [
+        f"violates {metrics}" for metrics in dict.fromkeys(r.tags["violates"] for r in group if "violates" in r.tags)
+    ]
     if any(AT_MOST in record.tags for record in group):
         marks.append(BOUND)
     if len(distinct) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 from orchestrator.errors import UsageError
@@ -82,7 +83,9 @@ class Budget:
         """Return which limit a new trial, with what it adds, would exceed; None where it may run."""
         name, limit = trial_name(trial.number), self._limits.train_tflops
         if limit is not None and trial.cells:
-            spent, added = math.fsum(self._counted(each, before) for each in before.trials), self._counted(trial, after)
+            references = {identity for cells in after.references.values() for identity in cells}
+            spent = math.fsum(self._counted(each, before) for each in before.trials) + self._alone(references, after)
+            added = self._counted(trial, after)
             if spent + added > limit * _ROUNDING:
                 return (
                     f"{name} would add {added:.4g} TFLOPs; {spent:.4g} of search.budget.train_tflops {limit:g} are used"
@@ -105,7 +108,10 @@ class Budget:
         """Return the operations a trial added; where that was not noted yet, what it costs alone, which is more."""
         if trial.added_train_tflops is not None:
             return trial.added_train_tflops
-        return math.fsum(self._costs.cell(c)["train_tflops"] or 0.0 for c in plan.cells if c.id in trial.cells)
+        return self._alone(trial.cells, plan)
+
+    def _alone(self, cells: Collection[str], plan: ExperimentPlan) -> float:
+        return math.fsum(self._costs.cell(cell)["train_tflops"] or 0.0 for cell in plan.cells if cell.id in cells)
 
     def _hours(self, plan: ExperimentPlan, status: TreeStatus) -> tuple[float, float | None]:
         """Return the hours of all workers measured in a tree, and those to come; None while no speed is known."""

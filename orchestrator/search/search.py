@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.run import RunOutcome, Session, check_data
 from orchestrator.search.budget import Budget, most_trials
-from orchestrator.search.trial_mailbox import FAILED
+from orchestrator.search.trial_mailbox import EXCESS, FAILED
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
 
@@ -53,6 +53,7 @@ def search_experiment(
         session = SearchSession(_updated(walk, notes, retry_failed), notes, console, deadline)
         if (error := unmeasured(session.walk)) is not None:
             raise StageRunError(error)
+        session.walk.reference_values()
         with session.recording():
             if (left := most_trials(search) - session.num_ended) > 0:
                 session.search(left, fail_fast)
@@ -114,7 +115,8 @@ class SearchSession(Session):
 
     Attributes:
         broken: Why nothing more can be stored; no trial is at fault, and none that needs it would ever end.
-        unmeasured: The objective that the first trial lacks, and so would every other.
+        unmeasured: Why no trial can be judged: the first one lacks an objective, and so would every other, or what
+            constraints compare with failed.
 
     Raises:
         UsageError: a limit of the search's budget cannot be kept.
@@ -270,28 +272,34 @@ class SearchSession(Session):
             self.view.say(f"note: {text}")
 
     def _answer(self, tuning: Tuning) -> None:
+        references = [identity for cells in self.walk.references.values() for identity in cells]
+        if (error := self._why_not(references)) is not None:
+            self.unmeasured = f"the search stopped: what search.constraints compares with is not trained: {error}"
+            return
         for trial in self.walk.trials:
             if trial.number not in self._asked:
                 continue
             now = as_stored(self.walk, trial)
-            if now.state == "proposed" and self.broken is None and (error := self._why_not(trial)) is not None:
+            if now.state == "proposed" and self.broken is None and (error := self._why_not(trial.cells)) is not None:
                 now = trial.failed(error)
             if now.state == "proposed":
                 continue
             self.walk = self.walk.with_trial(now)
             self._notes.write(now)
             self._asked.discard(now.number)
-            tuning.answer(now.number, dict(now.objectives) if now.state == "finished" else {FAILED: now.error})
+            told = {**now.objectives, **{f"{EXCESS}{name}": value for name, value in now.excess.items()}}
+            tuning.answer(now.number, told if now.state == "finished" else {FAILED: now.error})
             values = ", ".join(f"{name} {value:.4g}" for name, value in now.objectives.items())
+            values += "".join(f"; violates {name} by {now.excess[name]:.4g}" for name in now.violated)
             self.view.say(f"{now.state} {trial_name(now.number)}: {values or now.error}")
             self.record(cell for cell in self.walk.cells if cell.id in now.cells)
             self.unmeasured = unmeasured(self.walk)
 
-    def _why_not(self, trial: Trial) -> str | None:
-        """Return why a trial will never end: a job it needs depends on one, such as a rehearsal, that failed and that
+    def _why_not(self, cells: Collection[str]) -> str | None:
+        """Return why cells will never end: a job they need depends on one, such as a rehearsal, that failed and that
         no cell names.
         """
-        jobs = (job for cell in self.walk.cells if cell.id in trial.cells for job in self.walk.jobs_of(cell))
+        jobs = (job for cell in self.walk.cells if cell.id in cells for job in self.walk.jobs_of(cell))
         return next((self._not_done[job] for job in jobs if job in self._not_done), None)
 
 
@@ -305,10 +313,10 @@ def as_stored(walk: ExperimentPlan, trial: Trial) -> Trial:
     if "failed" in states:
         failures = walk.failures()
         return trial.failed(next((failures[cell.name] for cell in cells if cell.name in failures), "a cell failed"))
-    if states != {"finished"}:
-        return replace(trial, state="proposed", objectives={}, error=None)
+    if states != {"finished"} or (references := walk.reference_values()) is None:
+        return replace(trial, state="proposed", objectives={}, excess={}, error=None)
     assert walk.loaded.spec.search is not None
-    return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search)
+    return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search, references)
 
 
 def unmeasured(walk: ExperimentPlan) -> str | None:

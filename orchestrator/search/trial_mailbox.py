@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 WAITING_RESOURCES = {"node:__internal_head__": 0.001}
 FAILED = "failed"
 """Key of an answer that tells why there are no objectives."""
+EXCESS = "excess:"
+"""Beginning of the keys of an answer that tell by how much a metric is beyond its constraint."""
 _STOPPED = {FAILED: "the search stopped"}
 
 

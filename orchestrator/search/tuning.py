@@ -24,7 +24,7 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.search.trial_mailbox import FAILED, WAITING_RESOURCES, Mailbox, wait_for_answer
+from orchestrator.search.trial_mailbox import EXCESS, FAILED, WAITING_RESOURCES, Mailbox, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.search_space import draw, variant_layer_tokens
 
@@ -49,7 +49,7 @@ class Proposer(OptunaSearch):
         assert search is not None
         self._search, self._layer_tokens = search, variant_layer_tokens(spec)
         self._sampler_seed, self._mailbox = spec.seed, mailbox
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}
         self.closed = False
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         super().__init__(
@@ -74,6 +74,9 @@ class Proposer(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study; a trial that failed has no values there."""
         failed = error or not result or FAILED in result
+        for key, value in ({} if failed or result is None else result).items():
+            if key.startswith(EXCESS):
+                self._ot_trials[trial_id].set_constraint(key.removeprefix(EXCESS), value)
         super().on_trial_complete(trial_id, None if failed else result, error=failed)
 
     def save(self, checkpoint_path: str) -> None:
@@ -81,26 +84,33 @@ class Proposer(OptunaSearch):
 
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
-        self._known.add(canonical_json(values))
+        self._known.setdefault(canonical_json(values), trial.number)
         return {"number": trial.number, "params": dict(trial.params), "values": values, "mailbox": self._mailbox}
 
     def _drawn(self) -> dict[str, Any]:
         """Return the parameters of the next trial."""
         trials = self._ot_study.get_trials(deepcopy=False)
+        # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
+        study = optuna.create_study(directions=self._ot_study.directions)
+        study.add_trials(trials)
         for attempt in range(DRAWS):
-            # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
-            sampler = self._sampler_for(len(trials), attempt)
-            study = optuna.create_study(directions=self._ot_study.directions, sampler=sampler)
-            study.add_trials(trials)
+            study.sampler = self._sampler_for(len(trials), attempt)
             trial = study.ask()
-            if canonical_json(draw(trial, self._search, self._layer_tokens)) not in self._known:
+            known = self._known.get(canonical_json(draw(trial, self._search, self._layer_tokens)))
+            if known is None:
                 break
+            # It is told what came of that recipe, or it would insist on a part of the space that is used up.
+            same = trials[known]
+            for name, excess in same.constraints.items():
+                trial.set_constraint(name, excess)
+            is_complete = same.state == TrialState.COMPLETE
+            study.tell(trial, same.values if is_complete else None, None if is_complete else TrialState.FAIL)
         return dict(trial.params)
 
     def _sampler_for(self, number: int, attempt: int = 0) -> Any:
         seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
         algorithm = self._search.algorithm
-        if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 8:  # TPE may insist on the best one
+        if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 2:
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `group`, which conditional spaces need, is called experimental
@@ -112,7 +122,7 @@ class Proposer(OptunaSearch):
         for number in range(max(noted, default=-1) + 1):
             trial = noted.get(number)
             if trial is not None:
-                self._known.add(canonical_json(trial.values))
+                self._known.setdefault(canonical_json(trial.values), number)
             if trial is None or trial.state == "proposed":
                 self._ot_study.enqueue_trial(trial.params if trial is not None else {})
             else:
@@ -124,7 +134,8 @@ class Proposer(OptunaSearch):
         told = {"params": trial.params, "distributions": again.distributions}
         if trial.state == "failed":
             return create_trial(state=TrialState.FAIL, **told)
-        return create_trial(values=[trial.objectives[name] for name in self._search.objectives], **told)
+        values = [trial.objectives[name] for name in self._search.objectives]
+        return create_trial(values=values, constraints=trial.excess, **told)
 
 
 CLOSE_SECONDS = 30.0

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from orchestrator.spec.base import Count, Flag, Positive, Share, Spec
+from orchestrator.spec.constraint import ConstraintText
 
 
 class AlgorithmSpec(Spec):
@@ -37,7 +38,8 @@ class BudgetSpec(Spec):
     train_tflops: Positive | None = None
     """Most training operations that all trials together add, in 10^12 by the cost formula; null sets no limit. A trial
     adds the stage runs that were neither stored nor planned when it was proposed, each counted once: what it shares
-    with earlier trials or with a grid costs nothing, attempts after a failure are not counted again."""
+    with earlier trials or with a grid costs nothing, attempts after a failure are not counted again. What constraints
+    compare with counts as if trained alone."""
     trials: Count | None = None
     """Most trials, if that is fewer than `num_trials`; null sets no limit."""
     gpu_hours: Positive | None = None
@@ -112,8 +114,11 @@ class SearchSpec(Spec):
     """Trials in all; equal trials are trained once."""
     budget: BudgetSpec | None = None
     """Limits beside `num_trials`; null sets none."""
-    constraints: dict[str, str] = Field(default_factory=dict, examples=[{"eval/vqa/accuracy": ">= full - 0.005"}])
-    """Conditions that a trial must meet, by metric."""
+    constraints: dict[str, ConstraintText] = Field(
+        default_factory=dict, examples=[{"eval/vqa/accuracy": ">= full - 0.005"}]
+    )
+    """Conditions by metric that a trial must meet to be on the front: `>=` or `<=`, then a number, or a schedule or
+    variant with a number added or subtracted. That schedule is trained too, in the last phase of the file as it is."""
     space: dict[str, SpaceEntry] = Field(
         min_length=1,
         examples=[{"phases.finetune.learning_rate": {"kind": "log_uniform", "low": 1e-5, "high": 1e-4}}],

@@ -34,12 +34,17 @@ def trial_name(number: int) -> str:
     return f"trial-{number:03d}"
 
 
-def trial_cells(loaded: LoadedExperiment, number: int, values: Mapping[str, Any]) -> tuple[ResolvedCell, ...]:
+def reference_path(spec: ExperimentSpec) -> str:
+    """Return the dotted path of the schedule that constraints set to what they compare with: the last phase's."""
+    return f"phases.{list(spec.phases.by_name)[-1]}.schedule"
+
+
+def trial_cells(loaded: LoadedExperiment, name: str, values: Mapping[str, Any]) -> tuple[ResolvedCell, ...]:
     """Return one cell a seed of the matrix, or one.
 
     Args:
         loaded: The experiment; its own cells are the base with each seed.
-        number: The trial's number.
+        name: The cell's where there is one seed, else the beginning of its name.
         values: Dotted path to a value as the file would write it.
 
     Raises:
@@ -54,7 +59,6 @@ def trial_cells(loaded: LoadedExperiment, number: int, values: Mapping[str, Any]
     except ValidationError as error:
         raise SpecError(explain(error.errors(), tree)) from error
     axes = {path: summary(value) for path, value in values.items()}
-    name = trial_name(number)
     if not any(cell.axes for cell in loaded.cells):
         return (ResolvedCell(name, axes, spec),)
     return tuple(
@@ -222,8 +226,9 @@ def check_search(root: Node) -> list[ErrorDetail]:
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
-    objectives = search.entries("objectives")
-    errors += [found for name in objectives if (found := _check_objective(root, name)) is not None]
+    for section in ("objectives", "constraints"):
+        found = (_check_metric(root, section, name) for name in search.entries(section))
+        errors += [error for error in found if error is not None]
     return errors
 
 
@@ -242,7 +247,7 @@ def _check_grid(root: Node) -> Iterator[ErrorDetail]:
             yield error_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
 
 
-def _check_objective(root: Node, name: str) -> ErrorDetail | None:
+def _check_metric(root: Node, section: str, name: str) -> ErrorDetail | None:
     phases = root.entries("phases")
     known = [f"cost/{cost}" for cost in COSTS if "/" not in cost or cost.split("/")[0] in phases]
     for entry, node in root.entries("evaluate").items():
@@ -254,7 +259,7 @@ def _check_objective(root: Node, name: str) -> ErrorDetail | None:
             known += [f"{place}/{metric}" for metric in metrics or headline]
     if any(fnmatchcase(name, metric) for metric in known):
         return None
-    path = ("search", "objectives", name)
+    path = ("search", section, name)
     return name_error(root, path, "no trial would have this metric", *unknown_name(name, known))
 
 
@@ -288,11 +293,12 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
     if spec.search is None:
         return []
     bounds = [name for name, points in spec.compressors.items() if adapts(points)]
-    for name in spec.search.objectives:
+    wanted = [(section, name) for section in ("objectives", "constraints") for name in getattr(spec.search, section)]
+    for section, name in wanted:
         if bounds and name.removeprefix("cost/") in BY_FORMULA:
             text = f"it is known only as a bound: how many tokens {', '.join(bounds)} leaves depends on the image"
             hint = "take cost/train_seconds, which is measured, or take the variant out of compressors"
-            errors.append(error_at(root, ("search", "objectives", name), text, hint=hint))
+            errors.append(error_at(root, ("search", section, name), text, hint=hint))
     try:
         layer_tokens = variant_layer_tokens(spec)
     except ValueError as error:
@@ -316,7 +322,26 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
             values = draw(_Corner(pick, end), spec.search, layer_tokens)
             corner = tuple(_setting(root, path, value) for path, value in values.items())
             corners[tuple(setting.key for setting in corner)] = corner
-    return list(corners.values())
+    return [*corners.values(), *_references(root, spec, errors)]
+
+
+def _references(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> Iterator[Assignment]:
+    """Return the cells that constraints compare with, to be checked like others."""
+    assert spec.search is not None
+    phases = spec.phases.by_name
+    known = [*spec.schedules, *spec.compressors, FULL]
+    for metric, constraint in spec.search.constraints.items():
+        where = ("search", "constraints", metric)
+        if constraint.reference is None:
+            continue
+        if constraint.reference not in known:
+            message = f"there is no schedule and no variant `{constraint.reference}` to compare with"
+            errors.append(error_at(root, where, message, *unknown_name(constraint.reference, known)))
+        elif not phases:
+            errors.append(error_at(root, where, "nothing is trained, so there is no schedule to compare with"))
+        else:
+            path = find_path(root, reference_path(spec))
+            yield (Setting(path, node_of(constraint.reference, locate(root, where)[0]), where),)
 
 
 def _room(entry: StagedSpaceSpec, layer_tokens: Any) -> Iterator[tuple[str, str]]:

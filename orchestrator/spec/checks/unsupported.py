@@ -19,8 +19,6 @@ def _unsupported(root: Node) -> Iterator[tuple[Path, str]]:
     wanted = {key: value for key, node in root.entries("search").items() if (value := node.plain())}
     if "scheduler" in wanted:
         yield ("search", "scheduler"), "trials are not stopped early; take it out"
-    if "constraints" in wanted:
-        yield ("search", "constraints"), "make it an objective, or choose from the front"
     algorithm = wanted.get("algorithm")
     if isinstance(algorithm, dict) and algorithm.get("kind") == "grid":
         yield ("search", "algorithm", "kind"), "a grid is a `matrix`, which `run` does"

@@ -168,7 +168,6 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
     ("text", "path"),
     [
         ("  scheduler: {rungs: [1/2]}\n", "search.scheduler"),
-        ("  constraints: {eval/vqa/accuracy: '>= 0.5'}\n", "search.constraints"),
         ("  algorithm: {kind: grid}\n", "search.algorithm.kind"),
         ("  algorithm: {sampler: nsga2}\n", "search.algorithm.sampler"),
         ("  algorithm: {population_size: 8}\n", "search.algorithm.population_size"),
