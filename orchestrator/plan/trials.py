@@ -65,6 +65,7 @@ class Trial:
         objectives: Mean over its cells.
         excess: By how much it is beyond the limit of each constraint; at most 0 where it meets it.
         error: Why it failed.
+        sampler_state: What Optuna's sampler noted of it when it drew it: the generation of `nsga2`.
         added_train_tflops: Planned operations of the stage runs that were neither stored nor planned when it was
             proposed; None where they are not known.
         stored_gpu_hours: Measured hours of the stage runs that it found stored, of which no earlier trial made use;
@@ -79,6 +80,7 @@ class Trial:
     objectives: dict[str, float] = field(default_factory=dict)
     excess: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    sampler_state: dict[str, Any] = field(default_factory=dict)
     added_train_tflops: float | None = None
     stored_gpu_hours: float = 0.0
 
@@ -144,7 +146,8 @@ def search_id(loaded: LoadedExperiment) -> str:
     """Return what makes a search the same one: its base, space, objectives and algorithm; not the number of trials."""
     search = loaded.spec.search
     assert search is not None
-    asked = search.model_dump(mode="json", include={"objectives", "algorithm", "space"})
+    asked = search.model_dump(mode="json", include={"objectives", "algorithm"})
+    asked["space"] = {path: e.model_dump(mode="json", exclude=set(e.as_before())) for path, e in search.space.items()}
     if search.constraints:
         asked |= search.model_dump(mode="json", include={"constraints"})
     base = [cell.id for cell in expand_cells(loaded)]

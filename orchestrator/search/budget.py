@@ -13,17 +13,24 @@ from orchestrator.plan.documents import hours_document, with_plans
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.trials import Trial
+from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment
-from orchestrator.spec.search import BudgetSpec, SearchSpec
-from orchestrator.spec.search_space import trial_name
+from orchestrator.spec.search import BudgetSpec
+from orchestrator.spec.search_space import grid, trial_name, variant_layer_tokens
 
 _ROUNDING = 1 + 1e-9
 
 
-def most_trials(search: SearchSpec) -> int:
-    """Return how many trials there may be."""
-    limit = None if search.budget is None else search.budget.trials
-    return search.num_trials if limit is None else min(search.num_trials, limit)
+def most_trials(spec: ExperimentSpec) -> int:
+    """Return how many trials there may be: `num_trials`, a budget's, or those of a grid, whichever is least."""
+    search = spec.search
+    assert search is not None
+    limits = [search.num_trials]
+    if search.budget is not None and search.budget.trials is not None:
+        limits.append(search.budget.trials)
+    if search.algorithm.kind == "grid":
+        limits.append(sum(1 for _ in grid(search, variant_layer_tokens(spec))))
+    return min(limits)
 
 
 class Budget:

@@ -55,7 +55,7 @@ def search_experiment(
             raise StageRunError(error)
         session.walk.reference_values()
         with session.recording():
-            if (left := most_trials(search) - session.num_ended) > 0:
+            if (left := most_trials(loaded.spec) - session.num_ended) > 0:
                 session.search(left, fail_fast)
             else:
                 console.print(_all_ended(session.walk), highlight=False)

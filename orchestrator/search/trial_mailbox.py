@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 # A trial's actor only waits, while lanes may hold every CPU and GPU. Tune refuses a trial that asks for nothing; this
 # resource of one head node has every Ray cluster.
 WAITING_RESOURCES = {"node:__internal_head__": 0.001}
+PROPOSAL = ("number", "params", "values", "sampler_state")
+"""Keys of a proposal: the fields of a trial that are known then."""
 FAILED = "failed"
 """Key of an answer that tells why there are no objectives."""
 EXCESS = "excess:"
@@ -26,7 +28,7 @@ class Mailbox:
         self._closed = False
 
     async def ask(self, proposal: dict[str, Any]) -> dict[str, Any]:
-        """Post a trial's `number`, `params` and `values`, and return the answer when it comes."""
+        """Post a proposal, and return the answer when it comes."""
         import asyncio  # late: a tenth of what loading an experiment takes, and only the actor needs it
 
         if self._closed:
@@ -57,5 +59,5 @@ def wait_for_answer(config: dict[str, Any]) -> None:
     import ray
     from ray import tune
 
-    proposal = {key: config[key] for key in ("number", "params", "values")}
+    proposal = {key: config[key] for key in PROPOSAL}
     tune.report(ray.get(config["mailbox"].ask.remote(proposal)))

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import optuna
@@ -26,10 +27,13 @@ from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
 from orchestrator.search.trial_mailbox import EXCESS, FAILED, WAITING_RESOURCES, Mailbox, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.search_space import draw, variant_layer_tokens
+from orchestrator.spec.search_space import draw, grid, variant_layer_tokens
 
 DRAWS = 64
 """Draws for one trial at most, where each was proposed before."""
+
+_FIXED = "fixed_params"
+"""Optuna's key for the parameters of an enqueued trial."""
 
 
 class Proposer(OptunaSearch):
@@ -51,6 +55,10 @@ class Proposer(OptunaSearch):
         self._sampler_seed, self._mailbox = spec.seed, mailbox
         self._known: dict[str, int] = {}
         self.closed = False
+        self._grid: list[tuple[dict[str, Any], dict[str, Any]]] | None = None
+        if search.algorithm.kind == "grid":
+            self._grid = list(grid(search, self._layer_tokens))
+            Random(spec.seed).shuffle(self._grid)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         super().__init__(
             self._propose,
@@ -67,8 +75,10 @@ class Proposer(OptunaSearch):
         waiting = self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if waiting:
             self._ot_study.sampler = self._sampler_for(waiting[0].number)
+        elif (drawn := self._drawn()) is not None:
+            self._enqueue(*drawn)
         else:
-            self._ot_study.enqueue_trial(self._drawn())
+            return str(Searcher.FINISHED)
         return super().suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -85,10 +95,20 @@ class Proposer(OptunaSearch):
     def _propose(self, trial: Any) -> dict[str, Any]:
         values = draw(trial, self._search, self._layer_tokens)
         self._known.setdefault(canonical_json(values), trial.number)
-        return {"number": trial.number, "params": dict(trial.params), "values": values, "mailbox": self._mailbox}
+        noted = self._ot_study.get_trials(deepcopy=False)[trial.number].system_attrs
+        state = {key: value for key, value in noted.items() if key != _FIXED}
+        found = {"number": trial.number, "params": dict(trial.params), "values": values, "sampler_state": state}
+        return {**found, "mailbox": self._mailbox}
 
-    def _drawn(self) -> dict[str, Any]:
-        """Return the parameters of the next trial."""
+    def _enqueue(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Let the study ask for these parameters next: as `enqueue_trial`, which cannot take what a sampler noted."""
+        self._ot_study.add_trial(create_trial(state=TrialState.WAITING, system_attrs={_FIXED: params, **state}))
+
+    def _drawn(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the parameters of the next trial and what the sampler noted; None where a grid has no other."""
+        if self._grid is not None:
+            left = (params for params, values in self._grid if canonical_json(values) not in self._known)
+            return next(((params, {}) for params in left), None)
         trials = self._ot_study.get_trials(deepcopy=False)
         # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
         study = optuna.create_study(directions=self._ot_study.directions)
@@ -101,17 +121,23 @@ class Proposer(OptunaSearch):
                 break
             # It is told what came of that recipe, or it would insist on a part of the space that is used up.
             same = trials[known]
-            for name, excess in same.constraints.items():
+            # A generation counts its trials: to nsga2 one that failed is none.
+            is_told = same.state == TrialState.COMPLETE and not self._search.algorithm.is_nsga2
+            for name, excess in same.constraints.items() if is_told else ():
                 trial.set_constraint(name, excess)
-            is_complete = same.state == TrialState.COMPLETE
-            study.tell(trial, same.values if is_complete else None, None if is_complete else TrialState.FAIL)
-        return dict(trial.params)
+            study.tell(trial, same.values if is_told else None, None if is_told else TrialState.FAIL)
+        # Every attempt was of the same generation.
+        first = study.get_trials(deepcopy=False)[len(trials)]
+        return dict(trial.params), dict(first.system_attrs) if self._search.algorithm.is_nsga2 else {}
 
     def _sampler_for(self, number: int, attempt: int = 0) -> Any:
         seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
         algorithm = self._search.algorithm
         if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 2:
             return optuna.samplers.RandomSampler(seed=seed)
+        if algorithm.is_nsga2:
+            size = {} if algorithm.population_size is None else {"population_size": algorithm.population_size}
+            return optuna.samplers.NSGAIISampler(seed=seed, **size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `group`, which conditional spaces need, is called experimental
             return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
@@ -123,15 +149,17 @@ class Proposer(OptunaSearch):
             trial = noted.get(number)
             if trial is not None:
                 self._known.setdefault(canonical_json(trial.values), number)
-            if trial is None or trial.state == "proposed":
-                self._ot_study.enqueue_trial(trial.params if trial is not None else {})
+            if trial is None:
+                self._enqueue({}, {})
+            elif trial.state == "proposed":
+                self._enqueue(trial.params, trial.sampler_state)
             else:
                 self._ot_study.add_trial(self._ended(trial))
 
     def _ended(self, trial: Trial) -> Any:
         again = FixedTrial(trial.params)
         draw(again, self._search, self._layer_tokens)
-        told = {"params": trial.params, "distributions": again.distributions}
+        told = {"params": trial.params, "distributions": again.distributions, "system_attrs": trial.sampler_state}
         if trial.state == "failed":
             return create_trial(state=TrialState.FAIL, **told)
         values = [trial.objectives[name] for name in self._search.objectives]
@@ -194,7 +222,7 @@ class Tuning:
         return not self._thread.is_alive()
 
     def take(self) -> list[dict[str, Any]]:
-        """Return the trials proposed since the last call: `number`, `params`, `values`."""
+        """Return the trials proposed since the last call: the keys of `PROPOSAL`."""
         found: list[dict[str, Any]] = ray.get(self._mailbox.take.remote())
         return found
 

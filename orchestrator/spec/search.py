@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, JsonValue, Tag
 
-from orchestrator.spec.base import Count, Flag, Positive, Share, Spec
+from orchestrator.spec.base import Count, Flag, Integer, Positive, Share, Spec
 from orchestrator.spec.constraint import ConstraintText
+
+Plain = str | int | float | bool
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class AlgorithmSpec(Spec):
     """How trials are proposed."""
 
     kind: Literal["optuna", "random", "grid"] = "optuna"
-    """Proposer: Optuna's samplers, or independent random draws."""
+    """Proposer: Optuna's samplers, independent random draws, or `grid`, every recipe of the space once, in an order
+    drawn by the seed."""
     sampler: Literal["tpe", "nsga2", "random"] | None = None
-    """Optuna's sampler; null takes `tpe`, the tree-structured Parzen estimator."""
-    population_size: Count | None = None
-    """Trials of one generation of `nsga2`; null takes Optuna's default."""
+    """Optuna's sampler; null takes `tpe`, the tree-structured Parzen estimator. `nsga2`, a genetic algorithm, needs
+    many trials, and draws at random what not every trial has."""
+    population_size: Annotated[int, Field(strict=True, ge=2)] | None = None
+    """Trials of one generation of `nsga2`, the first of which is random; null takes Optuna's default, 50."""
+
+    @property
+    def is_nsga2(self) -> bool:
+        """Whether trials come in generations."""
+        return self.kind == "optuna" and self.sampler == "nsga2"
 
 
 class SchedulerSpec(Spec):
@@ -47,7 +57,19 @@ class BudgetSpec(Spec):
     speed measured so far (until it is known one trial runs alone); null sets no limit. Evaluations are not counted."""
 
 
-class StagedSpaceSpec(Spec):
+class SpaceEntrySpec(Spec):
+    """One path of the space."""
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"when"})
+
+    when: dict[str, Plain | tuple[Plain, ...]] = Field(
+        default={}, examples=[{"phases.finetune.lr_scheduler_type": "cosine"}]
+    )
+    """Draws it only where paths above it, each a `choice`, have this value, or one of these; else what the file says
+    stays."""
+
+
+class StagedSpaceSpec(SpaceEntrySpec):
     """Proposes schedules of stages."""
 
     kind: Literal["staged_space"]
@@ -64,34 +86,57 @@ class StagedSpaceSpec(Spec):
     """Share of the phase at whose multiples stages end. A coarse grid lets trials share their beginnings."""
 
 
-class UniformSpec(Spec):
+class UniformSpec(SpaceEntrySpec):
     """A number between two bounds, drawn uniformly or log-uniformly."""
+
+    added_later: ClassVar[frozenset[str]] = frozenset({"when", "step"})
 
     kind: Literal["uniform", "log_uniform"]
     """Distribution: uniform in the number, or in its logarithm."""
-    low: Positive
+    low: Finite
     """Lower bound, inclusive."""
-    high: Positive
+    high: Finite
     """Upper bound, inclusive."""
+    step: Positive | None = None
+    """Draws only numbers that are whole steps above `low`; null draws any. Not in the logarithm."""
 
 
-class ChoiceSpec(Spec):
+class IntUniformSpec(SpaceEntrySpec):
+    """A whole number between two bounds, drawn uniformly or log-uniformly."""
+
+    kind: Literal["int_uniform", "log_int_uniform"]
+    """Distribution: uniform in the whole number, or in its logarithm."""
+    low: Integer
+    """Lower bound, inclusive."""
+    high: Integer
+    """Upper bound, inclusive."""
+    step: Count | None = None
+    """Draws only numbers that are whole steps above `low`; null draws any. Not in the logarithm."""
+
+
+class ChoiceSpec(SpaceEntrySpec):
     """One of a list of values."""
 
     kind: Literal["choice"]
     """One of a list of values."""
-    values: tuple[str | int | float | bool, ...] = Field(min_length=1, examples=[[1e-5, 2e-5, 5e-5]])
-    """Values to choose from."""
+    values: tuple[Plain | list[JsonValue] | dict[str, JsonValue], ...] = Field(
+        min_length=1, examples=[[1e-5, 2e-5, 5e-5]]
+    )
+    """Values to choose from; lists and mappings too."""
+
+
+_TAGS = {"log_uniform": "uniform", "log_int_uniform": "int_uniform"}
 
 
 def _space_tag(value: object) -> str | None:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "uniform" if kind == "log_uniform" else kind if isinstance(kind, str) else None
+    return _TAGS.get(kind, kind) if isinstance(kind, str) else None
 
 
 SpaceEntry = Annotated[
     Annotated[StagedSpaceSpec, Tag("staged_space")]
     | Annotated[UniformSpec, Tag("uniform")]
+    | Annotated[IntUniformSpec, Tag("int_uniform")]
     | Annotated[ChoiceSpec, Tag("choice")],
     Discriminator(_space_tag),
 ]

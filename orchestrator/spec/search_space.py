@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from itertools import combinations, groupby, pairwise
+from itertools import combinations, groupby, pairwise, product
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -19,7 +20,14 @@ from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES
-from orchestrator.spec.search import ChoiceSpec, SearchSpec, StagedSpaceSpec
+from orchestrator.spec.search import (
+    ChoiceSpec,
+    IntUniformSpec,
+    SearchSpec,
+    SpaceEntrySpec,
+    StagedSpaceSpec,
+    UniformSpec,
+)
 from orchestrator.spec.sweep import swept_names
 from orchestrator.spec.yaml.node import Mark, Node, node_of
 from orchestrator.spec.yaml.schema import find_path
@@ -75,7 +83,7 @@ class Draws(Protocol):
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Return one of some values."""
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """Return a whole number, both ends included."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
@@ -92,13 +100,100 @@ def draw(trial: Draws, search: SearchSpec, layer_tokens: Mapping[str, Fraction])
     """
     values: dict[str, Any] = {}
     for path, entry in search.space.items():
+        if any(other not in values or values[other] not in _wanted(entry, other) for other in entry.when):
+            continue
         if isinstance(entry, StagedSpaceSpec):
             values[path] = _schedule(trial, path, entry, layer_tokens)
         elif isinstance(entry, ChoiceSpec):
-            values[path] = trial.suggest_categorical(path, entry.values)
+            values[path] = _choice(trial, path, entry)
         else:
-            values[path] = trial.suggest_float(path, entry.low, entry.high, log=entry.kind == "log_uniform")
+            values[path] = _number(trial, path, entry)
     return values
+
+
+def _wanted(entry: SpaceEntrySpec, path: str) -> tuple[Any, ...]:
+    """Return the values of another path with which an entry is drawn."""
+    wanted = entry.when[path]
+    return wanted if isinstance(wanted, tuple) else (wanted,)
+
+
+def _choice(trial: Draws, path: str, entry: ChoiceSpec) -> Any:
+    if any(isinstance(value, list | dict) for value in entry.values):  # Optuna keeps plain values only
+        return entry.values[trial.suggest_categorical(path, list(range(len(entry.values))))]
+    return trial.suggest_categorical(path, entry.values)
+
+
+def _number(trial: Draws, path: str, entry: UniformSpec | IntUniformSpec) -> float:
+    is_log = entry.kind.startswith("log")
+    if isinstance(entry, IntUniformSpec):
+        return trial.suggest_int(path, entry.low, entry.high, step=entry.step or 1, log=is_log)
+    if entry.step is None:
+        return trial.suggest_float(path, entry.low, entry.high, log=is_log)
+    # By the number of steps, in decimals: 0.1 three times is 0.3, as a file would write it.
+    low, step = Fraction(str(entry.low)), Fraction(str(entry.step))
+    return float(low + step * trial.suggest_int(path, 0, int((Fraction(str(entry.high)) - low) / step)))
+
+
+class GridTooLargeError(ValueError):
+    """The space has more recipes than a grid may have."""
+
+
+def grid(
+    search: SearchSpec, layer_tokens: Mapping[str, Fraction], most: int = 20_000
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield each recipe of a space without continuous numbers once: what is drawn for it by parameter, and its values.
+
+    Args:
+        search: The search.
+        layer_tokens: What `variant_layer_tokens` found.
+        most: Draws at most, repeated recipes included.
+
+    Raises:
+        GridTooLargeError: there are more.
+    """
+    odometer, seen = _Odometer(), set[str]()
+    for _ in range(most):
+        values = draw(odometer, search, layer_tokens)
+        if (recipe := repr(values)) not in seen:
+            seen.add(recipe)
+            yield odometer.drawn(), values
+        if not odometer.advance():
+            return
+    raise GridTooLargeError
+
+
+class _Odometer:
+    """Draws all combinations, one after the other: the last parameter turns fastest."""
+
+    def __init__(self) -> None:
+        self._wheels: list[tuple[str, Sequence[Any], int]] = []
+        self._at = 0
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        if self._at == len(self._wheels):
+            self._wheels.append((name, choices, 0))
+        _, values, turned = self._wheels[self._at]
+        self._at += 1
+        return values[turned]
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return int(self.suggest_categorical(name, range(low, high + 1, step)))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        raise AssertionError(f"{name} is continuous")  # refused by validation
+
+    def drawn(self) -> dict[str, Any]:
+        return {name: values[turned] for name, values, turned in self._wheels}
+
+    def advance(self) -> bool:
+        """Turn to the next combination; return False after the last."""
+        self._at = 0
+        while self._wheels:
+            name, values, turned = self._wheels.pop()
+            if turned + 1 < len(values):
+                self._wheels.append((name, values, turned + 1))
+                return True
+        return False
 
 
 def variant_layer_tokens(spec: ExperimentSpec) -> dict[str, Fraction]:
@@ -226,6 +321,7 @@ def check_search(root: Node) -> list[ErrorDetail]:
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
+    errors += [*_check_conditions(root), *_check_algorithm(root, search)]
     for section in ("objectives", "constraints"):
         found = (_check_metric(root, section, name) for name in search.entries(section))
         errors += [error for error in found if error is not None]
@@ -245,6 +341,47 @@ def _check_grid(root: Node) -> Iterator[ErrorDetail]:
         if (node := root.get(key)) is not None and node.value:
             message = f"beside a search there is no `{key}`: its trials are proposed one by one"
             yield error_at(root, (key,), message, hint="take it out, or run it as a grid in a file of its own")
+
+
+def _check_conditions(root: Node) -> Iterator[ErrorDetail]:
+    """Check that what an entry is drawn with is a choice above it that has such a value."""
+    above: dict[str, list[Any]] = {}
+    for name, entry in root.entries("search", "space").items():
+        for other, wanted in root.entries("search", "space", name, "when").items():
+            where = ("search", "space", name, "when", other)
+            if other not in above:
+                message = f"`{other}` is no choice of plain values above `{name}` in the space"
+                yield name_error(root, where, message, *unknown_name(other, list(above)))
+                continue
+            for value in wanted.plain() if wanted.is_list else [wanted.plain()]:
+                if value not in above[other]:
+                    yield error_at(root, where, f"`{other}` is never {value}", ", ".join(map(str, above[other])))
+        found = entry.plain() if entry.is_mapping else {}
+        values = found.get("values") if found.get("kind") == "choice" else None
+        if isinstance(values, list) and not any(isinstance(value, list | dict) for value in values):
+            above[name] = values
+
+
+def _check_algorithm(root: Node, search: Node) -> Iterator[ErrorDetail]:
+    """Check that no key of `algorithm` is of no use, and that there is more than nsga2's first generation."""
+    node = search.get("algorithm")
+    found = {} if node is None else node.plain()
+    if not isinstance(found, dict):
+        return
+    kind, sampler, size = found.get("kind", "optuna"), found.get("sampler"), found.get("population_size")
+    path = ("search", "algorithm")
+    if sampler is not None and kind != "optuna":
+        yield error_at(root, (*path, "sampler"), f"`kind: {kind}` has no sampler", hint="take one of them out")
+    if sampler == "nsga2" and kind == "optuna":
+        given = search.get("num_trials")
+        trials = SearchSpec.model_fields["num_trials"].default if given is None else given.plain()
+        size = 50 if size is None else size
+        if isinstance(size, int) and isinstance(trials, int) and size >= trials:
+            message = f"all {trials} trials would be the random first generation, which has {size}"
+            hint = "give a smaller population_size, or more num_trials"
+            yield error_at(root, (*path, "population_size"), message, f"less than num_trials, {trials}", hint)
+    elif size is not None:
+        yield error_at(root, (*path, "population_size"), "only `sampler: nsga2` has generations", hint="take it out")
 
 
 def _check_metric(root: Node, section: str, name: str) -> ErrorDetail | None:
@@ -308,18 +445,28 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
     for path, entry in spec.search.space.items():
         if isinstance(entry, StagedSpaceSpec):
             errors += [error_at(root, ("search", "space", path, key), text) for key, text in _room(entry, layer_tokens)]
-        elif getattr(entry, "low", 0) > getattr(entry, "high", 0):
-            errors.append(error_at(root, ("search", "space", path, "low"), "`low` is more than `high`"))
+        elif not isinstance(entry, ChoiceSpec):
+            is_grid = spec.search.algorithm.kind == "grid"
+            errors += [error_at(root, ("search", "space", path, key), text) for key, text in _range(entry, is_grid)]
     if len(errors) > before:
         return []
+    if spec.search.algorithm.kind == "grid":
+        try:
+            deque(grid(spec.search, layer_tokens), maxlen=0)
+        except GridTooLargeError:
+            message = "the space has more recipes than a grid may have"
+            hint = "make it coarser, or take kind: optuna or random"
+            errors.append(error_at(root, ("search", "algorithm", "kind"), message, hint=hint))
+            return []
     choices = (
         entry.num_stages if isinstance(entry, StagedSpaceSpec) else getattr(entry, "values", (None,))
         for entry in spec.search.space.values()
     )
     corners = {}
-    for pick in range(max(map(len, choices))):
-        for end in (0, 1):
-            values = draw(_Corner(pick, end), spec.search, layer_tokens)
+    picks = range(max(map(len, choices)))
+    for given in _conditions(spec.search):
+        for pick, end in product(picks, (0, 1)):
+            values = draw(_Corner(pick, end, given), spec.search, layer_tokens)
             corner = tuple(_setting(root, path, value) for path, value in values.items())
             corners[tuple(setting.key for setting in corner)] = corner
     return [*corners.values(), *_references(root, spec, errors)]
@@ -344,6 +491,37 @@ def _references(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> 
             yield (Setting(path, node_of(constraint.reference, locate(root, where)[0]), where),)
 
 
+def _conditions(search: SearchSpec) -> list[dict[str, Any]]:
+    """Return nothing given, and for each conditional entry what has to be drawn above for it to be drawn."""
+    found: list[dict[str, Any]] = [{}]
+    for entry in search.space.values():
+        given: dict[str, Any] = {}
+        waiting = [entry]
+        while waiting:
+            one = waiting.pop()
+            given |= {path: _wanted(one, path)[0] for path in one.when if path not in given}
+            waiting += [search.space[path] for path in one.when]
+        if given and given not in found:
+            found.append(given)
+    return found
+
+
+def _range(entry: UniformSpec | IntUniformSpec, is_grid: bool) -> Iterator[tuple[str, str]]:
+    is_log = entry.kind.startswith("log")
+    if entry.low > entry.high:
+        yield "low", "`low` is more than `high`"
+    elif is_log and entry.low <= 0:
+        yield "low", "a logarithm needs a `low` above 0"
+    elif is_log and entry.step is not None:
+        yield "step", f"`{entry.kind}` has no steps; take it out, or list the values as a `choice`"
+    elif entry.step is not None:
+        steps = (Fraction(str(entry.high)) - Fraction(str(entry.low))) / Fraction(str(entry.step))
+        if steps.denominator != 1:
+            yield "step", f"steps of {entry.step} from {entry.low} never reach {entry.high}"
+    elif is_grid and isinstance(entry, UniformSpec):
+        yield "kind", "a grid has no continuous numbers; give a `step`, or list the values as a `choice`"
+
+
 def _room(entry: StagedSpaceSpec, layer_tokens: Any) -> Iterator[tuple[str, str]]:
     most = inner_boundaries(entry) + 1
     for count in entry.num_stages:
@@ -364,13 +542,13 @@ class _Corner:
     In turn, because equal neighbours would be one stage, and that the shortest stage starts would not be seen.
     """
 
-    def __init__(self, pick: int, end: int) -> None:
-        self._pick, self._end, self._variants = pick, end, 0
+    def __init__(self, pick: int, end: int, given: Mapping[str, Any]) -> None:
+        self._pick, self._end, self._given, self._variants = pick, end, given, 0
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return choices[self._pick % len(choices)]
+        return self._given[name] if name in self._given else choices[self._pick % len(choices)]
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         if ".variant_" not in name:
             return (low, high)[self._end]
         self._variants += 1

@@ -19,13 +19,6 @@ def _unsupported(root: Node) -> Iterator[tuple[Path, str]]:
     wanted = {key: value for key, node in root.entries("search").items() if (value := node.plain())}
     if "scheduler" in wanted:
         yield ("search", "scheduler"), "trials are not stopped early; take it out"
-    algorithm = wanted.get("algorithm")
-    if isinstance(algorithm, dict) and algorithm.get("kind") == "grid":
-        yield ("search", "algorithm", "kind"), "a grid is a `matrix`, which `run` does"
-    if isinstance(algorithm, dict) and (algorithm.get("sampler") == "nsga2" or algorithm.get("population_size")):
-        key = "sampler" if algorithm.get("sampler") == "nsga2" else "population_size"
-        why = "generations would be lost when a search resumes; give sampler tpe or random"
-        yield ("search", "algorithm", key), why
     workers = root.at(("cluster", "num_workers"))
     if workers is not None and workers.is_mapping:
         yield ("cluster", "num_workers"), "an elastic number of workers; give one number"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from ray.tune.search import Searcher
 
 from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.trials import Trial, TrialNotes, front_of, search_id
+from orchestrator.search.budget import most_trials
+from orchestrator.search.trial_mailbox import PROPOSAL
 from orchestrator.search.tuning import Proposer
 from orchestrator.spec.loader import load_experiment
 
@@ -24,7 +29,7 @@ def search_on(loaded, notes: TrialNotes, count: int, die_at: int | None = None) 
         if number in known and known[number].state != "proposed":
             continue
         config = proposer.suggest(str(number))
-        trial = Trial(config["number"], config["params"], config["values"])
+        trial = Trial(**{key: config[key] for key in PROPOSAL})
         assert trial.number == number
         notes.write(trial)
         if number == die_at:
@@ -33,23 +38,82 @@ def search_on(loaded, notes: TrialNotes, count: int, die_at: int | None = None) 
             notes.write(trial.failed("diverged"))
             proposer.on_trial_complete(str(number), {"failed": "diverged"})
         else:
-            notes.write(Trial(number, trial.params, trial.values, "finished", (str(number),), score(trial.values)))
+            ended = {"state": "finished", "cells": (str(number),), "objectives": score(trial.values)}
+            notes.write(replace(trial, **ended))
             proposer.on_trial_complete(str(number), score(trial.values))
     return notes.read()
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+ALGORITHMS = ["{sampler: tpe}", "{sampler: random}", "{sampler: nsga2, population_size: 4}", "{kind: grid}"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("die_at", [0, 5, 13])
-def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, sampler, search_text, tmp_path):
+def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, algorithm, search_text, tmp_path):
     # 14 trials: beyond the ten that TPE draws at random.
     file = tmp_path / "search.yaml"
-    file.write_text(search_text + f"  algorithm: {{sampler: {sampler}}}\n")
+    file.write_text(search_text.replace("num_trials: 4", "num_trials: 14") + f"  algorithm: {algorithm}\n")
     loaded = load_experiment(file)
     whole = search_on(loaded, TrialNotes(open_backend(tmp_path / "a"), "s"), 14)
     notes = TrialNotes(open_backend(tmp_path / "b"), "s")
     search_on(loaded, notes, 14, die_at)
     assert search_on(loaded, notes, 14) == whole
     assert len({str(trial.values) for trial in whole}) == 14, "a recipe is not proposed twice"
+
+
+def test_generations_outlive_a_driver_that_had_several_trials_under_way(search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    text = search_text.replace("num_trials: 4", "num_trials: 99").replace("boundaries: 1/4", "boundaries: 1/8")
+    file.write_text(text + "  algorithm: {sampler: nsga2, population_size: 4}\n")
+    spec = load_experiment(file).spec
+    proposer, trials = Proposer(spec, (), None), []
+
+    def generations(one: Proposer) -> list[int]:
+        return [next(iter(trial.sampler_state.values())) for trial in trials[: one._ot_study.trials[-1].number + 1]]
+
+    def take(one: Proposer) -> None:
+        config = one.suggest(str(len(trials)))
+        trials.append(Trial(**{key: config[key] for key in PROPOSAL}))
+
+    def end(one: Proposer, number: int) -> None:
+        one.on_trial_complete(str(number), score(trials[number].values))
+        trials[number] = replace(
+            trials[number], state="finished", cells=("x",), objectives=score(trials[number].values)
+        )
+
+    for number in range(20):  # two trials side by side, of which the younger ends first
+        take(proposer)
+        if number % 2:
+            end(proposer, number)
+            end(proposer, number - 1)
+    assert (
+        generations(proposer)[0] == 0
+        and generations(proposer)[-1] >= 3
+        and generations(proposer) == sorted(generations(proposer))
+    )
+    take(proposer), take(proposer)
+    end(proposer, 21)
+    resumed = Proposer(spec, trials, None)  # trial 20 was proposed and not ended
+    again = resumed.suggest("20")
+    assert {key: again[key] for key in PROPOSAL} == {key: getattr(trials[20], key) for key in PROPOSAL}
+    seen = [dict(trial.system_attrs) for trial in resumed._ot_study.trials]
+    assert [next(v for k, v in one.items() if k.endswith("generation")) for one in seen] == generations(resumed)
+    end(proposer, 20)
+    end_of_both = {"values": trials[20].objectives}
+    resumed.on_trial_complete("20", end_of_both["values"])
+    assert resumed._drawn() == proposer._drawn()
+
+
+def test_a_grid_has_every_recipe_once_and_ends(search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(search_text.replace("num_trials: 4", "num_trials: 999") + "  algorithm: {kind: grid}\n")
+    spec = load_experiment(file).spec
+    proposer, found = Proposer(spec, (), None), []
+    while (config := proposer.suggest(str(len(found)))) != Searcher.FINISHED:
+        found.append(str(config["values"]))
+    # full; three ends of one heavier stage of three; three pairs of ends of three pairs of two different ones.
+    assert len(found) == len(set(found)) == most_trials(spec) == 1 + 3 * 3 + 3 * 3
+    assert found != sorted(found), "in no order, so that the first of them are spread over the space"
 
 
 def test_a_number_without_a_note_is_drawn_anew_and_first(loaded, tmp_path):

@@ -167,6 +167,6 @@ def test_hours_wait_for_a_speed_and_end_the_search(new_session):
 
 def test_trials_are_a_limit_too(new_session):
     session, _ = new_session("  budget: {trials: 3}\n")
-    assert most_trials(session.walk.loaded.spec.search) == 3
+    assert most_trials(session.walk.loaded.spec) == 3
     session, _ = new_session("  budget: {trials: 100}\n")
-    assert most_trials(session.walk.loaded.spec.search) == TRIALS
+    assert most_trials(session.walk.loaded.spec) == TRIALS

@@ -16,7 +16,15 @@ from orchestrator import registry
 from orchestrator.errors import SpecError
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
-from orchestrator.spec.search_space import draw, inner_boundaries, stages, summary, variant_layer_tokens
+from orchestrator.spec.search_space import (
+    GridTooLargeError,
+    draw,
+    grid,
+    inner_boundaries,
+    stages,
+    summary,
+    variant_layer_tokens,
+)
 
 TOKENS = {
     "heavy": Fraction(22),
@@ -132,7 +140,68 @@ def test_where_images_vary_in_size_the_order_is_one_that_holds_at_every_size(loa
         order_of(spec, heavy={"layer": 1, "stride": 8}, wide=kept, light={"layer": 40, "keep_ratio": "1/2"})
 
 
+RATE, STEPS, SEED = "phases.finetune.learning_rate", "phases.finetune.max_steps", "phases.finetune.seed"
+WARMUP, TRAIN = "phases.finetune.warmup_ratio", "phases.finetune.train"
+
+
+def drawn_from(space: dict, count: int = 200) -> list[dict]:
+    search = SearchSpec.model_validate({"objectives": {"a": "max"}, "space": space})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [draw(study.ask(), search, {}) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ({"kind": "uniform", "low": 0, "high": 0.3, "step": 0.1}, {0.0, 0.1, 0.2, 0.3}),
+        ({"kind": "uniform", "low": -1.5, "high": 0, "step": 0.5}, {-1.5, -1.0, -0.5, 0.0}),
+        ({"kind": "int_uniform", "low": 2, "high": 5}, {2, 3, 4, 5}),
+        ({"kind": "int_uniform", "low": -4, "high": 8, "step": 4}, {-4, 0, 4, 8}),
+        ({"kind": "log_int_uniform", "low": 1, "high": 3}, {1, 2, 3}),
+        ({"kind": "choice", "values": [1, 1.5, True, "one"]}, {1, 1.5, "one"}),
+    ],
+)
+def test_every_value_of_a_domain_is_drawn_as_a_file_would_write_it(entry, values):
+    found = {draw[RATE] for draw in drawn_from({RATE: entry})}
+    assert found == values and {type(each) for each in found} == {type(each) for each in values}
+
+
+def test_numbers_between_bounds_and_choices_of_lists():
+    logs = [draw[RATE] for draw in drawn_from({RATE: {"kind": "log_uniform", "low": 1e-5, "high": 1e-3}})]
+    assert all(1e-5 <= rate <= 1e-3 for rate in logs) and 60 < sum(rate < 1e-4 for rate in logs) < 140
+    lists = [["projector"], ["projector", "language_model"]]
+    found = [draw[TRAIN] for draw in drawn_from({TRAIN: {"kind": "choice", "values": lists}})]
+    assert all(each in lists for each in found) and all(each in found for each in lists)
+
+
+CONDITIONAL = {
+    "phases.finetune.lr_scheduler_type": {"kind": "choice", "values": ["constant", "cosine", "linear"]},
+    WARMUP: {
+        "kind": "choice", "values": [0.0, 0.1], "when": {"phases.finetune.lr_scheduler_type": ["cosine", "linear"]},
+    },
+    SEED: {"kind": "int_uniform", "low": 0, "high": 3, "when": {WARMUP: 0.1}},
+}  # fmt: skip
+
+
+def test_an_entry_is_drawn_only_where_its_condition_holds():
+    found = drawn_from(CONDITIONAL)
+    assert all((WARMUP in draw) == (draw["phases.finetune.lr_scheduler_type"] != "constant") for draw in found)
+    assert all((SEED in draw) == (draw.get(WARMUP) == 0.1) for draw in found)
+    assert {len(draw) for draw in found} == {1, 2, 3}
+
+
+def test_a_grid_of_a_conditional_space_has_each_recipe_once():
+    search = SearchSpec.model_validate({"objectives": {"a": "max"}, "space": CONDITIONAL})
+    found = list(grid(search, {}))
+    assert [len(values) for _, values in found] == [1, *([2] + [3] * 4) * 2]
+    assert all(draw(optuna.trial.FixedTrial(params), search, {}) == values for params, values in found)
+    with pytest.raises(GridTooLargeError):
+        list(grid(search, {}, most=10))
+    assert len(list(grid(search, {}, most=11))) == 11
+
+
 SPACE = "  space:\n"
+NUM = "num_trials: 4"
 LAST = "variants: [full, light, heavy, wide]\n      last: full"
 WRONG = [
     ("num_stages: [1, 2, 3]", "num_stages: [5]", "num_stages", "5 stages do not fit"),
@@ -148,6 +217,28 @@ WRONG = [
     (SPACE, "cluster.lanes: {kind: choice, values: [1]}", "lanes", "no part of a cell"),
     (SPACE, "phases.finetune.max_steps: {kind: uniform, low: 1.5, high: 9.0}", "max_steps", "a whole number"),
     (SPACE, "phases.finetune.learning_rate: {kind: uniform, low: 2.0, high: 1.0}", "low", "more than `high`"),
+    (SPACE, f"{RATE}: {{kind: log_uniform, low: 0, high: 1.0}}", "low", "a logarithm needs"),
+    (SPACE, f"{RATE}: {{kind: uniform, low: 0.1, high: 1.0, step: 0.4}}", "step", "never reach 1.0"),
+    (SPACE, f"{STEPS}: {{kind: log_int_uniform, low: 4, high: 8, step: 2}}", "step", "has no steps"),
+    (SPACE, f"{STEPS}: {{kind: int_uniform, low: 0, high: 8}}", "max_steps", "must be at least 1"),
+    (SPACE, f"{RATE}: {{kind: choice, values: [1.0e-3], when: {{{SEED}: 1}}}}", f"when.{SEED}", "no choice of plain"),
+    (
+        SPACE,
+        f"{SEED}: {{kind: choice, values: [1]}}\n    {RATE}: {{kind: choice, values: [1.0], when: {{{SEED}: 2}}}}",
+        f"when.{SEED}",
+        "is never 2",
+    ),
+    # Only with the second value of the first entry is the mistake in the second one met.
+    (
+        SPACE,
+        f"{SEED}: {{kind: choice, values: [1, 2]}}\n    {STEPS}: {{kind: choice, values: [4, 8, -1], "
+        f"when: {{{SEED}: 2}}}}",
+        "max_steps",
+        "-1",
+    ),
+    (NUM, "num_trials: 40\n  algorithm: {sampler: nsga2}", "population_size", "random first generation, which has 50"),
+    (NUM, "num_trials: 4\n  algorithm: {population_size: 3}", "population_size", "only `sampler: nsga2`"),
+    (NUM, "num_trials: 4\n  algorithm: {kind: random, sampler: tpe}", "algorithm.sampler", "has no sampler"),
 ]
 
 
@@ -168,9 +259,6 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
     ("text", "path"),
     [
         ("  scheduler: {rungs: [1/2]}\n", "search.scheduler"),
-        ("  algorithm: {kind: grid}\n", "search.algorithm.kind"),
-        ("  algorithm: {sampler: nsga2}\n", "search.algorithm.sampler"),
-        ("  algorithm: {population_size: 8}\n", "search.algorithm.population_size"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(text, path, search_text, tmp_path):
