@@ -33,11 +33,12 @@ from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.console import nothing_done, print_ending
 from orchestrator.report.figures import training_figure
 from orchestrator.report.live import LiveView
+from orchestrator.report.overview import experiment_tags
 from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.loaded import LoadedExperiment
-from orchestrator.tracking.mlflow_state import abandoned, has_record, one_at_a_time, read_state
+from orchestrator.tracking.mlflow_state import ExperimentState, abandoned, has_record, one_at_a_time, read_state
 from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
 
 _UPLOAD_SECONDS = 20.0
@@ -275,6 +276,7 @@ class RunOutcome:
         tracking_problem: Why they could not be sent.
         tracking_notes: What else the user should know of MLflow's experiment.
         front: Of a search, the names of the trials on the Pareto front.
+        experiment_id: MLflow's number of the experiment; None where it could not be asked.
     """
 
     walk: ExperimentPlan
@@ -287,6 +289,7 @@ class RunOutcome:
     tracking_notes: tuple[str, ...] = ()
     tried: int = 0
     front: tuple[str, ...] | None = None
+    experiment_id: str | None = None
 
     def __repr__(self) -> str:
         ended = f"{self.executed} jobs executed, {len(self.failed)} cells failed, {len(self.waiting)} not finished"
@@ -308,7 +311,7 @@ class RunOutcome:
         console = console or Console()
         if self.front is None and self.tried == 0:
             console.print(nothing_done(self.failed, self.waiting), highlight=False)
-        print_ending(self.walk, self.table, self.failed, self.waiting, console)
+        print_ending(self.walk, self.table, self.failed, self.waiting, console, self.experiment_id)
         if self.front is not None:
             console.print(f"front: {', '.join(self.front) or 'no trial is finished'}", highlight=False)
 
@@ -344,6 +347,8 @@ class Session(Hooks):
         self.view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
         self._console = console
         self._recorder: UploadQueue | None = None
+        self._table: Table | None = None
+        self._experiment_id: str | None = None
         self._running: set[str] = set()
         self._uploaded = time.monotonic()
 
@@ -362,7 +367,8 @@ class Session(Hooks):
             try:
                 yield
             finally:
-                self._record_all()
+                seen = self._record_all()
+            self._describe(seen)
 
     def _lives(self, driver: Process, storage: str) -> bool:
         """Return whether a driver lives: on this machine by its process, elsewhere by the leases it holds here."""
@@ -373,8 +379,12 @@ class Session(Hooks):
         holders = ledger.living_holders().values() if storage == ledger.url else None
         return holders is None or any((holder.host, holder.pid) == (driver.host, driver.pid) for holder in holders)
 
-    def _record_all(self) -> None:
-        """Write the cells' folders and queue every record that MLflow does not have as it stands."""
+    def _record_all(self) -> ExperimentState | None:
+        """Write the cells' folders and queue every record that MLflow does not have as it stands.
+
+        Returns:
+            What MLflow has, where that could be read.
+        """
         assert self._recorder is not None
         walk = self.walk
         # Asked before MLflow is read: a record that was made earlier (of an earlier front) may come after.
@@ -396,6 +406,16 @@ class Session(Hooks):
         self._queue(lacking)
         if seen is not None and not lacking and abandoned(seen, self._lives):
             self._recorder.end_abandoned()
+        return seen
+
+    def _describe(self, seen: ExperimentState | None) -> None:
+        """Make the table, and have MLflow's experiment show what it shows."""
+        assert self._recorder is not None
+        self._table = table_of([self.walk])
+        tags = experiment_tags(self.walk, self._table)
+        if seen is None or not tags.items() <= seen.tags.items():
+            self._recorder.describe(tags)
+        self._experiment_id = None if seen is None else seen.experiment_id
 
     def record(self, cells: Iterable[Cell]) -> None:
         """Queue cells for MLflow; what cannot be read now is tried again at the end."""
@@ -414,6 +434,8 @@ class Session(Hooks):
         Raises:
             Interrupted: a signal stopped it.
         """
+        if self._recorder is not None:
+            self._recorder.describe(experiment_tags(self.walk))  # for those who look while it runs
         with self.stop, self.view:
             outcome = self.dispatch(work, local=local, fail_fast=fail_fast)
         if self.stop.signal_name is not None and self.is_unfinished(outcome):
@@ -447,7 +469,7 @@ class Session(Hooks):
         unsent = tuple(names[identity] for identity in list(self._recorder.unsent))
         return RunOutcome(
             self.walk,
-            table_of([self.walk]),
+            self._table or table_of([self.walk]),
             len(self.done),
             failed,
             waiting,
@@ -455,6 +477,7 @@ class Session(Hooks):
             self._recorder.problem if unsent else None,
             tuple(self._recorder.notes),
             len(self.done | self.problems.keys()),
+            experiment_id=self._recorder.experiment_id or self._experiment_id,
         )
 
     def is_unfinished(self, outcome: Outcome) -> bool:

@@ -40,7 +40,7 @@ class CellRecord:
         tags: `cell_id`, `experiment_spec_sha`, hardware, versions, attention, notices (rows left out, and which).
         history: `(key, value, step, timestamp in ms)` by step; steps are cumulative over phases.
         summary: Metrics written once at the end (docs/reference/metrics.md).
-        last_step: Step they are written at: the last of the cell's way, trained or not.
+        last_step: Step that final scores are of: the last of the cell's way, trained or not. Costs are of step 0.
         artifacts: File name to text, bytes or a file to copy.
         tested: Ids of its evaluations; with the cell's id they say which cells are one measurement.
         along: Points of evaluations along the way, by step, as in `history`. They come later than the steps' own.
@@ -181,8 +181,23 @@ def _params(cell: Cell) -> dict[str, str]:
         }
         if recipe.lora is not None:
             params[f"{plan.name}.lora_r"] = str(recipe.lora.r)
-    axes = {name: value if isinstance(value, str) else canonical_json(value) for name, value in cell.axes.items()}
-    return {**params, **axes}
+    # An axis that sets what stands there already is there under that name: each value once.
+    return {**params, **{axis: text for axis, text in _axes(cell).items() if params.get(_recipe_name(axis)) != text}}
+
+
+def _axes(cell: Cell) -> dict[str, str]:
+    return {axis: value if isinstance(value, str) else canonical_json(value) for axis, value in cell.axes.items()}
+
+
+def _recipe_name(axis: str) -> str:
+    """Return the name in params of a phase's field: `phases.finetune.schedule` is `finetune.schedule`."""
+    return axis.removeprefix("phases.")
+
+
+def axis_params(cell: Cell) -> dict[str, str]:
+    """Return a cell's axes to the names of the params that hold their values."""
+    params = _params(cell)
+    return {axis: axis if axis in params else _recipe_name(axis) for axis in cell.axes}
 
 
 def _fingerprint_tags(runs: Sequence[_Run]) -> dict[str, str]:

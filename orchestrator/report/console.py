@@ -33,6 +33,7 @@ from orchestrator.report.units import (
     size_text,
     whose,
 )
+from orchestrator.tracking.mlflow_views import dashboard_address
 
 TREE_LINES = 40
 TABLE_ROWS = 60
@@ -527,9 +528,23 @@ def nothing_done(failed: Mapping[str, str], waiting: Mapping[str, str]) -> str:
 
 
 def print_ending(
-    plan: ExperimentPlan, table: Table, failed: Mapping[str, str], waiting: Mapping[str, str], console: Console
+    plan: ExperimentPlan,
+    table: Table,
+    failed: Mapping[str, str],
+    waiting: Mapping[str, str],
+    console: Console,
+    experiment_id: str | None = None,
 ) -> None:
-    """Print the table, every failure with its reason, where the figure is, and how to open MLflow."""
+    """Print the table, every failure with its reason, where the figure is, and how to open MLflow.
+
+    Args:
+        plan: The experiment.
+        table: Its table.
+        failed: Cells to the reason.
+        waiting: Cells that neither finished nor failed, to the reason.
+        console: Where to print.
+        experiment_id: MLflow's number of the experiment; None where it is not known, as when the server is down.
+    """
     console.print()
     table.print(console)
     console.print()
@@ -551,10 +566,12 @@ def print_ending(
         if sweep_figure(list(sweeps), swept):
             _say(console, f"figure: {swept}")
     uri = plan.tracking_uri
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    address = server if experiment_id is None else dashboard_address(server, experiment_id)
     if uri.startswith("http"):
-        line = f"MLflow: {redacted(uri)}, experiment {plan.experiment_name}"
+        line = f"MLflow: {redacted(address)}{'' if experiment_id else f', experiment {plan.experiment_name}'}"
     else:
         # A database's password comes in the environment only, so that the variable stands for it.
         store = shlex.quote(uri) if redacted(uri) == uri else '"$MLFLOW_TRACKING_URI"'
-        line = f"MLflow: mlflow server --backend-store-uri {store} --port 5000   then open http://127.0.0.1:5000"
+        line = f"MLflow: mlflow server --backend-store-uri {store} --port 5000   then open {address}"
     _say(console, line)

@@ -234,7 +234,7 @@ RECORDED = "†"
 """Mark of a score that someone else measured, such as a benchmark's server."""
 _OPERATIONS = {"cost/train_tflops": "train", ADDED: "added"}
 """Columns in the table's unit of operations, and what of them they are."""
-_COSTS = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/train_seconds")
+COSTS = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/train_seconds")
 _HEADERS = {
     "cost/train_tflops": "train TFLOPs",
     ADDED: "added TFLOPs",
@@ -494,7 +494,7 @@ def _columns(
         wanted = headlines.get(evaluation, ("accuracy",))
         chosen = [name for name in found if any(fnmatchcase(_split(name)[2], pattern) for pattern in wanted)]
         shown += chosen or [name for name in found if name.count("/") == 2]  # of one without its headline: all
-    return (*shown, *(name for name in _COSTS if name in names))
+    return (*shown, *(name for name in COSTS if name in names))
 
 
 def _lacking(columns: Sequence[str], headlines: Mapping[str, Sequence[str]]) -> list[str]:

@@ -80,11 +80,13 @@ class ExperimentState:
     Attributes:
         experiment_id: None if there is no experiment of that name.
         is_deleted: Whether it was deleted; its runs are then deleted too.
+        tags: Its own tags: its description and its saved views.
         runs: Runs by cell id, the oldest where there are two; without deleted ones.
     """
 
     experiment_id: str | None = None
     is_deleted: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
     runs: dict[str, TrackedRun] = field(default_factory=dict)
 
     def add(self, run: TrackedRun) -> None:
@@ -127,7 +129,7 @@ def read_state_with_client(client: Any, experiment: str) -> ExperimentState:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return ExperimentState()
-    seen = ExperimentState(found.experiment_id, found.lifecycle_stage == "deleted")
+    seen = ExperimentState(found.experiment_id, found.lifecycle_stage == "deleted", dict(found.tags))
     token = None
     while not seen.is_deleted:
         page = client.search_runs([found.experiment_id], max_results=_RUNS_PER_PAGE, page_token=token)
@@ -164,7 +166,8 @@ def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> Ex
     ).fetchone()
     if found is None:
         return ExperimentState()
-    seen = ExperimentState(str(found[0]), found[1] == "deleted")
+    tags = opened.execute("SELECT key, value FROM experiment_tags WHERE experiment_id = ?", (found[0],))
+    seen = ExperimentState(str(found[0]), found[1] == "deleted", dict(tags))
 
     def rows(columns: str, table: str, end: str = "") -> sqlite3.Cursor:
         ours = "SELECT run_uuid FROM runs WHERE experiment_id = ? AND lifecycle_stage = 'active'"
@@ -210,7 +213,8 @@ def _ask_server(uri: str, experiment: str) -> ExperimentState | None:
                 return ExperimentState()
             found.raise_for_status()
             about = found.json()["experiment"]
-            seen = ExperimentState(str(about["experiment_id"]), about.get("lifecycle_stage") == "deleted")
+            tags = {entry["key"]: entry.get("value", "") for entry in about.get("tags", ())}
+            seen = ExperimentState(str(about["experiment_id"]), about.get("lifecycle_stage") == "deleted", tags)
             question: dict[str, Any] = {"experiment_ids": [seen.experiment_id], "max_results": _RUNS_PER_PAGE}
             while not seen.is_deleted:
                 page = session.post(f"{api}/runs/search", json=question, timeout=_SERVER_SECONDS)

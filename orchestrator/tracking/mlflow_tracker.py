@@ -159,6 +159,25 @@ class CellTracker:
                 self._state = None  # the run may have been deleted: read the state again before the next attempt
                 raise
 
+    def describe(self, tags: Mapping[str, str]) -> None:
+        """Write what the experiment as a whole has, such as its saved views; tags that it has are left alone.
+
+        Raises:
+            TrackingError: the server is down, refuses, or its database stays locked.
+        """
+        with self._as_tracking_error():
+            self._refresh()
+            seen = self._known()
+            for key, text in tags.items() if seen.experiment_id is not None else ():
+                if seen.tags.get(key) != text:
+                    self._client().set_experiment_tag(seen.experiment_id, key, text)
+                    seen.tags[key] = text
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's number of the experiment; None as long as there is none, or it is not known."""
+        return self._state.experiment_id if self._state is not None else None
+
     def close(self) -> None:
         """Mark runs that are still RUNNING as KILLED, since this driver no longer works on them.
 
@@ -345,8 +364,11 @@ class CellTracker:
         now_ms = int(time.time() * 1000)
         points = []
         for name, value in changed.items():
-            # MLflow shows the value of the highest step: a value that somebody wrote later is overwritten at its step.
-            step = max(record.last_step, run.metrics.get(name, (0.0, 0, 0))[1])
+            # The dashboard draws a metric of step 0 alone as a labelled bar, and another as a curve. A score is the end
+            # of one, also if what comes before is evaluated later: MLflow takes no point back.
+            step = record.last_step if name.startswith("eval/") else 0
+            # MLflow shows the value of the highest step: one that somebody wrote later is overwritten at its step.
+            step = max(step, run.metrics.get(name, (0.0, 0, 0))[1])
             points.append((name, value, now_ms, step))
         for batch in chunks(points, METRICS_PER_REQUEST):
             self._send(run, batch)
@@ -428,6 +450,7 @@ class UploadQueue:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self.unsent: dict[str, MakeRecord] = {}
         self.problem: str | None = None
+        self._tags: Mapping[str, str] = {}
         # The newest reader that was queued of each cell, and the last whose record was sent.
         self._queued: dict[str, MakeRecord] = {}
         self._sent: dict[str, MakeRecord] = {}
@@ -436,6 +459,11 @@ class UploadQueue:
     def notes(self) -> list[str]:
         """The tracker's messages for the user."""
         return self._tracker.notes if self._tracker is not None else []
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's number of the experiment, where the tracker was opened and knows it."""
+        return self._tracker.experiment_id if self._tracker is not None else None
 
     def __enter__(self) -> UploadQueue:
         self._thread.start()
@@ -450,6 +478,11 @@ class UploadQueue:
         """
         self._queued[cell_id] = make
         self._queue.put((cell_id, make))
+
+    def describe(self, tags: Mapping[str, str]) -> None:
+        """Have tags written to the experiment as a whole, after the cells of the next round; return at once."""
+        self._tags = tags
+        self._must_open = True
 
     def waiting(self) -> set[str]:
         """Return the cells of which a record is queued or on its way: what MLflow has of them may still change."""
@@ -489,6 +522,7 @@ class UploadQueue:
                     last, failed = True, set()  # the end: what failed is tried once more
         if self._must_open and self._tracker is None:
             self._open_runs([])
+        self._send_tags()
         if self._tracker is not None:
             with contextlib.suppress(TrackingError):  # reported with the record that could not be sent
                 self._tracker.close()
@@ -523,7 +557,16 @@ class UploadQueue:
                 self._turns += 1
             if len(failed) >= _FAILURES_OF_A_SERVER:
                 break
+        if not failed:
+            self._send_tags()
         return failed
+
+    def _send_tags(self) -> None:
+        """Send the experiment's tags once; where that fails the end of this session or the next one does it."""
+        if tags := self._tags:
+            with contextlib.suppress(Exception):
+                self._opened().describe(tags)
+                self._tags = self._tags if self._tags is not tags else {}
 
     def _open_runs(self, records: Sequence[CellRecord]) -> None:
         with contextlib.suppress(Exception):  # reported by each of these cells

@@ -77,6 +77,24 @@ def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: Tracke
     assert points_of(tracker, run_id) == sorted(history(30))
 
 
+def test_costs_are_of_step_0_and_scores_end_a_curve(tracker: Tracker) -> None:
+    run_id = tracker.log(cell(last_step=29))
+    steps = {key: [p.step for p in tracker._client().get_metric_history(run_id, key)] for key in SUMMARY}
+    assert steps == {key: [29 if key.startswith("eval/") else 0] for key in SUMMARY}
+
+
+def test_tags_of_the_experiment_are_written_once_and_read_in_every_way(gate: Gate, tracker: Tracker) -> None:
+    for each in (tracker, Tracker(f"http://{gate.place}", "described")):
+        each.log(cell())
+        for _ in range(2):
+            gate.asked.clear()
+            each.describe({"mlflow.note.content": "text", "other": "1"})
+        assert not gate.asked
+        read = mlflow_state.read_state(each._uri, each._experiment_name)
+        assert read is not None and read.tags.items() >= {"mlflow.note.content": "text", "other": "1"}.items()
+        assert read.tags == mlflow_state.read_state_with_client(each._client(), each._experiment_name).tags
+
+
 def test_a_second_record_goes_on_with_the_same_run(tracker: Tracker) -> None:
     first = tracker.log(cell("running", steps=10, artifacts={}))
     assert runs_of(tracker)[0].info.status == "RUNNING"

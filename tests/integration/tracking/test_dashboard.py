@@ -1,0 +1,103 @@
+"""The printed address in a real dashboard: cells, values and charts are there without a click."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import browser, needs_browser
+from ledger_work import finish
+from rich.console import Console
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from orchestrator.plan.experiment_plan import prepare
+from orchestrator.plan.jobs import EvaluationJob
+from orchestrator.run import run_experiment
+from orchestrator.tracking.mlflow_views import CURVES, SCATTER
+
+SECONDS = 60
+ACCURACY = {"schedule=full,seed=0": 0.8125, "schedule=full,seed=1": 0.6875,
+            "schedule=heavy,seed=0": 0.5625, "schedule=heavy,seed=1": 0.4375}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def printed(server: str, tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Iterator[str]:
+    """The address that a finished grid of two schedules and two seeds prints at its end."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    schedules = "  phases.finetune.schedule: [full, heavy, two_stage]"
+    assert schedules in tiny_text
+    text = tiny_text.replace(schedules, "  phases.finetune.schedule: [full, heavy]\n  seed: [0, 1]")
+    (folder / "tiny.yaml").write_text(text.replace("name: tiny\n", "name: dashboard\n"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVOLTA_STORAGE", str(folder / "runs"))
+        patch.setenv("MLFLOW_TRACKING_URI", server)
+        plan = prepare(folder / "tiny.yaml")
+        accuracy = {test.id: ACCURACY[cell.name] for cell in plan.cells for test in cell.evaluations}
+        for job in plan.tree.work(plan.ledger):
+            if isinstance(job, EvaluationJob):
+                plan.ledger.write_evaluation(job.id, {"metrics": {"accuracy": accuracy[job.id]}, "seconds": 1.0})
+            else:
+                finish(plan.ledger, job)
+        told = io.StringIO()
+        run_experiment(plan.loaded, local=True, console=Console(file=told)).print(Console(file=told, soft_wrap=True))
+        again = io.StringIO()
+        run_experiment(plan.loaded, local=True, console=Console(file=again)).print(Console(file=again, soft_wrap=True))
+    address = re.compile(r"MLflow: (http\S+)")
+    assert address.findall(told.getvalue()) == address.findall(again.getvalue()), "with nothing to do it is the same"
+    yield address.findall(told.getvalue())[0]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Chrome]:
+    with browser(2200, 1000) as driver:
+        yield driver
+        driver.save_screenshot(str(tmp_path / "page.png"))
+
+
+def shown(page: Chrome) -> str:
+    return page.find_element(By.TAG_NAME, "body").text
+
+
+def wait_for(page: Chrome, text: str) -> None:
+    WebDriverWait(page, SECONDS).until(lambda page: text in shown(page), f"no {text} on the page")
+
+
+@needs_browser
+def test_the_printed_address_shows_axes_accuracy_and_cost_of_every_cell(page: Chrome, printed: str) -> None:
+    page.get(printed)
+    wait_for(page, "0.8125")
+    text = shown(page)
+    assert all(name in text and str(value) in text for name, value in ACCURACY.items())
+    assert all(f"Group: {name}" in text for name in ("full", "heavy"))
+    assert {"0.75 (average)", "0.5 (average)"} <= set(text.split("\n"))
+    heads = {head.text for head in page.find_elements(By.CSS_SELECTOR, ".ag-header-cell")}
+    assert heads >= {
+        *("finetune.schedule", "seed", "eval/vqa/accuracy", "eval/vqa/under_full/accuracy"),
+        *("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds"),
+    }
+    assert "phases.finetune.schedule" not in heads
+
+
+@needs_browser
+def test_the_second_view_draws_accuracy_against_cost_with_the_mean_over_seeds(page: Chrome, printed: str) -> None:
+    page.get(printed.replace("viewStateShareKey=cells", f"viewStateShareKey={SCATTER}&compareRunsMode=CHART"))
+    wait_for(page, "cost/train_tflops vs. eval/vqa/accuracy")
+    assert "final values" in shown(page)
+    points = "return [...document.querySelectorAll('.js-plotly-plot')].map(each => each.data.map(d => [d.x, d.y]))"
+    WebDriverWait(page, SECONDS).until(lambda page: page.execute_script(points))
+    ((xs, ys), *_) = page.execute_script(points)[0]
+    assert sorted(ys) == [0.5, 0.75] and xs[ys.index(0.5)] < xs[ys.index(0.75)]
+
+
+@needs_browser
+def test_the_third_view_draws_the_loss_over_steps(page: Chrome, printed: str) -> None:
+    page.get(printed.replace("viewStateShareKey=cells", f"viewStateShareKey={CURVES}&compareRunsMode=CHART"))
+    wait_for(page, "train/loss")
+    curves = "return [...document.querySelectorAll('.js-plotly-plot')].map(each => each.data.map(d => d.y))[0]"
+    loss = [1 / (step + 1) for step in range(6)]
+    WebDriverWait(page, SECONDS).until(lambda page: loss in (page.execute_script(curves) or []))
