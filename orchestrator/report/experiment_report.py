@@ -19,11 +19,19 @@ from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
 from orchestrator.report.documents import finite
-from orchestrator.report.front import PALETTE, differing_front, lower_is_better, palette_key
+from orchestrator.report.front import PALETTE, differing_front, palette_key
 from orchestrator.report.pages import card, predictions_document
 from orchestrator.report.sweeps import LEVEL
 from orchestrator.report.table import BOUND, Row, Table, header, table_of, text_cells
-from orchestrator.report.units import Operations, counted_noun, difference_text, metric_text, number, operations
+from orchestrator.report.units import (
+    Operations,
+    counted_noun,
+    difference_text,
+    lower_is_better,
+    metric_text,
+    number,
+    operations,
+)
 from orchestrator.spec.loaded import resolved_yaml
 
 COST = "cost/train_tflops"

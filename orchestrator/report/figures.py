@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
-from orchestrator.report.front import PALETTE, differing_front, lower_is_better, palette_key
+from orchestrator.report.front import PALETTE, differing_front, palette_key
 from orchestrator.report.sweeps import Sweep, Swept
 from orchestrator.report.table import BOUND, Table, header
-from orchestrator.report.units import Operations
+from orchestrator.report.units import Operations, lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.report.table import Row
-from orchestrator.report.units import is_score
 
 PALETTE = (
     *("#4c78d0", "#e8833a", "#3aa655", "#d6455d", "#8f6cc9"),
     *("#9c755f", "#d982b5", "#7f8c8d", "#b5a642", "#2fa5b5"),
 )
 """Colours that can be told apart on white and on black, in the order in which they are given."""
-_LOWER = ("loss", "perplexity", "unread")
-
-
-def lower_is_better(column: str) -> bool:
-    """Return whether less of a metric is better: losses, and what is measured but speeds."""
-    metric = column.rpartition("/")[2]
-    return metric in _LOWER or (not is_score(column) and not metric.endswith("_per_second"))
 
 
 def differing_front(points: Sequence[tuple[float, float, float | None] | None], lower: bool = False) -> list[int]:

@@ -9,10 +9,11 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
 from orchestrator.report.sweeps import LEVEL, Sweep, sweeps_of, texts
-from orchestrator.report.units import Operations, difference_text, legend, metric_text
+from orchestrator.report.units import Operations, difference_text, legend, lower_is_better, metric_text
 from orchestrator.spec.grid import short_axes
+from orchestrator.spec.infrastructure import ReportSpec
 from orchestrator.spec.yaml.node import as_yaml
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Row:
 class Table(Printed):
     """Rows, the metrics and axes shown, what makes the rows unequal to compare, and sweeps of evaluations.
 
+    People see the rows whose numbers are in `order` (None: all), as `layout` says; JSON, CSV and frames have every row.
     Scores under a sweep's variants have a table of their own where people read it; in CSV and frames they are columns.
     """
 
@@ -80,6 +83,8 @@ class Table(Printed):
     warnings: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    layout: ReportSpec = field(default_factory=ReportSpec)
+    order: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         return f"<Table: {len(self.rows)} rows, {len(self.columns)} metrics>"
@@ -137,16 +142,22 @@ class Table(Printed):
 
     def to_markdown(self) -> str:
         """Return it as a Markdown table, as the screen shows it."""
-        head, body = text_cells(self)
+        head, body = text_cells(self, bold="**{}**")
         blocks = [_markdown(head, body, ["---"] + ["---:"] * (len(head) - 2) + ["---"])]
         for title, head, body in self._swept():
             blocks += [f"**{title}**", _markdown(head, body, ["---"] * (len(head) - 2) + ["---:"] * 2)]
         return "\n\n".join(blocks)
 
     def to_latex(self) -> str:
-        """Return it as a LaTeX tabular (package booktabs), as the screen shows it; one more for each swept metric."""
+        """Return it as a LaTeX tabular (package booktabs), as the screen shows it; one more for each swept metric.
+
+        Without the status where `report.columns` chose what is shown and all of it is finished.
+        """
+        head, body = text_cells(self, bold=_BOLD)
+        if self.layout.columns and all(line[-1].startswith("finished") for line in body):
+            head, body = head[:-1], [line[:-1] for line in body]
         swept = (f"% {title}\n{_latex(head, body)}" for title, head, body in self._swept())
-        return "\n\n".join([_latex(*text_cells(self)), *swept])
+        return "\n\n".join([_latex(head, body), *swept])
 
     def render(self, form: str) -> str:
         """Return it as `md`, `csv`, `latex` or `json`."""
@@ -230,6 +241,7 @@ MOST_TESTS = 1000
 _BY_FORMULA = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/visual_layer_tokens")
 BOUND = "costs at most"
 """Mark of a row whose figures by the formula are bounds."""
+_BOLD = "\ue000{}\ue001"  # of no font: what stands for bold until the text around it is escaped
 RECORDED = "†"
 """Mark of a score that someone else measured, such as a benchmark's server."""
 _OPERATIONS = {"cost/train_tflops": "train", ADDED: "added"}
@@ -281,6 +293,7 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
     shown: list[tuple[str, Row]] = []
     earlier: dict[frozenset[tuple[str, tuple[str, ...]]], list[Row]] = {}
     shown_axes: dict[str, None] = {}
+    order: list[int] = []
     blocks: list[Sweep] = []
     for origin, plan in enumerate(plans):
         report, search, name = plan.loaded.spec.report, plan.loaded.spec.search, plan.loaded.spec.name
@@ -298,7 +311,14 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         repeated = [row.name for row, key in zip(rows, keys, strict=True) if row not in earlier.get(key, [row])]
         if repeated:
             notes.append(f"{name}: shown once, in the experiment before it: {', '.join(repeated)}")
-        shown += [(name, row) for row, key in zip(rows, keys, strict=True) if key not in earlier]
+        new = [row for row, key in zip(rows, keys, strict=True) if key not in earlier]
+        notes += [
+            f"{name}: no row fits {pattern!r} of report.rows"
+            for pattern in _chosen([row.name for row in rows], report.rows)[1]
+        ]
+        chosen, _ = _chosen([row.name for row in new], report.rows or ("*",))
+        order += [len(shown) + number for number in chosen]
+        shown += [(name, row) for row in new]
         for row, key in zip(rows, keys, strict=True):
             earlier.setdefault(key, []).append(row)
         remarks += [*notes, *plan.repeated_trials(), *tested_differently(plan.cells)]
@@ -306,8 +326,35 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         shown_axes |= dict.fromkeys(drawn)
     counts = Counter(row.name for _, row in shown)
     named = [row if counts[row.name] == 1 else replace(row, name=f"{name}/{row.name}") for name, row in shown]
-    table = _table(records, named, dict.fromkeys(remarks), all_metrics, tuple(shown_axes), headlines)
-    return replace(table, sweeps=tuple(sorted(blocks, key=lambda sweep: (sweep.evaluation, sweep.metric))))
+    layout = _merged([plan.loaded.spec.report for plan in plans])
+    columns = () if all_metrics else layout.columns
+    table = _table(records, named, dict.fromkeys(remarks), all_metrics, tuple(shown_axes), headlines, columns)
+    sweeps = tuple(sorted(blocks, key=lambda sweep: (sweep.evaluation, sweep.metric)))
+    return replace(table, sweeps=sweeps, layout=layout, order=tuple(order))
+
+
+def _chosen(names: Sequence[str], patterns: Iterable[str]) -> tuple[list[int], list[str]]:
+    """Return the places of the names that fit some pattern, in the order of the patterns, and those none fits."""
+    fits = {
+        pattern: [n for n, name in enumerate(names) if name == pattern or fnmatchcase(name, pattern)]
+        for pattern in patterns
+    }
+    return list(dict.fromkeys(chain(*fits.values()))), [pattern for pattern, found in fits.items() if not found]
+
+
+def _merged(layouts: Sequence[ReportSpec]) -> ReportSpec:
+    """Return one layout for a table of several experiments: all they show, the first word on each name."""
+    first, *others = layouts or [ReportSpec()]
+    for other in others:
+        first = first.model_copy(
+            update={
+                "columns": tuple(dict.fromkeys([*first.columns, *other.columns])),
+                "labels": {**other.labels, **first.labels},
+                "decimals": {**first.decimals, **other.decimals},
+                "bold": first.bold or other.bold,
+            }
+        )
+    return first
 
 
 def _table(
@@ -317,14 +364,18 @@ def _table(
     all_metrics: bool,
     shown_axes: Sequence[str],
     headlines: Mapping[str, Sequence[str]],
+    wanted: Sequence[str] = (),
 ) -> Table:
-    columns = _columns(records, all_metrics, headlines)
+    names = list(dict.fromkeys(name for record in records for name in record.summary))
+    chosen, unknown = _chosen(names, wanted)
+    columns = tuple(names[number] for number in chosen) if wanted else _columns(records, all_metrics, headlines)
     warnings = (
         *_unequal(records),
         *_unequal_evaluations(records),
         *_notices(records),
         *remarks,
-        *_lacking(columns, headlines),
+        *(f"no cell has a metric that fits {pattern!r} of report.columns" for pattern in unknown if names),
+        *(() if wanted else _lacking(columns, headlines)),
     )
     return Table(columns, tuple(rows), warnings, tuple(shown_axes))
 
@@ -598,21 +649,24 @@ def _unit(table: Table) -> Operations:
     return Operations.of(row.values.get("cost/train_tflops") for row in table.rows)
 
 
-def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) -> str:
+def _text(
+    row: Row, column: str, value_text: Callable[[float | None], str], p_corrected: float | None, bold: str
+) -> str:
     """Return a value, its interval, and how it differs from the baseline: in points of a score, in per cent of a
     cost.
     """
     value = row.values.get(column)
-    text = unit.text(value) if column in _OPERATIONS else metric_text(column, value)
+    text = value_text(value)
     if value is None:
         return text
     if column in _BY_FORMULA and BOUND in row.marks:
         text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
     if column in row.recorded:
         text += RECORDED
+    text = bold.format(text)
     half = row.ci95.get(column)
     if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
-        text += f" ± {unit.text(half) if column in _OPERATIONS else metric_text(column, half)}"
+        text += f" ± {value_text(half)}"
     difference = row.against.get(column)
     if difference is None:
         return text
@@ -621,22 +675,51 @@ def _text(row: Row, column: str, unit: Operations, p_corrected: float | None) ->
     return text if shown is None else f"{text} ({shown}{sure})"
 
 
-def text_cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return the head and body of the table as text."""
-    unit = _unit(table)
+def text_cells(table: Table, bold: str = "{}") -> tuple[list[str], list[list[str]]]:
+    """Return the head and body of the table as text, as its `layout` has it.
+
+    Args:
+        table: The table.
+        bold: What a bold value becomes.
+    """
+    unit, layout = _unit(table), table.layout
     apart = {score.column for sweep in table.sweeps for score in sweep.scores if score.values}
     columns = [column for column in table.columns if column not in apart]
-    heads = [f"{_OPERATIONS[column]} {unit.name}" if column in _OPERATIONS else header(column) for column in columns]
+
+    def text_of(column: str) -> Callable[[float | None], str]:
+        places = [n for pattern, n in layout.decimals.items() if column == pattern or fnmatchcase(column, pattern)]
+        scale = unit.scale if column in _OPERATIONS else 1.0
+        if places:
+            return lambda value: "–" if value is None else f"{value / scale:,.{places[0]}f}"
+        return unit.text if column in _OPERATIONS else partial(metric_text, column)
+
+    heads = [
+        layout.labels.get(column) or (f"{_OPERATIONS[column]} {unit.name}" if column in _OPERATIONS else header(column))
+        for column in columns
+    ]
     head = ["cell", *(axis.rpartition(".")[2] for axis in table.axes), *heads, "status"]
+    order = range(len(table.rows)) if table.order is None else table.order
+    rows, tests, texts = [table.rows[n] for n in order], table.tests(), {column: text_of(column) for column in columns}
+    best = {
+        column: _best(rows, column, texts[column]) for column in columns if layout.bold and column.startswith("eval/")
+    }
     body = []
-    for row, tests in zip(table.rows, table.tests(), strict=True):
+    for number, row in zip(order, rows, strict=True):
         drawn = map(row.axes.get, table.axes)
         values = [f"{value:.4g}" if isinstance(value, float) else shorten(as_yaml(value)) for value in drawn]
         for column in columns:
-            values.append(_text(row, column, unit, tests.get(column, {}).get("p_corrected")))
+            is_best = column in row.values and texts[column](row.values[column]) == best.get(column)
+            p_corrected = tests[number].get(column, {}).get("p_corrected")
+            values.append(_text(row, column, texts[column], p_corrected, bold if is_best else "{}"))
         status = row.status if not row.marks else f"{row.status} ({', '.join(row.marks)})"
-        body.append([row.name, *values, status])
+        body.append([layout.labels.get(row.name, row.name), *values, status])
     return head, body
+
+
+def _best(rows: Sequence[Row], column: str, text: Callable[[float], str]) -> str | None:
+    """Return the best value of a column as it is shown, so that values that look equal are equally bold."""
+    values = [row.values[column] for row in rows if column in row.values]
+    return text(min(values) if lower_is_better(column) else max(values)) if values else None
 
 
 def plain_table(heads: Sequence[str], right: Sequence[str] = ()) -> RichTable:
@@ -692,13 +775,18 @@ def _latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
         "≥": r"$\geq$",
         "†": r"$\dagger$",
         "–": "--",
+        _BOLD[0]: r"\textbf{",
+        _BOLD[-1]: "}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
         **{c: "\\" + c for c in "&%$#_{}"},
     }
 
     def escape(text: str) -> str:
         return "".join(escapes.get(character, character) for character in text)
 
-    lines = [r"\begin{tabular}{l" + "r" * (len(head) - 2) + "l}", r"\toprule"]
+    right = [number > 0 and title not in ("status", "kind") for number, title in enumerate(head)]
+    lines = [r"\begin{tabular}{" + "".join("r" if each else "l" for each in right) + "}", r"\toprule"]
     lines.append(" & ".join(map(escape, head)) + r" \\")
     lines.append(r"\midrule")
     lines += [" & ".join(map(escape, line)) + r" \\" for line in body]

@@ -16,6 +16,7 @@ _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 _REASON_LINES = 8
 _REASON_WIDTH = 400
 _NAMES_WIDTH = 44
+_LOWER = ("loss", "perplexity", "unread")
 LEGEND = {
     "CR": "compression ratio, decoder layers x visual tokens / visual layer-tokens",
     "visual layer-tokens": "visual tokens of an image, summed over the decoder's layers",
@@ -125,6 +126,12 @@ def is_score(column: str) -> bool:
     """Return whether a column is of scores, whose differences are points; of what is measured they are per cent."""
     measured = ("_bytes", "_gib", "_milliseconds", "_seconds", "_per_second")
     return column.startswith("eval/") and not column.removesuffix("_iqr").endswith(measured)
+
+
+def lower_is_better(column: str) -> bool:
+    """Return whether less of a metric is better: losses, and what is measured but speeds."""
+    metric = column.rpartition("/")[2]
+    return metric in _LOWER or (not is_score(column) and not metric.endswith("_per_second"))
 
 
 def metric_text(column: str, value: float | None) -> str:

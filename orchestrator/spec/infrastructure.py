@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -86,3 +86,15 @@ class ReportSpec(Spec):
     """Axes and values of the cells that others are compared with; null makes no comparison."""
     mean_over: tuple[str, ...] = Field(default=(), examples=[["seed"]])
     """Axes over which the table gives a mean and a standard deviation instead of one row a value."""
+    rows: tuple[str, ...] = Field(default=(), examples=[["schedule=full", "schedule=four*"]])
+    """Rows that are shown, in this order, by name or pattern; empty shows all. Tests are corrected for all rows."""
+    columns: tuple[str, ...] = Field(default=(), examples=[["eval/vqa/accuracy", "cost/train_tflops"]])
+    """Metrics that are shown, in this order, by tracked name or pattern; empty shows headline scores and costs."""
+    labels: dict[str, str] = Field(
+        default_factory=dict, examples=[{"eval/vqa/accuracy": "VQA", "schedule=full": "Full"}]
+    )
+    """What is written in the place of a metric's or a row's name."""
+    decimals: dict[str, Annotated[int, Field(ge=0, le=9)]] = Field(default_factory=dict, examples=[{"eval/*": 1}])
+    """Digits after the point, by tracked name or pattern of metrics; the first that fits."""
+    bold: Literal["best"] | None = None
+    """`best` prints the best value of each score bold, in Markdown and LaTeX; null nothing."""

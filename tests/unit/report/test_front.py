@@ -1,6 +1,7 @@
 """The front that figures draw: only through points that differ."""
 
-from orchestrator.report.front import differing_front, lower_is_better
+from orchestrator.report.front import differing_front
+from orchestrator.report.units import lower_is_better
 
 
 def test_a_front_joins_only_what_is_surely_better() -> None:

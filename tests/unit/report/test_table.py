@@ -13,6 +13,7 @@ from orchestrator.report.console import nothing_done
 from orchestrator.report.figures import grid_figure
 from orchestrator.report.table import ablation_table
 from orchestrator.report.units import Operations, clock, operations
+from orchestrator.spec.infrastructure import ReportSpec
 
 AXES = {
     f"cell-{schedule}{seed}": {"phases.finetune.schedule": schedule, "seed": seed}
@@ -299,3 +300,35 @@ def test_what_rounds_to_nothing_has_no_minus():
     moved = [RECORDS[0], record("heavy0", 0.8 - 1e-6, 10 - 1e-6)]
     text = ablation_table(moved, AXES, baseline=BASELINE).render("md")
     assert "(+0.000)" in text and "(+0%)" in text and "-0" not in text.replace("heavy-0", "")
+
+
+def laid_out(**layout):
+    baseline = {"phases.finetune.schedule": "full"}
+    table = ablation_table(RECORDS, AXES, mean_over=["seed"], baseline=baseline)
+    return replace(table, layout=ReportSpec(baseline=baseline, mean_over=("seed",), **layout))
+
+
+def test_a_layout_says_words_digits_and_what_is_bold():
+    table = laid_out(
+        labels={"eval/vqa/accuracy": "VQA_1", "schedule=full": "All tokens", "cost/train_tflops": "cost_%"},
+        decimals={"eval/vqa/accuracy": 1, "cost/*": 0},
+        bold="best",
+    )
+    head, full, heavy = (line.split(" & ") for line in table.render("latex").splitlines()[2:6] if "&" in line)
+    assert head[:4] == ["cell", r"VQA\_1", "vqa accuracy (full)", r"cost\_\%"]
+    assert full[0] == "All tokens" and full[1] == r"\textbf{0.7} $\pm$ 1.3" and full[2].startswith(r"\textbf{0.350}")
+    assert heavy[1] == r"0.6 $\pm$ 1.3 (-0.100)" and heavy[3] == r"4 (-60\%)"
+    assert "| **0.7** ± 1.3 |" in table.render("md")
+    assert "**" not in str(table) and "0.7 ± 1.3" in str(table)
+    assert json.loads(table.render("json"))["rows"][0]["metrics"]["eval/vqa/accuracy"] == pytest.approx(0.7)
+
+
+def test_what_looks_equal_is_equally_bold_and_less_loss_is_better():
+    records = [
+        replace(one, summary={"eval/held_out/loss": loss, "eval/vqa/accuracy": accuracy})
+        for one, loss, accuracy in zip(RECORDS, (0.52, 0.51, 0.7, 0.9), (0.501, 0.499, 0.2, 0.1), strict=True)
+    ]
+    table = ablation_table(records, AXES, headlines={"held_out": ["loss"]})
+    table = replace(table, layout=ReportSpec(decimals={"*": 1}, bold="best"))
+    lines = [line.strip("| ").split(" | ")[1:-1] for line in table.to_markdown().splitlines()[2:]]
+    assert lines == [["**0.5**", "**0.5**"], ["**0.5**", "**0.5**"], ["0.7", "0.2"], ["0.9", "0.1"]]

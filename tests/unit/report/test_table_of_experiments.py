@@ -193,3 +193,25 @@ def test_what_cannot_be_tested_says_so_or_has_no_mark(
     monkeypatch.setattr(tables, "MOST_TESTS", 3)
     (warning,) = table_of([plan]).warnings
     assert "4 differences from the baseline are not tested" in warning
+
+
+def test_a_layout_chooses_rows_and_columns_and_tests_stay_corrected_for_all(tmp_path: Path, grid: str) -> None:
+    whole = table_of([finished(tmp_path / "grid.yaml", grid)])
+    columns = "[cost/train_tflops, 'eval/*/accuracy', eval/vqa/nothing]"
+    chosen = f"rows: ['{NAMES[4]}', '*two_stage*', nowhere], columns: {columns}"
+    text = grid.replace(BASELINE.strip(), BASELINE.strip().removesuffix("}") + f", {chosen}}}")
+    assert text != grid
+    table = table_of([finished(tmp_path / "grid.yaml", text)])
+    assert table.rows == whole.rows and table.tests() == whole.tests(), "data has every row"
+    assert table.columns == ("cost/train_tflops", *(name for name in whole.columns if name.startswith("eval/")))
+    lines = [line.strip("| ").split(" | ") for line in table.to_markdown().splitlines()]
+    two_stage = [row.name for row in whole.rows if "two_stage" in row.name and row.name != NAMES[4]]
+    assert [line[0] for line in lines[2:]] == [NAMES[4], *two_stage] and lines[0][1].startswith("train ")
+    assert [text for text in table.warnings if "nowhere" in text or "nothing" in text] == [
+        "tiny: no row fits 'nowhere' of report.rows",
+        "no cell has a metric that fits 'eval/vqa/nothing' of report.columns",
+    ]
+    assert "status" not in table.to_latex() and "status" in lines[0]
+    assert [row.name for row in table_of([prepare(tmp_path / "grid.yaml")], all_metrics=True).rows] == [
+        row.name for row in whole.rows
+    ]
