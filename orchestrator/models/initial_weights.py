@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from orchestrator.errors import StageRunError, UsageError, first_line
@@ -192,10 +192,48 @@ def _load_parts(model: PreTrainedModel, sources: Mapping[Any, str]) -> None:
 
 
 def _load_vision_tower(model: PreTrainedModel, source: str, key: str) -> None:
-    """Load the vision tower; its class picks its own weights, from a complete CLIP too."""
+    """Load the vision tower, by its class, from a complete CLIP too; or all towers of a model of the same type."""
+    if _type_of(source) == model.config.model_type:
+        loaded = load_pretrained(source, key)
+        for name in _outermost(model, VISION_TOWER):
+            copy_weights(weight_tensors(loaded.get_submodule(name)), model.get_submodule(name), f"{key}: {source}")
+        return
+    _check_alone(model, VISION_TOWER, key)
     _, tower = part_module(model, VISION_TOWER)
-    loaded = load_pretrained(source, key, type(tower))
-    copy_weights(weight_tensors(loaded), tower, f"{key}: {source}")
+    copy_weights(weight_tensors(load_pretrained(source, key, type(tower))), tower, f"{key}: {source}")
+
+
+def _check_alone(model: PreTrainedModel, part: str, key: str) -> None:
+    """Refuse a file with one module where a part has several: the others would stay random.
+
+    Raises:
+        UsageError: the part has several modules.
+    """
+    if len(names := _outermost(model, part)) > 1:
+        raise UsageError(
+            f"{key}: the model has several modules there ({', '.join(names)}), of which this would give one and leave "
+            f"the others random; give `random`, or for the vision tower a complete model of type "
+            f"{model.config.model_type}"
+        )
+
+
+def _type_of(source: str) -> str | None:
+    """Return the type of the model that a folder or hub id holds; None where it says none."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError:
+        return None
+    return config.get("model_type")
+
+
+def _outermost(model: PreTrainedModel, part: str) -> list[str]:
+    """Return the names of a part's modules that lie in no other of its modules."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{each}.") for each in found)
+        if name and not inside and part_of_or_none(name) == part and next(module.parameters(), None) is not None:
+            found.append(name)
+    return found
 
 
 def _load_language_model(model: PreTrainedModel, source: str, key: str) -> None:
@@ -224,6 +262,7 @@ def _resized(rows_VD: torch.Tensor, num_rows: int, name: str) -> torch.Tensor:
 
 def _load_projector(model: PreTrainedModel, source: str, key: str) -> None:
     check_source(source, key)
+    _check_alone(model, PROJECTOR, key)
     _, projector = part_module(model, PROJECTOR)
     weights = projector_weights(Path(source), key)
     check_values(weights, f"{key}: {source}")

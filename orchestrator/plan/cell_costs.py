@@ -159,7 +159,7 @@ class Costs:
         found = self._samples.mean(cell.spec, plan.name, plan.recipe, sets, facts)
         if found is not None and self.text_tokens is not None:
             found = with_text(found, self.text_tokens)
-        if facts.priced:
+        if facts.priced and not any(self._samples.missing.values()):
             for name, phase in self._samples.missing:
                 text = f"data.{name}: its text lengths are not known; costs of {phase} count one image and no text"
                 self.notices[f"{text} a sample (text_tokens, --text-tokens N, gives them)"] = None

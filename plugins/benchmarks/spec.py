@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from orchestrator_plugins.benchmarks import tasks
 from orchestrator_plugins.benchmarks.suites import AVERAGES, SCORES, SUITES, average, retained
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from orchestrator import plugin
@@ -53,6 +53,16 @@ class LmmsEvalSpec(plugin.EvaluationSpec):
     """
     batch_size: plugin.Count = 16
     """Prompts generated for at once on each worker; in float32 it changes no answer."""
+
+    @field_validator("suite", mode="before")
+    @classmethod
+    def _check_suite(cls, value: Any) -> Any:
+        if value == "llavolta_video3":
+            raise ValueError(
+                "lmms-eval 0.7.2 has neither MSVD-QA nor MSRVTT-QA, and scores 0 where ActivityNet-QA's judge does not "
+                "answer; the paper's three video sets are scored by `kind: judge` (experiments/llava15_7b/video.yaml)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:

@@ -70,9 +70,14 @@ class LlavaJsonSpec(ColumnsSpec, VideosSpec):
         )
 
     def has_videos(self) -> bool | None:
-        """Return whether a row has a video; None where the file is not here or cannot be read."""
+        """Return whether a row has a video; of a file that is not here, whether a folder of videos is named for it.
+
+        None where the file cannot be read.
+        """
         try:
-            return bool(LlavaJson(self).index().images.num_videos) if self.is_here() else None
+            if not self.is_here():
+                return True if self.video_folder is not None else None
+            return bool(LlavaJson(self).index().images.num_videos)
         except (plugin.DataError, OSError):
             return None
 

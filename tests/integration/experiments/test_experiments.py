@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+import orchestrator as llv
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import variant_documents
 from orchestrator.plan.tree import build_stage_tree
@@ -38,6 +39,7 @@ CELLS = {
     "llava15_7b/shares.yaml": 6,
     "llava15_7b/redundancy.yaml": 1,
     "llava15_7b/13b.yaml": 2,
+    "llava15_7b/video.yaml": 6,
 }
 AS_IT_COMES = {"redundancy.yaml", "llava15_7b/redundancy.yaml"}  # nothing is trained
 # LLaVolta, Table 1: layer/stride of each stage; None is full tokens.
@@ -81,7 +83,8 @@ def test_llava_15_pads_in_finetuning_and_tests_alone():
 
 def test_llava_15_is_tested_on_the_papers_benchmarks_as_it_was_trained():
     pytest.importorskip("lmms_eval")
-    for file in sorted(file for file in SEVEN_B.glob("*.yaml") if relative(file) not in AS_IT_COMES):
+    others = AS_IT_COMES | {"llava15_7b/video.yaml"}
+    for file in sorted(file for file in SEVEN_B.glob("*.yaml") if relative(file) not in others):
         for cell in expand_cells(load_experiment(file)):
             tests = [job for job in cell.evaluations if job.name == "bench"]
             parts = {job.part for job in tests}
@@ -91,6 +94,22 @@ def test_llava_15_is_tested_on_the_papers_benchmarks_as_it_was_trained():
                 assert (spec["conversation_template"], spec["image_aspect_ratio"]) == ("vicuna_v1", "pad")
                 assert job.model_max_length == 2048
                 assert job.points == (() if job.under == "full" else cell.phases[-1].table[-1].points)
+
+
+def test_videos_have_the_six_schemes_of_table_8_each_frame_alone():
+    file = SEVEN_B / "video.yaml"
+    expected = {name: stages for name, stages in SCHEMES.items() if name != "last_stage_compression"}
+    assert {name: places(phase) for name, phase in by_schedule(file).items()} == expected
+    cell, *_ = expand_cells(load_experiment(file))
+    assert {job.name for job in cell.evaluations} == {"msvd", "msrvtt", "activitynet"}
+    assert {job.spec["kind"] for job in cell.evaluations} == {"judge"}
+    assert not any(type(point).across_frames for points in cell.spec.compressors.values() for point in points)
+
+
+def test_a_video_is_not_costed_as_an_image():
+    document = llv.load(SEVEN_B / "video.yaml").plan()
+    assert document["totals"]["train_tflops_alone"] is None
+    assert any("videochatgpt100k" in text and "nor the cost of finetune" in text for text in document["notices"])
 
 
 def test_all_files_are_known():

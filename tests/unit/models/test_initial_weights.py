@@ -10,7 +10,16 @@ import pytest
 import torch
 from repository import TINY_LLAVA
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 from orchestrator.errors import StageRunError, StorageError, UsageError
 from orchestrator.models.build import WEIGHTS_FILE, build_model, compute_dtype, save_weights, weight_tensors
@@ -243,3 +252,31 @@ def test_auto_dtype_is_the_configs(tmp_path: Path) -> None:
     config = json.loads((TINY_LLAVA / "config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     assert compute_dtype(ModelSpec(model_name_or_path=str(tmp_path / "m"))) == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def two_towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny Video-LLaVA, whose images and videos have a tower each."""
+    folder = tmp_path_factory.mktemp("two_towers")
+    config = json.loads((TINY_LLAVA / "config.json").read_text())
+    video = VideoLlavaConfig(vision_config=config["vision_config"], text_config=config["text_config"])
+    torch.manual_seed(3)
+    VideoLlavaForConditionalGeneration(video).save_pretrained(folder)
+    return folder
+
+
+def test_both_towers_of_a_model_come_out_of_a_complete_one(two_towers: Path, tmp_path: Path) -> None:
+    parts = {"vision_tower": str(two_towers), "language_model": "random", "projector": "random"}
+    written = _written(tmp_path, model_name_or_path=str(two_towers), weights=parts)
+    saved = {name.removeprefix("model."): each for name, each in load_file(two_towers / "model.safetensors").items()}
+    for tower in ("image_tower.", "video_tower."):
+        names = [name for name in written if f".{tower}" in name]
+        assert len(names) > 10 and all(torch.equal(written[name], saved[name.removeprefix("model.")]) for name in names)
+    (head,) = (each for name, each in saved.items() if name.endswith("lm_head.weight"))
+    assert not torch.equal(written["lm_head.weight"], head), "the language model is random"
+
+
+def test_one_tower_for_a_model_with_two_is_refused(two_towers: Path, sources: Path, tmp_path: Path) -> None:
+    parts = {"vision_tower": str(sources / "tower"), "language_model": "random", "projector": "random"}
+    with pytest.raises(UsageError, match=r"several modules there \(model.video_tower, model.image_tower\)"):
+        _written(tmp_path, model_name_or_path=str(two_towers), weights=parts)
