@@ -35,6 +35,7 @@ CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, a
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
 ]
+Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Runs again what failed before.")]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stops at the first failure.")]
 MaxHours = Annotated[
@@ -158,7 +159,7 @@ def run(
     spec: Spec,
     set_: Set = None,
     as_json: Json = False,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
+    local: Local = False,
     retry_failed: RetryFailed = False,
     fail_fast: FailFast = False,
     smoke: Annotated[
@@ -184,7 +185,7 @@ def evaluate(
     ] = None,
     set_: Set = None,
     as_json: Json = False,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray, for a debugger.")] = False,
+    local: Local = False,
     retry_failed: RetryFailed = False,
     fail_fast: FailFast = False,
 ) -> None:
@@ -231,6 +232,7 @@ def search(
     spec: Spec,
     set_: Set = None,
     as_json: Json = False,
+    local: Local = False,
     retry_failed: RetryFailed = False,
     fail_fast: FailFast = False,
     max_hours: MaxHours = None,
@@ -238,8 +240,9 @@ def search(
     """Run the search that SPEC's `search` describes, with live progress; ends with the table and the Pareto front."""
     experiment = llv.load(spec, set_ or ())
     outcome = experiment.search(
-        retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, console=terminal(error=as_json)
-    )
+        local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
+        console=terminal(error=as_json),
+    )  # fmt: skip
     _end(outcome, as_json)
 
 

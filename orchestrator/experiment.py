@@ -232,6 +232,7 @@ class Experiment:
     def search(
         self,
         *,
+        local: bool = False,
         retry_failed: bool = False,
         fail_fast: bool = False,
         max_hours: float | None = None,
@@ -243,8 +244,9 @@ class Experiment:
             UsageError: it describes none.
         """
         return search_experiment(
-            self.loaded, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, console=console
-        )
+            self.loaded, local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
+            console=console,
+        )  # fmt: skip
 
     def check_data(self) -> list[str]:
         """Read every row and image, try each with the model's processor, and return what one should know of them.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from orchestrator.dispatch.driver import Outcome
+from orchestrator.dispatch.driver import Outcome, run_local
 from orchestrator.dispatch.ray.placement import room_for
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
@@ -27,12 +27,13 @@ from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
 
 if TYPE_CHECKING:
-    from orchestrator.search.tuning import Tuning
+    from orchestrator.search.tuning import LocalTuning, Tuning
 
 
 def search_experiment(
     loaded: LoadedExperiment,
     *,
+    local: bool = False,
     retry_failed: bool = False,
     fail_fast: bool = False,
     max_hours: float | None = None,
@@ -56,7 +57,7 @@ def search_experiment(
         session.walk.reference_values()
         with session.recording():
             if (left := most_trials(loaded.spec) - session.num_ended) > 0:
-                session.search(left, fail_fast)
+                session.search(left, local=local, fail_fast=fail_fast)
             else:
                 console.print(_all_ended(session.walk), highlight=False)
     trials = session.walk.trials
@@ -130,7 +131,7 @@ class SearchSession(Session):
         self._budget = Budget(walk.loaded)
         self._posted: list[Trial] = []
         self._is_over = False
-        self._tuning: Tuning | None = None
+        self._tuning: Tuning | LocalTuning | None = None
         self._interrupt = DeferredInterrupt()
         self._asked: set[int] = set()
         self._num_trials = self._num_taken = 0
@@ -144,7 +145,7 @@ class SearchSession(Session):
         """Trials that finished or failed."""
         return sum(trial.state != "proposed" for trial in self.walk.trials)
 
-    def search(self, num_trials: int, fail_fast: bool) -> None:
+    def search(self, num_trials: int, *, local: bool, fail_fast: bool) -> None:
         """Run `num_trials` trials, those first that were proposed before.
 
         Raises:
@@ -152,10 +153,24 @@ class SearchSession(Session):
             StorageError: nothing more can be stored.
         """
         self._num_trials = num_trials
-        self.execute([], fail_fast=fail_fast)
+        self.execute([], local=local, fail_fast=fail_fast)
 
     def dispatch(self, work: Sequence[Job], *, local: bool, fail_fast: bool) -> Outcome:
-        """Let Tune propose while the lanes train."""
+        """Let Tune propose while the lanes train, or propose here and train here."""
+        outcome = self._local(fail_fast) if local else self._on_ray(work, fail_fast)
+        if self.broken is not None:
+            raise StorageError(self.broken)
+        if self.unmeasured is not None:
+            raise StageRunError(self.unmeasured)
+        return outcome
+
+    def _local(self, fail_fast: bool) -> Outcome:
+        from orchestrator.search.tuning import LocalTuning  # late: Optuna and Ray Tune take long to import
+
+        self.begin(LocalTuning(self.walk, self._num_trials))
+        return run_local([], self.walk.ledger, self.walk.loaded.spec.cluster, self, fail_fast=fail_fast)
+
+    def _on_ray(self, work: Sequence[Job], fail_fast: bool) -> Outcome:
         cluster, ledger = self.walk.loaded.spec.cluster, self.walk.ledger
         with self._interrupt, ray_session(cluster.address):
             # Ray reads its environment when it is imported, which the session has set by now.
@@ -164,14 +179,9 @@ class SearchSession(Session):
             folder = ledger.storage / "ray" / f"search-{search_id(self.walk.loaded)}"
             with run_tuning(self.walk, self._num_trials, _concurrency(self.walk), folder) as tuning:
                 self.begin(tuning)
-                outcome = run_on_ray(work, ledger, cluster, self, fail_fast=fail_fast)
-        if self.broken is not None:
-            raise StorageError(self.broken)
-        if self.unmeasured is not None:
-            raise StageRunError(self.unmeasured)
-        return outcome
+                return run_on_ray(work, ledger, cluster, self, fail_fast=fail_fast)
 
-    def begin(self, tuning: Tuning) -> None:
+    def begin(self, tuning: Tuning | LocalTuning) -> None:
         """Take trials from here from now on."""
         self._tuning = tuning
 
@@ -226,7 +236,7 @@ class SearchSession(Session):
         assert self._tuning is not None
         return self._tuning.ended
 
-    def _take(self, proposed: Trial, tuning: Tuning) -> bool:
+    def _take(self, proposed: Trial, tuning: Tuning | LocalTuning) -> bool:
         """Plan a trial and note it, before it runs; return False where a budget does not allow for it.
 
         The search stops there: it says so, and takes no further trial.
@@ -271,7 +281,7 @@ class SearchSession(Session):
             self._said.add(text)
             self.view.say(f"note: {text}")
 
-    def _answer(self, tuning: Tuning) -> None:
+    def _answer(self, tuning: Tuning | LocalTuning) -> None:
         references = [identity for cells in self.walk.references.values() for identity in cells]
         if (error := self._why_not(references)) is not None:
             self.unmeasured = f"the search stopped: what search.constraints compares with is not trained: {error}"

@@ -25,7 +25,7 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.search.trial_mailbox import EXCESS, FAILED, WAITING_RESOURCES, Mailbox, wait_for_answer
+from orchestrator.search.trial_mailbox import EXCESS, FAILED, PROPOSAL, WAITING_RESOURCES, Mailbox, wait_for_answer
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.search_space import draw, grid, variant_layer_tokens
 
@@ -197,6 +197,46 @@ def run_tuning(walk: ExperimentPlan, num_trials: int, concurrency: int, folder: 
         finally:
             tuning.close()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class LocalTuning:
+    """The same proposals without Ray, one after the other, in the driver's own thread.
+
+    Args:
+        walk: The search with the trials known so far.
+        num_trials: Trials to be proposed.
+    """
+
+    def __init__(self, walk: ExperimentPlan, num_trials: int) -> None:
+        self._proposer = Proposer(walk.loaded.spec, walk.trials, None)
+        self._left = num_trials
+        self._open: dict[int, str] = {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether every trial is answered, and none will come."""
+        return not self._open and self._left == 0
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the next proposal once the last one is answered."""
+        if self._open or self._left == 0:
+            return []
+        self._left -= 1
+        name = str(self._left)
+        proposal = self._proposer.suggest(name)
+        if not isinstance(proposal, dict):
+            self._left = 0
+            return []
+        self._open[proposal["number"]] = name
+        return [{key: proposal[key] for key in PROPOSAL}]
+
+    def answer(self, number: int, answer: Mapping[str, Any]) -> None:
+        """End a trial, as `Tuning.answer` does."""
+        self._proposer.on_trial_complete(self._open.pop(number), dict(answer))
+
+    def stop(self) -> None:
+        """Propose nothing more."""
+        self._left = 0
 
 
 class Tuning:

@@ -139,3 +139,17 @@ def test_a_search_stops_after_the_first_trial_that_lacks_an_objective(search_tex
     assert [row["status"] for row in json.loads(output)["rows"]] == ["failed"]
     (run,) = search.runs().values()
     assert run.info.status == "FAILED"
+
+
+def test_a_local_search_proposes_the_same_and_goes_on_without_ray(killed, search_text, tmp_path):
+    search = Search(tmp_path, search_text)
+    code, output, errors = search.run("--local", "--set", "search.num_trials=1")
+    assert code == 0 and "front: trial-000" in output, output + errors
+    budget = 2.2 * killed[1][0]["objectives"]["cost/train_tflops"]
+    code, output, errors = search.run("--local", "--set", f"search.budget={{train_tflops: {budget}}}")
+    assert code == 0 and "the search stops: trial-00" in output + errors, output + errors
+    trials, others = search.trials(), killed[0].trials()
+    assert 1 < len(trials) < TRIALS and {trial["state"] for trial in trials} == {"finished"}
+    assert sum(trial["added_train_tflops"] for trial in trials) <= budget
+    assert [trial["params"] for trial in trials] == [trial["params"] for trial in others[: len(trials)]]
+    assert not (search.storage / "ray").exists()
