@@ -153,3 +153,24 @@ def test_a_local_search_proposes_the_same_and_goes_on_without_ray(killed, search
     assert sum(trial["added_train_tflops"] for trial in trials) <= budget
     assert [trial["params"] for trial in trials] == [trial["params"] for trial in others[: len(trials)]]
     assert not (search.storage / "ray").exists()
+
+
+def test_trials_are_judged_by_what_they_are_compared_with(search_text, tmp_path):
+    lines = "  constraints: {eval/vqa/accuracy: '>= full - 1', cost/train_tflops: '<= full - 1.0e-6'}\n"
+    search = Search(tmp_path, search_text + lines)
+    code, output, errors = search.run("--local", "--json", "--set", "search.num_trials=2")
+    assert code == 0, errors
+    told, trials, runs = json.loads(output), search.trials(), search.runs()
+    full = next(run for run in runs.values() if run.info.run_name == "full")
+    assert len(runs) == len({full.data.tags["cell_id"], *(cell for trial in trials for cell in trial["cells"])})
+    for trial in trials:  # the first is full tokens itself: the same cell, which does not cost less than itself
+        cost = trial["objectives"]["cost/train_tflops"]
+        assert trial["excess"]["cost/train_tflops"] == pytest.approx(
+            cost - (full.data.metrics["cost/train_tflops"] - 1e-6)
+        )
+        assert trial["excess"]["eval/vqa/accuracy"] <= 0
+    assert [trial["excess"]["cost/train_tflops"] > 0 for trial in trials] == [True, False]
+    assert told["front"] == ["trial-001"]
+    assert runs[trials[0]["cells"][0]].data.tags["violates"] == "cost/train_tflops"
+    marks = {row["name"]: row["marks"] for row in told["rows"]}
+    assert "violates cost/train_tflops" in marks["full"] and "pareto" in marks["trial-001"]
