@@ -22,7 +22,7 @@ from orchestrator.report.documents import finite
 from orchestrator.report.front import PALETTE, differing_front, palette_key
 from orchestrator.report.pages import card, predictions_document
 from orchestrator.report.sweeps import LEVEL
-from orchestrator.report.table import BOUND, Row, Table, header, table_of, text_cells
+from orchestrator.report.table import BOUND, BY_FORMULA, Row, Table, header, table_of, text_cells
 from orchestrator.report.units import (
     Operations,
     counted_noun,
@@ -46,7 +46,6 @@ ANSWERS = 8
 MOST_ANSWERED = 8
 _CURVES = ("train/loss", "train/distill_loss")
 _TOKENS = "train/visual_tokens"
-_BY_FORMULA = (COST, "cost/visual_layer_tokens", "cost/compression_ratio")
 
 
 def report_document(plans: Sequence[ExperimentPlan], *, answers: int = ANSWERS) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _points(rows: Sequence[Row], score: str, cost: str) -> list[tuple[float, flo
     """Return cost, score and half of the score's interval of every row; None of one that has no exact ones."""
     return [
         (row.values[cost], row.values[score], row.ci95.get(score))
-        if {score, cost} <= row.values.keys() and not (BOUND in row.marks and cost in _BY_FORMULA)
+        if {score, cost} <= row.values.keys() and not (BOUND in row.marks and cost in BY_FORMULA)
         else None
         for row in rows
     ]

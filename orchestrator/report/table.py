@@ -238,7 +238,7 @@ class Table(Printed):
 MOST_TESTS = 1000
 
 # What the formula gives: equal for cells that differ in a seed alone, so that a deviation of nothing is not shown.
-_BY_FORMULA = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/visual_layer_tokens")
+BY_FORMULA = ("cost/train_tflops", ADDED, "cost/compression_ratio", "cost/visual_layer_tokens")
 BOUND = "costs at most"
 """Mark of a row whose figures by the formula are bounds."""
 _BOLD = "\ue000{}\ue001"  # of no font: what stands for bold until the text around it is escaped
@@ -465,7 +465,7 @@ def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row
 
 def _against(row: Row, base: Row) -> Row:
     """Return the row with its differences from the baseline's; a bound is compared with nothing."""
-    left_out = _BY_FORMULA if BOUND in (*row.marks, *base.marks) else ()
+    left_out = BY_FORMULA if BOUND in (*row.marks, *base.marks) else ()
     known = base.values.keys() - left_out
     shown = {name: value - base.values[name] for name, value in row.values.items() if name in known}
     return replace(row, against=shown, base=base.cells)
@@ -659,13 +659,13 @@ def _text(
     text = value_text(value)
     if value is None:
         return text
-    if column in _BY_FORMULA and BOUND in row.marks:
+    if column in BY_FORMULA and BOUND in row.marks:
         text = f"{'≥' if column == 'cost/compression_ratio' else '≤'} {text}"
     if column in row.recorded:
         text += RECORDED
     text = bold.format(text)
     half = row.ci95.get(column)
-    if half is not None and not (column in _BY_FORMULA and half <= 1e-6 * abs(value)):
+    if half is not None and not (column in BY_FORMULA and half <= 1e-6 * abs(value)):
         text += f" ± {value_text(half)}"
     difference = row.against.get(column)
     if difference is None:
