@@ -38,7 +38,14 @@ from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
 from orchestrator.spec.loaded import LoadedExperiment
-from orchestrator.tracking.mlflow_state import ExperimentState, abandoned, has_record, one_at_a_time, read_state
+from orchestrator.tracking.mlflow_state import (
+    ExperimentState,
+    abandoned,
+    experiment_tags_of,
+    has_record,
+    one_at_a_time,
+    read_state,
+)
 from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
 
 _UPLOAD_SECONDS = 20.0
@@ -413,7 +420,7 @@ class Session(Hooks):
         assert self._recorder is not None
         self._table = table_of([self.walk])
         tags = experiment_tags(self.walk, self._table)
-        if seen is None or not tags.items() <= seen.tags.items():
+        if seen is None or not experiment_tags_of(tags, seen.tags).items() <= seen.tags.items():
             self._recorder.describe(tags)
         self._experiment_id = None if seen is None else seen.experiment_id
 

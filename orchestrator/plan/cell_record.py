@@ -23,6 +23,9 @@ from orchestrator.plan.step_history import Point, StepHistory, Stretch, last_met
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.components import FINAL, EvaluationSpec
 
+NOTE = "mlflow.note.content"
+"""Tag whose Markdown the dashboard shows as the description, of a run and of an experiment."""
+_NOTE_LINES = 40
 _COSTS = Costs()  # one for the process: lengths of data are measured once
 AT_MOST = "costs_at_most"
 """Tag of a cell whose operations and tokens by the formula are bounds: a method's tokens depend on the image."""
@@ -89,6 +92,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | No
         params=_params(cell),
         tags={
             "cell_id": cell.id,
+            NOTE: _description(cell),
             "experiment_spec_sha": digest(resolved),
             "attention": cell.spec.model.attn_implementation,
             **({"control": "true"} if "control" in cell.axes else {}),
@@ -359,6 +363,18 @@ def _step_tables(cell: Cell) -> dict[str, str]:
     for phase, table in tables.items():
         writer.writerows((phase, *row[:3]) for row in table)
     return {"schedule.json": json.dumps(tables, indent=1) + "\n", "schedule.csv": text.getvalue()}
+
+
+def _description(cell: Cell) -> str:
+    """Return what a cell is, as Markdown: the experiment's description, and what each step is trained under."""
+    steps = [
+        (plan.name, action) for plan in cell.phases for action in plan.table if action.last_step > action.first_step
+    ]
+    rows = [f"| {phase} | {act.first_step} to {act.last_step} | {act.variant} |" for phase, act in steps]
+    if len(rows) > _NOTE_LINES:
+        rows = [*rows[:_NOTE_LINES], f"| … | {len(rows):,} stretches in all: `schedule.csv` | |"]
+    table = ["| phase | optimizer steps | under |", "|---|---|---|", *rows] if rows else ["Nothing is trained."]
+    return "\n\n".join(filter(None, [cell.spec.description, "\n".join(table)]))
 
 
 def _step_row(action: Action) -> list[Any]:

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import StorageError, TrackingError
-from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cell_record import NOTE, CellRecord
 from orchestrator.plan.identity import digest
 from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.ledger.backends import Backend
@@ -35,6 +35,8 @@ from orchestrator.plan.ledger.process import Process
 from orchestrator.plan.step_history import Point, points_since
 
 CELL_ID = "cell_id"
+_OURS = "<!-- llavolta -->"
+"""Stands in an experiment's description between what somebody wrote and what this program writes."""
 _RUNS_PER_PAGE = 1000
 _LOCK_SECONDS = 2.0
 _SERVER_SECONDS = 10.0
@@ -52,6 +54,7 @@ class TrackedRun:
     Attributes:
         metrics: By name, the value, step and timestamp (ms) of the highest step.
         points: Number of points of all metrics; None where one query cannot tell it.
+        end_ms: When it ended.
     """
 
     run_id: str
@@ -63,6 +66,7 @@ class TrackedRun:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, tuple[float, int, int]] = field(default_factory=dict)
     points: int | None = None
+    end_ms: int | None = None
 
     def lacks_artifacts(self, names: Iterable[str]) -> bool:
         """Return whether uploaded files are gone; known only for a folder on this machine."""
@@ -140,7 +144,7 @@ def read_state_with_client(client: Any, experiment: str) -> ExperimentState:
             seen.add(
                 TrackedRun(
                     info.run_id, info.run_name, info.status, info.start_time or 0, info.artifact_uri,
-                    dict(data.params), dict(data.tags), metrics,
+                    dict(data.params), dict(data.tags), metrics, end_ms=info.end_time or None,
                 )
             )  # fmt: skip
         token = page.token
@@ -174,8 +178,8 @@ def _read_tables(opened: sqlite3.Connection, experiment: str, count: bool) -> Ex
         return opened.execute(f"SELECT {columns} FROM {table} WHERE run_uuid IN ({ours}) {end}", (found[0],))
 
     runs = {
-        row[0]: TrackedRun(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "")
-        for row in rows("run_uuid, name, status, start_time, artifact_uri", "runs")
+        row[0]: TrackedRun(row[0], row[1] or "", row[2], row[3] or 0, row[4] or "", end_ms=row[5] or None)
+        for row in rows("run_uuid, name, status, start_time, artifact_uri, end_time", "runs")
     }
     for run_id, key, value in rows("run_uuid, key, value", "tags"):
         runs[run_id].tags[key] = value
@@ -244,6 +248,7 @@ def _run_of(run: Mapping[str, Any]) -> TrackedRun:
             entry["key"]: (float(entry.get("value", 0.0)), int(entry.get("step", 0)), int(entry.get("timestamp", 0)))
             for entry in data.get("metrics", ())
         },
+        end_ms=int(info.get("end_time") or 0) or None,
     )
 
 
@@ -295,6 +300,7 @@ def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
         run is not None
         and run.name == record.cell_name
         and run.status == STATUS[record.status]
+        and end_of(run, record) in (None, run.end_ms)
         and sent_params(record).keys() <= run.params.keys()
         and all(run.tags.get(key) == text for key, text in sent_tags(run, record).items())
         and not changed_summary(run, record)
@@ -336,6 +342,15 @@ def abandoned(seen: ExperimentState, lives: Lives) -> list[TrackedRun]:
     return found
 
 
+def end_of(run: TrackedRun, record: CellRecord) -> int | None:
+    """Return when a finished run ends, so that the dashboard's duration is `cost/train_seconds`; None: not known.
+
+    The first of its steps may be another cell's of days ago, and the last may wait for its evaluation.
+    """
+    seconds = record.summary.get("cost/train_seconds") if record.status == "finished" else None
+    return None if seconds is None else run.start_ms + round(1000 * seconds)
+
+
 def sent_params(record: CellRecord) -> dict[str, str]:
     """Return a record's params in the form that MLflow accepts."""
     return {accepted_name(key): shortened(str(text), PARAM_CHARACTERS) for key, text in record.params.items()}
@@ -344,6 +359,8 @@ def sent_params(record: CellRecord) -> dict[str, str]:
 def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
     """Return a record's tags in the form that MLflow accepts."""
     tags = {**record.tags, CELL_ID: record.cell_id}
+    if NOTE in tags:
+        tags[NOTE] = run.tags.get(NOTE) or tags[NOTE]  # somebody may have written more
     # A param can be written once; a value that changed since (a default, a label) becomes a tag.
     changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
     tags |= {CHANGED_PARAM + key: text for key, text in changed.items()}
@@ -420,6 +437,14 @@ def files_digest(contents: Mapping[str, bytes]) -> str:
     for name in sorted(contents):
         digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
     return digest.hexdigest()
+
+
+def experiment_tags_of(tags: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return an experiment's tags to send: its description keeps what somebody wrote into the one that is there."""
+    if NOTE not in tags:
+        return dict(tags)
+    own = known.get(NOTE, "").partition(_OURS)[0].rstrip()
+    return {**tags, NOTE: "\n\n".join([*([own] if own else []), _OURS, tags[NOTE]])}
 
 
 def make_database(path: Path) -> None:

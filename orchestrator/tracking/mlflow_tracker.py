@@ -42,6 +42,8 @@ from orchestrator.tracking.mlflow_state import (
     abandoned,
     along_digest,
     changed_summary,
+    end_of,
+    experiment_tags_of,
     file_contents,
     files_digest,
     fresh_points,
@@ -168,7 +170,8 @@ class CellTracker:
         with self._as_tracking_error():
             self._refresh()
             seen = self._known()
-            for key, text in tags.items() if seen.experiment_id is not None else ():
+            wanted = experiment_tags_of(tags, seen.tags) if seen.experiment_id is not None else {}
+            for key, text in wanted.items():
                 if seen.tags.get(key) != text:
                     self._client().set_experiment_tag(seen.experiment_id, key, text)
                     seen.tags[key] = text
@@ -390,13 +393,15 @@ class CellTracker:
         if status in OPEN:
             return
         self._running.discard(run.run_id)
-        if run.status != status:
-            self._end(run, status)
+        end_ms = end_of(run, record)
+        if run.status != status or end_ms not in (None, run.end_ms):
+            self._end(run, status, end_ms)
 
-    def _end(self, run: TrackedRun, status: str) -> None:
+    def _end(self, run: TrackedRun, status: str, end_ms: int | None = None) -> None:
         trained = [timestamp_ms for name, (_, _, timestamp_ms) in run.metrics.items() if name.startswith("train/")]
-        self._client().set_terminated(run.run_id, status, end_time=max(trained, default=None))
-        run.status = status
+        end_ms = end_ms if end_ms is not None else max(trained, default=None)
+        self._client().set_terminated(run.run_id, status, end_time=end_ms)
+        run.status, run.end_ms = status, end_ms
 
     @contextmanager
     def _as_tracking_error(self) -> Iterator[None]:

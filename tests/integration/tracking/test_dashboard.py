@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from browser import browser, needs_browser
 from ledger_work import finish
+from mlflow import MlflowClient
 from rich.console import Console
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
@@ -81,6 +82,17 @@ def test_the_printed_address_shows_axes_accuracy_and_cost_of_every_cell(page: Ch
         *("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds"),
     }
     assert "phases.finetune.schedule" not in heads
+
+
+def test_the_description_has_the_table_and_what_the_tree_saved(printed: str) -> None:
+    client = MlflowClient(printed.partition("/#/")[0])
+    experiment = client.get_experiment_by_name("dashboard")
+    note = experiment.tags["mlflow.note.content"]
+    assert len(note) < 5000 and "| schedule=heavy,seed=1 |" in note and "0.438" in note
+    assert "Stage tree: 24 optimizer steps for 24 alone." in note
+    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'schedule=heavy,seed=1'")
+    assert "| finetune | 0 to 6 | heavy |" in run.data.tags["mlflow.note.content"]
+    assert run.info.end_time - run.info.start_time == 1000 * run.data.metrics["cost/train_seconds"]
 
 
 @needs_browser

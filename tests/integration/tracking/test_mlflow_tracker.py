@@ -15,7 +15,7 @@ from cell_tracker import Tracker
 from mlflow_servers import Gate, free_port
 
 from orchestrator.errors import TrackingError
-from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cell_record import NOTE, CellRecord
 from orchestrator.tracking import mlflow_state, mlflow_tracker
 
 KEYS = ("train/loss", "train/learning_rate", "train/visual_tokens", "train/step_seconds")
@@ -69,7 +69,7 @@ def test_a_cell_is_one_finished_run_with_the_names_of_the_design(tracker: Tracke
     assert run.info.run_name == "schedule=four_stage, seed=0"
     assert run.info.status == "FINISHED"
     assert run.info.start_time == 1_700_000_000_000
-    assert run.info.end_time == 1_700_000_000_000 + 250 * 29
+    assert run.info.end_time == 1_700_000_000_000 + 12_500, "its duration is cost/train_seconds"
     assert run.data.params == {"phases.finetune.schedule": "four_stage", "seed": "0"}
     assert run.data.tags["cell_id"] == "c" * 64
     assert run.data.tags["hardware"] == "cpu"
@@ -88,11 +88,39 @@ def test_tags_of_the_experiment_are_written_once_and_read_in_every_way(gate: Gat
         each.log(cell())
         for _ in range(2):
             gate.asked.clear()
-            each.describe({"mlflow.note.content": "text", "other": "1"})
+            each.describe({"some.view": "text", "other": "1"})
         assert not gate.asked
         read = mlflow_state.read_state(each._uri, each._experiment_name)
-        assert read is not None and read.tags.items() >= {"mlflow.note.content": "text", "other": "1"}.items()
+        assert read is not None and read.tags.items() >= {"some.view": "text", "other": "1"}.items()
         assert read.tags == mlflow_state.read_state_with_client(each._client(), each._experiment_name).tags
+
+
+def test_a_finished_run_of_before_gets_its_duration_with_the_next_record(tracker: Tracker) -> None:
+    run_id = tracker.log(cell())
+    tracker._client().set_terminated(run_id, "FINISHED", end_time=1_700_000_999_000)
+    read = mlflow_state.read_state(tracker._uri, tracker._experiment_name)
+    assert read is not None and not mlflow_state.has_record(read.runs["c" * 64], cell())
+    assert tracker.log(cell()) == run_id
+    read = mlflow_state.read_state(tracker._uri, tracker._experiment_name)
+    assert read is not None and mlflow_state.has_record(read.runs["c" * 64], cell())
+    assert read.runs["c" * 64].end_ms == 1_700_000_012_500
+
+
+def test_descriptions_keep_what_somebody_wrote(tracker: Tracker) -> None:
+    noted = cell(tags={NOTE: "ours"})
+    run_id = tracker.log(noted)
+    client = tracker._client()
+    assert client.get_run(run_id).data.tags[NOTE] == "ours"
+    client.set_tag(run_id, NOTE, "theirs")
+    tracker.log(noted)
+    assert client.get_run(run_id).data.tags[NOTE] == "theirs"
+    for ours in ("first", "second"):
+        tracker.describe({NOTE: ours})
+        note = client.get_experiment(tracker.experiment()).tags[NOTE]
+        assert note.endswith(ours) and ("theirs" in note) == (ours == "second")
+        client.set_experiment_tag(tracker.experiment(), NOTE, f"theirs\n\n{note}")
+        tracker._refresh(now=True)
+    assert "first" not in note
 
 
 def test_a_second_record_goes_on_with_the_same_run(tracker: Tracker) -> None:
