@@ -133,6 +133,11 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
     ReportSpec: {
         "baseline": (None, [{"report": {"baseline": {"seed": 0}}}]),
         "mean_over": (None, [{"report": {"mean_over": ["seed"]}}]),
+        "rows": (None, [{"report": {"rows": ["seed=*"]}}]),
+        "columns": (None, [{"report": {"columns": ["cost/*"]}}]),
+        "labels": (None, [{"report": {"labels": {"seed=0": "A"}}}]),
+        "decimals": (None, [{"report": {"decimals": {"cost/*": 1}}}]),
+        "bold": (None, [{"report": {"bold": "best"}}]),
     },
 }
 CASES = [
