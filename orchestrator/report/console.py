@@ -558,8 +558,7 @@ def print_ending(
     if waiting:
         _say(console, "again:  the same command resumes where this one stopped")
     figure = plan.ledger.storage / "cells" / plan.loaded.spec.name / "grid.png"
-    cells = {cell.name: plan.record(cell).summary for cell in plan.cells}
-    if grid_figure(table, plan.loaded.spec.name, figure, cells):
+    if grid_figure(table, plan.loaded.spec.name, figure):
         _say(console, f"figure: {figure}")
     for (evaluation, metric), sweeps in groupby(table.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
         swept = figure.with_name(f"sweep_{evaluation}_{metric.replace('/', '_')}.png")

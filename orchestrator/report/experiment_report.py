@@ -19,10 +19,10 @@ from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
 from orchestrator.report.documents import finite
-from orchestrator.report.front import PALETTE, differing_front, palette_key
+from orchestrator.report.front import PALETTE, front_of_rows, palette_key
 from orchestrator.report.pages import card, predictions_document
 from orchestrator.report.sweeps import LEVEL
-from orchestrator.report.table import BOUND, BY_FORMULA, Row, Table, header, table_of, text_cells
+from orchestrator.report.table import BOUND, Row, Table, header, table_of, text_cells
 from orchestrator.report.units import (
     Operations,
     counted_noun,
@@ -61,9 +61,9 @@ def report_document(plans: Sequence[ExperimentPlan], *, answers: int = ANSWERS) 
     """
     table = table_of(plans)
     records = [{cell.name: plan.record(cell) for cell in plan.cells} for plan in plans]
-    shown = [Shown(row, tuple(records[row.origin][name] for name in row.cells)) for row in table.rows]
+    shown = [RowRecords(row, tuple(records[row.origin][name] for name in row.cells)) for row in table.rows]
     planned = [plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger) for plan in plans]
-    scores, costs = (_columns(table, shown, prefix) for prefix in ("eval/", "cost/"))
+    scores, costs = (_columns(table, prefix) for prefix in ("eval/", "cost/"))
     head, body = text_cells(table)
     sweeps = [{**sweep.document(), "along": sweep.along} for sweep in table.sweeps]
     return {
@@ -78,13 +78,10 @@ def report_document(plans: Sequence[ExperimentPlan], *, answers: int = ANSWERS) 
             "body": body,
             "explanations": table.explanations(),
         },
-        "rows": list(map(_row, shown)),
+        "rows": list(map(_row, table.rows)),
         "scores": {name: {"title": header(name), "lower_is_better": lower_is_better(name)} for name in scores},
         "costs": {name: header(name) for name in costs},
-        "fronts": {
-            score: {cost: differing_front(_points(table.rows, score, cost), lower_is_better(score)) for cost in costs}
-            for score in scores
-        },
+        "fronts": {score: {cost: front_of_rows(table.rows, score, cost) for cost in costs} for score in scores},
         "schedules": _schedules(shown),
         "curves": _curves(shown),
         "answers": list(_answers(table.rows, plans, answers)) if answers else [],
@@ -92,34 +89,23 @@ def report_document(plans: Sequence[ExperimentPlan], *, answers: int = ANSWERS) 
 
 
 @dataclass(frozen=True)
-class Shown:
+class RowRecords:
     """A row of the table and the records of its cells."""
 
     row: Row
     records: tuple[CellRecord, ...]
 
 
-def _columns(table: Table, shown: Sequence[Shown], prefix: str) -> list[str]:
+def _columns(table: Table, prefix: str) -> list[str]:
     """Return the scores or costs that the table shows, sweeps aside; of costs then the others that cells have."""
     swept = {score.column for sweep in table.sweeps for score in sweep.scores if score.values}
     names = [name for name in table.columns if name.startswith(prefix) and name not in swept]
-    more = (name for one in shown for record in one.records for name in record.summary if name.startswith("cost/"))
+    more = (name for row in table.rows for each in row.summaries for name in each if name.startswith("cost/"))
     return list(dict.fromkeys([*names, *more] if prefix == "cost/" else names))
 
 
-def _points(rows: Sequence[Row], score: str, cost: str) -> list[tuple[float, float, float | None] | None]:
-    """Return cost, score and half of the score's interval of every row; None of one that has no exact ones."""
-    return [
-        (row.values[cost], row.values[score], row.ci95.get(score))
-        if {score, cost} <= row.values.keys() and not (BOUND in row.marks and cost in BY_FORMULA)
-        else None
-        for row in rows
-    ]
-
-
-def _row(shown: Shown) -> dict[str, Any]:
-    row = shown.row
-    cells = [{"name": record.cell_name, "values": record.summary} for record in shown.records]
+def _row(row: Row) -> dict[str, Any]:
+    cells = [{"name": name, "values": values} for name, values in zip(row.cells, row.summaries, strict=True)]
     return {
         "name": row.name, "colour": palette_key(row), "status": row.status, "marks": row.marks, "values": row.values,
         "ci95": row.ci95, "cells": cells,
@@ -219,7 +205,7 @@ def _experiment(plan: ExperimentPlan, planned: Mapping[str, Any], records: Mappi
     }
 
 
-def _schedules(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+def _schedules(shown: Sequence[RowRecords]) -> list[dict[str, Any]]:
     """Return the visual tokens of a sample, mean over the decoder's layers, as they ran in each row's first cell:
     `[step, tokens]` where they change; equal ones once, with the rows that they are of."""
     found: dict[tuple[tuple[int, float], ...], list[Row]] = {}
@@ -239,7 +225,7 @@ def _schedules(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     ]
 
 
-def _curves(shown: Sequence[Shown]) -> dict[str, list[dict[str, Any]]]:
+def _curves(shown: Sequence[RowRecords]) -> dict[str, list[dict[str, Any]]]:
     """Return the curves of training (means of equal numbers of steps) and of evaluations along the way, by metric."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row, record in [(one.row, record) for one in shown for record in one.records][:MOST_CURVES]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.io_retry import retry_io
-from orchestrator.report.front import PALETTE, differing_front, palette_key
+from orchestrator.report.front import PALETTE, front_of_rows, palette_key
 from orchestrator.report.sweeps import Sweep, Swept
 from orchestrator.report.table import BOUND, Table, header
-from orchestrator.report.units import Operations, lower_is_better
+from orchestrator.report.units import Operations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,17 +32,16 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
     figure.savefig(path, dpi=dpi)
 
 
-def grid_figure(table: Table, title: str, path: Path, cells: Mapping[str, Mapping[str, float]] | None = None) -> bool:
+def grid_figure(table: Table, title: str, path: Path) -> bool:
     """Draw accuracy over training cost, one panel an evaluation setting, as PNG; the report's figure on paper.
 
     One colour a schedule, rows with their intervals, their cells faint, the baseline a line across; a front only
-    through rows that differ (`differing_front`).
+    through rows that differ (`front_of_rows`).
 
     Args:
         table: Its rows are drawn.
         title: Stands above.
         path: The file to write.
-        cells: Metrics of each cell by its name; None leaves the cells of a row out.
 
     Returns:
         False, with nothing written, where no finished cell has both figures.
@@ -60,18 +59,14 @@ def grid_figure(table: Table, title: str, path: Path, cells: Mapping[str, Mappin
     named: dict[str, Any] = {}
     for score, panel in zip(scores, panels[0], strict=True):
         shown = [row for row in rows if score in row.values]
-        exact = [
-            (row.values[cost] / unit.scale, row.values[score], row.ci95.get(score)) if BOUND not in row.marks else None
-            for row in shown
-        ]
-        front = differing_front(exact, lower_is_better(score))
+        front = front_of_rows(shown, score, cost)
         panel.plot(
             [shown[n].values[cost] / unit.scale for n in front], [shown[n].values[score] for n in front], color="0.6",
             zorder=1,
         )  # fmt: skip
         for row in shown:
             colour, x, y = PALETTE[keys.index(palette_key(row)) % len(PALETTE)], row.values[cost], row.values[score]
-            own = [cells[name] for name in row.cells] if cells and len(row.cells) > 1 else []
+            own = row.summaries if len(row.cells) > 1 else ()
             both = [(cell[cost] / unit.scale, cell[score]) for cell in own if {cost, score} <= cell.keys()]
             panel.scatter([x for x, _ in both], [y for _, y in both], color=colour, alpha=0.35, s=14, linewidths=0)
             is_base = "baseline" in row.marks

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.report.table import Row
+from orchestrator.report.table import BOUND, BY_FORMULA, Row
+from orchestrator.report.units import lower_is_better
 
 PALETTE = (
     *("#4c78d0", "#e8833a", "#3aa655", "#d6455d", "#8f6cc9"),
@@ -36,6 +37,17 @@ def differing_front(points: Sequence[tuple[float, float, float | None] | None], 
         if not front or score - half > front[-1][1] + front[-1][2]:
             front.append((cost, score, half, number))
     return [number for *_, number in front] if len(front) > 1 else []
+
+
+def front_of_rows(rows: Sequence[Row], score: str, cost: str) -> list[int]:
+    """Return the numbers of the rows on the differing front of a score by a cost; a bound is no point of it."""
+    points = [
+        (row.values[cost], row.values[score], row.ci95.get(score))
+        if {score, cost} <= row.values.keys() and not (BOUND in row.marks and cost in BY_FORMULA)
+        else None
+        for row in rows
+    ]
+    return differing_front(points, lower_is_better(score))
 
 
 def palette_key(row: Row) -> str:

@@ -7,9 +7,8 @@ from orchestrator.plan.cells.cell import distinct_cells
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json
 from orchestrator.plan.trials import ADDED
-from orchestrator.report.front import differing_front
-from orchestrator.report.table import BOUND, COSTS, Table
-from orchestrator.report.units import lower_is_better
+from orchestrator.report.front import front_of_rows
+from orchestrator.report.table import COSTS, Table
 from orchestrator.tracking.mlflow_views import Shown, view_tags
 
 _TABLE_CHARACTERS = 4000  # of 5,000 that servers before MLflow 3.17 take of a tag
@@ -62,13 +61,7 @@ def _description(plan: ExperimentPlan, table: Table) -> str:
 
 def _front(table: Table) -> list[str]:
     score, cost = next((name for name in table.columns if name.startswith("eval/")), ""), COSTS[0]
-    points = [
-        (row.values[cost], row.values[score], row.ci95.get(score))
-        if {cost, score} <= row.values.keys() and BOUND not in row.marks
-        else None
-        for row in table.rows
-    ]
-    names = [table.rows[number].name for number in differing_front(points, lower_is_better(score))]
+    names = [table.rows[number].name for number in front_of_rows(table.rows, score, cost)]
     text = f"Front of `{score}` by `{cost}`, through rows that differ for sure: {', '.join(names)}."
     return [text] if names else []
 

@@ -53,6 +53,7 @@ class Row:
         tests: Metric name to the paired test of that difference, where both kept the score of every question.
         recorded: Metrics that someone else measured, and the source of each.
         origin: Which of the table's experiments it is of, counted from 0.
+        summaries: Metrics of each of its cells.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Row:
     tests: dict[str, Comparison] = field(default_factory=dict)
     recorded: dict[str, str] = field(default_factory=dict)
     origin: int = field(default=0, compare=False)
+    summaries: tuple[Mapping[str, float], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -453,7 +455,10 @@ def _row(
     name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes)
     cells = tuple(record.cell_name for record in group)
     recorded = {metric: source for record in counted for metric, source in record.recorded.items()}
-    return Row(name, cells, own, values, spread, status, tuple(marks), ci95=ci95, recorded=recorded)
+    summaries = tuple(record.summary for record in group)
+    return Row(
+        name, cells, own, values, spread, status, tuple(marks), ci95=ci95, recorded=recorded, summaries=summaries
+    )
 
 
 def _base_of(row: Row, bases: Sequence[Row], baseline: Mapping[str, Any]) -> Row | None:

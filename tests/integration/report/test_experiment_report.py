@@ -7,12 +7,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from browser import browser, console_errors, needs_browser, requested
-from ledger_work import finish
+from ledger_work import finish_answered
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 import orchestrator as llv
+from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.plan.jobs import EvaluationJob
 
@@ -22,22 +23,16 @@ RIGHT = {"full": 38, "heavy": 10, "two_stage": 37}
 
 def finished(file: Path, right: dict[str, int]) -> ExperimentPlan:
     """Everything of an experiment done: the first `right` answers are, one fewer with seed 1."""
-    plan = prepare(file)
-    for job in plan.tree.work(plan.ledger):
-        if not isinstance(job, EvaluationJob):
-            finish(plan.ledger, job)
-    for cell in plan.cells:
-        for job in cell.evaluations:
-            few = right[cell.axes["phases.finetune.schedule"]] - cell.axes["seed"]
-            said = [
-                {"row": i, "images": [f"{i // 2}.png"], "right": i < few, "question": f"<image>\nWhat {i}?",
-                 "answer": "red", "expected": "red" if i < few else "blue"}
-                for i in range(40)
-            ]  # fmt: skip
-            accuracy = sum(one["right"] for one in said) / 40
-            plan.ledger.write_evaluation(
-                job.id, {"metrics": {"accuracy": accuracy}, "seconds": 1.0, "num_samples": 40}, said
-            )
+
+    def said(cell: Cell, job: EvaluationJob) -> list[dict]:
+        few = right[cell.axes["phases.finetune.schedule"]] - cell.axes["seed"]
+        return [
+            {"row": i, "images": [f"{i // 2}.png"], "right": i < few, "question": f"<image>\nWhat {i}?",
+             "answer": "red", "expected": "red" if i < few else "blue"}
+            for i in range(40)
+        ]  # fmt: skip
+
+    finish_answered(prepare(file), said)
     return prepare(file)
 
 

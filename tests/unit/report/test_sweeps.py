@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ledger_work import finish
+from ledger_work import finish_answered
 from rich.console import Console
 
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
-from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.report.figures import grid_figure, sweep_figure
 from orchestrator.report.statistics import compare, mean_interval, score_interval
 from orchestrator.report.table import table_of
@@ -32,14 +31,7 @@ def swept(folder: Path, text: str, under: str = SWEEP, seeds: str = "[0]") -> Ex
     )
     file.write_text(text + "report: {mean_over: [seed]}\n")
     plan = prepare(file)
-    for job in plan.tree.work(plan.ledger):
-        if not isinstance(job, EvaluationJob):
-            finish(plan.ledger, job)
-    for cell in plan.cells:
-        for job in cell.evaluations:
-            said = records(job.under, cell.axes["seed"])
-            metrics = {"accuracy": sum(one["right"] for one in said) / 40}
-            plan.ledger.write_evaluation(job.id, {"metrics": metrics, "seconds": 1.0}, said)
+    finish_answered(plan, lambda cell, job: records(job.under, cell.axes["seed"]))
     return prepare(file)
 
 
