@@ -241,11 +241,9 @@ def check_together(points: Sequence[Point]) -> None:
     """
     if problem := text_only_problem([point.spec for point in points], [point.layer for point in points]):
         raise UsageError(f"attach: {problem[1]}")
-    if sum(hasattr(point.compressor, "resize") for point in points) > 1:
-        raise UsageError("attach: an image is resized by one point, not by several")
     for number, point in enumerate(points):
-        if (reason := cannot_follow(point.spec, [one.spec for one in points[:number]])) is not None:
-            raise UsageError(f"attach: {point.spec.kind} at {point.place}: {reason}")
+        if unfit := cannot_follow(point.spec, [one.spec for one in points[:number]]):
+            raise UsageError(f"attach: {point.spec.kind} at {point.place}: {unfit[1]}")
         if not hasattr(point.compressor, "enter"):
             continue
         if not hasattr(point.compressor, "compress") and number + 1 < len(points):
@@ -259,12 +257,6 @@ def check_together(points: Sequence[Point]) -> None:
                 "or drop; let it be the first point"
             )
     inside = [point for point in points if point.tower_layer is not None]
-    needs = {need for point in points for need in point.spec.needs}
-    if inside and needs & {"cls", "pixels"}:
-        raise UsageError(
-            f"attach: {inside[0].spec.kind} acts inside the vision tower, which another point needs to see the whole "
-            "image (its needs: cls, pixels); let it act at the projector or a decoder layer"
-        )
     if len({point.tower_layer for point in inside}) < len(inside):
         raise UsageError("attach: one point acts before a layer of the vision tower, not several")
     learned = [point.module_name for point in points if point.module_name]

@@ -469,17 +469,40 @@ def adapts(points: Iterable[CompressorSpec]) -> bool:
     return any(point.adaptive for point in points)
 
 
-def cannot_follow(point: CompressorSpec, before: Iterable[CompressorSpec]) -> str | None:
-    """Return why a point cannot act on what the points before it leave; None where it can.
+def cannot_follow(point: CompressorSpec, before: Sequence[CompressorSpec]) -> tuple[str, str] | None:
+    """Return the key of a point that does not go with the points before it, and why; None where it can act on theirs.
 
-    An adaptive method may leave fewer tokens than any fixed number, and frames of one video that differ.
+    An adaptive method may leave fewer tokens than any fixed number, and frames of one video that differ. Tokens that
+    attention weighs by size do not stay as keys: a key has no token left whose size it could go by.
     """
-    kinds = [one.kind for one in before if one.adaptive]
-    if not kinds or not (point.across_frames or (point.keep_tokens is not None and not point.adaptive)):
-        return None
-    if point.across_frames:
-        return f"{point.kind} acts across frames, and {kinds[0]} before it leaves another number of each"
-    return f"{kinds[0]} before it may leave fewer than keep_tokens {point.keep_tokens}; give keep_ratio or stride"
+    adaptive = next((one.kind for one in before if one.adaptive), None)
+    if adaptive and point.across_frames:
+        return "kind", f"{point.kind} acts across frames, and {adaptive} before it leaves another number of each"
+    if adaptive and point.keep_tokens is not None and not point.adaptive:
+        fewer = f"{adaptive} before it may leave fewer than keep_tokens {point.keep_tokens}"
+        return "keep_tokens", f"{fewer}; give keep_ratio or stride"
+    weighed = next((one.kind for one in before if getattr(one, "size_bias", False)), None)
+    if weighed and point.keys_only:
+        text = f"{weighed} before it has attention weigh tokens by size (size_bias), and a token that stays as a key"
+        return "keys_only", f"{text} has none; give {weighed} size_bias: false, or drop keys_only"
+    does = _in_the_tower(point)
+    for one in before:
+        did = _in_the_tower(one)
+        if does and did and (does != did or does == _RESIZES):
+            return "kind", f"{one.kind} {did}, and {point.kind} {does}: one point of a variant may; drop the other"
+    return None
+
+
+_RESIZES = "resizes the image"
+
+
+def _in_the_tower(point: CompressorSpec) -> str:
+    """Return what a point has to do with the vision tower; empty if nothing. Points of a variant only have it alike."""
+    if point.place == "tower":
+        return "acts inside the vision tower"
+    if "pixels" in point.needs:
+        return _RESIZES
+    return "needs the CLS attention of a tower that sees the whole image" if "cls" in point.needs else ""
 
 
 def text_only_problem(points: Sequence[CompressorSpec], layers: Sequence[int]) -> tuple[int, str] | None:

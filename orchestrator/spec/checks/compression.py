@@ -237,14 +237,11 @@ def check_variant(
         if index and any(map(adds_for_good, points[:index])):
             message = f"{point.kind} would mix or drop the tokens that a point before it adds for good"
             yield Finding((*where, "kind"), message, None, "let the point that adds tokens be the variant's last")
-        if (reason := cannot_follow(point, points[:index])) is not None:
-            yield Finding((*where, "kind" if point.across_frames else "keep_tokens"), reason)
-        if "cls" in point.needs and any("pixels" in before.needs for before in points[:index]):
-            message = f"{point.kind} needs the attention of a tower that saw the whole image, not a smaller one"
-            yield Finding((*where, "kind"), message)
-        if point.place == "tower" and {"cls", "pixels"} & {need for one in points for need in one.needs}:
-            message = f"{point.kind} acts inside the vision tower, which another point needs to see the whole image"
-            yield Finding((*where, "layer"), message, "the projector or a decoder layer")
+        if problem := cannot_follow(point, points[:index]):
+            yield Finding((*where, problem[0]), problem[1])
+        if facts is not None and _modules([point], facts) & _modules(points[:index], facts):
+            message = f"{point.kind} and a point before it would share one learned module, called twice a forward"
+            yield Finding((*where, "layer"), message, None, "let them act at different layers, or in different shapes")
         if point.layer_average_tokens is not None and any(one.takes_amount for one in points if one is not point):
             message = "is for a variant of one amount; give the other amounts instead"
             yield Finding((*where, "layer_average_tokens"), message)
@@ -256,8 +253,8 @@ def check_variant(
     known = [depth for point in points if (depth := _depth(point, facts)) is not None]
     if ordered and len(known) == len(points):
         layers = [depth[1] if point.place == "decoder" else 0 for point, depth in zip(points, known, strict=True)]
-        if problem := text_only_problem(points, layers):
-            yield Finding((*path, problem[0], "kind"), problem[1])
+        if unseen := text_only_problem(points, layers):
+            yield Finding((*path, unseen[0], "kind"), unseen[1])
 
 
 def _check_place(point: CompressorSpec, where: Path, facts: ModelFacts | None) -> Iterator[Finding]:

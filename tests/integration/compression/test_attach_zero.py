@@ -14,6 +14,11 @@ from orchestrator.compression.testing.families import TINY
 
 MIXED = [[3, "image", 7], [9], [2, "image", 2, "image", "image", 5]]
 HEAVY = [{"kind": "average_pool", "layer": 1, "stride": 4}]
+POINTS = {
+    "pooled": {"kind": "average_pool", "layer": 1, "stride": 2},
+    "keys": {"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": True},
+    "inside the tower's layer": {"kind": "tome", "layer": "tower:0", "keep_tokens": 5, "inside_layer": True},
+}
 
 
 ZERO = """
@@ -33,8 +38,7 @@ for stage in {stages}:
         attachment = attach(engine, [])
     losses = []
     for step in range(6):
-        point = {{"kind": "average_pool", "layer": 1, "stride": 2, "keys_only": {keys_only}}}
-        attachment.switch([point] if step % 2 else [])
+        attachment.switch([{point}] if step % 2 else [])
         parts = [make_batch(part, seed=step) for part in rows]
         for part in ([parts[rank]] if world == 2 else parts):
             loss = engine(**part, num_items_in_batch=12).loss * (2 if world == 2 else 1)
@@ -48,23 +52,23 @@ if rank == 0:
 """
 
 
-def run_zero(world, stages, attach_first, tmp_path, keys_only=False):
-    script = ZERO.format(stages=stages, attach_first=attach_first, keys_only=keys_only)
+def run_zero(world, stages, attach_first, tmp_path, point):
+    script = ZERO.format(stages=stages, attach_first=attach_first, point=POINTS[point])
     return result_of_rank_0(script, world, tmp_path)
 
 
-@pytest.mark.parametrize("keys_only", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_zero3_gives_the_losses_of_zero0(tmp_path, keys_only):
-    losses = run_zero(1, [0, 3], False, tmp_path, keys_only)
+@pytest.mark.parametrize("point", [pytest.param("pooled", marks=pytest.mark.slow), "keys"])
+def test_zero3_gives_the_losses_of_zero0(tmp_path, point):
+    losses = run_zero(1, [0, 3], False, tmp_path, point)
     assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)
     assert len({round(loss, 4) for loss in losses["0"]}) > 6, "training must move the loss"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "keys_only"), [(2, False), (3, False), (3, True)])
-def test_two_ranks_one_without_images(tmp_path, stage, keys_only):
+@pytest.mark.parametrize(("stage", "point"), [(2, "pooled"), *((3, point) for point in POINTS)])
+def test_two_ranks_one_without_images(tmp_path, stage, point):
     """Rank 1 never has an image; it must still take part in what rank 0's tower and projector do."""
-    losses = run_zero(2, [0, stage], True, tmp_path, keys_only)
+    losses = run_zero(2, [0, stage], True, tmp_path, point)
     assert losses[str(stage)] == pytest.approx(losses["0"], abs=1e-4)
 
 

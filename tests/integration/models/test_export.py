@@ -58,6 +58,7 @@ compressors:
   wide: {kind: average_pool, layer: 2, stride: 4}
   first: {kind: first_tokens, layer: 1, keep_tokens: 8}
   clusters: {kind: divt, layer: 1, keep_ratio: 1/2}
+  merged: {kind: tome, layer: tower:0, keep_ratio: 1/2, inside_layer: true}
   groups: [{kind: token_grouping, layer: projector, keep_tokens: 8}, {kind: isolator}]
   deep:
     - {kind: late_injection, layer: 1}
@@ -91,7 +92,7 @@ evaluate:
   vqa: {kind: exact_match, data: mine, max_new_tokens: 4}
 cluster: {storage_path: runs}
 matrix:
-  phases.finetune.schedule: [up, learned, first, passes, groups, deep, keys, annealed, dual]
+  phases.finetune.schedule: [up, learned, first, passes, groups, merged, deep, keys, annealed, dual]
 """
 
 
@@ -164,7 +165,9 @@ def test_plain_transformers_loads_every_weight_and_is_the_model_on_full_tokens(h
     }
 
 
-@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups", "deep", "keys", "annealed", "dual"])
+@pytest.mark.parametrize(
+    "schedule", ["up", "learned", "passes", "groups", "merged", "deep", "keys", "annealed", "dual"]
+)
 def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, schedule):
     folder = exported(home, schedule, tmp_path / "out")
     model, processor = load_exported(folder)
@@ -177,7 +180,9 @@ def test_load_exported_gives_the_logits_of_training_under_final(home, tmp_path, 
     assert torch.allclose(logits(model, inputs), full, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("schedule", ["up", "learned", "passes", "groups", "deep", "keys", "annealed", "dual"])
+@pytest.mark.parametrize(
+    "schedule", ["up", "learned", "passes", "groups", "merged", "deep", "keys", "annealed", "dual"]
+)
 def test_load_exported_answers_as_the_cell_was_evaluated(home, tmp_path, schedule):
     model, processor = load_exported(exported(home, schedule, tmp_path / "out"))
     walk = prepare(home / "mine.yaml")

@@ -30,12 +30,17 @@ CLUSTERS = {"kind": "divt", "layer": "projector", "keep_ratio": "1/2", "heads": 
 GROUPS = {"kind": "token_grouping", "layer": "projector", "keep_tokens": 8}
 PIXELS = {"kind": "laco", "layer": "tower:0", "stride": 4}
 KEYS = {"kind": "fastv", "layer": 1, "keep_ratio": "1/2", "keys_only": True}
+MERGED = {"kind": "tome", "layer": "tower:0", "keep_ratio": "1/2", "inside_layer": True}
 POOLED = {"kind": "average_pool", "layer": "projector", "stride": 2}
 # Points that a learned run begins with, changes to, and those in between (full tokens where there are none).
 LEARNED: dict[str, tuple[tuple[dict[str, Any], ...], ...]] = {
     "mixing": (MIXING, ({**MIXING[0], "variety": 1},)),
     "built-in": ((CLUSTERS,), (GROUPS, {"kind": "isolator"})),
-    "places": ((PIXELS, {"kind": "late_injection", "layer": 1}), (POOLED, {"kind": "early_exit", "layer": 1}), (KEYS,)),
+    "places": (
+        (PIXELS, {"kind": "late_injection", "layer": 1}),
+        (MERGED, {"kind": "early_exit", "layer": 1}),
+        (POOLED, KEYS),
+    ),
 }
 
 

@@ -217,8 +217,17 @@ def test_a_module_in_the_tower_has_its_width_and_a_name_of_its_layer():
         ([point("divprune", keep_tokens=3)], "cannot act at layer tower:1; give a decoder layer or layer: projector"),
         ([point("laco", 1, stride=9)], "give layer: projector or layer: tower:N"),
         ([POOLED, POOLED], "one point acts before a layer"),
-        ([POOLED, point("visionzip", 2, keep_tokens=2)], "see the whole image"),
-        ([POOLED, point("downsample", "projector", keep_tokens=1)], "see the whole image"),
+        ([POOLED, point("visionzip", 2, keep_tokens=2)], "one point of a variant may"),
+        ([POOLED, point("downsample", "projector", keep_tokens=1)], "one point of a variant may"),
+        (
+            [point("downsample", "projector", keep_ratio="1/2"), point("visionzip", "projector", keep_tokens=2)],
+            "downsample resizes the image, and visionzip needs the CLS attention of a tower that sees the whole image",
+        ),
+        (
+            [point("tome", "tower:1", stride=2), point("stride", 2, stride=2, keys_only=True)],
+            "tome before it has attention weigh tokens by size .size_bias., and a token that stays as a key has none",
+        ),
+        ([point("tome", 1, stride=2), point("fastv", 2, keep_tokens=1, keys_only=True)], "or drop keys_only"),
     ],
 )
 def test_points_that_do_not_fit(points, told):

@@ -34,7 +34,7 @@ REFUSED = {  # by `auto`: their decoders' layers are not counted
 }  # fmt: skip
 MOST = {"tower": 1.7, "rest": 1.5}
 # Of how many patches an image's tokens are made is a bound there, which a video or a long image may reach.
-LOOSE = {"llava_next": 2.0, "llava_next_video": 2.0, "llava_onevision": 3.0, "video_llama_3": 5.5}
+LOOSE = {"llava_next": 2.0, "llava_next_video": 3.6, "llava_onevision": 3.0, "video_llama_3": 5.5}
 PIXELS = r"patch_(?:embed|conv)|position_embedding"
 
 

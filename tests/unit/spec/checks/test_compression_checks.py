@@ -37,7 +37,17 @@ def with_variant(small: str, points: str) -> str:
         (
             "[{kind: downsample, layer: projector, keep_tokens: 16}, {kind: visionzip, layer: 2, keep_tokens: 8}]",
             "1.kind",
-            "a tower that saw the whole image",
+            "a tower that sees the whole image",
+        ),
+        (
+            "[{kind: tome, layer: 1, stride: 2}, {kind: stride, layer: 2, stride: 2, keys_only: true}]",
+            "1.keys_only",
+            "tome before it has attention weigh tokens by size (size_bias)",
+        ),
+        (
+            "[{kind: q_former, layer: projector, keep_tokens: 8}, {kind: q_former, layer: projector, keep_tokens: 8}]",
+            "1.layer",
+            "would share one learned module",
         ),
     ],
 )
@@ -76,8 +86,8 @@ def test_a_projector_point_is_valid_whether_or_not_the_model_is_known(points: st
         ),
         (
             "[{kind: tome, layer: 'tower:1', stride: 2}, {kind: visionzip, layer: 2, keep_tokens: 8}]",
-            "0.layer",
-            "whole image",
+            "1.kind",
+            "tome acts inside the vision tower, and visionzip needs the CLS attention",
         ),
         ("{kind: laco, layer: 'tower:1', stride: 9}", "stride", "windows of 3 x 3 (stride 9) do not fill 8 x 8 tokens"),
         ("{kind: laco, layer: 'tower:1', stride: 2}", "", "give stride, a square number"),
