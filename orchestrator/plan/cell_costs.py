@@ -61,7 +61,7 @@ class Costs:
 
     def at_most(self, plan: PhasePlan, first: int = 0, last: int | None = None) -> bool:
         """Return whether the costs of a phase's steps are bounds (see `cost.at_most`)."""
-        steps = self._steps(plan, first, plan.total_steps if last is None else last)
+        steps = self._steps(plan, first, plan.last_step if last is None else last)
         return cost.at_most(action for _, action in steps.values())
 
     def rows(self, cell: Cell) -> MeasuredRows | None:
@@ -86,13 +86,15 @@ class Costs:
         }
 
     def cell(self, cell: Cell) -> dict[str, float | None]:
-        """Return the cost of a cell trained alone: all its phases' operations, the token figures of its finetuning."""
+        """Return the cost of a cell trained alone as far as it is planned: all its phases' operations, token figures of
+        its finetuning.
+        """
         if cell.facts is None or not (cell.phases or cell.facts.priced):
             return dict.fromkeys(_FIGURES)
         if not cell.phases:
             full = cell.facts.num_layers * cell.facts.image_grid.tokens
             return {"train_tflops": 0.0, "visual_layer_tokens": float(full), "compression_ratio": 1.0}
-        phases = [self.stage_run(cell, plan, 0, plan.total_steps) for plan in cell.phases]
+        phases = [self.stage_run(cell, plan, 0, plan.last_step) for plan in cell.phases]
         known = [phase["train_tflops"] for phase in phases if phase["train_tflops"] is not None]
         return {
             "train_tflops": sum(known) if len(known) == len(phases) else None,

@@ -22,6 +22,7 @@ from orchestrator.plan.status import CellStatus, cell_status
 from orchestrator.plan.step_history import Point, StepHistory, Stretch, last_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.components import FINAL, EvaluationSpec
+from orchestrator.spec.search import measured_by
 
 NOTE = "mlflow.note.content"
 """Tag whose Markdown the dashboard shows as the description, of a run and of an experiment."""
@@ -105,7 +106,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | No
         },
         history=() if runs is None else _history(cell, tree, ledger, runs),
         summary=_summary(cell, ledger, runs or (), baseline, with_costs=trained and runs is not None),
-        last_step=max(sum(plan.total_steps for plan in cell.phases) - 1, 0),
+        last_step=max(sum(plan.last_step for plan in cell.phases) - 1, 0),
         artifacts={
             "cell.yaml": yaml.safe_dump(resolved, sort_keys=False),
             **_step_tables(cell),
@@ -292,6 +293,23 @@ def _summary(
     return summary
 
 
+def rung_value(cell: Cell, ledger: Ledger, objective: str) -> float | None:
+    """Return what a cell is compared by at the rung it is planned up to; None where the objective was not measured.
+
+    Args:
+        cell: The cell, with its evaluations there.
+        ledger: Where they are stored.
+        objective: Name of the metric at the end, such as `eval/vqa/accuracy`.
+    """
+    tests = [each.job for each in cell.along if each.rung is not None and each.rung == cell.rung]
+    if not tests or (measured := measured_by(objective)) is None:
+        return None
+    entry, metric = measured
+    place = place_of(entry, tests[0].under)
+    scores = _below(place, {name: value for test in tests for name, value in _scores(test, ledger).items()})
+    return {**cell.spec.evaluate[entry].summary(scores, None), **scores}.get(metric)
+
+
 def _all_scores(cell: Cell, ledger: Ledger) -> dict[str, float]:
     return {name: value for test in cell.evaluations for name, value in _scores(test, ledger).items()}
 
@@ -346,7 +364,7 @@ def _files(cell: Cell, ledger: Ledger) -> dict[str, bytes]:
 
 def _along(cell: Cell, ledger: Ledger) -> Iterator[Point]:
     """Return the points of the evaluations along the way; a point's time is that of the last step before it."""
-    for each in cell.along:
+    for each in {each.job.id: each for each in cell.along}.values():
         scores = _scores(each.job, ledger)
         if scores:
             line = last_metrics(ledger.metrics_file(each.job.state)) or {}

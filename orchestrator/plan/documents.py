@@ -17,7 +17,7 @@ from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
 from orchestrator.plan.reasons import Reasons
-from orchestrator.plan.status import TreeStatus, failure_reason
+from orchestrator.plan.status import CellStatus, TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
 from orchestrator.spec.budgets import mean_layer_average, tokens_by_layer
@@ -245,7 +245,7 @@ def _cell(cell: Cell, price: dict[str, float | None], status: TreeStatus, reason
         "id": cell.id,
         "name": cell.name,
         "axes": cell.axes,
-        "state": status.cell(cell),
+        "state": "stopped" if cell.rung is not None and status.cell(cell) == "done" else status.cell(cell),
         "stage_runs": list(status.tree.path_of[cell.id]),
         "cost": price,
         "phases": [
@@ -311,7 +311,7 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
 
     A job is `running` where a living driver holds it, `interrupted` where it was begun and nobody does, `waiting`
     where it was begun and a driver of this experiment is busy elsewhere. A cell is `trained` where only evaluations
-    are missing.
+    are missing, `stopped` where a search stopped it at a rung.
     """
     status, with_phases = TreeStatus(plan.tree, plan.ledger), with_plans(plan.cells, plan.tree)
     busy = not status.holders.keys().isdisjoint((*plan.tree.order, *plan.tree.evaluations))
@@ -334,7 +334,7 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
     return {
         "experiment": plan.loaded.spec.name,
         "storage": plan.ledger.url,
-        "cells": [_cell_status(status, cell, steps, reasons, busy) for cell in plan.cells],
+        "cells": [_cell_status(status, cell, steps, reasons, busy, plan.status) for cell in plan.cells],
         "stage_runs": runs,
         "evaluations": tests,
         "roots": [
@@ -353,19 +353,22 @@ def status_document(plan: ExperimentPlan) -> dict[str, Any]:
 
 
 def _cell_status(
-    status: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool
-) -> dict[str, Any]:
+    status: TreeStatus, cell: Cell, steps: Mapping[str, int], reasons: Reasons, busy: bool,
+    judged: Callable[[Cell], CellStatus],
+) -> dict[str, Any]:  # fmt: skip
     path = status.tree.path_of[cell.id]
     done, state = sum(steps[run] for run in path), str(status.cell(cell))
     if state == "new" and (done or any(status.evaluation(job.id) == "done" for job in cell.tests)):
         state = "waiting" if busy else "interrupted" if status.needed_of(cell) else "trained"
+    if state == "done":
+        state = "finished" if cell.rung is None else judged(cell)
     failure = status.failure(cell)
     return {
         "name": cell.name,
         "id": cell.id,
-        "state": "finished" if state == "done" else state,
+        "state": state,
         "steps_done": done,
-        "steps": sum(plan.total_steps for plan in cell.phases),
+        "steps": sum(plan.last_step for plan in cell.phases),
         "stage_runs": list(path),
         "evaluations": [job.id for job in cell.tests],
         "error": failure[1] if failure else None,

@@ -16,6 +16,7 @@ from orchestrator.errors import StageRunError, UsageError
 from orchestrator.plan.cell_record import CellRecord, cell_record
 from orchestrator.plan.cells.cell import Cell, distinct_cells, find_cells
 from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Job, Keep
 from orchestrator.plan.ledger import Ledger
@@ -24,7 +25,16 @@ from orchestrator.plan.ledger.inventory import FOLDER, Recorded
 from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
-from orchestrator.plan.trials import ADDED, Trial, TrialNotes, cells_of_trials, front_of, reference_cells, search_id
+from orchestrator.plan.trials import (
+    ADDED,
+    STOPPED,
+    Trial,
+    TrialNotes,
+    cells_of_trials,
+    front_of,
+    reference_cells,
+    search_id,
+)
 from orchestrator.redaction import secret_in
 from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
@@ -113,17 +123,20 @@ class ExperimentPlan:
         One that lacks an objective is failed, since its trial is.
         """
         record = cell_record(cell, self.tree, self.ledger, self._baseline_of(cell))
+        record = replace(record, status=self._as_judged(cell, record.status))
         search = self.loaded.spec.search
-        if search is None or record.status != "finished":
+        if search is None or record.status not in ("finished", "stopped"):
             return record
         has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
         if has_failed and not {*search.objectives, *search.constraints} <= record.summary.keys():
             return replace(record, status="failed")
         tags = {**record.tags, "pareto": str(cell.id in self.front).lower()}
-        # Later trials of the same cells share them and add nothing.
-        trial = next((each for each in self.trials if cell.id in each.cells), None)
+        trial = self._trial_of(cell)
         if trial is not None and trial.violated:
             tags["violates"] = ", ".join(trial.violated)
+        if trial is not None and trial.rungs:
+            *_, (rung, value) = trial.rungs.items()
+            tags[STOPPED] = f"at {rung}: {value:.4g}" if record.status == "stopped" else "no"
         if trial is None or trial.added_train_tflops is None:
             return replace(record, tags=tags)
         added = {ADDED: trial.added_train_tflops / len(trial.cells)}  # a row is the mean over its cells
@@ -143,7 +156,22 @@ class ExperimentPlan:
 
     def status(self, cell: Cell) -> CellStatus:
         """Return a cell's state; quick, no metrics are read."""
-        return cell_status(cell, self.tree, self.ledger)
+        return self._as_judged(cell, cell_status(cell, self.tree, self.ledger))
+
+    def _as_judged(self, cell: Cell, status: CellStatus) -> CellStatus:
+        """Return a cell's state; one that is at a rung is stopped once its trial is, and waits for that until then."""
+        if status != "stopped":
+            return status
+        trial = self._trial_of(cell)
+        return trial.state if trial is not None and trial.state in ("stopped", "failed") else "interrupted"
+
+    def _trial_of(self, cell: Cell) -> Trial | None:
+        """Return the first trial that has a cell: later ones of the same cells share them and add nothing."""
+        return next((each for each in self.trials if cell.id in each.cells), None)
+
+    def cells_of(self, trial: Trial) -> list[Cell]:
+        """Return the cells of a trial, one a seed."""
+        return [cell for cell in self.cells if cell.id in trial.cells]
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Return ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
@@ -219,17 +247,30 @@ def prepare(source: Source, overrides: Sequence[str] = ()) -> ExperimentPlan:
         return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger)
 
 
-def plan_trials(loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial]) -> ExperimentPlan:
+def plan_trials(
+    loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial], *, to_the_end: bool = False
+) -> ExperimentPlan:
     """Return a search with the trials there are; one that cannot be planned comes back failed.
 
-    A trial that is the same as an earlier one shares its cells, under the earlier one's names.
+    A trial that is the same as an earlier one shares its cells, under the earlier one's names. With a scheduler a trial
+    is planned up to the rung where it is compared next, or stopped.
+
+    Args:
+        loaded: The experiment, with its search.
+        ledger: Where it is stored.
+        trials: By number.
+        to_the_end: What has not ended is planned as if no rung stopped it.
     """
     assert loaded.spec.search is not None
     found = list(cells_of_trials(loaded, trials))
     references = reference_cells(loaded)
-    # They come first, so that they are trained first: no trial is judged before.
-    cells = distinct_cells(cell for some in (*references.values(), *(some for _, some in found)) for cell in some)
     planned = tuple(trial for trial, _ in found)
+    scheduler, reached = loaded.spec.search.scheduler, []
+    for trial, some in found:
+        rung = None if to_the_end and trial.state == "proposed" else trial.planned_rung(scheduler)
+        reached += [planned_up_to(cell, rung, trial.compared_at(scheduler)) for cell in some]
+    # They come first, so that they are trained first: no trial is judged before.
+    cells = distinct_cells((*(cell for some in references.values() for cell in some), *reached))
     front = frozenset(front_of(planned, loaded.spec.search))
     ids = {name: tuple(cell.id for cell in some) for name, some in references.items()}
     return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front, ids)

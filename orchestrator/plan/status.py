@@ -11,20 +11,21 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import StageTree
 
 State = Literal["new", "running", "failed", "done"]
-CellStatus = Literal["new", "running", "interrupted", "trained", "finished", "failed"]
+CellStatus = Literal["new", "running", "interrupted", "trained", "finished", "failed", "stopped"]
 
 
 def cell_status(cell: Cell, tree: StageTree, ledger: Ledger) -> CellStatus:
     """Return the status of one cell, quickly: its own jobs are looked up, no metrics are read.
 
-    `finished` only when the cell's state and all its evaluations are there. `running` where it was begun and a living
-    driver works on the tree; where none does, `trained` if only evaluations are missing, else `interrupted`.
+    `finished`, or `stopped` where it is planned up to a rung of a search alone, only when the cell's state and all its
+    evaluations are there. `running` where it was begun and a living driver works on the tree; where none does,
+    `trained` if only evaluations are missing, else `interrupted`.
     """
     path = tree.path_of[cell.id]
     tests = [ledger.evaluation(job.id) is not None for job in cell.tests]
     trained = not path or ledger.is_done(cell.state)
     if all(tests) and trained:
-        return "finished"
+        return "finished" if cell.rung is None else "stopped"
     if failure_of(cell, tree, ledger) is not None:
         return "failed"
     if not any(tests) and not any(ledger.is_done(run) or ledger.is_begun(run) for run in path):

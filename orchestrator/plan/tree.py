@@ -46,7 +46,7 @@ class Branch:
     @property
     def stage_end(self) -> int:
         """Where the stage run under way ends."""
-        return self.plan.schedule.stage_ends[self.stage]
+        return min(self.plan.schedule.stage_ends[self.stage], self.plan.last_step)
 
     def does(self, end: int) -> str:
         """Return what it does up to a step; equal for branches of one state that do the same."""
@@ -54,7 +54,7 @@ class Branch:
         return self.plan.schedule.ids[self.index] if self._action_end() >= end else self.plan.state_at(end)
 
     def move_to(self, step: int) -> None:
-        """Go on to a step before the phase's end."""
+        """Go on to a step before its last one."""
         self.stage += self.stage_end <= step
         while self._action_end() <= step:
             self.index += 1
@@ -421,12 +421,13 @@ class _Builder:
             end = self._stored_step_between(plan, step, end) or end
             state = plan.state_at(end)
             self._add(group, step, end, parent, state)
-            if end == plan.total_steps:
+            going_on = [branch for branch in group if branch.plan.last_step > end]
+            if not going_on:
                 stack += self._groups_from(state)
                 continue
-            for branch in group:
+            for branch in going_on:
                 branch.move_to(end)
-            stack += [(part, end, state) for part in split(group)]
+            stack += [(part, end, state) for part in split(going_on)]
 
     def _groups_from(self, state: str) -> list[tuple[list[Branch], int, str]]:
         groups = []

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -13,10 +14,11 @@ from orchestrator.errors import LlavoltaError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.expand import expand_cells
+from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.backends import Backend
 from orchestrator.registry import did_you_mean
-from orchestrator.spec.search import SearchSpec
+from orchestrator.spec.search import SchedulerSpec, SearchSpec
 from orchestrator.spec.search_space import reference_path, trial_cells, trial_name
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
 
 ADDED = "cost/added_train_tflops"
 """Metric of a trial's cells: an equal part of what the trial added to the work that was stored or planned."""
+STOPPED = "stopped"
+"""Tag of a trial's cells: the rung where it stopped and its value there; `no` where it passed all of its rungs."""
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""
 
@@ -60,22 +64,23 @@ class Trial:
         number: Counts from 0 in the order of proposal.
         params: What the sampler drew, by parameter.
         values: The recipe made of it: dotted path to a value as a file would write it.
-        state: `finished` once all objectives are there.
+        state: `finished` once all objectives are there; `stopped` where a scheduler stopped it at a rung.
         cells: Ids of its cells, one a seed; none where the recipe cannot be a cell.
         objectives: Mean over its cells.
         excess: By how much it is beyond the limit of each constraint; at most 0 where it meets it.
         error: Why it failed.
         sampler_state: What Optuna's sampler noted of it when it drew it: the generation of `nsga2`.
         added_train_tflops: Planned operations of the stage runs that were neither stored nor planned when it was
-            proposed; None where they are not known.
+            proposed, or when it went on from a rung; None where they are not known.
         stored_gpu_hours: Measured hours of the stage runs that it found stored, of which no earlier trial made use;
             noted where hours are limited.
+        rungs: What it was compared by at each rung that it reached (`rung_name`): the mean over its cells.
     """
 
     number: int
     params: dict[str, Any]
     values: dict[str, Any]
-    state: Literal["proposed", "finished", "failed"] = "proposed"
+    state: Literal["proposed", "finished", "stopped", "failed"] = "proposed"
     cells: tuple[str, ...] = ()
     objectives: dict[str, float] = field(default_factory=dict)
     excess: dict[str, float] = field(default_factory=dict)
@@ -83,6 +88,26 @@ class Trial:
     sampler_state: dict[str, Any] = field(default_factory=dict)
     added_train_tflops: float | None = None
     stored_gpu_hours: float = 0.0
+    rungs: dict[str, float] = field(default_factory=dict)
+
+    def planned_rung(self, scheduler: SchedulerSpec | None) -> Fraction | None:
+        """Return the rung that it is trained up to, where it waits or stopped; None for its end."""
+        furthest = max((Fraction(name.split()[0]) for name in self.rungs), default=Fraction(0))
+        if self.state == "stopped":
+            return furthest
+        if scheduler is None or self.state == "finished":
+            return None
+        later = (rung for rung in scheduler.rungs if rung >= furthest)
+        return next((rung for rung in later if rung_name(rung, scheduler) not in self.rungs), None)
+
+    def compared_at(self, scheduler: SchedulerSpec | None) -> tuple[Fraction, ...]:
+        """Return the rungs of a scheduler at which it was compared."""
+        rungs = () if scheduler is None else scheduler.rungs
+        return tuple(rung for rung in rungs if scheduler is not None and rung_name(rung, scheduler) in self.rungs)
+
+    def rung_steps(self) -> dict[int, float]:
+        """Return its values at rungs, as intermediate values of Optuna: by the share of its steps in 1/10,000."""
+        return {int(10_000 * Fraction(name.split()[0])): value for name, value in self.rungs.items()}
 
     @property
     def violated(self) -> tuple[str, ...]:
@@ -114,6 +139,28 @@ class Trial:
         objectives = {name: found[name] for name in search.objectives}
         excess = {name: each.excess(found[name], references[name]) for name, each in search.constraints.items()}
         return replace(self, state="finished", objectives=objectives, excess=excess, error=None)
+
+
+def rung_name(rung: Fraction, scheduler: SchedulerSpec) -> str:
+    """Return what a trial's value at a rung is noted under; another variant gives other values."""
+    return f"{rung} under {scheduler.under}"
+
+
+def goes_on(value: float, others: Sequence[float], way: Direction, reduction_factor: int) -> bool:
+    """Return whether a trial goes on from a rung: asynchronous successive halving (Li et al. 2020, section 3).
+
+    It does among the best of each `reduction_factor` values at the rung, rounded down, but at least one; equal values
+    go on together. As in Ray Tune and Optuna it is decided once, when a trial gets there: it neither waits for others
+    nor is it taken up again once there are worse ones.
+
+    Args:
+        value: The trial's.
+        others: Those of the trials that were there before it.
+        way: Whether more or less is better.
+        reduction_factor: Of so many trials one goes on.
+    """
+    better = sum(other > value if way == "max" else other < value for other in others)
+    return better < max(1, (len(others) + 1) // reduction_factor)
 
 
 class TrialNotes:
@@ -155,7 +202,7 @@ def search_id(loaded: LoadedExperiment) -> str:
 
 
 def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:
-    """Return each trial with its cells; one whose recipe cannot be a cell comes back failed and has none."""
+    """Return each trial with its cells, whole; one whose recipe cannot be a cell comes back failed and has none."""
     for trial in trials:
         try:
             resolved = trial_cells(loaded, trial_name(trial.number), trial.values)
@@ -174,7 +221,8 @@ def reference_cells(loaded: LoadedExperiment) -> dict[str, tuple[Cell, ...]]:
     for name in [each.reference for each in search.constraints.values()]:
         if name is not None and name not in found:
             resolved = trial_cells(loaded, name, {reference_path(loaded.spec): name})
-            found[name] = expand_cells(replace(loaded, cells=resolved))
+            cells = expand_cells(replace(loaded, cells=resolved))
+            found[name] = tuple(planned_up_to(cell, None, ()) for cell in cells)
     return found
 
 

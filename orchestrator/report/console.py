@@ -45,6 +45,7 @@ _STYLES = {
     "failed": "red",
     "interrupted": "yellow",
     "trained": "yellow",
+    "stopped": "dim",
 }
 _FIRST = ("failed", "running", "interrupted", "waiting", "trained")
 

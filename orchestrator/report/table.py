@@ -24,7 +24,7 @@ from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, EVALUATION_TAG, CellRecord, flat
 from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.plan.trials import ADDED
+from orchestrator.plan.trials import ADDED, STOPPED
 from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
@@ -416,7 +416,8 @@ def _row(
     """Return the row of some cells that have the axes `own` in common."""
     # Cells that are the same work are one measurement: its numbers count once, and have no deviation.
     distinct = list({(record.cell_id, record.tested): record for record in group}.values())
-    finished = [record for record in distinct if record.status == "finished"]
+    # All cells of a trial stop together: what they have is what they have in common.
+    finished = [record for record in distinct if record.status in ("finished", "stopped")]
     values: dict[str, float] = {}
     spread: dict[str, float] = {}
     ci95: dict[str, float] = {}
@@ -445,6 +446,7 @@ def _row(
     marks += [
         f"violates {metrics}" for metrics in dict.fromkeys(r.tags["violates"] for r in group if "violates" in r.tags)
     ]
+    marks += dict.fromkeys(record.tags[STOPPED] for record in group if record.status == "stopped")
     if any(AT_MOST in record.tags for record in group):
         marks.append(BOUND)
     if len(distinct) > 1:

@@ -10,7 +10,7 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import hours_document, with_plans
-from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.trials import Trial
 from orchestrator.spec.experiment import ExperimentSpec
@@ -56,14 +56,25 @@ class Budget:
                         f"{loaded.path}: search.budget.train_tflops cannot be kept: {why}; give gpu_hours or trials"
                     )
 
-    def priced(self, trial: Trial, before: ExperimentPlan, after: ExperimentPlan) -> Trial:
-        """Return a new trial with what it adds.
+    def priced(self, trial: Trial, before: ExperimentPlan, after: ExperimentPlan, so_far: float | None = 0.0) -> Trial:
+        """Return a new trial with what it adds, or one that goes on from a rung with what it adds in all.
 
         Args:
             trial: The trial, its cells known.
-            before: The plan without it.
+            before: The plan without it, or up to that rung.
             after: The plan with it.
+            so_far: What it added up to that rung; None where that is not known.
         """
+        added = self._added(before, after)
+        added = None if so_far is None or added is None else so_far + added
+        if self._limits.gpu_hours is None:
+            return replace(trial, added_train_tflops=added)
+        now, then = (self._hours(plan, TreeStatus(plan.tree, plan.ledger))[0] for plan in (after, before))
+        stored = trial.stored_gpu_hours + max(0.0, now - then)
+        return replace(trial, added_train_tflops=added, stored_gpu_hours=stored)
+
+    def _added(self, before: ExperimentPlan, after: ExperimentPlan) -> float | None:
+        """Return the operations that a plan has to do and one without some of its work has not; None if not known."""
         # In this order: what is finished in between counts as work in both, and cancels.
         then = TreeStatus(before.tree, before.ledger)
         now = TreeStatus(after.tree, after.ledger)
@@ -80,26 +91,31 @@ class Budget:
             elif job.id in now.needed:
                 parts.append(self._costs.stage_run(cell, plan, job.first_step, job.last_step)["train_tflops"])
         known = [part for part in parts if part is not None]
-        added = max(0.0, math.fsum(known)) if len(known) == len(parts) else None
-        if self._limits.gpu_hours is None:
-            return replace(trial, added_train_tflops=added)
-        stored = max(0.0, self._hours(after, now)[0] - self._hours(before, then)[0])
-        return replace(trial, added_train_tflops=added, stored_gpu_hours=stored)
+        return max(0.0, math.fsum(known)) if len(known) == len(parts) else None
 
     def refusal(self, trial: Trial, before: ExperimentPlan, after: ExperimentPlan) -> str | None:
-        """Return which limit a new trial, with what it adds, would exceed; None where it may run."""
+        """Return which limit a new trial, with what it adds, would exceed; None where it may run.
+
+        What a scheduler may stop at a rung counts as if nothing were stopped, until it is.
+        """
+        whole = after
+        scheduler = after.loaded.spec.search.scheduler if after.loaded.spec.search is not None else None
+        if scheduler is not None and self._limits != BudgetSpec():
+            whole = plan_trials(after.loaded, after.ledger, after.trials, to_the_end=True)
         name, limit = trial_name(trial.number), self._limits.train_tflops
         if limit is not None and trial.cells:
             references = {identity for cells in after.references.values() for identity in cells}
             spent = math.fsum(self._counted(each, before) for each in before.trials) + self._alone(references, after)
             added = self._counted(trial, after)
+            if whole is not after:
+                added += self._added(after, whole) or 0.0
             if spent + added > limit * _ROUNDING:
                 return (
                     f"{name} would add {added:.4g} TFLOPs; {spent:.4g} of search.budget.train_tflops {limit:g} are used"
                 )
         limit = self._limits.gpu_hours
         if limit is not None:
-            done, left = self._hours(after, TreeStatus(after.tree, after.ledger))
+            done, left = self._hours(whole, TreeStatus(whole.tree, whole.ledger))
             hours = done + (left or 0.0) - math.fsum(each.stored_gpu_hours for each in (*before.trials, trial))
             if hours > limit * _ROUNDING:
                 return f"with {name} there would be {hours:.3g} hours; search.budget.gpu_hours is {limit:g}"

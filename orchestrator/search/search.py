@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,7 +23,8 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.run import RunOutcome, Session, check_data
 from orchestrator.search.budget import Budget, most_trials
-from orchestrator.search.trial_mailbox import EXCESS, FAILED
+from orchestrator.search.halving import is_at_rung, judged
+from orchestrator.search.trial_mailbox import EXCESS, FAILED, RUNG
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search_space import summary, trial_name
 
@@ -51,7 +53,8 @@ def search_experiment(
     with _alone(walk, search_id(walk.loaded)) as notes:
         walk = plan_trials(walk.loaded, walk.ledger, notes.read())  # another driver may just have ended
         record_experiment(walk)
-        session = SearchSession(_updated(walk, notes, retry_failed), notes, console, deadline)
+        say = partial(console.print, highlight=False, markup=False)
+        session = SearchSession(updated(walk, notes, say, retry_failed), notes, console, deadline)
         if (error := unmeasured(session.walk)) is not None:
             raise StageRunError(error)
         session.walk.reference_values()
@@ -81,15 +84,29 @@ def _alone(walk: ExperimentPlan, identity: str) -> Iterator[TrialNotes]:
         leases.close()
 
 
-def _updated(walk: ExperimentPlan, notes: TrialNotes, retry_failed: bool) -> ExperimentPlan:
-    """Return the trials brought up to what their cells are: a driver that was killed may have noted less."""
+def updated(
+    walk: ExperimentPlan, notes: TrialNotes, say: Callable[[str], None], retry_failed: bool = False
+) -> ExperimentPlan:
+    """Return the trials brought up to what their cells are: a driver that was killed may have noted less.
+
+    What was stopped at a rung that is none any more is taken up again, as far as the budget allows.
+    """
     if retry_failed:
         for cell in walk.cells:
             for job in walk.jobs_of(cell):
                 if walk.ledger.failure(job) is not None:
                     walk.ledger.clear_failure(job)
+    budget = Budget(walk.loaded)
     for trial in walk.trials:
         now = as_stored(walk, trial)
+        if trial.state == "stopped" and now.state == "proposed":
+            others = [each for each in walk.trials if each.number != trial.number]
+            further = plan_trials(walk.loaded, walk.ledger, sorted([*others, now], key=lambda each: each.number))
+            now = budget.priced(now, walk, further, trial.added_train_tflops)
+            if (why := budget.refusal(now, replace(walk, trials=tuple(others)), further)) is not None:
+                say(f"{trial_name(trial.number)} stays where it was stopped: {why}")
+                continue
+            walk = further
         if now != trial:
             walk = walk.with_trial(now)
             notes.write(now)
@@ -97,8 +114,9 @@ def _updated(walk: ExperimentPlan, notes: TrialNotes, retry_failed: bool) -> Exp
 
 
 def _all_ended(walk: ExperimentPlan) -> str:
-    failed = sum(trial.state == "failed" for trial in walk.trials)
-    more = f", {failed} of them failed; --retry-failed takes them up again" if failed else ""
+    failed, stopped = (sum(trial.state == state for trial in walk.trials) for state in ("failed", "stopped"))
+    more = f", {stopped} of them at a rung" if stopped else ""
+    more += f", {failed} of them failed; --retry-failed takes them up again" if failed else ""
     return f"nothing to do: every trial has ended{more}"
 
 
@@ -142,7 +160,7 @@ class SearchSession(Session):
 
     @property
     def num_ended(self) -> int:
-        """Trials that finished or failed."""
+        """Trials that finished, failed or were stopped."""
         return sum(trial.state != "proposed" for trial in self.walk.trials)
 
     def search(self, num_trials: int, *, local: bool, fail_fast: bool) -> None:
@@ -228,7 +246,9 @@ class SearchSession(Session):
             self._check_and_show()
         if is_planned or self._is_due:
             self._is_due = False
-            self._answer(self._tuning)
+            while self._answer(self._tuning):  # what went on from a rung may be at the next one already
+                self._check_and_show()
+                is_planned = True
         return self.walk.tree.work(self.walk.ledger) if is_planned else None
 
     def is_closed(self) -> bool:
@@ -281,29 +301,45 @@ class SearchSession(Session):
             self._said.add(text)
             self.view.say(f"note: {text}")
 
-    def _answer(self, tuning: Tuning | LocalTuning) -> None:
+    def _answer(self, tuning: Tuning | LocalTuning) -> bool:
+        """Note and answer the trials that have ended; return whether some went on from a rung."""
         references = [identity for cells in self.walk.references.values() for identity in cells]
         if (error := self._why_not(references)) is not None:
             self.unmeasured = f"the search stopped: what search.constraints compares with is not trained: {error}"
-            return
+            return False
+        have_gone_on = False
         for trial in self.walk.trials:
             if trial.number not in self._asked:
                 continue
             now = as_stored(self.walk, trial)
+            if now.state == "proposed":
+                now = judged(self.walk, now)
             if now.state == "proposed" and self.broken is None and (error := self._why_not(trial.cells)) is not None:
                 now = trial.failed(error)
             if now.state == "proposed":
+                if now.rungs != trial.rungs:
+                    self._go_on(now)
+                    have_gone_on = True
                 continue
             self.walk = self.walk.with_trial(now)
             self._notes.write(now)
             self._asked.discard(now.number)
-            told = {**now.objectives, **{f"{EXCESS}{name}": value for name, value in now.excess.items()}}
-            tuning.answer(now.number, told if now.state == "finished" else {FAILED: now.error})
-            values = ", ".join(f"{name} {value:.4g}" for name, value in now.objectives.items())
-            values += "".join(f"; violates {name} by {now.excess[name]:.4g}" for name in now.violated)
-            self.view.say(f"{now.state} {trial_name(now.number)}: {values or now.error}")
-            self.record(cell for cell in self.walk.cells if cell.id in now.cells)
+            tuning.answer(now.number, _answer_of(now))
+            self.view.say(_ending_of(now))
+            self.record(self.walk.cells_of(now))
             self.unmeasured = unmeasured(self.walk)
+        return have_gone_on
+
+    def _go_on(self, trial: Trial) -> None:
+        """Plan a trial beyond the rung that it passed, and note it before it runs."""
+        before = self.walk
+        trials = [trial if each.number == trial.number else each for each in before.trials]
+        walk = plan_trials(before.loaded, before.ledger, trials)
+        trial = self._budget.priced(trial, before, walk, trial.added_train_tflops)
+        self.walk = walk.with_trial(trial)
+        self._notes.write(trial)
+        *_, (rung, value) = trial.rungs.items()
+        self.view.say(f"goes on {trial_name(trial.number)}: {value:.4g} at {rung}")
 
     def _why_not(self, cells: Collection[str]) -> str | None:
         """Return why cells will never end: a job they need depends on one, such as a rehearsal, that failed and that
@@ -313,28 +349,56 @@ class SearchSession(Session):
         return next((self._not_done[job] for job in jobs if job in self._not_done), None)
 
 
+def _answer_of(trial: Trial) -> dict[str, Any]:
+    """Return what Tune's side is told of a trial that has ended."""
+    if trial.state == "failed":
+        return {FAILED: trial.error}
+    if trial.state == "stopped":
+        return {f"{RUNG}{step}": value for step, value in trial.rung_steps().items()}
+    return {**trial.objectives, **{f"{EXCESS}{name}": value for name, value in trial.excess.items()}}
+
+
+def _ending_of(trial: Trial) -> str:
+    """Return a line that says how a trial ended."""
+    text = ", ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())
+    text += "".join(f"; violates {name} by {trial.excess[name]:.4g}" for name in trial.violated)
+    if trial.state == "stopped":
+        *_, (rung, value) = trial.rungs.items()
+        text = f"{value:.4g} at {rung} is not among the best"
+    return f"{trial.state} {trial_name(trial.number)}: {text or trial.error}"
+
+
 def as_stored(walk: ExperimentPlan, trial: Trial) -> Trial:
-    """Return a trial as the ledger has it: finished with all its cells, failed with one of them."""
+    """Return a trial as the ledger has it: finished with all its cells, failed with one of them.
+
+    One that was stopped is proposed again where it is to be trained further: without a scheduler, or with another one.
+    """
     if not trial.cells:
         return trial  # it could not be planned
-    known = {cell.id: cell for cell in walk.cells}
-    cells = [known[identity] for identity in trial.cells]
+    assert walk.loaded.spec.search is not None
+    scheduler = walk.loaded.spec.search.scheduler
+    stays = trial.state != "stopped" or trial.planned_rung(scheduler) in trial.compared_at(scheduler)
+    if stays and is_at_rung(walk, trial):
+        return trial  # the session judges what is not judged yet
+    cells = walk.cells_of(trial)
     states = {walk.status(cell) for cell in cells}
     if "failed" in states:
         failures = walk.failures()
         return trial.failed(next((failures[cell.name] for cell in cells if cell.name in failures), "a cell failed"))
     if states != {"finished"} or (references := walk.reference_values()) is None:
-        return replace(trial, state="proposed", objectives={}, excess={}, error=None)
-    assert walk.loaded.spec.search is not None
+        # Where it stopped it is compared anew if there is a scheduler, by what that says now.
+        passed = list(trial.rungs.items())[: -1 if trial.state == "stopped" and scheduler is not None else None]
+        return replace(trial, state="proposed", objectives={}, excess={}, error=None, rungs=dict(passed))
     return trial.ended([walk.record(cell) for cell in cells], walk.loaded.spec.search, references)
 
 
 def unmeasured(walk: ExperimentPlan) -> str | None:
     """Return why more trials would be in vain: one failed with all its cells finished, and none has the objectives."""
-    if any(trial.state == "finished" for trial in walk.trials):
+    if any(trial.state in ("finished", "stopped") for trial in walk.trials):
         return None
     finished = {cell.id for cell in walk.cells if walk.status(cell) == "finished"}
-    lacks = next((t for t in walk.trials if t.state == "failed" and t.cells and finished.issuperset(t.cells)), None)
+    failed = (trial for trial in walk.trials if trial.state == "failed" and trial.cells)
+    lacks = next((t for t in failed if finished.issuperset(t.cells) or is_at_rung(walk, t)), None)
     if lacks is None:
         return None
     return (

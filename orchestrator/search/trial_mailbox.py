@@ -16,6 +16,8 @@ FAILED = "failed"
 """Key of an answer that tells why there are no objectives."""
 EXCESS = "excess:"
 """Beginning of the keys of an answer that tell by how much a metric is beyond its constraint."""
+RUNG = "rung:"
+"""Beginning of the keys of an answer that tell what a trial had at the rungs up to the one where it was stopped."""
 _STOPPED = {FAILED: "the search stopped"}
 
 

@@ -25,13 +25,22 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
-from orchestrator.search.trial_mailbox import EXCESS, FAILED, PROPOSAL, WAITING_RESOURCES, Mailbox, wait_for_answer
+from orchestrator.search.trial_mailbox import (
+    EXCESS,
+    FAILED,
+    PROPOSAL,
+    RUNG,
+    WAITING_RESOURCES,
+    Mailbox,
+    wait_for_answer,
+)
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.search_space import draw, grid, variant_layer_tokens
 
 DRAWS = 64
 """Draws for one trial at most, where each was proposed before."""
 
+_WITH_VALUES = (TrialState.COMPLETE, TrialState.PRUNED)
 _FIXED = "fixed_params"
 """Optuna's key for the parameters of an enqueued trial."""
 
@@ -82,12 +91,16 @@ class Proposer(OptunaSearch):
         return super().suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study; a trial that failed has no values there."""
+        """Tell the study; a trial that failed has no values there, one that was stopped has those at its rungs."""
         failed = error or not result or FAILED in result
+        trial, stopped = self._ot_trials[trial_id], False
         for key, value in ({} if failed or result is None else result).items():
             if key.startswith(EXCESS):
-                self._ot_trials[trial_id].set_constraint(key.removeprefix(EXCESS), value)
-        super().on_trial_complete(trial_id, None if failed else result, error=failed)
+                trial.set_constraint(key.removeprefix(EXCESS), value)
+            elif key.startswith(RUNG):
+                trial.report(value, int(key.removeprefix(RUNG)))
+                stopped = True
+        super().on_trial_complete(trial_id, None if failed or stopped else result, error=failed)
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: a search resumes from the ledger's notes."""
@@ -122,10 +135,13 @@ class Proposer(OptunaSearch):
             # It is told what came of that recipe, or it would insist on a part of the space that is used up.
             same = trials[known]
             # A generation counts its trials: to nsga2 one that failed is none.
-            is_told = same.state == TrialState.COMPLETE and not self._search.algorithm.is_nsga2
+            is_told = same.state in _WITH_VALUES and not self._search.algorithm.is_nsga2
             for name, excess in same.constraints.items() if is_told else ():
                 trial.set_constraint(name, excess)
-            study.tell(trial, same.values if is_told else None, None if is_told else TrialState.FAIL)
+            for step, value in same.intermediate_values.items() if is_told else ():
+                trial.report(value, step)
+            values = same.values if same.state == TrialState.COMPLETE and is_told else None
+            study.tell(trial, values, same.state if is_told else TrialState.FAIL)
         # Every attempt was of the same generation.
         first = study.get_trials(deepcopy=False)[len(trials)]
         return dict(trial.params), dict(first.system_attrs) if self._search.algorithm.is_nsga2 else {}
@@ -162,6 +178,9 @@ class Proposer(OptunaSearch):
         told = {"params": trial.params, "distributions": again.distributions, "system_attrs": trial.sampler_state}
         if trial.state == "failed":
             return create_trial(state=TrialState.FAIL, **told)
+        if trial.state == "stopped":
+            steps = trial.rung_steps()
+            return create_trial(state=TrialState.PRUNED, values=[steps[max(steps)]], intermediate_values=steps, **told)
         values = [trial.objectives[name] for name in self._search.objectives]
         return create_trial(values=values, constraints=trial.excess, **told)
 

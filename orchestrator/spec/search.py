@@ -32,14 +32,17 @@ class AlgorithmSpec(Spec):
 
 
 class SchedulerSpec(Spec):
-    """Early stopping of trials; for a single objective."""
+    """Early stopping of trials; for a single objective, which an evaluation measures."""
 
     kind: Literal["asha"] = "asha"
-    """Method: asynchronous successive halving."""
-    rungs: tuple[Share, ...] = Field(examples=[["1/4", "1/2"]])
-    """Shares of the phase after which the worse trials stop."""
+    """Method: asynchronous successive halving (Li et al. 2020). A trial is compared with those that were at the rung
+    before it and waits for none, so the first ones go on."""
+    rungs: tuple[Share, ...] = Field(min_length=1, examples=[["1/4", "1/2"]])
+    """Shares of a trial's optimizer steps, those of all its phases, after which the worse trials stop; rising."""
     under: str = "full"
-    """Variant under which trials are compared at a rung."""
+    """Variant under which trials are compared at a rung; `final` is each one's own last variant."""
+    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 2
+    """Of so many trials that were at a rung the best one goes on; of fewer too. Equal ones go on together."""
 
 
 class BudgetSpec(Spec):
@@ -142,6 +145,16 @@ SpaceEntry = Annotated[
 ]
 
 
+def measured_by(objective: str) -> tuple[str, str] | None:
+    """Return the evaluation that an objective is of, and the metric's name in it; None for a cost."""
+    first, _, rest = objective.partition("/")
+    entry, _, metric = rest.partition("/")
+    if first != "eval" or not metric:
+        return None
+    under, _, inner = metric.partition("/")
+    return entry, inner if inner and under.startswith("under_") else metric
+
+
 class SearchSpec(Spec):
     """A search of schedules and hyperparameters with one or several objectives (docs/concepts/search.md)."""
 
@@ -154,7 +167,7 @@ class SearchSpec(Spec):
     algorithm: AlgorithmSpec = AlgorithmSpec()
     """Method that proposes trials."""
     scheduler: SchedulerSpec | None = None
-    """Early stopping of trials; null trains every trial to its end."""
+    """Early stopping of trials; null trains every trial to its end, those too that were stopped before."""
     num_trials: Count = 24
     """Trials in all; equal trials are trained once."""
     budget: BudgetSpec | None = None

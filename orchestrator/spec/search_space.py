@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError
 from orchestrator.spec.budgets import layer_average
+from orchestrator.spec.checks.scheduler import check_scheduler
 from orchestrator.spec.components import FINAL, FULL, CompressorSpec, EvaluationSpec, Grid, adapts
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import SECTIONS, Assignment, Setting
@@ -321,7 +322,7 @@ def check_search(root: Node) -> list[ErrorDetail]:
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
-    errors += [*_check_conditions(root), *_check_algorithm(root, search)]
+    errors += [*_check_conditions(root), *_check_algorithm(root, search), *check_scheduler(root)]
     for section in ("objectives", "constraints"):
         found = (_check_metric(root, section, name) for name in search.entries(section))
         errors += [error for error in found if error is not None]

@@ -287,6 +287,7 @@ STATUS = {
     "failed": "FAILED",
     "interrupted": "KILLED",
     "trained": "FINISHED",
+    "stopped": "KILLED",
 }
 OPEN = ("RUNNING", "SCHEDULED")
 Lives = Callable[[Process, str], bool]

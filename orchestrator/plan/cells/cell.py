@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from orchestrator.plan.cells.compiled_schedule import CHAINED, CompiledSchedule, next_state
@@ -30,7 +31,9 @@ class PhasePlan:
             as far as their tables agree.
         before: Identity of the state before each of the first `CHAINED` actions and after the last of these; the
             lineage before the first one.
-        end: State the phase ends in.
+        end: State the phase ends in, as far as it is planned.
+        planned_steps: Steps of it that are planned, where the cell waits at a rung of a search or stopped there; None
+            for all.
     """
 
     name: str
@@ -43,6 +46,12 @@ class PhasePlan:
     lineage: str
     before: tuple[str, ...]
     end: str
+    planned_steps: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """Steps it has as far as it is planned."""
+        return self.total_steps if self.planned_steps is None else self.planned_steps
 
     @property
     def table(self) -> tuple[Action, ...]:
@@ -66,11 +75,13 @@ class Along:
     Attributes:
         step: Optimizer steps of the phase that the state has behind it.
         last_step: The last of them, counted from the cell's first step: where its result stands in a curve.
+        rung: Share of the steps at which a search compares its trials by it; None for what `evaluate` asks for.
     """
 
     step: int
     last_step: int
     job: EvaluationJob
+    rung: Fraction | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class Cell:
         sources: Cells of other experiments that phases start from, each up to the phase after which its weights are
             taken.
         along: Evaluations of states before the final one, by step.
+        rung: Share of its steps up to which it is planned (`rungs.py`); None for all of them.
     """
 
     id: str
@@ -102,6 +114,7 @@ class Cell:
     starts: tuple[StartJob, ...] = ()
     sources: tuple[Cell, ...] = ()
     along: tuple[Along, ...] = ()
+    rung: Fraction | None = None
 
     @property
     def tests(self) -> tuple[EvaluationJob, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from orchestrator.plan.cells.compiled_schedule import (
     resolve_schedule,
 )
 from orchestrator.plan.cells.image_amounts import SizedImages, images_by_size, unfit_images
+from orchestrator.plan.cells.rungs import rung_steps, stretches
 from orchestrator.plan.cells.sample_lengths import Samples
 from orchestrator.plan.cells.start_from import Start, pick, resolve_start
 from orchestrator.plan.cost import MeasuredRows, stage_train_tflops, unpriced
@@ -30,6 +32,7 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.spec.phase import PhaseSpec, StartFromSpec, epoch_steps, rows_per_epoch
+from orchestrator.spec.search import SearchSpec, measured_by
 
 if TYPE_CHECKING:
     from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
@@ -42,13 +45,13 @@ _NOT_HASHED = set(identity_fields.RESOLVED)
 
 
 def expand_cells(loaded: LoadedExperiment) -> tuple[Cell, ...]:
-    """Return the cells of an experiment, in the grid's order.
+    """Return the cells of an experiment, in the grid's order; of a search with the evaluations at its rungs.
 
     Raises:
         UsageError: a phase's number of steps is not known, or a name is not defined.
     """
     resolver = _Resolver(loaded.starts)
-    return tuple(resolver.cell(cell) for cell in loaded.cells)
+    return tuple(resolver.cell(cell, loaded.spec.search) for cell in loaded.cells)
 
 
 class _Undivided(UsageError):
@@ -75,7 +78,7 @@ class _Resolver:
             self._alive.append(spec)
         return self._made[near]
 
-    def cell(self, cell: ResolvedCell) -> Cell:
+    def cell(self, cell: ResolvedCell, search: SearchSpec | None = None) -> Cell:
         spec = cell.spec
         facts = self._once(_facts, spec.model)
         root = self._root(spec)
@@ -97,7 +100,7 @@ class _Resolver:
             cell_id(phases, root), cell.name, dict(cell.axes), spec, root, tuple(phases), tuple(evaluations), state,
             facts, tuple(dict.fromkeys(notices)), tuple(start.job for start in starts if start.job is not None),
             tuple(start.source for start in starts if start.source is not None),
-            self._along(spec, phases, final, facts, notices),
+            self._along(spec, search, phases, final, facts, notices),
         )  # fmt: skip
 
     def _root(self, spec: ExperimentSpec) -> RootJob:
@@ -371,32 +374,28 @@ class _Resolver:
         return self._made[key]
 
     def _along(
-        self, spec: ExperimentSpec, phases: list[PhasePlan], final: Variant, facts: ModelFacts | None,
-        notices: list[str],
+        self, spec: ExperimentSpec, search: SearchSpec | None, phases: list[PhasePlan], final: Variant,
+        facts: ModelFacts | None, notices: list[str],
     ) -> tuple[Along, ...]:  # fmt: skip
         """Return the evaluations of states before the final one, by step.
 
         Raises:
-            UsageError: a learned compressor would be tested before any stage used it.
+            UsageError: a learned compressor would be tested before any stage used it, or rungs have no room.
         """
-        if all(entry.at == "end" for entry in spec.evaluate.values()):
+        wanted = [*_asked_for(spec, phases), *_at_rungs(search, phases)]
+        if not wanted:
             return ()
         found: list[Along] = []
         before, modules = 0, _Modules(spec, facts)
         for plan in phases:
-            for name, entry in spec.evaluate.items():
-                if entry.at == "end":
+            for of, name, unders, step, rung in wanted:
+                if of is not plan:
                     continue
-                every = None if entry.at == "stage_ends" else entry.at.every_steps
-                steps = range(every, plan.total_steps + 1, every) if every else plan.schedule.stage_ends
-                for step in steps:
-                    if plan is phases[-1] and step == plan.total_steps:
-                        continue  # the final state's
-                    state = plan.state_at(step)
-                    for under, part in product(entry.tested_variants, self._parts(spec, name, entry)):
-                        job = self._evaluation(spec, (name, *part), under, state, final, facts, notices)
-                        modules.check(job, plan, step)
-                        found.append(Along(step, before + step - 1, job))
+                entry, state = spec.evaluate[name], plan.state_at(step)
+                for under, part in product(unders, self._parts(spec, name, entry)):
+                    job = self._evaluation(spec, (name, *part), under, state, final, facts, notices)
+                    modules.check(job, plan, step, f"evaluate.{name}.at" if rung is None else "search.scheduler")
+                    found.append(Along(step, before + step - 1, job, rung))
             modules.pass_through(plan)
             before += plan.total_steps
         return tuple(sorted(found, key=lambda each: each.last_step))
@@ -431,7 +430,7 @@ class _Resolver:
         facts: ModelFacts | None, notices: list[str],
     ) -> EvaluationJob:  # fmt: skip
         name, part, entry = which
-        point = entry.tested_variants[under]
+        point = entry.tested_variants.get(under)  # at a rung `under` may be none of the entry's own
         if point is not None:
             variant = self._resolved_variant(spec, f"evaluate.{name}.under: {under}", (point,), facts)
         else:
@@ -472,6 +471,31 @@ def _variants_of(schedule: CompiledSchedule) -> dict[str, Points]:
     return found
 
 
+# A phase, an entry under `evaluate`, what is tested under, steps of the phase before it, and the rung if it is for one.
+_Wanted = tuple[PhasePlan, str, Sequence[str], int, Fraction | None]
+
+
+def _asked_for(spec: ExperimentSpec, phases: Sequence[PhasePlan]) -> Iterator[_Wanted]:
+    """Yield what `evaluate` tests along the way."""
+    for plan, (name, entry) in product(phases, spec.evaluate.items()):
+        if entry.at == "end":
+            continue
+        every = None if entry.at == "stage_ends" else entry.at.every_steps
+        for step in range(every, plan.total_steps + 1, every) if every else plan.schedule.stage_ends:
+            if plan is not phases[-1] or step < plan.total_steps:  # the final state is tested anyway
+                yield plan, name, tuple(entry.tested_variants), step, None
+
+
+def _at_rungs(search: SearchSpec | None, phases: Sequence[PhasePlan]) -> Iterator[_Wanted]:
+    """Yield what a search compares its trials by."""
+    if search is None or search.scheduler is None:
+        return
+    for rung, steps in rung_steps(phases, search.scheduler.rungs).items():
+        *_, (plan, step) = stretches(phases, steps)
+        for name, _ in filter(None, map(measured_by, search.objectives)):
+            yield plan, name, (search.scheduler.under,), step, rung
+
+
 class _Modules:
     """Learned modules that have weights, phase after phase; where weights may bring their own, nothing is known."""
 
@@ -484,7 +508,7 @@ class _Modules:
         # By the point itself, which the actions of a policy share: there may be thousands.
         self._names: dict[int, tuple[Mapping[str, Any], str | None]] = {}
 
-    def check(self, job: EvaluationJob, plan: PhasePlan, step: int) -> None:
+    def check(self, job: EvaluationJob, plan: PhasePlan, step: int, where: str) -> None:
         """Check that a state has weights for what an evaluation attaches.
 
         Raises:
@@ -495,7 +519,7 @@ class _Modules:
         used = (action for action in plan.table if action.first_step < step)
         if not wanted <= self._known.union(*(self._of(action.all_points) for action in used)):
             raise UsageError(
-                f"evaluate.{job.name}.at: after step {step} of phases.{plan.name} no stage has used the learned "
+                f"{where}: after step {step} of phases.{plan.name} no stage has used the learned "
                 f"compressor that `{job.under}` attaches, which has no weights yet; test under `full` or another "
                 "variant along the way, and under this one in an evaluation of its own `at: end`"
             )

@@ -16,9 +16,6 @@ def check_unsupported(root: Node) -> Iterator[ErrorDetail]:
 
 
 def _unsupported(root: Node) -> Iterator[tuple[Path, str]]:
-    wanted = {key: value for key, node in root.entries("search").items() if (value := node.plain())}
-    if "scheduler" in wanted:
-        yield ("search", "scheduler"), "trials are not stopped early; take it out"
     workers = root.at(("cluster", "num_workers"))
     if workers is not None and workers.is_mapping:
         yield ("cluster", "num_workers"), "an elastic number of workers; give one number"

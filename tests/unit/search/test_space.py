@@ -255,16 +255,9 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
     assert all(fault.line is not None for fault in told)
 
 
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("  scheduler: {rungs: [1/2]}\n", "search.scheduler"),
-    ],
-)
-def test_what_comes_later_is_refused_by_name(text, path, search_text, tmp_path):
-    file = tmp_path / "later.yaml"
-    # Early stopping is for one objective.
-    file.write_text(search_text.replace(", cost/train_tflops: min", "") + text)
+def test_what_comes_later_is_refused_by_name(search_text, tmp_path):
+    file, path = tmp_path / "later.yaml", "cluster.num_workers"
+    file.write_text(search_text + "cluster: {num_workers: {min: 1, max: 2}}\n")
     with pytest.raises(SpecError) as caught:
         load_experiment(file)
     (fault,) = caught.value.errors

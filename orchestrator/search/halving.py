@@ -1,0 +1,51 @@
+"""Asynchronous successive halving: what becomes of a trial that has reached a rung, from the ledger and the notes.
+
+Ray Tune's own scheduler has its rungs at powers of its factor alone, keeps its decisions in memory, where a killed
+driver loses them, and is not there in a local search; so the driver decides, and Tune is told what stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from statistics import mean
+
+from orchestrator.plan.cell_record import rung_value
+from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.status import cell_status
+from orchestrator.plan.trials import Trial, goes_on, rung_name
+
+
+def is_at_rung(walk: ExperimentPlan, trial: Trial) -> bool:
+    """Return whether all cells of a trial are trained up to a rung and tested there."""
+    return {cell_status(cell, walk.tree, walk.ledger) for cell in walk.cells_of(trial)} == {"stopped"}
+
+
+def judged(walk: ExperimentPlan, trial: Trial) -> Trial:
+    """Return a trial once it was compared at the rung where it is: stopped, or to go on; as it is where it is at none.
+
+    A trial that is the same as an earlier one ends as that one does.
+    """
+    search = walk.loaded.spec.search
+    assert search is not None
+    if not is_at_rung(walk, trial):
+        return trial
+    assert search.scheduler is not None
+    first: dict[tuple[str, ...], Trial] = {}
+    for each in walk.trials:
+        first.setdefault(each.cells, each)
+    if (same := first[trial.cells]).number != trial.number:
+        return replace(trial, state="stopped", rungs=same.rungs) if same.state == "stopped" else trial
+    cells = walk.cells_of(trial)
+    rung = cells[0].rung
+    assert rung is not None
+    name = rung_name(rung, search.scheduler)
+    ((objective, way),) = search.objectives.items()
+    found = [rung_value(cell, walk.ledger, objective) for cell in cells]
+    values = [value for value in found if value is not None and math.isfinite(value)]
+    if len(values) < len(found):
+        return trial.failed(f"the objective {objective} was not measured at {name}")
+    others = [each.rungs[name] for each in first.values() if each.number != trial.number and name in each.rungs]
+    value = mean(values)
+    going = goes_on(value, others, way, search.scheduler.reduction_factor)
+    return replace(trial, state="proposed" if going else "stopped", rungs={**trial.rungs, name: value})
