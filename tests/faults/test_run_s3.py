@@ -78,7 +78,9 @@ def goes_on(spec: Path, tmp_path: Path, store: S3Backend, llavolta: Llavolta, *o
     killed_after_a_checkpoint(spec, store, *options)
     shutil.rmtree(tmp_path / "cache")
     began_ms = time.time() * 1000
-    assert "continues at step" in json.dumps(json.loads(llavolta("plan", spec, "--json").stdout)["cells"])
+    # Its workers may have ended the stage run before they saw that their driver is gone.
+    told = json.dumps(json.loads(llavolta("plan", spec, "--json").stdout)["cells"])
+    assert re.search(r"continues at step|\"reason\": \"evaluation vqa under final is missing", told), told
     result = llavolta("run", spec, *options)
     assert result.returncode == 0, result.stderr
     walk = prepare(spec)
