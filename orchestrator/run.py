@@ -76,7 +76,7 @@ def run_experiment(
     def work_of(walk: ExperimentPlan) -> list[Job]:
         return walk.tree.work(walk.ledger, retry_failed=retry_failed)
 
-    return _run_grid(prepared, work_of, console, local=local, fail_fast=fail_fast, deadline=deadline)
+    return run_grid(prepared, work_of, console, local=local, fail_fast=fail_fast, deadline=deadline)
 
 
 def evaluate_experiment(
@@ -127,7 +127,7 @@ def evaluate_experiment(
         return tests_of_trained(walk, chosen, retry_failed=retry_failed)
 
     left_out = frozenset(each.name for each in walk.cells) - chosen | frozenset(open_)
-    return _run_grid(lambda: prepare(loaded), work_of, console, local=local, fail_fast=fail_fast, left_out=left_out)
+    return run_grid(lambda: prepare(loaded), work_of, console, local=local, fail_fast=fail_fast, left_out=left_out)
 
 
 def record_scores(
@@ -152,7 +152,7 @@ def record_scores(
         score = {"value": float(value), "source": source.strip(), "when": time.time()}
         walk.ledger.record_score(job.id, metric, score)
     everyone = frozenset(each.name for each in walk.cells)
-    return _run_grid(lambda: prepare(loaded), lambda _: [], console, local=True, fail_fast=False, left_out=everyone)
+    return run_grid(lambda: prepare(loaded), lambda _: [], console, local=True, fail_fast=False, left_out=everyone)
 
 
 _METRIC = re.compile(r"[A-Za-z0-9_. -]+(/[A-Za-z0-9_. -]+)*")
@@ -209,7 +209,7 @@ def _is_trained(walk: ExperimentPlan, cell: Cell) -> bool:
     return not cell.phases or walk.ledger.is_done(cell.state)
 
 
-def _run_grid(
+def run_grid(
     prepared: Callable[[], ExperimentPlan],
     work_of: Callable[[ExperimentPlan], list[Job]],
     console: Console,

@@ -20,6 +20,7 @@ from orchestrator.plan.reasons import Reasons
 from orchestrator.plan.status import CellStatus, TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
+from orchestrator.plan.trials import PROMOTED
 from orchestrator.spec.budgets import mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, adapts
 from orchestrator.spec.controls import AXIS, compressing_variants
@@ -163,6 +164,7 @@ def plan_document(
             *costs.notices,
             *tested_differently(cells),
             *bounds,
+            *_to_promote(loaded, cells),
         )
     )
     return {
@@ -173,6 +175,18 @@ def plan_document(
         "totals": _totals(loaded, cells, status, alone, runs),
         "notices": list(notices),
     }
+
+
+def _to_promote(loaded: LoadedExperiment, cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence on the cells that a search adds once its trials have ended; none where it has."""
+    promote = loaded.spec.search.promote if loaded.spec.search is not None else None
+    if promote is None or any(PROMOTED in cell.axes for cell in cells):
+        return []
+    seeds = len(promote.seeds or loaded.cells)
+    return [
+        f"search.promote: once the trials have ended, at most {promote.top} of them are run again, "
+        f"{promote.top * seeds} cells ({seeds} a trial), which no budget limits"
+    ]
 
 
 def _totals(

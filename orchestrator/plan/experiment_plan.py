@@ -27,11 +27,13 @@ from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import (
     ADDED,
+    PROMOTED,
     STOPPED,
     Trial,
     TrialNotes,
     cells_of_trials,
     front_of,
+    promoted_cells,
     reference_cells,
     search_id,
 )
@@ -93,7 +95,8 @@ class ExperimentPlan:
         assert self.loaded.spec.search is not None
         found = {}
         for metric, constraint in self.loaded.spec.search.constraints.items():
-            cells = [cell for cell in self.cells if cell.id in self.references.get(constraint.reference or "", ())]
+            ids = self.references.get(constraint.reference or "", ())
+            cells = [cell for cell in self.cells if cell.id in ids and PROMOTED not in cell.axes]
             failures = (failure_of(cell, self.tree, self.ledger) for cell in cells)
             if (failure := next((each for each in failures if each is not None), None)) is not None:
                 text = f"the search stopped: {constraint.reference}, which search.constraints compares with, failed"
@@ -125,7 +128,7 @@ class ExperimentPlan:
         record = cell_record(cell, self.tree, self.ledger, self._baseline_of(cell))
         record = replace(record, status=self._as_judged(cell, record.status))
         search = self.loaded.spec.search
-        if search is None or record.status not in ("finished", "stopped"):
+        if search is None or record.status not in ("finished", "stopped") or PROMOTED in cell.axes:
             return record
         has_failed = any(trial.state == "failed" and cell.id in trial.cells for trial in self.trials)
         if has_failed and not {*search.objectives, *search.constraints} <= record.summary.keys():
@@ -170,8 +173,8 @@ class ExperimentPlan:
         return next((each for each in self.trials if cell.id in each.cells), None)
 
     def cells_of(self, trial: Trial) -> list[Cell]:
-        """Return the cells of a trial, one a seed."""
-        return [cell for cell in self.cells if cell.id in trial.cells]
+        """Return the cells of a trial, one a seed; not those it has once it is promoted."""
+        return [cell for cell in self.cells if cell.id in trial.cells and PROMOTED not in cell.axes]
 
     def jobs_of(self, cell: Cell) -> tuple[str, ...]:
         """Return ids of what a cell needs, in order: its root, what it starts from, its stage runs, its evaluations."""
@@ -252,7 +255,8 @@ def plan_trials(
 ) -> ExperimentPlan:
     """Return a search with the trials there are; one that cannot be planned comes back failed.
 
-    A trial that is the same as an earlier one shares its cells, under the earlier one's names. With a scheduler a trial
+    A trial that is the same as an earlier one shares its cells, under the earlier one's names; the cells of promoted
+    trials come last, under names of their own. With a scheduler a trial
     is planned up to the rung where it is compared next, or stopped.
 
     Args:
@@ -271,6 +275,7 @@ def plan_trials(
         reached += [planned_up_to(cell, rung, trial.compared_at(scheduler)) for cell in some]
     # They come first, so that they are trained first: no trial is judged before.
     cells = distinct_cells((*(cell for some in references.values() for cell in some), *reached))
+    cells = (*cells, *promoted_cells(loaded, planned))
     front = frozenset(front_of(planned, loaded.spec.search))
     ids = {name: tuple(cell.id for cell in some) for name, some in references.items()}
     return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front, ids)

@@ -52,6 +52,8 @@ ADDED = "cost/added_train_tflops"
 """Metric of a trial's cells: an equal part of what the trial added to the work that was stored or planned."""
 STOPPED = "stopped"
 """Tag of a trial's cells: the rung where it stopped and its value there; `no` where it passed all of its rungs."""
+PROMOTED = "promoted"
+"""Axis of the cells of a trial that is run again: the trial's name."""
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""
 
@@ -75,6 +77,7 @@ class Trial:
         stored_gpu_hours: Measured hours of the stage runs that it found stored, of which no earlier trial made use;
             noted where hours are limited.
         rungs: What it was compared by at each rung that it reached (`rung_name`): the mean over its cells.
+        promoted: Whether it is run again as `search.promote` says.
     """
 
     number: int
@@ -89,6 +92,7 @@ class Trial:
     added_train_tflops: float | None = None
     stored_gpu_hours: float = 0.0
     rungs: dict[str, float] = field(default_factory=dict)
+    promoted: bool = False
 
     def planned_rung(self, scheduler: SchedulerSpec | None) -> Fraction | None:
         """Return the rung that it is trained up to, where it waits or stopped; None for its end."""
@@ -224,6 +228,36 @@ def reference_cells(loaded: LoadedExperiment) -> dict[str, tuple[Cell, ...]]:
             cells = expand_cells(replace(loaded, cells=resolved))
             found[name] = tuple(planned_up_to(cell, None, ()) for cell in cells)
     return found
+
+
+def promoted_cells(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[Cell]:
+    """Yield the cells of promoted trials, one a seed; some may be a trial's own, under another name.
+
+    Raises:
+        LlavoltaError: what `search.promote` sets cannot stand in its place.
+    """
+    search = loaded.spec.search
+    if search is None or search.promote is None:
+        return
+    for trial in trials:
+        if trial.promoted:
+            name, values = f"{PROMOTED}-{trial.number:03d}", {**trial.values, **search.promote.set}
+            resolved = tuple(
+                replace(cell, axes={**cell.axes, PROMOTED: trial_name(trial.number)})
+                for cell in trial_cells(loaded, name, values, search.promote.seeds)
+            )
+            for cell in expand_cells(replace(loaded, cells=resolved)):
+                yield planned_up_to(cell, None, ())
+
+
+def best_trials(trials: Sequence[Trial], search: SearchSpec, top: int) -> list[Trial]:
+    """Return the best distinct trials that meet all constraints: of the front, by the first objective."""
+    (objective, way), *others = search.objectives.items()
+    fit = {trial.cells: trial for trial in reversed(trials) if trial.state == "finished" and not trial.violated}
+    front = front_of(trials, search)
+    found = [trial for trial in fit.values() if not others or front.issuperset(trial.cells)]
+    sign = 1 if way == "min" else -1
+    return sorted(found, key=lambda trial: (sign * trial.objectives[objective], trial.number))[:top]
 
 
 def front_of(trials: Sequence[Trial], search: SearchSpec) -> set[str]:

@@ -24,7 +24,7 @@ from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, EVALUATION_TAG, CellRecord, flat
 from orchestrator.plan.cells.cell import Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.plan.trials import ADDED, STOPPED
+from orchestrator.plan.trials import ADDED, PROMOTED, STOPPED
 from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
@@ -436,7 +436,7 @@ def _row(
             spread[name] = stdev(numbers)
             interval = mean_interval(numbers)
             ci95[name] = float(interval.high or 0.0) - interval.mean
-    marks = []
+    marks = [PROMOTED] if PROMOTED in own else []
     if "control" in own:
         marks.append("control")
     elif baseline and all(own.get(axis) == value for axis, value in baseline.items()):

@@ -20,8 +20,8 @@ from orchestrator.errors import DataError, StageRunError, StorageError, UsageErr
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.trials import Trial, TrialNotes, search_id
-from orchestrator.run import RunOutcome, Session, check_data
+from orchestrator.plan.trials import PROMOTED, Trial, TrialNotes, best_trials, search_id
+from orchestrator.run import RunOutcome, Session, check_data, run_grid
 from orchestrator.search.budget import Budget, most_trials
 from orchestrator.search.halving import is_at_rung, judged
 from orchestrator.search.trial_mailbox import EXCESS, FAILED, RUNG
@@ -63,10 +63,49 @@ def search_experiment(
                 session.search(left, local=local, fail_fast=fail_fast)
             else:
                 console.print(_all_ended(session.walk), highlight=False)
+        outcome = _outcome_of(session)
+        if not outcome.waiting and search.promote is not None:
+            outcome = _promote(session.walk, notes, outcome, console, deadline, local=local, fail_fast=fail_fast)
+        return outcome
+
+
+def _outcome_of(session: SearchSession) -> RunOutcome:
     trials = session.walk.trials
     failed = {trial_name(trial.number): trial.error or "" for trial in trials if trial.state == "failed"}
     waiting = {trial_name(trial.number): "" for trial in trials if trial.state == "proposed"}
     return replace(session.outcome(failed, waiting), front=_front_trials(session.walk))
+
+
+def _promote(
+    walk: ExperimentPlan, notes: TrialNotes, searched: RunOutcome, console: Console, deadline: float, *, local: bool,
+    fail_fast: bool,
+) -> RunOutcome:  # fmt: skip
+    """Run the best trials again as `search.promote` says, and return how search and cells ended.
+
+    What was promoted before, when there were fewer trials, stays so.
+    """
+    search = walk.loaded.spec.search
+    assert search is not None and search.promote is not None
+    best = {trial.number for trial in best_trials(walk.trials, search, search.promote.top)}
+    trials = [replace(trial, promoted=trial.promoted or trial.number in best) for trial in walk.trials]
+    plan_trials(walk.loaded, walk.ledger, trials)  # what cannot be planned is not noted
+    for trial in trials:
+        notes.write(trial)
+
+    def prepared() -> ExperimentPlan:
+        plan = plan_trials(walk.loaded, walk.ledger, notes.read())
+        record_experiment(plan)
+        return plan
+
+    own = frozenset(cell.name for cell in walk.cells if PROMOTED not in cell.axes)
+    outcome = run_grid(
+        prepared, lambda plan: plan.tree.work(plan.ledger), console, local=local, fail_fast=fail_fast,
+        deadline=deadline, left_out=own,
+    )  # fmt: skip
+    return replace(
+        outcome, failed={**searched.failed, **outcome.failed}, front=searched.front,
+        executed=searched.executed + outcome.executed, tried=searched.tried + outcome.tried,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
         errors += base_errors
     # What is drawn depends on these; other errors do not hide its own.
     if spec is not None and not any(
-        error.path.startswith(("search.space", "compressors", "model")) for error in errors
+        error.path.startswith(("search.space", "search.promote.set", "compressors", "model")) for error in errors
     ):
         builder.errors.clear()
         for corner in space_corners(root, spec, builder.errors):

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag
 
-from orchestrator.spec.base import Count, Flag, Integer, Positive, Share, Spec
+from orchestrator.spec.base import Count, Flag, Integer, Positive, Share, Spec, Whole
 from orchestrator.spec.constraint import ConstraintText
 
 Plain = str | int | float | bool
@@ -58,6 +58,17 @@ class BudgetSpec(Spec):
     gpu_hours: Positive | None = None
     """Most hours of training of all workers' devices together that trials add, those still to come estimated by the
     speed measured so far (until it is known one trial runs alone); null sets no limit. Evaluations are not counted."""
+
+
+class PromoteSpec(Spec):
+    """The best trials again, once all have ended: with more seeds, or as the file would have it without the search."""
+
+    top: Count = 5
+    """Most trials: of the front, by the first objective; with one objective the best."""
+    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] | None = Field(default=None, examples=[[1, 2, 3]])
+    """Seeds of each; null takes those of the trials. A cell that a trial was is not trained again."""
+    set: dict[str, JsonValue] = Field(default_factory=dict, examples=[{"phases.finetune.max_steps": 400}])
+    """Dotted paths of the file to what they are there; none that is searched."""
 
 
 class SpaceEntrySpec(Spec):
@@ -172,6 +183,8 @@ class SearchSpec(Spec):
     """Trials in all; equal trials are trained once."""
     budget: BudgetSpec | None = None
     """Limits beside `num_trials`; null sets none."""
+    promote: PromoteSpec | None = None
+    """What the best trials are run again with; null runs none again."""
     constraints: dict[str, ConstraintText] = Field(
         default_factory=dict, examples=[{"eval/vqa/accuracy": ">= full - 0.005"}]
     )

@@ -21,6 +21,7 @@ from orchestrator.spec.grid import SECTIONS, Assignment, Setting
 from orchestrator.spec.loaded import LoadedExperiment, ResolvedCell
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.spec.phase import PHASES
+from orchestrator.spec.promotion import check_promote
 from orchestrator.spec.search import (
     ChoiceSpec,
     IntUniformSpec,
@@ -48,13 +49,16 @@ def reference_path(spec: ExperimentSpec) -> str:
     return f"phases.{list(spec.phases.by_name)[-1]}.schedule"
 
 
-def trial_cells(loaded: LoadedExperiment, name: str, values: Mapping[str, Any]) -> tuple[ResolvedCell, ...]:
-    """Return one cell a seed of the matrix, or one.
+def trial_cells(
+    loaded: LoadedExperiment, name: str, values: Mapping[str, Any], seeds: Sequence[int] | None = None
+) -> tuple[ResolvedCell, ...]:
+    """Return one cell a seed, or one.
 
     Args:
         loaded: The experiment; its own cells are the base with each seed.
         name: The cell's where there is one seed, else the beginning of its name.
         values: Dotted path to a value as the file would write it.
+        seeds: Seeds; None takes those of the matrix.
 
     Raises:
         SpecError: a value cannot stand in its place.
@@ -68,13 +72,12 @@ def trial_cells(loaded: LoadedExperiment, name: str, values: Mapping[str, Any]) 
     except ValidationError as error:
         raise SpecError(explain(error.errors(), tree)) from error
     axes = {path: summary(value) for path, value in values.items()}
-    if not any(cell.axes for cell in loaded.cells):
+    found = seeds or [cell.spec.seed for cell in loaded.cells if cell.axes]
+    if not found:
         return (ResolvedCell(name, axes, spec),)
     return tuple(
-        ResolvedCell(
-            f"{name},seed={cell.spec.seed}", axes | cell.axes, spec.model_copy(update={"seed": cell.spec.seed})
-        )
-        for cell in loaded.cells
+        ResolvedCell(f"{name},seed={seed}", axes | {"seed": seed}, spec.model_copy(update={"seed": seed}))
+        for seed in found
     )
 
 
@@ -322,7 +325,7 @@ def check_search(root: Node) -> list[ErrorDetail]:
         if path is not None and path[0] not in SECTIONS:
             text = f"`{name}` cannot be searched: it is no part of a cell"
             errors.append(error_at(root, ("search", "space", name), text, "paths under " + ", ".join(SECTIONS)))
-    errors += [*_check_conditions(root), *_check_algorithm(root, search), *check_scheduler(root)]
+    errors += [*_check_conditions(root), *_check_algorithm(root, search), *check_scheduler(root), *check_promote(root)]
     for section in ("objectives", "constraints"):
         found = (_check_metric(root, section, name) for name in search.entries(section))
         errors += [error for error in found if error is not None]
@@ -470,7 +473,17 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
             values = draw(_Corner(pick, end, given), spec.search, layer_tokens)
             corner = tuple(_setting(root, path, value) for path, value in values.items())
             corners[tuple(setting.key for setting in corner)] = corner
-    return [*corners.values(), *_references(root, spec, errors)]
+    return [*corners.values(), *_promoted(root, spec, list(corners.values())), *_references(root, spec, errors)]
+
+
+def _promoted(root: Node, spec: ExperimentSpec, corners: Sequence[Assignment]) -> list[Assignment]:
+    """Return the corners as they would be run again, to be checked like others."""
+    assert spec.search is not None
+    found = root.entries("search", "promote", "set")
+    changes = tuple(
+        Setting(find_path(root, name), node, ("search", "promote", "set", name)) for name, node in found.items()
+    )
+    return [(*corner, *changes) for corner in corners] if changes else []
 
 
 def _references(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> Iterator[Assignment]:

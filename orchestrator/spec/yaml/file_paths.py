@@ -57,6 +57,10 @@ def _rule(root: Node, path: Path) -> Rule | None:
         with suppress(UnknownPathError):  # reported where the grid is checked
             return _rule(root, find_path(root, str(path[3])))
         return None
+    if path[:3] == ("search", "promote", "set") and len(path) > 3:
+        with suppress(UnknownPathError):  # reported where the search is checked
+            return _rule(root, (*find_path(root, str(path[3])), *path[4:]))
+        return None
     if path[0] in NAMED and len(path) >= 3:
         depth = 2 if not isinstance(path[2], int) else 3
         cls = class_at(root, path[:depth])

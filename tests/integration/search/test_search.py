@@ -174,3 +174,29 @@ def test_trials_are_judged_by_what_they_are_compared_with(search_text, tmp_path)
     assert runs[trials[0]["cells"][0]].data.tags["violates"] == "cost/train_tflops"
     marks = {row["name"]: row["marks"] for row in told["rows"]}
     assert "violates cost/train_tflops" in marks["full"] and "pareto" in marks["trial-001"]
+
+
+def test_the_best_trials_are_run_again_once_all_have_ended(search_text, tmp_path):
+    lines = "  promote: {top: 1, seeds: [0, 7], set: {phases.finetune.weight_decay: 0.1}}\n"
+    search = Search(tmp_path, search_text.replace("num_trials: 4", "num_trials: 2") + lines)
+    process = search.start("--local")
+    wait_until(lambda: any(trial["promoted"] for trial in search.trials()) or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [trial["state"] for trial in search.trials()] == ["finished"] * 2
+    code, output, errors = search.run("--local", "--json")
+    assert code == 0, output + errors
+    told, trials = json.loads(output), search.trials()
+    (best,) = (trial for trial in trials if trial["promoted"])
+    rows = {row["name"]: row for row in told["rows"]}
+    row = rows[f"promoted-{best['number']:03d}"]
+    assert set(rows) == {"trial-000", "trial-001", row["name"]} and "promoted" in row["marks"]
+    assert row["status"] == "finished" and [name.partition(",")[2] for name in row["cells"]] == ["seed=0", "seed=7"]
+    runs = search.runs()
+    again = [run for run in runs.values() if run.data.params.get("promoted") == f"trial-{best['number']:03d}"]
+    assert len(runs) == 4 and {run.info.status for run in again} == {"FINISHED"} and len(again) == 2
+    assert row["metrics"]["eval/vqa/accuracy"] == pytest.approx(
+        sum(run.data.metrics["eval/vqa/accuracy"] for run in again) / 2
+    )
+    code, output, errors = search.run("--local", "--json")
+    assert code == 0 and json.loads(output)["executed"] == 0, errors
