@@ -53,6 +53,7 @@ class ExperimentPlan:
         trials: Of a search, by number.
         front: Ids of the cells on the search's Pareto front.
         references: Of a search, what its constraints compare with: the schedule's name to the ids of its cells.
+        whole: Of a search, the cells of its trials by number, to their end wherever they are planned up to.
     """
 
     loaded: LoadedExperiment
@@ -62,6 +63,7 @@ class ExperimentPlan:
     trials: tuple[Trial, ...] = ()
     front: frozenset[str] = frozenset()
     references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: Mapping[int, tuple[Cell, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"<ExperimentPlan of {self.loaded.spec.name}: {len(self.cells)} cells, {self.ledger.url}>"
@@ -251,7 +253,12 @@ def prepare(source: Source, overrides: Sequence[str] = ()) -> ExperimentPlan:
 
 
 def plan_trials(
-    loaded: LoadedExperiment, ledger: Ledger, trials: Sequence[Trial], *, to_the_end: bool = False
+    loaded: LoadedExperiment,
+    ledger: Ledger,
+    trials: Sequence[Trial],
+    known: Mapping[int, tuple[Cell, ...]] | None = None,
+    *,
+    to_the_end: bool = False,
 ) -> ExperimentPlan:
     """Return a search with the trials there are; one that cannot be planned comes back failed.
 
@@ -263,10 +270,11 @@ def plan_trials(
         loaded: The experiment, with its search.
         ledger: Where it is stored.
         trials: By number.
+        known: `whole` of an earlier plan of the same search: what it expanded is not expanded again.
         to_the_end: What has not ended is planned as if no rung stopped it.
     """
     assert loaded.spec.search is not None
-    found = list(cells_of_trials(loaded, trials))
+    found = list(cells_of_trials(loaded, trials, known or {}))
     references = reference_cells(loaded)
     planned = tuple(trial for trial, _ in found)
     scheduler, reached = loaded.spec.search.scheduler, []
@@ -278,7 +286,8 @@ def plan_trials(
     cells = (*cells, *promoted_cells(loaded, planned))
     front = frozenset(front_of(planned, loaded.spec.search))
     ids = {name: tuple(cell.id for cell in some) for name, some in references.items()}
-    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front, ids)
+    whole = {trial.number: some for trial, some in found}
+    return ExperimentPlan(loaded, cells, build_stage_tree(cells, ledger), ledger, planned, front, ids, whole)
 
 
 def reach_of(plan: ExperimentPlan) -> Recorded:

@@ -198,6 +198,8 @@ def search_id(loaded: LoadedExperiment) -> str:
     search = loaded.spec.search
     assert search is not None
     asked = search.model_dump(mode="json", include={"objectives", "algorithm"})
+    for name in search.algorithm.as_before():
+        del asked["algorithm"][name]
     asked["space"] = {path: e.model_dump(mode="json", exclude=set(e.as_before())) for path, e in search.space.items()}
     if search.constraints:
         asked |= search.model_dump(mode="json", include={"constraints"})
@@ -205,9 +207,20 @@ def search_id(loaded: LoadedExperiment) -> str:
     return digest({"search": asked, "base": base, "space_version": SPACE_VERSION})[:16]
 
 
-def cells_of_trials(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:
-    """Return each trial with its cells, whole; one whose recipe cannot be a cell comes back failed and has none."""
+def cells_of_trials(
+    loaded: LoadedExperiment, trials: Sequence[Trial], known: Mapping[int, tuple[Cell, ...]]
+) -> Iterator[tuple[Trial, tuple[Cell, ...]]]:
+    """Return each trial with its cells, whole; one whose recipe cannot be a cell comes back failed and has none.
+
+    Args:
+        loaded: The experiment, with its search.
+        trials: The trials.
+        known: By number the cells of those that were planned before.
+    """
     for trial in trials:
+        if cells := known.get(trial.number, ()):
+            yield replace(trial, cells=tuple(cell.id for cell in cells)), cells
+            continue
         try:
             resolved = trial_cells(loaded, trial_name(trial.number), trial.values)
             cells = expand_cells(replace(loaded, cells=resolved))

@@ -101,7 +101,7 @@ class Budget:
         whole = after
         scheduler = after.loaded.spec.search.scheduler if after.loaded.spec.search is not None else None
         if scheduler is not None and self._limits != BudgetSpec():
-            whole = plan_trials(after.loaded, after.ledger, after.trials, to_the_end=True)
+            whole = plan_trials(after.loaded, after.ledger, after.trials, after.whole, to_the_end=True)
         name, limit = trial_name(trial.number), self._limits.train_tflops
         if limit is not None and trial.cells:
             references = {identity for cells in after.references.values() for identity in cells}

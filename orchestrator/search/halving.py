@@ -18,7 +18,9 @@ from orchestrator.plan.trials import Trial, goes_on, rung_name
 
 def is_at_rung(walk: ExperimentPlan, trial: Trial) -> bool:
     """Return whether all cells of a trial are trained up to a rung and tested there."""
-    return {cell_status(cell, walk.tree, walk.ledger) for cell in walk.cells_of(trial)} == {"stopped"}
+    cells = walk.cells_of(trial)
+    is_planned_so = bool(cells) and all(cell.rung is not None for cell in cells)
+    return is_planned_so and all(cell_status(cell, walk.tree, walk.ledger) == "stopped" for cell in cells)
 
 
 def judged(walk: ExperimentPlan, trial: Trial) -> Trial:

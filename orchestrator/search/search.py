@@ -140,7 +140,8 @@ def updated(
         now = as_stored(walk, trial)
         if trial.state == "stopped" and now.state == "proposed":
             others = [each for each in walk.trials if each.number != trial.number]
-            further = plan_trials(walk.loaded, walk.ledger, sorted([*others, now], key=lambda each: each.number))
+            in_order = sorted([*others, now], key=lambda each: each.number)
+            further = plan_trials(walk.loaded, walk.ledger, in_order, walk.whole)
             now = budget.priced(now, walk, further, trial.added_train_tflops)
             if (why := budget.refusal(now, replace(walk, trials=tuple(others)), further)) is not None:
                 say(f"{trial_name(trial.number)} stays where it was stopped: {why}")
@@ -279,7 +280,7 @@ class SearchSession(Session):
         while self._posted and (self._is_over or not self._budget.must_wait(self.walk)):
             is_planned |= self._take(self._posted.pop(0), self._tuning)
         if self.is_damaged:
-            self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials)
+            self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials, self.walk.whole)
         self.is_damaged = False
         if is_planned:
             self._check_and_show()
@@ -303,7 +304,8 @@ class SearchSession(Session):
         trials = {trial.number: trial for trial in self.walk.trials}
         is_noted = proposed.number in trials
         trials.setdefault(proposed.number, proposed)
-        walk = plan_trials(self.walk.loaded, self.walk.ledger, [trials[number] for number in sorted(trials)])
+        in_order = [trials[number] for number in sorted(trials)]
+        walk = plan_trials(self.walk.loaded, self.walk.ledger, in_order, self.walk.whole)
         trial = next(trial for trial in walk.trials if trial.number == proposed.number)
         if not is_noted:
             trial = self._budget.priced(trial, self.walk, walk)
@@ -373,7 +375,7 @@ class SearchSession(Session):
         """Plan a trial beyond the rung that it passed, and note it before it runs."""
         before = self.walk
         trials = [trial if each.number == trial.number else each for each in before.trials]
-        walk = plan_trials(before.loaded, before.ledger, trials)
+        walk = plan_trials(before.loaded, before.ledger, trials, before.whole)
         trial = self._budget.priced(trial, before, walk, trial.added_train_tflops)
         self.walk = walk.with_trial(trial)
         self._notes.write(trial)

@@ -25,6 +25,7 @@ from orchestrator.errors import StageRunError
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.trials import Trial
+from orchestrator.search.shared_work import SharedWork
 from orchestrator.search.trial_mailbox import (
     EXCESS,
     FAILED,
@@ -39,6 +40,9 @@ from orchestrator.spec.search_space import draw, grid, variant_layer_tokens
 
 DRAWS = 64
 """Draws for one trial at most, where each was proposed before."""
+
+CANDIDATES = 8
+"""Recipes that are drawn for one trial where one of them is preferred."""
 
 _WITH_VALUES = (TrialState.COMPLETE, TrialState.PRUNED)
 _FIXED = "fixed_params"
@@ -55,11 +59,15 @@ class Proposer(OptunaSearch):
         spec: The experiment, with its search; its seed is the samplers'.
         trials: What the ledger notes, by number.
         mailbox: Handle that every proposal carries.
+        shared: Prices recipes, where the one that shares most is preferred.
     """
 
-    def __init__(self, spec: ExperimentSpec, trials: Sequence[Trial], mailbox: Any) -> None:
+    def __init__(
+        self, spec: ExperimentSpec, trials: Sequence[Trial], mailbox: Any, shared: SharedWork | None = None
+    ) -> None:
         search = spec.search
         assert search is not None
+        self._shared = shared
         self._search, self._layer_tokens = search, variant_layer_tokens(spec)
         self._sampler_seed, self._mailbox = spec.seed, mailbox
         self._known: dict[str, int] = {}
@@ -122,14 +130,27 @@ class Proposer(OptunaSearch):
         if self._grid is not None:
             left = (params for params, values in self._grid if canonical_json(values) not in self._known)
             return next(((params, {}) for params in left), None)
+        if self._shared is None:
+            return self._draw()[:2]
+        states = {trial.number: trial.state for trial in self._ot_study.get_trials(deepcopy=False)}
+        gone = (TrialState.FAIL, TrialState.PRUNED)  # what they would have trained is not there
+        trained = [recipe for recipe, number in self._known.items() if states.get(number) not in gone]
+        drawn = [self._draw(candidate) for candidate in range(CANDIDATES)]
+        # One that was proposed before adds nothing, and would always be the cheapest.
+        prices = [(recipe in self._known, self._shared.added(recipe, trained)) for *_, recipe in drawn]
+        return drawn[prices.index(min(prices))][:2]
+
+    def _draw(self, candidate: int = 0) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Return the parameters of a recipe, what the sampler noted, and the recipe; a new one, if one is found."""
         trials = self._ot_study.get_trials(deepcopy=False)
         # Asked of a copy: what a study has drawn it keeps, also where it is not wanted.
         study = optuna.create_study(directions=self._ot_study.directions)
         study.add_trials(trials)
         for attempt in range(DRAWS):
-            study.sampler = self._sampler_for(len(trials), attempt)
+            study.sampler = self._sampler_for(len(trials), attempt, candidate)
             trial = study.ask()
-            known = self._known.get(canonical_json(draw(trial, self._search, self._layer_tokens)))
+            recipe = canonical_json(draw(trial, self._search, self._layer_tokens))
+            known = self._known.get(recipe)
             if known is None:
                 break
             # It is told what came of that recipe, or it would insist on a part of the space that is used up.
@@ -144,10 +165,11 @@ class Proposer(OptunaSearch):
             study.tell(trial, values, same.state if is_told else TrialState.FAIL)
         # Every attempt was of the same generation.
         first = study.get_trials(deepcopy=False)[len(trials)]
-        return dict(trial.params), dict(first.system_attrs) if self._search.algorithm.is_nsga2 else {}
+        return dict(trial.params), dict(first.system_attrs) if self._search.algorithm.is_nsga2 else {}, recipe
 
-    def _sampler_for(self, number: int, attempt: int = 0) -> Any:
-        seed = int(digest({"seed": self._sampler_seed, "number": number, "attempt": attempt})[:8], 16)
+    def _sampler_for(self, number: int, attempt: int = 0, candidate: int = 0) -> Any:
+        drawn = {"seed": self._sampler_seed, "number": number, "attempt": attempt}
+        seed = int(digest({**drawn, "candidate": candidate} if candidate else drawn)[:8], 16)
         algorithm = self._search.algorithm
         if "random" in (algorithm.kind, algorithm.sampler) or attempt >= DRAWS // 2:
             return optuna.samplers.RandomSampler(seed=seed)
@@ -183,6 +205,13 @@ class Proposer(OptunaSearch):
             return create_trial(state=TrialState.PRUNED, values=[steps[max(steps)]], intermediate_values=steps, **told)
         values = [trial.objectives[name] for name in self._search.objectives]
         return create_trial(values=values, constraints=trial.excess, **told)
+
+
+def _proposer(walk: ExperimentPlan, mailbox: Any) -> Proposer:
+    spec = walk.loaded.spec
+    assert spec.search is not None
+    shared = SharedWork(walk.loaded) if spec.search.algorithm.prefer_shared else None
+    return Proposer(spec, walk.trials, mailbox, shared)
 
 
 CLOSE_SECONDS = 30.0
@@ -227,7 +256,7 @@ class LocalTuning:
     """
 
     def __init__(self, walk: ExperimentPlan, num_trials: int) -> None:
-        self._proposer = Proposer(walk.loaded.spec, walk.trials, None)
+        self._proposer = _proposer(walk, None)
         self._left = num_trials
         self._open: dict[int, str] = {}
 
@@ -263,7 +292,7 @@ class Tuning:
 
     def __init__(self, walk: ExperimentPlan, num_trials: int, concurrency: int, folder: Path) -> None:
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-        self._proposer = Proposer(walk.loaded.spec, walk.trials, self._mailbox)
+        self._proposer = _proposer(walk, self._mailbox)
         self._num_trials, self._concurrency, self._folder = num_trials, concurrency, folder
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="tune", daemon=True)

@@ -16,6 +16,8 @@ Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 class AlgorithmSpec(Spec):
     """How trials are proposed."""
 
+    added_later: ClassVar[frozenset[str]] = frozenset({"prefer_shared"})
+
     kind: Literal["optuna", "random", "grid"] = "optuna"
     """Proposer: Optuna's samplers, independent random draws, or `grid`, every recipe of the space once, in an order
     drawn by the seed."""
@@ -24,6 +26,9 @@ class AlgorithmSpec(Spec):
     many trials, and draws at random what not every trial has."""
     population_size: Annotated[int, Field(strict=True, ge=2)] | None = None
     """Trials of one generation of `nsga2`, the first of which is random; null takes Optuna's default, 50."""
+    prefer_shared: Flag = False
+    """Draws eight recipes for each trial and takes the one that adds the least training to that of the trials before it
+    (docs/concepts/search.md)."""
 
     @property
     def is_nsga2(self) -> bool:

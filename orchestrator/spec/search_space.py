@@ -374,6 +374,9 @@ def _check_algorithm(root: Node, search: Node) -> Iterator[ErrorDetail]:
         return
     kind, sampler, size = found.get("kind", "optuna"), found.get("sampler"), found.get("population_size")
     path = ("search", "algorithm")
+    if kind == "grid" and found.get("prefer_shared"):
+        message = "a grid has every recipe, and shares what there is to share"
+        yield error_at(root, (*path, "prefer_shared"), message, hint="take it out")
     if sampler is not None and kind != "optuna":
         yield error_at(root, (*path, "sampler"), f"`kind: {kind}` has no sampler", hint="take one of them out")
     if sampler == "nsga2" and kind == "optuna":

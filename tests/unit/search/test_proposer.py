@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 from ray.tune.search import Searcher
 
+from orchestrator.plan.documents import plan_document
+from orchestrator.plan.experiment_plan import plan_trials
+from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.trials import Trial, TrialNotes, front_of, search_id
 from orchestrator.search.budget import most_trials
+from orchestrator.search.shared_work import SharedWork
 from orchestrator.search.trial_mailbox import PROPOSAL
-from orchestrator.search.tuning import Proposer
+from orchestrator.search.tuning import CANDIDATES, Proposer
 from orchestrator.spec.loader import load_experiment
 
 
@@ -23,7 +28,8 @@ def score(values) -> dict[str, float]:
 
 def search_on(loaded, notes: TrialNotes, count: int, die_at: int | None = None) -> list[Trial]:
     """What a driver does, one trial after the other; it may be killed between a proposal and its end."""
-    proposer = Proposer(loaded.spec, notes.read(), mailbox=None)
+    shared = SharedWork(loaded) if loaded.spec.search.algorithm.prefer_shared else None
+    proposer = Proposer(loaded.spec, notes.read(), mailbox=None, shared=shared)
     known = {trial.number: trial for trial in notes.read()}
     for number in range(count):
         if number in known and known[number].state != "proposed":
@@ -44,7 +50,13 @@ def search_on(loaded, notes: TrialNotes, count: int, die_at: int | None = None) 
     return notes.read()
 
 
-ALGORITHMS = ["{sampler: tpe}", "{sampler: random}", "{sampler: nsga2, population_size: 4}", "{kind: grid}"]
+ALGORITHMS = [
+    "{sampler: tpe}",
+    "{sampler: tpe, prefer_shared: true}",
+    "{sampler: random}",
+    "{sampler: nsga2, population_size: 4}",
+    "{kind: grid}",
+]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -161,3 +173,39 @@ def test_the_front_holds_the_cells_of_the_best_trials(loaded):
         for n, (a, c) in enumerate([(0.5, 2.0), (0.4, 1.0), (0.4, 3.0)])
     ]
     assert front_of([*trials, Trial(3, {}, {}), Trial(4, {}, {}).failed("no")], search) == {"0a", "0b", "1a", "1b"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_of_the_recipes_drawn_the_one_that_adds_least_is_proposed(sampler, search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    text = search_text.replace("num_trials: 4", "num_trials: 14").replace("boundaries: 1/4", "boundaries: 1/8")
+    file.write_text(f"{text}  algorithm: {{sampler: {sampler}, prefer_shared: true}}\n")
+    loaded = load_experiment(file)
+    trials = search_on(loaded, TrialNotes(open_backend(tmp_path / "a"), "s"), 14)
+    ledger = Ledger(tmp_path / "runs")
+
+    def tflops(some: list[Trial]) -> float:
+        plan = plan_trials(loaded, ledger, some)
+        return plan_document(loaded, plan.cells, plan.tree, ledger)["totals"]["train_tflops_shared"]
+
+    for number in (4, 13):
+        before = trials[:number]
+        proposer = Proposer(loaded.spec, before, None, SharedWork(loaded))
+        drawn = [proposer._draw(candidate) for candidate in range(CANDIDATES)]
+        there = [trial for trial in before if trial.state == "finished"]
+        values = [json.loads(recipe) for *_, recipe in drawn]
+        costs = [tflops([*there, Trial(number, {}, value)]) for value in values]
+        assert len(set(costs)) > 1
+        assert tflops([*there, trials[number]]) == pytest.approx(min(costs))
+        assert trials[number].values not in [trial.values for trial in before]
+    plain = load_experiment(file, ["search.algorithm.prefer_shared=false"])
+    others = search_on(plain, TrialNotes(open_backend(tmp_path / "b"), "s"), 14)
+    assert tflops(trials) < tflops(others)
+
+
+def test_a_search_stays_the_same_one_unless_what_shares_is_preferred(search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(search_text)
+    found = [search_id(load_experiment(file, [f"search.algorithm={{{given}}}"])) for given in (
+        "", "prefer_shared: false", "prefer_shared: true")]  # fmt: skip
+    assert found[0] == found[1] != found[2]

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from orchestrator import run
 from orchestrator.errors import TrackingError
+from orchestrator.plan import trials
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
+from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare
 from orchestrator.plan.trials import TrialNotes
 from orchestrator.search.search import SearchSession
 from orchestrator.search.tuning import Proposer
@@ -110,3 +111,17 @@ def test_what_is_not_proposed_yet_is_counted_by_the_number_of_trials(begun):
     session.newer_work()
     assert session.work_to_come() == 3
     assert 0 < session.view._progress._to_come == 3
+
+
+def test_what_was_planned_is_not_expanded_again_and_planned_alike(begun, monkeypatch):
+    session, desk = begun
+    proposer = Proposer(session.walk.loaded.spec, (), None)
+    desk.new = [proposer.suggest(str(number)) for number in range(5)]
+    desk.new = [{key: one[key] for key in ("number", "params", "values")} for one in desk.new]
+    expanded: list[str] = []
+    whole = trials.trial_cells
+    monkeypatch.setattr(trials, "trial_cells", lambda *given: (expanded.append(given[1]), whole(*given))[1])
+    session.newer_work()
+    assert expanded == [f"trial-{number:03d}" for number in range(5)]
+    anew = plan_trials(session.walk.loaded, session.walk.ledger, session.walk.trials)
+    assert (anew.cells, anew.tree, anew.trials) == (session.walk.cells, session.walk.tree, session.walk.trials)

@@ -238,6 +238,7 @@ WRONG = [
     ),
     (NUM, "num_trials: 40\n  algorithm: {sampler: nsga2}", "population_size", "random first generation, which has 50"),
     (NUM, "num_trials: 4\n  algorithm: {population_size: 3}", "population_size", "only `sampler: nsga2`"),
+    (NUM, "num_trials: 4\n  algorithm: {kind: grid, prefer_shared: true}", "prefer_shared", "a grid has every recipe"),
     (NUM, "num_trials: 4\n  algorithm: {kind: random, sampler: tpe}", "algorithm.sampler", "has no sampler"),
 ]
 
