@@ -18,7 +18,7 @@ from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report, check_tested_cells
 from orchestrator.spec.loaded import LoadedExperiment, Source
-from orchestrator.spec.search_space import check_search, space_corners
+from orchestrator.spec.search_space import check_search, space_corners, tuned_on_test
 from orchestrator.spec.yaml.file_paths import absolute_paths
 from orchestrator.spec.yaml.merge import (
     Inheritance,
@@ -121,7 +121,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     assert spec is not None
     cells = with_controls(builder.resolve(spec, found), root, builder.errors)
     _stop_at(builder.errors)
-    all_notices = tuple(dict.fromkeys([*notices, *builder.notices]))
+    all_notices = tuple(dict.fromkeys([*notices, *builder.notices, *tuned_on_test(spec)]))
     sources, others = _sources(root, spec), starts.experiments
     return LoadedExperiment(path, spec, root.plain(), sources, all_notices, cells, others, tuple(overrides))
 

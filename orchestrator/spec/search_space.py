@@ -29,6 +29,7 @@ from orchestrator.spec.search import (
     SpaceEntrySpec,
     StagedSpaceSpec,
     UniformSpec,
+    measured_by,
 )
 from orchestrator.spec.sweep import swept_names
 from orchestrator.spec.yaml.node import Mark, Node, node_of
@@ -330,6 +331,20 @@ def check_search(root: Node) -> list[ErrorDetail]:
         found = (_check_metric(root, section, name) for name in search.entries(section))
         errors += [error for error in found if error is not None]
     return errors
+
+
+def tuned_on_test(spec: ExperimentSpec) -> list[str]:
+    """Return a sentence for each objective that is measured on a test split."""
+    found = []
+    for objective in spec.search.objectives if spec.search is not None else ():
+        entry = spec.evaluate.get((measured_by(objective) or ("",))[0])
+        data = spec.data.get(entry.data) if entry is not None and entry.data is not None else None
+        if entry is not None and str(getattr(data, "split", "")).startswith("test"):
+            found.append(
+                f"search.objectives.{objective}: it is measured on data.{entry.data}, a test split, so the search "
+                "tunes on it, and its best score flatters; search on a split of its own, and test the best ones on this"
+            )
+    return found
 
 
 def _check_grid(root: Node) -> Iterator[ErrorDetail]:

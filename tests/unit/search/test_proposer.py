@@ -209,3 +209,16 @@ def test_a_search_stays_the_same_one_unless_what_shares_is_preferred(search_text
     found = [search_id(load_experiment(file, [f"search.algorithm={{{given}}}"])) for given in (
         "", "prefer_shared: false", "prefer_shared: true")]  # fmt: skip
     assert found[0] == found[1] != found[2]
+
+
+def test_what_diverged_is_told_as_failed_and_what_was_stopped_as_pruned(search_text, tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text(search_text.replace(", cost/train_tflops: min", ""))
+    proposer = Proposer(load_experiment(file).spec, (), None)
+    for name in "abc":
+        proposer.suggest(name)
+    proposer.on_trial_complete("a", {"failed": "diverged: the loss of step 3 is nan"})
+    proposer.on_trial_complete("b", {"rung:2500": 0.25, "rung:5000": 0.5})
+    proposer.on_trial_complete("c", {"eval/vqa/accuracy": 0.75})
+    states = [(trial.state.name, trial.values, trial.intermediate_values) for trial in proposer._ot_study.trials]
+    assert states == [("FAIL", None, {}), ("PRUNED", [0.5], {2500: 0.25, 5000: 0.5}), ("COMPLETE", [0.75], {})]

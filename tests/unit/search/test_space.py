@@ -263,3 +263,12 @@ def test_what_comes_later_is_refused_by_name(search_text, tmp_path):
         load_experiment(file)
     (fault,) = caught.value.errors
     assert fault.path == path and "not built yet" in fault.message and fault.line is not None
+
+
+def test_an_objective_on_a_test_split_is_flagged(search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(search_text)
+    (note,) = load_experiment(file).notices
+    assert note.startswith("search.objectives.eval/vqa/accuracy: it is measured on data.test, a test split")
+    assert load_experiment(file, ["data.test.split=train"]).notices == ()
+    assert load_experiment(file, ["search.objectives={cost/train_tflops: min}"]).notices == ()
