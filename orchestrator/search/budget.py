@@ -12,7 +12,8 @@ from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import hours_document, with_plans
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.status import TreeStatus
-from orchestrator.plan.trials import Trial
+from orchestrator.plan.tree import build_stage_tree
+from orchestrator.plan.trials import PROMOTED, Trial
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search import BudgetSpec
@@ -69,7 +70,7 @@ class Budget:
         added = None if so_far is None or added is None else so_far + added
         if self._limits.gpu_hours is None:
             return replace(trial, added_train_tflops=added)
-        now, then = (self._hours(plan, TreeStatus(plan.tree, plan.ledger))[0] for plan in (after, before))
+        now, then = (self._hours(plan)[0] for plan in (after, before))
         stored = trial.stored_gpu_hours + max(0.0, now - then)
         return replace(trial, added_train_tflops=added, stored_gpu_hours=stored)
 
@@ -115,7 +116,7 @@ class Budget:
                 )
         limit = self._limits.gpu_hours
         if limit is not None:
-            done, left = self._hours(whole, TreeStatus(whole.tree, whole.ledger))
+            done, left = self._hours(whole)
             hours = done + (left or 0.0) - math.fsum(each.stored_gpu_hours for each in (*before.trials, trial))
             if hours > limit * _ROUNDING:
                 return f"with {name} there would be {hours:.3g} hours; search.budget.gpu_hours is {limit:g}"
@@ -125,7 +126,7 @@ class Budget:
         """Return whether no trial may be added yet: hours are limited, and the first ones' speed is not known."""
         if self._limits.gpu_hours is None or all(trial.state != "proposed" for trial in plan.trials):
             return False
-        return self._hours(plan, TreeStatus(plan.tree, plan.ledger))[1] is None
+        return self._hours(plan)[1] is None
 
     def _counted(self, trial: Trial, plan: ExperimentPlan) -> float:
         """Return the operations a trial added; where that was not noted yet, what it costs alone, which is more."""
@@ -136,10 +137,13 @@ class Budget:
     def _alone(self, cells: Collection[str], plan: ExperimentPlan) -> float:
         return math.fsum(self._costs.cell(cell)["train_tflops"] or 0.0 for cell in plan.cells if cell.id in cells)
 
-    def _hours(self, plan: ExperimentPlan, status: TreeStatus) -> tuple[float, float | None]:
-        """Return the hours of all workers measured in a tree, and those to come; None while no speed is known."""
+    def _hours(self, plan: ExperimentPlan) -> tuple[float, float | None]:
+        """Return the hours of all workers measured for trials, and those to come; None while no speed is known."""
+        cells = [cell for cell in plan.cells if PROMOTED not in cell.axes]
+        tree = plan.tree if len(cells) == len(plan.cells) else build_stage_tree(cells, plan.ledger)
+        status = TreeStatus(tree, plan.ledger)
         work, bounds = dict[str, float | None](), set[str]()
-        for job, cell, phase in with_plans(plan.cells, plan.tree):
+        for job, cell, phase in with_plans(cells, tree):
             work[job.id] = self._costs.stage_run(cell, phase, job.first_step, job.last_step)["train_tflops"]
             if self._costs.at_most(phase, job.first_step, job.last_step):
                 bounds.add(job.id)

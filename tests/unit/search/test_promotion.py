@@ -16,6 +16,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.trials import ADDED, Trial, best_trials, search_id
 from orchestrator.report.table import table_of
+from orchestrator.search.budget import Budget
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
 
@@ -95,6 +96,16 @@ def test_promoted_rows_are_means_over_their_seeds_beside_the_trials(ended):
     assert "pareto" not in row.marks and row.status == "finished"
     assert rows["trial-003"].values[ACCURACY] == pytest.approx(scores[0])
     assert not any("promoted" in row.marks for name, row in rows.items() if name.startswith("trial"))
+
+
+def test_what_promoted_cells_took_counts_to_no_budget(ended):
+    walk = promoted(ended, 1)
+    budget = Budget(walk.loaded)
+    before = budget._hours(ended.walk())
+    for job in walk.tree.work(walk.ledger):
+        if not isinstance(job, EvaluationJob):
+            finish(walk.ledger, job, train_seconds=7200.0)
+    assert budget._hours(promoted(ended, 1)) == pytest.approx(before) and before[0] > 0
 
 
 def test_what_is_set_is_set_beside_what_was_drawn(ended):
