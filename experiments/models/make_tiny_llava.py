@@ -1,16 +1,20 @@
-"""Writes config, tokenizer, processor and chat template of two LLaVAs for easy-VQA, no weights.
+"""Writes config, tokenizer, processor and chat template of two LLaVAs for easy-VQA and one for digit_grid, no weights.
 
-Run it as `python experiments/models/make_tiny_llava.py`; it overwrites tiny-llava and tiny-llava-16 beside it with the
-same bytes; they differ in their number of decoder layers alone.
+Run it as `python experiments/models/make_tiny_llava.py`; it overwrites tiny-llava, tiny-llava-16 and tiny-llava-digits
+beside it with the same bytes; the first two differ in their number of decoder layers alone.
 The shapes: 64x64 pixels in patches of 8 give 64 visual tokens; width 64 everywhere; one vision layer that runs
 (`vision_feature_layer: -1`; LLaVA's -2 would hold one more that never runs) and four or 16 decoder layers.
+For digit_grid 32x32 pixels give 16 tokens: a patch is one digit as the data set has it, so that no picture is resized and
+two tokens averaged are two digits mixed. Its tokenizer knows the words of its questions: 10 tokens for one of place.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import easy_vqa
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,7 +22,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 FOLDER = Path(__file__).parent
-LAYERS = {"tiny-llava": 4, "tiny-llava-16": 16}
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 VOCABULARY = 256
 IMAGE_PIXELS = 64
@@ -50,6 +53,15 @@ def easy_vqa_texts() -> list[str]:
     """Return the questions and answers that LLaVAs for easy-VQA read."""
     questions, answers, _ = easy_vqa.get_train_questions()
     return [f"USER: \n{q} ASSISTANT: {a}" for q, a in zip(questions, answers, strict=True)]
+
+
+def digit_grid_texts() -> list[str]:
+    """Return the questions and answers about grids of 4x4 digits."""
+    digits, places = range(10), range(1, 5)
+    asked = [(f"What digit is in row {r}, column {c}?", d) for r, c, d in product(places, places, digits)]
+    asked += [(f"How many {digit}s are there?", number) for digit, number in product(digits, range(5))]
+    asked += [(f"Is there a{'n' * (d == 8)} {d}?", answer) for d, answer in product(digits, ("yes", "no"))]
+    return [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in asked]
 
 
 def make_tokenizer(
@@ -90,14 +102,14 @@ def make_tokenizer(
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlavaConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4, pixels: int = IMAGE_PIXELS) -> LlavaConfig:
     """Return shapes. At width 64 an initialisation of 0.02 leaves the layers nearly silent: learning starts late."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=1,
         num_attention_heads=4,
-        image_size=IMAGE_PIXELS,
+        image_size=pixels,
         patch_size=PATCH_PIXELS,
         projection_dim=WIDTH,
     )
@@ -119,22 +131,20 @@ def make_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> LlavaCon
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_PIXELS // PATCH_PIXELS) ** 2,
+        image_seq_length=(pixels // PATCH_PIXELS) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         architectures=["LlavaForConditionalGeneration"],
     )
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Write both model folders into a folder."""
-    tokenizer = make_tokenizer()
+def write(folder: Path, texts: Sequence[str], **shape: Any) -> None:
+    """Write one model's folder; the shape is `make_config`'s."""
+    tokenizer = make_tokenizer(texts)
+    config = make_config(tokenizer, **shape)
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     image_processor = CLIPImageProcessorPil(
-        size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
-        crop_size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS},
-        do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size=size, crop_size=size, do_center_crop=False, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     processor = LlavaProcessor(
         image_processor=image_processor,
@@ -144,10 +154,16 @@ def main(folder: Path = FOLDER) -> None:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    for name, layers in LAYERS.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        processor.save_pretrained(folder / name)
-        make_config(tokenizer, layers).save_pretrained(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Write the three model folders into a folder."""
+    write(folder / "tiny-llava", easy_vqa_texts())
+    write(folder / "tiny-llava-16", easy_vqa_texts(), layers=16)
+    write(folder / "tiny-llava-digits", digit_grid_texts(), pixels=32)
 
 
 if __name__ == "__main__":
