@@ -22,6 +22,7 @@ CELLS = {
     "quickstart.yaml": 3,
     "redundancy.yaml": 1,
     "redundancy_easy_vqa.yaml": 3,
+    "redundancy_digit_grid.yaml": 3,
     "easy_vqa.yaml": 14,
     "moving_shapes.yaml": 1,
     "bench.yaml": 1,
@@ -151,6 +152,20 @@ def test_easy_vqa_has_the_seven_schemes_at_shares_of_the_depth():
         name: [place and (at_tiny_depth[place[0]], place[1]) for place in stages] for name, stages in SCHEMES.items()
     }
     assert {name: places(phase) for name, phase in phases.items()} == expected
+
+
+def test_a_patch_is_a_digit_and_an_answer_about_digits_a_single_token():
+    """Else two tokens averaged would not be two digits mixed, and an answer would be learned in parts."""
+    from transformers import AutoConfig, AutoProcessor
+
+    spec = load_experiment(EXPERIMENTS / "redundancy_digit_grid.yaml").spec
+    vision = AutoConfig.from_pretrained(spec.model.model_name_or_path).vision_config
+    tokenizer = AutoProcessor.from_pretrained(spec.model.model_name_or_path).tokenizer
+    assert {name: data.split for name, data in spec.data.items()} == {"places": "train", "train": "train", "test": "test"}
+    for data in spec.data.values():
+        assert (data.cell_pixels, data.size * data.cell_pixels) == (vision.patch_size, vision.image_size)
+    for answer in (*range(10), "yes", "no"):
+        assert len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) == 1
 
 
 def test_quickstart_compares_full_compressed_and_staged():

@@ -149,9 +149,8 @@ def test_the_tiny_folder_loads_and_its_answers_are_single_tokens(processor):
 def test_the_tiny_folders_are_what_their_script_writes(tmp_path):
     runpy.run_path(str(MODELS / "make_tiny_llava.py"))["main"](tmp_path)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
-    assert {path.parts[0] for path in written} == {"tiny-llava", "tiny-llava-16"}
-    assert written == sorted(
-        path.relative_to(MODELS) for name in ("tiny-llava", "tiny-llava-16") for path in (MODELS / name).iterdir()
-    )
+    names = {path.parts[0] for path in written}
+    assert names == {"tiny-llava", "tiny-llava-16", "tiny-llava-digits"}
+    assert written == sorted(path.relative_to(MODELS) for name in names for path in (MODELS / name).iterdir())
     for file in written:
         assert (tmp_path / file).read_text() == (MODELS / file).read_text(), file
