@@ -4,8 +4,8 @@ Run it as `python experiments/models/make_tiny_llava.py`; it overwrites tiny-lla
 beside it with the same bytes; the first two differ in their number of decoder layers alone.
 The shapes: 64x64 pixels in patches of 8 give 64 visual tokens; width 64 everywhere; one vision layer that runs
 (`vision_feature_layer: -1`; LLaVA's -2 would hold one more that never runs) and four or 16 decoder layers.
-For digit_grid 32x32 pixels give 16 tokens: a patch is one digit as the data set has it, so that no picture is resized and
-two tokens averaged are two digits mixed. Its tokenizer knows the words of its questions: 10 tokens for one of place.
+For digit_grid 32x32 pixels give 16 tokens: a patch is one digit as the data set has it, so that no picture is resized
+and two tokens averaged are two digits mixed. Its tokenizer knows its questions' words: 10 tokens for one of place.
 """
 
 from __future__ import annotations

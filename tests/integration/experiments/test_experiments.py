@@ -161,7 +161,11 @@ def test_a_patch_is_a_digit_and_an_answer_about_digits_a_single_token():
     spec = load_experiment(EXPERIMENTS / "redundancy_digit_grid.yaml").spec
     vision = AutoConfig.from_pretrained(spec.model.model_name_or_path).vision_config
     tokenizer = AutoProcessor.from_pretrained(spec.model.model_name_or_path).tokenizer
-    assert {name: data.split for name, data in spec.data.items()} == {"places": "train", "train": "train", "test": "test"}
+    assert {name: data.split for name, data in spec.data.items()} == {
+        "places": "train",
+        "train": "train",
+        "test": "test",
+    }
     for data in spec.data.values():
         assert (data.cell_pixels, data.size * data.cell_pixels) == (vision.patch_size, vision.image_size)
     for answer in (*range(10), "yes", "no"):
