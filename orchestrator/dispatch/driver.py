@@ -68,7 +68,7 @@ class Outcome:
     """What became of the work.
 
     Attributes:
-        finished: Ids of finished jobs, in the order they ended.
+        finished: Ids of finished jobs, in the order the driver heard of it (of some late, if a conductor was lost).
         failed: Job id to reason.
         skipped: Ids of jobs whose parent failed.
         left: Ids of jobs not done because the run was stopped.

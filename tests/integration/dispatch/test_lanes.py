@@ -99,7 +99,7 @@ def test_a_killed_conductor_is_started_again_and_the_lane_goes_on_in_place(ledge
 
     run = Run(ledger, once(kill_then_let_go))
     outcome = run(work("", "until_told", ""))
-    assert outcome.finished == ("job0", "job1", "job2")
+    assert sorted(outcome.finished) == ["job0", "job1", "job2"]  # an end may be heard of only from the next conductor
     assert run.order() == ["job0", "job1", "job2"]
     assert [run.told(kind) for kind in ("retried", "failed")] == [[], []]
     memory = [line.split()[-1] for line in (run.marks / "order").read_text().splitlines()]
