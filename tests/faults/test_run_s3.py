@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
@@ -58,7 +59,7 @@ def in_a_folder(spec: Path, llavolta: Llavolta, *options: str) -> dict[str, Any]
 
 
 def killed_after_a_checkpoint(spec: Path, store: S3Backend, *options: str) -> None:
-    """Runs until the bucket holds an in-stage checkpoint, then kills the driver."""
+    """Runs until the bucket holds an in-stage checkpoint, then kills the driver and what it started."""
     with open(spec.parent / "killed.txt", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator", "run", str(spec), *options],
@@ -69,7 +70,10 @@ def killed_after_a_checkpoint(spec: Path, store: S3Backend, *options: str) -> No
         )
     while not any(re.fullmatch(r"work/[0-9a-f]+/step_[0-9]+\.json", key) for key in store.sizes("work")):
         assert process.poll() is None, (spec.parent / "killed.txt").read_text()
-    process.send_signal(signal.SIGKILL)
+    machine = psutil.Process(process.pid)
+    for each in (machine, *machine.children(recursive=True)):  # a worker that lives on would end its stage run
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
 
 
@@ -78,9 +82,7 @@ def goes_on(spec: Path, tmp_path: Path, store: S3Backend, llavolta: Llavolta, *o
     killed_after_a_checkpoint(spec, store, *options)
     shutil.rmtree(tmp_path / "cache")
     began_ms = time.time() * 1000
-    # Its workers may have ended the stage run before they saw that their driver is gone.
-    told = json.dumps(json.loads(llavolta("plan", spec, "--json").stdout)["cells"])
-    assert re.search(r"continues at step|\"reason\": \"evaluation vqa under final is missing", told), told
+    assert "continues at step" in json.dumps(json.loads(llavolta("plan", spec, "--json").stdout)["cells"])
     result = llavolta("run", spec, *options)
     assert result.returncode == 0, result.stderr
     walk = prepare(spec)
