@@ -88,6 +88,10 @@ class ExperimentPlan:
         trials = tuple(trial if each.number == trial.number else each for each in self.trials)
         return replace(self, trials=trials, front=frozenset(front_of(trials, self.loaded.spec.search)))
 
+    def replanned(self, trials: Sequence[Trial], *, to_the_end: bool = False) -> ExperimentPlan:
+        """Return the search with these trials (`plan_trials`); what was expanded is not expanded again."""
+        return plan_trials(self.loaded, self.ledger, trials, self.whole, to_the_end=to_the_end)
+
     def reference_values(self) -> dict[str, float] | None:
         """Return what each constraint of a search compares with, by metric; None while it is not trained.
 
@@ -263,8 +267,8 @@ def plan_trials(
     """Return a search with the trials there are; one that cannot be planned comes back failed.
 
     A trial that is the same as an earlier one shares its cells, under the earlier one's names; the cells of promoted
-    trials come last, under names of their own. With a scheduler a trial
-    is planned up to the rung where it is compared next, or stopped.
+    trials come last, under names of their own. With a scheduler a trial is planned up to the rung where it is compared
+    next, or stopped.
 
     Args:
         loaded: The experiment, with its search.

@@ -150,23 +150,6 @@ def rung_name(rung: Fraction, scheduler: SchedulerSpec) -> str:
     return f"{rung} under {scheduler.under}"
 
 
-def goes_on(value: float, others: Sequence[float], way: Direction, reduction_factor: int) -> bool:
-    """Return whether a trial goes on from a rung: asynchronous successive halving (Li et al. 2020, section 3).
-
-    It does among the best of each `reduction_factor` values at the rung, rounded down, but at least one; equal values
-    go on together. As in Ray Tune and Optuna it is decided once, when a trial gets there: it neither waits for others
-    nor is it taken up again once there are worse ones.
-
-    Args:
-        value: The trial's.
-        others: Those of the trials that were there before it.
-        way: Whether more or less is better.
-        reduction_factor: Of so many trials one goes on.
-    """
-    better = sum(other > value if way == "max" else other < value for other in others)
-    return better < max(1, (len(others) + 1) // reduction_factor)
-
-
 class TrialNotes:
     """Notes of one search below `searches/SEARCH_ID/` of a ledger's store."""
 

@@ -10,7 +10,7 @@ from orchestrator.errors import UsageError
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import hours_document, with_plans
-from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.plan.trials import PROMOTED, Trial
@@ -99,10 +99,10 @@ class Budget:
 
         What a scheduler may stop at a rung counts as if nothing were stopped, until it is.
         """
-        whole = after
-        scheduler = after.loaded.spec.search.scheduler if after.loaded.spec.search is not None else None
-        if scheduler is not None and self._limits != BudgetSpec():
-            whole = plan_trials(after.loaded, after.ledger, after.trials, after.whole, to_the_end=True)
+        search, whole = after.loaded.spec.search, after
+        assert search is not None
+        if search.scheduler is not None and self._limits != BudgetSpec():
+            whole = after.replanned(after.trials, to_the_end=True)
         name, limit = trial_name(trial.number), self._limits.train_tflops
         if limit is not None and trial.cells:
             references = {identity for cells in after.references.values() for identity in cells}

@@ -7,13 +7,14 @@ driver loses them, and is not there in a local search; so the driver decides, an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
 from orchestrator.plan.cell_record import rung_value
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.status import cell_status
-from orchestrator.plan.trials import Trial, goes_on, rung_name
+from orchestrator.plan.trials import Direction, Trial, rung_name
 
 
 def is_at_rung(walk: ExperimentPlan, trial: Trial) -> bool:
@@ -51,3 +52,20 @@ def judged(walk: ExperimentPlan, trial: Trial) -> Trial:
     value = mean(values)
     going = goes_on(value, others, way, search.scheduler.reduction_factor)
     return replace(trial, state="proposed" if going else "stopped", rungs={**trial.rungs, name: value})
+
+
+def goes_on(value: float, others: Sequence[float], way: Direction, reduction_factor: int) -> bool:
+    """Return whether a trial goes on from a rung: asynchronous successive halving (Li et al. 2020, section 3).
+
+    It does among the best of each `reduction_factor` values at the rung, rounded down, but at least one; equal values
+    go on together. As in Ray Tune and Optuna it is decided once, when a trial gets there: it neither waits for others
+    nor is it taken up again once there are worse ones.
+
+    Args:
+        value: The trial's.
+        others: Those of the trials that were there before it.
+        way: Whether more or less is better.
+        reduction_factor: Of so many trials one goes on.
+    """
+    better = sum(other > value if way == "max" else other < value for other in others)
+    return better < max(1, (len(others) + 1) // reduction_factor)

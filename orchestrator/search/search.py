@@ -88,12 +88,12 @@ def _promote(
     assert search is not None and search.promote is not None
     best = {trial.number for trial in best_trials(walk.trials, search, search.promote.top)}
     trials = [replace(trial, promoted=trial.promoted or trial.number in best) for trial in walk.trials]
-    plan_trials(walk.loaded, walk.ledger, trials)  # what cannot be planned is not noted
+    walk.replanned(trials)  # what cannot be planned is not noted
     for trial in trials:
         notes.write(trial)
 
     def prepared() -> ExperimentPlan:
-        plan = plan_trials(walk.loaded, walk.ledger, notes.read())
+        plan = walk.replanned(notes.read())
         record_experiment(plan)
         return plan
 
@@ -139,11 +139,10 @@ def updated(
     for trial in walk.trials:
         now = as_stored(walk, trial)
         if trial.state == "stopped" and now.state == "proposed":
-            others = [each for each in walk.trials if each.number != trial.number]
-            in_order = sorted([*others, now], key=lambda each: each.number)
-            further = plan_trials(walk.loaded, walk.ledger, in_order, walk.whole)
+            further = walk.replanned(walk.with_trial(now).trials)
             now = budget.priced(now, walk, further, trial.added_train_tflops)
-            if (why := budget.refusal(now, replace(walk, trials=tuple(others)), further)) is not None:
+            others = tuple(each for each in walk.trials if each.number != trial.number)
+            if (why := budget.refusal(now, replace(walk, trials=others), further)) is not None:
                 say(f"{trial_name(trial.number)} stays where it was stopped: {why}")
                 continue
             walk = further
@@ -280,7 +279,7 @@ class SearchSession(Session):
         while self._posted and (self._is_over or not self._budget.must_wait(self.walk)):
             is_planned |= self._take(self._posted.pop(0), self._tuning)
         if self.is_damaged:
-            self.walk = plan_trials(self.walk.loaded, self.walk.ledger, self.walk.trials, self.walk.whole)
+            self.walk = self.walk.replanned(self.walk.trials)
         self.is_damaged = False
         if is_planned:
             self._check_and_show()
@@ -304,8 +303,7 @@ class SearchSession(Session):
         trials = {trial.number: trial for trial in self.walk.trials}
         is_noted = proposed.number in trials
         trials.setdefault(proposed.number, proposed)
-        in_order = [trials[number] for number in sorted(trials)]
-        walk = plan_trials(self.walk.loaded, self.walk.ledger, in_order, self.walk.whole)
+        walk = self.walk.replanned([trials[number] for number in sorted(trials)])
         trial = next(trial for trial in walk.trials if trial.number == proposed.number)
         if not is_noted:
             trial = self._budget.priced(trial, self.walk, walk)
@@ -373,10 +371,8 @@ class SearchSession(Session):
 
     def _go_on(self, trial: Trial) -> None:
         """Plan a trial beyond the rung that it passed, and note it before it runs."""
-        before = self.walk
-        trials = [trial if each.number == trial.number else each for each in before.trials]
-        walk = plan_trials(before.loaded, before.ledger, trials, before.whole)
-        trial = self._budget.priced(trial, before, walk, trial.added_train_tflops)
+        walk = self.walk.replanned(self.walk.with_trial(trial).trials)
+        trial = self._budget.priced(trial, self.walk, walk, trial.added_train_tflops)
         self.walk = walk.with_trial(trial)
         self._notes.write(trial)
         *_, (rung, value) = trial.rungs.items()
