@@ -22,6 +22,7 @@ CELLS = {
     "quickstart.yaml": 3,
     "redundancy.yaml": 1,
     "redundancy_easy_vqa.yaml": 3,
+    "digit_grid.yaml": 33,
     "redundancy_digit_grid.yaml": 3,
     "easy_vqa.yaml": 14,
     "moving_shapes.yaml": 1,
