@@ -33,7 +33,7 @@ from orchestrator.report.cell_folders import write_cell_folder
 from orchestrator.report.console import nothing_done, print_ending
 from orchestrator.report.figures import training_figure
 from orchestrator.report.live import LiveView
-from orchestrator.report.overview import experiment_tags
+from orchestrator.report.overview import complete_summary, experiment_tags, summary_record
 from orchestrator.report.table import Table, table_of
 from orchestrator.report.units import counted_noun
 from orchestrator.smoke import prepare_smoke
@@ -41,10 +41,10 @@ from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.tracking.mlflow_state import (
     ExperimentState,
     abandoned,
-    experiment_tags_of,
     has_record,
     one_at_a_time,
     read_state,
+    with_own_note,
 )
 from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
 
@@ -279,7 +279,7 @@ class RunOutcome:
         executed: Jobs done by this run.
         tried: Jobs that this run began, those that failed included.
         waiting: Cells that neither finished nor failed, to the reason where there is one.
-        unsent: Cells whose MLflow record is still to be sent.
+        unsent: Cells (and `the summary`) whose MLflow record is still to be sent.
         tracking_problem: Why they could not be sent.
         tracking_notes: What else the user should know of MLflow's experiment.
         front: Of a search, the names of the trials on the Pareto front.
@@ -416,12 +416,16 @@ class Session(Hooks):
         return seen
 
     def _describe(self, seen: ExperimentState | None) -> None:
-        """Make the table, and have MLflow's experiment show what it shows."""
+        """Make the table, and have MLflow's experiment show what it shows, in a run of its own too."""
         assert self._recorder is not None
         self._table = table_of([self.walk])
         tags = experiment_tags(self.walk, self._table)
-        if seen is None or not experiment_tags_of(tags, seen.tags).items() <= seen.tags.items():
+        if seen is None or not with_own_note(tags, seen.tags).items() <= seen.tags.items():
             self._recorder.describe(tags)
+        summary = summary_record(self.walk, self._table)
+        known = None if seen is None or summary is None else seen.runs.get(summary.cell_id)
+        if summary is not None and not has_record(known, summary):
+            self._recorder.put(summary.cell_id, partial(complete_summary, self.walk, self._table, summary))
         self._experiment_id = None if seen is None else seen.experiment_id
 
     def record(self, cells: Iterable[Cell]) -> None:
@@ -473,7 +477,7 @@ class Session(Hooks):
         """
         assert self._recorder is not None
         names = {cell.id: cell.name for cell in distinct_cells(self.walk.cells)}
-        unsent = tuple(names[identity] for identity in list(self._recorder.unsent))
+        unsent = tuple(names.get(identity, "the summary") for identity in list(self._recorder.unsent))
         return RunOutcome(
             self.walk,
             self._table or table_of([self.walk]),

@@ -26,6 +26,8 @@ from orchestrator.spec.search import measured_by
 
 NOTE = "mlflow.note.content"
 """Tag whose Markdown the dashboard shows as the description, of a run and of an experiment."""
+CELL_ID = "cell_id"
+"""Tag by which the run of a cell is found."""
 _NOTE_LINES = 40
 _COSTS = Costs()  # one for the process: lengths of data are measured once
 AT_MOST = "costs_at_most"
@@ -52,6 +54,10 @@ class CellRecord:
             where it was done before there were any.
         evaluation_notices: What readers of its scores should know, by evaluation.
         recorded: Metrics that someone else measured (`llavolta record`), and the source of each.
+        id_tag: Tag by which its run in MLflow is found, with `cell_id` as its value; another one for a run that is no
+            cell's.
+        start_ms: When it began, where that is not the time of its first step.
+        artifacts_digest: Digest of what the artifacts are made from, where making them again gives other bytes.
     """
 
     cell_id: str
@@ -68,6 +74,9 @@ class CellRecord:
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     evaluation_notices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     recorded: dict[str, str] = field(default_factory=dict)
+    id_tag: str = CELL_ID
+    start_ms: int | None = None
+    artifacts_digest: str = ""
 
 
 def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | None = None) -> CellRecord:
@@ -92,7 +101,7 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | No
         status=status,
         params=_params(cell),
         tags={
-            "cell_id": cell.id,
+            CELL_ID: cell.id,
             NOTE: _description(cell),
             "experiment_spec_sha": digest(resolved),
             "attention": cell.spec.model.attn_implementation,

@@ -18,7 +18,7 @@ from rich.tree import Tree
 
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.redaction import redacted
-from orchestrator.report.figures import grid_figure, sweep_figure
+from orchestrator.report.figures import experiment_figures
 from orchestrator.report.pages import image_text, prompt_pieces, row_lengths, row_settings, row_title
 from orchestrator.report.table import Table, plain_table
 from orchestrator.report.units import (
@@ -558,13 +558,8 @@ def print_ending(
         _say(console, f"not finished: {name}{': ' if reason else ''}{reason}", "yellow")
     if waiting:
         _say(console, "again:  the same command resumes where this one stopped")
-    figure = plan.ledger.storage / "cells" / plan.loaded.spec.name / "grid.png"
-    if grid_figure(table, plan.loaded.spec.name, figure):
+    for figure in experiment_figures(plan, table):
         _say(console, f"figure: {figure}")
-    for (evaluation, metric), sweeps in groupby(table.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
-        swept = figure.with_name(f"sweep_{evaluation}_{metric.replace('/', '_')}.png")
-        if sweep_figure(list(sweeps), swept):
-            _say(console, f"figure: {swept}")
     uri = plan.tracking_uri
     server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
     address = server if experiment_id is None else dashboard_address(server, experiment_id)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.report.front import PALETTE, front_of_rows, palette_key
 from orchestrator.report.sweeps import Sweep, Swept
@@ -30,6 +32,26 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: Path, dpi: int) -> None:
     retry_io(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     figure.savefig(path, dpi=dpi)
+
+
+def experiment_figures(plan: ExperimentPlan, table: Table) -> list[Path]:
+    """Draw the figures of an experiment into `cells/EXPERIMENT`: of the grid, and of each metric of its sweeps.
+
+    Args:
+        plan: The experiment.
+        table: Its table.
+
+    Returns:
+        The files drawn; none where nothing is finished.
+    """
+    folder = plan.ledger.storage / "cells" / plan.loaded.spec.name
+    grid = folder / "grid.png"
+    drawn = [grid] if grid_figure(table, plan.loaded.spec.name, grid) else []
+    for (evaluation, metric), sweeps in groupby(table.sweeps, key=lambda sweep: (sweep.evaluation, sweep.metric)):
+        swept = folder / f"sweep_{evaluation}_{metric.replace('/', '_')}.png"
+        if sweep_figure(list(sweeps), swept):
+            drawn.append(swept)
+    return drawn
 
 
 def grid_figure(table: Table, title: str, path: Path) -> bool:

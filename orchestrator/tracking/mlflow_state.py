@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import StorageError, TrackingError
-from orchestrator.plan.cell_record import NOTE, CellRecord
+from orchestrator.plan.cell_record import CELL_ID, NOTE, CellRecord
 from orchestrator.plan.identity import digest
 from orchestrator.plan.io_retry import retry_io, stat_or_none
 from orchestrator.plan.ledger.backends import Backend
@@ -34,7 +34,9 @@ from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.process import Process
 from orchestrator.plan.step_history import Point, points_since
 
-CELL_ID = "cell_id"
+SUMMARY_OF = "summary_of"
+"""Tag of the run that shows an experiment as a whole, with the experiment's name; such a run is no cell's."""
+TREE_SECONDS = "tree/train_seconds"
 _OURS = "<!-- llavolta -->"
 """Stands in an experiment's description between what somebody wrote and what this program writes."""
 _RUNS_PER_PAGE = 1000
@@ -85,7 +87,8 @@ class ExperimentState:
         experiment_id: None if there is no experiment of that name.
         is_deleted: Whether it was deleted; its runs are then deleted too.
         tags: Its own tags: its description and its saved views.
-        runs: Runs by cell id, the oldest where there are two; without deleted ones.
+        runs: Runs by cell id, and summaries by the name of their experiment; the oldest where there are two; without
+            deleted ones.
     """
 
     experiment_id: str | None = None
@@ -94,8 +97,8 @@ class ExperimentState:
     runs: dict[str, TrackedRun] = field(default_factory=dict)
 
     def add(self, run: TrackedRun) -> None:
-        """Add a run if it is a cell's."""
-        cell = run.tags.get(CELL_ID)
+        """Add a run if it is a cell's or a summary."""
+        cell = run.tags.get(CELL_ID, run.tags.get(SUMMARY_OF))
         if cell is not None and (cell not in self.runs or run.start_ms < self.runs[cell].start_ms):
             self.runs[cell] = run
 
@@ -314,9 +317,9 @@ def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
 
 def has_artifacts(run: TrackedRun, record: CellRecord) -> bool:
     """Return whether MLflow has a record's files."""
-    contents = file_contents(record.artifacts)
-    return not contents or (
-        run.tags.get(ARTIFACTS_DIGEST) == files_digest(contents) and not run.lacks_artifacts(contents)
+    return not record.artifacts or (
+        run.tags.get(ARTIFACTS_DIGEST) == (record.artifacts_digest or files_digest(file_contents(record.artifacts)))
+        and not run.lacks_artifacts(map(accepted_name, record.artifacts))
     )
 
 
@@ -344,11 +347,12 @@ def abandoned(seen: ExperimentState, lives: Lives) -> list[TrackedRun]:
 
 
 def end_of(run: TrackedRun, record: CellRecord) -> int | None:
-    """Return when a finished run ends, so that the dashboard's duration is `cost/train_seconds`; None: not known.
+    """Return when a finished run ends, so that the dashboard's duration is what training took; None: not known.
 
     The first of its steps may be another cell's of days ago, and the last may wait for its evaluation.
     """
-    seconds = record.summary.get("cost/train_seconds") if record.status == "finished" else None
+    took = record.summary.get(TREE_SECONDS if record.id_tag == SUMMARY_OF else "cost/train_seconds")
+    seconds = took if record.status == "finished" else None
     return None if seconds is None else run.start_ms + round(1000 * seconds)
 
 
@@ -359,8 +363,10 @@ def sent_params(record: CellRecord) -> dict[str, str]:
 
 def sent_tags(run: TrackedRun, record: CellRecord) -> dict[str, str]:
     """Return a record's tags in the form that MLflow accepts."""
-    tags = {**record.tags, CELL_ID: record.cell_id}
-    if NOTE in tags:
+    tags = {**record.tags, record.id_tag: record.cell_id}
+    if record.id_tag == SUMMARY_OF:
+        tags = with_own_note(tags, run.tags)
+    elif NOTE in tags:
         tags[NOTE] = run.tags.get(NOTE) or tags[NOTE]  # somebody may have written more
     # A param can be written once; a value that changed since (a default, a label) becomes a tag.
     changed = {key: text for key, text in sent_params(record).items() if run.params.get(key, text) != text}
@@ -440,8 +446,8 @@ def files_digest(contents: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def experiment_tags_of(tags: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
-    """Return an experiment's tags to send: its description keeps what somebody wrote into the one that is there."""
+def with_own_note(tags: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return tags of the experiment as a whole: the description keeps what somebody wrote into the one there is."""
     if NOTE not in tags:
         return dict(tags)
     own = known.get(NOTE, "").partition(_OURS)[0].rstrip()

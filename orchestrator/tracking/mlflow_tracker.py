@@ -30,7 +30,6 @@ from orchestrator.redaction import redacted
 from orchestrator.tracking.mlflow_state import (
     ALONG_DIGEST,
     ARTIFACTS_DIGEST,
-    CELL_ID,
     DRIVER,
     OPEN,
     POINTS,
@@ -43,7 +42,6 @@ from orchestrator.tracking.mlflow_state import (
     along_digest,
     changed_summary,
     end_of,
-    experiment_tags_of,
     file_contents,
     files_digest,
     fresh_points,
@@ -58,6 +56,7 @@ from orchestrator.tracking.mlflow_state import (
     sent_tags,
     shortened,
     sqlite_file,
+    with_own_note,
 )
 
 T = TypeVar("T")
@@ -170,7 +169,7 @@ class CellTracker:
         with self._as_tracking_error():
             self._refresh()
             seen = self._known()
-            wanted = experiment_tags_of(tags, seen.tags) if seen.experiment_id is not None else {}
+            wanted = with_own_note(tags, seen.tags) if seen.experiment_id is not None else {}
             for key, text in wanted.items():
                 if seen.tags.get(key) != text:
                     self._client().set_experiment_tag(seen.experiment_id, key, text)
@@ -244,11 +243,11 @@ class CellTracker:
         return self._state
 
     def _create_run(self, experiment_id: str | None, record: CellRecord) -> TrackedRun:
-        start_ms = next((timestamp_ms for *_, timestamp_ms in record.history), None)
+        start_ms = record.start_ms or next((timestamp_ms for *_, timestamp_ms in record.history), None)
         run = self._client().create_run(
             experiment_id,
             start_time=start_ms,
-            tags={CELL_ID: record.cell_id, DRIVER: self._mark},
+            tags={record.id_tag: record.cell_id, DRIVER: self._mark},
             run_name=record.cell_name,
         )
         info = run.info
@@ -386,7 +385,7 @@ class CellTracker:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             self._client().log_artifacts(run.run_id, folder)
-        self._send(run, tags={ARTIFACTS_DIGEST: files_digest(contents)})
+        self._send(run, tags={ARTIFACTS_DIGEST: record.artifacts_digest or files_digest(contents)})
 
     def _set_status(self, run: TrackedRun, record: CellRecord) -> None:
         status = STATUS[record.status]

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.tracking.mlflow_state import accepted_name
+from orchestrator.plan.cell_record import CELL_ID
+from orchestrator.tracking.mlflow_state import SUMMARY_OF, accepted_name
 
 _TAG = "mlflow.sharedViewState."
-CELLS, SCATTER, CURVES = "cells", "accuracy-against-cost", "curves"
+CELLS, SCATTER, CURVES, SUMMARY = "cells", "accuracy-against-cost", "curves", "summary"
 _MOST_CHARTS = 12
 
 
@@ -40,7 +41,7 @@ class Shown:
 
 
 def view_tags(shown: Shown) -> dict[str, str]:
-    """Return the tags of the saved views: the table of cells, accuracy against cost, curves."""
+    """Return the tags of the saved views: the table of cells, accuracy against cost, curves, the summary."""
     metrics = [accepted_name(name) for name in (*shown.scores, *shown.costs)]
     columns = [
         *(f"params.`{accepted_name(name)}`" for name in shown.params),
@@ -55,6 +56,7 @@ def view_tags(shown: Shown) -> dict[str, str]:
         "columnOrder": columns,
         "columnWidths": dict.fromkeys(columns, 130),  # else their names are cut off
         "runsHiddenMode": "SHOW_ALL",  # not the first ten only
+        "searchFilter": f"tags.{CELL_ID} != ''",  # not the summary
         "groupBy": grouped if shown.group_by else None,
     }
     scores, costs = metrics[: len(shown.scores)], metrics[len(shown.scores) :]
@@ -68,6 +70,7 @@ def view_tags(shown: Shown) -> dict[str, str]:
             "accuracy against cost", common | _charts({"accuracy against cost": scatter, **final})
         ),
         f"{_TAG}{CURVES}": _view("curves", common | _charts({"curves": curves})),
+        f"{_TAG}{SUMMARY}": _view("summary", {"searchFilter": f"tags.{SUMMARY_OF} != ''"}),
     }
 
 

@@ -22,7 +22,7 @@ EVALUATIONS = 4  # `final` and `full` are one where the last stage is on full to
 
 def runs_in_mlflow(storage: Path, experiment: str) -> list:
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
-    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id], "tags.cell_id != ''")
 
 
 def family_of(marker: str) -> list[psutil.Process]:

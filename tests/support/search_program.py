@@ -49,7 +49,7 @@ class Search:
 
     def runs(self) -> dict[str, object]:
         client = MlflowClient(f"sqlite:///{self.storage / 'mlflow.db'}")
-        found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+        found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], "tags.cell_id != ''")
         return {run.data.tags["cell_id"]: run for run in found}
 
     def alive(self) -> bool:

@@ -75,7 +75,8 @@ def job_of(file: Path, label: str, cell: int = 0):
 def mlflow_runs(file: Path):
     client = MlflowClient(f"sqlite:///{file.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny")
-    return client, {each.info.run_id: each for each in client.search_runs([experiment.experiment_id])}
+    runs = client.search_runs([experiment.experiment_id], "tags.cell_id != ''")
+    return client, {each.info.run_id: each for each in runs}
 
 
 def test_added_to_a_finished_grid_it_runs_alone_and_into_the_same_runs(grid):

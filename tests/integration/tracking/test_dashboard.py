@@ -19,7 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.run import run_experiment
-from orchestrator.tracking.mlflow_views import CURVES, SCATTER
+from orchestrator.tracking.mlflow_views import CURVES, SCATTER, SUMMARY
 
 SECONDS = 60
 ACCURACY = {"schedule=full,seed=0": 0.8125, "schedule=full,seed=1": 0.6875,
@@ -82,6 +82,7 @@ def test_the_printed_address_shows_axes_accuracy_and_cost_of_every_cell(page: Ch
         *("cost/train_tflops", "cost/compression_ratio", "cost/train_seconds"),
     }
     assert "phases.finetune.schedule" not in heads
+    assert "summary" not in text.split("\n"), "the run of the experiment as a whole is no cell"
 
 
 def test_the_description_has_the_table_and_what_the_tree_saved(printed: str) -> None:
@@ -113,3 +114,22 @@ def test_the_third_view_draws_the_loss_over_steps(page: Chrome, printed: str) ->
     curves = "return [...document.querySelectorAll('.js-plotly-plot')].map(each => each.data.map(d => d.y))[0]"
     loss = [1 / (step + 1) for step in range(6)]
     WebDriverWait(page, SECONDS).until(lambda page: loss in (page.execute_script(curves) or []))
+
+
+@needs_browser
+def test_the_fourth_view_has_the_summary_whose_page_shows_table_and_report(page: Chrome, printed: str) -> None:
+    page.get(printed.replace("viewStateShareKey=cells", f"viewStateShareKey={SUMMARY}"))
+    WebDriverWait(page, SECONDS).until(lambda page: page.find_elements(By.LINK_TEXT, "summary"))
+    assert "schedule=heavy,seed=1" not in shown(page)
+    address = page.find_element(By.LINK_TEXT, "summary").get_attribute("href")
+    page.get(address)
+    wait_for(page, "The experiment as a whole, not a cell.")
+    wait_for(page, "schedule=full,seed=0")
+    page.get(f"{address}/artifacts/table.json")
+    wait_for(page, "0.4375")
+    assert {"schedule=heavy,seed=1", "heavy", "full"} <= set(shown(page).split("\n"))
+    page.get("about:blank")  # else it stays at the file that it shows
+    page.get(f"{address}/artifacts/report.html")
+    frame = WebDriverWait(page, SECONDS).until(lambda page: page.find_elements(By.TAG_NAME, "iframe"))
+    page.switch_to.frame(frame[0])
+    wait_for(page, "In short")

@@ -28,7 +28,7 @@ def test_the_run_is_named_as_the_first_cell_however_often_it_is_recorded(
         outcome = run_experiment(plan.loaded, local=True, console=Console(file=io.StringIO()))
         assert outcome.exit_code == 0 and not outcome.unsent and len(outcome.table.rows) == 6
         state = read_state(plan.tracking_uri, plan.experiment_name)
-        assert state is not None and len(state.runs) == 5
+        assert state is not None and len(state.runs.keys() - {"tiny"}) == 5
         run = state.runs[first.id]
         assert run.name == first.name == "stride=8,schedule=full"
         assert run.params["compressors.heavy.stride"] == "8" and run.tags["cell_id"] == first.id
