@@ -220,7 +220,8 @@ class Conductor:
         """Take note that a worker group has started; the job of the lane's earlier group is queued again.
 
         Args:
-            who: A rank: `lane`, `attempt` (unique), `world_size`, `rank`, `placement_group`.
+            who: A rank: `lane`, `attempt` (unique), `world_size`, `rank`, `placement_group`, and `unfit` where the node
+                of one cannot do what the run asks of it.
         """
         lane = who["lane"]
         if who["attempt"] in self._attempts:
@@ -228,7 +229,9 @@ class Conductor:
         if who.get("placement_group"):
             self._groups.setdefault(lane, []).append(who["placement_group"])
         self._end_lane(lane)
-        if self._barren.get(lane, 0) >= BARREN_ATTEMPTS:
+        if who.get("unfit"):
+            self._given_up[lane] = who["unfit"]
+        elif self._barren.get(lane, 0) >= BARREN_ATTEMPTS:
             self._given_up[lane] = f"the workers of {lane} died {self._barren[lane]} times before they took up any work"
         self._barren[lane] = self._barren.get(lane, 0) + 1
         self._attempts[who["attempt"]] = Attempt(who["attempt"], lane, who["world_size"], self._clock())

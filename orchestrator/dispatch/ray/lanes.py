@@ -7,6 +7,7 @@ import faulthandler
 import math
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -24,8 +25,10 @@ from orchestrator.dispatch.conductor import RESTART, STOP, WAIT, Conductor, Rule
 from orchestrator.dispatch.driver import PATIENCE, Outcome, RunState
 from orchestrator.dispatch.failures import one_line
 from orchestrator.dispatch.job_queue import parallel_width
+from orchestrator.dispatch.node_needs import lacks, needs_for
 from orchestrator.dispatch.ray import compat
-from orchestrator.dispatch.ray.placement import room_for
+from orchestrator.dispatch.ray.nodes import check_nodes
+from orchestrator.dispatch.ray.placement import may_hold, room_for
 from orchestrator.dispatch.worker import do_job, end_process, now, printed_to
 from orchestrator.errors import StageRunError
 from orchestrator.plan.jobs import Job, job_from_json
@@ -164,8 +167,15 @@ class Lanes:
         logs: Path,
         stop_asked: Callable[[], int],
     ) -> None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = room_for(cluster, nodes, compat.free_resources, parallel_width(state.jobs) if state.is_closed else None)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        resources = [node["Resources"] for node in nodes]
+        width = parallel_width(state.jobs) if state.is_closed else None
+        room = room_for(cluster, resources, compat.free_resources, width)
+        needs, asked = None, []
+        if cluster.address is not None:  # a Ray of our own is this machine
+            needs = needs_for(state.jobs, ledger)
+            asked = [node for node, fits in zip(nodes, may_hold(cluster, resources), strict=True) if fits]
+            check_nodes(needs, asked, stop_asked)
         self._state = state
         self._rules = rules
         self._logs = logs
@@ -176,7 +186,14 @@ class Lanes:
         self._news: Any = None
         self._given_up: dict[str, str] = {}
         threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
-        work = {"conductor": self._conductor, "storage": ledger.url, "executor": executor, "threads": threads}
+        work = {
+            "conductor": self._conductor,
+            "storage": ledger.url,
+            "executor": executor,
+            "threads": threads,
+            "needs": needs,
+            "asked": [node["NodeID"] for node in asked],
+        }
         folder = ledger.storage / "ray"
         self._lanes = [RayLane(f"lane-{n}", work, cluster, room.use_gpu, folder) for n in range(room.lanes)]
 
@@ -272,8 +289,9 @@ class Lanes:
 
 
 def _conductor(url: str, rules: Rules) -> Any:
-    """Start the conductor's actor near its driver, whose storage it uses; Ray restarts it when it dies."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Start the conductor's actor on its driver's node, so that no other loss takes it; Ray restarts it."""
+    # Not `soft`: Ray puts an actor without resources on any node then.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, concurrency_groups={_NEWS: 1}
     )(Conductor)
@@ -374,15 +392,21 @@ def run_lane(config: dict[str, Any]) -> None:
     """Ray Train's loop on one worker.
 
     Args:
-        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`.
+        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`, `needs` and the nodes `asked` for
+            them before the run.
     """
     import torch
     import torch.distributed as dist
 
-    attempt = [uuid.uuid4().hex]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(attempt, src=0)
-    who = {"lane": config["lane"], "attempt": attempt[0], "world_size": dist.get_world_size(), **_this_process()}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (uuid.uuid4().hex, _unfit(config)))
+    who = {
+        "lane": config["lane"],
+        "attempt": ranks[0][0],
+        "unfit": "; ".join(text for _, text in ranks if text),
+        "world_size": dist.get_world_size(),
+        **_this_process(),
+    }
     torch.set_num_threads(config["threads"])
     worker = _Worker(config, who)
     worker.begin()
@@ -391,6 +415,14 @@ def run_lane(config: dict[str, Any]) -> None:
         worker.work(heartbeat)
     finally:
         heartbeat.close()
+
+
+def _unfit(config: Mapping[str, Any]) -> str | None:
+    """Return why this worker's node cannot do what the run asks of it; None for one that was asked before the run."""
+    node = ray.get_runtime_context().get_node_id()
+    if config["needs"] is None or node in config["asked"] or not (found := lacks(config["needs"])):
+        return None
+    return f"node {socket.gethostname()} ({ray.util.get_node_ip_address()}), which joined later: {'; '.join(found)}"
 
 
 class _Worker:

@@ -64,6 +64,12 @@ def room_for(
     return Room(lanes if most is None else max(1, min(lanes, most)), use_gpu)
 
 
+def may_hold(cluster: ClusterSpec, nodes: Nodes) -> list[bool]:
+    """Return of each node whether a worker fits on it at all."""
+    wanted, _ = _worker(cluster, nodes)
+    return [_on_node(node, wanted) > 0 for node in nodes]
+
+
 def _worker(cluster: ClusterSpec, nodes: Nodes) -> tuple[dict[str, float], bool]:
     """Return what one worker holds, and whether that is a GPU."""
     wanted = {name: float(amount) for name, amount in cluster.resources_per_worker.items() if amount > 0}

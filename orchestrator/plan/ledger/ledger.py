@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ from orchestrator.plan.ledger.files import (
 from orchestrator.plan.ledger.leases import Holder, Leases
 
 _KEPT_CHECKPOINTS = 2
+_MARK = "storage.json"
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
 
 
@@ -60,6 +62,18 @@ class Ledger:
     def snapshot(self) -> AbstractContextManager[None]:
         """Within it, questions about many jobs may be answered as things were at its begin: for plans and tables."""
         return self.store.snapshot()
+
+    def mark(self) -> str:
+        """Return what tells this storage from every other, whoever opens it from where; it is made here if need be."""
+        self.store.create(_MARK, dump_json({"id": uuid.uuid4().hex}))
+        mark = self.read_mark()
+        if mark is None:
+            raise StorageError(f"{self.url}/{_MARK} is damaged; take it away, and run again")
+        return mark
+
+    def read_mark(self) -> str | None:
+        """Return what `mark` made; None where nobody has, or where another storage is under this address."""
+        return (parse_json(self.store.read(_MARK)) or {}).get("id")
 
     def living_holders(self) -> dict[str, Holder]:
         """Return the jobs under way to who works on them; what a killed driver left behind does not count."""

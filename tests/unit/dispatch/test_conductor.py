@@ -203,6 +203,15 @@ def test_a_rank_that_froze_after_the_last_progress_is_the_reason(tmp_path: Path)
     assert [one["silent"] for one in hung] == [False, True] and "rank 1 sent no heartbeat" in hung[0]["why"]
 
 
+def test_a_lane_with_a_worker_where_something_is_lacking_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"))
+    who = {"lane": "lane", "attempt": "late", "world_size": 2, "rank": 0, "unfit": "node b: /data: no such folder"}
+    made.begin(who)
+    assert [made.next_item({**who, "rank": rank}, 0, None, None) for rank in (0, 1)] == ["stop", "stop"]
+    assert made.poll("", 0)["given_up"] == {"lane": "node b: /data: no such folder"}
+    assert Group(made, lane="other").ask() == "a"
+
+
 def test_what_the_spec_data_code_or_a_plugin_caused_is_not_tried_again() -> None:
     wrapped = StageRunError("ConnectionResetError: gone")
     wrapped.__cause__ = ConnectionResetError("gone")
