@@ -14,6 +14,7 @@ import yaml
 
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.identity_fields import data_digest
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action, EvaluationJob, place_of
 from orchestrator.plan.ledger import Ledger
@@ -21,6 +22,7 @@ from orchestrator.plan.ledger.files import is_there
 from orchestrator.plan.status import CellStatus, cell_status
 from orchestrator.plan.step_history import Point, StepHistory, Stretch, last_metrics
 from orchestrator.plan.tree import StageTree
+from orchestrator.redaction import redacted
 from orchestrator.spec.components import FINAL, EvaluationSpec
 from orchestrator.spec.search import measured_by
 
@@ -29,12 +31,45 @@ NOTE = "mlflow.note.content"
 CELL_ID = "cell_id"
 """Tag by which the run of a cell is found."""
 _NOTE_LINES = 40
+_DATA_DIGITS = 36
 _COSTS = Costs()  # one for the process: lengths of data are measured once
 AT_MOST = "costs_at_most"
 """Tag of a cell whose operations and tokens by the formula are bounds: a method's tokens depend on the image."""
 EVALUATION_TAG = "fingerprint.eval."
 _NOTICE_CHARACTERS = 4000  # MLflow takes tags of 8,000 bytes
 _VERSIONS = ("python", "torch", "transformers", "deepspeed", "peft")
+
+
+@dataclass(frozen=True)
+class UsedData:
+    """A data set that a cell is trained or evaluated on.
+
+    Attributes:
+        name: Its entry under `data`.
+        digest: Of its rows as they were read, without those left out; 36 digits, the most that MLflow takes.
+        kind: Kind of data.
+        source: Its entry as JSON.
+        uses: `training`, `evaluation`, or both.
+    """
+
+    name: str
+    digest: str
+    kind: str
+    source: str
+    uses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A final state whose weights are kept.
+
+    Attributes:
+        state: Its identity in the ledger.
+        weights: Folder or URL of its weights.
+    """
+
+    state: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +89,8 @@ class CellRecord:
             where it was done before there were any.
         evaluation_notices: What readers of its scores should know, by evaluation.
         recorded: Metrics that someone else measured (`llavolta record`), and the source of each.
+        data: Data sets of its phases and evaluations, as far as they can be read here.
+        kept: Its final state, where that is trained and its weights are kept.
         id_tag: Tag by which its run in MLflow is found, with `cell_id` as its value; another one for a run that is no
             cell's.
         start_ms: When it began, where that is not the time of its first step.
@@ -74,6 +111,8 @@ class CellRecord:
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     evaluation_notices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     recorded: dict[str, str] = field(default_factory=dict)
+    data: tuple[UsedData, ...] = ()
+    kept: KeptState | None = None
     id_tag: str = CELL_ID
     start_ms: int | None = None
     artifacts_digest: str = ""
@@ -126,7 +165,35 @@ def cell_record(cell: Cell, tree: StageTree, ledger: Ledger, baseline: Cell | No
         evaluated=evaluated,
         evaluation_notices=_evaluation_notices(results),
         recorded=recorded,
+        data=_used_data(cell),
+        kept=_kept(cell, ledger) if trained and cell.phases else None,
     )
+
+
+def _used_data(cell: Cell) -> tuple[UsedData, ...]:
+    """Return a cell's data sets: those of its phases, then those of its evaluations that bring none of their own."""
+    entries = [("training", entry) for plan in cell.phases for entry in plan.data]
+    for test in cell.evaluations:
+        name = cell.spec.evaluate[test.name].data
+        if name is not None:
+            entries.append(("evaluation", {"name": name, "content": test.content, "left_out": test.left_out}))
+    found: dict[tuple[str, str], UsedData] = {}
+    for use, entry in entries:
+        name, content = entry["name"], entry["content"]
+        if content is None:
+            continue  # without its rows it cannot be told from another
+        data = cell.spec.data[name]
+        key = name, data_digest(data, content, entry.get("left_out") or ())[:_DATA_DIGITS]
+        uses = found[key].uses if key in found else ()
+        source = redacted(canonical_json(data.model_dump(mode="json")))
+        found[key] = UsedData(*key, data.kind, source, tuple(dict.fromkeys((*uses, use))))
+    return tuple(found.values())
+
+
+def _kept(cell: Cell, ledger: Ledger) -> KeptState | None:
+    if not ledger.has(cell.state, "weights"):
+        return None
+    return KeptState(cell.state, f"{ledger.url}/stage_runs/{cell.state}/weights")
 
 
 # A finished stage run on a cell's way, as the ledger recorded it: its job and its result.

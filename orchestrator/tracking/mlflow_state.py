@@ -280,6 +280,10 @@ def shortened(text: str, most_characters: int) -> str:
 
 ARTIFACTS_DIGEST = "artifacts_sha256"
 ALONG_DIGEST = "evaluations_along_sha256"
+DATA_DIGEST = "data_sha256"
+MODEL = "logged_model"
+"""Tag with the id of a run's logged model, or what says that the server has none."""
+NO_MODELS = "not taken by this server"
 CHANGED_PARAM = "changed_param."
 DRIVER = "storage_driver"
 POINTS = "storage_points"
@@ -310,6 +314,8 @@ def has_record(run: TrackedRun | None, record: CellRecord) -> bool:
         and not changed_summary(run, record)
         and not lost_points(run)
         and has_artifacts(run, record)
+        and has_data(run, record)
+        and has_model(run, record)
         and has_along(run, record)
         and next(fresh_points(run, record), None) is None
     )
@@ -321,6 +327,27 @@ def has_artifacts(run: TrackedRun, record: CellRecord) -> bool:
         run.tags.get(ARTIFACTS_DIGEST) == (record.artifacts_digest or files_digest(file_contents(record.artifacts)))
         and not run.lacks_artifacts(map(accepted_name, record.artifacts))
     )
+
+
+def data_digest(record: CellRecord) -> str:
+    """Return the digest of a record's data sets, the tag of a run that has them as inputs."""
+    # Without the source: a folder that is mounted elsewhere holds the same rows.
+    return digest([[data.name, data.digest, data.uses] for data in record.data])
+
+
+def has_data(run: TrackedRun, record: CellRecord) -> bool:
+    """Return whether a run has a record's data sets as inputs."""
+    return not record.data or run.tags.get(DATA_DIGEST) == data_digest(record)
+
+
+def has_model(run: TrackedRun, record: CellRecord) -> bool:
+    """Return whether there is a logged model of a record's kept state; its metrics are those of the run."""
+    return record.kept is None or MODEL in run.tags
+
+
+def model_of(run: TrackedRun) -> str | None:
+    """Return the id of a run's logged model; None where it has none."""
+    return None if run.tags.get(MODEL) == NO_MODELS else run.tags.get(MODEL)
 
 
 def lost_points(run: TrackedRun) -> bool:
@@ -440,10 +467,10 @@ def file_contents(artifacts: Mapping[str, str | bytes | Path]) -> dict[str, byte
 
 def files_digest(contents: Mapping[str, bytes]) -> str:
     """Return the digest of artifacts, names and contents."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name in sorted(contents):
-        digest.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
-    return digest.hexdigest()
+        found.update(f"{name}\0{len(contents[name])}\0".encode() + contents[name])
+    return found.hexdigest()
 
 
 def with_own_note(tags: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:

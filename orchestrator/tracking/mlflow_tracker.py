@@ -24,13 +24,17 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from orchestrator.errors import LlavoltaError, TrackingError, first_line
-from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cell_record import CELL_ID, CellRecord, KeptState
 from orchestrator.plan.ledger.process import this_process
 from orchestrator.redaction import redacted
 from orchestrator.tracking.mlflow_state import (
     ALONG_DIGEST,
     ARTIFACTS_DIGEST,
+    DATA_DIGEST,
     DRIVER,
+    MODEL,
+    NAME_CHARACTERS,
+    NO_MODELS,
     OPEN,
     POINTS,
     STATUS,
@@ -39,16 +43,21 @@ from orchestrator.tracking.mlflow_state import (
     SentPoint,
     TrackedRun,
     abandoned,
+    accepted_name,
     along_digest,
     changed_summary,
+    data_digest,
     end_of,
     file_contents,
     files_digest,
     fresh_points,
     has_along,
     has_artifacts,
+    has_data,
+    has_model,
     lost_points,
     make_database,
+    model_of,
     read_state,
     read_state_with_client,
     sent_params,
@@ -65,6 +74,7 @@ METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 TAGS_PER_REQUEST = 100
 SQLITE_LOCK_SECONDS = 10
+SOURCE_CHARACTERS = 65_000
 REFRESH_SECONDS = 30.0
 
 # A server that is down is noticed in seconds instead of four minutes; no telemetry, no printed addresses.
@@ -114,6 +124,7 @@ class CellTracker:
         self._state: ExperimentState | None = None
         self._refreshed = 0.0
         self._running: set[str] = set()
+        self._created: set[str] = set()
         self.notes: list[str] = []
 
     def open_runs(self, records: Sequence[CellRecord]) -> None:
@@ -251,6 +262,7 @@ class CellTracker:
             run_name=record.cell_name,
         )
         info = run.info
+        self._created.add(info.run_id)
         return TrackedRun(
             info.run_id, info.run_name, info.status, info.start_time, info.artifact_uri,
             tags=dict(run.data.tags), points=0,
@@ -262,22 +274,25 @@ class CellTracker:
         if not self._log_history(run, record, points):
             return False
         self._log_along(run, record)
+        self._log_model(run, record)
         self._log_summary(run, record)
         self._log_artifacts(run, record)
+        self._log_data(run, record)
         if STATUS[record.status] not in OPEN and run.points is not None and run.tags.get(POINTS) != str(run.points):
             self._send(run, tags={POINTS: str(run.points)})
         self._set_status(run, record)
         return True
 
     def _send(
-        self, run: TrackedRun, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None
-    ) -> None:
-        """Send one request, and note its content as part of MLflow's state."""
+        self, run: TrackedRun, metrics: Any = (), params: Any = (), tags: Mapping[str, str] | None = None,
+        model_id: str | None = None,
+    ) -> None:  # fmt: skip
+        """Send one request, and note its content as part of MLflow's state; metrics are also that logged model's."""
         from mlflow.entities import Metric, Param, RunTag
 
         tags = tags or {}
         batch = {
-            "metrics": [Metric(*metric) for metric in metrics],
+            "metrics": [Metric(*metric, model_id=model_id) for metric in metrics],
             "params": [Param(key, text) for key, text in params],
             "tags": [RunTag(key, text) for key, text in tags.items()],
         }
@@ -373,7 +388,7 @@ class CellTracker:
             step = max(step, run.metrics.get(name, (0.0, 0, 0))[1])
             points.append((name, value, now_ms, step))
         for batch in chunks(points, METRICS_PER_REQUEST):
-            self._send(run, batch)
+            self._send(run, batch, model_id=model_of(run))
 
     def _log_artifacts(self, run: TrackedRun, record: CellRecord) -> None:
         if not record.artifacts or has_artifacts(run, record):
@@ -386,6 +401,71 @@ class CellTracker:
                 path.write_bytes(content)
             self._client().log_artifacts(run.run_id, folder)
         self._send(run, tags={ARTIFACTS_DIGEST: record.artifacts_digest or files_digest(contents)})
+
+    def _log_data(self, run: TrackedRun, record: CellRecord) -> None:
+        """Log the data sets as inputs of the run; MLflow keeps one that it has."""
+        if has_data(run, record):
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(data.name, data.digest, data.kind, shortened(data.source, SOURCE_CHARACTERS)),
+                [InputTag("mlflow.data.context", ", ".join(data.uses))],
+            )
+            for data in record.data
+        ]
+        self._client().log_inputs(run.run_id, inputs)
+        self._send(run, tags={DATA_DIGEST: data_digest(record)})
+
+    def _log_model(self, run: TrackedRun, record: CellRecord) -> None:
+        """Keep a logged model of the kept state, with the cell's params and final metrics.
+
+        It has no files: its tags say where the ledger has the weights.
+        """
+        if record.kept is None or has_model(run, record):
+            return
+        model_id, known = self._model_of(run, record, record.kept), run.points
+        # Equal to the run's own, which therefore stay as they are; those to come are logged of both.
+        finals = sorted({accepted_name(name) for name in record.summary} & run.metrics.keys())
+        points = [(name, value, time_ms, step) for name in finals for value, step, time_ms in [run.metrics[name]]]
+        if model_id == NO_MODELS:
+            self._send(run, tags={MODEL: model_id})
+        else:
+            self._send(run, points, tags={MODEL: model_id}, model_id=model_id)
+        run.points = known
+
+    def _model_of(self, run: TrackedRun, record: CellRecord, kept: KeptState) -> str:
+        """Return the id of the run's logged model, created if there is none; `NO_MODELS` from a server before 3.0."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        client, experiment_id = self._client(), self.experiment_id
+        is_new = run.run_id in self._created
+        self._created.discard(run.run_id)  # the next attempt looks for what this one may have left
+        try:
+            which = f"source_run_id = '{run.run_id}'"
+            found = [] if is_new else client.search_logged_models([experiment_id], which)
+            # MLflow refuses some characters in names of models.
+            name = re.sub(r"[/:.%\"']", "_", record.cell_name)[:NAME_CHARACTERS]
+            tags = {"state": kept.state, "weights": kept.weights, CELL_ID: record.cell_id}
+            params = sent_params(record)
+            model = (
+                found[0]
+                if found
+                else client.create_logged_model(experiment_id, name, run.run_id, tags, params, "llavolta")
+            )
+        except Exception as error:
+            if getattr(error, "error_code", "") != "ENDPOINT_NOT_FOUND":
+                raise
+            return NO_MODELS
+        if model.status != LoggedModelStatus.READY:
+            try:
+                client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, record.last_step)])
+            except Exception as error:
+                if not _WRITTEN_TWICE.search(str(error)):
+                    raise
+            client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
 
     def _set_status(self, run: TrackedRun, record: CellRecord) -> None:
         status = STATUS[record.status]
