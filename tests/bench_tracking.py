@@ -1,15 +1,20 @@
 """What MLflow costs on a long run and on a wide grid: first send, a repeat with nothing new, a tail, live curves.
 
     python tests/bench_tracking.py [--steps 100000] [--cells 200]
+    python tests/bench_tracking.py --dashboard
 
 Figures are CPU seconds of this process and wall seconds, on an sqlite file of its own; the import of MLflow is not in
-them. `plain` sends the same points by MLflow's client alone, in batches of the largest size it takes.
+them. `plain` sends the same points by MLflow's client alone, in batches of the largest size it takes. `--dashboard`
+alone: 504 finished cells as `run` records them (figures, data sets, models and the summary included), `run` once more,
+and the page that its last line opens, in Chromium on a real server, until cells and scores are on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,12 +23,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+from bench_report import write_finished
+from browser import browser
 from cell_tracker import Tracker
+from mlflow_servers import free_port, mlflow_server
+from rich.console import Console
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.step_history import StepHistory, Stretch
+from orchestrator.run import run_experiment
 from orchestrator.tracking.mlflow_state import has_record, read_state
 from orchestrator.tracking.mlflow_tracker import UploadQueue
+from orchestrator.tracking.mlflow_views import dashboard_address
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")
 
@@ -114,13 +128,38 @@ def wide_grid(folder: Path, cells: int, seconds: dict[str, float]) -> None:
     print(f"live curves that are complete: {sum(shown)} of {cells}; the driver's longest wait: {1000 * longest:.2f} ms")
 
 
+def dashboard(folder: Path, seconds: dict[str, float]) -> None:
+    """A grid of 504 finished cells, from the ledger to the page."""
+    os.environ["LLAVOLTA_STORAGE"] = str(folder / "runs")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    plan = prepare(write_finished(folder))
+    Tracker(plan.tracking_uri, "warm").log(CellRecord("warm", "warm", "finished"))
+    quiet = Console(file=io.StringIO())
+    with timed(f"{len(plan.cells)} finished cells and their summary", seconds):
+        outcome = run_experiment(plan.loaded, local=True, console=quiet)
+    assert not outcome.unsent and outcome.experiment_id is not None, outcome.tracking_problem
+    with timed("`run` once more, with nothing to do", seconds):
+        run_experiment(plan.loaded, local=True, console=quiet)
+    with (
+        mlflow_server(folder, free_port(), plan.tracking_uri) as server,
+        browser(2200, 1000) as page,
+        timed("from opening the printed address to cells and scores", seconds),
+    ):
+        page.get(dashboard_address(server, outcome.experiment_id))
+        WebDriverWait(page, 600, 0.1).until(lambda page: "(average)" in page.find_element(By.TAG_NAME, "body").text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--cells", type=int, default=200)
+    parser.add_argument("--dashboard", action="store_true")
     asked = parser.parse_args()
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="llavolta-bench-") as folder:
+        if asked.dashboard:
+            dashboard(Path(folder), seconds)
+            return
         long_run(Path(folder), asked.steps, seconds)
         wide_grid(Path(folder), asked.cells, seconds)
     plain = next(value for name, value in seconds.items() if name.startswith("plain"))

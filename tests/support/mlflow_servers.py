@@ -25,11 +25,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """`mlflow server` in a process group of its own; its address."""
+def mlflow_server(folder: Path, port: int, store: str = "", artifacts: str = "") -> Iterator[str]:
+    """`mlflow server` in a process group of its own, on an sqlite file and a folder unless told; its address."""
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
-        *("--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")),
+        *("--backend-store-uri", store or f"sqlite:///{folder}/server.db"),
+        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
     ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "server.log").open("ab") as log:

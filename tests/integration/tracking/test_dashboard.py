@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import browser, needs_browser
-from ledger_work import finish
 from mlflow import MlflowClient
-from rich.console import Console
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+from tracked_grid import ACCURACY, printed_address
 
-from orchestrator.plan.experiment_plan import prepare
-from orchestrator.plan.jobs import EvaluationJob
-from orchestrator.run import run_experiment
 from orchestrator.tracking.mlflow_views import CURVES, SCATTER, SUMMARY
 
 SECONDS = 60
-ACCURACY = {"schedule=full,seed=0": 0.8125, "schedule=full,seed=1": 0.6875,
-            "schedule=heavy,seed=0": 0.5625, "schedule=heavy,seed=1": 0.4375}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def printed(server: str, tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Iterator[str]:
     """The address that a finished grid of two schedules and two seeds prints at its end."""
-    folder = tmp_path_factory.mktemp("dashboard")
-    schedules = "  phases.finetune.schedule: [full, heavy, two_stage]"
-    assert schedules in tiny_text
-    text = tiny_text.replace(schedules, "  phases.finetune.schedule: [full, heavy]\n  seed: [0, 1]")
-    (folder / "tiny.yaml").write_text(text.replace("name: tiny\n", "name: dashboard\n"))
     with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("dashboard")
         patch.setenv("LLAVOLTA_STORAGE", str(folder / "runs"))
         patch.setenv("MLFLOW_TRACKING_URI", server)
-        plan = prepare(folder / "tiny.yaml")
-        accuracy = {test.id: ACCURACY[cell.name] for cell in plan.cells for test in cell.evaluations}
-        for job in plan.tree.work(plan.ledger):
-            if isinstance(job, EvaluationJob):
-                plan.ledger.write_evaluation(job.id, {"metrics": {"accuracy": accuracy[job.id]}, "seconds": 1.0})
-            else:
-                finish(plan.ledger, job)
-        told = io.StringIO()
-        run_experiment(plan.loaded, local=True, console=Console(file=told)).print(Console(file=told, soft_wrap=True))
-        again = io.StringIO()
-        run_experiment(plan.loaded, local=True, console=Console(file=again)).print(Console(file=again, soft_wrap=True))
-    address = re.compile(r"MLflow: (http\S+)")
-    assert address.findall(told.getvalue()) == address.findall(again.getvalue()), "with nothing to do it is the same"
-    yield address.findall(told.getvalue())[0]
+        yield printed_address(folder, tiny_text, "dashboard")
 
 
 @pytest.fixture
