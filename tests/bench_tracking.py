@@ -137,7 +137,7 @@ def dashboard(folder: Path, seconds: dict[str, float]) -> None:
     quiet = Console(file=io.StringIO())
     with timed(f"{len(plan.cells)} finished cells and their summary", seconds):
         outcome = run_experiment(plan.loaded, local=True, console=quiet)
-    assert not outcome.unsent and outcome.experiment_id is not None, outcome.tracking_problem
+    assert not outcome.unsent, outcome.tracking_problem
     with timed("`run` once more, with nothing to do", seconds):
         run_experiment(plan.loaded, local=True, console=quiet)
     with (
@@ -145,7 +145,7 @@ def dashboard(folder: Path, seconds: dict[str, float]) -> None:
         browser(2200, 1000) as page,
         timed("from opening the printed address to cells and scores", seconds),
     ):
-        page.get(dashboard_address(server, outcome.experiment_id))
+        page.get(dashboard_address(server, str(outcome.experiment_id)))
         WebDriverWait(page, 600, 0.1).until(lambda page: "(average)" in page.find_element(By.TAG_NAME, "body").text)
 
 

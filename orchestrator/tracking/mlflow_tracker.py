@@ -630,6 +630,7 @@ class UploadQueue:
         for cell_id in turn:
             with self._noted(cell_id, failed):
                 records[cell_id] = self.unsent[cell_id]()
+                self._turns += 1  # hundreds of figures to draw are no stall
         self._open_runs(list(records.values()))
         for cell_id, record in records.items():
             make = self.unsent.pop(cell_id)

@@ -134,6 +134,24 @@ def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyP
     assert len(said) == 1 and "Ctrl-C" in said[0]
 
 
+def test_records_that_take_long_to_make_are_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of cells whose figures are drawn before the first of them is sent."""
+    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 1.0)
+    server = Server()
+    recorder = UploadQueue(lambda: server)
+
+    def drawn(name: str) -> CellRecord:
+        time.sleep(0.1)  # what drawing takes
+        return CellRecord(name, name, "finished")
+
+    names = [f"cell-{number}" for number in range(20)]
+    for name in names:
+        recorder.put(name, lambda name=name: drawn(name))
+    with recorder:
+        pass
+    assert server.took == names and recorder.problem is None
+
+
 def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 0.3)
     server, gone = Server(), threading.Event()
