@@ -230,7 +230,7 @@ class Machines:
 
     def run(self, name: str, arguments: Sequence[str | Path], output: str, **more: str) -> str:
         """Runs a program on a machine and returns what it printed; one that fails is an error."""
-        code = self.start(name, arguments, output, **more).wait(timeout=300)
+        code = self.start(name, arguments, output, **more).wait(timeout=600)
         printed = self.printed(output)
         assert code == 0, f"{name}: {printed}"
         return printed

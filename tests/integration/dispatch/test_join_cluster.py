@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -13,22 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 from repository import SUPPORT
-
-DRIVER = """
-import sys
-from orchestrator.dispatch.driver import Hooks
-from orchestrator.dispatch.ray.session import run_on_ray
-from orchestrator.plan.jobs import RootJob
-from orchestrator.plan.ledger import Ledger
-from orchestrator.spec.infrastructure import ClusterSpec
-
-cluster = ClusterSpec(address=sys.argv[1], num_workers=2, use_gpu=False)
-outcome = run_on_ray(
-    [RootJob("job0", {"do": ""}, 0)], Ledger(sys.argv[2]), cluster, Hooks(),
-    executor="lane_jobs:run",
-)
-print(outcome.finished)
-"""
 
 
 def free_port() -> int:
@@ -52,7 +37,8 @@ def test_joined_and_left_running(tmp_path: Path, mode: str) -> None:
             while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
                 with pytest.raises(psutil.TimeoutExpired):
                     head.wait(0.2)  # a head that ends early fails here
-            driver = [sys.executable, "-c", DRIVER, address, str(tmp_path / "storage")]
+            cluster = json.dumps({"address": address, "num_workers": 2, "use_gpu": False})
+            driver = [sys.executable, SUPPORT / "ray_driver.py", cluster, tmp_path / "storage", "lane_jobs:run"]
             done = subprocess.run(driver, env=env, capture_output=True, text=True, timeout=120, check=False)
             assert done.stdout.strip() == "('job0',)", done.stdout + done.stderr
             assert head.is_running() and done.stderr == ""

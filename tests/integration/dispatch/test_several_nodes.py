@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from machines import Machines, address_of, ray_on_machines
 from PIL import Image
 from program import PROGRAM
+from repository import SUPPORT
 
 BUCKET_PORT = 5000
 BUCKET_ACCESS = {
@@ -41,7 +43,8 @@ class UnusedSpec(CompressorSpec):
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     """A head that trains nothing, and two nodes of two CPUs."""
     num_cpus = {"head": 0, "alpha": 2, "beta": 2}
-    with ray_on_machines(tmp_path_factory.mktemp("machines"), num_cpus, **BUCKET_ACCESS) as found:
+    more = {**BUCKET_ACCESS, "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+    with ray_on_machines(tmp_path_factory.mktemp("machines"), num_cpus, **more) as found:
         yield found
 
 
@@ -122,8 +125,16 @@ def test_what_a_node_lacks_is_said_at_once_by_node_and_path(machines: Machines, 
     ]
 
 
+def test_workers_on_two_nodes_meet(machines: Machines) -> None:
+    storage = machines.shared / "meet"
+    cluster = {"address": machines.address, "num_workers": 2, "use_gpu": False, "placement": "spread"}
+    driver = [sys.executable, SUPPORT / "ray_driver.py", json.dumps(cluster), storage, "lane_jobs:meet"]
+    assert machines.run("head", driver, "meet.txt").splitlines()[-1] == "('job0',)"
+    assert [(storage / "marks" / f"rank{rank}").read_text() for rank in (0, 1)] == ["alpha beta"] * 2
+
+
 @pytest.mark.slow
-def test_a_lane_across_two_nodes(machines: Machines, grid: str, on_one_node: dict[str, Any]) -> None:
+def test_the_grid_in_a_lane_across_two_nodes(machines: Machines, grid: str, on_one_node: dict[str, Any]) -> None:
     text = grid.replace("zero0", "zero2")
     assert run(machines, "spread", text, placement="spread") == (on_one_node, {"alpha", "beta"})
 
@@ -143,9 +154,11 @@ def test_a_bucket_instead_of_a_shared_folder(machines: Machines, grid: str, on_o
     machines.start("head", server, "bucket.txt")
     while "Running on" not in machines.printed("bucket.txt"):
         time.sleep(0.1)
-    machines.run("head", [sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='b')"], "b.txt")
+    machines.run(
+        "head", [sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='bucket')"], "b.txt"
+    )
     text = grid.replace("zero0", "zero2")
-    path = write(machines, "s3", text, storage_path="s3://b/runs", address=machines.address, placement="spread")
+    path = write(machines, "s3", text, storage_path="s3://bucket/runs", address=machines.address, placement="spread")
     assert run_and_watch(machines, path) == {"alpha", "beta"}
     for cell, weights in on_one_node["weights"].items():
         place = machines.run("head", [*PROGRAM, "path", path, "--cell", cell], "path.txt").strip()
