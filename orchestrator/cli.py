@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
@@ -18,12 +19,13 @@ import typer
 
 import orchestrator as llv
 from orchestrator.dispatch.signals import ended_by_signals
-from orchestrator.errors import OTHER_STORAGE, ErrorDetail, LlavoltaError, SpecError, UsageError, shorten
+from orchestrator.errors import OTHER_STORAGE, ErrorDetail, Interrupted, LlavoltaError, SpecError, UsageError, shorten
 from orchestrator.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.dispatch.ray.jobs import ClusterJob
     from orchestrator.report.documents import Document, Documents
     from orchestrator.testing.contract import Checked
 
@@ -43,6 +45,11 @@ MaxHours = Annotated[
     typer.Option(
         "--max-hours", min=0, metavar="H", help="After H hours: checkpoint, stop, exit 75; the same command resumes."
     ),
+]
+Address = Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's dashboard: http://HOST:8265.")]
+MaybeAddress = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Of the job on this cluster instead: http://HOST:8265."),
 ]
 MaybeSpec = Annotated[
     Path | None, typer.Argument(metavar="[SPEC]", help="Experiment file, whose storage is meant.", show_default=False)
@@ -246,6 +253,79 @@ def search(
     _end(outcome, as_json)
 
 
+@app.command()
+def submit(
+    what: Annotated[list[str], typer.Argument(metavar="[run|search] SPEC", help="What to do, and with which file.")],
+    address: Address,
+    set_: Set = None,
+    as_json: Json = False,
+    retry_failed: RetryFailed = False,
+    fail_fast: FailFast = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A trial, as of `run`.")] = False,
+    max_hours: MaxHours = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Does not follow the log.")] = False,
+) -> None:
+    """Run SPEC as a job of a Ray cluster, or join the job that does; follows its log, Ctrl-C leaves it running."""
+    *verbs, spec = what
+    experiment = llv.load(Path(spec), set_ or ())
+    verb = "run" if experiment.spec.search is None else "search"
+    if verbs not in ([], [verb]):
+        raise UsageError(f"submit {' '.join(what)}: write `submit {verb} {spec}`, which is what that file describes")
+    job = experiment.submit(address, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours, smoke=smoke)
+    for each in job.elsewhere:
+        print(f"note: must be on the cluster: {each}", file=sys.stderr)
+    print(f"{job.id}: {'joined' if job.joined else 'submitted'}", file=sys.stderr, flush=True)
+    code = 0 if no_wait else _follow(job, spec, set_, as_json)
+    if as_json:
+        print_json({**job.document(), "joined": job.joined})
+    raise typer.Exit(code)
+
+
+@app.command()
+def cancel(spec: Spec, address: Address, set_: Set = None, as_json: Json = False) -> None:
+    """Stop the job that runs SPEC on a Ray cluster at a checkpoint, and wait for its end; `submit` resumes it."""
+    job = _job(spec, set_, address)
+    if not job.is_open:
+        raise UsageError(f"{job.id} has ended already: {job.status}")
+    job.cancel(_writer(as_json))
+    if as_json:
+        print_json(job.document())
+    else:
+        print(f"{job.id}: {job.status}; submit it again to resume")
+
+
+def _job(spec: Path, overrides: list[str] | None, address: str) -> ClusterJob:
+    """Return the newest job of an experiment on a cluster."""
+    if not (jobs := llv.load(spec, overrides or ()).jobs(address)):
+        raise UsageError(
+            f"{address} has no job of {spec} as it is now: a job goes by the content of the file, of what it names, "
+            "and of --set"
+        )
+    return jobs[-1]
+
+
+def _follow(job: ClusterJob, spec: str | Path, overrides: list[str] | None, as_json: bool) -> int:
+    """Write a job's log until it ends, and return the exit code of its run.
+
+    Raises:
+        Interrupted: Ctrl-C; the job goes on.
+    """
+    try:
+        return job.follow(_writer(as_json))
+    except KeyboardInterrupt:
+        settings = [word for text in overrides or () for word in ("--set", text)]
+        call = shlex.join([str(spec), *settings, "--address", job.server.address])
+        raise Interrupted(
+            f"{job.id} goes on\n    llavolta logs {call} -f    follows it again\n    llavolta cancel {call}    stops it"
+        ) from None
+
+
+def _writer(as_json: bool) -> Callable[[str], None]:
+    """Return what writes a job's log: to standard output, which is kept for a JSON document otherwise."""
+    stream = sys.stderr if as_json else sys.stdout
+    return lambda text: print(text, end="", file=stream, flush=True)
+
+
 def _end(outcome: llv.RunOutcome, as_json: bool) -> None:
     """Print how a run ended, and end with its exit code."""
     if as_json:
@@ -257,8 +337,16 @@ def _end(outcome: llv.RunOutcome, as_json: bool) -> None:
 
 
 @app.command()
-def status(specs: Specs, set_: Set = None, as_json: Json = False) -> None:
+def status(specs: Specs, set_: Set = None, as_json: Json = False, address: MaybeAddress = None) -> None:
     """Show what runs where, what is done, waiting or failed and why, and the time left; works beside a live run."""
+    if address is not None:
+        jobs = [_job(spec, set_, address).document() for spec in specs]
+        if as_json:
+            print_json(jobs if len(jobs) > 1 else jobs[0])
+        else:
+            for job in jobs:
+                print("\n".join(f"{key}: {value}" for key, value in job.items() if value is not None))
+        return
     documents = [experiment.status() for experiment in [llv.load(spec, set_ or ()) for spec in specs]]
     if as_json and len(documents) > 1:
         print_json(documents)
@@ -307,8 +395,29 @@ def report(
 
 
 @app.command()
-def logs(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
-    """Print the logs of a cell's stage runs and evaluations, in order."""
+def logs(
+    spec: Spec,
+    cell: Annotated[
+        str | None, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    address: MaybeAddress = None,
+    follow: Annotated[bool, typer.Option("-f", help="With --address: until the job ends.")] = False,
+) -> None:
+    """Print the logs of a cell's stage runs and evaluations, in order; or what a job on a cluster has printed."""
+    if (cell is None) == (address is None) or (follow and address is None):
+        raise UsageError("logs: give --cell CELL, or --address URL, which takes -f")
+    if address is not None:
+        job = _job(spec, set_, address)
+        if follow:
+            raise typer.Exit(_follow(job, spec, set_, as_json))
+        if as_json:
+            print_json({job.id: job.log()})
+        else:
+            print(job.log(), end="")
+        return
+    assert cell is not None
     found = llv.load(spec, set_ or ()).cell(cell)
     if as_json:
         print_json({str(path): path.read_text(errors="replace") for path in found.log_files})

@@ -32,6 +32,8 @@ from orchestrator.storage import Storage
 if TYPE_CHECKING:
     import pandas
 
+    from orchestrator.dispatch.ray.jobs import ClusterJob
+
 
 def load(source: Source, overrides: Sequence[str] = ()) -> Experiment:
     """Load and validate an experiment.
@@ -247,6 +249,60 @@ class Experiment:
             self.loaded, local=local, retry_failed=retry_failed, fail_fast=fail_fast, max_hours=max_hours,
             console=console,
         )  # fmt: skip
+
+    def submit(
+        self,
+        address: str,
+        *,
+        retry_failed: bool = False,
+        fail_fast: bool = False,
+        max_hours: float | None = None,
+        smoke: bool = False,
+    ) -> ClusterJob:
+        """Run it, or its search, as a job of a Ray cluster; one that does the same already is joined.
+
+        Its file and what that names by relative paths travel; absolute paths must be there.
+
+        Args:
+            address: Of the cluster's dashboard: `http://HOST:8265`.
+            retry_failed: Runs again what failed before.
+            fail_fast: Stops at the first failure.
+            max_hours: Stops at a checkpoint after so many hours.
+            smoke: A trial with model, steps and data made small, in a storage of its own.
+
+        Returns:
+            The job; `follow(print)` writes its log until it ends, `cancel(print)` stops it at a checkpoint.
+
+        Raises:
+            UsageError: no cluster answers there, it refuses the token, or the job runs with other options.
+            SpecError: it names what cannot travel.
+        """
+        from orchestrator.dispatch.package import package_of
+        from orchestrator.dispatch.ray.jobs import JobServer  # loads ray
+
+        verb = "run" if self.spec.search is None else "search"
+        if smoke and verb == "search":
+            raise UsageError("a search has no trial run: leave `smoke` out")
+        flags = {"--retry-failed": retry_failed, "--fail-fast": fail_fast, "--smoke": smoke}
+        options = [flag for flag, wanted in flags.items() if wanted]
+        options += [] if max_hours is None else ["--max-hours", f"{max_hours:g}"]
+        package = package_of(self.loaded)
+        return JobServer(address).submit(package, self.name, verb, self.loaded.overrides, options)
+
+    def jobs(self, address: str) -> list[ClusterJob]:
+        """Return the jobs of a Ray cluster that did or do exactly this, the oldest first.
+
+        Args:
+            address: Of the cluster's dashboard: `http://HOST:8265`.
+
+        Raises:
+            UsageError: no cluster answers there, or it refuses the token.
+            SpecError: it names what cannot travel.
+        """
+        from orchestrator.dispatch.package import package_of
+        from orchestrator.dispatch.ray.jobs import JobServer  # loads ray
+
+        return JobServer(address).jobs(package_of(self.loaded), self.name)
 
     def check_data(self) -> list[str]:
         """Read every row and image, try each with the model's processor, and return what one should know of them.

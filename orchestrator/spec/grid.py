@@ -19,7 +19,7 @@ from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.components import EvaluationSpec
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import ResolvedCell
-from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.file_paths import NamedPath, absolute_paths
 from orchestrator.spec.yaml.merge import drop_nulls
 from orchestrator.spec.yaml.node import Node, Path, as_yaml, dotted
 from orchestrator.spec.yaml.schema import NAMED, find_path
@@ -91,11 +91,12 @@ class Axes:
 
 
 class AxisReader:
-    """Reads the axes of a merged tree; collects errors."""
+    """Reads the axes of a merged tree; collects errors, and the paths that values name."""
 
-    def __init__(self, root: Node, errors: list[ErrorDetail]) -> None:
+    def __init__(self, root: Node, errors: list[ErrorDetail], named: list[NamedPath]) -> None:
         self.root = root
         self.errors = errors
+        self.named = named
         self.paths: dict[str, Path | None] = {}
         self.owner: dict[str, Path] = {}
 
@@ -175,7 +176,7 @@ class AxisReader:
         return tuple(found)
 
     def _setting(self, path: Path, node: Node, where: Path) -> Setting:
-        return Setting(path, absolute_paths(self.root, drop_nulls(node, path), path, self.errors), where)
+        return Setting(path, absolute_paths(self.root, drop_nulls(node, path), path, self.errors, self.named), where)
 
     def _path(self, name: str, where: Path) -> Path | None:
         if name not in self.paths:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from orchestrator.spec.experiment import ExperimentSpec
+from orchestrator.spec.yaml.file_paths import NamedPath
 
 _WIDTH = 60
 
@@ -42,6 +43,7 @@ class LoadedExperiment:
         cells: The grid in order.
         starts: The experiments that phases of this one, or of these, start from; by the file named in `start_from`.
         overrides: The `--set` texts over the file.
+        named: The files and folders that it names: what it extends, plug-ins, models, rows, and so on.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class LoadedExperiment:
     cells: tuple[ResolvedCell, ...]
     starts: dict[str, LoadedExperiment] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    named: tuple[NamedPath, ...] = ()
 
     def __repr__(self) -> str:
         return f"<LoadedExperiment {self.spec.name}: {len(self.cells)} cells, {self.path}>"

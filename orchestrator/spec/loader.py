@@ -19,7 +19,7 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report, check_tested_cells
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.search_space import check_search, space_corners, tuned_on_test
-from orchestrator.spec.yaml.file_paths import absolute_paths
+from orchestrator.spec.yaml.file_paths import NamedPath, absolute_paths
 from orchestrator.spec.yaml.merge import (
     Inheritance,
     Override,
@@ -88,11 +88,11 @@ def _given(value: Any, path: tuple[str | int, ...], errors: list[ErrorDetail]) -
 
 def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node | None = None) -> LoadedExperiment:
     starts = around.inside(path)
-    root, errors, notices = _read(path, read_overrides(overrides), given)
+    root, errors, notices, named = _read(path, read_overrides(overrides), given)
     errors += _secrets(root)
-    root = _with_absolute_paths(root, errors)
+    root = _with_absolute_paths(root, errors, named)
     before = len(errors)
-    axes = AxisReader(root, errors).read()
+    axes = AxisReader(root, errors, named).read()
     axes_are_valid = len(errors) == before  # an axis that is not there has no values to compare with either
     spec, base_errors = _base(root)
     parts = Parts(root)
@@ -123,10 +123,14 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     _stop_at(builder.errors)
     all_notices = tuple(dict.fromkeys([*notices, *builder.notices, *tuned_on_test(spec)]))
     sources, others = _sources(root, spec), starts.experiments
-    return LoadedExperiment(path, spec, root.plain(), sources, all_notices, cells, others, tuple(overrides))
+    return LoadedExperiment(
+        path, spec, root.plain(), sources, all_notices, cells, others, tuple(overrides), tuple(dict.fromkeys(named))
+    )
 
 
-def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tuple[Node, list[ErrorDetail], list[str]]:
+def _read(
+    path: Path, overrides: Sequence[Override], given: Node | None
+) -> tuple[Node, list[ErrorDetail], list[str], list[NamedPath]]:
     files = Inheritance({} if given is None else {str(path): given})
     files.read(str(path))
     _stop_at(files.errors)  # all else would only say that what stands in that file is missing
@@ -136,7 +140,7 @@ def _read(path: Path, overrides: Sequence[Override], given: Node | None) -> tupl
     assert root is not None
     errors += files.errors
     root = apply_overrides(root, overrides, errors, files.notices)
-    return drop_nulls(root), errors, files.notices
+    return drop_nulls(root), errors, files.notices, files.named
 
 
 def _secrets(root: Node) -> list[ErrorDetail]:
@@ -151,11 +155,11 @@ def _secrets(root: Node) -> list[ErrorDetail]:
     return errors
 
 
-def _with_absolute_paths(root: Node, errors: list[ErrorDetail]) -> Node:
+def _with_absolute_paths(root: Node, errors: list[ErrorDetail], named: list[NamedPath]) -> Node:
     """Return the tree with every path absolute; an axis' values become absolute where they are read."""
 
     def absolute(key: str, child: Node) -> Node:
-        return child if key in AXIS_KEYS else absolute_paths(root, child, (key,), errors)
+        return child if key in AXIS_KEYS else absolute_paths(root, child, (key,), errors, named)
 
     return root.map(absolute)
 

@@ -6,21 +6,41 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.yaml.key_hints import hint_for_value
-from orchestrator.spec.yaml.node import Node, Path
+from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 from orchestrator.spec.yaml.schema import NAMED, UnknownPathError, class_at, find_path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A file or folder that an experiment names.
+
+    Attributes:
+        key: Dotted path of the key it stands under.
+        written: As written: relative to the file that writes it, or absolute.
+        mark: Where it is written.
+        path: Absolute.
+    """
+
+    key: str
+    written: str
+    mark: Mark
+    path: str
+
+
 Rule = Callable[[Node, Path], tuple[str, ErrorDetail | None]]
 
 
-def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]) -> Node:
+def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail], named: list[NamedPath]) -> Node:
     """Return the node at `path` with its paths absolute; every missing folder or file is an error.
 
     Args:
@@ -28,15 +48,18 @@ def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]
         node: The value at `path`, or an axis' value for it.
         path: Where the value stands or would stand.
         errors: Takes the errors.
+        named: Takes what is named.
     """
     if node.is_mapping or node.is_list:
-        return node.map(lambda key, child: absolute_paths(root, child, (*path, key), errors))
+        return node.map(lambda key, child: absolute_paths(root, child, (*path, key), errors, named))
     rule = _rule(root, path) if isinstance(node.value, str) and node.value else None
     if rule is None:
         return node
     value, error = rule(node, path)
     if error is not None:
         errors.append(error)
+    if os.path.isabs(value):
+        named.append(NamedPath(dotted(path), node.value, node.mark, value))
     return Node(value, node.mark, text=node.text or node.value)
 
 

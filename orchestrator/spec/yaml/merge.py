@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 
 from orchestrator import registry
 from orchestrator.errors import ErrorDetail, SpecError, UsageError
+from orchestrator.spec.yaml.file_paths import NamedPath
 from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 from orchestrator.spec.yaml.parser import MAX_BYTES, MAX_NODES, read_tree, read_value
 from orchestrator.spec.yaml.schema import AXIS_KEYS, ROOT, Shape, UnknownPathError, find_path, kind_at
@@ -158,11 +159,17 @@ class Inheritance:
 
     Args:
         given: Trees that stand for files of these names.
+
+    Attributes:
+        errors: What is wrong with what was read so far.
+        notices: What one should know of it.
+        named: The files that `extends` names.
     """
 
     given: Mapping[str, Node] = field(default_factory=dict)
     errors: list[ErrorDetail] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    named: list[NamedPath] = field(default_factory=list)
     _files: dict[str, Node | None] = field(default_factory=dict)
     _merged: dict[str, Node | None] = field(default_factory=dict)
     _below: dict[str, list[str]] = field(default_factory=dict)
@@ -228,6 +235,7 @@ class Inheritance:
         for item in items:
             if isinstance(item.value, str) and item.value:
                 paths.append((_beside(name, item.value), item))
+                self.named.append(NamedPath("extends", item.value, item.mark, os.path.abspath(paths[-1][0])))
             else:
                 allowed = "one path or a list of paths"
                 self.errors.append(item.error("extends names files", ("extends",), allowed=allowed))
