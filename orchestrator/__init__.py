@@ -9,7 +9,7 @@
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
 cli > starter, llava_scripts > experiment > storage > search > run, bench > smoke > session > report > dispatch
-> training, evaluation, tracking > models > machine > data > compression > plan > spec > registry > errors.
+> training, evaluation, tracking > models > machine, hub > data > compression > plan > spec > registry > errors.
 """
 
 import importlib

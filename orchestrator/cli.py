@@ -133,9 +133,18 @@ def validate(
     data: Annotated[
         bool, typer.Option("--data", help="Also reads every row and image and tries each with the model's processor.")
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Also that a run needs no network: whatever it reads is on this machine.")
+    ] = False,
 ) -> None:
     """Validate SPEC and report all errors, or `valid: N cells`."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
     experiment = llv.load(spec, set_ or ())
+    missing = [each for each in experiment.fetch(download=False)["sources"] if each["problem"]] if offline else []
+    if missing:
+        lines = [f"    {each['key']}: {each['name']}: {each['problem']}" for each in missing]
+        raise UsageError("\n".join(["a run would need what is not here; `llavolta fetch SPEC` gets it:", *lines]))
     notices = [*experiment.notices, *(experiment.check_data() if data else ())]
     number = len(experiment.loaded.cells)
     if as_json:
@@ -146,6 +155,14 @@ def validate(
     count = f"{number} cell{'s' if number != 1 else ''}"
     search = experiment.spec.search
     print(f"valid: {count}" if search is None else f"valid: a search of {search.num_trials} trials, {count} each")
+
+
+@app.command()
+def fetch(spec: Spec, set_: Set = None, as_json: Json = False) -> None:
+    """Download model, processor and data of SPEC from the Hugging Face hub into its cache; exit code 1 if any lacks."""
+    document = llv.load(spec, set_ or ()).fetch()
+    show_document(document, as_json)
+    raise typer.Exit(0 if document["complete"] else 1)
 
 
 @app.command()

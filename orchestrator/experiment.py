@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from orchestrator.errors import OTHER_STORAGE, UsageError
+from orchestrator.hub import fetched
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell as PlannedCell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare
 from orchestrator.report.cell_folders import log_files, weights_folder
-from orchestrator.report.console import print_bench, print_check, print_plan, print_predictions, print_row, print_status
+from orchestrator.report.console import (
+    print_bench,
+    print_check,
+    print_plan,
+    print_predictions,
+    print_row,
+    print_sources,
+    print_status,
+)
 from orchestrator.report.documents import Document
 from orchestrator.report.experiment_report import ANSWERS, print_report, report_document, report_page
 from orchestrator.report.pages import predictions_document, predictions_page, row_page
@@ -303,6 +312,23 @@ class Experiment:
         from orchestrator.dispatch.ray.jobs import JobServer  # loads ray
 
         return JobServer(address).jobs(package_of(self.loaded), self.name)
+
+    def fetch(self, *, download: bool = True) -> Document:
+        """Download what it reads from the Hugging Face hub into the cache there is one of; folders are checked only.
+
+        Args:
+            download: Whether anything is downloaded; else it is only said what is missing.
+
+        Returns:
+            `complete`, whether a run needs no network, and `sources`, each with where it is or its `problem`.
+
+        Raises:
+            SpecError: what was fetched does not go with the rest, which could not be checked without it.
+        """
+        document = fetched(self.loaded, download=download)
+        if download and document["complete"] and self.loaded.path.is_file():
+            load_experiment(self.loaded.path, self.loaded.overrides)
+        return Document(document, print_sources)
 
     def check_data(self) -> list[str]:
         """Read every row and image, try each with the model's processor, and return what one should know of them.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from orchestrator.compression.shrink_config import shrunk_config
 from orchestrator.errors import UsageError, first_line
+from orchestrator.hub import READABLE
 from orchestrator.models.build import load_config
 from orchestrator.spec.model import ModelSpec
 
-_PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -41,7 +41,7 @@ def copy_processor_files(model: ModelSpec, folder: Path) -> None:
         UsageError: the model's processor cannot be read.
     """
     source = _files_of(model)
-    patterns = (*_PROCESSOR_FILES, "*.py") if model.trust_remote_code else _PROCESSOR_FILES
+    patterns = (*READABLE, "*.py") if model.trust_remote_code else READABLE
     for file in (file for pattern in patterns for file in source.glob(pattern)):
         if file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
@@ -55,7 +55,7 @@ def _files_of(model: ModelSpec) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = [*_PROCESSOR_FILES, "*.py"]
+            patterns = [*READABLE, "*.py"]
             folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise UsageError(f"model: the processor of {name} cannot be fetched: {first_line(error)}") from error

@@ -497,6 +497,18 @@ def _where(entry: Mapping[str, Any]) -> str:
     return "" if entry["row"] is None else f"row {entry['row']}: "
 
 
+def print_sources(document: dict[str, Any], console: Console) -> None:
+    """Print a line for each thing that an experiment reads: where it is, or why not."""
+    lines = []
+    for each in document["sources"]:
+        name = each["name"] if each["revision"] is None else f"{each['name']} ({each['revision']})"
+        found = each["problem"] or f"{size_text(each['bytes'])} in {each['folder']}"
+        lines.append(f"{each['key']}: {name}: {'missing: ' if each['problem'] else ''}{found}")
+    missing = sum(each["problem"] is not None for each in document["sources"])
+    verdict = f"{missing} of {len(lines)} missing" if missing else "complete: a run needs no network"
+    _print_plain([*lines, verdict], console)
+
+
 def print_row(document: dict[str, Any], console: Console) -> None:
     """Print a row of data; what is learned stands between « and »."""
     lines = [row_title(document), row_settings(document), ""]

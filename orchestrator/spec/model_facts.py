@@ -680,22 +680,35 @@ def find_config(model_name_or_path: str, revision: str | None = None) -> Path | 
     if folder.is_dir():
         path = folder / "config.json"
         return path if path.is_file() else None
-    repository = hub_repository(model_name_or_path)
-    reference = repository / "refs" / (revision or "main")
+    snapshot = hub_snapshot(model_name_or_path, revision)
+    path = None if snapshot is None else snapshot / "config.json"
+    return path if path is not None and path.is_file() else None
+
+
+def hub_snapshot(repo_id: str, revision: str | None = None, kind: str = "model") -> Path | None:
+    """Return the folder of a hub repository's files at a revision in the local cache; None where it has none.
+
+    Args:
+        repo_id: The hub id.
+        revision: Branch, tag or commit; None for `main`.
+        kind: `model` or `dataset`.
+    """
+    repository, revision = hub_repository(repo_id, kind), revision or "main"
     try:
+        reference = repository / "refs" / revision
         commit = reference.read_text().strip() if reference.is_file() else revision
-        path = repository / "snapshots" / (commit or "-") / "config.json"
-        return path if path.is_file() else None
+        found = repository / "snapshots" / (commit or "-")
+        return found if found.is_dir() else None
     except OSError:
         return None
 
 
-def hub_repository(repo_id: str) -> Path:
+def hub_repository(repo_id: str, kind: str = "model") -> Path:
     """Return the folder of a hub repository in the local cache."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{repo_id.replace('/', '--')}"
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"{kind}s--{repo_id.replace('/', '--')}"
 
 
 def read_config(model_name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from orchestrator.data.records.conversations import READ_KEYS, RecordOptions, pa
 from orchestrator.data.records.json_records import BadRow
 from orchestrator.data.records.record_set import RecordSet, RecordsSpec
 from orchestrator.plan.identity import cache_folder, digest, shared_cache_folder, source_code
-from orchestrator.spec.model_facts import hub_repository
+from orchestrator.spec.model_facts import hub_repository, hub_snapshot
 
 _READERS = tuple(f"orchestrator.data.{name}" for name in ("rows", "records.json_records", "records.conversations"))
 ROWS_AT_ONCE = 32
@@ -93,7 +93,7 @@ class HfDatasetSpec(RecordsSpec):
     """Rows of a data set that the library `datasets` reads from a folder, a file, or the hub's cache on this machine.
 
     Rows are numbered in the library's order. They are read once; embedded images are put into the cache, each under its
-    own SHA-256. A hub's data set is never downloaded silently: `hf download --repo-type dataset NAME` fetches it.
+    own SHA-256. A hub's data set is never downloaded silently: `llavolta fetch SPEC` fetches it.
     """
 
     implementation: ClassVar[str] = "orchestrator_plugins.data.hf_dataset:HfDataset"
@@ -156,14 +156,9 @@ class HfDatasetSpec(RecordsSpec):
         """
         if self.data_path is not None:
             return Path(self.data_path)
-        kept = _hub_cache(str(self.repo_id))
-        try:
-            commit = (kept / "refs" / self.revision).read_text().strip()
-        except (FileNotFoundError, NotADirectoryError):
-            commit = self.revision
-        found = kept / "snapshots" / commit
-        if not found.is_dir():
-            raise FileNotFoundError(found)
+        found = hub_snapshot(str(self.repo_id), self.revision, "dataset")
+        if found is None:
+            raise FileNotFoundError(hub_repository(str(self.repo_id), "dataset"))
         return found
 
     def is_here(self) -> bool:
@@ -176,11 +171,6 @@ class HfDatasetSpec(RecordsSpec):
     def source_digest(self) -> str:
         """Return the SHA-256 over the files' names and contents."""
         return plugin.content_digest(self.folder())
-
-
-def _hub_cache(repo_id: str) -> Path:
-    models = hub_repository(repo_id)
-    return models.with_name(models.name.replace("models--", "datasets--", 1))
 
 
 class HfDataset(RecordSet[HfDatasetSpec]):
@@ -223,8 +213,8 @@ class HfDataset(RecordSet[HfDatasetSpec]):
             return super()._not_there()
         spec = self._spec
         return (
-            f"{spec.source} is not in the hub's cache ({_hub_cache(str(spec.repo_id))}); fetch it with "
-            f"`hf download --repo-type dataset {spec.repo_id} --revision {spec.revision}`"
+            f"{spec.source} is not in the hub's cache ({hub_repository(str(spec.repo_id), 'dataset')}); fetch it with "
+            f"`llavolta fetch SPEC`, or `hf download --repo-type dataset {spec.repo_id} --revision {spec.revision}`"
         )
 
 

@@ -69,6 +69,7 @@ def finished(folder: Path) -> dict:
 
 CALLS = [
     ("validate", "tiny.yaml"),
+    ("fetch", "tiny.yaml"),
     ("plan", "tiny.yaml"),
     ("run", "tiny.yaml", "--local"),
     ("evaluate", "tiny.yaml", "--local"),

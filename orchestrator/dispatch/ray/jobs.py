@@ -21,7 +21,7 @@ from typing import Any
 
 from orchestrator.dispatch.package import Package
 from orchestrator.dispatch.signals import TRY_AGAIN
-from orchestrator.errors import Interrupted, StageRunError, UsageError, first_line
+from orchestrator.errors import Interrupted, StageRunError, UsageError, first_line, shorten
 
 STOP_SECONDS = 1800
 """Seconds that a cancelled run has for its step and its checkpoint, before Ray kills it."""
@@ -205,7 +205,7 @@ class ClusterJob:
                 continue
             if details.status.is_terminal():
                 write(self.log()[known:])
-                return _exit_code(self, details)
+                return exit_code(details, f"{self.id} on {self.server.address}")
             time.sleep(1)
 
     def cancel(self, write: Callable[[str], object]) -> None:
@@ -242,23 +242,30 @@ def job_command(package: Package, verb: str, sets: Sequence[str], options: Seque
     return f"cd {shlex.quote(package.folder)} && exec {shlex.join(['llavolta', verb, spec, *settings, *options])}"
 
 
-def _exit_code(job: ClusterJob, details: Any) -> int:
-    code = details.driver_exit_code
-    if details.status.value == "STOPPED":
+def exit_code(details: Any, name: str) -> int:
+    """Return the exit code of the run of a job that ended; 75 where it was cancelled.
+
+    Args:
+        details: `ray.job_submission.JobDetails`.
+        name: The job and the cluster, for messages.
+
+    Raises:
+        StageRunError: there is none: it was not started, or was killed.
+    """
+    code, status = details.driver_exit_code, details.status.value
+    if status == "STOPPED":
         return TRY_AGAIN
-    if code is None and details.status.value == "SUCCEEDED":
+    if code is None and status == "SUCCEEDED":
         return 0
     if code is None:
-        raise StageRunError(f"{job.id} on {job.server.address} did not run to its end: {details.message}")
+        raise StageRunError(f"{name} did not run to its end: {details.message}")
     if code == _NOT_FOUND:
         raise StageRunError(
-            f"{job.id}: the head of {job.server.address} finds no `llavolta`: install this package there, in the "
-            "environment that Ray is started from, with that environment's `bin` in PATH"
+            f"{name}: the head finds no `llavolta`: install this package there, and start Ray with the `bin` of that "
+            "environment in PATH"
         )
     if code < 0:
-        raise StageRunError(
-            f"{job.id} on {job.server.address} was killed by {signal.Signals(-code).name}; submit it again"
-        )
+        raise StageRunError(f"{name} was killed by {signal.Signals(-code).name}; submit it again to resume")
     return int(code)
 
 
@@ -297,7 +304,7 @@ def _asks_for_token(address: str) -> bool:
             return True
         reason = f"what answers is no dashboard of Ray (HTTP {error.code})"
     except Exception as error:  # refused, unknown, silent, or another protocol
-        reason = first_line(error)
+        reason = first_line(getattr(error, "reason", None) or error)
     raise UsageError(
         f"--address {address}: no job server answers: {reason}\n"
         "    hint: it is part of the dashboard, on port 8265 of the head: `pip install 'ray[default]'` there, then "
@@ -323,7 +330,10 @@ def _explained(address: str, error: Exception) -> UsageError:
             f"jobs are submitted by what `ray[default]` brings, and it is not installed: pip install "
             f"'ray[default]=={ray.__version__}'"
         )
-    return UsageError(f"--address {address}: {first_line(error)}")
+    # The server answers with its traceback, which says at its end what is wrong.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = lines[-1] if "Traceback" in str(error) else first_line(error)
+    return UsageError(f"--address {address}: {shorten(reason, 300)}")
 
 
 @contextlib.contextmanager

@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from orchestrator.dispatch.package import Package
-from orchestrator.dispatch.ray.jobs import job_command, job_prefix
+from orchestrator.dispatch.ray.jobs import exit_code, job_command, job_prefix
+from orchestrator.errors import StageRunError
 
 
 def package(digest: str = "ab" * 32) -> Package:
@@ -36,3 +39,27 @@ def test_jobs_are_known_by_name_and_content() -> None:
     assert job_prefix(package(), "my study/1") == "llavolta-my-study-1-abababababababab-"
     assert job_prefix(package("cd" * 32), "a") != job_prefix(package(), "a")
     assert len(job_prefix(package(), "x" * 500)) < 100
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "meant"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 75, 75),
+        ("STOPPED", None, 75),
+        ("FAILED", 127, "finds no `llavolta`"),
+        ("FAILED", -9, "killed by SIGKILL"),
+        ("FAILED", None, "no such node"),
+    ],
+)
+def test_the_exit_code_of_a_job(status: str, code: int | None, meant: int | str) -> None:
+    jobs = pytest.importorskip("ray.job_submission")
+    details = jobs.JobDetails(
+        type="SUBMISSION", status=status, entrypoint="", driver_exit_code=code, message="no such node"
+    )
+    if isinstance(meant, int):
+        assert exit_code(details, "a job") == meant
+    else:
+        with pytest.raises(StageRunError, match=meant):
+            exit_code(details, "a job")
