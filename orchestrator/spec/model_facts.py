@@ -676,12 +676,9 @@ def model_facts(model_name_or_path: str, revision: str | None = None) -> ModelFa
 
 def find_config(model_name_or_path: str, revision: str | None = None) -> Path | None:
     """Return the model's `config.json`: in its folder, or in the hub's cache; None where there is none."""
-    folder = Path(model_name_or_path)
-    if folder.is_dir():
-        path = folder / "config.json"
-        return path if path.is_file() else None
-    snapshot = hub_snapshot(model_name_or_path, revision)
-    path = None if snapshot is None else snapshot / "config.json"
+    local = Path(model_name_or_path)
+    folder = local if local.is_dir() else hub_snapshot(model_name_or_path, revision)
+    path = None if folder is None else folder / "config.json"
     return path if path is not None and path.is_file() else None
 
 
