@@ -20,6 +20,7 @@ import pytest
 from program import PROGRAM, environment, run_anew
 
 HEADS = 6
+pytestmark = pytest.mark.slow  # a head with a dashboard, and four runs on it
 PLUGIN = '''
 from typing import Literal
 from orchestrator_plugins.data.easy_vqa import EasyVqaSpec
@@ -58,7 +59,7 @@ class Cluster:
         )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["token", pytest.param("disabled", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["token", "disabled"])
 def cluster(
     request: pytest.FixtureRequest, tiny_text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -95,7 +96,8 @@ def head_of(folder: Path, gcs: int, dashboard: int, mode: str, token: dict[str, 
         head = psutil.Popen(start, env=env, stdout=opened, stderr=opened)
     known = [head]
     try:
-        while "Ray runtime started" not in log.read_text() and head.is_running():
+        # The last agent's port: what comes after it is not timed.
+        while not list(folder.glob("session_*/dashboard_agent_listen_port_*")) and head.is_running():
             with suppress(psutil.TimeoutExpired):
                 head.wait(0.2)
             with suppress(psutil.NoSuchProcess):
