@@ -159,20 +159,21 @@ def _weight_files(files: list[str]) -> list[str]:
 
 
 def _reason(source: Source, error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     token = "each machine that fetches needs a token of somebody who may read it: HF_TOKEN, or `hf auth login`"
     if isinstance(error, GatedRepoError):
         return f"gated: its terms are to be accepted on its page, and {token}"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no such {source.kind}, or it is private: {token}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if constants.HF_HUB_OFFLINE:
         return "the hub is not asked, since HF_HUB_OFFLINE is set"
     response: Any = getattr(error, "response", None)
     if response is not None:
         return f"the hub answers {response.status_code}: {first_line(error)}"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return f"the hub ({endpoint}) is not reached: {first_line(error)}"
+    return f"the hub ({endpoint}) is not reached: {first_line(error.__cause__ or error)}"
 
 
 def fetched(loaded: LoadedExperiment, *, download: bool) -> dict[str, Any]:
