@@ -73,8 +73,8 @@ def cluster(
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         # Ray gives each of its agents 15 s to start, however busy the machine, and ends the head after that.
         for attempt in range(1, HEADS + 1):
-            gcs, dashboard = free_ports(2)
-            with head_of(Path(temporary) / str(attempt), gcs, dashboard, request.param, token) as is_up:
+            gcs, dashboard, client = free_ports(3)
+            with head_of(Path(temporary) / str(attempt), gcs, dashboard, client, request.param, token) as is_up:
                 if is_up:
                     yield Cluster(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{gcs}", token, folder)
                     return
@@ -82,22 +82,23 @@ def cluster(
 
 
 @contextmanager
-def head_of(folder: Path, gcs: int, dashboard: int, mode: str, token: dict[str, str]) -> Iterator[bool]:
+def head_of(folder: Path, gcs: int, dashboard: int, client: int, mode: str, token: dict[str, str]) -> Iterator[bool]:
     """Run a head of two CPUs for the block; False where it ended while it started."""
     folder.mkdir()
     programs = str(Path(sys.executable).parent)
     env = environment(RAY_AUTH_MODE=mode, RAY_USAGE_STATS_ENABLED="0", **token)
     env |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    # Of each port one that is free: another head may have Ray's 10001, and one that lacks it ends.
     start = [f"{programs}/ray", "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true",
              "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+             f"--ray-client-server-port={client}",
              "--object-store-memory=80000000"]  # fmt: skip
     log = folder / "start.log"
     with log.open("wb") as opened:
         head = psutil.Popen(start, env=env, stdout=opened, stderr=opened)
     known = [head]
     try:
-        # The last agent's port: what comes after it is not timed.
-        while not list(folder.glob("session_*/dashboard_agent_listen_port_*")) and head.is_running():
+        while "Ray runtime started" not in log.read_text() and head.is_running():
             with suppress(psutil.TimeoutExpired):
                 head.wait(0.2)
             with suppress(psutil.NoSuchProcess):
