@@ -25,7 +25,8 @@ def free_port() -> int:
 @pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "token"])
 def test_joined_and_left_running(tmp_path: Path, mode: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"PYTHONPATH": str(SUPPORT), "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), env.get("PYTHONPATH", "")])
+    env |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     ray = str(Path(sys.executable).with_name("ray"))
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
@@ -39,7 +40,7 @@ def test_joined_and_left_running(tmp_path: Path, mode: str) -> None:
                     head.wait(0.2)  # a head that ends early fails here
             cluster = json.dumps({"address": address, "num_workers": 2, "use_gpu": False})
             driver = [sys.executable, SUPPORT / "ray_driver.py", cluster, tmp_path / "storage", "lane_jobs:run"]
-            done = subprocess.run(driver, env=env, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(driver, env=env, capture_output=True, text=True, timeout=300, check=False)
             assert done.stdout.strip() == "('job0',)", done.stdout + done.stderr
             assert head.is_running() and done.stderr == ""
         finally:
