@@ -395,7 +395,7 @@ def _rows(
         own = {axis: value for axis, value in axes[record.cell_name].items() if axis not in mean_over}
         key = json.dumps(own, sort_keys=True, default=str) if mean_over else record.cell_name
         groups.setdefault(key, (own, []))[1].append(record)
-    rows = [_row(group, own, baseline, shown_axes) for own, group in groups.values()]
+    rows = [_row(group, own, baseline, shown_axes, mean_over) for own, group in groups.values()]
     if not baseline:
         return rows, []
     bases = [row for row in rows if "baseline" in row.marks]
@@ -412,6 +412,7 @@ def _row(
     own: dict[str, Any],
     baseline: Mapping[str, Any] | None,
     shown_axes: Sequence[str],
+    mean_over: Sequence[str],
 ) -> Row:
     """Return the row of some cells that have the axes `own` in common."""
     # Cells that are the same work are one measurement: its numbers count once, and have no deviation.
@@ -454,7 +455,7 @@ def _row(
     states = {record.status for record in group}
     worst = (state for state in ("failed", "running", "interrupted", "trained") if state in states)
     status = states.pop() if len(states) == 1 else next(worst, "unfinished")
-    name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes)
+    name = group[0].cell_name if len(group) == 1 else _group_name(own, group, shown_axes, mean_over)
     cells = tuple(record.cell_name for record in group)
     recorded = {metric: source for record in counted for metric, source in record.recorded.items()}
     summaries = tuple(record.summary for record in group)
@@ -526,7 +527,9 @@ def _judged(rows: list[Row], plan: ExperimentPlan, mean_over: Sequence[str], sco
     return notes
 
 
-def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes: Sequence[str]) -> str:
+def _group_name(
+    own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes: Sequence[str], mean_over: Sequence[str]
+) -> str:
     """Return what the cells have in common, as their names say it; a trial's name where the axes have columns."""
     if shown_axes:
         return group[0].cell_name.partition(",")[0]
@@ -534,7 +537,7 @@ def _group_name(own: Mapping[str, Any], group: Sequence[CellRecord], shown_axes:
     values = (
         (axis, value if isinstance(value, str) else json.dumps(value, default=str)) for axis, value in own.items()
     )
-    return ",".join(f"{short[axis]}={value}" for axis, value in values) or group[0].cell_name
+    return ",".join(f"{short[axis]}={value}" for axis, value in values) or f"mean over {', '.join(mean_over)}"
 
 
 def _columns(

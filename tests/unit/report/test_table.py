@@ -77,6 +77,13 @@ def test_a_failed_cell_leaves_its_group_failed_and_out_of_the_mean():
     assert "1 of 2 cells" in row.marks
 
 
+def test_a_mean_over_every_axis_bears_no_cells_name():
+    """Else a figure of three seeds is titled `seed=0`."""
+    axes = {name: {"seed": axes["seed"]} for name, axes in AXES.items()}
+    (row,) = ablation_table(RECORDS[:2], axes, mean_over=["seed"]).rows
+    assert (row.name, row.values["eval/vqa/accuracy"]) == ("mean over seed", pytest.approx(0.7))
+
+
 def test_cells_of_unequal_fingerprint_are_flagged():
     records = [RECORDS[0], record("heavy0", 0.7, 4, threads="1")]
     (warning,) = ablation_table(records, AXES).warnings
