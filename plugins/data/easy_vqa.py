@@ -13,6 +13,8 @@ from typing import ClassVar, Literal
 from orchestrator import plugin
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
+_PARTS = {"train[:90%]": range(3600), "train[90%:]": range(3600, 4000)}
+"""Numbers of the images of a part."""
 
 
 class EasyVqaSpec(plugin.DataSpec):
@@ -21,8 +23,10 @@ class EasyVqaSpec(plugin.DataSpec):
     implementation: ClassVar[str] = "orchestrator_plugins.data.easy_vqa:EasyVqa"
 
     kind: Literal["easy_vqa"] = "easy_vqa"
-    split: Literal["train", "test"] = "train"
-    """The package's own split: 38,575 training and 9,673 test questions, on different images."""
+    split: Literal["train", "test", "train[:90%]", "train[90%:]"] = "train"
+    """The package's own split: 38,575 training and 9,673 test questions, on different images; or the questions about the
+    first 90 % of the training images, and about the others, to tune on.
+    """
     conversation_template: Literal["chat_template", "vicuna_v1", "plain"] = "chat_template"
     """How a question becomes a prompt: the tokenizer's own `chat_template`, `vicuna_v1` (LLaVA-1.5), or `plain`."""
 
@@ -35,8 +39,10 @@ class EasyVqaSpec(plugin.DataSpec):
         return ()
 
     def content_digest(self) -> str:
-        """Return the SHA-256 over the split's questions and image files."""
-        return _split_digest(self.split)
+        """Return the SHA-256 over the split's questions and image files, and which part of them it is."""
+        package_split, *part = self.split.split("[")
+        digest = _split_digest(package_split)
+        return hashlib.sha256(f"{digest}[{part[0]}".encode()).hexdigest() if part else digest
 
 
 class EasyVqa:
@@ -72,21 +78,23 @@ def answer_type(answer: str) -> str:
 
 
 def _split_folder(split: str) -> Path:
+    """Return the package's folder of a split, or of the split that it is a part of."""
     package = importlib.util.find_spec("easy_vqa")
     if package is None or not package.submodule_search_locations:
         raise plugin.DataError("easy_vqa: the package easy-vqa is not installed; pip install easy-vqa")
-    return Path(next(iter(package.submodule_search_locations))) / "data" / split
+    return Path(next(iter(package.submodule_search_locations))) / "data" / split.partition("[")[0]
 
 
 @cache
 def _questions(split: str) -> list[tuple[str, str, int]]:
     path = _split_folder(split) / "questions.json"
     try:
-        return [(question, answer, image) for question, answer, image in json.loads(path.read_bytes())]
+        questions = [(question, answer, image) for question, answer, image in json.loads(path.read_bytes())]
     except (OSError, ValueError) as error:
         raise plugin.DataError(
             f"easy_vqa: {path} cannot be read: {error}; install the package easy-vqa again"
         ) from error
+    return [row for row in questions if split not in _PARTS or row[2] in _PARTS[split]]
 
 
 @cache

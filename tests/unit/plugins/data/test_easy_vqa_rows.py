@@ -25,6 +25,15 @@ def test_rows_are_the_packages_own(split, count):
     assert EasyVqa(spec).check() == []
 
 
+def test_what_is_tuned_on_shows_no_picture_of_the_rest():
+    whole, first, rest = (EasyVqa(EasyVqaSpec(split=split)) for split in ("train", "train[:90%]", "train[90%:]"))
+    pictures = [{image.path for row in part.rows() for image in row.images} for part in (first, rest)]
+    assert [len(found) for found in pictures] == [3600, 400] and not pictures[0] & pictures[1]
+    turns = [row.turns for part in (first, rest) for row in part.rows()]
+    assert turns == [row.turns for row in whole.rows()]
+    assert len({part._spec.content_digest() for part in (whole, first, rest)}) == 3
+
+
 def test_answer_types():
     types = {}
     for row in EasyVqa(EasyVqaSpec(split="test")).rows():
