@@ -20,7 +20,7 @@ from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Job, Keep
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.files import dump_json
+from orchestrator.plan.ledger.files import dump_note
 from orchestrator.plan.ledger.inventory import FOLDER, Recorded
 from orchestrator.plan.ledger.ledger import as_name
 from orchestrator.plan.status import CellStatus, cell_status, failure_of
@@ -313,4 +313,4 @@ def record_experiment(plan: ExperimentPlan) -> None:
     """
     found = reach_of(plan)
     fields = {name: getattr(found, name) for name in ("name", "file", "when", "states", "cells")}
-    plan.ledger.store.write(found.key, dump_json({**fields, "evaluations": sorted(found.evaluations)}))
+    plan.ledger.store.write(found.key, dump_note(found.key, {**fields, "evaluations": sorted(found.evaluations)}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,13 +9,14 @@ from fractions import Fraction
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orchestrator.errors import LlavoltaError
+from orchestrator.errors import LlavoltaError, StorageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest
 from orchestrator.plan.ledger.backends import Backend
+from orchestrator.plan.ledger.files import dump_note, parse_note
 from orchestrator.registry import did_you_mean
 from orchestrator.spec.search import SchedulerSpec, SearchSpec
 from orchestrator.spec.search_space import reference_path, trial_cells, trial_name
@@ -157,12 +157,20 @@ class TrialNotes:
         self._store, self._folder = store, f"searches/{search_id}"
 
     def read(self) -> list[Trial]:
-        """Return all trials, by number."""
+        """Return all trials, by number.
+
+        Raises:
+            StorageError: the storage cannot be read, or a note is damaged.
+        """
         found = []
         for name in self._store.names(self._folder):
-            data = self._store.read(f"{self._folder}/{name}") if name.startswith("trial_") else None
+            key = f"{self._folder}/{name}"
+            data = self._store.read(key) if name.startswith("trial_") else None
             if data is not None:
-                note = json.loads(data)
+                if (note := parse_note(key, data)) is None:
+                    raise StorageError(
+                        f"{self._store.url}/{key} is damaged; take it away, and the trial is drawn again"
+                    )
                 found.append(Trial(**{**note, "cells": tuple(note["cells"])}))
         return sorted(found, key=lambda trial: trial.number)
 
@@ -172,8 +180,8 @@ class TrialNotes:
         Raises:
             StorageError: the storage cannot be written.
         """
-        text = json.dumps(asdict(trial), indent=1) + "\n"
-        self._store.write(f"{self._folder}/trial_{trial.number:03d}.json", text.encode())
+        key = f"{self._folder}/trial_{trial.number:03d}.json"
+        self._store.write(key, dump_note(key, asdict(trial)))
 
 
 def search_id(loaded: LoadedExperiment) -> str:

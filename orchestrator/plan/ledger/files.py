@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -23,6 +24,7 @@ from orchestrator.plan.io_retry import ABSENT, retry_io, stat_or_none
 MANIFEST = "manifest.json"
 Files = dict[str, dict[str, Any]]
 """Name of a file to its size in bytes and its SHA-256."""
+_SEAL = "seal"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TRIES = 100
 _LEFT_BYTES = 2**20  # a writer that failed for want of space has left no more than this
@@ -198,6 +200,33 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def dump_note(key: str, note: Mapping[str, Any]) -> bytes:
+    """Return the JSON of a note with its seal, a SHA-256 over its key and content: a changed digit is still JSON.
+
+    Entries stay in their order.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return (json.dumps({**note, _SEAL: _seal(key, note)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def parse_note(key: str, data: bytes | None) -> dict[str, Any] | None:
+    """Return a note without its seal; None where there is none, it is damaged, or it is another's.
+
+    One without a seal is from a version that wrote none, and is taken as it stands.
+    """
+    note = parse_json(data)
+    if note is None or _SEAL not in note:
+        return note
+    seal = note.pop(_SEAL)
+    return note if seal == _seal(key, note) else None
+
+
+def _seal(key: str, note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{key}\n".encode() + dump_json(note)).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

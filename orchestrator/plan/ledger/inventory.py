@@ -17,7 +17,7 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.backends.base import PARTS, PARTS_OF, Backend, Leftover, Part, files_of, most
 from orchestrator.plan.ledger.backends.folder import remove
 from orchestrator.plan.ledger.backends.s3 import copies, copies_folder
-from orchestrator.plan.ledger.files import parse_json
+from orchestrator.plan.ledger.files import parse_json, parse_note
 from orchestrator.plan.ledger.leases import Holder, Leases, owner_key, process_of
 
 FOLDER = "experiments"
@@ -64,7 +64,7 @@ def recorded_experiments(store: Backend) -> list[Recorded]:
 @lru_cache(maxsize=64)
 def _parsed(url: str, key: str, data: bytes) -> Recorded:
     """Return a parsed file, kept for as long as it does not change: `gc` asks again before each step."""
-    note = parse_json(data)
+    note = parse_note(key, data)
     try:
         assert note is not None
         evaluations = frozenset(note.pop("evaluations"))

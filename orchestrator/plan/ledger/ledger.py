@@ -22,15 +22,17 @@ from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.ledger.backends.base import PARTS_OF, Part, checked, token_in
 from orchestrator.plan.ledger.files import (
     dump_json,
+    dump_note,
     is_there,
     make_folder,
     names_in,
-    parse_json,
+    parse_note,
     read_json,
     storage_errors,
 )
 from orchestrator.plan.ledger.leases import Holder, Leases
 
+_ANSWERS = "predictions_sha256"
 _KEPT_CHECKPOINTS = 2
 _MARK = "storage.json"
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
@@ -139,15 +141,13 @@ class Ledger:
 
     def metrics_file(self, state: str) -> Path:
         """Return the metrics of a finished stage run, or the spool of one under way; it need not exist."""
-        return self._current(state, "metrics.jsonl")
+        place = self.store.small_file if self.is_done(state) else self.store.work_file
+        return place(state, "metrics.jsonl")
 
     def log_file(self, job_id: str) -> Path:
         """Return what a finished job printed, or one under way; it need not exist."""
-        return self._current(job_id, "log.txt")
-
-    def _current(self, state: str, name: str) -> Path:
-        finished = self.store.small_file(checked(state), name)
-        return finished if is_there(finished) else self.store.work_file(state, name)
+        finished = self.store.small_file(checked(job_id), "log.txt")
+        return finished if is_there(finished) else self.store.work_file(job_id, "log.txt")
 
     def commit(self, state: str) -> Path:
         """Make a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
@@ -288,7 +288,7 @@ class Ledger:
     # Notes ---------------------------------------------------------------------------------------------------------
 
     def evaluation(self, evaluation: str) -> dict[str, Any] | None:
-        """Return a finished evaluation."""
+        """Return a finished evaluation; None where there is none or it was changed: then it is done again."""
         return self._note("evaluations", evaluation)
 
     def write_evaluation(
@@ -304,8 +304,9 @@ class Ledger:
             texts = {name: base64.b64encode(content).decode() for name, content in files.items()}
             self.store.write(_files_key(evaluation), gzip.compress(dump_json(texts), mtime=0))
         if predictions:
-            lines = "".join(json.dumps(each) + "\n" for each in predictions)
-            self.store.write(_predictions_key(evaluation), gzip.compress(lines.encode(), mtime=0))
+            lines = gzip.compress("".join(json.dumps(each) + "\n" for each in predictions).encode(), mtime=0)
+            self.store.write(_predictions_key(evaluation), lines)
+            result = {**result, _ANSWERS: hashlib.sha256(lines).hexdigest()}
         self._write_note("evaluations", evaluation, result)
 
     def predictions(self, evaluation: str) -> list[dict[str, Any]] | None:
@@ -317,7 +318,11 @@ class Ledger:
         key = _predictions_key(evaluation)
         data = self.store.read(key)
         try:
-            return None if data is None else [json.loads(line) for line in gzip.decompress(data).splitlines()]
+            if data is None:
+                return None
+            if (self.evaluation(evaluation) or {}).get(_ANSWERS) not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError("not what was written")
+            return [json.loads(line) for line in gzip.decompress(data).splitlines()]
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise StorageError(f"{self.url}/{key} is damaged ({error}); take it away and evaluate again") from error
 
@@ -356,10 +361,12 @@ class Ledger:
         self.store.delete(f"failures/{checked(job)}.json")
 
     def _note(self, kind: str, name: str) -> dict[str, Any] | None:
-        return parse_json(self.store.read(f"{kind}/{checked(name)}.json"))
+        key = f"{kind}/{checked(name)}.json"
+        return parse_note(key, self.store.read(key))
 
     def _write_note(self, kind: str, name: str, note: dict[str, Any]) -> None:
-        self.store.write(f"{kind}/{checked(name)}.json", dump_json(note))
+        key = f"{kind}/{checked(name)}.json"
+        self.store.write(key, dump_note(key, note))
 
     def cell_folder(self, experiment: str, cell_name: str) -> Path:
         """Return the folder that points to a cell's weights, log and resolved YAML."""

@@ -17,6 +17,7 @@ from orchestrator.spec.yaml.node import Mark, Node, Path, dotted
 from orchestrator.spec.yaml.schema import NAMED, UnknownPathError, class_at, find_path
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_LONGEST_NAME = 255
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -55,6 +56,9 @@ def absolute_paths(root: Node, node: Node, path: Path, errors: list[ErrorDetail]
     rule = _rule(root, path) if isinstance(node.value, str) and node.value else None
     if rule is None:
         return node
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in node.value.split("/")):
+        errors.append(node.error("no file can be named so", path, allowed=f"names of at most {_LONGEST_NAME} bytes"))
+        return Node(node.value[: _LONGEST_NAME // 4], node.mark)  # later checks may ask for it
     value, error = rule(node, path)
     if error is not None:
         errors.append(error)
@@ -76,7 +80,7 @@ def _rule(root: Node, path: Path) -> Rule | None:
         return _anywhere
     if path[0] == "plugins":
         return _plugin
-    if path[0] == "evaluate" and path[2:3] == ("cells",):
+    if path[0] == "evaluate" and path[2:3] == ("cells",) and len(path) > 3:
         with suppress(UnknownPathError):  # reported where the grid is checked
             return _rule(root, find_path(root, str(path[3])))
         return None

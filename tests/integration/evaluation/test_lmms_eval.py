@@ -19,6 +19,7 @@ import yaml
 from benchmark_hub import write_hub
 from mlflow import MlflowClient
 from PIL import ImageFile
+from repository import ROOT
 from rich.console import Console
 from torch.distributed import distributed_c10d
 
@@ -39,6 +40,9 @@ def grid(tmp_path_factory, tiny_text):
     folder = tmp_path_factory.mktemp("benchmarks")
     text = tiny_text.replace("[full, heavy, two_stage]", "[full, heavy]").replace("max_steps: 6", "max_steps: 2")
     spec = yaml.safe_load(text)
+    # A model that can see, so that scores are not all zero; its own steps hardly change it.
+    spec["model"] = {"model_name_or_path": str(ROOT / "experiments/models/tiny-llava-trained"), "dtype": "float32"}
+    spec["phases"]["finetune"]["learning_rate"] = 1e-6
     spec |= {"cluster": {"storage_path": "runs"}, "tracking": {"tracking_uri": f"sqlite:///{folder}/mlflow.db"}}
     file = folder / "tiny.yaml"
     with pytest.MonkeyPatch.context() as patch:
@@ -122,6 +126,26 @@ def test_scores_are_those_of_the_answers_that_were_kept(grid):
     assert mark["toolkit"] == "lmms-eval 0.7.2" and mark["definitions"] == "llavolta 1"
     assert mark["task"].startswith("textvqa_val") and mark["prompt"].startswith("chat_template")
     assert (mark["batch_size"], mark["dtype"], mark["compressor"]) == (16, "float32", "none")
+
+
+def test_what_is_retained_of_the_baseline_needs_no_further_run(grid):
+    """The mean share of the baseline's scores, from the table's own; in the same MLflow runs."""
+    file, *_ = grid
+    spec = json.loads(file.read_text())
+    tasks = {"mme": "mme_perception_score", "pope": "pope_f1_score"}
+    spec["evaluate"]["bench"] |= {"tasks": list(tasks), "average": "retained"}
+    spec["report"] = {"baseline": {"phases.finetune.schedule": "full"}}
+    other = file.with_name("retained.yaml")
+    other.write_text(json.dumps(spec))
+    outcome = run(other)
+    assert (outcome.exit_code, outcome.executed) == (0, 0), outcome.failed
+    full, heavy = (cell.metrics for cell in llv.load(other).cells)
+    shares = [heavy[name] / full[name] for name in (f"eval/bench/{task}/{key}" for task, key in tasks.items())]
+    assert full["eval/bench/retained"] == 1.0
+    assert heavy["eval/bench/retained"] == pytest.approx(sum(shares) / 2)
+    _, runs = mlflow_runs(file)
+    logged = [each.data.metrics["eval/bench/retained"] for each in runs.values()]
+    assert sorted(logged) == sorted(cell["eval/bench/retained"] for cell in (full, heavy))
 
 
 def test_prompts_and_answers_are_those_of_the_packages_own_evaluations(grid, tmp_path):

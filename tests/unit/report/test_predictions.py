@@ -40,7 +40,7 @@ def test_the_result_beside_them_is_as_it_was(evaluated):
     job = next(job for job in plan.cells[0].evaluations if job.name == "vqa" and job.under == "final")
     result = json.loads((plan.ledger.storage / "evaluations" / f"{job.id}.json").read_text())
     kept = {"id", "name", "under", "metrics", "num_samples", "seconds", "examples"}
-    assert set(result) == kept | {"fingerprint", "notices"}
+    assert set(result) == kept | {"fingerprint", "notices", "predictions_sha256", "seal"}
     first = document(evaluated, "vqa")["predictions"][:20]
     assert result["examples"] == [{key: each[key] for key in each if key != "images"} for each in first]
 

@@ -12,8 +12,9 @@ from searched import Searched, by_state
 from orchestrator.errors import SpecError, UsageError
 from orchestrator.plan.documents import plan_document, status_document
 from orchestrator.plan.experiment_plan import plan_trials, prepare
-from orchestrator.plan.trials import ADDED, STOPPED, front_of, goes_on, search_id
+from orchestrator.plan.trials import ADDED, STOPPED, front_of, search_id
 from orchestrator.report.table import table_of
+from orchestrator.search.halving import goes_on
 from orchestrator.spec.loader import load_experiment
 
 ACCURACY = "eval/vqa/accuracy"

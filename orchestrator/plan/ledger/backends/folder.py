@@ -174,12 +174,11 @@ class FolderBackend(Backend):
         known = self._seen.get(state)
         if known is not None and known[0] == mark:
             return known[1], True
-        files = read_manifest(Path(folder))
-        complete = files is not None and not cut_files(Path(folder), files)
+        files = _manifest_if_complete(Path(folder))
         parts = frozenset(name.partition("/")[0] for name in files or ())
-        if complete:
+        if files is not None:
             self._seen[state] = mark, parts
-        return parts, complete
+        return parts, files is not None
 
     @override
     def fetch(self, state: str, part: Part) -> list[str]:
@@ -397,9 +396,17 @@ def _add_parts(sealed: Path, target: Path, known: Files) -> None:
 
 
 def _manifest_if_complete(folder: Path) -> Files | None:
-    """Return the manifest of a folder without a file that is missing or cut short; contents are not read."""
+    """Return the manifest of a folder without a file that is missing or cut short.
+
+    Of weights and checkpoints no contents are read; what figures are read from may not have changed either.
+    """
     files = read_manifest(folder)
-    return None if files is None or cut_files(folder, files) else files
+    if files is None or cut_files(folder, files):
+        return None
+    small = files
+    for part in PARTS:
+        small = without(part, small)
+    return None if changed_files(folder, small) else files
 
 
 def _remove_at_once(folder: Path) -> None:
