@@ -24,8 +24,8 @@ class EasyVqaSpec(plugin.DataSpec):
 
     kind: Literal["easy_vqa"] = "easy_vqa"
     split: Literal["train", "test", "train[:90%]", "train[90%:]"] = "train"
-    """The package's own split: 38,575 training and 9,673 test questions, on different images; or the questions about the
-    first 90 % of the training images, and about the others, to tune on.
+    """The package's own split: 38,575 training and 9,673 test questions, on different images; or the questions
+    about the first 90 % of the training images, and about the others, to tune on.
     """
     conversation_template: Literal["chat_template", "vicuna_v1", "plain"] = "chat_template"
     """How a question becomes a prompt: the tokenizer's own `chat_template`, `vicuna_v1` (LLaVA-1.5), or `plain`."""
