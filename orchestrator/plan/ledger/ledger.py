@@ -26,6 +26,7 @@ from orchestrator.plan.ledger.files import (
     is_there,
     make_folder,
     names_in,
+    parse_json,
     parse_note,
     read_json,
     storage_errors,
