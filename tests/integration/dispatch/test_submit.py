@@ -133,13 +133,12 @@ def test_a_job_is_joined_left_cancelled_and_its_content_run_again(cluster: Clust
     with cluster.start("submit", *long) as first, cluster.start("submit run", *long) as second:
         try:
             seen = {each: _read_until(each, " step ") for each in (first, second)}  # both see it train
-            names = {line.partition(": ")[0] for text in seen.values() for line in text.splitlines()[:1]}
-            assert len(names) == 1
-            assert sorted(text.splitlines()[0].partition(": ")[2] for text in seen.values()) == ["joined", "submitted"]
+            said = [next(line for line in text.splitlines() if line.startswith("llavolta-")) for text in seen.values()]
+            [name] = {line.partition(": ")[0] for line in said}
+            assert sorted(line.partition(": ")[2] for line in said) == ["joined", "submitted"]
             second.send_signal(signal.SIGINT)
             left = second.communicate(timeout=60)[0]
             assert second.returncode == 130 and "goes on" in left and "llavolta cancel" in left
-            [name] = names
             status = json.loads(cluster.call("status", *long, "--json").stdout)
             assert (status["job"], status["status"]) == (name, "RUNNING")
             other = cluster.call("submit", *long, "--max-hours", "1")
