@@ -181,7 +181,7 @@ class TrialNotes:
             StorageError: the storage cannot be written.
         """
         key = f"{self._folder}/trial_{trial.number:03d}.json"
-        self._store.write(key, dump_note(key, asdict(trial)))
+        self._store.write(key, dump_note(key, asdict(trial), sort_keys=False))
 
 
 def search_id(loaded: LoadedExperiment) -> str:

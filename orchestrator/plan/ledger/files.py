@@ -202,15 +202,15 @@ def parse_json(data: bytes | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def dump_note(key: str, note: Mapping[str, Any]) -> bytes:
+def dump_note(key: str, note: Mapping[str, Any], *, sort_keys: bool = True) -> bytes:
     """Return the JSON of a note with its seal, a SHA-256 over its key and content: a changed digit is still JSON.
-
-    Entries stay in their order.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return (json.dumps({**note, _SEAL: _seal(key, note)}, indent=1, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps({**note, _SEAL: _seal(key, note)}, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n"
+    ).encode()
 
 
 def parse_note(key: str, data: bytes | None) -> dict[str, Any] | None:
