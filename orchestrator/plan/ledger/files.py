@@ -208,9 +208,9 @@ def dump_note(key: str, note: Mapping[str, Any], *, sort_keys: bool = True) -> b
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return (
-        json.dumps({**note, _SEAL: _seal(key, note)}, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n"
-    ).encode()
+    note = json.loads(json.dumps(note, allow_nan=False))  # as it will be read: keys are text, tuples are lists
+    sealed = {**note, _SEAL: _seal(key, note)}
+    return (json.dumps(sealed, indent=1, sort_keys=sort_keys) + "\n").encode()
 
 
 def parse_note(key: str, data: bytes | None) -> dict[str, Any] | None:

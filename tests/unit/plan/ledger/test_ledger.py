@@ -12,7 +12,7 @@ from ledger_work import fill
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger, files
 from orchestrator.plan.ledger.backends import folder as folder_backend
-from orchestrator.plan.ledger.files import damaged_files, storage_errors, write_json
+from orchestrator.plan.ledger.files import damaged_files, dump_note, parse_note, storage_errors, write_json
 
 STATE = "a" * 64
 
@@ -134,6 +134,20 @@ def test_evaluations_and_failures(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         ledger.write_evaluation("e2", {"accuracy": float("nan")})
     assert sorted(os.listdir(ledger.storage / "evaluations")) == ["e1.json"]
+
+
+def test_a_note_is_what_was_written_or_nothing() -> None:
+    """Whatever the order and the types that JSON leaves of it; changed, or under another's key, it is none."""
+    note = {"metrics": {"b": 0.1 + 0.2, "a": 1e-300}, "by_number": {10: 1, 9: (True, None)}, "text": "\u00e9\u2028"}
+    read = {**note, "by_number": {"10": 1, "9": [True, None]}}
+    for sort_keys in (True, False):
+        data = dump_note("evaluations/a.json", note, sort_keys=sort_keys)
+        assert parse_note("evaluations/a.json", data) == read
+        assert parse_note("evaluations/b.json", data) is None
+        assert parse_note("evaluations/a.json", data.replace(b"0.30000000000000004", b"0.30000000000000005")) == read
+        assert parse_note("evaluations/a.json", data.replace(b"0.30000000000000004", b"0.80000000000000004")) is None
+        assert parse_note("evaluations/a.json", data[:-9]) is None
+    assert parse_note("evaluations/a.json", b'{"metrics": {"b": 0.5}}') == {"metrics": {"b": 0.5}}
 
 
 def test_an_identity_cannot_leave_the_storage(ledger: Ledger) -> None:
