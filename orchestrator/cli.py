@@ -420,7 +420,7 @@ def logs(
     set_: Set = None,
     as_json: Json = False,
     address: MaybeAddress = None,
-    follow: Annotated[bool, typer.Option("-f", help="With --address: until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="With --address: until the job ends.")] = False,
 ) -> None:
     """Print the logs of a cell's stage runs and evaluations, in order; or what a job on a cluster has printed."""
     if (cell is None) == (address is None) or (follow and address is None):
