@@ -17,6 +17,7 @@ from PIL import Image
 from program import PROGRAM
 from repository import SUPPORT
 
+pytestmark = pytest.mark.slow  # a Ray on each of three machines: minutes, and beside another test it may not start
 BUCKET_PORT = 5000
 BUCKET_ACCESS = {
     "AWS_ENDPOINT_URL_S3": f"http://{address_of(0)}:{BUCKET_PORT}",
@@ -133,13 +134,11 @@ def test_workers_on_two_nodes_meet(machines: Machines) -> None:
     assert [(storage / "marks" / f"rank{rank}").read_text() for rank in (0, 1)] == ["alpha beta"] * 2
 
 
-@pytest.mark.slow
 def test_the_grid_in_a_lane_across_two_nodes(machines: Machines, grid: str, on_one_node: dict[str, Any]) -> None:
     text = grid.replace("zero0", "zero2")
     assert run(machines, "spread", text, placement="spread") == (on_one_node, {"alpha", "beta"})
 
 
-@pytest.mark.slow
 def test_zero3_in_a_lane_across_nodes_and_in_two_lanes_at_once(machines: Machines, grid: str) -> None:
     text = grid.replace("zero0", "zero3")
     alone, used = run(machines, "pack3", text, placement="pack")
@@ -148,7 +147,6 @@ def test_zero3_in_a_lane_across_nodes_and_in_two_lanes_at_once(machines: Machine
     assert run(machines, "lanes3", text, placement="pack", lanes=2) == (alone, {"alpha", "beta"})
 
 
-@pytest.mark.slow
 def test_a_bucket_instead_of_a_shared_folder(machines: Machines, grid: str, on_one_node: dict[str, Any]) -> None:
     server = [sys.executable, "-m", "moto.server", "--host", machines.head.address, "--port", str(BUCKET_PORT)]
     machines.start("head", server, "bucket.txt")
