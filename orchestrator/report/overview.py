@@ -82,7 +82,7 @@ def summary_record(plan: ExperimentPlan, table: Table) -> CellRecord | None:
         id_tag=SUMMARY_OF,
         tags={NOTE: f"{_SUMMARY}\n\n{_description(plan, table)}", "mlflow.loggedArtifacts": _LOGGED},
         summary={TREE_SECONDS: sum(seconds), "tree/steps": float(shared), "tree/steps_alone": float(alone)},
-        artifacts=dict.fromkeys(("experiment.yaml", "report.html", _TABLE), ""),
+        artifacts={"experiment.yaml": yaml, "report.html": "", _TABLE: ""},
         artifacts_digest=digest([yaml, table.to_json(), reached]),
     )
 
@@ -100,7 +100,7 @@ def complete_summary(plan: ExperimentPlan, table: Table, record: CellRecord) -> 
     # The dashboard takes a dot in a column's name for a path, and finds nothing there.
     frame = table.to_frame().reset_index().rename(columns=lambda name: str(name).replace(".", "/"))
     files = {
-        "experiment.yaml": redacted(resolved_yaml(plan.loaded, with_sources=False)),
+        **record.artifacts,
         "report.html": report,
         # As `mlflow.log_table` writes it, which adds rows to what is there: the dashboard shows it as a table.
         _TABLE: frame.to_json(orient="split", index=False, double_precision=15),

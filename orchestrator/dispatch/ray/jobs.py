@@ -28,6 +28,7 @@ STOP_SECONDS = 1800
 ANSWER_SECONDS = 30.0
 QUIET_SECONDS = 60.0
 LOST_SECONDS = 300.0
+_POLL_SECONDS = 1.0
 _NOT_FOUND = 127  # the shell's exit code
 _OPTIONS = "llavolta_options"
 
@@ -201,12 +202,11 @@ class ClusterJob:
                 if time.monotonic() - heard > LOST_SECONDS:
                     message = f"{error}\n    {self.id} may go on there; the same command follows it again"
                     raise Interrupted(message, TRY_AGAIN) from error
-                time.sleep(1)
-                continue
-            if details.status.is_terminal():
-                write(self.log()[known:])
-                return exit_code(details, f"{self.id} on {self.server.address}")
-            time.sleep(1)
+            else:
+                if details.status.is_terminal():
+                    write(self.log()[known:])
+                    return exit_code(details, f"{self.id} on {self.server.address}")
+            time.sleep(_POLL_SECONDS)
 
     def cancel(self, write: Callable[[str], object]) -> None:
         """Stop it at a checkpoint, as SIGTERM does, write what it prints meanwhile, and wait for its end."""

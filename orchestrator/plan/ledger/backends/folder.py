@@ -403,9 +403,7 @@ def _manifest_if_complete(folder: Path) -> Files | None:
     files = read_manifest(folder)
     if files is None or cut_files(folder, files):
         return None
-    small = files
-    for part in PARTS:
-        small = without(part, small)
+    small = {name: entry for name, entry in files.items() if name.partition("/")[0] not in PARTS}
     return None if changed_files(folder, small) else files
 
 
