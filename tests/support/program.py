@@ -32,7 +32,8 @@ forks.set_forkserver_preload(PRELOADED)
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a program that is started: nothing of the user's own settings, one thread."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "LLAVOLTA", "RAY_"))}
+    own = ("MLFLOW", "LLAVOLTA", "RAY_", "HF_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     # Ray's workers step back behind everything else on the machine: beside another test they would stand still.
     quick = {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     return {**kept, "OMP_NUM_THREADS": "1", **quick, **more}
