@@ -75,7 +75,9 @@ if TYPE_CHECKING:
     from orchestrator.machine import Load as Load
     from orchestrator.machine import device_name as device_name
     from orchestrator.machine import peak_bytes as peak_bytes
+    from orchestrator.plan.cell_record import CellRecord as CellRecord
     from orchestrator.plan.identity import content_digest as content_digest
+    from orchestrator.plan.step_history import Point as Point
     from orchestrator.spec.base import Count as Count
     from orchestrator.spec.base import Flag as Flag
     from orchestrator.spec.base import Integer as Integer
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from orchestrator.testing.contract import check_data as check_data
     from orchestrator.testing.contract import check_schedule as check_schedule
     from orchestrator.testing.evaluation import check_evaluation as check_evaluation
+    from orchestrator.tracking.protocol import Tracker as Tracker
 
 _NAMES = {
     "orchestrator.compression.ops": (
@@ -124,7 +127,9 @@ _NAMES = {
         "text_column"
     ),
     "orchestrator.machine": "Load device_name peak_bytes",
+    "orchestrator.plan.cell_record": "CellRecord",
     "orchestrator.plan.identity": "content_digest",
+    "orchestrator.plan.step_history": "Point",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
     "orchestrator.spec.components": (
         "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec GenerationSpec Grid ScheduleSpec "
@@ -132,6 +137,7 @@ _NAMES = {
     ),
     "orchestrator.testing.contract": "check_data check_schedule",
     "orchestrator.testing.evaluation": "check_evaluation",
+    "orchestrator.tracking.protocol": "Tracker",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -1,4 +1,4 @@
-"""Finds components (compressors, schedules, data kinds, evaluations) by the `kind` of their spec.
+"""Finds components (compressors, schedules, data kinds, evaluations) by the `kind` of their spec, and trackers.
 
 A component is a spec class that imports no torch and names its implementation as `module:Class`. Built-in ones
 and an outsider's are found the same way: through an entry point, or through a file or module named in `plugins:`.
@@ -24,6 +24,7 @@ COMPRESSORS = "orchestrator.compressors"
 SCHEDULES = "orchestrator.schedules"
 DATA = "orchestrator.data"
 EVALUATIONS = "orchestrator.evaluations"
+TRACKERS = "orchestrator.trackers"
 SORTS = {"compressors": COMPRESSORS, "schedules": SCHEDULES, "data": DATA, "evaluations": EVALUATIONS}
 """Every sort of component by its plain name, and its entry-point group."""
 
@@ -127,7 +128,9 @@ def load_plugin(reference: str, base_folder: Path) -> tuple[type[Any], ...]:
         if isinstance(value, type) and getattr(value, "registry_group", None) and value.__module__ == module.__name__
     ]
     if not found:
-        raise UsageError(f"plugins: {reference} defines no component (a CompressorSpec, ScheduleSpec, ...)")
+        raise UsageError(
+            f"plugins: {reference} defines no component (a CompressorSpec, ScheduleSpec, ...) and no Tracker"
+        )
     for cls in found:
         group, kind = cls.registry_group, cls.kind_name()
         known = _from_plugins.get((group, kind))

@@ -46,7 +46,9 @@ from orchestrator.tracking.mlflow_state import (
     read_state,
     with_own_note,
 )
-from orchestrator.tracking.mlflow_tracker import CellTracker, UploadQueue
+from orchestrator.tracking.mlflow_tracker import CellTracker
+from orchestrator.tracking.protocol import Tracker, open_trackers
+from orchestrator.tracking.upload_queue import UploadQueue
 
 _UPLOAD_SECONDS = 20.0
 
@@ -354,6 +356,7 @@ class Session(Hooks):
         self.view = LiveView([], {}, {}, walk.ledger.metrics_file, console, walk.ledger.result)
         self._console = console
         self._recorder: UploadQueue | None = None
+        self._others: list[UploadQueue] = []
         self._table: Table | None = None
         self._experiment_id: str | None = None
         self._running: set[str] = set()
@@ -361,8 +364,13 @@ class Session(Hooks):
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record cells in MLflow during the block, and all that MLflow lacks at its end."""
+        """Record cells in MLflow during the block, and all that MLflow lacks at its end; in other trackers likewise.
+
+        Raises:
+            UsageError: the library of another tracker is not installed.
+        """
         walk = self.walk
+        others = open_trackers(walk.loaded.spec.tracking.also, walk.experiment_name, walk.ledger.storage)
         # Drivers make runs one at a time, so that no cell gets two.
         alone = partial(one_at_a_time, walk.ledger.store, walk.experiment_name)
 
@@ -370,7 +378,12 @@ class Session(Hooks):
             return CellTracker(walk.tracking_uri, walk.experiment_name, alone, self._lives, walk.ledger.url)
 
         say = partial(self._console.print, highlight=False, markup=False)
-        with UploadQueue(open_tracker, say) as self._recorder:
+
+        def opened(tracker: Tracker) -> UploadQueue:
+            return UploadQueue(lambda: tracker, say, tracker.kind)
+
+        with UploadQueue(open_tracker, say) as self._recorder, contextlib.ExitStack() as open_:
+            self._others = [open_.enter_context(opened(tracker)) for tracker in others]
             try:
                 yield
             finally:
@@ -406,6 +419,7 @@ class Session(Hooks):
             write_cell_folder(walk, cell, record)
             if cell.name not in tracked:
                 continue
+            self._queue_elsewhere(cell)
             drawn = _with_figure(walk, cell, record, draw=False)
             known = seen.runs.get(cell.id) if seen is not None and cell.id not in waiting else None
             if drawn is None or not has_record(known, drawn):
@@ -438,6 +452,11 @@ class Session(Hooks):
         assert self._recorder is not None
         for cell in cells:
             self._recorder.put(cell.id, partial(_complete_record, self.walk, cell))
+            self._queue_elsewhere(cell)
+
+    def _queue_elsewhere(self, cell: Cell) -> None:
+        for other in self._others:
+            other.put(cell.id, partial(self.walk.record, cell))
 
     def execute(self, work: Sequence[Job], *, local: bool = False, fail_fast: bool = False) -> None:
         """Do the work, and what comes newer.
@@ -478,6 +497,11 @@ class Session(Hooks):
         assert self._recorder is not None
         names = {cell.id: cell.name for cell in distinct_cells(self.walk.cells)}
         unsent = tuple(names.get(identity, "the summary") for identity in list(self._recorder.unsent))
+        unsent_elsewhere = tuple(
+            f"{other.name} has not recorded {', '.join(names[identity] for identity in other.unsent)}: {other.problem}"
+            for other in self._others
+            if other.unsent
+        )
         return RunOutcome(
             self.walk,
             self._table or table_of([self.walk]),
@@ -486,7 +510,7 @@ class Session(Hooks):
             waiting,
             unsent,
             self._recorder.problem if unsent else None,
-            tuple(self._recorder.notes),
+            (*self._recorder.notes, *unsent_elsewhere),
             len(self.done | self.problems.keys()),
             experiment_id=self._recorder.experiment_id or self._experiment_id,
         )

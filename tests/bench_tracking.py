@@ -36,8 +36,8 @@ from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.step_history import StepHistory, Stretch
 from orchestrator.run import run_experiment
 from orchestrator.tracking.mlflow_state import has_record, read_state
-from orchestrator.tracking.mlflow_tracker import UploadQueue
 from orchestrator.tracking.mlflow_views import dashboard_address
+from orchestrator.tracking.upload_queue import UploadQueue
 
 KEYS = ("loss", "learning_rate", "visual_tokens", "step_seconds")
 

@@ -77,6 +77,8 @@ class TrackingSpec(Spec):
     """Address of the MLflow server or database. null takes MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
     experiment_name: str | None = None
     """Name of the MLflow experiment; null takes the experiment's own name."""
+    also: tuple[str, ...] = Field(default=(), examples=[["tensorboard", "wandb"]])
+    """Trackers that record every cell too: `tensorboard`, `wandb`, or one of a plug-in. MLflow is always there."""
 
 
 class ReportSpec(Spec):

@@ -29,6 +29,7 @@ from orchestrator.spec.yaml.merge import (
     read_overrides,
 )
 from orchestrator.spec.yaml.node import Mark, Node, dotted
+from orchestrator.spec.yaml.parser import control_character
 from orchestrator.spec.yaml.schema import AXIS_KEYS
 from orchestrator.spec.yaml.validation_errors import explain, is_unknown_kind
 
@@ -73,12 +74,16 @@ def _given(value: Any, path: tuple[str | int, ...], errors: list[ErrorDetail]) -
     if isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
         errors += [ErrorDetail(f"the key {key!r} is no text", MAPPING, path=dotted(path)) for key in wrong]
+        found = [(key, control_character(key)) for key in value if isinstance(key, str)]
+        errors += [ErrorDetail(text, MAPPING, path=dotted(path), value=repr(key)) for key, text in found if text]
         entries = {key: _given(item, (*path, key), errors) for key, item in value.items() if isinstance(key, str)}
         return Node(entries, mark, keys=dict.fromkeys(entries, mark))
     if isinstance(value, list | tuple):
         return Node([_given(item, (*path, index), errors) for index, item in enumerate(value)], mark)
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, str) and (problem := control_character(value)):
+        errors.append(ErrorDetail(problem, MAPPING, path=dotted(path), value=repr(value)))
     if not isinstance(value, str | int | float | None):
         allowed = "text, numbers, true, false, None, lists and mappings of these, and paths"
         message = f"a value of type {type(value).__name__} cannot stand in an experiment"

@@ -551,7 +551,10 @@ def check_file(
         UsageError: the file is no plug-in, values are given for a kind that it does not define, or a family is unknown.
     """
     had_torch = "torch" in sys.modules
-    classes = registry.load_plugin(str(file), Path.cwd())
+    defined = registry.load_plugin(str(file), Path.cwd())
+    classes = [cls for cls in defined if cls.registry_group in registry.SORTS.values()]
+    if not classes:
+        raise UsageError(f"check: {file} defines trackers alone, which there is no kit for; a run tries them")
     loads_torch = "torch" in sys.modules and not had_torch
     kinds, values = [cls.kind_name() for cls in classes], values or {}
     if unknown := sorted(set(values) - set(kinds)):

@@ -13,7 +13,7 @@ from orchestrator.errors import StorageError
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.ledger.inventory import recorded_experiments
 from orchestrator.run import GridSession
-from orchestrator.tracking.mlflow_tracker import UploadQueue
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from orchestrator.plan.trials import Trial, TrialNotes, search_id
 from orchestrator.search.budget import most_trials
 from orchestrator.search.search import SearchSession, updated
 from orchestrator.search.tuning import LocalTuning
-from orchestrator.tracking.mlflow_tracker import UploadQueue
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 def by_state(job: EvaluationJob) -> float:

@@ -12,13 +12,14 @@ from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any
 
+from orchestrator import registry
 from orchestrator.errors import ErrorDetail
 from orchestrator.spec.base import Component
 from orchestrator.spec.components import CompressorSpec, adds_for_good
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.model_facts import FAMILIES, read_config
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.validation_errors import Finding, error_at
+from orchestrator.spec.yaml.validation_errors import Finding, error_at, unknown_name
 
 _TABLES = (".parquet", ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".tar", ".gz", ".zst")
 _TRACKING = {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
@@ -50,7 +51,22 @@ def check_cluster(root: Node) -> Iterator[ErrorDetail]:
 
 
 def check_tracking(root: Node) -> Iterator[ErrorDetail]:
-    """Check that MLflow supports the address' scheme: else everything would be trained and nothing recorded."""
+    """Check the address and the trackers: else everything would be trained and nothing recorded."""
+    yield from _check_tracking_uri(root)
+    also, path = root.at(("tracking", "also")), ("tracking", "also")
+    named = also.plain() if also is not None and also.is_list else []
+    known = registry.kinds(registry.TRACKERS)
+    for index, name in enumerate(named):
+        if name == "mlflow":
+            yield error_at(root, (*path, index), "MLflow records everything anyway", hint="take it out")
+        elif isinstance(name, str) and name not in known:
+            yield error_at(root, (*path, index), f"there is no tracker `{name}`", *unknown_name(name, known))
+        elif name in named[:index]:
+            yield error_at(root, (*path, index), f"`{name}` stands here twice", hint="take one out")
+
+
+def _check_tracking_uri(root: Node) -> Iterator[ErrorDetail]:
+    """Check that MLflow supports the address' scheme."""
     path = ("tracking", "tracking_uri")
     node = root.at(path)
     if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):

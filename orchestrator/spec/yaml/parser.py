@@ -80,8 +80,7 @@ def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[ErrorDet
         return nothing, [ErrorDetail(f"byte {byte} is not UTF-8; save the file as UTF-8", file, line, column)]
     if control := _CONTROL.search(text):
         line, start = text.count("\n", 0, control.start()) + 1, text.rfind("\n", 0, control.start())
-        message = f"the control character U+{ord(control.group()):04X} cannot be part of an experiment file"
-        return nothing, [ErrorDetail(message, file, line, control.start() - start)]
+        return nothing, [ErrorDetail(str(control_character(control.group())), file, line, control.start() - start)]
     reader = _Reader(file)
     try:
         return reader.read(text), reader.errors
@@ -89,6 +88,12 @@ def read_value(data: bytes | str, file: str | None) -> tuple[Node, list[ErrorDet
         return nothing, [*reader.errors, ErrorDetail(error.message, *error.mark)]
     except yaml.YAMLError as error:
         return nothing, [*reader.errors, _syntax_error(error, file)]
+
+
+def control_character(text: str) -> str | None:
+    """Return what is wrong where a text has a control character: no path takes it, and a terminal obeys it."""
+    found = _CONTROL.search(text)
+    return found and f"the control character U+{ord(found.group()):04X} cannot be part of an experiment file"
 
 
 def kind_of(value: Any) -> str:
@@ -202,6 +207,8 @@ class _Reader:
 
     def _scalar(self, event: Any, mark: Mark) -> None:
         self._count(1, mark)
+        if problem := control_character(event.value):  # written as an escape, such as "\\0"
+            self._add_error(ErrorDetail(problem, *mark, path=self._path()))
         plain = not event.style and event.tag is None
         node = Node(event.value, mark)
         if plain or (event.tag is not None and event.tag != "!"):

@@ -18,7 +18,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepa
 from orchestrator.plan.trials import TrialNotes
 from orchestrator.search.search import SearchSession
 from orchestrator.search.tuning import Proposer
-from orchestrator.tracking.mlflow_tracker import UploadQueue
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 class Desk:

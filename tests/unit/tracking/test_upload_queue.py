@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.errors import TrackingError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.tracking import mlflow_tracker
-from orchestrator.tracking.mlflow_tracker import UploadQueue
+from orchestrator.tracking import upload_queue
+from orchestrator.tracking.upload_queue import UploadQueue
 
 
 class Server:
@@ -125,8 +125,8 @@ def test_a_cell_waits_until_its_newest_record_is_sent() -> None:
 
 
 def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 1.5)
-    monkeypatch.setattr(mlflow_tracker, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(upload_queue, "_QUIET_SECONDS", 0.1)
     server, said = Server(parts={"a": 20}), []
     server.pause = 0.1  # two seconds in all
     recorder = send(server, "a", say=said.append)
@@ -136,7 +136,7 @@ def test_the_end_waits_as_long_as_something_is_taken(monkeypatch: pytest.MonkeyP
 
 def test_records_that_take_long_to_make_are_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of cells whose figures are drawn before the first of them is sent."""
-    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 1.0)
     server = Server()
     recorder = UploadQueue(lambda: server)
 
@@ -153,7 +153,7 @@ def test_records_that_take_long_to_make_are_no_stall(monkeypatch: pytest.MonkeyP
 
 
 def test_the_end_gives_up_where_nothing_is_taken_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_tracker, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(upload_queue, "PATIENCE_SECONDS", 0.3)
     server, gone = Server(), threading.Event()
     server.log_some = lambda record, points: gone.wait(30)  # type: ignore[method-assign]
     recorder = send(server, "a")

@@ -129,6 +129,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
     TrackingSpec: {
         "tracking_uri": (None, [{"tracking": {"tracking_uri": "http://x"}}]),
         "experiment_name": (None, [{"tracking": {"experiment_name": "x"}}]),
+        "also": (None, [{"tracking": {"also": ["tensorboard"]}}]),
     },
     ReportSpec: {
         "baseline": (None, [{"report": {"baseline": {"seed": 0}}}]),

@@ -111,6 +111,8 @@ HOSTILE = [
     ("UTF-16", "a: 1".encode("utf-16"), "byte 0xff is not UTF-8", (1, 1)),
     ("NUL", b"a: 1\nb: x\x00", "U+0000", (2, 5)),
     ("escape", b"a: \x1b[31m", "U+001B", (1, 4)),
+    ("NUL written as an escape", b'a: 1\nextends: "\\0"', "U+0000", (2, 10)),
+    ("escape as an escape in a key", b'"\\e[31m": 1', "U+001B", (1, 1)),
     ("two documents", b"a: 1\n---\nb: 2\n", "second document", (2, 1)),
     ("python object", b"a: !!python/object/apply:os.system [ls]", "tag !!python/object/apply:os.system", (1, 4)),
     ("custom tag", b"a: !include x.yaml", "tag !include", (1, 4)),
