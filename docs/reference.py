@@ -72,7 +72,7 @@ PLUGIN: tuple[tuple[str, str, str], ...] = (
      "ScheduleSpec StageTable merge_actions DistillSpec Teaching Students teachers_of"),
     ("Data kinds", "See [a data kind of your own](../tutorials/own-data-kind.md).", "DataSpec DataSet Row Turn "
      "IMAGE_MARK VIDEO_MARK ImageRef ImageReading evenly_spread file_exists content_digest num_words raise_for_errors"),
-    ("Trackers", "See [beside MLflow](metrics.md#beside-mlflow).", "Tracker CellRecord Point"),
+    ("Trackers", "See [beside MLflow](metrics.md#beside-mlflow).", "Tracker CellRecord"),
     ("Evaluations", "See [an evaluation of your own](../tutorials/own-evaluation.md).",
      "EvaluationSpec GenerationSpec Evaluation EvaluationData Workers Outcome prediction greedy_answers answer_losses "
      "AnswerLoss outcome_of pictures_of mean_scores last_answer text_column prompt_batch PromptBatch generate Load "

@@ -129,7 +129,6 @@ _NAMES = {
     "orchestrator.machine": "Load device_name peak_bytes",
     "orchestrator.plan.cell_record": "CellRecord",
     "orchestrator.plan.identity": "content_digest",
-    "orchestrator.plan.step_history": "Point",
     "orchestrator.spec.base": "Count Flag Integer NonNegative Positive Share Spec Whole parse_share",
     "orchestrator.spec.components": (
         "BlockCompressorSpec CompressorSpec DataSpec DistillSpec EvaluationSpec GenerationSpec Grid ScheduleSpec "
@@ -141,11 +140,12 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
-# Used by the data kinds that come with the package, and not promised to others.
+# Used by what comes with the package, and not promised to others.
 _MODULE_OF |= dict.fromkeys(("IndexedRows", "RowIndex", "row_index"), "orchestrator.data.records.row_index") | {
     "Encoder": "orchestrator.data.processing.encode",
     "VisionTextProcessor": "orchestrator.data.processing.processor",
     "load_exported": "orchestrator.models.export",
+    "Point": "orchestrator.plan.step_history",
     "nearest": "orchestrator.registry",
 }
 
