@@ -8,7 +8,7 @@
 
 Importing it loads nothing else; each name below is imported when it is first used, and no torch, ray or mlflow before
 work begins. Inside the package imports go one way, from the top of this list to its end:
-cli > starter, llava_scripts > experiment > storage > search > run, bench > smoke > session > report > dispatch
+cli > starter, llava_scripts, deployment > experiment > storage > search > run, bench > smoke > report > dispatch
 > training, evaluation, tracking > models > machine, hub > data > compression > plan > spec > registry > errors.
 """
 
@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orchestrator.deployment import deploy as deploy
     from orchestrator.errors import Interrupted as Interrupted
     from orchestrator.errors import LlavoltaError as LlavoltaError
     from orchestrator.errors import SpecError as SpecError
@@ -39,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("Cell", "Experiment", "load", "table"), "orchestrator.experiment"),
     **dict.fromkeys(("Interrupted", "LlavoltaError", "SpecError", "UsageError"), "orchestrator.errors"),
     **dict.fromkeys(("components", "compressors"), "orchestrator.report.documents"),
+    "deploy": "orchestrator.deployment",
     "check_file": "orchestrator.testing.contract",
     "import_llavolta": "orchestrator.llava_scripts",
     "init": "orchestrator.starter",

@@ -126,6 +126,32 @@ def import_llavolta(
 
 
 @app.command()
+def deploy(
+    target: Annotated[str, typer.Argument(metavar="kuberay|slurm|skypilot", help="Where it runs.")],
+    spec: Spec,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the files.")],
+    set_: Set = None,
+    as_json: Json = False,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines over which the lanes are divided.")] = 1,
+    image: Annotated[str | None, typer.Option("--image", help="Container image; not on SLURM.")] = None,
+    queue: Annotated[str | None, typer.Option("--queue", help="Kueue's queue, or SLURM's partition.")] = None,
+    max_hours: MaxHours = None,
+    accelerator: Annotated[
+        str | None, typer.Option("--accelerator", help="The GPU's name on SkyPilot, such as H100.")
+    ] = None,
+) -> None:
+    """Write the files that run SPEC on a cluster of KubeRay, SLURM or SkyPilot, on the machines `cluster:` needs."""
+    written = llv.deploy(
+        target, llv.load(spec, set_ or ()), output,
+        nodes=nodes, image=image, queue=queue, max_hours=max_hours, accelerator=accelerator,
+    )  # fmt: skip
+    if as_json:
+        print_json({"files": [str(file) for file in written]})
+    else:
+        print(f"{written[0]}: how to start it stands at its top")
+
+
+@app.command()
 def validate(
     spec: Spec,
     set_: Set = None,

@@ -6,8 +6,9 @@ A relative path travels, an absolute one is the cluster's own, so that the same 
 from __future__ import annotations
 
 import os
+import shlex
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def package_of(loaded: LoadedExperiment) -> Package:
     files = {name: Path(file) for file, name in names.items()}
     folder = name(here) if from_here else FOLDER
     return Package(files, names[spec], folder, tuple(found.elsewhere), digest(content))
+
+
+def command(package: Package, verb: str, sets: Sequence[str], options: Sequence[str]) -> str:
+    """Return what the cluster's shell is to do, in the folder that the archive is unpacked into."""
+    spec = os.path.relpath(package.spec, package.folder)
+    settings = [word for text in (*sets, "cluster.address=auto") for word in ("--set", text)]
+    # In the shell's place, so that a signal reaches the run and the exit code is the run's own.
+    return f"cd {shlex.quote(package.folder)} && exec {shlex.join(['llavolta', verb, spec, *settings, *options])}"
 
 
 @dataclass

@@ -83,6 +83,7 @@ CALLS = [
     ("show", "tiny.yaml", "--resolved"),
     ("compressors",),
     ("schema",),
+    ("deploy", "slurm", "tiny.yaml", "-o", "deployed", "--set", "cluster.storage_path=/nfs/llavolta"),
     ("ledger", "ls", "tiny.yaml"),
     ("ledger", "verify", "tiny.yaml"),
     ("ledger", "gc", "tiny.yaml"),

@@ -107,7 +107,7 @@ class Machine:
         home = {"HOME": "/tmp/home", "XDG_CACHE_HOME": "/tmp/home/.cache", "PYTHONUNBUFFERED": "1"}
         with output.open("w") as printed:
             return subprocess.Popen(
-                [*enter, *map(str, arguments)], env=environment(**home, **more),
+                [*enter, *map(str, arguments)], env=environment(**{**home, **more}),
                 stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
                 start_new_session=True,
             )  # fmt: skip

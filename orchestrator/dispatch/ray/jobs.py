@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.dispatch.package import Package
+from orchestrator.dispatch.package import Package, command
 from orchestrator.dispatch.signals import TRY_AGAIN
 from orchestrator.errors import Interrupted, StageRunError, UsageError, first_line, shorten
 
@@ -70,7 +70,7 @@ class JobServer:
         jobs = self.jobs(package, name)
         if not (jobs and jobs[-1].is_open):
             new = f"{job_prefix(package, name)}{jobs[-1].number + 1 if jobs else 1}"
-            refused = self._start(package, new, job_command(package, verb, sets, options), given)
+            refused = self._start(package, new, command(package, verb, sets, options), given)
             jobs = self.jobs(package, name)
             if refused is None:
                 return ClusterJob(self, new, joined=False, elsewhere=package.elsewhere)
@@ -232,14 +232,6 @@ class ClusterJob:
 def job_prefix(package: Package, name: str) -> str:
     """Return what the names of an experiment's jobs begin with; a number follows."""
     return f"llavolta-{re.sub('[^A-Za-z0-9_.-]+', '-', name)[:60]}-{package.digest[:16]}-"
-
-
-def job_command(package: Package, verb: str, sets: Sequence[str], options: Sequence[str]) -> str:
-    """Return what the cluster's shell is to do, in the folder that the archive is unpacked into."""
-    spec = os.path.relpath(package.spec, package.folder)
-    settings = [word for text in (*sets, "cluster.address=auto") for word in ("--set", text)]
-    # In the shell's place, so that Ray's signal reaches the run and the exit code is the run's own.
-    return f"cd {shlex.quote(package.folder)} && exec {shlex.join(['llavolta', verb, spec, *settings, *options])}"
 
 
 def exit_code(details: Any, name: str) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.dispatch.package import Package
-from orchestrator.dispatch.ray.jobs import exit_code, job_command, job_prefix
+from orchestrator.dispatch.package import Package, command
+from orchestrator.dispatch.ray.jobs import exit_code, job_prefix
 from orchestrator.errors import StageRunError
 
 
@@ -21,9 +21,9 @@ def test_the_shell_gives_every_word_as_it_was_written(tmp_path: Path) -> None:
     program = tmp_path / "llavolta"
     program.write_text('#!/bin/sh\npwd\necho $PPID\nfor word; do echo "$word"; done\nexit 75\n')
     program.chmod(0o755)
-    command = job_command(package(), "run", ["name=it's $HOME", "a.b=[1, 2]"], ["--max-hours", "2"])
+    told = command(package(), "run", ["name=it's $HOME", "a.b=[1, 2]"], ["--max-hours", "2"])
     shell = subprocess.Popen(
-        command, shell=True, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True
+        told, shell=True, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True
     )
     folder, parent, *words = shell.communicate()[0].splitlines()
     assert folder == str(tmp_path / "experiment" / "here")
