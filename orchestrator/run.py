@@ -367,9 +367,10 @@ class Session(Hooks):
         """Record cells in MLflow during the block, and all that MLflow lacks at its end; in other trackers likewise.
 
         Raises:
-            UsageError: the library of another tracker is not installed.
+            UsageError: the library of another tracker is not installed, or MLflow's address lacks a variable.
         """
         walk = self.walk
+        _ = walk.tracking_uri  # an address that cannot be put together is told before anything is trained
         others = open_trackers(walk.loaded.spec.tracking.also, walk.experiment_name, walk.ledger.storage)
         # Drivers make runs one at a time, so that no cell gets two.
         alone = partial(one_at_a_time, walk.ledger.store, walk.experiment_name)

@@ -42,6 +42,7 @@ from orchestrator.spec.cell_reference import misfit
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search_space import trial_name
+from orchestrator.spec.yaml.environment import expanded
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,12 @@ class ExperimentPlan:
         """MLflow's address: the file's, the environment's, or sqlite in the storage (s3: in this machine's cache).
 
         The environment's may hold a password: it is kept in memory, and shown by `redacted` only.
+
+        Raises:
+            UsageError: the file's refers to a variable that is not there.
         """
-        uri = self.loaded.spec.tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        written = expanded(self.loaded.spec.tracking.tracking_uri or "", "tracking.tracking_uri")
+        uri = written or os.environ.get("MLFLOW_TRACKING_URI")
         return uri or f"sqlite:///{self.ledger.storage / 'mlflow.db'}"
 
     @property

@@ -74,7 +74,9 @@ class TrackingSpec(Spec):
     """Where results are recorded."""
 
     tracking_uri: str | None = Field(default=None, examples=["http://mlflow.example.org:5000"])
-    """Address of the MLflow server or database. null takes MLFLOW_TRACKING_URI, else a sqlite file in the storage."""
+    """Address of the MLflow server or database, `${env:NAME}` in the place of a password. null takes
+    MLFLOW_TRACKING_URI, else a sqlite file in the storage.
+    """
     experiment_name: str | None = None
     """Name of the MLflow experiment; null takes the experiment's own name."""
     also: tuple[str, ...] = Field(default=(), examples=[["tensorboard", "wandb"]])

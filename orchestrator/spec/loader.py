@@ -19,6 +19,7 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report, check_tested_cells
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.search_space import check_search, space_corners, tuned_on_test
+from orchestrator.spec.yaml.environment import with_environment, without_references
 from orchestrator.spec.yaml.file_paths import NamedPath, absolute_paths
 from orchestrator.spec.yaml.merge import (
     Inheritance,
@@ -41,8 +42,8 @@ _SECRETS = (
     "(HF_TOKEN, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or in the service's own file (~/.netrc, ~/.aws)"
 )
 _TRACKING_SECRETS = (
-    "write the address without it, and give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
-    "MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; MLFLOW_TRACKING_URI may hold it too"
+    "write ${env:NAME} in its place, or the address without it, and give MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; MLFLOW_TRACKING_URI may hold it too"
 )
 
 
@@ -94,6 +95,9 @@ def _given(value: Any, path: tuple[str | int, ...], errors: list[ErrorDetail]) -
 def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node | None = None) -> LoadedExperiment:
     starts = around.inside(path)
     root, errors, notices, named = _read(path, read_overrides(overrides), given)
+    root, unset = with_environment(root)
+    if unset:
+        _stop_at([*errors, *unset])  # other errors would be of what stands there for now
     errors += _secrets(root)
     root = _with_absolute_paths(root, errors, named)
     before = len(errors)
@@ -153,7 +157,8 @@ def _secrets(root: Node) -> list[ErrorDetail]:
     errors, known = [], environment_secrets()
     for path, node in root.leaves():
         names = [key for key in path if isinstance(key, str)]
-        found = secret_in(node.value, names[-1] if names else "", known) if isinstance(node.value, str) else None
+        text = without_references(node.value) if isinstance(node.value, str) else None
+        found = None if text is None else secret_in(text, names[-1] if names else "", known)
         if what := found or next(filter(None, (secret_in(name, "", known) for name in names)), None):
             hint = _TRACKING_SECRETS if path[0] == "tracking" else _SECRETS
             errors.append(node.error(f"{what} must not stand in an experiment", path, hint=hint))

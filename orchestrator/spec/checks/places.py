@@ -71,6 +71,8 @@ def _check_tracking_uri(root: Node) -> Iterator[ErrorDetail]:
     node = root.at(path)
     if node is None or not isinstance(node.value, str) or node.value in ("databricks", "databricks-uc", "uc"):
         return
+    if node.value.startswith("${env:"):
+        return
     scheme = node.value.partition(":")[0].partition("+")[0].lower() if ":" in node.value else "file"
     allowed = "sqlite:///PATH/mlflow.db, http://HOST:PORT, ..."
     if scheme == "file":
