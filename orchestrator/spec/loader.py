@@ -43,7 +43,8 @@ _SECRETS = (
 )
 _TRACKING_SECRETS = (
     "write ${env:NAME} in its place, or the address without it, and give MLFLOW_TRACKING_USERNAME and "
-    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; MLFLOW_TRACKING_URI may hold it too"
+    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment, or an entry in ~/.netrc; "
+    "MLFLOW_TRACKING_URI may hold it too"
 )
 
 
