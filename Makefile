@@ -31,7 +31,7 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
 	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py
 
-.PHONY: help install benchmarks quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs lock clean
+.PHONY: help install benchmarks quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs sbom lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
@@ -114,6 +114,10 @@ imports: $(STAMP)
 
 docs: $(STAMP)  ## the docs site in site/, complete links only
 	@NO_MKDOCS_2_WARNING=1 '$(BIN)/python' -m mkdocs build --strict --quiet
+
+sbom: $(STAMP)  ## what is installed, with licences, in sbom.json (CycloneDX)
+	@'$(BIN)/python' -m pip install --quiet --disable-pip-version-check uv
+	@'$(BIN)/uv' tool run --quiet --from cyclonedx-bom cyclonedx-py environment '$(VENV)' --output-file sbom.json
 
 lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known versions stay)
 	@'$(BIN)/python' -m pip install --quiet uv
