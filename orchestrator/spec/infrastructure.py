@@ -46,6 +46,10 @@ class ClusterSpec(Spec):
         default_factory=lambda: {"CPU": 1.0}, examples=[{"CPU": 8, "GPU": 1}]
     )
     """Ray resources of one worker, by Ray's names; `CPU: 2` gives it two threads."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    """Niceness of lanes' workers, for a machine that others use too: 19 leaves them nearly everything. It raises what
+    workers start with (0 here, Ray's own 15 on a cluster that is joined) and cannot lower it.
+    """
     max_failures: Whole = 3
     """Retries of one stage run or evaluation after failures, before its cells count as failed."""
     checkpoint_every: Count = 200

@@ -191,6 +191,7 @@ class Lanes:
             "storage": ledger.url,
             "executor": executor,
             "threads": threads,
+            "nice": cluster.nice,
             "needs": needs,
             "asked": [node["NodeID"] for node in asked],
         }
@@ -392,7 +393,7 @@ def run_lane(config: dict[str, Any]) -> None:
     """Ray Train's loop on one worker.
 
     Args:
-        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`, `needs` and the nodes `asked` for
+        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`, `nice`, `needs` and the nodes `asked` for
             them before the run.
     """
     import torch
@@ -408,6 +409,7 @@ def run_lane(config: dict[str, Any]) -> None:
         **_this_process(),
     }
     torch.set_num_threads(config["threads"])
+    os.nice(max(0, config["nice"] - os.nice(0)))
     worker = _Worker(config, who)
     worker.begin()
     heartbeat = Heartbeat(config["conductor"], who)

@@ -82,11 +82,12 @@ def once(action: Callable[[Run], bool]) -> Callable[[Run], None]:
 def test_lanes_work_side_by_side(ledger: Ledger) -> None:
     """Each of two jobs waits for the other to begin."""
     run = Run(ledger)
-    two = ONE.model_copy(update={"lanes": 2})
+    two = ONE.model_copy(update={"lanes": 2, "nice": 7})
     outcome = run(work("begin_together", "begin_together", "", ""), two)
     assert sorted(outcome.finished) == [f"job{n}" for n in range(4)] and not outcome.left
     assert {event["lane"] for event in run.events if event["event"] == "started"} == {"lane-0", "lane-1"}
     assert sorted(run.order()) == [f"job{n}" for n in range(4)]
+    assert (run.marks / "order").read_text().count(" niceness 7 ") == 4
 
 
 def test_a_killed_conductor_is_started_again_and_the_lane_goes_on_in_place(ledger: Ledger) -> None:

@@ -121,6 +121,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
         "keep": (None, [{"cluster": {"keep": {"leaf": "full"}}}]),
         "storage_path": (None, [{"cluster": {"storage_path": "/elsewhere"}}]),
         "deterministic": (None, [{"cluster": {"deterministic": True}}]),
+        "nice": (None, [{"cluster": {"nice": 5}}]),
         "stall_minutes": (None, [{"cluster": {"stall_minutes": 1.0}}]),
         "device_tflops": (None, [{"cluster": {"device_tflops": 150.0}}]),
         "rehearse": (None, [{"cluster": {"rehearse": False}}]),
