@@ -393,8 +393,8 @@ def run_lane(config: dict[str, Any]) -> None:
     """Ray Train's loop on one worker.
 
     Args:
-        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`, `nice`, `needs` and the nodes `asked` for
-            them before the run.
+        config: `conductor` (actor handle), `lane`, `storage`, `executor`, `threads`, `nice`, `needs` and the nodes
+            `asked` for them before the run.
     """
     import torch
     import torch.distributed as dist
