@@ -69,12 +69,12 @@ test-integration: $(STAMP)  ## whole runs, several processes, servers on loopbac
 test-faults: $(STAMP)  ## runs that are killed, stopped, damaged or cut off
 	@$(PYTEST) tests/faults $(ARGS)
 
-test: $(STAMP)  ## unit and integration and the notebook; more options: make test ARGS='-k plan'
+test: $(STAMP)  ## unit and integration; more options: make test ARGS='-k plan'
 	@$(PYTEST) $(UNIT) $(INTEGRATION) $(ARGS)
-	@$(if $(ARGS),,$(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
-test-all: $(STAMP)  ## every test, the faults and the slow ones included
+test-all: $(STAMP)  ## every test, the faults, the slow ones and the notebook included
 	@'$(BIN)/python' -m pytest $(ARGS)
+	@$(if $(ARGS),,$(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
 test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests that need no torch
 	@'$(BIN)/python' -m pip install --quiet --disable-pip-version-check uv

@@ -202,6 +202,7 @@ def small(tiny_text: str, storage: Path, **changes: Any) -> dict[str, Any]:
     return {**tree, "cluster": {"storage_path": str(storage)}, **changes}
 
 
+@pytest.mark.slow
 def test_many_runs_in_one_process(tiny_text, tmp_path):
     """Local ones of every kind of engine, one that fails amid a step, Ray between them."""
     storage = tmp_path / "runs"

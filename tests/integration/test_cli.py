@@ -141,6 +141,7 @@ def test_init_overwrites_nothing_and_leaves_nothing_that_is_not_valid(llavolta, 
     assert not list(tmp_path.glob("other*"))
 
 
+@pytest.mark.slow
 def test_what_init_wrote_runs_small(llavolta, tmp_path):
     assert llavolta("init", "mine.yaml", "--model", TINY_LLAVA, "--data", records_file(tmp_path)).returncode == 0
     done = llavolta("run", "mine.yaml", "--smoke", "--local")

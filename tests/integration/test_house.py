@@ -102,7 +102,7 @@ def test_pre_commit_hooks_are_valid_and_use_the_environment():
 
 
 def test_ci_calls_make_test():
-    assert {"make test", "make test-faults", "make test-python"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
@@ -110,7 +110,7 @@ def test_ci_calls_make_test():
     "target",
     [
         *("test", "test-unit", "test-integration", "test-faults", "test-all", "test-python"),
-        *("install", "quickstart", "check", "format", "clean", "help"),
+        *("install", "quickstart", "check", "format", "sbom", "clean", "help"),
     ],
 )
 def test_make_targets_exist_and_help_lists_them(target):

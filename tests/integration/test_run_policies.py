@@ -49,6 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[
     return folder, run_forked(["run", "tiny.yaml", "--local"], folder)
 
 
+@pytest.mark.slow
 def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path, Any]) -> None:
     folder, done = finished
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,6 +80,7 @@ def test_each_policy_is_one_stage_run_whose_teacher_is_told(finished: tuple[Path
     assert len(weights_of(folder)) == 5
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     again = run_forked(["run", "tiny.yaml", "--local"], folder)
@@ -90,6 +92,7 @@ def test_nothing_is_left_to_do(finished: tuple[Path, Any]) -> None:
     assert all(run["actions"][0][0] == 0 and run["actions"][-1][1] == 9 for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_left_alone(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = finished

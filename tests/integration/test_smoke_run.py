@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -44,6 +45,7 @@ def test_every_path_of_the_experiment_runs_small_and_leaves_its_own_storage_alon
     assert all("eval/vqa/accuracy" in run.data.metrics for run in runs)
 
 
+@pytest.mark.slow
 def test_a_data_file_that_is_not_there_is_told_before_anything_runs(llavolta, tmp_path, tiny_text):
     text = tiny_text.replace(
         "{kind: easy_vqa, split: train, max_samples: 200}", "{kind: llava_json, data_path: a.json}"

@@ -57,7 +57,8 @@ def run_zero(world, stages, attach_first, tmp_path, point):
     return result_of_rank_0(script, world, tmp_path)
 
 
-@pytest.mark.parametrize("point", [pytest.param("pooled", marks=pytest.mark.slow), "keys"])
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["pooled", "keys"])
 def test_zero3_gives_the_losses_of_zero0(tmp_path, point):
     losses = run_zero(1, [0, 3], False, tmp_path, point)
     assert losses["3"] == pytest.approx(losses["0"], abs=1e-5)

@@ -22,7 +22,8 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "token"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "token"])
 def test_joined_and_left_running(tmp_path: Path, mode: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), env.get("PYTHONPATH", "")])

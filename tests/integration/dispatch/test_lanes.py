@@ -90,6 +90,7 @@ def test_lanes_work_side_by_side(ledger: Ledger) -> None:
     assert (run.marks / "order").read_text().count(" niceness 7 ") == 4
 
 
+@pytest.mark.slow
 def test_a_killed_conductor_is_started_again_and_the_lane_goes_on_in_place(ledger: Ledger) -> None:
     def kill_then_let_go(run: Run) -> bool:
         # A job whose end the driver has not heard of is given out again; a real one is then found in the ledger.

@@ -120,6 +120,7 @@ def test_a_stop_leaves_at_a_checkpoint_and_frees_the_resources(shared_ray: None,
     assert states == {"REMOVED"}
 
 
+@pytest.mark.slow
 def test_beside_a_lane_runs_only_what_it_needs(shared_ray: None, ledger: Ledger) -> None:
     """Every further process wakes up all the time and takes from the cores that train."""
     from ray._private.state import actors
@@ -134,6 +135,7 @@ def test_beside_a_lane_runs_only_what_it_needs(shared_ray: None, ledger: Ledger)
     assert "gcs_server" in programs and not programs & {"monitor.py", "log_monitor.py", "dashboard.py"}
 
 
+@pytest.mark.slow
 def test_many_jobs_are_done_in_their_order_by_every_rank(shared_ray: None, ledger: Ledger) -> None:
     hooks = Recorded()
     run_on_ray(work(*[""] * 30), ledger, TWO_WORKERS, hooks, executor="lane_jobs:run")
@@ -157,6 +159,7 @@ def test_nobody_at_the_address_is_told_in_seconds(ledger: Ledger) -> None:
     assert "ray start --head" in done.stderr
 
 
+@pytest.mark.slow
 def test_control_c_twice_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
     """The signals go to the whole foreground group, as a terminal sends them."""
     script = tmp_path / "driver.py"

@@ -32,6 +32,7 @@ exec({QUESTION!r})
 assert inputs["input_ids"][0].tolist() == encoder.encode_prompt(rows[7]).input_ids.tolist()
 """
 THEN = {"own-data": SAME_ANSWERS}
+LONG = ("own-data", "own-compressor")  # three minutes each
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if any(block.language in ("console", "python") for block in blocks(path))
 )
@@ -41,7 +42,9 @@ def test_every_tutorial_is_run():
     assert {*(DOCS / "tutorials").glob("*.md")} <= {*PAGES}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in LONG else ()) for page in PAGES]
+)
 def test_page_runs(page, tmp_path):
     run_page(page, tmp_path, THEN.get(page.stem, ""))
 

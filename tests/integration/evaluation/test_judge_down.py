@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from judge_server import judge_server
 
 KEY = "the-judge-of-a-test-4711"
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_down_costs_its_evaluation_alone(llavolta, tmp_path, tiny_text):
     text = tiny_text.replace("[full, heavy, two_stage]", "[full]").replace("max_steps: 6", "max_steps: 2")
     judge = "kind: judge, data: test, url: 'URL', model: stub, api_key_variable: STUB_KEY, max_retries: 0"

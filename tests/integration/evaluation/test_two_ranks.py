@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from evaluated_state import HEAVY, job, ledger_of
 from repository import SUPPORT
 
@@ -37,6 +38,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
     ledger = ledger_of(tmp_path)
     alone = evaluate_state(job(HEAVY), ledger)

@@ -354,6 +354,7 @@ def test_a_plugin_that_is_not_there_is_named_with_the_folder_it_was_looked_for_i
         load_exported(exported(home, "up", tmp_path / "out"), plugins=["of_mine.py"])
 
 
+@pytest.mark.slow
 def test_the_verb_prints_the_folder_and_refuses_one_that_is_there(home, tmp_path):
     def llavolta(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "orchestrator", "export", str(home / "mine.yaml"), *map(str, arguments)]

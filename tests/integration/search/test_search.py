@@ -27,6 +27,7 @@ def killed(tmp_path_factory, search_text):
     return search, before, finished, search.run()
 
 
+@pytest.mark.slow
 def test_a_killed_search_started_again_loses_no_trial_and_trains_none_twice(killed):
     search, before, finished, (code, output, errors) = killed
     assert code == 0, output + errors
@@ -51,6 +52,7 @@ def test_a_killed_search_started_again_loses_no_trial_and_trains_none_twice(kill
     assert not list((search.storage / "ray").glob("search-*"))
 
 
+@pytest.mark.slow
 def test_the_front_in_mlflow_is_the_one_of_the_ledger(killed):
     search, *_ = killed
     points = {
@@ -72,6 +74,7 @@ def test_the_front_in_mlflow_is_the_one_of_the_ledger(killed):
         assert measured["cost/added_train_tflops"] == trial["added_train_tflops"]
 
 
+@pytest.mark.slow
 def test_a_finished_search_has_nothing_to_do_and_shows_its_front(killed):
     search, *_, (_, output, _) = killed
     begun = list((search.storage / "stage_runs").iterdir())
@@ -90,6 +93,7 @@ def test_a_finished_search_has_nothing_to_do_and_shows_its_front(killed):
     assert code == 0 and (Path(weights.strip()) / "model.safetensors").is_file(), errors
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_where_it_stopped(killed):
     search, *_ = killed
     before = search.trials()
@@ -141,6 +145,7 @@ def test_a_search_stops_after_the_first_trial_that_lacks_an_objective(search_tex
     assert run.info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_local_search_proposes_the_same_and_goes_on_without_ray(killed, search_text, tmp_path):
     search = Search(tmp_path, search_text)
     code, output, errors = search.run("--local", "--set", "search.num_trials=1")
@@ -176,6 +181,7 @@ def test_trials_are_judged_by_what_they_are_compared_with(search_text, tmp_path)
     assert "violates cost/train_tflops" in marks["full"] and "pareto" in marks["trial-001"]
 
 
+@pytest.mark.slow
 def test_the_best_trials_are_run_again_once_all_have_ended(search_text, tmp_path):
     lines = "  promote: {top: 1, seeds: [0, 7], set: {phases.finetune.weight_decay: 0.1}}\n"
     search = Search(tmp_path, search_text.replace("num_trials: 4", "num_trials: 2") + lines)

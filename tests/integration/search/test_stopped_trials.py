@@ -27,6 +27,7 @@ def stopped(tmp_path_factory, search_text):
     return search, before, search.run()
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_its_decisions_and_stops_the_worse_trials(stopped):
     search, before, (code, output, errors) = stopped
     assert code == 0, output + errors
@@ -45,6 +46,7 @@ def test_a_killed_search_goes_on_with_its_decisions_and_stops_the_worse_trials(s
     assert "Traceback" not in errors and not search.alive()
 
 
+@pytest.mark.slow
 def test_mlflow_shows_what_was_stopped_and_at_which_value(stopped):
     search, *_ = stopped
     runs, best = search.runs(), []
@@ -62,6 +64,7 @@ def test_mlflow_shows_what_was_stopped_and_at_which_value(stopped):
     assert {cell for cell, run in runs.items() if run.data.tags["pareto"] == "true"} == {min(best)[1]}
 
 
+@pytest.mark.slow
 def test_without_a_scheduler_the_stopped_ones_are_trained_on_from_their_rungs(stopped):
     search, *_ = stopped
     stopped_ones = [trial["number"] for trial in search.trials() if trial["state"] == "stopped"]

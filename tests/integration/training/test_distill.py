@@ -259,6 +259,7 @@ def test_a_learned_compressor_is_taught_and_teaches(made: tuple[Path, Path], tmp
     assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_numbers_of_tokens_are_the_images_own_in_any_micro_batch(made: tuple[Path, Path], tmp_path: Path) -> None:
     jobs = {str(micro): adaptive_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
     jobs["recomputed"] = adaptive_job(made, per_device_train_batch_size=3, gradient_checkpointing=True)
@@ -365,6 +366,7 @@ def test_a_sandwich_is_a_plain_loop_of_passes(made: tuple[Path, Path], tmp_path:
     assert all(not torch.equal(moved[name], start[name]) for name in start if name.endswith("lm_head.weight"))
 
 
+@pytest.mark.slow
 def test_dualspeed_is_a_plain_loop_of_fast_and_slow_steps(made: tuple[Path, Path], tmp_path: Path) -> None:
     job = dualspeed_job(made, per_device_train_batch_size=8)
     found = launch(1, trained, tmp_path, {"dual": job})["dual"]
@@ -391,6 +393,7 @@ def test_passes_resume_as_if_left_alone(made: tuple[Path, Path], tmp_path: Path,
     assert hashlib.sha256(Path(weights).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.slow
 def test_resumed_is_left_alone_and_another_teacher_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     job = taught_job(made)
     first, *rest = job.table

@@ -52,16 +52,10 @@ def trained(folder: Path, jobs: list[StageJob], stop_at: int | None = None) -> l
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "before", "after"),
-    [
-        pytest.param("zero2", 2, 1, marks=pytest.mark.slow),
-        ("zero3", 1, 2),
-        pytest.param("zero0", 1, 2, marks=pytest.mark.slow),
-        pytest.param("zero1", 1, 2, marks=pytest.mark.slow),
-        pytest.param("zero2", 1, 2, marks=pytest.mark.slow),
-        pytest.param("zero3", 2, 1, marks=pytest.mark.slow),
-    ],
+    [("zero2", 2, 1), ("zero3", 1, 2), ("zero0", 1, 2), ("zero1", 1, 2), ("zero2", 1, 2), ("zero3", 2, 1)],
 )
 def test_other_workers_go_on(made: tuple[Path, Path], tmp_path: Path, zero: str, before: int, after: int) -> None:
     jobs = _jobs(made, zero)

@@ -59,6 +59,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {path.parts[-3]: path.read_bytes() for path in sorted(cells.glob("*/weights/model.safetensors"))}
 
 
+@pytest.mark.slow
 def test_a_good_spec_passes_once_leaves_only_notes_and_trains_to_the_same_bits(llavolta, tmp_path, tiny_experiment):
     plain = llavolta("run", tiny_experiment, "--local", LLAVOLTA_STORAGE=str(tmp_path / "plain" / "runs"))
     assert plain.returncode == 0 and "rehearse" not in plain.stdout, plain.stderr

@@ -195,9 +195,8 @@ def die_in_backward(folder: Path, jobs: tuple[StageJob, StageJob], batch: int) -
         stage_module.train_stage(job, ledger, memory, never)
 
 
-@pytest.mark.parametrize(
-    ("zero", "world_size", "batch"), [pytest.param("zero2", 1, 11, marks=pytest.mark.slow), ("zero3", 2, 11)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "world_size", "batch"), [("zero2", 1, 11), ("zero3", 2, 11)])
 def test_killed_in_the_middle_of_a_step(
     made: tuple[Path, Path], alone: Any, tmp_path: Path, zero: str, world_size: int, batch: int
 ) -> None:

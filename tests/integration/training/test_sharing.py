@@ -88,6 +88,7 @@ def test_every_cell_of_a_tree_is_the_cell_trained_alone_bit_by_bit(
     assert len({outcome_of(cell, shared)["weights"] for cell in tree.cells}) == CELLS  # none is equal by accident
 
 
+@pytest.mark.slow
 def test_one_changed_axis_value_runs_only_the_new_stage_runs(tree: ExperimentPlan, tmp_path: Path) -> None:
     changed = copied(
         tree, tmp_path / "changed", "stages.2.compressor: [full, random]", "stages.2.compressor: [full, light]"
@@ -103,6 +104,7 @@ def test_one_changed_axis_value_runs_only_the_new_stage_runs(tree: ExperimentPla
     assert {state: after[state] for state in before} == before and after.keys() - before.keys() == set(new)
 
 
+@pytest.mark.slow
 def test_an_added_evaluation_runs_alone(tree: ExperimentPlan, tmp_path: Path) -> None:
     more = copied(tree, tmp_path / "more", "under: [final, full]", "under: [final, full, light]")
     before = written(more)

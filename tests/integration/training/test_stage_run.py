@@ -143,7 +143,7 @@ def memory_and_loaded(folder: Path, jobs: tuple[StageJob, ...]) -> list[str]:
     return digests
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero3"])
+@pytest.mark.parametrize("zero", ["zero0", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_child_from_memory_is_child_from_checkpoint(made: tuple[Path, Path], tmp_path: Path, zero: str) -> None:
     recipe = recipe_of(deepspeed=zero, lora={"r": 4, "alpha": 8, "dropout": 0.1})
     parent = stage(model_of(made[0]), 2, table=(Action(0, 2, "heavy", HEAVY),), recipe=recipe)

@@ -191,6 +191,7 @@ def test_a_dropped_state_is_trained_again_to_the_same_bits(lab: Path, ran: list[
         assert all(torch.equal(found[name], known[name]) for name in known)
 
 
+@pytest.mark.slow
 def test_of_a_leaf_stays_what_keep_says(lab: Path, ran: list[list[str]]) -> None:
     storages = {leaf: str(lab / f"leaf-{leaf}") for leaf in ("none", "weights", "full")}
     launch(1, trained, [(lab / "one.yaml", storage, f"cluster.keep.leaf={leaf}") for leaf, storage in storages.items()])

@@ -60,7 +60,7 @@ def test_frozen_parts_stay_and_each_part_has_its_rate(model: Path, tmp_path: Pat
     assert 2e-6 < moved["language_model"] < 6e-5
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_lora_trains_adapters_and_leaves_merged_weights(model: Path, tmp_path: Path, zero: str) -> None:
     recipe = recipe_of(train=("language_model",), lora={"r": 4, "alpha": 8}, deepspeed=zero)
     told, names = launch(1, trained, tmp_path, stage(model_of(model), 4, recipe=recipe))
