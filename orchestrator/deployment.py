@@ -24,7 +24,7 @@ import yaml
 from orchestrator.dispatch.package import Package, command, package_of
 from orchestrator.errors import UsageError
 from orchestrator.experiment import Experiment
-from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
+from orchestrator.spec.infrastructure import ClusterSpec
 
 STOP_SECONDS = 300
 """Seconds before its time is over that a batch system warns: enough for a step and a checkpoint."""
@@ -166,7 +166,7 @@ def machines_of(cluster: ClusterSpec, nodes: int) -> Machines:
     Raises:
         UsageError: there are fewer workers than machines.
     """
-    workers = cluster.num_workers.max if isinstance(cluster.num_workers, WorkerRange) else cluster.num_workers
+    workers = cluster.most_workers
     lanes = cluster.lanes if cluster.lanes != "auto" else nodes if cluster.placement == "pack" else 1
     if lanes * workers < nodes:
         raise UsageError(

@@ -22,7 +22,7 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.tree import build_stage_tree
 from orchestrator.spec.components import Points, ScheduleSpec
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
+from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.loaded import LoadedExperiment, resolved_yaml
 from orchestrator.spec.phase import PhaseSpec
 
@@ -163,7 +163,7 @@ def changed_for(spec: ExperimentSpec, small: ExperimentSpec) -> list[str]:
         for name, before, after in (
             ("model.attn_implementation", spec.model.attn_implementation, small.model.attn_implementation),
             ("model.dtype", spec.model.dtype, small.model.dtype),
-            ("cluster.num_workers", _most_workers(spec.cluster), small.cluster.num_workers),
+            ("cluster.num_workers", spec.cluster.most_workers, small.cluster.num_workers),
             ("cluster.use_gpu", spec.cluster.use_gpu, small.cluster.use_gpu),
         )
         if before != after
@@ -175,14 +175,10 @@ def changed_for(spec: ExperimentSpec, small: ExperimentSpec) -> list[str]:
     return notes
 
 
-def _most_workers(cluster: ClusterSpec) -> int:
-    return cluster.num_workers.max if isinstance(cluster.num_workers, WorkerRange) else cluster.num_workers
-
-
 def _cluster(cluster: ClusterSpec, machine: Machine) -> dict[str, Any]:
     on_gpu = machine.gpus > 0 and cluster.use_gpu is not False
     places = max(1, machine.gpus if on_gpu else machine.cpus)
-    workers = min(_most_workers(cluster), places)
+    workers = min(cluster.most_workers, places)
     lanes = 2 if cluster.lanes == "auto" else cluster.lanes
     each = {"CPU": 1.0, **({"GPU": 1.0} if on_gpu else {})}
     return {
@@ -220,7 +216,7 @@ def _phase(spec: ExperimentSpec, plan: PhasePlan, layers: LayerMap, workers: int
     recipe: PhaseSpec = plan.recipe
     values = recipe.model_dump(mode="json")
     micro = recipe.per_device_train_batch_size
-    accumulates = micro == "auto" or recipe.global_batch_size > micro * _most_workers(spec.cluster)
+    accumulates = micro == "auto" or recipe.global_batch_size > micro * spec.cluster.most_workers
     size = _MICRO_BATCH * workers * (2 if accumulates else 1)
     values["global_batch_size"] = size
     values["per_device_train_batch_size"] = micro if micro == "auto" else _MICRO_BATCH

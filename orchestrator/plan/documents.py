@@ -469,7 +469,7 @@ def hours_document(
     # Lanes that hold something say more than the spec, which may say `auto`.
     working = {(holder.owner, holder.lane) for holder in status.holders.values()}
     lanes = len(working) or (cluster.lanes if isinstance(cluster.lanes, int) else 1)
-    workers = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers.min
+    workers = cluster.least_workers
     speeds: dict[tuple[str, tuple[str, bool]], _Speed] = {}
     devices: set[str] = set()
     done, rest = 0.0, dict[str, float]()

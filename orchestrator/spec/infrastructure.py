@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.spec.base import Count, Flag, NonNegative, Positive, Spec, Whole
 
@@ -13,9 +13,17 @@ class WorkerRange(Spec):
     """An elastic number of workers per lane."""
 
     min: Count
-    """Fewest workers that a lane runs with."""
+    """Fewest workers that a lane runs with: it waits for so many."""
     max: Count
-    """Most workers that a lane takes."""
+    """Most workers that a lane takes. It starts again from its last checkpoint with more of them within a minute of
+    their resources being free, and with fewer where a node is lost.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min is at most max")
+        return self
 
 
 class KeepSpec(Spec):
@@ -36,8 +44,8 @@ class ClusterSpec(Spec):
     """Groups of workers that execute stage runs side by side. `auto`: as many as the cluster has room for now, and no
     more than there is work for.
     """
-    num_workers: Count | WorkerRange = 1
-    """DeepSpeed workers of a lane, usually its GPUs."""
+    num_workers: Count | WorkerRange = Field(default=1, examples=[8, {"min": 4, "max": 8}])
+    """DeepSpeed workers of a lane, usually its GPUs; `{min: A, max: B}` takes what there is."""
     placement: Literal["pack", "spread"] = "pack"
     """Where a lane's workers are placed: `pack` on as few nodes as possible, `spread` over as many."""
     use_gpu: Flag | Literal["auto"] = "auto"
@@ -72,6 +80,16 @@ class ClusterSpec(Spec):
     """Whether `run` begins with a rehearsal: each variant's longest samples, a save and a load, one answer of each
     evaluation. `auto`: on GPUs.
     """
+
+    @property
+    def least_workers(self) -> int:
+        """Fewest workers that a lane runs with."""
+        return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers that a lane runs with."""
+        return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
 class TrackingSpec(Spec):

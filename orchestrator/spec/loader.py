@@ -13,7 +13,6 @@ from orchestrator.redaction import environment_secrets, secret_in
 from orchestrator.spec.checks.cell import Checks
 from orchestrator.spec.checks.places import check_cluster, check_tracking
 from orchestrator.spec.checks.start_from import Starts
-from orchestrator.spec.checks.unsupported import check_unsupported
 from orchestrator.spec.controls import with_controls
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.grid import AxisReader, GridBuilder, Parts, apply, check_report, check_tested_cells
@@ -112,7 +111,7 @@ def _load(path: Path, around: Starts, overrides: Sequence[str] = (), given: Node
     if axes_are_valid:
         errors += [*check_report(root, axes, found), *check_tested_cells(root, axes, found)]
     errors += check_search(root)
-    errors += [*check_cluster(root), *check_tracking(root), *check_unsupported(root)]
+    errors += [*check_cluster(root), *check_tracking(root)]
     everywhere = set.intersection(*({s.axis for s in cell} for cell in found)) if found else set()
     errors += [error for error in base_errors if not _is_given(error.path, everywhere)]
     errors += builder.errors

@@ -35,7 +35,7 @@ from orchestrator.plan.jobs import Job, job_from_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import log_path
 from orchestrator.plan.ledger.process import start_ticks, this_process
-from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
+from orchestrator.spec.infrastructure import ClusterSpec
 
 POLL_SECONDS = 0.1
 # Calls of this group run in the conductor beside the others, one at a time.
@@ -113,12 +113,13 @@ class RayLane:
             self.error = error
 
     def _trainer(self) -> Any:
-        cluster, workers = self._cluster, self._cluster.num_workers
+        cluster = self._cluster
+        is_elastic = cluster.least_workers < cluster.most_workers
         return compat.LaneTrainer(
             run_lane,
             train_loop_config={**self._work, "lane": self.name},
             scaling_config=ScalingConfig(
-                num_workers=(workers.min, workers.max) if isinstance(workers, WorkerRange) else workers,
+                num_workers=(cluster.least_workers, cluster.most_workers) if is_elastic else cluster.most_workers,
                 use_gpu=self._use_gpu,
                 resources_per_worker=dict(cluster.resources_per_worker),
                 placement_strategy="PACK" if cluster.placement == "pack" else "SPREAD",

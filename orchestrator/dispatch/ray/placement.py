@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.infrastructure import ClusterSpec, WorkerRange
+from orchestrator.spec.infrastructure import ClusterSpec
 
 # What another run has just freed takes Ray a moment to count as free.
 FREE_SECONDS = 5.0
@@ -49,7 +49,7 @@ def room_for(
         UsageError: the lanes asked for (one for `auto`) do not fit; the message gives the numbers.
     """
     wanted, use_gpu = _worker(cluster, nodes)
-    workers = cluster.num_workers.min if isinstance(cluster.num_workers, WorkerRange) else cluster.num_workers
+    workers = cluster.least_workers
     least = 1 if cluster.lanes == "auto" else cluster.lanes
     if _count(nodes, wanted) < least * workers:
         raise UsageError(_refusal(cluster, workers, least, wanted, nodes, "has"))
@@ -60,7 +60,7 @@ def room_for(
             raise UsageError(_refusal(cluster, workers, least, wanted, now, "has free now"))
         time.sleep(_POLL_SECONDS)
         now = free()
-    lanes = _count(now, wanted) // workers if cluster.lanes == "auto" else cluster.lanes
+    lanes = max(1, _count(now, wanted) // cluster.most_workers) if cluster.lanes == "auto" else cluster.lanes
     return Room(lanes if most is None else max(1, min(lanes, most)), use_gpu)
 
 

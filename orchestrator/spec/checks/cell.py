@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,16 +154,17 @@ class Checks:
         self, phases: PhasesSpec, data: Any, schedules: Any, variants: Any, model: ModelSpec | None, complete: bool
     ) -> Iterator[Finding]:
         facts = self._readable_facts(model) if model is not None else None
-        workers = self.cluster.num_workers if self.cluster is not None else None
-        workers = workers if isinstance(workers, int) else None
+        numbers = () if self.cluster is None else range(self.cluster.least_workers, self.cluster.most_workers + 1)
+        workers = max(numbers, default=None)
         config = read_config(model.model_name_or_path, model.revision) if model is not None else None
         for name, phase in phases.by_name.items():
             path: Path = ("phases", name)
             yield from check_length(phase, path)
             yield from check_parts(phase, path)
             yield from check_lora(phase, path, facts)
-            yield from check_batch(phase, path, workers, model, facts)
-            for finding in file_findings(phase, model.dtype if model is not None else "auto", workers):
+            yield from check_batch(phase, path, numbers, model, facts)
+            fixed = workers if len(numbers) == 1 else None
+            for finding in file_findings(phase, model.dtype if model is not None else "auto", fixed):
                 yield finding.inside(path)
             for finding in zero3_findings(phase, (config or {}).get("model_type"), workers):
                 yield finding.inside(path)
@@ -208,9 +209,12 @@ def check_lora(phase: PhaseSpec, path: Path, facts: ModelFacts | None) -> Iterat
 
 
 def check_batch(
-    phase: PhaseSpec, path: Path, workers: int | None, model: ModelSpec | None, facts: ModelFacts | None
+    phase: PhaseSpec, path: Path, numbers: Sequence[int], model: ModelSpec | None, facts: ModelFacts | None
 ) -> Iterator[Finding]:
-    """Check that a global batch divides into micro-batches on all workers, and that `auto` can be computed."""
+    """Check that a global batch divides into micro-batches on all workers, and that `auto` can be computed.
+
+    With a number of workers that may change (`numbers` has several) it must be possible to deal it out to any.
+    """
     micro, total = phase.per_device_train_batch_size, phase.global_batch_size
     if micro == "auto" and model is not None and (facts is None or facts.decoder_layers):
         config = read_config(model.model_name_or_path, model.revision) or {}
@@ -218,12 +222,19 @@ def check_batch(
             why = "its sizes are not known" if facts is None else "its layers have experts, or do not all attend"
             message = f"nothing says what the micro-batches of {model.model_name_or_path} take: {why}"
             yield Finding((*path, "per_device_train_batch_size"), message, "a number")
-    if workers is None:
+    if not numbers:
         return
+    workers = max(numbers)
     if not isinstance(micro, int):  # `auto` deals out what does not divide, but each worker needs a sample
         if workers > total:
             message = f"a global batch of {total} is less than a sample for each of {workers} workers"
             yield Finding((*path, "global_batch_size"), message, f"at least {workers}")
+        return
+    if len(numbers) > 1:
+        wrong = [number for number in numbers if -(-total // (micro * number)) * number > total]
+        if wrong:
+            message = f"a global batch of {total} cannot be dealt to {wrong[0]} workers in micro-batches of {micro}"
+            yield Finding((*path, "per_device_train_batch_size"), message, None, "`auto`, or a larger number")
         return
     if total % (micro * workers):
         fitting = [size for size in range(1, total // workers + 1) if total % (size * workers) == 0]

@@ -31,6 +31,15 @@ def test_a_number_of_lanes_is_kept_to_unless_there_is_less_to_do() -> None:
         room(TWO_NODES, lanes=100, most=3)
 
 
+def test_lanes_that_may_have_fewer_workers_start_with_those_and_auto_leaves_room_for_all() -> None:
+    workers = {"num_workers": {"min": 2, "max": 4}}
+    assert room(TWO_NODES, lanes=3, **workers).lanes == 3
+    assert room(TWO_NODES, lanes="auto", **workers).lanes == 1
+    assert room([{"CPU": 3.0}], lanes="auto", **workers).lanes == 1
+    with pytest.raises(UsageError, match="4 lanes do not fit"):
+        room(TWO_NODES, lanes=4, **workers)
+
+
 def test_a_worker_stands_on_one_node() -> None:
     with pytest.raises(UsageError, match=r"1 workers of 5 CPU, each on one node; its nodes have room for 0, 0"):
         room(TWO_NODES, resources_per_worker={"CPU": 5})

@@ -256,15 +256,6 @@ def test_validate_tells_what_no_trial_could_be_and_where(old, new, path, message
     assert all(fault.line is not None for fault in told)
 
 
-def test_what_comes_later_is_refused_by_name(search_text, tmp_path):
-    file, path = tmp_path / "later.yaml", "cluster.num_workers"
-    file.write_text(search_text + "cluster: {num_workers: {min: 1, max: 2}}\n")
-    with pytest.raises(SpecError) as caught:
-        load_experiment(file)
-    (fault,) = caught.value.errors
-    assert fault.path == path and "not built yet" in fault.message and fault.line is not None
-
-
 def test_an_objective_on_a_test_split_is_flagged(search_text, tmp_path):
     file = tmp_path / "search.yaml"
     file.write_text(search_text)

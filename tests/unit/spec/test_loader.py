@@ -62,19 +62,27 @@ def test_the_resolved_view_loads_again_to_the_same(example: Path, write: Write) 
     assert yaml.safe_load(text)["name"] == "easy-vqa-schedules"
 
 
+def test_a_number_of_workers_may_be_a_range(small: str, write: Write) -> None:
+    loaded = load_experiment(write(small + "cluster: {num_workers: {min: 1, max: 3}}\n"))
+    assert (loaded.spec.cluster.least_workers, loaded.spec.cluster.most_workers) == (1, 3)
+
+
 @pytest.mark.parametrize(
-    ("text", "path"),
+    ("workers", "batch", "path", "told"),
     [
-        ("cluster: {num_workers: {min: 1, max: 2}}\n", "cluster.num_workers"),
+        ("{min: 3, max: 2}", "auto", "cluster.num_workers", "min is 3 and max is 2"),
+        ("{min: 2, max: 3}", "1", "phases.finetune.per_device_train_batch_size", "cannot be dealt to 3 workers"),
+        ("{min: 1, max: 900}", "auto", "phases.finetune.global_batch_size", "less than a sample for each of 900"),
     ],
-)  # fmt: skip
-def test_keys_of_later_issues_are_refused_by_name(text: str, path: str, small: str, write: Write) -> None:
+)
+def test_a_range_of_workers_that_cannot_be(
+    small: str, write: Write, workers: str, batch: str, path: str, told: str
+) -> None:
+    sets = [f"cluster.num_workers={workers}", f"phases.finetune.per_device_train_batch_size={batch}"]
     with pytest.raises(SpecError) as caught:
-        load_experiment(write(small + text))
-    errors = caught.value.errors
-    assert [error.path for error in errors] == [path]
-    assert path in errors[0].message
-    assert "not built yet" in errors[0].message
+        load_experiment(write(small), sets)
+    (error,) = caught.value.errors
+    assert error.path == path and told in error.message
 
 
 def test_run_refuses_a_search_and_names_the_verb(small: str, write: Write) -> None:
