@@ -59,7 +59,7 @@ class WandbTracker(plugin.Tracker):
         return run
 
     def close(self) -> None:
-        """End the runs of cells that are not finished, which wandb then shows as failed: another session resumes them."""
+        """End the runs of cells that are not finished, which wandb shows as failed until a session resumes them."""
         for run in self._runs.values():
             run.finish(exit_code=1)
         self._runs.clear()
