@@ -95,7 +95,7 @@ class _Job:
         """Return the script that runs the experiment beside the files, where Ray is started."""
         return f'#!/bin/bash\n{first}cd "$(dirname "$0")" || exit 1\n{self.command}\n'
 
-    def head(self, then: str) -> str:
+    def comment(self, then: str) -> str:
         """Return the comment that a file begins with."""
         lines = [
             f"{self.experiment.name}, written by `llavolta deploy` {version('llavolta-orchestrator')}; {then}",
@@ -275,7 +275,7 @@ def _kuberay(job: _Job) -> dict[str, str]:
         },
     }  # fmt: skip
     claim = "\n# Claim llavolta-storage is the storage, with access mode ReadWriteMany." if "://" not in storage else ""
-    about = job.head(
+    about = job.comment(
         "start it with `kubectl apply -f rayjob.yaml`.\n# KubeRay 1.6 or later. Applied again once it has ended "
         "(`kubectl delete` first), it resumes.\n# Secret llavolta-environment, where there is one, is the environment "
         "of every container." + claim,
@@ -304,7 +304,7 @@ def _slurm(job: _Job) -> dict[str, str]:
     ]
     start = " ".join(f"--{key}={shlex.quote(value)}" for key, value in machines.start_options().items())
     body = _SLURM.format(
-        about=job.head(
+        about=job.comment(
             "start it with `sbatch run.sbatch`.\n# This folder, the storage and the installation are on disks that all "
             "nodes share.",
         ),
@@ -364,7 +364,7 @@ def _skypilot(job: _Job) -> dict[str, str]:
         "secrets": {"RAY_AUTH_TOKEN": None},
         "run": _SKYPILOT.format(port=_RAY_PORT, start=start, wait=_WAIT_SECONDS, command=job.command),
     }
-    about = job.head(
+    about = job.comment(
         "start it in this folder with\n#   sky jobs launch task.yaml --secret RAY_AUTH_TOKEN=$(openssl rand -hex 32)\n"
         "# A bucket's keys are those of the cloud's own account; MLFLOW_TRACKING_URI and HF_TOKEN are set by --env.\n"
         f"# SkyPilot sets up its own services in the container, as root or by sudo: build one FROM {job.image} for it.",
