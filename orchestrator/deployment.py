@@ -97,9 +97,10 @@ class _Job:
 
     def comment(self, then: str) -> str:
         """Return the comment that a file begins with."""
+        program = f"`llavolta deploy` {version('llavolta-orchestrator')}"
         lines = [
-            f"{self.experiment.name}, written by `llavolta deploy` {version('llavolta-orchestrator')}; {then}",
-            *(f"Must be there already: {each}" for each in self.package.elsewhere),
+            f"{_one_line(self.experiment.name)}, written by {program}; {then}",
+            *(f"Must be there already: {_one_line(each)}" for each in self.package.elsewhere),
         ]
         return "".join(f"# {line}\n" for line in lines)
 
@@ -407,6 +408,11 @@ class _Plain(yaml.SafeDumper):
 
 
 _Plain.add_representer(str, _Plain.represent_str)
+
+
+def _one_line(text: str) -> str:
+    """Return a text of the experiment's for a comment: what follows a line's end there would be run."""
+    return " ".join(text.split())
 
 
 def _double_quoted(value: str) -> str:

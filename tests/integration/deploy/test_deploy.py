@@ -142,6 +142,16 @@ def test_slurm_asks_for_the_machines_and_starts_the_experiment(experiment: llv.E
     assert int((folder / "number").read_text()) > 1
 
 
+def test_no_text_of_the_experiment_leaves_its_comment(tiny_experiment: Path, tmp_path: Path) -> None:
+    hostile = '{kind: llava_json, data_path: "/x\\ntouch hacked\\nx.json"}'
+    sets = ["cluster.storage_path=/nfs/runs", f"data.hostile={hostile}"]
+    for target in ("slurm", "kuberay", "skypilot"):
+        file, *_ = llv.deploy(target, llv.load(tiny_experiment, sets), tmp_path / target)
+        lines = file.read_text().splitlines()
+        assert any(line.startswith("# Must be there already: ") and "touch hacked" in line for line in lines)
+        assert not any(line.strip().startswith("touch hacked") for line in lines)
+
+
 def test_skypilot_fits_the_schema(experiment: llv.Experiment, tmp_path: Path) -> None:
     schemas = json.loads(Path(__file__).with_name("skypilot_schema.json").read_text())
     file, *_ = llv.deploy("skypilot", experiment, tmp_path / "deployed", nodes=2, accelerator="H100")
