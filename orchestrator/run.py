@@ -498,11 +498,10 @@ class Session(Hooks):
         assert self._recorder is not None
         names = {cell.id: cell.name for cell in distinct_cells(self.walk.cells)}
         unsent = tuple(names.get(identity, "the summary") for identity in list(self._recorder.unsent))
-        unsent_elsewhere = tuple(
-            f"{other.name} has not recorded {', '.join(names[identity] for identity in other.unsent)}: {other.problem}"
-            for other in self._others
-            if other.unsent
-        )
+        elsewhere = []
+        for other in self._others:
+            if cells := ", ".join(names.get(identity, identity) for identity in list(other.unsent)):
+                elsewhere.append(f"{other.name} has not recorded {cells}: {other.problem}")
         return RunOutcome(
             self.walk,
             self._table or table_of([self.walk]),
@@ -511,7 +510,7 @@ class Session(Hooks):
             waiting,
             unsent,
             self._recorder.problem if unsent else None,
-            (*self._recorder.notes, *unsent_elsewhere),
+            (*self._recorder.notes, *elsewhere),
             len(self.done | self.problems.keys()),
             experiment_id=self._recorder.experiment_id or self._experiment_id,
         )

@@ -143,7 +143,7 @@ class _Recorded:
             found: Any = json.loads(file.read_text(encoding="utf-8"))
             return cls(**found)
         except (OSError, ValueError, TypeError):
-            return cls()  # recorded again, which no tracker counts twice
+            return cls()  # damaged or not there: the same points once more do less harm than none
 
     def write(self, file: Path) -> None:
         part = file.with_suffix(".part")

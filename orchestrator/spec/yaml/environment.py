@@ -10,7 +10,7 @@ import re
 
 from orchestrator.errors import ErrorDetail, UsageError
 from orchestrator.spec.yaml.node import Node, Path
-from orchestrator.spec.yaml.parser import read_value
+from orchestrator.spec.yaml.parser import control_character, read_value
 
 _REFERENCE = re.compile(r"\$\{env:([^}]*)\}")
 _WHEN_USED: Path = ("tracking", "tracking_uri")
@@ -33,9 +33,16 @@ def with_environment(root: Node) -> tuple[Node, list[ErrorDetail]]:
         if missing or not names:
             return node
         text = _REFERENCE.sub(lambda found: os.environ[found[1]], node.value)
-        whole = _REFERENCE.fullmatch(node.value) is not None
-        value, wrong = read_value(text, None) if whole else (Node(text, node.mark), [])
-        return node if wrong or value.is_mapping or value.is_list else Node(value.value, node.mark, value.text)
+        if problem := control_character(text):
+            errors.append(node.error(f"{', '.join(names)} in the environment: {problem}", path))
+        if problem or _REFERENCE.fullmatch(node.value) is None:
+            return Node(text, node.mark)
+        value, wrong = read_value(text, None)
+        if wrong or value.is_mapping or value.is_list:
+            errors.append(
+                node.error(f"{names[0]} in the environment is not one value", path, allowed="a text or a number")
+            )
+        return Node(value.value, node.mark, value.text)
 
     return replaced(root, ()), errors
 

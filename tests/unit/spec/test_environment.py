@@ -59,8 +59,18 @@ def test_what_is_not_set_is_an_error_with_its_place(written) -> None:
 
 @pytest.mark.parametrize("value", ["{a: 1}", "[1, 2]", "a: [", '"\\0"'])
 def test_a_value_is_one_value(written, value: str) -> None:
-    loaded = written("description: ${env:STRANGE}x", STRANGE=value)
-    assert loaded.spec.description == f"{value}x"
+    with pytest.raises(SpecError, match="STRANGE in the environment is not one value"):
+        written("description: ${env:STRANGE}", STRANGE=value)
+
+
+def test_in_a_text_it_stands_as_it_is(written) -> None:
+    assert written("description: ${env:STRANGE}x", STRANGE="a: [").spec.description == "a: [x"
+
+
+@pytest.mark.parametrize("text", ["${env:STRANGE}", "${env:STRANGE}x"])
+def test_control_characters_do_not_get_in(written, text: str) -> None:
+    with pytest.raises(SpecError, match=r"STRANGE in the environment: the control character U\+001B"):
+        written(f"description: {text}", STRANGE="\x1b[31m")
 
 
 @pytest.mark.parametrize("line", ["description: ${env:MY_TOKEN}", "tracking: {experiment_name: 'a${env:MY_TOKEN}'}"])
