@@ -77,7 +77,6 @@ if TYPE_CHECKING:
     from orchestrator.machine import peak_bytes as peak_bytes
     from orchestrator.plan.cell_record import CellRecord as CellRecord
     from orchestrator.plan.identity import content_digest as content_digest
-    from orchestrator.plan.step_history import Point as Point
     from orchestrator.spec.base import Count as Count
     from orchestrator.spec.base import Flag as Flag
     from orchestrator.spec.base import Integer as Integer

@@ -86,7 +86,7 @@ def test_all_errors_come_at_once_with_their_places(tiny_experiment, tiny_text):
         llv.load({**mapping(tiny_text), "seed": {1}})
     for hostile in ({"name": "a\x00"}, {"x\x1b[31m": 1}):
         with pytest.raises(llv.SpecError, match=r"control character U\+00"):
-            llv.load_experiment(hostile)
+            llv.load(hostile)
     with pytest.raises(llv.SpecError, match="the key 3 is no text"):
         llv.load({3: 4})
     with pytest.raises(llv.SpecError, match="max_steps"):

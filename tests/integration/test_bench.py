@@ -52,6 +52,7 @@ def test_every_variant_stands_beside_the_formula(spec, llavolta, tmp_path):
     assert json.loads(stored.read_text()) == document
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_refused(spec, llavolta):
     few = llavolta("bench", "mine.yaml", "--repeats", "3")
     assert few.returncode == 2 and "greater than or equal to 7" in few.stderr
@@ -62,9 +63,8 @@ def test_what_cannot_be_measured_is_refused(spec, llavolta):
     assert adaptive.returncode == 2 and "bench makes its images up" in adaptive.stderr
 
 
-@pytest.mark.parametrize(
-    "family", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_5_vl", "idefics3")), "llava_next"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "idefics3"])
 def test_where_images_vary_in_size_an_image_of_the_data_is_timed(family, llavolta, tmp_path):
     (tmp_path / "model").mkdir()
     write_folder(family, tmp_path / "model")

@@ -32,7 +32,7 @@ exec({QUESTION!r})
 assert inputs["input_ids"][0].tolist() == encoder.encode_prompt(rows[7]).input_ids.tolist()
 """
 THEN = {"own-data": SAME_ANSWERS}
-LONG = ("own-data", "own-compressor")  # three minutes each
+LONG = ("own-data", "own-compressor", "own-data-kind", "own-evaluation", "lora")  # one to three minutes each
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if any(block.language in ("console", "python") for block in blocks(path))
 )

@@ -127,7 +127,8 @@ def compared(folder: Path, jobs: dict[str, list[StageJob]]) -> dict[str, dict[st
     return found
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_it_learns_what_a_plain_loop_learns(made: tuple[Path, Path], tmp_path: Path, world_size: int) -> None:
     """The clipping at 0.5 binds, so that its norm must be over the model and the compressors together."""
     rates = {"projector": 1e-3, "language_model": 5e-4, "compressor": 2e-3}

@@ -170,6 +170,7 @@ def policy(folder: Path, auto: StageJob, before: StageJob) -> Any:
     return trained(folder / "auto", [auto])["state6"][1]
 
 
+@pytest.mark.slow
 def test_a_policy_has_a_size_for_each_of_its_variants(made: tuple[Path, Path], tmp_path: Path) -> None:
     table = tuple(Action(i, i + 1, *(("heavy", EARLY) if i % 2 else ("full",))) for i in range(6))
     before = run_of(made, table, recipe={"per_device_train_batch_size": 3})
@@ -302,6 +303,7 @@ def _data(job: StageJob, memory: Any) -> Any:
     return memory.data(job)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_chosen_is_told(made: tuple[Path, Path], tmp_path: Path) -> None:
     least, unknown = launch(1, refusals, tmp_path, run_of(made, (Action(0, 1, "full"),)))
     assert "micro-batches of 1, the minimum" in least and "zero3" in least

@@ -84,7 +84,10 @@ FROZEN = {
     ),
     "entry-point groups": (
         lambda: sorted(value for name, value in vars(registry).items() if name.isupper() and isinstance(value, str)),
-        ["orchestrator.compressors", "orchestrator.data", "orchestrator.evaluations", "orchestrator.schedules"],
+        [
+            *("orchestrator.compressors", "orchestrator.data", "orchestrator.evaluations", "orchestrator.schedules"),
+            "orchestrator.trackers",
+        ],
     ),
 }
 

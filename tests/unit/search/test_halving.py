@@ -94,7 +94,7 @@ def test_a_value_at_a_rung_is_that_of_the_state_there_and_the_mean_over_seeds(ne
     assert trial.rungs["1/4 under light"] == pytest.approx(sum(map(by_state, tests)) / 3)
 
 
-@pytest.mark.parametrize("seeds", ["", "matrix: {seed: [0, 1]}\n"])
+@pytest.mark.parametrize("seeds", ["", pytest.param("matrix: {seed: [0, 1]}\n", marks=pytest.mark.slow)])
 def test_a_search_killed_anywhere_reaches_the_same_decisions_and_does_nothing_twice(seeds, new_search):
     undisturbed = new_search(seeds, name="whole")
     undisturbed.run()
@@ -213,7 +213,7 @@ def test_what_stopped_trials_spent_is_counted_and_no_more(new_search):
     assert spent < 0.9 * full
 
 
-@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("part", [0.3, *(pytest.param(part, marks=pytest.mark.slow) for part in (0.5, 0.8))])
 def test_a_budget_is_kept_though_trials_may_go_on(part, new_search):
     whole = sum(trial.added_train_tflops for trial in _ran(new_search(name="whole")).trials())
     limit = part * whole
