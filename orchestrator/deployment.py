@@ -63,6 +63,10 @@ class Machines:
         options = {"num-cpus": str(self.cpus), "num-gpus": str(self.gpus)}
         return options | ({"resources": json.dumps(self.custom)} if self.custom else {})
 
+    def start_words(self) -> str:
+        """Return these options for a shell."""
+        return " ".join(f"--{key}={shlex.quote(value)}" for key, value in self.start_options().items())
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -303,7 +307,6 @@ def _slurm(job: _Job) -> dict[str, str]:
         for key, value in asked.items()
         if value is not None
     ]
-    start = " ".join(f"--{key}={shlex.quote(value)}" for key, value in machines.start_options().items())
     body = _SLURM.format(
         about=job.comment(
             "start it with `sbatch run.sbatch`.\n# This folder, the storage and the installation are on disks that all "
@@ -314,7 +317,7 @@ def _slurm(job: _Job) -> dict[str, str]:
         port=_RAY_PORT,
         wait=_WAIT_SECONDS,
         nodes=machines.nodes,
-        start=start,
+        start=machines.start_words(),
     )
     return {"run.sbatch": body, _DRIVER: job.driver('echo $$ > "$driver"\n')}
 
@@ -349,7 +352,6 @@ exit "$code"
 def _skypilot(job: _Job) -> dict[str, str]:
     """Return a task: every node runs the same script, the first one the experiment too."""
     machines = job.machines
-    start = " ".join(f"--{key}={shlex.quote(value)}" for key, value in machines.start_options().items())
     resources: dict[str, Any] = {"cpus": f"{machines.cpus + _DRIVER_CPUS}+", "image_id": f"docker:{job.image}"}
     if machines.memory_bytes:
         resources["memory"] = f"{math.ceil(machines.memory_bytes / 2**30)}+"
@@ -363,7 +365,7 @@ def _skypilot(job: _Job) -> dict[str, str]:
         "workdir": ".",
         "envs": {"RAY_AUTH_MODE": "token", "MLFLOW_TRACKING_URI": "", "HF_TOKEN": ""},
         "secrets": {"RAY_AUTH_TOKEN": None},
-        "run": _SKYPILOT.format(port=_RAY_PORT, start=start, wait=_WAIT_SECONDS, command=job.command),
+        "run": _SKYPILOT.format(port=_RAY_PORT, start=machines.start_words(), wait=_WAIT_SECONDS, command=job.command),
     }
     about = job.comment(
         "start it in this folder with\n#   sky jobs launch task.yaml --secret RAY_AUTH_TOKEN=$(openssl rand -hex 32)\n"

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,18 +121,6 @@ class Program:
             if told:
                 found[log.parent.name] = sum(told.values()) - len(told)
         return found
-
-
-def wait_until(
-    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, seconds: float = 120
-) -> Any:
-    """Polls until `condition` holds; fails where the process ends before."""
-    limit = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process is None or process.poll() is None, "it ended first"
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def press_control_c(process: subprocess.Popen[bytes]) -> None:

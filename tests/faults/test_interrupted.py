@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import pytest
-from fault_runs import CHECKPOINT_EVERY, Program, assert_like_undisturbed, note, press_control_c, wait_until
+from fault_runs import CHECKPOINT_EVERY, Program, assert_like_undisturbed, note, press_control_c
+from program import wait_until
 
 
 def test_control_c_once_writes_a_checkpoint_and_repeats_nothing(program: Program, reference: dict[str, Any]) -> None:

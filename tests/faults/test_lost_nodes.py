@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import HERE, Program, assert_like_undisturbed, experiment, note, state_of, wait_until
+from fault_runs import HERE, Program, assert_like_undisturbed, experiment, note, state_of
 from machines import Machines, Popen, ray_on_machines
-from program import PROGRAM
+from program import PROGRAM, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NODES = ("alpha", "beta", "gamma")

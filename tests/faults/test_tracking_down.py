@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import Program, assert_like_undisturbed, mlflow_record, note, state_of, wait_until
+from fault_runs import Program, assert_like_undisturbed, mlflow_record, note, state_of
 from mlflow import MlflowClient
+from program import wait_until
 
 
 def free_port() -> int:

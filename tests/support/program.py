@@ -10,9 +10,11 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 PROGRAM = [sys.executable, "-m", "orchestrator"]
 
@@ -37,6 +39,18 @@ def environment(**more: str) -> dict[str, str]:
     # Ray's workers step back behind everything else on the machine: beside another test they would stand still.
     quick = {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     return {**kept, "OMP_NUM_THREADS": "1", **quick, **more}
+
+
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, seconds: float = 120
+) -> Any:
+    """Polls until `condition` holds; fails where the process ends before."""
+    limit = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, "it ended first"
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
+    return found
 
 
 def run_anew(

@@ -32,7 +32,7 @@ def with_environment(root: Node) -> tuple[Node, list[ErrorDetail]]:
             errors.append(node.error(message, path, hint=f"export {missing[0]}=..., or write the value itself"))
         if missing or not names:
             return node
-        text = _REFERENCE.sub(lambda found: os.environ[found[1]], node.value)
+        text = _filled(node.value)
         if problem := control_character(text):
             errors.append(node.error(f"{', '.join(names)} in the environment: {problem}", path))
         if problem or _REFERENCE.fullmatch(node.value) is None:
@@ -61,4 +61,8 @@ def expanded(text: str, place: str) -> str:
     for name in _REFERENCE.findall(text):
         if name not in os.environ:
             raise UsageError(f"{place}: the environment has no {name}, which the address refers to")
+    return _filled(text)
+
+
+def _filled(text: str) -> str:
     return _REFERENCE.sub(lambda found: os.environ[found[1]], text)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from machines import Machines, why_not
+from program import wait_until
 
 import orchestrator as llv
 from orchestrator.plan.experiment_plan import prepare
@@ -49,14 +49,14 @@ class Controller:
     def run(self, number: int, until: Path | None = None) -> int:
         """Runs the script to its end, warned once there is `until`; its exit code."""
         self.batch = self._start("head", ["bash", self.folder / "run.sbatch"], f"batch-{number}.txt", self.env)
-        self._wait_for(self.folder / "step")
+        wait_until((self.folder / "step").exists, self.batch, SECONDS)
         words = (self.folder / "step").read_text().split("\0")[:-1]
         pairs = [entry.partition("=") for entry in (self.folder / "step.env").read_text().split("\0")[:-1]]
         (self.folder / "step").unlink()
         env = {name: value for name, _, value in pairs if name not in ("HOME", "PWD", "SHLVL", "_")}
         tasks = [self._start(name, words, f"{name}-{number}.txt", env) for name in self.machines.by_name]
         if until is not None:
-            self._wait_for(until)
+            wait_until(until.exists, self.batch, SECONDS)
             self.machines.run("head", ["pkill", "-USR1", "-f", "run.sbatch"], f"warn-{number}.txt")
         codes = [task.wait(timeout=SECONDS) for task in tasks]
         (self.folder / "step.code").write_text(str(max(codes)))
@@ -65,13 +65,6 @@ class Controller:
     def _start(self, name: str, words: list, output: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
         machine = self.machines[name]
         return machine.start(words, self.folder.parent / output, self.folder, **env)
-
-    def _wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not path.exists():
-            assert self.batch.poll() is None, "the batch script has ended"
-            assert time.monotonic() < deadline, f"{path} does not come"
-            time.sleep(0.2)
 
 
 def test_a_job_is_stopped_in_time_requeued_and_done(tmp_path: Path, tiny_text: str) -> None:

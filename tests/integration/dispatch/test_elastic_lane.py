@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from machines import Machines, Popen, ray_on_machines
-from program import PROGRAM
+from program import PROGRAM, wait_until
 
 from orchestrator.plan.experiment_plan import prepare
 
@@ -21,12 +21,9 @@ def used(machines: Machines) -> set[str]:
     return {name for name in machines.by_name if machines.has_process(name, "ray::RayTrainWorker")}
 
 
-def wait_until(met: Callable[[], bool], run: Popen, machines: Machines) -> float:
+def seconds_until(met: Callable[[], bool], run: Popen) -> float:
     begun = time.monotonic()
-    while not met():
-        assert run.poll() is None, machines.printed("run.txt")
-        assert time.monotonic() - begun < SECONDS, machines.printed("run.txt")
-        time.sleep(0.5)
+    wait_until(met, run, SECONDS)
     return time.monotonic() - begun
 
 
@@ -45,15 +42,15 @@ def test_with_fewer_and_with_more_workers_it_goes_on(tmp_path: Path, tiny_text: 
             return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
         run = machines.start("head", [*PROGRAM, "run", machines.shared / "mine.yaml"], "run.txt")
-        wait_until(lambda: steps() > 25, run, machines)
+        seconds_until(lambda: steps() > 25, run)
         assert used(machines) == {"alpha", "beta"}
         machines.remove("beta")
         before = steps()
-        lost = wait_until(lambda: steps() > before + 20, run, machines)
+        lost = seconds_until(lambda: steps() > before + 20, run)
         assert used(machines) == {"alpha"}
         machines.add("beta")
         machines.join("beta", 1)
-        joined = wait_until(lambda: used(machines) == {"alpha", "beta"}, run, machines)
+        joined = seconds_until(lambda: used(machines) == {"alpha", "beta"}, run)
         assert run.wait(timeout=SECONDS) == 0, machines.printed("run.txt")
         print(f"{lost:.0f} s until 20 steps on one node, {joined:.0f} s until both are used again")
 
