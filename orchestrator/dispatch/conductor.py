@@ -280,15 +280,21 @@ class Conductor:
 
     # What the driver calls -------------------------------------------------------------------------------------
 
-    def set_work(self, jobs: Sequence[Mapping[str, Any]], closed: bool, known: Mapping[str, Any] | None = None) -> None:
-        """Take the newest complete plan, jobs as `job_to_json` writes them, parents before children.
+    def set_work(
+        self, jobs: Sequence[Mapping[str, Any]] | None, closed: bool, known: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take the newest complete plan.
 
         Args:
+            jobs: As `job_to_json` writes them, parents before children; None: those it has, which are not looked up in
+                the storage again.
             closed: Whether no further plan will come.
             known: For a restarted conductor: what the driver heard before (`RunState.known`).
         """
-        self._queue.plan(jobs, known)
         self._is_closed = closed
+        if jobs is None:
+            return
+        self._queue.plan(jobs, known)
         if self._is_planned:
             return
         self._is_planned = True

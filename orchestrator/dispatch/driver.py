@@ -108,14 +108,15 @@ class RunState:
         self.epoch = ""
         self.seen = 0
 
-    def refresh(self) -> bool:
-        """Ask for newer work; True if something is new."""
+    def refresh(self) -> tuple[list[Mapping[str, Any]] | None, bool] | None:
+        """Ask for newer work; return what is new as `Conductor.set_work` takes it, None if nothing is."""
         # In this order: what came with the end is in the plan asked for after it.
         before, self.is_closed = self.is_closed, self._hooks.is_closed()
         work = self._hooks.newer_work()
-        if work is not None:
-            self.jobs = [job_to_json(job) for job in work]
-        return work is not None or self.is_closed != before
+        if work is None:
+            return None if self.is_closed == before else (None, self.is_closed)
+        self.jobs = [job_to_json(job) for job in work]
+        return self.jobs, self.is_closed
 
     def take(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Take the events since `seen`."""
@@ -232,8 +233,8 @@ class _Lane:
         news = self._conductor.poll(self.state.epoch, self.state.seen)
         self.state.epoch = news["epoch"]
         self.state.take(news["events"])
-        if self.state.refresh():
-            self._conductor.set_work(self.state.jobs, self.state.is_closed)
+        if (newer := self.state.refresh()) is not None:
+            self._conductor.set_work(*newer)
 
     def _is_stop_asked(self) -> bool:
         self._hooks.on_tick()

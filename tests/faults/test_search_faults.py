@@ -7,7 +7,8 @@ import signal
 from statistics import mean
 
 import pytest
-from search_program import Search, wait_until
+from program import wait_until
+from search_program import Search
 
 SPACE = "    phases.finetune.learning_rate: {kind: choice, values: [1.0e-3, 1.0e+30]}\n"
 
@@ -49,7 +50,7 @@ def test_a_trial_that_diverges_fails_alone_and_is_taken_up_again(search_text, tm
 def test_control_c_stops_in_order_and_a_second_driver_is_turned_away(search_text, tmp_path):
     search = Search(tmp_path, search_text)
     process = search.start()
-    wait_until(lambda: search.training() or process.poll() is not None)
+    wait_until(lambda: search.training() or process.poll() is not None, seconds=300)
     code, _, errors = search.run()
     assert code == 2 and f"process {process.pid}" in errors
     process.send_signal(signal.SIGINT)

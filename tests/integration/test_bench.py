@@ -89,6 +89,7 @@ def test_where_images_vary_in_size_an_image_of_the_data_is_timed(family, llavolt
     assert all(len(row["all_seconds"]) == 7 and min(row["all_seconds"]) > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_models_whose_images_vary_are_told_without_their_processor(spec, llavolta, tmp_path):
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen" / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))

@@ -54,6 +54,7 @@ def call(hub: StubHub, tmp_path: Path) -> Call:
     return run
 
 
+@pytest.mark.slow
 def test_fetched_once_and_then_no_network_is_needed(hub: StubHub, call: Call) -> None:
     before = call("validate", "--offline")
     assert before.returncode == 2 and "not in the hub's cache" in before.stderr and "llavolta fetch" in before.stderr

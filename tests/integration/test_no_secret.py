@@ -105,6 +105,7 @@ def test_after_every_verb_no_secret_is_anywhere(lab: Lab) -> None:
     assert lab.found() == []
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_password_is_told_without_it(lab: Lab) -> None:
     lab.gate.wants = ("me", "another")
     try:

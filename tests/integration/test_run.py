@@ -169,7 +169,7 @@ def test_local_gives_the_same_weights_without_ray(finished, tmp_path):
     [
         ("model.model_name_or_path=./no-such-folder", "no-such-folder"),
         ("cluster.num_workers=64", "64"),
-        ("cluster.lanes=64", "64 lanes do not fit"),
+        pytest.param("cluster.lanes=64", "64 lanes do not fit", marks=pytest.mark.slow),
         ("phases.finetune.schedule=nobody", "nobody"),
     ],
 )

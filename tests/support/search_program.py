@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -60,10 +59,3 @@ class Search:
             except psutil.Error:
                 continue
         return False
-
-
-def wait_until(condition) -> None:
-    limit = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)

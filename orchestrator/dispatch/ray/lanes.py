@@ -217,8 +217,8 @@ class Lanes:
         # A call takes time from all processes around it: the conductor is asked when it has something to tell.
         if self._news is None or ray.wait([self._news], timeout=0)[0]:
             self._poll()
-        if self._state.refresh():
-            self._send()
+        if (newer := self._state.refresh()) is not None:
+            self._send(*newer)
         if self._stop_asked() and not self._asked:
             self._asked = True
             self._get(self._conductor.interrupt.remote())
@@ -231,7 +231,7 @@ class Lanes:
         if news["epoch"] != state.epoch:
             # It has just been started, for the first time or again, and knows nothing yet.
             state.epoch, state.seen = news["epoch"], 0
-            self._send()
+            self._send(state.jobs, state.is_closed)
             if self._asked:
                 self._get(self._conductor.interrupt.remote())
         state.take(news["events"])
@@ -253,9 +253,8 @@ class Lanes:
                 lane.start()
         return any(lane.thread is not None for lane in self._lanes)
 
-    def _send(self) -> None:
-        state = self._state
-        self._get(self._conductor.set_work.remote(state.jobs, state.is_closed, state.known()))
+    def _send(self, jobs: Sequence[Mapping[str, Any]] | None, is_closed: bool) -> None:
+        self._get(self._conductor.set_work.remote(jobs, is_closed, self._state.known()))
 
     def _get(self, reference: Any) -> Any:
         """Return the conductor's answer; blocks until the actor has restarted."""

@@ -150,6 +150,7 @@ def test_every_service_is_healthy_before_others_use_it():
     assert waits and all(wait == {"condition": "service_healthy"} for wait in waits)
 
 
+@pytest.mark.slow
 def test_mlflow_service_starts_and_refuses_foreign_hosts(tmp_path):
     service = compose()["services"]["mlflow"]
     port = free_port()

@@ -114,6 +114,7 @@ def test_what_is_added_to_a_finished_grid_runs_alone_into_the_same_runs(plain: P
     assert again.returncode == 2 and "cell schedule=full is not trained yet" in again.stderr
 
 
+@pytest.mark.slow
 def test_without_phases_a_model_is_evaluated_as_it_comes(tmp_path: Path, text: str) -> None:
     head = text[: text.index("schedules:")]
     evaluate = f"  as_it_comes: {{kind: exact_match, data: test, max_new_tokens: 2, under: [final, {SWEEP}]}}\n"

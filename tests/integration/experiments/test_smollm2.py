@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import pytest
 from repository import ROOT
 
 from orchestrator import plugin
@@ -25,6 +26,7 @@ def test_the_llava_is_its_language_model_behind_the_tiny_tower():
     assert llava["tie_word_embeddings"] and text["tie_word_embeddings"]
 
 
+@pytest.mark.slow
 def test_it_is_asked_what_must_be_seen():
     """For the colour and for the shape, once each, together or apart; no question tells an answer."""
     file = EXPERIMENTS / "smollm2" / "open_questions.py"

@@ -7,20 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+import pytest
+from program import wait_until
 
 HEAVY = {"torch", "transformers", "deepspeed", "ray", "mlflow", "matplotlib", "numpy"}
 
 
-def poll(ready: Any, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hangs"
-        time.sleep(0.05)
-
-
+@pytest.mark.slow
 def test_status_from_another_terminal_beside_a_run_and_after_its_death(tiny_experiment: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     env = {**os.environ, "LLAVOLTA_STORAGE": str(storage), "OMP_NUM_THREADS": "1"}
@@ -45,7 +41,7 @@ def test_status_from_another_terminal_beside_a_run_and_after_its_death(tiny_expe
             [*command, "run", "--local", str(tiny_experiment), *more], env=env, stdout=out, stderr=out
         )
     try:
-        poll(lambda: any(spool.stat().st_size for spool in storage.glob("work/*/metrics.jsonl")), run)
+        wait_until(lambda: any(spool.stat().st_size for spool in storage.glob("work/*/metrics.jsonl")), run)
         document, modules = status()
         assert not modules & HEAVY
         running = [each for each in document["stage_runs"] if each["state"] == "running"]

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from search_program import Search, wait_until
+from program import wait_until
+from search_program import Search
 
 TRIALS = 4
 
@@ -17,12 +18,12 @@ def killed(tmp_path_factory, search_text):
     """A search whose driver was killed while its second trial trained, and what it had noted by then."""
     search = Search(tmp_path_factory.mktemp("search"), search_text)
     process = search.start()
-    wait_until(lambda: search.training() or process.poll() is not None)
+    wait_until(lambda: search.training() or process.poll() is not None, seconds=300)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = search.trials()
     assert [trial["state"] for trial in before] == ["finished", "proposed"]
-    wait_until(lambda: not search.alive())
+    wait_until(lambda: not search.alive(), seconds=300)
     finished = {path.parent.name: path.stat().st_mtime_ns for path in search.storage.glob("stage_runs/*/job.json")}
     return search, before, finished, search.run()
 
@@ -160,6 +161,7 @@ def test_a_local_search_proposes_the_same_and_goes_on_without_ray(killed, search
     assert not (search.storage / "ray").exists()
 
 
+@pytest.mark.slow
 def test_trials_are_judged_by_what_they_are_compared_with(search_text, tmp_path):
     lines = "  constraints: {eval/vqa/accuracy: '>= full - 1', cost/train_tflops: '<= full - 1.0e-6'}\n"
     search = Search(tmp_path, search_text + lines)
@@ -186,7 +188,7 @@ def test_the_best_trials_are_run_again_once_all_have_ended(search_text, tmp_path
     lines = "  promote: {top: 1, seeds: [0, 7], set: {phases.finetune.weight_decay: 0.1}}\n"
     search = Search(tmp_path, search_text.replace("num_trials: 4", "num_trials: 2") + lines)
     process = search.start("--local")
-    wait_until(lambda: any(trial["promoted"] for trial in search.trials()) or process.poll() is not None)
+    wait_until(lambda: any(trial["promoted"] for trial in search.trials()) or process.poll() is not None, seconds=300)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert [trial["state"] for trial in search.trials()] == ["finished"] * 2

@@ -6,7 +6,8 @@ import json
 import signal
 
 import pytest
-from search_program import Search, wait_until
+from program import wait_until
+from search_program import Search
 
 TRIALS = 5
 
@@ -19,11 +20,11 @@ def stopped(tmp_path_factory, search_text):
     text = text.replace("num_trials: 4", f"num_trials: {TRIALS}") + "  scheduler: {rungs: [1/4, 1/2], under: full}\n"
     search = Search(tmp_path_factory.mktemp("stopped"), text)
     process = search.start()
-    wait_until(lambda: any(trial["rungs"] for trial in search.trials()) or process.poll() is not None)
+    wait_until(lambda: any(trial["rungs"] for trial in search.trials()) or process.poll() is not None, seconds=300)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = search.trials()
-    wait_until(lambda: not search.alive())
+    wait_until(lambda: not search.alive(), seconds=300)
     return search, before, search.run()
 
 

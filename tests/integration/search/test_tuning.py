@@ -53,6 +53,7 @@ def test_trials_wait_without_a_cpu_and_a_failed_one_does_not_end_the_search(busy
     assert told.out == "" and told.err == ""
 
 
+@pytest.mark.slow
 def test_what_was_proposed_before_is_proposed_again_first(busy_ray, search_file, tmp_path):
     walk = prepare(search_file)
     first = tune(walk, 4, tmp_path / "a", stop_after=3)

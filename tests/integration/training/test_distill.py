@@ -351,6 +351,7 @@ def plain_loop(folder: Path, job: StageJob) -> tuple[str, list[dict[str, Any]]]:
     return str(folder / "plain.safetensors"), lines
 
 
+@pytest.mark.slow
 def test_a_sandwich_is_a_plain_loop_of_passes(made: tuple[Path, Path], tmp_path: Path) -> None:
     jobs = {str(micro): sandwich_job(made, per_device_train_batch_size=micro) for micro in (3, 8)}
     jobs["recomputed"] = sandwich_job(made, per_device_train_batch_size=3, gradient_checkpointing=True)

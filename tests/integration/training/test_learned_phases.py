@@ -49,6 +49,7 @@ def phases(folder: Path, pretrain: StageJob, finetune: list[StageJob], frozen: S
     return found
 
 
+@pytest.mark.slow
 def test_phases_and_evaluations(made: tuple[Path, Path], tmp_path: Path) -> None:
     from orchestrator.compression import attach
     from orchestrator.models.build import build_model

@@ -245,6 +245,7 @@ def at_the_most(folder: Path, job: StageJob) -> list[tuple[int, ...]]:
     return [*found, attachment.visual_tokens_per_layer]
 
 
+@pytest.mark.slow
 def test_memory_of_numbers_that_depend_on_the_image_is_tried_at_the_most(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_trials_find_the_size_and_leave_no_trace(made: tuple[Path, Path], tmp_pa
     assert found["written"] == found["found"]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_a_step_halves_the_size_for_the_next_attempt(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def run_and_check(made: tuple[Path, Path], folder: Path, combinations: list[tupl
         check(found[f"{kind} {dtype} zero{zero}"], found[f"{kind} float32 zero0"], kind, dtype, zero)
 
 
+@pytest.mark.slow
 def test_what_is_stored_evaluated_and_resumed_is_what_was_trained(made: tuple[Path, Path], tmp_path: Path) -> None:
     run_and_check(made, tmp_path, [("lora", "bfloat16", 0), ("learned", DTYPES[-1], 2)])
 

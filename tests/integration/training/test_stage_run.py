@@ -100,6 +100,7 @@ def refused(folder: Path, jobs: tuple[StageJob, ...]) -> tuple[list[str], list[s
     return said, [*steps, weights_digest(ledger, job.id)]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_run_are_refused_and_damaged_ones_passed_over(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_a_hugging_face_folder_gives_its_weights(lab: Path, ran: list[list[str]]
     assert known.keys() == found.keys() and all(torch.equal(known[name], found[name]) for name in known)
 
 
+@pytest.mark.slow
 def test_a_dropped_state_is_trained_again_to_the_same_bits(lab: Path, ran: list[list[str]]) -> None:
     storage = str(lab / "alone")
     walk = prepare(lab / "one.yaml", [f"cluster.storage_path={storage}"])

@@ -48,7 +48,7 @@ def _moved(folder: Path, state: str) -> dict[str, float]:
     return moved
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero3"])
+@pytest.mark.parametrize("zero", ["zero0", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_frozen_parts_stay_and_each_part_has_its_rate(model: Path, tmp_path: Path, zero: str) -> None:
     rates = {"projector": 1e-2, "language_model": 1e-5}
     recipe = recipe_of(train=("projector", "language_model"), learning_rate=rates, deepspeed=zero)
@@ -79,6 +79,7 @@ def plain_loss(model: Any, job: StageJob) -> float:
         return float(model(**TrainingMemory().data(job).collate(range(8))).loss)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_a_float32_master(model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(train=("projector",), learning_rate=1e-6)
     job = stage(model_of(model, dtype="bfloat16"), 4, recipe=recipe, keep="weights")

@@ -131,6 +131,7 @@ def test_what_was_stopped_is_shown_so_and_never_on_the_front(new_search):
     assert any(line.startswith("stopped trial-") and "is not among the best" in line for line in search.said)
 
 
+@pytest.mark.slow
 def test_a_trial_at_a_rung_is_not_stopped_before_it_was_compared(new_search):
     """A driver was killed between the evaluation and the decision."""
     search = new_search()
@@ -151,6 +152,7 @@ def test_a_trial_at_a_rung_is_not_stopped_before_it_was_compared(new_search):
     assert states == ["interrupted"] and STOPPED not in walk.record(cell).tags
 
 
+@pytest.mark.slow
 def test_without_the_scheduler_stopped_trials_are_taken_up_and_nothing_is_done_twice(new_search):
     search = new_search()
     search.run()
@@ -169,6 +171,7 @@ def test_without_the_scheduler_stopped_trials_are_taken_up_and_nothing_is_done_t
     assert sum(trial.added_train_tflops for trial in after) == pytest.approx(totals["train_tflops_shared"])
 
 
+@pytest.mark.slow
 def test_under_another_variant_trials_are_compared_anew_where_they_are(new_search):
     search = new_search(scheduler="  scheduler: {rungs: [1/4]}\n")
     search.run()
@@ -273,6 +276,7 @@ def test_steps_that_have_no_room_for_the_rungs_are_refused(new_search):
         prepare(file)
 
 
+@pytest.mark.slow
 def test_a_rung_in_the_first_of_two_phases_leaves_the_second_out(new_search):
     search = new_search(scheduler="  scheduler: {rungs: [1/4, 3/4]}\n")
     text = search.file.read_text()

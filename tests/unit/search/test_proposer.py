@@ -60,7 +60,9 @@ ALGORITHMS = [
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("die_at", [0, 5, 13])
+@pytest.mark.parametrize(
+    "die_at", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_a_killed_search_proposes_what_an_undisturbed_one_does(die_at, algorithm, search_text, tmp_path):
     # 14 trials: beyond the ten that TPE draws at random.
     file = tmp_path / "search.yaml"
