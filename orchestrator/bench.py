@@ -19,7 +19,6 @@ from orchestrator.compression import attach
 from orchestrator.data.processing.encode import IGNORED_LABEL, collate
 from orchestrator.data.processing.encode import Sample as Encoded
 from orchestrator.data.processing.processor import load_processor
-from orchestrator.data.records.image_files import image_size
 from orchestrator.data.records.row_index import open_rows
 from orchestrator.data.rows import ImageRef
 from orchestrator.errors import DataError, StorageError, UsageError
@@ -37,7 +36,7 @@ from orchestrator.spec.controls import control_points
 from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.loaded import Source
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images
+from orchestrator.spec.model_facts import ModelFacts, UnitRules, find_config
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training.engine import checkpoint_activations
 
@@ -64,7 +63,7 @@ def bench_experiment(
         source: The experiment: its file, a mapping, or a loaded one.
         overrides: `--set` settings.
         text_tokens: Text tokens of a sample, all labelled; beside them one image: made up, or where images vary in size
-            the one of median tokens among the data's.
+            the image or video of median tokens among the data's.
         rows: Samples of the micro-batch; None takes the phase's.
         repeats: Rounds in which every variant is timed once; at least 7.
         chart: A PNG to draw it into; None: `STORAGE/bench/NAME.png`.
@@ -96,7 +95,7 @@ def bench_experiment(
         **cell.spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "rows": rows,
         "visual_tokens": _tokens(facts, picture),
-        **({} if picture is None else {"image_size": list(picture.size)}),
+        **({} if picture is None else {"image_size": list(picture.size), "frames": picture.frames or None}),
         "text_tokens": text_tokens,
         "repeats": repeats,
         "variants": _rows(arms, timings, facts, recipe, rows, text_tokens, picture),
@@ -118,16 +117,18 @@ def _what(path: Path, cell: Cell) -> tuple[PhaseSpec, ModelFacts]:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the data, for models whose images vary in size.
+    """An image or video of the data, for models whose images vary in size.
 
     Attributes:
         image: The file.
         size: Height and width in pixels.
+        frames: Frames that are taken of a video; 0 of an image.
         units: What it becomes, alone in its row.
     """
 
     image: ImageRef
     size: tuple[int, int]
+    frames: int
     units: ImageUnits
 
     def sample(self, text_tokens: int, label_tokens: int) -> Sample:
@@ -138,20 +139,22 @@ class Picture:
 
 
 def _picture(cell: Cell, recipe: PhaseSpec) -> Picture:
-    """Return the image of median tokens among those of up to 500 rows of the phase's first data set."""
+    """Return the image or video of median tokens among those of up to 500 rows of the phase's first data set."""
     name, revision = cell.spec.model.model_name_or_path, cell.spec.model.revision
     first = recipe.data if isinstance(recipe.data, str) else next(iter(recipe.data))
     config = find_config(name, revision)
     try:
         if config is None:
             raise ValueError(f"{name} is not here")
-        rule, rows = rule_of_images(config.parent), open_rows(cell.spec.data[first]).spread(_PICTURE_ROWS)
-        found = []
-        for image in dict.fromkeys(image for row in rows for image in row.images if not image.video):
-            size = image_size(image.path, image.reading)
-            found.append(Picture(image, size, rule(*size, True)))
+        rules, rows = UnitRules(config.parent), open_rows(cell.spec.data[first]).spread(_PICTURE_ROWS)
+        images = [image for row in rows for image in row.images]
+        shapes = dict(zip(images, map(tuple, rows.image_shapes.tolist()), strict=True))
+        found = [
+            Picture(image, (height, width), frames, rules.units((frames, height, width), True))
+            for image, (frames, height, width) in shapes.items()
+        ]
         if not found:
-            raise ValueError(f"data.{first} has no image")
+            raise ValueError(f"data.{first} has no image and no video")
     except (ValueError, OSError, DataError) as error:
         raise UsageError(
             f"model.model_name_or_path: {name} has no fixed number of visual tokens an image, and bench can take none "
@@ -185,7 +188,10 @@ def _arms(cell: Cell, facts: ModelFacts, picture: Picture | None) -> dict[str, P
         arms[name] = _resolved(points, facts, picture)
     known = {_budget(points, facts, picture) for points in arms.values() if points and points[0]["kind"] == "stride"}
     for name, points in cell.spec.compressors.items():
-        control = _resolved(control_points("stride", points, facts), facts, picture)
+        try:
+            control = _resolved(control_points("stride", points, facts), facts, picture)
+        except ValueError:
+            continue  # it has none
         if _budget(control, facts, picture) not in known:
             known.add(_budget(control, facts, picture))
             arms[_CONTROL + name] = control
@@ -255,8 +261,7 @@ def _rows(
 def _budget(points: Sequence[dict[str, Any]], facts: ModelFacts, picture: Picture | None) -> tuple[int, ...]:
     """Return an image's tokens in each layer, those of the vision tower as points inside of it leave them."""
     if picture is not None:
-        units = [cost.visual_tokens_by_layer(grid, points, facts.num_layers) for grid in picture.units.grids]
-        return tuple(map(sum, zip(*units, strict=True)))
+        return cost.image_tokens_by_layer(picture.units.grids, points, facts.num_layers)
     inside = [point for point in points if str(point["layer"]).startswith("tower:")]
     tower = cost.tower_tokens_by_layer(facts, inside)
     return (*tower, *cost.visual_tokens_by_layer(facts.image_grid, points, facts.num_layers))
@@ -318,7 +323,7 @@ def synthetic_batch(
 def processed_batch(
     model_spec: ModelSpec, picture: Picture, vocab_size: int, rows: int, text_tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return rows of one image, as the model's own processor gives it, then `text_tokens` labelled text tokens
+    """Return rows of one image or video, as the model's own processor gives it, then `text_tokens` labelled text tokens
     drawn at random.
 
     Raises:
@@ -327,11 +332,11 @@ def processed_batch(
     processor = load_processor(model_spec)
     (text,) = processor.images.texts([picture.image])
     written = np.asarray(processor.tokenizer.encode(text.text, add_special_tokens=False))
-    placeholders = written == processor.image_token_id
+    placeholders = np.isin(written, processor.placeholder_ids)
     if placeholders.sum() != len(text.runs) or text.num_visual_tokens != picture.units.tokens:
         raise UsageError(
-            f"bench: the processor writes {text.num_visual_tokens} visual tokens for an image of {picture.size[0]} x "
-            f"{picture.size[1]} pixels, and the cost formula counts {picture.units.tokens}"
+            f"bench: the processor writes {text.num_visual_tokens} visual tokens for {picture.image.path}, "
+            f"{picture.size[0]} x {picture.size[1]} pixels, and the cost formula counts {picture.units.tokens}"
         )
     repeats = np.ones(len(written), dtype=np.int64)
     repeats[placeholders] = text.runs
@@ -390,7 +395,7 @@ def measure(
         batch = synthetic_batch(facts, model.config, rows, text_tokens, device)
     else:
         batch = processed_batch(model_spec, picture, facts.vocab_size, rows, text_tokens, device)
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    batch |= {name: value.to(model.dtype) for name, value in batch.items() if name.startswith("pixel_values")}
     timings = {name: Timing() for name in arms}
     for number in range(repeats + 1):
         on_round(number)

@@ -134,6 +134,7 @@ def _note(walk: ExperimentPlan, cell: Cell, record: CellRecord, model: ModelSpec
         "base_model": None,
         "dtype": compute_dtype(model),
         "image_aspect_ratio": _aspect_ratio(cell),
+        "video": _frames(cell),
         "plugins": [Path(reference).name for reference in cell.root.plugins],
         "scores": summary["eval"],
         "cost": summary["cost"],
@@ -147,6 +148,17 @@ def _aspect_ratio(cell: Cell) -> str | None:
     """Return `pad` where the last phase was trained on images that were padded to a square, else None."""
     entries = cell.phases[-1].data if cell.phases else ()
     return next((found for entry in entries if (found := entry["spec"].get("image_aspect_ratio"))), None)
+
+
+def _frames(cell: Cell) -> dict[str, Any] | None:
+    """Return how frames were taken of the videos of the last phase, None where it had none, or of some others."""
+    entries = cell.phases[-1].data if cell.phases else ()
+    ways = {
+        (entry["spec"]["num_frames"], entry["spec"]["fps"])
+        for entry in entries
+        if data_spec(entry["spec"]).has_videos()
+    }
+    return dict(zip(("num_frames", "fps"), ways.pop(), strict=True)) if len(ways) == 1 else None
 
 
 def _write_model(cell: Cell, model: ModelSpec, weights: Path, folder: Path) -> None:
@@ -318,6 +330,7 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         'return_tensors="pt")` gives the tokens of training; `processor(text=...)` writes a second `<s>` before a '
         "rendered prompt that begins with one.",
         _PADDED if any(entry["spec"].get("image_aspect_ratio") for entry in data) else "",
+        _of_frames(**note["video"]) if note["video"] else "",
         "With the compressor attached, as `final` was tested:",
         f"```python\nimport orchestrator as llv\n\nmodel, processor = llv.load_exported(FOLDER{plugins})\n```",
         "## Scores",
@@ -338,6 +351,16 @@ def model_card(cell: Cell, record: CellRecord, note: dict[str, Any]) -> str:
         sections += [f"`{plan.name}` on {sets}:", "\n".join(["| steps | compressor |", "|---|---|", *rows])]
     sections.append(_table("trained or written with", {**note["trained_with"], **note["written_with"]}))
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _of_frames(num_frames: int, fps: float | None) -> str:
+    numbers = f"`numpy.linspace(0, n - 1, {num_frames}, dtype=int)`"
+    if fps is not None:
+        numbers = f"`range(0, n, max(1, round(rate / {fps:g})))`, or where these are more than {num_frames} {numbers}"
+    return (
+        f"Of a video of n frames it was trained on those of numbers {numbers}; the processor takes frames as they are "
+        "with `videos=[frames], videos_kwargs={'do_sample_frames': False}`."
+    )
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:

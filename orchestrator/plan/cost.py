@@ -212,6 +212,24 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     return tokens_by_layer(_specs(points), num_layers, grid)
 
 
+def image_tokens_by_layer(
+    grids: Sequence[Grid], points: Sequence[Mapping[str, Any]], num_layers: int
+) -> tuple[int, ...]:
+    """Return the visual tokens of an image of several units, or of a video, in each decoder layer.
+
+    Args:
+        grids: Its units.
+        points: Resolved points.
+        num_layers: Decoder layers.
+
+    Raises:
+        ValueError: as `visual_tokens_by_layer`.
+    """
+    specs = _specs(points)
+    units = [tokens_by_layer(specs, num_layers, grid) for grid in units_for(specs, grids)]
+    return tuple(map(sum, zip(*units, strict=True)))
+
+
 def at_most(actions: Iterable[Action]) -> bool:
     """Return whether costs of some actions are bounds: an adaptive method is counted at the most it may leave."""
     passes = (

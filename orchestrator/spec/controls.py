@@ -25,6 +25,7 @@ from orchestrator.spec.yaml.node import Node
 from orchestrator.spec.yaml.validation_errors import error_at, unknown_name
 
 AXIS = "control"
+_VIDEO = Grid(20_000, 2, frames=10_000)  # longer than what a method of whole videos may leave of one
 Points = tuple[CompressorSpec, ...]
 
 
@@ -128,6 +129,8 @@ def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Point
     """
     if adapts(points):
         raise ValueError("how many tokens it leaves depends on the image, so its budget is not known")
+    if own := [point.kind for point in points if _has_own_amount(point)]:
+        raise ValueError(f"fields of {own[0]} alone say how many tokens it leaves, and no other method has them")
     method: type[CompressorSpec] = registry.spec_class(registry.COMPRESSORS, kind)
     if method.adaptive:
         raise ValueError(f"how many tokens {kind} leaves depends on the image, so it meets no budget")
@@ -144,6 +147,10 @@ def control_points(kind: str, points: Points, facts: ModelFacts | None) -> Point
         found.append(_at_point(method, point, facts, grid) if point.takes_amount else point)
         grid = point.kept_grid(grid) if grid is not None and point.layer_average_tokens is None else None
     return tuple(found)
+
+
+def _has_own_amount(point: CompressorSpec) -> bool:
+    return not (point.takes_amount or point.keeps_none) and point.kept_tokens(_VIDEO) < _VIDEO.tokens
 
 
 def _at_point(

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ from orchestrator.spec.components import Grid
 from orchestrator.spec.decoder_layers import DecoderLayer, decoder_layers, inner_size
 from orchestrator.spec.image_units import (
     ImageRule,
+    ImageUnits,
     VideoRule,
     image_rule,
     processor_settings,
@@ -744,6 +745,34 @@ def rule_of_videos(folder: Path) -> VideoRule:
         ValueError: its type or its files do not say; the message has the reason.
     """
     return video_rule(*_config_parts(folder, "a video"), video_settings(folder))
+
+
+class UnitRules:
+    """What the model in a folder makes of images and videos; a rule is looked for when the first of them comes.
+
+    Args:
+        folder: The model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _images(self) -> ImageRule:
+        return rule_of_images(self._folder)
+
+    @cached_property
+    def _videos(self) -> VideoRule:
+        return rule_of_videos(self._folder)
+
+    def units(self, shape: tuple[int, int, int], alone: bool) -> ImageUnits:
+        """Return what becomes of one by its frames (0 of an image), height and width.
+
+        Raises:
+            ValueError: that is not known here.
+        """
+        frames, height, width = shape
+        return self._videos(frames, height, width) if frames else self._images(height, width, alone)
 
 
 def _config_parts(folder: Path, what: str) -> tuple[Part, Part]:

@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 from family_folders import write_folder
+from repository import ROOT
 from sized_rows import SIZED, SIZES_HW, sized_rows
 
 from orchestrator.plan import cost
@@ -87,6 +88,24 @@ def test_where_images_vary_in_size_an_image_of_the_data_is_timed(family, llavolt
         assert rows[name]["train_tflops"] == pytest.approx(2 * each)
     assert rows["half"]["visual_layer_tokens"] < rows["full"]["visual_layer_tokens"]
     assert all(len(row["all_seconds"]) == 7 and min(row["all_seconds"]) > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_where_the_data_has_videos_one_of_them_is_timed(llavolta):
+    """Four frames of four tokens and the newline; what acts across frames has no plain method at its budget."""
+    few = ["--set", "data.train.num_clips=6", "--set", "data.test.num_clips=2"]
+    done = llavolta(
+        "bench", ROOT / "experiments" / "moving_shapes.yaml", "--json", "--rows", "2", "--text-tokens", "8", *few
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["visual_tokens"], document["frames"], document["image_size"]) == (4 * 4 + 1, 4, [64, 64])
+    rows = {row["name"]: row for row in document["variants"]}
+    controls = {name for name in rows if name.startswith("stride")}
+    assert controls == {"stride at the budget of pooled"} and rows["pooled"]["overhead"] is not None
+    assert rows["changed"]["overhead"] is None and rows["still"]["overhead"] is None
+    layer_tokens = {name: rows[name]["visual_layer_tokens"] for name in ("full", "pooled", "changed", "still")}
+    assert layer_tokens == {"full": 4 * 17, "pooled": 17 + 3 * 9, "changed": 4 * 9, "still": 4 * 5}
 
 
 @pytest.mark.slow

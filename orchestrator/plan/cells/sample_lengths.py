@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from orchestrator.plan.io_retry import ABSENT, retry_io
 from orchestrator.plan.ledger.files import read_json, write_json
 from orchestrator.spec.components import DataSpec, Grid
 from orchestrator.spec.experiment import ExperimentSpec
-from orchestrator.spec.image_units import ImageRule, ImageUnits, VideoRule
-from orchestrator.spec.model_facts import ModelFacts, find_config, rule_of_images, rule_of_videos
+from orchestrator.spec.image_units import ImageUnits
+from orchestrator.spec.model_facts import ModelFacts, UnitRules, find_config
 from orchestrator.spec.phase import PhaseSpec
 
 ROWS_READ = 2000
@@ -152,7 +151,7 @@ def measure_rows(data: DataSpec, data_id: str, model_folder: Path, model_max_len
     if not data.implementation:
         return "its kind of data has no implementation"
     try:
-        rules = _Rules(model_folder)
+        rules = UnitRules(model_folder)
         parts = [content_digest(file) for name in _MODEL_FILES if (file := model_folder / name).is_file()]
         made_by = source_code(__name__, "orchestrator.spec.image_units", "orchestrator.spec.model_facts")
         key = digest([data_id, parts, _chat_template(model_folder), model_max_length, made_by])
@@ -190,36 +189,8 @@ def _row_of(fields: Mapping[str, Any]) -> MeasuredRow:
     return MeasuredRow(fields["share"], fields["text_tokens"], fields["label_tokens"], images)
 
 
-class _Rules:
-    """What the model in a folder makes of images and videos; a rule is looked for when the first of them comes.
-
-    Args:
-        folder: The model's folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _images(self) -> ImageRule:
-        return rule_of_images(self._folder)
-
-    @cached_property
-    def _videos(self) -> VideoRule:
-        return rule_of_videos(self._folder)
-
-    def units(self, shape: tuple[int, int, int], alone: bool) -> ImageUnits:
-        """Return what becomes of one by its frames (0 of an image), height and width.
-
-        Raises:
-            ValueError: that is not known here.
-        """
-        frames, height, width = shape
-        return self._videos(frames, height, width) if frames else self._images(height, width, alone)
-
-
 def _fitting_rows(
-    data: DataSpec, folder: Path, limit: int, rules: _Rules
+    data: DataSpec, folder: Path, limit: int, rules: UnitRules
 ) -> Iterator[tuple[int, int, tuple[ImageUnits, ...]]]:
     """Yield text tokens, label tokens and images of each row, cut to `limit` tokens."""
     rows = _rows(data)

@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repository import TINY_LLAVA
+from repository import ROOT, TINY_LLAVA
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from orchestrator.compression import attach, attachment_of
 from orchestrator.data.records.image_files import pad_to_square
+from orchestrator.data.rows import open_data_set
 from orchestrator.errors import DamagedStateError, UsageError
 from orchestrator.evaluation.evaluate import load_model
 from orchestrator.models.build import model_from_config
@@ -203,6 +206,41 @@ def test_load_exported_answers_as_the_cell_was_evaluated(home, tmp_path, schedul
         new = new[0, inputs["input_ids"].shape[1] :]
         found.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
     assert found == answers[:4] and any(answers)
+
+
+@pytest.mark.slow
+def test_a_cell_trained_on_videos_answers_about_frames_as_it_was_evaluated(llavolta, tmp_path):
+    """The frames are taken as the folder says."""
+    spec = ROOT / "experiments" / "moving_shapes.yaml"
+    settings = [
+        "phases.finetune.max_steps=60", "phases.finetune.schedule=changed", "evaluate.vqa.under=final",
+        "data.train.num_clips=400", "data.test.num_clips=8", f"cluster.storage_path={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    few = [word for setting in settings for word in ("--set", setting)]
+    assert (done := llavolta("run", spec, "--local", *few)).returncode == 0, done.stderr
+    done = llavolta("export", spec, "out", "--cell", "moving-shapes", "--json", *few)
+    assert done.returncode == 0, done.stderr
+    model, processor = load_exported(tmp_path / "out")
+    note = json.loads((tmp_path / "out" / "llavolta.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert note["video"] == {"num_frames": 4, "fps": None} and "linspace(0, n - 1, 4, dtype=int)" in card
+    walk = prepare(spec, settings)
+    (job,) = walk.cells[0].evaluations
+    found = []
+    for row in open_data_set(walk.cells[0].spec.data["test"]).rows():
+        with av.open(row.images[0].path) as file:
+            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        taken = [frames[number] for number in np.linspace(0, len(frames) - 1, 4, dtype=int)]
+        said = [{"type": "video"}, {"type": "text", "text": row.turns[0].text.removeprefix("<video>\n")}]
+        text = processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)
+        inputs = processor(
+            text=text, videos=[torch.tensor(np.stack(taken)).permute(0, 3, 1, 2)], add_special_tokens=False,
+            videos_kwargs={"do_sample_frames": False}, return_tensors="pt",
+        )  # fmt: skip
+        new = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        found.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    answers = [one["answer"] for one in walk.ledger.predictions(job.id)]
+    assert found == answers and any(answers)
 
 
 def test_the_note_holds_what_the_cell_is_and_came_to(home, tmp_path):

@@ -7,10 +7,12 @@ from fractions import Fraction
 
 import pytest
 
+from orchestrator import registry
 from orchestrator.errors import SpecError
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.spec.budgets import tokens_by_layer
 from orchestrator.spec.components import Grid
+from orchestrator.spec.controls import control_points
 from orchestrator.spec.loader import load_experiment
 
 GRID_OF_TINY = Grid(8, 8)
@@ -89,6 +91,26 @@ def test_a_control_that_cannot_be_is_reported_where_it_is_written(kind, message,
     with pytest.raises(SpecError, match=message) as error:
         load(write, small, f"controls: [{kind}]\n")
     assert {each.path for each in error.value.errors} == {"controls.0"}
+
+
+@pytest.mark.parametrize("own", [{"kind": "evs", "pruning_rate": 0.5}, {"kind": "frame_pool", "frames": 1}])
+def test_what_only_the_method_itself_can_be_told_to_leave_has_no_control(own):
+    """The control of such a method was the method itself."""
+    point = registry.spec_class(registry.COMPRESSORS, own["kind"]).model_validate({**own, "layer": 0})
+    for kind in ("stride", "downsample"):
+        with pytest.raises(ValueError, match=f"fields of {own['kind']} alone say how many tokens it leaves"):
+            control_points(kind, (point,), None)
+
+
+@pytest.mark.parametrize("place", ["late_injection, layer: 1", "early_exit, layer: 3"])
+def test_what_is_no_budget_is_in_the_control_too(place, small, write):
+    """Or its cost would be another."""
+    heavy, kind = "{kind: average_pool, layer: 2, stride: 8}", place.split(",")[0]
+    wanted = ["random_drop", kind] if kind == "early_exit" else [kind, "random_drop"]
+    points = [heavy, f"{{kind: {place}}}"] if kind == "early_exit" else [f"{{kind: {place}}}", heavy]
+    loaded = load(write, small.replace(heavy, f"[{', '.join(points)}]"), "controls: [random_drop]\n")
+    arm = next(cell for cell in loaded.cells if cell.name == "schedule=heavy,control=random_drop")
+    assert [point.kind for point in arm.spec.compressors["heavy"]] == wanted
 
 
 def test_a_control_is_named_once(small, write):
