@@ -88,14 +88,31 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
     """
     if weights_file is None:
         return model_from_config(model)
-    if not weights_file.is_file():
-        raise StorageError(f"the weights {weights_file} are missing; run `ledger verify` to find all damaged files")
+    built = empty_model(model)
+    with open_model_weights(weights_file) as weights:
+        copy_weights(weights, built, str(weights_file))
+    return built
+
+
+def empty_model(model: ModelSpec) -> PreTrainedModel:
+    """Return the model without values: memory that is not written is not taken."""
     with no_init_weights():
         built = model_from_config(model)
     built.tie_weights()  # part of the skipped init
-    with open_weights(weights_file) as weights:
-        copy_weights(weights, built, str(weights_file))
     return built
+
+
+@contextmanager
+def open_model_weights(weights_file: Path) -> Iterator[WeightsFile]:
+    """Open the weights of a state for the block.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+    """
+    if not weights_file.is_file():
+        raise StorageError(f"the weights {weights_file} are missing; run `ledger verify` to find all damaged files")
+    with open_weights(weights_file) as weights:
+        yield weights
 
 
 def model_from_config(model: ModelSpec) -> PreTrainedModel:

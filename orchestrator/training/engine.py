@@ -13,13 +13,22 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 from orchestrator import registry
 from orchestrator.compression import Attachment, attach
 from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.errors import UsageError
-from orchestrator.models.build import build_model, compute_dtype
-from orchestrator.models.lora import add_lora
+from orchestrator.models.build import (
+    build_model,
+    check_names_and_shapes,
+    compute_dtype,
+    empty_model,
+    open_model_weights,
+    shapes_of,
+    weight_tensors,
+)
+from orchestrator.models.lora import add_lora, plain_name
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.checks.deepspeed import WITHOUT_ZERO3, zero3_problem
@@ -165,7 +174,8 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     config = deepspeed_config(recipe, dtype, micro_batch_size, accumulation, world_size, on_gpu)
     if universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-    model = build_model(model_spec, weights_file)
+    in_parts = zero_stage(config) == 3
+    model = empty_model(model_spec) if in_parts else build_model(model_spec, weights_file)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, job.seed)
     draws = Draws()
@@ -173,7 +183,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
     attachment = attach(model, [])  # learned compressors come through LearnedCompressors, unknown to the engine
-    if zero_stage(config) == 3 and world_size > 1 and attachment.zero3_refusal:
+    if in_parts and world_size > 1 and attachment.zero3_refusal:
         problem = zero3_problem(model.config.model_type, attachment.zero3_refusal)
         raise UsageError(f"deepspeed: {problem}; use {WITHOUT_ZERO3}")
     set_trainable(model, recipe.train, lora=recipe.lora is not None)
@@ -186,6 +196,8 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     _import_muon()
     # It prints the memory at each step of its initialisation, whatever the configuration, and collects garbage there.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    if in_parts:
+        _read_in_parts(model, weights_file, config, getattr(torch, dtype))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return Session(
         engine=engine,
@@ -201,6 +213,39 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         points=None,
         draws=draws,
     )
+
+
+def _read_in_parts(model: nn.Module, weights_file: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Read an empty model's weights and divide them over the ranks, one parameter after the other (ZeRO-3).
+
+    A rank so never holds more than its share and one parameter. Each is cast and divided as `deepspeed.initialize`
+    would do it, in the same order; adapters have their values already.
+
+    Raises:
+        StorageError: the weights cannot be read.
+        StageRunError: they are not the model's.
+    """
+    is_source = distributed.rank() == 0
+    divided: Any = None
+    with open_model_weights(weights_file) as weights:
+        of_base = {plain_name(name): tensor for name, tensor in weight_tensors(model).items() if "lora_" not in name}
+        check_names_and_shapes(weights.shapes(), shapes_of(of_base), str(weights_file))
+        for name, buffer in model.named_buffers():
+            owner, _, own_name = name.rpartition(".")
+            value = weights[plain_name(name)] if plain_name(name) in of_base else buffer
+            setattr(model.get_submodule(owner), own_name, value.to(distributed.device()))
+        del of_base  # it holds on to what is to be let go
+        for name, parameter in model.named_parameters():
+            if is_source and "lora_" not in name:  # DeepSpeed gives it to the others
+                parameter.data = weights[plain_name(name)]
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+            if divided is None:
+                holder, divided = nn.Module(), parameter
+                holder.register_parameter("first", parameter)
+                deepspeed.zero.Init(module=holder, dtype=dtype, config_dict_or_path=config)
+            else:
+                divided.convert_to_zero_parameters(param_list=[parameter])
 
 
 def _resting_group(model: Any) -> dict[str, Any]:
