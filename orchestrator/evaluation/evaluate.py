@@ -221,8 +221,7 @@ def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTr
     It equals the model that training has in memory bit for bit, so that answers do not depend on which one is tested.
     """
     spec = ModelSpec.model_validate(job.model)
-    model: PreTrainedModel = build_model(spec, weights)
-    cast_parameters(model, getattr(torch, compute_dtype(spec)))
+    model: PreTrainedModel = build_model(spec, weights, getattr(torch, compute_dtype(spec)))
     return model.to(device)
 
 

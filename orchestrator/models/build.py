@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from orchestrator.errors import StageRunError, StorageError, UsageError, first_line
-from orchestrator.models.parts import COMPRESSOR, part_of_or_none
+from orchestrator.models.parts import COMPRESSOR, part_of_or_none, plain_name
 from orchestrator.models.weight_files import Shapes, WeightsFile, open_weights
 from orchestrator.plan.ledger.files import storage_error
 from orchestrator.spec.model import ModelSpec
@@ -73,13 +73,14 @@ def compute_dtype(model: ModelSpec) -> str:
     return named if named in ("float32", "bfloat16", "float16") else "float32"
 
 
-def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
-    """Return the model on the CPU in float32 (master weights), with the weights of a file that `save_weights` wrote.
+def build_model(model: ModelSpec, weights_file: Path | None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model on the CPU with the weights of a file that `save_weights` wrote.
 
     Args:
         model: Which model, which attention.
         weights_file: safetensors with exactly the model's parameters (learned compressors in it are skipped); None
             keeps transformers' random init.
+        dtype: Type of the parameters; they are cast as they are read. Buffers stay as they are.
 
     Raises:
         UsageError: the model's folder or config is missing or of no vision-language type.
@@ -87,10 +88,12 @@ def build_model(model: ModelSpec, weights_file: Path | None) -> PreTrainedModel:
         StageRunError: its names or shapes are not the model's.
     """
     if weights_file is None:
-        return model_from_config(model)
+        built = model_from_config(model)
+        cast_parameters(built, dtype)
+        return built
     built = empty_model(model)
-    with open_model_weights(weights_file) as weights:
-        copy_weights(weights, built, str(weights_file))
+    for _ in filled_parameters(built, weights_file, dtype):
+        pass
     return built
 
 
@@ -102,17 +105,40 @@ def empty_model(model: ModelSpec) -> PreTrainedModel:
     return built
 
 
-@contextmanager
-def open_model_weights(weights_file: Path) -> Iterator[WeightsFile]:
-    """Open the weights of a state for the block.
+def filled_parameters(
+    model: nn.Module, weights_file: Path, dtype: torch.dtype, *, read: bool = True
+) -> Iterator[nn.Parameter]:
+    """Give an empty model its weights; yield each parameter when it has its own, before the next is read.
+
+    Args:
+        model: Of `empty_model`, perhaps with LoRA adapters, which keep the values they have.
+        weights_file: As for `build_model`.
+        dtype: Type of the parameters, adapters included.
+        read: False leaves values of parameters out: another rank has them.
 
     Raises:
-        StorageError: the file is missing or unreadable.
+        StorageError: the weights file is missing or unreadable.
+        StageRunError: its names or shapes are not the model's.
     """
     if not weights_file.is_file():
         raise StorageError(f"the weights {weights_file} are missing; run `ledger verify` to find all damaged files")
     with open_weights(weights_file) as weights:
-        yield weights
+        expected = {
+            plain_name(name): shape for name, shape in shapes_of(weight_tensors(model)).items() if "lora_" not in name
+        }
+        check_names_and_shapes(weights.shapes(), expected, str(weights_file))
+        for name, buffer in model.named_buffers():
+            if plain_name(name) in expected:
+                buffer.copy_(weights[plain_name(name)])
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+            else:
+                if parameter.is_floating_point() and parameter.dtype != dtype:
+                    parameter.data = torch.empty_like(parameter.data, dtype=dtype)
+                if read:
+                    parameter.data.copy_(weights[plain_name(name)])
+            yield parameter
 
 
 def model_from_config(model: ModelSpec) -> PreTrainedModel:

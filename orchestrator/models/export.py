@@ -24,7 +24,6 @@ from orchestrator.data.rows import data_spec, template_of
 from orchestrator.errors import OTHER_STORAGE, StageRunError, UsageError
 from orchestrator.models.build import (
     build_model,
-    cast_parameters,
     compute_dtype,
     quiet_loading,
     save_weights,
@@ -164,8 +163,8 @@ def _frames(cell: Cell) -> dict[str, Any] | None:
 def _write_model(cell: Cell, model: ModelSpec, weights: Path, folder: Path) -> None:
     """Write config, processor and safetensors of the complete model."""
     processor = _write_processor(cell, model, folder)
-    built = build_model(model.model_copy(update={"attn_implementation": "eager"}), weights)
-    cast_parameters(built, getattr(torch, compute_dtype(model)))
+    eager = model.model_copy(update={"attn_implementation": "eager"})
+    built = build_model(eager, weights, getattr(torch, compute_dtype(model)))
     built.generation_config = _generation_config(built, processor, folder)
     with quiet_loading():
         built.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)

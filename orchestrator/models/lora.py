@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orchestrator.errors import UsageError
-from orchestrator.models.parts import LANGUAGE_MODEL, part_module
+from orchestrator.models.parts import LANGUAGE_MODEL, part_module, plain_name
 from orchestrator.spec.phase import LoraSpec
 
 
@@ -56,11 +56,6 @@ def lora_config(model: PreTrainedModel, lora: LoraSpec) -> LoraConfig:
 def has_lora(model: nn.Module) -> bool:
     """Return whether the model carries adapters."""
     return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
-def plain_name(name: str) -> str:
-    """Return the name in the plain model of a weight with an adapter."""
-    return name.replace(".base_layer.", ".")
 
 
 def merged_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

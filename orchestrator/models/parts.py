@@ -67,6 +67,11 @@ def part_of_or_none(name: str) -> str | None:
     return next((part for part, pattern in _PATTERNS if pattern.search(name)), None)
 
 
+def plain_name(name: str) -> str:
+    """Return the name in the plain model of a weight beside a LoRA adapter."""
+    return name.replace(".base_layer.", ".")
+
+
 def set_trainable(model: nn.Module, train: Sequence[str], lora: bool) -> None:
     """Freeze every parameter outside the parts in `train`.
 

@@ -23,7 +23,8 @@ from torch import nn
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.build import save_weights, weight_tensors
 from orchestrator.models.compressor_weights import named_in_file
-from orchestrator.models.lora import has_lora, merged_weights, plain_name
+from orchestrator.models.lora import has_lora, merged_weights
+from orchestrator.models.parts import plain_name
 from orchestrator.models.weight_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.files import storage_error, storage_errors

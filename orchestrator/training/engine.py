@@ -19,16 +19,8 @@ from orchestrator import registry
 from orchestrator.compression import Attachment, attach
 from orchestrator.data.train_data import TrainData, build_train_data
 from orchestrator.errors import UsageError
-from orchestrator.models.build import (
-    build_model,
-    check_names_and_shapes,
-    compute_dtype,
-    empty_model,
-    open_model_weights,
-    shapes_of,
-    weight_tensors,
-)
-from orchestrator.models.lora import add_lora, plain_name
+from orchestrator.models.build import build_model, compute_dtype, empty_model, filled_parameters
+from orchestrator.models.lora import add_lora
 from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of, set_trainable
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.checks.deepspeed import WITHOUT_ZERO3, zero3_problem
@@ -219,33 +211,24 @@ def _read_in_parts(model: nn.Module, weights_file: Path, config: dict[str, Any],
     """Read an empty model's weights and divide them over the ranks, one parameter after the other (ZeRO-3).
 
     A rank so never holds more than its share and one parameter. Each is cast and divided as `deepspeed.initialize`
-    would do it, in the same order; adapters have their values already.
+    would do it, in the same order.
 
     Raises:
         StorageError: the weights cannot be read.
         StageRunError: they are not the model's.
     """
-    is_source = distributed.rank() == 0
     divided: Any = None
-    with open_model_weights(weights_file) as weights:
-        of_base = {plain_name(name): tensor for name, tensor in weight_tensors(model).items() if "lora_" not in name}
-        check_names_and_shapes(weights.shapes(), shapes_of(of_base), str(weights_file))
-        for name, buffer in model.named_buffers():
-            owner, _, own_name = name.rpartition(".")
-            value = weights[plain_name(name)] if plain_name(name) in of_base else buffer
-            setattr(model.get_submodule(owner), own_name, value.to(distributed.device()))
-        del of_base  # it holds on to what is to be let go
-        for name, parameter in model.named_parameters():
-            if is_source and "lora_" not in name:  # DeepSpeed gives it to the others
-                parameter.data = weights[plain_name(name)]
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-            if divided is None:
-                holder, divided = nn.Module(), parameter
-                holder.register_parameter("first", parameter)
-                deepspeed.zero.Init(module=holder, dtype=dtype, config_dict_or_path=config)
-            else:
-                divided.convert_to_zero_parameters(param_list=[parameter])
+    # DeepSpeed gives what rank 0 read to the others.
+    for parameter in filled_parameters(model, weights_file, dtype, read=distributed.rank() == 0):
+        if divided is None:
+            holder, divided = nn.Module(), parameter
+            holder.register_parameter("first", parameter)
+            deepspeed.zero.Init(module=holder, dtype=dtype, config_dict_or_path=config)
+        else:
+            divided.convert_to_zero_parameters(param_list=[parameter])
+    for module in model.modules():  # of a model that is divided already, DeepSpeed moves none
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(distributed.device()))
 
 
 def _resting_group(model: Any) -> dict[str, Any]:

@@ -95,16 +95,14 @@ def test_no_heavy_framework_is_imported(tiny_experiment: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_loading_is_quick() -> None:
-    code = (
-        "import sys, time; start = time.process_time()\n"
-        "from orchestrator.spec.loader import load_experiment\n"
-        "load_experiment(sys.argv[1]); print(time.process_time() - start)"
-    )
-    run = [sys.executable, "-c", code, str(ROOT / "experiments" / "quickstart.yaml")]
-    seconds = min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
-    # About 0.55; a bound for slow processors, and far below what any framework takes.
-    assert seconds < 1.5, "import and load, in seconds of processor time"
+def test_loading_takes_less_than_a_framework() -> None:
+    def seconds_of(code: str) -> float:
+        timed = f"import sys, time; start = time.process_time()\n{code}\nprint(time.process_time() - start)"
+        run = [sys.executable, "-c", timed, str(ROOT / "experiments" / "quickstart.yaml")]
+        return min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+
+    loading = seconds_of("from orchestrator.spec.loader import load_experiment; load_experiment(sys.argv[1])")
+    assert loading < 0.7 * seconds_of("import torch")  # 0.35 of it
 
 
 def test_looking_up_what_was_found_needs_no_torch(tmp_path, pictures):

@@ -12,7 +12,7 @@ from training_workers import launch, make_ledger, model_of, recipe_of, stage, wr
 
 from orchestrator.errors import StageRunError
 from orchestrator.models.build import WEIGHTS_FILE
-from orchestrator.models.lora import plain_name
+from orchestrator.models.parts import plain_name
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger import Ledger
 
