@@ -11,6 +11,8 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 # Without what it declares: torchvision has no CPU build for this torch, and another would replace it.
 LMMS_EVAL = --no-deps lmms-eval==0.7.2
+# Takes seconds where pip takes minutes. It does not read pip's settings: where it reaches no index, pip goes on.
+UV_INSTALL = $(if $(PIP_FLAGS),false,'$(BIN)/uv' pip install --quiet --python '$(BIN)/python' --constraint constraints.txt)
 SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 # 3.11 is what the tests run on here, so it is preferred over what `python3` happens to be.
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
@@ -46,8 +48,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f '$@'
 	@$(PYTHON) -m venv '$(VENV)' || { echo 'make: $(PYTHON) has no venv module (Debian and Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
 	@export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT='$(CURDIR)/constraints.txt'; \
-	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) torch; \
-	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.$(EXTRAS)'; \
+	'$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) torch uv; \
+	$(UV_INSTALL) --editable '.$(EXTRAS)' || '$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) --editable '.$(EXTRAS)'; \
 	if [[ '$(EXTRAS)' == *dev* ]]; then '$(BIN)/python' -m pip install --quiet $(PIP_FLAGS) $(LMMS_EVAL); fi
 	@touch '$@'
 	@echo 'Installed. The program is $(BIN)/llavolta.'
@@ -77,7 +79,6 @@ test-all: $(STAMP)  ## every test, the faults, the slow ones and the notebook in
 	@$(if $(ARGS),,$(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
 
 test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests that need no torch
-	@'$(BIN)/python' -m pip install --quiet --disable-pip-version-check uv
 	@for version in $(PYTHONS); do \
 		python=$$(ls -d "$$HOME"/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -n 1 || true); \
 		if python$$version -c '' 2>/dev/null; then python=python$$version; fi; \
@@ -116,11 +117,9 @@ docs: $(STAMP)  ## the docs site in site/, complete links only
 	@NO_MKDOCS_2_WARNING=1 '$(BIN)/python' -m mkdocs build --strict --quiet
 
 sbom: $(STAMP)  ## what is installed, with licences, in sbom.json (CycloneDX)
-	@'$(BIN)/python' -m pip install --quiet --disable-pip-version-check uv
 	@'$(BIN)/uv' tool run --quiet --from cyclonedx-bom cyclonedx-py environment '$(VENV)' --output-file sbom.json
 
 lock: $(STAMP)  ## renew constraints.txt after a change of pyproject.toml (known versions stay)
-	@'$(BIN)/python' -m pip install --quiet uv
 	@head -n 1 constraints.txt > constraints.new
 	@'$(BIN)/uv' pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
 		--output-file constraints.txt pyproject.toml
