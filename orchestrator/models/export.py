@@ -150,7 +150,7 @@ def _aspect_ratio(cell: Cell) -> str | None:
 
 
 def _frames(cell: Cell) -> dict[str, Any] | None:
-    """Return how frames were taken of the videos of the last phase, None where it had none, or of some others."""
+    """Return how frames were taken of the last phase's videos; None without any, or where its data sets differ."""
     entries = cell.phases[-1].data if cell.phases else ()
     ways = {
         (entry["spec"]["num_frames"], entry["spec"]["fps"])
