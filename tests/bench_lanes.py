@@ -72,9 +72,9 @@ def seconds_of(job: Mapping[str, Any], cell: Cell, per_tflop: float, test_second
     if job["type"] != "stage":
         return 0.0
     assert cell.facts is not None
-    whole, done = 0.0, job["first_step"]
+    whole = 0.0
     for action in job["table"]:
-        steps = max(0, min(action["last_step"], job["last_step"]) - max(action["first_step"], done))
+        steps = max(0, min(action["last_step"], job["last_step"]) - max(action["first_step"], job["first_step"]))
         whole += steps * cost.train_tflops_per_sample(cell.facts, action["points"], Sample(64, 64), job["recipe"])
     return whole * per_tflop
 

@@ -291,6 +291,8 @@ class Conductor:
             closed: Whether no further plan will come.
             known: For a restarted conductor: what the driver heard before (`RunState.known`).
         """
+        if jobs is None and not self._is_planned:
+            return  # it has just been started again: the driver sends the plan when it hears of that
         self._is_closed = closed
         if jobs is None:
             return

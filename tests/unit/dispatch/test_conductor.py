@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conductor_drive import WILL_NOT, WILL_PASS, Group, conductor, error_of, evaluation, job, settled, told
+from conductor_drive import WILL_NOT, WILL_PASS, Group, conductor, error_of, evaluation, job, settled, told, unplanned
 
 from orchestrator.dispatch.failures import Failure, describe
 from orchestrator.errors import DamagedStateError, DataError, StageRunError
@@ -25,6 +25,18 @@ def test_work_is_handed_out_in_order_and_every_rank_gets_the_same(tmp_path: Path
     assert settled(made) == ["a", "b", "e"]
     assert [e["event"] for e in made.poll("", 0)["events"][4:]] == ["started", "finished"]
     assert {e["lane"] for e in made.poll("", 0)["events"]} == {"lane"}
+
+
+def test_that_no_further_plan_comes_is_no_new_plan(tmp_path: Path) -> None:
+    """What is finished is not looked up again: of this job nothing is stored, so it would be done twice."""
+    made = conductor(tmp_path, job("a"), closed=False)
+    group = Group(made)
+    assert [group.ask(), group.say()] == ["a", "wait"]
+    made.set_work(None, True)
+    assert group.ask() == "stop" and settled(made) == ["a"]
+    again = unplanned(tmp_path, "another")  # one that has just been started has no plan yet
+    again.set_work(None, True)
+    assert Group(again).ask() == "wait"
 
 
 def test_a_driver_that_waits_for_news_hears_of_an_event_at_once_and_of_none_later(tmp_path: Path) -> None:
