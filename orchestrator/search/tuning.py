@@ -56,7 +56,7 @@ class Proposer(OptunaSearch):
     proposed again first. A recipe that was proposed before is drawn anew, some times: a small space may have no other.
 
     Args:
-        spec: The experiment, with its search; its seed is the samplers'.
+        spec: The experiment, with its search.
         trials: What the ledger notes, by number.
         mailbox: Handle that every proposal carries.
         shared: Prices recipes, where the one that shares most is preferred.
@@ -69,13 +69,14 @@ class Proposer(OptunaSearch):
         assert search is not None
         self._shared = shared
         self._search, self._layer_tokens = search, variant_layer_tokens(spec)
-        self._sampler_seed, self._mailbox = spec.seed, mailbox
+        self._sampler_seed = spec.seed if search.algorithm.seed is None else search.algorithm.seed
+        self._mailbox = mailbox
         self._known: dict[str, int] = {}
         self.closed = False
         self._grid: list[tuple[dict[str, Any], dict[str, Any]]] | None = None
         if search.algorithm.kind == "grid":
             self._grid = list(grid(search, self._layer_tokens))
-            Random(spec.seed).shuffle(self._grid)
+            Random(self._sampler_seed).shuffle(self._grid)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         super().__init__(
             self._propose,

@@ -16,7 +16,7 @@ Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 class AlgorithmSpec(Spec):
     """How trials are proposed."""
 
-    added_later: ClassVar[frozenset[str]] = frozenset({"prefer_shared"})
+    added_later: ClassVar[frozenset[str]] = frozenset({"prefer_shared", "seed"})
 
     kind: Literal["optuna", "random", "grid"] = "optuna"
     """Proposer: Optuna's samplers, independent random draws, or `grid`, every recipe of the space once, in an order
@@ -29,6 +29,9 @@ class AlgorithmSpec(Spec):
     prefer_shared: Flag = False
     """Draws eight recipes for each trial and takes the one that adds the least training to that of the trials before it
     (docs/concepts/search.md)."""
+    seed: Whole | None = None
+    """Seed of what is drawn; null takes the file's `seed`. With another one it is another search, of the same training:
+    what searches have in common is trained once."""
 
     @property
     def is_nsga2(self) -> bool:

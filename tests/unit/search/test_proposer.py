@@ -205,12 +205,25 @@ def test_of_the_recipes_drawn_the_one_that_adds_least_is_proposed(sampler, searc
     assert tflops(trials) < tflops(others)
 
 
-def test_a_search_stays_the_same_one_unless_what_shares_is_preferred(search_text, tmp_path):
+def test_a_search_is_another_one_with_another_algorithm_or_seed(search_text, tmp_path):
     file = tmp_path / "search.yaml"
     file.write_text(search_text)
     found = [search_id(load_experiment(file, [f"search.algorithm={{{given}}}"])) for given in (
-        "", "prefer_shared: false", "prefer_shared: true")]  # fmt: skip
-    assert found[0] == found[1] != found[2]
+        "", "prefer_shared: false, seed: null", "prefer_shared: true", "seed: 0", "seed: 1")]  # fmt: skip
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["kind: optuna", "kind: random", "kind: grid"])
+def test_the_algorithms_seed_stands_in_for_the_files_in_what_is_drawn_only(algorithm, search_text, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(search_text)
+
+    def drawn(*overrides: str) -> list[str]:
+        loaded = load_experiment(file, [f"search.algorithm={{{algorithm}}}", *overrides])
+        proposer = Proposer(loaded.spec, (), None)
+        return [str(proposer.suggest(name)["values"]) for name in "abcd"]
+
+    assert drawn("search.algorithm.seed=5") == drawn("seed=5") != drawn()
 
 
 def test_what_diverged_is_told_as_failed_and_what_was_stopped_as_pruned(search_text, tmp_path):
