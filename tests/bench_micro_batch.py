@@ -26,8 +26,8 @@ from training_workers import (
     write_model,
 )
 
-from orchestrator.plan.cost import activation_bytes
 from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.memory import activation_bytes
 from orchestrator.spec.model_facts import model_facts
 
 HEAVY = ({"kind": "average_pool", "layer": 1, "stride": 16},)

@@ -26,10 +26,10 @@ from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Action, EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import dump_json, parse_json, write_json
+from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
-from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session, TrainingMemory, open_session
 from orchestrator.training.metrics_log import LOGGER, stage_log
 from orchestrator.training.micro_batch import longest_samples, open_with_sizes, set_accumulation, smaller_size

@@ -1,4 +1,4 @@
-"""The cost formulas: floating-point operations, visual tokens and memory of forward passes and stage runs.
+"""The cost formulas: floating-point operations and visual tokens of forward passes and stage runs.
 
 One multiply-add is 2 operations. Figures are per sample; `n` is visual plus text tokens of a layer, `d` the hidden
 size, `f` the MLP's inner size, `V` the vocabulary, `h` heads of size `a`, `h_kv` key-value heads (GQA), `m` = 3 for a
@@ -57,36 +57,6 @@ checkpointing 34.5; of pretraining the projector, checkpointed, 26.0.
 
 Sources: LLaVolta (arXiv 2406.20092) section 4.1 for the decoder's linear figure; Kaplan et al. 2020, section 2.1, for
 2 a weight forward and twice that backward.
-
-Memory: bytes that a micro-batch's activations and a phase's gradients and optimizer take. Per sample of the longest
-kind, `s` bytes a number of the compute type, the other letters as above, but `m` = 4 kept tensors of a gated MLP (gate,
-up, activation, product), else 2:
-
-| part          | bytes kept for backward                                                                      |
-|---------------|----------------------------------------------------------------------------------------------|
-| decoder layer | `n (2 d (4 + 2 s) + 4 h a s + m f s)`: two norms, input in float32; q, k, v, o; MLP          |
-| frozen layer  | `n (8 d + 4 h a s + (m - 1) f s)`: what only gradients of weights need is not kept            |
-| more norms    | Gemma 2 and 3 5, Gemma 3, GLM-4V 4 in place of 2; of heads `n (h + h_kv) a (4 + s)` (Qwen3)   |
-| eager scores  | `n^2 h (4 + s)` a layer, `4` where s = 4; of sdpa the mask of padding, `n^2 s`                |
-| checkpointing | `n d s` a layer instead of both, and one layer, the largest, at a time                       |
-| embeddings    | `3 n_0 d s`                                                                                  |
-| logits        | `V (2 s + 12)` a label token, `12 V` where s = 4: logits, float32 copy, log-softmax, gradients |
-| projector     | `N (3 p_in + 2 p_hidden + d) s`; of other kinds `ModelFacts.projector_kept`                  |
-| vision tower  | `n_v (8 D + 4 F) s` a layer where it, or a compressor in it before, trains; else one layer's; |
-|               | `8 n_v D` more with root-mean-square norms, `3 D` or more in Qwen-VL, GLM-4V and Ovis2; norms |
-|               | around its layers                                                                            |
-| LoRA          | `n (in (s + 1) + r s)` a matrix and layer: dropped-out input, its mask, its product with A    |
-| teacher       | one decoder layer at its tokens; its logits, log-softmax and gradients beside the student's  |
-
-Keys and values count for every query head: where rows are padded, attention repeats them. Norms, activations and
-scores also keep a number or two a token and head (4 bytes each). On top comes one more decoder layer, the largest: what
-its backward works in. Held against what autograd really keeps in `test_memory_formula.py`, part by part and in every
-family in `test_memory_of_families.py`. What grows with the square of a micro-batch is left out: the mask between all
-its images that Pixtral's tower makes for sdpa and eager attention.
-
-Gradients and optimizer (`to_come_bytes`): ZeRO, Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: 8 bytes of Adam
-a trained weight and 4 of its master below float32, shared by the workers from stage 1 on; 4 bytes of gradient, from
-stage 2 on.
 """
 
 from __future__ import annotations
@@ -209,7 +179,7 @@ def visual_tokens_by_layer(grid: Grid, points: Sequence[Mapping[str, Any]], num_
     Raises:
         ValueError: a method cannot take its amount, or a point lies beyond the last layer.
     """
-    return tokens_by_layer(_specs(points), num_layers, grid)
+    return tokens_by_layer(specs_of(points), num_layers, grid)
 
 
 def image_tokens_by_layer(
@@ -225,7 +195,7 @@ def image_tokens_by_layer(
     Raises:
         ValueError: as `visual_tokens_by_layer`.
     """
-    specs = _specs(points)
+    specs = specs_of(points)
     units = [tokens_by_layer(specs, num_layers, grid) for grid in units_for(specs, grids)]
     return tuple(map(sum, zip(*units, strict=True)))
 
@@ -240,7 +210,8 @@ def at_most(actions: Iterable[Action]) -> bool:
     return any(registry.spec_class(registry.COMPRESSORS, point["kind"]).adaptive for one in passes for point in one)
 
 
-def _specs(points: Sequence[Mapping[str, Any]]) -> list[CompressorSpec]:
+def specs_of(points: Sequence[Mapping[str, Any]]) -> list[CompressorSpec]:
+    """Return points as specs."""
     return [registry.spec_class(registry.COMPRESSORS, point["kind"]).model_validate(dict(point)) for point in points]
 
 
@@ -284,7 +255,7 @@ def forward_decoder_linear_tflops(facts: ModelFacts, layer_tokens: float, text_t
 
 def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sample: Sample) -> dict[str, float]:
     """Forward operations of one sample by part: vision_tower, projector, compressor (learned), decoder, lm_head."""
-    specs = tuple(_specs(points))
+    specs = tuple(specs_of(points))
     if sample.rows is not None:
         return dict(_mean_tflops(facts, specs, sample.rows))
     return _row_tflops(facts, specs, [(sample.images, _one_image(facts))], sample.text_tokens, sample.label_tokens, {})
@@ -292,7 +263,7 @@ def forward_tflops(facts: ModelFacts, points: Sequence[Mapping[str, Any]], sampl
 
 @lru_cache(maxsize=512)
 def _mean_tflops(facts: ModelFacts, specs: tuple[CompressorSpec, ...], rows: MeasuredRows) -> dict[str, float]:
-    known: dict[Grid, _OfGrid] = {}
+    known: dict[Grid, OfGrid] = {}
     total: dict[str, float] = {}
     for row in rows.rows:
         images = [(1.0, image) for image in row.images]
@@ -302,7 +273,7 @@ def _mean_tflops(facts: ModelFacts, specs: tuple[CompressorSpec, ...], rows: Mea
 
 
 @dataclass(frozen=True)
-class _OfGrid:
+class OfGrid:
     """What points make of a unit.
 
     Attributes:
@@ -326,7 +297,7 @@ class _OfGrid:
 
 def _row_tflops(
     facts: ModelFacts, specs: Sequence[CompressorSpec], images: Sequence[tuple[float, ImageUnits]], text_tokens: float,
-    label_tokens: float, known: dict[Grid, _OfGrid],
+    label_tokens: float, known: dict[Grid, OfGrid],
 ) -> dict[str, float]:  # fmt: skip
     """Return the forward operations of a row by part; `known` keeps what points make of each grid."""
     tokens, keys = [text_tokens] * facts.num_layers, [0.0] * facts.num_layers
@@ -335,7 +306,7 @@ def _row_tflops(
         fewer, entering = [(0, 0)] * facts.vision_layers, image.features
         for grid in units_for(specs, image.grids):
             if grid not in known:
-                known[grid] = _of_grid(facts, specs, grid)
+                known[grid] = of_grid(facts, specs, grid)
             left = known[grid]
             tokens = [before + count * n for before, n in zip(tokens, left.by_layer, strict=True)]
             keys = [before + count * k for before, k in zip(keys, left.keys, strict=True)]
@@ -393,7 +364,8 @@ def _tower_flops(facts: ModelFacts, image: ImageUnits, fewer: Sequence[tuple[int
     return [found[kind] for kind in kinds]
 
 
-def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> _OfGrid:
+def of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> OfGrid:
+    """Return what points make of a unit of a grid."""
     left, features, first, learned = grid, grid.tokens, None, 0
     fewer, fewer_mlp = [0] * facts.vision_layers, [0] * facts.vision_layers
     for spec in sorted(specs, key=lambda spec: spec.sort_key(facts.num_layers, facts.vision_depth)):
@@ -415,7 +387,7 @@ def _of_grid(facts: ModelFacts, specs: Sequence[CompressorSpec], grid: Grid) -> 
             fewer_mlp[begins:] = [grid.tokens - left.tokens] * (facts.vision_layers - begins)
     by_layer = tokens_by_layer(specs, facts.num_layers, grid)
     keys = keys_by_layer(specs, facts.num_layers, grid)
-    return _OfGrid(by_layer, keys, fewer, fewer_mlp, features, learned, first)
+    return OfGrid(by_layer, keys, fewer, fewer_mlp, features, learned, first)
 
 
 def _one_image(facts: ModelFacts) -> ImageUnits:
@@ -429,7 +401,7 @@ def tower_tokens_by_layer(facts: ModelFacts, points: Sequence[Mapping[str, Any]]
     Raises:
         ValueError: a point acts where the tower has no place for it, or a method cannot take its amount.
     """
-    return [facts.vision_tokens - less for less in _of_grid(facts, _specs(points), facts.image_grid).fewer]
+    return [facts.vision_tokens - less for less in of_grid(facts, specs_of(points), facts.image_grid).fewer]
 
 
 def kv_cache_bytes(facts: ModelFacts, points: Sequence[Mapping[str, Any]], number_bytes: int) -> int | None:
@@ -445,7 +417,7 @@ def kv_cache_bytes(facts: ModelFacts, points: Sequence[Mapping[str, Any]], numbe
     """
     if facts.decoder_layers:
         return None
-    specs = _specs(points)
+    specs = specs_of(points)
     tokens = sum(tokens_by_layer(specs, facts.num_layers, facts.image_grid))
     held = sum(keys_by_layer(specs, facts.num_layers, facts.image_grid))
     return (tokens + held) * 2 * facts.num_key_value_heads * facts.head_dim * number_bytes
@@ -456,7 +428,7 @@ def train_tflops_per_sample(
 ) -> float:
     """Forward, backward and recompute of one sample under a phase's recipe (`PhaseSpec` as a mapping)."""
     forward = forward_tflops(facts, points, sample)
-    passes = _passes(recipe, _learns_before_projector(facts, _specs(points)))
+    passes = _passes(recipe, _learns_before_projector(facts, specs_of(points)))
     checkpointed = 1 if recipe.get("gradient_checkpointing") else 0
     vision = passes["vision_tower"] + (checkpointed if "vision_tower" in recipe["train"] else 0)
     total = (
@@ -478,11 +450,11 @@ def _behind_module_in_tower_tflops(
     """Return what gradients cost in the layers of a frozen vision tower behind a module inside it that trains, and
     their recomputation under checkpointing.
     """
-    specs, trained = _specs(points), set(recipe["train"])
+    specs, trained = specs_of(points), set(recipe["train"])
     inside = any(spec.place == "tower" and spec.learns for spec in specs)
     if not inside or "compressor" not in trained or "vision_tower" in trained:
         return 0.0
-    image = _of_grid(facts, specs, facts.image_grid)
+    image = of_grid(facts, specs, facts.image_grid)
     fewer = list(zip(image.fewer, image.fewer_mlp, strict=True))
     behind = sum(_tower_flops(facts, _one_image(facts), fewer)[image.first_learned :])
     return sample.images * behind * (2 if recipe.get("gradient_checkpointing") else 1) / _TERA
@@ -518,7 +490,7 @@ def _unread_tokens(
     """Return the tokens of the last decoder layer that no label needs, and those that are keys alone there, of each
     measured row with its share; then the visual tokens of the layer after which all leave.
     """
-    specs, depth = _specs(points), facts.num_layers
+    specs, depth = specs_of(points), facts.num_layers
     end = next((spec.layer_index(depth) for spec in specs if spec.keeps_none), 0)
 
     def counts(grids: Iterable[Grid]) -> dict[Grid, tuple[int, int, int]]:
@@ -551,13 +523,13 @@ def unused_tower_tflops_per_sample(facts: ModelFacts, points: Sequence[Mapping[s
     behind = facts.vision_depth - facts.vision_layers
     if behind < 1:
         return 0.0
-    specs, total = _specs(points), 0.0
+    specs, total = specs_of(points), 0.0
     if sample.rows is None:
         images = [(sample.images, _one_image(facts))]
     else:
         images = [(row.share, image) for row in sample.rows.rows for image in row.images]
     for count, image in images:
-        fewer = [_of_grid(facts, specs, grid).fewer_mlp for grid in units_for(specs, image.grids)]
+        fewer = [of_grid(facts, specs, grid).fewer_mlp for grid in units_for(specs, image.grids)]
         less = sum(each[-1] for each in fewer if each)
         total += count * sum(_tower_flops(facts, image, [(less, less)] * behind))
     return total / _TERA
@@ -583,7 +555,7 @@ def _lora_forward_tflops(
     visual = sample.images * image_layer_tokens(facts, points, sample.rows)
     tokens = visual + sample.text_tokens * facts.num_layers
     images: Images = [(1.0, (facts.image_grid,))] if sample.rows is None else sample.rows.units
-    specs = _specs(points)
+    specs = specs_of(points)
     each = (
         share * sum(keys_by_layer(specs, facts.num_layers, grid))
         for share, grids in images
@@ -599,7 +571,7 @@ def image_layer_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], r
     """Return the visual tokens of an image summed over decoder layers; of measured rows the mean over their images."""
     if rows is None:
         return visual_layer_tokens(facts.image_grid, points, facts.num_layers)
-    return _mean_layer_tokens(facts.num_layers, tuple(_specs(points)), rows)
+    return _mean_layer_tokens(facts.num_layers, tuple(specs_of(points)), rows)
 
 
 @lru_cache(maxsize=512)
@@ -682,163 +654,3 @@ def parameter_count(facts: ModelFacts) -> dict[str, int]:
         "projector": facts.projector_stored or facts.projector_weights,
         "language_model": decoder + embeddings,
     }
-
-
-@dataclass(frozen=True)
-class Longest:
-    """The largest of each over a data set's samples: a sample padded into a micro-batch is never larger.
-
-    Attributes:
-        text_tokens: Tokens that are no image's.
-        label_tokens: Tokens that carry the loss.
-        visual_tokens: Tokens of all images before compression.
-        images: Images.
-    """
-
-    text_tokens: int
-    label_tokens: int
-    visual_tokens: int
-    images: int
-
-
-def tokens_in_layers(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longest: Longest) -> list[float]:
-    """Return the visual and text tokens of the longest sample in each decoder layer.
-
-    Where images vary in size a square image of the mean size stands for each; where a method cannot take that, its
-    compression is left out.
-    """
-    visual: list[float] = [longest.visual_tokens] * facts.num_layers
-    if longest.visual_tokens:
-        grid = facts.visual_grid
-        if grid is None:
-            side = max(1, isqrt(longest.visual_tokens // max(1, longest.images)))
-            grid = Grid(side, side)
-        try:
-            units = longest.visual_tokens / grid.tokens
-            held = keys_by_layer(_specs(points), facts.num_layers, grid)  # their hidden states stay, too
-            tokens = visual_tokens_by_layer(grid, points, facts.num_layers)
-            visual = [units * (n + k) for n, k in zip(tokens, held, strict=True)]
-        except ValueError:
-            pass
-    return [tokens + longest.text_tokens for tokens in visual]
-
-
-def activation_bytes(
-    facts: ModelFacts,
-    action: Action,
-    longest: Longest,
-    recipe: Mapping[str, Any],
-    number_bytes: int,
-    attn_implementation: str = "sdpa",
-) -> float:
-    """Return the bytes of one sample of a micro-batch while it goes forward and backward; they grow with its samples.
-
-    Args:
-        facts: The model.
-        action: What the step does: its points and its teacher's; of several passes the largest counts.
-        longest: The sample.
-        recipe: `PhaseSpec` as a mapping.
-        number_bytes: `s`: 4 in float32, else 2.
-        attn_implementation: Only `eager` keeps scores.
-    """
-    if action.students is not None:  # pass after pass, beside the logits of the one they learn from
-        own = replace(action, students=None)
-        passes = [replace(own, points=points) for points in action.students.points]
-        first, *others = (
-            activation_bytes(facts, one, longest, recipe, number_bytes, attn_implementation) for one in (own, *passes)
-        )
-        return max(first, *(each + 2 * _logit_bytes(facts, longest, number_bytes) for each in others))
-    eager, checkpointed = attn_implementation == "eager", bool(recipe["gradient_checkpointing"])
-    trains = "language_model" in recipe["train"] and not recipe.get("lora")
-    size, s = facts.hidden_size, number_bytes
-    tokens = tokens_in_layers(facts, action.points, longest)
-    kept = [_layer_bytes(facts, n, s, eager, trains) + _lora_bytes(facts, n, recipe, s) for n in tokens]
-    logits = _logit_bytes(facts, longest, s)
-    total = sum(n * size * s for n in tokens) + max(kept) if checkpointed else sum(kept)
-    total += max(kept) + logits + 3 * max(tokens) * size * s
-    features = longest.visual_tokens * _tower_share(facts, action.points)
-    # What enters it and its norm; of two maps, what is between them, too.
-    projected = facts.projector_kept or 3 * facts.projector_in + 2 * facts.projector_hidden
-    total += features * s * (projected + size)
-    if action.distill is not None:
-        taught = tokens_in_layers(facts, action.distill.points, longest)
-        total += max(_layer_bytes(facts, n, s, eager, trains=True) for n in taught) + 2 * logits
-    if not longest.images:
-        return total
-    tower = [_tower_layer_bytes(facts, n, longest, s, eager) for n in _tower_tokens(facts, action.points, longest)]
-    kept_from = 0 if "vision_tower" in recipe["train"] else None
-    if kept_from is None and "compressor" in recipe["train"] and facts.priced:
-        kept_from = _of_grid(facts, _specs(action.points), facts.image_grid).first_learned
-    if kept_from is None:
-        return max(total, *tower)
-    total += _tower_tokens(facts, action.points, longest)[0] * _tower_norms_bytes(facts, s)  # around its layers
-    if not checkpointed:
-        return total + sum(tower[kept_from:])
-    inputs = _tower_tokens(facts, action.points, longest)[kept_from:]
-    return total + sum(inputs) * facts.vision_hidden_size * s + max(tower[kept_from:])
-
-
-def to_come_bytes(facts: ModelFacts, recipe: Mapping[str, Any], number_bytes: int, zero: int, world_size: int) -> float:
-    """Return the bytes of one worker's gradients and optimizer states, which an engine makes when it first steps."""
-    counts = parameter_count(facts)
-    if recipe.get("lora"):
-        counts["language_model"] = facts.num_layers * lora_weights_per_layer(facts, recipe["lora"])
-    trained = sum(counts[part] for part in recipe["train"] if part in counts)
-    adam = trained * (8 if number_bytes == 4 else 12)
-    return adam / (world_size if zero >= 1 else 1) + 4 * trained / (world_size if zero >= 2 else 1)
-
-
-def _layer_bytes(facts: ModelFacts, n: float, s: int, eager: bool, trains: bool) -> float:
-    heads = 4 * facts.num_attention_heads * facts.head_dim
-    mlp = ((4 if facts.gated_mlp else 2) - (0 if trains else 1)) * facts.intermediate_size
-    norms = facts.decoder_norms * (facts.hidden_size * (4 + (2 * s if trains else 0)) + 4)
-    if facts.head_norms:
-        number = facts.num_attention_heads + facts.num_key_value_heads
-        norms += number * (facts.head_dim * (4 + (s if trains else 0)) + 4)
-    scores = n * n * facts.num_attention_heads * (4 if s == 4 else 4 + s) if eager else n * n * s
-    return n * (norms + (heads + mlp) * s + 4 * facts.num_attention_heads) + scores
-
-
-def _lora_bytes(facts: ModelFacts, n: float, recipe: Mapping[str, Any], s: int) -> float:
-    lora = recipe.get("lora")
-    if not lora:
-        return 0
-    attention = facts.num_attention_heads * facts.head_dim
-    inputs = {"o_proj": attention, "down_proj": facts.intermediate_size}
-    each = (inputs.get(name, facts.hidden_size) * (s + 1) + lora["r"] * s for name in set(lora["target_modules"]))
-    return n * sum(each)
-
-
-def _logit_bytes(facts: ModelFacts, longest: Longest, s: int) -> float:
-    return longest.label_tokens * facts.vocab_size * (12 if s == 4 else 12 + 2 * s)
-
-
-def _tower_share(facts: ModelFacts, points: Sequence[Mapping[str, Any]]) -> float:
-    """Return the share of an image's tokens that points in the vision tower leave."""
-    inside = [spec for spec in _specs(points) if spec.place == "tower"]
-    if not inside or not facts.priced:
-        return 1
-    return _of_grid(facts, inside, facts.image_grid).features / facts.image_grid.tokens
-
-
-def _tower_tokens(facts: ModelFacts, points: Sequence[Mapping[str, Any]], longest: Longest) -> list[int]:
-    """Return the tokens of the longest sample in each layer of the vision tower."""
-    if not facts.priced:
-        return [facts.patches_per_token * longest.visual_tokens] * facts.vision_layers
-    inside = [point for point in points if str(point["layer"]).startswith("tower:")]
-    units = max(longest.images, longest.visual_tokens / facts.image_grid.tokens)  # a video has several
-    return [round(tokens * units) for tokens in tower_tokens_by_layer(facts, inside)]
-
-
-def _tower_layer_bytes(facts: ModelFacts, n: int, longest: Longest, s: int, eager: bool) -> float:
-    width = facts.vision_hidden_size
-    scores = n * n / longest.images * max(1, width // 64) * (4 if s == 4 else 4 + s) if eager else 0
-    kept = (4 + facts.tower_copies) * width + 4 * facts.vision_intermediate_size
-    return n * (_tower_norms_bytes(facts, s) + kept * s + 4 * max(1, width // 64)) + scores
-
-
-def _tower_norms_bytes(facts: ModelFacts, s: int) -> int:
-    """Return what two norms of the vision tower keep for a patch: what they were given and what they gave, and root
-    mean squares, which gated towers have, what was normed.
-    """
-    return 2 * facts.vision_hidden_size * (2 * s + (4 if facts.gated_tower else 0)) + 16

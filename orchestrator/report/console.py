@@ -178,6 +178,8 @@ def print_plan(document: dict[str, Any], console: Console) -> None:
         console.print("no cells yet: `llavolta search` proposes them", markup=False)
     if document["variants"]:
         console.print(_variants(document["variants"]))
+    if shown := [entry for entry in document["memory"] if _held_gib(entry) >= 1]:
+        console.print(_memory(shown))
     if cells:
         names = _names_by_id(cells)
         cells_of = {run["id"]: run["cells"] for run in document["stage_runs"]}
@@ -263,6 +265,29 @@ def _variants(variants: list[dict[str, Any]]) -> RichTable:
             ", ".join(bound(number(point["kept_tokens"], 0), variant) for point in points),
             bound(number(variant["layer_average_tokens"], 1), variant),
             bound(number(variant["compression_ratio"], 3), variant, "≥"),
+        )
+    return grid
+
+
+def _held_gib(entry: Mapping[str, Any]) -> float:
+    """Return what a worker holds beside buffers, whose size does not hang on the model's."""
+    parts = (entry[f"{name}_gib"] for name in ("weights", "optimizer", "gradients", "activations", "host"))
+    return float(sum(part or 0 for part in parts))
+
+
+def _memory(entries: Sequence[Mapping[str, Any]]) -> RichTable:
+    """Return what a worker of each phase needs."""
+    figures = ("weights", "optimizer", "gradients", "buffers", "activations", "device", "host")
+    grid = plain_table(("GiB of a worker, at most", "DeepSpeed", "workers", "samples", *figures), figures)
+    for entry in entries:
+        samples = entry["per_device_train_batch_size"]
+        under = "" if entry["under"] is None else f" under {entry['under']}"
+        grid.add_row(
+            Text(f"{entry['phase']}, {entry['dtype']}"),
+            Text(entry["deepspeed"]),
+            str(entry["num_workers"]),
+            f"{'auto, 1' if samples is None else samples} x {entry['model_max_length']:,} tokens{under}",
+            *(number(entry[f"{name}_gib"], 1) for name in figures),
         )
     return grid
 

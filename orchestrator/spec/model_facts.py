@@ -22,6 +22,7 @@ from orchestrator.spec.image_units import (
     video_rule,
     video_settings,
 )
+from orchestrator.spec.model import ModelSpec
 
 _KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -717,6 +718,18 @@ def read_config(model_name_or_path: str, revision: str | None = None) -> dict[st
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def compute_type(model: ModelSpec) -> str | None:
+    """Return what a model computes in, without loading it; None where its config does not say so plainly."""
+    if model.dtype != "auto":
+        return model.dtype
+    config = read_config(model.model_name_or_path, model.revision)
+    named = [part.get("dtype", part.get("torch_dtype")) for part in (config or {}).values() if isinstance(part, dict)]
+    whole = None if config is None else config.get("dtype", config.get("torch_dtype"))
+    if config is None or (whole is None and any(named)):
+        return None
+    return whole if whole in ("bfloat16", "float16") else "float32"
 
 
 def attention_dropout(model_name_or_path: str, revision: str | None = None) -> tuple[str, float] | None:

@@ -28,8 +28,8 @@ from orchestrator.models.parts import plain_name
 from orchestrator.models.weight_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.files import storage_error, storage_errors
+from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.training import distributed
-from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.checks.deepspeed import BATCH_KEYS, config_findings
+from orchestrator.spec.deepspeed import given_config, zero_stage
 from orchestrator.spec.phase import PhaseSpec
-from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 
 
 def deepspeed_config(
@@ -32,7 +29,7 @@ def deepspeed_config(
         UsageError: the preset is unknown, the file cannot be read, or a key contradicts the recipe or can
             change what is learned.
     """
-    config = _without_auto(_given(recipe.deepspeed, on_gpu))
+    config = given_config(recipe.deepspeed, on_gpu)
     for finding in config_findings(config, recipe, dtype, world_size):
         raise UsageError(f"deepspeed: {finding.message}; allowed: {finding.allowed}; {finding.hint}")
     for key in ("optimizer", "scheduler", *BATCH_KEYS):
@@ -61,46 +58,3 @@ def deepspeed_config(
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**31)
     return config
-
-
-def zero_stage(config: dict[str, Any]) -> int:
-    """Return the ZeRO stage of a configuration, 0 where it names none."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def _given(deepspeed: str | dict[str, Any], on_gpu: bool) -> dict[str, Any]:
-    if isinstance(deepspeed, dict):
-        return copy.deepcopy(deepspeed)
-    if deepspeed in DEEPSPEED_PRESETS:
-        return _preset(deepspeed, on_gpu)
-    path = Path(deepspeed)
-    if path.suffix != ".json" and not path.exists():
-        raise UsageError(f"deepspeed: {deepspeed!r} is neither a file nor one of {', '.join(DEEPSPEED_PRESETS)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"deepspeed: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"deepspeed: {path} does not hold a mapping")
-    return config
-
-
-def _preset(name: str, on_gpu: bool) -> dict[str, Any]:
-    stage = int(name[4])
-    zero: dict[str, Any] = {"stage": stage}
-    if stage >= 2:
-        zero |= {"overlap_comm": on_gpu, "contiguous_gradients": True}
-    if stage == 3:
-        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
-    if name.endswith("_offload"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-        if stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    return {"zero_optimization": zero}
-
-
-def _without_auto(value: Any) -> Any:
-    """Drop Hugging Face's `auto` values: those keys are filled from the recipe, or keep DeepSpeed's default."""
-    if isinstance(value, dict):
-        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
-    return value

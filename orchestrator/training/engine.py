@@ -25,11 +25,12 @@ from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of,
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.checks.deepspeed import WITHOUT_ZERO3, zero3_problem
 from orchestrator.spec.components import CompressorSpec
+from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import distributed
 from orchestrator.training.batches import accumulation_steps, even_size
-from orchestrator.training.deepspeed_config import deepspeed_config, zero_stage
+from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.dropout import Draws, draw_by_sample
 from orchestrator.training.learned_compressors import LearnedCompressors
 

@@ -20,8 +20,8 @@ from orchestrator.machine import processor_name, resident_peak_bytes
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger.files import log_path, storage_errors
 from orchestrator.plan.step_history import read_metrics
+from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.training import distributed
-from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session
 
 

@@ -2,7 +2,7 @@
 
 Each action (variant and teacher; in a policy each of those it mixes) has a size of its own, so that compressed steps
 take fewer accumulation steps: under ZeRO-3 each of them gathers all weights again. A size is the smallest with its
-number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula (`plan/cost.py`)
+number of accumulation steps, as `deal` cuts a global batch evenly. On the CPU the memory formula (`plan/memory.py`)
 decides; on a GPU it proposes a size, forward and backward of the longest samples are measured, and the result is cached
 by kind of device. A size is part of the fingerprint, never of an identity: the update is the same.
 """
@@ -22,14 +22,13 @@ import torch
 from orchestrator.data.train_data import TrainData
 from orchestrator.errors import DataError, StageRunError, UsageError
 from orchestrator.machine import reset_peak_memory
-from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
 from orchestrator.plan.identity import cache_folder, digest
 from orchestrator.plan.jobs import Action, StageJob, action_digest
 from orchestrator.plan.ledger.files import read_json, write_json
+from orchestrator.plan.memory import Longest, activation_bytes, state_bytes
 from orchestrator.spec.model_facts import ModelFacts, model_facts
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch, accumulation_steps, even_size
-from orchestrator.training.deepspeed_config import zero_stage
 from orchestrator.training.engine import Session, TrainingMemory
 from orchestrator.training.metrics_log import LOGGER, peak_memory_gib
 from orchestrator.training.step import forward_losses
@@ -317,11 +316,12 @@ def _attention(job: StageJob) -> str:
 
 def _allowed_bytes(facts: ModelFacts, job: StageJob, session: Any) -> int:
     """Return the memory in bytes for activations of one worker; the engine's weights are allocated already."""
-    number_bytes, zero = session.compute_dtype.itemsize, zero_stage(session.config)
-    to_come = to_come_bytes(facts, job.recipe, number_bytes, zero, distributed.world_size())
+    states = state_bytes(facts, job.recipe, session.compute_dtype.itemsize, session.config, distributed.world_size())
+    to_come = states.gradients + states.adam
     if distributed.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return max(0, int(free * GPU_SHARE - to_come))
+    to_come += states.host
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     return max(0, min(CPU_CAP_BYTES, int(psutil.virtual_memory().available * CPU_SHARE / beside - to_come)))
 

@@ -11,6 +11,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from orchestrator import registry
+from orchestrator.errors import UsageError
+from orchestrator.spec.deepspeed import given_config
 from orchestrator.spec.model_facts import zero3_refusal
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
@@ -144,20 +146,13 @@ def zero3_findings(phase: PhaseSpec, model_type: str | None, num_workers: int | 
     reason = zero3_refusal(model_type) if model_type else ""
     if not model_type or not reason or (num_workers or 1) < 2:
         return
-    given, config = phase.deepspeed, phase.deepspeed
-    if isinstance(given, str):
-        config = {"zero_optimization": {"stage": 3}} if given.startswith("zero3") else _content(FilePath(given))
-    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    try:
+        zero = given_config(phase.deepspeed, on_gpu=False).get("zero_optimization")
+    except UsageError:
+        return  # reported where its keys are checked
     if isinstance(zero, Mapping) and zero.get("stage") == 3:
         message = zero3_problem(model_type, reason)
         yield Finding(("deepspeed",), message, "zero0, zero1, zero2, zero2_offload", f"use {WITHOUT_ZERO3}")
-
-
-def _content(file: FilePath) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None  # reported where its keys are checked
 
 
 def _unknown(config: Mapping[str, Any], allowed: Mapping[str, Any], path: Path) -> Iterator[Finding]:

@@ -29,8 +29,8 @@ from training_workers import (
 
 from orchestrator.errors import StageRunError, UsageError
 from orchestrator.models.build import WEIGHTS_FILE
-from orchestrator.plan.cost import activation_bytes
 from orchestrator.plan.jobs import Action, StageJob
+from orchestrator.plan.memory import activation_bytes
 from orchestrator.spec.model_facts import model_facts
 from orchestrator.training.batches import accumulation_steps, deal
 

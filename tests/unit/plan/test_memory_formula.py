@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from kept_bytes import kept_bytes
 from repository import ROOT
 from training_workers import HEAVY, recipe_of
 
-from orchestrator.plan.cost import Longest, activation_bytes, to_come_bytes
+from orchestrator.plan.documents import plan_document
+from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import Action, Distillation, StudentPasses
+from orchestrator.plan.memory import Longest, activation_bytes
 from orchestrator.spec.model_facts import model_facts
 
 TINY = ROOT / "experiments/models/tiny-llava"
@@ -90,9 +93,36 @@ def test_formula_grows_with_tokens_and_falls_with_compression(
     assert alone <= sandwich < beside
 
 
-def test_gradients_and_optimizer_by_zero_stage() -> None:
-    recipe = recipe_of(train=("language_model",))
-    zero = [to_come_bytes(FACTS, recipe, 4, stage, 4) for stage in range(4)]
-    # Adam is 8 bytes, a gradient 4: 12, then 8 / 4 + 4, then 12 / 4.
-    assert [bytes_ / zero[0] for bytes_ in zero] == [1, 0.5, 0.25, 0.25]
-    assert to_come_bytes(FACTS, recipe, 2, 3, 4) == zero[3] * 16 / 12
+def test_a_plan_says_what_a_worker_of_seven_billion_weights_needs(tmp_path: Path) -> None:
+    file = tmp_path / "big.yaml"
+    text = f"""
+extends: {ROOT}/experiments/llava15_7b/base.yaml
+name: big
+cluster: {{storage_path: {tmp_path}/runs}}
+matrix: {{phases.finetune.schedule: [full], seed: [0]}}
+"""
+
+    def documents(*overrides: str) -> list[dict[str, Any]]:
+        file.write_text(text)
+        plan = prepare(file, list(overrides))
+        return plan_document(plan.loaded, plan.cells, plan.tree, plan.ledger, 64.0)["memory"]
+
+    pretrain, finetune = documents()
+    gib, workers = 2**30, finetune["num_workers"]
+    assert (finetune["deepspeed"], finetune["dtype"], workers) == ("zero3", "bfloat16", 8)
+    # Vicuna's 32 layers of 202.4e6 and two embeddings, the projector, a tower of 23 or 24 layers, which is frozen.
+    trained = 32 * 202.4e6 + 2 * 32_000 * 4096 + 1024 * 4096 + 4096**2
+    assert finetune["optimizer_gib"] * gib == pytest.approx(12 * trained / 8, rel=1e-3)
+    assert finetune["gradients_gib"] * gib == pytest.approx(4 * trained / 8, rel=1e-3)
+    assert finetune["weights_gib"] * gib == pytest.approx(2 * (trained + 0.303e9) / 8, rel=1e-2)
+    assert pretrain["weights_gib"] == pytest.approx(8 * finetune["weights_gib"])
+    parts = [finetune[f"{part}_gib"] for part in ("weights", "optimizer", "gradients", "buffers", "activations")]
+    assert finetune["device_gib"] == pytest.approx(sum(parts)) and finetune["host_gib"] == 0
+    *_, offloaded = documents("phases.finetune.deepspeed=zero3_offload")
+    assert offloaded["weights_gib"] == offloaded["optimizer_gib"] == offloaded["gradients_gib"] == 0
+    assert offloaded["host_gib"] * gib == pytest.approx((20 * trained + 2 * (trained + 0.303e9)) / 8, rel=1e-2)
+    *_, fewer = documents("cluster.num_workers={min: 4, max: 8}")
+    assert fewer["num_workers"] == 4 and fewer["optimizer_gib"] == pytest.approx(2 * finetune["optimizer_gib"])
+    *_, each = documents("phases.finetune.per_device_train_batch_size=auto")
+    assert each["per_device_train_batch_size"] is None
+    assert each["activations_gib"] == pytest.approx(finetune["activations_gib"] / 16)

@@ -20,8 +20,8 @@ from training_workers import recipe_of
 from orchestrator.compression import attach
 from orchestrator.compression.testing.families import TINY
 from orchestrator.models.parts import set_trainable
-from orchestrator.plan.cost import Longest, activation_bytes
 from orchestrator.plan.jobs import Action
+from orchestrator.plan.memory import Longest, activation_bytes
 from orchestrator.spec.model_facts import FAMILIES, ModelFacts, model_facts
 
 ALL = ("vision_tower", "projector", "language_model")

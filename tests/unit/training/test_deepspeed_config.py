@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from orchestrator.errors import UsageError
+from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.spec.yaml.file_paths import DEEPSPEED_PRESETS
 from orchestrator.training.batches import deal
-from orchestrator.training.deepspeed_config import deepspeed_config, zero_stage
+from orchestrator.training.deepspeed_config import deepspeed_config
 from orchestrator.training.step import rate_factor
 
 
