@@ -16,6 +16,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, collector_paused
 from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
+from orchestrator.plan.memory import memory_documents
 from orchestrator.plan.reasons import Reasons
 from orchestrator.plan.status import CellStatus, TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
@@ -130,9 +131,9 @@ def plan_document(
         text_tokens: Text tokens a sample for the cost figures; None takes the data's measured means.
 
     Returns:
-        `experiment`, `cells`, `stage_runs`, `totals` as in docs/reference/json.md, `variants` and `notices`. Costs
-        are None where the model's facts are not known. A stage run's `of` is the other experiment that a cell starts
-        from and whose stage run it is; None for the cells' own.
+        `experiment`, `cells`, `stage_runs`, `totals` and `memory` as in docs/reference/json.md, `variants` and
+        `notices`. Costs are None where the model's facts are not known. A stage run's `of` is the other experiment that
+        a cell starts from and whose stage run it is; None for the cells' own.
     """
     costs, status = Costs(text_tokens), TreeStatus(tree, ledger)
     reasons = Reasons(status, cells, loaded.spec.name)
@@ -172,6 +173,7 @@ def plan_document(
         "cells": shown,
         "stage_runs": runs,
         "variants": variants,
+        "memory": memory_documents(cells, loaded.spec.cluster, costs.rows),
         "totals": _totals(loaded, cells, status, alone, runs),
         "notices": list(notices),
     }
@@ -183,9 +185,10 @@ def _to_promote(loaded: LoadedExperiment, cells: Sequence[Cell]) -> list[str]:
     if promote is None or any(PROMOTED in cell.axes for cell in cells):
         return []
     seeds = len(promote.seeds or loaded.cells)
+    beside = "" if promote.baseline is None else f" beside {promote.baseline}"
     return [
-        f"search.promote: once the trials have ended, at most {promote.top} of them are run again, "
-        f"{promote.top * seeds} cells ({seeds} a trial), which no budget limits"
+        f"search.promote: once the trials have ended, at most {promote.top} of them are run again{beside}, "
+        f"{(promote.top + bool(beside)) * seeds} cells ({seeds} of each), which no budget limits"
     ]
 
 

@@ -53,7 +53,7 @@ ADDED = "cost/added_train_tflops"
 STOPPED = "stopped"
 """Tag of a trial's cells: the rung where it stopped and its value there; `no` where it passed all of its rungs."""
 PROMOTED = "promoted"
-"""Axis of the cells of a trial that is run again: the trial's name."""
+"""Axis of the cells of a trial that is run again: the trial's name; of what these are compared with, that one's."""
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""
 
@@ -235,7 +235,8 @@ def reference_cells(loaded: LoadedExperiment) -> dict[str, tuple[Cell, ...]]:
 
 
 def promoted_cells(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterator[Cell]:
-    """Yield the cells of promoted trials, one a seed; some may be a trial's own, under another name.
+    """Yield the cells of promoted trials, and then of what they are compared with, one a seed; some may be a trial's
+    own, under another name.
 
     Raises:
         LlavoltaError: what `search.promote` sets cannot stand in its place.
@@ -243,15 +244,17 @@ def promoted_cells(loaded: LoadedExperiment, trials: Sequence[Trial]) -> Iterato
     search = loaded.spec.search
     if search is None or search.promote is None:
         return
-    for trial in trials:
-        if trial.promoted:
-            name, values = f"{PROMOTED}-{trial.number:03d}", {**trial.values, **search.promote.set}
-            resolved = tuple(
-                replace(cell, axes={**cell.axes, PROMOTED: trial_name(trial.number)})
-                for cell in trial_cells(loaded, name, values, search.promote.seeds)
-            )
-            for cell in expand_cells(replace(loaded, cells=resolved)):
-                yield planned_up_to(cell, None, ())
+    again = [(f"{trial.number:03d}", trial_name(trial.number), trial.values) for trial in trials if trial.promoted]
+    if again and (baseline := search.promote.baseline) is not None:
+        again.append((baseline, baseline, {reference_path(loaded.spec): baseline}))
+    for name, axis, values in again:
+        recipe = {**values, **{path: value for path, value in search.promote.set.items() if path not in values}}
+        resolved = tuple(
+            replace(cell, axes={**cell.axes, PROMOTED: axis})
+            for cell in trial_cells(loaded, f"{PROMOTED}-{name}", recipe, search.promote.seeds)
+        )
+        for cell in expand_cells(replace(loaded, cells=resolved)):
+            yield planned_up_to(cell, None, ())
 
 
 def best_trials(trials: Sequence[Trial], search: SearchSpec, top: int) -> list[Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan
+from orchestrator.plan.trials import PROMOTED
 from orchestrator.redaction import redacted
 from orchestrator.report.documents import finite
 from orchestrator.report.front import PALETTE, front_of_rows, palette_key
@@ -33,6 +35,7 @@ from orchestrator.report.units import (
     operations,
 )
 from orchestrator.spec.loaded import resolved_yaml
+from orchestrator.spec.search_space import trial_name
 
 COST = "cost/train_tflops"
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -69,7 +72,7 @@ def report_document(plans: Sequence[ExperimentPlan], *, answers: int = ANSWERS) 
     return {
         "title": ", ".join(plan.loaded.spec.name for plan in plans),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "in_short": [*_in_short(table, scores), *map(_price, planned)],
+        "in_short": [*_in_short(table, scores), *map(_price, planned), *_searched(plans)],
         "experiments": [_experiment(*each) for each in zip(plans, planned, records, strict=True)],
         "table": {
             **table.document(),
@@ -135,9 +138,12 @@ def _in_short(table: Table, scores: Sequence[str]) -> Iterator[str]:
         return min(among, key=lambda row: (sign * row.values[score], row.values[COST]))
 
     if len(bases) != 1:
-        yield f"Best {header(score)}: {told(best(rows))}."
+        promoted = [row for row in rows if PROMOTED in row.marks]
+        chosen = " among the trials that were run again" if promoted else ""
+        yield f"Best {header(score)}{chosen}: {told(best(promoted or rows))}."
         return
     (base,) = bases
+    rows = [row for row in rows if row is base or row.against]
     tests = dict(zip((row.name for row in table.rows), table.tests(), strict=True))
     yield f"Baseline, {header(score)}: {told(base)} of training."
     named: dict[str, list[str]] = {}
@@ -188,8 +194,25 @@ def _price(planned: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
+def _searched(plans: Sequence[ExperimentPlan]) -> Iterator[str]:
+    """Yield of each search how its trials ended, what they added to what was stored, and which are on its front."""
+    for plan in plans:
+        if plan.loaded.spec.search is None or not plan.trials:
+            continue
+        states = Counter(trial.state for trial in plan.trials)
+        text = f"{plan.loaded.spec.name}: {counted_noun(len(plan.trials), 'trial')}"
+        others = ", ".join(f"{number} {state}" for state, number in states.items() if state != "finished")
+        added = [trial.added_train_tflops for trial in plan.trials]
+        known = [each for each in added if each is not None]
+        text += f" ({others})" if others else ""
+        text += f" added {operations(sum(known))} of training" if len(known) == len(added) else ""
+        front = [trial_name(trial.number) for trial in plan.trials if plan.front.issuperset(trial.cells or ("",))]
+        yield f"{text}; on the front: {', '.join(front) or 'none yet'}."
+
+
 def _experiment(plan: ExperimentPlan, planned: Mapping[str, Any], records: Mapping[str, CellRecord]) -> dict[str, Any]:
     spec, settings = plan.loaded.spec, [text for each in plan.loaded.overrides for text in ("--set", each)]
+    verb = "run" if spec.search is None else "search"
     tags: dict[str, dict[str, None]] = {}
     for record in records.values():
         for name, value in record.tags.items():
@@ -198,7 +221,7 @@ def _experiment(plan: ExperimentPlan, planned: Mapping[str, Any], records: Mappi
     return {
         "name": spec.name,
         "description": spec.description or "",
-        "command": redacted(shlex.join(["llavolta", "run", str(plan.loaded.path), *settings])),
+        "command": redacted(shlex.join(["llavolta", verb, str(plan.loaded.path), *settings])),
         "environment": {name: [value for value in values if value] for name, values in tags.items()},
         "yaml": redacted(resolved_yaml(plan.loaded, with_sources=False)),
         "plan": planned,

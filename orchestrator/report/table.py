@@ -29,7 +29,7 @@ from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval
 from orchestrator.report.sweeps import LEVEL, Sweep, sweeps_of, texts
-from orchestrator.report.units import Operations, difference_text, legend, lower_is_better, metric_text
+from orchestrator.report.units import Operations, difference_text, legend, listed, lower_is_better, metric_text
 from orchestrator.spec.grid import short_axes
 from orchestrator.spec.infrastructure import ReportSpec
 from orchestrator.spec.yaml.node import as_yaml
@@ -303,7 +303,10 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         headlines |= {test: entry.shown for cell in plan.cells for test, entry in cell.spec.evaluate.items()}
         drawn = () if search is None else tuple(search.space)
         mean_over = report.mean_over if search is None else (*report.mean_over, "seed")
-        rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, report.baseline, drawn)
+        baseline = report.baseline
+        if search is not None and search.promote is not None and search.promote.baseline is not None:
+            baseline = {PROMOTED: search.promote.baseline}
+        rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, baseline, drawn)
         rows = [replace(row, origin=origin) for row in rows]
         ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
         scores = Scores(plan.ledger)
@@ -399,8 +402,10 @@ def _rows(
     if not baseline:
         return rows, []
     bases = [row for row in rows if "baseline" in row.marks]
-    found = [(row, None if row in bases else _base_of(row, bases, baseline)) for row in rows]
-    without = [row.name for row, base in found if base is None and row not in bases]
+    # A trial of a search is compared with no baseline of its promoted ones.
+    alike = [row for row in rows if PROMOTED not in baseline or PROMOTED in row.axes]
+    found = [(row, _base_of(row, bases, baseline) if row in alike and row not in bases else None) for row in rows]
+    without = [row.name for row, base in found if base is None and row in alike and row not in bases]
     named = ", ".join(row.name for row in bases) or "no row"
     why = f"the baseline is {named}{', which differ in other axes' if bases else ''}"
     remarks = [f"no difference from the baseline in {', '.join(without)}: {why}"] if without else []
@@ -584,7 +589,7 @@ def _unequal(records: Sequence[CellRecord]) -> list[str]:
                     seen.setdefault(tag, {}).setdefault(value, []).append(record.cell_name)
     return [
         f"unequal comparison: {tag.removeprefix('fingerprint.')} differs ("
-        + "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
+        + "; ".join(f"{value}: {listed(names)}" for value, names in values.items())
         + ")"
         for tag, values in seen.items()
         if len(values) > 1
@@ -616,11 +621,11 @@ def _unequal_evaluations(records: Sequence[CellRecord]) -> list[str]:
             for value, names in values.items() if len(values) > 1 else ():
                 unlike.setdefault(value, {}).update(dict.fromkeys(names))
         if unlike:
-            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in unlike.items())
+            shown = "; ".join(f"{value}: {listed(names)}" for value, names in unlike.items())
             sentences.append(f"unequal comparison: {part} of evaluate.{evaluation} differs ({shown})")
     known = {evaluation for evaluation, _ in seen}
     sentences += [
-        f"unequal comparison: how evaluate.{evaluation} was done is not recorded of {', '.join(names)}, tested by an "
+        f"unequal comparison: how evaluate.{evaluation} was done is not recorded of {listed(names)}, tested by an "
         "older version"
         for evaluation, names in without.items()
         if evaluation in known
@@ -635,7 +640,7 @@ def _notices(records: Sequence[CellRecord]) -> list[str]:
         for evaluation, notices in record.evaluation_notices.items():
             for notice in notices:
                 found.setdefault(f"evaluate.{evaluation}: {notice}", {})[record.cell_name] = None
-    return [f"{text} ({', '.join(names)})" for text, names in found.items()]
+    return [f"{text} ({listed(names)})" for text, names in found.items()]
 
 
 def _split(column: str) -> tuple[str, str, str]:

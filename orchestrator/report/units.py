@@ -79,6 +79,14 @@ def counted_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Return names in one line; of more than `most` the first ones, and how many others there are."""
+    found = list(names)
+    if len(found) <= most:
+        return ", ".join(found)
+    return f"{', '.join(found[: most // 2])} and {len(found) - most // 2:,} others"
+
+
 def legend(names: Iterable[str]) -> str | None:
     """Return one line that says what short heads of a table mean; None where there are none to explain."""
     return "; ".join(f"{name}: {LEGEND[name]}" for name in names if name in LEGEND) or None

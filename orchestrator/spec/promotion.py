@@ -14,7 +14,7 @@ _PATH = ("search", "promote")
 
 
 def check_promote(root: Node) -> Iterator[ErrorDetail]:
-    """Check that something changes, that seeds are different ones, and that what is set is neither drawn nor a seed."""
+    """Check that something changes, that seeds differ, that there is one baseline, that nothing drawn is set."""
     node = root.at(_PATH)
     if node is None or not node.is_mapping:
         return
@@ -25,6 +25,9 @@ def check_promote(root: Node) -> Iterator[ErrorDetail]:
     given = seeds.plain() if seeds is not None and seeds.is_list else []
     if len({repr(seed) for seed in given}) < len(given):
         yield error_at(root, (*_PATH, "seeds"), "a seed stands there twice; it would count as one", "different numbers")
+    if node.get("baseline") is not None and root.at(("report", "baseline")) is not None:
+        message = "promoted trials have a baseline of their own"
+        yield error_at(root, ("report", "baseline"), message, hint="take it or search.promote.baseline out")
     drawn = {name: path for name in root.entries("search", "space") if (path := _found(root, name)) is not None}
     for name in changes:
         where, errors = (*_PATH, "set", name), list[ErrorDetail]()

@@ -77,6 +77,9 @@ class PromoteSpec(Spec):
     """Seeds of each; null takes those of the trials. A cell that a trial was is not trained again."""
     set: dict[str, JsonValue] = Field(default_factory=dict, examples=[{"phases.finetune.max_steps": 400}])
     """Dotted paths of the file to what they are there; none that is searched."""
+    baseline: str | None = Field(default=None, examples=["full"])
+    """Schedule or variant that is run likewise, in the last phase of the file as it stands: what the best trials are
+    compared with. null runs none; `report.baseline` has no place beside it."""
 
 
 class SpaceEntrySpec(Spec):

@@ -491,36 +491,44 @@ def space_corners(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -
             values = draw(_Corner(pick, end, given), spec.search, layer_tokens)
             corner = tuple(_setting(root, path, value) for path, value in values.items())
             corners[tuple(setting.key for setting in corner)] = corner
-    return [*corners.values(), *_promoted(root, spec, list(corners.values())), *_references(root, spec, errors)]
+    return [*corners.values(), *_promoted(root, list(corners.values())), *_references(root, spec, errors)]
 
 
-def _promoted(root: Node, spec: ExperimentSpec, corners: Sequence[Assignment]) -> list[Assignment]:
+def _promoted(root: Node, corners: Sequence[Assignment]) -> list[Assignment]:
     """Return the corners as they would be run again, to be checked like others."""
-    assert spec.search is not None
-    found = root.entries("search", "promote", "set")
-    changes = tuple(
-        Setting(find_path(root, name), node, ("search", "promote", "set", name)) for name, node in found.items()
-    )
+    changes = _changes(root)
     return [(*corner, *changes) for corner in corners] if changes else []
 
 
+def _changes(root: Node) -> Assignment:
+    found = root.entries("search", "promote", "set")
+    return tuple(
+        Setting(find_path(root, name), node, ("search", "promote", "set", name)) for name, node in found.items()
+    )
+
+
 def _references(root: Node, spec: ExperimentSpec, errors: list[ErrorDetail]) -> Iterator[Assignment]:
-    """Return the cells that constraints compare with, to be checked like others."""
-    assert spec.search is not None
-    phases = spec.phases.by_name
+    """Return the cells that constraints and promoted trials are compared with, to be checked like others."""
+    search = spec.search
+    assert search is not None
     known = [*spec.schedules, *spec.compressors, FULL]
-    for metric, constraint in spec.search.constraints.items():
-        where = ("search", "constraints", metric)
-        if constraint.reference is None:
+    wanted: list[tuple[tuple[str, ...], str | None, Assignment]] = [
+        (("search", "constraints", metric), constraint.reference, ())
+        for metric, constraint in search.constraints.items()
+    ]
+    if search.promote is not None:
+        wanted.append((("search", "promote", "baseline"), search.promote.baseline, _changes(root)))
+    for where, reference, changes in wanted:
+        if reference is None:
             continue
-        if constraint.reference not in known:
-            message = f"there is no schedule and no variant `{constraint.reference}` to compare with"
-            errors.append(error_at(root, where, message, *unknown_name(constraint.reference, known)))
-        elif not phases:
+        if reference not in known:
+            message = f"there is no schedule and no variant `{reference}` to compare with"
+            errors.append(error_at(root, where, message, *unknown_name(reference, known)))
+        elif not spec.phases.by_name:
             errors.append(error_at(root, where, "nothing is trained, so there is no schedule to compare with"))
         else:
             path = find_path(root, reference_path(spec))
-            yield (Setting(path, node_of(constraint.reference, locate(root, where)[0]), where),)
+            yield (*changes, Setting(path, node_of(reference, locate(root, where)[0]), where))
 
 
 def _conditions(search: SearchSpec) -> list[dict[str, Any]]:

@@ -15,13 +15,16 @@ from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.trials import ADDED, Trial, best_trials, search_id
+from orchestrator.report.experiment_report import report_document
 from orchestrator.report.table import table_of
+from orchestrator.report.units import operations
 from orchestrator.search.budget import Budget
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search import SearchSpec
 
 ACCURACY, COST = "eval/vqa/accuracy", "cost/train_tflops"
 PROMOTE = "  promote: {top: 2, seeds: [0, 1, 2]}\n"
+COMPARED = "  promote: {top: 2, seeds: [0, 1, 2], baseline: full}\n"
 
 
 @pytest.fixture
@@ -125,8 +128,53 @@ def test_plan_says_how_many_cells_it_will_be_until_they_are_there(ended):
         return [text for text in document["notices"] if text.startswith("search.promote")]
 
     (told,) = notices(ended.walk())
-    assert "at most 2 of them are run again, 6 cells (3 a trial)" in told
+    assert "at most 2 of them are run again, 6 cells (3 of each)" in told
     assert notices(promoted(ended, 1)) == []
+    ended.file.write_text(ended.file.read_text().replace(PROMOTE, COMPARED))
+    (told,) = notices(ended.walk())
+    assert "at most 2 of them are run again beside full, 9 cells (3 of each)" in told
+
+
+def test_promoted_trials_are_compared_with_a_baseline_of_their_own(ended):
+    ended.file.write_text(ended.file.read_text().replace(PROMOTE, COMPARED))
+    assert not [cell for cell in promoted(ended).cells if "promoted" in cell.axes], "nothing to compare with yet"
+    walk = promoted(ended, 1, 3)
+    base = walk.cells[-3:]
+    assert [cell.name for cell in base] == [f"promoted-full,seed={seed}" for seed in (0, 1, 2)]
+    assert {cell.spec.phases.finetune.schedule for cell in base} == {"full"}
+    assert walk.front == ended.walk().front
+    for job in walk.tree.work(walk.ledger):
+        if isinstance(job, EvaluationJob):
+            walk.ledger.write_evaluation(job.id, {"metrics": {"accuracy": by_state(job)}, "seconds": 1.0})
+        else:
+            finish(walk.ledger, job)
+    table = table_of([walk])
+    rows = {row.name: row for row in table.rows}
+    assert [name for name, row in rows.items() if "baseline" in row.marks] == ["promoted-full"]
+    assert {name for name, row in rows.items() if row.against} == {"promoted-001", "promoted-003"}
+    assert not any("no difference from the baseline" in text for text in table.warnings)
+    one, full = rows["promoted-001"], rows["promoted-full"]
+    assert one.against[ACCURACY] == pytest.approx(one.values[ACCURACY] - full.values[ACCURACY])
+    document = report_document([walk])
+    first, best, *_, searched = document["in_short"]
+    assert first.startswith("Baseline, vqa accuracy (final): promoted-full has") and "Best" in best + searched
+    assert not any(text.startswith("Best") and "trial-" in text for text in document["in_short"])
+    added = sum(trial.added_train_tflops for trial in walk.trials)
+    front = ", ".join(f"trial-{trial.number:03d}" for trial in walk.trials if walk.front.issuperset(trial.cells))
+    assert (
+        searched == f"{walk.loaded.spec.name}: 4 trials added {operations(added)} of training; on the front: {front}."
+    )
+    (told,) = document["experiments"]
+    assert told["command"].startswith("llavolta search ")
+
+
+def test_what_is_set_is_set_for_the_baseline_too(ended):
+    compared = "  promote: {top: 1, set: {phases.finetune.max_steps: 16}, baseline: heavy}\n"
+    ended.file.write_text(ended.file.read_text().replace(PROMOTE, compared))
+    trial, base = promoted(ended, 2).cells[-2:]
+    assert (trial.name, base.name) == ("promoted-002", "promoted-heavy")
+    assert [plan.total_steps for plan in (*trial.phases, *base.phases)] == [16, 16]
+    assert base.axes == {"phases.finetune.schedule": "heavy", "phases.finetune.max_steps": 16, "promoted": "heavy"}
 
 
 WRONG = [
@@ -139,6 +187,9 @@ WRONG = [
     ("{set: {phases.finetune.max_step: 2}}", "search.promote.set.phases.finetune.max_step", "did you mean max_steps"),
     ("{set: {phases.finetune.max_steps: -2}}", "phases.finetune.max_steps", "at least 1"),
     ("{set: {phases.finetune.schedule: full}}", "search.promote.set.phases.finetune.schedule", "is searched"),
+    ("{top: 2, baseline: full}", "search.promote", "run again as they were"),
+    ("{seeds: [1], baseline: ful}", "search.promote.baseline", "did you mean full"),
+    ("{seeds: [1], baseline: full}\nreport: {baseline: {seed: 0}}", "report.baseline", "a baseline of their own"),
     ("{set: {phases.finetune: {}}}", "search.promote.set.phases.finetune", "`phases.finetune.schedule` is searched"),
 ]
 
