@@ -7,10 +7,11 @@ const SYMBOLS = ["circle", "square", "triangle-up", "cross", "star", "hexagon"];
 const element = (id) => document.getElementById(id);
 
 function palette(keys) {
-  const distinct = [...new Set(keys)];
-  return Object.fromEntries(distinct.map((key, n) => [key, {
+  const distinct = [...new Set(keys)].filter((key) => key !== report.others.name);
+  const found = Object.fromEntries(distinct.map((key, n) => [key, {
     colour: PALETTE[n % PALETTE.length], symbol: SYMBOLS[Math.floor(n / PALETTE.length) % SYMBOLS.length],
   }]));
+  return { [report.others.name]: { colour: report.others.colour, symbol: "circle" }, ...found };
 }
 const looks = palette(report.rows.map((row) => row.colour));
 
@@ -55,13 +56,16 @@ function scatter() {
       mode: "markers", marker: { color: look.colour, opacity: 0.35, size: 6, symbol: look.symbol }, legendgroup: key,
       showlegend: false, hovertemplate: "%{text}<br>%{y:.4~g} at %{x:.4~g}<extra></extra>",
     });
+    const isOther = key === report.others.name;
+    const error = { type: "data", array: own.map((row) => row.ci95[score] ?? 0), color: look.colour, thickness: 1.5 };
     traces.push({
       x: own.map((row) => row.values[cost]), y: own.map((row) => row.values[score]), name: key, legendgroup: key,
       text: own.map((row) => `${row.name}<br>${row.marks.join(", ")}`), mode: "markers",
-      error_y: { type: "data", array: own.map((row) => row.ci95[score] ?? 0), color: look.colour, thickness: 1.5 },
+      ...(isOther ? { opacity: 0.6 } : { error_y: error }),
       marker: {
-        color: look.colour, size: own.map((row) => row.marks.includes("baseline") ? 14 : 11), line: { width: 0 },
-        symbol: own.map((row) => row.marks.includes("baseline") ? "diamond" : look.symbol),
+        color: look.colour, line: { width: 0 },
+        size: own.map((row) => isOther ? 7 : row.marks.includes("baseline") ? 14 : 11),
+        symbol: own.map((row) => row.marks.includes("baseline") ? "diamond" : look.symbol + (row.is_trial && !isOther ? "-open" : "")),
       },
       hovertemplate: "%{text}<br>%{y:.4~g} at %{x:.4~g}<extra></extra>",
     });
@@ -95,7 +99,7 @@ function schedules() {
     name: one.rows.slice(0, 3).join(", ") + (one.rows.length > 3 ? ` and ${one.rows.length - 3} more` : ""),
     line: { shape: "hv", color: looks[one.colour].colour, width: dense(one) ? 0.5 : 2.5 }, opacity: dense(one) ? 0.35 : 1,
   })), {
-    height: 360, xaxis: { title: { text: "optimizer step" } },
+    height: 360, legend: { orientation: "h", y: -0.35 }, xaxis: { title: { text: "optimizer step" } },
     yaxis: { title: { text: "visual tokens a layer" }, rangemode: "tozero" },
   });
 }

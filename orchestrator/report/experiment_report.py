@@ -21,7 +21,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.trials import PROMOTED
 from orchestrator.redaction import redacted
 from orchestrator.report.documents import finite
-from orchestrator.report.front import PALETTE, front_of_rows, palette_key
+from orchestrator.report.front import GREY, OTHER_TRIALS, PALETTE, front_of_rows, palette_key
 from orchestrator.report.pages import card, predictions_document
 from orchestrator.report.sweeps import LEVEL
 from orchestrator.report.table import BOUND, Row, Table, header, table_of, text_cells
@@ -111,7 +111,7 @@ def _row(row: Row) -> dict[str, Any]:
     cells = [{"name": name, "values": values} for name, values in zip(row.cells, row.summaries, strict=True)]
     return {
         "name": row.name, "colour": palette_key(row), "status": row.status, "marks": row.marks, "values": row.values,
-        "ci95": row.ci95, "cells": cells,
+        "is_trial": row.is_trial, "ci95": row.ci95, "cells": cells,
     }  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def report_page(document: Mapping[str, Any]) -> str:
     folder = resources.files("orchestrator.report")
     script, style = ((folder / f"experiment_report.{kind}").read_text("utf-8") for kind in ("js", "css"))
     shown = {name: value for name, value in document.items() if name not in ("answers", "experiments")}
-    shown["palette"] = PALETTE
+    shown["palette"], shown["others"] = PALETTE, {"name": OTHER_TRIALS, "colour": GREY}
     shown["experiments"] = [{"name": one["name"], "plan": one["plan"]} for one in document["experiments"]]
     data = json.dumps(finite(shown), default=str, allow_nan=False).replace("</", "<\\/")
     return _PAGE.format(
@@ -349,7 +349,8 @@ _PAGE = """<!doctype html>
 <p class="controls"><label>Score <select id="score"></select></label>
 <label>Cost <select id="cost"></select></label></p>
 <p class="muted">Large points are rows of the table with 95% intervals, faint ones their cells. The line joins rows
-whose intervals do not overlap with those of a cheaper one: between others no front is drawn.</p>
+whose intervals do not overlap with those of a cheaper one: between others no front is drawn. Hollow points are trials
+on the front of a search, grey ones its other trials.</p>
 <div id="scatter" class="chart"></div></section>
 <section><h2>Schedules</h2><p class="muted">Visual tokens of a sample, mean over the decoder's layers, as they ran.</p>
 <div id="schedules" class="chart"></div></section>

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.io_retry import retry_io
-from orchestrator.report.front import PALETTE, front_of_rows, palette_key
+from orchestrator.report.front import OTHER_TRIALS, front_of_rows, palette, palette_key
 from orchestrator.report.sweeps import Sweep, Swept
 from orchestrator.report.table import BOUND, Table, header
 from orchestrator.report.units import Operations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_PANELS = 24
+_CHARACTERS = 14
+"""Of a legend, an inch."""
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -58,7 +60,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     """Draw accuracy over training cost, one panel an evaluation setting, as PNG; the report's figure on paper.
 
     One colour a schedule, rows with their intervals, their cells faint, the baseline a line across; a front only
-    through rows that differ (`front_of_rows`).
+    through rows that differ (`front_of_rows`). Of a search's trials those on its front are hollow, the others grey.
 
     Args:
         table: Its rows are drawn.
@@ -75,7 +77,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     if not rows:
         return False
     unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
-    keys = list(dict.fromkeys(map(palette_key, rows)))
+    colours = palette(map(palette_key, rows))
     figure = _figure(5.2 * len(scores), 4.2)
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=len(metrics) == 1)
     named: dict[str, Any] = {}
@@ -87,7 +89,10 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
             zorder=1,
         )  # fmt: skip
         for row in shown:
-            colour, x, y = PALETTE[keys.index(palette_key(row)) % len(PALETTE)], row.values[cost], row.values[score]
+            colour, x, y = colours[palette_key(row)], row.values[cost], row.values[score]
+            if palette_key(row) == OTHER_TRIALS:
+                named.setdefault(OTHER_TRIALS, panel.scatter(x / unit.scale, y, color=colour, s=16, alpha=0.6))
+                continue
             own = row.summaries if len(row.cells) > 1 else ()
             both = [(cell[cost] / unit.scale, cell[score]) for cell in own if {cost, score} <= cell.keys()]
             panel.scatter([x for x, _ in both], [y for _, y in both], color=colour, alpha=0.35, s=14, linewidths=0)
@@ -96,8 +101,9 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
                 panel.axhline(y, color="0.6", linewidth=1, linestyle="--", zorder=0)
             marker = "<" if BOUND in row.marks else "D" if is_base else "o"
             drawn = panel.errorbar(
-                x / unit.scale, y, yerr=row.ci95.get(score), capsize=3, color=colour, fmt=marker, markersize=7
-            )
+                x / unit.scale, y, yerr=row.ci95.get(score), capsize=3, color=colour, fmt=marker, markersize=7,
+                fillstyle="none" if row.is_trial else "full",
+            )  # fmt: skip
             name = f"{palette_key(row)} ({BOUND})" if BOUND in row.marks else palette_key(row)
             named.setdefault(name, drawn)
         panel.set_title(header(score), fontsize=10)
@@ -109,7 +115,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
         list(named.values()),
         list(named),
         loc="outside lower center",
-        ncols=min(3, len(named)),
+        ncols=max(1, min(3, len(named), int(5.2 * len(scores) * _CHARACTERS) // (max(map(len, named)) + 6))),
         fontsize=8,
         frameon=False,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from orchestrator.plan.trials import PROMOTED
 from orchestrator.report.table import BOUND, BY_FORMULA, Row
 from orchestrator.report.units import lower_is_better
 
@@ -40,18 +41,39 @@ def differing_front(points: Sequence[tuple[float, float, float | None] | None], 
 
 
 def front_of_rows(rows: Sequence[Row], score: str, cost: str) -> list[int]:
-    """Return the numbers of the rows on the differing front of a score by a cost; a bound is no point of it."""
+    """Return the numbers of the rows on the differing front of a score by a cost.
+
+    A bound is no point of it, nor is a trial that was run again, with other seeds or data than the trials.
+    """
     points = [
         (row.values[cost], row.values[score], row.ci95.get(score))
-        if {score, cost} <= row.values.keys() and not (BOUND in row.marks and cost in BY_FORMULA)
+        if {score, cost} <= row.values.keys()
+        and PROMOTED not in row.marks
+        and not (BOUND in row.marks and cost in BY_FORMULA)
         else None
         for row in rows
     ]
     return differing_front(points, lower_is_better(score))
 
 
+OTHER_TRIALS = "other trials"
+GREY = "#999999"
+"""What trials have in common that are not on their search's front, and their colour."""
+
+
+def palette(keys: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each key."""
+    distinct = [key for key in dict.fromkeys(keys) if key != OTHER_TRIALS]
+    return {OTHER_TRIALS: GREY, **{key: PALETTE[number % len(PALETTE)] for number, key in enumerate(distinct)}}
+
+
 def palette_key(row: Row) -> str:
-    """Return what rows of one colour share: the schedule, or where no axis is one the row itself."""
+    """Return what rows of one colour share: the schedule, or where no axis is one the row itself.
+
+    Trials of a search that are not on its front share one.
+    """
+    if row.is_trial and "pareto" not in row.marks:
+        return OTHER_TRIALS
     schedules = [str(value) for axis, value in row.axes.items() if axis.rpartition(".")[2] == "schedule"]
     control = [str(row.axes["control"])] if row.axes.get("control") else []
     return ", ".join([*schedules, *control]) or row.name

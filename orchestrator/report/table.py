@@ -53,6 +53,7 @@ class Row:
         tests: Metric name to the paired test of that difference, where both kept the score of every question.
         recorded: Metrics that someone else measured, and the source of each.
         origin: Which of the table's experiments it is of, counted from 0.
+        is_trial: Whether it is a trial of a search, as it was searched.
         summaries: Metrics of each of its cells.
     """
 
@@ -69,6 +70,7 @@ class Row:
     tests: dict[str, Comparison] = field(default_factory=dict)
     recorded: dict[str, str] = field(default_factory=dict)
     origin: int = field(default=0, compare=False)
+    is_trial: bool = field(default=False, compare=False)
     summaries: tuple[Mapping[str, float], ...] = field(default=(), compare=False, repr=False)
 
 
@@ -307,7 +309,8 @@ def table_of(plans: Sequence[ExperimentPlan], *, all_metrics: bool = False) -> T
         if search is not None and search.promote is not None and search.promote.baseline is not None:
             baseline = {PROMOTED: search.promote.baseline}
         rows, notes = _rows(own, {cell.name: cell.axes for cell in plan.cells}, mean_over, baseline, drawn)
-        rows = [replace(row, origin=origin) for row in rows]
+        is_search = search is not None
+        rows = [replace(row, origin=origin, is_trial=is_search and PROMOTED not in row.axes) for row in rows]
         ids = {record.cell_name: (record.cell_id, record.tested) for record in own}
         scores = Scores(plan.ledger)
         notes += [f"{name}: {note}" for note in (*_judged(rows, plan, mean_over, scores), *scores.notes)]
