@@ -89,7 +89,8 @@ class Longest:
 def memory_documents(
     cells: Sequence[Cell], cluster: ClusterSpec, rows_of: Callable[[Cell], MeasuredRows | None] = lambda cell: None
 ) -> list[dict[str, Any]]:
-    """Return what a worker of each distinct phase needs, by the formulas: `memory` of `plan --json`.
+    """Return what a worker of each distinct phase needs, by the formulas: `memory` of `plan --json`; of phases that
+    differ in their schedules alone the one that needs most.
 
     Samples count as long as `model_max_length` allows, of one image and with a label on every other token; of a
     micro-batch that `auto` chooses one counts. Models of unknown sizes or compute type are left out.
@@ -99,7 +100,7 @@ def memory_documents(
         cluster: Says how many workers there are, at least.
         rows_of: Measured rows of a cell's data, where images vary in size.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     seen: set[tuple[Any, ...]] = set()  # cells often hold the very same phases
     for cell in cells:
         dtype = compute_type(cell.spec.model) if cell.facts is not None else None
@@ -109,8 +110,14 @@ def memory_documents(
             if key not in seen:
                 seen.add(key)
                 entry = _memory_of(cell, phase, dtype, cluster, rows_of)
-                found.setdefault(repr(entry), entry)
+                alike = tuple(value for name, value in entry.items() if name not in _OF_SCHEDULES)
+                known = found.setdefault(alike, entry)
+                if (entry["activations_gib"] or 0) > (known["activations_gib"] or 0):
+                    found[alike] = entry
     return list(found.values())
+
+
+_OF_SCHEDULES = ("activations_gib", "under", "device_gib")
 
 
 def _memory_of(
