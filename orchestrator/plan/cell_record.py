@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from orchestrator.plan.cell_costs import Costs
-from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.cell import PROMOTED, Cell
 from orchestrator.plan.cells.identity_fields import data_digest
 from orchestrator.plan.identity import canonical_json, digest
 from orchestrator.plan.jobs import Action, EvaluationJob, place_of
@@ -262,8 +262,11 @@ def _params(cell: Cell) -> dict[str, str]:
         }
         if recipe.lora is not None:
             params[f"{plan.name}.lora_r"] = str(recipe.lora.r)
-    # An axis that sets what stands there already is there under that name: each value once.
-    return {**params, **{axis: text for axis, text in _axes(cell).items() if params.get(_recipe_name(axis)) != text}}
+    # An axis that sets what stands there already is there under that name: each value once. What trials are compared
+    # with has it where they have it.
+    is_compared = PROMOTED in cell.axes
+    axes = {a: text for a, text in _axes(cell).items() if is_compared or params.get(_recipe_name(a)) != text}
+    return {**params, **axes}
 
 
 def _axes(cell: Cell) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.cell_costs import Costs
-from orchestrator.plan.cells.cell import Cell, PhasePlan, distinct_cells, tested_differently
+from orchestrator.plan.cells.cell import PROMOTED, Cell, PhasePlan, distinct_cells, tested_differently
 from orchestrator.plan.cells.identity_fields import resolve_points
 from orchestrator.plan.cells.start_from import start_text
 from orchestrator.plan.cost import MeasuredRows, compression_ratio, kv_cache_bytes, parameter_count
@@ -21,7 +21,6 @@ from orchestrator.plan.reasons import Reasons
 from orchestrator.plan.status import CellStatus, TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
 from orchestrator.plan.tree import StageTree
-from orchestrator.plan.trials import PROMOTED
 from orchestrator.spec.budgets import mean_layer_average, tokens_by_layer
 from orchestrator.spec.components import CompressorSpec, adapts
 from orchestrator.spec.controls import AXIS, compressing_variants

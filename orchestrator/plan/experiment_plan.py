@@ -14,7 +14,7 @@ from statistics import mean
 
 from orchestrator.errors import StageRunError, UsageError
 from orchestrator.plan.cell_record import CellRecord, cell_record
-from orchestrator.plan.cells.cell import Cell, distinct_cells, find_cells
+from orchestrator.plan.cells.cell import PROMOTED, Cell, distinct_cells, find_cells
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest, share_caches
@@ -27,7 +27,6 @@ from orchestrator.plan.status import CellStatus, cell_status, failure_of
 from orchestrator.plan.tree import StageTree, build_stage_tree
 from orchestrator.plan.trials import (
     ADDED,
-    PROMOTED,
     STOPPED,
     Trial,
     TrialNotes,

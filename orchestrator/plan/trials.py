@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestrator.errors import LlavoltaError, StorageError
 from orchestrator.plan.cell_record import CellRecord
-from orchestrator.plan.cells.cell import Cell
+from orchestrator.plan.cells.cell import PROMOTED, Cell
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.cells.rungs import planned_up_to
 from orchestrator.plan.identity import digest
@@ -52,8 +52,6 @@ ADDED = "cost/added_train_tflops"
 """Metric of a trial's cells: an equal part of what the trial added to the work that was stored or planned."""
 STOPPED = "stopped"
 """Tag of a trial's cells: the rung where it stopped and its value there; `no` where it passed all of its rungs."""
-PROMOTED = "promoted"
-"""Axis of the cells of a trial that is run again: the trial's name; of what these are compared with, that one's."""
 SPACE_VERSION = 1
 """Raised when parameters of the same names come to mean other recipes."""
 

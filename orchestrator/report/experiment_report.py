@@ -16,9 +16,9 @@ from rich.console import Console
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.cell_record import CellRecord
+from orchestrator.plan.cells.cell import PROMOTED
 from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.plan.trials import PROMOTED
 from orchestrator.redaction import redacted
 from orchestrator.report.documents import finite
 from orchestrator.report.front import GREY, OTHER_TRIALS, PALETTE, front_of_rows, palette_key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from orchestrator.plan.trials import PROMOTED
+from orchestrator.plan.cells.cell import PROMOTED
 from orchestrator.report.table import BOUND, BY_FORMULA, Row
 from orchestrator.report.units import lower_is_better
 

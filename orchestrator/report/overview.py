@@ -42,10 +42,15 @@ def experiment_tags(plan: ExperimentPlan, table: Table | None = None) -> dict[st
     costs = [name for name in columns if not name.startswith("eval/")]
     along = [name for name in scores if any(name.startswith(each.job.place) for c in plan.cells for each in c.along)]
     seeds = {"seed", *plan.loaded.spec.report.mean_over}
+    search = plan.loaded.spec.search
+    # What is set for the best trials says no more than that they were promoted.
+    is_set = frozenset() if search is None or search.promote is None else search.promote.set.keys()
     params: dict[str, None] = {}
     groups: dict[str, None] = {}
     for cell in plan.cells:
         for axis, name in axis_params(cell).items():
+            if axis in is_set:
+                continue
             params[name] = None
             if axis not in seeds:
                 groups[name] = None

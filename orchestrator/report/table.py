@@ -22,9 +22,9 @@ from rich.table import Table as RichTable
 
 from orchestrator.errors import UsageError, shorten
 from orchestrator.plan.cell_record import AT_MOST, EVALUATION_TAG, CellRecord, flat
-from orchestrator.plan.cells.cell import Cell, tested_differently
+from orchestrator.plan.cells.cell import PROMOTED, Cell, tested_differently
 from orchestrator.plan.experiment_plan import ExperimentPlan
-from orchestrator.plan.trials import ADDED, PROMOTED, STOPPED
+from orchestrator.plan.trials import ADDED, STOPPED
 from orchestrator.report.documents import Printed
 from orchestrator.report.scores import Scores, job_of
 from orchestrator.report.statistics import Comparison, holm, mean_interval

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from orchestrator.errors import UsageError
 from orchestrator.plan.cell_costs import Costs
+from orchestrator.plan.cells.cell import PROMOTED
 from orchestrator.plan.cells.expand import expand_cells
 from orchestrator.plan.documents import hours_document, with_plans
 from orchestrator.plan.experiment_plan import ExperimentPlan
 from orchestrator.plan.status import TreeStatus
 from orchestrator.plan.tree import build_stage_tree
-from orchestrator.plan.trials import PROMOTED, Trial
+from orchestrator.plan.trials import Trial
 from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.loaded import LoadedExperiment
 from orchestrator.spec.search import BudgetSpec

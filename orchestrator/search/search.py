@@ -17,10 +17,11 @@ from orchestrator.dispatch.ray.placement import room_for
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
 from orchestrator.errors import DataError, StageRunError, StorageError, UsageError
+from orchestrator.plan.cells.cell import PROMOTED
 from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials, prepare, record_experiment
 from orchestrator.plan.jobs import Job
 from orchestrator.plan.ledger.leases import Leases
-from orchestrator.plan.trials import PROMOTED, Trial, TrialNotes, best_trials, search_id
+from orchestrator.plan.trials import Trial, TrialNotes, best_trials, search_id
 from orchestrator.run import RunOutcome, Session, check_data, run_grid
 from orchestrator.search.budget import Budget, most_trials
 from orchestrator.search.halving import is_at_rung, judged

@@ -16,6 +16,9 @@ from orchestrator.spec.experiment import ExperimentSpec
 from orchestrator.spec.model_facts import ModelFacts
 from orchestrator.spec.phase import PhaseSpec
 
+PROMOTED = "promoted"
+"""Axis of the cells of a trial that is run again: the trial's name; of what these are compared with, that one's."""
+
 
 @dataclass(frozen=True)
 class PhasePlan:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -16,6 +19,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, plan_trials
 from orchestrator.plan.jobs import EvaluationJob
 from orchestrator.plan.trials import ADDED, Trial, best_trials, search_id
 from orchestrator.report.experiment_report import report_document
+from orchestrator.report.overview import experiment_tags
 from orchestrator.report.table import table_of
 from orchestrator.report.units import operations
 from orchestrator.search.budget import Budget
@@ -168,12 +172,24 @@ def test_promoted_trials_are_compared_with_a_baseline_of_their_own(ended):
     assert told["command"].startswith("llavolta search ")
 
 
+def test_the_dashboard_tells_promoted_cells_by_their_trial_not_by_what_is_set(ended):
+    more = "seeds: [0, 1], set: {phases.finetune.max_steps: 16}, baseline: heavy"
+    ended.file.write_text(ended.file.read_text().replace(PROMOTE, f"  promote: {{top: 1, {more}}}\n"))
+    view = experiment_tags(promoted(ended, 2))["mlflow.sharedViewState.cells"]
+    shown = json.loads(zlib.decompress(base64.b64decode(json.loads(view)["state"].removeprefix("deflate;"))))
+    assert [key["groupByData"] for key in shown["groupBy"]["groupByKeys"]] == ["phases.finetune.schedule", "promoted"]
+    assert not any("max_steps" in column for column in shown["selectedColumns"])
+
+
 def test_what_is_set_is_set_for_the_baseline_too(ended):
     compared = "  promote: {top: 1, set: {phases.finetune.max_steps: 16}, baseline: heavy}\n"
     ended.file.write_text(ended.file.read_text().replace(PROMOTE, compared))
     trial, base = promoted(ended, 2).cells[-2:]
     assert (trial.name, base.name) == ("promoted-002", "promoted-heavy")
     assert [plan.total_steps for plan in (*trial.phases, *base.phases)] == [16, 16]
+    walk = promoted(ended, 2)
+    params = [walk.record(cell).params["phases.finetune.schedule"] for cell in walk.cells[-2:]]
+    assert params == [str(trial.axes["phases.finetune.schedule"]), "heavy"], "one column in MLflow"
     assert base.axes == {"phases.finetune.schedule": "heavy", "phases.finetune.max_steps": 16, "promoted": "heavy"}
 
 
