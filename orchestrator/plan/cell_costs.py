@@ -64,9 +64,10 @@ class Costs:
         steps = self._steps(plan, first, plan.last_step if last is None else last)
         return cost.at_most(action for _, action in steps.values())
 
-    def rows(self, cell: Cell) -> MeasuredRows | None:
-        """Return the measured rows of a cell's last phase, where its images vary in size."""
-        sample = self.sample(cell, cell.phases[-1]) if cell.facts is not None and cell.phases else None
+    def rows(self, cell: Cell, plan: PhasePlan | None = None) -> MeasuredRows | None:
+        """Return the measured rows of a cell's phase (None: its last one), where its images vary in size."""
+        plan = plan or (cell.phases[-1] if cell.phases else None)
+        sample = self.sample(cell, plan) if cell.facts is not None and plan is not None else None
         return None if sample is None else sample.rows
 
     def _price(self, cell: Cell, plan: PhasePlan, sample: Sample, first: int, last: int) -> dict[str, float | None]:

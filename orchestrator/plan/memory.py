@@ -87,7 +87,7 @@ class Longest:
 
 
 def memory_documents(
-    cells: Sequence[Cell], cluster: ClusterSpec, rows_of: Callable[[Cell], MeasuredRows | None] = lambda cell: None
+    cells: Sequence[Cell], cluster: ClusterSpec, rows_of: Callable[[Cell, PhasePlan], MeasuredRows | None]
 ) -> list[dict[str, Any]]:
     """Return what a worker of each distinct phase needs, by the formulas: `memory` of `plan --json`; of phases that
     differ in their schedules alone the one that needs most.
@@ -98,7 +98,7 @@ def memory_documents(
     Args:
         cells: The cells.
         cluster: Says how many workers there are, at least.
-        rows_of: Measured rows of a cell's data, where images vary in size.
+        rows_of: Measured rows of a phase's data, where images vary in size.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     seen: set[tuple[Any, ...]] = set()  # cells often hold the very same phases
@@ -106,10 +106,12 @@ def memory_documents(
         dtype = compute_type(cell.spec.model) if cell.facts is not None else None
         for phase in () if dtype is None else cell.phases:
             assert dtype is not None
-            key = (id(cell.facts), id(phase.table), id(phase.recipe), dtype)
+            assert cell.facts is not None
+            rows = None if cell.facts.priced else rows_of(cell, phase)
+            key = (id(cell.facts), id(phase.table), id(phase.recipe), dtype, rows)
             if key not in seen:
                 seen.add(key)
-                entry = _memory_of(cell, phase, dtype, cluster, rows_of)
+                entry = _memory_of(cell, phase, dtype, cluster, rows)
                 alike = tuple(value for name, value in entry.items() if name not in _OF_SCHEDULES)
                 known = found.setdefault(alike, entry)
                 if (entry["activations_gib"] or 0) > (known["activations_gib"] or 0):
@@ -121,7 +123,7 @@ _OF_SCHEDULES = ("activations_gib", "under", "device_gib")
 
 
 def _memory_of(
-    cell: Cell, phase: PhasePlan, dtype: str, cluster: ClusterSpec, rows_of: Callable[[Cell], MeasuredRows | None]
+    cell: Cell, phase: PhasePlan, dtype: str, cluster: ClusterSpec, rows: MeasuredRows | None
 ) -> dict[str, Any]:
     facts, workers = cell.facts, cluster.least_workers
     assert facts is not None
@@ -132,7 +134,7 @@ def _memory_of(
     size = phase.recipe.per_device_train_batch_size
     samples = 1 if size == "auto" else min(size, -(-phase.recipe.global_batch_size // workers))
     largest: tuple[float, str] | None = None
-    image = facts.image_grid.tokens if facts.priced else _largest_image(rows_of(cell))
+    image = facts.image_grid.tokens if facts.priced else _largest_image(rows)
     if image is not None and not facts.decoder_layers:
         text = max(0, phase.recipe.model_max_length - image)
         attention = cell.spec.model.attn_implementation

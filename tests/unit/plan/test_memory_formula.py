@@ -14,10 +14,13 @@ from kept_bytes import kept_bytes
 from repository import ROOT
 from training_workers import HEAVY, recipe_of
 
+from orchestrator.plan.cost import MeasuredRow, MeasuredRows
 from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import Action, Distillation, StudentPasses
-from orchestrator.plan.memory import Longest, activation_bytes
+from orchestrator.plan.memory import Longest, activation_bytes, memory_documents
+from orchestrator.spec.components import Grid
+from orchestrator.spec.image_units import ImageUnits
 from orchestrator.spec.model_facts import model_facts
 
 TINY = ROOT / "experiments/models/tiny-llava"
@@ -91,6 +94,24 @@ def test_formula_grows_with_tokens_and_falls_with_compression(
     ]
     alone, sandwich, beside = (activation_bytes(FACTS, action, sample, recipe_of(), 4) for action in actions)
     assert alone <= sandwich < beside
+
+
+def test_where_images_vary_the_largest_of_each_phases_data_counts(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(f"extends: {ROOT}/experiments/quickstart.yaml\nmatrix: {{seed: [0, 1]}}\nreport: null\n")
+    plan = prepare(file, [f"cluster.storage_path={tmp_path}/runs"])
+    first, cluster = plan.cells[0], plan.loaded.spec.cluster
+    facts = replace(first.facts, visual_grid=None)
+    cells = [replace(cell, facts=facts, phases=first.phases) for cell in plan.cells]  # alike but for their data
+
+    def rows(side: int) -> MeasuredRows:
+        image = ImageUnits((Grid(side, side),), (side * side,), side * side)
+        return MeasuredRows((MeasuredRow(1.0, 10.0, 4.0, (image,)),))
+
+    small, large = rows(4), rows(8)
+    of_both = memory_documents(cells[:2], cluster, lambda cell, _: large if cell is cells[1] else small)
+    assert of_both == memory_documents(cells[:1], cluster, lambda *_: large)
+    assert of_both != memory_documents(cells[:1], cluster, lambda *_: small)
 
 
 def test_a_plan_says_what_a_worker_of_seven_billion_weights_needs(tmp_path: Path) -> None:
