@@ -36,6 +36,13 @@ _NAME_CHARACTERS = 47  # of a RayJob: KubeRay appends to it
 _RAY_PORT = 6379
 _WAIT_SECONDS = 600
 _MOUNT = "/experiment-files"
+_LEAVE_SECONDS = 25  # what Google's spot machines leave a pod
+# Run in a pod that is to end: its lane has this long to write a checkpoint and move to other nodes.
+_LEAVE = f"""\
+timeout {_LEAVE_SECONDS} ray drain-node --reason=DRAIN_NODE_REASON_PREEMPTION --reason-message=pod-ends \\
+  --deadline-remaining-seconds={_LEAVE_SECONDS}
+while grep -qsa 'ray::RayTrain[W]orker' /proc/[0-9]*/cmdline; do sleep 0.5; done
+"""
 _DRIVER = "driver.sh"
 _LOG = re.compile(r"\d+\.log")
 
@@ -255,10 +262,13 @@ def _kuberay(job: _Job) -> dict[str, str]:
     head["spec"]["restartPolicy"] = "Never"  # SidecarMode: the submitter lives in this pod
     start = {key: _double_quoted(value) for key, value in machines.start_options().items()}
     memory = f"{math.ceil(machines.memory_bytes / 2**20)}Mi" if machines.memory_bytes else None
+    worker = pod("ray-worker", machines.cpus, memory, machines.gpus)
+    worker["spec"]["terminationGracePeriodSeconds"] = _LEAVE_SECONDS
+    worker["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", _LEAVE]}}}
     workers = {
         "groupName": "workers", "replicas": machines.nodes, "minReplicas": machines.nodes,
         "maxReplicas": machines.nodes, "rayStartParams": start,
-        "template": pod("ray-worker", machines.cpus, memory, machines.gpus),
+        "template": worker,
     }  # fmt: skip
     metadata: dict[str, Any] = {"name": job.name}
     metadata |= {"labels": {"kueue.x-k8s.io/queue-name": job.queue}} if job.queue else {}

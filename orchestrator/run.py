@@ -546,6 +546,10 @@ class Session(Hooks):
             self._uploaded = time.monotonic()
             self.record(self._cells_of(self._running))
 
+    def say(self, text: str) -> None:
+        """Show it."""
+        self.view.say(text)
+
     def stop_asked(self) -> int:
         """Return whether a signal or the time limit asks for a stop."""
         return int(self.stop())

@@ -85,6 +85,11 @@ class Attempt:
     reported: float | None = None
 
     @property
+    def nodes(self) -> set[str]:
+        """The nodes of the ranks that have been heard."""
+        return {rank.who.get("node", "") for rank in self.ranks.values()}
+
+    @property
     def open_item(self) -> Item | None:
         """The item its ranks are working on."""
         item = self.items.get(self.last)
@@ -212,6 +217,7 @@ class Conductor:
         self._barren: dict[str, int] = {}
         self._given_up: dict[str, str] = {}
         self._groups: dict[str, list[str]] = {}
+        self._leaving: frozenset[str] = frozenset()
         self._is_planned = self._is_closed = self._is_interrupted = False
 
     # What lanes call -------------------------------------------------------------------------------------------
@@ -276,7 +282,8 @@ class Conductor:
         if attempt is not None:
             attempt.heard(who, self._clock(), progress, has_dumped)
         hung = attempt is not None and attempt.hung is not None
-        return {"stop": self.is_stopping(), "dump": hung and not has_dumped}
+        stop = self.is_stopping() or (attempt is not None and self._must_move(attempt))
+        return {"stop": stop, "dump": hung and not has_dumped}
 
     # What the driver calls -------------------------------------------------------------------------------------
 
@@ -307,6 +314,12 @@ class Conductor:
     def interrupt(self) -> None:
         """Assign no further item; running jobs write a checkpoint and stop."""
         self._is_interrupted = True
+
+    def nodes_leave(self, nodes: Sequence[str]) -> None:
+        """Take note of all nodes that are about to be taken away: the lanes that have a worker there stop at a
+        checkpoint and start anew on others.
+        """
+        self._leaving = frozenset(nodes)
 
     def is_stopping(self) -> bool:
         """Return whether a stop was asked for, or the first failure ended the run."""
@@ -370,10 +383,16 @@ class Conductor:
             attempt.assign(k - 1 if job == last else k, Item(job, -1 if token is None else token))
         return attempt
 
+    def _must_move(self, attempt: Attempt) -> bool:
+        return not self._leaving.isdisjoint(attempt.nodes)
+
     def _assign(self, attempt: Attempt, k: int) -> dict[str, Any] | str:
         if self.is_stopping() or attempt.lane in self._given_up:
             attempt.answer_after = STOP
             return STOP
+        if self._must_move(attempt):
+            attempt.ended = True
+            return RESTART
         given = self._queue.assign(attempt.lane, attempt.holds, self._others(attempt))
         if given is None:
             attempt.answer_after = STOP if self._is_over() else None

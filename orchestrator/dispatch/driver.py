@@ -47,6 +47,9 @@ class Hooks:
     def on_tick(self) -> None:
         """Do what is due; called about ten times a second, in a local run between steps too. Must return at once."""
 
+    def say(self, text: str) -> None:
+        """Tell the user why nothing happens yet."""
+
     def stop_asked(self) -> int:
         """Return 0 to continue, 1 to checkpoint and end the lanes, 2 to stop at once; asked after each tick."""
         return 0

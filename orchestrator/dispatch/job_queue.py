@@ -137,9 +137,10 @@ class JobQueue:
         self._emit("finished", name, lane, **({"elsewhere": True} if elsewhere else {}))
 
     def interrupt(self, name: str, lane: str) -> None:
-        """Record that a job stopped at a checkpoint because a stop was asked for."""
+        """Record that a job stopped at a checkpoint because it was asked to; that is no failed attempt."""
         self._give_back(name)
         self._emit("interrupted", name, lane)
+        self._attempts[name] -= 1
 
     def record_failure(self, name: str, failure: Failure, lane: str, stopping: bool) -> None:
         """Record that a job failed: it is retried, waits for a new plan, or has failed for good."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from orchestrator.dispatch.driver import Outcome, run_local
-from orchestrator.dispatch.ray.placement import room_for
+from orchestrator.dispatch.ray.placement import lanes_on
 from orchestrator.dispatch.ray.session import ray_session, run_on_ray
 from orchestrator.dispatch.signals import DeferredInterrupt, deadline_after
 from orchestrator.errors import DataError, StageRunError, StorageError, UsageError
@@ -450,5 +450,4 @@ def _concurrency(walk: ExperimentPlan) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    lanes = room_for(walk.loaded.spec.cluster, nodes, lambda: nodes).lanes
-    return max(1, math.ceil(lanes / len(walk.loaded.cells)))
+    return math.ceil(lanes_on(walk.loaded.spec.cluster, nodes) / len(walk.loaded.cells))

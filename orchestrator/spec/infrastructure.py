@@ -68,6 +68,10 @@ class ClusterSpec(Spec):
     """Where the ledger lies: a folder (local or NFS) or s3://BUCKET/PREFIX. null takes $LLAVOLTA_STORAGE or ./runs."""
     deterministic: Flag = False
     """Whether torch uses deterministic algorithms only: repeated runs agree bit by bit, and are slower."""
+    wait_minutes: NonNegative = 0.0
+    """Minutes to wait until the cluster has room for the lanes: for nodes that an autoscaler adds as they are asked
+    for, or until others are done. Name `lanes` and `use_gpu` then: `auto` goes by the nodes that are there.
+    """
     stall_minutes: Positive | None = Field(default=None, examples=[30])
     """Minutes without a step (or without a heartbeat of some rank) after which a lane counts as hung: it is killed, its
     stack traces are logged, and it resumes from its checkpoint. Longer than the longest load and step; null: never.

@@ -1,16 +1,21 @@
-"""Nodes that are lost while a lane of two workers trains across them: it goes on elsewhere, to the same result."""
+"""Nodes that are lost, taken away or slow while a lane of two workers trains across them: the result is the same."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fault_runs import HERE, Program, assert_like_undisturbed, experiment, note, state_of
 from machines import Machines, Popen, ray_on_machines
 from program import PROGRAM, wait_until
+
+import orchestrator as llv
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NODES = ("alpha", "beta", "gamma")
@@ -59,8 +64,14 @@ class Run:
     def __init__(self, machines: Machines, name: str, text: str) -> None:
         self._machines, self._output = machines, f"{name}.txt"
         self.program = Program(machines.shared / name, text)
-        words = [*PROGRAM, "run", self.program.folder / "mine.yaml", "--set", f"cluster.address={machines.address}"]
-        self.process: Popen = machines.start("head", words, self._output, LLAVOLTA_STORAGE=str(self.program.storage))
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, once more."""
+        spec, address = self.program.folder / "mine.yaml", self._machines.address
+        words = [*PROGRAM, "run", spec, "--set", f"cluster.address={address}"]
+        storage = str(self.program.storage)
+        self.process: Popen = self._machines.start("head", words, self._output, LLAVOLTA_STORAGE=storage)
 
     @property
     def printed(self) -> str:
@@ -116,3 +127,62 @@ def test_a_node_killed_and_another_cut_off(machines: Machines, text: str, refere
     note("both, the whole run", "", run.program, time.monotonic() - begun)
     wait_until(lambda: not machines.has_process(lost, "ray::RayTrainWorker"))
     machines.remove(lost)
+
+
+def test_a_node_that_is_to_be_taken_away(
+    machines: Machines, text: str, reference: dict[str, Any], tiny_experiment: Path, tmp_path: Path
+) -> None:
+    """Told in time, as of a spot machine, the lane writes a checkpoint and moves: no step is trained again.
+
+    What tells it is what `deploy kuberay` has a pod run that is to end; when that returns, the machine is turned off.
+    """
+    run = Run(machines, "told", text)
+    (file,) = llv.deploy("kuberay", llv.load(tiny_experiment, ["cluster.storage_path=/nfs"]), tmp_path / "deployed")
+    (workers,) = list(yaml.safe_load_all(file.read_text()))[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    leave = container["lifecycle"]["preStop"]["exec"]["command"]
+    wait_until(lambda: run.progress() >= (0, 10), run.process, 600)
+    taken = run.used()[0]
+    begun = time.monotonic()
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    machines.run(taken, leave, "leave.txt", RAY_ADDRESS=machines.address, PATH=path)
+    machines.remove(taken)
+    left = time.monotonic() - begun
+    further = left + run.seconds_until_progress()
+    assert taken not in run.used()
+    run.ends_like(reference)
+    assert sum(run.program.repeated_steps().values()) == 0
+    note("a node to be taken away: until its worker has left", "the nodes that are left", run.program, left)
+    note("a node to be taken away: until the next checkpoint", "the nodes that are left", run.program, further)
+
+
+def test_a_slow_node(machines: Machines, text: str, reference: dict[str, Any]) -> None:
+    """The lane is as slow as its slowest worker, and nothing is taken for lost."""
+    for name in NODES[:2]:
+        machines.slow_down(name, "5mbit")
+    run, begun = Run(machines, "slow", text), time.monotonic()
+    run.ends_like(reference)
+    assert "again" not in run.printed
+    note("two slow nodes", "", run.program, time.monotonic() - begun)
+    for name in NODES[:2]:
+        machines.slow_down(name, "10gbit")
+
+
+def test_the_head_started_anew(machines: Machines, text: str, reference: dict[str, Any]) -> None:
+    """With the head the driver is lost, and the nodes leave; once Ray is up again, the same command goes on."""
+    run = Run(machines, "headless", text)
+    wait_until(lambda: run.progress() >= (0, 10), run.process, 600)
+    begun, address = time.monotonic(), machines.head.address
+    machines.remove("head")
+    for name in NODES:
+        wait_until(lambda name=name: not machines.has_process(name, "raylet"), None, 600)
+    left = time.monotonic() - begun
+    machines.add("head", address)
+    give_plugin(machines, "head")
+    machines.start_ray({"head": 0, **dict.fromkeys(NODES, 1)})
+    begun = time.monotonic()
+    run.start()
+    further = run.seconds_until_progress()
+    run.ends_like(reference)
+    note("the head lost: until the nodes have left", "", run.program, left)
+    note("the head lost: from the same command to the next checkpoint", "the same command", run.program, further)

@@ -21,7 +21,7 @@ from program import environment
 from repository import ROOT
 
 Popen = subprocess.Popen[bytes]
-_TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
+_TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 RAY_PORT = 6379
 _STARTS = 3
 # Its own /tmp, /dev/shm and host name; of what lies in the user's /tmp only what is named is there.
@@ -157,13 +157,13 @@ class Machines:
         """The machine of Ray's head, on which the program is run."""
         return self.by_name[self._names[0]]
 
-    def add(self, name: str) -> Machine:
-        """Adds a machine, or one in the place of a killed one, under a new address."""
+    def add(self, name: str, address: str | None = None) -> Machine:
+        """Adds a machine, or one in the place of a killed one, under a new address or the one given."""
         machine = self.by_name[name] = Machine(name, self._hosts, self._kept)
         port = f"port{self._number}"
         self._ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid))
         self._ip("link", "set", port, "master", "switch", "up")
-        machine.address, machine.port = address_of(self._number), port
+        machine.address, machine.port = address or address_of(self._number), port
         self._number += 1
         for order in (f"address add {machine.address}/24 dev eth0", "link set eth0 up", "route add default dev eth0"):
             _run(["nsenter", f"--target={machine.pid}", "--net", "ip", *order.split()])
@@ -189,6 +189,11 @@ class Machines:
     def connect(self, name: str) -> None:
         """Puts the cable back."""
         self._ip("link", "set", self[name].port, "up")
+
+    def slow_down(self, name: str, rate: str) -> None:
+        """Lets no more than so much reach a machine, as `tc` writes rates: `10mbit`."""
+        limit = f"qdisc replace dev {self[name].port} root tbf rate {rate} burst 32k latency 1s"
+        _run(["nsenter", f"--target={self._switch.pid}", "--net", "tc", *limit.split()])
 
     def _ip(self, *words: str) -> None:
         _run(["nsenter", f"--target={self._switch.pid}", "--net", "ip", *words])

@@ -35,10 +35,7 @@ class LaneTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        wanted = [callback for callback in callbacks if not isinstance(callback, UNWANTED_CALLBACKS)]
-        # Where a machine is about to be taken away Ray itself asks the actor; a Ray of our own does not watch for that.
-        is_watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
-        return wanted if is_watched else [*wanted, _EndSynchronization()]
+        return [*(each for each in callbacks if not isinstance(each, UNWANTED_CALLBACKS)), _EndSynchronization()]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if type(options["scaling_policy"]) is FixedScalingPolicy:
@@ -111,6 +108,13 @@ def free_resources() -> list[dict[str, float]]:
     if ray.util.client.ray.is_connected():  # Ray's client gives sums only
         return [ray.available_resources()]
     return [dict(free) for free in available_resources_per_node().values()]
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are about to be taken away: Ray puts nothing new on them."""
+    if ray.util.client.ray.is_connected():  # Ray's client does not tell
+        return set()
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def session_folder() -> str:

@@ -27,8 +27,8 @@ from orchestrator.dispatch.failures import one_line
 from orchestrator.dispatch.job_queue import parallel_width
 from orchestrator.dispatch.node_needs import lacks, needs_for
 from orchestrator.dispatch.ray import compat
-from orchestrator.dispatch.ray.nodes import check_nodes
-from orchestrator.dispatch.ray.placement import may_hold, room_for
+from orchestrator.dispatch.ray.nodes import check_nodes, wait_for_room
+from orchestrator.dispatch.ray.placement import may_hold
 from orchestrator.dispatch.worker import do_job, end_process, now, printed_to
 from orchestrator.errors import StageRunError
 from orchestrator.plan.jobs import Job, job_from_json
@@ -38,6 +38,7 @@ from orchestrator.plan.ledger.process import start_ticks, this_process
 from orchestrator.spec.infrastructure import ClusterSpec
 
 POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 # Calls of this group run in the conductor beside the others, one at a time.
 _NEWS = "news"
 ABORT_SECONDS = 10.0
@@ -156,6 +157,7 @@ class Lanes:
     Args:
         logs: Ray's folder of this session, named where the lanes give up.
         stop_asked: Asked ten times a second; see `Hooks.stop_asked`.
+        say: As `Hooks.say`.
     """
 
     def __init__(
@@ -167,15 +169,15 @@ class Lanes:
         rules: Rules,
         logs: Path,
         stop_asked: Callable[[], int],
+        say: Callable[[str], None],
     ) -> None:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        resources = [node["Resources"] for node in nodes]
         width = parallel_width(state.jobs) if state.is_closed else None
-        room = room_for(cluster, resources, compat.free_resources, width)
+        nodes, room = wait_for_room(cluster, width, stop_asked, say)
         needs, asked = None, []
         if cluster.address is not None:  # a Ray of our own is this machine
             needs = needs_for(state.jobs, ledger)
-            asked = [node for node, fits in zip(nodes, may_hold(cluster, resources), strict=True) if fits]
+            fits = may_hold(cluster, [node["Resources"] for node in nodes])
+            asked = [node for node, is_asked in zip(nodes, fits, strict=True) if is_asked]
             check_nodes(needs, asked, stop_asked)
         self._state = state
         self._rules = rules
@@ -184,6 +186,9 @@ class Lanes:
         self._conductor = _conductor(ledger.url, rules)
         self._url = ledger.url
         self._asked = False
+        self._is_ours = cluster.address is None
+        self._leaving: set[str] = set()
+        self._looked = 0.0
         self._news: Any = None
         self._given_up: dict[str, str] = {}
         threads = max(1, math.floor(cluster.resources_per_worker.get("CPU", 1)))
@@ -222,7 +227,17 @@ class Lanes:
         if self._stop_asked() and not self._asked:
             self._asked = True
             self._get(self._conductor.interrupt.remote())
+        self._look_at_nodes()
         return self._restart_lanes()
+
+    def _look_at_nodes(self) -> None:
+        """Tell the conductor of nodes that are about to be taken away."""
+        if self._is_ours or time.monotonic() < self._looked + _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if (leaving := compat.draining_nodes()) != self._leaving:
+            self._leaving = leaving
+            self._get(self._conductor.nodes_leave.remote(sorted(leaving)))
 
     def _poll(self) -> None:
         """Take what the conductor knows that is new, and wait for more."""
@@ -232,6 +247,7 @@ class Lanes:
             # It has just been started, for the first time or again, and knows nothing yet.
             state.epoch, state.seen = news["epoch"], 0
             self._send(state.jobs, state.is_closed)
+            self._get(self._conductor.nodes_leave.remote(sorted(self._leaving)))
             if self._asked:
                 self._get(self._conductor.interrupt.remote())
         state.take(news["events"])

@@ -1,4 +1,4 @@
-"""Whether every node that a lane may use has what the driver has: asked before anything starts."""
+"""The nodes that lanes may use: whether there is room on them, and whether each has what the driver has."""
 
 from __future__ import annotations
 
@@ -7,15 +7,60 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.dispatch.failures import one_line
 from orchestrator.dispatch.node_needs import Needs, lacks
-from orchestrator.errors import UsageError
+from orchestrator.dispatch.ray import compat
+from orchestrator.dispatch.ray.placement import FREE_SECONDS, Room, room_for, workers_for
+from orchestrator.errors import UsageError, first_line
+from orchestrator.spec.infrastructure import ClusterSpec
 
 # A task is a new process there, which on a node that is busy with others' work takes its time.
 ANSWER_SECONDS = 120.0
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+
+
+def wait_for_room(
+    cluster: ClusterSpec, most: int | None, stop_asked: Callable[[], int], say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], Room]:
+    """Return the living nodes and what a run may start on them, within `cluster.wait_minutes`.
+
+    An autoscaler is asked for what lacks until it is there; from then on what the workers hold keeps their nodes.
+
+    Args:
+        most: More lanes than this have nothing to do; None where that is not known.
+        stop_asked: As `Hooks.stop_asked`; a stop ends the wait with room for nothing.
+        say: Called with why it waits.
+
+    Raises:
+        UsageError: there is no room; the message gives the numbers.
+        KeyboardInterrupt: `stop_asked` returned 2.
+    """
+    deadline = time.monotonic() + 60 * cluster.wait_minutes
+    waits = False
+    try:
+        while not (asked := stop_asked()):
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            resources = [node["Resources"] for node in nodes]
+            try:
+                return nodes, room_for(cluster, resources, compat.free_resources, most, 0 if waits else FREE_SECONDS)
+            except UsageError as refusal:
+                if cluster.address is None or time.monotonic() >= deadline:
+                    raise  # to this machine alone nothing is added
+                if not waits:
+                    waits = True
+                    say(f"{first_line(refusal)}; waiting for up to {cluster.wait_minutes:g} minutes")
+                    request_resources(bundles=workers_for(cluster, resources))
+            time.sleep(_LOOK_SECONDS)
+        if asked > 1:
+            raise KeyboardInterrupt
+        return [], Room(0, False)
+    finally:
+        if waits:
+            request_resources(bundles=[])
 
 
 def check_nodes(needs: Needs, nodes: Sequence[Mapping[str, Any]], stop_asked: Callable[[], int]) -> None:

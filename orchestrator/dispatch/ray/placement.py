@@ -49,8 +49,7 @@ def room_for(
         UsageError: the lanes asked for (one for `auto`) do not fit; the message gives the numbers.
     """
     wanted, use_gpu = _worker(cluster, nodes)
-    workers = cluster.least_workers
-    least = 1 if cluster.lanes == "auto" else cluster.lanes
+    workers, least = cluster.least_workers, _least_lanes(cluster)
     if _count(nodes, wanted) < least * workers:
         raise UsageError(_refusal(cluster, workers, least, wanted, nodes, "has"))
     deadline = time.monotonic() + patience_seconds
@@ -60,8 +59,24 @@ def room_for(
             raise UsageError(_refusal(cluster, workers, least, wanted, now, "has free now"))
         time.sleep(_POLL_SECONDS)
         now = free()
-    lanes = max(1, _count(now, wanted) // cluster.most_workers) if cluster.lanes == "auto" else cluster.lanes
+    lanes = lanes_on(cluster, now)
     return Room(lanes if most is None else max(1, min(lanes, most)), use_gpu)
+
+
+def lanes_on(cluster: ClusterSpec, nodes: Nodes) -> int:
+    """Return how many lanes are wanted: as many as `cluster` says, of `auto` those that fit, at least one."""
+    if cluster.lanes != "auto":
+        return cluster.lanes
+    return max(1, _count(nodes, _worker(cluster, nodes)[0]) // cluster.most_workers)
+
+
+def workers_for(cluster: ClusterSpec, nodes: Nodes) -> list[dict[str, float]]:
+    """Return what each worker holds of the lanes without which nothing starts."""
+    return [_worker(cluster, nodes)[0]] * (_least_lanes(cluster) * cluster.least_workers)
+
+
+def _least_lanes(cluster: ClusterSpec) -> int:
+    return 1 if cluster.lanes == "auto" else cluster.lanes
 
 
 def may_hold(cluster: ClusterSpec, nodes: Nodes) -> list[bool]:
@@ -109,6 +124,8 @@ def _refusal(
         rooms = ", ".join(str(_on_node(node, wanted)) for node in nodes)
         needs = f"{number} workers of {one}, each on one node; its nodes have room for {rooms}"
     advice = "lower cluster.lanes, cluster.num_workers or cluster.resources_per_worker"
+    if cluster.address is not None:
+        advice += ", or raise cluster.wait_minutes where nodes are added as they are asked for"
     if has != "has":
-        advice += ", or wait until others are done"
+        advice += ", or wait until others are done (cluster.wait_minutes)"
     return f"cluster: {what} not fit on {where}: it needs {needs}\n    hint: {advice}"

@@ -38,11 +38,12 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # It ends a group where a node's time is over; the driver watches for itself, and has a checkpoint written before.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
 _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # What a dashboard would show, which is off: events of every call, metrics, what processes take of the machine.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
@@ -266,6 +267,6 @@ def run_on_ray(
 
             rules = Rules.of(cluster, fail_fast, hooks.replans)
             state = RunState(work, hooks)
-            return Lanes(state, ledger, cluster, executor, rules, session.folder, stop_asked).run()
+            return Lanes(state, ledger, cluster, executor, rules, session.folder, stop_asked, hooks.say).run()
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None

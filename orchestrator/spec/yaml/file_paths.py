@@ -88,6 +88,10 @@ def _rule(root: Node, path: Path) -> Rule | None:
         with suppress(UnknownPathError):  # reported where the search is checked
             return _rule(root, (*find_path(root, str(path[3])), *path[4:]))
         return None
+    if path[:2] == ("search", "space") and path[3:4] == ("values",) and len(path) > 4:
+        with suppress(UnknownPathError):
+            return _rule(root, (*find_path(root, str(path[2])), *path[5:]))
+        return None
     if path[0] in NAMED and len(path) >= 3:
         depth = 2 if not isinstance(path[2], int) else 3
         cls = class_at(root, path[:depth])

@@ -85,6 +85,8 @@ def test_kuberay_fits_the_schemas_and_mounts_the_experiment(experiment: llv.Expe
     assert cluster["headGroupSpec"]["template"]["spec"]["restartPolicy"] == "Never"
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
     (container,) = workers["template"]["spec"]["containers"]
+    leave = container["lifecycle"]["preStop"]["exec"]["command"]
+    subprocess.run(["bash", "-n", "-c", leave[2]], check=True)  # what it does: tests/faults/test_lost_nodes.py
     assert workers["replicas"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": 4}
     told = subprocess.run(
         ["bash", "-c", f"printf %s {workers['rayStartParams']['resources']}"],

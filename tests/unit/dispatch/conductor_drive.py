@@ -47,7 +47,10 @@ def error_of(made: Conductor, name: str) -> str:
 class Group:
     """One worker group: its ranks' numbers, what each did last, and what it is to say of it."""
 
-    def __init__(self, made: Conductor, lane: str = "lane", world_size: int = 1, begin: bool = True) -> None:
+    def __init__(
+        self, made: Conductor, lane: str = "lane", world_size: int = 1, begin: bool = True, nodes: str = "alpha beta"
+    ) -> None:
+        self.nodes = nodes.split()
         self.made, self.lane, self.world_size = made, lane, world_size
         self.attempt = uuid.uuid4().hex
         self.k = [0] * world_size
@@ -58,7 +61,7 @@ class Group:
             made.begin(self.who(0))
 
     def who(self, rank: int) -> dict[str, Any]:
-        place = {"node": "here", "pid": 1000 + rank, "started": 0.0}
+        place = {"node": self.nodes[rank % len(self.nodes)], "pid": 1000 + rank, "started": 0.0}
         return {"lane": self.lane, "attempt": self.attempt, "world_size": self.world_size, "rank": rank, **place}
 
     def ask(self, rank: int = 0) -> str:

@@ -134,6 +134,33 @@ def test_a_stop_ends_the_lane_and_leaves_the_work(tmp_path: Path) -> None:
     assert told(made) == [("started", "a"), ("interrupted", "a")]
 
 
+def test_a_lane_leaves_a_node_that_is_to_be_taken_away(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"), max_failures=1)
+    group, other = Group(made, world_size=2), Group(made, "other", nodes="gamma")
+    assert [group.ask(0), group.ask(1), other.ask()] == ["a", "a", "b"]
+    made.nodes_leave(["beta"])
+    assert all(made.heartbeat(group.who(rank), 1, False)["stop"] for rank in (0, 1))
+    assert not made.heartbeat(other.who(0), 1, False)["stop"]
+    assert [group.say("interrupted", rank) for rank in (0, 1, 0)] == ["wait", "restart", "restart"]
+    again = Group(made, world_size=2, nodes="alpha gamma")
+    assert [again.ask(0), again.ask(1)] == ["a", "a"] and not made.heartbeat(again.who(1), 1, False)["stop"]
+    # That it moved is no failed attempt: it has both of its own still.
+    assert [again.say(WILL_PASS, 0), again.say(WILL_PASS, 1)] == ["wait", "restart"]
+    last = Group(made, nodes="alpha")
+    assert [last.ask(), last.say(), other.say(), last.ask()] == ["a", "wait", "stop", "stop"]
+    assert settled(made) == ["a", "b"]
+
+
+def test_a_lane_takes_up_nothing_on_a_node_that_is_to_be_taken_away(tmp_path: Path) -> None:
+    made = conductor(tmp_path, job("a"), job("b"))
+    group = Group(made)
+    group.ask()
+    made.nodes_leave(["alpha"])
+    assert group.say() == "restart" and settled(made) == ["a"]  # what it had just done counts
+    made.nodes_leave([])
+    assert Group(made).ask() == "b"
+
+
 def test_fail_fast_hands_out_nothing_more(tmp_path: Path) -> None:
     made = conductor(tmp_path, job("a"), job("b"), fail_fast=True)
     group = Group(made)

@@ -263,3 +263,17 @@ def test_an_objective_on_a_test_split_is_flagged(search_text, tmp_path):
     assert note.startswith("search.objectives.eval/vqa/accuracy: it is measured on data.test, a test split")
     assert load_experiment(file, ["data.test.split=train"]).notices == ()
     assert load_experiment(file, ["search.objectives={cost/train_tflops: min}"]).notices == ()
+
+
+def test_paths_to_choose_from_are_relative_to_the_file_and_checked(search_text, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "other.json").write_text("{}")
+    file = tmp_path / "sub" / "search.yaml"
+    choice = "    phases.finetune.deepspeed: {kind: choice, values: [zero0, ../other.json]}\n"
+    file.write_text(search_text.replace(SPACE, SPACE + choice, 1))
+    loaded = load_experiment(file)
+    assert loaded.spec.search.space["phases.finetune.deepspeed"].values == ("zero0", str(tmp_path / "other.json"))
+    assert str(tmp_path / "other.json") in {each.path for each in loaded.named}  # so it travels with `submit`
+    file.write_text(file.read_text().replace("other.json", "othr.json"))
+    with pytest.raises(SpecError, match=r"there is no file at .*othr\.json"):
+        load_experiment(file)

@@ -122,6 +122,7 @@ FIELDS: dict[type[Any], dict[str, tuple[dict[str, Any] | None, list[dict[str, An
         "storage_path": (None, [{"cluster": {"storage_path": "/elsewhere"}}]),
         "deterministic": (None, [{"cluster": {"deterministic": True}}]),
         "nice": (None, [{"cluster": {"nice": 5}}]),
+        "wait_minutes": (None, [{"cluster": {"wait_minutes": 5.0}}]),
         "stall_minutes": (None, [{"cluster": {"stall_minutes": 1.0}}]),
         "device_tflops": (None, [{"cluster": {"device_tflops": 150.0}}]),
         "rehearse": (None, [{"cluster": {"rehearse": False}}]),
