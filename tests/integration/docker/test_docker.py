@@ -1,7 +1,8 @@
 """The container files, as far as they can be checked without a container engine.
 
 hadolint on the Dockerfile, the Compose schema on the compose files, the install steps executed in a clean virtual
-environment, and the commands of the compose file started on this machine.
+environment, and the commands of the compose file started on this machine, MLflow's with a real PostgreSQL and an S3
+server.
 """
 
 import json
@@ -21,8 +22,12 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
 import pytest
+import sqlalchemy
 import yaml
+from mlflow import MlflowClient
+from postgres import needs_postgres, postgres
 from repository import ROOT
 
 DOCKER = ROOT / "docker"
@@ -145,19 +150,30 @@ def test_published_ports_stay_on_this_machine():
 
 def test_every_service_is_healthy_before_others_use_it():
     services = compose()["services"]
-    assert all("healthcheck" in service for service in services.values())
-    waits = [condition for service in services.values() for condition in service.get("depends_on", {}).values()]
-    assert waits and all(wait == {"condition": "service_healthy"} for wait in waits)
+    waits = [
+        (name, wait["condition"]) for each in services.values() for name, wait in each.get("depends_on", {}).items()
+    ]
+    ends = {"bucket-made"}  # its one command
+    assert waits and all(how == f"service_{'completed_successfully' if on in ends else 'healthy'}" for on, how in waits)
+    assert all(("healthcheck" in service) == (name not in ends) for name, service in services.items())
+
+
+def test_no_secret_stands_in_the_file():
+    taken = re.findall(r"\$\{(\w+):\?", (DOCKER / "compose.yaml").read_text())
+    assert set(taken) == {"RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "BUCKET_PASSWORD"}
+    for name, service in compose()["services"].items():
+        for key, value in service.get("environment", {}).items():
+            assert not re.search("TOKEN|PASSWORD|SECRET", key) or "${" in value, f"{name}: {key}"
 
 
 @pytest.mark.slow
-def test_mlflow_service_starts_and_refuses_foreign_hosts(tmp_path):
+@needs_postgres
+def test_mlflow_service_starts_on_its_database_and_bucket_and_refuses_foreign_hosts(tmp_path, bucket):
     service = compose()["services"]["mlflow"]
     port = free_port()
     text = shlex.join([*service["entrypoint"], *service["command"]])
-    text = text.replace("0.0.0.0", "127.0.0.1").replace("5000", str(port)).replace("/mlflow/", f"{tmp_path}/")
+    text = text.replace("0.0.0.0", "127.0.0.1").replace("5000", str(port))
     command = [str(BIN / "mlflow"), *shlex.split(text)[1:]]
-    env = {**CLEAN, **service["environment"], "PATH": f"{BIN}:{os.environ['PATH']}"}
 
     def status(host: str) -> int:
         request = urllib.request.Request(
@@ -171,12 +187,33 @@ def test_mlflow_service_starts_and_refuses_foreign_hosts(tmp_path):
             return 0
 
     log = tmp_path / "log.txt"
-    with running(command, log, env) as process:
-        wait_until(lambda: status(f"127.0.0.1:{port}") == 200, process, log)
-        probe = service["healthcheck"]["test"][2:]
-        assert subprocess.run([sys.executable, *[part.replace("5000", str(port)) for part in probe]]).returncode == 0
-        assert status(f"mlflow:{port}") == 200
-        assert status("evil.example") == 403
+    dialect = service["environment"]["MLFLOW_BACKEND_STORE_URI"].partition(":")[0]
+    with postgres() as database:
+        there = {
+            "MLFLOW_BACKEND_STORE_URI": f"{dialect}{database.removeprefix('postgresql')}",
+            "MLFLOW_ARTIFACTS_DESTINATION": bucket,
+            "MLFLOW_S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL_S3"],
+            **{name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
+        }
+        assert there.keys() <= service["environment"].keys()
+        env = {**CLEAN, **service["environment"], **there, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        with running(command, log, env) as process:
+            wait_until(lambda: status(f"127.0.0.1:{port}") == 200, process, log)
+            probe = service["healthcheck"]["test"][2:]
+            assert (
+                subprocess.run([sys.executable, *[part.replace("5000", str(port)) for part in probe]]).returncode == 0
+            )
+            assert status(f"mlflow:{port}") == 200
+            assert status("evil.example") == 403
+            client = MlflowClient(f"http://127.0.0.1:{port}")
+            run = client.create_run(client.create_experiment("kept")).info.run_id
+            client.log_text(run, "in the bucket", "words.txt")
+            (kept,) = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://"))["Contents"]
+            assert kept["Key"].endswith(f"{run}/artifacts/words.txt")
+            engine = sqlalchemy.create_engine(there["MLFLOW_BACKEND_STORE_URI"])
+            with engine.connect() as connected:
+                assert connected.execute(sqlalchemy.text("SELECT run_uuid FROM runs")).scalars().all() == [run]
+            engine.dispose()
 
 
 @pytest.mark.slow
@@ -189,8 +226,9 @@ def test_ray_services_start_and_find_each_other(tmp_path, short_folder):
     def command(name: str) -> list[str]:
         text = shlex.join([*services[name]["entrypoint"], *services[name]["command"]])
         text = text.replace("0.0.0.0", "127.0.0.1").replace("8265", str(dashboard)).replace("6379", str(port))
+        text = text.replace("${WORKER_CPUS:-2}", "1")
         extra = (
-            ["--node-ip-address=127.0.0.1", "--num-cpus=1"]
+            ["--node-ip-address=127.0.0.1"]
             if name == "ray-worker"
             else ["--node-ip-address=127.0.0.1", f"--temp-dir={short_folder}", "--include-dashboard=false"]
         )
