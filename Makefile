@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 EXTRAS ?= [dev]
 PIP_FLAGS ?=
+FUZZ_SECONDS ?= 600
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 # Without what it declares: torchvision has no CPU build for this torch, and another would replace it.
@@ -33,7 +34,7 @@ LIGHT = pydantic pyyaml rapidfuzz tokenizers pillow psutil numpy typer rich easy
 LIGHT_TESTS = $(addprefix tests/,$(addprefix unit/,spec plan search plugins testing test_plugin_module.py) \
 	$(addprefix integration/,plan search plugins)) --ignore tests/integration/plugins/test_example_plugin.py
 
-.PHONY: help install benchmarks quickstart test-unit test-integration test-faults test test-all test-python check format format-check lint types imports docs sbom lock clean
+.PHONY: help install benchmarks quickstart test-unit test-integration test-faults test test-all fuzz test-python check format format-check lint types imports docs sbom lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
@@ -77,6 +78,14 @@ test: $(STAMP)  ## unit and integration; more options: make test ARGS='-k plan'
 test-all: $(STAMP)  ## every test, the faults, the slow ones and the notebook included
 	@'$(BIN)/python' -m pytest $(ARGS)
 	@$(if $(ARGS),,$(CACHED) OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest --nbmake --nbmake-timeout 600 examples)
+
+fuzz: $(STAMP)  ## what reads files of strangers, under atheris, for FUZZ_SECONDS (600) each; its findings are in .fuzz
+	@'$(BIN)/python' -m pip install --quiet --no-deps atheris==3.0.0
+	@for reader in experiments rows images; do \
+		mkdir -p .fuzz/$$reader; \
+		'$(BIN)/python' tests/fuzz/readers.py $$reader .fuzz/$$reader/corpus \
+			-max_total_time=$(FUZZ_SECONDS) -artifact_prefix=.fuzz/$$reader/ || exit 1; \
+	done
 
 test-python: $(STAMP)  ## under every other Python 3.10 to 3.13 found: the tests that need no torch
 	@for version in $(PYTHONS); do \
