@@ -77,7 +77,7 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
     if not rows:
         return False
     unit, metrics = Operations.of(row.values[cost] for row in rows), {score.rpartition("/")[2] for score in scores}
-    colours = palette(map(palette_key, rows))
+    looks = palette(map(palette_key, rows))
     figure = _figure(5.2 * len(scores), 4.2)
     panels = figure.subplots(1, len(scores), squeeze=False, sharey=len(metrics) == 1)
     named: dict[str, Any] = {}
@@ -89,19 +89,21 @@ def grid_figure(table: Table, title: str, path: Path) -> bool:
             zorder=1,
         )  # fmt: skip
         for row in shown:
-            colour, x, y = colours[palette_key(row)], row.values[cost], row.values[score]
+            (colour, marker), x, y = looks[palette_key(row)], row.values[cost], row.values[score]
             if palette_key(row) == OTHER_TRIALS:
                 named.setdefault(OTHER_TRIALS, panel.scatter(x / unit.scale, y, color=colour, s=16, alpha=0.6))
                 continue
             own = row.summaries if len(row.cells) > 1 else ()
             both = [(cell[cost] / unit.scale, cell[score]) for cell in own if {cost, score} <= cell.keys()]
-            panel.scatter([x for x, _ in both], [y for _, y in both], color=colour, alpha=0.35, s=14, linewidths=0)
+            panel.scatter(
+                [x for x, _ in both], [y for _, y in both], color=colour, marker=marker, alpha=0.35, s=14, linewidths=0
+            )
             is_base = "baseline" in row.marks
             if is_base:
                 panel.axhline(y, color="0.6", linewidth=1, linestyle="--", zorder=0)
-            marker = "<" if BOUND in row.marks else "D" if is_base else "o"
             drawn = panel.errorbar(
-                x / unit.scale, y, yerr=row.ci95.get(score), capsize=3, color=colour, fmt=marker, markersize=7,
+                x / unit.scale, y, yerr=row.ci95.get(score), capsize=3, color=colour, markersize=7,
+                fmt="<" if BOUND in row.marks else "D" if is_base else marker,
                 fillstyle="none" if row.is_trial else "full",
             )  # fmt: skip
             name = f"{palette_key(row)} ({BOUND})" if BOUND in row.marks else palette_key(row)

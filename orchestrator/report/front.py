@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from orchestrator.plan.cells.cell import PROMOTED
@@ -56,15 +57,17 @@ def front_of_rows(rows: Sequence[Row], score: str, cost: str) -> list[int]:
     return differing_front(points, lower_is_better(score))
 
 
+MARKERS = ("o", "s", "^", "P", "*", "h")
 OTHER_TRIALS = "other trials"
 GREY = "#999999"
 """What trials have in common that are not on their search's front, and their colour."""
 
 
-def palette(keys: Iterable[str]) -> dict[str, str]:
-    """Return the colour of each key."""
+def palette(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return the colour of each key and matplotlib's marker for it: another marker where the colours begin again."""
     distinct = [key for key in dict.fromkeys(keys) if key != OTHER_TRIALS]
-    return {OTHER_TRIALS: GREY, **{key: PALETTE[number % len(PALETTE)] for number, key in enumerate(distinct)}}
+    looks = [(colour, marker) for marker in MARKERS for colour in PALETTE]
+    return {OTHER_TRIALS: (GREY, "o"), **dict(zip(distinct, itertools.cycle(looks), strict=False))}
 
 
 def palette_key(row: Row) -> str:

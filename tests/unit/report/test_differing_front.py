@@ -1,6 +1,6 @@
 """The front that figures draw: only through points that differ."""
 
-from orchestrator.report.front import differing_front
+from orchestrator.report.front import OTHER_TRIALS, differing_front, palette
 from orchestrator.report.units import lower_is_better
 
 
@@ -27,3 +27,12 @@ def test_less_loss_is_better() -> None:
     lower = ("eval/held_out/loss", "eval/held_out/under_full/perplexity", "eval/speed/prefill_milliseconds")
     assert all(map(lower_is_better, lower))
     assert not any(map(lower_is_better, ("eval/vqa/accuracy", "eval/speed/decode_tokens_per_second")))
+
+
+def test_no_two_schedules_look_alike():
+    keys = [f"schedule-{number}" for number in range(55)]
+    looks = palette([*keys, OTHER_TRIALS, *keys])
+    assert list(looks) == [OTHER_TRIALS, *keys] and len({looks[key] for key in keys}) == len(keys)
+    assert (
+        palette(keys[:10]).items() <= looks.items() and len({marker for _, marker in palette(keys[:10]).values()}) == 1
+    )
