@@ -20,6 +20,7 @@ from orchestrator.dispatch.ray.compat import (
     keep_credentials_from_trials,
     silence_driver,
 )
+from orchestrator.dispatch.ray.session import _ENVIRONMENT
 
 
 def test_a_lane_starts_without_the_stock_cleaner_and_data_sets() -> None:
@@ -31,7 +32,7 @@ def test_a_lane_starts_without_the_stock_cleaner_and_data_sets() -> None:
     for unwanted in UNWANTED_CALLBACKS:
         assert sum(isinstance(callback, unwanted) for callback in stock) == 1
         assert not any(isinstance(callback, unwanted) for callback in ours)
-    assert len(ours) == len(stock) - len(UNWANTED_CALLBACKS)
+    assert len(ours) == len(stock) - len(UNWANTED_CALLBACKS) + 1  # and one of our own
 
 
 def test_a_ray_of_our_own_starts_without_services_nobody_asks_and_is_itself_again_after_it() -> None:
@@ -41,6 +42,15 @@ def test_a_ray_of_our_own_starts_without_services_nobody_asks_and_is_itself_agai
     with few_processes():
         assert all(getattr(Node, name) is not start for name, start in before.items())
     assert {name: getattr(Node, name) for name in UNWANTED_SERVICES} == before
+
+
+def test_rays_own_watch_over_nodes_is_off_and_what_it_asks_is_there_to_be_asked() -> None:
+    from ray._private.state import GlobalState
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    from ray.train.v2._internal.execution import preemption
+
+    assert _ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+    assert "get_draining_nodes" in inspect.getsource(preemption) and callable(GlobalState.get_draining_nodes)
 
 
 def test_rays_own_message_about_a_dead_worker_goes_through_the_name_we_replace(monkeypatch, capsys) -> None:
