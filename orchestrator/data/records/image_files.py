@@ -182,10 +182,11 @@ def _opened(path: str, reading: ImageReading) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadImage(f"is too large: {error}") from error
     except OSError as error:
-        # Pillow's own errors have no errno; those of the system do.
+        # Pillow's own errors have no errno; those of the system do. A header that points beyond where a file can end
+        # makes an invalid seek, which is no failure of the storage.
         if error.errno in ABSENT:
             raise BadImage(ABSENT[error.errno]) from error
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise BadImage(f"is damaged: {error}") from error
     # Pillow's decoders raise exceptions of any kind on a damaged file.

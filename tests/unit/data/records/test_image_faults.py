@@ -171,3 +171,12 @@ def test_a_failing_disk_makes_no_bad_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "stat", failing)
     with pytest.raises(DataError, match="image cannot be read: Input/output error"):
         image_errors([path])
+
+
+def test_a_header_that_points_beyond_every_file_is_damage_and_no_failure_of_the_storage(tmp_path):
+    """Found by `make fuzz`: file systems refuse to seek so far, each from another place on."""
+    for place in (2**31, 2**44, 2**62, 2**63 - 1, 2**64 - 1):
+        path = written(tmp_path, struct.pack("<2sHHHQ", b"II", 43, 8, 0, place))
+        assert list(image_errors([path])) == [path], place
+        with pytest.raises(BadImage):
+            image_size(path)
