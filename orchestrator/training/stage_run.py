@@ -18,7 +18,7 @@ from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import write_json
 from orchestrator.training import distributed
 from orchestrator.training.batches import BatchFeed
-from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint, write_weights
+from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint
 from orchestrator.training.engine import Session, TrainingMemory, open_session, session_key
 from orchestrator.training.metrics_log import (
     LOGGER,
@@ -30,6 +30,7 @@ from orchestrator.training.metrics_log import (
 )
 from orchestrator.training.micro_batch import MicroBatchTooLarge, halve, open_with_sizes, set_accumulation
 from orchestrator.training.step import StepFigures, run_step
+from orchestrator.training.weights import write_weights
 
 StageOutcome = Literal["done", "stopped"]
 
