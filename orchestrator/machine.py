@@ -8,10 +8,11 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
 
 
@@ -40,6 +41,38 @@ def resident_peak_bytes() -> int:
         return int(peak.split()[0]) * 1024
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def available_memory_bytes() -> int:
+    """Return the main memory that can still be taken: the machine's, or what a limit on this container or job leaves.
+
+    Limits of control groups, of version 1 and 2, at any level above this process: Kubernetes, Docker and SLURM set
+    them, and the machine's own figure does not know them. Pages of files that could be dropped count as free there too.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, own = line.split(":", 2)
+            if controllers not in {"", "memory"}:
+                continue
+            root, limit, used, cache = _MEMORY_FILES[controllers]
+            group = PurePosixPath(own.lstrip("/"))
+            for folder in (root / group, *(root / parent for parent in group.parents)):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit here
+                    left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    yield max(0, left + int(_field_of(str(folder / "memory.stat"), cache, " ") or 0))
+
+
+# Of each version: where groups lie, and the names of the limit, of what is used, and of what of it can be dropped.
+_MEMORY_FILES = {
+    "": (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+    ),
+}  # fmt: skip
 
 
 def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from torch import nn
 
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.weight_files import refusal
 from orchestrator.plan.jobs import Action, StageJob
-from orchestrator.plan.ledger.files import storage_error, storage_errors
+from orchestrator.plan.ledger.files import Files, storage_error, storage_errors
 from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.training import distributed
+from orchestrator.training.checkpoint_files import RankFiles
 from orchestrator.training.engine import Session
 
 
@@ -79,8 +79,28 @@ _KNOWN_CLASSES = {
 }
 
 
-def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) -> None:
+def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) -> Files:
     """Write the state after `step` optimizer steps of the phase, without a manifest; every rank calls it.
+
+    Returns:
+        The manifest's entries of what the ranks wrote, on every rank.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    files = take_checkpoint(session, folder, job, step, copies=False)
+    return joined(distributed.on_each_rank(lambda: files.finish(folder)))
+
+
+def take_checkpoint(session: Session, folder: Path, job: StageJob, step: int, copies: bool) -> RankFiles:
+    """Take the state after `step` optimizer steps of the phase; every rank calls it, and then finishes its files.
+
+    Args:
+        session: The model under training.
+        folder: Where the checkpoint is written; what is there goes.
+        job: The stage run.
+        step: Steps of the phase that its state has trained.
+        copies: Where the host's memory allows, only copy what is to be written; see `RankFiles`.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -89,10 +109,14 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
     distributed.on_each_node(lambda: _make(folder))
     # The key DeepSpeed's universal format looks for, so that another world size can open this checkpoint.
     setattr(session.engine.module, UNIVERSAL_CHECKPOINT_INFO, {"universal_checkpoint_version": 0.2})
+    writer = session.engine.checkpoint_engine
+    session.engine.checkpoint_engine = files = RankFiles(writer, copies)
     try:
         session.engine.save_checkpoint(str(folder), tag=_TAG, client_state={}, save_latest=False)
     except (OSError, RuntimeError) as error:
         raise storage_error(folder, error) from error
+    finally:
+        session.engine.checkpoint_engine = writer
 
     def finish() -> None:
         # A script that DeepSpeed copies into each checkpoint; nobody should run code from there.
@@ -108,6 +132,12 @@ def save_checkpoint(session: Session, folder: Path, job: StageJob, step: int) ->
             (folder / CURSOR_FILE).write_text(json.dumps(cursor, indent=1), encoding="utf-8")
 
     distributed.decide(finish)
+    return files
+
+
+def joined(files: Sequence[Files]) -> Files:
+    """Return the entries of all ranks as one mapping."""
+    return {name: entry for of_rank in files for name, entry in of_rank.items()}
 
 
 def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, scratch: Path) -> int:

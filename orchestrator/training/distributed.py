@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import LlavoltaError, StageRunError
+from orchestrator.machine import available_memory_bytes
 
 T = TypeVar("T")
 
@@ -31,6 +32,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def host_memory_bytes() -> int:
+    """Return the host's memory that this rank can still take: what is free, divided by the ranks of the node."""
+    return available_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def device_memory_bytes() -> int:
+    """Return the memory of the device that this rank can still take: its GPU's, or its part of the host's."""
+    return torch.cuda.mem_get_info()[0] if device().type == "cuda" else host_memory_bytes()
+
+
 def decide(action: Callable[[], T]) -> T:
     """Run `action` on rank 0; every rank returns its value, or raises its error. Also a barrier.
 
@@ -45,16 +56,32 @@ def decide(action: Callable[[], T]) -> T:
     return answer[0]
 
 
+def on_each_rank(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return their values, in their order. Also a barrier.
+
+    Raises:
+        LlavoltaError: it failed on a rank; every rank raises the same error.
+    """
+    own = _tried(action)
+    every = gather(own)
+    for _, failure in (own, *every):  # one that was sent has lost its cause
+        if failure is not None:
+            raise failure
+    return [value for value, _ in every]  # type: ignore[misc]
+
+
 def on_each_node(action: Callable[[], object]) -> None:
     """Run `action` on the first rank of every node, for work needed once per disk. Also a barrier.
 
     Raises:
         LlavoltaError: it failed on a node; every rank raises the same error.
     """
-    failed = _tried(action)[1] if node_rank() == rank() else None
-    for failure in (failed, *gather(failed)):
-        if failure is not None:
-            raise failure
+
+    def on_first() -> None:
+        if node_rank() == rank():
+            action()
+
+    on_each_rank(on_first)
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, LlavoltaError | None]:

@@ -9,14 +9,12 @@ by kind of device. A size is part of the fingerprint, never of an identity: the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from orchestrator.data.train_data import TrainData
@@ -318,12 +316,10 @@ def _allowed_bytes(facts: ModelFacts, job: StageJob, session: Any) -> int:
     """Return the memory in bytes for activations of one worker; the engine's weights are allocated already."""
     states = state_bytes(facts, job.recipe, session.compute_dtype.itemsize, session.config, distributed.world_size())
     to_come = states.gradients + states.adam
+    free = distributed.device_memory_bytes()
     if distributed.device().type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
         return max(0, int(free * GPU_SHARE - to_come))
-    to_come += states.host
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
-    return max(0, min(CPU_CAP_BYTES, int(psutil.virtual_memory().available * CPU_SHARE / beside - to_come)))
+    return max(0, min(CPU_CAP_BYTES, int(free * CPU_SHARE - to_come - states.host)))
 
 
 def _device_kind() -> str:

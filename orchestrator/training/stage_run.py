@@ -15,10 +15,11 @@ from orchestrator.machine import reset_peak_memory
 from orchestrator.models.build import WEIGHTS_FILE
 from orchestrator.plan.jobs import StageJob, job_to_json
 from orchestrator.plan.ledger import Ledger
-from orchestrator.plan.ledger.files import write_json
+from orchestrator.plan.ledger.files import Files, write_json
 from orchestrator.training import distributed
 from orchestrator.training.batches import BatchFeed
 from orchestrator.training.checkpoint import load_checkpoint, other_workers, read_cursor, save_checkpoint
+from orchestrator.training.checkpoint_writer import CheckpointWriter
 from orchestrator.training.engine import Session, TrainingMemory, open_session, session_key
 from orchestrator.training.metrics_log import (
     LOGGER,
@@ -79,7 +80,9 @@ def _train(
     reset_peak_memory()
     data = memory.data(job)
     session, step = open_with_sizes(job, memory, data, work, lambda: _start(job, ledger, memory))
-    spool = MetricsLog(work / "metrics.jsonl", step) if distributed.rank() == 0 else None
+    spools: list[MetricsLog] = []
+    distributed.decide(lambda: spools.append(MetricsLog(work / "metrics.jsonl", job.first_step, step)))
+    spool = spools[0] if spools else None
     batch, grouped = job.recipe["global_batch_size"], job.recipe["group_by_modality_length"]
     feed = BatchFeed(
         lambda step: data.batch_indices(job.seed, step, batch, grouped),
@@ -87,6 +90,7 @@ def _train(
         lambda step: session.micro_batches.at(job.action_at(step)),
         job.last_step,
     )
+    writer = CheckpointWriter(session, job, ledger, spool)
     try:
         while step < job.last_step:
             action = job.action_at(step)
@@ -94,7 +98,7 @@ def _train(
             set_accumulation(session.engine, batch, size, len(action.trained_passes))
             session.switch(action.points)
             try:
-                figures = run_step(session, job, step, feed.get(step), should_stop())
+                figures = run_step(session, job, step, feed.get(step), should_stop(), writer.busy)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if message := halve(job, work, action, size):
                     raise MicroBatchTooLarge(message) from error
@@ -110,14 +114,19 @@ def _train(
                 if figures.skipped:
                     LOGGER.warning("%s step %d changed no weight: gradients overflowed", job.phase, step + 1)
             step += 1
+            if not figures.writing:
+                writer.advance()
             due = step % job.checkpoint_every == 0
             if step < job.last_step and (due or figures.stop):
-                _checkpoint(session, job, ledger, step, spool)
+                writer.begin(step)
                 if figures.stop:
+                    writer.finish()
                     memory.release()
                     return "stopped"
+        writer.finish()
     finally:
         feed.close()
+        writer.close()
         if spool is not None:
             spool.sync()
             spool.close()
@@ -191,36 +200,24 @@ def _log(job: StageJob, step: int, figures: StepFigures) -> None:
         )  # fmt: skip
 
 
-def _checkpoint(session: Session, job: StageJob, ledger: Ledger, step: int, spool: MetricsLog | None) -> None:
-    """Write a checkpoint within the stage run and seal it."""
-    folder = ledger.writing_folder(job.id) / f"step_{step:06d}"
-    save_checkpoint(session, folder, job, step)
-    distributed.on_each_node(lambda: ledger.share(folder))
-
-    def seal() -> None:
-        if spool is not None:
-            spool.sync()
-        ledger.seal_checkpoint(job.id, step, folder)
-
-    distributed.decide(seal)
-
-
 def _finish(session: Session, job: StageJob, ledger: Ledger, work: Path) -> None:
     """Write weights, checkpoint and result and commit them; no rank returns before."""
     folder = ledger.writing_folder(job.id)
     write_weights(session, folder / WEIGHTS_FILE, _exact_weights(session, job, ledger))
+    known: Files = {}
     if job.keep == "full":
-        save_checkpoint(session, folder / "checkpoint", job, job.last_step)
+        known = save_checkpoint(session, folder / "checkpoint", job, job.last_step)
+        known = {f"checkpoint/{name}": entry for name, entry in known.items()}
     if job.keep == "none":  # writing them checked that they are finite
         distributed.decide(lambda: shutil.rmtree(folder / Path(WEIGHTS_FILE).parent))
-    distributed.on_each_node(lambda: ledger.share(folder))
+    distributed.on_each_node(lambda: ledger.share(folder, known))
     peak_gib = peak_memory_gib()
     marks = fingerprint(job, session)
 
     def commit() -> None:
         write_json(folder / "result.json", stage_result(job, work / "metrics.jsonl", peak_gib, marks))
         write_json(folder / "job.json", job_to_json(job))
-        ledger.commit(job.id)
+        ledger.commit(job.id, known)
 
     distributed.decide(commit)
 

@@ -85,6 +85,7 @@ class StepFigures:
         label_tokens: Tokens that are predicted.
         step_seconds: Wall-clock time of the step on this rank.
         stop: Whether a rank asks to stop after this step.
+        writing: Whether a rank was still writing a checkpoint.
         distill_loss: Mean over the same tokens (and over students) of `T^2 KL(teacher || student)`; None without a
             teacher. `loss` stays the labels' cross-entropy, so that steps of all variants compare.
         skipped: Gradients overflowed in float16, and no weight was changed.
@@ -98,6 +99,7 @@ class StepFigures:
     label_tokens: int
     step_seconds: float
     stop: bool
+    writing: bool
     distill_loss: float | None = None
     skipped: bool = False
 
@@ -126,13 +128,19 @@ def _seed(seed: int) -> None:
 
 
 def run_step(
-    session: Session, job: StageJob, step: int, micro_batches: Sequence[MicroBatch], should_stop: bool
+    session: Session,
+    job: StageJob,
+    step: int,
+    micro_batches: Sequence[MicroBatch],
+    should_stop: bool,
+    writing: bool = False,
 ) -> StepFigures:
     """Run one optimizer step; every rank calls it with its own micro-batches.
 
     The loss is the sum over all label tokens of the global batch divided by their number, counted across ranks and
     micro-batches (docs/concepts/exact.md). DeepSpeed averages gradients over ranks, so each rank's share is multiplied
-    by their number; it is not divided by the accumulation steps.
+    by their number; it is not divided by the accumulation steps. That a rank asks to stop, or is still writing a
+    checkpoint, becomes known to all with the sums of the losses.
     """
     start = time.perf_counter()
     engine = session.engine
@@ -165,7 +173,15 @@ def run_step(
     session.learned.step(factor)
     samples = sum(len(batch.indices) for batch in micro_batches)
     sums = distributed.reduce_values(
-        [loss_sum.item(), float(samples), visual_layer_tokens, text_tokens, float(should_stop), distill_sum.item()]
+        [
+            loss_sum.item(),
+            float(samples),
+            visual_layer_tokens,
+            text_tokens,
+            float(should_stop),
+            float(writing),
+            distill_sum.item(),
+        ]
     )
     return StepFigures(
         loss=sums[0],
@@ -176,7 +192,8 @@ def run_step(
         label_tokens=int(label_tokens),
         step_seconds=time.perf_counter() - start,
         stop=sums[4] > 0,
-        distill_loss=sums[5] if action.distill is not None or action.students is not None else None,
+        writing=sums[5] > 0,
+        distill_loss=sums[6] if action.distill is not None or action.students is not None else None,
         skipped=not engine.was_step_applied(),
     )
 

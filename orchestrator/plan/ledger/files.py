@@ -260,20 +260,31 @@ def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bool]]:
                 yield from _below(folder / name, f"{prefix}{name}/")
 
 
-def write_manifest(folder: Path) -> None:
-    """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last."""
+def seal_file(file: Path) -> dict[str, Any]:
+    """Make a file last, and return its size and SHA-256, a manifest's entry."""
+    fsync_file(file)
+    return {"sha256": file_sha256(file), "size": retry_io(file.stat).st_size}
 
-    def seal(name: str) -> dict[str, Any]:
-        fsync_file(folder / name)
-        return {"sha256": file_sha256(folder / name), "size": retry_io((folder / name).stat).st_size}
 
+def write_manifest(folder: Path, known: Files) -> None:
+    """List size and SHA-256 of every file of a folder, made to last first; the manifest itself is written last.
+
+    Args:
+        folder: Holds the files.
+        known: Entries of those that their writers made to last and hashed; they are not read again.
+
+    Raises:
+        StorageError: one of those is not here as it was written.
+    """
     with storage_errors(folder):
-        names = [name for name in list_files(folder) if name != MANIFEST]
-        files = dict(zip(names, _side_by_side(seal, names), strict=True))
+        if cut := cut_files(folder, known):
+            raise StorageError(f"{folder / cut[0]}: a worker wrote it, and it is not here; is the storage shared?")
+        names = [name for name in list_files(folder) if name != MANIFEST and name not in known]
+        sealed = _side_by_side(lambda name: seal_file(folder / name), names)
         for name, is_folder in [*_below(folder, ""), ("", True)]:
             if is_folder:
                 fsync_folder(folder / name)
-    write_json(folder / MANIFEST, manifest_of(files))
+    write_json(folder / MANIFEST, manifest_of({**known, **dict(zip(names, sealed, strict=True))}))
 
 
 def manifest_of(files: Files) -> dict[str, Any]:

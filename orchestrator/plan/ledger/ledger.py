@@ -21,6 +21,7 @@ from orchestrator.plan.jobs import Keep
 from orchestrator.plan.ledger.backends import open_backend
 from orchestrator.plan.ledger.backends.base import PARTS_OF, Part, checked, token_in
 from orchestrator.plan.ledger.files import (
+    Files,
     dump_json,
     dump_note,
     is_there,
@@ -150,13 +151,17 @@ class Ledger:
         finished = self.store.small_file(checked(job_id), "log.txt")
         return finished if is_there(finished) else self.store.work_file(job_id, "log.txt")
 
-    def commit(self, state: str) -> Path:
+    def commit(self, state: str, known: Files | None = None) -> Path:
         """Make a finished state of what lies in the writing folder (`job.json`, `result.json`, `weights/`,
         `checkpoint/`) and of the work folder's `metrics.jsonl` and `log.txt`; the work folder goes.
 
         Until the one rename that makes the state appear, readers see no change, and sealed checkpoints stay.
         A second commit of a state adds the parts that the first one lacks, or replaces a damaged one; what is complete
         stays as it is, since evaluations were made of it.
+
+        Args:
+            state: The stage run.
+            known: Manifest entries of files that their writers flushed and hashed; they are not read again.
 
         Returns:
             The state's folder.
@@ -179,7 +184,7 @@ class Ledger:
                     entry.unlink()
             if is_there(metrics):
                 retry_io(lambda: shutil.copyfile(metrics, writing / metrics.name))
-        self.store.write_manifest(writing)
+        self.store.write_manifest(writing, known or {})
         self.check_fence(state)  # reading all bytes took its time
         self.store.commit(state, writing)
         self.store.end_work(state, self._token(state))
@@ -247,16 +252,17 @@ class Ledger:
         """Delete the work folder of a job that leaves no state."""
         self.store.end_work(checked(job_id), self._token(job_id))
 
-    def share(self, folder: Path) -> None:
+    def share(self, folder: Path, known: Files | None = None) -> None:
         """Hand over what this machine wrote into an unsealed folder; one rank a machine calls it before a seal."""
-        self.store.share(folder)
+        self.store.share(folder, known or {})
 
-    def seal_checkpoint(self, job_id: str, step: int, folder: Path) -> Path:
+    def seal_checkpoint(self, job_id: str, step: int, folder: Path, known: Files | None = None) -> Path:
         """Seal an in-stage checkpoint: manifest last, then one rename. The one before it stays, older ones go.
 
         Args:
             step: Steps of the phase it is after.
             folder: Where it was written, below `writing_folder`.
+            known: Manifest entries of files that their writers flushed and hashed; they are not read again.
 
         Returns:
             Where it is now.
@@ -265,7 +271,7 @@ class Ledger:
             StaleWriterError: another driver has taken the job over; readers see no change.
         """
         self.check_fence(job_id)
-        self.store.write_manifest(folder)
+        self.store.write_manifest(folder, known or {})
         self.check_fence(job_id)  # reading all bytes took its time
         sealed = self.store.seal_checkpoint(checked(job_id), step, folder)
         self.check_fence(job_id)  # who lost its lease takes nothing of the new holder's away

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,36 @@ def test_a_diverged_loss_stops_and_nothing_is_stored(made: tuple[Path, Path], tm
     said, done, released = launch(1, failed, tmp_path, stage(model_of(made[0]), 6, recipe=recipe))
     assert "diverged" in said
     assert not done and released
+
+
+def without_metrics(folder: Path, job: StageJob) -> tuple[list[str], bool, str]:
+    """The file of metrics is deleted while it trains; a second attempt finds a checkpoint without its steps."""
+    from orchestrator.errors import StorageError
+    from orchestrator.training.engine import TrainingMemory
+    from orchestrator.training.stage_run import train_stage
+
+    ledger, said = make_ledger(folder, job.model), []
+    file = ledger.work_folder(job.id) / "metrics.jsonl"
+
+    def deletes_it() -> bool:
+        file.unlink(missing_ok=True)
+        return False
+
+    for _ in range(2):
+        with pytest.raises(StorageError) as told:
+            train_stage(job, ledger, TrainingMemory(), deletes_it)
+        said.append(str(told.value))
+    done = ledger.is_done(job.id)
+    shutil.rmtree(file.parent)
+    train_stage(job, ledger, TrainingMemory(), never)
+    return said, done, " ".join(map(str, steps_told(ledger, job.id)))
+
+
+def test_nothing_is_stored_without_its_curve(made: tuple[Path, Path], tmp_path: Path) -> None:
+    said, done, steps = launch(2, without_metrics, tmp_path, stage(model_of(made[0]), 3, checkpoint_every=2))
+    assert "steps 0 to 2" in said[0] and "steps 0 to 1" in said[1]
+    assert all("metrics.jsonl" in one and "it has 0 lines" in one for one in said)
+    assert not done and steps == "0 1 2"
 
 
 def test_result_and_metrics_of_a_finished_stage_run(made: tuple[Path, Path], tmp_path: Path) -> None:

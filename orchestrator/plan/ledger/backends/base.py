@@ -120,8 +120,13 @@ class Backend(ABC):
         """Return where a finished state's result, job, metrics or log is on this machine; the file need not exist."""
 
     @abstractmethod
-    def write_manifest(self, folder: Path) -> None:
-        """List all files of an unsealed folder, also other machines', each flushed to disk first."""
+    def write_manifest(self, folder: Path, known: Files) -> None:
+        """List all files of an unsealed folder, also other machines', each flushed to disk first.
+
+        Args:
+            folder: Holds the files.
+            known: Entries of those that their writers flushed and hashed.
+        """
 
     @abstractmethod
     def commit(self, state: str, sealed: Path) -> None:
@@ -158,8 +163,13 @@ class Backend(ABC):
     def share_progress(self, job_id: str) -> None:  # noqa: B027 (a folder has nothing to do)
         """Show others the metrics and the log of a stage run under way; in a shared folder they see them."""
 
-    def share(self, folder: Path) -> None:  # noqa: B027 (a folder has nothing to do)
-        """Hand over what this machine wrote into an unsealed folder; a shared folder has it already."""
+    def share(self, folder: Path, known: Files) -> None:  # noqa: B027 (a folder has nothing to do)
+        """Hand over what this machine wrote into an unsealed folder; a shared folder has it already.
+
+        Args:
+            folder: Holds the files.
+            known: Entries of those that their writers hashed, also other machines'.
+        """
 
     @abstractmethod
     def seal_checkpoint(self, job_id: str, step: int, sealed: Path) -> Path:

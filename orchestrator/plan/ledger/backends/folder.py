@@ -197,8 +197,8 @@ class FolderBackend(Backend):
         return self.state_folder(state) / name
 
     @override
-    def write_manifest(self, folder: Path) -> None:
-        write_manifest(folder)
+    def write_manifest(self, folder: Path, known: Files) -> None:
+        write_manifest(folder, known)
 
     @override
     def commit(self, state: str, sealed: Path) -> None:

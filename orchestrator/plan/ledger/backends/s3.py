@@ -458,13 +458,13 @@ class S3Backend(Backend):
         return file
 
     @override
-    def write_manifest(self, folder: Path) -> None:
+    def write_manifest(self, folder: Path, known: Files) -> None:
         job_id, place = self._place(folder)
         files: Files = {}
         for name in self.names(f"work/{job_id}/shared/{place}"):
             if name != f"{self._node}.json":
                 files |= parse_json(self.read(f"work/{job_id}/shared/{place}/{name}")) or {}
-        files |= _files_of(folder, self._just_shared(folder), token_in(folder))
+        files |= _files_of(folder, {**known, **self._just_shared(folder)}, token_in(folder))
         write_json(folder / MANIFEST, manifest_of(files))
 
     @override
@@ -553,12 +553,12 @@ class S3Backend(Backend):
         self._share_files(job_id, "*.jsonl", "*.txt")
 
     @override
-    def share(self, folder: Path) -> None:
+    def share(self, folder: Path, known: Files) -> None:
         job_id, place = self._place(folder)
         for done in (*folder.parent.glob("step_*"), *folder.glob("step_*")):  # sealed by another machine, or given up
             if done != folder:
                 shutil.rmtree(done, ignore_errors=True)
-        files = _files_of(folder, {}, token_in(folder))
+        files = _files_of(folder, known, token_in(folder))
         self._send(job_id, folder, files)
         self._shared = (folder, files)  # sealed soon: they need not be read and sent again
         self._share_files(job_id, "log_rank*.txt")

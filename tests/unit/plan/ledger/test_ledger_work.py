@@ -114,7 +114,7 @@ def test_what_a_file_server_leaves_of_deleted_files_is_no_file_of_a_state(ledger
 
 def test_what_is_unsealed_is_no_checkpoint_and_goes_with_the_next_attempt(ledger: Ledger) -> None:
     half = write_checkpoint(ledger, 2)
-    files.write_manifest(half)  # killed between the manifest and the rename
+    files.write_manifest(half, {})  # killed between the manifest and the rename
     assert list(ledger.store.checkpoints(JOB)) == []
     write_parts(ledger)
     assert not ledger.is_done(JOB)
@@ -167,8 +167,8 @@ def test_a_lease_taken_over_while_a_manifest_is_made(ledger: Ledger, monkeypatch
     ledger.fences[JOB] = 1
     real = folder_backend.write_manifest
 
-    def slow(folder: Path) -> None:
-        real(folder)
+    def slow(folder: Path, known: files.Files) -> None:
+        real(folder, known)
         ledger.store.create(f"leases/{JOB}/000002.json", b"{}")
 
     monkeypatch.setattr(folder_backend, "write_manifest", slow)
