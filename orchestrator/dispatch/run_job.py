@@ -5,6 +5,7 @@ Only workers import this module, and with it torch and DeepSpeed.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,18 +20,20 @@ from orchestrator.compression.features import SharedFeatures
 from orchestrator.data.train_data import TrainData
 from orchestrator.dispatch.failures import one_line
 from orchestrator.errors import StageRunError, StorageError
-from orchestrator.evaluation.evaluate import answer_one, evaluate_state, lacks_modules, state_model
-from orchestrator.models.build import WEIGHTS_FILE
+from orchestrator.evaluation.evaluate import answer_one, evaluate_state, fetch_weights, lacks_modules, load_model
+from orchestrator.models.build import WEIGHTS_FILE, compute_dtype
 from orchestrator.models.initial_weights import write_initial_weights, write_start_weights
+from orchestrator.models.weight_files import open_weights
 from orchestrator.plan.identity import digest, share_caches
 from orchestrator.plan.jobs import Action, EvaluationJob, Job, RehearsalJob, RootJob, StageJob, StartJob, job_to_json
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import dump_json, parse_json, write_json
 from orchestrator.spec.deepspeed import zero_stage
+from orchestrator.spec.model import ModelSpec
 from orchestrator.training import distributed
 from orchestrator.training.batches import MicroBatch
 from orchestrator.training.checkpoint import load_checkpoint, save_checkpoint
-from orchestrator.training.engine import Session, TrainingMemory, open_session
+from orchestrator.training.engine import Session, TrainingMemory, open_divided, open_session
 from orchestrator.training.metrics_log import LOGGER, stage_log
 from orchestrator.training.micro_batch import longest_samples, open_with_sizes, set_accumulation, smaller_size
 from orchestrator.training.stage_run import train_stage
@@ -57,7 +60,7 @@ def execute(job: Job, ledger: Ledger, memory: dict[str, Any], should_stop: Calla
         registry.load_plugin(reference, Path.cwd())  # absolute already, or a module
     training: TrainingMemory = memory.setdefault("training", TrainingMemory())
     if not isinstance(job, EvaluationJob):
-        memory.pop(_TESTED, None)
+        _forget_tested(memory)
         memory.pop(_FEATURES, None)
     if isinstance(job, RootJob | StartJob):
         distributed.decide(partial(_write_weights, job, ledger))
@@ -201,21 +204,58 @@ def _tested_model(job: EvaluationJob, ledger: Ledger, memory: dict[str, Any]) ->
     """Return the model of an evaluation's state; evaluations of one state that follow each other load it once."""
     key = (job.state, digest(job.model))
     if memory.get(_TESTED, (None,))[0] != key:
-        memory.pop(_TESTED, None)  # before the next one is loaded
-        memory[_TESTED] = key, state_model(job, ledger)
+        _forget_tested(memory)  # before the next one is loaded
+        memory[_TESTED] = key, *_loaded(job, fetch_weights(job, ledger))
     return memory[_TESTED][1]
+
+
+def _forget_tested(memory: dict[str, Any]) -> None:
+    *_, engine = memory.pop(_TESTED, (None,))
+    if engine is not None:
+        engine.destroy()
+
+
+def _loaded(job: EvaluationJob, weights: Path) -> tuple[Any, Any]:
+    """Return a model with these weights, and the engine that divides it over the ranks; None where each holds it all.
+
+    They divide it where it does not fit on each of them: all then compute every answer, each for the price of one.
+    """
+    if distributed.world_size() > 1 and not all(distributed.gather(_fits(job, weights))):
+        engine = open_divided(ModelSpec.model_validate(job.model), weights)
+        return engine.module, engine
+    return load_model(job, weights, distributed.device()), None
+
+
+# Weights may take this share of a worker's free memory: batches, and a cache of keys and values, need the rest.
+_WEIGHTS_SHARE = 0.8
+
+
+def _fits(job: EvaluationJob, weights: Path) -> bool:
+    """Return whether a worker's memory holds all weights of a model, in the type that it computes in."""
+    width = getattr(torch, compute_dtype(ModelSpec.model_validate(job.model))).itemsize
+    with open_weights(weights) as file:
+        num_bytes = width * sum(math.prod(shape) for shape in file.shapes().values())
+    return num_bytes <= _WEIGHTS_SHARE * distributed.device_memory_bytes()
 
 
 def _answer(test: EvaluationJob, job: RehearsalJob, ledger: Ledger, memory: TrainingMemory) -> str | None:
     """Return why an evaluation cannot be done; None where it can."""
-    model = model_for_evaluation(memory, test.points)
+    model, engine = model_for_evaluation(memory, test.points), None
+    if model is None and any(registry.spec_class(registry.COMPRESSORS, point["kind"]).learns for point in test.points):
+        return None  # no weights of it exist yet
+    weights = ledger.state_folder(job.parent) / WEIGHTS_FILE
     try:
-        answer_one(test, ledger, job.parent, model)
+        if model is None:
+            model, engine = _loaded(test, weights)
+        answer_one(test, weights, model)
     except (StorageError, OSError):
         raise
     except Exception as error:
         what = f"the rehearsal of evaluate.{test.name} under {test.under}"
         return f"{what} failed with {one_line(error)}; nothing was trained"
+    finally:
+        if engine is not None:
+            engine.destroy()
     return None
 
 

@@ -60,7 +60,7 @@ def evaluate_state(
         StageRunError: a point has a learned compressor that the state does not have, or a metric is not finite.
         DataError: the rows cannot be read.
     """
-    started, workers = time.monotonic(), Workers.here()
+    started = time.monotonic()
     stopped: list[bool] = []  # holds True once should_stop was: the evaluation may then have left rows out
 
     def stop() -> bool:
@@ -68,9 +68,10 @@ def evaluate_state(
             stopped.append(True)
         return bool(stopped)
 
-    data = replace(evaluation_data(job), should_stop=stop, identity=job.id)
     weights = ledger.state_folder(job.state) / WEIGHTS_FILE
     model = state_model(job, ledger) if model is None else model
+    workers = _workers_of(model)
+    data = replace(evaluation_data(job), should_stop=stop, identity=job.id, in_step=workers.in_step)
     outcome = run_under(job, model, data, workers, weights, features)
     if workers.sum(torch.tensor([len(stopped)], device=next(model.parameters()).device)).item():
         return None
@@ -104,9 +105,7 @@ def state_model(job: EvaluationJob, ledger: Ledger) -> PreTrainedModel:
     Raises:
         DamagedStateError: the state's weights are missing or damaged.
     """
-    workers = Workers.here()
-    _fetch(job, ledger, workers)
-    return load_model(job, ledger.state_folder(job.state) / WEIGHTS_FILE, workers.device)
+    return load_model(job, fetch_weights(job, ledger), Workers.here().device)
 
 
 def run_under(
@@ -128,12 +127,18 @@ def run_under(
         features: Features of images that may be shared.
 
     Raises:
-        StageRunError: it returned something else than an outcome.
+        StageRunError: it returned something else than an outcome, or measures a model of which this worker holds a
+            share.
     """
     spec = registry.spec_class(registry.EVALUATIONS, job.spec["kind"]).model_validate(job.spec)
     evaluation = registry.load_object(spec.implementation)(spec)
     if spec.is_measurement:
         features = None
+        if workers.in_step:
+            raise StageRunError(
+                f"evaluation {job.name} ({spec.kind}): the model does not fit on one worker; each holds a share, and "
+                "what they wait for one another would be measured with it; use larger devices, or leave it out"
+            )
     with _points(model, job.points, weights) as attachment, evaluation_mode(model), attachment.sharing(features):
         outcome = evaluation.run(model, data, workers)
     if not isinstance(outcome, Outcome):
@@ -202,8 +207,21 @@ def evaluation_data(job: EvaluationJob) -> EvaluationData:
     return EvaluationData(rows, Encoder(processor, template_of(spec), job.model_max_length), processor)
 
 
-def _fetch(job: EvaluationJob, ledger: Ledger, workers: Workers) -> None:
-    """Download and verify the state's weights on the first rank of each node; all ranks raise the error of any."""
+def _workers_of(model: Any) -> Workers:
+    """Return the ranks of an evaluation of this model: DeepSpeed marks the parameters that it has divided."""
+    return replace(Workers.here(), in_step=hasattr(next(model.parameters()), "ds_id"))
+
+
+def fetch_weights(job: EvaluationJob, ledger: Ledger) -> Path:
+    """Download and verify the state's weights on the first rank of each node; all ranks raise the error of any.
+
+    Returns:
+        The weights file.
+
+    Raises:
+        DamagedStateError: the state's weights are missing or damaged.
+    """
+    workers = Workers.here()
     failure: Exception | None = None
     if workers.leads_node:
         try:
@@ -213,6 +231,7 @@ def _fetch(job: EvaluationJob, ledger: Ledger, workers: Workers) -> None:
     for found in workers.gather([failure]):
         if found is not None:
             raise found
+    return ledger.state_folder(job.state) / WEIGHTS_FILE
 
 
 def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTrainedModel:
@@ -225,28 +244,21 @@ def load_model(job: EvaluationJob, weights: Path, device: torch.device) -> PreTr
     return model.to(device)
 
 
-def answer_one(job: EvaluationJob, ledger: Ledger, state: str, model: PreTrainedModel | None = None) -> None:
+def answer_one(job: EvaluationJob, weights: Path, model: PreTrainedModel) -> None:
     """Rehearse an evaluation before training, on the row with the most words; nothing is stored. Every rank calls it.
 
     Args:
         job: The evaluation; the state it names need not exist.
-        ledger: Holds the weights.
-        state: The state whose weights are tested; they are on this node already.
-        model: The model under training, if it can be used. Without it, a job with a learned compressor is skipped,
-            since no weights of it exist yet.
+        weights: Weights of a state that does, which are tested.
+        model: The model under training, or one with these weights.
 
     Raises:
         LlavoltaError: the evaluation cannot be run.
     """
-    learns = any(registry.spec_class(registry.COMPRESSORS, point["kind"]).learns for point in job.points)
-    if model is None and learns:
-        return
     data = evaluation_data(job)
-    weights = ledger.state_folder(state) / WEIGHTS_FILE
     longest = [data.rows[int(num_words(data.rows).argmax())]] if len(data.rows) else []
-    workers = Workers.here()
-    model = load_model(job, weights, workers.device) if model is None else model
-    run_under(job, model, replace(data, rows=longest, trial=True), workers, weights)
+    workers = _workers_of(model)
+    run_under(job, model, replace(data, rows=longest, trial=True, in_step=workers.in_step), workers, weights)
 
 
 def greedy_answers(
@@ -267,7 +279,7 @@ def greedy_answers(
     tokenizer = data.processor.tokenizer
     answers = [""] * len(rows)
     for first in range(0, len(order), batch_size):
-        if data.should_stop():
+        if data.ends_here():
             break
         part = order[first : first + batch_size]
         batch = _prompt_batch(model, [rows[i] for i in part], [prompts[i] for i in part], data)
@@ -373,7 +385,7 @@ def answer_losses(
     found = [AnswerLoss(0.0, 0)] * len(rows)
     weight, attachment = next(model.parameters()), attachment_of(model)
     for first in range(0, len(order), batch_size):
-        if data.should_stop():
+        if data.ends_here():
             break
         part = order[first : first + batch_size]
         moved = _moved(collate([samples[i] for i in part], data.processor), weight)

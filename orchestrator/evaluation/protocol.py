@@ -28,10 +28,17 @@ _LEGAL = re.compile(r"[A-Za-z0-9_. /-]+")
 
 @dataclass(frozen=True)
 class Workers:
-    """The ranks that share an evaluation; one where there is no process group."""
+    """The ranks that share an evaluation; one where there is no process group.
+
+    Attributes:
+        rank: This one.
+        count: How many there are.
+        in_step: Each holds a share of the model, so that all of them run it on the same rows at the same time.
+    """
 
     rank: int = 0
     count: int = 1
+    in_step: bool = False
 
     @classmethod
     def here(cls) -> Workers:
@@ -72,6 +79,7 @@ class Workers:
         """Return what `work` gives for each row, in the order of the rows, on every rank.
 
         Every rank calls it, and works on every n-th of the rows by length, so that all end at about the same time.
+        Where they run the model in step, each works on all rows, and what the first one found counts.
 
         Args:
             rows: All rows.
@@ -80,7 +88,9 @@ class Workers:
         Raises:
             Exception: of any kind, on every rank: the first that `work` raised on one.
         """
-        mine = num_words(rows).argsort(kind="stable").tolist()[self.rank :: self.count]
+        mine = num_words(rows).argsort(kind="stable").tolist()
+        if not self.in_step:
+            mine = mine[self.rank :: self.count]
         failed: list[Exception] = []
         found: list[tuple[int, _Result]] = []
         try:
@@ -89,7 +99,8 @@ class Workers:
             failed.append(error)
         if all_failed := self.gather(failed):
             raise failed[0] if failed else all_failed[0]
-        return [result for _, result in sorted(self.gather(found), key=lambda pair: pair[0])]
+        counts = found if self.rank == 0 or not self.in_step else []
+        return [result for _, result in sorted(self.gather(counts), key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class EvaluationData:
             questions of a pair, rows of each answer) may be missing.
         identity: What tells this evaluation of this state from all others; what an attempt cannot have again for
             nothing may be kept under it, until it is done. Empty in a trial.
+        in_step: All ranks run the model at the same time, as `Workers.in_step` says.
     """
 
     rows: Sequence[Row]
@@ -114,6 +126,15 @@ class EvaluationData:
     should_stop: Callable[[], bool] = lambda: False
     trial: bool = False
     identity: str = ""
+    in_step: bool = False
+
+    def ends_here(self) -> bool:
+        """Return `should_stop`, of any rank where they run in step; asked by all of them before each batch."""
+        asked = self.should_stop()
+        if self.in_step:
+            workers = Workers.here()
+            asked = bool(workers.sum(torch.tensor([int(asked)], device=workers.device)).item())
+        return asked
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from orchestrator.models.parts import LANGUAGE_MODEL, parameter_groups, part_of,
 from orchestrator.plan.jobs import StageJob
 from orchestrator.spec.checks.deepspeed import WITHOUT_ZERO3, zero3_problem
 from orchestrator.spec.components import CompressorSpec
-from orchestrator.spec.deepspeed import zero_stage
+from orchestrator.spec.deepspeed import given_config, zero_stage
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.phase import PhaseSpec
 from orchestrator.training import distributed
@@ -158,7 +158,7 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         StorageError: the weights cannot be read.
         StageRunError: the weights are not the model's.
     """
-    _set_determinism(job.deterministic)
+    _prepare(job.deterministic)
     model_spec, recipe = ModelSpec.model_validate(job.model), PhaseSpec.model_validate(job.recipe)
     dtype = compute_dtype(model_spec)
     micro_batch_size, world_size = _micro_batch_size(recipe), distributed.world_size()
@@ -183,12 +183,6 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay) or [_resting_group(model)]
     base_rates = [parameters["lr"] for parameters in groups]
     model.train()
-    if not on_gpu:
-        # A C++ op that sums over the ranks of one machine: compiling it takes a minute on the first start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _import_muon()
-    # It prints the memory at each step of its initialisation, whatever the configuration, and collects garbage there.
-    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if in_parts:
         _read_in_parts(model, weights_file, config, getattr(torch, dtype))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
@@ -206,6 +200,41 @@ def open_session(job: StageJob, weights_file: Path, universal: bool = False) -> 
         points=None,
         draws=draws,
     )
+
+
+def open_divided(model_spec: ModelSpec, weights_file: Path) -> Any:
+    """Return an engine for evaluations whose ranks hold a share of the weights each (ZeRO-3); every rank calls it.
+
+    Its `module` is the model, which all ranks must run on the same batches at the same time.
+
+    Raises:
+        StorageError: the weights cannot be read.
+        StageRunError: they are not the model's.
+    """
+    _prepare(deterministic=False)
+    dtype = compute_dtype(model_spec)
+    config = {
+        **given_config("zero3", distributed.device().type == "cuda"),
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "steps_per_print": 2**31,
+    }
+    model = empty_model(model_spec)
+    _read_in_parts(model, weights_file, config, getattr(torch, dtype))
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
+
+
+def _prepare(deterministic: bool) -> None:
+    """Set what DeepSpeed and torch read from the process when an engine is opened."""
+    _set_determinism(deterministic)
+    if distributed.device().type != "cuda":
+        # A C++ op that sums over the ranks of one machine: compiling it takes a minute on the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
+    # It prints the memory at each step of its initialisation, whatever the configuration, and collects garbage there.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _read_in_parts(model: nn.Module, weights_file: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
