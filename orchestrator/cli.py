@@ -695,9 +695,9 @@ def verify(
     storage: Place = None,
     set_: Set = None,
     as_json: Json = False,
-    discard: Annotated[bool, typer.Option("--discard", help="Removes what is damaged: `run` trains it again.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Removes what is damaged: `run` does it again.")] = False,
 ) -> None:
-    """Read every byte of every state and in-stage checkpoint; exit code 1 if anything is damaged."""
+    """Read every byte of states, in-stage checkpoints and evaluations; exit code 1 if anything is damaged."""
     stored = _storage(spec, storage, set_)
     found = stored.verify(discard=discard)
     if as_json:
@@ -709,9 +709,9 @@ def verify(
     if not found:
         print(f"{stored.url}: everything is intact")
     elif discard:
-        print("removed; the next run of the experiment trains it again")
+        print("removed; the next run of the experiment does it again")
     else:
-        print("`llavolta ledger verify --discard` removes it, so that the next run trains it again")
+        print("`llavolta ledger verify --discard` removes it, so that the next run does it again")
     raise typer.Exit(1 if found else 0)
 
 

@@ -56,10 +56,10 @@ class Storage:
         return Document(ledger_document(self._ledger), print_ledger)
 
     def verify(self, *, discard: bool = False) -> list[dict[str, Any]]:
-        """Read every byte of every state and in-stage checkpoint and return those that are damaged.
+        """Read every byte of states, in-stage checkpoints and evaluations and return those that are damaged.
 
         Args:
-            discard: Takes them out, so that the next run trains them again.
+            discard: Takes them out, so that the next run does them again.
 
         Raises:
             StorageError: the storage cannot be read or written.

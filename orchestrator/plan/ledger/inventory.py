@@ -101,7 +101,9 @@ def ledger_document(ledger: Ledger) -> dict[str, Any]:
 
 
 def damage(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return `kind`, `id`, `step` and `files` of damaged states and in-stage checkpoints; every byte is read."""
+    """Return `kind`, `id`, `step` and `files` of damaged states, in-stage checkpoints and evaluations; every byte is
+    read.
+    """
     store = ledger.store
     found: list[dict[str, Any]] = []
     for state in store.states():
@@ -111,14 +113,19 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
         for step in sorted(store.steps(job)):
             if files := store.damaged_step(job, step):
                 found.append({"kind": "checkpoint", "id": job, "step": step, "files": files})
+    for name in _notes(ledger, "evaluations"):
+        if files := ledger.damaged_evaluation(name):
+            found.append({"kind": "evaluation", "id": name, "files": files})
     return found
 
 
 def discard_damage(ledger: Ledger, found: Sequence[dict[str, Any]]) -> None:
-    """Take damaged states and in-stage checkpoints out, so that `run` trains them again."""
+    """Take out what is damaged, so that `run` does it again."""
     for entry in found:
         if entry["kind"] == "state":
             ledger.discard(entry["id"])
+        elif entry["kind"] == "evaluation":
+            ledger.discard_evaluation(entry["id"])
         else:
             ledger.store.drop_step(entry["id"], entry["step"])
 

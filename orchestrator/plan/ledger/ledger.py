@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -10,7 +11,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from orchestrator.plan.ledger.files import (
 )
 from orchestrator.plan.ledger.leases import Holder, Leases
 
-_ANSWERS = "predictions_sha256"
+_ANSWERS, _FILES = "predictions_sha256", "files_sha256"
 _KEPT_CHECKPOINTS = 2
 _MARK = "storage.json"
 _PARTS = ("job.json", "result.json", "weights", "checkpoint")
@@ -309,7 +310,9 @@ class Ledger:
         self.store.share_progress(checked(evaluation))
         if files:
             texts = {name: base64.b64encode(content).decode() for name, content in files.items()}
-            self.store.write(_files_key(evaluation), gzip.compress(dump_json(texts), mtime=0))
+            content = gzip.compress(dump_json(texts), mtime=0)
+            self.store.write(_files_key(evaluation), content)
+            result = {**result, _FILES: hashlib.sha256(content).hexdigest()}
         if predictions:
             lines = gzip.compress("".join(json.dumps(each) + "\n" for each in predictions).encode(), mtime=0)
             self.store.write(_predictions_key(evaluation), lines)
@@ -320,28 +323,63 @@ class Ledger:
         """Return every answer of a finished evaluation; None where it kept none.
 
         Raises:
-            StorageError: they are damaged.
+            StorageError: they are damaged, or gone.
         """
-        key = _predictions_key(evaluation)
-        data = self.store.read(key)
-        try:
-            if data is None:
-                return None
-            if (self.evaluation(evaluation) or {}).get(_ANSWERS) not in (None, hashlib.sha256(data).hexdigest()):
-                raise ValueError("not what was written")
-            return [json.loads(line) for line in gzip.decompress(data).splitlines()]
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise StorageError(f"{self.url}/{key} is damaged ({error}); take it away and evaluate again") from error
+        with self._damage_of(_predictions_key(evaluation)):
+            text = self._unpacked(_predictions_key(evaluation), (self.evaluation(evaluation) or {}).get(_ANSWERS))
+            return None if text is None else [json.loads(line) for line in text.splitlines()]
 
     def evaluation_files(self, evaluation: str) -> dict[str, bytes]:
-        """Return the files that a finished evaluation wrote, such as a benchmark's submission, by name."""
-        data = self.store.read(_files_key(evaluation))
+        """Return the files that a finished evaluation wrote, such as a benchmark's submission, by name.
+
+        Raises:
+            StorageError: they are damaged, or gone.
+        """
+        with self._damage_of(_files_key(evaluation)):
+            text = self._unpacked(_files_key(evaluation), (self.evaluation(evaluation) or {}).get(_FILES))
+            return {name: base64.b64decode(one) for name, one in json.loads(text or b"{}").items()}
+
+    def _unpacked(self, key: str, sha256: str | None) -> bytes | None:
+        """Return what was compressed under a key; None where nothing was."""
+        data = self.store.read(key)
+        if data is None and sha256 is None:
+            return None
+        if data is None:
+            raise ValueError("it is missing")
+        if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("not what was written")
+        return gzip.decompress(data)
+
+    @contextlib.contextmanager
+    def _damage_of(self, key: str) -> Iterator[None]:
         try:
-            texts = {} if data is None else json.loads(gzip.decompress(data))
-            return {name: base64.b64decode(text) for name, text in texts.items()}
+            yield
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            place = f"{self.url}/{_files_key(evaluation)}"
-            raise StorageError(f"{place} is damaged ({error}); take it away and evaluate again") from error
+            raise StorageError(
+                f"{self.url}/{key} is damaged ({error}); `ledger verify --discard` takes its evaluation out, so that "
+                "the next run does it again"
+            ) from error
+
+    def damaged_evaluation(self, evaluation: str) -> list[str]:
+        """Return which keys of a finished evaluation are damaged or gone; every byte is read."""
+        note = f"evaluations/{checked(evaluation)}.json"
+        if self.evaluation(evaluation) is None:
+            return [note] if self.store.read(note) is not None else []
+        found = []
+        for key, read in (
+            (_predictions_key(evaluation), self.predictions),
+            (_files_key(evaluation), self.evaluation_files),
+        ):
+            try:
+                read(evaluation)
+            except StorageError:
+                found.append(key)
+        return found
+
+    def discard_evaluation(self, evaluation: str) -> None:
+        """Delete a finished evaluation, its result first: it is then to be done again."""
+        for key in (f"evaluations/{checked(evaluation)}.json", _predictions_key(evaluation), _files_key(evaluation)):
+            self.store.delete(key)
 
     def record_score(self, evaluation: str, metric: str, score: Mapping[str, Any]) -> None:
         """Add a score that someone else measured to a finished evaluation; an earlier one of that metric gives way.

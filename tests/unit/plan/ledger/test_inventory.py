@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from repository import TINY_LLAVA
 from stored import collect, finish, kinds, seal
 
@@ -31,6 +32,29 @@ def test_damage_is_found_and_taken_out(tmp_path: Path) -> None:
     discard_damage(ledger, found)
     assert damage(ledger) == [] and not ledger.is_done("flipped") and ledger.is_done("whole")
     assert [path.name for path in ledger.store.checkpoints("b")] == ["step_000006"]
+
+
+@pytest.mark.parametrize("place", ["evaluations/{}.json", "predictions/{}.jsonl.gz", "evaluation_files/{}.json.gz"])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_damaged_evaluations_are_found_and_taken_out(tmp_path: Path, place: str, how: str) -> None:
+    ledger = Ledger(tmp_path / "runs")
+    for name in ("whole", "bare", "damaged"):
+        more = () if name == "bare" else ([{"row": 0, "answer": "red"}], {"submission.json": b"{}"})
+        ledger.write_evaluation(name, {"metrics": {"accuracy": 0.5}}, *more)
+    ledger.record_score("damaged", "cider", {"value": 1.0, "source": "elsewhere", "when": 0})
+    assert damage(ledger) == []
+    key = place.format("damaged")
+    file = tmp_path / "runs" / key
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink() if how == "gone" else file.write_bytes(content)
+    found = damage(ledger)
+    without_result = how == "gone" and place.startswith("evaluations")
+    assert found == ([] if without_result else [{"kind": "evaluation", "id": "damaged", "files": [key]}])
+    discard_damage(ledger, found)
+    assert damage(ledger) == [] and ledger.evaluation("damaged") is None
+    assert ledger.predictions("whole") == [{"row": 0, "answer": "red"}] and ledger.predictions("bare") is None
+    assert ledger.evaluation_files("whole") == {"submission.json": b"{}"} and ledger.evaluation_files("bare") == {}
 
 
 EXPERIMENT = """
