@@ -33,7 +33,10 @@ Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="Experiment file.")]
 Specs = Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Experiment files.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Overrides a value of the file.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
-CellName = Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")]
+MaybeCell = Annotated[
+    str | None,
+    typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value (default: the only one)."),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write (default: standard output).")
 ]
@@ -253,7 +256,7 @@ def record(
     scores: Annotated[
         list[str], typer.Argument(metavar="METRIC=VALUE...", help="As in MLflow: eval/NAME/accuracy=78.5.")
     ],
-    cell: CellName,
+    cell: Annotated[str, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")],
     source: Annotated[str, typer.Option("--source", metavar="TEXT", help="Where the scores are from.")],
     set_: Set = None,
     as_json: Json = False,
@@ -440,16 +443,14 @@ def report(
 @app.command()
 def logs(
     spec: Spec,
-    cell: Annotated[
-        str | None, typer.Option("--cell", metavar="CELL", help="A name, an id's beginning, or axis=value.")
-    ] = None,
+    cell: MaybeCell = None,
     set_: Set = None,
     as_json: Json = False,
     address: MaybeAddress = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="With --address: until the job ends.")] = False,
 ) -> None:
     """Print the logs of a cell's stage runs and evaluations, in order; or what a job on a cluster has printed."""
-    if (cell is None) == (address is None) or (follow and address is None):
+    if (cell and address) or (follow and address is None):
         raise UsageError("logs: give --cell CELL, or --address URL, which takes -f")
     if address is not None:
         job = _job(spec, set_, address)
@@ -460,7 +461,6 @@ def logs(
         else:
             print(job.log(), end="")
         return
-    assert cell is not None
     found = llv.load(spec, set_ or ()).cell(cell)
     if as_json:
         print_json({str(path): path.read_text(errors="replace") for path in found.log_files})
@@ -469,7 +469,7 @@ def logs(
 
 
 @app.command()
-def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) -> None:
+def path(spec: Spec, cell: MaybeCell = None, set_: Set = None, as_json: Json = False) -> None:
     """Print the folder of a cell's weights, model.safetensors alone; `export` writes what transformers loads."""
     found = llv.load(spec, set_ or ()).cell(cell)
     weights = found.weights_path
@@ -488,7 +488,7 @@ def path(spec: Spec, cell: CellName, set_: Set = None, as_json: Json = False) ->
 def export(
     spec: Spec,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
-    cell: CellName,
+    cell: MaybeCell = None,
     set_: Set = None,
     as_json: Json = False,
     adapter: Annotated[
@@ -507,7 +507,7 @@ def export(
 @app.command()
 def predictions(
     spec: Spec,
-    cell: CellName,
+    cell: MaybeCell = None,
     set_: Set = None,
     as_json: Json = False,
     evaluation: Annotated[

@@ -113,8 +113,8 @@ class Experiment:
         plan = self.planned()
         return tuple(Cell(plan, cell) for cell in plan.cells)
 
-    def cell(self, wanted: str) -> Cell:
-        """Return one cell, by its name, its id's unique beginning, or `axis=value`.
+    def cell(self, wanted: str | None = None) -> Cell:
+        """Return one cell, by its name, its id's unique beginning, or `axis=value`; None where there is only one.
 
         Raises:
             UsageError: none or several fit.

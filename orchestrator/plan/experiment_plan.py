@@ -37,7 +37,7 @@ from orchestrator.plan.trials import (
     search_id,
 )
 from orchestrator.redaction import secret_in
-from orchestrator.spec.cell_reference import misfit
+from orchestrator.spec.cell_reference import misfit, which
 from orchestrator.spec.loaded import LoadedExperiment, Source
 from orchestrator.spec.loader import load_experiment
 from orchestrator.spec.search_space import trial_name
@@ -204,15 +204,17 @@ class ExperimentPlan:
         failed = ((cell.name, failure_of(cell, self.tree, self.ledger)) for cell in self.cells)
         return {name: failure[1] for name, failure in failed if failure is not None}
 
-    def find(self, wanted: str) -> Cell:
-        """Return the cell of a name, an id's unique beginning, or `axis=value`.
+    def find(self, wanted: str | None) -> Cell:
+        """Return the cell of a name, an id's unique beginning, or `axis=value`; None where there is only one.
 
         Raises:
             UsageError: none or several fit.
         """
-        fits = find_cells(self.cells, wanted)
+        fits = distinct_cells(self.cells) if wanted is None else find_cells(self.cells, wanted)
         if len(fits) == 1:
             return fits[0]
+        if wanted is None:
+            raise UsageError(f"--cell: {which(fits)}")
         raise UsageError(f"cell {misfit(self.cells, fits, wanted)}")
 
 

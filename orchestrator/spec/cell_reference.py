@@ -63,6 +63,11 @@ def misfit(cells: Sequence[Named], fits: Sequence[Named], wanted: str) -> str:
     )
 
 
+def which(cells: Sequence[Named]) -> str:
+    """Return, where a name is needed, what there is to choose from."""
+    return f"name one of {_listed(cells)}" if cells else "there is no cell yet"
+
+
 def near_cells(cells: Sequence[Named], wanted: str) -> list[str]:
     """Return the names of a few cells that hold the text, else of those with a part spelt like it."""
     low = wanted.strip().lower()

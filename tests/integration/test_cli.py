@@ -67,6 +67,8 @@ def test_faults_are_told_together_with_positions(llavolta, tiny_experiment):
         (["logs", "SPEC", "--cell", "hevy"], "did you mean schedule=heavy?"),
         (["path", "SPEC", "--cell", "x" * 999], "x... fits no cell; there are schedule=full"),
         (["path", "SPEC", "--cell", "schedule=full"], "no weights yet"),
+        (["path", "SPEC"], "--cell: name one of schedule=full, schedule="),
+        (["path", "SPEC", "--set", "matrix.phases.finetune.schedule=[full]"], "cell schedule=full has no weights yet"),
         (["run", "SPEC", "--set", "phases.finetune.max_stepz=3"], "max_steps"),
     ],
 )
