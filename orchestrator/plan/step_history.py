@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import StorageError
 from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.ledger.files import is_there, storage_errors
 
@@ -104,6 +105,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         StorageError: it is there and cannot be read: a part of a curve must not pass for all of it.
     """
     return list(_lines_from(file, 0))
+
+
+def whole_metrics(file: Path, first_step: int, last_step: int) -> list[dict[str, Any]]:
+    """Return the lines of these steps.
+
+    Raises:
+        StorageError: not each step has one line, or the file cannot be read.
+    """
+    found = [line for line in _lines_from(file, first_step) if first_step <= line["step"] < last_step]
+    if [line["step"] for line in found] != list(range(first_step, last_step)):
+        raise StorageError(
+            f"{file}: of the steps {first_step} to {last_step - 1} it has {len(found)} lines; without one for each, "
+            f"cost and curve would be wrong; put the file back, or delete {file.parent} to train the stage run again"
+        )
+    return found
 
 
 def last_metrics(file: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import os
 import platform
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import StorageError
 from orchestrator.machine import processor_name, resident_peak_bytes
 from orchestrator.plan.jobs import StageJob
 from orchestrator.plan.ledger.files import log_path, storage_errors
-from orchestrator.plan.step_history import read_metrics
+from orchestrator.plan.step_history import whole_metrics
 from orchestrator.spec.deepspeed import zero_stage
 from orchestrator.training import distributed
 from orchestrator.training.engine import Session
@@ -61,7 +60,7 @@ def stage_result(job: StageJob, metrics_file: Path, peak_gib: float, marks: dict
     Raises:
         StorageError: the metrics lack a step: its time would be missing from the cost, and its point from the curve.
     """
-    lines = _whole(read_metrics(metrics_file), job.first_step, job.last_step, metrics_file)
+    lines = whole_metrics(metrics_file, job.first_step, job.last_step)
     seconds = sum(line["step_seconds"] for line in lines)
     samples = sum(line["samples_per_second"] * line["step_seconds"] for line in lines)
 
@@ -80,21 +79,6 @@ def stage_result(job: StageJob, metrics_file: Path, peak_gib: float, marks: dict
         "label_tokens": mean("label_tokens"),
         "fingerprint": marks,
     }
-
-
-def _whole(lines: Iterable[dict[str, Any]], first_step: int, last_step: int, file: Path) -> list[dict[str, Any]]:
-    """Return the lines of these steps.
-
-    Raises:
-        StorageError: not each step has one line.
-    """
-    found = [line for line in lines if first_step <= line["step"] < last_step]
-    if [line["step"] for line in found] != list(range(first_step, last_step)):
-        raise StorageError(
-            f"{file}: of the steps {first_step} to {last_step - 1} it has {len(found)} lines; without one for each, "
-            f"cost and curve would be wrong; put the file back, or delete {file.parent} to train the stage run again"
-        )
-    return found
 
 
 LOGGER = logging.getLogger("llavolta.training")
@@ -146,7 +130,7 @@ class MetricsLog:
         self._path = path
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _whole(read_metrics(path), first_step, resume_step, path)
+            kept = whole_metrics(path, first_step, resume_step)
             # Written under another name, then renamed: a writer that lost its lease keeps writing where nobody reads.
             part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
             self._file = part.open("a", buffering=1, encoding="utf-8")

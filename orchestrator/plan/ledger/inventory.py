@@ -19,6 +19,7 @@ from orchestrator.plan.ledger.backends.folder import remove
 from orchestrator.plan.ledger.backends.s3 import copies, copies_folder
 from orchestrator.plan.ledger.files import parse_json, parse_note
 from orchestrator.plan.ledger.leases import Holder, Leases, owner_key, process_of
+from orchestrator.plan.step_history import whole_metrics
 
 FOLDER = "experiments"
 LEFTOVER_SECONDS = 600.0
@@ -107,7 +108,7 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
     store = ledger.store
     found: list[dict[str, Any]] = []
     for state in store.states():
-        if files := store.damaged(state):
+        if files := store.damaged(state) or _cut_curve(ledger, state):
             found.append({"kind": "state", "id": state, "files": files})
     for job in store.work():
         for step in sorted(store.steps(job)):
@@ -117,6 +118,18 @@ def damage(ledger: Ledger) -> list[dict[str, Any]]:
         if files := ledger.damaged_evaluation(name):
             found.append({"kind": "evaluation", "id": name, "files": files})
     return found
+
+
+def _cut_curve(ledger: Ledger, state: str) -> list[str]:
+    """Return the metrics of a stage run where a step is missing in them, though they are what was committed."""
+    if "steps" not in (ledger.result(state) or {}):
+        return []
+    job, file = ledger.job(state) or {}, ledger.metrics_file(state)
+    try:
+        whole_metrics(file, job["first_step"], job["last_step"])
+    except StorageError:
+        return [file.name]
+    return []
 
 
 def discard_damage(ledger: Ledger, found: Sequence[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_damage_is_found_and_taken_out(tmp_path: Path) -> None:
     discard_damage(ledger, found)
     assert damage(ledger) == [] and not ledger.is_done("flipped") and ledger.is_done("whole")
     assert [path.name for path in ledger.store.checkpoints("b")] == ["step_000006"]
+
+
+def test_a_state_whose_curve_lacks_steps_is_damaged(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "runs")
+    for state, steps in (("whole", range(4, 8)), ("cut", range(6, 8))):
+        writing = ledger.writing_folder(state)
+        text = "".join(json.dumps({"step": step}) + "\n" for step in steps)
+        (ledger.work_folder(state) / "metrics.jsonl").write_text(text)
+        (writing / "job.json").write_text(json.dumps({"type": "stage", "first_step": 4, "last_step": 8}))
+        (writing / "result.json").write_text('{"steps": 4}')
+        ledger.commit(state)
+    assert damage(ledger) == [{"kind": "state", "id": "cut", "files": ["metrics.jsonl"]}]
 
 
 @pytest.mark.parametrize("place", ["evaluations/{}.json", "predictions/{}.jsonl.gz", "evaluation_files/{}.json.gz"])
