@@ -21,6 +21,7 @@ from orchestrator.data.train_data import TrainData
 from orchestrator.dispatch.failures import one_line
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.evaluation.evaluate import answer_one, evaluate_state, fetch_weights, lacks_modules, load_model
+from orchestrator.evaluation.protocol import Workers
 from orchestrator.models.build import WEIGHTS_FILE, compute_dtype
 from orchestrator.models.initial_weights import write_initial_weights, write_start_weights
 from orchestrator.models.weight_files import open_weights
@@ -220,10 +221,11 @@ def _loaded(job: EvaluationJob, weights: Path) -> tuple[Any, Any]:
 
     They divide it where it does not fit on each of them: all then compute every answer, each for the price of one.
     """
-    if distributed.world_size() > 1 and not all(distributed.gather(_fits(job, weights))):
+    workers = Workers.here()
+    if workers.count > 1 and not all(distributed.gather(_fits(job, weights))):
         engine = open_divided(ModelSpec.model_validate(job.model), weights)
         return engine.module, engine
-    return load_model(job, weights, distributed.device()), None
+    return load_model(job, weights, workers.device), None
 
 
 # Weights may take this share of a worker's free memory: batches, and a cache of keys and values, need the rest.

@@ -123,7 +123,7 @@ FAILURES = [
     (("plan", "tiny.yaml", "--set", "phases.finetune.bf16=true"), 2, "bf16"),
     (("search", "tiny.yaml"), 2, "search"),
     (("logs", "tiny.yaml", "--cell", "two_stag"), 2, "two_stag"),
-    (("path", "tiny.yaml"), 2, "cell"),
+    (("path", "tiny.yaml", "--cell", "nobody"), 2, "cell"),
     (("status", "tiny.yaml", "--no-such-option"), 2, "no-such-option"),
     (("plann", "tiny.yaml"), 2, "plann"),
     (("ledger", "ls", "--storage", "nowhere"), 2, "nowhere"),

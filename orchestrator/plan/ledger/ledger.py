@@ -320,10 +320,10 @@ class Ledger:
         self._write_note("evaluations", evaluation, result)
 
     def predictions(self, evaluation: str) -> list[dict[str, Any]] | None:
-        """Return every answer of a finished evaluation; None where it kept none.
+        """Return every answer of a finished evaluation; None where it kept none, or they are gone.
 
         Raises:
-            StorageError: they are damaged, or gone.
+            StorageError: they are damaged.
         """
         with self._damage_of(_predictions_key(evaluation)):
             text = self._unpacked(_predictions_key(evaluation), (self.evaluation(evaluation) or {}).get(_ANSWERS))
@@ -333,7 +333,7 @@ class Ledger:
         """Return the files that a finished evaluation wrote, such as a benchmark's submission, by name.
 
         Raises:
-            StorageError: they are damaged, or gone.
+            StorageError: they are damaged.
         """
         with self._damage_of(_files_key(evaluation)):
             text = self._unpacked(_files_key(evaluation), (self.evaluation(evaluation) or {}).get(_FILES))
@@ -342,10 +342,8 @@ class Ledger:
     def _unpacked(self, key: str, sha256: str | None) -> bytes | None:
         """Return what was compressed under a key; None where nothing was."""
         data = self.store.read(key)
-        if data is None and sha256 is None:
-            return None
         if data is None:
-            raise ValueError("it is missing")
+            return None
         if sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError("not what was written")
         return gzip.decompress(data)
@@ -362,17 +360,16 @@ class Ledger:
 
     def damaged_evaluation(self, evaluation: str) -> list[str]:
         """Return which keys of a finished evaluation are damaged or gone; every byte is read."""
-        note = f"evaluations/{checked(evaluation)}.json"
-        if self.evaluation(evaluation) is None:
+        note, found = f"evaluations/{checked(evaluation)}.json", []
+        result = self.evaluation(evaluation)
+        if result is None:
             return [note] if self.store.read(note) is not None else []
-        found = []
-        for key, read in (
-            (_predictions_key(evaluation), self.predictions),
-            (_files_key(evaluation), self.evaluation_files),
-        ):
+        for key, seal in ((_predictions_key(evaluation), _ANSWERS), (_files_key(evaluation), _FILES)):
             try:
-                read(evaluation)
-            except StorageError:
+                is_gone = self._unpacked(key, result.get(seal)) is None and seal in result
+            except (OSError, EOFError, ValueError, zlib.error):
+                is_gone = True
+            if is_gone:
                 found.append(key)
         return found
 

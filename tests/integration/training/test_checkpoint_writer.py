@@ -108,7 +108,7 @@ def failing_rank(folder: Path, job: StageJob) -> tuple[str, list[int], str]:
 
 def test_a_rank_that_cannot_write_ends_all(made: tuple[Path, Path], tmp_path: Path) -> None:
     message, steps, outcome = launch(2, failing_rank, tmp_path, _job(made, "zero2"))
-    assert "full" in message and str(tmp_path) in message
+    assert "no space" in message and str(tmp_path) in message
     assert (steps, outcome) == ([2], "done")
 
 
