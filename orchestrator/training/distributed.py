@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ def on_each_rank(action: Callable[[], T]) -> list[T]:
     for _, failure in (own, *every):  # one that was sent has lost its cause
         if failure is not None:
             raise failure
-    return [value for value, _ in every]  # type: ignore[misc]
+    return [cast(T, value) for value, _ in every]
 
 
 def on_each_node(action: Callable[[], object]) -> None:

@@ -254,8 +254,7 @@ def test_a_writer_that_lost_its_lease_changes_nothing(made: tuple[Path, Path], a
     job = _jobs(made)[0]
     found, end = launch(1, taken_over, tmp_path, job)
     # A checkpoint that was still being written when the lease was lost is not sealed; the one before it is there.
-    assert found[0] in ([], ["step_000002"])
-    assert found[1] in (["step_000002"], ["step_000004", "step_000002"])
+    assert found == [[], ["step_000002"]]
     assert end == {job.id: alone("zero2", 1)[job.id]}
 
 
