@@ -61,6 +61,10 @@ class Hooks:
         """
         return None
 
+    def checkpoint_bytes(self) -> float:
+        """Return the size of the largest checkpoint: the ranks of a lane wait for the one that moves it."""
+        return 0.0
+
     def is_closed(self) -> bool:
         """Return whether no newer work will come: the run ends when the work is done."""
         return True

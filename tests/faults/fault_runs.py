@@ -19,6 +19,8 @@ from program import PROGRAM, environment
 
 HERE = Path(__file__).parent
 STEPS, CHECKPOINT_EVERY, STAGE_RUNS = 40, 5, 3
+# The last checkpoint may still be being written beside training; the one before it is sealed by then.
+LOST_AT_MOST = 2 * CHECKPOINT_EVERY - 1
 # Measured or drawn anew in every run; all else in MLflow must be equal.
 VOLATILE = re.compile(r"second|memory|mlflow\.|hash|_at$|path|storage|share_of|log$|^logged_model$")
 TABLE: list[dict[str, Any]] = []

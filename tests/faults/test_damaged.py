@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import CHECKPOINT_EVERY, STEPS, Program, assert_like_undisturbed, note
+from fault_runs import CHECKPOINT_EVERY, LOST_AT_MOST, STEPS, Program, assert_like_undisturbed, note
 
 
 def truncate(path: Path) -> None:
@@ -37,16 +37,16 @@ def largest_file(folder: Path) -> Path:
 def test_a_damaged_checkpoint_in_a_stage_run_falls_back_to_the_one_before(
     how: str, program: Program, reference: dict[str, Any]
 ) -> None:
-    killed = program.run("--local", fault="kill optimizer 13")
+    killed = program.run("--local", fault="kill optimizer 18")
     assert killed.code == -9 and program.fault_happened
     _, newest = program.sealed_checkpoints()
     DAMAGE[how](largest_file(newest))
     again = program.run("--local")
     assert again.code == 0 and "Traceback" not in again.told, again.told
     assert_like_undisturbed(program, reference)
-    # From the checkpoint before: the interval that was under way, and the one whose checkpoint is damaged.
+    # From the checkpoint before: what a kill costs, and the interval whose checkpoint is damaged.
     (repeated,) = set(program.repeated_steps().values()) - {0}
-    assert CHECKPOINT_EVERY < repeated <= 2 * CHECKPOINT_EVERY
+    assert CHECKPOINT_EVERY < repeated <= LOST_AT_MOST + CHECKPOINT_EVERY
     note(f"{how} checkpoint in a stage run", "the one before, `run`", program, killed.seconds + again.seconds)
 
 

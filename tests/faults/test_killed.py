@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fault_runs import CHECKPOINT_EVERY, Program, assert_like_undisturbed, note
+from fault_runs import LOST_AT_MOST, Program, assert_like_undisturbed, note
 
 # Eight updates are past the first checkpoint of the first stage run; its second is the second file that is saved.
 KILLED = {
@@ -27,7 +27,7 @@ def test_the_same_run_goes_on_and_ends_like_one_left_alone(
     assert program.fault_happened
     assert ended.code == 0 and "Traceback" not in ended.told, ended.told
     assert_like_undisturbed(program, reference)
-    assert all(steps <= CHECKPOINT_EVERY for steps in program.repeated_steps().values()), program.repeated_steps()
+    assert all(steps <= LOST_AT_MOST for steps in program.repeated_steps().values()), program.repeated_steps()
     note(what, "itself", program, ended.seconds)
 
 
@@ -39,5 +39,5 @@ def test_a_killed_driver_takes_all_with_it_and_the_next_run_goes_on(
     again = program.run()
     assert again.code == 0 and "Traceback" not in again.told, again.told
     assert_like_undisturbed(program, reference)
-    assert all(steps <= CHECKPOINT_EVERY for steps in program.repeated_steps().values()), program.repeated_steps()
+    assert all(steps <= LOST_AT_MOST for steps in program.repeated_steps().values()), program.repeated_steps()
     note("SIGKILL of the driver", "the next `run`", program, killed.seconds + again.seconds)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import CHECKPOINT_EVERY, STAGE_RUNS, Program, assert_like_undisturbed, note
+from fault_runs import LOST_AT_MOST, STAGE_RUNS, Program, assert_like_undisturbed, note
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(
     again = program.run("--local")
     assert again.code == 0, again.told
     assert_like_undisturbed(program, reference)
-    assert all(steps <= CHECKPOINT_EVERY for steps in program.repeated_steps().values()), program.repeated_steps()
+    assert all(steps <= LOST_AT_MOST for steps in program.repeated_steps().values()), program.repeated_steps()
     note("full disk", "the next `run`", program, full.seconds + again.seconds)
 
 

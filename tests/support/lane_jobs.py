@@ -38,6 +38,7 @@ def meet(job, ledger, memory, should_stop):
 
 def run(job, ledger, memory, should_stop):
     """What a job does is its `model["do"]`; each rank appends a line to `order`."""
+    import torch
     import torch.distributed as dist
 
     rank, do = dist.get_rank(), job.model.get("do", "")
@@ -81,5 +82,6 @@ def run(job, ledger, memory, should_stop):
     with (folder / "order").open("a") as order:
         line = f"{job.id} rank {rank} of {dist.get_world_size()} threads {os.environ.get('OMP_NUM_THREADS')}"
         line += f" niceness {os.nice(0)} spins {os.environ.get('GOMP_SPINCOUNT')}"
+        line += f" patience {dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds():g} s"
         order.write(f"{line} memory {len(memory['jobs'])}\n")
     return "finished"

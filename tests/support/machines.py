@@ -23,6 +23,7 @@ from repository import ROOT
 Popen = subprocess.Popen[bytes]
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 RAY_PORT = 6379
+JOBS_PORT = 8265
 _STARTS = 3
 # Its own /tmp, /dev/shm and host name; of what lies in the user's /tmp only what is named is there.
 _BOOT = """
@@ -124,10 +125,12 @@ class Machines:
     Args:
         folder: Gets what they print; `folder / "shared"` is the one folder that all of them and this one share.
         names: The machines; the first is Ray's head.
+        serves_jobs: Whether the head takes jobs, for which it needs its dashboard.
         **more: Of their environment.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], **more: str) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], *, serves_jobs: bool = False, **more: str) -> None:
+        self._serves_jobs = serves_jobs
         self.folder, self.shared = folder, folder / "shared"
         self.shared.mkdir(parents=True)
         self._more = more
@@ -210,7 +213,9 @@ class Machines:
 
     def join(self, name: str, num_cpus: int) -> None:
         """Starts Ray on one machine."""
-        where = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--no-monitor"]
+        where = ["--head", f"--port={RAY_PORT}", f"--include-dashboard={self._serves_jobs}".lower(), "--no-monitor"]
+        if self._serves_jobs:
+            where += [f"--dashboard-host={self.head.address}", f"--dashboard-port={JOBS_PORT}"]
         if name != self.head.name:
             where = [f"--address={self.address}"]
         machine = self[name]
@@ -229,13 +234,19 @@ class Machines:
         """The Ray cluster's."""
         return f"{self.head.address}:{RAY_PORT}"
 
-    def start(self, name: str, arguments: Sequence[str | Path], output: str, **more: str) -> Popen:
-        """Starts a program on a machine in the shared folder; `output` names the file of what it prints."""
-        return self[name].start(arguments, self.folder / output, self.shared, **{**self._more, **more})
+    def start(
+        self, name: str, arguments: Sequence[str | Path], output: str, folder: str | Path | None = None, **more: str
+    ) -> Popen:
+        """Starts a program on a machine in a folder of its own, or the shared one; `output` names the file of what it
+        prints.
+        """
+        return self[name].start(arguments, self.folder / output, folder or self.shared, **{**self._more, **more})
 
-    def run(self, name: str, arguments: Sequence[str | Path], output: str, **more: str) -> str:
+    def run(
+        self, name: str, arguments: Sequence[str | Path], output: str, folder: str | Path | None = None, **more: str
+    ) -> str:
         """Runs a program on a machine and returns what it printed; one that fails is an error."""
-        code = self.start(name, arguments, output, **more).wait(timeout=600)
+        code = self.start(name, arguments, output, folder, **more).wait(timeout=600)
         printed = self.printed(output)
         assert code == 0, f"{name}: {printed}"
         return printed
@@ -251,17 +262,20 @@ def _run(words: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def ray_on_machines(folder: Path, num_cpus: dict[str, int], **more: str) -> Iterator[Machines]:
+def ray_on_machines(
+    folder: Path, num_cpus: dict[str, int], *, serves_jobs: bool = False, **more: str
+) -> Iterator[Machines]:
     """Machines with Ray on them, and a token that it asks for; a test that cannot have them is skipped.
 
     Args:
         folder: As of `Machines`.
         num_cpus: The machines and Ray's CPUs of each; the first is the head.
+        serves_jobs: As of `Machines`.
         **more: Of their environment.
     """
     if reason := why_not():
         pytest.skip(reason)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with Machines(folder, list(num_cpus), **token, **more) as machines:
+    with Machines(folder, list(num_cpus), serves_jobs=serves_jobs, **token, **more) as machines:
         machines.start_ray(num_cpus)
         yield machines

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -48,6 +49,14 @@ CONTROLLER_FAILURES = 3
 # The conductor counts a job's attempts and a lane's barren ones; this only keeps Ray from trying for ever.
 _GROUP_FAILURES = 10_000
 _STARTS_AGAIN = 3
+# Ranks wait in a collective while one reads or writes files; Ray's own patience has no room for hours of that.
+_PATIENCE_SECONDS = 1800
+_SLOWEST_STORAGE = 20e6
+
+
+def collective_seconds(checkpoint_bytes: float) -> int:
+    """Return for how long the ranks of a lane wait for one another: half an hour, and for the bytes at 20 MB/s."""
+    return math.ceil(_PATIENCE_SECONDS + checkpoint_bytes / _SLOWEST_STORAGE)
 
 
 class RayLane:
@@ -58,6 +67,7 @@ class RayLane:
         work: What its workers share with those of other lanes (`run_lane`).
         cluster: Number and resources of its workers.
         use_gpu: Whether they use GPUs.
+        patience: How long they wait for one another in a collective, in seconds.
         folder: Where Ray Train may keep files of a run; they are removed with the run.
 
     Attributes:
@@ -65,11 +75,14 @@ class RayLane:
         thread: Waits for the Train run; None where there is none.
     """
 
-    def __init__(self, name: str, work: Mapping[str, Any], cluster: ClusterSpec, use_gpu: bool, folder: Path) -> None:
+    def __init__(
+        self, name: str, work: Mapping[str, Any], cluster: ClusterSpec, use_gpu: bool, patience: int, folder: Path
+    ) -> None:
         self.name = name
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self._work, self._cluster, self._use_gpu, self._folder = work, cluster, use_gpu, folder
+        self._patience = patience
         self._starts = 0
         self._run_name = ""
 
@@ -119,6 +132,7 @@ class RayLane:
         return compat.LaneTrainer(
             run_lane,
             train_loop_config={**self._work, "lane": self.name},
+            torch_config=TorchConfig(timeout_s=self._patience),
             scaling_config=ScalingConfig(
                 num_workers=(cluster.least_workers, cluster.most_workers) if is_elastic else cluster.most_workers,
                 use_gpu=self._use_gpu,
@@ -155,6 +169,7 @@ class Lanes:
     """The lanes of one run and the conductor they work for.
 
     Args:
+        patience: As of `RayLane`.
         logs: Ray's folder of this session, named where the lanes give up.
         stop_asked: Asked ten times a second; see `Hooks.stop_asked`.
         say: As `Hooks.say`.
@@ -167,6 +182,7 @@ class Lanes:
         cluster: ClusterSpec,
         executor: str,
         rules: Rules,
+        patience: int,
         logs: Path,
         stop_asked: Callable[[], int],
         say: Callable[[str], None],
@@ -202,7 +218,7 @@ class Lanes:
             "asked": [node["NodeID"] for node in asked],
         }
         folder = ledger.storage / "ray"
-        self._lanes = [RayLane(f"lane-{n}", work, cluster, room.use_gpu, folder) for n in range(room.lanes)]
+        self._lanes = [RayLane(f"lane-{n}", work, cluster, room.use_gpu, patience, folder) for n in range(room.lanes)]
 
     def run(self) -> Outcome:
         """Work until no lane is left; see `run_on_ray`."""

@@ -258,7 +258,7 @@ def run_on_ray(
         # Nothing below is torn apart by Ctrl-C: Ray is started, asked and ended in whole steps.
         with DeferredInterrupt() as interrupt, ray_session(cluster.address) as session:
             # Ray reads its environment when it is imported, which the session has set by now.
-            from orchestrator.dispatch.ray.lanes import Lanes
+            from orchestrator.dispatch.ray.lanes import Lanes, collective_seconds
 
             def stop_asked() -> int:
                 interrupt.check()
@@ -267,6 +267,7 @@ def run_on_ray(
 
             rules = Rules.of(cluster, fail_fast, hooks.replans)
             state = RunState(work, hooks)
-            return Lanes(state, ledger, cluster, executor, rules, session.folder, stop_asked, hooks.say).run()
+            patience = collective_seconds(hooks.checkpoint_bytes())
+            return Lanes(state, ledger, cluster, executor, rules, patience, session.folder, stop_asked, hooks.say).run()
     except KeyboardInterrupt:
         raise Interrupted("stopped at once; interrupted work resumes from its last checkpoint") from None

@@ -66,7 +66,7 @@ def test_a_lane_of_two_workers_from_start_to_end(
     assert outcome.failed == {"job1": "row 7: the image is broken", "job4": "row 8: the image is broken"}
     assert [line.split()[0] for line in order_of(ledger)[::2]] == ["job0", "job2", "job3", "job5"]
     assert {line.split()[2] for line in order_of(ledger)} == {"0", "1"}
-    assert all(f"of 2 threads 1 niceness {os.nice(0)} spins 77" in line for line in order_of(ledger))
+    assert all(f"of 2 threads 1 niceness {os.nice(0)} spins 77 patience 1850 s " in line for line in order_of(ledger))
     retried = [event for event in events if event["event"] == "retried"]
     assert [event["id"] for event in retried] == ["job3"]
     assert "a worker process died" in retried[0]["error"]

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from machines import JOBS_PORT, ray_on_machines
 from program import PROGRAM, environment, run_anew
+from search_experiment import SEARCH
 
 HEADS = 6
 pytestmark = pytest.mark.slow  # a head with a dashboard, and four runs on it
@@ -186,3 +188,25 @@ def test_without_the_job_client_it_says_what_to_install(cluster: Cluster, tmp_pa
     python = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = cluster.call("submit", PYTHONPATH=python)
     assert done.returncode == 2 and "pip install 'ray[default]==" in done.stderr, done.stderr
+
+
+def test_a_search_is_submitted_from_a_machine_outside_to_a_cluster_of_several(tiny_text: str, tmp_path: Path) -> None:
+    """Its file and plug-in lie on that machine alone, its results where the cluster's nodes put them."""
+    grid = tiny_text[: tiny_text.index("matrix:")].replace("train: {kind: easy_vqa", "train: {kind: mine")
+    search = SEARCH.replace("[full, light, heavy, wide]", "[full, heavy]").replace("num_trials: 4", "num_trials: 2")
+    search = search.replace("[1, 2, 3]", "[1, 2]").replace("boundaries: 1/4", "boundaries: 1/2")
+    with ray_on_machines(tmp_path, {"head": 0, "alpha": 1, "beta": 1}, serves_jobs=True) as machines:
+        home, storage = machines.add("outside").inside("/tmp/home"), machines.shared / "results"
+        cluster = {"storage_path": str(storage), "num_workers": 2, "placement": "spread"}
+        (home / "tiny.yaml").write_text(f"{grid}plugins: [mine.py]\ncluster: {json.dumps(cluster)}\n{search}")
+        (home / "mine.py").write_text(PLUGIN)
+        to = ["tiny.yaml", "--address", f"http://{machines.head.address}:{JOBS_PORT}"]
+        submitted = [*PROGRAM, "submit", "search", *to]
+        with pytest.raises(AssertionError, match="RAY_AUTH_TOKEN"):
+            machines.run("outside", submitted, "refused.txt", "/tmp/home", RAY_AUTH_TOKEN="another")
+        said = machines.run("outside", submitted, "submitted.txt", "/tmp/home")
+        assert "front: trial-00" in said, said
+        again = machines.run("outside", [*PROGRAM, "status", *to, "--json"], "status.txt", "/tmp/home")
+    trials = [json.loads(path.read_text()) for path in storage.glob("searches/*/trial_*.json")]
+    assert [trial["state"] for trial in trials] == ["finished"] * 2
+    assert json.loads(again)["status"] == "SUCCEEDED"

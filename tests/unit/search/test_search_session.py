@@ -125,3 +125,13 @@ def test_what_was_planned_is_not_expanded_again_and_planned_alike(begun, monkeyp
     assert expanded == [f"trial-{number:03d}" for number in range(5)]
     anew = plan_trials(session.walk.loaded, session.walk.ledger, session.walk.trials)
     assert (anew.cells, anew.tree, anew.trials) == (session.walk.cells, session.walk.tree, session.walk.trials)
+
+
+def test_a_checkpoint_is_sized_by_the_model_before_there_are_cells(
+    begun: tuple[SearchSession, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks wait by it for one that moves a checkpoint; a model of unknown sizes counts as ten billion weights."""
+    session, _ = begun
+    assert session.checkpoint_bytes() == 16 * 205_952  # the formula leaves out norms and biases
+    monkeypatch.setattr("orchestrator.run.model_facts", lambda *_: None)
+    assert session.checkpoint_bytes() == 16e10
