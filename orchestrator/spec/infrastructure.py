@@ -74,7 +74,8 @@ class ClusterSpec(Spec):
     """
     stall_minutes: Positive | None = Field(default=None, examples=[30])
     """Minutes without a step (or without a heartbeat of some rank) after which a lane counts as hung: it is killed, its
-    stack traces are logged, and it resumes from its checkpoint. Longer than the longest load and step; null: never.
+    stack traces are logged, and it resumes from its checkpoint. Longer than the longest load, step and end of a stage
+    run, whose state is then moved to the storage; null: never.
     """
     device_tflops: Positive | None = Field(default=None, examples=[150])
     """Speed that one worker's device sustains in training, in 10^12 floating-point operations a second; usually 30 to
