@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from typing_extensions import override
 
+from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.ledger.files import Files, seal_file, storage_error, storage_errors
 from orchestrator.training import distributed
 
@@ -64,6 +65,11 @@ class RankFiles(CheckpointEngine):
     @override
     def create(self, info: CheckpointCommitInfo) -> None:
         self._writer.create(info)
+
+    @override
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        # `os.makedirs` reports a folder that it could not look at as a file.
+        retry_io(lambda: Path(path).mkdir(parents=True, exist_ok=exist_ok))
 
     @override
     def load(self, path: str, map_location: Any = None) -> Any:

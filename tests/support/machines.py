@@ -104,7 +104,7 @@ class Machine:
 
     def start(self, arguments: Sequence[str | Path], output: Path, folder: str | Path, **more: str) -> Popen:
         """Starts a program on it; what it prints goes to a file of this machine's."""
-        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid", f"--wd={folder}"]
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid", f"--wd={self.inside(folder)}"]
         home = {"HOME": "/tmp/home", "XDG_CACHE_HOME": "/tmp/home/.cache", "PYTHONUNBUFFERED": "1"}
         with output.open("w") as printed:
             return subprocess.Popen(
