@@ -223,7 +223,8 @@ class Machines:
         options += [f"--object-store-memory={80 * 2**20}", "--include-log-monitor=false"]
         ray = Path(sys.executable).with_name("ray")
         for _ in range(_STARTS):
-            start = self.start(name, ["bash", "-c", _FIRST, "ray", ray, "start", *where, *options], f"ray-{name}.txt")
+            words = ["bash", "-c", _FIRST, "ray", ray, "start", *where, *options]
+            start = self.start(name, words, f"ray-{name}.txt", PATH=f"{ray.parent}:{os.environ['PATH']}")
             if start.wait(timeout=300) == 0:
                 return
             self.start(name, [ray, "stop", "--force"], f"stop-{name}.txt").wait(timeout=60)
