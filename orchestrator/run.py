@@ -23,7 +23,7 @@ from orchestrator.dispatch.signals import StopRequest, deadline_after
 from orchestrator.errors import Interrupted, StorageError, UsageError
 from orchestrator.plan.cell_record import CellRecord
 from orchestrator.plan.cells.cell import Cell, distinct_cells
-from orchestrator.plan.cost import parameter_count
+from orchestrator.plan.documents import most_checkpoint_bytes
 from orchestrator.plan.experiment_plan import ExperimentPlan, prepare, record_experiment
 from orchestrator.plan.io_retry import stat_or_none
 from orchestrator.plan.jobs import EvaluationJob, Job, RootJob, StageJob
@@ -53,10 +53,6 @@ from orchestrator.tracking.protocol import Tracker, open_trackers
 from orchestrator.tracking.upload_queue import UploadQueue
 
 _UPLOAD_SECONDS = 20.0
-# Bytes of a weight in a checkpoint: itself, its master weight, Adam's two states, each float32.
-_BYTES_TRAINED = 16.0
-# What a model of unknown sizes is taken for where a limit goes by them.
-_UNKNOWN_WEIGHTS = 10**10
 
 
 def run_experiment(
@@ -485,11 +481,10 @@ class Session(Hooks):
         return run(work, self.walk.ledger, self.walk.loaded.spec.cluster, self, fail_fast=fail_fast)
 
     def checkpoint_bytes(self) -> float:
-        """Return the bytes of a checkpoint of the largest model whose weights are all trained, by parameter counts."""
+        """Return the size of a checkpoint of the largest model, as if all its weights were trained."""
         model = self.walk.loaded.spec.model  # a search has no cells when it begins
         known = [cell.facts for cell in self.walk.cells] or [model_facts(model.model_name_or_path, model.revision)]
-        counts = (_UNKNOWN_WEIGHTS if facts is None else sum(parameter_count(facts).values()) for facts in known)
-        return _BYTES_TRAINED * max(counts)
+        return max(map(most_checkpoint_bytes, known))
 
     def show(self, work: Sequence[Job]) -> None:
         """Show a new plan's work, and record the experiment as it is planned now: `gc` keeps what it starts from."""

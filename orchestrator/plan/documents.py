@@ -110,6 +110,7 @@ _GIB = 2**30
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BYTES_WEIGHT = 4  # safetensors in float32
 _BYTES_TRAINED = 12  # float32 master weights and two Adam states
+_UNKNOWN_WEIGHTS = 10**10  # what a model of unknown sizes is taken for where a limit goes by them
 
 
 @collector_paused()
@@ -296,6 +297,12 @@ def _cell(cell: Cell, price: dict[str, float | None], status: TreeStatus, reason
 def _sum(values: Any) -> float | None:
     found = list(values)
     return None if None in found else float(sum(found))
+
+
+def most_checkpoint_bytes(facts: ModelFacts | None) -> float:
+    """Return the bytes of a full checkpoint of a model whose weights are all trained, by parameter counts."""
+    weights = _UNKNOWN_WEIGHTS if facts is None else sum(parameter_count(facts).values())
+    return float((_BYTES_WEIGHT + _BYTES_TRAINED) * weights)
 
 
 def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
