@@ -133,7 +133,8 @@ def _widen(panel: Any, costs: Sequence[float]) -> None:
     room = max(0.0, (0.1 * abs(low + high) / 2 - (high - low)) / 2)
     panel.set_ylim(low - room, high + room)
     room = max(0.15 * (max(costs) - min(costs)), (0.1 * max(costs) - (max(costs) - min(costs))) / 2)
-    panel.set_xlim(min(costs) - room, max(costs) + room)
+    if room > 0:  # else all of them cost nothing: nothing was trained
+        panel.set_xlim(min(costs) - room, max(costs) + room)
 
 
 def sweep_figure(sweeps: Sequence[Sweep], path: Path) -> bool:

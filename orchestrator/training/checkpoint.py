@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,6 +21,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 
 from orchestrator.errors import StageRunError, StorageError
 from orchestrator.models.weight_files import refusal
+from orchestrator.plan.io_retry import retry_io
 from orchestrator.plan.jobs import Action, StageJob
 from orchestrator.plan.ledger.files import Files, storage_error, storage_errors
 from orchestrator.spec.deepspeed import zero_stage
@@ -37,18 +41,36 @@ def _convert(folder: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
-    arguments = Namespace(
-        input_folder=str(folder / _TAG), output_folder=str(target / _TAG), num_extract_workers=1, num_merge_workers=1,
-        keep_temp_folder=False, strict=True, inject_missing_state=False,
-    )  # fmt: skip
     output = io.StringIO()
     try:
         target.mkdir(parents=True)
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            ds_to_universal.main(arguments)
+        with _without_patterns(folder) as source, _without_patterns(target) as made:
+            arguments = Namespace(
+                input_folder=str(source / _TAG), output_folder=str(made / _TAG), num_extract_workers=1,
+                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
+            )  # fmt: skip
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                ds_to_universal.main(arguments)
+        # A listing that failed counts as empty there, and the step of a parameter may then be left out unsaid.
+        kinds = {frozenset(os.listdir(entry)) for entry in (target / _TAG / "zero").iterdir() if entry.is_dir()}
+        if len(kinds) != 1:
+            raise StorageError("its parameters have different parts")
     except Exception as error:  # DeepSpeed asserts, torch and the file system raise their own kinds
         shutil.rmtree(target, ignore_errors=True)
-        raise StorageError(f"the checkpoint {folder} cannot be opened by another number of workers: {error}") from error
+        why = str(error) or type(error).__name__
+        raise StorageError(f"the checkpoint {folder} cannot be opened by another number of workers: {why}") from error
+
+
+@contextlib.contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """Return a path of a folder that is no pattern: DeepSpeed looks for files by patterns made of their paths."""
+    if _PATTERN.isdisjoint(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 @contextlib.contextmanager
@@ -69,6 +91,7 @@ def _corrected_load(engine: Any) -> Iterator[None]:
 
 
 CURSOR_FILE = "cursor.json"
+_PATTERN = frozenset("*?[](){}+^$|\\")
 _TAG = "state"
 # DeepSpeed loads with weights_only=False, which can run any code: a file may refer to these classes only.
 _KNOWN_CLASSES = {
@@ -109,14 +132,11 @@ def take_checkpoint(session: Session, folder: Path, job: StageJob, step: int, co
     distributed.on_each_node(lambda: _make(folder))
     # The key DeepSpeed's universal format looks for, so that another world size can open this checkpoint.
     setattr(session.engine.module, UNIVERSAL_CHECKPOINT_INFO, {"universal_checkpoint_version": 0.2})
-    writer = session.engine.checkpoint_engine
-    session.engine.checkpoint_engine = files = RankFiles(writer, copies)
     try:
-        session.engine.save_checkpoint(str(folder), tag=_TAG, client_state={}, save_latest=False)
+        with _rank_files(session.engine, copies) as files:
+            session.engine.save_checkpoint(str(folder), tag=_TAG, client_state={}, save_latest=False)
     except (OSError, RuntimeError) as error:
         raise storage_error(folder, error) from error
-    finally:
-        session.engine.checkpoint_engine = writer
 
     def finish() -> None:
         # A script that DeepSpeed copies into each checkpoint; nobody should run code from there.
@@ -174,8 +194,8 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     session.learned.load(folder, cursor.get("learned", []))
     correction = _corrected_load(session.engine) if source != folder else contextlib.nullcontext()
     try:
-        with correction:
-            path, _ = session.engine.load_checkpoint(str(source), tag=_TAG)
+        with correction, _rank_files(session.engine, copies=False), _without_patterns(source) as place:
+            path = retry_io(lambda: _loaded(session.engine, place))
     except (OSError, RuntimeError, EOFError) as error:
         raise StorageError(f"the checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
@@ -186,6 +206,31 @@ def load_checkpoint(session: Session, folder: Path, job: StageJob, state: str, s
     return int(cursor["step"])
 
 
+def _loaded(engine: Any, folder: Path) -> str | None:
+    """Return the path that DeepSpeed has loaded a checkpoint from, if any.
+
+    Raises:
+        OSError: it takes a file for missing. It asserts that they are there, before a rank waits for another, and takes
+            one that it could not look at for missing.
+    """
+    try:
+        path: str | None = engine.load_checkpoint(str(folder), tag=_TAG)[0]
+        return path
+    except AssertionError as error:
+        raise OSError(errno.EIO, str(error) or "DeepSpeed finds a file missing", str(folder)) from error
+
+
+@contextlib.contextmanager
+def _rank_files(engine: Any, copies: bool) -> Iterator[RankFiles]:
+    """Put `RankFiles` in the place of DeepSpeed's reader and writer."""
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = files = RankFiles(own, copies)
+    try:
+        yield files
+    finally:
+        engine.checkpoint_engine = own
+
+
 def read_cursor(folder: Path) -> dict[str, Any]:
     """Return the cursor of a checkpoint.
 
@@ -193,7 +238,7 @@ def read_cursor(folder: Path) -> dict[str, Any]:
         StorageError: it is missing or not valid JSON.
     """
     try:
-        cursor: dict[str, Any] = json.loads((folder / CURSOR_FILE).read_text(encoding="utf-8"))
+        cursor: dict[str, Any] = json.loads(retry_io(lambda: (folder / CURSOR_FILE).read_text("utf-8")))
         return cursor
     except (OSError, ValueError) as error:
         raise StorageError(f"the checkpoint {folder} has no readable {CURSOR_FILE}: {error}") from error
@@ -267,7 +312,8 @@ def _check_cursor(cursor: dict[str, Any], session: Session, job: StageJob, state
 def _check_classes(folder: Path) -> None:
     for file in sorted(folder.rglob("*.pt")):
         try:
-            unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _KNOWN_CLASSES
+            named = retry_io(lambda: torch.serialization.get_unsafe_globals_in_checkpoint(file))  # noqa: B023 (called here)
+            unknown = set(named) - _KNOWN_CLASSES
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise StorageError(f"the checkpoint file {file} was not loaded: {refusal(file, error)}") from error
         if unknown:

@@ -20,7 +20,7 @@ _COPY_SHARE = 0.5
 
 
 class RankFiles(CheckpointEngine):
-    """Stands in for DeepSpeed's writer of one checkpoint, and knows which files this rank writes.
+    """Stands in for DeepSpeed's reader and writer of one checkpoint, and knows which files this rank writes.
 
     DeepSpeed's own asynchronous writer (0.19.8) needs an operator that is compiled on first use, and lets training wait
     at its next step until all is written.
@@ -73,7 +73,7 @@ class RankFiles(CheckpointEngine):
 
     @override
     def load(self, path: str, map_location: Any = None) -> Any:
-        return self._writer.load(path, map_location)
+        return retry_io(lambda: self._writer.load(path, map_location))
 
     @override
     def commit(self, info: CheckpointCommitInfo) -> Any:

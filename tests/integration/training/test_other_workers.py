@@ -59,15 +59,16 @@ def trained(folder: Path, jobs: list[StageJob], stop_at: int | None = None) -> l
 )
 def test_other_workers_go_on(made: tuple[Path, Path], tmp_path: Path, zero: str, before: int, after: int) -> None:
     jobs = _jobs(made, zero)
-    assert launch(before, trained, tmp_path / "x", jobs, 1) == ["stopped"]
+    changed, left_alone = tmp_path / "[a] (1)+*", tmp_path / "alone"  # the first is a pattern to who looks for such
+    assert launch(before, trained, changed, jobs, 1) == ["stopped"]
     # In the middle of the first stage run, and from its state into the second.
-    assert launch(after, trained, tmp_path / "x", jobs[:1]) == ["done"]
-    assert launch(before, trained, tmp_path / "x", jobs) == ["done", "done"]
-    assert launch(before, trained, tmp_path / "alone", jobs) == ["done", "done"]
-    files = [tmp_path / name / f"stage_runs/{jobs[1].id}/weights/model.safetensors" for name in ("x", "alone")]
+    assert launch(after, trained, changed, jobs[:1]) == ["done"]
+    assert launch(before, trained, changed, jobs) == ["done", "done"]
+    assert launch(before, trained, left_alone, jobs) == ["done", "done"]
+    files = [folder / f"stage_runs/{jobs[1].id}/weights/model.safetensors" for folder in (changed, left_alone)]
     ours, alone = map(load_file, files)
     assert ours.keys() == alone.keys()
     assert max(float((ours[name] - alone[name]).abs().max()) for name in ours) < 1e-5
-    start = load_file(tmp_path / "x" / "stage_runs" / "root" / WEIGHTS_FILE)
+    start = load_file(changed / "stage_runs" / "root" / WEIGHTS_FILE)
     assert max(float((ours[name] - start[name]).abs().max()) for name in start) > 1e-3
     assert not list(tmp_path.rglob("universal"))

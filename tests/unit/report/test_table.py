@@ -141,6 +141,12 @@ def test_the_figure_is_drawn_only_where_there_is_something_to_draw(tmp_path):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_cells_that_cost_nothing_are_drawn_without_a_warning(tmp_path):
+    tested = [record("full0", 0.8, 0.0), record("heavy0", 0.7, 0.0)]  # nothing was trained
+    assert grid_figure(ablation_table(tested, AXES), "t", tmp_path / "grid.png")
+
+
 BASELINE = {"phases.finetune.schedule": "full"}
 
 
