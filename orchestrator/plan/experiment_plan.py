@@ -75,10 +75,16 @@ class ExperimentPlan:
         The environment's may hold a password: it is kept in memory, and shown by `redacted` only.
 
         Raises:
-            UsageError: the file's refers to a variable that is not there.
+            UsageError: the file's refers to a variable that is not there, or the storage's path cannot stand in an
+                address.
         """
         written = expanded(self.loaded.spec.tracking.tracking_uri or "", "tracking.tracking_uri")
         uri = written or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri and (mark := next((mark for mark in "?%" if mark in str(self.ledger.storage)), "")):
+            raise UsageError(
+                f"MLflow would not keep its database in the storage {self.ledger.storage}: `{mark}` is a mark in the "
+                "address of a database; choose a path without it, or set tracking.tracking_uri"
+            )
         return uri or f"sqlite:///{self.ledger.storage / 'mlflow.db'}"
 
     @property

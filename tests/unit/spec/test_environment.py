@@ -92,3 +92,14 @@ def test_an_address_that_cannot_be_put_together_is_told(written, tiny_experiment
     written("tracking: {tracking_uri: '${env:NOT_SET_AT_ALL}'}")
     with pytest.raises(UsageError, match="tracking_uri: the environment has no NOT_SET_AT_ALL"):
         _ = prepare(tiny_experiment).tracking_uri
+
+
+@pytest.mark.parametrize("mark", ["?", "%"])
+def test_a_storage_that_has_no_address_as_a_database_needs_another_one(
+    tiny_experiment: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = f"cluster.storage_path=./a{mark}41"
+    with pytest.raises(UsageError, match=rf"a\{mark}41: `\{mark}` is a mark in the address of a database"):
+        _ = prepare(tiny_experiment, [place]).tracking_uri
+    assert prepare(tiny_experiment, [place, "tracking.tracking_uri=http://127.0.0.1:1"]).tracking_uri.startswith("http")
