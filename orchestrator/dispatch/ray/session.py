@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,9 +159,13 @@ def _connect(address: str | None) -> None:
         ray.shutdown()
         reason = first_line(error)
         if address is None:
+            place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            hint = f"its logs are under {place}/ray/session_latest/logs"
+            if "AF_UNIX" in reason:  # a batch system may give each job a folder with a long name
+                hint = f"set RAY_TMPDIR to a folder with a shorter path than {place}, e.g. /tmp"
             raise UsageError(
                 f"Ray could not be started on this machine: {reason}\n"
-                "    hint: its logs are under /tmp/ray/session_latest/logs; `llavolta run --local` works without Ray"
+                f"    hint: {hint}; `llavolta run --local` works without Ray"
             ) from error
         raise _no_ray(address, reason) from error
 

@@ -159,6 +159,16 @@ def test_nobody_at_the_address_is_told_in_seconds(ledger: Ledger) -> None:
     assert "ray start --head" in done.stderr
 
 
+def test_a_temporary_folder_too_long_for_rays_sockets_is_told(tmp_path: Path) -> None:
+    place = tmp_path / ("a" * 60)
+    place.mkdir()
+    code = "from orchestrator.dispatch.ray.session import ray_session\nwith ray_session(None): pass\n"
+    env = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | {"TMPDIR": str(place)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert "UsageError: Ray could not be started on this machine" in done.stderr
+    assert f"set RAY_TMPDIR to a folder with a shorter path than {place}" in done.stderr
+
+
 @pytest.mark.slow
 def test_control_c_twice_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
     """The signals go to the whole foreground group, as a terminal sends them."""
