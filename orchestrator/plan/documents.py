@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from orchestrator.plan.experiment_plan import ExperimentPlan, collector_paused
 from orchestrator.plan.jobs import Action, EvaluationJob, StageJob
 from orchestrator.plan.ledger import Ledger
 from orchestrator.plan.ledger.files import is_there
-from orchestrator.plan.memory import memory_documents
+from orchestrator.plan.memory import GIB, memory_documents
 from orchestrator.plan.reasons import Reasons
 from orchestrator.plan.status import CellStatus, TreeStatus, failure_reason
 from orchestrator.plan.step_history import last_metrics, read_metrics
@@ -106,7 +107,6 @@ def _bound(is_bound: bool) -> dict[str, bool]:
     return {"at_most": True} if is_bound else {}
 
 
-_GIB = 2**30
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BYTES_WEIGHT = 4  # safetensors in float32
 _BYTES_TRAINED = 12  # float32 master weights and two Adam states
@@ -309,20 +309,28 @@ def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
     """Return an upper bound of what an experiment's ledger holds, by parameter counts; None where they are unknown.
 
     Weights are float32. A full checkpoint adds master weights and two Adam states of what trains, 12 bytes each.
-    Counted: all roots, all finished stage runs by what is kept of them, and two checkpoints inside one stage run.
+    Counted: all weights that training starts from, all finished stage runs by what is kept of them, and two checkpoints
+    inside a stage run on every lane, at most one a cell.
     """
     counts_of = {cell.id: parameter_count(cell.facts) for cell in cells if cell.facts is not None}
     if any(cell.id not in counts_of for cell in cells):
         return None
-    roots = {cell.root.id: counts_of[cell.id] for cell in cells}
-    total, largest = float(_BYTES_WEIGHT * sum(sum(counts.values()) for counts in roots.values())), 0.0
+    starts = {
+        job.id: counts_of[cell.id]
+        for cell in cells
+        for owner in (*cell.origins(), cell)
+        for job in (owner.root, *owner.starts)
+    }
+    total = float(_BYTES_WEIGHT * sum(sum(counts.values()) for counts in starts.values()))
+    checkpoints = []
     for job in tree.stage_runs.values():
         counts = counts_of[tree.cells_of[job.id][0]]
         weights = _BYTES_WEIGHT * sum(counts.values())
         full = weights + _BYTES_TRAINED * sum(counts.get(part, 0) for part in job.recipe["train"])
         total += {"full": weights + full, "weights": weights, "none": 0.0}[job.keep]
-        largest = max(largest, full)
-    return (total + 2 * largest) / _GIB
+        checkpoints.append(full)
+    lanes = len(counts_of) if tree.cluster is None or tree.cluster.lanes == "auto" else tree.cluster.lanes
+    return (total + 2 * sum(heapq.nlargest(lanes, checkpoints))) / GIB
 
 
 # Only ratios between variants count here; the data's real lengths need not be read.

@@ -66,7 +66,8 @@ from orchestrator.spec.deepspeed import given_config, zero_stage
 from orchestrator.spec.infrastructure import ClusterSpec
 from orchestrator.spec.model_facts import ModelFacts, compute_type
 
-_GIB = 2**30
+GIB = 2**30
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _memory_of(
     s, recipe = (4 if dtype == "float32" else 2), phase.recipe.model_dump(mode="json")
     config = given_config(phase.recipe.deepspeed, on_gpu=cluster.use_gpu is not False)
     states = state_bytes(facts, recipe, s, config, workers)
-    held = {name: getattr(states, name) / _GIB for name in ("weights", "optimizer", "gradients", "buffers", "host")}
+    held = {name: getattr(states, name) / GIB for name in ("weights", "optimizer", "gradients", "buffers", "host")}
     size = phase.recipe.per_device_train_batch_size
     samples = 1 if size == "auto" else min(size, -(-phase.recipe.global_batch_size // workers))
     largest: tuple[float, str] | None = None
@@ -143,7 +144,7 @@ def _memory_of(
             (activation_bytes(facts, action, Longest(text, text, image, 1), recipe, s, attention), action.variant)
             for action in distinct
         )
-    activations = None if largest is None else largest[0] * samples / _GIB
+    activations = None if largest is None else largest[0] * samples / GIB
     device = [*(held[name] for name in ("weights", "optimizer", "gradients", "buffers")), activations]
     return {
         "phase": phase.name,

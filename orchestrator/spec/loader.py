@@ -191,7 +191,9 @@ def _unique(errors: Sequence[ErrorDetail]) -> list[ErrorDetail]:
     once = list(dict.fromkeys(errors))
     if any(error.path.startswith("plugins.") for error in once):
         once = [error for error in once if not is_unknown_kind(error)]  # the plug-in would have defined it
-    return sorted(once, key=lambda error: (error.file or "", error.line or 0, error.column or 0))[:MAX_ERRORS]
+    once.sort(key=lambda error: (error.file or "", error.line or 0, error.column or 0))
+    shown, others = once[:MAX_ERRORS], once[MAX_ERRORS:]
+    return [*shown, ErrorDetail(f"and {len(others)} more errors", others[0].file)] if others else shown
 
 
 def _stop_at(errors: Sequence[ErrorDetail]) -> None:

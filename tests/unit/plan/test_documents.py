@@ -14,7 +14,7 @@ from repository import ROOT
 from orchestrator.plan.cell_costs import Costs
 from orchestrator.plan.cell_record import cell_record
 from orchestrator.plan.cells.expand import expand_cells
-from orchestrator.plan.cost import Sample, train_tflops_per_sample
+from orchestrator.plan.cost import Sample, parameter_count, train_tflops_per_sample
 from orchestrator.plan.documents import plan_document
 from orchestrator.plan.experiment_plan import prepare
 from orchestrator.plan.jobs import EvaluationJob, RootJob, StageJob, job_to_json
@@ -117,7 +117,21 @@ def test_a_new_experiment(run: Run) -> None:
     assert document["cells"][1]["stage_runs"] == [pretrain["id"], heavy["id"], wide["id"]]
     totals = document["totals"]
     assert (totals["cells"], totals["stage_runs"]) == (2, 4)
-    assert totals["train_tflops_alone"] > totals["train_tflops_shared"] > 0 and totals["disk_peak_gib"] > 0
+    assert totals["train_tflops_alone"] > totals["train_tflops_shared"] > 0
+
+
+def test_the_disk_holds_what_is_kept_and_two_checkpoints_on_every_lane(lab: Any, tmp_path: Path) -> None:
+    disk = {
+        lanes: Run(lab, tmp_path / "runs", cluster={"lanes": lanes}).document()["totals"]["disk_peak_gib"] * 2**30
+        for lanes in (1, 2, 3, "auto")
+    }
+    counts = parameter_count(lab.cell().facts)
+    weights = 4 * sum(counts.values())
+    checkpoint = weights + 12 * (counts["projector"] + counts["language_model"])  # of finetune
+    kept = 5 * weights + checkpoint  # the root and four stage runs, and where both cells go on from its checkpoint
+    assert disk[1] == kept + 2 * checkpoint
+    assert disk[2] == disk["auto"] == kept + 4 * checkpoint  # two cells
+    assert disk[3] == kept + 6 * checkpoint
 
 
 def test_costs_of_tokens_that_depend_on_the_image_are_bounds(lab: Any, tmp_path: Path) -> None:

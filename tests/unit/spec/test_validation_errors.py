@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ErrorDetail, SpecError
-from orchestrator.spec.loader import load_experiment
+from orchestrator.spec.loader import MAX_ERRORS, load_experiment
 
 
 def errors_of(path: Path, *overrides: str) -> tuple[ErrorDetail, ...]:
@@ -179,6 +179,13 @@ def test_all_errors_are_reported_at_once(small: str, write: Callable[..., Path])
         "cluster.lanes",
         "modle.dtype",
     }
+
+
+def test_errors_that_are_left_out_are_counted(small: str, write: Callable[..., Path]) -> None:
+    text = small + "".join(f"unknown{number}: x\n" for number in range(MAX_ERRORS + 5))
+    *_, last, left_out = errors = errors_of(write(text))
+    assert len(errors) == MAX_ERRORS + 1 and f"`unknown{MAX_ERRORS - 1}`" in last.message
+    assert left_out.message == "and 5 more errors"
 
 
 def test_errors_of_a_lower_file_name_that_file(small: str, write: Callable[..., Path]) -> None:
