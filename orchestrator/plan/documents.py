@@ -315,12 +315,10 @@ def disk_peak_gib(cells: Sequence[Cell], tree: StageTree) -> float | None:
     counts_of = {cell.id: parameter_count(cell.facts) for cell in cells if cell.facts is not None}
     if any(cell.id not in counts_of for cell in cells):
         return None
-    starts = {
-        job.id: counts_of[cell.id]
-        for cell in cells
-        for owner in (*cell.origins(), cell)
-        for job in (owner.root, *owner.starts)
-    }
+    starts: dict[str, Mapping[str, int]] = {}
+    for cell in cells:
+        for owner in (*cell.origins(), cell):
+            starts |= dict.fromkeys((owner.root.id, *(start.id for start in owner.starts)), counts_of[cell.id])
     total = float(_BYTES_WEIGHT * sum(sum(counts.values()) for counts in starts.values()))
     checkpoints = []
     for job in tree.stage_runs.values():
