@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import UsageError
 from orchestrator.plan.io_retry import retry_io
 
 SEMANTICS_VERSION = 2
@@ -168,9 +169,18 @@ def _is_entry(entry: Any) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`."""
+    """Return where what can be computed again is kept: `$XDG_CACHE_HOME/llavolta` or `~/.cache/llavolta`.
+
+    Raises:
+        UsageError: the environment names no home, and this machine knows none of this user.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "llavolta"
+    if base and os.path.isabs(base):
+        return Path(base, "llavolta")
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise UsageError("this user has no home folder; set HOME to a folder that can be written")
+    return Path(home, ".cache", "llavolta")
 
 
 _shared_folder: Path | None = None

@@ -190,22 +190,26 @@ def keep_credentials_from_trials() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not is_secret_variable(name)}
 
 
-def own_token() -> None:
+def own_token(ours: bool) -> None:
     """Make the token by which this user's Ray knows him, or find it, for this user's eyes only.
 
     Ray 2.60 makes it with the first Ray of this user and leaves `~/.ray/auth_token` to the umask, 0644 mostly; who
     can read it runs code as this user.
+
+    Args:
+        ours: The Ray is started by this process, so that a home that cannot be written needs no file: the token is
+            inherited.
     """
     from ray._private.authentication import authentication_token_setup as setup
     from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 
     path = setup._get_default_token_path()
-    with contextlib.suppress(OSError):  # a home that cannot be written: Ray itself says so if it needs one
+    loader = setup.AuthenticationTokenLoader.instance()
+    try:
         if path.exists():
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             return
-        loader = setup.AuthenticationTokenLoader.instance()
         if os.environ.get(setup.AUTH_MODE_ENV_VAR, "token") != "token" or loader.has_token(ignore_auth_mode=True):
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -218,7 +222,10 @@ def own_token() -> None:
                 os.link(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-        loader.reset_cache()
+    except OSError:
+        if ours and not loader.has_token(ignore_auth_mode=True):
+            os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
+    loader.reset_cache()
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -102,12 +102,12 @@ def ray_session(address: str | None) -> Iterator[RaySession]:
         if ray.is_initialized():
             yield RaySession(owned=False, folder=Path(compat.session_folder()))
             return
-        compat.own_token()
+        compat.own_token(ours=address is None)
         with compat.own_sigterm_handler():
             if address is not None:
                 _check_port(address, compat.host_and_port(address))
             _connect(address)
-        compat.own_token()  # where none could be made so, Ray has made one now
+        compat.own_token(ours=False)  # where none could be made so, Ray has made one now
         compat.silence_driver()
         session = RaySession(owned=address is None, folder=Path(compat.session_folder()))
         try:

@@ -80,7 +80,7 @@ def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:
         "from orchestrator.dispatch.ray.compat import own_token\n"
         "from ray._private.authentication import authentication_token_setup as setup\n"
         "{first}\n"
-        "own_token(); path = setup._get_default_token_path(); before = path.read_text()\n"
+        "own_token(ours=True); path = setup._get_default_token_path(); before = path.read_text()\n"
         "os.environ['RAY_AUTH_MODE'] = 'token'; setup._enable_token_auth(); setup.ensure_token_if_auth_enabled()\n"
         "assert path.read_text() == before and len(before) == 64\n"
         "print(oct(path.stat().st_mode & 0o777), sorted(p.name for p in path.parent.iterdir()))"
@@ -92,3 +92,17 @@ def test_the_token_of_this_users_ray_is_for_his_eyes_only(tmp_path) -> None:
         command = [sys.executable, "-c", code.format(first=first)]
         done = subprocess.run(command, env={**env, "HOME": str(home)}, capture_output=True, text=True, check=False)
         assert done.stdout.splitlines()[-1:] == ["0o600 ['auth_token']"], done.stderr
+
+
+def test_where_a_home_cannot_be_written_our_own_ray_has_a_token_all_the_same() -> None:
+    code = (
+        "import os, sys\n"
+        "from orchestrator.dispatch.ray.compat import own_token\n"
+        "from ray._private.authentication import authentication_token_setup as setup\n"
+        "own_token(ours=sys.argv[1] == 'ours'); loader = setup.AuthenticationTokenLoader.instance()\n"
+        "print(len(os.environ.get('RAY_AUTH_TOKEN', '')), loader.has_token(ignore_auth_mode=True))"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": "/dev/null"}
+    for whose, told in (("ours", "64 True"), ("joined", "0 False")):
+        done = subprocess.run([sys.executable, "-c", code, whose], env=env, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == told, done.stderr

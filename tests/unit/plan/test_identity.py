@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.plan.identity import DigestCache, canonical_json, content_digest, digest
+from orchestrator.errors import UsageError
+from orchestrator.plan.identity import DigestCache, cache_folder, canonical_json, content_digest, digest
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -135,3 +136,10 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         content_digest(tmp_path / "nothing")
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it does where nobody knows the user
+    with pytest.raises(UsageError, match="no home folder; set HOME"):
+        cache_folder()
