@@ -818,6 +818,7 @@ def warn_unsent(cells: Sequence[str], problem: str | None, notes: Sequence[str] 
 
 def main() -> None:
     """Run the command line; every error is one block and an exit code."""
+    _open_closed_streams()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     as_json = "--json" in arguments and not {"-h", "--help"} & set(arguments)
@@ -837,7 +838,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        code, where = 1, shorten(redacted(str(error.filename or "the storage")), 300)
+        code, where = 1, shorten(redacted(str(error.filename or "the storage or the output")), 300)
         text = f"{where}: {error.strerror or error}"
         _print_error(text, f"error: {text}", as_json)
         _print_traceback(debug)
@@ -858,6 +859,19 @@ def main() -> None:
             _print_traceback(True)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller has closed of the standard streams (`>&-`): else a file of the storage takes its number, and
+    libraries print into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _print_traceback(debug: bool) -> None:

@@ -1,6 +1,8 @@
 """The verbs that look: quick, without torch, Ray or MLflow, one block for every error, JSON where asked."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -77,6 +79,15 @@ def test_a_wrong_call_is_one_block_and_exit_code_2(llavolta, tiny_experiment, ar
     done = llavolta(*call)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("streams", "code"), [(">&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 1)])
+def test_nobody_reads_what_is_printed(tiny_experiment, tmp_path, streams, code):
+    command = f"{shlex.quote(sys.executable)} -m orchestrator plan {shlex.quote(str(tiny_experiment))} {streams}"
+    env = {**os.environ, "LLAVOLTA_STORAGE": str(tmp_path / "storage")}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == ("error: the storage or the output: No space left on device\n" if code else "")
 
 
 def test_plan_shows_the_tree_and_says_what_is_shared(llavolta, tiny_experiment):
