@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
 
@@ -755,6 +755,42 @@ def keep_output_for_json() -> None:
     os.dup2(2, 1)
 
 
+class _Unread:
+    """A stream that takes what is printed also when it can no longer be written, and says so on standard error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what the stream still holds must go somewhere at exit
+        os.close(nowhere)
+        print(f"note: what follows is not printed: {error.strerror}", file=sys.stderr)
+
+
+def keep_working_unread() -> None:
+    """Go on where what is printed can no longer be written: Ctrl-C also ends the `tee` of `llavolta run SPEC | tee`, a
+    terminal may be closed, and what trains has to stop at a checkpoint.
+    """
+    sys.stdout, sys.stderr = cast(TextIO, _Unread(sys.stdout)), cast(TextIO, _Unread(sys.stderr))
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document to standard output, on one line; what JSON has no number for (NaN, infinity) is null.
 
@@ -824,6 +860,8 @@ def main() -> None:
     as_json = "--json" in arguments and not {"-h", "--help"} & set(arguments)
     if as_json:
         keep_output_for_json()
+    if arguments[:1] in (["run"], ["evaluate"], ["search"]):
+        keep_working_unread()
     try:
         with ended_by_signals():
             code = app(arguments, standalone_mode=False)

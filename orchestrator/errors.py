@@ -9,7 +9,7 @@ LlavoltaError                 one readable block for the user, exit code in `exi
 │   └── StaleWriterError      another driver has taken the work over                   (1)
 ├── StageRunError             a stage run or an evaluation failed                      (1)
 ├── TrackingError             MLflow refused or is unreachable                         (1)
-└── Interrupted               Ctrl-C, SIGTERM or SIGUSR1                                (130 / 75)
+└── Interrupted               Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP                        (130 / 75)
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class TrackingError(LlavoltaError):
 
 
 class Interrupted(LlavoltaError):
-    """Work was stopped by Ctrl-C, SIGTERM or SIGUSR1; finished work is in the ledger.
+    """Work was stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP; finished work is in the ledger.
 
     Args:
         exit_code: 130 after Ctrl-C, 75 after another signal or the last hour.

@@ -1,4 +1,4 @@
-"""Stopping a run: the first Ctrl-C, SIGTERM, SIGUSR1 or a time limit asks for a checkpoint and an end."""
+"""Stopping a run: the first Ctrl-C, SIGTERM, SIGUSR1, SIGHUP or a time limit asks for a checkpoint and an end."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C; 75 (try again later) after SIGTERM, SIGUSR1 or the last hour."""
+        """130 after Ctrl-C; 75 (try again later) after another signal or the last hour."""
         return 130 if self.signal_name == "SIGINT" else TRY_AGAIN
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGINT, *_ending_signals()):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -118,13 +118,34 @@ class StopRequest:
         self._on_first(name)
 
 
+def _ending_signals() -> list[signal.Signals]:
+    """Return what asks for an end; a terminal that closes does not where `nohup` said so."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGUSR1, *hung_up]
+
+
+@contextlib.contextmanager
+def children_ignore_hang_up() -> Iterator[None]:
+    """Let processes that start in the block outlive their terminal: it sends SIGHUP to them too, and who started them
+    ends them in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
 class _Signalled(BaseException):
     """A signal came; no `except Exception` on its way takes it for an error of what it interrupted."""
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end what stands in the block at once and in order, where no `StopRequest` takes them.
+    """SIGTERM, SIGUSR1 and SIGHUP end what stands in the block at once and in order, where no `StopRequest` takes them.
 
     Raises:
         Interrupted: one came; exit code 75.
@@ -133,7 +154,7 @@ def ended_by_signals() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         raise _Signalled(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, handle) for number in _ending_signals()}
     try:
         yield
     except _Signalled as signalled:

@@ -65,12 +65,20 @@ class Program:
         (folder / "mine.yaml").write_text(text)
         self.environment = environment(PYTHONUNBUFFERED="1", LLAVOLTA_TEST=str(folder))
 
-    def start(self, *arguments: str, fault: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
-        """Starts it; `fault` is `ACTION POINT COUNT` (`fault_plugin.py`)."""
+    def start(
+        self, *arguments: str, fault: str | None = None, unread: bool = False, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Starts it; `fault` is `ACTION POINT COUNT` (`fault_plugin.py`), `unread` a pipe that nobody reads."""
         env = {**self.environment, **environment}
         if fault is not None:
             env["LLAVOLTA_FAULT"] = f"{fault} {self.folder}"
         with self._file("output").open("w") as output, self._file("errors").open("w") as errors:
+            if unread:
+                reader, writer = os.pipe()
+                os.close(reader)
+                for stream in (output, errors):
+                    os.dup2(writer, stream.fileno())
+                os.close(writer)
             return subprocess.Popen(
                 [*PROGRAM, "run", "mine.yaml", *arguments],
                 cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,

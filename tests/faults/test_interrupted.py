@@ -1,7 +1,9 @@
-"""Ctrl-C: once, it finishes the step, writes a checkpoint and stops; twice, it stops now. The next run goes on."""
+"""Ctrl-C, a terminal that closes: a step, a checkpoint, the end; Ctrl-C twice stops now. The next run goes on."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
@@ -10,19 +12,30 @@ from fault_runs import LOST_AT_MOST, Program, assert_like_undisturbed, note, pre
 from program import wait_until
 
 
-def test_control_c_once_writes_a_checkpoint_and_repeats_nothing(program: Program, reference: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("what", "signal_number", "unread", "code"),
+    [
+        ("Ctrl-C once", signal.SIGINT, False, 130),
+        ("Ctrl-C, which also ends the `tee` that reads what is printed", signal.SIGINT, True, 130),
+        ("terminal closed", signal.SIGHUP, True, 75),
+    ],
+    ids=["ctrl-c", "tee", "terminal"],
+)
+def test_stopped_once_it_writes_a_checkpoint_and_repeats_nothing(
+    program: Program, reference: dict[str, Any], what: str, signal_number: int, unread: bool, code: int
+) -> None:
     begun = time.monotonic()
-    process = program.start()
+    process = program.start(unread=unread)
     wait_until(program.sealed_checkpoints, process)
-    press_control_c(process)
+    os.killpg(process.pid, signal_number)  # to the whole foreground group, as a terminal does
     stopped = program.wait(process, begun)
-    assert stopped.code == 130 and "run the same command to resume" in stopped.errors, stopped.told
+    assert stopped.code == code and ("run the same command to resume" in stopped.errors) != unread, stopped.told
     assert not program.processes() and "Traceback" not in stopped.told
     again = program.run()
     assert again.code == 0, again.told
     assert_like_undisturbed(program, reference)
     assert set(program.repeated_steps().values()) == {0}
-    note("Ctrl-C once", "the next `run`", program, stopped.seconds + again.seconds)
+    note(what, "the next `run`", program, stopped.seconds + again.seconds)
 
 
 @pytest.mark.slow

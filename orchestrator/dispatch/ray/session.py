@@ -18,7 +18,7 @@ import psutil
 
 from orchestrator.dispatch.conductor import Rules
 from orchestrator.dispatch.driver import Hooks, Outcome, RunState, environment
-from orchestrator.dispatch.signals import DeferredInterrupt
+from orchestrator.dispatch.signals import DeferredInterrupt, children_ignore_hang_up
 from orchestrator.dispatch.worker import DEFAULT_EXECUTOR
 from orchestrator.errors import Interrupted, UsageError, first_line
 from orchestrator.plan.jobs import Job
@@ -146,7 +146,7 @@ def _connect(address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
-            with few_processes():
+            with few_processes(), children_ignore_hang_up():
                 ray.init(
                     address="local",  # never join a Ray that happens to run here, not even one named by RAY_ADDRESS
                     include_dashboard=False,
