@@ -70,13 +70,16 @@ class TrackedRun:
     points: int | None = None
     end_ms: int | None = None
 
+    @property
+    def artifact_folder(self) -> Path | None:
+        """The folder on this machine that holds uploaded files; None where they are elsewhere."""
+        place = urlsplit(self.artifacts)
+        return Path(unquote(place.path)) if place.scheme in ("", "file") else None
+
     def lacks_artifacts(self, names: Iterable[str]) -> bool:
         """Return whether uploaded files are gone; known only for a folder on this machine."""
-        place = urlsplit(self.artifacts)
-        if place.scheme not in ("", "file"):
-            return False
-        folder = Path(unquote(place.path))
-        return not all(stat_or_none(folder / name) is not None for name in names)
+        folder = self.artifact_folder
+        return folder is not None and not all(stat_or_none(folder / name) is not None for name in names)
 
 
 @dataclass

@@ -393,6 +393,9 @@ class CellTracker(Recorder):
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
+                # MLflow sets a file's times, which on another user's is not permitted; replacing it is.
+                if run.artifact_folder is not None:
+                    (run.artifact_folder / name).unlink(missing_ok=True)
             self._client().log_artifacts(run.run_id, folder)
         self._send(run, tags={ARTIFACTS_DIGEST: record.artifacts_digest or files_digest(contents)})
 
