@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sqlite3
 import subprocess
 import sys
@@ -205,7 +206,10 @@ def test_artifacts_lie_beside_the_database(
     assert (folder / "cell.yaml").read_text() == "seed: 0\n"
     assert (folder / "figures" / "a.png").read_bytes() == b"png"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.png"]
+    # Another user's file cannot be given times, as MLflow does, but it can be replaced.
+    os.link(folder / "cell.yaml", theirs := tmp_path / "theirs")
     tracker.log(cell(artifacts={"cell.yaml": "seed: 1\n"}))
+    assert theirs.read_text() == "seed: 0\n"
     assert (folder / "cell.yaml").read_text() == "seed: 1\n"
 
 
