@@ -15,6 +15,7 @@ from stored import collect, finish, kinds, note, seal
 
 from orchestrator.errors import StorageError, UsageError
 from orchestrator.plan.ledger import Ledger
+from orchestrator.plan.ledger.backends import folder
 from orchestrator.plan.ledger.inventory import Collector, damage, recorded_experiments
 from orchestrator.plan.ledger.leases import Leases
 from orchestrator.plan.ledger.process import Process
@@ -177,6 +178,16 @@ def test_a_leftover_that_changes_while_it_is_watched_stays(tmp_path: Path) -> No
     for grows, left in ((True, set()), (False, {("leftover", "work/b/.writing-0")})):
         pause = lambda _, grows=grows: half.write_text("more" * grows) if grows else None  # noqa: E731
         assert kinds(Collector(ledger, leftover_seconds=-7200.0, pause=pause).steps()) == left
+
+
+def test_a_file_that_is_renamed_to_its_place_meanwhile_is_no_leftover(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer was between the listing and the look at it."""
+    note(ledger, "one", b="weights")
+    names_in = folder.names_in
+    monkeypatch.setattr(folder, "names_in", lambda place: [*names_in(place), ".written-meanwhile"])
+    assert kinds(Collector(ledger, leftover_seconds=0.0, pause=lambda _: None).steps()) == set()
 
 
 def test_what_a_killed_gc_took_aside_is_back(ledger: Ledger) -> None:

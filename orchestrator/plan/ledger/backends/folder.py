@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -426,8 +427,8 @@ def _state_aside(name: str) -> str | None:
 
 
 def _changed(path: Path) -> float:
-    """Return when anything of a file or folder was last touched, renamed included."""
-    return max((about.st_ctime for _, about in files_below(path)), default=0.0)
+    """Return when anything of a file or folder was last touched, renamed included; never yet where nothing is there."""
+    return max((about.st_ctime for _, about in files_below(path)), default=math.inf)
 
 
 def _checked_key(key: str) -> str:
