@@ -788,7 +788,9 @@ def keep_working_unread() -> None:
     """Go on where what is printed can no longer be written: Ctrl-C also ends the `tee` of `llavolta run SPEC | tee`, a
     terminal may be closed, and what trains has to stop at a checkpoint.
     """
+    global _document_stream
     sys.stdout, sys.stderr = cast(TextIO, _Unread(sys.stdout)), cast(TextIO, _Unread(sys.stderr))
+    _document_stream = None if _document_stream is None else cast(TextIO, _Unread(_document_stream))
 
 
 def print_json(document: Any) -> None:

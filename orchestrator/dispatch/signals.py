@@ -129,14 +129,11 @@ def children_ignore_hang_up() -> Iterator[None]:
     """Let processes that start in the block outlive their terminal: it sends SIGHUP to them too, and who started them
     ends them in order.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Signalled(BaseException):
