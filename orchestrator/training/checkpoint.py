@@ -13,6 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,7 @@ def _check_cursor(cursor: dict[str, Any], session: Session, job: StageJob, state
 def _check_classes(folder: Path) -> None:
     for file in sorted(folder.rglob("*.pt")):
         try:
-            named = retry_io(lambda: torch.serialization.get_unsafe_globals_in_checkpoint(file))  # noqa: B023 (called here)
+            named = retry_io(partial(torch.serialization.get_unsafe_globals_in_checkpoint, file))
             unknown = set(named) - _KNOWN_CLASSES
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise StorageError(f"the checkpoint file {file} was not loaded: {refusal(file, error)}") from error
